@@ -1,0 +1,458 @@
+"""The control API: a Flask blueprint over the pool, the statistics and the events.
+
+Reads are open and hold no secrets. Writes are guarded by `WriteGuard`, because CORS alone protects only the answer, not
+the effect: any page can send a simple POST. Bodies are checked by the models in this module, which `openapi` describes.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import json
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast
+from urllib.parse import urlsplit
+
+from flask import Blueprint, Flask, Response, current_app, jsonify, request
+from flask_cors import CORS
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from werkzeug.exceptions import HTTPException
+
+from balancer import __version__, openapi, strategies
+from balancer.backends import ID_PATTERN, AdminState, BackendPool, Origin
+from balancer.errors import SettingsError
+from balancer.settings import MaxConnections, Weight
+from balancer.statistics import NO_REQUESTS, Events, Statistics
+
+SCHEMA_VERSION = 1
+MAX_BODY = 65536  # bytes of a control request
+MAX_RECENT = 100
+LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+# Paths of the earlier program, whose clients expect application/json on errors too.
+LEGACY_PATHS = frozenset({"/status", "/health", "/algorithm", "/reset"})
+
+Lifecycle = Literal["starting", "running", "draining"]
+
+
+class Body(BaseModel):
+    """Base of all request bodies: no unknown fields, no silent conversions."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class AlgorithmChange(Body):
+    algorithm: str = Field(description="name from GET /algorithm")
+
+
+class Nothing(Body):
+    """An empty object."""
+
+
+class BackendCreate(Body):
+    id: str | None = Field(None, pattern=f"^{ID_PATTERN}$", description="unique name; chosen if left out")
+    url: str = Field(max_length=300, description="http://HOST:PORT or https://HOST:PORT")
+    weight: Weight = 1
+    max_connections: MaxConnections | None = None
+
+
+class BackendChange(Body):
+    weight: Weight | None = None
+    max_connections: MaxConnections | None = Field(None, description="null for no limit")
+    admin_state: AdminState | None = None
+
+
+class ApiError(Exception):
+    """Answered as JSON with `error`; `more` are further fields."""
+
+    def __init__(self, status: int, message: str, headers: dict[str, str] | None = None, **more: Any) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = headers or {}
+        self.more = more
+
+
+@dataclass(slots=True)
+class Control:
+    """What the control API acts on. `lifecycle` is written by the server, everything else locks itself."""
+
+    balancer_id: str
+    pool: BackendPool
+    statistics: Statistics
+    events: Events
+    dashboard: Path
+    queued: Callable[[], int] = lambda: 0
+    lifecycle: Lifecycle = "starting"
+
+    def is_serving(self) -> bool:
+        """Ready for traffic: the first round of health checks is done, and no shutdown is under way."""
+        return self.lifecycle != "draining" and self.pool.has_had_first_round()
+
+
+@dataclass(frozen=True, slots=True)
+class WriteGuard:
+    """Decides whether a write may be done. Reads never come here."""
+
+    token: str | None
+    origins: frozenset[str]
+    allow_file_origin: bool
+    is_loopback: bool
+
+    def check(self) -> None:
+        """Raises ApiError 401, 403 or 415."""
+        self._check_content_type()
+        self._check_origin()
+        if self.token is not None:
+            given = request.headers.get("Authorization", "").removeprefix("Bearer ").encode("latin-1", "replace")
+            if not hmac.compare_digest(given, self.token.encode()):
+                challenge = {"WWW-Authenticate": 'Bearer realm="load balancer"'}
+                raise ApiError(401, "this needs the admin token: Authorization: Bearer TOKEN", challenge)
+        elif not self.is_loopback:
+            raise ApiError(403, "writes from the network need an admin token: start with LB_ADMIN_TOKEN set")
+        elif _hostname(f"//{request.host}") not in LOOPBACK_NAMES:  # a name made to resolve to us: DNS rebinding
+            raise ApiError(403, f"writes need a Host of localhost, 127.0.0.1 or [::1], not {request.host!r}")
+
+    def _check_content_type(self) -> None:
+        """A page of another site can send a form or plain text without asking, but not JSON."""
+        is_browser = "Origin" in request.headers or "Sec-Fetch-Site" in request.headers
+        if (is_browser or request.content_length) and request.method != "DELETE" and not request.is_json:
+            raise ApiError(415, "expected Content-Type: application/json")
+
+    def _check_origin(self) -> None:
+        origin = request.headers.get("Origin")
+        if origin is None or origin in self.origins or origin == request.host_url.rstrip("/"):
+            return
+        if origin == "null":  # a file, but also any sandboxed frame: no identity
+            if self.allow_file_origin or self.token is not None:
+                return
+            raise ApiError(403, "a page from disk may not write; start with allow_file_origin or open /dashboard")
+        raise ApiError(403, f"origin {origin!r} may not write; add it to cors_origins")
+
+
+def is_control_path(prefix: str) -> Callable[[str], bool]:
+    """A predicate for the data path: is this path answered here instead of being forwarded?"""
+    exact = frozenset(prefix + path for path in openapi.PATHS if "{" not in path)
+    below = prefix + "/backends/"
+    return lambda path: path in exact or path.startswith(below)
+
+
+def install(app: Flask, control: Control, guard: WriteGuard, prefix: str = "") -> None:
+    """Put the control API into `app`."""
+    app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
+    app.json.sort_keys = False  # type: ignore[attr-defined]
+    app.extensions["control"] = control
+    app.extensions["write_guard"] = guard
+    app.register_blueprint(blueprint, url_prefix=prefix or None)
+    # Reads have no secrets, so a page from disk may read; `WriteGuard` decides about writes by itself.
+    CORS(
+        app,
+        origins=["null", *sorted(guard.origins)],
+        allow_headers=["Content-Type", "Authorization"],
+        methods=["GET", "POST", "PATCH", "DELETE"],
+        max_age=600,
+    )
+
+
+blueprint = Blueprint("control", __name__)
+
+
+def _control() -> Control:
+    return cast(Control, current_app.extensions["control"])
+
+
+# Guarding and parsing.
+
+
+@blueprint.before_request
+def _guard_writes() -> None:
+    if request.method in ("GET", "HEAD", "OPTIONS"):
+        return
+    try:
+        cast(WriteGuard, current_app.extensions["write_guard"]).check()
+    except ApiError as error:
+        _control().events.add("write_refused", None, f"{request.method} {request.path[:200]}: {error}", "warning")
+        raise
+
+
+M = TypeVar("M", bound=Body)
+
+
+def _body(model: type[M]) -> M:
+    """The request body as `model`. Raises ApiError 400 for what is not JSON, 422 for a wrong value."""
+    data = request.get_data()
+    try:
+        given = json.loads(data, parse_constant=_refuse_constant) if data else {}
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is not JSON: {str(error)[:200]}") from None
+    if not isinstance(given, dict):
+        raise ApiError(400, f"expected a JSON object, not {type(given).__name__}")
+    try:
+        return model.model_validate(given)
+    except ValidationError as error:
+        known = ", ".join(model.model_fields) or "no fields"
+        details = "; ".join(_explain(detail) for detail in error.errors(include_url=False))
+        raise ApiError(_validation_status(), f"{details} (fields: {known})"[:1000]) from None
+
+
+def _validation_status() -> int:
+    """422 for a wrong value; 400 on the paths of the earlier program, whose clients know only that."""
+    return 400 if _legacy() else 422
+
+
+def _explain(detail: Any) -> str:
+    name = ".".join(str(part) for part in detail["loc"])
+    return f"{name}: {detail['msg']}"
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _whole_number(name: str, default: int, maximum: int) -> int:
+    """A query parameter from 0 to `maximum`. Raises ApiError 400."""
+    text = request.args.get(name)
+    if text is None:
+        return default
+    if not re.fullmatch(r"[0-9]{1,15}", text) or int(text) > maximum:
+        raise ApiError(400, f"{name}={text[:40]!r}: expected a whole number from 0 to {maximum}")
+    return int(text)
+
+
+# Reading.
+
+
+@blueprint.get("/status")
+def status() -> Response:
+    control = _control()
+    recent = _whole_number("recent", 20, MAX_RECENT)
+    whole, by_backend, newest = control.statistics.snapshot(recent)
+    backends = [by_backend.get(backend["id"], NO_REQUESTS) | backend for backend in control.pool.snapshot()]
+    whole["queued_requests"] = control.queued()
+    whole["unassigned_requests"] = whole["total_requests"] - sum(backend["total_requests"] for backend in backends)
+    now = time.time()
+    return jsonify(
+        {
+            "schema_version": SCHEMA_VERSION,
+            "version": __version__,
+            "load_balancer_id": control.balancer_id,
+            "algorithm": control.pool.algorithm,
+            "lifecycle": control.lifecycle,
+            "now": now,
+            "uptime": time.monotonic() - _started,
+            "events_seq": control.events.latest,
+            "statistics": whole,
+            "backend_servers": backends,
+            "recent_requests": newest,
+            "capabilities": _capabilities(),
+        }
+    )
+
+
+_started = time.monotonic()
+
+
+def _capabilities() -> dict[str, Any]:
+    guard = cast(WriteGuard, current_app.extensions["write_guard"])
+    return {
+        "writes": guard.token is not None or guard.is_loopback,
+        "token_required": guard.token is not None,
+        "algorithms": _algorithms(),
+    }
+
+
+def _algorithms() -> list[dict[str, str]]:
+    return [{"name": name, "description": cls.description()} for name, cls in strategies.REGISTRY.items()]
+
+
+@blueprint.get("/health")
+@blueprint.get("/livez")
+def health() -> Response:
+    return jsonify({"status": "healthy", "load_balancer_id": _control().balancer_id})
+
+
+@blueprint.get("/readyz")
+def ready() -> tuple[Response, int]:
+    control = _control()
+    is_ready = control.is_serving()
+    answer = {"status": "ready" if is_ready else "not ready", "lifecycle": control.lifecycle}
+    return jsonify(answer), 200 if is_ready else 503
+
+
+@blueprint.get("/events")
+def events() -> Response:
+    newer, latest = _control().events.since(_whole_number("since", 0, 10**15))
+    return jsonify({"events": newer, "latest": latest})
+
+
+@blueprint.get("/openapi.json")
+def describe_api() -> Response:
+    return jsonify(openapi.document())
+
+
+@blueprint.get("/dashboard")
+def dashboard() -> Response:
+    try:
+        page = _control().dashboard.read_bytes()
+    except OSError as error:
+        raise ApiError(404, f"dashboard.html is not there: {error.strerror}") from None
+    response = Response(page, mimetype="text/html")
+    response.headers["Content-Security-Policy"] = content_security_policy(page)
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers["Cache-Control"] = "no-cache"
+    return response
+
+
+def content_security_policy(page: bytes) -> str:
+    """Only what the page itself brings may run, by hash, and it may talk to nobody but us."""
+    scripts, styles = (
+        " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text).digest()).decode()}'" for text in texts) or "'none'"
+        for texts in (re.findall(rb"<%s[^>]*>(.*?)</%s>" % (tag, tag), page, re.S) for tag in (b"script", b"style"))
+    )
+    return (
+        f"default-src 'none'; script-src {scripts}; style-src {styles}; img-src data:; connect-src 'self'; "
+        "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+    )
+
+
+# The algorithm and the statistics.
+
+
+@blueprint.get("/algorithm")
+def show_algorithm() -> Response:
+    return jsonify({"current": _control().pool.algorithm, "algorithms": _algorithms()})
+
+
+@blueprint.post("/algorithm")
+def change_algorithm() -> Response:
+    name = _body(AlgorithmChange).algorithm.strip()
+    if name not in strategies.REGISTRY:
+        raise ApiError(400, f"unknown algorithm {name[:80]!r}", valid_options=list(strategies.REGISTRY))
+    control = _control()
+    if name == control.pool.algorithm:
+        return jsonify({"message": f"{name} is already in use", "current": name})
+    control.pool.use(strategies.create(name))
+    return jsonify({"message": f"algorithm changed to {name}", "current": name})
+
+
+@blueprint.post("/reset")
+def reset() -> Response:
+    _body(Nothing)
+    control = _control()
+    control.statistics.reset()
+    control.events.add("statistics_reset", None, "statistics and recent requests were reset")
+    return jsonify({"message": "statistics reset"})
+
+
+# Backends.
+
+
+@blueprint.get("/backends")
+def list_backends() -> Response:
+    return jsonify({"backends": _control().pool.snapshot()})
+
+
+@blueprint.post("/backends")
+def add_backend() -> tuple[Response, int, dict[str, str]]:
+    wanted = _body(BackendCreate)
+    control = _control()
+    try:
+        origin = Origin.parse(wanted.url)
+    except SettingsError as error:
+        raise ApiError(422, str(error)) from None
+    try:
+        backend = control.pool.add(wanted.id, origin, weight=wanted.weight, max_connections=wanted.max_connections)
+    except SettingsError as error:
+        raise ApiError(409, str(error)) from None
+    return jsonify(_describe(backend.id)), 201, {"Location": f"{request.path}/{backend.id}"}
+
+
+@blueprint.get("/backends/<backend_id>")
+def show_backend(backend_id: str) -> Response:
+    return jsonify(_describe(backend_id))
+
+
+@blueprint.patch("/backends/<backend_id>")
+def change_backend(backend_id: str) -> Response:
+    changes = _body(BackendChange).model_dump(exclude_unset=True)
+    if not changes:
+        raise ApiError(422, f"nothing to change; give one of: {', '.join(BackendChange.model_fields)}")
+    for name in ("weight", "admin_state"):
+        if name in changes and changes[name] is None:
+            raise ApiError(422, f"{name}: must not be null")
+    try:
+        _control().pool.update(backend_id, changes)
+    except KeyError:
+        raise _unknown(backend_id) from None
+    return jsonify(_describe(backend_id))
+
+
+@blueprint.delete("/backends/<backend_id>")
+def remove_backend(backend_id: str) -> tuple[Response, int]:
+    try:
+        active = _control().pool.remove(backend_id)
+    except KeyError:
+        raise _unknown(backend_id) from None
+    if active:
+        return jsonify({"message": f"{backend_id} is removed when its requests have ended", "active": active}), 202
+    return jsonify({"message": f"{backend_id} removed", "active": 0}), 200
+
+
+def _describe(backend_id: str) -> dict[str, Any]:
+    for backend in _control().pool.snapshot():
+        if backend["id"] == backend_id:
+            return backend
+    raise _unknown(backend_id)
+
+
+def _unknown(backend_id: str) -> ApiError:
+    known = [backend["id"] for backend in _control().pool.snapshot()]
+    return ApiError(404, f"no backend {backend_id[:80]!r}", valid_options=known)
+
+
+# Errors.
+
+
+def _legacy() -> bool:
+    return request.path.rpartition("/")[2] in {path[1:] for path in LEGACY_PATHS}
+
+
+@blueprint.errorhandler(ApiError)
+def _api_error(error: ApiError) -> Response:
+    return _problem(error.status, str(error), error.headers, **error.more)
+
+
+@blueprint.app_errorhandler(HTTPException)
+def _http_error(error: HTTPException) -> Response:
+    allow = getattr(error, "valid_methods", None)
+    headers = {"Allow": ", ".join(sorted(allow))} if allow else {}
+    return _problem(error.code or 500, error.description or error.name, headers)
+
+
+def _problem(status_code: int, message: str, headers: dict[str, str], **more: Any) -> Response:
+    """RFC 9457 on new paths; `error` is on every one, because the earlier program's clients read it."""
+    body: dict[str, Any] = {"error": message, **more}
+    if not _legacy():
+        body |= {"type": "about:blank", "title": _title(status_code), "status": status_code, "detail": message}
+    response = jsonify(body)
+    response.status_code = status_code
+    response.headers.update(headers)
+    if not _legacy():
+        response.mimetype = "application/problem+json"
+    return response
+
+
+def _title(status_code: int) -> str:
+    from http import HTTPStatus
+
+    return HTTPStatus(status_code).phrase
+
+
+def _hostname(url: str) -> str | None:
+    try:
+        return urlsplit(url).hostname
+    except ValueError:
+        return None

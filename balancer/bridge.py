@@ -1,0 +1,457 @@
+"""From ASGI, as Granian speaks it, to WSGI, without losing what a proxy must keep.
+
+Granian's own WSGI interface gives neither the raw path nor repeated header lines, so this bridges its ASGI interface.
+The event loop thread only hands over: a `Call` goes to a worker thread, which builds the environ, runs the app and
+writes the answer itself. That rests on a property of Granian: `send` acts at once, in whichever thread calls it, and
+what it returns need only be waited for when the client is slow.
+
+    tokio thread (hyper) -> loop thread: Bridge.__call__ -> worker thread: Call.run -> tokio thread
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from functools import lru_cache
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote_to_bytes
+
+from balancer.errors import ClientGone
+from balancer.proxy import CLIENT, HEADER_LINES
+from balancer.workers import WorkerPool
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+    from balancer.transport import Connection
+
+log = logging.getLogger("balancer.server")
+
+WATCH_AFTER_SECONDS = 0.1  # a request in flight longer than this is watched for its client leaving
+STOP_SECONDS = 2.0  # for worker threads to end once nothing is in flight
+PROTOCOLS = {"1": "HTTP/1.0", "1.1": "HTTP/1.1", "2": "HTTP/2"}  # Granian calls HTTP/1.0 "1"
+
+
+class Call:
+    """One request, from hyper to the app and back. Also the `Watcher` of the backend connection that works for it.
+
+    `_lock` guards `_connection` and `is_gone`, which the loop thread and the worker thread share. `is_body_done` is set
+    by the worker before the loop looks at it.
+    """
+
+    __slots__ = (
+        "bridge",
+        "scope",
+        "_receive",
+        "_send",
+        "finished",
+        "started",
+        "is_gone",
+        "is_watched",
+        "is_body_done",
+        "_lock",
+        "_connection",
+        "_status",
+        "_headers",
+        "_is_started",
+    )
+
+    def __init__(self, bridge: Bridge, scope: dict[str, Any], receive: Any, send: Any, finished: Any) -> None:
+        self.bridge = bridge
+        self.scope = scope
+        self._receive = receive
+        self._send = send
+        self.finished: asyncio.Future[None] = finished
+        self.started = time.monotonic()
+        self.is_gone = False
+        self.is_watched = False
+        self.is_body_done = False
+        self._lock = Lock()
+        self._connection: Connection | None = None
+        self._status: int | None = None
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._is_started = False
+
+    # The client left: called by the loop thread. `attach` and `detach` are called by the worker thread.
+
+    def attach(self, connection: Connection) -> None:
+        with self._lock:
+            self._connection = connection
+            gone = self.is_gone
+        if gone:
+            connection.abort()
+
+    def detach(self) -> None:
+        with self._lock:
+            self._connection = None
+
+    def disconnect(self) -> None:
+        """Wake the worker if it waits for the backend. The lock is held so that the socket is still this call's."""
+        with self._lock:
+            self.is_gone = True
+            if self._connection is not None:
+                self._connection.abort()
+
+    def cut(self) -> None:
+        """End the client's connection so that it cannot take what it got for the whole answer.
+
+        hyper would end a chunked body properly, and Granian has no way to tell it not to, so the socket is shut down.
+        An HTTP/2 client loses its other streams too.
+        """
+        _shut_down(self.scope["client"], self.scope["server"])
+
+    # The worker thread.
+
+    def run(self) -> None:
+        """Run the app for this request; never raises."""
+        try:
+            self._run(self.bridge.app)
+        except ClientGone:
+            self.cut()
+        except Exception:
+            # The app's own errors are answered by the app. After the head, cutting is all that is left.
+            log.debug("request cut", exc_info=True)
+            if self._is_started:
+                self.cut()
+            else:
+                log.exception("request failed")
+                self._status, self._headers = 500, []
+                self._emit_last(b"")
+        finally:
+            self.bridge.finish(self)
+
+    def _run(self, app: WSGIApplication) -> None:
+        answer = app(self._environ(), self._start_response)
+        try:
+            if type(answer) is list and len(answer) == 1:
+                self._emit_last(answer[0])
+                return
+            for chunk in answer:
+                self._emit(chunk)
+                if self.is_gone:
+                    return
+            self._emit_last(b"")
+        finally:
+            close = getattr(answer, "close", None)
+            if close is not None:
+                close()
+
+    def refuse(self, app: WSGIApplication) -> None:
+        """Answer with `app` from the loop thread; it must not block."""
+        self.is_body_done = True
+        for chunk in app(self._environ(), self._start_response):
+            self._emit_last(chunk)
+
+    def _start_response(
+        self, status: str, headers: list[tuple[str, str]], exc_info: Any = None
+    ) -> Callable[[bytes], object]:
+        if exc_info is not None and self._is_started:
+            raise exc_info[1].with_traceback(exc_info[2])
+        self._status = int(status[:3])
+        self._headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
+        return self._emit
+
+    def _start(self) -> None:
+        if self._status is None:
+            raise RuntimeError("the app has not called start_response")
+        if not any(name.lower() == b"server" for name, _ in self._headers):
+            self._headers.append((b"server", b"load-balancer"))  # or Granian would name itself
+        self._is_started = True
+        self._send({"type": "http.response.start", "status": self._status, "headers": self._headers})
+
+    def _emit(self, chunk: bytes) -> None:
+        """Send a piece; an empty first one sends the head alone. Blocks while the client is slow."""
+        if not self._is_started:
+            self._start()
+        elif not chunk:
+            return
+        self._wait(self._send({"type": "http.response.body", "body": chunk, "more_body": True}))
+
+    def _emit_last(self, chunk: bytes) -> None:
+        if not self._is_started:
+            self._start()
+        self._wait(self._send({"type": "http.response.body", "body": chunk, "more_body": False}))
+
+    def receive(self) -> bytes:
+        """The next piece of the request body, b"" at its end. Raises ClientGone if it will not come."""
+        if self.is_body_done:
+            return b""
+        while True:
+            message = self._wait(self._receive())
+            if message["type"] != "http.request":
+                self.is_gone = True
+                raise ClientGone("the client left before its request was complete")
+            if not message["more_body"]:
+                self.is_body_done = True
+            if message["body"] or self.is_body_done:
+                return bytes(message["body"])
+
+    def _wait(self, awaitable: Any) -> Any:
+        """The result of what Granian returned; blocks this thread if it is not there yet."""
+        done = getattr(awaitable, "done", None)
+        if done is None:  # finished when it was made: its first step ends it
+            try:
+                next(awaitable)
+            except StopIteration as stop:
+                return stop.value
+            raise RuntimeError("Granian returned an awaitable of an unknown kind")
+        if not done():
+            ready = Lock()
+            ready.acquire()
+            self.bridge.loop.call_soon_threadsafe(awaitable.add_done_callback, lambda _: ready.release())
+            if not ready.acquire(timeout=self.bridge.idle_timeout):
+                raise ClientGone("the client neither sent nor read anything in time")
+        return awaitable.result()
+
+    def _environ(self) -> WSGIEnvironment:
+        scope = self.scope
+        raw_path: bytes = scope["raw_path"]
+        query: bytes = scope["query_string"]
+        target = b"%s?%s" % (raw_path, query) if query else raw_path
+        path = unquote_to_bytes(raw_path) if b"%" in raw_path else raw_path
+        body = RequestBody(self)
+        environ: WSGIEnvironment = {
+            "REQUEST_METHOD": scope["method"],
+            "SCRIPT_NAME": "",
+            "PATH_INFO": path.decode("latin-1"),
+            "QUERY_STRING": query.decode("latin-1"),
+            "REQUEST_URI": target.decode("latin-1"),
+            "SERVER_PROTOCOL": PROTOCOLS.get(scope["http_version"], "HTTP/1.1"),
+            "SERVER_NAME": scope["server"][0],
+            "SERVER_PORT": scope["server"][1],
+            "REMOTE_ADDR": scope["client"][0],
+            "REMOTE_PORT": scope["client"][1],
+            "wsgi.version": (1, 0),
+            "wsgi.url_scheme": scope["scheme"],
+            "wsgi.input": body,
+            "wsgi.errors": sys.stderr,
+            "wsgi.multithread": True,
+            "wsgi.multiprocess": False,
+            "wsgi.run_once": False,
+            HEADER_LINES: scope["headers"],
+            CLIENT: self,
+        }
+        _add_headers(environ, scope["headers"])
+        if "CONTENT_LENGTH" in environ:
+            self.is_body_done = environ["CONTENT_LENGTH"] == "0"
+        elif "HTTP_TRANSFER_ENCODING" in environ or (scope["http_version"] == "2" and not body.is_empty()):
+            environ["wsgi.input_terminated"] = True
+        else:
+            self.is_body_done = True
+        return environ
+
+
+class RequestBody:
+    """`wsgi.input` over a Call: reads what has come in, waits only for what is asked for."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        self._pending = b""
+
+    def is_empty(self) -> bool:
+        """True if the body has ended before its first byte; waits for whichever comes first."""
+        if not self._pending:
+            self._pending = self._call.receive()
+        return not self._pending
+
+    def read(self, size: int = -1) -> bytes:
+        """At most `size` bytes, fewer if fewer are here; all of the body if `size` is negative."""
+        if size is None or size < 0:
+            return b"".join(iter(lambda: self.read(65536), b""))
+        if not self._pending:
+            self._pending = self._call.receive()
+        data, self._pending = self._pending[:size], self._pending[size:]
+        return data
+
+    def readline(self, size: int = -1) -> bytes:
+        """Up to and with the next line feed, as PEP 3333 asks."""
+        line = b""
+        while not line.endswith(b"\n") and (size < 0 or len(line) < size):
+            piece = self.read(65536 if size < 0 else size - len(line))
+            if not piece:
+                break
+            end = piece.find(b"\n") + 1
+            if end:
+                self._pending = piece[end:] + self._pending
+                piece = piece[:end]
+            line += piece
+        return line
+
+    def readlines(self, hint: int = -1) -> list[bytes]:
+        return list(self)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self.readline, b"")
+
+
+@lru_cache(maxsize=1024)  # bounded: clients choose the names
+def _environ_key(name: bytes) -> str:
+    """The WSGI name of a header, "" if it must not have one: with `_` it could pass for another."""
+    if b"_" in name:
+        return ""
+    key = name.decode("latin-1").upper().replace("-", "_")
+    return key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else "HTTP_" + key
+
+
+def _add_headers(environ: WSGIEnvironment, lines: Iterable[tuple[bytes, bytes]]) -> None:
+    for name, value in lines:
+        key = _environ_key(name)
+        text = value.decode("latin-1")
+        if key in environ:
+            environ[key] += ("; " if key == "HTTP_COOKIE" else ",") + text
+        elif key:
+            environ[key] = text
+
+
+class Bridge:
+    """The ASGI app that Granian calls. All of it but `finish` runs in the loop thread.
+
+    `_calls` (in flight, oldest first) belongs to the loop thread. `_ended` is where worker threads put finished calls;
+    one wake-up of the loop collects as many as have come together.
+    """
+
+    def __init__(
+        self,
+        app: WSGIApplication,
+        pool: WorkerPool,
+        *,
+        idle_timeout: float = 60.0,
+        is_control: Callable[[str], bool] = lambda path: False,
+        overflow: WSGIApplication | None = None,
+        on_start: Callable[[], None] = lambda: None,
+        on_stop: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.app = app
+        self.pool = pool
+        self.idle_timeout = idle_timeout
+        self.loop: asyncio.AbstractEventLoop
+        self._is_control = is_control
+        self._overflow = overflow or _overloaded
+        self._on_start = on_start
+        self._on_stop = on_stop
+        self._calls: dict[Call, None] = {}
+        self._ended: deque[Call] = deque()
+        self._is_collecting = False
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+            return
+        call = Call(self, scope, receive, send, self.loop.create_future())
+        self._calls[call] = None
+        try:
+            if self.pool.submit(call, self._is_control(scope["path"])):
+                await call.finished
+            else:
+                call.refuse(self._overflow)
+        finally:
+            del self._calls[call]
+
+    async def _lifespan(self, receive: Any, send: Any) -> None:
+        self.loop = asyncio.get_running_loop()
+        await receive()
+        self._on_start()
+        watch = self.loop.create_task(self._watch())
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        watch.cancel()
+        await self.loop.run_in_executor(None, self.pool.stop, STOP_SECONDS)
+        await self.loop.run_in_executor(None, self._on_stop)
+        await send({"type": "lifespan.shutdown.complete"})
+
+    def finish(self, call: Call) -> None:
+        """A worker thread is done with `call`."""
+        self._ended.append(call)
+        if not self._is_collecting:
+            self._is_collecting = True
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the process is ending
+                self.loop.call_soon_threadsafe(self._collect)
+
+    def _collect(self) -> None:
+        self._is_collecting = False  # before looking, so that what comes now schedules again
+        while self._ended:
+            finished = self._ended.popleft().finished
+            if not finished.done():
+                finished.set_result(None)
+
+    # Noticing that a client has left.
+
+    async def _watch(self) -> None:
+        """Most requests are over before this looks at them, so that watching costs them nothing."""
+        while True:
+            await asyncio.sleep(WATCH_AFTER_SECONDS)
+            oldest = time.monotonic() - WATCH_AFTER_SECONDS
+            for call in list(self._calls):
+                if call.started > oldest:
+                    break
+                if call.is_body_done and not call.is_watched:
+                    call.is_watched = True
+                    self.loop.create_task(self._watch_one(call))
+
+    async def _watch_one(self, call: Call) -> None:
+        receive: Callable[[], Awaitable[dict[str, Any]]] = call._receive
+        while (await receive())["type"] == "http.request":
+            pass
+        if call in self._calls:  # else it was the end of the answer that ended the wait
+            self._lost(call)
+
+    def _lost(self, call: Call) -> None:
+        """hyper tells one request of a connection; over HTTP/2 there can be more."""
+        for other in [other for other in self._calls if other.scope["client"] == call.scope["client"]]:
+            other.disconnect()
+            if self.pool.withdraw(other) and not other.finished.done():
+                other.refuse(self._overflow)
+                other.finished.set_result(None)
+
+    @property
+    def active(self) -> int:
+        return len(self._calls)
+
+    def abort(self) -> None:
+        """Cut every client off: the drain time is over."""
+        for call in list(self._calls):
+            call.disconnect()
+            call.cut()
+
+
+def _overloaded(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    start_response("503 Service Unavailable", [("retry-after", "1"), ("content-length", "0")])
+    return [b""]
+
+
+def _shut_down(client: tuple[str, str], server: tuple[str, str]) -> None:
+    """Shut down the accepted socket between these two addresses, found among this process's descriptors.
+
+    Works on a duplicate, so that a descriptor closed and reused meanwhile cannot be hit.
+    """
+    wanted = (client[0], int(client[1])), (server[0], int(server[1]))
+    for descriptor in _descriptors():
+        with contextlib.suppress(OSError), _duplicate(descriptor) as accepted:
+            if (accepted.getpeername()[:2], accepted.getsockname()[:2]) == wanted:
+                accepted.shutdown(socket.SHUT_RDWR)
+                return
+
+
+def _duplicate(descriptor: int) -> socket.socket:
+    """Raises OSError if it is not a socket, or closed meanwhile."""
+    copy = os.dup(descriptor)
+    try:
+        return socket.socket(fileno=copy)
+    except OSError:
+        os.close(copy)
+        raise
+
+
+def _descriptors() -> list[int]:
+    for folder in ("/proc/self/fd", "/dev/fd"):
+        with contextlib.suppress(OSError):
+            return [int(name) for name in os.listdir(folder)]
+    return []

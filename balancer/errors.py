@@ -1,0 +1,129 @@
+"""What can go wrong, as decisions.
+
+Every class carries the HTTP `status` the client sees and a `reason`: a token of RFC 9209 section 2.3 where one fits,
+so that logs, `/status` and clients use the same words. Foreign errors (OSError, parser errors) are mapped to these at
+the socket boundary in `transport`; nothing above it needs to know them.
+
+    BalancerError
+      SettingsError         bad usage or configuration (exit code 2)
+      ClientError           the request is at fault: 400, 405, 413, 508
+      ClientGone            the client left before its answer was complete: 499 in logs, never sent
+      Unavailable           no backend, or no room: 503 with Retry-After
+      BackendError          the backend is at fault: 502, 504; also a requests exception
+        ConnectFailed         nothing was sent: any method may go elsewhere
+        ConnectTimedOut       the same, after the connect time-out
+        ConnectionLost        died before the response head was complete
+        InvalidResponse       answered something that is not HTTP, or not safe to pass on
+        ResponseTimedOut      no response head, or no further body bytes, in time
+        BodyTruncated         the body ended before its announced end
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import requests.exceptions as requests_errors
+
+
+class BalancerError(Exception):
+    """Base of all errors of this package; `str(error)` is one line for a person."""
+
+    status: ClassVar[int] = 500
+    reason: ClassVar[str] = "proxy_internal_error"
+
+
+class SettingsError(BalancerError):
+    """A setting is wrong: the text names the setting, the value and what is expected."""
+
+
+class ClientError(BalancerError):
+    """The request cannot be accepted. `status` 400 unless a subclass says otherwise."""
+
+    status = 400
+    reason = "http_request_error"
+
+
+class MethodRefused(ClientError):
+    """CONNECT and TRACE are not for a gateway (RFC 9110 sections 9.3.6 and 9.3.8)."""
+
+    status = 405
+
+
+class BodyTooLarge(ClientError):
+    """The request body is larger than `max_request_body`."""
+
+    status = 413
+
+
+class LoopDetected(ClientError):
+    """Our own pseudonym stands in `Via`: the request came from ourselves (RFC 9110 section 7.6.3)."""
+
+    status = 508
+    reason = "proxy_loop_detected"
+
+
+class ClientGone(BalancerError):
+    """The client left; 499 is nginx's code for it. Never the backend's fault."""
+
+    status = 499
+    reason = "client_gone"
+
+
+class Unavailable(BalancerError):
+    """No backend can take the request now, or the balancer is full. Answered with `Retry-After`."""
+
+    status = 503
+    reason = "destination_unavailable"
+
+
+class BackendError(BalancerError, requests_errors.RequestException):
+    """A backend failed. `requests` users can catch it as they catch any of its exceptions."""
+
+    status = 502
+    reason = "destination_unavailable"
+
+
+class ConnectFailed(BackendError, requests_errors.ConnectionError):
+    """No connection, so nothing was sent; `refused` tells a closed port from every other cause."""
+
+    reason = "connection_refused"
+
+    def __init__(self, message: str, *, refused: bool = False) -> None:
+        super().__init__(message)
+        self.refused = refused
+
+
+class ConnectTimedOut(ConnectFailed, requests_errors.ConnectTimeout):
+    """No connection within `connect_timeout`."""
+
+    status = 504
+    reason = "connection_timeout"
+
+
+class ConnectionLost(BackendError, requests_errors.ConnectionError):
+    """The connection ended before the response head; `stale` if it had been reused and no byte had come back."""
+
+    reason = "connection_terminated"
+
+    def __init__(self, message: str, *, stale: bool = False) -> None:
+        super().__init__(message)
+        self.stale = stale
+
+
+class InvalidResponse(BackendError, requests_errors.InvalidHeader):
+    """The response is malformed, or framed in a way that must not be passed on."""
+
+    reason = "http_protocol_error"
+
+
+class ResponseTimedOut(BackendError, requests_errors.ReadTimeout):
+    """Nothing came within `response_timeout` (head) or `idle_timeout` (between two pieces of a body)."""
+
+    status = 504
+    reason = "http_response_timeout"
+
+
+class BodyTruncated(BackendError, requests_errors.ChunkedEncodingError):
+    """The body stopped before its Content-Length or its last chunk (RFC 9112 section 8)."""
+
+    reason = "http_response_incomplete"

@@ -1,0 +1,227 @@
+"""Header rules of a gateway: pure functions on header lines, no I/O.
+
+Facts this module rests on:
+- A header section is an ordered list of lines. Lines of one name keep their order and are never merged, because
+  `Set-Cookie` cannot be (RFC 9110 section 5.3). So the type is a list of pairs of bytes, not a mapping.
+- Names are compared in lower case (section 5.1).
+- Hop-by-hop fields belong to one connection. They go first, in both directions; what we add comes after, or a client
+  could nominate our own fields in `Connection` and have them removed (section 7.6.1).
+- Everything a client says about where it comes from is a claim until its address is in `trusted_proxies`.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import count
+from secrets import token_hex
+
+from balancer.errors import ClientError, LoopDetected
+
+Line = tuple[bytes, bytes]
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+# RFC 9110 section 7.6.1, plus the fields that are for one hop by their own definition (sections 10.1.4, 11.7, 6.6.2).
+HOP_BY_HOP = frozenset(
+    {
+        b"connection",
+        b"proxy-connection",
+        b"keep-alive",
+        b"te",
+        b"transfer-encoding",
+        b"upgrade",
+        b"trailer",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+    }
+)
+# Not for the backend: `Expect` is answered by our server (section 10.1.1), `Proxy` is CVE-2016-5385 (httpoxy), the
+# framing is made anew by the transport (section 8.6), and the request id is set by us.
+_NOT_FORWARDED = HOP_BY_HOP | {b"expect", b"proxy", b"content-length", b"x-request-id"}
+_CLAIMS = frozenset({b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host", b"forwarded", b"x-real-ip"})
+# `Alt-Svc` names another way to the backend's own origin, which is not ours (RFC 7838 section 2.1).
+_NOT_RETURNED = HOP_BY_HOP | {b"alt-svc", b"x-request-id", b"x-served-by"}
+# What `Connection` may not take away: without it the message means something else.
+_NEVER_NOMINATED = frozenset({b"host", b"content-length"})
+
+IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})  # RFC 9110 section 9.2.2; TRACE is refused
+BODILESS_STATUSES = frozenset({204, 304})  # RFC 9112 section 6.3, rule 1
+
+_DIGITS = re.compile(rb"[0-9]{1,18}\Z")
+# reg-name, IPv4 or bracketed IPv6, optional port (RFC 3986 section 3.2.2); no user info, no spaces.
+_HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9\-._~!$&'()*+,;=%]+)(?::[0-9]{0,5})?\Z")
+_TARGET = re.compile(rb"(?:/[\x21-\x7e]*|\*)\Z")  # origin-form or asterisk-form (RFC 9112 section 3.2), visible ASCII
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:+/=@-]{1,128}\Z")
+_TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+\Z")  # RFC 9110 section 5.6.2
+
+_process_id = token_hex(6)
+_serial = count(1)
+
+
+class HeaderLines(Mapping[str, str]):
+    """Header lines that also read as a mapping, as `requests` expects of `headers`.
+
+    `lines` is the truth: pairs of bytes in wire order, repeated names kept. The mapping view joins repeated lines with
+    a comma, which is right for every field but `Set-Cookie`; use `lines` to forward.
+    """
+
+    __slots__ = ("lines",)
+
+    def __init__(self, lines: Sequence[Line]) -> None:
+        self.lines = lines
+
+    def __getitem__(self, name: str) -> str:
+        wanted = name.lower().encode("latin-1")
+        values = [value for key, value in self.lines if key.lower() == wanted]
+        if not values:
+            raise KeyError(name)
+        return b", ".join(values).decode("latin-1")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys(key.lower().decode("latin-1") for key, _ in self.lines))
+
+    def __len__(self) -> int:
+        return len({key.lower() for key, _ in self.lines})
+
+
+def parse_content_length(value: bytes) -> int:
+    """Length in bytes. Digits only: `int()` would take `+5`, `1_0`, blanks and digits of other scripts.
+
+    Raises ValueError for anything else (RFC 9110 section 8.6).
+    """
+    if not _DIGITS.match(value):
+        raise ValueError(f"Content-Length {value[:40]!r} is not a number")
+    return int(value)
+
+
+def nominated(lines: Iterable[Line]) -> frozenset[bytes]:
+    """Names listed in all `Connection` lines, in lower case (RFC 9110 section 7.6.1)."""
+    values = [value for name, value in lines if name == b"connection"]
+    if not values:
+        return frozenset()
+    names = (item.strip().lower() for value in values for item in value.split(b","))
+    return frozenset(names) - _NEVER_NOMINATED
+
+
+def check_request(method: str, target: bytes, hosts: Sequence[bytes], http_version: str) -> None:
+    """Refuse what hyper lets through: a bad target, no Host, more than one, or one that is no host.
+
+    Raises ClientError (RFC 9112 sections 3.2 and 3.2.4).
+    """
+    if not _TARGET.match(target) or (target == b"*" and method != "OPTIONS"):
+        raise ClientError("the request target must be a path")
+    if len(hosts) > 1:
+        raise ClientError(f"the request has {len(hosts)} Host lines, expected one")
+    host = hosts[0] if hosts else b""
+    if not host:
+        if http_version != "1.0":
+            raise ClientError("the request has no Host header")
+    elif not _HOST.match(host):
+        raise ClientError("the Host header is not a host name")
+
+
+def request_id(lines: Iterable[Line]) -> bytes:
+    """The client's X-Request-ID if it is one sane line, else a new one: unique in this process and across restarts."""
+    given = [value for name, value in lines if name == b"x-request-id"]
+    if len(given) == 1 and _REQUEST_ID.match(given[0]):
+        return given[0]
+    return b"%s-%x" % (_process_id.encode(), next(_serial))
+
+
+def request_lines(
+    lines: Sequence[Line],
+    *,
+    peer: str,
+    scheme: str,
+    http_version: str,
+    pseudonym: bytes,
+    identifier: bytes,
+    trusted: Sequence[Network] = (),
+) -> list[Line]:
+    """Header lines for the backend, without framing fields (the transport adds those).
+
+    `lines` have lower-case names; `peer` is the address of the TCP connection; `pseudonym` our name in `Via`.
+    Raises LoopDetected if the request has passed through us before.
+    """
+    drop = nominated(lines)
+    is_trusted = bool(trusted) and is_in_networks(peer, trusted)
+    kept: list[Line] = []
+    forwarded_for: list[bytes] = []
+    claims: dict[bytes, bytes] = {}
+    host = b""
+    if http_version == "2":
+        lines = join_cookies(lines)
+    for line in lines:
+        name, value = line
+        if name in _NOT_FORWARDED or name in drop:
+            continue
+        if name in _CLAIMS:
+            if is_trusted:
+                if name == b"x-forwarded-for":
+                    forwarded_for.append(value)
+                else:
+                    claims[name] = claims[name] + b", " + value if name in claims else value
+            continue
+        # WSGI and CGI fold `_` onto `-`: X_Forwarded_For would arrive as X-Forwarded-For.
+        if b"_" in name:
+            continue
+        if name == b"via" and pseudonym in value:
+            raise LoopDetected("the request has already passed through this load balancer")
+        if name == b"host":
+            host = value
+            if not host:
+                continue
+        kept.append(line)
+    if not host:
+        kept.insert(0, (b"host", b""))  # HTTP/1.0 without Host: the field is required in what we send, it may be empty
+    address = peer.partition("%")[0].encode("ascii", "replace")  # an IPv6 zone means nothing to anyone else
+    forwarded_for.append(address)
+    kept.append((b"x-forwarded-for", b", ".join(forwarded_for)))
+    kept.append((b"x-forwarded-proto", claims.get(b"x-forwarded-proto", scheme.encode())))
+    kept.append((b"x-forwarded-host", claims.get(b"x-forwarded-host", host)))
+    if b"forwarded" in claims:
+        kept.append((b"forwarded", claims[b"forwarded"] + b", " + _forwarded(address, host, scheme)))
+    if b"x-real-ip" in claims:
+        kept.append((b"x-real-ip", claims[b"x-real-ip"]))
+    kept.append((b"x-request-id", identifier))
+    kept.append((b"via", http_version.encode() + b" " + pseudonym))
+    return kept
+
+
+def join_cookies(lines: Sequence[Line]) -> Sequence[Line]:
+    """HTTP/2 may split `Cookie` over several lines; HTTP/1.1 must get one (RFC 9113 section 8.2.3)."""
+    crumbs = [value for name, value in lines if name == b"cookie"]
+    if len(crumbs) < 2:
+        return lines
+    return [line for line in lines if line[0] != b"cookie"] + [(b"cookie", b"; ".join(crumbs))]
+
+
+def response_lines(lines: Sequence[Line], status: int) -> list[Line]:
+    """Header lines for the client: everything that is not for the connection to the backend only."""
+    lowered = [(name.lower(), value) for name, value in lines]
+    drop = nominated(lowered) | _NOT_RETURNED
+    if status == 204:  # RFC 9110 section 8.6
+        drop |= {b"content-length"}
+    return [line for line in lowered if line[0] not in drop]
+
+
+def is_in_networks(address: str, networks: Sequence[Network]) -> bool:
+    """True if `address` parses and lies in one of `networks`; an IPv4-mapped IPv6 address counts as IPv4."""
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return False
+    mapped = getattr(parsed, "ipv4_mapped", None)
+    return any((mapped or parsed) in network for network in networks)
+
+
+def is_token(text: bytes) -> bool:
+    """True for a token of RFC 9110 section 5.6.2."""
+    return _TOKEN.match(text) is not None
+
+
+def _forwarded(address: bytes, host: bytes, scheme: str) -> bytes:
+    """One element of `Forwarded` (RFC 7239 section 4); an IPv6 address is bracketed and quoted (section 6)."""
+    node = b'"[%s]"' % address if b":" in address else address
+    return b'for=%s;host="%s";proto=%s' % (node, host, scheme.encode())

@@ -1,0 +1,395 @@
+"""The request's way: a WSGI callable that leases a backend, sends, retries and streams.
+
+In front of Flask (`app.wsgi_app = ReverseProxy(app.wsgi_app, ...)`): a control path goes on to Flask, everything else
+to a backend without touching Flask. The outgoing request is built once; attempts loop around it. A small answer that
+came whole is handed on whole, and is counted before the client can see it; anything else is streamed, and its
+`ResponseStream` releases the lease, gives back or closes the connection, and records the exchange on every ending.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+from urllib.parse import quote_from_bytes
+
+from balancer.backends import BackendPool, Lease
+from balancer.errors import (
+    BackendError,
+    BalancerError,
+    BodyTooLarge,
+    ClientError,
+    ClientGone,
+    ConnectFailed,
+    MethodRefused,
+    Unavailable,
+)
+from balancer.messages import (
+    Line,
+    Network,
+    check_request,
+    parse_content_length,
+    request_id,
+    request_lines,
+    response_lines,
+)
+from balancer.statistics import Attempt, Exchange, Statistics
+from balancer.transport import BackendAdapter, BackendResponse, OutgoingRequest, ResponseBody
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import InputStream, StartResponse, WSGIApplication, WSGIEnvironment
+
+log = logging.getLogger("balancer.proxy")
+
+# What our own server puts into environ beyond PEP 3333; under any other server they are missing.
+HEADER_LINES = "balancer.header_lines"  # list of (lower-case name, value) as received, in bytes
+CLIENT = "balancer.client"  # a transport.Watcher with `is_gone`: cuts the backend connection when the client leaves
+
+REPLAY_LIMIT = 65536  # bytes: a request body up to this size is read first, so that it can be sent again
+READ_SIZE = 65536
+RETRY_AFTER_SECONDS = 1
+ALLOWED_METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"  # in 405; other methods but CONNECT and TRACE pass too
+
+
+@dataclass(frozen=True, slots=True)
+class ProxyOptions:
+    """What the data path needs of the settings; `settings.Settings` says what each one means."""
+
+    balancer_id: str = "lb-1"
+    pseudonym: bytes = b"lb-1"
+    trusted: tuple[Network, ...] = ()
+    expose_backend: bool = False
+    max_request_body: int | None = None
+    retries: int = 2
+    retry_budget: float = 0.2
+    retry_budget_min: int = 3
+
+
+class ReverseProxy:
+    """The WSGI callable. It has no state of its own; the pool, the adapter and the statistics each lock theirs."""
+
+    def __init__(
+        self,
+        control_app: WSGIApplication,
+        is_control: Callable[[str], bool],
+        *,
+        pool: BackendPool,
+        adapter: BackendAdapter,
+        statistics: Statistics,
+        options: ProxyOptions,
+        on_refused: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._control_app = control_app
+        self.is_control = is_control
+        self.pool = pool
+        self.adapter = adapter
+        self.statistics = statistics
+        self.options = options
+        self.on_refused = on_refused
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        if self.is_control(environ["PATH_INFO"]):
+            return self._control_app(environ, start_response)
+        return Forwarding(self, environ, start_response).run()
+
+    def refuse(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        """The answer to a request that no thread is free for; does not block."""
+        return Forwarding(self, environ, start_response).refuse()
+
+
+class Forwarding:
+    """One request on its way: what its attempts and its answer share. Used by one thread, once."""
+
+    __slots__ = ("_proxy", "_environ", "_start_response", "_lines", "_started", "_identifier", "_record", "_lease")
+
+    def __init__(self, proxy: ReverseProxy, environ: WSGIEnvironment, start_response: StartResponse) -> None:
+        self._proxy = proxy
+        self._environ = environ
+        self._start_response = start_response
+        self._lines = header_lines(environ)
+        self._started = time.perf_counter()
+        self._identifier = request_id(self._lines)
+        self._lease: Lease | None = None
+        self._record = Exchange(
+            timestamp=time.time(),
+            method=environ["REQUEST_METHOD"],
+            path=environ["PATH_INFO"],
+            request_id=self._identifier.decode("ascii"),
+        )
+
+    def run(self) -> Iterable[bytes]:
+        self._proxy.statistics.begin()
+        try:
+            return self._answer(self._send(self._build()))
+        except BalancerError as error:
+            return self._refuse(error)
+        except Exception:  # ours, not the client's or a backend's: the log has the traceback, the client one line
+            log.exception("request %s failed", self._record.request_id)
+            return self._refuse(BalancerError("internal error, the log of the balancer has the cause"))
+
+    def refuse(self) -> Iterable[bytes]:
+        self._proxy.statistics.begin()
+        if self._client_is_gone():
+            return self._refuse(ClientGone("the client left while it waited for a thread"))
+        return self._refuse(Unavailable("the load balancer is full, try again"))
+
+    # The outgoing request, built once.
+
+    def _build(self) -> OutgoingRequest:
+        environ, options = self._environ, self._proxy.options
+        method = self._record.method
+        version = environ["SERVER_PROTOCOL"].removeprefix("HTTP/")
+        target = raw_target(environ)
+        if method in ("CONNECT", "TRACE"):
+            raise MethodRefused(f"{method} is not supported")
+        check_request(method, target, [value for name, value in self._lines if name == b"host"], version)
+        lines = request_lines(
+            self._lines,
+            peer=environ.get("REMOTE_ADDR") or "unknown",
+            scheme=environ["wsgi.url_scheme"],
+            http_version=version,
+            pseudonym=options.pseudonym,
+            identifier=self._identifier,
+            trusted=options.trusted,
+        )
+        request = OutgoingRequest(method, target, lines)
+        request.watcher = environ.get(CLIENT)
+        self._add_body(request)
+        return request
+
+    def _add_body(self, request: OutgoingRequest) -> None:
+        environ, limit = self._environ, self._proxy.options.max_request_body
+        length = content_length(environ, self._lines)
+        if length is not None:
+            if limit is not None and length > limit:
+                raise BodyTooLarge(f"the request body has {length} bytes, at most {limit} are accepted")
+            chunks = read_body(environ["wsgi.input"], length, None)
+            request.body = b"".join(chunks) if length <= REPLAY_LIMIT else chunks
+            request.content_length = length
+        elif environ.get("wsgi.input_terminated") and may_have_body(environ, self._lines):
+            request.body = read_body(environ["wsgi.input"], None, limit)
+
+    # Attempts.
+
+    def _send(self, request: OutgoingRequest) -> BackendResponse:
+        """Try backends, another one each time. Raises what the last attempt raised."""
+        statistics, options = self._proxy.statistics, self._proxy.options
+        failure: BackendError | None = None
+        retries = 0
+        try:
+            while True:
+                self._lease_backend(request, failure)
+                try:
+                    return self._attempt(request)
+                except BackendError as error:
+                    failure = error
+                    if not may_retry(request, error) or retries >= options.retries:
+                        raise
+                    if not statistics.begin_retry(options.retry_budget, options.retry_budget_min):
+                        raise
+                    retries += 1
+        finally:
+            if retries:
+                statistics.end_retries(retries)
+
+    def _lease_backend(self, request: OutgoingRequest, failure: BackendError | None) -> None:
+        try:
+            self._lease = self._proxy.pool.lease(request, [attempt.backend for attempt in self._record.attempts])
+        except Unavailable:
+            if failure is not None:
+                raise failure from None  # what went wrong says more than that nobody else is left
+            raise
+        self._record.backend = self._lease.backend.id
+
+    def _attempt(self, request: OutgoingRequest) -> BackendResponse:
+        assert self._lease is not None
+        backend, started = self._lease.backend, time.perf_counter()
+        attempt = Attempt(backend.id)
+        self._record.attempts.append(attempt)
+        try:
+            response = self._proxy.adapter.exchange(request, backend.origin)
+        except BackendError as error:
+            self._lease.release()
+            if self._client_is_gone():
+                raise ClientGone("the client left while the backend was working") from None
+            attempt.outcome = error.reason
+            if isinstance(error, ConnectFailed) and error.refused:
+                self._proxy.pool.record_refused(backend, str(error))
+                self._proxy.on_refused()
+            raise
+        else:
+            attempt.outcome = str(response.status_code)
+            return response
+        finally:
+            attempt.seconds = time.perf_counter() - started
+
+    def _client_is_gone(self) -> bool:
+        client = self._environ.get(CLIENT)
+        return client is not None and client.is_gone
+
+    # The answer.
+
+    def _answer(self, response: BackendResponse) -> Iterable[bytes]:
+        status, body = response.status_code, response.body
+        headers = [
+            (name.decode("latin-1"), value.decode("latin-1")) for name, value in response_lines(response.lines, status)
+        ]
+        self._add_own_headers(headers)
+        if not body.is_complete:
+            stream = ResponseStream(self, body, status)
+            self._start_response(f"{status} {response.reason}", headers)
+            return stream
+        data = body.read_chunk()
+        self.finish(status)
+        self._start_response(f"{status} {response.reason}", headers)
+        return [data]
+
+    def _add_own_headers(self, headers: list[tuple[str, str]]) -> None:
+        headers.append(("x-request-id", self._record.request_id))
+        if self._proxy.options.expose_backend and self._record.backend is not None:
+            headers.append(("x-served-by", self._record.backend))
+
+    def _refuse(self, error: BalancerError) -> Iterable[bytes]:
+        """The balancer's own answer to a request that got none from a backend."""
+        self.finish(error.status, reason=error.reason, complete=not isinstance(error, ClientGone))
+        status = (
+            HTTPStatus.BAD_REQUEST if isinstance(error, ClientGone) else HTTPStatus(error.status)
+        )  # nobody reads it
+        body = json.dumps(
+            {
+                "error": str(error),
+                "load_balancer_id": self._proxy.options.balancer_id,
+                "request_id": self._record.request_id,
+            }
+        ).encode()
+        headers = [("content-type", "application/json"), ("content-length", str(len(body)))]
+        if isinstance(error, Unavailable):
+            headers.append(("retry-after", str(RETRY_AFTER_SECONDS)))
+        if isinstance(error, MethodRefused):
+            headers.append(("allow", ALLOWED_METHODS))
+        self._add_own_headers(headers)
+        self._start_response(f"{status.value} {status.phrase}", headers)
+        return [body]
+
+    def finish(self, status: int, *, reason: str | None = None, complete: bool = True) -> None:
+        """Give the backend's place back and record the exchange. `status` is what the client sees."""
+        record, lease = self._record, self._lease
+        if lease is not None:
+            answered = reason is None and record.attempts[-1].seconds
+            lease.release(answered or None)
+        record.status = status
+        record.reason = reason
+        record.complete = complete
+        record.seconds = time.perf_counter() - self._started
+        self._proxy.statistics.record(record)
+
+
+class ResponseStream:
+    """A response body on its way to the client, as WSGI wants it: iterate, then `close` whatever happened."""
+
+    __slots__ = ("_forwarding", "_body", "_status", "_is_flushed", "_is_finished")
+
+    def __init__(self, forwarding: Forwarding, body: ResponseBody, status: int) -> None:
+        self._forwarding = forwarding
+        self._body = body
+        self._status = status
+        self._is_flushed = bool(body.buffered)
+        self._is_finished = False
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        if not self._is_flushed:  # our server sends the head when it sees this; any other server does nothing
+            self._is_flushed = True
+            return b""
+        if self._is_finished:
+            raise StopIteration
+        try:
+            chunk = self._body.read_chunk()
+        except BackendError as error:
+            if self._forwarding._client_is_gone():
+                self.close()
+            else:
+                self._finish(error.reason, complete=False)
+            raise
+        if self._body.is_complete:  # counted before the client can see the end
+            self._finish()
+        return chunk
+
+    def close(self) -> None:
+        """Idempotent. Before the end it means that the client left: the backend connection is closed at once."""
+        if not self._is_finished:
+            self._status = ClientGone.status
+            self._finish(ClientGone.reason, complete=False)
+
+    def _finish(self, reason: str | None = None, *, complete: bool = True) -> None:
+        self._is_finished = True
+        self._body.close()
+        self._forwarding.finish(self._status, reason=reason, complete=complete)
+
+
+def may_retry(request: OutgoingRequest, error: BackendError) -> bool:
+    """Nothing was sent and the body is untouched: any method. Otherwise only what may be repeated."""
+    return isinstance(error, ConnectFailed) or request.is_retriable
+
+
+def header_lines(environ: WSGIEnvironment) -> list[Line]:
+    """Header lines as received; under a server that does not give them, what WSGI left of them."""
+    lines: list[Line] | None = environ.get(HEADER_LINES)
+    if lines is None:
+        lines = [
+            (key[5:].replace("_", "-").lower().encode("latin-1"), value.encode("latin-1"))
+            for key, value in environ.items()
+            if key.startswith("HTTP_")
+        ]
+        if environ.get("CONTENT_TYPE"):
+            lines.append((b"content-type", environ["CONTENT_TYPE"].encode("latin-1")))
+    return lines
+
+
+def raw_target(environ: WSGIEnvironment) -> bytes:
+    """The request target byte for byte; under a server that does not give it, the path is quoted again."""
+    target: str = environ.get("REQUEST_URI") or environ.get("RAW_URI") or ""
+    if target.startswith("/") or target == "*":
+        return target.encode("latin-1")
+    path = quote_from_bytes(environ["PATH_INFO"].encode("latin-1"), safe="/:@!$&'()*+,;=~-._")
+    query = environ.get("QUERY_STRING", "")
+    return f"{path}?{query}".encode("latin-1") if query else path.encode("latin-1")
+
+
+def content_length(environ: WSGIEnvironment, lines: Sequence[Line]) -> int | None:
+    """Bytes of the request body, None if there is no Content-Length. Raises ClientError (RFC 9112 section 6.3)."""
+    text = environ.get("CONTENT_LENGTH") or ""
+    if not text:
+        return None
+    if any(name == b"transfer-encoding" for name, _ in lines):
+        raise ClientError("the request has both Content-Length and Transfer-Encoding")
+    try:
+        return parse_content_length(text.encode("latin-1"))
+    except ValueError as error:
+        raise ClientError(str(error)) from None
+
+
+def may_have_body(environ: WSGIEnvironment, lines: Sequence[Line]) -> bool:
+    """Without Content-Length: chunked in HTTP/1.1; in HTTP/2 the end of the stream tells (RFC 9113 section 8.1)."""
+    return environ["SERVER_PROTOCOL"] == "HTTP/2" or any(name == b"transfer-encoding" for name, _ in lines)
+
+
+def read_body(stream: InputStream, length: int | None, limit: int | None) -> Iterator[bytes]:
+    """The request body in pieces. Raises ClientGone if it ends early, BodyTooLarge past `limit` bytes."""
+    received = 0
+    while length is None or received < length:
+        chunk = stream.read(READ_SIZE if length is None else min(READ_SIZE, length - received))
+        if not chunk:
+            if length is not None:
+                raise ClientGone(f"the client sent {received} of {length} bytes")
+            return
+        received += len(chunk)
+        if limit is not None and received > limit:
+            raise BodyTooLarge(f"the request body has more than {limit} bytes")
+        yield chunk

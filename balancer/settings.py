@@ -1,0 +1,281 @@
+"""Every setting: name, type, default and meaning in one place.
+
+A setting's name is the same everywhere: `health_interval` is `--health-interval`, `LB_HEALTH_INTERVAL`, and
+`health_interval` in the TOML file. A flag wins over the environment, that over the file, that over the default.
+Unknown names and wrong values are refused at the start, in one line that names the value and where it came from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+
+from balancer.backends import ID_PATTERN, MAX_WEIGHT, Origin
+from balancer.errors import SettingsError
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
+SecondsOrZero = Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False)]
+Weight = Annotated[int, Field(ge=0, le=MAX_WEIGHT)]
+MaxConnections = Annotated[int, Field(ge=1, le=1_000_000)]
+
+# Names that are not LB_ + NAME: those of the earlier program. They count less than the regular ones.
+LEGACY_ENVIRONMENT = {"ALGORITHM": "algorithm"}
+SECRET_FILES = {"LB_ADMIN_TOKEN_FILE": "admin_token"}
+
+
+class BackendSettings(BaseModel):
+    """One backend. On the command line and in the environment: `[ID=]URL[@WEIGHT]`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str = Field(
+        "", pattern=f"^(?:{ID_PATTERN})?$", description="name, unique; backend_1, backend_2, ... if left out"
+    )
+    url: str = Field(description="http://HOST:PORT or https://HOST:PORT")
+    weight: Weight = Field(1, description="share of the traffic relative to the others; 0 for no new requests")
+    max_connections: MaxConnections | None = Field(None, description="requests at the same time; no limit if left out")
+
+    @field_validator("url")
+    @classmethod
+    def _check_url(cls, url: str) -> str:
+        try:
+            return Origin.parse(url).url
+        except SettingsError as error:
+            raise ValueError(str(error)) from None
+
+    @classmethod
+    def parse(cls, text: str) -> dict[str, Any]:
+        """`[ID=]URL[@WEIGHT]` as the fields of a BackendSettings. Raises SettingsError."""
+        text = text.strip()
+        head, equals, rest = text.partition("=")
+        backend_id, url = (head, rest) if equals and "://" not in head else ("", text)
+        address, at, weight = url.rpartition("@")
+        if not at or "/" in weight or not weight.isdecimal():
+            address, weight = url, "1"
+        return {"id": backend_id.strip(), "url": address.strip(), "weight": int(weight)}
+
+
+DEFAULT_BACKENDS = tuple(
+    BackendSettings(id=f"backend_{number}", url=f"http://127.0.0.1:{5000 + number}", weight=4 - number)
+    for number in (1, 2, 3)
+)
+
+
+class Settings(BaseModel):
+    """All settings, checked. Times in seconds, sizes in bytes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    # Who and where.
+    id: str = Field("lb-1", pattern=f"^{ID_PATTERN}$", description="name of this balancer in answers and in Via")
+    host: str = Field("127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0 or :: for all")
+    port: int = Field(9000, ge=0, le=65535, description="port to listen on; 0 for any free one, which is printed")
+    control_port: Port | None = Field(None, description="port for the control paths alone, on the same address")
+    control_prefix: str = Field("", description="moves all control paths, as in /lb; the bare ones are then forwarded")
+
+    # Backends and choosing.
+    backends: tuple[BackendSettings, ...] = Field(DEFAULT_BACKENDS, description="the backends; repeat --backend")
+    algorithm: str = Field("weighted", description="how the backend is chosen; GET /algorithm lists all")
+
+    # Data path.
+    connect_timeout: Seconds = Field(3.0, description="to connect to a backend")
+    response_timeout: Seconds = Field(30.0, description="until a backend's response head is here")
+    idle_timeout: Seconds = Field(60.0, description="between two pieces of a body, either way")
+    pool_idle_timeout: Seconds = Field(4.0, description="an idle backend connection is kept; below the backend's own")
+    retries: int = Field(2, ge=0, le=10, description="further backends tried after a failure that allows it")
+    max_request_body: int | None = Field(
+        None, ge=0, description="larger bodies are refused with 413; no limit if empty"
+    )
+    ca_file: Path | None = Field(None, description="PEM file of CAs for https backends; the system's if empty")
+    trusted_proxies: tuple[str, ...] = Field((), description="networks whose X-Forwarded-* and Forwarded are believed")
+    expose_backend: bool = Field(False, description="add X-Served-By with the backend's id to answers")
+
+    # Health checks.
+    health_path: str = Field("/health", pattern=r"^/[\x21-\x7e]*$", description="path asked by the health checks")
+    health_interval: Seconds = Field(0.5, description="between two checks of a backend; a fifth while it changes")
+    health_timeout: Seconds = Field(0.4, description="for a check to connect, and to answer")
+    health_fall: int = Field(2, ge=1, le=100, description="failed checks in a row until a backend is down")
+    health_rise: int = Field(1, ge=1, le=100, description="good checks in a row until it is up again")
+
+    # Control API.
+    admin_token: SecretStr | None = Field(None, description="writes need it as a Bearer token; LB_ADMIN_TOKEN_FILE too")
+    cors_origins: tuple[str, ...] = Field(
+        (), description="origins of pages that may read and write, as https://ops.example"
+    )
+    allow_file_origin: bool = Field(False, description="let a dashboard opened from disk (Origin: null) read and write")
+
+    # Process.
+    max_threads: int = Field(
+        1024, ge=1, le=10000, description="requests worked on at the same time; threads grow on demand"
+    )
+    max_queued: int = Field(1024, ge=0, le=100000, description="requests that wait for a thread; above that 503")
+    thread_idle_timeout: Seconds = Field(30.0, description="an idle thread ends")
+    max_clients: int = Field(10000, ge=1, le=1_000_000, description="client connections; more wait to be accepted")
+    header_timeout: Seconds = Field(10.0, description="for a client to send its whole request head")
+    max_header_bytes: int = Field(65536, ge=8192, le=1048576, description="of a request head; above that 431")
+    drain_timeout: SecondsOrZero = Field(30.0, description="after SIGTERM, for requests in flight to finish")
+    cpu_affinity: str = Field("auto", description="auto pins to one CPU, none to no CPU, or a list as 0,2")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged, to stdout")
+
+    @field_validator("control_prefix")
+    @classmethod
+    def _check_prefix(cls, prefix: str) -> str:
+        prefix = prefix.rstrip("/")
+        if prefix and (not prefix.startswith("/") or "//" in prefix or not prefix.isascii() or " " in prefix):
+            raise ValueError("expected a path such as /lb")
+        return prefix
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _check_networks(cls, networks: tuple[str, ...]) -> tuple[str, ...]:
+        for network in networks:
+            try:
+                ipaddress.ip_network(network)
+            except ValueError as error:
+                raise ValueError(f"{error}; expected a network such as 10.0.0.0/8") from None
+        return networks
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            scheme, found, host = origin.partition("://")
+            if not found or scheme not in ("http", "https") or not host or set(host) & set("/*, "):
+                raise ValueError(f"origin {origin!r}: expected scheme and host such as https://ops.example")
+        return origins
+
+    @field_validator("cpu_affinity")
+    @classmethod
+    def _check_affinity(cls, text: str) -> str:
+        if text not in ("auto", "none") and not all(part.strip().isdecimal() for part in text.split(",")):
+            raise ValueError("expected auto, none, or a list of CPU numbers such as 0,2")
+        return text
+
+    @field_validator("backends")
+    @classmethod
+    def _name_backends(cls, backends: tuple[BackendSettings, ...]) -> tuple[BackendSettings, ...]:
+        named: dict[str, BackendSettings] = {}
+        for number, backend in enumerate(backends, start=1):
+            backend_id = backend.id or f"backend_{number}"
+            if backend_id in named:
+                raise ValueError(f"two backends have the id {backend_id!r}; ids must differ")
+            named[backend_id] = backend.model_copy(update={"id": backend_id})
+        return tuple(named.values())
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> Settings:
+        if self.control_port is not None and self.control_port == self.port:
+            raise ValueError(f"control_port and port are both {self.port}; choose another for one of them")
+        return self
+
+    @property
+    def networks(self) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
+        return tuple(ipaddress.ip_network(network) for network in self.trusted_proxies)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One flag per setting; all default to None, which means 'not given'."""
+    for name, field in Settings.model_fields.items():
+        flag, text = "--" + name.replace("_", "-"), (field.description or "").replace("%", "%%")
+        if name == "backends":
+            parser.add_argument("--backend", action="append", dest=name, metavar="[ID=]URL[@WEIGHT]", help=text)
+        elif name == "admin_token":
+            continue  # a secret on a command line can be read by every user of the machine
+        elif field.annotation is bool:
+            parser.add_argument(flag, nargs="?", const="true", metavar="true|false", help=text)
+        else:
+            parser.add_argument(flag, metavar=name.rpartition("_")[2].upper(), help=f"{text} ({show(field.default)})")
+
+
+def load(
+    arguments: Mapping[str, Any], environ: Mapping[str, str] = os.environ, file: Path | None = None
+) -> tuple[Settings, dict[str, str]]:
+    """(settings, where each one came from). Raises SettingsError with one line per wrong setting."""
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = dict.fromkeys(Settings.model_fields, "default")
+    flags = {name: value for name, value in arguments.items() if value is not None}
+    for source, given in (("file", _from_file(file)), ("environment", _from_environment(environ)), ("flag", flags)):
+        for name, value in given.items():
+            values[name] = _split(name, value)
+            sources[name] = f"file {file}" if source == "file" else source
+    try:
+        return Settings.model_validate(values), sources
+    except ValidationError as error:
+        raise SettingsError("; ".join(_explain(detail, sources) for detail in error.errors())) from None
+
+
+def show(value: Any) -> str:
+    """A setting's value as a person would write it; secrets are hidden."""
+    if isinstance(value, SecretStr):
+        return "(hidden)"
+    if isinstance(value, tuple):
+        return ", ".join(show(item) for item in value) or "(empty)"
+    if isinstance(value, BackendSettings):
+        return f"{value.id}={value.url}@{value.weight}"
+    if value is None or value == "":
+        return "(empty)"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def describe(settings: Settings, sources: Mapping[str, str]) -> str:
+    """A line per setting: name, value, source."""
+    rows = [(name, show(getattr(settings, name)), sources[name]) for name in Settings.model_fields]
+    wide = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    return "\n".join(f"{name:{wide[0]}}  {value:{min(wide[1], 40)}}  {source}" for name, value, source in rows)
+
+
+def _from_file(file: Path | None) -> dict[str, Any]:
+    if file is None:
+        return {}
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"config file {file}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"config file {file}: {error}") from None
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    """Blanks around a value are not part of it: cmd.exe leaves them. An empty value counts as not set."""
+    names = LEGACY_ENVIRONMENT | {f"LB_{name.upper()}": name for name in Settings.model_fields}
+    found = {field: environ[name].strip() for name, field in names.items() if environ.get(name, "").strip()}
+    for name, field in SECRET_FILES.items():
+        if path := environ.get(name, "").strip():
+            try:
+                found[field] = Path(path).read_text(encoding="utf-8").strip()
+            except (OSError, UnicodeDecodeError) as error:
+                raise SettingsError(f"{name}={path}: {getattr(error, 'strerror', None) or error}") from None
+    return found
+
+
+def _split(name: str, value: Any) -> Any:
+    """Lists are comma-separated in the environment and in flags; backends also have a short form."""
+    if name in ("trusted_proxies", "cors_origins", "backends") and isinstance(value, str):
+        value = [item.strip() for item in value.split(",") if item.strip()]
+    if name == "backends" and isinstance(value, list):
+        return [BackendSettings.parse(item) if isinstance(item, str) else item for item in value]
+    if name == "cpu_affinity" and isinstance(value, int):
+        return str(value)
+    return value.strip() if isinstance(value, str) else value
+
+
+def _explain(detail: Mapping[str, Any], sources: Mapping[str, str]) -> str:
+    """One wrong setting in words: name, value, source, what is expected."""
+    path: Sequence[Any] = detail["loc"]
+    name = str(path[0]) if path else ""
+    where = ".".join(str(part) for part in path)
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    if detail["type"] == "extra_forbidden":
+        return f"unknown setting {where!r} ({sources.get(name, 'unknown')}); see --help"
+    value = repr(detail.get("input"))[:120]
+    if name == "admin_token" or (name == "backends" and "@" in value):  # a URL with user info holds a password
+        value = "(hidden)"
+    return f"{where} = {value} ({sources.get(name, 'settings')}): {message}" if name else message

@@ -1,0 +1,277 @@
+"""Counters, latency histograms, and the bounded rings of recent requests and events.
+
+A request is recorded once, when its answer is complete or has failed, under one lock, so that at any moment
+total = successful + failed, and a request is counted for the backend that answered or was tried last, or for none.
+Failed means that the client got no complete answer, or one of 500 and above.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from threading import Lock
+from typing import Any
+
+RECENT_KEPT = 100
+EVENTS_KEPT = 500
+RATE_WINDOW_SECONDS = 5  # requests per second are the mean of this many whole seconds
+PATH_SHOWN = 200  # characters of a path that are kept; the query never is, it may hold secrets
+
+# Upper bounds in seconds, 100 us to about 105 s, each 1.15 times the last: a percentile is off by 15 % at most.
+BOUNDS = tuple(0.0001 * 1.15**step for step in range(100))
+CODE_CLASSES = ("1xx", "2xx", "3xx", "4xx", "5xx")
+
+
+class Histogram:
+    """Counts per bucket: constant memory however long it runs. Not locked; the owner's lock guards it."""
+
+    __slots__ = ("counts", "total", "maximum")
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(BOUNDS) + 1)
+        self.total = 0
+        self.maximum = 0.0
+
+    def add(self, seconds: float) -> None:
+        self.counts[bisect_left(BOUNDS, seconds)] += 1
+        self.total += 1
+        if seconds > self.maximum:
+            self.maximum = seconds
+
+    def percentile(self, share: float) -> float | None:
+        """Upper bound in seconds of the bucket that holds the `share` (0 to 1) smallest; None without samples."""
+        if not self.total:
+            return None
+        rank, seen = share * self.total, 0
+        for bound, count in zip(BOUNDS, self.counts, strict=False):
+            seen += count
+            if seen >= rank and count:
+                return min(bound, self.maximum)
+        return self.maximum
+
+    def summary(self) -> dict[str, float | None]:
+        return {"p50": self.percentile(0.50), "p95": self.percentile(0.95), "p99": self.percentile(0.99)}
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One try on one backend: outcome is a status, or the reason why there is none; seconds until the head was here."""
+
+    backend: str
+    outcome: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class Exchange:
+    """A finished request as it is recorded. `status` is what the client saw, 499 if it had left."""
+
+    timestamp: float
+    method: str
+    path: str
+    request_id: str
+    backend: str | None = None
+    status: int = 0
+    seconds: float = 0.0
+    complete: bool = True
+    reason: str | None = None
+    attempts: list[Attempt] = field(default_factory=list)
+
+    @property
+    def failed(self) -> bool:
+        return not self.complete or self.status >= 500
+
+    @property
+    def aborted(self) -> bool:
+        return self.status == 499
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "timestamp": self.timestamp,
+            "server_id": self.backend,
+            "response_time": self.seconds,
+            "status": self.status,
+            "method": self.method,
+            "path": self.path[:PATH_SHOWN],
+            "request_id": self.request_id,
+            "attempts": len(self.attempts),
+            "tried": [asdict(attempt) for attempt in self.attempts],
+            "reason": self.reason,
+            "complete": self.complete,
+        }
+
+
+class Counters:
+    """Totals of the whole balancer or of one backend. Not locked; the owner's lock guards it."""
+
+    __slots__ = ("total", "failed", "aborted", "seconds", "codes", "latency")
+
+    def __init__(self) -> None:
+        self.total = self.failed = self.aborted = 0
+        self.seconds = 0.0
+        self.codes = [0] * len(CODE_CLASSES)
+        self.latency = Histogram()
+
+    def add(self, exchange: Exchange) -> None:
+        self.total += 1
+        self.seconds += exchange.seconds
+        self.latency.add(exchange.seconds)
+        if exchange.failed:
+            self.failed += 1
+        if exchange.aborted:
+            self.aborted += 1
+        elif 100 <= exchange.status < 600:
+            self.codes[exchange.status // 100 - 1] += 1
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "total_requests": self.total,
+            "successful_requests": self.total - self.failed,
+            "failed_requests": self.failed,
+            "aborted_requests": self.aborted,
+            "avg_response_time": self.seconds / self.total if self.total else 0.0,
+            "latency": self.latency.summary(),
+            "codes": dict(zip(CODE_CLASSES, self.codes, strict=True)),
+        }
+
+
+class Rate:
+    """Requests per second over the last whole seconds. Not locked; the owner's lock guards it."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._seconds: deque[list[int]] = deque(maxlen=RATE_WINDOW_SECONDS + 1)  # [second, count]
+
+    def add(self) -> None:
+        second = int(self._clock())
+        if self._seconds and self._seconds[-1][0] == second:
+            self._seconds[-1][1] += 1
+        else:
+            self._seconds.append([second, 1])
+
+    def per_second(self) -> float:
+        now = int(self._clock())
+        window = range(now - RATE_WINDOW_SECONDS, now)
+        return sum(count for second, count in self._seconds if second in window) / RATE_WINDOW_SECONDS
+
+
+class Statistics:
+    """What happened since the start or the last reset.
+
+    `_lock` guards everything: `_whole`, `_backends`, `_recent`, `_rate`, `_retries`, `_retrying`, `_active` and
+    `_start_time`.
+    """
+
+    def __init__(
+        self, *, clock: Callable[[], float] = time.monotonic, wall_clock: Callable[[], float] = time.time
+    ) -> None:
+        self._lock = Lock()
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._active = 0
+        self._retrying = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self._start_time = self._wall_clock()
+        self._whole = Counters()
+        self._backends: dict[str, Counters] = {}
+        self._retries = 0
+        self._recent: deque[Exchange] = deque(maxlen=RECENT_KEPT)
+        self._rate = Rate(self._clock)
+
+    def begin(self) -> None:
+        """A request has arrived; exactly one `record` follows."""
+        with self._lock:
+            self._active += 1
+
+    def record(self, exchange: Exchange) -> None:
+        """A request has ended, one way or another."""
+        with self._lock:
+            self._active -= 1
+            self._whole.add(exchange)
+            if exchange.backend is not None:
+                counters = self._backends.get(exchange.backend)
+                if counters is None:
+                    counters = self._backends[exchange.backend] = Counters()
+                counters.add(exchange)
+            self._recent.append(exchange)
+            self._rate.add()
+
+    def begin_retry(self, share: float, minimum: int) -> bool:
+        """True if one more retry fits the budget: at most `share` of the requests in flight, but `minimum` anyway."""
+        with self._lock:
+            if self._retrying >= max(minimum, share * self._active):
+                return False
+            self._retrying += 1
+            self._retries += 1
+            return True
+
+    def end_retries(self, count: int) -> None:
+        """The request that retried `count` times has ended."""
+        with self._lock:
+            self._retrying -= count
+
+    def forget(self, backend_id: str) -> None:
+        """A backend was removed: its requests stay in the total, and a later backend of that id starts at 0."""
+        with self._lock:
+            self._backends.pop(backend_id, None)
+
+    def reset(self) -> None:
+        """Zero everything but what is in flight."""
+        with self._lock:
+            self._clear()
+
+    def snapshot(self, recent: int = 20) -> tuple[dict[str, Any], dict[str, dict[str, Any]], list[dict[str, Any]]]:
+        """(whole, per backend id, newest `recent` requests first), all of one moment."""
+        with self._lock:
+            whole = self._whole.describe() | {
+                "start_time": self._start_time,
+                "active_requests": self._active,
+                "retries": self._retries,
+                "requests_per_second": self._rate.per_second(),
+            }
+            backends = {backend_id: counters.describe() for backend_id, counters in self._backends.items()}
+            newest = list(islice(reversed(self._recent), recent))
+        return whole, backends, [exchange.describe() for exchange in newest]
+
+
+NO_REQUESTS = Counters().describe()  # what `/status` shows for a backend that has had none
+
+
+class Events:
+    """The newest events with a rising `seq`, so that a reader asks only for what is new. `_lock` guards both."""
+
+    def __init__(self, wall_clock: Callable[[], float] = time.time) -> None:
+        self._lock = Lock()
+        self._wall_clock = wall_clock
+        self._seq = 0
+        self._events: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
+
+    def add(self, kind: str, backend: str | None, message: str, severity: str = "info") -> None:
+        """`kind` is a stable word; `severity` is info, warning or error."""
+        with self._lock:
+            self._seq += 1
+            self._events.append(
+                {
+                    "seq": self._seq,
+                    "timestamp": self._wall_clock(),
+                    "kind": kind,
+                    "backend": backend or None,
+                    "message": message,
+                    "severity": severity,
+                }
+            )
+
+    def since(self, seq: int) -> tuple[list[dict[str, Any]], int]:
+        """(events with a higher `seq`, oldest first; the newest `seq`)."""
+        with self._lock:
+            return [event for event in self._events if event["seq"] > seq], self._seq
+
+    @property
+    def latest(self) -> int:
+        return self._seq

@@ -1,0 +1,191 @@
+"""How the next backend is chosen: one small class each, and the registry.
+
+`select` is called with the pool lock held and with candidates that are ready, have room and are never empty. It only
+chooses: no I/O, no sleeping, no lock, no counters of others. A strategy's own memory is guarded by the same lock.
+Clock and randomness are injected, so that a test or a simulation can replay any choice.
+
+To add one, write a class with `@strategy("name")`; from another package, name it in the entry-point group
+`load_balancer.strategies`. Its docstring is what `GET /algorithm` shows.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, TypeVar
+
+from balancer.backends import Backend
+from balancer.errors import SettingsError
+
+ENTRY_POINT_GROUP = "load_balancer.strategies"
+UNMEASURED_SECONDS = 1.0  # what a backend without a sample counts as once it is busy; Linkerd starts there too
+
+
+class Strategy:
+    """Base class: `name` is set by the decorator, `description` comes from the docstring."""
+
+    name: ClassVar[str] = ""
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic, rng: random.Random | None = None) -> None:
+        self.clock = clock
+        self.rng = rng or random.Random()
+
+    def select(self, candidates: Sequence[Backend], request: Any) -> Backend:
+        """One of `candidates`. `request` has `method`, `target` and `headers` of the outgoing request."""
+        raise NotImplementedError
+
+    def expected_shares(self, ready: Sequence[Backend]) -> Mapping[str, float] | None:
+        """Share of the traffic per backend id that this strategy aims at, or None if that depends on the traffic."""
+        return None
+
+    @classmethod
+    def description(cls) -> str:
+        return " ".join((inspect.getdoc(cls) or "").split())
+
+
+REGISTRY: dict[str, type[Strategy]] = {}
+S = TypeVar("S", bound=type[Strategy])
+
+
+def strategy(name: str) -> Callable[[S], S]:
+    """Register a Strategy class under `name`."""
+
+    def register(cls: S) -> S:
+        cls.name = name
+        REGISTRY[name] = cls
+        return cls
+
+    return register
+
+
+def load_entry_points() -> None:
+    """Register the strategies of installed packages. One that cannot be imported is a SettingsError naming it."""
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        try:
+            loaded = entry.load()
+        except Exception as error:  # whatever a foreign module raises when it is imported
+            raise SettingsError(f"strategy {entry.name!r} of {entry.value} cannot be loaded: {error}") from error
+        if not (isinstance(loaded, type) and issubclass(loaded, Strategy)):
+            raise SettingsError(f"strategy {entry.name!r}: {entry.value} is not a Strategy class")
+        strategy(entry.name)(loaded)
+
+
+def create(name: str, **injected: Any) -> Strategy:
+    """A new strategy with no memory. Raises SettingsError with the valid names."""
+    if name not in REGISTRY:
+        raise SettingsError(f"unknown algorithm {name!r}, expected one of: {', '.join(sorted(REGISTRY))}")
+    return REGISTRY[name](**injected)
+
+
+class SmoothTurns:
+    """Smooth weighted round robin, the turn-taking that every strategy here uses for itself or for its ties.
+
+    Each turn every candidate gains its weight; the richest goes and pays what all gained. Over sum(weights) turns each
+    gets exactly its weight, spread as evenly as possible. Candidates that are away neither gain nor pay.
+    """
+
+    def __init__(self) -> None:
+        self._credit: dict[str, int] = {}
+
+    def next(self, candidates: Sequence[Backend], weigh: Callable[[Backend], int]) -> Backend:
+        credit = self._credit
+        chosen, best, total = candidates[0], None, 0
+        for backend in candidates:
+            weight = weigh(backend)
+            total += weight
+            credit[backend.id] = current = credit.get(backend.id, 0) + weight
+            if best is None or current > best:
+                chosen, best = backend, current
+        credit[chosen.id] -= total
+        return chosen
+
+
+def _one(backend: Backend) -> int:
+    return 1
+
+
+def _weight(backend: Backend) -> int:
+    return backend.weight
+
+
+@strategy("round_robin")
+class RoundRobin(Strategy):
+    """Each backend in turn, exactly the same number of requests for all. Right for equal backends and requests of
+    about equal cost; ignores weights and load."""
+
+    def __init__(self, **injected: Any) -> None:
+        super().__init__(**injected)
+        self._turns = SmoothTurns()
+
+    def select(self, candidates: Sequence[Backend], request: Any) -> Backend:
+        return self._turns.next(candidates, _one)
+
+    def expected_shares(self, ready: Sequence[Backend]) -> Mapping[str, float] | None:
+        return {backend.id: 1 / len(ready) for backend in ready}
+
+
+@strategy("weighted")
+class Weighted(Strategy):
+    """Smooth weighted round robin: requests in exact proportion to the weights (3:2:1 gives 50, 33 and 17 %), evenly
+    spread rather than in bursts. Right for backends of known, unequal size."""
+
+    def __init__(self, **injected: Any) -> None:
+        super().__init__(**injected)
+        self._turns = SmoothTurns()
+
+    def select(self, candidates: Sequence[Backend], request: Any) -> Backend:
+        return self._turns.next(candidates, _weight)
+
+    def expected_shares(self, ready: Sequence[Backend]) -> Mapping[str, float] | None:
+        total = sum(backend.weight for backend in ready)
+        return {backend.id: backend.weight / total for backend in ready}
+
+
+@strategy("least_connections")
+class LeastConnections(Strategy):
+    """The backend with the fewest requests in flight for its weight; ties take turns by weight. Right for requests of
+    very different duration, and for backends of different or changing speed."""
+
+    def __init__(self, **injected: Any) -> None:
+        super().__init__(**injected)
+        self._turns = SmoothTurns()
+
+    def select(self, candidates: Sequence[Backend], request: Any) -> Backend:
+        least = candidates[0]
+        tied = [least]
+        for backend in candidates[1:]:
+            # active / weight compared without dividing, so equal loads are exactly equal
+            ours, theirs = backend.active * least.weight, least.active * backend.weight
+            if ours < theirs:
+                least, tied = backend, [backend]
+            elif ours == theirs:
+                tied.append(backend)
+        return least if len(tied) == 1 else self._turns.next(tied, _weight)
+
+
+@strategy("least_response_time")
+class LeastResponseTime(Strategy):
+    """The backend expected to answer first: its remembered time to first byte (EWMA; failures do not count) times its
+    requests in flight plus one, over its weight. An idle backend's remembered time halves every 5 s, so a slow one is
+    tried again; one never measured is tried first. Right when speed differs for reasons nobody knows beforehand."""
+
+    def __init__(self, **injected: Any) -> None:
+        super().__init__(**injected)
+        self._turns = SmoothTurns()
+
+    def select(self, candidates: Sequence[Backend], request: Any) -> Backend:
+        now = self.clock()
+        tied: list[Backend] = []
+        lowest = float("inf")
+        for backend in candidates:
+            # Never measured: first if idle, else as if slow, or it would draw all traffic until its first answer.
+            seconds = backend.response_time(now) or (UNMEASURED_SECONDS if backend.active else 0.0)
+            score = seconds * (backend.active + 1) / backend.weight
+            if score < lowest:
+                lowest, tied = score, [backend]
+            elif score == lowest:
+                tied.append(backend)
+        return tied[0] if len(tied) == 1 else self._turns.next(tied, _weight)

@@ -1,0 +1,252 @@
+#!/usr/bin/env python3
+"""The load balancer: command line and composition root. `python load_balancer.py --help` says how to use it.
+
+`create_app(settings)` returns a Flask app whose `wsgi_app` forwards everything but the control paths; it also runs
+under other WSGI servers, as in `waitress-serve load_balancer:app`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import logging
+import secrets
+import socket
+import ssl
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flask import Flask
+
+from balancer import __version__, api, settings, strategies
+from balancer.backends import BackendPool, Origin
+from balancer.errors import SettingsError
+from balancer.health import HealthChecker, Probe
+from balancer.proxy import ProxyOptions, ReverseProxy
+from balancer.settings import Settings
+from balancer.statistics import Events, Statistics
+from balancer.transport import BackendAdapter, Timeouts
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIApplication
+
+log = logging.getLogger("balancer")
+
+HERE = Path(__file__).resolve().parent
+EXAMPLES = """examples:
+  python load_balancer.py                                        three backends on ports 5001 to 5003
+  python load_balancer.py --backend http://127.0.0.1:8080        in front of one service of yours
+  python load_balancer.py --backend a=http://10.0.0.1:80@3 --backend b=http://10.0.0.2:80@1 --algorithm weighted
+  python load_balancer.py --config balancer.toml --check-config
+
+Every flag is also a key of the TOML file and an environment variable: --health-path, health_path, LB_HEALTH_PATH.
+A flag wins over the environment, that over the file, that over the default (in parentheses)."""
+
+
+@dataclass(slots=True)
+class Balancer:
+    """The parts that `create_app` wired, for whoever serves the app. `start` and `stop` once each."""
+
+    settings: Settings
+    control: api.Control
+    proxy: ReverseProxy
+    control_app: WSGIApplication
+    health: HealthChecker
+    adapter: BackendAdapter
+
+    def start(self) -> None:
+        self.health.start()
+        self.control.lifecycle = "running"
+
+    def drain(self) -> None:
+        self.control.lifecycle = "draining"
+
+    def stop(self) -> None:
+        self.drain()
+        self.health.stop()
+        self.adapter.close()
+
+
+def create_app(config: Settings | None = None) -> Flask:
+    """Wire the parts. The Balancer is `app.extensions["balancer"]`; nothing runs until its `start`.
+
+    Raises SettingsError for an unknown algorithm or an unreadable CA file.
+    """
+    config = config or Settings()
+    strategies.load_entry_points()
+    statistics, events = Statistics(), Events()
+    pool = BackendPool(strategies.create(config.algorithm), fall=config.health_fall, rise=config.health_rise)
+    tls = _tls_context(config.ca_file)
+    adapter = BackendAdapter(
+        Timeouts(config.connect_timeout, config.response_timeout, config.idle_timeout),
+        pool_idle_timeout=config.pool_idle_timeout,
+        tls=tls,
+    )
+    probe = Probe(config.health_path, config.health_timeout, tls=tls)
+    health = HealthChecker(pool, probe, interval=config.health_interval, on_round=adapter.close_idle)
+    for backend in config.backends:
+        pool.add(backend.id, Origin.parse(backend.url), weight=backend.weight, max_connections=backend.max_connections)
+
+    app = Flask(__name__, static_folder=None)
+    control = api.Control(config.id, pool, statistics, events, HERE / "dashboard.html")
+    token = config.admin_token.get_secret_value() if config.admin_token else None
+    guard = api.WriteGuard(token, frozenset(config.cors_origins), config.allow_file_origin, _is_loopback(config.host))
+    api.install(app, control, guard, config.control_prefix)
+    control_app = app.wsgi_app
+    is_control = (lambda path: False) if config.control_port else api.is_control_path(config.control_prefix)
+    proxy = ReverseProxy(
+        control_app,
+        is_control,
+        pool=pool,
+        adapter=adapter,
+        statistics=statistics,
+        options=_proxy_options(config),
+        on_refused=health.wake,
+    )
+    app.wsgi_app = proxy  # type: ignore[method-assign]
+    app.extensions["balancer"] = Balancer(config, control, proxy, control_app, health, adapter)
+    _follow(pool, statistics, events, health)
+    return app
+
+
+def _follow(pool: BackendPool, statistics: Statistics, events: Events, health: HealthChecker) -> None:
+    """Changes of the pool become events and log lines, and the parts that care are told."""
+
+    def changed(kind: str, backend_id: str, text: str, severity: str) -> None:
+        events.add(kind, backend_id, text, severity)
+        log.log(logging.getLevelName(severity.upper()), "%s %s: %s", kind, backend_id, text)
+        if kind == "backend_added":
+            health.wake()
+        elif kind == "backend_removed":
+            statistics.forget(backend_id)
+
+    pool.on_change(changed)
+
+
+def _proxy_options(config: Settings) -> ProxyOptions:
+    # The pseudonym is this very process: two balancers of one name in a chain are not a loop.
+    pseudonym = f"{config.id}.{secrets.token_hex(4)}".encode("ascii")
+    return ProxyOptions(
+        balancer_id=config.id,
+        pseudonym=pseudonym,
+        trusted=config.networks,
+        expose_backend=config.expose_backend,
+        max_request_body=config.max_request_body,
+        retries=config.retries,
+    )
+
+
+def _tls_context(ca_file: Path | None) -> ssl.SSLContext | None:
+    """None for the system's CAs, which are loaded when the first https backend needs them."""
+    if ca_file is None:
+        return None
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except (OSError, ssl.SSLError) as error:
+        raise SettingsError(f"ca_file {str(ca_file)!r}: {error.strerror or error}; expected a PEM file") from None
+
+
+def _is_loopback(host: str) -> bool:
+    return host == "localhost" or host == "::1" or host.startswith("127.")
+
+
+def __getattr__(name: str) -> Any:
+    """`load_balancer:app` for other WSGI servers, made when it is asked for, from the environment."""
+    if name != "app":
+        raise AttributeError(name)
+    app = create_app(settings.load({})[0])
+    balancer: Balancer = app.extensions["balancer"]
+    balancer.start()
+    atexit.register(balancer.stop)
+    globals()["app"] = app
+    return app
+
+
+# The command line.
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="load_balancer.py",
+        description="A load balancer: HTTP/1.1 and HTTP/2 in, HTTP backends out.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"load-balancer {__version__}")
+    parser.add_argument("--check-config", action="store_true", help="check all settings and exit")
+    parser.add_argument("--print-config", action="store_true", help="print all settings and where each came from")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with settings")
+    settings.add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0 after SIGTERM, 130 after Ctrl-C, 2 for bad usage or configuration, 1 if serving failed."""
+    parsed = vars(parse_arguments(arguments))
+    check, show, file = parsed.pop("check_config"), parsed.pop("print_config"), parsed.pop("config")
+    try:
+        config, sources = settings.load(parsed, file=file)
+        if show:
+            print(settings.describe(config, sources))
+            return 0
+        app = create_app(config)
+        if check:
+            print("configuration ok")
+            return 0
+        return run(app)
+    except SettingsError as error:
+        print(f"load_balancer.py: {error}", file=sys.stderr)
+        return 2
+
+
+def run(app: Flask) -> int:
+    """Serve `app` until a signal. Raises SettingsError if it cannot listen."""
+    from balancer import server  # Granian is not needed under another WSGI server, nor to check a configuration
+    from balancer.bridge import Bridge
+    from balancer.workers import WorkerPool
+
+    balancer: Balancer = app.extensions["balancer"]
+    config = balancer.settings
+    logging.basicConfig(
+        level=config.log_level.upper(), stream=sys.stdout, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    listener = server.listen(config.host, config.port)
+    server.pin(config.cpu_affinity)
+    workers = WorkerPool(config.max_threads, config.max_queued, config.thread_idle_timeout)
+    balancer.control.queued = lambda: workers.queued
+    main_bridge = Bridge(
+        app.wsgi_app,
+        workers,
+        idle_timeout=config.idle_timeout,
+        is_control=balancer.proxy.is_control,
+        overflow=balancer.proxy.refuse,
+        on_start=balancer.start,
+        on_stop=balancer.stop,
+    )
+    listeners = [(main_bridge, listener)]
+    where = [f"listening on {_url(listener)}"]
+    if config.control_port is not None:
+        control_listener = server.listen(config.host, config.control_port)
+        control_bridge = Bridge(
+            balancer.control_app, workers, idle_timeout=config.idle_timeout, is_control=lambda path: True
+        )
+        listeners.append((control_bridge, control_listener))
+        where.append(f"control API on {_url(control_listener)}")
+    print(f"{config.id}: {', '.join(where)}", flush=True)
+    options = server.ServerOptions(
+        config.max_clients, config.header_timeout, config.max_header_bytes, config.drain_timeout
+    )
+    return server.serve(listeners, options, balancer.drain)
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
