@@ -224,8 +224,6 @@ def run(app: Flask) -> int:
         idle_timeout=config.idle_timeout,
         is_control=balancer.proxy.is_control,
         overflow=balancer.proxy.refuse,
-        on_start=balancer.start,
-        on_stop=balancer.stop,
     )
     listeners = [(main_bridge, listener)]
     where = [f"listening on {_url(listener)}"]
@@ -240,7 +238,7 @@ def run(app: Flask) -> int:
     options = server.ServerOptions(
         config.max_clients, config.header_timeout, config.max_header_bytes, config.drain_timeout
     )
-    return server.serve(listeners, options, balancer.drain)
+    return server.serve(listeners, options, on_start=balancer.start, on_drain=balancer.drain, on_stop=balancer.stop)
 
 
 def _url(listener: socket.socket) -> str:

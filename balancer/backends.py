@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from balancer.errors import SettingsError, Unavailable
@@ -38,9 +38,8 @@ EWMA_SHARE = 0.2
 EWMA_HALF_LIFE_SECONDS = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """Where a backend listens: what a connection needs, parsed once."""
+class Origin(NamedTuple):
+    """Where a backend listens: what a connection needs, parsed once. Also the key of its pooled connections."""
 
     scheme: str
     host: str

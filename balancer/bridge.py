@@ -1,11 +1,12 @@
 """From ASGI, as Granian speaks it, to WSGI, without losing what a proxy must keep.
 
-Granian's own WSGI interface gives neither the raw path nor repeated header lines, so this bridges its ASGI interface.
-The event loop thread only hands over: a `Call` goes to a worker thread, which builds the environ, runs the app and
-writes the answer itself. That rests on a property of Granian: `send` acts at once, in whichever thread calls it, and
-what it returns need only be waited for when the client is slow.
+Granian's own WSGI interface gives neither the raw path nor repeated header lines, so this bridges its ASGI interface,
+at the point where Granian would schedule a coroutine: a `Call` goes straight to a worker thread, which builds the
+environ, runs the app and writes the answer itself. `send` acts at once, in whichever thread calls it; what it returns
+need only be waited for when the client is slow. The event loop serves only those waits and the watch for clients that
+leave; passing each request through it cost two more wake-ups and a task.
 
-    tokio thread (hyper) -> loop thread: Bridge.__call__ -> worker thread: Call.run -> tokio thread
+    Granian's thread: Bridge.accept -> worker thread: Call.run -> Granian's thread
 """
 
 from __future__ import annotations
@@ -17,8 +18,7 @@ import os
 import socket
 import sys
 import time
-from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -31,12 +31,11 @@ from balancer.workers import WorkerPool
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
-    from balancer.transport import Connection
+    from balancer.connection import Connection
 
 log = logging.getLogger("balancer.server")
 
 WATCH_AFTER_SECONDS = 0.1  # a request in flight longer than this is watched for its client leaving
-STOP_SECONDS = 2.0  # for worker threads to end once nothing is in flight
 PROTOCOLS = {"1": "HTTP/1.0", "1.1": "HTTP/1.1", "2": "HTTP/2"}  # Granian calls HTTP/1.0 "1"
 
 
@@ -50,9 +49,8 @@ class Call:
     __slots__ = (
         "bridge",
         "scope",
-        "_receive",
-        "_send",
-        "finished",
+        "protocol",
+        "_watcher",
         "started",
         "is_gone",
         "is_watched",
@@ -64,12 +62,11 @@ class Call:
         "_is_started",
     )
 
-    def __init__(self, bridge: Bridge, scope: dict[str, Any], receive: Any, send: Any, finished: Any) -> None:
+    def __init__(self, bridge: Bridge, watcher: Any) -> None:
         self.bridge = bridge
-        self.scope = scope
-        self._receive = receive
-        self._send = send
-        self.finished: asyncio.Future[None] = finished
+        self.scope: dict[str, Any] = watcher.scope
+        self.protocol = watcher.proto
+        self._watcher = watcher
         self.started = time.monotonic()
         self.is_gone = False
         self.is_watched = False
@@ -126,7 +123,11 @@ class Call:
                 self._status, self._headers = 500, []
                 self._emit_last(b"")
         finally:
-            self.bridge.finish(self)
+            self._end()
+
+    def _end(self) -> None:
+        self.bridge.finish(self)
+        self._watcher.done()
 
     def _run(self, app: WSGIApplication) -> None:
         answer = app(self._environ(), self._start_response)
@@ -145,10 +146,13 @@ class Call:
                 close()
 
     def refuse(self, app: WSGIApplication) -> None:
-        """Answer with `app` from the loop thread; it must not block."""
+        """Answer with `app` in the calling thread; it must not block."""
         self.is_body_done = True
-        for chunk in app(self._environ(), self._start_response):
-            self._emit_last(chunk)
+        try:
+            for chunk in app(self._environ(), self._start_response):
+                self._emit_last(chunk)
+        finally:
+            self._end()
 
     def _start_response(
         self, status: str, headers: list[tuple[str, str]], exc_info: Any = None
@@ -165,7 +169,7 @@ class Call:
         if not any(name.lower() == b"server" for name, _ in self._headers):
             self._headers.append((b"server", b"load-balancer"))  # or Granian would name itself
         self._is_started = True
-        self._send({"type": "http.response.start", "status": self._status, "headers": self._headers})
+        self.protocol.send({"type": "http.response.start", "status": self._status, "headers": self._headers})
 
     def _emit(self, chunk: bytes) -> None:
         """Send a piece; an empty first one sends the head alone. Blocks while the client is slow."""
@@ -173,19 +177,19 @@ class Call:
             self._start()
         elif not chunk:
             return
-        self._wait(self._send({"type": "http.response.body", "body": chunk, "more_body": True}))
+        self._wait(self.protocol.send({"type": "http.response.body", "body": chunk, "more_body": True}))
 
     def _emit_last(self, chunk: bytes) -> None:
         if not self._is_started:
             self._start()
-        self._wait(self._send({"type": "http.response.body", "body": chunk, "more_body": False}))
+        self._wait(self.protocol.send({"type": "http.response.body", "body": chunk, "more_body": False}))
 
     def receive(self) -> bytes:
         """The next piece of the request body, b"" at its end. Raises ClientGone if it will not come."""
         if self.is_body_done:
             return b""
         while True:
-            message = self._wait(self._receive())
+            message = self._wait(self.protocol.receive())
             if message["type"] != "http.request":
                 self.is_gone = True
                 raise ClientGone("the client left before its request was complete")
@@ -312,10 +316,10 @@ def _add_headers(environ: WSGIEnvironment, lines: Iterable[tuple[bytes, bytes]])
 
 
 class Bridge:
-    """The ASGI app that Granian calls. All of it but `finish` runs in the loop thread.
+    """Takes requests from Granian and hands them to worker threads.
 
-    `_calls` (in flight, oldest first) belongs to the loop thread. `_ended` is where worker threads put finished calls;
-    one wake-up of the loop collects as many as have come together.
+    `_calls` holds what is in flight, oldest first: Granian's thread adds, worker threads take out, the loop thread
+    looks at a copy; each of these is one step that needs no lock.
     """
 
     def __init__(
@@ -326,65 +330,32 @@ class Bridge:
         idle_timeout: float = 60.0,
         is_control: Callable[[str], bool] = lambda path: False,
         overflow: WSGIApplication | None = None,
-        on_start: Callable[[], None] = lambda: None,
-        on_stop: Callable[[], None] = lambda: None,
     ) -> None:
         self.app = app
         self.pool = pool
         self.idle_timeout = idle_timeout
-        self.loop: asyncio.AbstractEventLoop
+        self.loop: asyncio.AbstractEventLoop  # set by the server before it accepts
         self._is_control = is_control
         self._overflow = overflow or _overloaded
-        self._on_start = on_start
-        self._on_stop = on_stop
         self._calls: dict[Call, None] = {}
-        self._ended: deque[Call] = deque()
-        self._is_collecting = False
 
-    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        if scope["type"] == "lifespan":
-            await self._lifespan(receive, send)
-            return
-        call = Call(self, scope, receive, send, self.loop.create_future())
+    def accept(self, watcher: Any) -> None:
+        """One request: Granian calls this in its own thread and it must not block."""
+        call = Call(self, watcher)
         self._calls[call] = None
-        try:
-            if self.pool.submit(call, self._is_control(scope["path"])):
-                await call.finished
-            else:
-                call.refuse(self._overflow)
-        finally:
-            del self._calls[call]
-
-    async def _lifespan(self, receive: Any, send: Any) -> None:
-        self.loop = asyncio.get_running_loop()
-        await receive()
-        self._on_start()
-        watch = self.loop.create_task(self._watch())
-        await send({"type": "lifespan.startup.complete"})
-        await receive()
-        watch.cancel()
-        await self.loop.run_in_executor(None, self.pool.stop, STOP_SECONDS)
-        await self.loop.run_in_executor(None, self._on_stop)
-        await send({"type": "lifespan.shutdown.complete"})
+        if not self.pool.submit(call, self._is_control(call.scope["path"])):
+            call.refuse(self._overflow)
 
     def finish(self, call: Call) -> None:
-        """A worker thread is done with `call`."""
-        self._ended.append(call)
-        if not self._is_collecting:
-            self._is_collecting = True
-            with contextlib.suppress(RuntimeError):  # the loop is closed: the process is ending
-                self.loop.call_soon_threadsafe(self._collect)
+        self._calls.pop(call, None)
 
-    def _collect(self) -> None:
-        self._is_collecting = False  # before looking, so that what comes now schedules again
-        while self._ended:
-            finished = self._ended.popleft().finished
-            if not finished.done():
-                finished.set_result(None)
+    @property
+    def active(self) -> int:
+        return len(self._calls)
 
-    # Noticing that a client has left.
+    # Noticing that a client has left: the loop thread.
 
-    async def _watch(self) -> None:
+    async def watch(self) -> None:
         """Most requests are over before this looks at them, so that watching costs them nothing."""
         while True:
             await asyncio.sleep(WATCH_AFTER_SECONDS)
@@ -397,8 +368,7 @@ class Bridge:
                     self.loop.create_task(self._watch_one(call))
 
     async def _watch_one(self, call: Call) -> None:
-        receive: Callable[[], Awaitable[dict[str, Any]]] = call._receive
-        while (await receive())["type"] == "http.request":
+        while (await call.protocol.receive())["type"] == "http.request":
             pass
         if call in self._calls:  # else it was the end of the answer that ended the wait
             self._lost(call)
@@ -407,13 +377,8 @@ class Bridge:
         """hyper tells one request of a connection; over HTTP/2 there can be more."""
         for other in [other for other in self._calls if other.scope["client"] == call.scope["client"]]:
             other.disconnect()
-            if self.pool.withdraw(other) and not other.finished.done():
+            if self.pool.withdraw(other):
                 other.refuse(self._overflow)
-                other.finished.set_result(None)
-
-    @property
-    def active(self) -> int:
-        return len(self._calls)
 
     def abort(self) -> None:
         """Cut every client off: the drain time is over."""

@@ -44,6 +44,7 @@ _CLAIMS = frozenset({b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-hos
 _NOT_RETURNED = HOP_BY_HOP | {b"alt-svc", b"x-request-id", b"x-served-by"}
 # What `Connection` may not take away: without it the message means something else.
 _NEVER_NOMINATED = frozenset({b"host", b"content-length"})
+_NONE: frozenset[bytes] = frozenset()
 
 IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})  # RFC 9110 section 9.2.2; TRACE is refused
 BODILESS_STATUSES = frozenset({204, 304})  # RFC 9112 section 6.3, rule 1
@@ -55,7 +56,7 @@ _TARGET = re.compile(rb"(?:/[\x21-\x7e]*|\*)\Z")  # origin-form or asterisk-form
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:+/=@-]{1,128}\Z")
 _TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+\Z")  # RFC 9110 section 5.6.2
 
-_process_id = token_hex(6)
+_process_id = token_hex(6).encode()
 _serial = count(1)
 
 
@@ -97,11 +98,11 @@ def parse_content_length(value: bytes) -> int:
 
 def nominated(lines: Iterable[Line]) -> frozenset[bytes]:
     """Names listed in all `Connection` lines, in lower case (RFC 9110 section 7.6.1)."""
-    values = [value for name, value in lines if name == b"connection"]
-    if not values:
-        return frozenset()
-    names = (item.strip().lower() for value in values for item in value.split(b","))
-    return frozenset(names) - _NEVER_NOMINATED
+    names = _NONE
+    for name, value in lines:
+        if name == b"connection":
+            names |= {item.strip().lower() for item in value.split(b",")} - _NEVER_NOMINATED
+    return names
 
 
 def check_request(method: str, target: bytes, hosts: Sequence[bytes], http_version: str) -> None:
@@ -123,10 +124,13 @@ def check_request(method: str, target: bytes, hosts: Sequence[bytes], http_versi
 
 def request_id(lines: Iterable[Line]) -> bytes:
     """The client's X-Request-ID if it is one sane line, else a new one: unique in this process and across restarts."""
-    given = [value for name, value in lines if name == b"x-request-id"]
+    given: list[bytes] = []
+    for name, value in lines:
+        if name == b"x-request-id":
+            given.append(value)
     if len(given) == 1 and _REQUEST_ID.match(given[0]):
         return given[0]
-    return b"%s-%x" % (_process_id.encode(), next(_serial))
+    return b"%s-%x" % (_process_id, next(_serial))
 
 
 def request_lines(
@@ -198,12 +202,14 @@ def join_cookies(lines: Sequence[Line]) -> Sequence[Line]:
 
 
 def response_lines(lines: Sequence[Line], status: int) -> list[Line]:
-    """Header lines for the client: everything that is not for the connection to the backend only."""
-    lowered = [(name.lower(), value) for name, value in lines]
-    drop = nominated(lowered) | _NOT_RETURNED
+    """Header lines for the client: everything that is not for the connection to the backend only.
+
+    `lines` have lower-case names.
+    """
+    drop = nominated(lines)
     if status == 204:  # RFC 9110 section 8.6
         drop |= {b"content-length"}
-    return [line for line in lowered if line[0] not in drop]
+    return [line for line in lines if line[0] not in _NOT_RETURNED and line[0] not in drop]
 
 
 def is_in_networks(address: str, networks: Sequence[Network]) -> bool:

@@ -37,8 +37,9 @@ from balancer.messages import (
     request_lines,
     response_lines,
 )
+from balancer.response import BackendResponse, ResponseBody
 from balancer.statistics import Attempt, Exchange, Statistics
-from balancer.transport import BackendAdapter, BackendResponse, OutgoingRequest, ResponseBody
+from balancer.transport import BackendAdapter, OutgoingRequest
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import InputStream, StartResponse, WSGIApplication, WSGIEnvironment
@@ -47,7 +48,7 @@ log = logging.getLogger("balancer.proxy")
 
 # What our own server puts into environ beyond PEP 3333; under any other server they are missing.
 HEADER_LINES = "balancer.header_lines"  # list of (lower-case name, value) as received, in bytes
-CLIENT = "balancer.client"  # a transport.Watcher with `is_gone`: cuts the backend connection when the client leaves
+CLIENT = "balancer.client"  # a connection.Watcher with `is_gone`: cuts the backend connection when the client leaves
 
 REPLAY_LIMIT = 65536  # bytes: a request body up to this size is read first, so that it can be sent again
 READ_SIZE = 65536

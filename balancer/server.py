@@ -1,6 +1,6 @@
 """Starts and stops the HTTP server: Granian (Rust, hyper) in this process, in front of one or more bridges.
 
-The order of starting and stopping is written once, in `_Serving`. Threads: `MainThread` runs the event loop, Granian
+The order of starting and stopping is written once, in `serve`. Threads: `MainThread` runs the event loop, Granian
 has native ones of its own, `worker-N` run the app, `health` and `health-probe_N` check the backends.
 """
 
@@ -18,18 +18,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from granian import http as granian_http
-from granian._granian import SocketHolder
-from granian.constants import Interfaces
-from granian.server.embed import Server
+import granian._granian
+from granian.constants import HTTPModes, SSLProtocols
+from granian.http import HTTP1Settings, HTTP2Settings
 
 from balancer.bridge import Bridge
 from balancer.errors import SettingsError
 
 log = logging.getLogger("balancer.server")
 
+_native: Any = granian._granian  # its type stub does not match what it takes
+
 BACKLOG = 4096  # connections the kernel holds while all is busy; it caps this at somaxconn
 INTERRUPT_DRAIN_SECONDS = 1.0  # Ctrl-C: somebody is waiting
+STOP_SECONDS = 2.0  # for worker threads to end once nothing is in flight
 LAST_RESORT_SECONDS = 2.0  # after the drain time-out, for connections that were cut to end
 
 
@@ -43,30 +45,50 @@ class ServerOptions:
     drain_timeout: float = 30.0
 
 
-class _Granian(Server):
-    """Granian in this process, on a socket that we bound: its own would share a taken port (SO_REUSEPORT)."""
+class _Granian:
+    """Granian's ASGI worker in this process, on a socket that we bound: its own would share a taken port.
 
-    def __init__(self, bridge: Bridge, listener: socket.socket, interface: Interfaces, options: ServerOptions) -> None:
-        self._listener = listener
-        super().__init__(
-            bridge,
-            interface=interface,
-            websockets=False,
-            backlog=BACKLOG,
-            backpressure=options.max_clients,
-            http1_settings=granian_http.HTTP1Settings(
-                header_read_timeout=int(options.header_timeout * 1000), max_buffer_size=options.max_header_bytes
-            ),
-            http2_settings=granian_http.HTTP2Settings(max_headers_size=options.max_header_bytes),
-            log_enabled=False,
-        )
+    The one place that touches Granian's internals, written for the version that requirements.txt names. Granian's own
+    embedded server takes each request through an asyncio task; its scheduler hook here is `Bridge.accept` instead.
+    """
 
-    def _init_shared_socket(self) -> None:
-        """Granian takes the descriptor over; how the holder is made differs by platform."""
+    def __init__(self, bridge: Bridge, listener: socket.socket, options: ServerOptions) -> None:
+        loop = asyncio.get_running_loop()
+        self.stopped: asyncio.Future[None] = loop.create_future()
+        self._signal = _native.WorkerSignal()
+        self._signal.add_cb(lambda: loop.call_soon_threadsafe(self.stopped.set_result, None))
+        # How the holder is made differs by platform; it takes the descriptor over.
         extra: tuple[Any, ...] = () if sys.platform == "win32" else (False,)
         if sys.platform in ("linux", "freebsd"):
             extra += (BACKLOG,)
-        self._shd = SocketHolder(self._listener.detach(), *extra)  # type: ignore[assignment, call-arg]
+        holder = _native.SocketHolder(listener.detach(), *extra)
+        worker = _native.ASGIWorker(
+            1,
+            (None, holder),
+            None,
+            1,  # threads of the tokio runtime
+            512,  # its own blocking threads: not used here, Granian's default
+            1,  # threads that call into Python
+            30,
+            options.max_clients,
+            HTTPModes.auto,
+            HTTP1Settings(
+                header_read_timeout=int(options.header_timeout * 1000), max_buffer_size=options.max_header_bytes
+            ),
+            HTTP2Settings(max_headers_size=options.max_header_bytes),
+            False,  # WebSockets
+            None,  # static files
+            *(False, None, None, None, str(SSLProtocols.tls13), None, [], False),
+            (None, None),  # metrics
+        )
+        scheduler = _native.CallbackScheduler(loop, bridge, None, None, None)
+        scheduler._schedule_fn = bridge.accept
+        bridge.loop = loop
+        worker.serve_async(scheduler, loop, self._signal)
+
+    def stop(self) -> None:
+        """Accept no more, finish what is in flight; `stopped` is done when all connections have ended."""
+        self._signal.set()
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -104,17 +126,32 @@ def pin(affinity: str) -> None:
     if not set(wanted) <= set(available):
         raise SettingsError(f"cpu_affinity {affinity!r}: this process may use the CPUs {available}")
     os.sched_setaffinity(0, wanted)
+    # A thread that wakes up must not push the holder of the interpreter lock off the CPU only to wait for that lock:
+    # measured, this halves the thread switches per request.
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def serve(
-    listeners: list[tuple[Bridge, socket.socket]], options: ServerOptions, on_drain: Callable[[], None] = lambda: None
+    listeners: list[tuple[Bridge, socket.socket]],
+    options: ServerOptions,
+    *,
+    on_start: Callable[[], None] = lambda: None,
+    on_drain: Callable[[], None] = lambda: None,
+    on_stop: Callable[[], None] = lambda: None,
 ) -> int:
     """Serve until SIGTERM (finish what is in flight, exit code 0) or SIGINT (quickly, 130); a second signal cuts off.
 
-    The first bridge owns the lifespan; the others share its loop.
+    `on_start` runs before the first request is accepted, `on_drain` when a signal has come, `on_stop` when no request
+    is in flight any more.
     """
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(_Serving(listeners, options, on_drain).run())
+        on_start()
+        try:
+            return runner.run(_serve(listeners, options, on_drain))
+        finally:
+            for bridge, _ in listeners:
+                bridge.pool.stop(STOP_SECONDS)
+            on_stop()
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
@@ -125,67 +162,45 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
     return uvloop.new_event_loop
 
 
-class _Serving:
-    """The order of starting and stopping, written once."""
+async def _serve(
+    listeners: list[tuple[Bridge, socket.socket]], options: ServerOptions, on_drain: Callable[[], None]
+) -> int:
+    loop = asyncio.get_running_loop()
+    signals: asyncio.Queue[int] = asyncio.Queue()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        _on_signal(loop, number, signals)
+    servers = [_Granian(bridge, listener, options) for bridge, listener in listeners]
+    bridges = [bridge for bridge, _ in listeners]
+    watches = [loop.create_task(bridge.watch()) for bridge in bridges]
+    gc.collect()
+    gc.freeze()  # what exists now lives as long as the process: the collector need not walk it again
+    received = await signals.get()
+    log.info("draining: %d requests in flight", sum(bridge.active for bridge in bridges))
+    on_drain()
+    for server in servers:
+        server.stop()
+    limit = INTERRUPT_DRAIN_SECONDS if received == signal.SIGINT else options.drain_timeout
+    await _drain(servers, bridges, limit, signals)
+    for watch in watches:
+        watch.cancel()
+    return 130 if received == signal.SIGINT else 0
 
-    def __init__(
-        self, listeners: list[tuple[Bridge, socket.socket]], options: ServerOptions, on_drain: Callable[[], None]
-    ) -> None:
-        self._bridge = listeners[0][0]
-        self._options = options
-        self._listeners = listeners
-        self._on_drain = on_drain
-        self._signals: asyncio.Queue[int] = asyncio.Queue()
 
-    async def run(self) -> int:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            _on_signal(loop, number, self._signals)
-        servers = [
-            _Granian(bridge, listener, Interfaces.ASGI if bridge is self._bridge else Interfaces.ASGINL, self._options)
-            for bridge, listener in self._listeners
-        ]
-        for bridge, _ in self._listeners:
-            bridge.loop = loop
-        tasks = [loop.create_task(server.serve()) for server in servers]
-        gc.collect()
-        gc.freeze()  # what exists now lives as long as the process: the collector need not walk it again
-        received = await self._first(tasks)
-        if received is None:
-            return 1
-        log.info("draining: %d requests in flight", self._bridge.active)
-        self._on_drain()
-        for server in servers:
-            server.stop()  # type: ignore[no-untyped-call]
-        limit = INTERRUPT_DRAIN_SECONDS if received == signal.SIGINT else self._options.drain_timeout
-        await self._drain(tasks, limit)
-        return 130 if received == signal.SIGINT else 0
-
-    async def _first(self, tasks: list[asyncio.Task[None]]) -> int | None:
-        """The signal that asks for the end, or None if a server ended by itself, which is an error."""
-        asked = asyncio.ensure_future(self._signals.get())
-        await asyncio.wait([asked, *tasks], return_when=asyncio.FIRST_COMPLETED)
-        if asked.done():
-            return asked.result()
-        asked.cancel()
-        for task in tasks:
-            if task.done() and task.exception() is not None:
-                log.error("the server failed: %s", task.exception())
-        return None
-
-    async def _drain(self, tasks: list[asyncio.Task[None]], limit: float) -> None:
-        again: asyncio.Future[Any] = asyncio.ensure_future(self._signals.get())
-        stopped: asyncio.Future[Any] = asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.wait([stopped, again], timeout=limit, return_when=asyncio.FIRST_COMPLETED)
-        if not stopped.done():
-            log.warning("cut off %d requests that were still in flight", self._bridge.active)
-            for bridge, _ in self._listeners:
-                bridge.abort()
-            await asyncio.wait([stopped], timeout=LAST_RESORT_SECONDS)
-        again.cancel()
-        if not stopped.done():  # a client connection that nothing ends, so that Granian would wait for ever
-            logging.shutdown()
-            os._exit(0)
+async def _drain(servers: list[_Granian], bridges: list[Bridge], limit: float, signals: asyncio.Queue[int]) -> None:
+    """Wait until every connection has ended; after `limit` seconds, or at a second signal, cut them off."""
+    again: asyncio.Future[Any] = asyncio.ensure_future(signals.get())
+    stopped: asyncio.Future[Any] = asyncio.gather(*(server.stopped for server in servers))
+    await asyncio.wait([stopped, again], timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+    again.cancel()
+    if stopped.done():
+        return
+    log.warning("cut off %d requests that were still in flight", sum(bridge.active for bridge in bridges))
+    for bridge in bridges:
+        bridge.abort()
+    await asyncio.wait([stopped], timeout=LAST_RESORT_SECONDS)
+    if not stopped.done():  # a client connection that nothing ends: Granian would wait for it for ever
+        logging.shutdown()
+        os._exit(0)
 
 
 def _on_signal(loop: asyncio.AbstractEventLoop, number: int, queue: asyncio.Queue[int]) -> None:

@@ -42,6 +42,12 @@ class Histogram:
         if seconds > self.maximum:
             self.maximum = seconds
 
+    def __iadd__(self, other: Histogram) -> Histogram:
+        self.counts = [ours + theirs for ours, theirs in zip(self.counts, other.counts, strict=True)]
+        self.total += other.total
+        self.maximum = max(self.maximum, other.maximum)
+        return self
+
     def percentile(self, share: float) -> float | None:
         """Upper bound in seconds of the bucket that holds the `share` (0 to 1) smallest; None without samples."""
         if not self.total:
@@ -116,6 +122,15 @@ class Counters:
         self.codes = [0] * len(CODE_CLASSES)
         self.latency = Histogram()
 
+    def __iadd__(self, other: Counters) -> Counters:
+        self.total += other.total
+        self.failed += other.failed
+        self.aborted += other.aborted
+        self.seconds += other.seconds
+        self.codes = [ours + theirs for ours, theirs in zip(self.codes, other.codes, strict=True)]
+        self.latency += other.latency
+        return self
+
     def add(self, exchange: Exchange) -> None:
         self.total += 1
         self.seconds += exchange.seconds
@@ -162,8 +177,8 @@ class Rate:
 class Statistics:
     """What happened since the start or the last reset.
 
-    `_lock` guards everything: `_whole`, `_backends`, `_recent`, `_rate`, `_retries`, `_retrying`, `_active` and
-    `_start_time`.
+    `_lock` guards everything: `_counters` (per backend id; None for no backend, or one that is gone), `_recent`, `_rate`,
+    `_retries`, `_retrying`, `_active` and `_start_time`.
     """
 
     def __init__(
@@ -178,8 +193,7 @@ class Statistics:
 
     def _clear(self) -> None:
         self._start_time = self._wall_clock()
-        self._whole = Counters()
-        self._backends: dict[str, Counters] = {}
+        self._counters: dict[str | None, Counters] = {None: Counters()}
         self._retries = 0
         self._recent: deque[Exchange] = deque(maxlen=RECENT_KEPT)
         self._rate = Rate(self._clock)
@@ -193,12 +207,10 @@ class Statistics:
         """A request has ended, one way or another."""
         with self._lock:
             self._active -= 1
-            self._whole.add(exchange)
-            if exchange.backend is not None:
-                counters = self._backends.get(exchange.backend)
-                if counters is None:
-                    counters = self._backends[exchange.backend] = Counters()
-                counters.add(exchange)
+            counters = self._counters.get(exchange.backend)
+            if counters is None:
+                counters = self._counters[exchange.backend] = Counters()
+            counters.add(exchange)
             self._recent.append(exchange)
             self._rate.add()
 
@@ -219,7 +231,9 @@ class Statistics:
     def forget(self, backend_id: str) -> None:
         """A backend was removed: its requests stay in the total, and a later backend of that id starts at 0."""
         with self._lock:
-            self._backends.pop(backend_id, None)
+            former = self._counters.pop(backend_id, None)
+            if former is not None:
+                self._counters[None] += former
 
     def reset(self) -> None:
         """Zero everything but what is in flight."""
@@ -229,13 +243,16 @@ class Statistics:
     def snapshot(self, recent: int = 20) -> tuple[dict[str, Any], dict[str, dict[str, Any]], list[dict[str, Any]]]:
         """(whole, per backend id, newest `recent` requests first), all of one moment."""
         with self._lock:
-            whole = self._whole.describe() | {
+            total = Counters()
+            for counters in self._counters.values():
+                total += counters
+            whole = total.describe() | {
                 "start_time": self._start_time,
                 "active_requests": self._active,
                 "retries": self._retries,
                 "requests_per_second": self._rate.per_second(),
             }
-            backends = {backend_id: counters.describe() for backend_id, counters in self._backends.items()}
+            backends = {key: counters.describe() for key, counters in self._counters.items() if key is not None}
             newest = list(islice(reversed(self._recent), recent))
         return whole, backends, [exchange.describe() for exchange in newest]
 

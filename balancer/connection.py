@@ -1,0 +1,91 @@
+"""One socket to a backend, in blocking mode, and the time limits the kernel keeps for it."""
+
+from __future__ import annotations
+
+import select
+import socket
+import ssl
+import struct
+import sys
+from typing import Protocol
+
+from balancer.backends import Origin
+from balancer.errors import ConnectionLost, ResponseTimedOut
+
+_PEEK = int(getattr(socket, "MSG_PEEK", 0)) | int(getattr(socket, "MSG_DONTWAIT", 0))
+CHUNK = 65536  # bytes per receive: with a few of them in flight per connection, memory stays flat
+
+
+class Watcher(Protocol):
+    """Who must be able to cut a connection from another thread while we block on it: the client's side."""
+
+    def attach(self, connection: Connection) -> None: ...
+
+    def detach(self) -> None: ...
+
+
+class Connection:
+    """Receives and sends with a time-out set by SO_RCVTIMEO: Python's own time-outs poll before every receive."""
+
+    __slots__ = ("sock", "origin", "idle_since", "is_reused", "_timeout", "_is_tls")
+
+    def __init__(self, sock: socket.socket, origin: Origin) -> None:
+        self.sock = sock
+        self.origin = origin
+        self.idle_since = 0.0
+        self.is_reused = False
+        self._timeout = 0.0
+        self._is_tls = isinstance(sock, ssl.SSLSocket)
+
+    def set_timeout(self, seconds: float) -> None:
+        """For sends and receives from now on; no system call if nothing changes."""
+        if seconds == self._timeout:
+            return
+        self._timeout = seconds
+        if self._is_tls:  # the ssl module retries a receive that the kernel timed out, so Python must do the timing
+            self.sock.settimeout(seconds)
+            return
+        if sys.platform == "win32":
+            value = struct.pack("@L", int(seconds * 1000))
+        else:
+            value = struct.pack("@ll", int(seconds), int(seconds % 1 * 1_000_000))
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
+
+    def receive(self) -> bytes:
+        """Up to CHUNK bytes, b"" at EOF. Raises ResponseTimedOut, ConnectionLost."""
+        try:
+            return self.sock.recv(CHUNK)
+        except (TimeoutError, BlockingIOError):
+            raise ResponseTimedOut(f"{self.origin.url} sent nothing for {self._timeout:g} s") from None
+        except OSError as error:
+            raise ConnectionLost(f"{self.origin.url}: {error.strerror or error}") from error
+
+    def has_input(self) -> bool:
+        """True if a receive would not block: while idle, that means EOF, an alert, or bytes nobody asked for."""
+        if self._is_tls or sys.platform == "win32":  # neither can peek without blocking
+            return self._is_readable()
+        try:
+            self.sock.recv(1, _PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        return True
+
+    def _is_readable(self) -> bool:
+        if sys.platform == "win32":
+            return bool(select.select([self.sock], [], [], 0)[0])
+        poller = select.poll()  # not select(): it cannot take descriptors above 1023, and those are common here
+        poller.register(self.sock, select.POLLIN)
+        return bool(poller.poll(0))
+
+    def abort(self) -> None:
+        """Wake whoever blocks on this socket, from any thread. The owner still has to close it."""
+        try:
+            self.sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # already down
+
+    def close(self) -> None:
+        self.sock.close()

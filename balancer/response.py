@@ -1,0 +1,264 @@
+"""Responses of backends: parsing the head, framing the body, and deciding whether the connection may be used again.
+
+llhttp (Node's parser, through httptools) does the parsing. A body of known length is counted here without it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import httptools
+from requests import PreparedRequest, Response
+
+from balancer.connection import Connection, Watcher
+from balancer.errors import BodyTruncated, ConnectionLost, InvalidResponse
+from balancer.messages import BODILESS_STATUSES, HeaderLines, Line, parse_content_length
+
+MAX_HEAD = 65536  # bytes of a response head, interim responses included
+
+
+class BackendResponse(Response):
+    """A `requests.Response` over `ResponseBody`; made without the cookie jar that the base class builds each time."""
+
+    def __init__(self, head: ResponseHead, body: ResponseBody, request: PreparedRequest) -> None:
+        self.status_code: int = head.status
+        self.reason = head.reason.decode("latin-1")
+        self.lines = head.lines
+        self.body = self.raw = body
+        self.request = request
+        self.url = request.url or ""
+        self.encoding = None
+        self.history = []
+        self._content = False  # type: ignore[assignment]
+        self._content_consumed = False
+        self._next = None
+
+    @property
+    def headers(self) -> HeaderLines:  # type: ignore[override]
+        return HeaderLines(self.lines)
+
+
+class ResponseHead:
+    """Collects what llhttp finds: status, reason, header lines, and the body bytes that came with the head."""
+
+    __slots__ = ("parser", "status", "reason", "lines", "pieces", "has_head", "has_end", "keeps_alive")
+
+    def __init__(self) -> None:
+        self.parser = httptools.HttpResponseParser(self)
+        self.status = 0
+        self.reason = b""
+        self.lines: list[Line] = []
+        self.pieces: list[bytes] = []
+        self.has_head = False
+        self.has_end = False
+        self.keeps_alive = False
+
+    def feed(self, data: bytes) -> bool:
+        """Parse. Returns False if bytes followed the end of the response. Raises InvalidResponse."""
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            raise InvalidResponse("the backend switched protocols without being asked") from None
+        except httptools.HttpParserError as error:
+            if self.has_end:
+                return False
+            raise InvalidResponse(f"the backend's response is malformed: {error}") from None
+        return True
+
+    # Called by the parser.
+
+    def on_message_begin(self) -> None:
+        if self.has_end:
+            # Bytes after a complete response belong to no request; the parser must not mix them in.
+            raise InvalidResponse("the backend sent a second response")
+
+    def on_status(self, reason: bytes) -> None:
+        self.reason += reason
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self.has_head:  # else a trailer: discarded, it must not become a header (RFC 9110 section 6.5.1)
+            self.lines.append((name.lower(), value.strip(b" \t")))
+
+    def on_headers_complete(self) -> None:
+        self.status = self.parser.get_status_code()
+        self.has_head = self.status >= 200
+        self.keeps_alive = self.parser.should_keep_alive()
+
+    def on_body(self, data: bytes) -> None:
+        self.pieces.append(data)
+
+    def on_message_complete(self) -> None:
+        if self.has_head:
+            self.has_end = True
+        else:
+            # 1xx: WSGI cannot pass it on, so it is swallowed (RFC 9110 section 15.2); the real one follows.
+            self.lines.clear()
+            self.reason = b""
+
+    def take(self) -> bytes:
+        """The body bytes parsed so far, once."""
+        pieces = self.pieces
+        data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        self.pieces = []
+        return data
+
+
+def receive_head(connection: Connection, head: ResponseHead, seconds: float) -> bool:
+    """Receive until `head` is complete, `seconds` at most. True if nothing followed the response."""
+    clean, received, deadline = True, 0, 0.0
+    connection.set_timeout(seconds)
+    while not head.has_head:
+        try:
+            data = connection.receive()
+        except ConnectionLost as error:
+            raise ConnectionLost(str(error), stale=connection.is_reused and not received) from error
+        if not data:
+            raise ConnectionLost(
+                f"{connection.origin.url} closed the connection without a complete response",
+                stale=connection.is_reused and not received,
+            )
+        received += len(data)
+        clean = head.feed(data)
+        if not head.has_head:  # rare: the head came in pieces, so each receive gets only what is left of the time
+            deadline = deadline or time.monotonic() + seconds
+            connection.set_timeout(max(0.001, deadline - time.monotonic()))
+            if received > MAX_HEAD:
+                raise InvalidResponse(f"the backend's response head is larger than {MAX_HEAD} bytes")
+    return clean
+
+
+class ResponseBody:
+    """The body of one response; iterate, or call `read_chunk`. `close` is due on every ending and is idempotent.
+
+    Closing gives the connection back if the body was read to its end and may be followed by another response, and
+    closes it otherwise. Also file-like enough for `requests.Response` (`read`, `stream`).
+    """
+
+    __slots__ = (
+        "_give_back",
+        "_connection",
+        "_head",
+        "_left",
+        "_is_chunked",
+        "_pending",
+        "_watcher",
+        "_can_reuse",
+        "is_complete",
+    )
+
+    def __init__(
+        self,
+        connection: Connection,
+        head: ResponseHead,
+        *,
+        is_head_request: bool,
+        give_back: Callable[[Connection], None],
+        watcher: Watcher | None = None,
+    ) -> None:
+        self._give_back = give_back
+        self._connection: Connection | None = connection
+        self._head = head
+        self._watcher = watcher
+        self._can_reuse = head.keeps_alive
+        # RFC 9112 section 6.3: no body, else chunked, else so many bytes, else until EOF.
+        self._left: int | None
+        self._is_chunked = False
+        if is_head_request or head.status in BODILESS_STATUSES:
+            self._left = 0
+        else:
+            self._left, self._is_chunked = _framing(head)
+        self._pending = head.take()
+        if self._left is not None:
+            self._pending = self._count(self._pending)
+        self.is_complete = self._left == 0 or (self._is_chunked and head.has_end)
+
+    @property
+    def buffered(self) -> bytes:
+        """What is here already, without a receive."""
+        return self._pending
+
+    def refuse_reuse(self) -> None:
+        """The request was not sent whole, or bytes followed the response: this connection must not carry another."""
+        self._can_reuse = False
+
+    def read_chunk(self) -> bytes:
+        """The next piece, b"" at the end. Raises BodyTruncated, ResponseTimedOut."""
+        data, self._pending = self._pending, b""
+        while not data and not self.is_complete:
+            data = self._receive()
+        return data
+
+    def _receive(self) -> bytes:
+        if self._connection is None:
+            raise BodyTruncated("the body was closed before it was read")
+        try:
+            data = self._connection.receive()
+        except ConnectionLost as error:
+            raise BodyTruncated(f"the backend's body broke off: {error}") from error
+        if self._left is not None:
+            if not data:
+                raise BodyTruncated(f"the backend closed {self._left} bytes before the end of the body")
+            data = self._count(data)
+            self.is_complete = self._left == 0
+            return data
+        if not self._is_chunked:
+            self.is_complete = not data
+            return data
+        if not data:
+            raise BodyTruncated("the backend closed before the last chunk")
+        if not self._head.feed(data):
+            self._can_reuse = False
+        self.is_complete = self._head.has_end
+        return self._head.take()
+
+    def _count(self, data: bytes) -> bytes:
+        """Take `data` off the announced length; bytes beyond it belong to no response and are dropped."""
+        assert self._left is not None
+        if len(data) > self._left:
+            data, self._can_reuse = data[: self._left], False
+        self._left -= len(data)
+        return data
+
+    def close(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is None:
+            return
+        if self._watcher is not None:
+            self._watcher.detach()
+        if self.is_complete and self._can_reuse:
+            self._give_back(connection)
+        else:
+            connection.close()
+
+    # What requests.Response asks of `raw`.
+
+    def stream(self, amount: int | None = None, decode_content: bool | None = None) -> Iterator[bytes]:
+        while chunk := self.read_chunk():
+            yield chunk
+
+    def read(self, amount: int | None = None, decode_content: bool | None = None) -> bytes:
+        return b"".join(self.stream())
+
+    def release_conn(self) -> None:
+        self.close()
+
+
+def _framing(head: ResponseHead) -> tuple[int | None, bool]:
+    """(bytes of the body by Content-Length or None, chunked); (None, False) is until EOF. Raises InvalidResponse."""
+    codings: list[bytes] = []
+    lengths: list[bytes] = []
+    for name, value in head.lines:
+        if name == b"content-length":
+            lengths.append(value)
+        elif name == b"transfer-encoding":
+            codings.append(value.lower())
+    if codings and (codings != [b"chunked"] or lengths):
+        raise InvalidResponse(f"the backend's response has the framing {codings + lengths!r}")
+    if not lengths:
+        return None, bool(codings)
+    try:
+        (length,) = {parse_content_length(value) for value in lengths}
+    except ValueError:
+        raise InvalidResponse(f"the backend's response has Content-Length {b', '.join(lengths)!r}") from None
+    return length, False

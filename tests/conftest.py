@@ -1,0 +1,52 @@
+"""Fixtures: each starts real processes or sockets on free ports and leaves none behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from support import BalancerProcess, Demo, ScriptedBackend, start_demo
+
+
+@pytest.fixture
+def demo() -> Iterator[Demo]:
+    """A balancer and three demo backends of its own, to be killed at will."""
+    started = start_demo()
+    yield started
+    started.stop()
+
+
+@pytest.fixture(scope="module")
+def scripted() -> Iterator[ScriptedBackend]:
+    backend = ScriptedBackend()
+    yield backend
+    backend.close()
+
+
+@pytest.fixture(scope="module")
+def scripted_balancer(scripted: ScriptedBackend) -> Iterator[BalancerProcess]:
+    """A balancer in front of the scripted backend alone, with short time limits."""
+    balancer = BalancerProcess(
+        f"--backend=only={scripted.url}",
+        "--response-timeout=1",
+        "--idle-timeout=2",
+        "--header-timeout=1",
+        "--max-request-body=1000000",
+        "--max-header-bytes=16384",
+        "--trusted-proxies=192.0.2.0/24",
+    )
+    yield balancer
+    balancer.stop()
+
+
+@pytest.fixture
+def backend(scripted: ScriptedBackend, scripted_balancer: BalancerProcess) -> ScriptedBackend:
+    """The scripted backend, answering 200 again and believed to be up."""
+    scripted.reset()
+    scripted_balancer.wait_healthy("only")
+    return scripted
+
+
+@pytest.fixture
+def balancer(scripted_balancer: BalancerProcess, backend: ScriptedBackend) -> BalancerProcess:
+    return scripted_balancer

@@ -1,0 +1,374 @@
+"""What the tests share: real processes on free ports, a backend that says exactly the bytes it is told, raw clients."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PYTHON = sys.executable
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def wait_until(predicate: Callable[[], Any], timeout: float = 10.0, what: str = "") -> Any:
+    """Poll until `predicate` is true; returns its value. Fails the test after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    pause = threading.Event()
+    while True:
+        value = predicate()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {timeout} s: {what or predicate}")
+        pause.wait(0.02)
+
+
+def fetch(url: str, body: Any = None, method: str | None = None, **headers: str) -> tuple[int, dict[str, str], bytes]:
+    """(status, headers with lower-case names, body); a dict as `body` is sent as JSON."""
+    if body is not None and not isinstance(body, bytes):
+        body = json.dumps(body).encode()
+        headers.setdefault("Content_Type", "application/json")
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    request = urllib.request.Request(url, data=body, method=method, headers=named)
+    try:
+        with urllib.request.urlopen(request, timeout=20) as response:
+            return response.status, {k.lower(): v for k, v in response.headers.items()}, response.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, {k.lower(): v for k, v in error.headers.items()}, error.read()
+
+
+def fetch_json(url: str, body: Any = None, method: str | None = None, **headers: str) -> Any:
+    return json.loads(fetch(url, body, method, **headers)[2])
+
+
+class Process:
+    """A child process with its output in memory; always stopped by `stop`."""
+
+    def __init__(self, arguments: list[str], env: dict[str, str] | None = None, cwd: Path = ROOT) -> None:
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(("LB_", "SERVER_"))}
+        clean.pop("ALGORITHM", None)
+        self.popen = subprocess.Popen(
+            arguments,
+            cwd=cwd,
+            env=clean | {"PYTHONUNBUFFERED": "1"} | (env or {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, name="process-output", daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.popen.stdout is not None
+        with self.popen.stdout as output:
+            for line in output:
+                self.lines.append(line.rstrip("\n"))
+
+    @property
+    def output(self) -> str:
+        return "\n".join(self.lines)
+
+    @property
+    def pid(self) -> int:
+        return self.popen.pid
+
+    def send(self, number: signal.Signals) -> None:
+        self.popen.send_signal(number)
+
+    def wait(self, timeout: float = 20) -> int:
+        code = self.popen.wait(timeout)
+        self._reader.join(5)
+        return code
+
+    def stop(self) -> None:
+        if self.popen.poll() is None:
+            self.popen.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self.popen.wait(10)
+        if self.popen.poll() is None:
+            self.popen.kill()
+        self.wait()
+
+
+class BalancerProcess(Process):
+    """`load_balancer.py` on a free port. `url` is set when it listens."""
+
+    def __init__(self, *arguments: str, env: dict[str, str] | None = None, wait_ready: bool = True) -> None:
+        super().__init__([PYTHON, str(ROOT / "load_balancer.py"), "--port", "0", *arguments], env)
+        match = wait_until(self._listening, what=f"balancer listens: {arguments}")
+        self.url: str = match.group(1)
+        self.port = int(self.url.rpartition(":")[2])
+        if wait_ready:
+            wait_until(self.is_ready, what="balancer is ready")
+
+    def _listening(self) -> re.Match[str] | None:
+        if self.popen.poll() is not None:
+            raise AssertionError(f"the balancer ended: {self.output}")
+        return re.search(r"listening on (\S+?),?(?:\s|$)", self.output)
+
+    def is_ready(self) -> bool:
+        with suppress(OSError):
+            return fetch(f"{self.url}/readyz")[0] == 200
+        return False
+
+    def status(self, recent: int = 20) -> Any:
+        return fetch_json(f"{self.url}/status?recent={recent}")
+
+    def backend(self, backend_id: str) -> Any:
+        return next(b for b in self.status()["backend_servers"] if b["id"] == backend_id)
+
+    def wait_healthy(self, backend_id: str, healthy: bool = True, timeout: float = 10) -> None:
+        wait_until(lambda: self.backend(backend_id)["healthy"] is healthy, timeout, f"{backend_id} healthy={healthy}")
+
+
+@dataclass
+class DemoBackend:
+    """`backend_server.py` on a port of its own; can be killed and started again."""
+
+    id: str
+    delay: float = 0.0
+    port: int = field(default_factory=free_port)
+    process: Process | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        env = {"SERVER_ID": self.id, "SERVER_PORT": str(self.port), "RESPONSE_DELAY": str(self.delay)}
+        self.process = Process([PYTHON, str(ROOT / "backend_server.py")], env)
+        wait_until(self.is_up, what=f"{self.id} answers")
+
+    def is_up(self) -> bool:
+        with suppress(OSError):
+            return fetch(f"{self.url}/health")[0] == 200
+        return False
+
+    def kill(self) -> None:
+        assert self.process is not None
+        self.process.popen.kill()
+        self.process.wait()
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.stop()
+
+
+@dataclass
+class Demo:
+    """A balancer in front of three demo backends with weights 3, 2, 1, as `start_all` starts them."""
+
+    balancer: BalancerProcess
+    backends: list[DemoBackend]
+
+    @property
+    def url(self) -> str:
+        return self.balancer.url
+
+    def stop(self) -> None:
+        self.balancer.stop()
+        for backend in self.backends:
+            backend.stop()
+
+
+def start_demo(*arguments: str, delays: tuple[float, ...] = (0.0, 0.0, 0.0)) -> Demo:
+    backends = [DemoBackend(f"backend_{number}", delay) for number, delay in enumerate(delays, start=1)]
+    try:
+        starters = [threading.Thread(target=backend.start) for backend in backends]
+        for thread in starters:
+            thread.start()
+        for thread in starters:
+            thread.join()
+        flags = [f"--backend={backend.id}={backend.url}@{4 - n}" for n, backend in enumerate(backends, start=1)]
+        balancer = BalancerProcess(*flags, "--expose-backend", "--allow-file-origin", *arguments)
+    except BaseException:
+        for backend in backends:
+            backend.stop()
+        raise
+    return Demo(balancer, backends)
+
+
+# A backend made of bytes.
+
+Script = Callable[[socket.socket, "RawRequest"], None]
+
+
+@dataclass
+class RawRequest:
+    """A request as it came over the wire."""
+
+    head: bytes
+    body: bytes
+
+    @property
+    def target(self) -> bytes:
+        return self.head.split(b" ", 2)[1]
+
+    @property
+    def lines(self) -> list[tuple[bytes, bytes]]:
+        pairs = [line.partition(b":") for line in self.head.split(b"\r\n")[1:] if line]
+        return [(name, value.strip()) for name, _, value in pairs]
+
+    def values(self, name: bytes) -> list[bytes]:
+        return [value for key, value in self.lines if key.lower() == name.lower()]
+
+
+def ok(body: bytes = b"ok", *lines: bytes) -> bytes:
+    head = [b"HTTP/1.1 200 OK", b"Content-Length: %d" % len(body), *lines]
+    return b"\r\n".join(head) + b"\r\n\r\n" + body
+
+
+class ScriptedBackend:
+    """Accepts connections and answers each request by `script`; closes when the script returns "after answering".
+
+    Health checks (`GET /health`) are answered 200 unless `is_healthy` is False. `requests` holds everything else that
+    came, `connections` counts those that carried it.
+    """
+
+    def __init__(self) -> None:
+        self.script: Script = lambda sock, request: sock.sendall(ok())
+        self.is_healthy = True
+        self.requests: list[RawRequest] = []
+        self.connections = 0
+        self.open: set[socket.socket] = set()
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        self.port: int = self._listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._thread = threading.Thread(target=self._accept, name="scripted-backend", daemon=True)
+        self._thread.start()
+
+    def answer(self, data: bytes, close: bool = False) -> None:
+        """Answer every request with these bytes."""
+
+        def script(sock: socket.socket, request: RawRequest) -> None:
+            sock.sendall(data)
+            if close:
+                sock.shutdown(socket.SHUT_RDWR)
+
+        self.script = script
+
+    def reset(self) -> None:
+        self.requests.clear()
+        self.connections = 0
+        self.is_healthy = True
+        self.answer(ok())
+
+    def close(self) -> None:
+        self._listener.close()
+        for sock in list(self.open):
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        self._thread.join(5)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            self.open.add(sock)
+            threading.Thread(target=self._serve, args=(sock,), name="scripted-connection", daemon=True).start()
+
+    def _serve(self, sock: socket.socket) -> None:
+        used = False
+        try:
+            with sock, suppress(OSError):
+                stream = sock.makefile("rb")
+                while (request := read_request(stream)) is not None:
+                    if request.target == b"/health":
+                        status = b"200 OK" if self.is_healthy else b"500 Internal Server Error"
+                        sock.sendall(b"HTTP/1.1 " + status + b"\r\nContent-Length: 0\r\n\r\n")
+                        continue
+                    self.requests.append(request)
+                    if not used:
+                        used, self.connections = True, self.connections + 1
+                    self.script(sock, request)
+        finally:
+            self.open.discard(sock)
+
+
+def read_request(stream: Any) -> RawRequest | None:
+    """One request with its body, chunked or by length; None at EOF."""
+    head = b""
+    while not head.endswith(b"\r\n\r\n"):
+        line = stream.readline()
+        if not line:
+            return None
+        head += line
+    request = RawRequest(head, b"")
+    if request.values(b"transfer-encoding"):
+        request.body = read_chunked(stream)
+    elif length := request.values(b"content-length"):
+        request.body = stream.read(int(length[0]))
+    return request
+
+
+def read_chunked(stream: Any) -> bytes:
+    body = b""
+    while True:
+        size = int(stream.readline().partition(b";")[0] or b"0", 16)
+        body += stream.read(size)
+        stream.readline()
+        if not size:
+            return body
+
+
+# Raw clients.
+
+
+@contextmanager
+def connect(port: int) -> Iterator[socket.socket]:
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as sock:
+        yield sock
+
+
+def exchange(port: int, data: bytes, half_close: bool = False) -> bytes:
+    """Send bytes, return all that comes back until the server closes."""
+    with connect(port) as sock:
+        sock.sendall(data)
+        if half_close:
+            sock.shutdown(socket.SHUT_WR)
+        return read_all(sock)
+
+
+def read_all(sock: socket.socket) -> bytes:
+    received = b""
+    with suppress(ConnectionResetError):
+        while chunk := sock.recv(65536):
+            received += chunk
+    return received
+
+
+def get(target: bytes = b"/", *lines: bytes, method: bytes = b"GET", host: bytes = b"test") -> bytes:
+    """A request that asks for the connection to be closed after it."""
+    head = [method + b" " + target + b" HTTP/1.1", b"Host: " + host, b"Connection: close", *lines]
+    return b"\r\n".join(head) + b"\r\n\r\n"
+
+
+def split_response(data: bytes) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+    """(status, header lines with lower-case names, body bytes as framed)."""
+    head, _, body = data.partition(b"\r\n\r\n")
+    first, *lines = head.split(b"\r\n")
+    pairs = [line.partition(b":") for line in lines]
+    return int(first.split(b" ")[1]), [(name.lower(), value.strip()) for name, _, value in pairs], body
