@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("balancer.server")
 
 WATCH_AFTER_SECONDS = 0.1  # a request in flight longer than this is watched for its client leaving
+LINGER_SECONDS = 5.0  # and LINGER_BYTES: what is read and dropped after an answer that came before the request's end
+LINGER_BYTES = 16 * 1024 * 1024
 PROTOCOLS = {"1": "HTTP/1.0", "1.1": "HTTP/1.1", "2": "HTTP/2"}  # Granian calls HTTP/1.0 "1"
 
 
@@ -134,16 +136,25 @@ class Call:
         try:
             if type(answer) is list and len(answer) == 1:
                 self._emit_last(answer[0])
-                return
-            for chunk in answer:
-                self._emit(chunk)
-                if self.is_gone:
-                    return
-            self._emit_last(b"")
+            else:
+                for chunk in answer:
+                    self._emit(chunk)
+                    if self.is_gone:
+                        return
+                self._emit_last(b"")
         finally:
             close = getattr(answer, "close", None)
             if close is not None:
                 close()
+        if not self.is_body_done:
+            self._linger()
+
+    def _linger(self) -> None:
+        """Read on for a while after an early answer: closing on a client that still sends would reset the connection,
+        and it might never see the answer (RFC 9112 section 9.6)."""
+        received, deadline = 0, time.monotonic() + LINGER_SECONDS
+        while received < LINGER_BYTES and not self.is_body_done and (left := deadline - time.monotonic()) > 0:
+            received += len(self.receive(left))
 
     def refuse(self, app: WSGIApplication) -> None:
         """Answer with `app` in the calling thread; it must not block."""
@@ -184,12 +195,12 @@ class Call:
             self._start()
         self._wait(self.protocol.send({"type": "http.response.body", "body": chunk, "more_body": False}))
 
-    def receive(self) -> bytes:
-        """The next piece of the request body, b"" at its end. Raises ClientGone if it will not come."""
+    def receive(self, timeout: float | None = None) -> bytes:
+        """The next piece of the request body, b"" at its end. Raises ClientGone if it does not come in time."""
         if self.is_body_done:
             return b""
         while True:
-            message = self._wait(self.protocol.receive())
+            message = self._wait(self.protocol.receive(), timeout)
             if message["type"] != "http.request":
                 self.is_gone = True
                 raise ClientGone("the client left before its request was complete")
@@ -198,8 +209,8 @@ class Call:
             if message["body"] or self.is_body_done:
                 return bytes(message["body"])
 
-    def _wait(self, awaitable: Any) -> Any:
-        """The result of what Granian returned; blocks this thread if it is not there yet."""
+    def _wait(self, awaitable: Any, timeout: float | None = None) -> Any:
+        """The result of what Granian returned; blocks this thread until it is there, for `idle_timeout` at most."""
         done = getattr(awaitable, "done", None)
         if done is None:  # finished when it was made: its first step ends it
             try:
@@ -211,7 +222,7 @@ class Call:
             ready = Lock()
             ready.acquire()
             self.bridge.loop.call_soon_threadsafe(awaitable.add_done_callback, lambda _: ready.release())
-            if not ready.acquire(timeout=self.bridge.idle_timeout):
+            if not ready.acquire(timeout=timeout or self.bridge.idle_timeout):
                 raise ClientGone("the client neither sent nor read anything in time")
         return awaitable.result()
 

@@ -177,7 +177,7 @@ class Rate:
 class Statistics:
     """What happened since the start or the last reset.
 
-    `_lock` guards everything: `_counters` (per backend id; None for no backend, or one that is gone), `_recent`, `_rate`,
+    `_lock` guards everything: `_counters` (per backend id; None for no backend or a former one), `_recent`, `_rate`,
     `_retries`, `_retrying`, `_active` and `_start_time`.
     """
 

@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Every check and every test, with their own set-up: ./tests/run.sh
+# With arguments only pytest runs, and gets them: ./tests/run.sh tests/test_backend_server.py -k faults
+set -euo pipefail
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+
+# Programs that the tests call, and the Debian packages that bring them.
+missing=()
+for pair in chromium:chromium curl:curl wrk:wrk h2load:nghttp2-client shellcheck:shellcheck openssl:openssl; do
+    command -v "${pair%%:*}" >/dev/null || missing+=("${pair#*:}")
+done
+python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
+
+if [ "${#missing[@]}" -gt 0 ]; then
+    if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
+        echo "Installing ${missing[*]} ..."
+        export DEBIAN_FRONTEND=noninteractive
+        apt-get update -qq
+        apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+    elif [ "$#" -gt 0 ]; then
+        echo "tests/run.sh: warning: not installed: ${missing[*]}" >&2
+    else
+        echo "tests/run.sh: error: not installed: ${missing[*]} (on Debian: sudo apt-get install ${missing[*]})" >&2
+        exit 2
+    fi
+fi
+
+# The demo's own .venv, with the test packages on top; the stamp is written last, as in start_all.py.
+./start_all.sh setup
+stamp=.venv/requirements-dev.sha256
+wanted="$(cat requirements.txt requirements-dev.txt | .venv/bin/python -c \
+    'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')"
+if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    echo "Installing requirements-dev.txt into .venv ..."
+    .venv/bin/python -m pip --disable-pip-version-check --no-input install -qq -r requirements-dev.txt
+    echo "$wanted" >"$stamp"
+fi
+
+if [ "$#" -gt 0 ]; then
+    exec .venv/bin/python -m pytest "$@"
+fi
+
+run() {
+    echo "+ $*"
+    "$@"
+}
+
+run .venv/bin/ruff format --check .
+run .venv/bin/ruff check .
+run .venv/bin/mypy
+run shellcheck start_all.sh tests/run.sh .ci/run
+run .venv/bin/python -m pytest

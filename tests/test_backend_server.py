@@ -1,0 +1,462 @@
+"""The demo backend: the application by Flask's test client, the server as a real process on a real socket."""
+
+import http.client
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask.testing import FlaskClient
+
+import backend_server
+from backend_server import BackendState, Faults, Settings, UsageError, create_app, parse_settings
+
+SCRIPT = Path(backend_server.__file__)
+QUICK = Settings(delay=0.0)
+
+
+def wait_until(predicate: Callable[[], object], timeout: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout
+    while not predicate():
+        assert time.monotonic() < deadline, "waited in vain"
+        threading.Event().wait(0.02)
+
+
+@pytest.fixture
+def state() -> BackendState:
+    return BackendState(QUICK, random.Random(1))
+
+
+@pytest.fixture
+def client(state: BackendState) -> FlaskClient:
+    return create_app(state=state).test_client()
+
+
+# -- Settings
+
+
+def test_defaults() -> None:
+    assert parse_settings([], {}) == Settings("backend_1", 5001, "127.0.0.1", 0.05)
+
+
+def test_environment_is_read_and_stripped() -> None:
+    environ = {"SERVER_ID": "b ", "SERVER_PORT": " 5002 ", "SERVER_HOST": "0.0.0.0 ", "RESPONSE_DELAY": "0.5\t"}
+    assert parse_settings([], environ) == Settings("b", 5002, "0.0.0.0", 0.5)
+
+
+def test_flag_beats_environment_beats_default() -> None:
+    environ = {"SERVER_ID": "from-env", "SERVER_PORT": "5002", "RESPONSE_DELAY": "  "}
+    settings = parse_settings(["--port", "5003"], environ)
+    assert (settings.server_id, settings.port, settings.delay) == ("from-env", 5003, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("argv", "environ", "named"),
+    [
+        (["--port", "x"], {}, "--port"),
+        (["--port", "0"], {}, "--port"),
+        (["--port", "65536"], {}, "--port"),
+        (["--port", "\u0663"], {}, "--port"),
+        ([], {"SERVER_PORT": "-1"}, "SERVER_PORT"),
+        ([], {"SERVER_ID": "two words"}, "SERVER_ID"),
+        (["--id", ""], {}, "--id"),
+        (["--host", "nowhere"], {}, "--host"),
+        (["--delay", "nan"], {}, "--delay"),
+        ([], {"RESPONSE_DELAY": "61"}, "RESPONSE_DELAY"),
+        (["--nonsense"], {}, "--nonsense"),
+        (["--po", "5001"], {}, "--po"),
+    ],
+)
+def test_a_bad_value_is_refused_by_name(argv: list[str], environ: dict[str, str], named: str) -> None:
+    with pytest.raises(UsageError, match=f"(?s){named}"):
+        parse_settings(argv, environ)
+
+
+# -- Service
+
+
+def test_process_answers_every_field(client: FlaskClient) -> None:
+    before = time.time()
+    answer = client.get("/api/process").get_json()
+    assert answer["server_id"] == "backend_1"
+    assert answer["server_port"] == 5001
+    assert answer["request_number"] == 1
+    assert answer["method"] == "GET"
+    assert answer["request_data"] is None
+    assert before <= answer["timestamp"] <= time.time()
+    assert answer["message"]
+
+
+def test_processing_time_is_measured() -> None:
+    client = create_app(Settings(delay=0.08)).test_client()
+    started = time.perf_counter()
+    answer = client.get("/api/process").get_json()
+    assert 0.08 <= answer["processing_time"] <= time.perf_counter() - started
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"json": {"a": [1, None]}}, {"a": [1, None]}),
+        ({"data": {"a": "1"}}, {"a": ["1"]}),
+        ({"data": b"plain \xff", "content_type": "text/plain"}, "plain \ufffd"),
+        ({"query_string": "a=1&a=2"}, {"a": ["1", "2"]}),
+        ({"data": b"", "content_type": "application/json"}, None),
+    ],
+)
+def test_request_data_is_what_came(client: FlaskClient, arguments: dict[str, Any], expected: Any) -> None:
+    assert client.post("/api/process", **arguments).get_json()["request_data"] == expected
+
+
+@pytest.mark.parametrize("body", ["{", "NaN", '{"a": Infinity}', "[" * 100_000, "1" * 5000])
+def test_bad_json_is_400(client: FlaskClient, body: str) -> None:
+    answer = client.post("/api/process", data=body, content_type="application/json")
+    assert answer.status_code == 400
+    assert "JSON" in answer.get_json()["error"]
+
+
+def test_unknown_path_and_method_are_json(client: FlaskClient) -> None:
+    assert "error" in client.get("/nothing").get_json()
+    refused = client.put("/health")
+    assert refused.status_code == 405
+    assert "GET" in refused.headers["Allow"]
+    assert "error" in refused.get_json()
+
+
+def test_health(client: FlaskClient) -> None:
+    answer = client.get("/health")
+    assert answer.status_code == 200
+    assert answer.get_json()["status"] == "healthy"
+
+
+def test_stats_count_and_reset_zeroes(client: FlaskClient) -> None:
+    assert client.get("/stats").get_json()["avg_processing_time"] is None
+    for _ in range(3):
+        client.get("/api/process")
+    stats = client.get("/stats").get_json()
+    assert (stats["total_requests"], stats["successful_requests"], stats["failed_requests"]) == (3, 3, 0)
+    assert stats["active_requests"] == 0
+    assert stats["avg_processing_time"] > 0
+    assert client.post("/reset").status_code == 200
+    assert client.get("/stats").get_json()["total_requests"] == 0
+    assert client.get("/api/process").get_json()["request_number"] == 1
+
+
+def test_a_reset_in_the_midst_of_a_request_leaves_the_new_counts_alone(state: BackendState) -> None:
+    counters, _ = state.begin()
+    state.reset()
+    state.finish(counters, True, 0.1)
+    stats = state.stats()
+    assert (stats["total_requests"], stats["successful_requests"], stats["active_requests"]) == (0, 0, 0)
+
+
+def test_counts_are_exact_under_threads(state: BackendState) -> None:
+    app = create_app(state=state)
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda _: app.test_client().get("/api/process").get_json(), range(200)))
+    assert sorted(answer["request_number"] for answer in answers) == list(range(1, 201))
+    assert state.stats()["successful_requests"] == 200
+
+
+# -- Load
+
+
+def test_simulated_load_is_really_worked_off(client: FlaskClient) -> None:
+    answer = client.post("/simulate-load", json={"duration": 0.2}).get_json()
+    assert answer["mode"] == "cpu"
+    assert answer["elapsed"] >= 0.2
+    assert answer["cpu_time"] > 0
+
+
+def test_simulated_load_can_sleep(client: FlaskClient) -> None:
+    answer = client.post("/simulate-load", json={"duration": 0.2, "mode": "sleep"}).get_json()
+    assert answer["elapsed"] >= 0.2
+    assert answer["cpu_time"] < 0.1
+
+
+@pytest.mark.parametrize(
+    "body", [{"duration": 10.1}, {"duration": -1}, {"duration": True}, {"duration": "1"}, {"mode": "x"}, {"x": 1}, []]
+)
+def test_load_is_bounded_and_validated(client: FlaskClient, body: Any) -> None:
+    answer = client.post("/simulate-load", json=body)
+    assert answer.status_code == 400
+    assert "0 to 10" in answer.get_json()["error"]
+
+
+# -- Faults
+
+
+def test_faults_are_set_one_by_one_and_cleared(client: FlaskClient) -> None:
+    clear = {"added_latency": 0, "error_rate": 0, "hang": False, "fail_health": False}
+    assert client.get("/faults").get_json() == clear
+    client.post("/faults", json={"added_latency": 0.5})
+    assert client.post("/faults", json={"fail_health": True}).get_json() == {
+        **clear,
+        "added_latency": 0.5,
+        "fail_health": True,
+    }
+    assert client.delete("/faults").get_json() == clear
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ('{"latency": 1}', "added_latency"),
+        ('{"added_latency": 61}', "0 to 60"),
+        ('{"added_latency": "1"}', "0 to 60"),
+        ('{"error_rate": 1.1}', "0 to 1"),
+        ('{"error_rate": true}', "0 to 1"),
+        ('{"error_rate": NaN}', "not valid JSON"),
+        ('{"hang": 1}', "true or false"),
+        ('{"hang": null}', "true or false"),
+        ("{}", "fail_health"),
+        ("[]", "fail_health"),
+        ("", "fail_health"),
+        ("{", "not valid JSON"),
+    ],
+)
+def test_a_bad_fault_is_refused_with_what_is_expected(client: FlaskClient, body: str, expected: str) -> None:
+    answer = client.post("/faults", data=body)
+    assert answer.status_code == 400
+    assert expected in answer.get_json()["error"]
+    assert client.get("/faults").get_json()["error_rate"] == 0
+
+
+def test_one_bad_field_changes_nothing(client: FlaskClient) -> None:
+    assert client.post("/faults", json={"fail_health": True, "error_rate": 2}).status_code == 400
+    assert client.get("/health").status_code == 200
+
+
+def test_added_latency_is_added(client: FlaskClient) -> None:
+    client.post("/faults", json={"added_latency": 0.1})
+    assert client.get("/api/process").get_json()["processing_time"] >= 0.1
+
+
+def test_error_rate(client: FlaskClient) -> None:
+    client.post("/faults", json={"error_rate": 0.5})
+    codes = [client.get("/api/process").status_code for _ in range(200)]
+    assert set(codes) == {200, 500}
+    assert 60 < codes.count(500) < 140
+    assert client.get("/stats").get_json()["failed_requests"] == codes.count(500)
+
+
+def test_error_rate_one_fails_all_and_zero_none(client: FlaskClient) -> None:
+    client.post("/faults", json={"error_rate": 1})
+    assert {client.get("/api/process").status_code for _ in range(20)} == {500}
+    client.post("/faults", json={"error_rate": 0})
+    assert {client.get("/api/process").status_code for _ in range(20)} == {200}
+
+
+def test_fail_health_fails_only_health(client: FlaskClient) -> None:
+    client.post("/faults", json={"fail_health": True})
+    answer = client.get("/health")
+    assert (answer.status_code, answer.get_json()["status"]) == (503, "unhealthy")
+    assert client.get("/api/process").status_code == 200
+
+
+def test_hang_holds_until_it_is_cleared(state: BackendState) -> None:
+    app = create_app(state=state)
+    app.test_client().post("/faults", json={"hang": True})
+    with ThreadPoolExecutor(1) as pool:
+        hanging = pool.submit(lambda: app.test_client().get("/health").status_code)
+        wait_until(lambda: state.stats()["hanging_requests"] == 1)
+        assert not hanging.done()
+        app.test_client().delete("/faults")
+        assert hanging.result(timeout=5) == 200
+
+
+def test_too_many_hanging_requests_are_refused(state: BackendState, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend_server, "MAX_HANGING", 0)
+    state.change_faults({"hang": True})
+    assert not state.hang(None)
+
+
+def test_a_stopping_backend_keeps_nobody_waiting(state: BackendState) -> None:
+    state.stop()
+    started = time.monotonic()
+    state.wait(10)
+    state.burn(10)
+    assert time.monotonic() - started < 5
+    assert state.faults == Faults()
+
+
+# -- The real process
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Backend:
+    def __init__(self, *arguments: str, **environment: str) -> None:
+        self.port = free_port()
+        self.process = subprocess.Popen(
+            [sys.executable, str(SCRIPT), "--port", str(self.port), *arguments],
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        wait_until(lambda: self.process.poll() is not None or self.is_up())
+
+    def is_up(self) -> bool:
+        try:
+            return self.call("GET", "/health")[0] == 200
+        except OSError:
+            return False
+
+    def call(self, method: str, path: str, body: Any = None, timeout: float = 10) -> tuple[int, Any]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        try:
+            connection.request(method, path, None if body is None else json.dumps(body))
+            response = connection.getresponse()
+            return response.status, json.loads(response.read())
+        finally:
+            connection.close()
+
+    def hanging(self) -> int:
+        return int(self.call("GET", "/stats")[1]["hanging_requests"])
+
+    def end(self, number: int) -> tuple[int, str, str]:
+        self.process.send_signal(number)
+        out, err = self.process.communicate(timeout=10)
+        return self.process.returncode, out, err
+
+
+@contextmanager
+def backend(*arguments: str, **environment: str) -> Iterator[Backend]:
+    running = Backend(*arguments, **environment)
+    try:
+        yield running
+    finally:
+        running.process.kill()
+        running.process.communicate()
+
+
+def test_the_process_serves_by_flag_and_environment() -> None:
+    with backend("--delay", "0", SERVER_ID="from-env ") as running:
+        status, answer = running.call("POST", "/api/process", {"a": 1})
+        assert status == 200
+        assert (answer["server_id"], answer["server_port"]) == ("from-env", running.port)
+
+
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_it_ends_quietly_and_quickly_though_clients_wait(number: int, expected: int) -> None:
+    with backend() as running, ThreadPoolExecutor(2) as pool:
+        idle = socket.create_connection(("127.0.0.1", running.port))
+        running.call("POST", "/faults", {"hang": True})
+        hanging = pool.submit(running.call, "GET", "/api/process")
+        wait_until(lambda: running.hanging() == 1)
+        started = time.monotonic()
+        code, out, err = running.end(number)
+        assert time.monotonic() - started < 5
+        assert (code, err, len(out.splitlines())) == (expected, "", 1)
+        idle.close()
+        assert hanging.exception() or hanging.result()[0] == 503
+
+
+def test_it_is_one_process() -> None:
+    with backend() as running:
+        children = Path(f"/proc/{running.process.pid}/task/{running.process.pid}/children").read_text()
+        assert children == ""
+        running.process.kill()
+        running.process.wait()
+        wait_until(lambda: not running.is_up())
+
+
+def test_connections_are_kept() -> None:
+    with backend("--delay", "0") as running:
+        connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=10)
+        connection.connect()
+        first = connection.sock
+        for _ in range(5):
+            connection.request("POST", "/api/process", b"x" * 1000, {"Content-Type": "text/plain"})
+            response = connection.getresponse()
+            assert (response.version, response.status, len(response.read()) > 1000) == (11, 200, True)
+        assert connection.sock is first
+        connection.close()
+
+
+def test_200_slow_requests_at_once() -> None:
+    with backend("--delay", "0.5") as running, ThreadPoolExecutor(200) as pool:
+        started = time.monotonic()
+        answers = list(pool.map(lambda _: running.call("GET", "/api/process", timeout=30), range(200)))
+        assert {status for status, _ in answers} == {200}
+        assert sorted(answer["request_number"] for _, answer in answers) == list(range(1, 201))
+        assert time.monotonic() - started < 10  # one after the other they would take 100 s
+
+
+def test_a_body_over_1_mib_is_413_and_one_of_1_mib_is_not() -> None:
+    with backend("--delay", "0") as running:
+        assert send_body(running, 1024 * 1024, chunked=False) == 200
+        for chunked in (False, True):
+            assert send_body(running, 1024 * 1024 + 1, chunked) == 413
+            assert send_body(running, 8 * 1024 * 1024, chunked) == 413
+        assert running.is_up()
+
+
+def send_body(running: Backend, size: int, chunked: bool) -> int:
+    connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=10)
+    body: Any = iter([b"a" * size]) if chunked else b"a" * size
+    connection.request("POST", "/api/process", body, {"Content-Type": "text/plain"}, encode_chunked=chunked)
+    response = connection.getresponse()
+    response.read()
+    connection.close()
+    return response.status
+
+
+def test_a_hanging_request_is_forgotten_when_its_client_goes() -> None:
+    with backend() as running:
+        running.call("POST", "/faults", {"hang": True})
+        with pytest.raises(TimeoutError):
+            running.call("GET", "/api/process", timeout=0.3)
+        wait_until(lambda: running.hanging() == 0)
+
+
+def test_faults_can_be_cleared_while_many_requests_hang() -> None:
+    with backend() as running, ThreadPoolExecutor(50) as pool:
+        running.call("POST", "/faults", {"hang": True})
+        hanging = [pool.submit(running.call, "GET", "/health", timeout=30) for _ in range(50)]
+        wait_until(lambda: running.hanging() == 50)
+        assert running.call("DELETE", "/faults")[0] == 200
+        assert {future.result()[0] for future in hanging} == {200}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [(["--port", "none"], "--port must be"), (["--delay", "-1"], "--delay must be"), (["extra"], "extra")],
+)
+def test_bad_usage_is_one_line_and_2(arguments: list[str], expected: str) -> None:
+    done = subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=20)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+    assert expected in done.stderr
+
+
+def test_a_taken_port_is_one_line_and_2() -> None:
+    with backend() as running:
+        command = [sys.executable, SCRIPT, "--port", str(running.port)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+        assert str(running.port) in done.stderr and "--port" in done.stderr
+
+
+def test_help_begins_with_examples_and_version_is_the_project_s() -> None:
+    from balancer import __version__
+
+    run = [sys.executable, str(SCRIPT)]
+    assert subprocess.run([*run, "--help"], capture_output=True, text=True, timeout=20).stdout.startswith("examples:")
+    shown = subprocess.run([*run, "--version"], capture_output=True, text=True, timeout=20)
+    assert (shown.returncode, shown.stdout) == (0, f"backend_server.py {__version__}\n")

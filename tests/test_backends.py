@@ -1,0 +1,558 @@
+"""Origins, leases, health and what the operator changes: the state behind the pool's lock."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from balancer.backends import Backend, BackendPool, LastCheck, Origin
+from balancer.errors import SettingsError, Unavailable
+from balancer.strategies import create
+
+ORIGIN = Origin("http", "127.0.0.1", 5001)
+GOOD = LastCheck(at=1.0, duration=0.001, status=200, error=None)
+BAD = LastCheck(at=2.0, duration=0.001, status=500, error="answered 500")
+CHECKS = {"+": GOOD, "-": BAD}
+
+
+class Pool(BackendPool):
+    """A pool with a clock that only the test moves, and a diary of what the listeners were told."""
+
+    def __init__(self, algorithm: str = "round_robin", fall: int = 2, rise: int = 1) -> None:
+        self.now = 1000.0
+        super().__init__(create(algorithm), fall=fall, rise=rise, clock=lambda: self.now, wall_clock=lambda: self.now)
+        self.told: list[tuple[str, str]] = []
+        self.on_change(lambda kind, backend, text, severity: self.told.append((kind, backend)))
+
+    def add_up(self, backend_id: str, weight: int = 1, max_connections: int | None = None) -> Backend:
+        backend = self.add(backend_id, ORIGIN, weight=weight, max_connections=max_connections)
+        self.record_check(backend, GOOD)
+        return backend
+
+    def ids(self) -> list[str]:
+        return [backend.id for backend in self.backends()]
+
+
+@pytest.fixture
+def pool() -> Pool:
+    """Backends a and b, both up."""
+    pool = Pool()
+    pool.add_up("a")
+    pool.add_up("b")
+    pool.told.clear()
+    return pool
+
+
+@pytest.fixture
+def restless() -> Iterator[None]:
+    """Threads are switched as often as can be."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def in_threads(count: int, work: Callable[[int], None]) -> None:
+    """Run `work(number)` in `count` threads that start together; raises what any of them raised."""
+    barrier = Barrier(count)
+
+    def run(number: int) -> None:
+        barrier.wait(20)
+        work(number)
+
+    with ThreadPoolExecutor(count) as threads:
+        for future in [threads.submit(run, number) for number in range(count)]:
+            future.result(50)
+
+
+# Origins.
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("http://127.0.0.1:5001", Origin("http", "127.0.0.1", 5001)),
+        ("http://Example.COM", Origin("http", "example.com", 80)),
+        ("https://a-b.example/", Origin("https", "a-b.example", 443)),
+        (" http://localhost:1 ", Origin("http", "localhost", 1)),
+        ("http://[::1]:8080", Origin("http", "::1", 8080)),
+        ("HTTP://a:65535", Origin("http", "a", 65535)),
+    ],
+)
+def test_an_origin_is_scheme_host_and_port(url: str, expected: Origin) -> None:
+    assert Origin.parse(url) == expected
+    assert Origin.parse(expected.url) == expected
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "127.0.0.1:5001",
+        "localhost",
+        "//a:80",
+        "ftp://a",
+        "http://",
+        "http://:80",
+        "http://a:0",
+        "http://a:70000",
+        "http://a:-1",
+        "http://a:+80",
+        "http://a:x",
+        "http://a:\u0668\u0660",
+        "http://a/path",
+        "http://a//",
+        "http://a?",
+        "http://a?q=1",
+        "http://a#f",
+        "http://a b",
+        "http://[::1",
+        "http://a\\b",
+        "http://a,b",
+        "http://127.0..1",
+        "http://" + "a" * 64 + ".example",
+    ],
+)
+def test_anything_else_is_no_origin(url: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        Origin.parse(url)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://user:hunter2@a:80",
+        "http://hunter2@a",
+        "https://user:hunter2@a/path",
+        "ftp://user:hunter2@a",
+        "user:hunter2@a",
+        "http://user:hunter2@a:70000",
+        "http://user:hunter2@a:port",
+        "http://user:hunter2@[::1",
+        "http://user:hunter2@a\u2100",
+        "http://user:hunter2@",
+    ],
+    ids=ascii,
+)
+def test_a_password_in_a_url_is_refused_and_not_repeated(url: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        Origin.parse(url)
+    assert "hunter2" not in str(caught.value)
+
+
+# Leases.
+
+
+def test_a_lease_counts_until_it_is_released(pool: Pool) -> None:
+    lease = pool.lease(None)
+    assert lease.backend.active == 1
+    lease.release()
+    assert lease.backend.active == 0
+
+
+def test_release_is_idempotent(pool: Pool) -> None:
+    first, other = pool.lease(None), pool.lease(None, exclude=["b"])
+    assert first.backend is other.backend
+    for _ in range(3):
+        first.release(0.1)
+    assert first.backend.active == 1
+
+
+@pytest.mark.usefixtures("restless")
+def test_release_counts_once_even_from_two_threads_at_once(pool: Pool) -> None:
+    for _ in range(50):
+        lease = pool.lease(None)
+        in_threads(2, lambda number, lease=lease: lease.release())
+    assert [backend.active for backend in pool.backends()] == [0, 0]
+
+
+def test_the_excluded_are_not_chosen(pool: Pool) -> None:
+    assert [pool.lease(None, exclude=["a"]).backend.id for _ in range(3)] == ["b", "b", "b"]
+
+
+def unknown_pool() -> Pool:
+    pool = Pool()
+    pool.add("a", ORIGIN)
+    return pool
+
+
+def full_pool() -> Pool:
+    pool = Pool()
+    pool.add_up("a", max_connections=1)
+    pool.lease(None)
+    return pool
+
+
+def weightless_pool() -> Pool:
+    pool = Pool()
+    pool.add_up("a", weight=0)
+    return pool
+
+
+@pytest.mark.parametrize(
+    ("make", "exclude", "cause"),
+    [
+        (Pool, [], "no backend is configured"),
+        (unknown_pool, [], "no backend is available"),
+        (weightless_pool, [], "no backend is available"),
+        (full_pool, [], "max_connections"),
+        (full_pool, ["a"], "no other backend"),
+    ],
+)
+def test_unavailable_says_why(make: Callable[[], Pool], exclude: list[str], cause: str) -> None:
+    with pytest.raises(Unavailable, match=cause) as caught:
+        make().lease(None, exclude)
+    assert caught.value.status == 503
+
+
+@pytest.mark.usefixtures("restless")
+@pytest.mark.parametrize("algorithm", ["round_robin", "weighted", "least_connections", "least_response_time"])
+def test_threads_never_exceed_max_connections_and_leave_nothing_behind(algorithm: str) -> None:
+    pool = Pool(algorithm)
+    limits = {"a": 3, "b": 2, "c": None}
+    for backend_id, limit in limits.items():
+        pool.add_up(backend_id, max_connections=limit)
+    pool.update("c", {"max_connections": 1})
+    highest: Counter[str] = Counter()
+    served: Counter[int] = Counter()
+
+    def work(number: int) -> None:
+        for _ in range(200):
+            try:
+                lease = pool.lease(None)
+            except Unavailable:
+                continue
+            served[number] += 1
+            active = lease.backend.active
+            highest[lease.backend.id] = max(highest[lease.backend.id], active)
+            lease.release(0.001)
+
+    in_threads(16, work)
+    assert highest["a"] <= 3 and highest["b"] <= 2 and highest["c"] <= 1
+    assert [backend.active for backend in pool.backends()] == [0, 0, 0]
+    assert sum(served.values()) > 0
+
+
+@pytest.mark.usefixtures("restless")
+def test_round_robin_is_exact_under_threads(pool: Pool) -> None:
+    pool.add_up("c")
+    counts: list[str] = []
+    in_threads(8, lambda number: counts.extend(pool.lease(None).backend.id for _ in range(75)))
+    assert Counter(counts) == {"a": 200, "b": 200, "c": 200}
+    assert [backend.active for backend in pool.backends()] == [200, 200, 200]
+
+
+def test_a_first_byte_time_is_remembered_and_a_failure_teaches_nothing(pool: Pool) -> None:
+    pool.lease(None, exclude=["b"]).release(0.2)
+    pool.lease(None, exclude=["a"]).release()
+    a, b = pool.backends()
+    assert a.response_time(pool.now) == pytest.approx(0.2)
+    assert b.response_time(pool.now) == 0.0
+
+
+# The remembered response time.
+
+
+def test_response_time_halves_in_five_seconds() -> None:
+    backend = Backend("a", ORIGIN)
+    backend.observe(0.8, now=0.0)
+    assert [backend.response_time(now) for now in (0.0, 5.0, 15.0)] == pytest.approx([0.8, 0.4, 0.1])
+
+
+def test_a_fresh_memory_moves_by_a_fifth_and_a_stale_one_at_once() -> None:
+    backend = Backend("a", ORIGIN)
+    backend.observe(1.0, now=0.0)
+    backend.observe(2.0, now=0.0)
+    assert backend.response_time(0.0) == pytest.approx(1.2)
+    backend.observe(0.01, now=1000.0)
+    assert backend.response_time(1000.0) == pytest.approx(0.01)
+
+
+@given(st.lists(st.tuples(st.floats(1e-6, 100), st.floats(0, 1e6)), min_size=1, max_size=20))
+def test_response_time_stays_within_what_was_measured(samples: list[tuple[float, float]]) -> None:
+    backend, now = Backend("a", ORIGIN), 0.0
+    for seconds, pause in samples:
+        now += pause
+        backend.observe(seconds, now)
+    slowest = max(seconds for seconds, _ in samples)
+    assert 0 < backend.response_time(now) <= slowest * 1.000001
+
+
+# Health.
+
+
+@pytest.mark.parametrize(
+    ("fall", "rise", "checks", "expected"),
+    [
+        (2, 1, "", "unknown"),
+        (3, 3, "+", "up"),
+        (3, 3, "-", "down"),
+        (2, 1, "+-", "up"),
+        (2, 1, "+--", "down"),
+        (2, 1, "+-+-+-", "up"),
+        (2, 1, "+--+", "up"),
+        (3, 2, "+--", "up"),
+        (3, 2, "+---", "down"),
+        (3, 2, "+---+", "down"),
+        (3, 2, "+---+-+", "down"),
+        (3, 2, "+---++", "up"),
+        (1, 1, "+-", "down"),
+    ],
+)
+def test_checks_make_a_backend_fall_and_rise(fall: int, rise: int, checks: str, expected: str) -> None:
+    pool = Pool(fall=fall, rise=rise)
+    backend = pool.add("a", ORIGIN)
+    for check in checks:
+        pool.record_check(backend, CHECKS[check])
+    assert backend.health.status == expected
+    assert (backend.health.reason is None) == (expected != "down")
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.text("+-", max_size=30))
+def test_health_follows_the_rule_and_tells_changes_only(fall: int, rise: int, checks: str) -> None:
+    pool = Pool(fall=fall, rise=rise)
+    backend = pool.add("a", ORIGIN)
+    status, run, previous, changes = "unknown", 0, "", ["backend_added"]
+    for check in checks:
+        run, previous = (run + 1 if check == previous else 1), check
+        wanted, needed = ("up", rise) if check == "+" else ("down", fall)
+        if status != wanted and (status == "unknown" or run >= needed):
+            status = wanted
+            changes.append(f"backend_{wanted}")
+        pool.record_check(backend, CHECKS[check])
+        assert backend.health.status == status
+        assert backend.is_ready == (status == "up")
+    assert [kind for kind, _ in pool.told] == changes
+
+
+def test_a_down_backend_shows_its_newest_reason_and_since_when(pool: Pool) -> None:
+    backend = pool.backends()[0]
+    for pool.now, error in ((1010.0, "first"), (1011.0, "second"), (1012.0, "third")):
+        pool.record_check(backend, LastCheck(pool.now, 0.4, None, error))
+    health = pool.snapshot()[0]["health"]
+    assert (health["status"], health["reason"], health["since"]) == ("down", "third", 1011.0)
+    assert health["last_check"] == {"at": 1012.0, "duration": 0.4, "status": None, "error": "third"}
+    assert (health["consecutive_failures"], health["consecutive_successes"]) == (3, 0)
+
+
+@pytest.mark.parametrize(
+    ("checks", "expected"), [("", True), ("+", False), ("+-", True), ("+--", False), ("+--+", True), ("+--++", False)]
+)
+def test_the_next_check_comes_soon_while_a_change_is_in_the_air(checks: str, expected: bool) -> None:
+    pool = Pool(rise=2)
+    backend = pool.add("a", ORIGIN)
+    for check in checks:
+        pool.record_check(backend, CHECKS[check])
+    assert backend.health.is_in_transition is expected
+
+
+def test_a_refused_connect_takes_a_backend_down_at_once(pool: Pool) -> None:
+    backend = pool.backends()[0]
+    pool.record_refused(backend, "refused")
+    pool.record_refused(backend, "refused again")
+    assert (backend.health.status, backend.health.reason) == ("down", "refused")
+    assert [pool.lease(None).backend.id for _ in range(2)] == ["b", "b"]
+    assert pool.told == [("backend_down", "a")]
+
+
+def test_after_a_refused_connect_it_takes_rise_good_checks() -> None:
+    pool = Pool(rise=2)
+    backend = pool.add_up("a")
+    pool.record_check(backend, GOOD)
+    pool.record_refused(backend, "refused")
+    pool.record_check(backend, GOOD)
+    assert backend.health.status == "down"
+    pool.record_check(backend, GOOD)
+    assert backend.health.status == "up"
+
+
+@pytest.mark.parametrize("report", ["check", "refused"])
+def test_news_of_a_removed_backend_is_ignored(pool: Pool, report: str) -> None:
+    backend = pool.backends()[0]
+    pool.remove("a")
+    successor = pool.add("a", ORIGIN)
+    pool.told.clear()
+    if report == "check":
+        pool.record_check(backend, GOOD)
+    else:
+        pool.record_refused(backend, "refused")
+    assert successor.health.status == "unknown"
+    assert pool.told == []
+
+
+def test_the_first_round_is_over_when_all_that_are_checked_are_known() -> None:
+    pool = Pool()
+    for backend_id in ("a", "b"):
+        pool.add(backend_id, ORIGIN)
+    assert not pool.has_had_first_round()
+    pool.record_check(pool.backends()[0], BAD)
+    assert not pool.has_had_first_round()
+    pool.update("b", {"admin_state": "maint"})
+    assert pool.has_had_first_round()
+
+
+# What the operator changes.
+
+
+@pytest.mark.parametrize("state", ["drain", "maint"])
+def test_a_drained_backend_gets_nothing_and_finishes_what_it_has(pool: Pool, state: str) -> None:
+    lease = pool.lease(None, exclude=["b"])
+    pool.update("a", {"admin_state": state})
+    assert {pool.lease(None).backend.id for _ in range(4)} == {"b"}
+    lease.release()
+    shown = pool.snapshot()[0]
+    assert (shown["state"], shown["admin_state"], shown["active_connections"]) == (state, state, 0)
+    assert shown["healthy"] is True
+    pool.update("a", {"admin_state": "ready"})
+    assert {pool.lease(None).backend.id for _ in range(4)} == {"a", "b"}
+
+
+def test_an_idle_backend_is_removed_at_once(pool: Pool) -> None:
+    assert pool.remove("a") == 0
+    assert pool.ids() == ["b"] and pool.get("a") is None
+    assert pool.told == [("backend_removed", "a")]
+
+
+def test_a_busy_backend_is_removed_after_its_last_request(pool: Pool) -> None:
+    leases = [pool.lease(None, exclude=["b"]) for _ in range(2)]
+    assert pool.remove("a") == 2
+    assert {pool.lease(None).backend.id for _ in range(3)} == {"b"}
+    leases[0].release()
+    assert pool.ids() == ["a", "b"]
+    leases[1].release()
+    assert pool.ids() == ["b"]
+    assert pool.told == [("backend_draining", "a"), ("backend_removed", "a")]
+
+
+def test_a_backend_that_took_new_requests_again_is_not_removed_under_them(pool: Pool) -> None:
+    lease = pool.lease(None, exclude=["b"])
+    pool.remove("a")
+    pool.update("a", {"admin_state": "ready"})
+    new = [pool.lease(None) for _ in range(4)]
+    for one in (lease, *new):
+        one.release()
+    took_requests = "a" in {one.backend.id for one in new}
+    assert ("a" in pool.ids()) == took_requests  # either it stays away and goes, or it is back and stays
+
+
+def test_a_removed_backend_of_the_same_name_is_another_one(pool: Pool) -> None:
+    old = pool.lease(None, exclude=["b"])
+    pool.remove("a")
+    with pytest.raises(SettingsError, match="'a' is taken"):
+        pool.add("a", ORIGIN)
+    old.release()
+    new = pool.add_up("a")
+    assert new is not old.backend and new.active == 0
+
+
+def test_removing_while_threads_lease_ends_with_nobody_left(pool: Pool) -> None:
+    def work(number: int) -> None:
+        if number == 0:
+            pool.remove("a")
+        for _ in range(100):
+            lease = pool.lease(None)
+            lease.release()
+
+    in_threads(8, work)
+    assert pool.ids() == ["b"]
+    assert pool.backends()[0].active == 0
+    assert [kind for kind, backend in pool.told if backend == "a"].count("backend_removed") == 1
+
+
+def test_live_state_survives_a_change(pool: Pool) -> None:
+    lease = pool.lease(None, exclude=["b"])
+    pool.update("a", {"weight": 5, "max_connections": 7})
+    shown = pool.snapshot()[0]
+    assert (shown["weight"], shown["max_connections"], shown["active_connections"]) == (5, 7, 1)
+    assert shown["healthy"] is True
+    lease.release()
+
+
+def test_weight_zero_takes_a_backend_out_and_a_weight_brings_it_back(pool: Pool) -> None:
+    pool.update("a", {"weight": 0})
+    assert {pool.lease(None).backend.id for _ in range(4)} == {"b"}
+    pool.update("a", {"weight": 1})
+    assert {pool.lease(None).backend.id for _ in range(4)} == {"a", "b"}
+
+
+def test_a_limit_set_at_run_time_counts_from_the_next_lease(pool: Pool) -> None:
+    for _ in range(3):
+        pool.lease(None, exclude=["b"])
+    pool.update("a", {"max_connections": 3})
+    assert {pool.lease(None).backend.id for _ in range(3)} == {"b"}
+    pool.update("a", {"max_connections": None})
+    assert "a" in {pool.lease(None).backend.id for _ in range(3)}
+
+
+def test_only_real_changes_are_told(pool: Pool) -> None:
+    pool.update("a", {"weight": 1, "admin_state": "drain"})
+    assert pool.told == [("backend_changed", "a")]
+
+
+@pytest.mark.parametrize("call", [lambda pool: pool.update("x", {"weight": 1}), lambda pool: pool.remove("x")])
+def test_an_unknown_id_is_a_key_error(pool: Pool, call: Callable[[Pool], object]) -> None:
+    with pytest.raises(KeyError):
+        call(pool)
+    assert pool.told == []
+
+
+def test_a_backend_without_an_id_gets_a_free_one() -> None:
+    pool = Pool()
+    pool.add("backend_2", ORIGIN)
+    assert pool.add(None, ORIGIN).id == "backend_3"
+    pool.remove("backend_2")
+    assert pool.add(None, ORIGIN).id == "backend_2"
+
+
+def test_a_switch_of_strategy_is_exact_from_the_next_lease(pool: Pool) -> None:
+    pool.update("a", {"weight": 3})
+    first = "".join(pool.lease(None).backend.id for _ in range(5))
+    pool.use(create("weighted"))
+    second = "".join(pool.lease(None).backend.id for _ in range(8))
+    pool.use(create("round_robin"))
+    third = "".join(pool.lease(None).backend.id for _ in range(4))
+    assert (first, second, third) == ("ababa", "aabaaaba", "abab")
+    assert pool.algorithm == "round_robin"
+
+
+# Reading.
+
+
+def test_a_snapshot_has_plain_values_that_do_not_move(pool: Pool) -> None:
+    before = pool.snapshot()
+    pool.lease(None)
+    pool.update("b", {"weight": 9})
+    assert [(row["id"], row["active_connections"], row["weight"]) for row in before] == [("a", 0, 1), ("b", 0, 1)]
+    assert before[0]["url"] == "http://127.0.0.1:5001"
+
+
+def test_expected_shares_are_of_the_traffic_now() -> None:
+    pool = Pool("weighted")
+    for backend_id, weight in (("a", 3), ("b", 2), ("c", 1)):
+        pool.add_up(backend_id, weight)
+    assert [row["expected_share"] for row in pool.snapshot()] == pytest.approx([1 / 2, 1 / 3, 1 / 6])
+    pool.update("a", {"admin_state": "drain"})
+    assert [row["expected_share"] for row in pool.snapshot()] == pytest.approx([0, 2 / 3, 1 / 3])
+    pool.use(create("least_connections"))
+    assert [row["expected_share"] for row in pool.snapshot()] == [None, None, None]
+
+
+def test_repr_tells_the_state(pool: Pool) -> None:
+    pool.lease(None)
+    pool.record_refused(pool.backends()[1], "refused")
+    assert repr(pool) == "<BackendPool 1 up, 1 not, 1 active, round_robin>"
+
+
+def test_a_listener_may_use_the_pool(pool: Pool) -> None:
+    seen: list[list[str]] = []
+    pool.on_change(lambda *change: seen.append(pool.ids()))
+    pool.add("c", ORIGIN)
+    assert seen == [["a", "b", "c"]]

@@ -1,0 +1,227 @@
+"""`python load_balancer.py ...` as a person calls it: exit codes, one clear line, no traceback, signals."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import PYTHON, ROOT, BalancerProcess, connect, fetch, free_port, get, wait_until
+
+import load_balancer
+from balancer import __version__
+from balancer.settings import Settings
+
+PASSWORD = "hunter2-hunter2"
+
+
+def run(*arguments: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+    """The real command, to its end."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("LB_") and name != "ALGORITHM"}
+    return subprocess.run(
+        [PYTHON, str(ROOT / "load_balancer.py"), *arguments],
+        cwd=cwd,
+        env=clean | env,
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+
+
+def assert_one_line(stderr: str, *said: str) -> None:
+    assert stderr.startswith("load_balancer.py: ") and stderr.endswith("\n")
+    assert stderr.count("\n") == 1 and len(stderr) < 1000
+    assert "Traceback" not in stderr
+    for part in said:
+        assert part in stderr
+
+
+@pytest.fixture
+def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [*os.environ]:
+        if name.startswith("LB_") or name == "ALGORITHM":
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def idle() -> Iterator[BalancerProcess]:
+    """A balancer whose only backend is not there."""
+    process = BalancerProcess(f"--backend=a=http://127.0.0.1:{free_port()}")
+    yield process
+    process.stop()
+
+
+# What ends at once.
+
+
+def test_help_names_every_setting_and_fits_the_screen() -> None:
+    done = run("--help", COLUMNS="100")
+    assert done.returncode == 0 and done.stderr == ""
+    assert max(len(line) for line in done.stdout.splitlines()) <= 120
+    for name in set(Settings.model_fields) - {"backends", "admin_token"}:
+        assert "--" + name.replace("_", "-") in done.stdout
+    assert all(flag in done.stdout for flag in ("--backend ", "--config ", "--check-config", "--print-config"))
+
+
+def test_version() -> None:
+    done = run("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"load-balancer {__version__}\n", "")
+
+
+def test_check_config_says_ok_from_any_directory(tmp_path: Path) -> None:
+    file = tmp_path / "with a blank.toml"
+    file.write_text('backends = ["http://127.0.0.1:8080"]', encoding="utf-8")
+    done = run("--config", file.name, "--check-config", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "configuration ok\n", "")
+
+
+def test_print_config_shows_values_sources_and_no_secrets(tmp_path: Path) -> None:
+    file = tmp_path / "balancer.toml"
+    file.write_text("retries = 1\n", encoding="utf-8")
+    done = run("--config", str(file), "--port", "9001", "--print-config", LB_ID="edge", LB_ADMIN_TOKEN=PASSWORD)
+    assert done.returncode == 0 and done.stderr == ""
+    shown = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
+    assert shown["port"] == ["9001", "flag"]
+    assert shown["id"] == ["edge", "environment"]
+    assert shown["retries"] == ["1", "file", str(file)]
+    assert shown["algorithm"] == ["weighted", "default"]
+    assert shown["admin_token"] == ["(hidden)", "environment"]
+    assert PASSWORD not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "said"),
+    [
+        (["--port", "http"], {}, ["port", "'http'", "flag"]),
+        ([], {"LB_PORT": "70000"}, ["port", "'70000'", "environment"]),
+        (["--algorithm", "fastest"], {}, ["'fastest'", "round_robin"]),
+        (["--backend", f"http://user:{PASSWORD}@h"], {}, ["user info"]),
+        (["--cpu-affinity", "4095"], {}, ["cpu_affinity", "4095"]),
+        (["--ca-file", "missing.pem"], {}, ["ca_file", "missing.pem"]),
+        (["--host", "192.0.2.1"], {}, ["192.0.2.1"]),
+        (["--host", "127.0..1"], {}, ["127.0..1"]),
+        (["--nonsense"], {}, ["--nonsense"]),
+        (["--port"], {}, ["--port"]),
+        (["--prot=9001"], {}, ["--prot"]),
+        (["stray"], {}, ["stray"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_usage_is_one_line_and_exit_code_2(arguments: list[str], env: dict[str, str], said: list[str]) -> None:
+    done = run("--port=0", *arguments, **env) if arguments else run(**env)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert_one_line(done.stderr, *said)
+    assert PASSWORD not in done.stderr
+
+
+@pytest.mark.usefixtures("no_environment")
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--backend", "a=http://x:1", "--backend", "a=http://x:2"], "'a'"),
+        (["--backend", "http://x:1/path"], "path"),
+        (["--backend", "http://x:0"], "http://x:0"),
+        (["--connect-timeout", "nan"], "connect_timeout"),
+        (["--control-port", "9000"], "control_port"),
+        (["--control-prefix", "lb"], "control_prefix"),
+        (["--control-prefix", "/<a"], "control_prefix"),
+        (["--cpu-affinity", "none,0"], "cpu_affinity"),
+        (["--ca-file", str(ROOT / "LICENSE")], "ca_file"),
+        (["--ca-file", str(ROOT)], "ca_file"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
+def test_check_config_finds_it(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
+    assert load_balancer.main([*arguments, "--check-config"]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert_one_line(output.err, said)
+
+
+@pytest.mark.usefixtures("no_environment")
+@pytest.mark.parametrize("content", [b"port = ", b"\xff", b"prot = 1", None], ids=repr)
+def test_a_bad_config_file_is_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, content: bytes | None
+) -> None:
+    file = tmp_path / "balancer.toml"
+    if content is not None:
+        file.write_bytes(content)
+    for path in (file,) if content is not None else (file, tmp_path):
+        assert load_balancer.main(["--config", str(path), "--check-config"]) == 2
+        assert_one_line(capsys.readouterr().err, str(path))
+
+
+# What serves.
+
+
+def test_port_0_takes_a_free_one_and_prints_it(idle: BalancerProcess) -> None:
+    assert 0 < idle.port < 65536
+    assert fetch(f"{idle.url}/health")[0] == 200
+
+
+def test_the_environment_of_cmd_is_understood() -> None:
+    env = {"LB_ID": "edge-1 ", "ALGORITHM": "round_robin  ", "LB_BACKENDS": f"a=http://127.0.0.1:{free_port()}@2 "}
+    process = BalancerProcess(env=env)
+    try:
+        status = process.status()
+        assert (status["load_balancer_id"], status["algorithm"]) == ("edge-1", "round_robin")
+        assert [(row["id"], row["weight"]) for row in status["backend_servers"]] == [("a", 2)]
+        assert "edge-1" in process.output
+    finally:
+        process.stop()
+
+
+def test_a_taken_port_is_one_line_and_disturbs_nobody(idle: BalancerProcess) -> None:
+    done = run("--port", str(idle.port))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert_one_line(done.stderr, str(idle.port), "in use")
+    for _ in range(10):
+        assert fetch(f"{idle.url}/health")[0] == 200
+    assert idle.popen.poll() is None
+
+
+def test_a_taken_control_port_is_one_line(idle: BalancerProcess) -> None:
+    done = run("--port=0", "--control-port", str(idle.port))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert_one_line(done.stderr, str(idle.port), "in use")
+
+
+def test_a_port_just_left_can_be_taken_again(idle: BalancerProcess) -> None:
+    with connect(idle.port) as sock:
+        sock.sendall(get(b"/health"))
+        wait_until(lambda: sock.recv(1000), what="an answer")
+    idle.stop()
+    again = BalancerProcess("--port", str(idle.port), f"--backend=a=http://127.0.0.1:{free_port()}")
+    again.stop()
+    assert again.port == idle.port
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("has_client", [False, True], ids=["idle", "keep-alive client"])
+def test_a_signal_ends_it_quickly_and_quietly(
+    idle: BalancerProcess, number: signal.Signals, code: int, has_client: bool
+) -> None:
+    with connect(idle.port) as sock:
+        if has_client:
+            sock.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+            wait_until(lambda: b"healthy" in sock.recv(4096), what="an answer")
+        else:
+            sock.close()
+        sent = time.monotonic()
+        idle.send(number)
+        assert idle.wait() == code
+        assert time.monotonic() - sent < 1.0
+    assert not re.search(r"Traceback|KeyboardInterrupt|ERROR|WARNING", idle.output.partition("draining")[2])
+    assert "Traceback" not in idle.output
+
+
+def test_two_signals_end_it_once(idle: BalancerProcess) -> None:
+    idle.send(signal.SIGINT)
+    idle.send(signal.SIGINT)
+    assert idle.wait() == 130
+    assert "Traceback" not in idle.output

@@ -1,0 +1,813 @@
+"""The dashboard in a real browser: every state against a stub, then the real program."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Request, expect, sync_playwright
+
+from tests.dashboard_stub import PAGE, Json, Stub, backend, down_backend, recent, serving, status
+
+QUIET = [
+    "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
+    "--disable-sync", "--no-first-run",
+]  # fmt: skip
+DASH = "\u2014"
+HOSTILE = "<img src=x onerror=alert(1)>"
+DOWN_WITHIN = 4000  # two checks and one poll are about 2 s on an idle machine; the rest is for a busy one
+NOT_A_VALUE = re.compile(r"\b(NaN|undefined|null|Infinity|\[object)")
+
+
+def three() -> Json:
+    """Two healthy backends, one dead, some failures."""
+    second = backend(2, weight=2, max_connections=50, failed_requests=4, expected_share=1 / 3)
+    return status([backend(1, weight=3, expected_share=0.5), second, down_backend(3, failed_requests=12)], failed=16)
+
+
+@dataclass
+class Tab:
+    """A page and what it did: a test ends by asking whether it behaved."""
+
+    page: Page
+    errors: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+    network_errors_expected: bool = False
+
+    def watch(self) -> None:
+        self.page.on("console", self.note_console)
+        self.page.on("pageerror", lambda error: self.errors.append(f"uncaught: {error}"))
+        self.page.on("dialog", self.note_dialog)
+        self.page.on("request", self.note_request)
+
+    def note_console(self, message: ConsoleMessage) -> None:
+        network = "Failed to load resource" in message.text or "blocked by CORS policy" in message.text
+        if message.type in ("error", "warning") and not (network and self.network_errors_expected):
+            self.errors.append(message.text)
+
+    def note_dialog(self, dialog: Any) -> None:
+        self.errors.append(f"dialog: {dialog.message}")
+        dialog.dismiss()
+
+    def note_request(self, request: Request) -> None:
+        if not request.url.startswith(("file://", "data:")):
+            self.requests.append(request.url)
+
+    def from_disk(self, url: str) -> Tab:
+        self.page.goto(f"{PAGE.as_uri()}?lb={url}")
+        return self
+
+    def at(self, selector: str) -> Locator:
+        return self.page.locator(selector)
+
+    def shows(self, selector: str, words: str | re.Pattern[str], timeout: float = 6000) -> None:
+        expect(self.at(selector)).to_contain_text(words, timeout=timeout)
+
+    def is_live(self) -> Tab:
+        self.shows("#pill", "Live")
+        return self
+
+
+def wait_until(predicate: Callable[[], bool], timeout: float = 6.0) -> None:
+    """Poll for a condition outside the page."""
+    pause = threading.Event()
+    for _ in range(int(timeout / 0.02)):
+        if predicate():
+            return
+        pause.wait(0.02)
+    raise AssertionError("the condition did not come true in time")
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=QUIET)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def stub() -> Iterator[Stub]:
+    with serving(three()) as running:
+        yield running
+
+
+@pytest.fixture
+def tab(chromium: Browser, stub: Stub) -> Iterator[Tab]:
+    """A page of a fresh profile that must stay free of errors, dialogs and script warnings.
+
+    It uses `stub` to be gone before it: a page that outlives its server reports refused connections.
+    """
+    context = chromium.new_context(viewport={"width": 1280, "height": 900})
+    tab = Tab(context.new_page())
+    tab.watch()
+    yield tab
+    context.close()
+    assert tab.errors == []
+
+
+# ---- What /status says ----------------------------------------------------------------------------------------------
+
+
+def test_live_values_are_shown(tab: Tab, stub: Stub) -> None:
+    tab.from_disk(stub.url).is_live()
+    tiles = {
+        "rate": "42.5", "success": "97.3 %", "p50": "5.2 ms", "p95": "64 ms", "p99": "1.27 s",
+        "active": "2", "up": "2 / 3", "total": "600",
+    }  # fmt: skip
+    assert {name: tab.at(f"#t-{name}").inner_text() for name in tiles} == tiles
+    tab.shows("#lb-id", "lb-1")
+    tab.shows("#lb-algorithm", "Weighted")
+    tab.shows("#lb-uptime", "up 12 m 34 s")
+    tab.shows("#t-total-note", "16 failed")
+
+
+def test_backend_rows_show_state_share_load_and_last_check(tab: Tab, stub: Stub) -> None:
+    tab.from_disk(stub.url).is_live()
+    rows = tab.at("#backend-rows tr")
+    expect(rows).to_have_count(3)
+    for words in (
+        "backend_2",
+        "http://127.0.0.1:5002",
+        "Up",
+        "33.3 %",
+        "exp. 33.3 %",
+        "of 50",
+        "4.1 ms",
+        "62 ms",
+        "120 ms",
+        "2.0 %",
+        "200 in 3 ms",
+    ):
+        expect(rows.nth(1)).to_contain_text(words)
+    for words in ("Down", "refused", "no answer in 1 ms", "12"):
+        expect(rows.nth(2)).to_contain_text(words)
+    assert tab.at("#backend-rows .badge svg").count() == 3
+
+
+def test_new_numbers_replace_old_ones_in_the_same_rows(tab: Tab, stub: Stub) -> None:
+    tab.from_disk(stub.url).is_live()
+    row = tab.at("#backend-rows tr").nth(1).element_handle()
+    stub.answer = status([backend(1), backend(2, total_requests=777)])
+    tab.shows("#t-total", "877")
+    assert row.evaluate("node => node.isConnected && node.textContent.includes('777')")
+    expect(tab.at("#backend-rows tr")).to_have_count(2)
+
+
+def test_distribution_compares_actual_with_expected(tab: Tab, stub: Stub) -> None:
+    stub.answer = status([backend(1, total_requests=60), backend(2, total_requests=40)])
+    tab.from_disk(stub.url).is_live()
+    rows = tab.at("#share-rows li")
+    expect(rows.nth(0)).to_contain_text("60.0 %")
+    expect(rows.nth(0)).to_contain_text("expected 50.0")
+    expect(rows.nth(0)).to_contain_text("+10.0 pt")
+    expect(rows.nth(1)).to_contain_text("-10.0 pt")
+
+
+def test_distribution_can_count_what_came_lately(tab: Tab, stub: Stub) -> None:
+    tab.from_disk(stub.url).is_live()
+    tab.page.select_option("#share-window", "recent")
+    stub.answer = status([backend(1), backend(2, total_requests=230), down_backend(3, total_requests=310)])
+    expect(tab.at("#share-rows li").nth(1)).to_contain_text("75.0 %")
+    expect(tab.at("#share-rows li").nth(0)).to_contain_text("0.0 %")
+
+
+def test_recent_requests_include_failures_and_keep_their_rows(tab: Tab, stub: Stub) -> None:
+    failed = recent(9, status=502, server_id=None, attempts=3, reason="connection refused", path="/orders?x=1")
+    stub.answer["recent_requests"] = [failed]
+    tab.from_disk(stub.url).is_live()
+    row = tab.at("#recent-rows tr").first
+    for words in ("502", "/orders?x=1", "3", "connection refused", DASH):
+        expect(row).to_contain_text(words)
+    kept = row.element_handle()
+    stub.answer["recent_requests"] = [recent(1), failed]
+    expect(tab.at("#recent-rows tr")).to_have_count(2)
+    assert kept.evaluate("node => node.isConnected && node.previousElementSibling !== null")
+
+
+def test_focus_and_selected_text_survive_polls(tab: Tab, stub: Stub) -> None:
+    tab.from_disk(stub.url).is_live()
+    tab.page.focus("#traffic-path")
+    tab.page.evaluate("() => getSelection().selectAllChildren(document.querySelector('#backend-rows .name'))")
+    stub.answer["statistics"]["total_requests"] = 4321
+    tab.shows("#t-total", "4,321")
+    assert tab.page.evaluate("() => getSelection().toString()") == "backend_1"
+
+
+@pytest.mark.parametrize("count", [0, 1, 50])
+def test_any_number_of_backends(tab: Tab, stub: Stub, count: int) -> None:
+    stub.answer = status([backend(index) for index in range(1, count + 1)])
+    tab.from_disk(stub.url).is_live()
+    expect(tab.at("#backend-rows tr")).to_have_count(count)
+    expect(tab.at("#share-rows li")).to_have_count(count)
+    tab.shows("#t-up", f"{count} / {count}")
+    expect(tab.at("#backends-empty")).to_be_visible(visible=count == 0)
+    names = tab.at("#backend-rows .name").all_inner_texts()
+    assert names == [f"backend_{index}" for index in range(1, count + 1)]
+
+
+WORDS: list[tuple[str, Json]] = [
+    ("Checking 1/2", {"state": "checking", "health": {"status": "up", "consecutive_failures": 1, "fall": 2}}),
+    ("Draining (3 left)", {"state": "drain", "admin_state": "drain", "active_connections": 3}),
+    ("Maintenance", {"state": "maint", "admin_state": "maint", "healthy": False}),
+    ("Unknown", {"state": "unknown", "healthy": False, "health": None}),
+    ("Ejected for now", {"state": "ejected_for_now"}),
+    ("Up", {"state": None, "admin_state": None}),
+    ("Draining (1 left)", {"state": None, "admin_state": "drain"}),
+    ("Unknown", {"state": None, "admin_state": None, "healthy": None}),
+]
+
+
+def test_every_backend_state_has_a_word(tab: Tab, stub: Stub) -> None:
+    stub.answer = status([backend(index, **changes) for index, (_, changes) in enumerate(WORDS)])
+    tab.from_disk(stub.url).is_live()
+    assert tab.at("#backend-rows .badge").all_inner_texts() == [word for word, _ in WORDS]
+
+
+# ---- States of the page ----------------------------------------------------------------------------------------------
+
+
+def test_first_load_shows_a_skeleton_and_no_numbers(tab: Tab, stub: Stub) -> None:
+    stub.gate.clear()
+    tab.from_disk(stub.url)
+    tab.shows("#pill", "Connecting")
+    expect(tab.at("#tiles")).to_have_class(re.compile("skeleton"))
+    assert not re.search(r"\d", "".join(tab.at("#tiles .value").all_inner_texts()))
+    for control in ("#apply", "#reset", "#send"):
+        expect(tab.at(control)).to_have_attribute("aria-disabled", "true")
+    stub.gate.set()
+    tab.is_live()
+    expect(tab.at("#tiles")).not_to_have_class(re.compile("skeleton"))
+
+
+def test_disconnected_keeps_the_last_data_and_recovers(tab: Tab, stub: Stub) -> None:
+    tab.network_errors_expected = True
+    tab.from_disk(stub.url).is_live()
+    stub.stop()
+    tab.shows("#pill", "Disconnected")
+    tab.shows("#banner-connection", "start_all.sh")
+    tab.shows("#banner-connection", re.compile(r"Next try in \d+ s"))
+    tab.shows("#alarm", "not reachable")
+    tab.shows("#updated", "data from")
+    tab.shows("#t-total", "600")
+    expect(tab.at("html")).to_have_class(re.compile("is-old"))
+    expect(tab.at("#send")).to_have_attribute("aria-disabled", "true")
+    stub.start()
+    tab.page.click("#retry")
+    tab.is_live()
+    expect(tab.at("#banner-connection")).to_be_hidden()
+    expect(tab.at("main")).to_be_focused()
+
+
+def test_disconnected_from_the_start_shows_dashes(tab: Tab, stub: Stub) -> None:
+    tab.network_errors_expected = True
+    stub.stop()
+    tab.from_disk(stub.url)
+    tab.shows("#pill", "Disconnected")
+    assert set(tab.at("#tiles .value").all_inner_texts()) == {DASH}
+    stub.start()
+    tab.is_live()
+
+
+def test_blocked_by_cors_is_told_from_disconnected(tab: Tab, stub: Stub) -> None:
+    tab.network_errors_expected = True
+    stub.cors = False
+    tab.from_disk(stub.url)
+    tab.shows("#pill", "Blocked")
+    tab.shows("#banner-connection", "LB_ALLOW_FILE_ORIGIN")
+    expect(tab.at("#open-dashboard")).to_have_attribute("href", f"{stub.url}/dashboard")
+
+
+def test_no_answer_in_time(tab: Tab, stub: Stub) -> None:
+    tab.from_disk(stub.url).is_live()
+    stub.gate.clear()
+    tab.shows("#pill", "No answer", timeout=9000)
+    tab.shows("#banner-connection", "waited 2 s")
+
+
+def test_old_data_is_dimmed_and_dated(tab: Tab, stub: Stub) -> None:
+    tab.page.clock.install()
+    tab.from_disk(stub.url).is_live()
+    stub.gate.clear()
+    tab.page.clock.fast_forward(14_000)
+    tab.shows("#pill", "Stale")
+    tab.shows("#updated", re.compile(r"data from 1[4-6] s ago"))
+    expect(tab.at("html")).to_have_class(re.compile("is-old"))
+
+
+def test_http_errors_are_shown_and_polling_goes_on(tab: Tab, stub: Stub) -> None:
+    tab.network_errors_expected = True
+    stub.status_code = 500
+    tab.from_disk(stub.url)
+    tab.shows("#pill", "Error 500")
+    stub.status_code = 200
+    tab.is_live()
+
+
+@pytest.mark.parametrize("body", [b"<html>hello", b"null", b'{"hello": 1}'])
+def test_bad_answers_are_shown_and_polling_goes_on(tab: Tab, stub: Stub, body: bytes) -> None:
+    stub.raw_body = body
+    tab.from_disk(stub.url)
+    tab.shows("#pill", "Bad answer")
+    stub.raw_body = None
+    tab.is_live()
+
+
+def test_a_token_is_asked_for_and_kept_in_this_tab_only(tab: Tab, stub: Stub) -> None:
+    tab.network_errors_expected = True
+    stub.token = "secret"
+    tab.from_disk(stub.url)
+    tab.shows("#pill", "Token needed")
+    tab.page.click("#give-token")
+    tab.page.fill("#token", "secret")
+    tab.page.keyboard.press("Enter")
+    tab.is_live()
+    assert "secret" in tab.page.evaluate("() => JSON.stringify({...sessionStorage})")
+    assert "secret" not in tab.page.evaluate("() => JSON.stringify({...localStorage})")
+
+
+def test_a_token_never_goes_to_another_address(tab: Tab, stub: Stub) -> None:
+    tab.network_errors_expected = True
+    stub.token = "secret"
+    sent: list[str | None] = []
+    tab.from_disk(stub.url)
+    tab.page.click("#give-token")
+    tab.page.fill("#token", "secret")
+    tab.page.keyboard.press("Enter")
+    tab.is_live()
+    with serving(status([], load_balancer_id="other")) as other:
+        tab.page.on(
+            "request", lambda it: sent.append(it.headers.get("authorization")) if it.url.startswith(other.url) else None
+        )
+        tab.page.fill("#address", other.url)
+        tab.page.keyboard.press("Enter")
+        tab.shows("#lb-id", "other")
+    assert sent and set(sent) == {None}
+
+
+def test_paused_polls_no_more_and_says_how_old_the_data_is(tab: Tab, stub: Stub) -> None:
+    tab.from_disk(stub.url).is_live()
+    tab.page.click("#pause")
+    tab.shows("#pill", "Paused")
+    wait_until(lambda: stub.running["poll"] == 0)
+    polls = stub.polls
+    tab.shows("#updated", re.compile(r"data from [2-9] s ago"))
+    assert stub.polls == polls
+    tab.page.click("#pause")
+    tab.is_live()
+
+
+def test_polls_never_overlap(tab: Tab, stub: Stub) -> None:
+    tab.from_disk(stub.url).is_live()
+    stub.gate.clear()
+    wait_until(lambda: stub.running["poll"] == 1)
+    for _ in range(6):
+        tab.page.click("#pause")
+    stub.gate.set()
+    wait_until(lambda: stub.polls >= 4)
+    assert stub.most_at_once["poll"] == 1
+
+
+def test_all_down_is_an_alarm_with_causes(tab: Tab, stub: Stub) -> None:
+    stub.answer = status([down_backend(1), down_backend(2, reason="timeout")])
+    tab.from_disk(stub.url).is_live()
+    tab.shows("#banner-backends", "No healthy backend.")
+    tab.shows("#banner-backends", "backend_1 (refused), backend_2 (timeout)")
+    tab.shows("#alarm", "No backend is healthy.")
+    tab.shows("#t-up", "0 / 2")
+
+
+def test_some_down_is_a_warning_not_an_alarm(tab: Tab, stub: Stub) -> None:
+    tab.from_disk(stub.url).is_live()
+    tab.shows("#banner-backends", "1 of 3 backends down. backend_3 (refused).")
+    expect(tab.at("#alarm")).to_be_empty()
+
+
+def test_no_traffic_yet_is_no_success_rate(tab: Tab, stub: Stub) -> None:
+    stub.answer = status([backend(1, total_requests=0, latency=None)])
+    tab.from_disk(stub.url).is_live()
+    expect(tab.at("#t-success")).to_have_text(DASH)
+    expect(tab.at("#t-p95")).to_have_text(DASH)
+    expect(tab.at("#t-total")).to_have_text("0")
+    tab.shows("#recent-empty", "No requests yet.")
+    tab.page.click("#first-traffic")
+    tab.shows("#traffic-result", "10 ok, 0 failed")
+
+
+@pytest.mark.parametrize(
+    ("uptime", "words"), [(1.0, "The balancer was restarted."), (9999.0, "The statistics were reset.")]
+)
+def test_counters_that_fall_are_explained_and_no_rate_is_negative(
+    tab: Tab, stub: Stub, uptime: float, words: str
+) -> None:
+    stub.answer["statistics"]["requests_per_second"] = None
+    tab.from_disk(stub.url).is_live()
+    stub.answer = status([backend(1, total_requests=5), backend(2, total_requests=4)], uptime=uptime)
+    stub.answer["statistics"] |= {"requests_per_second": None, "start_time": stub.answer["now"]}
+    tab.shows("#banner-restart", words)
+    expect(tab.at("#t-rate")).to_have_text(re.compile(f"^({DASH}|0.0)$"))
+    tab.page.click("#dismiss-restart")
+    expect(tab.at("#banner-restart")).to_be_hidden()
+
+
+@pytest.mark.parametrize(
+    ("lifecycle", "words"), [("draining", "finishes 2 requests in flight"), ("starting", "first health checks")]
+)
+def test_lifecycle_is_told(tab: Tab, stub: Stub, lifecycle: str, words: str) -> None:
+    stub.answer["lifecycle"] = lifecycle
+    tab.from_disk(stub.url).is_live()
+    tab.shows("#banner-lifecycle", words)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"statistics": None, "backend_servers": [{}, None, 7], "recent_requests": [{}, "x"]},
+        {"backend_servers": "many", "statistics": [], "capabilities": 5, "algorithm": {}, "uptime": "long"},
+        {
+            "backend_servers": [{"id": 5, "weight": "3", "health": [], "latency": 1}],
+            "statistics": {"total_requests": -1},
+        },
+        {"backend_servers": [{"id": "a"}, {"id": "a"}], "now": 1e300, "uptime": 1e300, "schema_version": 99},
+        {
+            "backend_servers": [{"id": "a", "health": {"since": -1e300, "last_check": {}}}],
+            "recent_requests": [{"timestamp": 1e300}],
+        },
+    ],
+)
+def test_missing_and_strange_fields_become_dashes(tab: Tab, stub: Stub, answer: Json) -> None:
+    stub.answer = answer
+    tab.from_disk(stub.url).is_live()
+    shown = tab.at("body").inner_text()
+    assert not NOT_A_VALUE.search(shown), shown
+    assert DASH in shown
+
+
+def test_hostile_text_is_only_text(tab: Tab, stub: Stub) -> None:
+    hostile = down_backend(1, reason=HOSTILE, id=HOSTILE, url="javascript:alert(1)", state="<b>up")
+    stub.answer = status([hostile, backend(2, id="x" * 5000), backend(3, id="\u202eevil\u0000")])
+    stub.answer |= {"load_balancer_id": HOSTILE, "algorithm": HOSTILE, "version": HOSTILE, "lifecycle": HOSTILE}
+    stub.answer["recent_requests"] = [
+        recent(1, path="<script>alert(1)</script>", reason=HOSTILE, method=HOSTILE, request_id=HOSTILE)
+    ]
+    stub.answer["capabilities"]["algorithms"] = [{"name": HOSTILE, "description": HOSTILE}]
+    tab.from_disk(stub.url).is_live()
+    expect(tab.at("#backend-rows .name").first).to_have_text(HOSTILE)
+    expect(tab.at("#recent-rows .c-path")).to_have_text("<script>alert(1)</script>")
+    assert tab.at("img, a[href^='javascript'], #backend-rows b").count() == 0
+    assert tab.page.evaluate("() => document.documentElement.scrollWidth <= innerWidth")
+
+
+# ---- Controls --------------------------------------------------------------------------------------------------------
+
+
+def test_algorithms_come_from_the_balancer(tab: Tab, stub: Stub) -> None:
+    stub.answer["capabilities"]["algorithms"] = [
+        {"name": "weighted", "description": "By weight."},
+        {"name": "moon_phase", "description": "New."},
+    ]
+    tab.from_disk(stub.url).is_live()
+    assert tab.at("#algorithm option").all_inner_texts() == ["Weighted", "Moon phase"]
+    tab.shows("#algorithm-about", "By weight.")
+
+
+def test_a_choice_is_not_overwritten_and_apply_sends_it(tab: Tab, stub: Stub) -> None:
+    tab.from_disk(stub.url).is_live()
+    tab.page.select_option("#algorithm", "least_connections")
+    stub.answer["algorithm"] = "round_robin"
+    tab.shows("#lb-algorithm", "Round robin")
+    expect(tab.at("#algorithm")).to_have_value("least_connections")
+    assert stub.writes == []
+    tab.page.click("#apply")
+    tab.shows("#algorithm-result", "Algorithm is now least_connections")
+    tab.shows("#announcer", "Algorithm is now least_connections")
+    tab.shows("#lb-algorithm", "Least connections")
+    assert stub.writes == [("/algorithm", {"algorithm": "least_connections"})]
+    expect(tab.at("#apply")).to_have_attribute("aria-disabled", "true")
+
+
+def test_an_open_list_is_left_alone(tab: Tab, stub: Stub) -> None:
+    tab.from_disk(stub.url).is_live()
+    tab.page.focus("#algorithm")
+    stub.answer["algorithm"] = "round_robin"
+    tab.shows("#lb-algorithm", "Round robin")
+    expect(tab.at("#algorithm")).to_have_value("weighted")
+    tab.page.focus("#traffic-path")
+    expect(tab.at("#algorithm")).to_have_value("round_robin")
+
+
+def test_reset_asks_first_and_says_what_goes(tab: Tab, stub: Stub) -> None:
+    tab.from_disk(stub.url).is_live()
+    tab.page.focus("#reset")
+    tab.page.keyboard.press("Enter")
+    expect(tab.at("#reset-dialog")).to_be_visible()
+    tab.shows("#reset-dialog", "total (600)")
+    tab.shows("#reset-dialog", "Prometheus counters")
+    expect(tab.at("#reset-no")).to_be_focused()
+    tab.page.keyboard.press("Escape")
+    expect(tab.at("#reset")).to_be_focused()
+    assert stub.writes == []
+    tab.page.keyboard.press("Enter")
+    tab.page.click("#reset-yes")
+    tab.shows("#reset-result", "Statistics reset")
+    assert stub.writes == [("/reset", {})]
+
+
+def test_a_read_only_balancer_offers_no_changes(tab: Tab, stub: Stub) -> None:
+    stub.answer["capabilities"]["writes"] = False
+    tab.from_disk(stub.url).is_live()
+    tab.shows("#write-note", "Read-only")
+    tab.page.select_option("#algorithm", "round_robin")
+    for control in ("#apply", "#reset"):
+        expect(tab.at(control)).to_have_attribute("aria-disabled", "true")
+    expect(tab.at("#send")).not_to_have_attribute("aria-disabled", "true")
+
+
+def test_a_refused_change_is_told_with_the_reason(tab: Tab, stub: Stub) -> None:
+    tab.network_errors_expected = True
+    stub.refuse_writes = True
+    tab.from_disk(stub.url).is_live()
+    tab.page.select_option("#algorithm", "round_robin")
+    tab.page.click("#apply")
+    tab.shows("#algorithm-result", "changes are off")
+    tab.shows("#write-note", "Read-only here")
+    expect(tab.at("#reset")).to_have_attribute("aria-disabled", "true")
+    stub.refuse_writes = False
+    tab.page.click("#write-again")
+    tab.page.click("#apply")
+    tab.shows("#lb-algorithm", "Round robin")
+
+
+def test_test_traffic_is_counted_per_backend(tab: Tab, stub: Stub) -> None:
+    stub.answer = status([backend(1), backend(2)])
+    tab.from_disk(stub.url).is_live()
+    tab.page.click("#send")
+    tab.shows("#traffic-result", "10 requests in")
+    tab.shows("#traffic-result", "10 ok, 0 failed")
+    tab.shows("#traffic-result", re.compile(r"p95 [\d.]+ m?s"))
+    assert tab.at("#traffic-counts li").all_inner_texts() == ["backend_1: 5 (50.0 %)", "backend_2: 5 (50.0 %)"]
+    assert stub.traffic == 10
+
+
+def test_failed_test_traffic_is_named(tab: Tab, stub: Stub) -> None:
+    tab.network_errors_expected = True
+    stub.traffic_code = 503
+    tab.from_disk(stub.url).is_live()
+    tab.page.click("#send")
+    tab.shows("#traffic-result", "0 ok, 10 failed")
+    tab.shows("#traffic-counts", "503 from backend_1")
+
+
+def test_unreadable_test_traffic_is_no_failure_and_the_balancer_is_asked(tab: Tab, stub: Stub) -> None:
+    tab.network_errors_expected = True
+    stub.traffic_cors = False
+    tab.from_disk(stub.url).is_live()
+    stub.count_traffic = True
+    tab.page.click("#send")
+    tab.shows("#traffic-result", "10 answered, but this page may not read the answers")
+    assert "failed" not in tab.at("#traffic-result").inner_text()
+    assert tab.at("#traffic-counts li").all_inner_texts() == [
+        "backend_1: 3 (30.0 %)", "backend_2: 4 (40.0 %)", "backend_3: 3 (30.0 %)",
+    ]  # fmt: skip
+    assert stub.traffic == 10
+
+
+def test_test_traffic_to_a_dead_balancer_fails(tab: Tab, stub: Stub) -> None:
+    tab.network_errors_expected = True
+    tab.from_disk(stub.url).is_live()
+    tab.page.click("#pause")
+    stub.stop()
+    tab.page.click("#send")
+    tab.shows("#traffic-result", "0 ok, 10 failed")
+    tab.shows("#traffic-counts", "no answer: 10")
+
+
+def test_test_traffic_is_bounded_leaves_room_for_polls_and_can_be_cancelled(tab: Tab, stub: Stub) -> None:
+    tab.from_disk(stub.url).is_live()
+    stub.traffic_gate.clear()
+    tab.page.check("input[name=amount][value='50']", force=True)
+    tab.page.click("#send")
+    tab.shows("#traffic-result", "0 of 50 answered")
+    stub.answer["statistics"]["total_requests"] = 4321
+    tab.shows("#t-total", "4,321")
+    tab.page.click("#cancel")
+    tab.shows("#traffic-result", "Cancelled: 0 requests")
+    expect(tab.at("#send")).to_be_focused()
+    assert 1 < stub.most_at_once["traffic"] <= 6
+
+
+# ---- Address, theme, privacy, accessibility ------------------------------------------------------------------------
+
+
+def test_the_address_is_checked_and_remembered(tab: Tab, stub: Stub) -> None:
+    tab.from_disk(stub.url).is_live()
+    for wrong in ("ftp://example", "javascript:alert(1)", "http://user:word@127.0.0.1", "http://"):
+        tab.page.fill("#address", wrong)
+        tab.page.keyboard.press("Enter")
+        expect(tab.at("#address-error")).not_to_be_empty()
+        expect(tab.at("#address")).to_have_attribute("aria-invalid", "true")
+    with serving(status([], load_balancer_id="other")) as other:
+        tab.page.fill("#address", f" {other.url.removeprefix('http://')}/dashboard ")
+        tab.page.keyboard.press("Enter")
+        tab.shows("#lb-id", "other")
+        tab.page.goto(PAGE.as_uri())
+        tab.shows("#lb-id", "other")
+        expect(tab.at("#address")).to_have_value(other.url)
+        tab.page.close()
+
+
+def test_theme_and_refresh_are_remembered(tab: Tab, stub: Stub) -> None:
+    tab.from_disk(stub.url).is_live()
+    tab.page.select_option("#theme", "dark")
+    tab.page.select_option("#interval", "5")
+    tab.page.reload()
+    tab.is_live()
+    expect(tab.at("html")).to_have_attribute("data-theme", "dark")
+    expect(tab.at("#interval")).to_have_value("5")
+
+
+def test_only_the_balancer_is_asked(tab: Tab, stub: Stub) -> None:
+    tab.from_disk(stub.url).is_live()
+    tab.page.click("#send")
+    tab.shows("#traffic-result", "10 ok")
+    assert tab.requests
+    assert [url for url in tab.requests if not url.startswith(f"{stub.url}/")] == []
+
+
+def test_the_page_needs_nothing_that_a_strict_policy_forbids(tab: Tab, stub: Stub) -> None:
+    tab.page.goto(f"{stub.url}/dashboard")
+    tab.is_live()
+    expect(tab.at("#address")).to_have_value(stub.url)
+    tab.page.click("#send")
+    tab.shows("#traffic-result", "10 ok")
+    assert {url.removeprefix(stub.url) for url in tab.requests} == {"/dashboard", "/status", "/api/process"}
+
+
+def test_under_a_strict_policy_another_address_is_explained(tab: Tab, stub: Stub) -> None:
+    tab.page.goto(f"{stub.url}/dashboard?lb=http://127.0.0.1:1")
+    tab.shows("#banner-connection", "may only talk to the balancer that served it")
+    assert tab.errors
+    assert all("Content Security Policy" in text for text in tab.errors)
+    tab.errors.clear()
+
+
+CONTRAST = """() => {
+  const parse = (it) => (it.match(/[\\d.]+/g) || []).map(Number);
+  const linear = (it) => (it <= 0.03928 ? it / 12.92 : ((it + 0.055) / 1.055) ** 2.4);
+  const light = ([r, g, b]) => 0.2126 * linear(r / 255) + 0.7152 * linear(g / 255) + 0.0722 * linear(b / 255);
+  const behind = (node) => {
+    if (!node) return [255, 255, 255];
+    const colour = parse(getComputedStyle(node).backgroundColor);
+    return colour.length === 3 || colour[3] === 1 ? colour : behind(node.parentElement);
+  };
+  const ratio = (node) => {
+    const [low, high] = [light(parse(getComputedStyle(node).color)), light(behind(node))].sort((x, y) => x - y);
+    return (high + 0.05) / (low + 0.05);
+  };
+  const found = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const node = walker.currentNode.parentElement, words = walker.currentNode.data.trim();
+    if (!words || !node.checkVisibility() || node.closest(".sr, script, style, option, .skip")) continue;
+    if (ratio(node) < 4.5) found.push([node.className, words, ratio(node)]);
+  }
+  return found;
+}"""
+UNNAMED_FIELDS = """() => [...document.querySelectorAll("input, select")]
+  .filter((it) => !it.labels.length && !it.ariaLabel && !it.hasAttribute("aria-labelledby")).length"""
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("stopped", [False, True])
+def test_text_has_contrast_in_both_themes(tab: Tab, stub: Stub, theme: str, stopped: bool) -> None:
+    tab.network_errors_expected = True
+    tab.page.emulate_media(reduced_motion="reduce")
+    states = ["up", "checking", "down", "unknown", "drain", "maint"]
+    stub.answer = status(
+        [backend(index, state=state, failed_requests=1) for index, state in enumerate(states, 1)], failed=100
+    )
+    stub.answer["recent_requests"] = [recent(1), recent(2, status=404), recent(3, status=503, attempts=2)]
+    tab.from_disk(stub.url).is_live()
+    tab.page.select_option("#theme", theme)
+    if stopped:
+        stub.stop()
+        tab.shows("#pill", "Disconnected")
+    assert tab.page.evaluate(CONTRAST) == []
+
+
+def test_nothing_runs_out_of_the_page(tab: Tab, stub: Stub) -> None:
+    stub.answer = status([backend(index, id=f"a-rather-long-name-of-a-backend-{index}") for index in range(1, 6)])
+    tab.from_disk(stub.url).is_live()
+    for width in (320, 719, 720, 900, 1079, 1080, 1280, 1920):
+        tab.page.set_viewport_size({"width": width, "height": 800})
+        assert tab.page.evaluate("() => document.documentElement.scrollWidth - innerWidth") <= 0, width
+
+
+def test_the_page_is_built_of_real_landmarks_and_tables(tab: Tab, stub: Stub) -> None:
+    tab.from_disk(stub.url).is_live()
+    for selector in ("h1", "main", "header", "footer", "[role=status]", "[role=alert]"):
+        assert tab.at(selector).count() == 1, selector
+    assert tab.at("table > caption").count() == tab.at("table").count() == 2
+    assert tab.at("thead th:not([scope=col]), tbody th:not([scope=row])").count() == 0
+    assert tab.page.evaluate(UNNAMED_FIELDS) == 0
+    assert not re.search(r"\s(style|on\w+)=\"", PAGE.read_text(encoding="utf-8"))
+
+
+def test_every_control_is_reached_by_the_keyboard(tab: Tab, stub: Stub) -> None:
+    tab.from_disk(stub.url).is_live()
+    tab.page.locator("body").click(position={"x": 1, "y": 1})
+    reached = set()
+    for _ in range(26):
+        tab.page.keyboard.press("Tab")
+        reached.add(tab.page.evaluate("() => document.activeElement.id || document.activeElement.name"))
+    assert {
+        "pause",
+        "interval",
+        "theme",
+        "address",
+        "algorithm",
+        "apply",
+        "amount",
+        "traffic-path",
+        "send",
+        "reset",
+        "share-window",
+    } <= reached
+
+
+# ---- The real program ------------------------------------------------------------------------------------------------
+
+
+# `demo` comes first among the arguments, so that the page is closed before the balancer is stopped.
+
+
+def open_demo(tab: Tab, demo: Any, from_disk: bool) -> None:
+    tab.network_errors_expected = from_disk  # a backend need not send CORS headers with what it answers
+    if from_disk:
+        tab.from_disk(demo.url)
+    else:
+        tab.page.goto(f"{demo.url}/dashboard")
+    tab.is_live()
+
+
+@pytest.mark.parametrize("from_disk", [True, False], ids=["disk", "served"])
+def test_real_balancer_live_data_and_traffic(demo: Any, tab: Tab, from_disk: bool) -> None:
+    open_demo(tab, demo, from_disk)
+    expect(tab.at("#backend-rows tr")).to_have_count(len(demo.backends))
+    for one in demo.backends:
+        expect(
+            tab.at(
+                "#backend-rows tr",
+            ).filter(has_text=one.id)
+        ).to_contain_text("Up")
+    before = int(tab.at("#t-total").inner_text().replace(",", ""))
+    tab.page.click("#send")
+    tab.shows("#traffic-result", "10 requests in", timeout=15000)
+    tab.shows("#traffic-counts", demo.backends[0].id)
+    assert "10 failed" not in tab.at("#traffic-result").inner_text()
+    expect(tab.at("#t-total")).to_have_text(f"{before + 10:,}")
+    tab.shows("#recent-rows", "/api/process")
+    assert [url for url in tab.requests if not url.startswith(f"{demo.url}/")] == []
+
+
+@pytest.mark.parametrize("from_disk", [True, False], ids=["disk", "served"])
+def test_real_balancer_switches_the_algorithm(demo: Any, tab: Tab, from_disk: bool) -> None:
+    open_demo(tab, demo, from_disk)
+    current = tab.at("#algorithm").input_value()
+    names = tab.at("#algorithm option").evaluate_all("nodes => nodes.map((node) => node.value)")
+    assert {"round_robin", "weighted", "least_connections", "least_response_time"} <= set(names)
+    wanted = next(name for name in names if name != current)
+    tab.page.select_option("#algorithm", wanted)
+    tab.page.click("#apply")
+    expect(tab.at("#algorithm-result")).not_to_be_empty()
+    tab.shows("#lb-algorithm", wanted.replace("_", " ").capitalize())
+    expect(tab.at("#algorithm-result")).not_to_have_class(re.compile("is-bad"))
+
+
+@pytest.mark.parametrize("from_disk", [True, False], ids=["disk", "served"])
+def test_real_balancer_resets(demo: Any, tab: Tab, from_disk: bool) -> None:
+    open_demo(tab, demo, from_disk)
+    tab.page.click("#send")
+    tab.shows("#traffic-result", "10 requests in", timeout=15000)
+    tab.page.click("#reset")
+    tab.page.click("#reset-yes")
+    expect(tab.at("#t-total")).to_have_text("0")
+    expect(tab.at("#t-success")).to_have_text(DASH)
+
+
+def test_real_balancer_shows_a_killed_backend_down_and_up_again(demo: Any, tab: Tab) -> None:
+    open_demo(tab, demo, from_disk=True)
+    victim = demo.backends[0]
+    row = tab.at("#backend-rows tr").filter(has_text=victim.id)
+    expect(row).to_contain_text("Up")
+    victim.kill()
+    try:
+        expect(row).to_contain_text("Down", timeout=DOWN_WITHIN)
+        tab.shows("#banner-backends", victim.id)
+    finally:
+        victim.start()
+    expect(row).to_contain_text("Up", timeout=10000)

@@ -1,0 +1,95 @@
+"""The parts: who imports whom, and that everything imported is required."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from support import ROOT
+
+PARTS = sorted((ROOT / "balancer").glob("*.py"))
+PROGRAMS = [ROOT / name for name in ("load_balancer.py", "backend_server.py", "start_all.py", "test_client.py")]
+
+
+def imports(node: ast.AST) -> Iterator[str]:
+    """Modules imported at run time, also inside functions; imports for type checkers only do not count."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+            continue
+        if isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert not child.level, "relative import"
+            yield from (f"{child.module}.{alias.name}" for alias in child.names)
+        else:
+            yield from imports(child)
+
+
+def imported_by(path: Path) -> set[str]:
+    return set(imports(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+def parts_imported_by(path: Path) -> set[str]:
+    names = {part.stem for part in PARTS}
+    found = {name.split(".")[1] for name in imported_by(path) if name.startswith("balancer.")}
+    return found & names
+
+
+def test_imports_point_down_one_way_with_no_cycle() -> None:
+    graph = {part.stem: parts_imported_by(part) for part in PARTS}
+    assert set(TopologicalSorter(graph).static_order()) == set(graph)  # raises CycleError
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed"),
+    [
+        ("errors", set()),
+        ("messages", {"errors"}),
+        ("workers", set()),
+        ("statistics", set()),
+        ("backends", {"errors"}),
+        ("strategies", {"backends", "errors"}),
+        ("settings", {"backends", "errors"}),
+    ],
+)
+def test_the_lowest_parts_know_little(name: str, allowed: set[str]) -> None:
+    assert parts_imported_by(ROOT / "balancer" / f"{name}.py") <= allowed
+
+
+@pytest.mark.parametrize("name", ["backends", "strategies", "statistics", "messages", "transport", "health", "proxy"])
+def test_the_data_path_knows_neither_flask_nor_the_server_nor_the_settings(name: str) -> None:
+    roots = {module.split(".")[0] for module in imported_by(ROOT / "balancer" / f"{name}.py")}
+    assert not roots & {"flask", "granian", "pydantic"}
+    assert not parts_imported_by(ROOT / "balancer" / f"{name}.py") & {"settings", "api", "server"}
+
+
+def test_nothing_imports_load_balancer() -> None:
+    for path in [*PARTS, *PROGRAMS]:
+        assert not any(name.split(".")[0] == "load_balancer" for name in imported_by(path)), path.name
+
+
+@pytest.mark.parametrize("path", [path for path in [*PARTS, *PROGRAMS] if path.exists()], ids=lambda path: path.name)
+def test_every_module_says_what_it_is(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+
+
+def required(name: str) -> set[str]:
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    found = (re.match(r"[A-Za-z0-9._-]+", line) for line in lines if not line.startswith(("#", "-")))
+    return {re.sub(r"[-_.]+", "-", match.group()).lower() for match in found if match}
+
+
+@pytest.mark.parametrize("path", [*PARTS, ROOT / "load_balancer.py", ROOT / "backend_server.py"], ids=lambda p: p.name)
+def test_requirements_cover_what_is_imported(path: Path) -> None:
+    owners = packages_distributions()
+    foreign = {name.split(".")[0] for name in imported_by(path)} - set(sys.stdlib_module_names) - {"balancer"}
+    for module in foreign:
+        distributions = {re.sub(r"[-_.]+", "-", owner).lower() for owner in owners.get(module, [module])}
+        # Werkzeug and the like come with Flask, which pins what it works with.
+        assert distributions & (required("requirements.txt") | {"werkzeug"}), f"{path.name} imports {module}"

@@ -1,0 +1,504 @@
+"""The real start script, run from another directory on a copy of the project in a path with blanks.
+
+The copy gets a .venv that borrows the packages of the Python that runs the tests, with the stamp that says it is
+complete; how the script makes one itself is tested at the end, with requirements that need no download.
+"""
+
+import hashlib
+import http.client
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+import venv
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+PROJECT = Path(__file__).resolve().parent.parent
+PARTS = (
+    "balancer",
+    "backend_server.py",
+    "dashboard.html",
+    "load_balancer.py",
+    "requirements.txt",
+    "start_all.bat",
+    "start_all.py",
+    "start_all.sh",
+)
+
+
+def wait_until(predicate: Callable[[], object], timeout: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout
+    while not predicate():
+        assert time.monotonic() < deadline, "waited in vain"
+        threading.Event().wait(0.02)
+
+
+def free_ports(count: int) -> list[int]:
+    """All taken at the same time, so that they differ."""
+    probes = [socket.socket() for _ in range(count)]
+    try:
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
+
+
+def connects(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=2).close()
+    except OSError:
+        return False
+    return True
+
+
+def get(port: int, path: str) -> tuple[int, dict[str, str], bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.status, {name.lower(): value for name, value in response.getheaders()}, response.read()
+    finally:
+        connection.close()
+
+
+def copy_project(to: Path) -> None:
+    for name in PARTS:
+        source = PROJECT / name
+        if source.is_dir():
+            shutil.copytree(source, to / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, to / name)
+
+
+def borrow_venv(tree: Path) -> None:
+    venv.create(tree / ".venv", with_pip=False, symlinks=True)
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    pth = tree / ".venv" / "lib" / version / "site-packages" / "borrowed.pth"
+    pth.write_text(sysconfig.get_paths()["purelib"] + "\n")
+    stamp = hashlib.sha256((tree / "requirements.txt").read_bytes()).hexdigest()
+    (tree / ".venv" / "requirements.sha256").write_text(stamp)
+
+
+class Run:
+    """One running start_all.sh, its output in files so that no pipe is held open."""
+
+    def __init__(self, demo: "Demo", arguments: tuple[str, ...], environment: dict[str, str]) -> None:
+        demo.runs.append(self)
+        number = len(demo.runs)
+        self.out_file, self.err_file = demo.scratch / f"out{number}", demo.scratch / f"err{number}"
+        with self.out_file.open("wb") as out, self.err_file.open("wb") as err:
+            self.process = subprocess.Popen(
+                [demo.tree / "start_all.sh", *arguments],
+                cwd=demo.scratch,
+                env={**demo.environment, **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+            )
+
+    @property
+    def out(self) -> str:
+        return self.out_file.read_text()
+
+    @property
+    def err(self) -> str:
+        return self.err_file.read_text()
+
+    def until(self, text: str) -> None:
+        wait_until(lambda: text in self.out or self.process.poll() is not None)
+        assert text in self.out, self.err
+
+    def end(self, timeout: float = 30) -> int:
+        return self.process.wait(timeout)
+
+    def assert_one_line_error(self, code: int, *words: str) -> None:
+        assert self.end() == code, self.err
+        assert self.err.startswith("start_all: error: ")
+        assert len(self.err.splitlines()) == 1
+        for word in words:
+            assert word in self.err
+
+
+class Demo:
+    """A copy of the project and ports of its own."""
+
+    def __init__(self, tree: Path, scratch: Path) -> None:
+        self.tree, self.scratch = tree, scratch
+        self.runs: list[Run] = []
+        self.port, *self.backend_ports = free_ports(4)
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("LB_", "SERVER_", "RESPONSE_"))}
+        ports = " ".join(map(str, self.backend_ports))
+        self.environment = {**inherited, "LB_PORT": str(self.port), "BACKEND_PORTS": ports}
+        self.environment.pop("ALGORITHM", None)
+
+    def start(self, *arguments: str, **environment: str) -> Run:
+        return Run(self, arguments, environment)
+
+    def ready(self, *arguments: str) -> Run:
+        run = self.start(*arguments)
+        run.until("Stop with")
+        return run
+
+    def processes(self, part: str = "") -> list[psutil.Process]:
+        """Every process that runs a file of this tree."""
+        wanted = str(self.tree / part)
+        return [
+            process
+            for process in psutil.process_iter(["cmdline"])
+            if any(word.startswith(wanted) and word.endswith(".py") for word in process.info["cmdline"] or ())
+        ]
+
+    def the(self, script: str, port: int | None = None) -> psutil.Process:
+        (found,) = [p for p in self.processes(script) if port is None or str(port) in p.info["cmdline"]]
+        return found
+
+    def assert_nothing_left(self) -> None:
+        wait_until(lambda: not self.processes())
+        assert not [port for port in (self.port, *self.backend_ports) if connects(port)]
+        assert [path.name for path in (self.tree / "run").iterdir()] == ["lock"]
+
+    def healthy(self) -> dict[str, bool]:
+        status = json.loads(get(self.port, "/status")[2])
+        return {backend["id"]: backend["healthy"] for backend in status["backend_servers"]}
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tree = tmp_path_factory.mktemp("start all") / "a path with (blanks) & 'quotes'"
+    tree.mkdir()
+    copy_project(tree)
+    borrow_venv(tree)
+    return tree
+
+
+@pytest.fixture
+def demo(tree: Path, tmp_path: Path) -> Iterator[Demo]:
+    demo = Demo(tree, tmp_path)
+    yield demo
+    for process in demo.processes():
+        process.kill()
+    for run in demo.runs:
+        run.end()
+    for path in (tree / "run").glob("*.pid"):
+        path.unlink()
+
+
+# -- Starting and stopping
+
+
+def test_ready_means_that_requests_are_answered(demo: Demo) -> None:
+    run = demo.ready()
+    status, headers, body = get(demo.port, "/api/process")
+    assert status == 200
+    assert json.loads(body)["server_id"] == headers["x-served-by"]
+    assert demo.healthy() == {"backend_1": True, "backend_2": True, "backend_3": True}
+    assert f"http://localhost:{demo.port}/dashboard" in run.out
+    assert (demo.tree / "dashboard.html").as_uri() in run.out
+    assert f"http://localhost:{demo.port}/status" in run.out
+    weights = [backend["weight"] for backend in json.loads(get(demo.port, "/status")[2])["backend_servers"]]
+    assert weights == [3, 2, 1]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGHUP, 0)])
+def test_a_signal_stops_everything(demo: Demo, number: int, code: int) -> None:
+    run = demo.ready()
+    assert len(demo.processes()) == 5
+    run.process.send_signal(number)
+    assert run.end() == code
+    assert run.err == ""
+    demo.assert_nothing_left()
+
+
+def test_a_signal_while_starting_stops_everything(demo: Demo) -> None:
+    run = demo.start()
+    wait_until(lambda: demo.processes("backend_server.py"))
+    run.process.terminate()
+    assert run.end() == 0
+    demo.assert_nothing_left()
+
+
+def test_nobody_reading_the_output_is_no_reason_to_end(demo: Demo) -> None:
+    command = [demo.tree / "start_all.sh"]
+    with subprocess.Popen(command, env=demo.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        wait_until(lambda: connects(demo.port) and get(demo.port, "/readyz")[0] == 200)
+        process.terminate()
+        assert process.wait(30) == 0
+        assert process.stderr.read() == b""
+    demo.assert_nothing_left()
+
+
+def test_a_setting_that_a_process_refuses_is_shown(demo: Demo) -> None:
+    run = demo.start(RESPONSE_DELAY="long")
+    run.assert_one_line_error(1, "backend_", "--delay must be a number of seconds", ".log")
+    demo.assert_nothing_left()
+
+
+def test_halves(demo: Demo) -> None:
+    backends, balancer = demo.ready("backends"), demo.ready("balancer")
+    assert get(demo.port, "/api/process")[0] == 200
+    balancer.process.terminate()
+    assert balancer.end() == 0
+    assert not connects(demo.port)
+    assert all(connects(port) for port in demo.backend_ports)
+    backends.process.terminate()
+    assert backends.end() == 0
+    demo.assert_nothing_left()
+
+
+# -- What dies
+
+
+def test_a_killed_backend_is_named_once_and_its_command_brings_it_back(demo: Demo) -> None:
+    run = demo.ready()
+    port = demo.backend_ports[1]
+    demo.the("backend_server.py", port).kill()
+    run.until("backend_2 ended (killed by SIGKILL). Start it again with:")
+    assert {get(demo.port, "/api/process")[0] for _ in range(12)} == {200}
+    wait_until(lambda: not demo.healthy()["backend_2"])
+
+    command = shlex.split(run.out.split("Start it again with:\n")[1].splitlines()[0])
+    with subprocess.Popen(command, cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as again:
+        wait_until(lambda: demo.healthy()["backend_2"])
+        assert json.loads(get(port, "/api/process")[2])["server_id"] == "backend_2"
+        again.terminate()
+    wait_until(lambda: not demo.healthy()["backend_2"])
+    run.process.terminate()
+    assert run.end() == 0
+    assert run.out.count("backend_2 ended") == 1
+    assert run.err == ""
+    demo.assert_nothing_left()
+
+
+def test_the_end_of_the_balancer_ends_the_demo(demo: Demo) -> None:
+    run = demo.ready()
+    demo.the("load_balancer.py").kill()
+    run.assert_one_line_error(1, "the balancer ended by itself", "SIGKILL")
+    demo.assert_nothing_left()
+
+
+def test_a_balancer_asked_to_end_is_no_failure(demo: Demo) -> None:
+    run = demo.ready()
+    demo.the("load_balancer.py").terminate()
+    assert run.end() == 0
+    assert run.err == ""
+    demo.assert_nothing_left()
+
+
+def test_the_last_backend_ends_the_half_of_the_backends(demo: Demo) -> None:
+    run = demo.ready("backends")
+    for process in demo.processes("backend_server.py"):
+        process.kill()
+    run.assert_one_line_error(1, "every backend has ended")
+    demo.assert_nothing_left()
+
+
+# -- Taken ports
+
+
+@pytest.mark.parametrize(("which", "setting"), [(0, "LB_PORT="), (2, "BACKEND_PORTS=")])
+def test_a_taken_port_is_named_and_nothing_starts(demo: Demo, which: int, setting: str) -> None:
+    port = (demo.port, *demo.backend_ports)[which]
+    with socket.create_server(("127.0.0.1", port)):
+        demo.start().assert_one_line_error(2, f"port {port} is in use", setting)
+        assert not demo.processes()
+
+
+def test_a_second_copy_leaves_the_first_alone(demo: Demo) -> None:
+    first = demo.ready()
+    files = sorted((demo.tree / "run").iterdir())
+    demo.start().assert_one_line_error(2, "in use by a demo that runs already", "stop")
+    assert sorted((demo.tree / "run").iterdir()) == files
+    assert get(demo.port, "/api/process")[0] == 200
+    assert first.process.poll() is None
+
+
+def test_of_two_at_the_same_time_one_runs(demo: Demo) -> None:
+    runs = [demo.start(), demo.start()]
+    wait_until(lambda: any(run.process.poll() is not None for run in runs))
+    (loser,) = [run for run in runs if run.process.poll() is not None]
+    (winner,) = [run for run in runs if run is not loser]
+    loser.assert_one_line_error(2, "in use")
+    winner.until("Stop with")
+    assert get(demo.port, "/api/process")[0] == 200
+    winner.process.terminate()
+    assert winner.end() == 0
+    demo.assert_nothing_left()
+
+
+# -- In the background
+
+
+def test_detach_returns_when_ready_and_stop_stops(demo: Demo) -> None:
+    run = demo.start("--detach")
+    assert run.end() == 0
+    assert get(demo.port, "/api/process")[0] == 200
+    assert len(list((demo.tree / "run").glob("*.pid"))) == 4
+    stop = demo.start("stop")
+    assert (stop.end(), stop.err) == (0, "")
+    assert "Stopped balancer, backend_1, backend_2, backend_3." in stop.out
+    demo.assert_nothing_left()
+    again = demo.start("stop")
+    assert (again.end(), again.err) == (0, "")
+    assert "Nothing to stop" in again.out
+
+
+def test_stop_leaves_a_process_alone_that_has_got_an_old_id(demo: Demo) -> None:
+    (demo.tree / "run").mkdir(exist_ok=True)
+    waiting = [sys.executable, "-c", "import threading; threading.Event().wait()"]
+    with subprocess.Popen(waiting) as stranger:
+        (demo.tree / "run" / "balancer-9000.pid").write_text(f"{stranger.pid}\nload_balancer.py\n")
+        (demo.tree / "run" / "backend_1-5001.pid").write_text("999999999\nbackend_server.py\n")
+        (demo.tree / "run" / "backend_2-5002.pid").write_text("rubbish")
+        stop = demo.start("stop")
+        assert (stop.end(), stop.err) == (0, "")
+        assert "Nothing to stop" in stop.out
+        assert stranger.poll() is None
+        stranger.kill()
+    demo.assert_nothing_left()
+
+
+def test_stop_ends_a_demo_in_the_foreground_in_good_order(demo: Demo) -> None:
+    run = demo.ready()
+    assert demo.start("stop").end() == 0
+    assert (run.end(), run.err) == (0, "")
+    demo.assert_nothing_left()
+
+
+def test_stop_clears_up_after_a_start_all_that_was_killed(demo: Demo) -> None:
+    run = demo.ready()
+    run.process.kill()
+    run.end()
+    assert connects(demo.port)
+    stop = demo.start("stop")
+    assert (stop.end(), stop.err) == (0, "")
+    demo.assert_nothing_left()
+
+
+# -- Usage
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "words"),
+    [
+        (["everything"], {}, ["everything", "--help"]),
+        (["--nonsense"], {}, ["--nonsense", "--help"]),
+        (["--det"], {}, ["--det"]),
+        ([], {"LB_PORT": "nine"}, ["LB_PORT", "nine"]),
+        ([], {"BACKEND_PORTS": "5001 70000"}, ["BACKEND_PORTS", "70000"]),
+        ([], {"BACKEND_PORTS": "5001 5001"}, ["same port"]),
+    ],
+)
+def test_bad_usage_is_one_line_and_2(
+    demo: Demo, arguments: list[str], environment: dict[str, str], words: list[str]
+) -> None:
+    demo.start(*arguments, **environment).assert_one_line_error(2, *words)
+    assert not demo.processes()
+
+
+def test_help_and_version(demo: Demo) -> None:
+    from balancer import __version__
+
+    shown, version = demo.start("--help"), demo.start("--version")
+    assert (shown.end(), shown.err, version.end(), version.err) == (0, "", 0, "")
+    assert shown.out.startswith("examples:")
+    assert version.out == f"start_all {__version__}\n"
+
+
+@pytest.mark.parametrize("found", ["none", "3.9.2 (python3)"])
+def test_no_fit_python_is_one_line_and_2(demo: Demo, tmp_path: Path, found: str) -> None:
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for tool in ("bash", "dirname", "readlink"):
+        (tools / tool).symlink_to(shutil.which(tool) or tool)
+    if found != "none":
+        (tools / "python3").write_text("#!/bin/sh\necho 3.9.2\nexit 1\n")
+        (tools / "python3").chmod(0o755)
+    demo.start(PATH=str(tools)).assert_one_line_error(2, "Python 3.11 or newer", f"found: {found};")
+
+
+def test_the_windows_script_has_its_line_ends_and_says_the_same() -> None:
+    windows = (PROJECT / "start_all.bat").read_bytes()
+    assert windows.isascii()
+    assert windows.count(b"\n") == windows.count(b"\r\n") > 10
+    assert b'cd /d "%~dp0"' in windows
+    error = re.compile(r"start_all: error: .*needed, found: (?:\$found|%FOUND%)(; [^\">]*)")
+    unix = (PROJECT / "start_all.sh").read_text()
+    assert [match[1] for match in error.finditer(unix)] == [match[1] for match in error.finditer(windows.decode())]
+
+
+# -- The virtual environment
+
+
+@pytest.fixture(scope="module")
+def bare_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy without .venv, whose requirements are none."""
+    tree = tmp_path_factory.mktemp("bare") / "with blanks"
+    tree.mkdir()
+    copy_project(tree)
+    (tree / "requirements.txt").write_text("# nothing\n")
+    return tree
+
+
+@pytest.fixture
+def bare(bare_tree: Path, tmp_path: Path) -> Demo:
+    return Demo(bare_tree, tmp_path)
+
+
+def set_up(demo: Demo, **environment: str) -> str:
+    run = demo.start("setup", **environment)
+    assert (run.end(60), run.err) == (0, "")
+    return run.out
+
+
+@pytest.mark.timeout(180)
+def test_a_venv_is_made_once_and_mended_when_it_is_half_made(bare: Demo) -> None:
+    python = bare.tree / ".venv" / "bin" / "python"
+    assert "Making .venv" in set_up(bare)
+    assert set_up(bare) == ""
+
+    (bare.tree / "requirements.txt").write_text("# still nothing\n")
+    changed = set_up(bare)
+    assert "Making" not in changed and "Installing" in changed
+    assert set_up(bare) == ""
+
+    python.unlink()
+    python.symlink_to("/nowhere/python")  # as after an upgrade of the system's Python
+    assert "Making .venv" in set_up(bare)
+    assert subprocess.run([python, "-m", "pip", "--version"], capture_output=True, timeout=60).returncode == 0
+
+
+@pytest.mark.timeout(180)
+def test_a_failing_pip_is_one_line(bare: Demo) -> None:
+    set_up(bare)
+    (bare.tree / "requirements.txt").write_text("no-such-package-anywhere\n")
+    empty = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}
+    run = bare.start("setup", **empty)
+    run.assert_one_line_error(1, "pip could not install requirements.txt", "no-such-package-anywhere", "setup.log")
+    (bare.tree / "requirements.txt").write_text("# nothing\n")
+    assert "Installing" in set_up(bare)
+
+
+def test_a_python_without_ensurepip_names_the_package(demo: Demo, tmp_path: Path) -> None:
+    """Debian's python3 without python3-venv."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['ensurepip'] = None\n")
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    copy_project(tree)
+    run = Demo(tree, tmp_path).start("setup", PYTHONPATH=str(tmp_path))
+    run.assert_one_line_error(2, "apt-get install python3.", "-venv")

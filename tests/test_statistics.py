@@ -1,0 +1,317 @@
+"""Counters that add up, percentiles within 15 %, bounded rings."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from werkzeug.test import Client
+
+from balancer.backends import LastCheck, Origin
+from balancer.errors import ResponseTimedOut
+from balancer.settings import BackendSettings, Settings
+from balancer.statistics import (
+    BOUNDS,
+    EVENTS_KEPT,
+    NO_REQUESTS,
+    PATH_SHOWN,
+    RECENT_KEPT,
+    Attempt,
+    Counters,
+    Events,
+    Exchange,
+    Histogram,
+    Statistics,
+)
+from load_balancer import create_app
+
+
+class Clock:
+    """Time that only the test moves."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def statistics(clock: Clock) -> Statistics:
+    return Statistics(clock=clock, wall_clock=clock)
+
+
+@pytest.fixture
+def restless() -> Iterator[None]:
+    """Threads are switched as often as can be."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def exchange(status: int = 200, backend: str | None = "a", seconds: float = 0.01, complete: bool = True) -> Exchange:
+    made = Exchange(timestamp=1.0, method="GET", path="/x", request_id="id-1")
+    made.status, made.backend, made.seconds, made.complete = status, backend, seconds, complete
+    return made
+
+
+def finish(statistics: Statistics, *exchanges: Exchange) -> None:
+    for one in exchanges:
+        statistics.begin()
+        statistics.record(one)
+
+
+statuses = st.sampled_from([100, 200, 204, 301, 404, 499, 500, 502, 503, 599])
+exchanges = st.builds(
+    exchange, statuses, st.sampled_from(["a", "b", None]), st.floats(0, 200, allow_nan=False), st.booleans()
+)
+
+
+# Percentiles.
+
+
+def exact(samples: list[float], share: float) -> float:
+    """Nearest rank: the smallest sample that at least `share` of all do not exceed."""
+    return sorted(samples)[max(0, math.ceil(round(share * len(samples), 9)) - 1)]
+
+
+@given(st.lists(st.floats(BOUNDS[0], BOUNDS[-1]), min_size=1, max_size=200))
+def test_percentiles_are_within_15_percent_and_never_too_low(samples: list[float]) -> None:
+    histogram = Histogram()
+    for seconds in samples:
+        histogram.add(seconds)
+    for name, share in (("p50", 0.50), ("p95", 0.95), ("p99", 0.99)):
+        told = histogram.summary()[name]
+        assert told is not None
+        assert exact(samples, share) * 0.999999 <= told <= exact(samples, share) * 1.150001
+        assert told <= max(samples)
+
+
+@pytest.mark.parametrize("count", [1, 2, 20, 100, 700, 1000, 1100, 2300])
+def test_percentiles_pick_the_exact_rank_where_it_is_a_whole_number(count: int) -> None:
+    # One sample in a hundred is slow: p99 is the last fast one, whatever the floating point says of 0.99 * count.
+    histogram = Histogram()
+    samples = [10.0] * (count // 100) + [0.01] * (count - count // 100)
+    for seconds in samples:
+        histogram.add(seconds)
+    assert histogram.percentile(0.99) == pytest.approx(exact(samples, 0.99), rel=0.15)
+    assert histogram.percentile(0.50) == pytest.approx(0.01, rel=0.15)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e-9, 0.00005, 150.0, 1e6])
+def test_beyond_the_buckets_the_maximum_is_told(seconds: float) -> None:
+    histogram = Histogram()
+    histogram.add(seconds)
+    assert histogram.percentile(0.5) == histogram.percentile(0.99) == seconds
+
+
+def test_no_samples_no_percentiles() -> None:
+    assert Histogram().summary() == {"p50": None, "p95": None, "p99": None}
+
+
+def test_a_histogram_does_not_grow() -> None:
+    histogram = Histogram()
+    size = len(histogram.counts)
+    for step in range(10_000):
+        histogram.add(step / 10)
+    assert len(histogram.counts) == size and histogram.total == sum(histogram.counts) == 10_000
+
+
+# What counts as what.
+
+
+@pytest.mark.parametrize(
+    ("status", "complete", "failed", "aborted", "code"),
+    [
+        (200, True, 0, 0, "2xx"),
+        (304, True, 0, 0, "3xx"),
+        (404, True, 0, 0, "4xx"),
+        (499, False, 1, 1, None),
+        (500, True, 1, 0, "5xx"),
+        (502, True, 1, 0, "5xx"),
+        (200, False, 1, 0, "2xx"),
+    ],
+)
+def test_a_request_failed_without_a_complete_answer_or_with_500_and_above(
+    status: int, complete: bool, failed: int, aborted: int, code: str | None
+) -> None:
+    counters = Counters()
+    counters.add(exchange(status, complete=complete))
+    told = counters.describe()
+    assert (told["failed_requests"], told["successful_requests"]) == (failed, 1 - failed)
+    assert told["aborted_requests"] == aborted
+    assert [name for name, count in told["codes"].items() if count] == ([code] if code else [])
+
+
+def test_the_average_is_of_all_requests() -> None:
+    counters = Counters()
+    for seconds in (0.1, 0.2, 0.6):
+        counters.add(exchange(seconds=seconds))
+    assert counters.describe()["avg_response_time"] == pytest.approx(0.3)
+    assert NO_REQUESTS["avg_response_time"] == 0.0
+
+
+def assert_adds_up(told: dict[str, Any]) -> None:
+    assert told["total_requests"] == told["successful_requests"] + told["failed_requests"]
+    assert told["total_requests"] == sum(told["codes"].values()) + told["aborted_requests"]
+    assert told["aborted_requests"] <= told["total_requests"]
+
+
+@given(st.lists(exchanges, max_size=60))
+def test_totals_add_up_at_any_moment(given_exchanges: list[Exchange]) -> None:
+    statistics = Statistics()
+    for done, one in enumerate(given_exchanges, start=1):
+        finish(statistics, one)
+        whole, backends, recent = statistics.snapshot()
+        assert whole["total_requests"] == done and whole["active_requests"] == 0
+        for told in (whole, *backends.values()):
+            assert_adds_up(told)
+        unassigned = sum(e.backend is None for e in given_exchanges[:done])
+        assert sum(told["total_requests"] for told in backends.values()) + unassigned == done
+        assert len(recent) == min(done, 20)
+        assert recent[0]["status"] == one.status
+
+
+@pytest.mark.usefixtures("restless")
+def test_threads_lose_nothing(statistics: Statistics) -> None:
+    plan = [exchange(200, "a"), exchange(503, None), exchange(404, "b"), exchange(499, "a", complete=False)]
+
+    def work() -> None:
+        for _ in range(150):
+            if statistics.begin_retry(1.0, 3):
+                statistics.end_retries(1)
+            finish(statistics, *plan)
+            assert_adds_up(statistics.snapshot(0)[0])
+
+    with ThreadPoolExecutor(8) as threads:
+        for future in [threads.submit(work) for _ in range(8)]:
+            future.result(50)
+    whole, backends, _ = statistics.snapshot()
+    assert (whole["total_requests"], whole["failed_requests"], whole["aborted_requests"]) == (4800, 2400, 1200)
+    assert {name: told["total_requests"] for name, told in backends.items()} == {"a": 2400, "b": 1200}
+    assert whole["active_requests"] == 0
+    assert statistics.begin_retry(0.0, 1)  # none is still counted as retrying
+
+
+# The rings.
+
+
+def test_recent_requests_are_newest_first_bounded_and_hold_failures(statistics: Statistics) -> None:
+    finish(statistics, *(exchange(200 + number % 400) for number in range(RECENT_KEPT + 50)))
+    recent = statistics.snapshot(RECENT_KEPT * 2)[2]
+    assert len(recent) == RECENT_KEPT
+    assert [one["status"] for one in recent] == [200 + number for number in range(RECENT_KEPT + 49, 49, -1)]
+    assert [one["status"] for one in statistics.snapshot(2)[2]] == [349, 348]
+    assert statistics.snapshot(0)[2] == []
+
+
+def test_a_recent_request_says_what_was_tried_and_cuts_long_paths() -> None:
+    one = exchange(504)
+    one.path = "/" + "x" * 1000
+    one.reason = "http_response_timeout"
+    one.attempts = [Attempt("b", "connection_refused", 0.001), Attempt("a", "http_response_timeout", 1.0)]
+    told = one.describe()
+    assert (told["attempts"], told["reason"]) == (2, "http_response_timeout")
+    assert told["tried"][0] == {"backend": "b", "outcome": "connection_refused", "seconds": 0.001}
+    assert len(told["path"]) == PATH_SHOWN
+
+
+def test_requests_per_second_are_the_mean_of_the_last_whole_seconds(statistics: Statistics, clock: Clock) -> None:
+    def rate() -> Any:
+        return statistics.snapshot()[0]["requests_per_second"]
+
+    for _ in range(5):
+        finish(statistics, *(exchange() for _ in range(10)))
+        clock.now += 1.0
+    assert rate() == 10.0
+    finish(statistics, exchange())  # this second is not whole yet
+    assert rate() == 10.0
+    clock.now += 3.0
+    assert rate() == pytest.approx((20 + 1) / 5)
+    clock.now += 60.0
+    assert rate() == 0.0
+
+
+def test_events_have_a_rising_seq_and_are_bounded(clock: Clock) -> None:
+    events = Events(wall_clock=clock)
+    assert events.since(0) == ([], 0)
+    for number in range(EVENTS_KEPT + 10):
+        events.add("backend_up", "a" if number % 2 else "", f"event {number}")
+    kept, latest = events.since(0)
+    assert [event["seq"] for event in kept] == list(range(11, EVENTS_KEPT + 11))
+    assert latest == events.latest == EVENTS_KEPT + 10
+    newest = {"timestamp": 100.0, "kind": "backend_up", "backend": "a", "severity": "info"}
+    assert events.since(latest - 1)[0] == [newest | {"seq": latest, "message": f"event {latest - 1}"}]
+    assert events.since(latest)[0] == []
+    assert kept[-2]["backend"] is None
+
+
+# Reset, retries, removed backends.
+
+
+def test_reset_zeroes_everything_but_what_is_in_flight(statistics: Statistics, clock: Clock) -> None:
+    finish(statistics, exchange(), exchange(502))
+    statistics.begin()
+    statistics.begin_retry(1.0, 3)
+    clock.now = 200.0
+    statistics.reset()
+    whole, backends, recent = statistics.snapshot()
+    assert (whole["total_requests"], whole["failed_requests"], whole["retries"]) == (0, 0, 0)
+    assert whole["latency"] == {"p50": None, "p95": None, "p99": None}
+    assert (whole["active_requests"], whole["start_time"]) == (1, 200.0)
+    assert (backends, recent) == ({}, [])
+    statistics.record(exchange())
+    assert statistics.snapshot()[0]["active_requests"] == 0
+
+
+def test_retries_keep_to_their_budget(statistics: Statistics) -> None:
+    assert [statistics.begin_retry(0.2, 3) for _ in range(4)] == [True, True, True, False]
+    statistics.end_retries(1)
+    assert statistics.begin_retry(0.2, 3)
+    for _ in range(25):
+        statistics.begin()
+    assert [statistics.begin_retry(0.2, 3) for _ in range(3)] == [True, True, False]  # 20 % of 25 are 5
+    assert statistics.snapshot()[0]["retries"] == 6
+
+
+def test_a_forgotten_backend_stays_in_the_total(statistics: Statistics) -> None:
+    finish(statistics, exchange(backend="a"), exchange(backend="b"))
+    statistics.forget("a")
+    whole, backends, _ = statistics.snapshot()
+    assert whole["total_requests"] == 2
+    assert list(backends) == ["b"]
+    finish(statistics, exchange(backend="a"))
+    assert statistics.snapshot()[1]["a"]["total_requests"] == 1
+
+
+def test_a_later_backend_of_the_same_name_starts_at_zero() -> None:
+    """The last request of a backend that is being removed ends after the backend is forgotten."""
+    app = create_app(Settings(backends=(BackendSettings(id="a", url="http://127.0.0.1:1"),)))
+    proxy = app.extensions["balancer"].proxy
+    pool = proxy.pool
+    pool.record_check(pool.get("a"), LastCheck(1.0, 0.001, 200, None))
+
+    class RemovedMeanwhile:
+        def exchange(self, request: Any, origin: Origin) -> Any:
+            pool.remove("a")
+            raise ResponseTimedOut("too slow")
+
+    proxy.adapter = RemovedMeanwhile()
+    assert Client(app).get("/x").status_code == 504
+    assert proxy.pool.backends() == []
+    pool.add("a", Origin("http", "127.0.0.1", 1))
+    told = Client(app).get("/status").get_json()
+    assert told["backend_servers"][0]["total_requests"] == 0
+    assert told["statistics"]["total_requests"] == told["statistics"]["unassigned_requests"] == 1

@@ -1,0 +1,326 @@
+"""How the next backend is chosen: exact shares, even spread, ties, and the contract that every strategy keeps."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator
+from fractions import Fraction
+from importlib.metadata import EntryPoint
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from balancer import strategies
+from balancer.backends import Backend, Origin
+from balancer.errors import SettingsError
+from balancer.strategies import REGISTRY, Strategy, create
+
+ORIGIN = Origin("http", "127.0.0.1", 80)
+
+weights_of_some = st.lists(st.integers(1, 12), min_size=1, max_size=8)
+
+
+class Clock:
+    """Time that only the test moves."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def backends(*weights: int) -> list[Backend]:
+    return [Backend(letter, ORIGIN, weight) for letter, weight in zip("abcdefghijkl", weights, strict=False)]
+
+
+def picks(strategy: Strategy, candidates: list[Backend], count: int) -> str:
+    return "".join(strategy.select(candidates, None).id for _ in range(count))
+
+
+# The contract, over everything that is registered.
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+@given(data=st.data())
+def test_every_strategy_returns_one_of_the_candidates(name: str, data: st.DataObject) -> None:
+    clock = Clock()
+    strategy = create(name, clock=clock, rng=random.Random(1))
+    everyone = backends(*data.draw(weights_of_some))
+    for _ in range(data.draw(st.integers(1, 6))):
+        clock.now += data.draw(st.sampled_from([0.0, 0.1, 1e6]))
+        for backend in everyone:
+            backend.active = data.draw(st.integers(0, 5))
+            backend.weight = data.draw(st.sampled_from([1, 2, 256]))
+            if data.draw(st.booleans()):
+                backend.observe(data.draw(st.sampled_from([0.0, 1e-9, 0.01, 1e5])), clock.now)
+        candidates = data.draw(st.lists(st.sampled_from(everyone), min_size=1, unique=True))
+        assert strategy.select(candidates, None) in candidates
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_every_strategy_uses_all_idle_equal_backends(name: str) -> None:
+    assert set(picks(create(name), backends(1, 1, 1), 3)) == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_no_strategy_changes_a_backend(name: str) -> None:
+    candidates = backends(3, 2, 1)
+    before = [repr(backend) for backend in candidates]
+    picks(create(name), candidates, 10)
+    assert [repr(backend) for backend in candidates] == before
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_every_strategy_says_what_it_is_in_one_paragraph(name: str) -> None:
+    cls = REGISTRY[name]
+    assert cls.name == name
+    assert len(cls.description()) > 60 and "\n" not in cls.description()
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+@pytest.mark.parametrize("weights", [(), (1,), (3, 2, 1)], ids=str)
+def test_expected_shares_add_up_to_one_or_are_not_told(name: str, weights: tuple[int, ...]) -> None:
+    shares = create(name).expected_shares(backends(*weights))
+    assert shares is None or sum(shares.values()) == pytest.approx(1.0 if weights else 0.0)
+
+
+# Round robin and weighted.
+
+
+@given(st.integers(1, 10), st.integers(1, 40))
+def test_round_robin_gives_everyone_the_same_in_every_round(size: int, count: int) -> None:
+    counts = Counter(picks(create("round_robin"), backends(*[5] * size), count))
+    assert max(counts.values()) - min((counts[letter] for letter in "abcdefghij"[:size]), default=0) <= 1
+
+
+def test_round_robin_ignores_weight_and_load() -> None:
+    candidates = backends(9, 1, 1)
+    candidates[1].active = 50
+    assert picks(create("round_robin"), candidates, 6) == "abcabc"
+
+
+def test_round_robin_goes_on_with_those_who_are_left() -> None:
+    strategy, everyone = create("round_robin"), backends(1, 1, 1)
+    picks(strategy, everyone, 3)
+    assert Counter(picks(strategy, everyone[:2], 10)) == {"a": 5, "b": 5}
+    assert sorted(Counter(picks(strategy, everyone, 30)).values()) == [10, 10, 10]
+
+
+@given(weights_of_some, st.integers(1, 3))
+def test_weighted_is_exact_over_the_sum_of_the_weights(weights: list[int], rounds: int) -> None:
+    strategy, candidates = create("weighted"), backends(*weights)
+    for _ in range(rounds):
+        counts = Counter(picks(strategy, candidates, sum(weights)))
+        assert counts == {backend.id: backend.weight for backend in candidates}
+
+
+def lead_and_lag(weights: list[int]) -> tuple[float, float]:
+    """How far any backend gets ahead of its ideal share, and behind it, in any prefix of a full round."""
+    strategy, candidates, total = create("weighted"), backends(*weights), sum(weights)
+    counts: Counter[str] = Counter()
+    lead = lag = 0.0
+    for turn in range(1, total + 1):
+        counts[strategy.select(candidates, None).id] += 1
+        errors = [counts[backend.id] - turn * backend.weight / total for backend in candidates]
+        lead, lag = max(lead, *errors, 0.0), max(lag, *(-error for error in errors), 0.0)
+    return lead, lag
+
+
+@given(st.lists(st.integers(1, 256), min_size=1, max_size=3))
+def test_weighted_is_never_one_away_from_the_ideal_with_up_to_three_backends(weights: list[int]) -> None:
+    assert max(lead_and_lag(weights)) < 1
+
+
+@given(st.lists(st.sampled_from([1, 2, 3, 7, 20, 64, 241]), min_size=4, max_size=10))
+def test_weighted_gives_nobody_one_too_many_and_owes_nobody_two(weights: list[int]) -> None:
+    # Smooth weighted round robin bounds the lead by 1 - 1/n. The lag may pass 1 with ten very unequal backends.
+    lead, lag = lead_and_lag(weights)
+    assert lead < 1 and lag < 2
+
+
+def test_weighted_spreads_three_two_one() -> None:
+    assert picks(create("weighted"), backends(3, 2, 1), 12) == "abacba" * 2
+
+
+def test_weighted_has_no_bursts() -> None:
+    assert picks(create("weighted"), backends(5, 1, 1), 7) == "aabacaa"
+
+
+@given(st.tuples(st.integers(1, 256), st.integers(1, 256)), st.tuples(st.integers(1, 9), st.integers(1, 9)))
+def test_weighted_follows_a_change_of_weight_within_one_round(old: tuple[int, int], new: tuple[int, int]) -> None:
+    strategy, candidates = create("weighted"), backends(*old)
+    picks(strategy, candidates, sum(old) // 2)
+    for backend, weight in zip(candidates, new, strict=True):
+        backend.weight = weight
+    counts = Counter(picks(strategy, candidates, sum(new)))
+    assert all(abs(counts[backend.id] - backend.weight) <= 2 for backend in candidates)
+
+
+# Least connections.
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 12)), min_size=1, max_size=8))
+def test_least_connections_finds_the_least_load_per_weight(loads: list[tuple[int, int]]) -> None:
+    candidates = backends(*(weight for _, weight in loads))
+    for backend, (active, _) in zip(candidates, loads, strict=True):
+        backend.active = active
+    least = min(Fraction(active, weight) for active, weight in loads)
+    chosen = create("least_connections").select(candidates, None)
+    assert Fraction(chosen.active, chosen.weight) == least
+
+
+@pytest.mark.parametrize("order", [(30, 10), (10, 30)], ids=str)
+def test_the_busier_of_two_busy_backends_never_wins(order: tuple[int, int]) -> None:
+    strategy, candidates = create("least_connections"), backends(1, 1)
+    candidates[0].active, candidates[1].active = order
+    assert {strategy.select(candidates, None).active for _ in range(100)} == {10}
+
+
+@given(st.integers(2, 6), st.integers(0, 9))
+def test_ties_of_equal_backends_rotate(size: int, active: int) -> None:
+    candidates = backends(*[1] * size)
+    for backend in candidates:
+        backend.active = active
+    assert set(Counter(picks(create("least_connections"), candidates, size * 4)).values()) == {4}
+
+
+def test_ties_among_some_rotate_while_the_busy_one_waits() -> None:
+    candidates = backends(1, 1, 1)
+    candidates[1].active = 1
+    assert picks(create("least_connections"), candidates, 4) == "acac"
+
+
+def test_idle_backends_take_turns_by_weight() -> None:
+    assert Counter(picks(create("least_connections"), backends(3, 2, 1), 60)) == {"a": 30, "b": 20, "c": 10}
+
+
+@given(st.lists(st.integers(1, 5), min_size=2, max_size=5), st.randoms(use_true_random=False))
+def test_loads_stay_level_while_requests_come_and_go(weights: list[int], chance: random.Random) -> None:
+    strategy, candidates = create("least_connections"), backends(*weights)
+    for _ in range(60):
+        chosen = strategy.select(candidates, None)
+        assert all(chosen.active * other.weight <= other.active * chosen.weight for other in candidates)
+        chosen.active += 1
+        busy = chance.choice(candidates)
+        busy.active -= chance.randint(0, busy.active)
+
+
+# Least response time.
+
+
+def drive(clock: Clock, strategy: Strategy, candidates: list[Backend], speed: dict[str, float]) -> Iterator[str]:
+    """One request after the other; each takes what `speed` says of its backend."""
+    while True:
+        chosen = strategy.select(candidates, None)
+        clock.now += speed[chosen.id]
+        chosen.observe(speed[chosen.id], clock.now)
+        yield chosen.id
+
+
+def take(requests: Iterator[str], count: int) -> Counter[str]:
+    return Counter(next(requests) for _ in range(count))
+
+
+def test_least_response_time_moves_to_the_fast_backend(clock: Clock) -> None:
+    speed = {"a": 0.2, "b": 0.01, "c": 0.2}
+    requests = drive(clock, create("least_response_time", clock=clock), backends(1, 1, 1), speed)
+    assert take(requests, 100)["b"] >= 95
+
+
+def test_least_response_time_comes_back_to_a_backend_that_recovered(clock: Clock) -> None:
+    speed = {"a": 0.2, "b": 0.01}
+    requests = drive(clock, create("least_response_time", clock=clock), backends(1, 1), speed)
+    take(requests, 100)
+    speed["a"] = 0.001
+    take(requests, 3000)  # 30 s: the memory of 0.2 s has halved six times
+    assert take(requests, 100)["a"] >= 95
+
+
+def test_a_slow_backend_that_stays_slow_is_tried_only_now_and_then(clock: Clock) -> None:
+    requests = drive(clock, create("least_response_time", clock=clock), backends(1, 1), {"a": 0.2, "b": 0.01})
+    take(requests, 100)
+    assert 1 <= take(requests, 6000)["a"] <= 10  # a minute
+
+
+def test_never_measured_is_tried_first_but_not_flooded(clock: Clock) -> None:
+    strategy, candidates = create("least_response_time", clock=clock), backends(1, 1)
+    candidates[0].observe(0.05, clock.now)
+    assert strategy.select(candidates, None).id == "b"
+    candidates[1].active = 1  # its first answer is not here yet
+    assert strategy.select(candidates, None).id == "a"
+
+
+@pytest.mark.parametrize(
+    ("active", "weight", "expected"),
+    [((3, 0), (1, 1), "b"), ((0, 0), (1, 3), "b"), ((1, 1), (4, 1), "a"), ((0, 1), (1, 3), "b")],
+)
+def test_requests_in_flight_and_weight_count(
+    clock: Clock, active: tuple[int, int], weight: tuple[int, int], expected: str
+) -> None:
+    candidates = backends(*weight)
+    for backend, count in zip(candidates, active, strict=True):
+        backend.observe(0.05, clock.now)
+        backend.active = count
+    assert create("least_response_time", clock=clock).select(candidates, None).id == expected
+
+
+def test_equal_response_times_take_turns(clock: Clock) -> None:
+    candidates = backends(1, 1, 1)
+    for backend in candidates:
+        backend.observe(0.05, clock.now)
+    assert picks(create("least_response_time", clock=clock), candidates, 6) == "abcabc"
+
+
+# The registry.
+
+
+def test_the_four_strategies_are_registered() -> None:
+    assert {"round_robin", "weighted", "least_connections", "least_response_time"} <= set(REGISTRY)
+
+
+def test_a_new_strategy_has_no_memory() -> None:
+    used = create("weighted")
+    picks(used, backends(3, 2, 1), 4)
+    assert picks(create("weighted"), backends(3, 2, 1), 6) == "abacba"
+
+
+def test_an_unknown_name_is_refused_with_the_valid_ones() -> None:
+    with pytest.raises(SettingsError) as caught:
+        create("fastest")
+    assert all(name in str(caught.value) for name in ("fastest", *REGISTRY))
+
+
+class Last(Strategy):
+    """The last candidate."""
+
+    def select(self, candidates: Any, request: Any) -> Backend:
+        chosen: Backend = candidates[-1]
+        return chosen
+
+
+def install_entry_point(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    entry = EntryPoint("last", value, strategies.ENTRY_POINT_GROUP)
+    monkeypatch.setattr(strategies, "entry_points", lambda group: [entry])
+    monkeypatch.setattr(strategies, "REGISTRY", dict(REGISTRY))
+
+
+def test_a_strategy_of_another_package_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_entry_point(monkeypatch, f"{__name__}:Last")
+    strategies.load_entry_points()
+    assert create("last").select(backends(1, 1), None).id == "b"
+
+
+@pytest.mark.parametrize("value", ["no_such_module_here:Last", f"{__name__}:NoSuchClass", f"{__name__}:backends"])
+def test_a_strategy_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    install_entry_point(monkeypatch, value)
+    with pytest.raises(SettingsError, match="'last'"):
+        strategies.load_entry_points()
