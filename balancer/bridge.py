@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import unquote_to_bytes
 
 from balancer.errors import ClientGone
@@ -171,13 +171,19 @@ class Call:
         if exc_info is not None and self._is_started:
             raise exc_info[1].with_traceback(exc_info[2])
         self._status = int(status[:3])
-        self._headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
+        if headers and isinstance(headers[0][0], bytes):
+            self._headers = cast(list[tuple[bytes, bytes]], headers)  # the proxy spares us the way back from text
+        else:
+            self._headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
         return self._emit
 
     def _start(self) -> None:
         if self._status is None:
             raise RuntimeError("the app has not called start_response")
-        if not any(name.lower() == b"server" for name, _ in self._headers):
+        for name, _ in self._headers:
+            if name.lower() == b"server":
+                break
+        else:
             self._headers.append((b"server", b"load-balancer"))  # or Granian would name itself
         self._is_started = True
         self.protocol.send({"type": "http.response.start", "status": self._status, "headers": self._headers})

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote_from_bytes
 
 from balancer.backends import BackendPool, Lease
@@ -46,14 +46,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("balancer.proxy")
 
-# What our own server puts into environ beyond PEP 3333; under any other server they are missing.
+# What our own server puts into environ beyond PEP 3333; under any other server they are missing. Where HEADER_LINES is
+# there, `start_response` also takes header lines in bytes.
 HEADER_LINES = "balancer.header_lines"  # list of (lower-case name, value) as received, in bytes
 CLIENT = "balancer.client"  # a connection.Watcher with `is_gone`: cuts the backend connection when the client leaves
 
 REPLAY_LIMIT = 65536  # bytes: a request body up to this size is read first, so that it can be sent again
 READ_SIZE = 65536
-RETRY_AFTER_SECONDS = 1
-ALLOWED_METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"  # in 405; other methods but CONNECT and TRACE pass too
+RETRY_AFTER_SECONDS = b"1"
+ALLOWED_METHODS = b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"  # in 405; others pass, CONNECT and TRACE do not
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,23 +237,25 @@ class Forwarding:
 
     def _answer(self, response: BackendResponse) -> Iterable[bytes]:
         status, body = response.status_code, response.body
-        headers = [
-            (name.decode("latin-1"), value.decode("latin-1")) for name, value in response_lines(response.lines, status)
-        ]
-        self._add_own_headers(headers)
+        lines = response_lines(response.lines, status)
         if not body.is_complete:
             stream = ResponseStream(self, body, status)
-            self._start_response(f"{status} {response.reason}", headers)
+            self._start(f"{status} {response.reason}", lines)
             return stream
         data = body.read_chunk()
         self.finish(status)
-        self._start_response(f"{status} {response.reason}", headers)
+        self._start(f"{status} {response.reason}", lines)
         return [data]
 
-    def _add_own_headers(self, headers: list[tuple[str, str]]) -> None:
-        headers.append(("x-request-id", self._record.request_id))
+    def _start(self, status: str, lines: list[Line]) -> None:
+        """`start_response` with our own lines added; our own server takes bytes, PEP 3333 wants text."""
+        lines.append((b"x-request-id", self._identifier))
         if self._proxy.options.expose_backend and self._record.backend is not None:
-            headers.append(("x-served-by", self._record.backend))
+            lines.append((b"x-served-by", self._record.backend.encode("ascii")))
+        headers: Any = lines
+        if HEADER_LINES not in self._environ:
+            headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in lines]
+        self._start_response(status, headers)
 
     def _refuse(self, error: BalancerError) -> Iterable[bytes]:
         """The balancer's own answer to a request that got none from a backend."""
@@ -267,13 +270,12 @@ class Forwarding:
                 "request_id": self._record.request_id,
             }
         ).encode()
-        headers = [("content-type", "application/json"), ("content-length", str(len(body)))]
+        lines = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
         if isinstance(error, Unavailable):
-            headers.append(("retry-after", str(RETRY_AFTER_SECONDS)))
+            lines.append((b"retry-after", RETRY_AFTER_SECONDS))
         if isinstance(error, MethodRefused):
-            headers.append(("allow", ALLOWED_METHODS))
-        self._add_own_headers(headers)
-        self._start_response(f"{status.value} {status.phrase}", headers)
+            lines.append((b"allow", ALLOWED_METHODS))
+        self._start(f"{status.value} {status.phrase}", lines)
         return [body]
 
     def finish(self, status: int, *, reason: str | None = None, complete: bool = True) -> None:
