@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from flask import Flask
 
@@ -119,6 +119,7 @@ def _follow(pool: BackendPool, statistics: Statistics, events: Events, health: H
         events.add(kind, backend_id, text, severity)
         log.log(logging.getLevelName(severity.upper()), "%s %s: %s", kind, backend_id, text)
         if kind == "backend_added":
+            statistics.forget(backend_id)  # the last request of a removed one is recorded after its removal
             health.wake()
         elif kind == "backend_removed":
             statistics.forget(backend_id)
@@ -168,8 +169,15 @@ def __getattr__(name: str) -> Any:
 # The command line.
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage of forty flags."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="load_balancer.py",
         description="A load balancer: HTTP/1.1 and HTTP/2 in, HTTP backends out.",
         epilog=EXAMPLES,

@@ -4,7 +4,7 @@ Only `BackendPool` changes a `Backend`. Strategies and everybody else read; othe
 
 State of a backend is two axes. `admin_state` is what the operator wants: `ready`, `drain` (no new requests, checks go
 on, requests in flight finish) or `maint` (the same, and no checks). `health` is what we saw: `unknown` until the first
-check, `up`, or `down` with a reason. Taking requests needs ready, not down, a weight above 0 and room.
+check, `up`, or `down` with a reason. Taking requests needs ready, up, a weight above 0 and room.
 """
 
 from __future__ import annotations
@@ -29,10 +29,14 @@ HealthStatus = Literal["unknown", "up", "down"]
 Listener = Callable[[str, str, str, str], None]
 
 ID_PATTERN = r"[A-Za-z0-9._-]{1,64}"
+# Labels of 1 to 63 characters, as Python's resolver demands, or an IPv6 address, maybe with a zone.
+HOST_PATTERN = r"[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*\.?|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*(?:%[A-Za-z0-9._-]+)?"
 MAX_WEIGHT = 256  # as in HAProxy: enough for any ratio, and sums stay small
 
 # One new sample counts 20 %: ten requests tell a change of speed.
 EWMA_SHARE = 0.2
+# A failed attempt counts as slow: a backend that refuses quickly must not look like the fastest and draw all traffic.
+FAILURE_SECONDS = 1.0
 # Without samples the remembered time halves every 5 s, so a slow backend is tried again: one that was 10 times slower
 # gets its next chance after about 17 s without traffic.
 EWMA_HALF_LIFE_SECONDS = 5.0
@@ -48,6 +52,10 @@ class Origin(NamedTuple):
     @classmethod
     def parse(cls, url: str) -> Origin:
         """From `http://host:port` or `https://host`. Raises SettingsError naming the part that is wrong."""
+        if "@" in url:  # before anything else: no other message may repeat a password
+            raise SettingsError(
+                f"backend URL of host {url.rpartition('@')[2]!r}: user info is not supported, remove it"
+            )
         try:
             parts = urlsplit(url.strip())
             port = parts.port
@@ -55,11 +63,9 @@ class Origin(NamedTuple):
             raise SettingsError(f"backend URL {url!r}: {error}") from None
         if parts.scheme not in ("http", "https"):
             raise SettingsError(f"backend URL {url!r}: expected http://HOST:PORT or https://HOST:PORT")
-        if parts.username is not None or parts.password is not None:
-            raise SettingsError(f"backend URL of host {parts.hostname!r}: user info is not supported, remove it")
         if parts.path not in ("", "/") or parts.query or parts.fragment or "?" in url or "#" in url:
             raise SettingsError(f"backend URL {url!r}: must not have a path; requests keep their own")
-        if not parts.hostname or not re.fullmatch(r"[A-Za-z0-9._:%-]+", parts.hostname) or port == 0:
+        if not parts.hostname or not re.fullmatch(HOST_PATTERN, parts.hostname) or port == 0:
             raise SettingsError(f"backend URL {url!r}: expected http://HOST:PORT or https://HOST:PORT")
         return cls(parts.scheme, parts.hostname, port or (443 if parts.scheme == "https" else 80))
 
@@ -150,11 +156,11 @@ class Lease:
         self._pool: BackendPool | None = pool
         self.backend = backend
 
-    def release(self, first_byte_seconds: float | None = None) -> None:
-        """Idempotent. `first_byte_seconds` only for an attempt that got a response; failures teach nothing."""
+    def release(self, first_byte_seconds: float | None = None, *, failed: bool = False) -> None:
+        """Idempotent. `first_byte_seconds` for an attempt that got a response, `failed` if the backend was at fault."""
         pool, self._pool = self._pool, None
         if pool is not None:
-            pool._release(self.backend, first_byte_seconds)
+            pool._release(self.backend, FAILURE_SECONDS if failed else first_byte_seconds)
 
 
 class BackendPool:
@@ -199,8 +205,8 @@ class BackendPool:
     def lease(self, request: Any, exclude: Collection[str] = ()) -> Lease:
         """Choose and count in one step.
 
-        `exclude` are ids already tried for this request; they come back into play only if nothing else is left.
-        Raises Unavailable with the cause in words.
+        `exclude` are ids already tried for this request; they are not asked again. Raises Unavailable with the cause
+        in words.
         """
         with self._lock:
             candidates = self._ready
@@ -266,6 +272,8 @@ class BackendPool:
     def record_refused(self, backend: Backend, reason: str) -> None:
         """A refused connect on the data path: nobody listens there, so the backend is down at once."""
         with self._lock:
+            if self._backends.get(backend.id) is not backend:
+                return  # removed meanwhile
             backend.health.consecutive_successes = 0
             changed = backend.health.status != "down" and self._set_health(backend, "down", reason)
         if changed:
@@ -314,6 +322,10 @@ class BackendPool:
             real = {name: value for name, value in changes.items() if getattr(backend, name) != value}
             for name, value in real.items():
                 setattr(backend, name, value)
+            if backend.admin_state == "ready":
+                backend.is_leaving = False  # ready again calls the removal off
+            if "weight" in real:
+                self._strategy.weights_changed()
             self._refresh()
         for name, value in real.items():
             self._tell("backend_changed", backend_id, f"{name} set to {value}", "info")

@@ -73,7 +73,7 @@ class HeaderLines(Mapping[str, str]):
         self.lines = lines
 
     def __getitem__(self, name: str) -> str:
-        wanted = name.lower().encode("latin-1")
+        wanted = name.lower().encode("latin-1", "replace")
         values = [value for key, value in self.lines if key.lower() == wanted]
         if not values:
             raise KeyError(name)

@@ -215,9 +215,9 @@ class Forwarding:
         try:
             response = self._proxy.adapter.exchange(request, backend.origin)
         except BackendError as error:
-            self._lease.release()
             if self._client_is_gone():
                 raise ClientGone("the client left while the backend was working") from None
+            self._lease.release(failed=True)
             attempt.outcome = error.reason
             if isinstance(error, ConnectFailed) and error.refused:
                 self._proxy.pool.record_refused(backend, str(error))

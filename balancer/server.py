@@ -95,8 +95,9 @@ def listen(host: str, port: int) -> socket.socket:
     """A bound socket, not yet accepting. Raises SettingsError for a taken port or an address that is not ours."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError as error:
-        raise SettingsError(f"host {host!r}: {error.strerror}; expected an address such as 127.0.0.1") from None
+    except (OSError, UnicodeError) as error:  # UnicodeError: an empty label, or one of more than 63 characters
+        cause = getattr(error, "strerror", None) or "not a host name"
+        raise SettingsError(f"host {host!r}: {cause}; expected an address such as 127.0.0.1") from None
     listener = socket.socket(family, kind, protocol)
     try:
         if os.name == "posix":  # on Windows this option would let two programs share the port

@@ -2,7 +2,7 @@
 
 A setting's name is the same everywhere: `health_interval` is `--health-interval`, `LB_HEALTH_INTERVAL`, and
 `health_interval` in the TOML file. A flag wins over the environment, that over the file, that over the default.
-Unknown names and wrong values are refused at the start, in one line that names the value and where it came from.
+Unknown keys and wrong values are refused at the start, in one line that names the value and where it came from.
 """
 
 from __future__ import annotations
@@ -10,12 +10,23 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import os
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from balancer.backends import ID_PATTERN, MAX_WEIGHT, Origin
 from balancer.errors import SettingsError
@@ -23,7 +34,7 @@ from balancer.errors import SettingsError
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
 SecondsOrZero = Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False)]
-Weight = Annotated[int, Field(ge=0, le=MAX_WEIGHT)]
+Weight = Annotated[int, Field(ge=0, le=MAX_WEIGHT), BeforeValidator(lambda v: str(v) if isinstance(v, bool) else v)]
 MaxConnections = Annotated[int, Field(ge=1, le=1_000_000)]
 
 # Names that are not LB_ + NAME: those of the earlier program. They count less than the regular ones.
@@ -58,7 +69,7 @@ class BackendSettings(BaseModel):
         head, equals, rest = text.partition("=")
         backend_id, url = (head, rest) if equals and "://" not in head else ("", text)
         address, at, weight = url.rpartition("@")
-        if not at or "/" in weight or not weight.isdecimal():
+        if not at or "/" in weight or not re.fullmatch(r"[0-9]{1,9}", weight):
             address, weight = url, "1"
         return {"id": backend_id.strip(), "url": address.strip(), "weight": int(weight)}
 
@@ -125,11 +136,26 @@ class Settings(BaseModel):
     cpu_affinity: str = Field("auto", description="auto pins to one CPU, none to no CPU, or a list as 0,2")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged, to stdout")
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_booleans(cls, value: Any, info: ValidationInfo) -> Any:
+        """A truth value is no number, though Python and pydantic take it for 1."""
+        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
+            raise ValueError("a truth value does not fit here")
+        return value
+
+    @field_validator("admin_token")
+    @classmethod
+    def _check_token(cls, token: SecretStr | None) -> SecretStr | None:
+        if token is not None and not token.get_secret_value():
+            raise ValueError("is empty, so nothing would be protected; expected a token, or leave it out")
+        return token
+
     @field_validator("control_prefix")
     @classmethod
     def _check_prefix(cls, prefix: str) -> str:
         prefix = prefix.rstrip("/")
-        if prefix and (not prefix.startswith("/") or "//" in prefix or not prefix.isascii() or " " in prefix):
+        if prefix and (not prefix.startswith("/") or "//" in prefix or not re.fullmatch(r"[A-Za-z0-9/._~-]+", prefix)):
             raise ValueError("expected a path such as /lb")
         return prefix
 
@@ -275,7 +301,8 @@ def _explain(detail: Mapping[str, Any], sources: Mapping[str, str]) -> str:
     message = str(detail["msg"]).removeprefix("Value error, ")
     if detail["type"] == "extra_forbidden":
         return f"unknown setting {where!r} ({sources.get(name, 'unknown')}); see --help"
-    value = repr(detail.get("input"))[:120]
+    value = repr(detail.get("input"))
     if name == "admin_token" or (name == "backends" and "@" in value):  # a URL with user info holds a password
         value = "(hidden)"
+    value = value[:120]
     return f"{where} = {value} ({sources.get(name, 'settings')}): {message}" if name else message

@@ -93,7 +93,7 @@ class Exchange:
 
     @property
     def aborted(self) -> bool:
-        return self.status == 499
+        return self.status == 499 and not self.complete  # not if a backend answered 499 itself
 
     def describe(self) -> dict[str, Any]:
         return {

@@ -41,6 +41,9 @@ class Strategy:
         """Share of the traffic per backend id that this strategy aims at, or None if that depends on the traffic."""
         return None
 
+    def weights_changed(self) -> None:
+        """Called with the lock held when an operator has set a weight: what was saved up under the old one is void."""
+
     @classmethod
     def description(cls) -> str:
         return " ".join((inspect.getdoc(cls) or "").split())
@@ -103,6 +106,17 @@ class SmoothTurns:
         return chosen
 
 
+class TakingTurns(Strategy):
+    """Base of the strategies that take turns, at least among equals."""
+
+    def __init__(self, **injected: Any) -> None:
+        super().__init__(**injected)
+        self._turns = SmoothTurns()
+
+    def weights_changed(self) -> None:
+        self._turns = SmoothTurns()
+
+
 def _one(backend: Backend) -> int:
     return 1
 
@@ -112,13 +126,9 @@ def _weight(backend: Backend) -> int:
 
 
 @strategy("round_robin")
-class RoundRobin(Strategy):
+class RoundRobin(TakingTurns):
     """Each backend in turn, exactly the same number of requests for all. Right for equal backends and requests of
     about equal cost; ignores weights and load."""
-
-    def __init__(self, **injected: Any) -> None:
-        super().__init__(**injected)
-        self._turns = SmoothTurns()
 
     def select(self, candidates: Sequence[Backend], request: Any) -> Backend:
         return self._turns.next(candidates, _one)
@@ -128,13 +138,9 @@ class RoundRobin(Strategy):
 
 
 @strategy("weighted")
-class Weighted(Strategy):
+class Weighted(TakingTurns):
     """Smooth weighted round robin: requests in exact proportion to the weights (3:2:1 gives 50, 33 and 17 %), evenly
     spread rather than in bursts. Right for backends of known, unequal size."""
-
-    def __init__(self, **injected: Any) -> None:
-        super().__init__(**injected)
-        self._turns = SmoothTurns()
 
     def select(self, candidates: Sequence[Backend], request: Any) -> Backend:
         return self._turns.next(candidates, _weight)
@@ -145,13 +151,9 @@ class Weighted(Strategy):
 
 
 @strategy("least_connections")
-class LeastConnections(Strategy):
+class LeastConnections(TakingTurns):
     """The backend with the fewest requests in flight for its weight; ties take turns by weight. Right for requests of
     very different duration, and for backends of different or changing speed."""
-
-    def __init__(self, **injected: Any) -> None:
-        super().__init__(**injected)
-        self._turns = SmoothTurns()
 
     def select(self, candidates: Sequence[Backend], request: Any) -> Backend:
         least = candidates[0]
@@ -167,14 +169,10 @@ class LeastConnections(Strategy):
 
 
 @strategy("least_response_time")
-class LeastResponseTime(Strategy):
-    """The backend expected to answer first: its remembered time to first byte (EWMA; failures do not count) times its
+class LeastResponseTime(TakingTurns):
+    """The backend expected to answer first: its remembered time to first byte (EWMA; a failure counts as 1 s) times its
     requests in flight plus one, over its weight. An idle backend's remembered time halves every 5 s, so a slow one is
     tried again; one never measured is tried first. Right when speed differs for reasons nobody knows beforehand."""
-
-    def __init__(self, **injected: Any) -> None:
-        super().__init__(**injected)
-        self._turns = SmoothTurns()
 
     def select(self, candidates: Sequence[Backend], request: Any) -> Backend:
         now = self.clock()

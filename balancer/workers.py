@@ -57,13 +57,18 @@ class WorkerPool:
                 worker = _Worker(call)
                 thread = Thread(target=self._work, args=(worker, self._serial), name=f"worker-{self._serial}")
                 thread.daemon = True  # a request that never ends must not keep a stopped process alive
-                self._threads[self._serial] = thread
+                serial, self._threads[self._serial] = self._serial, thread
             elif len(self._queue) < self._max_queued:
                 self._queue.append(call)
                 return True
             else:
                 return False
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:  # the machine gives no more threads
+            with self._lock:
+                del self._threads[serial]
+            return False
         return True
 
     def withdraw(self, call: Runnable) -> bool:
@@ -96,10 +101,13 @@ class WorkerPool:
         """Give `worker` its next call, at once or after sleeping; None ends the thread."""
         worker.call = None
         with self._lock:
+            if len(self._threads) > self._max_threads:  # the reserve is for control calls, not for the queue
+                del self._threads[serial]
+                return
             if self._queue:
                 worker.call = self._queue.popleft()
                 return
-            if self._stopping or len(self._threads) > self._max_threads:
+            if self._stopping:
                 del self._threads[serial]
                 return
             self._idle.append(worker)

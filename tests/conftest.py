@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 from support import BalancerProcess, Demo, ScriptedBackend, start_demo
+
+# A slow machine is no finding; pytest's own time-out ends what hangs.
+settings.register_profile("tests", deadline=None)
+settings.load_profile("tests")
 
 
 @pytest.fixture

@@ -6,13 +6,14 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from threading import Barrier
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from balancer.backends import Backend, BackendPool, LastCheck, Origin
+from balancer.backends import Backend, BackendPool, LastCheck, Lease, Origin
 from balancer.errors import SettingsError, Unavailable
 from balancer.strategies import create
 
@@ -166,11 +167,14 @@ def test_release_is_idempotent(pool: Pool) -> None:
     assert first.backend.active == 1
 
 
+def release(lease: Lease, number: int) -> None:
+    lease.release()
+
+
 @pytest.mark.usefixtures("restless")
 def test_release_counts_once_even_from_two_threads_at_once(pool: Pool) -> None:
     for _ in range(50):
-        lease = pool.lease(None)
-        in_threads(2, lambda number, lease=lease: lease.release())
+        in_threads(2, partial(release, pool.lease(None)))
     assert [backend.active for backend in pool.backends()] == [0, 0]
 
 
@@ -368,10 +372,11 @@ def test_after_a_refused_connect_it_takes_rise_good_checks() -> None:
     backend = pool.add_up("a")
     pool.record_check(backend, GOOD)
     pool.record_refused(backend, "refused")
-    pool.record_check(backend, GOOD)
-    assert backend.health.status == "down"
-    pool.record_check(backend, GOOD)
-    assert backend.health.status == "up"
+    seen = []
+    for _ in range(2):
+        pool.record_check(backend, GOOD)
+        seen.append(backend.health.status)
+    assert seen == ["down", "up"]
 
 
 @pytest.mark.parametrize("report", ["check", "refused"])
@@ -521,6 +526,25 @@ def test_a_switch_of_strategy_is_exact_from_the_next_lease(pool: Pool) -> None:
     third = "".join(pool.lease(None).backend.id for _ in range(4))
     assert (first, second, third) == ("ababa", "aabaaaba", "abab")
     assert pool.algorithm == "round_robin"
+
+
+@pytest.mark.parametrize("algorithm", ["weighted", "least_connections"])
+def test_a_change_of_weights_is_exact_from_the_next_lease(algorithm: str) -> None:
+    pool = Pool(algorithm)
+    pool.add_up("a", 200)
+    pool.add_up("b", 1)
+
+    def counts(requests: int) -> Counter[str]:
+        seen: Counter[str] = Counter()
+        for _ in range(requests):
+            lease = pool.lease(None)
+            seen[lease.backend.id] += 1
+            lease.release()
+        return seen
+
+    counts(100)  # b has been promised a turn, and a owes it: half of 201
+    pool.update("a", {"weight": 1})
+    assert counts(10) == {"a": 5, "b": 5}
 
 
 # Reading.

@@ -20,13 +20,13 @@ from balancer.settings import Settings
 PASSWORD = "hunter2-hunter2"
 
 
-def run(*arguments: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, cwd: Path = ROOT, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """The real command, to its end."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("LB_") and name != "ALGORITHM"}
     return subprocess.run(
         [PYTHON, str(ROOT / "load_balancer.py"), *arguments],
         cwd=cwd,
-        env=clean | env,
+        env=clean | (env or {}),
         capture_output=True,
         text=True,
         timeout=50,
@@ -60,7 +60,7 @@ def idle() -> Iterator[BalancerProcess]:
 
 
 def test_help_names_every_setting_and_fits_the_screen() -> None:
-    done = run("--help", COLUMNS="100")
+    done = run("--help", env={"COLUMNS": "100"})
     assert done.returncode == 0 and done.stderr == ""
     assert max(len(line) for line in done.stdout.splitlines()) <= 120
     for name in set(Settings.model_fields) - {"backends", "admin_token"}:
@@ -83,7 +83,8 @@ def test_check_config_says_ok_from_any_directory(tmp_path: Path) -> None:
 def test_print_config_shows_values_sources_and_no_secrets(tmp_path: Path) -> None:
     file = tmp_path / "balancer.toml"
     file.write_text("retries = 1\n", encoding="utf-8")
-    done = run("--config", str(file), "--port", "9001", "--print-config", LB_ID="edge", LB_ADMIN_TOKEN=PASSWORD)
+    env = {"LB_ID": "edge", "LB_ADMIN_TOKEN": PASSWORD}
+    done = run("--config", str(file), "--port", "9001", "--print-config", env=env)
     assert done.returncode == 0 and done.stderr == ""
     shown = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
     assert shown["port"] == ["9001", "flag"]
@@ -113,7 +114,7 @@ def test_print_config_shows_values_sources_and_no_secrets(tmp_path: Path) -> Non
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_usage_is_one_line_and_exit_code_2(arguments: list[str], env: dict[str, str], said: list[str]) -> None:
-    done = run("--port=0", *arguments, **env) if arguments else run(**env)
+    done = run(*(["--port=0", *arguments] if arguments else []), env=env)
     assert (done.returncode, done.stdout) == (2, "")
     assert_one_line(done.stderr, *said)
     assert PASSWORD not in done.stderr
@@ -145,9 +146,7 @@ def test_check_config_finds_it(capsys: pytest.CaptureFixture[str], arguments: li
 
 @pytest.mark.usefixtures("no_environment")
 @pytest.mark.parametrize("content", [b"port = ", b"\xff", b"prot = 1", None], ids=repr)
-def test_a_bad_config_file_is_named(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, content: bytes | None
-) -> None:
+def test_a_bad_config_file_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path, content: bytes | None) -> None:
     file = tmp_path / "balancer.toml"
     if content is not None:
         file.write_bytes(content)

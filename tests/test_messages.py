@@ -90,9 +90,7 @@ def test_a_nominated_header_never_reaches_the_backend(
 def test_a_header_that_the_backend_nominates_never_reaches_the_client(
     data: st.DataObject, lines: list[Line], wanted: list[bytes]
 ) -> None:
-    section = [(name.title(), value) for name, value in lines] + [
-        (b"CONNECTION", data.draw(connection_values(wanted))),
-    ]
+    section = [*lines, (b"connection", data.draw(connection_values(wanted)))]
     assert not {name for name, _ in response_lines(section, 200)} & (set(wanted) - NEVER_NOMINATED)
 
 
@@ -118,15 +116,15 @@ def test_these_fields_are_not_forwarded(name: bytes) -> None:
     assert values(forward((b"host", b"a"), (name, b"1")), name) == []
 
 
-@pytest.mark.parametrize("name", [b"Alt-Svc", b"X-Request-ID", b"X-Served-By", b"Keep-Alive"])
+@pytest.mark.parametrize("name", [b"alt-svc", b"x-request-id", b"x-served-by", b"keep-alive"])
 def test_these_fields_are_not_returned(name: bytes) -> None:
-    assert response_lines([(name, b"1"), (b"ETag", b"2")], 200) == [(b"etag", b"2")]
+    assert response_lines([(name, b"1"), (b"etag", b"2")], 200) == [(b"etag", b"2")]
 
 
 def test_a_204_has_no_content_length_and_a_304_keeps_it() -> None:
-    lines = [(b"Content-Length", b"0")]
+    lines = [(b"content-length", b"0")]
     assert response_lines(lines, 204) == []
-    assert response_lines(lines, 304) == [(b"content-length", b"0")]
+    assert response_lines(lines, 304) == lines
 
 
 def test_all_connection_lines_count() -> None:
@@ -261,7 +259,24 @@ def test_a_content_length_is_decimal_digits(number: int) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "+5", "-1", "1_0", " 7", "7 ", " 7 ", "7\n", "0x10", "1e3", "1.0", "5, 5", "\u0667", "\u00b2", "9" * 19, "NaN"],
+    [
+        "",
+        "+5",
+        "-1",
+        "1_0",
+        " 7",
+        "7 ",
+        " 7 ",
+        "7\n",
+        "0x10",
+        "1e3",
+        "1.0",
+        "5, 5",
+        "\u0667",
+        "\u00b2",
+        "9" * 19,
+        "NaN",
+    ],
     ids=ascii,
 )
 def test_anything_else_is_no_content_length(text: str) -> None:

@@ -290,7 +290,7 @@ def test_a_wrong_value_is_named_with_its_setting_and_source(tmp_path: Path, name
         'backends = [{url = "http://a", weight = true}]',
         'backends = [{url = "http://a", weight = 1.5}]',
         'backends = [{url = "http://a", max_connections = 0}]',
-        'backends = [{url = 3}]',
+        "backends = [{url = 3}]",
         'backends = [{url = "http://a", wieght = 1}]',
         "trusted_proxies = 3",
         "cpu_affinity = true",

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from balancer import strategies
-from balancer.backends import Backend, Origin
+from balancer.backends import Backend, BackendPool, LastCheck, Origin
 from balancer.errors import SettingsError
 from balancer.strategies import REGISTRY, Strategy, create
 
@@ -153,16 +153,6 @@ def test_weighted_spreads_three_two_one() -> None:
 
 def test_weighted_has_no_bursts() -> None:
     assert picks(create("weighted"), backends(5, 1, 1), 7) == "aabacaa"
-
-
-@given(st.tuples(st.integers(1, 256), st.integers(1, 256)), st.tuples(st.integers(1, 9), st.integers(1, 9)))
-def test_weighted_follows_a_change_of_weight_within_one_round(old: tuple[int, int], new: tuple[int, int]) -> None:
-    strategy, candidates = create("weighted"), backends(*old)
-    picks(strategy, candidates, sum(old) // 2)
-    for backend, weight in zip(candidates, new, strict=True):
-        backend.weight = weight
-    counts = Counter(picks(strategy, candidates, sum(new)))
-    assert all(abs(counts[backend.id] - backend.weight) <= 2 for backend in candidates)
 
 
 # Least connections.
@@ -324,3 +314,20 @@ def test_a_strategy_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch
     install_entry_point(monkeypatch, value)
     with pytest.raises(SettingsError, match="'last'"):
         strategies.load_entry_points()
+
+
+def test_least_response_time_is_not_drawn_to_a_backend_that_only_fails(clock: Clock) -> None:
+    pool = BackendPool(create("least_response_time", clock=clock), clock=clock)
+    for backend_id in ("good", "bad"):
+        backend = pool.add(backend_id, Origin("http", "127.0.0.1", 1))
+        pool.record_check(backend, LastCheck(0.0, 0.0, 200, None))
+    chosen = []
+    for _ in range(50):
+        lease = pool.lease(None)
+        chosen.append(lease.backend.id)
+        clock.now += 0.01
+        if lease.backend.id == "good":
+            lease.release(0.01)
+        else:
+            lease.release(failed=True)
+    assert chosen.count("bad") <= 2
