@@ -91,10 +91,10 @@ def create_app(config: Settings | None = None) -> Flask:
         pool.add(backend.id, Origin.parse(backend.url), weight=backend.weight, max_connections=backend.max_connections)
 
     app = Flask(__name__, static_folder=None)
-    control = api.Control(config.id, pool, statistics, events, HERE / "dashboard.html")
+    control = api.Control(config.id, pool, statistics, events, HERE / "dashboard.html", config.control_prefix)
     token = config.admin_token.get_secret_value() if config.admin_token else None
     guard = api.WriteGuard(token, frozenset(config.cors_origins), config.allow_file_origin, _is_loopback(config.host))
-    api.install(app, control, guard, config.control_prefix)
+    api.install(app, control, guard)
     control_app = app.wsgi_app
     is_control = (lambda path: False) if config.control_port else api.is_control_path(config.control_prefix)
     proxy = ReverseProxy(

@@ -14,6 +14,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 from urllib.parse import urlsplit
@@ -85,6 +86,7 @@ class Control:
     statistics: Statistics
     events: Events
     dashboard: Path
+    prefix: str = ""
     queued: Callable[[], int] = lambda: 0
     lifecycle: Lifecycle = "starting"
 
@@ -140,13 +142,13 @@ def is_control_path(prefix: str) -> Callable[[str], bool]:
     return lambda path: path in exact or path.startswith(below)
 
 
-def install(app: Flask, control: Control, guard: WriteGuard, prefix: str = "") -> None:
+def install(app: Flask, control: Control, guard: WriteGuard) -> None:
     """Put the control API into `app`."""
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.extensions["control"] = control
     app.extensions["write_guard"] = guard
-    app.register_blueprint(blueprint, url_prefix=prefix or None)
+    app.register_blueprint(blueprint, url_prefix=control.prefix or None)
     # Reads have no secrets, so a page from disk may read; `WriteGuard` decides about writes by itself.
     CORS(
         app,
@@ -290,7 +292,8 @@ def events() -> Response:
 
 @blueprint.get("/openapi.json")
 def describe_api() -> Response:
-    return jsonify(openapi.document())
+    guard = cast(WriteGuard, current_app.extensions["write_guard"])
+    return jsonify(openapi.document(_control().prefix, guard.token is not None))
 
 
 @blueprint.get("/dashboard")
@@ -436,19 +439,18 @@ def _problem(status_code: int, message: str, headers: dict[str, str], **more: An
     """RFC 9457 on new paths; `error` is on every one, because the earlier program's clients read it."""
     body: dict[str, Any] = {"error": message, **more}
     if not _legacy():
-        body |= {"type": "about:blank", "title": _title(status_code), "status": status_code, "detail": message}
+        body |= {
+            "type": "about:blank",
+            "title": HTTPStatus(status_code).phrase,
+            "status": status_code,
+            "detail": message,
+        }
     response = jsonify(body)
     response.status_code = status_code
     response.headers.update(headers)
     if not _legacy():
         response.mimetype = "application/problem+json"
     return response
-
-
-def _title(status_code: int) -> str:
-    from http import HTTPStatus
-
-    return HTTPStatus(status_code).phrase
 
 
 def _hostname(url: str) -> str | None:
