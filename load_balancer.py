@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("balancer")
 
-HERE = Path(__file__).resolve().parent
+_PLACES = (Path(__file__).resolve().parent, Path(sys.prefix, "share", "load-balancer"))  # checkout, or installed
+DASHBOARD = next((place / "dashboard.html" for place in _PLACES if (place / "dashboard.html").exists()), _PLACES[0])
 EXAMPLES = """examples:
   python load_balancer.py                                        three backends on ports 5001 to 5003
   python load_balancer.py --backend http://127.0.0.1:8080        in front of one service of yours
@@ -91,7 +92,7 @@ def create_app(config: Settings | None = None) -> Flask:
         pool.add(backend.id, Origin.parse(backend.url), weight=backend.weight, max_connections=backend.max_connections)
 
     app = Flask(__name__, static_folder=None)
-    control = api.Control(config.id, pool, statistics, events, HERE / "dashboard.html", config.control_prefix)
+    control = api.Control(config.id, pool, statistics, events, DASHBOARD, config.control_prefix)
     token = config.admin_token.get_secret_value() if config.admin_token else None
     guard = api.WriteGuard(token, frozenset(config.cors_origins), config.allow_file_origin, _is_loopback(config.host))
     api.install(app, control, guard)

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from flask import Blueprint, Flask, Response, current_app, jsonify, request
 from flask_cors import CORS
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from balancer import __version__, openapi, strategies
 from balancer.backends import ID_PATTERN, AdminState, BackendPool, Origin
@@ -109,8 +109,9 @@ class WriteGuard:
         self._check_content_type()
         self._check_origin()
         if self.token is not None:
-            given = request.headers.get("Authorization", "").removeprefix("Bearer ").encode("latin-1", "replace")
-            if not hmac.compare_digest(given, self.token.encode()):
+            scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+            is_bearer = scheme.lower() == "bearer"  # case-insensitive by RFC 9110 section 11.1
+            if not hmac.compare_digest(given.encode("latin-1", "replace"), self.token.encode()) or not is_bearer:
                 challenge = {"WWW-Authenticate": 'Bearer realm="load balancer"'}
                 raise ApiError(401, "this needs the admin token: Authorization: Bearer TOKEN", challenge)
         elif not self.is_loopback:
@@ -185,7 +186,10 @@ M = TypeVar("M", bound=Body)
 
 def _body(model: type[M]) -> M:
     """The request body as `model`. Raises ApiError 400 for what is not JSON, 422 for a wrong value."""
-    data = request.get_data()
+    try:
+        data = request.get_data()
+    except RequestEntityTooLarge:
+        raise ApiError(413, f"the body is larger than {MAX_BODY} bytes") from None
     try:
         given = json.loads(data, parse_constant=_refuse_constant) if data else {}
     except (ValueError, RecursionError) as error:
@@ -234,7 +238,8 @@ def status() -> Response:
     whole, by_backend, newest = control.statistics.snapshot(recent)
     backends = [by_backend.get(backend["id"], NO_REQUESTS) | backend for backend in control.pool.snapshot()]
     whole["queued_requests"] = control.queued()
-    whole["unassigned_requests"] = whole["total_requests"] - sum(backend["total_requests"] for backend in backends)
+    shown = {backend["id"] for backend in backends}
+    whole["unassigned_requests"] = sum(c["total_requests"] for key, c in by_backend.items() if key not in shown)
     now = time.time()
     return jsonify(
         {

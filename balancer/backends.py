@@ -28,7 +28,7 @@ HealthStatus = Literal["unknown", "up", "down"]
 # Told of every change: (kind, backend id, text, severity). Called outside the pool lock.
 Listener = Callable[[str, str, str, str], None]
 
-ID_PATTERN = r"[A-Za-z0-9._-]{1,64}"
+ID_PATTERN = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}"  # also one step of a URL path, so not "." or ".."
 # Labels of 1 to 63 characters, as Python's resolver demands, or an IPv6 address, maybe with a zone.
 HOST_PATTERN = r"[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*\.?|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*(?:%[A-Za-z0-9._-]+)?"
 MAX_WEIGHT = 256  # as in HAProxy: enough for any ratio, and sums stay small
@@ -166,8 +166,8 @@ class Lease:
 class BackendPool:
     """The backends, the strategy that chooses among them, and the counts both depend on.
 
-    `_lock` guards every field of every Backend, `_backends`, `_ready`, `_limited` and `_strategy`. Nothing under it
-    does I/O or calls out, but for `Strategy.select`; listeners are told after it is let go.
+    `_lock` guards every field of every Backend, `_backends`, `_ready`, `_limited`, `_had_first_round` and `_strategy`.
+    Nothing under it does I/O or calls out, but for `Strategy.select`; listeners are told after it is let go.
     """
 
     def __init__(
@@ -183,6 +183,7 @@ class BackendPool:
         self._backends: dict[str, Backend] = {}
         self._ready: list[Backend] = []
         self._limited = False
+        self._had_first_round = False
         self._strategy = strategy
         self._fall = fall
         self._rise = rise
@@ -257,6 +258,8 @@ class BackendPool:
                     health.status == "down" and health.consecutive_successes >= self._rise
                 )
                 changed = flips and self._set_health(backend, "up", None)
+                if changed:
+                    backend.ewma = 0.0  # how fast it was before it failed says nothing now
             else:
                 health.consecutive_failures += 1
                 health.consecutive_successes = 0
@@ -388,9 +391,12 @@ class BackendPool:
         return self._backends.get(backend_id)
 
     def has_had_first_round(self) -> bool:
-        """True once every backend that is checked has a health status."""
+        """True from the moment when every backend that is checked had a health status; later ones change nothing."""
         with self._lock:
-            return all(b.health.status != "unknown" or b.admin_state == "maint" for b in self._backends.values())
+            self._had_first_round = self._had_first_round or all(
+                b.health.status != "unknown" or b.admin_state == "maint" for b in self._backends.values()
+            )
+            return self._had_first_round
 
     def snapshot(self) -> list[dict[str, Any]]:
         """All backends at one moment, as plain values in configured order, for `/status`."""

@@ -14,17 +14,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
-from threading import Lock
+from threading import BoundedSemaphore, Lock
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import unquote_to_bytes
 
-from balancer.errors import ClientGone
+from balancer import accepted
+from balancer.errors import BalancerError, ClientGone, ClientTooSlow
+from balancer.messages import parse_content_length
 from balancer.proxy import CLIENT, HEADER_LINES
 from balancer.workers import WorkerPool
 
@@ -36,8 +36,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("balancer.server")
 
 WATCH_AFTER_SECONDS = 0.1  # a request in flight longer than this is watched for its client leaving
-LINGER_SECONDS = 5.0  # and LINGER_BYTES: what is read and dropped after an answer that came before the request's end
+LINGER_SECONDS = 2.0  # and LINGER_BYTES: what is read and dropped after an answer that came before the request's end
 LINGER_BYTES = 16 * 1024 * 1024
+MAX_LINGERING = 64  # worker threads that do so at the same time; lingering is a courtesy
 PROTOCOLS = {"1": "HTTP/1.0", "1.1": "HTTP/1.1", "2": "HTTP/2"}  # Granian calls HTTP/1.0 "1"
 
 
@@ -57,6 +58,7 @@ class Call:
         "is_gone",
         "is_watched",
         "is_body_done",
+        "_body_left",
         "_lock",
         "_connection",
         "_status",
@@ -73,11 +75,17 @@ class Call:
         self.is_gone = False
         self.is_watched = False
         self.is_body_done = False
+        self._body_left: int | None = None  # bytes, if the length is known
         self._lock = Lock()
         self._connection: Connection | None = None
         self._status: int | None = None
         self._headers: list[tuple[bytes, bytes]] = []
         self._is_started = False
+
+    def is_bodiless(self) -> bool:
+        """True if the head alone says that no body follows: for a call in the queue, which nobody has read yet."""
+        framing = (b"content-length", b"transfer-encoding")
+        return self.scope["http_version"] != "2" and not any(name in framing for name, _ in self.scope["headers"])
 
     # The client left: called by the loop thread. `attach` and `detach` are called by the worker thread.
 
@@ -105,7 +113,7 @@ class Call:
         hyper would end a chunked body properly, and Granian has no way to tell it not to, so the socket is shut down.
         An HTTP/2 client loses its other streams too.
         """
-        _shut_down(self.scope["client"], self.scope["server"])
+        accepted.cut(self.scope["client"], self.scope["server"])
 
     # The worker thread.
 
@@ -146,8 +154,11 @@ class Call:
             close = getattr(answer, "close", None)
             if close is not None:
                 close()
-        if not self.is_body_done:
-            self._linger()
+        if not self.is_body_done and self.bridge.lingering.acquire(blocking=False):
+            try:
+                self._linger()
+            finally:
+                self.bridge.lingering.release()
 
     def _linger(self) -> None:
         """Read on for a while after an early answer: closing on a client that still sends would reset the connection,
@@ -202,20 +213,22 @@ class Call:
         self._wait(self.protocol.send({"type": "http.response.body", "body": chunk, "more_body": False}))
 
     def receive(self, timeout: float | None = None) -> bytes:
-        """The next piece of the request body, b"" at its end. Raises ClientGone if it does not come in time."""
+        """The next piece of the request body, b"" at its end. Raises ClientGone, ClientTooSlow."""
         if self.is_body_done:
             return b""
         while True:
-            message = self._wait(self.protocol.receive(), timeout)
+            message = self._wait(self.protocol.receive(), timeout, ClientTooSlow)
             if message["type"] != "http.request":
                 self.is_gone = True
                 raise ClientGone("the client left before its request was complete")
-            if not message["more_body"]:
+            if self._body_left is not None:
+                self._body_left -= len(message["body"])
+            if not message["more_body"] or self._body_left == 0:
                 self.is_body_done = True
             if message["body"] or self.is_body_done:
                 return bytes(message["body"])
 
-    def _wait(self, awaitable: Any, timeout: float | None = None) -> Any:
+    def _wait(self, awaitable: Any, timeout: float | None = None, too_slow: type[BalancerError] = ClientGone) -> Any:
         """The result of what Granian returned; blocks this thread until it is there, for `idle_timeout` at most."""
         done = getattr(awaitable, "done", None)
         if done is None:  # finished when it was made: its first step ends it
@@ -229,7 +242,7 @@ class Call:
             ready.acquire()
             self.bridge.loop.call_soon_threadsafe(awaitable.add_done_callback, lambda _: ready.release())
             if not ready.acquire(timeout=timeout or self.bridge.idle_timeout):
-                raise ClientGone("the client neither sent nor read anything in time")
+                raise too_slow("the client neither sent nor read anything in time")
         return awaitable.result()
 
     def _environ(self) -> WSGIEnvironment:
@@ -262,7 +275,9 @@ class Call:
         }
         _add_headers(environ, scope["headers"])
         if "CONTENT_LENGTH" in environ:
-            self.is_body_done = environ["CONTENT_LENGTH"] == "0"
+            with contextlib.suppress(ValueError):  # the app refuses what is not a number
+                self._body_left = parse_content_length(environ["CONTENT_LENGTH"].encode("latin-1"))
+            self.is_body_done = self._body_left == 0
         elif "HTTP_TRANSFER_ENCODING" in environ or (scope["http_version"] == "2" and not body.is_empty()):
             environ["wsgi.input_terminated"] = True
         else:
@@ -354,6 +369,7 @@ class Bridge:
         self.loop: asyncio.AbstractEventLoop  # set by the server before it accepts
         self._is_control = is_control
         self._overflow = overflow or _overloaded
+        self.lingering = BoundedSemaphore(MAX_LINGERING)
         self._calls: dict[Call, None] = {}
 
     def accept(self, watcher: Any) -> None:
@@ -380,7 +396,7 @@ class Bridge:
             for call in list(self._calls):
                 if call.started > oldest:
                     break
-                if call.is_body_done and not call.is_watched:
+                if not call.is_watched and (call.is_body_done or call.is_bodiless()):
                     call.is_watched = True
                     self.loop.create_task(self._watch_one(call))
 
@@ -391,11 +407,9 @@ class Bridge:
             self._lost(call)
 
     def _lost(self, call: Call) -> None:
-        """hyper tells one request of a connection; over HTTP/2 there can be more."""
-        for other in [other for other in self._calls if other.scope["client"] == call.scope["client"]]:
-            other.disconnect()
-            if self.pool.withdraw(other):
-                other.refuse(self._overflow)
+        call.disconnect()
+        if self.pool.withdraw(call):
+            call.refuse(self._overflow)
 
     def abort(self) -> None:
         """Cut every client off: the drain time is over."""
@@ -407,33 +421,3 @@ class Bridge:
 def _overloaded(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
     start_response("503 Service Unavailable", [("retry-after", "1"), ("content-length", "0")])
     return [b""]
-
-
-def _shut_down(client: tuple[str, str], server: tuple[str, str]) -> None:
-    """Shut down the accepted socket between these two addresses, found among this process's descriptors.
-
-    Works on a duplicate, so that a descriptor closed and reused meanwhile cannot be hit.
-    """
-    wanted = (client[0], int(client[1])), (server[0], int(server[1]))
-    for descriptor in _descriptors():
-        with contextlib.suppress(OSError), _duplicate(descriptor) as accepted:
-            if (accepted.getpeername()[:2], accepted.getsockname()[:2]) == wanted:
-                accepted.shutdown(socket.SHUT_RDWR)
-                return
-
-
-def _duplicate(descriptor: int) -> socket.socket:
-    """Raises OSError if it is not a socket, or closed meanwhile."""
-    copy = os.dup(descriptor)
-    try:
-        return socket.socket(fileno=copy)
-    except OSError:
-        os.close(copy)
-        raise
-
-
-def _descriptors() -> list[int]:
-    for folder in ("/proc/self/fd", "/dev/fd"):
-        with contextlib.suppress(OSError):
-            return [int(name) for name in os.listdir(folder)]
-    return []

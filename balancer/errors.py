@@ -6,7 +6,7 @@ the socket boundary in `transport`; nothing above it needs to know them.
 
     BalancerError
       SettingsError         bad usage or configuration (exit code 2)
-      ClientError           the request is at fault: 400, 405, 413, 508
+      ClientError           the request is at fault: 400, 405, 408, 413, 501, 508
       ClientGone            the client left before its answer was complete: 499 in logs, never sent
       Unavailable           no backend, or no room: 503 with Retry-After
       BackendError          the backend is at fault: 502, 504; also a requests exception
@@ -41,6 +41,18 @@ class ClientError(BalancerError):
 
     status = 400
     reason = "http_request_error"
+
+
+class ClientTooSlow(ClientError):
+    """The request body did not come in time."""
+
+    status = 408
+
+
+class CodingUnsupported(ClientError):
+    """A transfer coding other than chunked (RFC 9112 section 6.1)."""
+
+    status = 501
 
 
 class MethodRefused(ClientError):

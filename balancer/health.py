@@ -33,7 +33,7 @@ class Probe:
 
     def __init__(self, path: str, timeout: float, *, tls: ssl.SSLContext | None = None) -> None:
         self._target = path.encode("ascii")
-        self._adapter = BackendAdapter(Timeouts(connect=timeout, response=timeout, idle=timeout), tls=tls)
+        self._adapter = BackendAdapter(Timeouts(connect=timeout, response=timeout, idle=timeout), max_idle=0, tls=tls)
 
     def check(self, backend: Backend) -> LastCheck:
         """Ask once. Never raises: what went wrong is `error`."""
@@ -55,7 +55,6 @@ class Probe:
             (b"connection", b"close"),
         ]
         response = self._adapter.exchange(OutgoingRequest("GET", self._target, lines), backend.origin)
-        response.body.refuse_reuse()
         response.body.close()
         return response.status_code
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from secrets import token_hex
 
-from balancer.errors import ClientError, LoopDetected
+from balancer.errors import ClientError, CodingUnsupported, LoopDetected
 
 Line = tuple[bytes, bytes]
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -122,6 +122,30 @@ def check_request(method: str, target: bytes, hosts: Sequence[bytes], http_versi
         raise ClientError("the Host header is not a host name")
 
 
+def check_codings(lines: Iterable[Line]) -> None:
+    """A body may be chunked, once; any other coding would be lost when it is framed anew (RFC 9112 section 6.1).
+
+    Raises CodingUnsupported for another coding, ClientError for chunked twice.
+    """
+    values = [value for name, value in lines if name == b"transfer-encoding"]
+    if not values or values == [b"chunked"]:
+        return
+    codings = [item.strip().lower() for item in b",".join(values).split(b",")]
+    if codings == [b"chunked"]:
+        return
+    if set(codings) == {b"chunked"}:
+        raise ClientError("the request body is chunked twice")
+    raise CodingUnsupported("a Transfer-Encoding other than chunked is not supported")
+
+
+def max_forwards(lines: Iterable[Line]) -> int | None:
+    """How many more steps an OPTIONS may go, None if nothing says so (RFC 9110 section 7.6.2)."""
+    for name, value in lines:
+        if name == b"max-forwards" and _DIGITS.match(value):
+            return int(value)
+    return None
+
+
 def request_id(lines: Iterable[Line]) -> bytes:
     """The client's X-Request-ID if it is one sane line, else a new one: unique in this process and across restarts."""
     given: list[bytes] = []
@@ -172,7 +196,9 @@ def request_lines(
             continue
         if name == b"via" and pseudonym in value:
             raise LoopDetected("the request has already passed through this load balancer")
-        if name == b"host":
+        if name == b"max-forwards" and _DIGITS.match(value):
+            line = (name, b"%d" % max(0, int(value) - 1))
+        elif name == b"host":
             host = value
             if not host:
                 continue

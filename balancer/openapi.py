@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from balancer import __version__
+from balancer.backends import ID_PATTERN
 
 Schema = dict[str, Any]
 
@@ -121,7 +122,7 @@ _STATUS = _object(
 )
 _WEIGHT: Schema = {"type": "integer", "minimum": 0, "maximum": 256}
 _MAX_CONNECTIONS = _or_null({"type": "integer", "minimum": 1, "maximum": 1_000_000})
-_ID: Schema = {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,64}$"}
+_ID: Schema = {"type": "string", "pattern": f"^{ID_PATTERN}$"}
 
 SCHEMAS: dict[str, Schema] = {
     "Status": _STATUS,

@@ -31,7 +31,9 @@ from balancer.errors import (
 from balancer.messages import (
     Line,
     Network,
+    check_codings,
     check_request,
+    max_forwards,
     parse_content_length,
     request_id,
     request_lines,
@@ -68,7 +70,7 @@ class ProxyOptions:
     max_request_body: int | None = None
     retries: int = 2
     retry_budget: float = 0.2
-    retry_budget_min: int = 3
+    retry_budget_min: int = 10
 
 
 class ReverseProxy:
@@ -126,6 +128,8 @@ class Forwarding:
     def run(self) -> Iterable[bytes]:
         self._proxy.statistics.begin()
         try:
+            if self._record.method == "OPTIONS" and max_forwards(self._lines) == 0:
+                return self._answer_options()
             return self._answer(self._send(self._build()))
         except BalancerError as error:
             return self._refuse(error)
@@ -165,6 +169,7 @@ class Forwarding:
 
     def _add_body(self, request: OutgoingRequest) -> None:
         environ, limit = self._environ, self._proxy.options.max_request_body
+        check_codings(self._lines)
         length = content_length(environ, self._lines)
         if length is not None:
             if limit is not None and length > limit:
@@ -179,33 +184,30 @@ class Forwarding:
 
     def _send(self, request: OutgoingRequest) -> BackendResponse:
         """Try backends, another one each time. Raises what the last attempt raised."""
-        statistics, options = self._proxy.statistics, self._proxy.options
         failure: BackendError | None = None
-        retries = 0
-        try:
-            while True:
-                self._lease_backend(request, failure)
-                try:
-                    return self._attempt(request)
-                except BackendError as error:
-                    failure = error
-                    if not may_retry(request, error) or retries >= options.retries:
-                        raise
-                    if not statistics.begin_retry(options.retry_budget, options.retry_budget_min):
-                        raise
-                    retries += 1
-        finally:
-            if retries:
-                statistics.end_retries(retries)
+        while True:
+            self._lease_backend(request, failure)
+            try:
+                return self._attempt(request)
+            except BackendError as error:
+                failure = error
+                if not may_retry(request, error) or len(self._record.attempts) > self._proxy.options.retries:
+                    raise
 
     def _lease_backend(self, request: OutgoingRequest, failure: BackendError | None) -> None:
+        """A place for the next attempt. Raises `failure`, if there was one, when there is none, or no budget for it."""
+        statistics, options = self._proxy.statistics, self._proxy.options
         try:
-            self._lease = self._proxy.pool.lease(request, [attempt.backend for attempt in self._record.attempts])
+            lease = self._proxy.pool.lease(request, [attempt.backend for attempt in self._record.attempts])
         except Unavailable:
             if failure is not None:
                 raise failure from None  # what went wrong says more than that nobody else is left
             raise
-        self._record.backend = self._lease.backend.id
+        if failure is not None and not statistics.may_retry(options.retry_budget, options.retry_budget_min):
+            lease.release()
+            raise failure
+        self._lease = lease
+        self._record.backend = lease.backend.id
 
     def _attempt(self, request: OutgoingRequest) -> BackendResponse:
         assert self._lease is not None
@@ -247,6 +249,12 @@ class Forwarding:
         self._start(f"{status} {response.reason}", lines)
         return [data]
 
+    def _answer_options(self) -> Iterable[bytes]:
+        """The end of the way for an OPTIONS that may be forwarded no further (RFC 9110 section 7.6.2)."""
+        self.finish(200)
+        self._start("200 OK", [(b"allow", ALLOWED_METHODS), (b"content-length", b"0")])
+        return [b""]
+
     def _start(self, status: str, lines: list[Line]) -> None:
         """`start_response` with our own lines added; our own server takes bytes, PEP 3333 wants text."""
         lines.append((b"x-request-id", self._identifier))
@@ -282,8 +290,7 @@ class Forwarding:
         """Give the backend's place back and record the exchange. `status` is what the client sees."""
         record, lease = self._record, self._lease
         if lease is not None:
-            answered = reason is None and record.attempts[-1].seconds
-            lease.release(answered or None)
+            lease.release(record.attempts[-1].seconds if reason is None else None)
         record.status = status
         record.reason = reason
         record.complete = complete

@@ -13,7 +13,7 @@ from requests import PreparedRequest, Response
 
 from balancer.connection import Connection, Watcher
 from balancer.errors import BodyTruncated, ConnectionLost, InvalidResponse
-from balancer.messages import BODILESS_STATUSES, HeaderLines, Line, parse_content_length
+from balancer.messages import BODILESS_STATUSES, HeaderLines, Line, nominated, parse_content_length
 
 MAX_HEAD = 65536  # bytes of a response head, interim responses included
 
@@ -82,8 +82,13 @@ class ResponseHead:
 
     def on_headers_complete(self) -> None:
         self.status = self.parser.get_status_code()
+        if self.status < 100:
+            raise InvalidResponse("the backend's response has no valid status")
         self.has_head = self.status >= 200
-        self.keeps_alive = self.parser.should_keep_alive()
+        # Not llhttp's own judgement: it takes an answer to HEAD without a length for one that lasts until EOF.
+        options = nominated(self.lines)
+        is_persistent = self.parser.get_http_version() == "1.1" or b"keep-alive" in options
+        self.keeps_alive = is_persistent and b"close" not in options  # RFC 9112 section 9.3
 
     def on_body(self, data: bytes) -> None:
         self.pieces.append(data)
@@ -171,6 +176,8 @@ class ResponseBody:
         self._pending = head.take()
         if self._left is not None:
             self._pending = self._count(self._pending)
+        elif not self._is_chunked:
+            self._can_reuse = False  # it lasts until EOF
         self.is_complete = self._left == 0 or (self._is_chunked and head.has_end)
 
     @property
@@ -234,8 +241,11 @@ class ResponseBody:
     # What requests.Response asks of `raw`.
 
     def stream(self, amount: int | None = None, decode_content: bool | None = None) -> Iterator[bytes]:
-        while chunk := self.read_chunk():
-            yield chunk
+        try:
+            while chunk := self.read_chunk():
+                yield chunk
+        finally:
+            self.close()
 
     def read(self, amount: int | None = None, decode_content: bool | None = None) -> bytes:
         return b"".join(self.stream())

@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ import granian._granian
 from granian.constants import HTTPModes, SSLProtocols
 from granian.http import HTTP1Settings, HTTP2Settings
 
+from balancer import accepted
 from balancer.bridge import Bridge
 from balancer.errors import SettingsError
 
@@ -32,7 +34,8 @@ _native: Any = granian._granian  # its type stub does not match what it takes
 BACKLOG = 4096  # connections the kernel holds while all is busy; it caps this at somaxconn
 INTERRUPT_DRAIN_SECONDS = 1.0  # Ctrl-C: somebody is waiting
 STOP_SECONDS = 2.0  # for worker threads to end once nothing is in flight
-LAST_RESORT_SECONDS = 2.0  # after the drain time-out, for connections that were cut to end
+DRAIN_LOOK_SECONDS = 0.05
+LAST_RESORT_SECONDS = 1.0  # for connections to end once no request is in flight any more
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +95,7 @@ class _Granian:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket, not yet accepting. Raises SettingsError for a taken port or an address that is not ours."""
+    """A listening socket. Raises SettingsError for a taken port or an address that is not ours."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError) as error:  # UnicodeError: an empty label, or one of more than 63 characters
@@ -104,8 +107,7 @@ def listen(host: str, port: int) -> socket.socket:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         listener.bind(address)
-        if sys.platform != "linux":
-            listener.listen(BACKLOG)
+        listener.listen(BACKLOG)
         listener.setblocking(False)
     except OSError as error:
         listener.close()
@@ -148,11 +150,15 @@ def serve(
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         on_start()
         try:
-            return runner.run(_serve(listeners, options, on_drain))
+            code, ended = runner.run(_serve(listeners, options, on_drain))
         finally:
             for bridge, _ in listeners:
                 bridge.pool.stop(STOP_SECONDS)
             on_stop()
+        if not ended:  # a client that is silent in the middle of a request head: Granian would wait for it
+            logging.shutdown()
+            os._exit(code)
+        return code
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
@@ -165,14 +171,17 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
 
 async def _serve(
     listeners: list[tuple[Bridge, socket.socket]], options: ServerOptions, on_drain: Callable[[], None]
-) -> int:
+) -> tuple[int, bool]:
+    """(exit code, True if every client connection has ended)."""
     loop = asyncio.get_running_loop()
     signals: asyncio.Queue[int] = asyncio.Queue()
     for number in (signal.SIGTERM, signal.SIGINT):
         _on_signal(loop, number, signals)
+    ports = [listener.getsockname()[1] for _, listener in listeners]
     servers = [_Granian(bridge, listener, options) for bridge, listener in listeners]
     bridges = [bridge for bridge, _ in listeners]
     watches = [loop.create_task(bridge.watch()) for bridge in bridges]
+    watches.append(loop.create_task(_close_silent(ports, options.header_timeout)))
     gc.collect()
     gc.freeze()  # what exists now lives as long as the process: the collector need not walk it again
     received = await signals.get()
@@ -180,28 +189,34 @@ async def _serve(
     on_drain()
     for server in servers:
         server.stop()
+    stopped: asyncio.Future[Any] = asyncio.gather(*(server.stopped for server in servers))
     limit = INTERRUPT_DRAIN_SECONDS if received == signal.SIGINT else options.drain_timeout
-    await _drain(servers, bridges, limit, signals)
+    await _drain(stopped, bridges, limit, signals)
     for watch in watches:
         watch.cancel()
-    return 130 if received == signal.SIGINT else 0
+    return 130 if received == signal.SIGINT else 0, stopped.done()
 
 
-async def _drain(servers: list[_Granian], bridges: list[Bridge], limit: float, signals: asyncio.Queue[int]) -> None:
-    """Wait until every connection has ended; after `limit` seconds, or at a second signal, cut them off."""
-    again: asyncio.Future[Any] = asyncio.ensure_future(signals.get())
-    stopped: asyncio.Future[Any] = asyncio.gather(*(server.stopped for server in servers))
-    await asyncio.wait([stopped, again], timeout=limit, return_when=asyncio.FIRST_COMPLETED)
-    again.cancel()
-    if stopped.done():
-        return
-    log.warning("cut off %d requests that were still in flight", sum(bridge.active for bridge in bridges))
-    for bridge in bridges:
-        bridge.abort()
+async def _close_silent(ports: list[int], seconds: float) -> None:
+    """hyper limits the time for a request head only once it knows the protocol; before that it is up to us."""
+    while sys.platform == "linux":
+        await asyncio.sleep(seconds / 2)
+        for port in ports:
+            accepted.close_silent(port, seconds)
+
+
+async def _drain(
+    stopped: asyncio.Future[Any], bridges: list[Bridge], limit: float, signals: asyncio.Queue[int]
+) -> None:
+    """Wait for the requests in flight; after `limit` seconds, or at a second signal, cut them off."""
+    deadline = time.monotonic() + limit
+    while any(bridge.active for bridge in bridges) and signals.empty() and time.monotonic() < deadline:
+        await asyncio.wait([stopped], timeout=DRAIN_LOOK_SECONDS)
+    if active := sum(bridge.active for bridge in bridges):
+        log.warning("cut off %d requests that were still in flight", active)
+        for bridge in bridges:
+            bridge.abort()
     await asyncio.wait([stopped], timeout=LAST_RESORT_SECONDS)
-    if not stopped.done():  # a client connection that nothing ends: Granian would wait for it for ever
-        logging.shutdown()
-        os._exit(0)
 
 
 def _on_signal(loop: asyncio.AbstractEventLoop, number: int, queue: asyncio.Queue[int]) -> None:

@@ -18,7 +18,8 @@ from typing import Any
 
 RECENT_KEPT = 100
 EVENTS_KEPT = 500
-RATE_WINDOW_SECONDS = 5  # requests per second are the mean of this many whole seconds
+RATE_SECONDS = 5  # requests per second are the mean of this many whole seconds
+BUDGET_SECONDS = 10  # retries are counted against the requests of this many seconds
 PATH_SHOWN = 200  # characters of a path that are kept; the query never is, it may hold secrets
 
 # Upper bounds in seconds, 100 us to about 105 s, each 1.15 times the last: a percentile is off by 15 % at most.
@@ -155,11 +156,11 @@ class Counters:
 
 
 class Rate:
-    """Requests per second over the last whole seconds. Not locked; the owner's lock guards it."""
+    """Counts per second, for the newest BUDGET_SECONDS. Not locked; the owner's lock guards it."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._seconds: deque[list[int]] = deque(maxlen=RATE_WINDOW_SECONDS + 1)  # [second, count]
+        self._seconds: deque[list[int]] = deque(maxlen=BUDGET_SECONDS + 1)  # [second, count]
 
     def add(self) -> None:
         second = int(self._clock())
@@ -169,16 +170,24 @@ class Rate:
             self._seconds.append([second, 1])
 
     def per_second(self) -> float:
+        """Mean of the last whole seconds."""
         now = int(self._clock())
-        window = range(now - RATE_WINDOW_SECONDS, now)
-        return sum(count for second, count in self._seconds if second in window) / RATE_WINDOW_SECONDS
+        return self._sum(now - RATE_SECONDS, now) / RATE_SECONDS
+
+    def recent(self) -> int:
+        """How many in the last BUDGET_SECONDS and the second that runs."""
+        now = int(self._clock())
+        return self._sum(now - BUDGET_SECONDS, now + 1)
+
+    def _sum(self, first: int, end: int) -> int:
+        return sum(count for second, count in self._seconds if first <= second < end)
 
 
 class Statistics:
     """What happened since the start or the last reset.
 
-    `_lock` guards everything: `_counters` (per backend id; None for no backend or a former one), `_recent`, `_rate`,
-    `_retries`, `_retrying`, `_active` and `_start_time`.
+    `_lock` guards everything: `_counters` (per backend id; None for no backend or a former one), `_recent`,
+    `_arrivals`, `_retried`, `_retries`, `_active` and `_start_time`.
     """
 
     def __init__(
@@ -188,7 +197,8 @@ class Statistics:
         self._clock = clock
         self._wall_clock = wall_clock
         self._active = 0
-        self._retrying = 0
+        self._arrivals = Rate(clock)
+        self._retried = Rate(clock)
         self._clear()
 
     def _clear(self) -> None:
@@ -196,12 +206,12 @@ class Statistics:
         self._counters: dict[str | None, Counters] = {None: Counters()}
         self._retries = 0
         self._recent: deque[Exchange] = deque(maxlen=RECENT_KEPT)
-        self._rate = Rate(self._clock)
 
     def begin(self) -> None:
         """A request has arrived; exactly one `record` follows."""
         with self._lock:
             self._active += 1
+            self._arrivals.add()
 
     def record(self, exchange: Exchange) -> None:
         """A request has ended, one way or another."""
@@ -212,21 +222,19 @@ class Statistics:
                 counters = self._counters[exchange.backend] = Counters()
             counters.add(exchange)
             self._recent.append(exchange)
-            self._rate.add()
 
-    def begin_retry(self, share: float, minimum: int) -> bool:
-        """True if one more retry fits the budget: at most `share` of the requests in flight, but `minimum` anyway."""
+    def may_retry(self, share: float, minimum: int) -> bool:
+        """Count one more retry if the budget allows it: `share` of the requests of the last 10 s, but `minimum` anyway.
+
+        Counted over time rather than over what is in flight: when one of three backends dies, a third of what is in
+        flight needs its retry at the same moment, while a storm shows in the seconds that follow.
+        """
         with self._lock:
-            if self._retrying >= max(minimum, share * self._active):
+            if self._retried.recent() >= max(minimum, share * self._arrivals.recent()):
                 return False
-            self._retrying += 1
+            self._retried.add()
             self._retries += 1
             return True
-
-    def end_retries(self, count: int) -> None:
-        """The request that retried `count` times has ended."""
-        with self._lock:
-            self._retrying -= count
 
     def forget(self, backend_id: str) -> None:
         """A backend was removed: its requests stay in the total, and a later backend of that id starts at 0."""
@@ -240,8 +248,10 @@ class Statistics:
         with self._lock:
             self._clear()
 
-    def snapshot(self, recent: int = 20) -> tuple[dict[str, Any], dict[str, dict[str, Any]], list[dict[str, Any]]]:
-        """(whole, per backend id, newest `recent` requests first), all of one moment."""
+    def snapshot(
+        self, recent: int = 20
+    ) -> tuple[dict[str, Any], dict[str | None, dict[str, Any]], list[dict[str, Any]]]:
+        """(whole, per backend id or None, newest `recent` requests first), all of one moment."""
         with self._lock:
             total = Counters()
             for counters in self._counters.values():
@@ -250,9 +260,9 @@ class Statistics:
                 "start_time": self._start_time,
                 "active_requests": self._active,
                 "retries": self._retries,
-                "requests_per_second": self._rate.per_second(),
+                "requests_per_second": self._arrivals.per_second(),
             }
-            backends = {key: counters.describe() for key, counters in self._counters.items() if key is not None}
+            backends = {key: counters.describe() for key, counters in self._counters.items()}
             newest = list(islice(reversed(self._recent), recent))
         return whole, backends, [exchange.describe() for exchange in newest]
 

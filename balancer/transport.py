@@ -83,6 +83,8 @@ class OutgoingRequest(PreparedRequest):
             lines.append(b"content-length: %d" % self.content_length)
         elif self.body is not None:
             lines.append(b"transfer-encoding: chunked")
+        elif self.method in ("POST", "PUT", "PATCH"):
+            lines.append(b"content-length: 0")  # RFC 9110 section 8.6
         lines.append(b"\r\n")
         return b"\r\n".join(lines)
 
@@ -99,12 +101,14 @@ class BackendAdapter(BaseAdapter):
         timeouts: Timeouts | None = None,
         *,
         pool_idle_timeout: float = 4.0,
+        max_idle: int = MAX_IDLE_PER_BACKEND,
         tls: ssl.SSLContext | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__()
         self.timeouts = timeouts or Timeouts()
         self._pool_idle_timeout = pool_idle_timeout
+        self._max_idle = max_idle
         self._tls = tls
         self._clock = clock
         self._lock = Lock()
@@ -217,7 +221,7 @@ class BackendAdapter(BaseAdapter):
         connection.idle_since = self._clock()
         with self._lock:
             idle = self._idle.setdefault(connection.origin, deque())
-            kept = len(idle) < MAX_IDLE_PER_BACKEND
+            kept = len(idle) < self._max_idle
             if kept:
                 idle.append(connection)
         if not kept:

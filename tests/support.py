@@ -275,6 +275,8 @@ class ScriptedBackend:
         self.answer(ok())
 
     def close(self) -> None:
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes `accept`, which close alone does not
         self._listener.close()
         for sock in list(self.open):
             with suppress(OSError):

@@ -179,7 +179,8 @@ def test_totals_add_up_at_any_moment(given_exchanges: list[Exchange]) -> None:
         for told in (whole, *backends.values()):
             assert_adds_up(told)
         unassigned = sum(e.backend is None for e in given_exchanges[:done])
-        assert sum(told["total_requests"] for told in backends.values()) + unassigned == done
+        assert sum(told["total_requests"] for told in backends.values()) == done
+        assert backends[None]["total_requests"] == unassigned
         assert len(recent) == min(done, 20)
         assert recent[0]["status"] == one.status
 
@@ -190,8 +191,7 @@ def test_threads_lose_nothing(statistics: Statistics) -> None:
 
     def work() -> None:
         for _ in range(150):
-            if statistics.begin_retry(1.0, 3):
-                statistics.end_retries(1)
+            statistics.may_retry(1.0, 3)
             finish(statistics, *plan)
             assert_adds_up(statistics.snapshot(0)[0])
 
@@ -200,9 +200,8 @@ def test_threads_lose_nothing(statistics: Statistics) -> None:
             future.result(50)
     whole, backends, _ = statistics.snapshot()
     assert (whole["total_requests"], whole["failed_requests"], whole["aborted_requests"]) == (4800, 2400, 1200)
-    assert {name: told["total_requests"] for name, told in backends.items()} == {"a": 2400, "b": 1200}
+    assert {name: told["total_requests"] for name, told in backends.items()} == {"a": 2400, "b": 1200, None: 1200}
     assert whole["active_requests"] == 0
-    assert statistics.begin_retry(0.0, 1)  # none is still counted as retrying
 
 
 # The rings.
@@ -264,26 +263,28 @@ def test_events_have_a_rising_seq_and_are_bounded(clock: Clock) -> None:
 def test_reset_zeroes_everything_but_what_is_in_flight(statistics: Statistics, clock: Clock) -> None:
     finish(statistics, exchange(), exchange(502))
     statistics.begin()
-    statistics.begin_retry(1.0, 3)
+    statistics.may_retry(1.0, 3)
     clock.now = 200.0
     statistics.reset()
     whole, backends, recent = statistics.snapshot()
     assert (whole["total_requests"], whole["failed_requests"], whole["retries"]) == (0, 0, 0)
     assert whole["latency"] == {"p50": None, "p95": None, "p99": None}
     assert (whole["active_requests"], whole["start_time"]) == (1, 200.0)
-    assert (backends, recent) == ({}, [])
+    assert (list(backends), recent) == ([None], [])
     statistics.record(exchange())
     assert statistics.snapshot()[0]["active_requests"] == 0
 
 
-def test_retries_keep_to_their_budget(statistics: Statistics) -> None:
-    assert [statistics.begin_retry(0.2, 3) for _ in range(4)] == [True, True, True, False]
-    statistics.end_retries(1)
-    assert statistics.begin_retry(0.2, 3)
+def test_retries_keep_to_their_budget(statistics: Statistics, clock: Clock) -> None:
+    assert [statistics.may_retry(0.2, 3) for _ in range(4)] == [True, True, True, False]
     for _ in range(25):
         statistics.begin()
-    assert [statistics.begin_retry(0.2, 3) for _ in range(3)] == [True, True, False]  # 20 % of 25 are 5
-    assert statistics.snapshot()[0]["retries"] == 6
+    assert [statistics.may_retry(0.2, 3) for _ in range(3)] == [True, True, False]  # 20 % of 25 are 5
+    assert statistics.snapshot()[0]["retries"] == 5
+    clock.now += 9
+    assert not statistics.may_retry(0.2, 3)
+    clock.now += 2  # now all of it is more than 10 s ago
+    assert [statistics.may_retry(0.2, 3) for _ in range(4)] == [True, True, True, False]
 
 
 def test_a_forgotten_backend_stays_in_the_total(statistics: Statistics) -> None:
@@ -291,7 +292,7 @@ def test_a_forgotten_backend_stays_in_the_total(statistics: Statistics) -> None:
     statistics.forget("a")
     whole, backends, _ = statistics.snapshot()
     assert whole["total_requests"] == 2
-    assert list(backends) == ["b"]
+    assert list(backends) == [None, "b"]
     finish(statistics, exchange(backend="a"))
     assert statistics.snapshot()[1]["a"]["total_requests"] == 1
 

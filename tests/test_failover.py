@@ -1,0 +1,489 @@
+"""Backends that die, hang, lie or are changed by the operator, under load: what clients notice of it (nothing)."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from threading import Event, Lock, Thread
+from typing import Any
+
+import pytest
+from support import BalancerProcess, Demo, ScriptedBackend, fetch, fetch_json, ok, start_demo, wait_until
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one client saw; `status` 0 if the connection broke."""
+
+    at: float
+    method: str
+    status: int
+    served_by: str
+    text: str
+
+
+class Load:
+    """Keep-alive clients that together send `per_second` requests until the block ends."""
+
+    def __init__(self, port: int, per_second: float = 80, clients: int = 8, method: str = "GET") -> None:
+        self._port = port
+        self._pause = clients / per_second
+        self._method = method
+        self._ended = Event()
+        self._lock = Lock()
+        self.answers: list[Answer] = []
+        self._threads = [Thread(target=self._run) for _ in range(clients)]
+
+    def _run(self) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=30)
+        while not self._ended.wait(self._pause):
+            answer = self._ask(connection)
+            with self._lock:
+                self.answers.append(answer)
+        connection.close()
+
+    def _ask(self, connection: http.client.HTTPConnection) -> Answer:
+        status, served_by, text = 0, "", ""
+        try:
+            connection.request(self._method, "/api/process", body=b"{}" if self._method == "POST" else None)
+            response = connection.getresponse()
+            text = response.read().decode("utf-8", "replace")
+            status, served_by = response.status, response.headers.get("X-Served-By", "")
+        except (OSError, http.client.HTTPException) as error:
+            connection.close()
+            text = repr(error)
+        return Answer(time.monotonic(), self._method, status, served_by, text)
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        self.wait_for(20)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        for thread in self._threads:
+            thread.join()
+
+    def wait_for(self, count: int) -> list[Answer]:
+        """The next `count` answers."""
+        start = len(self.answers)
+        wait_until(lambda: len(self.answers) >= start + count, 30, f"{count} answers")
+        return self.answers[start : start + count]
+
+    def wait_for_server(self, backend: str, timeout: float) -> None:
+        start = len(self.answers)
+        wait_until(lambda: any(a.served_by == backend for a in self.answers[start:]), timeout, f"traffic on {backend}")
+
+    @property
+    def failed(self) -> list[Answer]:
+        return [answer for answer in self.answers if answer.status != 200]
+
+    def rate(self) -> float:
+        return len(self.answers) / (self.answers[-1].at - self.answers[0].at)
+
+
+def events(balancer: BalancerProcess, kind: str, backend: str) -> list[dict[str, Any]]:
+    newest = fetch_json(f"{balancer.url}/events")["events"]
+    return [event for event in newest if (event["kind"], event["backend"]) == (kind, backend)]
+
+
+def patch(balancer: BalancerProcess, backend: str, **changes: Any) -> None:
+    assert fetch(f"{balancer.url}/backends/{backend}", changes, "PATCH")[0] == 200
+
+
+# Killed and started again.
+
+
+@pytest.mark.parametrize("algorithm", ["weighted", "round_robin", "least_connections", "least_response_time"])
+def test_a_backend_killed_under_load_costs_no_get_and_comes_back(demo: Demo, algorithm: str) -> None:
+    fetch(f"{demo.url}/algorithm", {"algorithm": algorithm})
+    victim = demo.backends[1]
+    with Load(demo.balancer.port) as load:
+        victim.kill()
+        demo.balancer.wait_healthy(victim.id, False, timeout=1)
+        load.wait_for(60)
+        assert {answer.served_by for answer in load.wait_for(20)} == {"backend_1", "backend_3"}
+        victim.start()
+        load.wait_for_server(victim.id, timeout=1)  # from the moment it answers its own health check
+        load.wait_for(20)
+    assert load.failed == []
+    assert load.rate() >= 50
+    status = demo.balancer.status(100)
+    assert status["statistics"]["failed_requests"] == 0
+    assert status["statistics"]["total_requests"] == len(load.answers)
+    assert [event["severity"] for event in events(demo.balancer, "backend_down", victim.id)] == ["error"]
+    assert len(events(demo.balancer, "backend_up", victim.id)) == 2
+
+
+def test_a_backend_killed_with_many_requests_in_flight_costs_no_get() -> None:
+    """About a third of 40 requests in flight die at the same moment, and every one is retried elsewhere."""
+    demo = start_demo("--algorithm=round_robin", delays=(0.15, 0.15, 0.15))
+    try:
+        with Load(demo.balancer.port, per_second=1000, clients=40) as load:
+            wait_until(lambda: demo.balancer.backend("backend_2")["active_connections"] >= 8)
+            demo.backends[1].kill()
+            load.wait_for(200)
+        assert load.failed == []
+        assert demo.balancer.status()["statistics"]["retries"] >= 5
+    finally:
+        demo.stop()
+
+
+def test_a_killed_backend_costs_only_the_posts_that_were_on_it(demo: Demo) -> None:
+    """A POST whose answer is lost must not be sent twice; those that could not connect go elsewhere."""
+    with Load(demo.balancer.port, method="POST") as load:
+        demo.backends[0].kill()
+        demo.balancer.wait_healthy("backend_1", False, timeout=1)
+        before = len(load.answers)
+        load.wait_for(60)
+    assert [answer for answer in load.answers[before + 8 :] if answer.status != 200] == []
+    assert len(load.failed) <= 8
+    for answer in load.failed:
+        assert answer.status == 502
+        body = json.loads(answer.text)
+        assert body["error"] and body["load_balancer_id"] and body["request_id"]
+
+
+def test_a_frozen_backend_costs_no_get_and_comes_back() -> None:
+    """SIGSTOP: the kernel still accepts, nobody answers. The requests on it move on after the response time-out."""
+    demo = start_demo("--response-timeout=1")
+    frozen = demo.backends[0].process
+    assert frozen is not None
+    try:
+        with Load(demo.balancer.port, clients=12) as load:
+            frozen.send(signal.SIGSTOP)
+            demo.balancer.wait_healthy("backend_1", False, timeout=3)
+            assert "0.4 s" in demo.balancer.backend("backend_1")["health"]["reason"]
+            load.wait_for(60)
+            frozen.send(signal.SIGCONT)
+            demo.balancer.wait_healthy("backend_1", True, timeout=3)
+            load.wait_for_server("backend_1", timeout=3)
+        assert load.failed == []
+    finally:
+        os.kill(frozen.pid, signal.SIGCONT)
+        demo.stop()
+
+
+def test_all_backends_down_is_503_with_retry_after_until_one_is_back(demo: Demo) -> None:
+    for backend in demo.backends:
+        backend.kill()
+    for backend in demo.backends:
+        demo.balancer.wait_healthy(backend.id, False)
+    for method, body in (("GET", None), ("POST", b"{}"), ("DELETE", None)):
+        status, headers, data = fetch(f"{demo.url}/api/process", body, method)
+        assert status == 503 and int(headers["retry-after"]) >= 1
+        answer = json.loads(data)
+        assert answer["load_balancer_id"] == "lb-1" and answer["request_id"] == headers["x-request-id"]
+        assert "backend" in answer["error"]
+    status = demo.balancer.status()
+    assert status["statistics"]["unassigned_requests"] == status["statistics"]["failed_requests"] == 3
+    assert fetch(f"{demo.url}/health")[0] == 200
+    demo.backends[2].start()
+    wait_until(lambda: fetch(f"{demo.url}/api/process")[0] == 200, 1)
+
+
+def test_a_flapping_backend_costs_no_get(demo: Demo) -> None:
+    with Load(demo.balancer.port) as load:
+        for _ in range(3):
+            demo.backends[2].kill()
+            demo.balancer.wait_healthy("backend_3", False, timeout=1)
+            demo.backends[2].start()
+            demo.balancer.wait_healthy("backend_3", True, timeout=2)
+    assert load.failed == []
+
+
+# Health checks that are answered wrongly. The checks ask for /check, so that the scripts here see them.
+
+
+def hang(sock: socket.socket, request: Any) -> None:
+    """Give no answer until the other side goes."""
+    sock.recv(1)
+
+
+def drip(sock: socket.socket, request: Any) -> None:
+    """A byte now and then, for ever: never quite silent."""
+    pause = Event()
+    with suppress(OSError):
+        for number in range(100_000):
+            sock.sendall(b"HTTP/1.1 200 OK\r\nX-Drip: "[number : number + 1] or b"x")
+            pause.wait(0.05)
+
+
+def reset(sock: socket.socket, request: Any) -> None:
+    """Answer with a TCP reset: nobody reads on, so the socket is closed, and with this option that is a reset."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.shutdown(socket.SHUT_RD)
+
+
+class Checked:
+    """Scripted backends behind one balancer that asks each for /check."""
+
+    def __init__(self, stack: ExitStack, **scripts: Any) -> None:
+        self.backends: dict[str, ScriptedBackend] = {}
+        for name, script in scripts.items():
+            backend = self.backends[name] = ScriptedBackend()
+            stack.callback(backend.close)
+            if callable(script):
+                backend.script = script
+            else:
+                backend.answer(script)
+        flags = [f"--backend={name}={backend.url}" for name, backend in self.backends.items()]
+        self.balancer = BalancerProcess(*flags, "--health-path=/check", "--expose-backend")
+        stack.callback(self.balancer.stop)
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+BAD_CHECKS: dict[str, tuple[Any, str]] = {
+    "hangs": (hang, "0.4 s"),
+    "closes": (lambda sock, request: sock.shutdown(socket.SHUT_RDWR), "closed"),
+    "resets": (reset, "reset"),
+    "drips": (drip, "s"),
+    "answers-500": (b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n", "500"),
+    "answers-404": (b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", "404"),
+    "no-http": (b"SSH-2.0-OpenSSH_9.2\r\n\r\n", "malformed"),
+    "endless-head": (b"HTTP/1.1 200 OK\r\n" + b"X-A: " + b"a" * 200_000, ""),
+}
+GOOD_CHECKS: dict[str, bytes] = {
+    "good": ok(),
+    "no-content": b"HTTP/1.1 204 No Content\r\n\r\n",
+    "moved": b"HTTP/1.1 301 Moved\r\nLocation: /elsewhere\r\nContent-Length: 0\r\n\r\n",
+    "not-modified": b"HTTP/1.1 304 Not Modified\r\n\r\n",
+    "long-body": b"HTTP/1.1 200 OK\r\nContent-Length: 100000000\r\n\r\nstart",
+}
+
+
+def test_wrong_answers_to_health_checks_are_told_apart_and_delay_nobody(stack: ExitStack) -> None:
+    scripts = {name: script for name, (script, _) in BAD_CHECKS.items()} | GOOD_CHECKS
+    checked = Checked(stack, **scripts)
+    balancer = checked.balancer
+    for name in GOOD_CHECKS:
+        balancer.wait_healthy(name, True, timeout=3)
+    for name, (_, word) in BAD_CHECKS.items():
+        health = wait_until(lambda name=name: down(balancer, name), 5, name)
+        assert word in health["reason"], name
+        assert health["last_check"]["error"] and health["last_check"]["duration"] < 2
+
+    # The good ones are checked at their usual pace beside the bad ones, and a change is seen at once.
+    at = balancer.backend("good")["health"]["last_check"]["at"]
+    wait_until(lambda: balancer.backend("good")["health"]["last_check"]["at"] > at + 0.9, 3)
+    checked.backends["good"].answer(b"HTTP/1.1 503 No\r\nContent-Length: 0\r\n\r\n")
+    balancer.wait_healthy("good", False, timeout=2)
+    assert "503" in balancer.backend("good")["health"]["reason"]
+    checked.backends["good"].answer(ok())
+    balancer.wait_healthy("good", True, timeout=2)
+
+    # A redirect counts as good and is not followed.
+    assert {request.target for request in checked.backends["moved"].requests} == {b"/check"}
+
+    # A backend that hangs can recover too.
+    checked.backends["hangs"].answer(ok())
+    balancer.wait_healthy("hangs", True, timeout=3)
+
+    # Those that are down get no requests.
+    for name in GOOD_CHECKS:
+        if name != "good":  # what they answer is for health checks only
+            assert fetch(f"{balancer.url}/backends/{name}", method="DELETE")[0] == 200
+    assert {fetch(f"{balancer.url}/x")[1]["x-served-by"] for _ in range(20)} == {"good", "hangs"}
+
+
+def down(balancer: BalancerProcess, name: str) -> dict[str, Any] | None:
+    health: dict[str, Any] = balancer.backend(name)["health"]
+    return health if health["status"] == "down" and health["reason"] else None
+
+
+def test_a_redirect_to_another_server_is_not_followed(stack: ExitStack) -> None:
+    elsewhere = ScriptedBackend()
+    stack.callback(elsewhere.close)
+    moved = b"HTTP/1.1 302 Found\r\nLocation: " + elsewhere.url.encode() + b"/stolen\r\nContent-Length: 0\r\n\r\n"
+    checked = Checked(stack, moved=moved)
+    wait_until(lambda: len(checked.backends["moved"].requests) >= 3)
+    assert checked.balancer.backend("moved")["healthy"]
+    assert elsewhere.requests == []
+
+
+def test_a_listener_that_nobody_accepts_from_is_down_with_the_reason() -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=1) as silent:
+        balancer = BalancerProcess(f"--backend=silent=http://127.0.0.1:{silent.getsockname()[1]}")
+        try:
+            health = wait_until(lambda: down(balancer, "silent"), 5)
+            assert "0.4 s" in health["reason"]
+            assert fetch(f"{balancer.url}/x")[0] == 503
+        finally:
+            balancer.stop()
+
+
+def test_a_name_that_does_not_resolve_is_down_with_the_reason() -> None:
+    balancer = BalancerProcess("--backend=lost=http://no-such-host.invalid:80")
+    try:
+        assert wait_until(lambda: down(balancer, "lost"), 15)["reason"]
+        assert "Traceback" not in balancer.output
+    finally:
+        balancer.stop()
+
+
+def test_one_failed_check_is_not_yet_down_and_is_followed_up_quickly(stack: ExitStack) -> None:
+    checked = Checked(stack, flaky=ok())
+    backend, balancer = checked.backends["flaky"], checked.balancer
+    failures = iter([b"HTTP/1.1 500 Once\r\nContent-Length: 0\r\n\r\n"])
+    backend.script = lambda sock, request: sock.sendall(next(failures, ok()))
+    asked = len(backend.requests)
+    wait_until(lambda: len(backend.requests) >= asked + 3)
+    assert balancer.backend("flaky")["healthy"]
+    assert events(balancer, "backend_down", "flaky") == []
+
+
+def test_every_health_check_has_a_connection_of_its_own(stack: ExitStack) -> None:
+    """A kept one would not notice that nobody can connect any more. This backend would keep it if asked to."""
+    backend = Checked(stack, keeps=ok()).backends["keeps"]
+    wait_until(lambda: len(backend.requests) >= 5)
+    assert backend.connections >= len(backend.requests) - 1  # counted a moment after the request
+
+
+def test_a_backend_that_stops_listening_but_keeps_its_connections_is_down(stack: ExitStack) -> None:
+    checked = Checked(stack, keeps=ok())
+    backend, balancer = checked.backends["keeps"], checked.balancer
+    wait_until(lambda: len(backend.requests) >= 2)
+    backend._listener.shutdown(socket.SHUT_RDWR)
+    balancer.wait_healthy("keeps", False, timeout=3)
+    assert "refused" in balancer.backend("keeps")["health"]["reason"].lower()
+
+
+def test_a_hundred_hanging_backends_delay_no_check_of_the_others(stack: ExitStack) -> None:
+    """More than there are probe threads."""
+    silent = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=4096))
+    checked = Checked(stack, good=ok())
+    for number in range(100):
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        assert fetch(f"{checked.balancer.url}/backends", {"id": f"silent-{number}", "url": url})[0] == 201
+    wait_until(lambda: down(checked.balancer, "silent-99"), 10)
+    checked.backends["good"].answer(b"HTTP/1.1 503 No\r\nContent-Length: 0\r\n\r\n")
+    checked.balancer.wait_healthy("good", False, timeout=3)
+
+
+# The operator at work, under load.
+
+
+def test_backends_changed_at_run_time_under_load_cost_no_request(demo: Demo) -> None:
+    balancer, extra = demo.balancer, demo.backends[0]
+    with Load(balancer.port, 60) as gets, Load(balancer.port, 40, method="POST") as posts:
+        assert fetch(f"{demo.url}/backends", {"id": "extra", "url": extra.url, "weight": 2})[0] == 201
+        gets.wait_for_server("extra", 3)
+        posts.wait_for_server("extra", 3)
+        for backend in ("backend_1", "extra", "backend_3"):
+            patch(balancer, backend, weight=5)
+            gets.wait_for(10)
+        for state in ("drain", "ready", "maint", "ready"):
+            patch(balancer, "backend_2", admin_state=state)
+            gets.wait_for(25)  # those that were on their way, and some more
+            after = {answer.served_by for answer in gets.wait_for(30)}
+            assert ("backend_2" in after) is (state == "ready"), state
+        patch(balancer, "extra", weight=0)
+        gets.wait_for(25)
+        assert "extra" not in {answer.served_by for answer in gets.wait_for(30)}
+        patch(balancer, "extra", weight=3)
+        gets.wait_for_server("extra", 3)
+        assert fetch(f"{demo.url}/backends/extra", method="DELETE")[0] in (200, 202)
+        gets.wait_for(25)
+        assert "extra" not in {answer.served_by for answer in gets.wait_for(30)}
+        wait_until(lambda: fetch(f"{demo.url}/backends/extra")[0] == 404)
+    assert gets.failed == [] and posts.failed == []
+    status = balancer.status()["statistics"]
+    assert status["total_requests"] == status["successful_requests"] == len(gets.answers) + len(posts.answers)
+
+
+def test_a_backend_in_maintenance_is_not_checked_and_one_that_drains_is(stack: ExitStack) -> None:
+    checked = Checked(stack, one=ok(), two=ok())
+    patch(checked.balancer, "one", admin_state="maint")
+    patch(checked.balancer, "two", admin_state="drain")
+    one, two = checked.backends["one"].requests, checked.backends["two"].requests
+    seen = len(two)
+    wait_until(lambda: len(two) >= seen + 2)  # what was under way is over
+    asked, seen = len(one), len(two)
+    wait_until(lambda: len(two) >= seen + 3)
+    assert len(one) == asked
+    assert fetch(f"{checked.balancer.url}/x")[0] == 503
+    patch(checked.balancer, "one", admin_state="ready")
+    wait_until(lambda: len(one) > asked, 2)
+
+
+@contextmanager
+def held(demo: Demo, backend: str, count: int) -> Iterator[Load]:
+    """`count` requests in flight on `backend`, which takes 1.5 s for each."""
+    others = [other.id for other in demo.backends if other.id != backend]
+    url = next(b.url for b in demo.backends if b.id == backend)
+    assert fetch(f"{url}/faults", {"added_latency": 1.5})[0] == 200
+    for other in others:
+        patch(demo.balancer, other, admin_state="drain")
+    load = Load(demo.balancer.port, per_second=1000, clients=count)
+    for thread in load._threads:
+        thread.start()
+    try:
+        wait_until(lambda: demo.balancer.backend(backend)["active_connections"] == count)
+        for other in others:
+            patch(demo.balancer, other, admin_state="ready")
+        load._ended.set()  # each client ends after this request
+        yield load
+    finally:
+        load.__exit__()
+
+
+def test_a_backend_removed_with_requests_in_flight_finishes_them_and_then_goes(demo: Demo) -> None:
+    with held(demo, "backend_2", 6) as load:
+        status, _, body = fetch(f"{demo.url}/backends/backend_2", method="DELETE")
+        assert (status, json.loads(body)["active"]) == (202, 6)
+        shown = demo.balancer.backend("backend_2")
+        assert (shown["state"], shown["active_connections"]) == ("drain", 6)
+        assert fetch(f"{demo.url}/api/process")[1]["x-served-by"] != "backend_2"
+        wait_until(lambda: fetch(f"{demo.url}/backends/backend_2")[0] == 404, 10)
+    assert [answer.status for answer in load.answers] == [200] * 6
+    assert {answer.served_by for answer in load.answers} == {"backend_2"}
+    status = demo.balancer.status()
+    assert [backend["id"] for backend in status["backend_servers"]] == ["backend_1", "backend_3"]
+    assert status["statistics"]["total_requests"] == 7
+    assert status["statistics"]["unassigned_requests"] == 6  # whose backend is gone
+    assert len(events(demo.balancer, "backend_removed", "backend_2")) == 1
+
+
+def test_a_backend_added_again_after_it_was_removed_busy_starts_at_zero(demo: Demo) -> None:
+    with held(demo, "backend_2", 3):
+        assert fetch(f"{demo.url}/backends/backend_2", method="DELETE")[0] == 202
+        assert fetch(f"{demo.url}/backends", {"id": "backend_2", "url": demo.backends[1].url})[0] == 409
+    wait_until(lambda: fetch(f"{demo.url}/backends/backend_2")[0] == 404, 10)
+    assert fetch(f"{demo.url}/backends", {"id": "backend_2", "url": demo.backends[1].url})[0] == 201
+    assert demo.balancer.backend("backend_2")["total_requests"] == 0
+
+
+def test_draining_lets_requests_in_flight_finish(demo: Demo) -> None:
+    with held(demo, "backend_2", 4) as load:
+        patch(demo.balancer, "backend_2", admin_state="drain")
+        shown = demo.balancer.backend("backend_2")
+        assert (shown["state"], shown["active_connections"], shown["healthy"]) == ("drain", 4, True)
+        wait_until(lambda: demo.balancer.backend("backend_2")["active_connections"] == 0, 10)
+    assert [answer.status for answer in load.answers] == [200] * 4
+
+
+def test_max_connections_is_never_exceeded_and_the_rest_goes_elsewhere(demo: Demo) -> None:
+    patch(demo.balancer, "backend_1", max_connections=1)
+    for backend in demo.backends:
+        fetch(f"{backend.url}/faults", {"added_latency": 0.1})
+    highest = 0
+    with Load(demo.balancer.port, per_second=1000, clients=10) as load:
+        for _ in range(20):
+            highest = max(highest, demo.balancer.backend("backend_1")["active_connections"])
+            load.wait_for(5)
+    assert highest == 1
+    assert load.failed == []

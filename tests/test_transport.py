@@ -1,0 +1,661 @@
+"""BackendAdapter by itself and mounted in a requests.Session: what `requests` promises, the pool, TLS."""
+
+from __future__ import annotations
+
+import json
+import socket
+import ssl
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from support import free_port, ok, wait_until
+from wire import WireBackend, hang_up, wait_closed
+
+from balancer.backends import Origin
+from balancer.errors import (
+    BodyTruncated,
+    ConnectFailed,
+    ConnectionLost,
+    ConnectTimedOut,
+    InvalidResponse,
+    ResponseTimedOut,
+)
+from balancer.messages import Line
+from balancer.transport import BackendAdapter, OutgoingRequest, Timeouts
+
+HOST: Line = (b"host", b"test")
+QUICK = Timeouts(connect=0.5, response=0.5, idle=0.5)
+
+
+@dataclass
+class Clock:
+    """Monotonic seconds, moved by hand."""
+
+    now: float = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture(scope="module")
+def started() -> Iterator[WireBackend]:
+    backend = WireBackend()
+    yield backend
+    backend.close()
+
+
+@pytest.fixture
+def backend(started: WireBackend) -> WireBackend:
+    started.reset()
+    return started
+
+
+@pytest.fixture
+def adapter() -> Iterator[BackendAdapter]:
+    made = BackendAdapter(QUICK)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def session(adapter: BackendAdapter) -> Iterator[requests.Session]:
+    with requests.Session() as made:
+        made.mount("http://", adapter)
+        yield made
+
+
+def outgoing(method: str = "GET", target: bytes = b"/", *lines: Line, body: Any = None) -> OutgoingRequest:
+    request = OutgoingRequest(method, target, [HOST, *lines])
+    request.body = body
+    return request
+
+
+def fetch(adapter: BackendAdapter, url: str, request: OutgoingRequest | None = None) -> bytes:
+    """One exchange, read to its end and closed."""
+    response = adapter.exchange(request or outgoing(), Origin.parse(url))
+    try:
+        return response.body.read()
+    finally:
+        response.body.close()
+
+
+# By itself.
+
+
+def test_the_request_goes_out_as_it_is(adapter: BackendAdapter, backend: WireBackend) -> None:
+    fetch(adapter, backend.url, outgoing("PURGE", b"//a%2Fb?%00", (b"x-a", b"1"), (b"x-b", b"caf\xe9"), (b"x-a", b"2")))
+    head = b"PURGE //a%2Fb?%00 HTTP/1.1\r\nhost: test\r\nx-a: 1\r\nx-b: caf\xe9\r\nx-a: 2\r\n\r\n"
+    assert backend.requests[0].head == head
+
+
+@pytest.mark.parametrize(
+    ("body", "length", "framing"),
+    [
+        (None, None, b""),
+        (b"", None, b"content-length: 0\r\n"),
+        (b"abc", None, b"content-length: 3\r\n"),
+        (iter([b"ab", b"", b"c"]), None, b"transfer-encoding: chunked\r\n"),
+        (iter([b"ab", b"c"]), 3, b"content-length: 3\r\n"),
+        (iter([]), None, b"transfer-encoding: chunked\r\n"),
+    ],
+)
+def test_framing_is_added_here(
+    adapter: BackendAdapter, backend: WireBackend, body: Any, length: int | None, framing: bytes
+) -> None:
+    """An empty piece must not become the last chunk."""
+    request = outgoing("POST", body=body)
+    request.content_length = length
+    fetch(adapter, backend.url, request)
+    assert backend.requests[0].head == b"POST / HTTP/1.1\r\nhost: test\r\n" + framing + b"\r\n"
+    assert backend.requests[0].body in (b"abc", b"")
+
+
+def test_response_lines_keep_order_and_repeats(adapter: BackendAdapter, backend: WireBackend) -> None:
+    backend.answer(ok(b"ok", b"Set-Cookie: a=1", b"X-B:  padded \t", b"Set-Cookie: b=2, c"))
+    response = adapter.exchange(outgoing(), Origin.parse(backend.url))
+    response.body.close()
+    lines = [(name.lower(), value) for name, value in response.lines[1:]]
+    assert lines == [(b"set-cookie", b"a=1"), (b"x-b", b"padded"), (b"set-cookie", b"b=2, c")]
+    assert response.headers["set-cookie"] == "a=1, b=2, c"
+    assert response.headers["X-B"] == "padded"
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (b"garbage\r\n\r\n", InvalidResponse),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\n", InvalidResponse),
+        (b"HTTP/1.1 200 OK\r\nX: ", ConnectionLost),
+        (b"", ConnectionLost),
+    ],
+)
+def test_errors_before_the_head(
+    adapter: BackendAdapter, backend: WireBackend, answer: bytes, error: type[Exception]
+) -> None:
+    backend.answer(answer, close=True)
+    with pytest.raises(error):
+        fetch(adapter, backend.url)
+
+
+@pytest.mark.parametrize(
+    "framing", [b"Content-Length: 9\r\n\r\nabc", b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n"]
+)
+def test_a_truncated_body_raises_and_is_not_pooled(
+    adapter: BackendAdapter, backend: WireBackend, framing: bytes
+) -> None:
+    backend.answer(b"HTTP/1.1 200 OK\r\n" + framing, close=True)
+    with pytest.raises(BodyTruncated):
+        fetch(adapter, backend.url)
+    backend.answer(ok(b"next"))
+    assert fetch(adapter, backend.url) == b"next"
+    assert len(set(backend.peers)) == 2
+
+
+def test_no_answer_in_time(adapter: BackendAdapter, backend: WireBackend) -> None:
+    backend.script = lambda sock, _: wait_closed(sock) and None
+    with pytest.raises(ResponseTimedOut):
+        fetch(adapter, backend.url)
+
+
+def test_a_body_that_stalls(adapter: BackendAdapter, backend: WireBackend) -> None:
+    def script(sock: socket.socket, _: Any) -> None:
+        sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc")
+        wait_closed(sock)
+
+    backend.script = script
+    with pytest.raises(ResponseTimedOut):
+        fetch(adapter, backend.url)
+
+
+def test_a_closed_port_is_told_from_other_failures(adapter: BackendAdapter) -> None:
+    with pytest.raises(ConnectFailed) as caught:
+        fetch(adapter, f"http://127.0.0.1:{free_port()}")
+    assert caught.value.refused is True
+    with pytest.raises(ConnectFailed) as caught:
+        fetch(adapter, "http://no-such-host.invalid:80")
+    assert caught.value.refused is False
+
+
+def test_a_full_accept_queue_times_out(adapter: BackendAdapter) -> None:
+    """The kernel neither accepts nor refuses: nothing was sent, so any method may go elsewhere."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        address = listener.getsockname()
+        waiting = [socket.socket() for _ in range(4)]
+        try:
+            for sock in waiting:
+                sock.setblocking(False)
+                with suppress(BlockingIOError):
+                    sock.connect(address)
+            with pytest.raises(ConnectTimedOut):
+                fetch(adapter, f"http://127.0.0.1:{address[1]}")
+        finally:
+            for sock in waiting:
+                sock.close()
+
+
+def test_an_error_of_the_body_iterator_comes_through_and_breaks_the_request(
+    adapter: BackendAdapter, backend: WireBackend
+) -> None:
+    """Half a request must never look whole."""
+
+    def pieces() -> Iterator[bytes]:
+        yield b"abc"
+        raise ValueError("the client is gone")
+
+    with pytest.raises(ValueError, match="the client is gone"):
+        fetch(adapter, backend.url, outgoing("POST", body=pieces()))
+    wait_until(lambda: backend.broken)
+    assert backend.requests == []
+
+
+def test_a_refusal_stops_a_streamed_body(adapter: BackendAdapter, backend: WireBackend) -> None:
+    """401 or 413 comes before the body is sent: the rest is not sent, the connection not kept."""
+    done = threading.Event()
+
+    def on_head(sock: socket.socket, _: Any) -> bool:
+        sock.sendall(b"HTTP/1.1 413 X\r\nContent-Length: 3\r\n\r\nbig")
+        done.wait(10)
+        return True
+
+    sent = [0]
+
+    def pieces() -> Iterator[bytes]:
+        while sent[0] < 1000:
+            sent[0] += 1
+            yield b"x" * 65536
+
+    backend.on_head = on_head
+    try:
+        response = adapter.exchange(outgoing("POST", body=pieces()), Origin.parse(backend.url))
+        assert (response.status_code, response.body.read()) == (413, b"big")
+        response.body.close()
+    finally:
+        done.set()
+    assert sent[0] < 1000
+    backend.on_head = None
+    backend.peers.clear()
+    assert fetch(adapter, backend.url) == b"ok"
+
+
+# As requests knows it.
+
+
+def test_content_text_and_json(session: requests.Session, backend: WireBackend) -> None:
+    document = {"name": "B\u00e4ckerei", "n": [1, 2]}
+    body = json.dumps(document, ensure_ascii=False).encode()
+    backend.answer(ok(body, b"Content-Type: application/json; charset=utf-8"))
+    response = session.get(backend.url + "/a?b=c")
+    assert response.ok and response.status_code == 200 and response.reason == "OK"
+    assert response.content == response.content == body
+    assert response.json() == document
+    assert "B\u00e4ckerei" in response.text
+    assert response.headers["CONTENT-TYPE"].startswith("application/json")
+    assert backend.requests[0].target == b"/a?b=c"
+
+
+@pytest.mark.parametrize("framing", [b"Content-Length: 300000\r\n", b"Transfer-Encoding: chunked\r\n", b""])
+def test_iter_content(session: requests.Session, backend: WireBackend, framing: bytes) -> None:
+    body = b"0123456789" * 30_000
+    sent = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body) if b"chunked" in framing else body
+    backend.answer(b"HTTP/1.1 200 OK\r\n" + framing + b"\r\n" + sent, close=not framing)
+    with session.get(backend.url, stream=True) as response:
+        assert b"".join(response.iter_content(1000)) == body
+
+
+def test_iter_lines(session: requests.Session, backend: WireBackend) -> None:
+    backend.answer(ok(b"one\ntwo\nthree"))
+    assert list(session.get(backend.url, stream=True).iter_lines()) == [b"one", b"two", b"three"]
+
+
+def test_a_coded_body_is_not_decoded(session: requests.Session, backend: WireBackend) -> None:
+    """A proxy passes on what came; Content-Length would be wrong otherwise."""
+    backend.answer(ok(b"\x1f\x8bnot gzip", b"Content-Encoding: gzip"))
+    assert session.get(backend.url).content == b"\x1f\x8bnot gzip"
+
+
+@pytest.mark.parametrize(
+    "data", [b"abc", "abc", {"a": "b"}, iter([b"ab", b"c"])], ids=["bytes", "str", "form", "stream"]
+)
+def test_bodies_of_all_kinds(session: requests.Session, backend: WireBackend, data: Any) -> None:
+    assert session.post(backend.url, data=data).content == b"ok"
+    assert backend.requests[0].body in (b"abc", b"a=b")
+    assert backend.requests[0].values(b"host") == [backend.url.removeprefix("http://").encode()]
+
+
+def test_redirects_are_the_sessions_business(session: requests.Session, backend: WireBackend) -> None:
+    backend.answer(b"HTTP/1.1 302 Found\r\nLocation: /next\r\nContent-Length: 0\r\n\r\n")
+    response = session.get(backend.url, allow_redirects=False)
+    assert (response.status_code, response.headers["location"]) == (302, "/next")
+
+
+def test_a_redirect_can_be_followed(session: requests.Session, backend: WireBackend) -> None:
+    def script(sock: socket.socket, got: Any) -> None:
+        found = b"HTTP/1.1 302 Found\r\nLocation: /next\r\nContent-Length: 0\r\n\r\n"
+        sock.sendall(ok(b"there") if got.target == b"/next" else found)
+
+    backend.script = script
+    response = session.get(backend.url)
+    assert (response.content, len(response.history)) == (b"there", 1)
+
+
+def test_raise_for_status(session: requests.Session, backend: WireBackend) -> None:
+    backend.answer(b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n")
+    with pytest.raises(requests.HTTPError, match="503 Server Error"):
+        session.get(backend.url).raise_for_status()
+
+
+def test_no_cookies_are_kept(session: requests.Session, backend: WireBackend) -> None:
+    backend.answer(ok(b"ok", b"Set-Cookie: session=secret; Path=/"))
+    session.get(backend.url)
+    session.get(backend.url)
+    assert not backend.requests[1].values(b"cookie")
+    assert not session.cookies
+
+
+@pytest.mark.parametrize(
+    ("script", "error"),
+    [
+        (lambda sock, _: hang_up(sock), requests.exceptions.ConnectionError),
+        (lambda sock, _: sock.sendall(b"garbage\r\n\r\n"), requests.exceptions.RequestException),
+        (lambda sock, _: wait_closed(sock), requests.exceptions.ReadTimeout),
+    ],
+    ids=["closed", "garbage", "late"],
+)
+def test_exceptions_are_those_of_requests(
+    session: requests.Session,
+    backend: WireBackend,
+    script: Callable[[socket.socket, Any], None],
+    error: type[Exception],
+) -> None:
+    backend.script = script
+    with pytest.raises(error):
+        session.get(backend.url)
+
+
+def test_more_exceptions_of_requests(session: requests.Session, backend: WireBackend) -> None:
+    with pytest.raises(requests.exceptions.ConnectionError):
+        session.get(f"http://127.0.0.1:{free_port()}")
+    backend.answer(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc", close=True)
+    with pytest.raises(requests.exceptions.ChunkedEncodingError):
+        session.get(backend.url)
+
+
+def test_a_session_uses_its_connections_again_and_leaks_none(session: requests.Session, backend: WireBackend) -> None:
+    """Without `stream=True` nobody closes the response: reading it to its end must be enough, and so must a failure."""
+    backend.answer(ok(b"x" * 300_000))
+    for _ in range(3):
+        assert len(session.get(backend.url).content) == 300_000
+    assert len(set(backend.peers)) == 1
+
+
+# The pool.
+
+
+def test_connections_are_used_again_last_in_first_out(adapter: BackendAdapter, backend: WireBackend) -> None:
+    backend.answer(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n")
+    origin = Origin.parse(backend.url)
+    both = [adapter.exchange(outgoing(), origin) for _ in range(2)]
+    for sock in list(backend.used):
+        sock.sendall(b"ok")
+    for response in both:
+        assert response.body.read() == b"ok"
+        response.body.close()
+    backend.answer(ok())
+    fetch(adapter, backend.url)
+    assert backend.peers[2] == backend.peers[1] != backend.peers[0]
+
+
+def test_close_is_idempotent_and_gives_back_once(adapter: BackendAdapter, backend: WireBackend) -> None:
+    response = adapter.exchange(outgoing(), Origin.parse(backend.url))
+    response.body.read()
+    response.body.close()
+    response.body.close()
+    origin = Origin.parse(backend.url)
+    backend.answer(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n")
+    first, second = adapter.exchange(outgoing(), origin), adapter.exchange(outgoing(), origin)
+    assert backend.peers[-1] != backend.peers[-2], "one connection, two owners"
+    first.body.close()
+    second.body.close()
+
+
+def test_a_body_that_is_not_read_to_its_end_costs_the_connection(adapter: BackendAdapter, backend: WireBackend) -> None:
+    backend.answer(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc")
+    response = adapter.exchange(outgoing(), Origin.parse(backend.url))
+    assert response.body.read_chunk() == b"abc"
+    response.body.close()
+    backend.answer(ok(b"next"))
+    assert fetch(adapter, backend.url) == b"next"
+    assert len(set(backend.peers)) == 2
+
+
+def test_an_idle_connection_expires(backend: WireBackend) -> None:
+    """By an injected clock; the limit itself is still good."""
+    clock = Clock()
+    adapter = BackendAdapter(QUICK, pool_idle_timeout=4, clock=clock)
+    for wait, connections in ((0.0, 1), (4.0, 1), (4.5, 2)):
+        clock.now += wait
+        fetch(adapter, backend.url)
+        assert len(set(backend.peers)) == connections
+    adapter.close()
+    wait_until(lambda: not backend.used)
+
+
+def test_close_idle_closes_what_has_expired_or_belongs_to_an_origin(backend: WireBackend) -> None:
+    clock = Clock()
+    adapter = BackendAdapter(QUICK, pool_idle_timeout=4, clock=clock)
+    fetch(adapter, backend.url)
+    adapter.close_idle()
+    assert len(backend.used) == 1
+    clock.now += 5
+    adapter.close_idle()
+    wait_until(lambda: not backend.used)
+    fetch(adapter, backend.url)
+    adapter.close_idle(Origin.parse("http://127.0.0.1:1"))
+    assert len(backend.used) == 1
+    adapter.close_idle(Origin.parse(backend.url))
+    wait_until(lambda: not backend.used)
+
+
+def test_a_connection_that_the_backend_closed_is_seen_before_use(adapter: BackendAdapter, backend: WireBackend) -> None:
+    """So even a POST is safe."""
+    fetch(adapter, backend.url)
+    backend.drop_connections()
+    assert fetch(adapter, backend.url, outgoing("POST", body=b"abc")) == b"ok"
+    assert len(set(backend.peers)) == 2
+
+
+def test_unasked_bytes_on_an_idle_connection_cost_it(adapter: BackendAdapter, backend: WireBackend) -> None:
+    fetch(adapter, backend.url)
+    (sock,) = backend.used
+    sock.sendall(ok(b"evil"))
+    assert fetch(adapter, backend.url) == b"ok"
+    assert len(set(backend.peers)) == 2
+
+
+@pytest.mark.parametrize(
+    ("method", "body", "works"),
+    [
+        ("GET", None, True),
+        ("PUT", b"abc", True),
+        ("POST", b"abc", False),
+        ("PUT", "stream", False),
+    ],
+)
+def test_a_stale_connection_gets_one_fresh_try_if_it_may(
+    adapter: BackendAdapter, backend: WireBackend, method: str, body: Any, works: bool
+) -> None:
+    fetch(adapter, backend.url)
+    pooled = set(backend.peers)
+    backend.script = lambda sock, _: hang_up(sock) if sock.getpeername()[1] in pooled else sock.sendall(ok())
+    request = outgoing(method, body=iter([b"abc"]) if body == "stream" else body)
+    if works:
+        assert fetch(adapter, backend.url, request) == b"ok"
+        assert len(backend.requests) == 3
+        return
+    with pytest.raises(ConnectionLost) as caught:
+        fetch(adapter, backend.url, request)
+    assert caught.value.stale
+    assert len(backend.requests) == 2
+
+
+def test_a_connection_that_dies_after_a_byte_is_not_stale(adapter: BackendAdapter, backend: WireBackend) -> None:
+    fetch(adapter, backend.url)
+    backend.answer(b"HTTP/1.1 2", close=True)
+    with pytest.raises(ConnectionLost) as caught:
+        fetch(adapter, backend.url)
+    assert not caught.value.stale
+    assert len(backend.requests) == 2
+
+
+def test_threads_share_an_adapter(adapter: BackendAdapter, backend: WireBackend) -> None:
+    """Nobody gets the answer of another."""
+    backend.script = lambda sock, got: sock.sendall(ok(got.target))
+    wrong: list[bytes] = []
+
+    def work(number: int) -> None:
+        for serial in range(50):
+            target = b"/%d/%d" % (number, serial)
+            if fetch(adapter, backend.url, outgoing("GET", target)) != target:
+                wrong.append(target)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert wrong == []
+    assert len(backend.requests) == 400
+    assert len(set(backend.peers)) <= 8
+
+
+# TLS.
+
+
+@dataclass
+class TlsBackend:
+    """Answers "ok" to any number of requests on each connection; counts handshakes that succeeded."""
+
+    certificate: Path
+    key: Path
+    handshakes: int = 0
+    served: list[bytes] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._context.load_cert_chain(self.certificate, self.key)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self._open: list[socket.socket] = []
+        self._thread = threading.Thread(target=self._accept, name="tls-backend", daemon=True)
+        self._thread.start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(sock,), name="tls-connection", daemon=True).start()
+
+    def _serve(self, plain: socket.socket) -> None:
+        with suppress(OSError), plain, self._context.wrap_socket(plain, server_side=True) as sock:
+            self.handshakes += 1
+            self._open.append(sock)
+            while data := sock.recv(65536):
+                self.served.append(data)
+                sock.sendall(ok())
+
+    def drop_connections(self) -> None:
+        for sock in self._open:
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self.drop_connections()
+        self._thread.join(5)
+
+
+def openssl(*arguments: str) -> None:
+    subprocess.run(["openssl", *arguments], check=True, capture_output=True, timeout=30)
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a CA, and a certificate of it for localhost."""
+    folder = tmp_path_factory.mktemp("authority")
+    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
+    openssl("req", "-x509", *key, "-keyout", f"{folder}/ca.key", "-out", f"{folder}/ca.pem", "-subj", "/CN=test CA")
+    signed = ["-CA", f"{folder}/ca.pem", "-CAkey", f"{folder}/ca.key"]
+    extensions = ["-addext", "subjectAltName=DNS:localhost", "-addext", "basicConstraints=critical,CA:FALSE"]
+    names = ["-keyout", f"{folder}/server.key", "-out", f"{folder}/server.pem", "-subj", "/CN=server"]
+    openssl("req", "-x509", *key, *signed, *extensions, *names)
+    return folder
+
+
+@pytest.fixture
+def tls_backend(authority: Path) -> Iterator[TlsBackend]:
+    backend = TlsBackend(authority / "server.pem", authority / "server.key")
+    yield backend
+    backend.close()
+
+
+@pytest.fixture
+def tls_adapter(authority: Path) -> Iterator[BackendAdapter]:
+    made = BackendAdapter(Timeouts(5, 5, 5), tls=ssl.create_default_context(cafile=authority / "ca.pem"))
+    yield made
+    made.close()
+
+
+def test_tls_with_the_right_authority(tls_adapter: BackendAdapter, tls_backend: TlsBackend) -> None:
+    """One handshake for several requests."""
+    for _ in range(3):
+        assert fetch(tls_adapter, f"https://localhost:{tls_backend.port}") == b"ok"
+    assert (tls_backend.handshakes, len(tls_backend.served)) == (1, 3)
+
+
+def test_tls_connection_that_the_backend_closed_is_seen_before_use(
+    tls_adapter: BackendAdapter, tls_backend: TlsBackend
+) -> None:
+    url = f"https://localhost:{tls_backend.port}"
+    fetch(tls_adapter, url)
+    tls_backend.drop_connections()
+    (idle,) = tls_adapter._idle[Origin.parse(url)]
+    wait_until(idle.has_input)
+    assert fetch(tls_adapter, url, outgoing("POST", body=b"abc")) == b"ok"
+    assert tls_backend.handshakes == 2
+
+
+def test_tls_without_the_authority_is_refused(adapter: BackendAdapter, tls_backend: TlsBackend) -> None:
+    with pytest.raises(ConnectFailed, match="TLS: .*certificate") as caught:
+        fetch(adapter, f"https://localhost:{tls_backend.port}")
+    assert not caught.value.refused
+    assert tls_backend.served == []
+
+
+def test_tls_with_another_host_name_is_refused(tls_adapter: BackendAdapter, tls_backend: TlsBackend) -> None:
+    with pytest.raises(ConnectFailed, match="TLS: .*127.0.0.1"):
+        fetch(tls_adapter, f"https://127.0.0.1:{tls_backend.port}")
+    assert tls_backend.served == []
+
+
+def test_tls_to_a_plain_port_is_refused(tls_adapter: BackendAdapter) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        answering = threading.Thread(target=_answer_plainly, args=(listener,))
+        answering.start()
+        with pytest.raises(ConnectFailed, match="TLS"):
+            fetch(tls_adapter, f"https://localhost:{listener.getsockname()[1]}")
+        answering.join(5)
+
+
+def _answer_plainly(listener: socket.socket) -> None:
+    sock, _ = listener.accept()
+    with sock, suppress(OSError):
+        sock.recv(1000)
+        sock.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+
+
+def test_tls_handshake_has_a_time_limit(authority: Path) -> None:
+    """Somebody accepts and says nothing: nothing was sent, any method may go elsewhere."""
+    adapter = BackendAdapter(QUICK, tls=ssl.create_default_context(cafile=authority / "ca.pem"))
+    with socket.create_server(("127.0.0.1", 0)) as listener, pytest.raises(ConnectTimedOut, match="TLS"):
+        fetch(adapter, f"https://localhost:{listener.getsockname()[1]}")
+
+
+def test_tls_response_has_a_time_limit(authority: Path, tls_backend: TlsBackend) -> None:
+    adapter = BackendAdapter(QUICK, tls=ssl.create_default_context(cafile=authority / "ca.pem"))
+    held = threading.Event()
+    tls_backend.served = _Blocking(held)
+    try:
+        with pytest.raises(ResponseTimedOut):
+            fetch(adapter, f"https://localhost:{tls_backend.port}")
+    finally:
+        held.set()
+
+
+class _Blocking(list[bytes]):
+    """A list whose `append` waits: the backend has the request and does not answer."""
+
+    def __init__(self, held: threading.Event) -> None:
+        super().__init__()
+        self._held = held
+
+    def append(self, item: bytes) -> None:
+        self._held.wait(10)
+
+
+def test_tls_mounted_in_a_session(tls_adapter: BackendAdapter, tls_backend: TlsBackend) -> None:
+    with requests.Session() as session:
+        session.mount("https://", tls_adapter)
+        assert session.get(f"https://localhost:{tls_backend.port}/a").text == "ok"
+    assert tls_backend.served[0].startswith(b"GET /a HTTP/1.1\r\n")

@@ -1,0 +1,198 @@
+"""Bytes on the wire, strictly: a backend that tells complete requests from broken ones, and a client that reads frames.
+
+`support.ScriptedBackend` takes a body that ends early for a complete one; where that matters, use `WireBackend`.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Callable
+from contextlib import suppress
+from typing import IO, NoReturn
+
+from support import RawRequest, ScriptedBackend, wait_until
+
+Line = tuple[bytes, bytes]
+CHUNKED_ABC = b"3\r\nabc\r\n0\r\n\r\n"
+
+
+class Broken(Exception):
+    """The message ended before its end, or its framing is malformed."""
+
+
+class WireBackend(ScriptedBackend):
+    """`requests` holds complete requests only and `broken` the rest; `peers` has the connection of each complete one.
+
+    `on_head`, if set, is called before the body is read; when it returns True the connection is left to it.
+    """
+
+    def __init__(self) -> None:
+        self.broken: list[RawRequest] = []
+        self.peers: list[int] = []
+        self.on_head: Callable[[socket.socket, RawRequest], bool] | None = None
+        self.used: set[socket.socket] = set()
+        self.streams: dict[socket.socket, IO[bytes]] = {}  # for an `on_head` that reads the body itself
+        super().__init__()
+
+    def reset(self) -> None:
+        self.broken.clear()
+        self.peers.clear()
+        self.on_head = None
+        self.drop_connections()
+        super().reset()
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits in accept
+        super().close()
+
+    def drop_connections(self) -> None:
+        """End every connection that carried a request, so that the next one comes on a fresh connection."""
+        for sock in list(self.used):
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        wait_until(lambda: not self.used, what="connections of the last test are closed")
+
+    @property
+    def seen(self) -> int:
+        """Requests of which anything came."""
+        return len(self.requests) + len(self.broken)
+
+    def _serve(self, sock: socket.socket) -> None:
+        try:
+            with sock, sock.makefile("rb") as stream, suppress(OSError):
+                self.streams[sock] = stream
+                while self._serve_one(sock, stream):
+                    pass
+        finally:
+            self.streams.pop(sock, None)
+            self.used.discard(sock)
+            self.open.discard(sock)
+
+    def _serve_one(self, sock: socket.socket, stream: IO[bytes]) -> bool:
+        head = _read_head(stream)
+        if not head:
+            return False
+        request = RawRequest(head, b"")
+        if request.target == b"/health":
+            status = b"200 OK" if self.is_healthy else b"500 Internal Server Error"
+            sock.sendall(b"HTTP/1.1 " + status + b"\r\nContent-Length: 0\r\n\r\n")
+            return True
+        self.used.add(sock)
+        if self.on_head is not None and self.on_head(sock, request):
+            return False
+        try:
+            request.body = _read_request_body(stream, request)
+        except (Broken, OSError):
+            self.broken.append(request)
+            return False
+        self.peers.append(sock.getpeername()[1])
+        self.requests.append(request)
+        self.script(sock, request)
+        return True
+
+
+def _read_head(stream: IO[bytes]) -> bytes:
+    """The bytes up to and with the empty line; b"" at EOF."""
+    head = b""
+    while not head.endswith(b"\r\n\r\n"):
+        line = stream.readline()
+        if not line:
+            return b""
+        head += line
+    return head
+
+
+def _read_request_body(stream: IO[bytes], request: RawRequest) -> bytes:
+    codings, lengths = request.values(b"transfer-encoding"), request.values(b"content-length")
+    if len(codings) + len(lengths) > 1:
+        raise Broken(f"framed twice: {request.head!r}")
+    if codings:
+        return read_chunks(stream)
+    return _exactly(stream, int(lengths[0])) if lengths else b""
+
+
+def read_chunks(stream: IO[bytes]) -> bytes:
+    """A chunked body up to its last chunk. Raises Broken if it does not come."""
+    body = b""
+    while True:
+        line = stream.readline()
+        if not line.endswith(b"\r\n"):
+            raise Broken("no chunk size")
+        size = int(line, 16)
+        body += _exactly(stream, size)
+        if _exactly(stream, 2) != b"\r\n":
+            raise Broken("no line end after a chunk")
+        if not size:
+            return body
+
+
+def _exactly(stream: IO[bytes], size: int) -> bytes:
+    data = stream.read(size)
+    if len(data) < size:
+        raise Broken(f"{len(data)} of {size} bytes")
+    return data
+
+
+def read_response(stream: IO[bytes], method: bytes = b"GET") -> tuple[int, list[Line], bytes]:
+    """One response by its own framing, interim ones skipped. Raises Broken if it is not complete."""
+    while True:
+        head = _read_head(stream)
+        if not head:
+            raise Broken("no response")
+        first, *rest = head[:-4].split(b"\r\n")
+        status = int(first.split(b" ")[1])
+        if status >= 200:
+            break
+    lines = [(name.lower(), value.strip()) for name, _, value in (line.partition(b":") for line in rest)]
+    return status, lines, _read_response_body(stream, status, lines, method)
+
+
+def _read_response_body(stream: IO[bytes], status: int, lines: list[Line], method: bytes) -> bytes:
+    if method == b"HEAD" or status in (204, 304):
+        return b""
+    if values(lines, b"transfer-encoding"):
+        return read_chunks(stream)
+    lengths = values(lines, b"content-length")
+    return _exactly(stream, int(lengths[0])) if lengths else stream.read()
+
+
+def values(lines: list[Line], name: bytes) -> list[bytes]:
+    return [value for key, value in lines if key == name]
+
+
+def request(
+    target: bytes = b"/", *lines: bytes, method: bytes = b"GET", body: bytes = b"", version: bytes = b"1.1"
+) -> bytes:
+    """A request that leaves the connection open; framing is the caller's."""
+    return b"\r\n".join([b"%s %s HTTP/%s" % (method, target, version), b"Host: test", *lines]) + b"\r\n\r\n" + body
+
+
+def post(*lines: bytes, body: bytes = b"", target: bytes = b"/") -> bytes:
+    return request(target, *lines, method=b"POST", body=body)
+
+
+def hang_up(sock: socket.socket, *, reset: bool = False) -> NoReturn:
+    """For scripts: end the connection here, with FIN or with RST."""
+    if reset:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    raise ConnectionAbortedError("the script hangs up")
+
+
+def wait_closed(sock: socket.socket, timeout: float = 10) -> bool:
+    """True when the other side has closed; False if it still sends or `timeout` has passed."""
+    sock.settimeout(timeout)
+    try:
+        return sock.recv(1) == b""
+    except TimeoutError:
+        return False
+    except OSError:
+        return True
+
+
+def resident_bytes(pid: int, field: str = "VmRSS") -> int:
+    """Memory of a process: `VmRSS` now, `VmHWM` at its highest."""
+    with open(f"/proc/{pid}/status", encoding="ascii") as status:
+        lines = dict(line.split(":", 1) for line in status)
+    return int(lines[field].split()[0]) * 1024
