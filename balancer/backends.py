@@ -282,10 +282,14 @@ class BackendPool:
         if changed:
             self._tell_health(backend, reason)
 
+    def _is_all_known(self) -> bool:
+        return all(b.health.status != "unknown" or b.admin_state == "maint" for b in self._backends.values())
+
     def _set_health(self, backend: Backend, status: HealthStatus, reason: str | None) -> bool:
         backend.health.status = status
         backend.health.reason = reason
         backend.health.since = self._wall_clock()
+        self._had_first_round = self._had_first_round or self._is_all_known()
         self._refresh()
         return True
 
@@ -393,10 +397,7 @@ class BackendPool:
     def has_had_first_round(self) -> bool:
         """True from the moment when every backend that is checked had a health status; later ones change nothing."""
         with self._lock:
-            self._had_first_round = self._had_first_round or all(
-                b.health.status != "unknown" or b.admin_state == "maint" for b in self._backends.values()
-            )
-            return self._had_first_round
+            return self._had_first_round or self._is_all_known()
 
     def snapshot(self) -> list[dict[str, Any]]:
         """All backends at one moment, as plain values in configured order, for `/status`."""

@@ -146,6 +146,14 @@ def max_forwards(lines: Iterable[Line]) -> int | None:
     return None
 
 
+def count_down(lines: Iterable[Line]) -> list[Line]:
+    """Take this step off `Max-Forwards`."""
+    return [
+        (name, b"%d" % (int(value) - 1)) if name == b"max-forwards" and _DIGITS.match(value) else (name, value)
+        for name, value in lines
+    ]
+
+
 def request_id(lines: Iterable[Line]) -> bytes:
     """The client's X-Request-ID if it is one sane line, else a new one: unique in this process and across restarts."""
     given: list[bytes] = []
@@ -196,9 +204,7 @@ def request_lines(
             continue
         if name == b"via" and pseudonym in value:
             raise LoopDetected("the request has already passed through this load balancer")
-        if name == b"max-forwards" and _DIGITS.match(value):
-            line = (name, b"%d" % max(0, int(value) - 1))
-        elif name == b"host":
+        if name == b"host":
             host = value
             if not host:
                 continue

@@ -33,6 +33,7 @@ from balancer.messages import (
     Network,
     check_codings,
     check_request,
+    count_down,
     max_forwards,
     parse_content_length,
     request_id,
@@ -70,7 +71,7 @@ class ProxyOptions:
     max_request_body: int | None = None
     retries: int = 2
     retry_budget: float = 0.2
-    retry_budget_min: int = 10
+    retry_budget_min: int = 100
 
 
 class ReverseProxy:
@@ -162,6 +163,8 @@ class Forwarding:
             identifier=self._identifier,
             trusted=options.trusted,
         )
+        if method == "OPTIONS":
+            lines = count_down(lines)
         request = OutgoingRequest(method, target, lines)
         request.watcher = environ.get(CLIENT)
         self._add_body(request)

@@ -111,7 +111,7 @@ def test_a_backend_killed_under_load_costs_no_get_and_comes_back(demo: Demo, alg
         victim.kill()
         demo.balancer.wait_healthy(victim.id, False, timeout=1)
         load.wait_for(60)
-        assert {answer.served_by for answer in load.wait_for(20)} == {"backend_1", "backend_3"}
+        assert victim.id not in {answer.served_by for answer in load.wait_for(20)}
         victim.start()
         load.wait_for_server(victim.id, timeout=1)  # from the moment it answers its own health check
         load.wait_for(20)

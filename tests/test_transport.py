@@ -98,7 +98,7 @@ def test_the_request_goes_out_as_it_is(adapter: BackendAdapter, backend: WireBac
 @pytest.mark.parametrize(
     ("body", "length", "framing"),
     [
-        (None, None, b""),
+        (None, None, b"content-length: 0\r\n"),
         (b"", None, b"content-length: 0\r\n"),
         (b"abc", None, b"content-length: 3\r\n"),
         (iter([b"ab", b"", b"c"]), None, b"transfer-encoding: chunked\r\n"),
