@@ -22,9 +22,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from flask import Flask
 
 from balancer import __version__, api, settings, strategies
-from balancer.backends import BackendPool, Origin
+from balancer.backends import BackendPool
 from balancer.errors import SettingsError
+from balancer.guard import WriteGuard
 from balancer.health import HealthChecker, Probe
+from balancer.origin import Origin
 from balancer.proxy import ProxyOptions, ReverseProxy
 from balancer.settings import Settings
 from balancer.statistics import Events, Statistics
@@ -94,7 +96,7 @@ def create_app(config: Settings | None = None) -> Flask:
     app = Flask(__name__, static_folder=None)
     control = api.Control(config.id, pool, statistics, events, DASHBOARD, config.control_prefix)
     token = config.admin_token.get_secret_value() if config.admin_token else None
-    guard = api.WriteGuard(token, frozenset(config.cors_origins), config.allow_file_origin, _is_loopback(config.host))
+    guard = WriteGuard(token, frozenset(config.cors_origins), config.allow_file_origin, _is_loopback(config.host))
     api.install(app, control, guard)
     control_app = app.wsgi_app
     is_control = (lambda path: False) if config.control_port else api.is_control_path(config.control_prefix)

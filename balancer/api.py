@@ -1,14 +1,13 @@
 """The control API: a Flask blueprint over the pool, the statistics and the events.
 
-Reads are open and hold no secrets. Writes are guarded by `WriteGuard`, because CORS alone protects only the answer, not
-the effect: any page can send a simple POST. Bodies are checked by the models in this module, which `openapi` describes.
+Reads are open and hold no secrets; `guard` decides about writes. Bodies are checked by the models in this module, which
+`openapi` describes.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import hmac
 import json
 import re
 import time
@@ -17,7 +16,6 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
-from urllib.parse import urlsplit
 
 from flask import Blueprint, Flask, Response, current_app, jsonify, request
 from flask_cors import CORS
@@ -25,15 +23,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from balancer import __version__, openapi, strategies
-from balancer.backends import ID_PATTERN, AdminState, BackendPool, Origin
+from balancer.backends import ID_PATTERN, AdminState, BackendPool
 from balancer.errors import SettingsError
+from balancer.guard import ApiError, WriteGuard
+from balancer.origin import Origin
 from balancer.settings import MaxConnections, Weight
 from balancer.statistics import NO_REQUESTS, Events, Statistics
 
 SCHEMA_VERSION = 1
 MAX_BODY = 65536  # bytes of a control request
 MAX_RECENT = 100
-LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 # Paths of the earlier program, whose clients expect application/json on errors too.
 LEGACY_PATHS = frozenset({"/status", "/health", "/algorithm", "/reset"})
 
@@ -67,16 +66,6 @@ class BackendChange(Body):
     admin_state: AdminState | None = None
 
 
-class ApiError(Exception):
-    """Answered as JSON with `error`; `more` are further fields."""
-
-    def __init__(self, status: int, message: str, headers: dict[str, str] | None = None, **more: Any) -> None:
-        super().__init__(message)
-        self.status = status
-        self.headers = headers or {}
-        self.more = more
-
-
 @dataclass(slots=True)
 class Control:
     """What the control API acts on. `lifecycle` is written by the server, everything else locks itself."""
@@ -93,47 +82,6 @@ class Control:
     def is_serving(self) -> bool:
         """Ready for traffic: the first round of health checks is done, and no shutdown is under way."""
         return self.lifecycle != "draining" and self.pool.has_had_first_round()
-
-
-@dataclass(frozen=True, slots=True)
-class WriteGuard:
-    """Decides whether a write may be done. Reads never come here."""
-
-    token: str | None
-    origins: frozenset[str]
-    allow_file_origin: bool
-    is_loopback: bool
-
-    def check(self) -> None:
-        """Raises ApiError 401, 403 or 415."""
-        self._check_content_type()
-        self._check_origin()
-        if self.token is not None:
-            scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-            is_bearer = scheme.lower() == "bearer"  # case-insensitive by RFC 9110 section 11.1
-            if not hmac.compare_digest(given.encode("latin-1", "replace"), self.token.encode()) or not is_bearer:
-                challenge = {"WWW-Authenticate": 'Bearer realm="load balancer"'}
-                raise ApiError(401, "this needs the admin token: Authorization: Bearer TOKEN", challenge)
-        elif not self.is_loopback:
-            raise ApiError(403, "writes from the network need an admin token: start with LB_ADMIN_TOKEN set")
-        elif _hostname(f"//{request.host}") not in LOOPBACK_NAMES:  # a name made to resolve to us: DNS rebinding
-            raise ApiError(403, f"writes need a Host of localhost, 127.0.0.1 or [::1], not {request.host!r}")
-
-    def _check_content_type(self) -> None:
-        """A page of another site can send a form or plain text without asking, but not JSON."""
-        is_browser = "Origin" in request.headers or "Sec-Fetch-Site" in request.headers
-        if (is_browser or request.content_length) and request.method != "DELETE" and not request.is_json:
-            raise ApiError(415, "expected Content-Type: application/json")
-
-    def _check_origin(self) -> None:
-        origin = request.headers.get("Origin")
-        if origin is None or origin in self.origins or origin == request.host_url.rstrip("/"):
-            return
-        if origin == "null":  # a file, but also any sandboxed frame: no identity
-            if self.allow_file_origin or self.token is not None:
-                return
-            raise ApiError(403, "a page from disk may not write; start with allow_file_origin or open /dashboard")
-        raise ApiError(403, f"origin {origin!r} may not write; add it to cors_origins")
 
 
 def is_control_path(prefix: str) -> Callable[[str], bool]:
@@ -456,10 +404,3 @@ def _problem(status_code: int, message: str, headers: dict[str, str], **more: An
     if not _legacy():
         response.mimetype = "application/problem+json"
     return response
-
-
-def _hostname(url: str) -> str | None:
-    try:
-        return urlsplit(url).hostname
-    except ValueError:
-        return None

@@ -10,15 +10,14 @@ check, `up`, or `down` with a reason. Taking requests needs ready, up, a weight 
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any, Literal
 
 from balancer.errors import SettingsError, Unavailable
+from balancer.origin import Origin
 
 if TYPE_CHECKING:
     from balancer.strategies import Strategy
@@ -29,8 +28,6 @@ HealthStatus = Literal["unknown", "up", "down"]
 Listener = Callable[[str, str, str, str], None]
 
 ID_PATTERN = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}"  # also one step of a URL path, so not "." or ".."
-# Labels of 1 to 63 characters, as Python's resolver demands, or an IPv6 address, maybe with a zone.
-HOST_PATTERN = r"[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*\.?|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*(?:%[A-Za-z0-9._-]+)?"
 MAX_WEIGHT = 256  # as in HAProxy: enough for any ratio, and sums stay small
 
 # One new sample counts 20 %: ten requests tell a change of speed.
@@ -40,39 +37,6 @@ FAILURE_SECONDS = 1.0
 # Without samples the remembered time halves every 5 s, so a slow backend is tried again: one that was 10 times slower
 # gets its next chance after about 17 s without traffic.
 EWMA_HALF_LIFE_SECONDS = 5.0
-
-
-class Origin(NamedTuple):
-    """Where a backend listens: what a connection needs, parsed once. Also the key of its pooled connections."""
-
-    scheme: str
-    host: str
-    port: int
-
-    @classmethod
-    def parse(cls, url: str) -> Origin:
-        """From `http://host:port` or `https://host`. Raises SettingsError naming the part that is wrong."""
-        if "@" in url:  # before anything else: no other message may repeat a password
-            raise SettingsError(
-                f"backend URL of host {url.rpartition('@')[2]!r}: user info is not supported, remove it"
-            )
-        try:
-            parts = urlsplit(url.strip())
-            port = parts.port
-        except ValueError as error:
-            raise SettingsError(f"backend URL {url!r}: {error}") from None
-        if parts.scheme not in ("http", "https"):
-            raise SettingsError(f"backend URL {url!r}: expected http://HOST:PORT or https://HOST:PORT")
-        if parts.path not in ("", "/") or parts.query or parts.fragment or "?" in url or "#" in url:
-            raise SettingsError(f"backend URL {url!r}: must not have a path; requests keep their own")
-        if not parts.hostname or not re.fullmatch(HOST_PATTERN, parts.hostname) or port == 0:
-            raise SettingsError(f"backend URL {url!r}: expected http://HOST:PORT or https://HOST:PORT")
-        return cls(parts.scheme, parts.hostname, port or (443 if parts.scheme == "https" else 80))
-
-    @property
-    def url(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{self.scheme}://{host}:{self.port}"
 
 
 @dataclass(slots=True)

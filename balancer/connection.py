@@ -9,8 +9,8 @@ import struct
 import sys
 from typing import Protocol
 
-from balancer.backends import Origin
 from balancer.errors import ConnectionLost, ResponseTimedOut
+from balancer.origin import Origin
 
 _PEEK = int(getattr(socket, "MSG_PEEK", 0)) | int(getattr(socket, "MSG_DONTWAIT", 0))
 CHUNK = 65536  # bytes per receive: with a few of them in flight per connection, memory stays flat

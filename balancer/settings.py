@@ -28,8 +28,9 @@ from pydantic import (
     model_validator,
 )
 
-from balancer.backends import ID_PATTERN, MAX_WEIGHT, Origin
+from balancer.backends import ID_PATTERN, MAX_WEIGHT
 from balancer.errors import SettingsError
+from balancer.origin import Origin
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]

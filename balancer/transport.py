@@ -22,10 +22,10 @@ from typing import Any
 from requests import PreparedRequest, Response
 from requests.adapters import BaseAdapter
 
-from balancer.backends import Origin
 from balancer.connection import Connection, Watcher
 from balancer.errors import ConnectFailed, ConnectionLost, ConnectTimedOut, ResponseTimedOut
 from balancer.messages import IDEMPOTENT, HeaderLines, Line
+from balancer.origin import Origin
 from balancer.response import BackendResponse, ResponseBody, ResponseHead, receive_head
 
 MAX_IDLE_PER_BACKEND = 1024  # idle sockets kept; above that they are closed after use

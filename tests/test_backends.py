@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from balancer.backends import Backend, BackendPool, LastCheck, Lease, Origin
+from balancer.backends import Backend, BackendPool, LastCheck, Lease
 from balancer.errors import SettingsError, Unavailable
+from balancer.origin import Origin
 from balancer.strategies import create
 
 ORIGIN = Origin("http", "127.0.0.1", 5001)

@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from werkzeug.test import Client
 
-from balancer.backends import LastCheck, Origin
+from balancer.backends import LastCheck
 from balancer.errors import ResponseTimedOut
+from balancer.origin import Origin
 from balancer.settings import BackendSettings, Settings
 from balancer.statistics import (
     BOUNDS,

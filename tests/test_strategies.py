@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from balancer import strategies
-from balancer.backends import Backend, BackendPool, LastCheck, Origin
+from balancer.backends import Backend, BackendPool, LastCheck
 from balancer.errors import SettingsError
+from balancer.origin import Origin
 from balancer.strategies import REGISTRY, Strategy, create
 
 ORIGIN = Origin("http", "127.0.0.1", 80)

@@ -18,7 +18,6 @@ import requests
 from support import free_port, ok, wait_until
 from wire import WireBackend, hang_up, wait_closed
 
-from balancer.backends import Origin
 from balancer.errors import (
     BodyTruncated,
     ConnectFailed,
@@ -28,6 +27,7 @@ from balancer.errors import (
     ResponseTimedOut,
 )
 from balancer.messages import Line
+from balancer.origin import Origin
 from balancer.transport import BackendAdapter, OutgoingRequest, Timeouts
 
 HOST: Line = (b"host", b"test")

@@ -1,0 +1,45 @@
+"""Where a backend listens."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from balancer.errors import SettingsError
+
+# Labels of 1 to 63 characters, as Python's resolver demands, or an IPv6 address, maybe with a zone.
+HOST_PATTERN = r"[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*\.?|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*(?:%[A-Za-z0-9._-]+)?"
+
+
+class Origin(NamedTuple):
+    """Where a backend listens: what a connection needs, parsed once. Also the key of its pooled connections."""
+
+    scheme: str
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, url: str) -> Origin:
+        """From `http://host:port` or `https://host`. Raises SettingsError naming the part that is wrong."""
+        if "@" in url:  # before anything else: no other message may repeat a password
+            raise SettingsError(
+                f"backend URL of host {url.rpartition('@')[2]!r}: user info is not supported, remove it"
+            )
+        try:
+            parts = urlsplit(url.strip())
+            port = parts.port
+        except ValueError as error:
+            raise SettingsError(f"backend URL {url!r}: {error}") from None
+        if parts.scheme not in ("http", "https"):
+            raise SettingsError(f"backend URL {url!r}: expected http://HOST:PORT or https://HOST:PORT")
+        if parts.path not in ("", "/") or parts.query or parts.fragment or "?" in url or "#" in url:
+            raise SettingsError(f"backend URL {url!r}: must not have a path; requests keep their own")
+        if not parts.hostname or not re.fullmatch(HOST_PATTERN, parts.hostname) or port == 0:
+            raise SettingsError(f"backend URL {url!r}: expected http://HOST:PORT or https://HOST:PORT")
+        return cls(parts.scheme, parts.hostname, port or (443 if parts.scheme == "https" else 80))
+
+    @property
+    def url(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{host}:{self.port}"
