@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from flask import Flask
 
-from balancer import __version__, api, settings, strategies
+from balancer import __version__, api, server, settings, strategies
 from balancer.backends import BackendPool
+from balancer.bridge import Bridge
 from balancer.errors import SettingsError
 from balancer.guard import WriteGuard
 from balancer.health import HealthChecker, Probe
@@ -31,6 +32,7 @@ from balancer.proxy import ProxyOptions, ReverseProxy
 from balancer.settings import Settings
 from balancer.statistics import Events, Statistics
 from balancer.transport import BackendAdapter, Timeouts
+from balancer.workers import WorkerPool
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
@@ -45,7 +47,8 @@ EXAMPLES = """examples:
   python load_balancer.py --backend a=http://10.0.0.1:80@3 --backend b=http://10.0.0.2:80@1 --algorithm weighted
   python load_balancer.py --config balancer.toml --check-config
 
-Every flag is also a key of the TOML file and an environment variable: --health-path, health_path, LB_HEALTH_PATH.
+Every setting is a flag, a key of the TOML file and an environment variable: --health-path, health_path, LB_HEALTH_PATH;
+backends are --backend, [[backends]] and LB_BACKENDS.
 A flag wins over the environment, that over the file, that over the default (in parentheses)."""
 
 
@@ -122,7 +125,7 @@ def _follow(pool: BackendPool, statistics: Statistics, events: Events, health: H
         events.add(kind, backend_id, text, severity)
         log.log(logging.getLevelName(severity.upper()), "%s %s: %s", kind, backend_id, text)
         if kind == "backend_added":
-            statistics.forget(backend_id)  # the last request of a removed one is recorded after its removal
+            statistics.forget(backend_id)  # a failed last request of a removed one is recorded after its removal
             health.wake()
         elif kind == "backend_removed":
             statistics.forget(backend_id)
@@ -140,6 +143,7 @@ def _proxy_options(config: Settings) -> ProxyOptions:
         expose_backend=config.expose_backend,
         max_request_body=config.max_request_body,
         retries=config.retries,
+        request_timeout=config.request_timeout,
     )
 
 
@@ -206,6 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         app = create_app(config)
         if check:
+            server.cpus(config.cpu_affinity)
             print("configuration ok")
             return 0
         return run(app)
@@ -216,17 +221,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(app: Flask) -> int:
     """Serve `app` until a signal. Raises SettingsError if it cannot listen."""
-    from balancer import server  # Granian is not needed under another WSGI server, nor to check a configuration
-    from balancer.bridge import Bridge
-    from balancer.workers import WorkerPool
-
     balancer: Balancer = app.extensions["balancer"]
     config = balancer.settings
     logging.basicConfig(
         level=config.log_level.upper(), stream=sys.stdout, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     listener = server.listen(config.host, config.port)
-    server.pin(config.cpu_affinity)
+    server.raise_descriptor_limit()
+    server.pin(server.cpus(config.cpu_affinity))
     workers = WorkerPool(config.max_threads, config.max_queued, config.thread_idle_timeout)
     balancer.control.queued = lambda: workers.queued
     main_bridge = Bridge(

@@ -12,7 +12,7 @@ import contextlib
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 Address = tuple[str, str]  # host and port, as Granian gives them
 
@@ -22,14 +22,13 @@ PREFACE_BYTES = 24
 _LAST_DATA, _RECEIVED, _INFO_SIZE = 52, 128, 136
 
 
-def cut(client: Address, server: Address) -> None:
-    """Shut down the connection between these two addresses."""
-    wanted = (client[0], int(client[1])), (server[0], int(server[1]))
+def cut(pairs: Iterable[tuple[Address, Address]]) -> None:
+    """Shut down the connections between these (client, server) addresses, in one pass."""
+    wanted = {((client[0], int(client[1])), (server[0], int(server[1]))) for client, server in pairs}
     for connection in _sockets():
         with contextlib.suppress(OSError):  # not connected, or no more
-            if (connection.getpeername()[:2], connection.getsockname()[:2]) == wanted:
+            if (connection.getpeername()[:2], connection.getsockname()[:2]) in wanted:
                 connection.shutdown(socket.SHUT_RDWR)
-                return
 
 
 def close_silent(port: int, seconds: float) -> None:

@@ -12,7 +12,7 @@ import json
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
@@ -28,7 +28,7 @@ from balancer.errors import SettingsError
 from balancer.guard import ApiError, WriteGuard
 from balancer.origin import Origin
 from balancer.settings import MaxConnections, Weight
-from balancer.statistics import NO_REQUESTS, Events, Statistics
+from balancer.statistics import NO_REQUESTS, REFUSED, Events, Statistics
 
 SCHEMA_VERSION = 1
 MAX_BODY = 65536  # bytes of a control request
@@ -68,7 +68,7 @@ class BackendChange(Body):
 
 @dataclass(slots=True)
 class Control:
-    """What the control API acts on. `lifecycle` is written by the server, everything else locks itself."""
+    """What the control API acts on. `lifecycle` is set when serving starts and ends, everything else locks itself."""
 
     balancer_id: str
     pool: BackendPool
@@ -78,6 +78,7 @@ class Control:
     prefix: str = ""
     queued: Callable[[], int] = lambda: 0
     lifecycle: Lifecycle = "starting"
+    started: float = field(default_factory=time.monotonic)
 
     def is_serving(self) -> bool:
         """Ready for traffic: the first round of health checks is done, and no shutdown is under way."""
@@ -125,7 +126,7 @@ def _guard_writes() -> None:
     try:
         cast(WriteGuard, current_app.extensions["write_guard"]).check()
     except ApiError as error:
-        _control().events.add("write_refused", None, f"{request.method} {request.path[:200]}: {error}", "warning")
+        _control().events.add(REFUSED, None, f"{request.method} {request.path[:200]}: {error}", "warning")
         raise
 
 
@@ -197,7 +198,7 @@ def status() -> Response:
             "algorithm": control.pool.algorithm,
             "lifecycle": control.lifecycle,
             "now": now,
-            "uptime": time.monotonic() - _started,
+            "uptime": time.monotonic() - control.started,
             "events_seq": control.events.latest,
             "statistics": whole,
             "backend_servers": backends,
@@ -205,9 +206,6 @@ def status() -> Response:
             "capabilities": _capabilities(),
         }
     )
-
-
-_started = time.monotonic()
 
 
 def _capabilities() -> dict[str, Any]:
@@ -373,7 +371,7 @@ def _unknown(backend_id: str) -> ApiError:
 
 
 def _legacy() -> bool:
-    return request.path.rpartition("/")[2] in {path[1:] for path in LEGACY_PATHS}
+    return request.path.removeprefix(_control().prefix) in LEGACY_PATHS
 
 
 @blueprint.errorhandler(ApiError)

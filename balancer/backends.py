@@ -28,11 +28,13 @@ HealthStatus = Literal["unknown", "up", "down"]
 Listener = Callable[[str, str, str, str], None]
 
 ID_PATTERN = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}"  # also one step of a URL path, so not "." or ".."
+MAX_CONNECTIONS = 1_000_000
 MAX_WEIGHT = 256  # as in HAProxy: enough for any ratio, and sums stay small
 
 # One new sample counts 20 %: ten requests tell a change of speed.
 EWMA_SHARE = 0.2
-# A failed attempt counts as slow: a backend that refuses quickly must not look like the fastest and draw all traffic.
+# A failed attempt counts as this slow, or as twice what is remembered: a backend that refuses quickly must not look
+# like the fastest and draw all traffic.
 FAILURE_SECONDS = 1.0
 # Without samples the remembered time halves every 5 s, so a slow backend is tried again: one that was 10 times slower
 # gets its next chance after about 17 s without traffic.
@@ -124,7 +126,9 @@ class Lease:
         """Idempotent. `first_byte_seconds` for an attempt that got a response, `failed` if the backend was at fault."""
         pool, self._pool = self._pool, None
         if pool is not None:
-            pool._release(self.backend, FAILURE_SECONDS if failed else first_byte_seconds)
+            if failed:
+                first_byte_seconds = max(FAILURE_SECONDS, 2 * self.backend.ewma)
+            pool._release(self.backend, first_byte_seconds)
 
 
 class BackendPool:
@@ -296,7 +300,7 @@ class BackendPool:
             if backend.admin_state == "ready":
                 backend.is_leaving = False  # ready again calls the removal off
             if "weight" in real:
-                self._strategy.weights_changed()
+                self._strategy.backends_changed()
             self._refresh()
         for name, value in real.items():
             self._tell("backend_changed", backend_id, f"{name} set to {value}", "info")
@@ -326,6 +330,7 @@ class BackendPool:
         if self._backends.get(backend.id) is not backend:
             return False
         del self._backends[backend.id]
+        self._strategy.backends_changed()
         self._refresh()
         return True
 

@@ -113,7 +113,11 @@ class Call:
         hyper would end a chunked body properly, and Granian has no way to tell it not to, so the socket is shut down.
         An HTTP/2 client loses its other streams too.
         """
-        accepted.cut(self.scope["client"], self.scope["server"])
+        accepted.cut([self.addresses])
+
+    @property
+    def addresses(self) -> tuple[accepted.Address, accepted.Address]:
+        return self.scope["client"], self.scope["server"]
 
     # The worker thread.
 
@@ -122,7 +126,8 @@ class Call:
         try:
             self._run(self.bridge.app)
         except ClientGone:
-            self.cut()
+            if self._is_started:  # else nothing was sent that could be taken for an answer
+                self.cut()
         except Exception:
             # The app's own errors are answered by the app. After the head, cutting is all that is left.
             log.debug("request cut", exc_info=True)
@@ -154,9 +159,11 @@ class Call:
             close = getattr(answer, "close", None)
             if close is not None:
                 close()
-        if not self.is_body_done and self.bridge.lingering.acquire(blocking=False):
+        if not (self.is_body_done or self.is_gone) and self.bridge.lingering.acquire(blocking=False):
             try:
                 self._linger()
+            except BalancerError:
+                pass  # it left, or says no more: the answer is out either way
             finally:
                 self.bridge.lingering.release()
 
@@ -278,8 +285,8 @@ class Call:
             with contextlib.suppress(ValueError):  # the app refuses what is not a number
                 self._body_left = parse_content_length(environ["CONTENT_LENGTH"].encode("latin-1"))
             self.is_body_done = self._body_left == 0
-        elif "HTTP_TRANSFER_ENCODING" in environ or (scope["http_version"] == "2" and not body.is_empty()):
-            environ["wsgi.input_terminated"] = True
+        elif "HTTP_TRANSFER_ENCODING" in environ or scope["http_version"] == "2":
+            environ["wsgi.input_terminated"] = True  # HTTP/2 tells only at its end whether there is a body
         else:
             self.is_body_done = True
         return environ
@@ -291,12 +298,6 @@ class RequestBody:
     def __init__(self, call: Call) -> None:
         self._call = call
         self._pending = b""
-
-    def is_empty(self) -> bool:
-        """True if the body has ended before its first byte; waits for whichever comes first."""
-        if not self._pending:
-            self._pending = self._call.receive()
-        return not self._pending
 
     def read(self, size: int = -1) -> bytes:
         """At most `size` bytes, fewer if fewer are here; all of the body if `size` is negative."""
@@ -371,6 +372,7 @@ class Bridge:
         self._overflow = overflow or _overloaded
         self.lingering = BoundedSemaphore(MAX_LINGERING)
         self._calls: dict[Call, None] = {}
+        self._watches: set[asyncio.Task[None]] = set()
 
     def accept(self, watcher: Any) -> None:
         """One request: Granian calls this in its own thread and it must not block."""
@@ -398,7 +400,9 @@ class Bridge:
                     break
                 if not call.is_watched and (call.is_body_done or call.is_bodiless()):
                     call.is_watched = True
-                    self.loop.create_task(self._watch_one(call))
+                    watch = self.loop.create_task(self._watch_one(call))
+                    self._watches.add(watch)  # the loop itself holds tasks weakly
+                    watch.add_done_callback(self._watches.discard)
 
     async def _watch_one(self, call: Call) -> None:
         while (await call.protocol.receive())["type"] == "http.request":
@@ -413,9 +417,10 @@ class Bridge:
 
     def abort(self) -> None:
         """Cut every client off: the drain time is over."""
-        for call in list(self._calls):
+        calls = list(self._calls)
+        for call in calls:
             call.disconnect()
-            call.cut()
+        accepted.cut(call.addresses for call in calls)
 
 
 def _overloaded(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:

@@ -61,6 +61,21 @@ class Connection:
         except OSError as error:
             raise ConnectionLost(f"{self.origin.url}: {error.strerror or error}") from error
 
+    def receive_now(self) -> bytes | None:
+        """What is here already, None if nothing is. Raises ConnectionLost."""
+        if not self._is_tls:
+            return self.receive() if self.has_input() else None
+        # A readable TLS socket may hold a session ticket only, and no byte for us.
+        self.sock.settimeout(0)
+        try:
+            return self.sock.recv(CHUNK)
+        except (ssl.SSLWantReadError, BlockingIOError):
+            return None
+        except OSError as error:
+            raise ConnectionLost(f"{self.origin.url}: {error.strerror or error}") from error
+        finally:
+            self.sock.settimeout(self._timeout)
+
     def has_input(self) -> bool:
         """True if a receive would not block: while idle, that means EOF, an alert, or bytes nobody asked for."""
         if self._is_tls or sys.platform == "win32":  # neither can peek without blocking
@@ -83,7 +98,8 @@ class Connection:
     def abort(self) -> None:
         """Wake whoever blocks on this socket, from any thread. The owner still has to close it."""
         try:
-            self.sock.shutdown(socket.SHUT_RDWR)
+            # Not SSLSocket's own: it would turn the socket into a plain one under the thread that uses it.
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
         except OSError:
             pass  # already down
 

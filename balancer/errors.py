@@ -2,7 +2,7 @@
 
 Every class carries the HTTP `status` the client sees and a `reason`: a token of RFC 9209 section 2.3 where one fits,
 so that logs, `/status` and clients use the same words. Foreign errors (OSError, parser errors) are mapped to these at
-the socket boundary in `transport`; nothing above it needs to know them.
+the socket boundary (`connection`, `response`, `transport`); nothing above it needs to know them.
 
     BalancerError
       SettingsError         bad usage or configuration (exit code 2)
@@ -29,7 +29,7 @@ class BalancerError(Exception):
     """Base of all errors of this package; `str(error)` is one line for a person."""
 
     status: ClassVar[int] = 500
-    reason: ClassVar[str] = "proxy_internal_error"
+    reason: str = "proxy_internal_error"
 
 
 class SettingsError(BalancerError):
@@ -98,11 +98,11 @@ class BackendError(BalancerError, requests_errors.RequestException):
 class ConnectFailed(BackendError, requests_errors.ConnectionError):
     """No connection, so nothing was sent; `refused` tells a closed port from every other cause."""
 
-    reason = "connection_refused"
-
     def __init__(self, message: str, *, refused: bool = False) -> None:
         super().__init__(message)
         self.refused = refused
+        if refused:
+            self.reason = "connection_refused"
 
 
 class ConnectTimedOut(ConnectFailed, requests_errors.ConnectTimeout):

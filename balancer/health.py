@@ -50,7 +50,7 @@ class Probe:
 
     def _status(self, backend: Backend) -> int:
         lines: list[Line] = [
-            (b"host", backend.origin.url.partition("://")[2].encode("idna")),
+            (b"host", backend.origin.authority.encode("ascii")),
             (b"user-agent", b"load-balancer-health"),
             (b"connection", b"close"),
         ]

@@ -54,7 +54,6 @@ _DIGITS = re.compile(rb"[0-9]{1,18}\Z")
 _HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9\-._~!$&'()*+,;=%]+)(?::[0-9]{0,5})?\Z")
 _TARGET = re.compile(rb"(?:/[\x21-\x7e]*|\*)\Z")  # origin-form or asterisk-form (RFC 9112 section 3.2), visible ASCII
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:+/=@-]{1,128}\Z")
-_TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+\Z")  # RFC 9110 section 5.6.2
 
 _process_id = token_hex(6).encode()
 _serial = count(1)
@@ -252,11 +251,6 @@ def is_in_networks(address: str, networks: Sequence[Network]) -> bool:
         return False
     mapped = getattr(parsed, "ipv4_mapped", None)
     return any((mapped or parsed) in network for network in networks)
-
-
-def is_token(text: bytes) -> bool:
-    """True for a token of RFC 9110 section 5.6.2."""
-    return _TOKEN.match(text) is not None
 
 
 def _forwarded(address: bytes, host: bytes, scheme: str) -> bytes:

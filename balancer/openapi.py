@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from balancer import __version__
-from balancer.backends import ID_PATTERN
+from balancer.backends import ID_PATTERN, MAX_CONNECTIONS, MAX_WEIGHT
 
 Schema = dict[str, Any]
 
@@ -97,6 +97,7 @@ _EVENT = _object(
     backend=_or_null(_TEXT),
     message=_TEXT,
     severity=_enum("info", "warning", "error"),
+    count=_COUNT,
 )
 _STATUS = _object(
     schema_version=_COUNT,
@@ -120,8 +121,8 @@ _STATUS = _object(
     recent_requests=_array(_RECENT),
     capabilities=_object(writes=_BOOLEAN, token_required=_BOOLEAN, algorithms=_array(_ALGORITHM)),
 )
-_WEIGHT: Schema = {"type": "integer", "minimum": 0, "maximum": 256}
-_MAX_CONNECTIONS = _or_null({"type": "integer", "minimum": 1, "maximum": 1_000_000})
+_WEIGHT: Schema = {"type": "integer", "minimum": 0, "maximum": MAX_WEIGHT}
+_MAX_CONNECTIONS = _or_null({"type": "integer", "minimum": 1, "maximum": MAX_CONNECTIONS})
 _ID: Schema = {"type": "string", "pattern": f"^{ID_PATTERN}$"}
 
 SCHEMAS: dict[str, Schema] = {

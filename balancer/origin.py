@@ -40,6 +40,11 @@ class Origin(NamedTuple):
         return cls(parts.scheme, parts.hostname, port or (443 if parts.scheme == "https" else 80))
 
     @property
-    def url(self) -> str:
+    def authority(self) -> str:
+        """host:port, as in a URL and in `Host`."""
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{self.scheme}://{host}:{self.port}"
+        return f"{host}:{self.port}"
+
+    @property
+    def url(self) -> str:
+        return f"{self.scheme}://{self.authority}"

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote_from_bytes
 
@@ -56,6 +57,10 @@ CLIENT = "balancer.client"  # a connection.Watcher with `is_gone`: cuts the back
 
 REPLAY_LIMIT = 65536  # bytes: a request body up to this size is read first, so that it can be sent again
 READ_SIZE = 65536
+# The retry budget, of the requests of the last 10 s, and what is allowed anyway: 10 a second are no storm (Finagle's
+# numbers). A share of the requests in flight, as Envoy has it, is too little at the moment a backend dies.
+RETRY_SHARE = 0.2
+RETRY_MINIMUM = 100
 RETRY_AFTER_SECONDS = b"1"
 ALLOWED_METHODS = b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"  # in 405; others pass, CONNECT and TRACE do not
 
@@ -70,8 +75,7 @@ class ProxyOptions:
     expose_backend: bool = False
     max_request_body: int | None = None
     retries: int = 2
-    retry_budget: float = 0.2
-    retry_budget_min: int = 100
+    request_timeout: float | None = None
 
 
 class ReverseProxy:
@@ -109,7 +113,17 @@ class ReverseProxy:
 class Forwarding:
     """One request on its way: what its attempts and its answer share. Used by one thread, once."""
 
-    __slots__ = ("_proxy", "_environ", "_start_response", "_lines", "_started", "_identifier", "_record", "_lease")
+    __slots__ = (
+        "_proxy",
+        "_environ",
+        "_start_response",
+        "_lines",
+        "_started",
+        "_identifier",
+        "_record",
+        "_lease",
+        "_is_finished",
+    )
 
     def __init__(self, proxy: ReverseProxy, environ: WSGIEnvironment, start_response: StartResponse) -> None:
         self._proxy = proxy
@@ -119,6 +133,7 @@ class Forwarding:
         self._started = time.perf_counter()
         self._identifier = request_id(self._lines)
         self._lease: Lease | None = None
+        self._is_finished = False
         self._record = Exchange(
             timestamp=time.time(),
             method=environ["REQUEST_METHOD"],
@@ -167,6 +182,8 @@ class Forwarding:
             lines = count_down(lines)
         request = OutgoingRequest(method, target, lines)
         request.watcher = environ.get(CLIENT)
+        if options.request_timeout is not None:
+            request.deadline = time.monotonic() + options.request_timeout
         self._add_body(request)
         return request
 
@@ -181,7 +198,9 @@ class Forwarding:
             request.body = b"".join(chunks) if length <= REPLAY_LIMIT else chunks
             request.content_length = length
         elif environ.get("wsgi.input_terminated") and may_have_body(environ, self._lines):
-            request.body = read_body(environ["wsgi.input"], None, limit)
+            chunks = read_body(environ["wsgi.input"], None, limit)
+            first = next(chunks, b"")  # none: there is no body after all
+            request.body = chain([first], chunks) if first else None
 
     # Attempts.
 
@@ -194,19 +213,19 @@ class Forwarding:
                 return self._attempt(request)
             except BackendError as error:
                 failure = error
-                if not may_retry(request, error) or len(self._record.attempts) > self._proxy.options.retries:
+                if len(self._record.attempts) > self._proxy.options.retries or not may_retry(request, error):
                     raise
 
     def _lease_backend(self, request: OutgoingRequest, failure: BackendError | None) -> None:
         """A place for the next attempt. Raises `failure`, if there was one, when there is none, or no budget for it."""
-        statistics, options = self._proxy.statistics, self._proxy.options
+        statistics = self._proxy.statistics
         try:
             lease = self._proxy.pool.lease(request, [attempt.backend for attempt in self._record.attempts])
         except Unavailable:
             if failure is not None:
                 raise failure from None  # what went wrong says more than that nobody else is left
             raise
-        if failure is not None and not statistics.may_retry(options.retry_budget, options.retry_budget_min):
+        if failure is not None and not statistics.may_retry(RETRY_SHARE, RETRY_MINIMUM):
             lease.release()
             raise failure
         self._lease = lease
@@ -222,7 +241,7 @@ class Forwarding:
         except BackendError as error:
             if self._client_is_gone():
                 raise ClientGone("the client left while the backend was working") from None
-            self._lease.release(failed=True)
+            self._lease.release(failed=not getattr(error, "stale", False))
             attempt.outcome = error.reason
             if isinstance(error, ConnectFailed) and error.refused:
                 self._proxy.pool.record_refused(backend, str(error))
@@ -243,14 +262,17 @@ class Forwarding:
     def _answer(self, response: BackendResponse) -> Iterable[bytes]:
         status, body = response.status_code, response.body
         lines = response_lines(response.lines, status)
-        if not body.is_complete:
-            stream = ResponseStream(self, body, status)
+        if body.is_complete:
+            data = body.read_chunk()
+            self.finish(status)
             self._start(f"{status} {response.reason}", lines)
-            return stream
-        data = body.read_chunk()
-        self.finish(status)
-        self._start(f"{status} {response.reason}", lines)
-        return [data]
+            return [data]
+        try:
+            self._start(f"{status} {response.reason}", lines)
+        except BaseException:  # the server refuses a header line
+            body.close()
+            raise
+        return ResponseStream(self, body, status)
 
     def _answer_options(self) -> Iterable[bytes]:
         """The end of the way for an OPTIONS that may be forwarded no further (RFC 9110 section 7.6.2)."""
@@ -290,15 +312,18 @@ class Forwarding:
         return [body]
 
     def finish(self, status: int, *, reason: str | None = None, complete: bool = True) -> None:
-        """Give the backend's place back and record the exchange. `status` is what the client sees."""
+        """Record the exchange and give the backend's place back, once. `status` is what the client sees."""
+        if self._is_finished:
+            return
+        self._is_finished = True
         record, lease = self._record, self._lease
-        if lease is not None:
-            lease.release(record.attempts[-1].seconds if reason is None else None)
         record.status = status
         record.reason = reason
         record.complete = complete
         record.seconds = time.perf_counter() - self._started
         self._proxy.statistics.record(record)
+        if lease is not None:
+            lease.release(record.attempts[-1].seconds if reason is None else None)
 
 
 class ResponseStream:
@@ -347,7 +372,9 @@ class ResponseStream:
 
 
 def may_retry(request: OutgoingRequest, error: BackendError) -> bool:
-    """Nothing was sent and the body is untouched: any method. Otherwise only what may be repeated."""
+    """Nothing was sent and the body is untouched: any method. Otherwise only what may be repeated; never too late."""
+    if request.deadline is not None and time.monotonic() >= request.deadline:
+        return False
     return isinstance(error, ConnectFailed) or request.is_retriable
 
 

@@ -111,7 +111,7 @@ class ResponseHead:
 
 def receive_head(connection: Connection, head: ResponseHead, seconds: float) -> bool:
     """Receive until `head` is complete, `seconds` at most. True if nothing followed the response."""
-    clean, received, deadline = True, 0, 0.0
+    clean, received, deadline = True, 0, time.monotonic() + seconds
     connection.set_timeout(seconds)
     while not head.has_head:
         try:
@@ -126,7 +126,6 @@ def receive_head(connection: Connection, head: ResponseHead, seconds: float) -> 
         received += len(data)
         clean = head.feed(data)
         if not head.has_head:  # rare: the head came in pieces, so each receive gets only what is left of the time
-            deadline = deadline or time.monotonic() + seconds
             connection.set_timeout(max(0.001, deadline - time.monotonic()))
             if received > MAX_HEAD:
                 raise InvalidResponse(f"the backend's response head is larger than {MAX_HEAD} bytes")

@@ -7,6 +7,7 @@ has native ones of its own, `worker-N` run the app, `health` and `health-probe_N
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import gc
 import logging
@@ -117,21 +118,38 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def pin(affinity: str) -> None:
-    """Pin this process to CPUs: one interpreter uses one CPU anyway, and threads that stay on it hand over cheaply.
-
-    Call before any thread is started. Raises SettingsError for a CPU that is not there.
-    """
-    if affinity == "none" or not hasattr(os, "sched_setaffinity"):
-        return
+def cpus(affinity: str) -> list[int]:
+    """CPUs to run on for `cpu_affinity`, [] for no choice. Raises SettingsError for one that is not there."""
+    if affinity == "none" or not hasattr(os, "sched_getaffinity"):
+        return []
     available = sorted(os.sched_getaffinity(0))
     wanted = available[-1:] if affinity == "auto" else [int(part) for part in affinity.split(",")]
     if not set(wanted) <= set(available):
         raise SettingsError(f"cpu_affinity {affinity!r}: this process may use the CPUs {available}")
+    return wanted
+
+
+def pin(wanted: list[int]) -> None:
+    """Pin this process to CPUs: one interpreter uses one CPU anyway, and threads that stay on it hand over cheaply.
+
+    Call before any thread is started.
+    """
+    if not wanted:
+        return
     os.sched_setaffinity(0, wanted)
     # A thread that wakes up must not push the holder of the interpreter lock off the CPU only to wait for that lock:
     # measured, this halves the thread switches per request.
-    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    with contextlib.suppress(OSError):  # musl has no such call, and a container may forbid it
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
+def raise_descriptor_limit() -> None:
+    """Allow as many open files as the system lets us: a request in flight needs two, and 1024 is a common default."""
+    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has no such limit
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def serve(
@@ -152,8 +170,8 @@ def serve(
         try:
             code, ended = runner.run(_serve(listeners, options, on_drain))
         finally:
-            for bridge, _ in listeners:
-                bridge.pool.stop(STOP_SECONDS)
+            for pool in {bridge.pool for bridge, _ in listeners}:
+                pool.stop(STOP_SECONDS)
             on_stop()
         if not ended:  # a client that is silent in the middle of a request head: Granian would wait for it
             logging.shutdown()

@@ -2,7 +2,8 @@
 
 A setting's name is the same everywhere: `health_interval` is `--health-interval`, `LB_HEALTH_INTERVAL`, and
 `health_interval` in the TOML file. A flag wins over the environment, that over the file, that over the default.
-Unknown keys and wrong values are refused at the start, in one line that names the value and where it came from.
+Unknown keys of the file and wrong values are refused at the start, in one line that names the value and where it came
+from.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from pydantic import (
     model_validator,
 )
 
-from balancer.backends import ID_PATTERN, MAX_WEIGHT
+from balancer.backends import ID_PATTERN, MAX_CONNECTIONS, MAX_WEIGHT
 from balancer.errors import SettingsError
 from balancer.origin import Origin
 
@@ -36,10 +37,11 @@ Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
 SecondsOrZero = Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False)]
 Weight = Annotated[int, Field(ge=0, le=MAX_WEIGHT), BeforeValidator(lambda v: str(v) if isinstance(v, bool) else v)]
-MaxConnections = Annotated[int, Field(ge=1, le=1_000_000)]
+MaxConnections = Annotated[int, Field(ge=1, le=MAX_CONNECTIONS)]
 
 # Names that are not LB_ + NAME: those of the earlier program. They count less than the regular ones.
 LEGACY_ENVIRONMENT = {"ALGORITHM": "algorithm"}
+UNITS = {"max_header_bytes": " bytes"}
 SECRET_FILES = {"LB_ADMIN_TOKEN_FILE": "admin_token"}
 
 
@@ -98,22 +100,25 @@ class Settings(BaseModel):
     algorithm: str = Field("weighted", description="how the backend is chosen; GET /algorithm lists all")
 
     # Data path.
-    connect_timeout: Seconds = Field(3.0, description="to connect to a backend")
-    response_timeout: Seconds = Field(30.0, description="until a backend's response head is here")
-    idle_timeout: Seconds = Field(60.0, description="between two pieces of a body, either way")
-    pool_idle_timeout: Seconds = Field(4.0, description="an idle backend connection is kept; below the backend's own")
-    retries: int = Field(2, ge=0, le=10, description="further backends tried after a failure that allows it")
-    max_request_body: int | None = Field(
-        None, ge=0, description="larger bodies are refused with 413; no limit if empty"
+    connect_timeout: Seconds = Field(3.0, description="time to connect to a backend")
+    response_timeout: Seconds = Field(30.0, description="time until a backend's response head is here")
+    idle_timeout: Seconds = Field(60.0, description="time between two pieces of a body, either way")
+    pool_idle_timeout: Seconds = Field(
+        4.0, description="time an idle backend connection is kept; stay below the backend's"
     )
-    ca_file: Path | None = Field(None, description="PEM file of CAs for https backends; the system's if empty")
+    request_timeout: Seconds | None = Field(
+        None, description="time for all attempts together until a response head is here"
+    )
+    retries: int = Field(2, ge=0, le=10, description="further backends tried after a failure that allows it")
+    max_request_body: int | None = Field(None, ge=0, description="bytes; larger request bodies are refused with 413")
+    ca_file: Path | None = Field(None, description="PEM file of CAs for https backends, instead of the system's")
     trusted_proxies: tuple[str, ...] = Field((), description="networks whose X-Forwarded-* and Forwarded are believed")
     expose_backend: bool = Field(False, description="add X-Served-By with the backend's id to answers")
 
     # Health checks.
     health_path: str = Field("/health", pattern=r"^/[\x21-\x7e]*$", description="path asked by the health checks")
-    health_interval: Seconds = Field(0.5, description="between two checks of a backend; a fifth while it changes")
-    health_timeout: Seconds = Field(0.4, description="for a check to connect, and to answer")
+    health_interval: Seconds = Field(0.5, description="time between two checks of a backend; a fifth while it changes")
+    health_timeout: Seconds = Field(0.4, description="time for a check to connect, and to answer")
     health_fall: int = Field(2, ge=1, le=100, description="failed checks in a row until a backend is down")
     health_rise: int = Field(1, ge=1, le=100, description="good checks in a row until it is up again")
 
@@ -129,11 +134,11 @@ class Settings(BaseModel):
         1024, ge=1, le=10000, description="requests worked on at the same time; threads grow on demand"
     )
     max_queued: int = Field(1024, ge=0, le=100000, description="requests that wait for a thread; above that 503")
-    thread_idle_timeout: Seconds = Field(30.0, description="an idle thread ends")
+    thread_idle_timeout: Seconds = Field(30.0, description="time after which an idle thread ends")
     max_clients: int = Field(10000, ge=1, le=1_000_000, description="client connections; more wait to be accepted")
-    header_timeout: Seconds = Field(10.0, description="for a client to send its whole request head")
-    max_header_bytes: int = Field(65536, ge=8192, le=1048576, description="of a request head; above that 431")
-    drain_timeout: SecondsOrZero = Field(30.0, description="after SIGTERM, for requests in flight to finish")
+    header_timeout: Seconds = Field(10.0, description="time for a client to send its whole request head")
+    max_header_bytes: int = Field(65536, ge=8192, le=1048576, description="size of a request head; above that 431")
+    drain_timeout: SecondsOrZero = Field(30.0, description="time after SIGTERM for requests in flight to finish")
     cpu_affinity: str = Field("auto", description="auto pins to one CPU, none to no CPU, or a list as 0,2")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged, to stdout")
 
@@ -213,13 +218,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, field in Settings.model_fields.items():
         flag, text = "--" + name.replace("_", "-"), (field.description or "").replace("%", "%%")
         if name == "backends":
-            parser.add_argument("--backend", action="append", dest=name, metavar="[ID=]URL[@WEIGHT]", help=text)
+            default = ", ".join(f"{backend.url}@{backend.weight}" for backend in DEFAULT_BACKENDS)
+            help_text = f"a backend; repeat it for more ({default})"
+            parser.add_argument("--backend", action="append", dest=name, metavar="[ID=]URL[@WEIGHT]", help=help_text)
         elif name == "admin_token":
             continue  # a secret on a command line can be read by every user of the machine
         elif field.annotation is bool:
-            parser.add_argument(flag, nargs="?", const="true", metavar="true|false", help=text)
+            parser.add_argument(flag, nargs="?", const="true", metavar="true|false", help=f"{text} (false)")
         else:
-            parser.add_argument(flag, metavar=name.rpartition("_")[2].upper(), help=f"{text} ({show(field.default)})")
+            unit = UNITS.get(name, " s" if isinstance(field.default, float) or name == "request_timeout" else "")
+            default = "none" if field.default in (None, "", ()) else show(field.default) + unit
+            parser.add_argument(flag, metavar=name.rpartition("_")[2].upper(), help=f"{text} ({default})")
 
 
 def load(

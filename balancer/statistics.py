@@ -18,6 +18,7 @@ from typing import Any
 
 RECENT_KEPT = 100
 EVENTS_KEPT = 500
+REFUSED = "write_refused"  # the one kind of event that anybody can cause
 RATE_SECONDS = 5  # requests per second are the mean of this many whole seconds
 BUDGET_SECONDS = 10  # retries are counted against the requests of this many seconds
 PATH_SHOWN = 200  # characters of a path that are kept; the query never is, it may hold secrets
@@ -194,7 +195,6 @@ class Statistics:
         self, *, clock: Callable[[], float] = time.monotonic, wall_clock: Callable[[], float] = time.time
     ) -> None:
         self._lock = Lock()
-        self._clock = clock
         self._wall_clock = wall_clock
         self._active = 0
         self._arrivals = Rate(clock)
@@ -280,9 +280,15 @@ class Events:
         self._events: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
 
     def add(self, kind: str, backend: str | None, message: str, severity: str = "info") -> None:
-        """`kind` is a stable word; `severity` is info, warning or error."""
+        """`kind` is a stable word; `severity` is info, warning or error.
+
+        Refused writes that follow each other become one event with a `count`, or any page could flood the log.
+        """
         with self._lock:
             self._seq += 1
+            count = 1
+            if kind == REFUSED and self._events and self._events[-1]["kind"] == REFUSED:
+                count += self._events.pop()["count"]
             self._events.append(
                 {
                     "seq": self._seq,
@@ -291,6 +297,7 @@ class Events:
                     "backend": backend or None,
                     "message": message,
                     "severity": severity,
+                    "count": count,
                 }
             )
 

@@ -41,8 +41,8 @@ class Strategy:
         """Share of the traffic per backend id that this strategy aims at, or None if that depends on the traffic."""
         return None
 
-    def weights_changed(self) -> None:
-        """Called with the lock held when an operator has set a weight: what was saved up under the old one is void."""
+    def backends_changed(self) -> None:
+        """Called with the lock held when a weight was set or a backend removed: forget what was saved up."""
 
     @classmethod
     def description(cls) -> str:
@@ -113,7 +113,7 @@ class TakingTurns(Strategy):
         super().__init__(**injected)
         self._turns = SmoothTurns()
 
-    def weights_changed(self) -> None:
+    def backends_changed(self) -> None:
         self._turns = SmoothTurns()
 
 

@@ -59,6 +59,7 @@ class OutgoingRequest(PreparedRequest):
         self._body_position = None
         self.content_length: int | None = None
         self.watcher: Watcher | None = None
+        self.deadline: float | None = None  # of time.monotonic(), for all attempts together
 
     @property
     def headers(self) -> HeaderLines:  # type: ignore[override]
@@ -149,8 +150,9 @@ class BackendAdapter(BaseAdapter):
         try:
             head = ResponseHead()
             connection.set_timeout(self.timeouts.response if request.is_replayable else self.timeouts.idle)
-            sent = _Sending(connection, request, head).run()
-            clean = receive_head(connection, head, self.timeouts.response)
+            sending = _Sending(connection, request, head)
+            sent = sending.run()
+            clean = receive_head(connection, head, self._response_seconds(request)) and sending.is_clean
             body = ResponseBody(
                 connection,
                 head,
@@ -170,6 +172,12 @@ class BackendAdapter(BaseAdapter):
         else:
             connection.set_timeout(self.timeouts.idle)
         return BackendResponse(head, body, request)
+
+    def _response_seconds(self, request: OutgoingRequest) -> float:
+        """For the response head: `timeouts.response`, or what is left of the request's own time."""
+        if request.deadline is None:
+            return self.timeouts.response
+        return max(0.001, min(self.timeouts.response, request.deadline - time.monotonic()))
 
     def _connect(self, origin: Origin) -> Connection:
         try:
@@ -227,14 +235,16 @@ class BackendAdapter(BaseAdapter):
         if not kept:
             connection.close()
 
-    def close_idle(self, origin: Origin | None = None) -> None:
-        """Close what has been idle too long; all idle connections to `origin` if given."""
+    def close_idle(self) -> None:
+        """Close what has been idle too long."""
         oldest = self._clock() - self._pool_idle_timeout
         expired: list[Connection] = []
         with self._lock:
-            for key, idle in self._idle.items():
-                while idle and (key == origin or idle[0].idle_since < oldest):
+            for origin, idle in list(self._idle.items()):
+                while idle and idle[0].idle_since < oldest:
                     expired.append(idle.popleft())
+                if not idle:
+                    del self._idle[origin]
         for connection in expired:
             connection.close()
 
@@ -254,6 +264,7 @@ class _Sending:
         self._connection = connection
         self._request = request
         self._head = head
+        self.is_clean = True  # nothing followed an early answer
 
     def run(self) -> bool:
         """True if the whole request was sent. A broken pipe is not final: the answer may be here already."""
@@ -278,15 +289,17 @@ class _Sending:
         for chunk in chunks:
             if chunk and not self._write(b"%x\r\n%s\r\n" % (len(chunk), chunk) if chunked else chunk):
                 return False
-            if not self._head.has_head and self._connection.has_input() and self._is_refused():
+            if not self._head.has_head and self._is_refused():
                 return False
         return self._write(b"0\r\n\r\n") if chunked else True
 
     def _is_refused(self) -> bool:
-        """Something came back early: an interim response and a success are no reason to stop sending."""
-        data = self._connection.receive()
-        if data:
-            self._head.feed(data)
+        """True if the backend hung up or answered early; an interim response and a success are no reason to stop."""
+        data = self._connection.receive_now()
+        if data is None:
+            return False
+        if data and not self._head.feed(data):
+            self.is_clean = False
         return not data or self._head.status >= 300
 
 

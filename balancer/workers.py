@@ -6,10 +6,13 @@ in a bounded queue, first come first served.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from threading import Lock, Thread
 from typing import Protocol
+
+log = logging.getLogger("balancer.workers")
 
 CONTROL_THREADS = 8  # beyond max_threads, so that /status answers when everything else is busy
 
@@ -23,7 +26,7 @@ class Runnable(Protocol):
 class WorkerPool:
     """Threads that run calls: the one that went idle last is used first, so that few are ever awake.
 
-    `_lock` guards `_idle`, `_queue`, `_count`, `_threads` and `_stopping`. A worker sleeps on its own lock, which
+    `_lock` guards `_idle`, `_queue`, `_serial`, `_threads` and `_stopping`. A worker sleeps on its own lock, which
     `submit` releases.
     """
 
@@ -94,7 +97,10 @@ class WorkerPool:
 
     def _work(self, worker: _Worker, serial: int) -> None:
         while worker.call is not None:
-            worker.call.run()
+            try:
+                worker.call.run()
+            except BaseException:  # the seat must not be lost with the thread
+                log.exception("request failed")
             self._next(worker, serial)
 
     def _next(self, worker: _Worker, serial: int) -> None:

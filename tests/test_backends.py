@@ -255,12 +255,28 @@ def test_round_robin_is_exact_under_threads(pool: Pool) -> None:
     assert [backend.active for backend in pool.backends()] == [200, 200, 200]
 
 
-def test_a_first_byte_time_is_remembered_and_a_failure_teaches_nothing(pool: Pool) -> None:
+def test_a_first_byte_time_is_remembered_and_a_request_without_one_teaches_nothing(pool: Pool) -> None:
     pool.lease(None, exclude=["b"]).release(0.2)
     pool.lease(None, exclude=["a"]).release()
     a, b = pool.backends()
     assert a.response_time(pool.now) == pytest.approx(0.2)
     assert b.response_time(pool.now) == 0.0
+
+
+@pytest.mark.parametrize(("usual", "after"), [(0.0, 1.0), (0.01, 0.208), (4.0, 4.8)])
+def test_a_failure_counts_as_slow_whatever_is_usual(pool: Pool, usual: float, after: float) -> None:
+    if usual:
+        pool.lease(None, exclude=["b"]).release(usual)
+    pool.lease(None, exclude=["b"]).release(failed=True)
+    assert pool.backends()[0].response_time(pool.now) == pytest.approx(after)
+
+
+def test_a_backend_that_comes_back_is_measured_anew(pool: Pool) -> None:
+    backend = pool.backends()[0]
+    pool.lease(None, exclude=["b"]).release(3.0)
+    pool.record_refused(backend, "refused")
+    pool.record_check(backend, LastCheck(0.0, 0.0, 200, None))
+    assert backend.response_time(pool.now) == 0.0
 
 
 # The remembered response time.

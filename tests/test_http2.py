@@ -457,6 +457,37 @@ def test_a_cancelled_stream_leaves_the_others_alone(balancer: BalancerProcess, b
     assert sorted(record["status"] for record in balancer.status(2)["recent_requests"]) == [200, 499]
 
 
+def test_a_cancelled_upload_leaves_the_others_alone(balancer: BalancerProcess, backend: WireBackend) -> None:
+    """Cancelled before its first byte, while another stream waits for its answer."""
+    go_on = threading.Event()
+
+    def script(sock: socket.socket, _: Any) -> None:
+        assert go_on.wait(10)
+        sock.sendall(ok(b"survived"))
+
+    backend.script = script
+    with client(balancer) as h2:
+        h2.request(1, (b":path", b"/other"))
+        wait_until(lambda: len(backend.requests) == 1)
+        h2.request(3, (b":path", b"/upload"), method=b"POST", end=False)
+        wait_until(lambda: balancer.status()["statistics"]["active_requests"] == 2)
+        h2.cancel(3)
+        wait_until(lambda: balancer.status()["statistics"]["active_requests"] == 1)
+        go_on.set()
+        other = h2.finish(1)
+    assert (other.status, other.body) == (200, b"survived")
+    wait_until(lambda: is_idle(balancer))
+    assert sorted(record["status"] for record in balancer.status(2)["recent_requests"]) == [200, 499]
+
+
+def test_an_upload_that_never_starts_is_408(balancer: BalancerProcess) -> None:
+    """Rule 27, without a length: the first byte does not come in time."""
+    with client(balancer) as h2:
+        h2.request(1, method=b"POST", end=False)
+        assert h2.finish(1).status == 408
+    assert balancer.status(1)["recent_requests"][0]["status"] == 408
+
+
 @pytest.mark.parametrize("method", [b"GET", b"POST"])
 def test_a_connection_that_closes_ends_all_its_streams(
     balancer: BalancerProcess, backend: WireBackend, method: bytes

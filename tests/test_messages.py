@@ -16,7 +16,6 @@ from balancer.messages import (
     Line,
     check_request,
     is_in_networks,
-    is_token,
     join_cookies,
     nominated,
     parse_content_length,
@@ -376,8 +375,3 @@ def test_a_bad_request_is_the_client_s_fault(method: str, target: bytes, hosts: 
 def test_networks_match_addresses_of_either_family(address: str, expected: bool) -> None:
     networks = [ipaddress.ip_network("10.0.0.0/8"), ipaddress.ip_network("fd00::/8")]
     assert is_in_networks(address, networks) is expected
-
-
-@pytest.mark.parametrize(("text", "expected"), [(b"X-A_b!", True), (b"", False), (b"a b", False), (b"a:", False)])
-def test_a_token_has_no_separators(text: bytes, expected: bool) -> None:
-    assert is_token(text) is expected

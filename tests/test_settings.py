@@ -81,6 +81,7 @@ def test_flag_over_environment_over_file_over_default(
 VALUES = {
     "control_port": "9100",
     "control_prefix": "/lb",
+    "request_timeout": "1",
     "max_request_body": "1",
     "ca_file": "ca.pem",
     "trusted_proxies": "::1",

@@ -252,10 +252,20 @@ def test_events_have_a_rising_seq_and_are_bounded(clock: Clock) -> None:
     kept, latest = events.since(0)
     assert [event["seq"] for event in kept] == list(range(11, EVENTS_KEPT + 11))
     assert latest == events.latest == EVENTS_KEPT + 10
-    newest = {"timestamp": 100.0, "kind": "backend_up", "backend": "a", "severity": "info"}
+    newest = {"timestamp": 100.0, "kind": "backend_up", "backend": "a", "severity": "info", "count": 1}
     assert events.since(latest - 1)[0] == [newest | {"seq": latest, "message": f"event {latest - 1}"}]
     assert events.since(latest)[0] == []
     assert kept[-2]["backend"] is None
+
+
+def test_refused_writes_cannot_drive_other_events_out() -> None:
+    events = Events()
+    events.add("backend_down", "a", "refused", "error")
+    for number in range(600):
+        events.add("write_refused", None, f"POST /reset from {number}", "warning")
+    kept, latest = events.since(0)
+    assert [(event["kind"], event["count"]) for event in kept] == [("backend_down", 1), ("write_refused", 600)]
+    assert (latest, kept[1]["message"]) == (601, "POST /reset from 599")
 
 
 # Reset, retries, removed backends.
