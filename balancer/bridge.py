@@ -159,17 +159,20 @@ class Call:
             close = getattr(answer, "close", None)
             if close is not None:
                 close()
-        if not (self.is_body_done or self.is_gone) and self.bridge.lingering.acquire(blocking=False):
-            try:
+        if not (self.is_body_done or self.is_gone):
+            self._end_early()
+
+    def _end_early(self) -> None:
+        """The answer came before the end of the request. Read on for a while before closing: to close on a client that
+        still sends would reset the connection, and it might never see the answer (RFC 9112 section 9.6)."""
+        if self.bridge.lingering.acquire(blocking=False):
+            with contextlib.suppress(BalancerError):  # it left, or says no more
                 self._linger()
-            except BalancerError:
-                pass  # it left, or says no more: the answer is out either way
-            finally:
-                self.bridge.lingering.release()
+            self.bridge.lingering.release()
+        if not self.is_body_done and self.scope["http_version"] != "2":  # HTTP/2 ends the stream alone
+            self.cut()
 
     def _linger(self) -> None:
-        """Read on for a while after an early answer: closing on a client that still sends would reset the connection,
-        and it might never see the answer (RFC 9112 section 9.6)."""
         received, deadline = 0, time.monotonic() + LINGER_SECONDS
         while received < LINGER_BYTES and not self.is_body_done and (left := deadline - time.monotonic()) > 0:
             received += len(self.receive(left))
