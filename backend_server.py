@@ -24,7 +24,7 @@ from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge
 from balancer import __version__, server
 from balancer.bridge import Bridge, Call
 from balancer.errors import SettingsError
-from balancer.proxy import CLIENT
+from balancer.incoming import CLIENT
 from balancer.workers import WorkerPool
 
 MAX_BODY = 1024 * 1024  # bytes; above it the answer is 413

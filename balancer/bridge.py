@@ -16,16 +16,15 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterable
 from threading import BoundedSemaphore, Lock
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import unquote_to_bytes
 
 from balancer import accepted
 from balancer.errors import BalancerError, ClientGone, ClientTooSlow
+from balancer.incoming import CLIENT, HEADER_LINES, RequestBody, add_headers
 from balancer.messages import parse_content_length
-from balancer.proxy import CLIENT, HEADER_LINES
 from balancer.workers import WorkerPool
 
 if TYPE_CHECKING:
@@ -261,7 +260,7 @@ class Call:
         query: bytes = scope["query_string"]
         target = b"%s?%s" % (raw_path, query) if query else raw_path
         path = unquote_to_bytes(raw_path) if b"%" in raw_path else raw_path
-        body = RequestBody(self)
+        body = RequestBody(self.receive)
         environ: WSGIEnvironment = {
             "REQUEST_METHOD": scope["method"],
             "SCRIPT_NAME": "",
@@ -283,7 +282,7 @@ class Call:
             HEADER_LINES: scope["headers"],
             CLIENT: self,
         }
-        _add_headers(environ, scope["headers"])
+        add_headers(environ, scope["headers"])
         if "CONTENT_LENGTH" in environ:
             with contextlib.suppress(ValueError):  # the app refuses what is not a number
                 self._body_left = parse_content_length(environ["CONTENT_LENGTH"].encode("latin-1"))
@@ -293,62 +292,6 @@ class Call:
         else:
             self.is_body_done = True
         return environ
-
-
-class RequestBody:
-    """`wsgi.input` over a Call: reads what has come in, waits only for what is asked for."""
-
-    def __init__(self, call: Call) -> None:
-        self._call = call
-        self._pending = b""
-
-    def read(self, size: int = -1) -> bytes:
-        """At most `size` bytes, fewer if fewer are here; all of the body if `size` is negative."""
-        if size is None or size < 0:
-            return b"".join(iter(lambda: self.read(65536), b""))
-        if not self._pending:
-            self._pending = self._call.receive()
-        data, self._pending = self._pending[:size], self._pending[size:]
-        return data
-
-    def readline(self, size: int = -1) -> bytes:
-        """Up to and with the next line feed, as PEP 3333 asks."""
-        line = b""
-        while not line.endswith(b"\n") and (size < 0 or len(line) < size):
-            piece = self.read(65536 if size < 0 else size - len(line))
-            if not piece:
-                break
-            end = piece.find(b"\n") + 1
-            if end:
-                self._pending = piece[end:] + self._pending
-                piece = piece[:end]
-            line += piece
-        return line
-
-    def readlines(self, hint: int = -1) -> list[bytes]:
-        return list(self)
-
-    def __iter__(self) -> Iterator[bytes]:
-        return iter(self.readline, b"")
-
-
-@lru_cache(maxsize=1024)  # bounded: clients choose the names
-def _environ_key(name: bytes) -> str:
-    """The WSGI name of a header, "" if it must not have one: with `_` it could pass for another."""
-    if b"_" in name:
-        return ""
-    key = name.decode("latin-1").upper().replace("-", "_")
-    return key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else "HTTP_" + key
-
-
-def _add_headers(environ: WSGIEnvironment, lines: Iterable[tuple[bytes, bytes]]) -> None:
-    for name, value in lines:
-        key = _environ_key(name)
-        text = value.decode("latin-1")
-        if key in environ:
-            environ[key] += ("; " if key == "HTTP_COOKIE" else ",") + text
-        elif key:
-            environ[key] = text
 
 
 class Bridge:

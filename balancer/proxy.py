@@ -11,24 +11,23 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from http import HTTPStatus
 from itertools import chain
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote_from_bytes
 
 from balancer.backends import BackendPool, Lease
 from balancer.errors import (
     BackendError,
     BalancerError,
     BodyTooLarge,
-    ClientError,
     ClientGone,
     ConnectFailed,
     MethodRefused,
     Unavailable,
 )
+from balancer.incoming import CLIENT, HEADER_LINES, content_length, header_lines, may_have_body, raw_target, read_body
 from balancer.messages import (
     Line,
     Network,
@@ -36,7 +35,6 @@ from balancer.messages import (
     check_request,
     count_down,
     max_forwards,
-    parse_content_length,
     request_id,
     request_lines,
     response_lines,
@@ -46,17 +44,11 @@ from balancer.statistics import Attempt, Exchange, Statistics
 from balancer.transport import BackendAdapter, OutgoingRequest
 
 if TYPE_CHECKING:
-    from _typeshed.wsgi import InputStream, StartResponse, WSGIApplication, WSGIEnvironment
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
 log = logging.getLogger("balancer.proxy")
 
-# What our own server puts into environ beyond PEP 3333; under any other server they are missing. Where HEADER_LINES is
-# there, `start_response` also takes header lines in bytes.
-HEADER_LINES = "balancer.header_lines"  # list of (lower-case name, value) as received, in bytes
-CLIENT = "balancer.client"  # a connection.Watcher with `is_gone`: cuts the backend connection when the client leaves
-
 REPLAY_LIMIT = 65536  # bytes: a request body up to this size is read first, so that it can be sent again
-READ_SIZE = 65536
 # The retry budget, of the requests of the last 10 s, and what is allowed anyway: 10 a second are no storm (Finagle's
 # numbers). A share of the requests in flight, as Envoy has it, is too little at the moment a backend dies.
 RETRY_SHARE = 0.2
@@ -376,60 +368,3 @@ def may_retry(request: OutgoingRequest, error: BackendError) -> bool:
     if request.deadline is not None and time.monotonic() >= request.deadline:
         return False
     return isinstance(error, ConnectFailed) or request.is_retriable
-
-
-def header_lines(environ: WSGIEnvironment) -> list[Line]:
-    """Header lines as received; under a server that does not give them, what WSGI left of them."""
-    lines: list[Line] | None = environ.get(HEADER_LINES)
-    if lines is None:
-        lines = [
-            (key[5:].replace("_", "-").lower().encode("latin-1"), value.encode("latin-1"))
-            for key, value in environ.items()
-            if key.startswith("HTTP_")
-        ]
-        if environ.get("CONTENT_TYPE"):
-            lines.append((b"content-type", environ["CONTENT_TYPE"].encode("latin-1")))
-    return lines
-
-
-def raw_target(environ: WSGIEnvironment) -> bytes:
-    """The request target byte for byte; under a server that does not give it, the path is quoted again."""
-    target: str = environ.get("REQUEST_URI") or environ.get("RAW_URI") or ""
-    if target.startswith("/") or target == "*":
-        return target.encode("latin-1")
-    path = quote_from_bytes(environ["PATH_INFO"].encode("latin-1"), safe="/:@!$&'()*+,;=~-._")
-    query = environ.get("QUERY_STRING", "")
-    return f"{path}?{query}".encode("latin-1") if query else path.encode("latin-1")
-
-
-def content_length(environ: WSGIEnvironment, lines: Sequence[Line]) -> int | None:
-    """Bytes of the request body, None if there is no Content-Length. Raises ClientError (RFC 9112 section 6.3)."""
-    text = environ.get("CONTENT_LENGTH") or ""
-    if not text:
-        return None
-    if any(name == b"transfer-encoding" for name, _ in lines):
-        raise ClientError("the request has both Content-Length and Transfer-Encoding")
-    try:
-        return parse_content_length(text.encode("latin-1"))
-    except ValueError as error:
-        raise ClientError(str(error)) from None
-
-
-def may_have_body(environ: WSGIEnvironment, lines: Sequence[Line]) -> bool:
-    """Without Content-Length: chunked in HTTP/1.1; in HTTP/2 the end of the stream tells (RFC 9113 section 8.1)."""
-    return environ["SERVER_PROTOCOL"] == "HTTP/2" or any(name == b"transfer-encoding" for name, _ in lines)
-
-
-def read_body(stream: InputStream, length: int | None, limit: int | None) -> Iterator[bytes]:
-    """The request body in pieces. Raises ClientGone if it ends early, BodyTooLarge past `limit` bytes."""
-    received = 0
-    while length is None or received < length:
-        chunk = stream.read(READ_SIZE if length is None else min(READ_SIZE, length - received))
-        if not chunk:
-            if length is not None:
-                raise ClientGone(f"the client sent {received} of {length} bytes")
-            return
-        received += len(chunk)
-        if limit is not None and received > limit:
-            raise BodyTooLarge(f"the request body has more than {limit} bytes")
-        yield chunk

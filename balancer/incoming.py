@@ -1,0 +1,136 @@
+"""Requests as they come in through WSGI: header lines, target, length and body, read from environ.
+
+Our own server puts in what PEP 3333 has no place for; under any other server the functions here make do without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING
+from urllib.parse import quote_from_bytes
+
+from balancer.errors import BodyTooLarge, ClientError, ClientGone
+from balancer.messages import Line, parse_content_length
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import InputStream, WSGIEnvironment
+
+# What our own server puts into environ beyond PEP 3333; under any other server they are missing. Where HEADER_LINES is
+# there, `start_response` also takes header lines in bytes.
+HEADER_LINES = "balancer.header_lines"  # list of (lower-case name, value) as received, in bytes
+CLIENT = "balancer.client"  # a connection.Watcher with `is_gone`: cuts the backend connection when the client leaves
+READ_SIZE = 65536
+
+
+def header_lines(environ: WSGIEnvironment) -> list[Line]:
+    """Header lines as received; under a server that does not give them, what WSGI left of them."""
+    lines: list[Line] | None = environ.get(HEADER_LINES)
+    if lines is None:
+        lines = [
+            (key[5:].replace("_", "-").lower().encode("latin-1"), value.encode("latin-1"))
+            for key, value in environ.items()
+            if key.startswith("HTTP_")
+        ]
+        if environ.get("CONTENT_TYPE"):
+            lines.append((b"content-type", environ["CONTENT_TYPE"].encode("latin-1")))
+    return lines
+
+
+def raw_target(environ: WSGIEnvironment) -> bytes:
+    """The request target byte for byte; under a server that does not give it, the path is quoted again."""
+    target: str = environ.get("REQUEST_URI") or environ.get("RAW_URI") or ""
+    if target.startswith("/") or target == "*":
+        return target.encode("latin-1")
+    path = quote_from_bytes(environ["PATH_INFO"].encode("latin-1"), safe="/:@!$&'()*+,;=~-._")
+    query = environ.get("QUERY_STRING", "")
+    return f"{path}?{query}".encode("latin-1") if query else path.encode("latin-1")
+
+
+def content_length(environ: WSGIEnvironment, lines: Sequence[Line]) -> int | None:
+    """Bytes of the request body, None if there is no Content-Length. Raises ClientError (RFC 9112 section 6.3)."""
+    text = environ.get("CONTENT_LENGTH") or ""
+    if not text:
+        return None
+    if any(name == b"transfer-encoding" for name, _ in lines):
+        raise ClientError("the request has both Content-Length and Transfer-Encoding")
+    try:
+        return parse_content_length(text.encode("latin-1"))
+    except ValueError as error:
+        raise ClientError(str(error)) from None
+
+
+def may_have_body(environ: WSGIEnvironment, lines: Sequence[Line]) -> bool:
+    """Without Content-Length: chunked in HTTP/1.1; in HTTP/2 the end of the stream tells (RFC 9113 section 8.1)."""
+    return environ["SERVER_PROTOCOL"] == "HTTP/2" or any(name == b"transfer-encoding" for name, _ in lines)
+
+
+def read_body(stream: InputStream, length: int | None, limit: int | None) -> Iterator[bytes]:
+    """The request body in pieces. Raises ClientGone if it ends early, BodyTooLarge past `limit` bytes."""
+    received = 0
+    while length is None or received < length:
+        chunk = stream.read(READ_SIZE if length is None else min(READ_SIZE, length - received))
+        if not chunk:
+            if length is not None:
+                raise ClientGone(f"the client sent {received} of {length} bytes")
+            return
+        received += len(chunk)
+        if limit is not None and received > limit:
+            raise BodyTooLarge(f"the request body has more than {limit} bytes")
+        yield chunk
+
+
+class RequestBody:
+    """`wsgi.input` over `receive`, which gives the next piece, b"" at the end: waits only for what is asked for."""
+
+    def __init__(self, receive: Callable[[], bytes]) -> None:
+        self._receive = receive
+        self._pending = b""
+
+    def read(self, size: int = -1) -> bytes:
+        """At most `size` bytes, fewer if fewer are here; all of the body if `size` is negative."""
+        if size is None or size < 0:
+            return b"".join(iter(lambda: self.read(65536), b""))
+        if not self._pending:
+            self._pending = self._receive()
+        data, self._pending = self._pending[:size], self._pending[size:]
+        return data
+
+    def readline(self, size: int = -1) -> bytes:
+        """Up to and with the next line feed, as PEP 3333 asks."""
+        line = b""
+        while not line.endswith(b"\n") and (size < 0 or len(line) < size):
+            piece = self.read(65536 if size < 0 else size - len(line))
+            if not piece:
+                break
+            end = piece.find(b"\n") + 1
+            if end:
+                self._pending = piece[end:] + self._pending
+                piece = piece[:end]
+            line += piece
+        return line
+
+    def readlines(self, hint: int = -1) -> list[bytes]:
+        return list(self)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self.readline, b"")
+
+
+@lru_cache(maxsize=1024)  # bounded: clients choose the names
+def _environ_key(name: bytes) -> str:
+    """The WSGI name of a header, "" if it must not have one: with `_` it could pass for another."""
+    if b"_" in name:
+        return ""
+    key = name.decode("latin-1").upper().replace("-", "_")
+    return key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else "HTTP_" + key
+
+
+def add_headers(environ: WSGIEnvironment, lines: Iterable[tuple[bytes, bytes]]) -> None:
+    for name, value in lines:
+        key = _environ_key(name)
+        text = value.decode("latin-1")
+        if key in environ:
+            environ[key] += ("; " if key == "HTTP_COOKIE" else ",") + text
+        elif key:
+            environ[key] = text
