@@ -4,6 +4,11 @@ Every number it reports is measured. The Flask application lives in create_app()
 one process, so that `kill -9` takes the whole backend away and the failover can be watched.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while the imports below run ends the process without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import json
 import os

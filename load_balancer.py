@@ -7,9 +7,16 @@ under other WSGI servers, as in `waitress-serve load_balancer:app`.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while the imports below run ends the process without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import atexit
+import contextlib
 import logging
+import os
 import secrets
 import socket
 import ssl
@@ -39,6 +46,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("balancer")
 
+SPARE_DESCRIPTORS = 64  # for everything that is no client's
 _PLACES = (Path(__file__).resolve().parent, Path(sys.prefix, "share", "load-balancer"))  # checkout, or installed
 DASHBOARD = next((place / "dashboard.html" for place in _PLACES if (place / "dashboard.html").exists()), _PLACES[0])
 EXAMPLES = """examples:
@@ -203,6 +211,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 after SIGTERM, 130 after Ctrl-C, 2 for bad usage or configuration, 1 if serving failed."""
     parsed = vars(parse_arguments(arguments))
     check, show, file = parsed.pop("check_config"), parsed.pop("print_config"), parsed.pop("config")
+    if file is None and (name := os.environ.get("LB_CONFIG", "").strip()):
+        file = Path(name)
     try:
         config, sources = settings.load(parsed, file=file)
         if show:
@@ -217,41 +227,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SettingsError as error:
         print(f"load_balancer.py: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"load_balancer.py: {error}", file=sys.stderr)
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # else Python tries once more at its end
+        return 1
 
 
 def run(app: Flask) -> int:
     """Serve `app` until a signal. Raises SettingsError if it cannot listen."""
     balancer: Balancer = app.extensions["balancer"]
     config = balancer.settings
+    logging.raiseExceptions = False  # what cannot be written is lost; it must not become a traceback
     logging.basicConfig(
         level=config.log_level.upper(), stream=sys.stdout, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    listener = server.listen(config.host, config.port)
-    server.raise_descriptor_limit()
+    listeners = _listen(app.wsgi_app, balancer)
     server.pin(server.cpus(config.cpu_affinity))
+    names = ("listening on", "control API on")
+    where = ", ".join(f"{name} {_url(listener)}" for name, (_, listener) in zip(names, listeners, strict=False))
+    with contextlib.suppress(OSError):  # a full disk, or nobody reads: no reason not to serve
+        print(f"{config.id}: {where}", flush=True)
+    options = server.ServerOptions(
+        _client_limit(config), config.header_timeout, config.max_header_bytes, config.drain_timeout
+    )
+    return server.serve(listeners, options, on_start=balancer.start, on_drain=balancer.drain, on_stop=balancer.stop)
+
+
+def _listen(app: WSGIApplication, balancer: Balancer) -> list[tuple[Bridge, socket.socket]]:
+    """The main bridge and its socket, then the control API's if it has a port of its own; both share the threads."""
+    config = balancer.settings
     workers = WorkerPool(config.max_threads, config.max_queued, config.thread_idle_timeout)
     balancer.control.queued = lambda: workers.queued
-    main_bridge = Bridge(
-        app.wsgi_app,
+    bridge = Bridge(
+        app,
         workers,
         idle_timeout=config.idle_timeout,
         is_control=balancer.proxy.is_control,
         overflow=balancer.proxy.refuse,
     )
-    listeners = [(main_bridge, listener)]
-    where = [f"listening on {_url(listener)}"]
+    listeners = [(bridge, server.listen(config.host, config.port))]
     if config.control_port is not None:
-        control_listener = server.listen(config.host, config.control_port)
-        control_bridge = Bridge(
-            balancer.control_app, workers, idle_timeout=config.idle_timeout, is_control=lambda path: True
-        )
-        listeners.append((control_bridge, control_listener))
-        where.append(f"control API on {_url(control_listener)}")
-    print(f"{config.id}: {', '.join(where)}", flush=True)
-    options = server.ServerOptions(
-        config.max_clients, config.header_timeout, config.max_header_bytes, config.drain_timeout
-    )
-    return server.serve(listeners, options, on_start=balancer.start, on_drain=balancer.drain, on_stop=balancer.stop)
+        control = Bridge(balancer.control_app, workers, idle_timeout=config.idle_timeout, is_control=lambda path: True)
+        listeners.append((control, server.listen(config.host, config.control_port)))
+    return listeners
+
+
+def _client_limit(config: Settings) -> int:
+    """`max_clients`, or what the limit of open files allows: a request in flight needs two."""
+    room = max(1, server.raise_descriptor_limit() // 2 - SPARE_DESCRIPTORS)
+    if room < config.max_clients // 2:
+        log.warning("the limit of open files allows %d clients, not max_clients = %d", room, config.max_clients)
+    return min(config.max_clients, room)
 
 
 def _url(listener: socket.socket) -> str:

@@ -10,6 +10,7 @@ whatever ends this program, everything it started is stopped; a process that it 
 import argparse
 import hashlib
 import http.client
+import json
 import os
 import re
 import shlex
@@ -297,6 +298,7 @@ class Service:
     port_setting: str  # what to change if the port is taken
     environment: dict[str, str] = field(default_factory=dict)
     host: str = "127.0.0.1"
+    ready_port: int | None = None  # if it is not `port`
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -335,7 +337,7 @@ class Service:
     def is_ready(self) -> bool:
         if self.exit_code is not None:
             raise Failure(f"{self.name} ended at once with code {self.exit_code}: {last_line(self.log)} ({self.log})")
-        return answers(self.host, self.port, self.ready_path)
+        return answers(self.host, self.ready_port or self.port, self.ready_path)
 
     def terminate(self) -> None:
         """Ask it to end; Ctrl-C is passed on as Ctrl-C, which servers obey sooner than SIGTERM."""
@@ -383,6 +385,10 @@ def backend_services(settings: Settings) -> list[Service]:
     ]
 
 
+def control_prefix() -> str:
+    return os.environ.get("LB_CONTROL_PREFIX", "").strip().rstrip("/")
+
+
 def balancer_service(settings: Settings) -> Service:
     environment = {
         "LB_PORT": str(settings.balancer_port),
@@ -398,7 +404,8 @@ def balancer_service(settings: Settings) -> Service:
         port=settings.balancer_port,
         script="load_balancer.py",
         arguments=[],
-        ready_path="/readyz",
+        ready_path=control_prefix() + "/readyz",
+        ready_port=int(os.environ.get("LB_CONTROL_PORT", "").strip() or settings.balancer_port),
         port_setting="LB_PORT",
         environment=environment,
         host="127.0.0.1" if host in ("", "localhost", "0.0.0.0", "::") else host.strip("[]"),
@@ -512,18 +519,35 @@ def print_urls(services: Sequence[Service], detached: bool) -> None:
     for service in services:
         if service.name == "balancer":
             host = "localhost" if service.host == "127.0.0.1" else service.host
-            print_balancer_urls(f"http://[{host}]:{service.port}" if ":" in host else f"http://{host}:{service.port}")
+            host = f"[{host}]" if ":" in host else host
+            control = f"http://{host}:{service.ready_port or service.port}{control_prefix()}"
+            print_balancer_urls(f"http://{host}:{service.port}", control)
+            warn_of_unhealthy(service)
     say(f"Stop with: {SCRIPT} stop" if detached else "Stop with Ctrl-C.")
 
 
-def print_balancer_urls(base: str) -> None:
-    page = (HERE / "dashboard.html").as_uri() + ("" if base == "http://localhost:9000" else f"?lb={base}")
+def print_balancer_urls(base: str, control: str) -> None:
+    page = (HERE / "dashboard.html").as_uri() + ("" if control == "http://localhost:9000" else f"?lb={control}")
     say()
-    say(f"  Dashboard:  {base}/dashboard")
+    say(f"  Dashboard:  {control}/dashboard")
     say(f"              {page}")
     say(f"  API:        curl {base}/api/process")
-    say(f"  Status:     {base}/status")
+    say(f"  Status:     {control}/status")
     say()
+
+
+def warn_of_unhealthy(balancer: Service) -> None:
+    """Ready means that every backend has been checked, not that the checks were good."""
+    connection = http.client.HTTPConnection(balancer.host, balancer.ready_port or balancer.port, timeout=1)
+    try:
+        connection.request("GET", control_prefix() + "/backends")
+        for backend in json.loads(connection.getresponse().read())["backends"]:
+            if not backend["healthy"]:
+                say(f"  Warning: {backend['id']} gets no requests: {backend['health']['reason']}")
+    except (OSError, http.client.HTTPException, ValueError, KeyError):
+        pass  # it has just said that it is ready; what it says now is for the person to see
+    finally:
+        connection.close()
 
 
 def watch(services: Sequence[Service]) -> int:

@@ -12,18 +12,33 @@ import contextlib
 import os
 import socket
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from threading import Lock
 
 Address = tuple[str, str]  # host and port, as Granian gives them
 
 # Of HTTP/2 (RFC 9113 section 3.4). hyper tells the protocol by them, and its own time-outs start after that.
 PREFACE_BYTES = 24
+IDLE_SECONDS = 75.0  # nginx's keepalive_timeout; hyper itself ends idle HTTP/1.1 connections, but not HTTP/2 ones
 # struct tcp_info of linux/tcp.h, unchanged since 4.2: milliseconds since the last data, and bytes received.
 _LAST_DATA, _RECEIVED, _INFO_SIZE = 52, 128, 136
 
+_passing = Lock()  # held during a pass; `_waiting` needs none, each step on it is one operation
+_waiting: set[tuple[Address, Address]] = set()
 
-def cut(pairs: Iterable[tuple[Address, Address]]) -> None:
-    """Shut down the connections between these (client, server) addresses, in one pass."""
+
+def cut(addresses: tuple[Address, Address]) -> None:
+    """Shut down the connection between (client, server). Those who come while a pass runs share the next one."""
+    _waiting.add(addresses)
+    with _passing:
+        if addresses in _waiting:
+            wanted = set(_waiting)
+            _waiting.difference_update(wanted)
+            cut_all(wanted)
+
+
+def cut_all(pairs: Iterable[tuple[Address, Address]]) -> None:
+    """Shut down the connections between these (client, server) addresses, in one pass over all descriptors."""
     wanted = {((client[0], int(client[1])), (server[0], int(server[1]))) for client, server in pairs}
     for connection in _sockets():
         with contextlib.suppress(OSError):  # not connected, or no more
@@ -31,16 +46,22 @@ def cut(pairs: Iterable[tuple[Address, Address]]) -> None:
                 connection.shutdown(socket.SHUT_RDWR)
 
 
-def close_silent(port: int, seconds: float) -> None:
-    """Shut down connections to our `port` that have sent less than PREFACE_BYTES and then nothing for `seconds`."""
+def close_silent(port: int, seconds: float, busy: Collection[Address]) -> None:
+    """Shut down connections to our `port` that hold a place and do not use it.
+
+    Those that have sent less than PREFACE_BYTES and then nothing for `seconds`; and those without a request in flight,
+    which is to say not in `busy`, that have sent nothing for IDLE_SECONDS.
+    """
     for connection in _sockets():
         with contextlib.suppress(OSError):  # not connected, or no more
-            if connection.getsockname()[1] != port or not connection.getpeername():
+            if connection.getsockname()[1] != port:
                 continue
+            host, peer_port = connection.getpeername()[:2]
             info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_SIZE)
             (quiet,) = struct.unpack_from("I", info, _LAST_DATA)
             (received,) = struct.unpack_from("Q", info, _RECEIVED)
-            if received < PREFACE_BYTES and quiet > seconds * 1000:
+            limit = seconds if received < PREFACE_BYTES else IDLE_SECONDS
+            if quiet > limit * 1000 and (host, str(peer_port)) not in busy:
                 connection.shutdown(socket.SHUT_RDWR)
 
 

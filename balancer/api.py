@@ -94,7 +94,7 @@ def is_control_path(prefix: str) -> Callable[[str], bool]:
 
 def install(app: Flask, control: Control, guard: WriteGuard) -> None:
     """Put the control API into `app`."""
-    app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
+    app.config["MAX_CONTENT_LENGTH"] = MAX_BODY + 1  # one more, because Werkzeug cuts a chunked body without a word
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.extensions["control"] = control
     app.extensions["write_guard"] = guard
@@ -138,7 +138,9 @@ def _body(model: type[M]) -> M:
     try:
         data = request.get_data()
     except RequestEntityTooLarge:
-        raise ApiError(413, f"the body is larger than {MAX_BODY} bytes") from None
+        data = None
+    if data is None or len(data) > MAX_BODY:
+        raise ApiError(413, f"the body is larger than {MAX_BODY} bytes")
     try:
         given = json.loads(data, parse_constant=_refuse_constant) if data else {}
     except (ValueError, RecursionError) as error:

@@ -112,7 +112,7 @@ class Call:
         hyper would end a chunked body properly, and Granian has no way to tell it not to, so the socket is shut down.
         An HTTP/2 client loses its other streams too.
         """
-        accepted.cut([self.addresses])
+        accepted.cut(self.addresses)
 
     @property
     def addresses(self) -> tuple[accepted.Address, accepted.Address]:
@@ -125,7 +125,7 @@ class Call:
         try:
             self._run(self.bridge.app)
         except ClientGone:
-            if self._is_started:  # else nothing was sent that could be taken for an answer
+            if self._is_started and not self.is_gone:  # slow; else there is nobody to be cut, or nothing was sent
                 self.cut()
         except Exception:
             # The app's own errors are answered by the app. After the head, cutting is all that is left.
@@ -168,7 +168,8 @@ class Call:
             with contextlib.suppress(BalancerError):  # it left, or says no more
                 self._linger()
             self.bridge.lingering.release()
-        if not self.is_body_done and self.scope["http_version"] != "2":  # HTTP/2 ends the stream alone
+        # HTTP/2 ends the stream alone.
+        if not (self.is_body_done or self.is_gone) and self.scope["http_version"] != "2":
             self.cut()
 
     def _linger(self) -> None:
@@ -334,6 +335,10 @@ class Bridge:
     def active(self) -> int:
         return len(self._calls)
 
+    def clients(self) -> set[accepted.Address]:
+        """Addresses that have a request in flight."""
+        return {call.scope["client"] for call in list(self._calls)}
+
     # Noticing that a client has left: the loop thread.
 
     async def watch(self) -> None:
@@ -366,7 +371,7 @@ class Bridge:
         calls = list(self._calls)
         for call in calls:
             call.disconnect()
-        accepted.cut(call.addresses for call in calls)
+        accepted.cut_all({call.addresses for call in calls})
 
 
 def _overloaded(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:

@@ -8,7 +8,7 @@ the socket boundary (`connection`, `response`, `transport`); nothing above it ne
       SettingsError         bad usage or configuration (exit code 2)
       ClientError           the request is at fault: 400, 405, 408, 413, 501, 508
       ClientGone            the client left before its answer was complete: 499 in logs, never sent
-      Unavailable           no backend, or no room: 503 with Retry-After
+      Unavailable           no backend, or no room: 503 with Retry-After (OutOfDescriptors: no room for sockets)
       BackendError          the backend is at fault: 502, 504; also a requests exception
         ConnectFailed         nothing was sent: any method may go elsewhere
         ConnectTimedOut       the same, after the connect time-out
@@ -30,6 +30,7 @@ class BalancerError(Exception):
 
     status: ClassVar[int] = 500
     reason: str = "proxy_internal_error"
+    public: ClassVar[str] = ""  # what a client is told instead of the text, if that names things inside
 
 
 class SettingsError(BalancerError):
@@ -88,15 +89,22 @@ class Unavailable(BalancerError):
     reason = "destination_unavailable"
 
 
+class OutOfDescriptors(Unavailable):
+    """This process may open no more files: nobody else's fault."""
+
+
 class BackendError(BalancerError, requests_errors.RequestException):
     """A backend failed. `requests` users can catch it as they catch any of its exceptions."""
 
     status = 502
     reason = "destination_unavailable"
+    public = "the backend failed"
 
 
 class ConnectFailed(BackendError, requests_errors.ConnectionError):
     """No connection, so nothing was sent; `refused` tells a closed port from every other cause."""
+
+    public = "the backend could not be reached"
 
     def __init__(self, message: str, *, refused: bool = False) -> None:
         super().__init__(message)
@@ -108,6 +116,8 @@ class ConnectFailed(BackendError, requests_errors.ConnectionError):
 class ConnectTimedOut(ConnectFailed, requests_errors.ConnectTimeout):
     """No connection within `connect_timeout`."""
 
+    public = "the backend did not accept the connection in time"
+
     status = 504
     reason = "connection_timeout"
 
@@ -116,6 +126,7 @@ class ConnectionLost(BackendError, requests_errors.ConnectionError):
     """The connection ended before the response head; `stale` if it had been reused and no byte had come back."""
 
     reason = "connection_terminated"
+    public = "the backend closed the connection without a response"
 
     def __init__(self, message: str, *, stale: bool = False) -> None:
         super().__init__(message)
@@ -126,6 +137,7 @@ class InvalidResponse(BackendError, requests_errors.InvalidHeader):
     """The response is malformed, or framed in a way that must not be passed on."""
 
     reason = "http_protocol_error"
+    public = "the backend's response is invalid"
 
 
 class ResponseTimedOut(BackendError, requests_errors.ReadTimeout):
@@ -133,6 +145,7 @@ class ResponseTimedOut(BackendError, requests_errors.ReadTimeout):
 
     status = 504
     reason = "http_response_timeout"
+    public = "the backend did not respond in time"
 
 
 class BodyTruncated(BackendError, requests_errors.ChunkedEncodingError):

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from threading import Event, Thread
 
 from balancer.backends import Backend, BackendPool, LastCheck
-from balancer.errors import BackendError
+from balancer.errors import BackendError, OutOfDescriptors
 from balancer.messages import Line
 from balancer.transport import BackendAdapter, OutgoingRequest, Timeouts
 
@@ -36,7 +36,7 @@ class Probe:
         self._adapter = BackendAdapter(Timeouts(connect=timeout, response=timeout, idle=timeout), max_idle=0, tls=tls)
 
     def check(self, backend: Backend) -> LastCheck:
-        """Ask once. Never raises: what went wrong is `error`."""
+        """Ask once; what went wrong is `error`. Raises OutOfDescriptors alone."""
         started = time.monotonic()
         status: int | None = None
         error: str | None = None
@@ -106,6 +106,8 @@ class HealthChecker:
         """Probe one backend now and record the result."""
         try:
             self._pool.record_check(backend, self._probe.check(backend))
+        except OutOfDescriptors as error:  # says nothing about the backend
+            log.error("cannot check %s: %s", backend.id, error)
         except Exception:  # a surprise must be seen, and the backend be probed again
             log.exception("health check of %s failed", backend.id)
         finally:

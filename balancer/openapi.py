@@ -76,7 +76,7 @@ _BACKEND_FIELDS: dict[str, Schema] = {
     "health": _HEALTH,
 }
 _ALGORITHM = _object(name=_TEXT, description=_TEXT)
-_ATTEMPT = _object(backend=_TEXT, outcome=_TEXT, seconds=_NUMBER)
+_ATTEMPT = _object(backend=_TEXT, outcome=_TEXT, seconds=_NUMBER, error=_or_null(_TEXT))
 _RECENT = _object(
     timestamp=_NUMBER,
     server_id=_or_null(_TEXT),

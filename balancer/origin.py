@@ -26,6 +26,8 @@ class Origin(NamedTuple):
             raise SettingsError(
                 f"backend URL of host {url.rpartition('@')[2]!r}: user info is not supported, remove it"
             )
+        if re.search(r"[\x00-\x20\x7f]", url.strip()):  # urlsplit would drop them without a word
+            raise SettingsError(f"backend URL {url!r}: must not have blanks or control characters")
         try:
             parts = urlsplit(url.strip())
             port = parts.port

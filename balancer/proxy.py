@@ -230,11 +230,14 @@ class Forwarding:
         self._record.attempts.append(attempt)
         try:
             response = self._proxy.adapter.exchange(request, backend.origin)
+        except Unavailable:
+            self._lease.release()
+            raise
         except BackendError as error:
             if self._client_is_gone():
                 raise ClientGone("the client left while the backend was working") from None
             self._lease.release(failed=not getattr(error, "stale", False))
-            attempt.outcome = error.reason
+            attempt.outcome, attempt.error = error.reason, str(error)
             if isinstance(error, ConnectFailed) and error.refused:
                 self._proxy.pool.record_refused(backend, str(error))
                 self._proxy.on_refused()
@@ -290,7 +293,7 @@ class Forwarding:
         )  # nobody reads it
         body = json.dumps(
             {
-                "error": str(error),
+                "error": error.public or str(error),
                 "load_balancer_id": self._proxy.options.balancer_id,
                 "request_id": self._record.request_id,
             }

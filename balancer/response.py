@@ -12,7 +12,7 @@ import httptools
 from requests import PreparedRequest, Response
 
 from balancer.connection import Connection, Watcher
-from balancer.errors import BodyTruncated, ConnectionLost, InvalidResponse
+from balancer.errors import BodyTruncated, ConnectionLost, InvalidResponse, ResponseTimedOut
 from balancer.messages import BODILESS_STATUSES, HeaderLines, Line, nominated, parse_content_length
 
 MAX_HEAD = 65536  # bytes of a response head, interim responses included
@@ -116,6 +116,9 @@ def receive_head(connection: Connection, head: ResponseHead, seconds: float) -> 
     while not head.has_head:
         try:
             data = connection.receive()
+        except ResponseTimedOut:
+            url = connection.origin.url
+            raise ResponseTimedOut(f"{url} sent no complete response head within {seconds:g} s") from None
         except ConnectionLost as error:
             raise ConnectionLost(str(error), stale=connection.is_reused and not received) from error
         if not data:

@@ -143,13 +143,15 @@ def pin(wanted: list[int]) -> None:
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
-def raise_descriptor_limit() -> None:
-    """Allow as many open files as the system lets us: a request in flight needs two, and 1024 is a common default."""
-    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has no such limit
+def raise_descriptor_limit() -> int:
+    """Allow as many open files as the system lets us, 1024 is a common default; returns how many these are."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        return hard if hard != resource.RLIM_INFINITY else sys.maxsize
+    return sys.maxsize  # Windows has no such limit
 
 
 def serve(
@@ -199,42 +201,41 @@ async def _serve(
     servers = [_Granian(bridge, listener, options) for bridge, listener in listeners]
     bridges = [bridge for bridge, _ in listeners]
     watches = [loop.create_task(bridge.watch()) for bridge in bridges]
-    watches.append(loop.create_task(_close_silent(ports, options.header_timeout)))
+    watches.append(loop.create_task(_close_silent(ports, bridges, options.header_timeout)))
     gc.collect()
     gc.freeze()  # what exists now lives as long as the process: the collector need not walk it again
     received = await signals.get()
     log.info("draining: %d requests in flight", sum(bridge.active for bridge in bridges))
     on_drain()
-    for server in servers:
+    servers[0].stop()  # a control port of its own stays, so that /readyz can say what goes on
+    limit = INTERRUPT_DRAIN_SECONDS if received == signal.SIGINT else options.drain_timeout
+    await _drain(servers[0].stopped, bridges[0], limit, signals)
+    for server in servers[1:]:
         server.stop()
     stopped: asyncio.Future[Any] = asyncio.gather(*(server.stopped for server in servers))
-    limit = INTERRUPT_DRAIN_SECONDS if received == signal.SIGINT else options.drain_timeout
-    await _drain(stopped, bridges, limit, signals)
+    await asyncio.wait([stopped], timeout=LAST_RESORT_SECONDS)
     for watch in watches:
         watch.cancel()
     return 130 if received == signal.SIGINT else 0, stopped.done()
 
 
-async def _close_silent(ports: list[int], seconds: float) -> None:
+async def _close_silent(ports: list[int], bridges: list[Bridge], seconds: float) -> None:
     """hyper limits the time for a request head only once it knows the protocol; before that it is up to us."""
     while sys.platform == "linux":
         await asyncio.sleep(seconds / 2)
-        for port in ports:
-            accepted.close_silent(port, seconds)
+        for port, bridge in zip(ports, bridges, strict=True):
+            accepted.close_silent(port, seconds, bridge.clients())
 
 
-async def _drain(
-    stopped: asyncio.Future[Any], bridges: list[Bridge], limit: float, signals: asyncio.Queue[int]
-) -> None:
+async def _drain(stopped: asyncio.Future[None], bridge: Bridge, limit: float, signals: asyncio.Queue[int]) -> None:
     """Wait for the requests in flight; after `limit` seconds, or at a second signal, cut them off."""
     deadline = time.monotonic() + limit
-    while any(bridge.active for bridge in bridges) and signals.empty() and time.monotonic() < deadline:
+    while bridge.active and not stopped.done() and signals.empty() and time.monotonic() < deadline:
         await asyncio.wait([stopped], timeout=DRAIN_LOOK_SECONDS)
-    if active := sum(bridge.active for bridge in bridges):
-        log.warning("cut off %d requests that were still in flight", active)
-        for bridge in bridges:
-            bridge.abort()
-    await asyncio.wait([stopped], timeout=LAST_RESORT_SECONDS)
+    if bridge.active:  # if it has stopped, then because all their clients have left
+        if not stopped.done():
+            log.warning("cut off %d requests that were still in flight", bridge.active)
+        bridge.abort()
 
 
 def _on_signal(loop: asyncio.AbstractEventLoop, number: int, queue: asyncio.Queue[int]) -> None:

@@ -72,6 +72,8 @@ class BackendSettings(BaseModel):
         head, equals, rest = text.partition("=")
         backend_id, url = (head, rest) if equals and "://" not in head else ("", text)
         address, at, weight = url.rpartition("@")
+        if re.fullmatch(r"[-+]?[0-9.]+", weight) and not weight.isdecimal():
+            raise SettingsError(f"backend weight {weight!r}: expected a whole number from 0 to {MAX_WEIGHT}")
         if not at or "/" in weight or not re.fullmatch(r"[0-9]{1,9}", weight):
             address, weight = url, "1"
         return {"id": backend_id.strip(), "url": address.strip(), "weight": int(weight)}
@@ -127,7 +129,7 @@ class Settings(BaseModel):
     cors_origins: tuple[str, ...] = Field(
         (), description="origins of pages that may read and write, as https://ops.example"
     )
-    allow_file_origin: bool = Field(False, description="let a dashboard opened from disk (Origin: null) read and write")
+    allow_file_origin: bool = Field(False, description="let a page from disk (Origin: null) write; it may always read")
 
     # Process.
     max_threads: int = Field(

@@ -72,6 +72,7 @@ class Attempt:
     backend: str
     outcome: str = ""
     seconds: float = 0.0
+    error: str | None = None  # in words, for the operator
 
 
 @dataclass(slots=True)

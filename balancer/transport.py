@@ -10,6 +10,7 @@ that has been idle longer than `pool_idle_timeout` is closed (keep that below th
 
 from __future__ import annotations
 
+import errno
 import socket
 import ssl
 import time
@@ -23,7 +24,7 @@ from requests import PreparedRequest, Response
 from requests.adapters import BaseAdapter
 
 from balancer.connection import Connection, Watcher
-from balancer.errors import ConnectFailed, ConnectionLost, ConnectTimedOut, ResponseTimedOut
+from balancer.errors import ConnectFailed, ConnectionLost, ConnectTimedOut, OutOfDescriptors, ResponseTimedOut
 from balancer.messages import IDEMPOTENT, HeaderLines, Line
 from balancer.origin import Origin
 from balancer.response import BackendResponse, ResponseBody, ResponseHead, receive_head
@@ -185,6 +186,8 @@ class BackendAdapter(BaseAdapter):
         except TimeoutError:
             raise ConnectTimedOut(f"{origin.url} did not accept within {self.timeouts.connect:g} s") from None
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise OutOfDescriptors("the load balancer may open no more connections, raise its file limit") from None
             refused = isinstance(error, ConnectionRefusedError)
             raise ConnectFailed(f"{origin.url}: {error.strerror or error}", refused=refused) from error
         try:

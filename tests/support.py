@@ -116,11 +116,11 @@ class BalancerProcess(Process):
 
     def __init__(self, *arguments: str, env: dict[str, str] | None = None, wait_ready: bool = True) -> None:
         super().__init__([PYTHON, str(ROOT / "load_balancer.py"), "--port", "0", *arguments], env)
-        match = wait_until(self._listening, what=f"balancer listens: {arguments}")
+        match = wait_until(self._listening, 30, f"balancer listens: {arguments}")
         self.url: str = match.group(1)
         self.port = int(self.url.rpartition(":")[2])
         if wait_ready:
-            wait_until(self.is_ready, what="balancer is ready")
+            wait_until(self.is_ready, 30, "balancer is ready")
 
     def _listening(self) -> re.Match[str] | None:
         if self.popen.poll() is not None:
@@ -158,7 +158,7 @@ class DemoBackend:
     def start(self) -> None:
         env = {"SERVER_ID": self.id, "SERVER_PORT": str(self.port), "RESPONSE_DELAY": str(self.delay)}
         self.process = Process([PYTHON, str(ROOT / "backend_server.py")], env)
-        wait_until(self.is_up, what=f"{self.id} answers")
+        wait_until(self.is_up, 30, f"{self.id} answers")
 
     def is_up(self) -> bool:
         with suppress(OSError):

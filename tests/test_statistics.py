@@ -221,10 +221,18 @@ def test_a_recent_request_says_what_was_tried_and_cuts_long_paths() -> None:
     one = exchange(504)
     one.path = "/" + "x" * 1000
     one.reason = "http_response_timeout"
-    one.attempts = [Attempt("b", "connection_refused", 0.001), Attempt("a", "http_response_timeout", 1.0)]
+    one.attempts = [
+        Attempt("b", "connection_refused", 0.001, "http://b: refused"),
+        Attempt("a", "http_response_timeout", 1.0),
+    ]
     told = one.describe()
     assert (told["attempts"], told["reason"]) == (2, "http_response_timeout")
-    assert told["tried"][0] == {"backend": "b", "outcome": "connection_refused", "seconds": 0.001}
+    assert told["tried"][0] == {
+        "backend": "b",
+        "outcome": "connection_refused",
+        "seconds": 0.001,
+        "error": "http://b: refused",
+    }
     assert len(told["path"]) == PATH_SHOWN
 
 

@@ -1,0 +1,169 @@
+"""Cases that an attack on the finished program found; each names what happened then."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import socket
+import subprocess
+import time
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import pytest
+from support import (
+    PYTHON,
+    ROOT,
+    BalancerProcess,
+    Process,
+    ScriptedBackend,
+    connect,
+    fetch,
+    fetch_json,
+    free_port,
+    read_all,
+    wait_until,
+)
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_many_clients_that_leave_their_uploads_cost_little(balancer: BalancerProcess, backend: ScriptedBackend) -> None:
+    """Each one walked over all descriptors: after 1,000 of them the next request took 12 s."""
+    with ExitStack() as clients:
+        sockets = [clients.enter_context(connect(balancer.port)) for _ in range(400)]
+        for sock in sockets:
+            sock.sendall(b"POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 1000\r\n\r\nx")
+        wait_until(lambda: balancer.status()["statistics"]["active_requests"] == 400)
+        before = cpu_seconds(balancer.pid)
+    wait_until(lambda: balancer.status()["statistics"]["active_requests"] == 0, 5)
+    assert cpu_seconds(balancer.pid) - before < 3
+    assert fetch(balancer.url)[0] == 200
+
+
+def test_a_chunked_control_body_is_not_cut_but_refused(balancer: BalancerProcess) -> None:
+    """Valid JSON, blanks up to the limit, then garbage: it was accepted."""
+    body = b'{"algorithm": "round_robin"}' + b" " * 70_000 + b"garbage"
+    head = b"POST /algorithm HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    with connect(balancer.port) as sock:
+        sock.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(body), body))
+        assert read_all(sock).startswith(b"HTTP/1.1 413 ")
+    assert balancer.status()["algorithm"] == "weighted"
+
+
+def test_errors_name_no_inside_address_to_clients(balancer: BalancerProcess, backend: ScriptedBackend) -> None:
+    """The URL of the backend stood in the answer; it belongs into /status."""
+    backend.answer(b"garbage\r\n\r\n", close=True)
+    status, _, body = fetch(balancer.url)
+    assert status == 502
+    assert b"127.0.0.1" not in body and str(backend.port).encode() not in body
+    (record,) = balancer.status(1)["recent_requests"]
+    assert "malformed" in record["tried"][0]["error"]
+
+
+def test_a_full_disk_is_no_reason_not_to_serve() -> None:
+    """`load_balancer.py > /dev/full` ended with a traceback."""
+    port = free_port()
+    with (
+        open("/dev/full", "w") as full,
+        subprocess.Popen(
+            [PYTHON, str(ROOT / "load_balancer.py"), "--port", str(port), "--backend=http://127.0.0.1:1"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process,
+    ):
+        try:
+            wait_until(lambda: is_up(port), 30)
+        finally:
+            process.terminate()
+        assert process.stderr is not None and "Traceback" not in process.stderr.read()
+
+
+def is_up(port: int) -> bool:
+    try:
+        return fetch(f"http://127.0.0.1:{port}/health")[0] == 200
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("script", ["load_balancer.py", "backend_server.py"])
+def test_ctrl_c_while_it_starts_shows_no_traceback(script: str) -> None:
+    """It did, in the half second that the imports take."""
+    process = Process([PYTHON, "-v", str(ROOT / script), "--port", str(free_port())])
+    wait_until(lambda: "import 'flask'" in process.output or "flask" in process.output, 30)
+    process.send(signal.SIGINT)
+    assert process.wait() in (-signal.SIGINT, 130)
+    assert "Traceback" not in process.output
+
+
+def test_running_out_of_descriptors_is_not_the_backends_fault() -> None:
+    """They were marked down with "Too many open files"."""
+
+    def few_descriptors() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
+
+    with closing(ScriptedBackend()) as backend, ExitStack() as clients:
+        backend.script = lambda sock, request: None
+        port = free_port()
+        process = subprocess.Popen(
+            [
+                PYTHON,
+                str(ROOT / "load_balancer.py"),
+                f"--port={port}",
+                f"--backend=only={backend.url}",
+                "--drain-timeout=1",
+            ],
+            preexec_fn=few_descriptors,
+            stdout=subprocess.DEVNULL,
+        )
+        try:
+            wait_until(lambda: is_up(port), 30)
+            url = f"http://127.0.0.1:{port}"
+            wait_until(lambda: fetch_json(f"{url}/status")["backend_servers"][0]["healthy"])
+            for _ in range(150):
+                client = socket.create_connection(("127.0.0.1", port))
+                clients.callback(client.close)
+                client.sendall(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
+            started = time.monotonic()
+            wait_until(lambda: time.monotonic() - started > 2, 5)  # several rounds of health checks
+            clients.close()
+            events = fetch_json(f"{url}/events")["events"]
+            assert [event for event in events if event["kind"] == "backend_down"] == []
+        finally:
+            process.terminate()
+            process.wait(10)
+
+
+@pytest.mark.parametrize("setting", ["LB_CONTROL_PREFIX", "LB_CONTROL_PORT"])
+def test_the_balancer_starts_with_moved_control_paths(setting: str) -> None:
+    """start_all asked for /readyz where it was no more; the paths are checked here, start_all in its own tests."""
+    port = free_port()
+    env = {setting: "/lb" if setting == "LB_CONTROL_PREFIX" else str(port)}
+    balancer = BalancerProcess("--backend=http://127.0.0.1:1", env=env, wait_ready=False)
+    try:
+        base = f"{balancer.url}/lb" if setting == "LB_CONTROL_PREFIX" else f"http://127.0.0.1:{port}"
+        wait_until(lambda: fetch(f"{base}/readyz")[0] == 200, 10)
+        assert fetch(f"{balancer.url}/readyz")[0] == 503  # forwarded, and the only backend is down
+    finally:
+        balancer.stop()
+
+
+def test_clients_that_left_do_not_hold_up_the_end(scripted: ScriptedBackend) -> None:
+    """Granian had ended with its last connection, and the request waited out the drain time-out all the same."""
+    scripted.reset()
+    scripted.script = lambda sock, request: None
+    balancer = BalancerProcess(f"--backend=only={scripted.url}")
+    try:
+        with connect(balancer.port) as client:
+            client.sendall(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
+            wait_until(lambda: scripted.requests)
+            balancer.send(signal.SIGTERM)
+            wait_until(lambda: "draining: 1" in balancer.output)
+        assert balancer.wait(5) == 0
+    finally:
+        balancer.stop()
