@@ -167,3 +167,18 @@ def test_clients_that_left_do_not_hold_up_the_end(scripted: ScriptedBackend) -> 
         assert balancer.wait(5) == 0
     finally:
         balancer.stop()
+
+
+def test_an_http2_connection_without_a_request_does_not_live_for_ever() -> None:
+    """`max_clients` of them shut the balancer; the limit itself is 75 s, so it is made short here."""
+    short = "import balancer.accepted, load_balancer; balancer.accepted.IDLE_SECONDS = 1.0; load_balancer.main()"
+    port = free_port()
+    arguments = ["--port", str(port), "--backend=http://127.0.0.1:1", "--header-timeout=1"]
+    process = Process([PYTHON, "-c", short, *arguments])
+    try:
+        wait_until(lambda: is_up(port), 30)
+        with connect(port) as sock:
+            sock.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0")  # preface, empty SETTINGS
+            read_all(sock)  # until it is closed; `connect` gives it 10 s
+    finally:
+        process.stop()

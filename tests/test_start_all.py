@@ -213,6 +213,23 @@ def test_ready_means_that_requests_are_answered(demo: Demo) -> None:
     assert weights == [3, 2, 1]
 
 
+def test_moved_control_paths_are_followed(demo: Demo) -> None:
+    """It asked for /readyz where it was no more, and gave up after 30 s."""
+    (port,) = free_ports(1)
+    run = demo.start(LB_CONTROL_PREFIX="/lb", LB_CONTROL_PORT=str(port))
+    run.until("Stop with")
+    assert get(demo.port, "/api/process")[0] == 200
+    assert get(port, "/lb/status")[0] == 200
+    assert f"http://localhost:{port}/lb/dashboard" in run.out
+
+
+def test_backends_that_get_no_requests_are_named(demo: Demo) -> None:
+    """Ready means checked, not healthy; it said no more than "Ready"."""
+    run = demo.start(LB_HEALTH_PATH="/nope")
+    run.until("Stop with")
+    assert "backend_2 gets no requests: health check answered 404" in run.out
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGHUP, 0)])
 def test_a_signal_stops_everything(demo: Demo, number: int, code: int) -> None:
     run = demo.ready()
