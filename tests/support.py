@@ -116,11 +116,15 @@ class BalancerProcess(Process):
 
     def __init__(self, *arguments: str, env: dict[str, str] | None = None, wait_ready: bool = True) -> None:
         super().__init__([PYTHON, str(ROOT / "load_balancer.py"), "--port", "0", *arguments], env)
-        match = wait_until(self._listening, 30, f"balancer listens: {arguments}")
-        self.url: str = match.group(1)
-        self.port = int(self.url.rpartition(":")[2])
-        if wait_ready:
-            wait_until(self.is_ready, 30, "balancer is ready")
+        try:
+            match = wait_until(self._listening, 30, f"balancer listens: {arguments}")
+            self.url: str = match.group(1)
+            self.port = int(self.url.rpartition(":")[2])
+            if wait_ready:
+                wait_until(self.is_ready, 30, "balancer is ready")
+        except BaseException:
+            self.stop()  # no fixture has it yet, so nobody else would
+            raise
 
     def _listening(self) -> re.Match[str] | None:
         if self.popen.poll() is not None:
