@@ -129,8 +129,8 @@ class Call:
                 self.cut()
         except Exception:
             # The app's own errors are answered by the app. After the head, cutting is all that is left.
-            log.debug("request cut", exc_info=True)
             if self._is_started:
+                log.debug("request cut", exc_info=True)
                 self.cut()
             else:
                 log.exception("request failed")

@@ -61,6 +61,16 @@ def fetch_json(url: str, body: Any = None, method: str | None = None, **headers:
     return json.loads(fetch(url, body, method, **headers)[2])
 
 
+@dataclass
+class Clock:
+    """Time in seconds that only the test moves."""
+
+    now: float = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 class Process:
     """A child process with its output in memory; always stopped by `stop`."""
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support import Clock
 
 from balancer import strategies
 from balancer.backends import Backend, BackendPool, LastCheck
@@ -22,16 +23,6 @@ from balancer.strategies import REGISTRY, Strategy, create
 ORIGIN = Origin("http", "127.0.0.1", 80)
 
 weights_of_some = st.lists(st.integers(1, 12), min_size=1, max_size=8)
-
-
-class Clock:
-    """Time that only the test moves."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import requests
-from support import RawRequest, free_port, ok, read_request, wait_until
+from support import Clock, RawRequest, free_port, ok, read_request, wait_until
 from wire import WireBackend, hang_up, wait_closed
 
 from balancer.errors import (
@@ -32,16 +32,6 @@ from balancer.transport import BackendAdapter, OutgoingRequest, Timeouts
 
 HOST: Line = (b"host", b"test")
 QUICK = Timeouts(connect=0.5, response=0.5, idle=0.5)
-
-
-@dataclass
-class Clock:
-    """Monotonic seconds, moved by hand."""
-
-    now: float = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture(scope="module")
