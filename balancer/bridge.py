@@ -30,7 +30,7 @@ from balancer.workers import WorkerPool
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
-    from balancer.connection import Connection
+    from balancer.connection import Abortable
 
 log = logging.getLogger("balancer.server")
 
@@ -42,9 +42,9 @@ PROTOCOLS = {"1": "HTTP/1.0", "1.1": "HTTP/1.1", "2": "HTTP/2"}  # Granian calls
 
 
 class Call:
-    """One request, from hyper to the app and back. Also the `Watcher` of the backend connection that works for it.
+    """One request, from hyper to the app and back. Also the `Watcher` of what its worker thread blocks on.
 
-    `_lock` guards `_connection` and `is_gone`, which the loop thread and the worker thread share. `is_body_done` is set
+    `_lock` guards `_attached` and `is_gone`, which the loop thread and the worker thread share. `is_body_done` is set
     by the worker before the loop looks at it.
     """
 
@@ -59,7 +59,7 @@ class Call:
         "is_body_done",
         "_body_left",
         "_lock",
-        "_connection",
+        "_attached",
         "_status",
         "_headers",
         "_is_started",
@@ -76,7 +76,7 @@ class Call:
         self.is_body_done = False
         self._body_left: int | None = None  # bytes, if the length is known
         self._lock = Lock()
-        self._connection: Connection | None = None
+        self._attached: Abortable | None = None
         self._status: int | None = None
         self._headers: list[tuple[bytes, bytes]] = []
         self._is_started = False
@@ -88,23 +88,23 @@ class Call:
 
     # The client left: called by the loop thread. `attach` and `detach` are called by the worker thread.
 
-    def attach(self, connection: Connection) -> None:
+    def attach(self, target: Abortable) -> None:
         with self._lock:
-            self._connection = connection
+            self._attached = target
             gone = self.is_gone
-        if gone:
-            connection.abort()
+        if gone:  # by the worker itself, to which it belongs: no lock needed
+            target.abort()
 
     def detach(self) -> None:
         with self._lock:
-            self._connection = None
+            self._attached = None
 
     def disconnect(self) -> None:
-        """Wake the worker if it waits for the backend. The lock is held so that the socket is still this call's."""
+        """Wake the worker if it waits for a backend. The lock is held so that what is attached is still this call's."""
         with self._lock:
             self.is_gone = True
-            if self._connection is not None:
-                self._connection.abort()
+            if self._attached is not None:
+                self._attached.abort()
 
     def cut(self) -> None:
         """End the client's connection so that it cannot take what it got for the whole answer.
