@@ -75,11 +75,12 @@ class Balancer:
         self.health.start()
         self.control.lifecycle = "running"
 
-    def drain(self) -> None:
+    def drain(self, text: str) -> None:
         self.control.lifecycle = "draining"
+        self.control.events.add("draining", None, text)
 
     def stop(self) -> None:
-        self.drain()
+        self.control.lifecycle = "draining"
         self.health.stop()
         self.adapter.close()
 
@@ -248,7 +249,11 @@ def run(app: Flask) -> int:
     with contextlib.suppress(OSError):  # a full disk, or nobody reads: no reason not to serve
         print(f"{config.id}: {where}", flush=True)
     options = server.ServerOptions(
-        _client_limit(config), config.header_timeout, config.max_header_bytes, config.drain_timeout
+        max_clients=_client_limit(config),
+        header_timeout=config.header_timeout,
+        max_header_bytes=config.max_header_bytes,
+        drain_timeout=config.drain_timeout,
+        shutdown_delay=config.shutdown_delay,
     )
     return server.serve(listeners, options, on_start=balancer.start, on_drain=balancer.drain, on_stop=balancer.stop)
 

@@ -206,6 +206,8 @@ class Call:
                 break
         else:
             self._headers.append((b"server", b"load-balancer"))  # or Granian would name itself
+        if self.bridge.is_draining and self.scope["http_version"] != "2":  # HTTP/2 has GOAWAY; no such field there
+            self._headers.append((b"connection", b"close"))  # and hyper does (RFC 9112 section 9.6)
         self._is_started = True
         self.protocol.send({"type": "http.response.start", "status": self._status, "headers": self._headers})
 
@@ -315,6 +317,7 @@ class Bridge:
         self.pool = pool
         self.idle_timeout = idle_timeout
         self.loop: asyncio.AbstractEventLoop  # set by the server before it accepts
+        self.is_draining = False  # set by the server: each answer asks its client to close
         self._is_control = is_control
         self._overflow = overflow or _overloaded
         self.lingering = BoundedSemaphore(MAX_LINGERING)
