@@ -267,12 +267,19 @@ def _listen(app: WSGIApplication, balancer: Balancer) -> list[tuple[Bridge, sock
         app,
         workers,
         idle_timeout=config.idle_timeout,
+        min_body_rate=config.min_body_rate,
         is_control=balancer.proxy.is_control,
         overflow=balancer.proxy.refuse,
     )
     listeners = [(bridge, server.listen(config.host, config.port))]
     if config.control_port is not None:
-        control = Bridge(balancer.control_app, workers, idle_timeout=config.idle_timeout, is_control=lambda path: True)
+        control = Bridge(
+            balancer.control_app,
+            workers,
+            idle_timeout=config.idle_timeout,
+            min_body_rate=config.min_body_rate,
+            is_control=lambda path: True,
+        )
         listeners.append((control, server.listen(config.host, config.control_port)))
     return listeners
 

@@ -138,6 +138,9 @@ class Settings(BaseModel):
     max_queued: int = Field(1024, ge=0, le=100000, description="requests that wait for a thread; above that 503")
     thread_idle_timeout: Seconds = Field(30.0, description="time after which an idle thread ends")
     max_clients: int = Field(10000, ge=1, le=1_000_000, description="client connections; more wait to be accepted")
+    min_body_rate: int = Field(
+        240, ge=0, le=1_000_000_000, description="bytes per second; slower request bodies are ended with 408; 0 for any"
+    )
     header_timeout: Seconds = Field(10.0, description="time for a client to send its whole request head")
     max_header_bytes: int = Field(65536, ge=8192, le=1048576, description="size of a request head; above that 431")
     shutdown_delay: SecondsOrZero = Field(
