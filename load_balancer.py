@@ -150,6 +150,7 @@ def _proxy_options(config: Settings) -> ProxyOptions:
         pseudonym=pseudonym,
         trusted=config.networks,
         expose_backend=config.expose_backend,
+        max_header_count=config.max_header_count,
         max_request_body=config.max_request_body,
         retries=config.retries,
         request_timeout=config.request_timeout,
