@@ -22,6 +22,7 @@ from balancer.errors import (
     BackendError,
     BalancerError,
     BodyTooLarge,
+    ClientError,
     ClientGone,
     ConnectFailed,
     MethodRefused,
@@ -236,6 +237,9 @@ class Forwarding:
             response = self._proxy.adapter.exchange(request, backend.origin)
         except Unavailable:
             self._lease.release()
+            raise
+        except (ClientError, ClientGone) as error:  # while the body was streamed; `finish` gives the place back
+            attempt.outcome, attempt.error = error.reason, str(error)
             raise
         except BackendError as error:
             if self._client_is_gone():
