@@ -145,7 +145,7 @@ class Settings(BaseModel):
         description="rate of a request body after 5 s; slower ones are ended with 408; 0 for no limit",
     )
     header_timeout: Seconds = Field(
-        10.0, description="time for a client to send its whole request head, the next one too"
+        10.0, description="time for a client to send a request head; also between two on a kept connection"
     )
     max_header_bytes: int = Field(65536, ge=8192, le=1048576, description="size of a request head; above that 431")
     max_header_count: int = Field(100, ge=1, le=100, description="header lines of a request; above that 431")
