@@ -82,11 +82,12 @@ class Balancer:
         self.health.start()
         self.control.lifecycle = "running"
 
-    def drain(self) -> None:
+    def drain(self, text: str) -> None:
         self.control.lifecycle = "draining"
+        self.control.events.add("draining", None, text)
 
     def stop(self) -> None:
-        self.drain()
+        self.control.lifecycle = "draining"
         self.health.stop()
         self.adapter.close()
 
@@ -318,7 +319,11 @@ def run(app: Flask) -> int:
     with contextlib.suppress(OSError):  # a full disk, or nobody reads: no reason not to serve
         print(f"{config.id}: {where}", flush=True)
     options = server.ServerOptions(
-        _client_limit(config), config.header_timeout, config.max_header_bytes, config.drain_timeout
+        max_clients=_client_limit(config),
+        header_timeout=config.header_timeout,
+        max_header_bytes=config.max_header_bytes,
+        drain_timeout=config.drain_timeout,
+        shutdown_delay=config.shutdown_delay,
     )
     return server.serve(listeners, options, on_start=balancer.start, on_drain=balancer.drain, on_stop=balancer.stop)
 
@@ -332,12 +337,19 @@ def _listen(app: WSGIApplication, balancer: Balancer) -> list[tuple[Bridge, sock
         app,
         workers,
         idle_timeout=config.idle_timeout,
+        min_body_rate=config.min_body_rate,
         is_control=balancer.proxy.is_control,
         overflow=balancer.proxy.refuse,
     )
     listeners = [(bridge, server.listen(config.host, config.port))]
     if config.control_port is not None:
-        control = Bridge(balancer.control_app, workers, idle_timeout=config.idle_timeout, is_control=lambda path: True)
+        control = Bridge(
+            balancer.control_app,
+            workers,
+            idle_timeout=config.idle_timeout,
+            min_body_rate=config.min_body_rate,
+            is_control=lambda path: True,
+        )
         listeners.append((control, server.listen(config.host, config.control_port)))
     balancer.bridges = [bridge for bridge, _ in listeners]
     return listeners

@@ -167,9 +167,15 @@ class Settings(BaseModel):
     max_queued: int = Field(1024, ge=0, le=100000, description="requests that wait for a thread; above that 503")
     thread_idle_timeout: Seconds = Field(30.0, description="time after which an idle thread ends")
     max_clients: int = Field(10000, ge=1, le=1_000_000, description="client connections; more wait to be accepted")
+    min_body_rate: int = Field(
+        240, ge=0, le=1_000_000_000, description="bytes per second; slower request bodies are ended with 408; 0 for any"
+    )
     header_timeout: Seconds = Field(10.0, description="time for a client to send its whole request head")
     max_header_bytes: int = Field(65536, ge=8192, le=1048576, description="size of a request head; above that 431")
-    drain_timeout: SecondsOrZero = Field(30.0, description="time after SIGTERM for requests in flight to finish")
+    shutdown_delay: SecondsOrZero = Field(
+        0.0, description="time after SIGTERM, /readyz 503 by then, in which new requests are still taken"
+    )
+    drain_timeout: SecondsOrZero = Field(30.0, description="time after that for requests in flight to finish")
     cpu_affinity: str = Field("auto", description="auto pins to one CPU, none to no CPU, or a list as 0,2")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged, to stdout")
 
