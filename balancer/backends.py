@@ -234,7 +234,7 @@ class Choice:
         self._excluded = excluded
 
     def describe(self) -> dict[str, Any]:
-        scores = self._scores or [None] * len(self._candidates)
+        scores: Sequence[float | None] = self._scores or [None] * len(self._candidates)
         return {
             "algorithm": self.algorithm,
             "candidates": [

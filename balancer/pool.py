@@ -173,7 +173,8 @@ class BackendPool:
         if not self._is_worth_waiting(exclude):
             raise Unavailable(self._why_none(exclude))
         if len(self._line) >= self._options.queue_limit:
-            raise Unavailable(f"every backend is full and {len(self._line)} requests are waiting already")
+            waiting = f", and {len(self._line)} requests are waiting already" if self._line else ""
+            raise Unavailable(f"every backend is full or not checked yet{waiting}")
         return self._line.join(request, exclude)
 
     def _is_worth_waiting(self, exclude: Collection[str]) -> bool:
@@ -200,7 +201,7 @@ class BackendPool:
         with self._lock:
             lease = self._line.leave(waiter)
         if lease is None:
-            raise Unavailable(f"no place on a backend became free within {max(0.0, seconds):.3g} s")
+            raise Unavailable(f"every backend is full or not checked yet, also after {max(0.0, seconds):.3g} s")
         lease.queued = self._clock() - started
         return lease
 

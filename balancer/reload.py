@@ -76,7 +76,7 @@ class Configuration:
     """The settings in force and how to read them anew.
 
     `_lock` is held for a whole reload, file reading included: two at once would compare with the same past. Nothing
-    else waits for it. `settings`, `sources`, `loaded_at` and `last_error` are replaced under it and may be read without.
+    else waits for it. The other attributes are replaced under it and may be read without.
     """
 
     def __init__(self, settings: Settings, sources: Sources | None = None) -> None:

@@ -282,7 +282,7 @@ class Statistics:
 
     def may_retry(self, share: float, minimum: int) -> bool:
         """Count one more retry if the budget allows it: `share` of the requests of the last 10 s, but `minimum` a
-        second anyway.
+        second in any case.
 
         Counted over time rather than over what is in flight: when one of three backends dies, a third of what is in
         flight needs its retry at the same moment, while a storm shows in the seconds that follow.
