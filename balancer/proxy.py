@@ -22,6 +22,7 @@ from balancer.errors import (
     BackendError,
     BalancerError,
     BodyTooLarge,
+    ClientError,
     ClientGone,
     ConnectFailed,
     MethodRefused,
@@ -286,6 +287,9 @@ class Forwarding:
             response = self._proxy.adapter.exchange(request, lease.choice.origin)
         except Unavailable:
             lease.release()
+            raise
+        except (ClientError, ClientGone) as error:  # while the body was streamed; `finish` gives the place back
+            attempt.outcome, attempt.error = error.reason, str(error)
             raise
         except BackendError as error:
             if self._client_is_gone():
