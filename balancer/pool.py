@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from balancer.backends import Backend, Choice, LastCheck
 from balancer.connection import Watcher
-from balancer.errors import SettingsError, Unavailable
+from balancer.errors import NoRoom, SettingsError, Unavailable
 from balancer.judge import Judge, JudgeOptions
 from balancer.origin import Origin
 from balancer.waiting import Waiter, WaitingLine
@@ -174,7 +174,7 @@ class BackendPool:
             raise Unavailable(self._why_none(exclude))
         if len(self._line) >= self._options.queue_limit:
             waiting = f", and {len(self._line)} requests are waiting already" if self._line else ""
-            raise Unavailable(f"every backend is full or not checked yet{waiting}")
+            raise NoRoom(f"every backend is full or not checked yet{waiting}")
         return self._line.join(request, exclude)
 
     def _is_worth_waiting(self, exclude: Collection[str]) -> bool:
@@ -201,7 +201,7 @@ class BackendPool:
         with self._lock:
             lease = self._line.leave(waiter)
         if lease is None:
-            raise Unavailable(f"every backend is full or not checked yet, also after {max(0.0, seconds):.3g} s")
+            raise NoRoom(f"every backend is full or not checked yet, also after {max(0.0, seconds):.3g} s")
         lease.queued = self._clock() - started
         return lease
 

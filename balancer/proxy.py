@@ -26,6 +26,7 @@ from balancer.errors import (
     ClientGone,
     ConnectFailed,
     MethodRefused,
+    NoRoom,
     TooManyHeaders,
     Unavailable,
 )
@@ -162,7 +163,7 @@ class Forwarding:
         self._proxy.statistics.begin()
         if self._client_is_gone():
             return self._refuse(ClientGone("the client left while it waited for a thread"))
-        return self._refuse(Unavailable("the load balancer is full, try again"))
+        return self._refuse(NoRoom("the load balancer is full, try again"))
 
     # The outgoing request, built once.
 

@@ -264,9 +264,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         elif field.annotation is bool:
             parser.add_argument(flag, nargs="?", const="true", metavar="true|false", help=f"{text} (false)")
         else:
-            unit = UNITS.get(name, " s" if isinstance(field.default, float) else "")
-            default = "none" if field.default in (None, "", ()) else show(field.default) + unit
-            parser.add_argument(flag, metavar=name.rpartition("_")[2].upper(), help=f"{text} ({default})")
+            parser.add_argument(flag, metavar=name.rpartition("_")[2].upper(), help=f"{text} ({default_of(name)})")
+
+
+def default_of(name: str) -> str:
+    """A setting's default with its unit, as `--help` and the documentation show it."""
+    default = Settings.model_fields[name].default
+    if default in (None, "", ()):
+        return "none"
+    return show(default) + UNITS.get(name, " s" if isinstance(default, float) else "")
 
 
 def load(
