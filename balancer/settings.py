@@ -168,13 +168,16 @@ class Settings(BaseModel):
     thread_idle_timeout: Seconds = Field(30.0, description="time after which an idle thread ends")
     max_clients: int = Field(10000, ge=1, le=1_000_000, description="client connections; more wait to be accepted")
     min_body_rate: int = Field(
-        240, ge=0, le=1_000_000_000, description="bytes per second; slower request bodies are ended with 408; 0 for any"
+        240,
+        ge=0,
+        le=1_000_000_000,
+        description="bytes/s after the first 5 s; slower request bodies are ended with 408; 0 for no limit",
     )
     header_timeout: Seconds = Field(10.0, description="time for a client to send its whole request head")
     max_header_bytes: int = Field(65536, ge=8192, le=1048576, description="size of a request head; above that 431")
     max_header_count: int = Field(100, ge=1, le=100, description="header lines of a request; above that 431")
     shutdown_delay: SecondsOrZero = Field(
-        0.0, description="time after SIGTERM, /readyz 503 by then, in which new requests are still taken"
+        0.0, description="time after SIGTERM in which all is served while /readyz says 503; 5 to 10 in Kubernetes"
     )
     drain_timeout: SecondsOrZero = Field(30.0, description="time after that for requests in flight to finish")
     cpu_affinity: str = Field("auto", description="auto pins to one CPU, none to no CPU, or a list as 0,2")
