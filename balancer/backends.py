@@ -84,6 +84,9 @@ class Backend:
     health: Health = field(default_factory=Health)
     ewma: float = 0.0
     ewma_at: float = 0.0
+    peak: float = 0.0
+    unanswered: int = 0  # of `active`: those whose response has not begun
+    heard_at: float = 0.0  # of the pool's clock: the newest first byte, or when `unanswered` rose from 0
 
     @property
     def is_ready(self) -> bool:
@@ -103,10 +106,21 @@ class Backend:
         """Remembered time to first byte in seconds, 0.0 if never measured; decays while there are no samples."""
         return self.ewma * self._freshness(now)
 
+    def peak_time(self, now: float) -> float:
+        """Like `response_time`, but a worse sample counts in full at once and is forgotten only as time passes."""
+        return self.peak * self._freshness(now)
+
+    def silence(self, now: float) -> float:
+        """Seconds for which requests have been waiting here without one being answered: what a backend that stalls
+        will show as response time only when it is too late. 0.0 while nothing waits."""
+        return now - self.heard_at if self.unanswered else 0.0
+
     def observe(self, seconds: float, now: float) -> None:
         """Blend in one measured time to first byte. The staler the memory, the more the new sample counts."""
-        share = max(EWMA_SHARE, 1 - self._freshness(now)) if self.ewma else 1.0
+        staleness = 1 - self._freshness(now)
+        share = max(EWMA_SHARE, staleness) if self.ewma else 1.0
         self.ewma += share * (seconds - self.ewma)
+        self.peak = max(seconds, self.peak + staleness * (seconds - self.peak))
         self.ewma_at = now
 
     def _freshness(self, now: float) -> float:
@@ -116,11 +130,18 @@ class Backend:
 class Lease:
     """One request's place on a backend: taken by `BackendPool.lease`, given back once by `release`."""
 
-    __slots__ = ("_pool", "backend")
+    __slots__ = ("_pool", "backend", "is_answered")
 
     def __init__(self, pool: BackendPool, backend: Backend) -> None:
         self._pool: BackendPool | None = pool
         self.backend = backend
+        self.is_answered = False
+
+    def answered(self, first_byte_seconds: float) -> None:
+        """The response has begun but its body may take long: count the time now, not at `release`. Idempotent."""
+        if self._pool is not None and not self.is_answered:
+            self.is_answered = True
+            self._pool._observe(self.backend, first_byte_seconds)
 
     def release(self, first_byte_seconds: float | None = None, *, failed: bool = False) -> None:
         """Idempotent. `first_byte_seconds` for an attempt that got a response, `failed` if the backend was at fault."""
@@ -128,7 +149,7 @@ class Lease:
         if pool is not None:
             if failed:
                 first_byte_seconds = max(FAILURE_SECONDS, 2 * self.backend.ewma)
-            pool._release(self.backend, first_byte_seconds)
+            pool._release(self.backend, first_byte_seconds, self.is_answered)
 
 
 class BackendPool:
@@ -187,13 +208,30 @@ class BackendPool:
                 raise Unavailable(self._why_none(exclude))
             backend = self._strategy.select(candidates, request)
             backend.active += 1
+            if not backend.unanswered:
+                backend.heard_at = self._clock()
+            backend.unanswered += 1
             return Lease(self, backend)
 
-    def _release(self, backend: Backend, first_byte_seconds: float | None) -> None:
+    def _observe(self, backend: Backend, first_byte_seconds: float | None) -> None:
+        with self._lock:
+            self._end_wait(backend, first_byte_seconds)
+
+    def _end_wait(self, backend: Backend, first_byte_seconds: float | None) -> None:
+        """One request waits no longer: answered, failed, or given up (None), which says how slow it is at least."""
+        now = self._clock()
+        if first_byte_seconds is not None:
+            backend.observe(first_byte_seconds, now)
+            backend.heard_at = now
+        elif (silence := backend.silence(now)) > backend.response_time(now):
+            backend.observe(silence, now)
+        backend.unanswered -= 1
+
+    def _release(self, backend: Backend, first_byte_seconds: float | None, is_answered: bool) -> None:
         with self._lock:
             backend.active -= 1
-            if first_byte_seconds is not None:
-                backend.observe(first_byte_seconds, self._clock())
+            if not is_answered:
+                self._end_wait(backend, first_byte_seconds)
             gone = backend.is_leaving and backend.active == 0 and self._take_out(backend)
         if gone:
             self._tell("backend_removed", backend.id, "its last request has ended", "info")
@@ -227,7 +265,7 @@ class BackendPool:
                 )
                 changed = flips and self._set_health(backend, "up", None)
                 if changed:
-                    backend.ewma = 0.0  # how fast it was before it failed says nothing now
+                    backend.ewma = backend.peak = 0.0  # how fast it was before it failed says nothing now
             else:
                 health.consecutive_failures += 1
                 health.consecutive_successes = 0
