@@ -51,14 +51,20 @@ class PoolChanges:
 class Lease:
     """One request's place on a backend: taken by `BackendPool.lease`, given back once by `release`."""
 
-    __slots__ = ("_pool", "backend", "choice", "is_trial", "queued")
+    __slots__ = ("_pool", "backend", "choice", "is_trial", "is_answered", "queued")
 
     def __init__(self, pool: BackendPool, choice: Choice) -> None:
         self._pool: BackendPool | None = pool
         self.choice = choice
         self.backend = choice.backend
         self.is_trial = choice.backend.ejection.status == "trial"
+        self.is_answered = False
         self.queued = 0.0  # seconds it waited in the queue
+
+    def answered(self, first_byte_seconds: float) -> None:
+        """The response has begun but its body may take long: count the time now, not at `release`. Idempotent."""
+        if self._pool is not None and not self.is_answered:
+            self._pool._answered(self, first_byte_seconds)
 
     def release(self, first_byte_seconds: float | None = None, *, failure: str = "") -> None:
         """Idempotent. `first_byte_seconds` for a good answer; `failure` in words if the backend was at fault; neither
@@ -145,6 +151,7 @@ class BackendPool:
         scores = strategy.scores(candidates)
         backend = strategy.select(candidates, request)
         backend.active += 1
+        backend.ask(self._clock())
         lease = Lease(self, Choice(strategy.name, backend, candidates, active, scores, excluded))
         if lease.is_trial:
             backend.ejection.is_tried = True
@@ -205,16 +212,23 @@ class BackendPool:
         lease.queued = self._clock() - started
         return lease
 
+    def _answered(self, lease: Lease, first_byte_seconds: float) -> None:
+        with self._lock:
+            lease.is_answered = True
+            self._judge.answered(lease.backend, first_byte_seconds)
+
     def _release(self, lease: Lease, first_byte_seconds: float | None, failure: str) -> None:
         backend = lease.backend
         with self._lock:
             backend.active -= 1
             if lease.is_trial:
                 backend.ejection.is_tried = False
+            if not lease.is_answered:
+                self._judge.answered(backend, first_byte_seconds, failure)
             if failure:
                 self._judged(self._judge.failed(backend, failure, lease.is_trial))
             elif first_byte_seconds is not None:
-                self._judged(self._judge.succeeded(backend, first_byte_seconds, lease.is_trial))
+                self._judged(self._judge.succeeded(backend, lease.is_trial))
             if backend.active == 0 and backend.admin_state == "drain":
                 self._drained(backend)
             if self._line:

@@ -326,6 +326,8 @@ class Forwarding:
             self.finish(status)
             self._start(f"{status} {response.reason}", lines)
             return [data]
+        if self._lease is not None:
+            self._lease.answered(self._record.attempts[-1].seconds)
         try:
             self._start(f"{status} {response.reason}", lines)
         except BaseException:  # the server refuses a header line
