@@ -34,6 +34,7 @@ from balancer.bridge import Bridge
 from balancer.errors import SettingsError
 from balancer.guard import WriteGuard
 from balancer.health import HealthChecker, Probe
+from balancer.history import History, Reading
 from balancer.origin import Origin
 from balancer.proxy import ProxyOptions, ReverseProxy
 from balancer.settings import Settings
@@ -73,6 +74,7 @@ class Balancer:
 
     def start(self) -> None:
         self.health.start()
+        self.control.history.start()
         self.control.lifecycle = "running"
 
     def drain(self) -> None:
@@ -81,6 +83,7 @@ class Balancer:
     def stop(self) -> None:
         self.drain()
         self.health.stop()
+        self.control.history.stop()
         self.adapter.close()
 
 
@@ -105,7 +108,8 @@ def create_app(config: Settings | None = None) -> Flask:
         pool.add(backend.id, Origin.parse(backend.url), weight=backend.weight, max_connections=backend.max_connections)
 
     app = Flask(__name__, static_folder=None)
-    control = api.Control(config.id, pool, statistics, events, DASHBOARD, config.control_prefix)
+    history = History(lambda: _look(statistics, pool))
+    control = api.Control(config.id, pool, statistics, events, history, DASHBOARD, config.control_prefix)
     token = config.admin_token.get_secret_value() if config.admin_token else None
     guard = WriteGuard(token, frozenset(config.cors_origins), config.allow_file_origin, _is_loopback(config.host))
     api.install(app, control, guard)
@@ -124,6 +128,11 @@ def create_app(config: Settings | None = None) -> Flask:
     app.extensions["balancer"] = Balancer(config, control, proxy, control_app, health, adapter)
     _follow(pool, statistics, events, health)
     return app
+
+
+def _look(statistics: Statistics, pool: BackendPool) -> Reading:
+    in_flight = {backend.id: backend.active for backend in pool.backends()}
+    return Reading(statistics.lifetime(), in_flight, 0)
 
 
 def _follow(pool: BackendPool, statistics: Statistics, events: Events, health: HealthChecker) -> None:

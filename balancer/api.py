@@ -26,6 +26,7 @@ from balancer import __version__, openapi, strategies
 from balancer.backends import ID_PATTERN, AdminState, BackendPool
 from balancer.errors import SettingsError
 from balancer.guard import ApiError, WriteGuard
+from balancer.history import SLOTS, History
 from balancer.origin import Origin
 from balancer.settings import MaxConnections, Weight
 from balancer.statistics import NO_REQUESTS, REFUSED, Events, Statistics
@@ -74,6 +75,7 @@ class Control:
     pool: BackendPool
     statistics: Statistics
     events: Events
+    history: History
     dashboard: Path
     prefix: str = ""
     queued: Callable[[], int] = lambda: 0
@@ -243,6 +245,14 @@ def events() -> Response:
     return jsonify({"events": newer, "latest": latest})
 
 
+@blueprint.get("/history")
+def history() -> Response:
+    step, since = _whole_number("step", 1, 10**6), _whole_number("since", 0, 10**15)
+    if step not in SLOTS:
+        raise ApiError(400, f"step={step}: expected one of {', '.join(map(str, SLOTS))}")
+    return jsonify({"step": step, "now": time.time(), "points": _control().history.since(step, since)})
+
+
 @blueprint.get("/openapi.json")
 def describe_api() -> Response:
     guard = cast(WriteGuard, current_app.extensions["write_guard"])
@@ -299,7 +309,8 @@ def reset() -> Response:
     _body(Nothing)
     control = _control()
     control.statistics.reset()
-    control.events.add("statistics_reset", None, "statistics and recent requests were reset")
+    control.history.clear()
+    control.events.add("statistics_reset", None, "statistics, history and recent requests were reset")
     return jsonify({"message": "statistics reset"})
 
 

@@ -23,8 +23,11 @@ RATE_SECONDS = 5  # requests per second are the mean of this many whole seconds
 BUDGET_SECONDS = 10  # retries are counted against the requests of this many seconds
 PATH_SHOWN = 200  # characters of a path that are kept; the query never is, it may hold secrets
 
-# Upper bounds in seconds, 100 us to about 105 s, each 1.15 times the last: a percentile is off by 15 % at most.
-BOUNDS = tuple(0.0001 * 1.15**step for step in range(100))
+# Upper bounds in seconds that `/metrics` shows: alerts name them, so they are bounds here as well.
+SHOWN_BOUNDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+# All of them: 100 us to about 105 s, each at most 1.15 times the last, so that a percentile is off by 15 % at most.
+BOUNDS = tuple(sorted({*SHOWN_BOUNDS, *(0.0001 * 1.15**step for step in range(100))}))
+FORMER_KEPT = 1000  # backends that are gone and whose counts go on if they come back
 CODE_CLASSES = ("1xx", "2xx", "3xx", "4xx", "5xx")
 
 
@@ -49,6 +52,18 @@ class Histogram:
         self.total += other.total
         self.maximum = max(self.maximum, other.maximum)
         return self
+
+    def copy(self) -> Histogram:
+        copied = Histogram()
+        copied.counts, copied.total, copied.maximum = self.counts.copy(), self.total, self.maximum
+        return copied
+
+    def since(self, earlier: Histogram) -> Histogram:
+        """What was added after `earlier`, an older copy of this one. The maximum stays that of both."""
+        added = Histogram()
+        added.counts = [ours - theirs for ours, theirs in zip(self.counts, earlier.counts, strict=True)]
+        added.total, added.maximum = self.total - earlier.total, self.maximum
+        return added
 
     def percentile(self, share: float) -> float | None:
         """Upper bound in seconds of the bucket that holds the `share` (0 to 1) smallest; None without samples."""
@@ -134,6 +149,17 @@ class Counters:
         self.latency += other.latency
         return self
 
+    def copy(self) -> Counters:
+        copied = Counters()
+        copied.total, copied.failed, copied.aborted, copied.seconds = (
+            self.total,
+            self.failed,
+            self.aborted,
+            self.seconds,
+        )
+        copied.codes, copied.latency = self.codes.copy(), self.latency.copy()
+        return copied
+
     def add(self, exchange: Exchange) -> None:
         self.total += 1
         self.seconds += exchange.seconds
@@ -185,11 +211,21 @@ class Rate:
         return sum(count for second, count in self._seconds if first <= second < end)
 
 
-class Statistics:
-    """What happened since the start or the last reset.
+@dataclass(frozen=True, slots=True)
+class Lifetime:
+    """Copies of counts that only ever grow: per backend id, or None for no backend; and the gauge `active`."""
 
-    `_lock` guards everything: `_counters` (per backend id; None for no backend or a former one), `_recent`,
-    `_arrivals`, `_retried`, `_retries`, `_active` and `_start_time`.
+    active: int
+    retries: int
+    counters: dict[str | None, Counters]
+
+
+class Statistics:
+    """What happened since the start or the last reset, and since the start of the process.
+
+    `_lock` guards everything: `_counters` (per backend id, or None for no backend), `_forgotten` (of former backends),
+    `_before` (what resets and removals took out of `_counters`), `_recent`, `_arrivals`, `_retried`, `_retries`,
+    `_retries_before`, `_active` and `_start_time`.
     """
 
     def __init__(
@@ -200,11 +236,18 @@ class Statistics:
         self._active = 0
         self._arrivals = Rate(clock)
         self._retried = Rate(clock)
+        self._counters: dict[str | None, Counters] = {}
+        self._before: dict[str | None, Counters] = {}
+        self._retries = self._retries_before = 0
         self._clear()
 
     def _clear(self) -> None:
+        for backend_id, counters in self._counters.items():
+            self._keep(backend_id, counters)
         self._start_time = self._wall_clock()
-        self._counters: dict[str | None, Counters] = {None: Counters()}
+        self._counters = {None: Counters()}
+        self._forgotten = Counters()
+        self._retries_before += self._retries
         self._retries = 0
         self._recent: deque[Exchange] = deque(maxlen=RECENT_KEPT)
 
@@ -242,20 +285,45 @@ class Statistics:
         with self._lock:
             former = self._counters.pop(backend_id, None)
             if former is not None:
-                self._counters[None] += former
+                self._forgotten += former
+                self._keep(backend_id, former)
+
+    def _keep(self, backend_id: str | None, counters: Counters) -> None:
+        """For `lifetime`. Who has been gone the longest is dropped for good when there are too many."""
+        total = self._before.pop(backend_id, None) or Counters()
+        total += counters
+        self._before[backend_id] = total
+        if len(self._before) > FORMER_KEPT:
+            del self._before[next(key for key in self._before if key is not None)]
 
     def reset(self) -> None:
         """Zero everything but what is in flight."""
         with self._lock:
             self._clear()
 
+    def lifetime(self) -> Lifetime:
+        """Counts since the start of the process, whatever was reset or removed; for differences over time."""
+        with self._lock:
+            active, retries = self._active, self._retries_before + self._retries
+            total = {backend_id: counters.copy() for backend_id, counters in self._before.items()}
+            current = [(backend_id, counters.copy()) for backend_id, counters in self._counters.items()]
+        for backend_id, counters in current:
+            if backend_id in total:
+                total[backend_id] += counters
+            else:
+                total[backend_id] = counters
+        return Lifetime(active, retries, total)
+
     def snapshot(
         self, recent: int = 20
     ) -> tuple[dict[str, Any], dict[str | None, dict[str, Any]], list[dict[str, Any]]]:
         """(whole, per backend id or None, newest `recent` requests first), all of one moment."""
         with self._lock:
+            nobody = self._forgotten.copy()
+            nobody += self._counters[None]
+            counted = self._counters | {None: nobody}
             total = Counters()
-            for counters in self._counters.values():
+            for counters in counted.values():
                 total += counters
             whole = total.describe() | {
                 "start_time": self._start_time,
@@ -263,7 +331,7 @@ class Statistics:
                 "retries": self._retries,
                 "requests_per_second": self._arrivals.per_second(),
             }
-            backends = {key: counters.describe() for key, counters in self._counters.items()}
+            backends = {key: counters.describe() for key, counters in counted.items()}
             newest = list(islice(reversed(self._recent), recent))
         return whole, backends, [exchange.describe() for exchange in newest]
 

@@ -1020,6 +1020,8 @@ CALLS: list[tuple[str, str, str, Any, int]] = [
     ("DELETE", "/backends/{backend_id}", "/backends/x", None, 404),
     ("GET", "/events", "/events?since=0", None, 200),
     ("GET", "/events", "/events?since=x", None, 400),
+    ("GET", "/history", "/history?step=10&since=5", None, 200),
+    ("GET", "/history", "/history?step=2", None, 400),
     ("GET", "/openapi.json", "/openapi.json", None, 200),
     ("GET", "/dashboard", "/dashboard", None, 200),
 ]
