@@ -45,9 +45,10 @@ class ClientError(BalancerError):
 
 
 class ClientTooSlow(ClientError):
-    """The request body did not come in time."""
+    """The request body did not come in time: a pause of `idle_timeout`, or less than `min_body_rate`."""
 
     status = 408
+    reason = "client_too_slow"
 
 
 class CodingUnsupported(ClientError):
