@@ -35,6 +35,7 @@ from balancer.errors import SettingsError
 from balancer.guard import WriteGuard
 from balancer.health import HealthChecker, Probe
 from balancer.history import History, Reading
+from balancer.metrics import Metrics, Sources
 from balancer.pool import BackendPool, PoolChanges, PoolOptions
 from balancer.proxy import ProxyOptions, ReverseProxy
 from balancer.reload import Configuration, Plan, make_backend
@@ -169,9 +170,23 @@ def create_app(config: Settings | None = None, sources: Mapping[str, str] | None
     app.wsgi_app = proxy  # type: ignore[method-assign]
     balancer = Balancer(configuration, control, proxy, control_app, health, adapter, tls)
     control.reload = balancer.reload
+    control.metrics = Metrics(_sources(control, adapter))
     app.extensions["balancer"] = balancer
     _follow(pool, statistics, events, health)
     return app
+
+
+def _sources(control: api.Control, adapter: BackendAdapter) -> Sources:
+    return Sources(
+        balancer_id=control.balancer_id,
+        pool=control.pool,
+        statistics=control.statistics,
+        events=control.events,
+        adapter=adapter,
+        configuration=control.configuration,
+        lifecycle=lambda: control.lifecycle,
+        queued=lambda: control.queued(),
+    )
 
 
 def _look(statistics: Statistics, pool: BackendPool) -> Reading:

@@ -27,6 +27,7 @@ from balancer.backends import ID_PATTERN, AdminState
 from balancer.errors import SettingsError
 from balancer.guard import ApiError, WriteGuard
 from balancer.history import SLOTS, History
+from balancer.metrics import Metrics
 from balancer.origin import Origin
 from balancer.pool import BackendPool
 from balancer.reload import Configuration, Plan
@@ -78,6 +79,7 @@ class Control:
     statistics: Statistics
     events: Events
     history: History
+    metrics: Metrics = field(init=False)  # reads the others, so it comes last
     dashboard: Path
     configuration: Configuration
     prefix: str = ""
@@ -265,6 +267,19 @@ def show_configuration() -> Response:
 def events() -> Response:
     newer, latest = _control().events.since(_whole_number("since", 0, 10**15))
     return jsonify({"events": newer, "latest": latest})
+
+
+@blueprint.get("/metrics")
+def metrics() -> Response:
+    environ = request.environ | {"REQUEST_METHOD": "GET"}  # its own app does not know HEAD; Flask drops the body
+    return cast(Response, Response.from_app(_control().metrics.app, environ, buffered=True))
+
+
+@blueprint.after_request
+def _count(response: Response) -> Response:
+    action = (request.endpoint or "").rpartition(".")[2]
+    _control().metrics.admin_requests.labels(action, response.status_code).inc()
+    return response
 
 
 @blueprint.get("/history")

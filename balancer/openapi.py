@@ -339,6 +339,15 @@ PATHS: dict[str, Schema] = {
             query={"since": {"type": "integer", "minimum": 0, "default": 0}},
         )
     },
+    "/metrics": {
+        "get": _operation(
+            "getMetrics",
+            "Metrics for Prometheus, or OpenMetrics for who asks for that. Counters count since the start of the "
+            "process.",
+            {"200": _json(_TEXT, "the metrics", "text/plain")},
+            query={"name[]": {"type": "string", "description": "this metric alone"}},
+        )
+    },
     "/history": {
         "get": _operation(
             "getHistory",

@@ -8,7 +8,6 @@ Failed means that the client got no complete answer, or one of 500 and above.
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,70 +17,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from balancer.backends import Choice
+from balancer.histogram import Histogram
+from balancer.totals import Totals
 
 RECENT_KEPT = 1000  # finished requests that `/requests/<id>` can still explain
 TROUBLED_KEPT = 200  # those that failed or were tried more than once stay longer: they are the ones people ask about
 EVENTS_KEPT = 500
 REFUSED = "write_refused"  # the one kind of event that anybody can cause
+EVENT_KINDS = (
+    *("backend_up", "backend_down", "backend_added", "backend_removed", "backend_changed", "backend_draining"),
+    *("backend_drained", "backend_ejected", "backend_trial", "backend_returned", "backend_slow", "algorithm_changed"),
+    *("statistics_reset", REFUSED, "panic_on", "panic_off", "config_reloaded", "config_refused", "draining"),
+)
 RATE_SECONDS = 5  # requests per second are the mean of this many whole seconds
 BUDGET_SECONDS = 10  # retries are counted against the requests of this many seconds
 PATH_SHOWN = 200  # characters of a path that are kept; the query never is, it may hold secrets
 
-# Upper bounds in seconds that `/metrics` shows: alerts name them, so they are bounds here as well.
-SHOWN_BOUNDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-# All of them: 100 us to about 105 s, each at most 1.15 times the last, so that a percentile is off by 15 % at most.
-BOUNDS = tuple(sorted({*SHOWN_BOUNDS, *(0.0001 * 1.15**step for step in range(100))}))
 FORMER_KEPT = 1000  # backends that are gone and whose counts go on if they come back
 CODE_CLASSES = ("1xx", "2xx", "3xx", "4xx", "5xx")
-
-
-class Histogram:
-    """Counts per bucket: constant memory however long it runs. Not locked; the owner's lock guards it."""
-
-    __slots__ = ("counts", "total", "maximum")
-
-    def __init__(self) -> None:
-        self.counts = [0] * (len(BOUNDS) + 1)
-        self.total = 0
-        self.maximum = 0.0
-
-    def add(self, seconds: float) -> None:
-        self.counts[bisect_left(BOUNDS, seconds)] += 1
-        self.total += 1
-        if seconds > self.maximum:
-            self.maximum = seconds
-
-    def __iadd__(self, other: Histogram) -> Histogram:
-        self.counts = [ours + theirs for ours, theirs in zip(self.counts, other.counts, strict=True)]
-        self.total += other.total
-        self.maximum = max(self.maximum, other.maximum)
-        return self
-
-    def copy(self) -> Histogram:
-        copied = Histogram()
-        copied.counts, copied.total, copied.maximum = self.counts.copy(), self.total, self.maximum
-        return copied
-
-    def since(self, earlier: Histogram) -> Histogram:
-        """What was added after `earlier`, an older copy of this one. The maximum stays that of both."""
-        added = Histogram()
-        added.counts = [ours - theirs for ours, theirs in zip(self.counts, earlier.counts, strict=True)]
-        added.total, added.maximum = self.total - earlier.total, self.maximum
-        return added
-
-    def percentile(self, share: float) -> float | None:
-        """Upper bound in seconds of the bucket that holds the `share` (0 to 1) smallest; None without samples."""
-        if not self.total:
-            return None
-        rank, seen = share * self.total, 0
-        for bound, count in zip(BOUNDS, self.counts, strict=False):
-            seen += count
-            if seen >= rank and count:
-                return min(bound, self.maximum)
-        return self.maximum
-
-    def summary(self) -> dict[str, float | None]:
-        return {"p50": self.percentile(0.50), "p95": self.percentile(0.95), "p99": self.percentile(0.99)}
 
 
 @dataclass(slots=True)
@@ -263,14 +216,15 @@ class Lifetime:
     active: int
     retries: int
     counters: dict[str | None, Counters]
+    totals: Totals
 
 
 class Statistics:
     """What happened since the start or the last reset, and since the start of the process.
 
     `_lock` guards everything: `_counters` (per backend id, or None for no backend), `_forgotten` (of former backends),
-    `_before` (what resets and removals took out of `_counters`), `_recent`, `_troubled`, `_arrivals`, `_retried`,
-    `_retries`, `_retries_before`, `_active` and `_start_time`.
+    `_before` (what resets and removals took out of `_counters`), `_totals`, `_recent`, `_troubled`, `_arrivals`,
+    `_retried`, `_retries`, `_retries_before`, `_active` and `_start_time`.
     """
 
     def __init__(
@@ -283,6 +237,7 @@ class Statistics:
         self._retried = Rate(clock)
         self._counters: dict[str | None, Counters] = {}
         self._before: dict[str | None, Counters] = {}
+        self._totals = Totals()
         self._retries = self._retries_before = 0
         self._clear()
 
@@ -311,6 +266,7 @@ class Statistics:
             if counters is None:
                 counters = self._counters[exchange.backend] = Counters()
             counters.add(exchange)
+            self._totals.add(exchange)
             self._recent.append(exchange)
             if exchange.is_troubled:
                 self._troubled.append(exchange)
@@ -351,7 +307,9 @@ class Statistics:
         total += counters
         self._before[backend_id] = total
         if len(self._before) > FORMER_KEPT:
-            del self._before[next(key for key in self._before if key is not None)]
+            oldest = next(key for key in self._before if key is not None)
+            del self._before[oldest]
+            self._totals.forget(oldest)
 
     def reset(self) -> None:
         """Zero everything but what is in flight."""
@@ -361,7 +319,7 @@ class Statistics:
     def lifetime(self) -> Lifetime:
         """Counts since the start of the process, whatever was reset or removed; for differences over time."""
         with self._lock:
-            active, retries = self._active, self._retries_before + self._retries
+            active, retries, totals = self._active, self._retries_before + self._retries, self._totals.copy()
             total = {backend_id: counters.copy() for backend_id, counters in self._before.items()}
             current = [(backend_id, counters.copy()) for backend_id, counters in self._counters.items()]
         for backend_id, counters in current:
@@ -369,7 +327,7 @@ class Statistics:
                 total[backend_id] += counters
             else:
                 total[backend_id] = counters
-        return Lifetime(active, retries, total)
+        return Lifetime(active, retries, total, totals)
 
     def snapshot(
         self, recent: int = 20
@@ -397,12 +355,16 @@ NO_REQUESTS = Counters().describe()  # what `/status` shows for a backend that h
 
 
 class Events:
-    """The newest events with a rising `seq`, so that a reader asks only for what is new. `_lock` guards both."""
+    """The newest events with a rising `seq`, so that a reader asks only for what is new.
+
+    `_lock` guards all three: `_seq`, `_events`, `_counts`.
+    """
 
     def __init__(self, wall_clock: Callable[[], float] = time.time) -> None:
         self._lock = Lock()
         self._wall_clock = wall_clock
         self._seq = 0
+        self._counts = dict.fromkeys(EVENT_KINDS, 0)
         self._events: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
 
     def add(self, kind: str, backend: str | None, message: str, severity: str = "info") -> None:
@@ -412,6 +374,7 @@ class Events:
         """
         with self._lock:
             self._seq += 1
+            self._counts[kind] = self._counts.get(kind, 0) + 1
             count = 1
             if kind == REFUSED and self._events and self._events[-1]["kind"] == REFUSED:
                 count += self._events.pop()["count"]
@@ -431,6 +394,11 @@ class Events:
         """(events with a higher `seq`, oldest first; the newest `seq`)."""
         with self._lock:
             return [event for event in self._events if event["seq"] > seq], self._seq
+
+    def counts(self) -> dict[str, int]:
+        """How many of each kind there have been, also those that are no longer kept."""
+        with self._lock:
+            return self._counts.copy()
 
     @property
     def latest(self) -> int:
