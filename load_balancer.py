@@ -113,6 +113,11 @@ class Balancer:
             log.info("configuration reloaded: %s", text)
         return plan
 
+    def hang_up(self) -> None:
+        """SIGHUP."""
+        with contextlib.suppress(SettingsError):  # `reload` has said why
+            self.reload()
+
     def _apply(self, config: Settings, plan: Plan) -> None:
         """From here on new requests see the new settings; those under way keep what they began with."""
         plan.pool.options = _pool_options(config)
@@ -123,6 +128,7 @@ class Balancer:
         self.proxy.options = _proxy_options(config, self.proxy.options.pseudonym)
         for bridge in self.bridges:
             bridge.idle_timeout = config.idle_timeout
+            bridge.min_body_rate = config.min_body_rate
         logging.getLogger().setLevel(config.log_level.upper())
 
 
@@ -239,6 +245,7 @@ def _proxy_options(config: Settings, pseudonym: bytes) -> ProxyOptions:
         pseudonym=pseudonym,
         trusted=config.networks,
         expose_backend=config.expose_backend,
+        max_header_count=config.max_header_count,
         max_request_body=config.max_request_body,
         retries=config.retries,
         retry_budget=config.retry_budget,
@@ -349,7 +356,14 @@ def run(app: Flask) -> int:
         drain_timeout=config.drain_timeout,
         shutdown_delay=config.shutdown_delay,
     )
-    return server.serve(listeners, options, on_start=balancer.start, on_drain=balancer.drain, on_stop=balancer.stop)
+    return server.serve(
+        listeners,
+        options,
+        on_start=balancer.start,
+        on_drain=balancer.drain,
+        on_stop=balancer.stop,
+        on_hangup=balancer.hang_up if balancer.configuration.read is not None else None,
+    )
 
 
 def _listen(app: WSGIApplication, balancer: Balancer) -> list[tuple[Bridge, socket.socket]]:

@@ -24,7 +24,7 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from balancer import __version__, openapi, strategies
 from balancer.backends import ID_PATTERN, AdminState
-from balancer.errors import SettingsError
+from balancer.errors import ClientError, ClientGone, SettingsError
 from balancer.guard import ApiError, WriteGuard
 from balancer.history import SLOTS, History
 from balancer.metrics import Metrics
@@ -445,6 +445,13 @@ def _http_error(error: HTTPException) -> Response:
     allow = getattr(error, "valid_methods", None)
     headers = {"Allow": ", ".join(sorted(allow))} if allow else {}
     return _problem(error.code or 500, error.description or error.name, headers)
+
+
+@blueprint.app_errorhandler(ClientError)
+@blueprint.app_errorhandler(ClientGone)
+def _client_failed(error: ClientError | ClientGone) -> Response:
+    """The body did not come, or not in time: raised where a view reads it."""
+    return _problem(400 if isinstance(error, ClientGone) else error.status, str(error), {})
 
 
 def _problem(status_code: int, message: str, headers: dict[str, str], **more: Any) -> Response:

@@ -415,9 +415,9 @@ class Bridge:
     def abort(self) -> None:
         """Cut every client off: the drain time is over."""
         calls = list(self._calls)
+        accepted.cut_all({call.addresses for call in calls})  # first, or they would be told that they had left
         for call in calls:
-            call.disconnect()
-        accepted.cut_all({call.addresses for call in calls})
+            self._lost(call)
 
 
 def _overloaded(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:

@@ -22,9 +22,11 @@ from balancer.errors import (
     BackendError,
     BalancerError,
     BodyTooLarge,
+    ClientError,
     ClientGone,
     ConnectFailed,
     MethodRefused,
+    TooManyHeaders,
     Unavailable,
 )
 from balancer.incoming import CLIENT, HEADER_LINES, content_length, header_lines, may_have_body, raw_target, read_body
@@ -66,6 +68,7 @@ class ProxyOptions:
     pseudonym: bytes = b"lb-1"
     trusted: tuple[Network, ...] = ()
     expose_backend: bool = False
+    max_header_count: int = 100
     max_request_body: int | None = None
     retries: int = 2
     retry_budget: float = 0.2
@@ -168,6 +171,8 @@ class Forwarding:
         method = self._record.method
         version = environ["SERVER_PROTOCOL"].removeprefix("HTTP/")
         target = raw_target(environ)
+        if len(self._lines) > options.max_header_count:
+            raise TooManyHeaders(f"{len(self._lines)} header lines, at most {options.max_header_count} are accepted")
         if method in ("CONNECT", "TRACE"):
             raise MethodRefused(f"{method} is not supported")
         check_request(method, target, [value for name, value in self._lines if name == b"host"], version)
@@ -282,6 +287,9 @@ class Forwarding:
             response = self._proxy.adapter.exchange(request, lease.choice.origin)
         except Unavailable:
             lease.release()
+            raise
+        except (ClientError, ClientGone) as error:  # while the body was streamed; `finish` gives the place back
+            attempt.outcome, attempt.error = error.reason, str(error)
             raise
         except BackendError as error:
             if self._client_is_gone():

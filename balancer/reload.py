@@ -29,7 +29,7 @@ NEEDS_RESTART = frozenset(
         *("id", "host", "port", "control_port", "control_prefix", "ca_file"),
         *("admin_token", "cors_origins", "allow_file_origin"),
         *("max_threads", "max_queued", "thread_idle_timeout", "max_clients", "header_timeout", "max_header_bytes"),
-        *("drain_timeout", "cpu_affinity"),
+        *("drain_timeout", "shutdown_delay", "cpu_affinity"),
     }
 )
 BACKEND_FIELDS = ("url", "weight", "max_connections")

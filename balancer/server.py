@@ -35,6 +35,10 @@ log = logging.getLogger("balancer.server")
 _native: Any = granian._granian  # its type stub does not match what it takes
 
 BACKLOG = 4096  # connections the kernel holds while all is busy; it caps this at somaxconn
+# Of one HTTP/2 connection. All streams may fill their windows: else a few uploads to a slow backend would use up the
+# connection's, and others would look like slow clients. What is unread stays bounded by the number of requests.
+STREAMS = 200
+STREAM_WINDOW = 1024 * 1024  # bytes
 INTERRUPT_DRAIN_SECONDS = 1.0  # Ctrl-C: somebody is waiting
 STOP_SECONDS = 2.0  # for worker threads to end once nothing is in flight
 DRAIN_LOOK_SECONDS = 0.05
@@ -82,7 +86,12 @@ class _Granian:
             HTTP1Settings(
                 header_read_timeout=int(options.header_timeout * 1000), max_buffer_size=options.max_header_bytes
             ),
-            HTTP2Settings(max_headers_size=options.max_header_bytes),
+            HTTP2Settings(
+                max_headers_size=options.max_header_bytes,
+                max_concurrent_streams=STREAMS,
+                initial_stream_window_size=STREAM_WINDOW,
+                initial_connection_window_size=STREAMS * STREAM_WINDOW,
+            ),
             False,  # WebSockets
             None,  # static files
             *(False, None, None, None, str(SSLProtocols.tls13), None, [], False),

@@ -172,6 +172,7 @@ class Settings(BaseModel):
     )
     header_timeout: Seconds = Field(10.0, description="time for a client to send its whole request head")
     max_header_bytes: int = Field(65536, ge=8192, le=1048576, description="size of a request head; above that 431")
+    max_header_count: int = Field(100, ge=1, le=100, description="header lines of a request; above that 431")
     shutdown_delay: SecondsOrZero = Field(
         0.0, description="time after SIGTERM, /readyz 503 by then, in which new requests are still taken"
     )

@@ -209,9 +209,9 @@ def weightless_pool() -> Pool:
     ("make", "exclude", "cause"),
     [
         (Pool, [], "no backend is configured"),
-        (unknown_pool, [], "no backend is available"),
+        (unknown_pool, [], "full or not checked yet"),
         (weightless_pool, [], "no backend is available"),
-        (full_pool, [], "max_connections"),
+        (full_pool, [], "full or not checked yet"),
         (full_pool, ["a"], "no other backend"),
     ],
 )

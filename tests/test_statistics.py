@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import Clock
+from support import Clock, make_choice
 from werkzeug.test import Client
 
-from balancer.backends import Backend, Choice, LastCheck
+from balancer.backends import LastCheck
 from balancer.errors import ResponseTimedOut
 from balancer.histogram import BOUNDS, Histogram
 from balancer.origin import Origin
@@ -57,11 +57,6 @@ def exchange(status: int = 200, backend: str | None = "a", seconds: float = 0.01
     made = Exchange(timestamp=1.0, method="GET", path="/x", request_id="id-1")
     made.status, made.backend, made.seconds, made.complete = status, backend, seconds, complete
     return made
-
-
-def choice(backend_id: str) -> Choice:
-    backend = Backend(backend_id, Origin("http", "127.0.0.1", 1))
-    return Choice("weighted", backend, [backend], [3], None, {"c": "maint"})
 
 
 def finish(statistics: Statistics, *exchanges: Exchange) -> None:
@@ -218,8 +213,8 @@ def test_a_recent_request_says_what_was_tried_and_cuts_long_paths() -> None:
     one.path = "/" + "x" * 1000
     one.reason = "http_response_timeout"
     one.attempts = [
-        Attempt(choice("b"), "connection_refused", 0.001, error="http://b: refused"),
-        Attempt(choice("a"), "http_response_timeout", 1.0),
+        Attempt(make_choice("b"), "connection_refused", 0.001, error="http://b: refused"),
+        Attempt(make_choice("a"), "http_response_timeout", 1.0),
     ]
     told = one.describe()
     assert (told["attempts"], told["reason"]) == (2, "http_response_timeout")
@@ -231,7 +226,7 @@ def test_a_recent_request_says_what_was_tried_and_cuts_long_paths() -> None:
         "error": "http://b: refused",
     }
     assert one.explain()["tried"][0]["candidates"] == [{"id": "b", "active": 3, "score": None}]
-    assert one.explain()["tried"][0]["excluded"] == {"c": "maint"}
+    assert one.explain()["tried"][0]["excluded"] == {"absent": "maint"}
     assert len(told["path"]) == PATH_SHOWN
 
 
