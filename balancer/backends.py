@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from balancer.ejection import Ejection, LatencyWindow
 from balancer.origin import Origin
+from balancer.tally import Tally
 
 AdminState = Literal["ready", "drain", "maint"]
 HealthStatus = Literal["unknown", "up", "down"]
@@ -97,6 +98,7 @@ class Backend:
     window: LatencyWindow = field(default_factory=LatencyWindow)
     slow_start_at: float | None = None  # pool clock when it came back, while it gets less than its share
     _turns: float = 0.0  # of the slow start: choices it has earned to take part in
+    tally: Tally = field(default_factory=Tally)
     source: str = "api"
     configured: Mapping[str, Any] = field(default_factory=dict)
 

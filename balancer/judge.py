@@ -87,6 +87,7 @@ class Judge:
                 return False
             self._return(backend, "nobody else is left")
             return True
+        backend.tally.ejections += 1
         seconds = backend.ejection.start(reason, rules, self._clock(), self._rng.random())
         self._note("backend_ejected", backend.id, f"for {seconds:.0f} s: {reason}", "warning")
         return True
@@ -140,6 +141,8 @@ class Judge:
         The first success ends `unknown` at once, and so does the first failure: nothing is known in its favour.
         """
         backend.health.last_check = check
+        backend.tally.checks += 1
+        backend.tally.failed_checks += check.error is not None
         return self._checked_good(backend) if check.error is None else self._checked_bad(backend, check.error)
 
     def _checked_good(self, backend: Backend) -> bool:
@@ -178,7 +181,9 @@ class Judge:
         backend.health.reason = reason
         backend.health.since = self._wall_clock()
         if status == "up":
+            backend.tally.went_up(self._clock())
             self._note("backend_up", backend.id, "answers its health check", "info")
         else:
+            backend.tally.went_down(self._clock())
             self._note("backend_down", backend.id, reason or "", "error")
         return True

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +19,13 @@ from balancer.connection import Watcher
 from balancer.errors import NoRoom, SettingsError, Unavailable
 from balancer.judge import Judge, JudgeOptions
 from balancer.origin import Origin
+from balancer.tally import Tally
 from balancer.waiting import Waiter, WaitingLine
 
 if TYPE_CHECKING:
     from balancer.strategies import Strategy
 
+FORMER_KEPT = 1000  # tallies of backends that are gone
 # Told of every change: (kind, backend id, text, severity). Called outside the pool lock.
 Listener = Callable[[str, str, str, str], None]
 
@@ -77,9 +79,9 @@ class Lease:
 class BackendPool:
     """The backends, the strategy that chooses among them, and the counts both depend on.
 
-    `_lock` guards every field of every Backend, `_backends`, `_strategy`, `_options`, `_line`, `_news`, and what
-    `_refresh` derives from them: `_ready`, `_absent`, `_is_conditional`, `_is_panicking`. Nothing under it does I/O or
-    calls out, but for the strategy; news for the listeners is collected under it and told after it is let go.
+    `_lock` guards every field of every Backend, `_backends`, `_former`, `_strategy`, `_options`, `_line`, `_news`, and
+    what `_refresh` derives from them: `_ready`, `_absent`, `_is_conditional`, `_is_panicking`. Nothing under it does
+    I/O or calls out, but for the strategy; news for the listeners is collected under it and told after it is let go.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class BackendPool:
     ) -> None:
         self._lock = Lock()
         self._backends: dict[str, Backend] = {}
+        self._former: dict[str, Tally] = {}
         self._strategy = strategy
         self._options = options or PoolOptions()
         self._line: WaitingLine[Lease] = WaitingLine()
@@ -152,6 +155,7 @@ class BackendPool:
         backend = strategy.select(candidates, request)
         backend.active += 1
         backend.ask(self._clock())
+        backend.tally.selected += 1
         lease = Lease(self, Choice(strategy.name, backend, candidates, active, scores, excluded))
         if lease.is_trial:
             backend.ejection.is_tried = True
@@ -300,6 +304,7 @@ class BackendPool:
     def _add(self, backend: Backend) -> None:
         backend.health.since = self._wall_clock()
         self._backends[backend.id] = backend
+        backend.tally = self._former.pop(backend.id, backend.tally)
         self._note("backend_added", backend.id, f"{backend.origin.url}, weight {backend.weight}", "info")
 
     def _free_id(self) -> str:
@@ -330,6 +335,7 @@ class BackendPool:
             self._strategy.backends_changed()
         if "origin" in real:  # another server: nothing is known of it
             backend.forget(self._wall_clock())
+            backend.tally.is_down_no_more(self._clock())
         if real.get("admin_state") == "drain" and backend.active == 0:
             self._drained(backend)
 
@@ -357,6 +363,10 @@ class BackendPool:
 
     def _take_out(self, backend: Backend, text: str) -> None:
         del self._backends[backend.id]
+        backend.tally.is_down_no_more(self._clock())
+        self._former[backend.id] = backend.tally
+        if len(self._former) > FORMER_KEPT:
+            del self._former[next(iter(self._former))]
         self._strategy.backends_changed()
         self._refresh()
         self._note("backend_removed", backend.id, text, "info")
@@ -455,6 +465,12 @@ class BackendPool:
         """True from the moment when every backend that is checked had a health status; later ones change nothing."""
         with self._lock:
             return self._had_first_round or self._is_all_known()
+
+    def tallies(self) -> dict[str, Tally]:
+        """Copies, with the time that a backend has been down so far."""
+        with self._lock:
+            now = self._clock()
+            return {b.id: replace(b.tally, down_seconds=b.tally.downtime(now)) for b in self._backends.values()}
 
     def snapshot(self) -> list[dict[str, Any]]:
         """All backends at one moment, as plain values in configured order, for `/status`."""
