@@ -12,16 +12,17 @@ import hashlib
 import os
 import re
 import socket
+import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, event, given, seed, settings
 from hypothesis import strategies as st
 from reference import Message, requests_in, response_in
-from support import BalancerProcess, connect, get, ok, split_response, wait_until
-from wire import WireBackend
+from support import BalancerProcess, connect, fetch, get, ok, read_all, split_response, wait_until
+from wire import WireBackend, resident_bytes
 
 pytestmark = pytest.mark.timeout(int(os.environ.get("FUZZ_TIMEOUT", "60")))
 
@@ -29,8 +30,10 @@ EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "250"))
 SEED = int(os.environ.get("FUZZ_SEED", "1"))
 SILENCE = 0.15  # seconds without an answer after which the client ends its side
 BOUND = 10.0  # seconds within which the connection must be over then
+MIB = 1024 * 1024
 
 CANARY = b"GET /canary HTTP/1.1\r\nHost: test\r\n\r\n"
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 NEXT = b"GET /next HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n"
 REFUSALS = {400, 405, 408, 411, 413, 414, 417, 421, 431, 500, 501, 502, 503, 504, 505, 508} - {500}
 ADDED = {b"host", b"content-length", b"transfer-encoding", b"x-request-id", b"via"}
@@ -472,3 +475,186 @@ def test_generated_requests(balancer: BalancerProcess, backend: WireBackend, dat
 @given(data=mutations())
 def test_mutated_requests(balancer: BalancerProcess, backend: WireBackend, data: bytes) -> None:
     probe(balancer, backend, data)
+
+
+@pytest.mark.parametrize("data", GOOD)
+def test_requests_cut_off_after_every_byte(balancer: BalancerProcess, backend: WireBackend, data: bytes) -> None:
+    """All of them at once, each on a connection of its own, which the client then ends on its side."""
+    backend.script = answer
+    wanted, _ = requests_in(data)
+    starts = [message.start for message in wanted]
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(connect(balancer.port)) for _ in data]
+        for length, sock in enumerate(sockets):
+            sock.sendall(data[:length])
+            sock.shutdown(socket.SHUT_WR)
+        for sock in sockets:
+            read_all(sock)  # `connect` has given each 10 s
+    wait_until(lambda: balancer.status()["statistics"]["active_requests"] == 0, BOUND)
+    for request in backend.requests:
+        method, target, _ = read_strictly(request.head)
+        assert (method, target) in starts
+        assert request.body == next(message.body for message in wanted if message.start == (method, target))
+    assert "Traceback" not in balancer.output
+
+
+# Without end: each piece is sent until the balancer hangs up; what it must not do is read on and on, or keep it.
+
+CHUNKED_POST = b"POST /x HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n"
+ENDLESS = {
+    "nothing but line ends": (b"", b"\r\n" * 2000),
+    "a method": (b"", b"X" * 4096),
+    "a target": (b"GET /", b"x" * 4096),
+    "a header line": (b"GET /x HTTP/1.1\r\nX: ", b"x" * 4096),
+    "header lines": (b"GET /x HTTP/1.1\r\nHost: test\r\n", b"X-A: 1\r\n" * 500),
+    "a chunk size": (CHUNKED_POST, b"0" * 4096),
+    "a chunk extension": (CHUNKED_POST + b"3;", b"x" * 4096),
+    "chunk extensions": (CHUNKED_POST, b"1;" + b"x" * 4000 + b"\r\na\r\n"),
+    "a trailer": (CHUNKED_POST + b"0\r\nX: ", b"x" * 4096),
+    "trailers": (CHUNKED_POST + b"0\r\n", b"X-A: 1\r\n" * 500),
+    "HTTP/2 settings": (PREFACE, b"\0\0\0\4\0\0\0\0\0" * 400),
+    "HTTP/2 pings": (PREFACE, b"\0\0\x08\6\0\0\0\0\0" + b"x" * 8),
+    "HTTP/2 header blocks": (PREFACE + b"\0\0\1\1\0\0\0\0\1\x82", b"\0\x0f\xa0\x09\0\0\0\0\1" + b"\0\1x\1y" * 800),
+}
+
+
+@pytest.mark.parametrize("what", ENDLESS)
+def test_what_never_ends_is_cut_off(balancer: BalancerProcess, backend: WireBackend, what: str) -> None:
+    first, more = ENDLESS[what]
+    before, deadline, is_over = resident_bytes(balancer.pid), time.monotonic() + BOUND, False
+    with connect(balancer.port) as sock:
+        sock.settimeout(2)  # that it reads no further is as good
+        try:
+            sock.sendall(first)
+            while time.monotonic() < deadline:
+                sock.sendall(more)
+        except OSError:
+            is_over = True
+    assert is_over, "the balancer reads on and on"
+    assert resident_bytes(balancer.pid) < before + 16 * MIB
+    assert fetch(f"{balancer.url}/good")[0] == 200
+    assert not [request for request in backend.requests if request.target != b"/good"]
+
+
+# HTTP/2: good requests, frame by frame, with an odd one put in, or with bytes changed.
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes, length: int | None = None) -> bytes:
+    size = len(payload) if length is None else length
+    return size.to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+
+
+def literal(name: bytes, value: bytes) -> bytes:
+    """A header line in HPACK, neither indexed nor compressed."""
+    return b"\0" + bytes([len(name)]) + name + bytes([len(value)]) + value
+
+
+GET_BLOCK, POST_BLOCK = b"\x82\x86\x84\x41\x04test", b"\x83\x86\x44\x02/x\x41\x04test"
+ODD_LINES = [literal(b"a", b"1\r\nGET /canary"), literal(b"transfer-encoding", b"chunked"), literal(b"Host", b"x")]
+ODD_LINES += [
+    literal(b"content-length", b"37"),
+    literal(b"content-length", b"+0"),
+    literal(b"connection", b"close"),
+    b"\x82",
+]
+ODD_LINES += [
+    literal(b":path", b"/canary"),
+    literal(b"a\r\nb", b"1"),
+    literal(b"a b", b"1"),
+    literal(b"", b"1"),
+    b"\x80",
+]
+ODD_LINES += [
+    literal(b"host", b"other"),
+    literal(b"te", b"trailers"),
+    literal(b"x\0", b"1"),
+    literal(b"x", b"\0"),
+    b"\xff" * 9,
+]
+ODD_LINES += [
+    literal(b"upgrade", b"h2c"),
+    literal(b"x_y", b"1"),
+    literal(b"via", b"x"),
+    literal(b":x", b"1"),
+    b"\x3f\xe1\xff\x7f",
+]
+ODD_BLOCKS = [
+    literal(b":method", method) + b"\x86\x84\x41\x04test" for method in (b"GET /", b"", b"CONNECT", b"G\r\nT")
+]
+ODD_BLOCKS += [
+    b"\x82\x86" + literal(b":path", path) + b"\x41\x04test" for path in (b"", b"x", b"/x\r\nGET /canary", b"/ b")
+]
+ODD_BLOCKS += [
+    b"\x82\x86\x84" + literal(b":authority", host) for host in (b"", b"a b", b"u@test", b"test\0", b"a\r\nX: y")
+]
+ODD_BLOCKS += [
+    b"\x82\x86" + literal(b":path", path) + b"\x41\x04test" for path in (b"/\xe9", b"*", b"http://other/", b"/#f")
+]
+ODD_BLOCKS += [
+    b"",
+    b"\x82",
+    b"\x86\x84\x41\x04test",
+    literal(b"x", b"1") + GET_BLOCK,
+    *(GET_BLOCK + line for line in ODD_LINES),
+]
+PAYLOADS = [
+    b"",
+    b"\0\0\0\1",
+    b"\0\0\0\0",
+    b"\0\3\0\0\0\x64",
+    b"\0\4\xff\xff\xff\xff",
+    b"\0\2\0\0\0\2",
+    b"\xff" * 9,
+    b"x" * 8,
+]
+PAYLOADS += [b"\0\0\0\0\0\0\0\x08", b"\x80\0\0\1\xff", CANARY, b"\x05abc", b"\0\0\0\1\0", b"\0\1\0\0\0\0", GET_BLOCK]
+
+
+@st.composite
+def frames(draw: Callable[..., Any]) -> bytes:
+    """Requests on a connection of HTTP/2, most of them good."""
+    found = []
+    for stream in range(1, 2 * draw(st.integers(1, 4)), 2):
+        block = draw(st.sampled_from([GET_BLOCK, GET_BLOCK, POST_BLOCK, draw(st.sampled_from(ODD_BLOCKS))]))
+        kind = draw(st.sampled_from(["whole", "whole", "body", "continued", "trailers"]))
+        if kind == "whole":
+            found += [frame(1, 5, stream, block)]
+        elif kind == "continued":
+            found += [frame(1, 1, stream, block[:3]), frame(9, 4, stream, block[3:])]
+        else:
+            found += [frame(1, 4, stream, block), frame(0, 0, stream, b"abc"), frame(0, 0, stream, CANARY)]
+            found += [frame(0, 1, stream, b"") if kind == "body" else frame(1, 5, stream, literal(b"host", b"evil"))]
+    if draw(st.booleans()):
+        kind, flags = draw(st.sampled_from([*range(10), 0xFF])), draw(st.sampled_from([0, 1, 4, 5, 0x2D, 0xFF]))
+        payload = draw(st.one_of(st.sampled_from(PAYLOADS), st.binary(max_size=20)))
+        length = draw(st.sampled_from([None] * 5 + [0, len(payload) + 1, 16385, 2**24 - 1]))
+        stream = draw(st.sampled_from([0, 1, 1, 3, 5, 2, 2**31 - 1, 2**31 + 1]))
+        found.insert(draw(st.integers(0, len(found))), frame(kind, flags, stream, payload, length))
+    data = b"".join(found)
+    if draw(st.integers(1, 4)) == 1:
+        at, piece = draw(st.integers(0, len(data))), draw(st.binary(min_size=1, max_size=2))
+        data = data[:at] + piece + data[at + draw(st.integers(0, 2)) :]
+    return PREFACE + frame(4, 0, 0, b"") + data + frame(7, 0, 0, bytes(8))  # GOAWAY: no need to wait for more
+
+
+@seed(SEED)
+@fuzzing
+@given(data=frames())
+def test_http2_frames(balancer: BalancerProcess, backend: WireBackend, data: bytes) -> None:
+    """The connection ends in time, and what gets through is one sane request after another."""
+    lines = len(balancer.lines)
+    backend.requests.clear()
+    backend.broken.clear()
+    backend.script = answer
+    talk(balancer.port, data)
+    wait_until(lambda: balancer.status()["statistics"]["active_requests"] == 0, BOUND, "the request has ended")
+    event(f"{len(backend.requests)} requests and {len(backend.broken)} broken ones at the backend")
+    for request in backend.requests + backend.broken:
+        method, target, fields = read_strictly(request.head)
+        names = [name for name, _ in fields]
+        assert method in (b"GET", b"POST") and target in (b"/", b"/x"), request.head
+        assert names.count(b"host") == 1
+        assert names.count(b"content-length") + names.count(b"transfer-encoding") <= 1
+    assert not any("Traceback" in line for line in balancer.lines[lines:])
+    status, _, body = split_response(talk(balancer.port, get(b"/good")))
+    assert (status, body) == (200, checksum(b"GET", b"/good", b""))
