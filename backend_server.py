@@ -469,7 +469,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     state = BackendState(settings)
     bridge = Bridge(create_app(settings, state), WorkerPool(THREADS, THREADS, idle_timeout=30))
     # When it is to stop nobody waits any longer, so the requests in hand end at once.
-    return server.serve([(bridge, listener)], server.ServerOptions(), on_drain=state.stop)
+    return server.serve([(bridge, listener)], server.ServerOptions(), on_drain=lambda _: state.stop())
 
 
 if __name__ == "__main__":

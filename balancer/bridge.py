@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -30,21 +31,23 @@ from balancer.workers import WorkerPool
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
-    from balancer.connection import Connection
+    from balancer.connection import Abortable
 
 log = logging.getLogger("balancer.server")
 
+BODY_GRACE_SECONDS = 5.0  # what a client may keep us waiting for its body before `min_body_rate` counts
 WATCH_AFTER_SECONDS = 0.1  # a request in flight longer than this is watched for its client leaving
 LINGER_SECONDS = 2.0  # and LINGER_BYTES: what is read and dropped after an answer that came before the request's end
 LINGER_BYTES = 16 * 1024 * 1024
+FLUSH_SECONDS = 0.25  # for an answer to be written, of which Granian says nothing, before its connection is cut
 MAX_LINGERING = 64  # worker threads that do so at the same time; lingering is a courtesy
 PROTOCOLS = {"1": "HTTP/1.0", "1.1": "HTTP/1.1", "2": "HTTP/2"}  # Granian calls HTTP/1.0 "1"
 
 
 class Call:
-    """One request, from hyper to the app and back. Also the `Watcher` of the backend connection that works for it.
+    """One request, from hyper to the app and back. Also the `Watcher` of what its worker thread blocks on.
 
-    `_lock` guards `_connection` and `is_gone`, which the loop thread and the worker thread share. `is_body_done` is set
+    `_lock` guards `_attached` and `is_gone`, which the loop thread and the worker thread share. `is_body_done` is set
     by the worker before the loop looks at it.
     """
 
@@ -58,8 +61,10 @@ class Call:
         "is_watched",
         "is_body_done",
         "_body_left",
+        "_patience",
+        "_is_too_slow",
         "_lock",
-        "_connection",
+        "_attached",
         "_status",
         "_headers",
         "_is_started",
@@ -75,8 +80,10 @@ class Call:
         self.is_watched = False
         self.is_body_done = False
         self._body_left: int | None = None  # bytes, if the length is known
+        self._patience = BODY_GRACE_SECONDS  # seconds that we still wait for the body, as `min_body_rate` has it
+        self._is_too_slow = False
         self._lock = Lock()
-        self._connection: Connection | None = None
+        self._attached: Abortable | None = None
         self._status: int | None = None
         self._headers: list[tuple[bytes, bytes]] = []
         self._is_started = False
@@ -88,23 +95,23 @@ class Call:
 
     # The client left: called by the loop thread. `attach` and `detach` are called by the worker thread.
 
-    def attach(self, connection: Connection) -> None:
+    def attach(self, target: Abortable) -> None:
         with self._lock:
-            self._connection = connection
+            self._attached = target
             gone = self.is_gone
-        if gone:
-            connection.abort()
+        if gone:  # by the worker itself, to which it belongs: no lock needed
+            target.abort()
 
     def detach(self) -> None:
         with self._lock:
-            self._connection = None
+            self._attached = None
 
     def disconnect(self) -> None:
-        """Wake the worker if it waits for the backend. The lock is held so that the socket is still this call's."""
+        """Wake the worker if it waits for a backend. The lock is held so that what is attached is still this call's."""
         with self._lock:
             self.is_gone = True
-            if self._connection is not None:
-                self._connection.abort()
+            if self._attached is not None:
+                self._attached.abort()
 
     def cut(self) -> None:
         """End the client's connection so that it cannot take what it got for the whole answer.
@@ -164,16 +171,21 @@ class Call:
     def _end_early(self) -> None:
         """The answer came before the end of the request. Read on for a while before closing: to close on a client that
         still sends would reset the connection, and it might never see the answer (RFC 9112 section 9.6)."""
-        if self.bridge.lingering.acquire(blocking=False):
-            with contextlib.suppress(BalancerError):  # it left, or says no more
-                self._linger()
-            self.bridge.lingering.release()
+        self._patience = math.inf  # from now on only these seconds count
+        with contextlib.suppress(BalancerError):  # it left, or says no more
+            if self._is_too_slow:  # it has had its time
+                self._linger(FLUSH_SECONDS)
+            elif self.bridge.lingering.acquire(blocking=False):
+                try:
+                    self._linger(LINGER_SECONDS)
+                finally:
+                    self.bridge.lingering.release()
         # HTTP/2 ends the stream alone.
         if not (self.is_body_done or self.is_gone) and self.scope["http_version"] != "2":
             self.cut()
 
-    def _linger(self) -> None:
-        received, deadline = 0, time.monotonic() + LINGER_SECONDS
+    def _linger(self, seconds: float) -> None:
+        received, deadline = 0, time.monotonic() + seconds
         while received < LINGER_BYTES and not self.is_body_done and (left := deadline - time.monotonic()) > 0:
             received += len(self.receive(left))
 
@@ -206,6 +218,9 @@ class Call:
                 break
         else:
             self._headers.append((b"server", b"load-balancer"))  # or Granian would name itself
+        # hyper closes after it (RFC 9112 section 9.6). HTTP/2 has no such field, but GOAWAY.
+        if (self.bridge.is_draining or self._is_too_slow) and self.scope["http_version"] != "2":
+            self._headers.append((b"connection", b"close"))
         self._is_started = True
         self.protocol.send({"type": "http.response.start", "status": self._status, "headers": self._headers})
 
@@ -227,7 +242,7 @@ class Call:
         if self.is_body_done:
             return b""
         while True:
-            message = self._wait(self.protocol.receive(), timeout, ClientTooSlow)
+            message = self._receive_message(timeout or self.bridge.idle_timeout)
             if message["type"] != "http.request":
                 self.is_gone = True
                 raise ClientGone("the client left before its request was complete")
@@ -238,8 +253,36 @@ class Call:
             if message["body"] or self.is_body_done:
                 return bytes(message["body"])
 
-    def _wait(self, awaitable: Any, timeout: float | None = None, too_slow: type[BalancerError] = ClientGone) -> Any:
-        """The result of what Granian returned; blocks this thread until it is there, for `idle_timeout` at most."""
+    def _receive_message(self, timeout: float) -> Any:
+        """Granian's next message. Raises ClientTooSlow after `timeout`, or below `min_body_rate`.
+
+        Only time spent waiting here counts, so that a slow backend, for which the client has to pause, does not. Each
+        byte pays for 1/rate seconds of waiting, which are saved up to `idle_timeout`: a client that was fast may pause,
+        one that was fast once may not trickle for ever.
+        """
+        rate, idle = self.bridge.min_body_rate, self.bridge.idle_timeout
+        limit = min(timeout, self._patience) if rate else timeout
+        started = time.monotonic()
+        try:
+            message = self._wait(self.protocol.receive(), limit)
+        except ClientGone:
+            self._is_too_slow = True
+            raise ClientTooSlow(
+                f"the request body came at less than {rate} bytes/s"
+                if limit < timeout
+                else f"nothing came of the request body for {timeout:g} s"
+            ) from None
+        if rate:
+            earned = len(message.get("body", b"")) / rate
+            left = max(0.0, self._patience - (time.monotonic() - started))
+            self._patience = min(left + earned, max(idle, BODY_GRACE_SECONDS))
+        return message
+
+    def _wait(self, awaitable: Any, timeout: float | None = None) -> Any:
+        """The result of what Granian returned; blocks this thread until it is there, for `idle_timeout` at most.
+
+        Raises ClientGone after that time.
+        """
         done = getattr(awaitable, "done", None)
         if done is None:  # finished when it was made: its first step ends it
             try:
@@ -251,8 +294,8 @@ class Call:
             ready = Lock()
             ready.acquire()
             self.bridge.loop.call_soon_threadsafe(awaitable.add_done_callback, lambda _: ready.release())
-            if not ready.acquire(timeout=timeout or self.bridge.idle_timeout):
-                raise too_slow("the client neither sent nor read anything in time")
+            if not ready.acquire(timeout=self.bridge.idle_timeout if timeout is None else timeout):
+                raise ClientGone("the client neither sent nor read anything in time")
         return awaitable.result()
 
     def _environ(self) -> WSGIEnvironment:
@@ -308,13 +351,16 @@ class Bridge:
         pool: WorkerPool,
         *,
         idle_timeout: float = 60.0,
+        min_body_rate: int = 0,
         is_control: Callable[[str], bool] = lambda path: False,
         overflow: WSGIApplication | None = None,
     ) -> None:
         self.app = app
         self.pool = pool
         self.idle_timeout = idle_timeout
+        self.min_body_rate = min_body_rate
         self.loop: asyncio.AbstractEventLoop  # set by the server before it accepts
+        self.is_draining = False  # set by the server: each answer asks its client to close
         self._is_control = is_control
         self._overflow = overflow or _overloaded
         self.lingering = BoundedSemaphore(MAX_LINGERING)
@@ -369,9 +415,9 @@ class Bridge:
     def abort(self) -> None:
         """Cut every client off: the drain time is over."""
         calls = list(self._calls)
+        accepted.cut_all({call.addresses for call in calls})  # first, or they would be told that they had left
         for call in calls:
-            call.disconnect()
-        accepted.cut_all({call.addresses for call in calls})
+            self._lost(call)
 
 
 def _overloaded(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:

@@ -11,12 +11,16 @@ import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from itertools import islice
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-RECENT_KEPT = 100
+if TYPE_CHECKING:
+    from balancer.backends import Choice
+
+RECENT_KEPT = 1000  # finished requests that `/requests/<id>` can still explain
+TROUBLED_KEPT = 200  # those that failed or were tried more than once stay longer: they are the ones people ask about
 EVENTS_KEPT = 500
 REFUSED = "write_refused"  # the one kind of event that anybody can cause
 RATE_SECONDS = 5  # requests per second are the mean of this many whole seconds
@@ -67,17 +71,34 @@ class Histogram:
 
 @dataclass(slots=True)
 class Attempt:
-    """One try on one backend: outcome is a status, or the reason why there is none; seconds until the head was here."""
+    """One try on one backend. `seconds` until the response head was here or the attempt had failed."""
 
-    backend: str
-    outcome: str = ""
+    choice: Choice
+    outcome: str = ""  # a status, or the reason why there is none
     seconds: float = 0.0
+    connect: float | None = None  # seconds for a new connection, None if a kept one was used
     error: str | None = None  # in words, for the operator
+
+    @property
+    def backend(self) -> str:
+        return self.choice.backend.id
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "backend": self.backend,
+            "outcome": self.outcome,
+            "error": self.error,
+            "seconds": self.seconds,
+            "connect": self.connect,
+        }
 
 
 @dataclass(slots=True)
 class Exchange:
-    """A finished request as it is recorded. `status` is what the client saw, 499 if it had left."""
+    """A finished request as it is recorded. Times in seconds; bytes are of the bodies.
+
+    `status` is what the client saw, 499 if it had left; `reason` says why, if no backend's answer went through whole.
+    """
 
     timestamp: float
     method: str
@@ -86,8 +107,12 @@ class Exchange:
     backend: str | None = None
     status: int = 0
     seconds: float = 0.0
+    queued: float = 0.0  # waited for a place on a backend
+    bytes_in: int = 0
+    bytes_out: int = 0
     complete: bool = True
     reason: str | None = None
+    not_retried: str | None = None  # why the last failure was final, in words
     attempts: list[Attempt] = field(default_factory=list)
 
     @property
@@ -98,6 +123,16 @@ class Exchange:
     def aborted(self) -> bool:
         return self.status == 499 and not self.complete  # not if a backend answered 499 itself
 
+    @property
+    def is_troubled(self) -> bool:
+        return self.failed or len(self.attempts) > 1
+
+    @property
+    def first_byte(self) -> float | None:
+        """Seconds until the last attempt had its response head, None if it got none."""
+        attempt = self.attempts[-1] if self.attempts else None
+        return attempt.seconds if attempt is not None and attempt.error is None else None
+
     def describe(self) -> dict[str, Any]:
         return {
             "timestamp": self.timestamp,
@@ -107,11 +142,21 @@ class Exchange:
             "method": self.method,
             "path": self.path[:PATH_SHOWN],
             "request_id": self.request_id,
+            "queued": self.queued,
+            "first_byte": self.first_byte,
+            "bytes_in": self.bytes_in,
+            "bytes_out": self.bytes_out,
             "attempts": len(self.attempts),
-            "tried": [asdict(attempt) for attempt in self.attempts],
+            "tried": [attempt.describe() for attempt in self.attempts],
             "reason": self.reason,
+            "not_retried": self.not_retried,
             "complete": self.complete,
         }
+
+    def explain(self) -> dict[str, Any]:
+        """`describe` with why each attempt went to its backend."""
+        tried = [attempt.describe() | attempt.choice.describe() for attempt in self.attempts]
+        return self.describe() | {"tried": tried}
 
 
 class Counters:
@@ -189,7 +234,7 @@ class Statistics:
     """What happened since the start or the last reset.
 
     `_lock` guards everything: `_counters` (per backend id; None for no backend or a former one), `_recent`,
-    `_arrivals`, `_retried`, `_retries`, `_active` and `_start_time`.
+    `_troubled`, `_arrivals`, `_retried`, `_retries`, `_active` and `_start_time`.
     """
 
     def __init__(
@@ -207,6 +252,7 @@ class Statistics:
         self._counters: dict[str | None, Counters] = {None: Counters()}
         self._retries = 0
         self._recent: deque[Exchange] = deque(maxlen=RECENT_KEPT)
+        self._troubled: deque[Exchange] = deque(maxlen=TROUBLED_KEPT)
 
     def begin(self) -> None:
         """A request has arrived; exactly one `record` follows."""
@@ -223,15 +269,26 @@ class Statistics:
                 counters = self._counters[exchange.backend] = Counters()
             counters.add(exchange)
             self._recent.append(exchange)
+            if exchange.is_troubled:
+                self._troubled.append(exchange)
+
+    def find(self, request_id: str) -> Exchange | None:
+        """The newest finished request of this id that is still kept; clients may send the same id twice."""
+        with self._lock:
+            for exchange in chain(reversed(self._recent), reversed(self._troubled)):
+                if exchange.request_id == request_id:
+                    return exchange
+        return None
 
     def may_retry(self, share: float, minimum: int) -> bool:
-        """Count one more retry if the budget allows it: `share` of the requests of the last 10 s, but `minimum` anyway.
+        """Count one more retry if the budget allows it: `share` of the requests of the last 10 s, but `minimum` a
+        second in any case.
 
         Counted over time rather than over what is in flight: when one of three backends dies, a third of what is in
         flight needs its retry at the same moment, while a storm shows in the seconds that follow.
         """
         with self._lock:
-            if self._retried.recent() >= max(minimum, share * self._arrivals.recent()):
+            if self._retried.recent() >= max(minimum * BUDGET_SECONDS, share * self._arrivals.recent()):
                 return False
             self._retried.add()
             self._retries += 1

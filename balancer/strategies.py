@@ -37,6 +37,11 @@ class Strategy:
         """One of `candidates`. `request` has `method`, `target` and `headers` of the outgoing request."""
         raise NotImplementedError
 
+    def scores(self, candidates: Sequence[Backend]) -> Sequence[float] | None:
+        """What `select` compares, one number each, the lowest goes; None if it takes turns. Only to explain a choice:
+        called with the lock held right before `select`, so keep it cheap and change nothing."""
+        return None
+
     def expected_shares(self, ready: Sequence[Backend]) -> Mapping[str, float] | None:
         """Share of the traffic per backend id that this strategy aims at, or None if that depends on the traffic."""
         return None
@@ -155,6 +160,9 @@ class LeastConnections(TakingTurns):
     """The backend with the fewest requests in flight for its weight; ties take turns by weight. Right for requests of
     very different duration, and for backends of different or changing speed."""
 
+    def scores(self, candidates: Sequence[Backend]) -> Sequence[float]:
+        return [backend.active / backend.weight for backend in candidates]
+
     def select(self, candidates: Sequence[Backend], request: Any) -> Backend:
         least = candidates[0]
         tied = [least]
@@ -174,16 +182,18 @@ class LeastResponseTime(TakingTurns):
     requests in flight plus one, over its weight. An idle backend's remembered time halves every 5 s, so a slow one is
     tried again; one never measured is tried first. Right when speed differs for reasons nobody knows beforehand."""
 
-    def select(self, candidates: Sequence[Backend], request: Any) -> Backend:
+    def scores(self, candidates: Sequence[Backend]) -> list[float]:
         now = self.clock()
-        tied: list[Backend] = []
-        lowest = float("inf")
-        for backend in candidates:
-            # Never measured: first if idle, else as if slow, or it would draw all traffic until its first answer.
-            seconds = backend.response_time(now) or (UNMEASURED_SECONDS if backend.active else 0.0)
-            score = seconds * (backend.active + 1) / backend.weight
-            if score < lowest:
-                lowest, tied = score, [backend]
-            elif score == lowest:
-                tied.append(backend)
+        # Never measured: first if idle, else as if slow, or it would draw all traffic until its first answer.
+        return [
+            (backend.response_time(now) or (UNMEASURED_SECONDS if backend.active else 0.0))
+            * (backend.active + 1)
+            / backend.weight
+            for backend in candidates
+        ]
+
+    def select(self, candidates: Sequence[Backend], request: Any) -> Backend:
+        scores = self.scores(candidates)
+        lowest = min(scores)
+        tied = [backend for backend, score in zip(candidates, scores, strict=True) if score == lowest]
         return tied[0] if len(tied) == 1 else self._turns.next(tied, _weight)

@@ -8,14 +8,16 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from threading import Barrier
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from balancer.backends import Backend, BackendPool, LastCheck, Lease
+from balancer.backends import Backend, LastCheck
 from balancer.errors import SettingsError, Unavailable
 from balancer.origin import Origin
+from balancer.pool import BackendPool, Lease, PoolOptions
 from balancer.strategies import create
 
 ORIGIN = Origin("http", "127.0.0.1", 5001)
@@ -27,9 +29,10 @@ CHECKS = {"+": GOOD, "-": BAD}
 class Pool(BackendPool):
     """A pool with a clock that only the test moves, and a diary of what the listeners were told."""
 
-    def __init__(self, algorithm: str = "round_robin", fall: int = 2, rise: int = 1) -> None:
+    def __init__(self, algorithm: str = "round_robin", **options: Any) -> None:
         self.now = 1000.0
-        super().__init__(create(algorithm), fall=fall, rise=rise, clock=lambda: self.now, wall_clock=lambda: self.now)
+        options.setdefault("queue_limit", 0)
+        super().__init__(create(algorithm), PoolOptions(**options), clock=lambda: self.now, wall_clock=lambda: self.now)
         self.told: list[tuple[str, str]] = []
         self.on_change(lambda kind, backend, text, severity: self.told.append((kind, backend)))
 
@@ -206,9 +209,9 @@ def weightless_pool() -> Pool:
     ("make", "exclude", "cause"),
     [
         (Pool, [], "no backend is configured"),
-        (unknown_pool, [], "no backend is available"),
+        (unknown_pool, [], "full or not checked yet"),
         (weightless_pool, [], "no backend is available"),
-        (full_pool, [], "max_connections"),
+        (full_pool, [], "full or not checked yet"),
         (full_pool, ["a"], "no other backend"),
     ],
 )
@@ -267,7 +270,7 @@ def test_a_first_byte_time_is_remembered_and_a_request_without_one_teaches_nothi
 def test_a_failure_counts_as_slow_whatever_is_usual(pool: Pool, usual: float, after: float) -> None:
     if usual:
         pool.lease(None, exclude=["b"]).release(usual)
-    pool.lease(None, exclude=["b"]).release(failed=True)
+    pool.lease(None, exclude=["b"]).release(failure="test")
     assert pool.backends()[0].response_time(pool.now) == pytest.approx(after)
 
 
@@ -429,9 +432,12 @@ def test_a_drained_backend_gets_nothing_and_finishes_what_it_has(pool: Pool, sta
     lease = pool.lease(None, exclude=["b"])
     pool.update("a", {"admin_state": state})
     assert {pool.lease(None).backend.id for _ in range(4)} == {"b"}
+    assert (pool.snapshot()[0]["state"], pool.snapshot()[0]["drained"]) == (state, False)
     lease.release()
     shown = pool.snapshot()[0]
-    assert (shown["state"], shown["admin_state"], shown["active_connections"]) == (state, state, 0)
+    told = {"drain": ("drained", [("backend_changed", "a"), ("backend_drained", "a")])}
+    assert (shown["state"], pool.told) == told.get(state, (state, [("backend_changed", "a")]))
+    assert (shown["admin_state"], shown["drained"], shown["active_connections"]) == (state, True, 0)
     assert shown["healthy"] is True
     pool.update("a", {"admin_state": "ready"})
     assert {pool.lease(None).backend.id for _ in range(4)} == {"a", "b"}
@@ -516,7 +522,7 @@ def test_a_limit_set_at_run_time_counts_from_the_next_lease(pool: Pool) -> None:
 
 def test_only_real_changes_are_told(pool: Pool) -> None:
     pool.update("a", {"weight": 1, "admin_state": "drain"})
-    assert pool.told == [("backend_changed", "a")]
+    assert pool.told == [("backend_changed", "a"), ("backend_drained", "a")]
 
 
 @pytest.mark.parametrize("call", [lambda pool: pool.update("x", {"weight": 1}), lambda pool: pool.remove("x")])

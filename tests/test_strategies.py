@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from support import Clock
 
 from balancer import strategies
-from balancer.backends import Backend, BackendPool, LastCheck
+from balancer.backends import Backend, LastCheck
 from balancer.errors import SettingsError
 from balancer.origin import Origin
+from balancer.pool import BackendPool
 from balancer.strategies import REGISTRY, Strategy, create
 
 ORIGIN = Origin("http", "127.0.0.1", 80)
@@ -321,5 +322,5 @@ def test_least_response_time_is_not_drawn_to_a_backend_that_only_fails(clock: Cl
         if lease.backend.id == "good":
             lease.release(0.01)
         else:
-            lease.release(failed=True)
+            lease.release(failure="test")
     assert chosen.count("bad") <= 2
