@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from balancer.backends import Backend, Choice, LastCheck
 from balancer.connection import Watcher
-from balancer.errors import SettingsError, Unavailable
+from balancer.errors import NoRoom, SettingsError, Unavailable
 from balancer.judge import Judge, JudgeOptions
 from balancer.origin import Origin
 from balancer.tally import Tally
@@ -53,14 +53,20 @@ class PoolChanges:
 class Lease:
     """One request's place on a backend: taken by `BackendPool.lease`, given back once by `release`."""
 
-    __slots__ = ("_pool", "backend", "choice", "is_trial", "queued")
+    __slots__ = ("_pool", "backend", "choice", "is_trial", "is_answered", "queued")
 
     def __init__(self, pool: BackendPool, choice: Choice) -> None:
         self._pool: BackendPool | None = pool
         self.choice = choice
         self.backend = choice.backend
         self.is_trial = choice.backend.ejection.status == "trial"
+        self.is_answered = False
         self.queued = 0.0  # seconds it waited in the queue
+
+    def answered(self, first_byte_seconds: float) -> None:
+        """The response has begun but its body may take long: count the time now, not at `release`. Idempotent."""
+        if self._pool is not None and not self.is_answered:
+            self._pool._answered(self, first_byte_seconds)
 
     def release(self, first_byte_seconds: float | None = None, *, failure: str = "") -> None:
         """Idempotent. `first_byte_seconds` for a good answer; `failure` in words if the backend was at fault; neither
@@ -148,6 +154,7 @@ class BackendPool:
         scores = strategy.scores(candidates)
         backend = strategy.select(candidates, request)
         backend.active += 1
+        backend.ask(self._clock())
         backend.tally.selected += 1
         lease = Lease(self, Choice(strategy.name, backend, candidates, active, scores, excluded))
         if lease.is_trial:
@@ -178,7 +185,7 @@ class BackendPool:
             raise Unavailable(self._why_none(exclude))
         if len(self._line) >= self._options.queue_limit:
             waiting = f", and {len(self._line)} requests are waiting already" if self._line else ""
-            raise Unavailable(f"every backend is full or not checked yet{waiting}")
+            raise NoRoom(f"every backend is full or not checked yet{waiting}")
         return self._line.join(request, exclude)
 
     def _is_worth_waiting(self, exclude: Collection[str]) -> bool:
@@ -205,9 +212,14 @@ class BackendPool:
         with self._lock:
             lease = self._line.leave(waiter)
         if lease is None:
-            raise Unavailable(f"every backend is full or not checked yet, also after {max(0.0, seconds):.3g} s")
+            raise NoRoom(f"every backend is full or not checked yet, also after {max(0.0, seconds):.3g} s")
         lease.queued = self._clock() - started
         return lease
+
+    def _answered(self, lease: Lease, first_byte_seconds: float) -> None:
+        with self._lock:
+            lease.is_answered = True
+            self._judge.answered(lease.backend, first_byte_seconds)
 
     def _release(self, lease: Lease, first_byte_seconds: float | None, failure: str) -> None:
         backend = lease.backend
@@ -215,10 +227,12 @@ class BackendPool:
             backend.active -= 1
             if lease.is_trial:
                 backend.ejection.is_tried = False
+            if not lease.is_answered:
+                self._judge.answered(backend, first_byte_seconds, failure)
             if failure:
                 self._judged(self._judge.failed(backend, failure, lease.is_trial))
             elif first_byte_seconds is not None:
-                self._judged(self._judge.succeeded(backend, first_byte_seconds, lease.is_trial))
+                self._judged(self._judge.succeeded(backend, lease.is_trial))
             if backend.active == 0 and backend.admin_state == "drain":
                 self._drained(backend)
             if self._line:

@@ -27,6 +27,7 @@ from balancer.errors import (
     ClientGone,
     ConnectFailed,
     MethodRefused,
+    NoRoom,
     TooManyHeaders,
     Unavailable,
 )
@@ -167,7 +168,7 @@ class Forwarding:
         self._proxy.statistics.begin()
         if self._client_is_gone():
             return self._refuse(ClientGone("the client left while it waited for a thread"))
-        return self._refuse(Unavailable("the load balancer is full, try again"))
+        return self._refuse(NoRoom("the load balancer is full, try again"))
 
     # The outgoing request, built once.
 
@@ -335,6 +336,8 @@ class Forwarding:
             self.finish(status)
             self._start(f"{status} {response.reason}", lines)
             return [data]
+        if self._lease is not None:
+            self._lease.answered(self._record.attempts[-1].seconds)
         try:
             self._start(f"{status} {response.reason}", lines)
         except BaseException:  # the server refuses a header line

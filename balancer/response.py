@@ -15,7 +15,7 @@ from balancer.connection import Connection, Watcher
 from balancer.errors import BodyTruncated, ConnectionLost, InvalidResponse, ResponseTimedOut
 from balancer.messages import BODILESS_STATUSES, HeaderLines, Line, nominated, parse_content_length
 
-MAX_HEAD = 65536  # bytes of a response head, interim responses included
+MAX_HEAD = 65536  # bytes of a response head, interim responses included; also of chunk framing or trailers at a stretch
 
 
 class BackendResponse(Response):
@@ -84,10 +84,13 @@ class ResponseHead:
         self.status = self.parser.get_status_code()
         if self.status < 100:
             raise InvalidResponse("the backend's response has no valid status")
+        version = self.parser.get_http_version()
+        if version not in ("1.1", "1.0"):  # llhttp also takes 0.9 and 2.0, which have no status line
+            raise InvalidResponse(f"the backend's response has the version HTTP/{version}")
         self.has_head = self.status >= 200
         # Not llhttp's own judgement: it takes an answer to HEAD without a length for one that lasts until EOF.
         options = nominated(self.lines)
-        is_persistent = self.parser.get_http_version() == "1.1" or b"keep-alive" in options
+        is_persistent = version == "1.1" or b"keep-alive" in options
         self.keeps_alive = is_persistent and b"close" not in options  # RFC 9112 section 9.3
 
     def on_body(self, data: bytes) -> None:
@@ -148,6 +151,7 @@ class ResponseBody:
         "_head",
         "_left",
         "_is_chunked",
+        "_framing_bytes",
         "_pending",
         "_watcher",
         "_can_reuse",
@@ -171,6 +175,7 @@ class ResponseBody:
         # RFC 9112 section 6.3: no body, else chunked, else so many bytes, else until EOF.
         self._left: int | None
         self._is_chunked = False
+        self._framing_bytes = 0  # received since the last byte of body
         if is_head_request or head.status in BODILESS_STATUSES:
             self._left = 0
         else:
@@ -219,7 +224,11 @@ class ResponseBody:
         if not self._head.feed(data):
             self._can_reuse = False
         self.is_complete = self._head.has_end
-        return self._head.take()
+        body = self._head.take()
+        self._framing_bytes = 0 if body else self._framing_bytes + len(data)
+        if self._framing_bytes > MAX_HEAD:  # a chunk size or a trailer without end, which llhttp goes on collecting
+            raise InvalidResponse(f"the backend sent more than {MAX_HEAD} bytes of chunk framing or trailers")
+        return body
 
     def _count(self, data: bytes) -> bytes:
         """Take `data` off the announced length; bytes beyond it belong to no response and are dropped."""

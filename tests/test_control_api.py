@@ -37,7 +37,7 @@ from balancer.settings import BackendSettings, Settings
 from balancer.statistics import Attempt, Exchange
 from load_balancer import create_app
 
-ALGORITHMS = {"round_robin", "weighted", "least_connections", "least_response_time"}
+ALGORITHMS = {"round_robin", "weighted", "least_connections", "power_of_two", "least_response_time", "peak_ewma"}
 TOKEN = "s3cret-t0ken-of-the-test"
 ALLOWED = "https://ops.example"
 FOREIGN = "https://evil.example"
