@@ -45,6 +45,7 @@ ROUNDS = int(os.environ.get("CHAOS_ROUNDS", "6"))
 SEED = int(os.environ.get("CHAOS_SEED", "1"))
 ALGORITHMS = ("round_robin", "weighted", "least_connections", "least_response_time")
 IDLE_CLIENTS = 2000
+UNFINISHED, LEAVING = 20, 5  # clients that stop in the middle of their upload, or of the answer
 GROWTH = 32 * MIB  # resident memory: bodies of 1 MiB leave holes in the heap, a leak goes on growing
 
 
@@ -318,16 +319,20 @@ class SlowWriter:
         return status == 200 and right and body == answer_body(self.plan.digest, 200)
 
 
-def test_slow_and_half_open_clients_cost_the_others_nothing(fleet: Fleet, table: Table) -> None:
-    port, rng, unfinished = fleet.balancer.port, random.Random(SEED), 20
+def test_slow_half_open_and_leaving_clients_cost_the_others_nothing(fleet: Fleet, table: Table) -> None:
+    port, rng = fleet.balancer.port, random.Random(SEED)
     with ExitStack() as stack, Traffic(port) as traffic:
         slow: list[SlowReader | SlowWriter] = [SlowReader(port, f"slow-reader-{n}") for n in range(10)]
         slow += [SlowWriter(port, f"slow-writer-{n}", rng) for n in range(10)]
-        for number in range(2 * unfinished):
+        for number in range(2 * UNFINISHED):
             sock = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
             sock.sendall(b"POST /half-open HTTP/1.1\r\nHost: test\r\nContent-Length: 1000\r\n")
             if number % 2:
                 sock.sendall(b"\r\nonly this much")
+        for number in range(LEAVING):  # more than the buffers of all sockets on its way hold
+            sock = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=PATIENCE))
+            sock.sendall(b"GET /leaving-%d?size=%d&plain=1 HTTP/1.1\r\nHost: test\r\n\r\n" % (number, 16 * MIB))
+            assert sock.recv(KIB).startswith(b"HTTP/1.1 200 ")
         for _ in range(15):
             traffic.wait_for(15)
             for client in slow:
@@ -335,7 +340,9 @@ def test_slow_and_half_open_clients_cost_the_others_nothing(fleet: Fleet, table:
         assert all(client.finish() for client in slow)
         stack.close()
         traffic.wait_for(30)
-    row = settle(fleet, table, "slow, half-open clients", traffic.outcomes, others=len(slow), left=unfinished)
+    row = settle(
+        fleet, table, "slow, half-open, leaving clients", traffic.outcomes, others=len(slow), left=UNFINISHED + LEAVING
+    )
     assert row.answered == row.sent
 
 
