@@ -87,8 +87,8 @@ def exchange(balancer: BalancerProcess, backend: WireBackend, data: bytes) -> by
     backend.script = answer
     received, was_silent = talk(balancer.port, data)
     wait_until(lambda: balancer.status()["statistics"]["active_requests"] == 0, BOUND, "the request has ended")
-    if was_silent:  # the balancer may have given up what the backend still reads
-        backend.drop_connections()
+    if was_silent or b"chunked" in data.lower() or data.startswith(PREFACE):
+        backend.drop_connections()  # the balancer may have given up what the backend still reads
     return received
 
 
@@ -122,7 +122,8 @@ def check_backend(backend: WireBackend, wanted: list[Message], rest: bytes) -> N
         assert match is not None and not match.is_refused, f"nobody sent {request.head!r} with {request.body!r}"
         check_lines(lines, match)
     for request in backend.broken:
-        method, target, _ = read_strictly(request.head)
+        method, target, lines = read_strictly(request.head)
+        check_framing(lines)
         under_way = rest.lstrip(b"\r\n").startswith(method + b" ") or (method, target) in [m.start for m in wanted]
         assert under_way and target != b"/canary", request.head
 
@@ -138,10 +139,14 @@ def read_strictly(head: bytes) -> tuple[bytes, bytes, list[tuple[bytes, bytes]]]
     return method, target, [(name, value.strip()) for name, _, value in (text.partition(b":") for text in texts)]
 
 
-def check_lines(lines: list[tuple[bytes, bytes]], sent: Message) -> None:
+def check_framing(lines: list[tuple[bytes, bytes]]) -> None:
     names = [name for name, _ in lines]
     assert names.count(b"host") == 1
     assert names.count(b"content-length") + names.count(b"transfer-encoding") <= 1
+
+
+def check_lines(lines: list[tuple[bytes, bytes]], sent: Message) -> None:
+    check_framing(lines)
     for name, value in lines:
         if name not in ADDED and not name.startswith(b"x-forwarded-"):
             assert (name, value) in sent.lines
@@ -333,7 +338,7 @@ CODINGS += [
     b",chunked",
     b"chun\0ked",
 ]
-NAMES = [b"%s", b"%s", b"%s", b"%s ", b" %s", b"%s\t", b"\x0b%s", b"%s\0", b"\xef\xbb\xbf%s", b"X-%s", b"%s\r"]
+NAMES = [b"%s"] * 9 + [b"%s ", b" %s", b"%s\t", b"\x0b%s", b"%s\0", b"\xef\xbb\xbf%s", b"X-%s", b"%s\r"]
 LENGTH, CODING = b"Content-Length", b"Transfer-Encoding"
 ODD_FRAMINGS = [name % LENGTH + b": " + value for name in NAMES for value in LENGTHS]
 ODD_FRAMINGS += [name % CODING + b": " + value for name in NAMES for value in CODINGS]
@@ -662,9 +667,7 @@ def test_http2_frames(balancer: BalancerProcess, backend: WireBackend, data: byt
     event(f"{len(backend.requests)} requests and {len(backend.broken)} broken ones at the backend")
     for request in backend.requests + backend.broken:
         method, target, fields = read_strictly(request.head)
-        names = [name for name, _ in fields]
         assert method in (b"GET", b"POST") and target in (b"/", b"/x"), request.head
-        assert names.count(b"host") == 1
-        assert names.count(b"content-length") + names.count(b"transfer-encoding") <= 1
+        check_framing(fields)
     assert not any("Traceback" in line for line in balancer.lines[lines:])
     check_good(balancer)
