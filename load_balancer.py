@@ -34,6 +34,8 @@ from balancer.ejection import EjectionRules
 from balancer.errors import SettingsError
 from balancer.guard import WriteGuard
 from balancer.health import HealthChecker, Probe
+from balancer.history import History, Reading
+from balancer.metrics import Metrics, Sources
 from balancer.pool import BackendPool, PoolChanges, PoolOptions
 from balancer.proxy import ProxyOptions, ReverseProxy
 from balancer.reload import Configuration, Plan, make_backend
@@ -80,6 +82,7 @@ class Balancer:
 
     def start(self) -> None:
         self.health.start()
+        self.control.history.start()
         self.control.lifecycle = "running"
 
     def drain(self, text: str) -> None:
@@ -89,6 +92,7 @@ class Balancer:
     def stop(self) -> None:
         self.control.lifecycle = "draining"
         self.health.stop()
+        self.control.history.stop()
         self.adapter.close()
 
     def reload(self, dry_run: bool = False) -> Plan:
@@ -151,7 +155,8 @@ def create_app(config: Settings | None = None, sources: Mapping[str, str] | None
     pool.apply(PoolChanges(add=backends))
 
     app = Flask(__name__, static_folder=None)
-    control = api.Control(config.id, pool, statistics, events, DASHBOARD, configuration, config.control_prefix)
+    history = History(lambda: _look(statistics, pool))
+    control = api.Control(config.id, pool, statistics, events, history, DASHBOARD, configuration, config.control_prefix)
     token = config.admin_token.get_secret_value() if config.admin_token else None
     guard = WriteGuard(token, frozenset(config.cors_origins), config.allow_file_origin, _is_loopback(config.host))
     api.install(app, control, guard)
@@ -171,9 +176,28 @@ def create_app(config: Settings | None = None, sources: Mapping[str, str] | None
     app.wsgi_app = proxy  # type: ignore[method-assign]
     balancer = Balancer(configuration, control, proxy, control_app, health, adapter, tls)
     control.reload = balancer.reload
+    control.metrics = Metrics(_sources(control, adapter))
     app.extensions["balancer"] = balancer
     _follow(pool, statistics, events, health)
     return app
+
+
+def _sources(control: api.Control, adapter: BackendAdapter) -> Sources:
+    return Sources(
+        balancer_id=control.balancer_id,
+        pool=control.pool,
+        statistics=control.statistics,
+        events=control.events,
+        adapter=adapter,
+        configuration=control.configuration,
+        lifecycle=lambda: control.lifecycle,
+        queued=lambda: control.queued(),
+    )
+
+
+def _look(statistics: Statistics, pool: BackendPool) -> Reading:
+    in_flight = {backend.id: backend.active for backend in pool.backends()}
+    return Reading(statistics.lifetime(), in_flight, pool.waiting)
 
 
 def _follow(pool: BackendPool, statistics: Statistics, events: Events, health: HealthChecker) -> None:

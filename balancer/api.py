@@ -26,6 +26,8 @@ from balancer import __version__, openapi, strategies
 from balancer.backends import ID_PATTERN, AdminState
 from balancer.errors import ClientError, ClientGone, SettingsError
 from balancer.guard import ApiError, WriteGuard
+from balancer.history import SLOTS, History
+from balancer.metrics import Metrics
 from balancer.origin import Origin
 from balancer.pool import BackendPool
 from balancer.reload import Configuration, Plan
@@ -76,6 +78,8 @@ class Control:
     pool: BackendPool
     statistics: Statistics
     events: Events
+    history: History
+    metrics: Metrics = field(init=False)  # reads the others, so it comes last
     dashboard: Path
     configuration: Configuration
     prefix: str = ""
@@ -265,6 +269,27 @@ def events() -> Response:
     return jsonify({"events": newer, "latest": latest})
 
 
+@blueprint.get("/metrics")
+def metrics() -> Response:
+    environ = request.environ | {"REQUEST_METHOD": "GET"}  # its own app does not know HEAD; Flask drops the body
+    return cast(Response, Response.from_app(_control().metrics.app, environ, buffered=True))
+
+
+@blueprint.after_request
+def _count(response: Response) -> Response:
+    action = (request.endpoint or "").rpartition(".")[2]
+    _control().metrics.admin_requests.labels(action, response.status_code).inc()
+    return response
+
+
+@blueprint.get("/history")
+def history() -> Response:
+    step, since = _whole_number("step", 1, 10**6), _whole_number("since", 0, 10**15)
+    if step not in SLOTS:
+        raise ApiError(400, f"step={step}: expected one of {', '.join(map(str, SLOTS))}")
+    return jsonify({"step": step, "now": time.time(), "points": _control().history.since(step, since)})
+
+
 @blueprint.get("/openapi.json")
 def describe_api() -> Response:
     guard = cast(WriteGuard, current_app.extensions["write_guard"])
@@ -321,7 +346,8 @@ def reset() -> Response:
     _body(Nothing)
     control = _control()
     control.statistics.reset()
-    control.events.add("statistics_reset", None, "statistics and recent requests were reset")
+    control.history.clear()
+    control.events.add("statistics_reset", None, "statistics, history and recent requests were reset")
     return jsonify({"message": "statistics reset"})
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from balancer.ejection import Ejection, LatencyWindow
 from balancer.origin import Origin
+from balancer.tally import Tally
 
 AdminState = Literal["ready", "drain", "maint"]
 HealthStatus = Literal["unknown", "up", "down"]
@@ -90,10 +91,14 @@ class Backend:
     health: Health = field(default_factory=Health)
     ejection: Ejection = field(default_factory=Ejection)
     ewma: float = 0.0
+    peak: float = 0.0
     ewma_at: float = 0.0
+    unanswered: int = 0  # of `active`: those whose response has not begun
+    heard_at: float = 0.0  # pool clock: the newest first byte, or when `unanswered` rose from 0
     window: LatencyWindow = field(default_factory=LatencyWindow)
     slow_start_at: float | None = None  # pool clock when it came back, while it gets less than its share
     _turns: float = 0.0  # of the slow start: choices it has earned to take part in
+    tally: Tally = field(default_factory=Tally)
     source: str = "api"
     configured: Mapping[str, Any] = field(default_factory=dict)
 
@@ -157,7 +162,8 @@ class Backend:
         """It has moved to another origin: nothing is known of it."""
         self.health = Health(since=wall_now)
         self.ejection, self.window = Ejection(), LatencyWindow()
-        self.ewma, self.slow_start_at = 0.0, None
+        self.ewma = self.peak = 0.0
+        self.slow_start_at = None
 
     def describe(self, now: float, wall_now: float, limits: Mapping[str, int]) -> dict[str, Any]:
         """As plain values, for the API. `now` is of the pool's clock; `limits` are fall and rise."""
@@ -183,10 +189,37 @@ class Backend:
         """Remembered time to first byte in seconds, 0.0 if never measured; decays while there are no samples."""
         return self.ewma * self._freshness(now)
 
+    def peak_time(self, now: float) -> float:
+        """Like `response_time`, but a worse sample counts in full at once and is forgotten only as time passes."""
+        return self.peak * self._freshness(now)
+
+    def silence(self, now: float) -> float:
+        """Seconds for which requests have been waiting here without one being answered: what a backend that stalls
+        will show as response time only when it is too late. 0.0 while nothing waits."""
+        return now - self.heard_at if self.unanswered else 0.0
+
+    def ask(self, now: float) -> None:
+        """One more request waits for its answer to begin."""
+        if not self.unanswered:
+            self.heard_at = now
+        self.unanswered += 1
+
+    def hear(self, seconds: float | None, now: float) -> None:
+        """One request waits no longer: answered after `seconds`, failed, or given up (None), which says how slow it is
+        at least."""
+        if seconds is not None:
+            self.observe(seconds, now)
+            self.heard_at = now
+        elif (silence := self.silence(now)) > self.response_time(now):
+            self.observe(silence, now)
+        self.unanswered -= 1
+
     def observe(self, seconds: float, now: float) -> None:
         """Blend in one measured time to first byte. The staler the memory, the more the new sample counts."""
-        share = max(EWMA_SHARE, 1 - self._freshness(now)) if self.ewma else 1.0
+        staleness = 1 - self._freshness(now)
+        share = max(EWMA_SHARE, staleness) if self.ewma else 1.0
         self.ewma += share * (seconds - self.ewma)
+        self.peak = max(seconds, self.peak + staleness * (seconds - self.peak))
         self.ewma_at = now
 
     def _freshness(self, now: float) -> float:

@@ -8,7 +8,9 @@ the socket boundary (`connection`, `response`, `transport`); nothing above it ne
       SettingsError         bad usage or configuration (exit code 2)
       ClientError           the request is at fault: 400, 405, 408, 413, 431, 501, 508
       ClientGone            the client left before its answer was complete: 499 in logs, never sent
-      Unavailable           no backend, or no room: 503 with Retry-After (OutOfDescriptors: no room for sockets)
+      Unavailable           no backend: 503 with Retry-After
+        NoRoom                all are full, and nothing became free in time
+        OutOfDescriptors      this process may open no more sockets
       BackendError          the backend is at fault: 502, 504; also a requests exception
         ConnectFailed         nothing was sent: any method may go elsewhere
         ConnectTimedOut       the same, after the connect time-out
@@ -94,6 +96,12 @@ class Unavailable(BalancerError):
 
     status = 503
     reason = "destination_unavailable"
+
+
+class NoRoom(Unavailable):
+    """All that could take the request are full, and so is the queue, or the wait was too long."""
+
+    reason = "connection_limit_reached"
 
 
 class OutOfDescriptors(Unavailable):

@@ -49,19 +49,24 @@ class Judge:
 
     # Traffic.
 
-    def succeeded(self, backend: Backend, first_byte_seconds: float, is_trial: bool) -> bool:
-        backend.observe(first_byte_seconds, self._clock())
-        backend.ejection.consecutive_failures = 0
-        if self.options.ejection.latency != "off":
+    def answered(self, backend: Backend, first_byte_seconds: float | None, failure: str = "") -> None:
+        """A request waits no longer: the head of its answer is here, or it failed, or was given up (None)."""
+        if failure:
+            first_byte_seconds = max(FAILURE_SECONDS, 2 * backend.ewma)
+        backend.hear(first_byte_seconds, self._clock())
+        if first_byte_seconds is not None and self.options.ejection.latency != "off":
             backend.window.add(first_byte_seconds)
+
+    def succeeded(self, backend: Backend, is_trial: bool) -> bool:
+        """The whole answer is through."""
+        backend.ejection.consecutive_failures = 0
         if not (is_trial and backend.ejection.status == "trial"):
             return False
         self._return(backend, "its trial request was answered")
         return True
 
     def failed(self, backend: Backend, failure: str, is_trial: bool) -> bool:
-        """`failure` in words."""
-        backend.observe(max(FAILURE_SECONDS, 2 * backend.ewma), self._clock())
+        """The backend was at fault, `failure` says how."""
         if backend.health.status != "up":
             return False  # it is out already
         ejection, rules = backend.ejection, self.options.ejection
@@ -82,6 +87,7 @@ class Judge:
                 return False
             self._return(backend, "nobody else is left")
             return True
+        backend.tally.ejections += 1
         seconds = backend.ejection.start(reason, rules, self._clock(), self._rng.random())
         self._note("backend_ejected", backend.id, f"for {seconds:.0f} s: {reason}", "warning")
         return True
@@ -135,6 +141,8 @@ class Judge:
         The first success ends `unknown` at once, and so does the first failure: nothing is known in its favour.
         """
         backend.health.last_check = check
+        backend.tally.checks += 1
+        backend.tally.failed_checks += check.error is not None
         return self._checked_good(backend) if check.error is None else self._checked_bad(backend, check.error)
 
     def _checked_good(self, backend: Backend) -> bool:
@@ -150,7 +158,7 @@ class Judge:
             return False
         if health.status == "down":
             self._start_slowly(backend)
-        backend.ewma = 0.0  # how fast or how faulty it was before says nothing now
+        backend.ewma = backend.peak = 0.0  # how fast or how faulty it was before says nothing now
         backend.ejection.end(self._clock())
         return self._set(backend, "up", None)
 
@@ -173,7 +181,9 @@ class Judge:
         backend.health.reason = reason
         backend.health.since = self._wall_clock()
         if status == "up":
+            backend.tally.went_up(self._clock())
             self._note("backend_up", backend.id, "answers its health check", "info")
         else:
+            backend.tally.went_down(self._clock())
             self._note("backend_down", backend.id, reason or "", "error")
         return True

@@ -140,6 +140,21 @@ _EVENT = _object(
     severity=_enum("info", "warning", "error"),
     count=_COUNT,
 )
+_TRAFFIC: dict[str, Schema] = {
+    "requests": _COUNT,
+    "failed": _COUNT,
+    "in_flight": _COUNT,
+    "p50": _or_null(_NUMBER),
+    "p95": _or_null(_NUMBER),
+    "p99": _or_null(_NUMBER),
+}
+_POINT = _object(
+    at=_COUNT,
+    **_TRAFFIC,
+    retries=_COUNT,
+    waiting=_COUNT,
+    backends={"type": "object", "additionalProperties": _object(**_TRAFFIC)},
+)
 _STATUS = _object(
     schema_version=_COUNT,
     version=_TEXT,
@@ -255,7 +270,7 @@ PATHS: dict[str, Schema] = {
     "/reset": {
         "post": _operation(
             "resetStatistics",
-            "Zero statistics and recent requests.",
+            "Zero statistics, history and recent requests.",
             {"200": _json(_ref("Message"), "done")},
             body="Nothing",
             optional_body=True,
@@ -322,6 +337,28 @@ PATHS: dict[str, Schema] = {
             "Health transitions and admin actions newer than `since`, the newest 500 are kept.",
             {"200": _json(_object(events=_array(_EVENT), latest=_COUNT), "the events")},
             query={"since": {"type": "integer", "minimum": 0, "default": 0}},
+        )
+    },
+    "/metrics": {
+        "get": _operation(
+            "getMetrics",
+            "Metrics for Prometheus, or OpenMetrics for who asks for that. Counters count since the start of the "
+            "process.",
+            {"200": _json(_TEXT, "the metrics", "text/plain")},
+            query={"name[]": {"type": "string", "description": "this metric alone"}},
+        )
+    },
+    "/history": {
+        "get": _operation(
+            "getHistory",
+            "What happened in each of the last 300 seconds, or 360 times ten seconds, oldest first. A slot starts at "
+            "`at` and is told when it is over. One in which nobody looked (the machine slept) is missing. `in_flight` "
+            "and `waiting` are the most at any look, one a second; idle backends are left out.",
+            {"200": _json(_object(step=_COUNT, now=_NUMBER, points=_array(_POINT)), "the slots after `since`")},
+            query={
+                "step": {"type": "integer", "enum": [1, 10], "default": 1},
+                "since": {"type": "integer", "minimum": 0, "default": 0},
+            },
         )
     },
     "/openapi.json": {

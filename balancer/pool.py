@@ -10,20 +10,22 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from balancer.backends import Backend, Choice, LastCheck
 from balancer.connection import Watcher
-from balancer.errors import SettingsError, Unavailable
+from balancer.errors import NoRoom, SettingsError, Unavailable
 from balancer.judge import Judge, JudgeOptions
 from balancer.origin import Origin
+from balancer.tally import Tally
 from balancer.waiting import Waiter, WaitingLine
 
 if TYPE_CHECKING:
     from balancer.strategies import Strategy
 
+FORMER_KEPT = 1000  # tallies of backends that are gone
 # Told of every change: (kind, backend id, text, severity). Called outside the pool lock.
 Listener = Callable[[str, str, str, str], None]
 
@@ -51,14 +53,20 @@ class PoolChanges:
 class Lease:
     """One request's place on a backend: taken by `BackendPool.lease`, given back once by `release`."""
 
-    __slots__ = ("_pool", "backend", "choice", "is_trial", "queued")
+    __slots__ = ("_pool", "backend", "choice", "is_trial", "is_answered", "queued")
 
     def __init__(self, pool: BackendPool, choice: Choice) -> None:
         self._pool: BackendPool | None = pool
         self.choice = choice
         self.backend = choice.backend
         self.is_trial = choice.backend.ejection.status == "trial"
+        self.is_answered = False
         self.queued = 0.0  # seconds it waited in the queue
+
+    def answered(self, first_byte_seconds: float) -> None:
+        """The response has begun but its body may take long: count the time now, not at `release`. Idempotent."""
+        if self._pool is not None and not self.is_answered:
+            self._pool._answered(self, first_byte_seconds)
 
     def release(self, first_byte_seconds: float | None = None, *, failure: str = "") -> None:
         """Idempotent. `first_byte_seconds` for a good answer; `failure` in words if the backend was at fault; neither
@@ -71,9 +79,9 @@ class Lease:
 class BackendPool:
     """The backends, the strategy that chooses among them, and the counts both depend on.
 
-    `_lock` guards every field of every Backend, `_backends`, `_strategy`, `_options`, `_line`, `_news`, and what
-    `_refresh` derives from them: `_ready`, `_absent`, `_is_conditional`, `_is_panicking`. Nothing under it does I/O or
-    calls out, but for the strategy; news for the listeners is collected under it and told after it is let go.
+    `_lock` guards every field of every Backend, `_backends`, `_former`, `_strategy`, `_options`, `_line`, `_news`, and
+    what `_refresh` derives from them: `_ready`, `_absent`, `_is_conditional`, `_is_panicking`. Nothing under it does
+    I/O or calls out, but for the strategy; news for the listeners is collected under it and told after it is let go.
     """
 
     def __init__(
@@ -87,6 +95,7 @@ class BackendPool:
     ) -> None:
         self._lock = Lock()
         self._backends: dict[str, Backend] = {}
+        self._former: dict[str, Tally] = {}
         self._strategy = strategy
         self._options = options or PoolOptions()
         self._line: WaitingLine[Lease] = WaitingLine()
@@ -145,6 +154,8 @@ class BackendPool:
         scores = strategy.scores(candidates)
         backend = strategy.select(candidates, request)
         backend.active += 1
+        backend.ask(self._clock())
+        backend.tally.selected += 1
         lease = Lease(self, Choice(strategy.name, backend, candidates, active, scores, excluded))
         if lease.is_trial:
             backend.ejection.is_tried = True
@@ -174,7 +185,7 @@ class BackendPool:
             raise Unavailable(self._why_none(exclude))
         if len(self._line) >= self._options.queue_limit:
             waiting = f", and {len(self._line)} requests are waiting already" if self._line else ""
-            raise Unavailable(f"every backend is full or not checked yet{waiting}")
+            raise NoRoom(f"every backend is full or not checked yet{waiting}")
         return self._line.join(request, exclude)
 
     def _is_worth_waiting(self, exclude: Collection[str]) -> bool:
@@ -201,9 +212,14 @@ class BackendPool:
         with self._lock:
             lease = self._line.leave(waiter)
         if lease is None:
-            raise Unavailable(f"every backend is full or not checked yet, also after {max(0.0, seconds):.3g} s")
+            raise NoRoom(f"every backend is full or not checked yet, also after {max(0.0, seconds):.3g} s")
         lease.queued = self._clock() - started
         return lease
+
+    def _answered(self, lease: Lease, first_byte_seconds: float) -> None:
+        with self._lock:
+            lease.is_answered = True
+            self._judge.answered(lease.backend, first_byte_seconds)
 
     def _release(self, lease: Lease, first_byte_seconds: float | None, failure: str) -> None:
         backend = lease.backend
@@ -211,10 +227,12 @@ class BackendPool:
             backend.active -= 1
             if lease.is_trial:
                 backend.ejection.is_tried = False
+            if not lease.is_answered:
+                self._judge.answered(backend, first_byte_seconds, failure)
             if failure:
                 self._judged(self._judge.failed(backend, failure, lease.is_trial))
             elif first_byte_seconds is not None:
-                self._judged(self._judge.succeeded(backend, first_byte_seconds, lease.is_trial))
+                self._judged(self._judge.succeeded(backend, lease.is_trial))
             if backend.active == 0 and backend.admin_state == "drain":
                 self._drained(backend)
             if self._line:
@@ -286,6 +304,7 @@ class BackendPool:
     def _add(self, backend: Backend) -> None:
         backend.health.since = self._wall_clock()
         self._backends[backend.id] = backend
+        backend.tally = self._former.pop(backend.id, backend.tally)
         self._note("backend_added", backend.id, f"{backend.origin.url}, weight {backend.weight}", "info")
 
     def _free_id(self) -> str:
@@ -316,6 +335,7 @@ class BackendPool:
             self._strategy.backends_changed()
         if "origin" in real:  # another server: nothing is known of it
             backend.forget(self._wall_clock())
+            backend.tally.is_down_no_more(self._clock())
         if real.get("admin_state") == "drain" and backend.active == 0:
             self._drained(backend)
 
@@ -343,6 +363,10 @@ class BackendPool:
 
     def _take_out(self, backend: Backend, text: str) -> None:
         del self._backends[backend.id]
+        backend.tally.is_down_no_more(self._clock())
+        self._former[backend.id] = backend.tally
+        if len(self._former) > FORMER_KEPT:
+            del self._former[next(iter(self._former))]
         self._strategy.backends_changed()
         self._refresh()
         self._note("backend_removed", backend.id, text, "info")
@@ -441,6 +465,12 @@ class BackendPool:
         """True from the moment when every backend that is checked had a health status; later ones change nothing."""
         with self._lock:
             return self._had_first_round or self._is_all_known()
+
+    def tallies(self) -> dict[str, Tally]:
+        """Copies, with the time that a backend has been down so far."""
+        with self._lock:
+            now = self._clock()
+            return {b.id: replace(b.tally, down_seconds=b.tally.downtime(now)) for b in self._backends.values()}
 
     def snapshot(self) -> list[dict[str, Any]]:
         """All backends at one moment, as plain values in configured order, for `/status`."""

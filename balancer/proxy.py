@@ -26,6 +26,7 @@ from balancer.errors import (
     ClientGone,
     ConnectFailed,
     MethodRefused,
+    NoRoom,
     TooManyHeaders,
     Unavailable,
 )
@@ -162,7 +163,7 @@ class Forwarding:
         self._proxy.statistics.begin()
         if self._client_is_gone():
             return self._refuse(ClientGone("the client left while it waited for a thread"))
-        return self._refuse(Unavailable("the load balancer is full, try again"))
+        return self._refuse(NoRoom("the load balancer is full, try again"))
 
     # The outgoing request, built once.
 
@@ -318,13 +319,15 @@ class Forwarding:
 
     def _answer(self, response: BackendResponse) -> Iterable[bytes]:
         status, body = response.status_code, response.body
-        lines = response_lines(response.lines, status)
+        lines = response_lines(response.lines, status, response.options)
         if body.is_complete:
             data = body.read_chunk()
             self._record.bytes_out = len(data)
             self.finish(status)
             self._start(f"{status} {response.reason}", lines)
             return [data]
+        if self._lease is not None:
+            self._lease.answered(self._record.attempts[-1].seconds)
         try:
             self._start(f"{status} {response.reason}", lines)
         except BaseException:  # the server refuses a header line

@@ -43,7 +43,7 @@ MaxConnections = Annotated[int, Field(ge=1, le=MAX_CONNECTIONS)]
 
 # Names that are not LB_ + NAME: those of the earlier program. They count less than the regular ones.
 LEGACY_ENVIRONMENT = {"ALGORITHM": "algorithm"}
-UNITS = {"max_header_bytes": " bytes"} | dict.fromkeys(
+UNITS = {"max_header_bytes": " bytes", "min_body_rate": " bytes/s"} | dict.fromkeys(
     ("retry_budget", "eject_max_share", "latency_ejection_factor", "panic_threshold"), ""
 )  # the other floats are seconds
 SECRET_FILES = {"LB_ADMIN_TOKEN_FILE": "admin_token"}
@@ -168,13 +168,18 @@ class Settings(BaseModel):
     thread_idle_timeout: Seconds = Field(30.0, description="time after which an idle thread ends")
     max_clients: int = Field(10000, ge=1, le=1_000_000, description="client connections; more wait to be accepted")
     min_body_rate: int = Field(
-        240, ge=0, le=1_000_000_000, description="bytes per second; slower request bodies are ended with 408; 0 for any"
+        240,
+        ge=0,
+        le=1_000_000_000,
+        description="rate of a request body after 5 s; slower ones are ended with 408; 0 for no limit",
     )
-    header_timeout: Seconds = Field(10.0, description="time for a client to send its whole request head")
+    header_timeout: Seconds = Field(
+        10.0, description="time for a client to send a request head; also between two on a kept connection"
+    )
     max_header_bytes: int = Field(65536, ge=8192, le=1048576, description="size of a request head; above that 431")
     max_header_count: int = Field(100, ge=1, le=100, description="header lines of a request; above that 431")
     shutdown_delay: SecondsOrZero = Field(
-        0.0, description="time after SIGTERM, /readyz 503 by then, in which new requests are still taken"
+        0.0, description="time after SIGTERM in which all is served while /readyz says 503; 5 to 10 in Kubernetes"
     )
     drain_timeout: SecondsOrZero = Field(30.0, description="time after that for requests in flight to finish")
     cpu_affinity: str = Field("auto", description="auto pins to one CPU, none to no CPU, or a list as 0,2")
@@ -264,9 +269,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         elif field.annotation is bool:
             parser.add_argument(flag, nargs="?", const="true", metavar="true|false", help=f"{text} (false)")
         else:
-            unit = UNITS.get(name, " s" if isinstance(field.default, float) else "")
-            default = "none" if field.default in (None, "", ()) else show(field.default) + unit
-            parser.add_argument(flag, metavar=name.rpartition("_")[2].upper(), help=f"{text} ({default})")
+            parser.add_argument(flag, metavar=name.rpartition("_")[2].upper(), help=f"{text} ({default_of(name)})")
+
+
+def default_of(name: str) -> str:
+    """A setting's default with its unit, as `--help` and the documentation show it."""
+    default = Settings.model_fields[name].default
+    if default in (None, "", ()):
+        return "none"
+    return show(default) + UNITS.get(name, " s" if isinstance(default, float) else "")
 
 
 def load(

@@ -253,6 +253,11 @@ class BackendAdapter(BaseAdapter):
         if not kept:
             connection.close()
 
+    def idle(self) -> dict[str, int]:
+        """Kept connections per URL of an origin."""
+        with self._lock:
+            return {origin.url: len(idle) for origin, idle in self._idle.items()}
+
     def close_idle(self) -> None:
         """Close what has been idle too long."""
         oldest = self._clock() - self.pool_idle_timeout

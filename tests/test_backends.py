@@ -222,7 +222,9 @@ def test_unavailable_says_why(make: Callable[[], Pool], exclude: list[str], caus
 
 
 @pytest.mark.usefixtures("restless")
-@pytest.mark.parametrize("algorithm", ["round_robin", "weighted", "least_connections", "least_response_time"])
+@pytest.mark.parametrize(
+    "algorithm", ["round_robin", "weighted", "least_connections", "power_of_two", "least_response_time", "peak_ewma"]
+)
 def test_threads_never_exceed_max_connections_and_leave_nothing_behind(algorithm: str) -> None:
     pool = Pool(algorithm)
     limits = {"a": 3, "b": 2, "c": None}
@@ -256,6 +258,50 @@ def test_round_robin_is_exact_under_threads(pool: Pool) -> None:
     in_threads(8, lambda number: counts.extend(pool.lease(None).backend.id for _ in range(75)))
     assert Counter(counts) == {"a": 200, "b": 200, "c": 200}
     assert [backend.active for backend in pool.backends()] == [200, 200, 200]
+
+
+def test_an_answer_that_has_begun_counts_at_once_and_once(pool: Pool) -> None:
+    lease = pool.lease(None, exclude=["b"])
+    backend = lease.backend
+    pool.now += 0.3
+    assert backend.silence(pool.now) == pytest.approx(0.3)
+    lease.answered(0.2)
+    lease.answered(9.0)
+    assert (backend.unanswered, backend.active) == (0, 1)
+    pool.now += 60  # a long body is no silence
+    assert backend.silence(pool.now) == 0.0
+    lease.release(9.0)
+    lease.answered(9.0)
+    assert (backend.unanswered, backend.active) == (0, 0)
+    assert backend.response_time(pool.now - 60) == pytest.approx(0.2)
+
+
+def test_silence_is_since_the_newest_answer_while_others_wait(pool: Pool) -> None:
+    first, _second = (pool.lease(None, exclude=["b"]) for _ in range(2))
+    pool.now += 0.5
+    first.release(0.5)
+    pool.now += 0.1
+    assert first.backend.silence(pool.now) == pytest.approx(0.1)
+
+
+def test_a_request_given_up_on_says_how_slow_the_backend_is_at_least(pool: Pool) -> None:
+    lease = pool.lease(None, exclude=["b"])
+    lease.backend.observe(0.1, pool.now)
+    pool.now += 2
+    lease.release()
+    assert lease.backend.response_time(pool.now) > 0.4
+    quick = pool.lease(None, exclude=["b"])
+    before = quick.backend.response_time(pool.now)
+    quick.release()
+    assert quick.backend.response_time(pool.now) == before
+
+
+@pytest.mark.parametrize(("samples", "expected"), [((0.1, 0.9), 0.9), ((0.9, 0.1), 0.9)])
+def test_the_peak_rises_at_once_and_falls_only_with_time(samples: tuple[float, float], expected: float) -> None:
+    backend = Backend("a", Origin("http", "127.0.0.1", 1))
+    for seconds in samples:
+        backend.observe(seconds, 0.0)
+    assert [backend.peak_time(now) for now in (0.0, 5.0)] == pytest.approx([expected, expected / 2])
 
 
 def test_a_first_byte_time_is_remembered_and_a_request_without_one_teaches_nothing(pool: Pool) -> None:

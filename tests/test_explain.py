@@ -143,9 +143,8 @@ def test_an_id_with_slashes_can_be_asked_for(balancer: BalancerProcess) -> None:
 @pytest.mark.parametrize("name", sorted(REGISTRY))
 def test_the_score_is_what_the_strategy_goes_by(name: str) -> None:
     strategy = create(name)
-    candidates = [
-        Backend(letter, Origin("http", "127.0.0.1", 1), weight) for letter, weight in (("a", 1), ("b", 2), ("c", 3))
-    ]
+    origin = Origin("http", "127.0.0.1", 1)
+    candidates = [Backend("a", origin, 1), Backend("b", origin, 2), Backend("c", origin, 3)]
     for backend, active, ewma in zip(candidates, (3, 1, 5), (0.2, 0.1, 0.001), strict=True):
         backend.active, backend.ewma, backend.ewma_at = active, ewma, strategy.clock()
     scores = strategy.scores(candidates)

@@ -16,10 +16,10 @@ from werkzeug.test import Client
 
 from balancer.backends import LastCheck
 from balancer.errors import ResponseTimedOut
+from balancer.histogram import BOUNDS, Histogram
 from balancer.origin import Origin
 from balancer.settings import BackendSettings, Settings
 from balancer.statistics import (
-    BOUNDS,
     EVENTS_KEPT,
     NO_REQUESTS,
     PATH_SHOWN,
@@ -29,7 +29,6 @@ from balancer.statistics import (
     Counters,
     Events,
     Exchange,
-    Histogram,
     Statistics,
 )
 from load_balancer import create_app
