@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -36,6 +37,7 @@ from support import (
 
 from balancer.accesslog import AGENT_LOGGED, PATH_LOGGED, AccessLog, timestamp
 from balancer.backends import Backend, Choice
+from balancer.incoming import Incoming
 from balancer.logwriter import LogWriter
 from balancer.origin import Origin
 from balancer.statistics import Attempt, Exchange
@@ -221,6 +223,12 @@ def test_no_request_forges_a_line_or_talks_to_the_terminal(form: str) -> None:
         assert json.loads(line) if form == "json" else TEXT.fullmatch(line)
 
 
+WSGI: dict[str, Any] = {
+    "REQUEST_METHOD": "GET", "PATH_INFO": "/", "SERVER_PROTOCOL": "HTTP/1.1", "wsgi.url_scheme": "http",
+    "wsgi.input": io.BytesIO(),
+}  # fmt: skip
+
+
 def make_line(is_json: bool, exchange: Exchange, **environ: str) -> str:
     made: list[Any] = []
 
@@ -228,7 +236,7 @@ def make_line(is_json: bool, exchange: Exchange, **environ: str) -> str:
         def add(self, line: Any) -> None:
             made.append(line())
 
-    AccessLog(Kept(None), is_json).add(exchange, {"SERVER_PROTOCOL": "HTTP/1.1", **environ})
+    AccessLog(Kept(None), is_json).add(exchange, Incoming.of(WSGI | environ))
     (line,) = made
     assert isinstance(line, str)
     return line
