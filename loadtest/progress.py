@@ -1,0 +1,89 @@
+"""What the run has come to so far, on stderr: one line that is drawn again and again on a terminal, elsewhere a plain
+line every five seconds."""
+
+import contextlib
+import sys
+from collections.abc import Sequence
+
+from loadtest.connection import clock
+from loadtest.latencies import rank_of
+from loadtest.recording import Recording
+from loadtest.schedule import Load
+from loadtest.screen import Screen, columns, number, speaks_ansi
+
+REDRAW = 0.1  # seconds
+PLAIN = 5.0
+LATEST = 50  # samples of each backend and worker that the live p95 looks at
+ERASE = "\r\x1b[K"
+
+
+class Progress:
+    """Called by the thread that supervises a run."""
+
+    def __init__(self, is_wanted: bool, screen: Screen) -> None:
+        self._err = sys.stderr if is_wanted else None
+        self._is_live = speaks_ansi(self._err)
+        self._screen = screen  # knows whether bars can be shown
+        self._title, self._load = "", Load(1, 1)
+        self._next = 0.0
+        self._last = (0.0, 0)  # seconds, requests: for the present rate
+        self._rate = 0.0
+
+    def begin(self, title: str, load: Load) -> None:
+        self._title, self._load = title, load
+        self._next = clock() + (REDRAW if self._is_live else PLAIN)
+        self._last, self._rate = (0.0, 0), 0.0
+
+    def watch(self, recordings: Sequence[Recording], seconds: float) -> None:
+        now = clock()
+        if self._err is None or now < self._next:
+            return
+        self._next = now + (REDRAW if self._is_live else PLAIN)
+        text = self._text(recordings, seconds)
+        self._show(f"{ERASE}{text[: columns() - 1]}" if self._is_live else f"{text}\n")
+
+    def end(self) -> None:
+        if self._is_live:
+            self._show(ERASE)
+
+    def _show(self, text: str) -> None:
+        assert self._err is not None
+        with contextlib.suppress(OSError, ValueError, UnicodeError):
+            self._err.write(text)
+            self._err.flush()
+
+    def _text(self, recordings: Sequence[Recording], seconds: float) -> str:
+        requests = sum(recording.requests for recording in recordings)
+        failed = sum(recording.errors.total() for recording in recordings)
+        since, before = self._last
+        if since == 0 or seconds - since >= 1:  # over a second, so that it can be read
+            self._rate = (requests - before) / max(seconds - since, 1e-3)
+        if seconds - since >= 1:
+            self._last = (seconds, requests)
+        limit = self._load.requests
+        done = f"{requests}/{limit}" if limit else f"{requests}"
+        share = self._share(requests, seconds)
+        bar = self._bar(share) if self._is_live else f"{share:.0%}"
+        parts = [self._title, bar, done, f"{number(self._rate)} req/s", f"p95 {number(_p95(recordings))} ms"]
+        left = seconds / share * (1 - share) if share else 0.0
+        return "  ".join([*parts, f"errors {failed}", f"{left:.0f} s left"])
+
+    def _share(self, requests: int, seconds: float) -> float:
+        """How much of the run is over."""
+        by_count = requests / self._load.requests if self._load.requests else 0.0
+        by_time = seconds / self._load.seconds if self._load.seconds else 0.0
+        return min(max(by_count, by_time), 1.0)
+
+    def _bar(self, share: float, width: int = 20) -> str:
+        full, empty = ("\u2588", "\u2591") if self._screen.has_blocks else ("#", ".")
+        return full * round(share * width) + empty * (width - round(share * width)) + f" {share:4.0%}"
+
+
+def _p95(recordings: Sequence[Recording]) -> float | None:
+    """Of the latest answers, in milliseconds. The workers go on meanwhile, which a slice of an array does not mind."""
+    latest: list[float] = []
+    for recording in recordings:
+        for tally in list(recording.backends.values()):
+            latest += tally.latency.exact[-LATEST:]
+    latest.sort()
+    return latest[rank_of(len(latest), 950) - 1] * 1000 if latest else None
