@@ -46,9 +46,11 @@ class CheckReport(Report):
             self._screen.line(f"  {text if index else self._screen.style(text, 'faint')}")
         self.histogram(test["histogram"], "  ")
 
-    def failures(self, summary: Json) -> None:
+    def failures(self, whole: Json) -> None:
         """What the check found in all of its tests together."""
-        good = f"none in {summary['requests']} requests"
-        text = self._screen.style(f"{summary['failed']} of {summary['requests']} requests", "bad")
-        title = self._screen.style("Failures", "strong")
-        self._screen.line(f"\n{title}: {text if summary['failed'] else good}")
+        requests, failed = whole["summary"]["requests"], whole["summary"]["failed"]
+        found = (
+            self._screen.style(f"{failed} of {requests} requests", "bad") if failed else f"none in {requests} requests"
+        )
+        self._screen.line(f"\n{self._screen.style('Failures', 'strong')}: {found}")
+        self.errors(whole["errors"], "", indent=2)

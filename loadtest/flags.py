@@ -47,8 +47,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise Problem(f"{message} (see --help)", EXIT_USAGE)
 
-    def section(self, title: str) -> Any:
-        group = self.add_argument_group(title)
+    def section(self, title: str, description: str | None = None) -> Any:
+        group = self.add_argument_group(title, description)
 
         def add(*names: str, **details: Any) -> None:
             action = group.add_argument(*names, **details)
@@ -74,7 +74,7 @@ def build_parser() -> Parser:
     _add_load(parser.section("load"))
     _add_request(parser.section("request"))
     _add_balancer(parser.section("balancer"))
-    _add_thresholds(parser.section("thresholds"))
+    _add_thresholds(parser.section("thresholds", "times and rate: of the load, or of the check's response times"))
     _add_output(parser.section("output"))
     return parser
 

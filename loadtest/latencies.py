@@ -27,6 +27,7 @@ class Latencies:
         self._buckets: Counter[int] = Counter()
         self._total = self._squares = 0.0  # of what is in the buckets
         self._low, self._high = math.inf, 0.0
+        self._sorted: list[float] = []  # of `exact` when it was last asked for
 
     @property
     def is_exact(self) -> bool:
@@ -53,7 +54,11 @@ class Latencies:
 
     def ordered(self) -> Sequence[float] | None:
         """Every value in order, or None if some are only counted."""
-        return sorted(self.exact) if self.is_exact else None
+        if not self.is_exact:
+            return None
+        if len(self._sorted) != len(self.exact):  # values only come, until all of them go
+            self._sorted = sorted(self.exact)
+        return self._sorted
 
     def percentiles(self, per_mille: Sequence[int]) -> list[float]:
         """Values of the nearest rank; there must be at least one value."""

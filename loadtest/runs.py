@@ -55,7 +55,7 @@ class Runs:
             report.test(part)
             whole.merge(run)
         outcome.whole = self._describe(whole)
-        report.failures(outcome.whole["summary"])
+        report.failures(outcome.whole)
         if outcome.whole["client"]["saturated"]:
             report.client(outcome.whole["client"])
         return outcome

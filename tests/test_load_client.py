@@ -432,6 +432,20 @@ def test_many_connections_at_a_time(stub: StubBalancer) -> None:
     assert report["summary"]["ok"] == 400
 
 
+def test_beyond_the_limit_of_exact_times_percentiles_stay_within_a_percent(stub: StubBalancer) -> None:
+    stub.delay = 0.002
+    lower = "import loadtest.recording as r; r.EXACT_SAMPLES, r.CONDENSE_EVERY = 500, 100"
+    code = f"import sys; {lower}; import test_client; sys.exit(test_client.main())"
+    command = [sys.executable, "-c", code, stub.url, "-n", "2000", "-o", "json"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, env=environment(), cwd=ROOT)
+    report = json.loads(result.stdout)
+    times = report["latency_ms"]
+    assert (result.returncode, report["summary"]["ok"], report["client"]["exact_percentiles"]) == (0, 2000, False)
+    assert 2 <= times["min"] <= times["p50"] <= times["p95"] <= times["p99_9"] <= times["max"]
+    assert sum(bucket["count"] for bucket in report["histogram"]) == 2000
+    assert report["slowest"][0]["latency_ms"] == times["max"]
+
+
 # --- output -----------------------------------------------------------------------------------------------------------
 
 

@@ -347,6 +347,25 @@ def test_ctrl_c_does_not_wait_for_answers_that_do_not_come(stub: StubBalancer) -
     assert report["latency_ms"]["p50"] is None
 
 
+def test_ctrl_c_before_anything_is_sent_is_quiet() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        with started(f"http://127.0.0.1:{server.getsockname()[1]}") as process, server.accept()[0]:
+            process.send_signal(signal.SIGINT)  # it waits for the answer of the preflight
+            out, errors = process.communicate(timeout=LIMIT)
+    assert (process.returncode, out, errors) == (-signal.SIGINT, "", "")
+
+
+def test_ctrl_c_during_the_warm_up_reports_nothing_but_that(stub: StubBalancer) -> None:
+    stub.delay = 20
+    with started(stub.url, "-n", "10") as process:
+        wait_until(lambda: len(stub.seen) == 10)
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=LIMIT)
+    assert process.returncode == 130
+    assert re.search(r"Summary +0 ok   0 failed .* interrupted$", out, re.MULTILINE)
+    assert out.splitlines()[-1] == "INTERRUPTED: 0 of 0 checks hold so far"
+
+
 def test_ctrl_c_during_the_check_reports_the_tests_so_far(stub: StubBalancer) -> None:
     with started(stub.url) as process:
         wait_until(lambda: stub.total > 30)
