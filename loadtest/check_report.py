@@ -1,6 +1,6 @@
 """The text report of the check: one block for each of its tests."""
 
-from loadtest.report import MAX_ROWS, Json, Report
+from loadtest.report import MAX_BACKENDS, MAX_ROWS, Json, Report
 from loadtest.screen import label, number, table
 
 
@@ -38,7 +38,8 @@ class CheckReport(Report):
         self._screen.field("Backends", "   ".join(names), indent=2)
 
     def _times(self, test: Json) -> None:
-        groups = [("all", test["latency_ms"]), *((label(row["id"]), row["latency_ms"]) for row in test["backends"])]
+        shown = test["backends"][:MAX_BACKENDS]
+        groups = [("all", test["latency_ms"]), *((label(row["id"]), row["latency_ms"]) for row in shown)]
         like = test["latency_ms"]["p50"]
         rows = [[self._unit, *(name.replace("_", ".") for name in test["latency_ms"])]]
         rows += [[name, *(self.time(value, like) for value in times.values())] for name, times in groups]

@@ -20,6 +20,7 @@ from loadtest.target import Identity, Target, request_method
 READ_SIZE = 65_536
 IDEMPOTENT = frozenset(("GET", "HEAD", "OPTIONS", "PUT", "DELETE", "TRACE"))  # RFC 9110 section 9.2.2
 BACKEND_HEADER, BACKEND_FIELD = "X-Served-By", "server_id"
+MAX_NAME = 200  # characters of a backend's name
 CONNECT = frozenset(("connect timeout", "connect refused", "connect failed"))  # reasons: nothing was sent
 clock = time.perf_counter
 Json = dict[str, Any]
@@ -177,7 +178,7 @@ class Connection:
             raise Failed("bad answer", f"status {response.status}")
         if self._field or not sample.backend:
             name = json_object(start).get(self._field or BACKEND_FIELD)
-            sample.backend = sample.backend if name is None else str(name)
+            sample.backend = sample.backend if name is None else str(name)[:MAX_NAME]
         if (response.status >= 400) if self._expected is None else (response.status not in self._expected):
             sample.reason, sample.detail = "bad status", str(response.status)
         if response.will_close:

@@ -10,6 +10,7 @@ class Interrupt:
     def __init__(self) -> None:
         self.code = 0  # a plain number: the lock of an Event could be held by the thread the handler interrupts
         self.last_words = "left at once\n"
+        self.erase = ""  # what takes an unfinished line off the terminal
 
     def install(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -19,7 +20,7 @@ class Interrupt:
         again, self.code = self.code, self.code or 128 + number  # set before the write: the next may come during it
         words = self.last_words if again else "interrupted: the report follows, Ctrl-C again leaves at once\n"
         with contextlib.suppress(OSError):
-            os.write(2, words.encode("ascii", "backslashreplace"))
+            os.write(2, (self.erase + words).encode("ascii", "backslashreplace"))
         if again:
             os._exit(again)
 

@@ -97,9 +97,11 @@ class LoadReport(Report):
         if len(names) > MAX_ROWS:
             screen.line(f"  and {len(names) - MAX_ROWS} more backends (all of them with --json)")
         for result in results:
-            if result["errors"]:
+            if result["errors"] or result["note"]:
                 screen.line(f"\n{result['name']}")
                 self.errors(result["errors"], indent=2)
+            if result["note"]:
+                self._note(result["note"])
         screen.line()
 
     def _grid(self, rows: list[list[str]]) -> None:

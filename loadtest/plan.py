@@ -3,6 +3,7 @@
 from loadtest import flags
 from loadtest.options import Options
 from loadtest.schedule import Load
+from loadtest.screen import plural
 
 
 def warm_up_of(chosen: Options, load: Load) -> int:
@@ -42,7 +43,3 @@ def describe_load(load: Load, chosen: Options) -> str:
     if chosen.no_keepalive:
         parts.append("no keep-alive")
     return ", ".join([*parts, f"warm-up {warm_up_of(chosen, load)}"])
-
-
-def plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -23,6 +23,7 @@ class Progress:
     def __init__(self, is_wanted: bool, screen: Screen) -> None:
         self._err = sys.stderr if is_wanted else None
         self._is_live = speaks_ansi(self._err)
+        self.erase = ERASE if self._is_live else ""
         self._screen = screen  # knows whether bars can be shown
         self._title, self._load = "", Load(1, 1)
         self._next = 0.0
@@ -44,7 +45,7 @@ class Progress:
 
     def end(self) -> None:
         if self._is_live:
-            self._show(ERASE)
+            self._show(self.erase)
 
     def _show(self, text: str) -> None:
         assert self._err is not None

@@ -9,6 +9,8 @@ from loadtest.latencies import EXACT_SAMPLES, Latencies
 
 CONDENSE_EVERY = 1000  # samples of a worker, once a run has more than EXACT_SAMPLES
 SLOWEST = 5
+MAX_BACKENDS = 1000  # names come from outside; those that are too many share one
+OTHERS = "others"
 Row = tuple[float, float, float | None, int | None, str | None, str | None, int, int]  # a line of the CSV output
 
 
@@ -55,7 +57,7 @@ class Recording:
         self.bytes += sample.size
         tally = self.backends.get(sample.backend)
         if tally is None:
-            tally = self.backends[sample.backend] = Tally()
+            tally = self._new_tally(sample)
         tally.count += 1
         latency = sample.end - sample.due
         if sample.status is not None:
@@ -72,6 +74,11 @@ class Recording:
             self._rows.append(self._row(sample, latency))
         if number > EXACT_SAMPLES and self.requests % CONDENSE_EVERY == 0:
             self.condense()
+
+    def _new_tally(self, sample: Sample) -> Tally:
+        if len(self.backends) >= MAX_BACKENDS:
+            sample.backend = OTHERS
+        return self.backends.setdefault(sample.backend, Tally())
 
     def _add_times(self, sample: Sample, tally: Tally, latency: float) -> None:
         tally.latency.exact.append(latency)

@@ -5,9 +5,10 @@ from typing import Any
 
 from loadtest.options import Options
 from loadtest.problems import clean
-from loadtest.screen import Screen, label, number, table
+from loadtest.screen import Screen, label, number, plural, table
 
 MAX_ROWS = 6
+MAX_BACKENDS = 20  # in a table
 BAR = 30  # columns
 UNIT = {"us": 1000.0, "ms": 1.0, "s": 0.001}
 Json = dict[str, Any]
@@ -79,7 +80,7 @@ class Report:
             text = "this client was the limit, not the balancer: take wrk or oha to find the balancer's"
             self._screen.field("", self._screen.style(text, "warn"))
         if client["waited_for_connection"]:
-            text = f"{client['waited_for_connection']} requests waited for a free connection, -c allows more"
+            text = f"{plural(client['waited_for_connection'], 'request')} waited for a free connection, -c allows more"
             self._screen.field("", self._screen.style(text, "warn"))
 
     def errors(self, errors: Sequence[Json], name: str = "Errors", indent: int = 0) -> None:
@@ -107,17 +108,19 @@ class Report:
     def shares(self, rows: Sequence[Json], indent: str) -> None:
         names = ["backend", "count", "share %", "expected %", "diff", "errors"]
         cells = [[*names, f"p50 {self._unit}", f"p95 {self._unit}"]]
-        for row in rows:
+        for row in rows[:MAX_BACKENDS]:
             share, expected, off = (
                 None if row[key] is None else row[key] * 100 for key in ("share", "expected_share", "deviation")
             )
             times = [self.time(row["latency_ms"][rank]) for rank in ("p50", "p95")]
             shown = [number(share), number(expected), number(off, sign="+"), str(row["errors"])]
             cells.append([label(row["id"]), str(row["count"]), *shown, *times])
-        bars = ["", *(self._screen.bar(row["share"] or 0, 16) for row in rows)]
+        bars = ["", *(self._screen.bar(row["share"] or 0, 16) for row in rows[:MAX_BACKENDS])]
         for index, (text, bar) in enumerate(zip(table(cells), bars, strict=True)):
             text = text if index else self._screen.style(text, "faint")
             self._screen.line(f"{indent}{text}  {bar}")
+        if len(rows) > MAX_BACKENDS:
+            self._screen.line(f"{indent}and {len(rows) - MAX_BACKENDS} more (all of them with --json)")
 
 
 def verdict_line(report: Json) -> str:

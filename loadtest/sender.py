@@ -20,6 +20,7 @@ class Sender:
         self._options, self._target = options, target
         self.interrupt = interrupt
         self._progress = Progress(not options.no_progress and options.output != "quiet", screen)
+        interrupt.erase = self._progress.erase
         self._csv = RowWriter(screen) if options.output == "csv" else None
         self._engine: Engine | None = None
         self._since: float | None = None  # clock value at which the first measured run began

@@ -13,6 +13,7 @@ from loadtest.options import Options
 from loadtest.problems import EXIT_USAGE, Problem
 
 DEFAULT_PATH = "/api/process"
+MAX_COOKIES = 50  # of a client, as many as RFC 6265 section 6.1 asks for
 WITH_LENGTH = frozenset(("POST", "PUT", "PATCH"))  # RFC 9110 section 8.6: these say their length even if it is 0
 
 
@@ -81,6 +82,8 @@ class Identity:
                         self._cookies.pop(name, None)
                     else:
                         self._cookies[name] = morsel.coded_value
+            for name in list(self._cookies)[:-MAX_COOKIES]:  # the oldest
+                del self._cookies[name]
             pairs = "; ".join(f"{name}={value}" for name, value in self._cookies.items())
         cookie = f"Cookie: {pairs}\r\n".encode("latin-1") if pairs else b""
         self.request = self._plain[: self._body_at] + cookie + self._plain[self._body_at :]

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -384,6 +384,20 @@ def test_ctrl_c_during_a_comparison_reports_it_and_puts_the_algorithm_back(stub:
     assert stub.algorithm == "round_robin"
 
 
+def test_a_server_that_names_a_new_backend_each_time_fills_no_screen(stub: StubBalancer) -> None:
+    result = run(stub.url, "-n", "1200", "--backend-header", "X-Request-ID")
+    assert result.returncode == 0
+    assert len(result.stdout.splitlines()) < 60
+    assert re.search(r"^  and \d+ more \(all of them with --json\)$", result.stdout, re.MULTILINE)
+
+
+def test_comparing_says_why_shares_are_not_judged(stub: StubBalancer) -> None:
+    stub.expected = dict.fromkeys(stub.expected)
+    result = run(stub.url, "-n", "20", "--compare", "least_connections", "--tolerance", "5")
+    assert result.returncode == 0
+    assert "expects no certain shares" in result.stdout
+
+
 def test_any_http_server_can_be_loaded(scripted: ScriptedBackend) -> None:
     scripted.reset()
     result = run(f"{scripted.url}/x", "--no-preflight", "-n", "5", *ONE_BY_ONE)
@@ -535,14 +549,16 @@ def test_debug_shows_both_sides_of_one_request(stub: StubBalancer) -> None:
 # --- progress ---------------------------------------------------------------------------------------------------------
 
 
-def on_a_terminal(*arguments: str, **extra: str) -> str:
-    """What a run with standard output and stderr on a terminal of 100 columns shows."""
+def on_a_terminal(*arguments: str, interrupt: Callable[[], bool] | None = None, **extra: str) -> str:
+    """What a run shows whose output is a terminal of 100 columns; Ctrl-C when `interrupt` is true."""
     leader, follower = pty.openpty()
     env = environment({"TERM": "xterm", "COLUMNS": "100", **extra})
-    with subprocess.Popen(
-        [sys.executable, str(SCRIPT), *arguments], stdout=follower, stderr=follower, env=env
-    ) as process:
+    command = [sys.executable, str(SCRIPT), *arguments]
+    with subprocess.Popen(command, stdout=follower, stderr=follower, env=env) as process:
         os.close(follower)
+        if interrupt:
+            wait_until(interrupt)
+            process.send_signal(signal.SIGINT)
         shown = b""
         while select.select([leader], [], [], LIMIT)[0]:
             try:
@@ -552,7 +568,7 @@ def on_a_terminal(*arguments: str, **extra: str) -> str:
             if not piece:
                 break
             shown += piece
-        assert process.wait(LIMIT) == 0
+        assert process.wait(LIMIT) == (130 if interrupt else 0)
     os.close(leader)
     return shown.decode()
 
@@ -565,6 +581,13 @@ def test_a_terminal_has_a_live_line(stub: StubBalancer) -> None:
     assert re.search(r"load  .* +\d+%  \d+/200  [\d.]+ req/s  p95 [\d.]+ ms  errors 0  \d+ s left", lines[1])
     assert all(len(line) < 100 for line in lines[:-1])
     assert "\x1b[32mPASSED: 1 of 1 checks\x1b[0m" in shown
+
+
+def test_ctrl_c_takes_the_live_line_off_the_terminal(stub: StubBalancer) -> None:
+    stub.delay = 0.02
+    shown = on_a_terminal(stub.url, "-n", "5k", "-c", "4", interrupt=lambda: stub.total > 100)
+    assert re.search(r"\r\x1b\[Kinterrupted: the report follows", shown)
+    assert "INTERRUPTED" in shown.splitlines()[-1]
 
 
 @pytest.mark.parametrize("extra", [{"TERM": "dumb"}, {"TERM": "xterm", "LB_TEST_NO_PROGRESS": "1"}])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from loadtest.connection import Sample, clock
 from loadtest.latencies import EXACT_SAMPLES, Latencies, rank_of
 from loadtest.options import parse_options
-from loadtest.recording import CONDENSE_EVERY, SLOWEST, Recording, Run
+from loadtest.recording import CONDENSE_EVERY, MAX_BACKENDS, OTHERS, SLOWEST, Recording, Run
 from loadtest.results import describe, histogram, times_ms
 from loadtest.schedule import ClosedLoop, Load, OpenLoop
 from loadtest.target import Identity, parse_target
@@ -95,6 +95,12 @@ def test_every_latency_is_kept_up_to_a_million_and_counted_after_that() -> None:
     assert all(not len(times.exact) for times in beyond.times())
     run = Run(beyond, seconds=1.0)
     assert describe(run, {}, (), ())["client"]["exact_percentiles"] is False
+
+
+def test_names_without_end_share_one_tally() -> None:
+    recording = recorded(*(sample(0.001, backend=f"b{number}") for number in range(1500)))
+    assert len(recording.backends) == MAX_BACKENDS + 1
+    assert recording.backends[OTHERS].count == 500
 
 
 def test_recordings_add_up() -> None:
@@ -202,4 +208,6 @@ def test_cookies_are_kept_replaced_and_forgotten() -> None:
     assert b"\r\nCookie: a=1; b=2\r\n\r\n" in who.request
     who.remember(["a=3", "b=; Max-Age=0", ";;;", 'c="x y"'])
     assert b'\r\nCookie: a=3; c="x y"\r\n\r\n' in who.request
+    who.remember([f"n{number}=1" for number in range(60)])
+    assert who.request.count(b"=1") == 50 and b"n59=1" in who.request and b"a=3" not in who.request
     assert who.request.startswith(b"GET /api/process HTTP/1.1\r\nHost: 127.0.0.1:1\r\n")
