@@ -61,13 +61,15 @@ class Progress:
             self._rate = (requests - before) / max(seconds - since, 1e-3)
         if seconds - since >= 1:
             self._last = (seconds, requests)
-        limit = self._load.requests
+        limit, share = self._load.requests, self._share(requests, seconds)
         done = f"{requests}/{limit}" if limit else f"{requests}"
-        share = self._share(requests, seconds)
-        bar = self._bar(share) if self._is_live else f"{share:.0%}"
-        parts = [self._title, bar, done, f"{number(self._rate)} req/s", f"p95 {number(_p95(recordings))} ms"]
+        rate, p95 = number(self._rate), number(_p95(recordings))
         left = seconds / share * (1 - share) if share else 0.0
-        return "  ".join([*parts, f"errors {failed}", f"{left:.0f} s left"])
+        ending = f"errors {failed}  {left:.0f} s left"
+        if not self._is_live:
+            return f"{self._title}  {share:.0%}  {done}  {rate} req/s  p95 {p95} ms  {ending}"
+        done = done.rjust(2 * len(str(limit)) + 1 if limit else 6)  # so that nothing jumps about
+        return f"{self._title:<12}  {self._bar(share)}  {done}  {rate:>7} req/s  p95 {p95:>7} ms  {ending}"
 
     def _share(self, requests: int, seconds: float) -> float:
         """How much of the run is over."""
@@ -75,7 +77,7 @@ class Progress:
         by_time = seconds / self._load.seconds if self._load.seconds else 0.0
         return min(max(by_count, by_time), 1.0)
 
-    def _bar(self, share: float, width: int = 20) -> str:
+    def _bar(self, share: float, width: int = 12) -> str:
         full, empty = ("\u2588", "\u2591") if self._screen.has_blocks else ("#", ".")
         return full * round(share * width) + empty * (width - round(share * width)) + f" {share:4.0%}"
 
