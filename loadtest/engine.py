@@ -182,13 +182,14 @@ class _Race:
 
 
 def tune_interpreter() -> None:
-    """Threads that hand the interpreter lock around on one CPU cost half of what they cost across two: take the first
-    CPU that this process may use, as the balancer takes the last. And whoever waits for that lock wakes up again and
-    again to ask for it, 200000 times a second with 1000 threads; here its holder gives it up soon by itself."""
+    """Threads that hand the interpreter lock around on one CPU cost half of what they cost across two: take one that
+    this process may use, not the last, as the balancer does. And whoever waits for that lock wakes up again and again
+    to ask for it, 200000 times a second with 1000 threads; here its holder gives it up soon by itself."""
     sys.setswitchinterval(SWITCH)
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
-            os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+            allowed = sorted(os.sched_getaffinity(0))
+            os.sched_setaffinity(0, {allowed[os.getpid() % max(len(allowed) - 1, 1)]})
 
 
 def raise_file_limit(wanted: int) -> None:

@@ -28,6 +28,7 @@ class Screen:
     def __init__(self, name: str = "-", no_color: bool = False) -> None:
         self._file = None if name == "-" else _open(name)
         out = self._file or sys.stdout
+        self.is_terminal = out is not None and out.isatty()
         self._color = speaks_ansi(out) and not (no_color or os.environ.get("NO_COLOR"))
         self.has_blocks = _encodes(out, EIGHTHS + FULL)
 

@@ -19,7 +19,8 @@ class Sender:
     def __init__(self, options: Options, target: Target, interrupt: Interrupt, screen: Screen) -> None:
         self._options, self._target = options, target
         self.interrupt = interrupt
-        self._progress = Progress(not options.no_progress and options.output != "quiet", screen)
+        mixes = options.output == "csv" and screen.is_terminal  # rows and progress on one terminal
+        self._progress = Progress(not (options.no_progress or options.output == "quiet" or mixes), screen)
         interrupt.erase = self._progress.erase
         self._csv = RowWriter(screen) if options.output == "csv" else None
         self._engine: Engine | None = None
