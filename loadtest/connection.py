@@ -9,6 +9,7 @@ import http.client
 import json
 import math
 import socket
+import ssl
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -89,6 +90,9 @@ def open_socket(target: Target, connect_timeout: float, timeout: float) -> socke
         if target.tls:
             sock = target.tls.wrap_socket(sock, server_hostname=target.host)
         sock.settimeout(timeout)
+    except ssl.SSLCertVerificationError as error:
+        sock.close()
+        raise Failed("connect failed", f"{error.verify_message}; SSL_CERT_FILE names a CA to trust") from None
     except OSError as error:
         sock.close()
         raise Failed("connect failed", clean(getattr(error, "reason", None) or str(error))) from None

@@ -10,6 +10,7 @@ import re
 import select
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -205,6 +206,45 @@ def test_a_post_is_never_sent_twice(stub: StubBalancer) -> None:
     assert code == 1
     assert report["summary"]["stale_retries"] == 0
     assert stub.total == 2  # every second one meets the closed connection
+
+
+@pytest.fixture
+def tls_stub(tmp_path: Path) -> Iterator[StubBalancer]:
+    """A balancer behind TLS; `tmp_path`/server.pem is its certificate, for localhost."""
+    key, certificate = str(tmp_path / "server.key"), str(tmp_path / "server.pem")
+    new = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    command = ["openssl", "req", "-x509", *new, "-keyout", key, "-out", certificate, *names]
+    subprocess.run(command, check=True, capture_output=True, timeout=LIMIT)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with StubBalancer() as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), name="tls-balancer")
+        thread.start()
+        yield server
+        server.release.set()
+        server.shutdown()
+        thread.join()
+
+
+def test_tls_with_a_certificate_that_is_trusted(tls_stub: StubBalancer, tmp_path: Path) -> None:
+    url = f"https://localhost:{tls_stub.server_address[1]}"
+    env = {"SSL_CERT_FILE": str(tmp_path / "server.pem")}
+    result = run(url, "-n", "50", "-c", "3", "--algorithm", "weighted", env=env)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert tls_stub.total == 70
+    refused = run(url, "-n", "50")
+    assert refused.returncode == 3
+    assert "self-signed certificate; SSL_CERT_FILE names a CA to trust" in one_line(refused)
+
+
+def test_an_answer_over_tls_that_does_not_end_is_cut(tls_stub: StubBalancer, tmp_path: Path) -> None:
+    tls_stub.trickle = True
+    env = {"SSL_CERT_FILE": str(tmp_path / "server.pem"), "LB_TEST_JSON": "1"}
+    url = f"https://localhost:{tls_stub.server_address[1]}"
+    report = json.loads(run(url, "-n", "1", *ONE_BY_ONE, "-t", "300ms", env=env).stdout)
+    assert errors_of(report) == [("timeout", "after 0.3 s", 1)]
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------
