@@ -99,7 +99,7 @@ def _add_load(add: Any) -> None:
 def _add_request(add: Any) -> None:
     add("--path", type=values.path, help="path to request (default: that of the URL, else /api/process)")
     add("-m", "--method", type=values.method, help="method (default: GET, with a body POST)")
-    add("-H", "--header", metavar="'N: V'", type=values.header, action="append", default=[], help="repeatable")
+    add("-H", "--header", metavar="'N: V'", type=values.header, action="append", default=[], help="header, repeatable")
     add("-d", "--data", type=os.fsencode, metavar="TEXT", help="request body")
     add("-D", "--data-file", type=values.body_file, metavar="FILE", help="request body from a file, - for stdin")
     add("-T", "--content-type", type=values.text, metavar="TYPE", help="of the body (default: application/json)")

@@ -9,7 +9,7 @@ from loadtest.connection import clock
 from loadtest.latencies import rank_of
 from loadtest.recording import Recording
 from loadtest.schedule import Load
-from loadtest.screen import Screen, columns, number, speaks_ansi
+from loadtest.screen import columns, encodes, number, speaks_ansi
 
 REDRAW = 0.1  # seconds
 PLAIN = 5.0
@@ -20,11 +20,11 @@ ERASE = "\r\x1b[K"
 class Progress:
     """Called by the thread that supervises a run."""
 
-    def __init__(self, is_wanted: bool, screen: Screen) -> None:
+    def __init__(self, is_wanted: bool) -> None:
         self._err = sys.stderr if is_wanted else None
         self._is_live = speaks_ansi(self._err)
         self.erase = ERASE if self._is_live else ""
-        self._screen = screen  # knows whether bars can be shown
+        self._full, self._empty = ("\u2588", "\u2591") if encodes(self._err, "\u2588\u2591") else ("#", ".")
         self._title, self._load = "", Load(1, 1)
         self._next = 0.0
         self._last = (0.0, 0)  # seconds, requests: for the present rate
@@ -78,8 +78,8 @@ class Progress:
         return min(max(by_count, by_time), 1.0)
 
     def _bar(self, share: float, width: int = 12) -> str:
-        full, empty = ("\u2588", "\u2591") if self._screen.has_blocks else ("#", ".")
-        return full * round(share * width) + empty * (width - round(share * width)) + f" {share:4.0%}"
+        filled = round(share * width)
+        return self._full * filled + self._empty * (width - filled) + f" {share:4.0%}"
 
 
 def _p95(recordings: Sequence[Recording]) -> float | None:

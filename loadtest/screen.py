@@ -30,7 +30,7 @@ class Screen:
         out = self._file or sys.stdout
         self.is_terminal = out is not None and out.isatty()
         self._color = speaks_ansi(out) and not (no_color or os.environ.get("NO_COLOR"))
-        self.has_blocks = _encodes(out, EIGHTHS + FULL)
+        self._has_blocks = encodes(out, EIGHTHS + FULL)
 
     def close(self) -> None:
         if self._file:
@@ -60,7 +60,7 @@ class Screen:
 
     def bar(self, share: float, width: int) -> str:
         """A bar of `share` of the width, to an eighth of a column."""
-        if not self.has_blocks:
+        if not self._has_blocks:
             return self.style("#" * round(share * width), "bar")
         whole, eighths = divmod(round(share * width * 8), 8)
         return self.style(FULL * whole + EIGHTHS[eighths].strip(), "bar")
@@ -81,7 +81,8 @@ def _open(name: str) -> TextIO:
         raise Problem(f"cannot write to {name!r}: {why}", EXIT_USAGE) from None
 
 
-def _encodes(out: TextIO | None, text: str) -> bool:
+def encodes(out: TextIO | None, text: str) -> bool:
+    """Whether the stream can show these characters."""
     try:
         return bool(text.encode(getattr(out, "encoding", None) or "ascii"))
     except UnicodeError:

@@ -20,7 +20,7 @@ class Sender:
         self._options, self._target = options, target
         self.interrupt = interrupt
         mixes = options.output == "csv" and screen.is_terminal  # rows and progress on one terminal
-        self._progress = Progress(not (options.no_progress or options.output == "quiet" or mixes), screen)
+        self._progress = Progress(not (options.no_progress or options.output == "quiet" or mixes))
         interrupt.erase = self._progress.erase
         self._csv = RowWriter(screen) if options.output == "csv" else None
         self._engine: Engine | None = None

@@ -414,12 +414,12 @@ def test_an_unknown_algorithm_is_refused_before_anything_is_sent(stub: StubBalan
 
 def test_ctrl_c_during_a_comparison_reports_it_and_puts_the_algorithm_back(stub: StubBalancer) -> None:
     stub.delay = 0.02
-    with started(stub.url, "-n", "100", "--compare", "weighted,least_connections") as process:
-        wait_until(lambda: stub.algorithm == "least_connections" and stub.total > 150)
+    with started(stub.url, "-n", "200", "--compare", "weighted,least_connections") as process:
+        wait_until(lambda: stub.algorithm == "least_connections" and stub.total > 250)
         process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=LIMIT)
     assert process.returncode == 130
-    assert re.search(r"^  weighted +100 ", out, re.MULTILINE)
+    assert re.search(r"^  weighted +200 ", out, re.MULTILINE)
     assert "INTERRUPTED" in out.splitlines()[-1]
     assert stub.algorithm == "round_robin"
 

@@ -367,9 +367,9 @@ def test_ctrl_c_during_the_warm_up_reports_nothing_but_that(stub: StubBalancer) 
 
 
 def test_ctrl_c_during_the_check_reports_the_tests_so_far(stub: StubBalancer) -> None:
+    stub.delay = 0.03
     with started(stub.url) as process:
         wait_until(lambda: stub.total > 30)
-        stub.delay = 0.2
         process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=LIMIT)
     assert process.returncode == 130
