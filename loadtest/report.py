@@ -77,7 +77,7 @@ class Report:
             cost += ", percentiles within 1 %"
         self._screen.field("Client CPU", cost)
         if client["saturated"]:
-            text = "this client was the limit, not the balancer: take wrk or oha to find the balancer's"
+            text = "this client was the limit, or its busy machine, not the balancer: wrk and oha send more"
             self._screen.field("", self._screen.style(text, "warn"))
         if client["waited_for_connection"]:
             text = f"{plural(client['waited_for_connection'], 'request')} waited for a free connection, -c allows more"
