@@ -27,7 +27,8 @@ from flask_cors import CORS
 from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge
 
 from balancer import __version__, server
-from balancer.bridge import Bridge, Call
+from balancer.bridge import Bridge
+from balancer.call import Call
 from balancer.errors import SettingsError
 from balancer.incoming import CLIENT
 from balancer.workers import WorkerPool

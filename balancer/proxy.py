@@ -329,7 +329,7 @@ class Forwarding:
 
     def _answer(self, response: BackendResponse) -> Iterable[bytes]:
         status, body = response.status_code, response.body
-        lines = response_lines(response.lines, status)
+        lines = response_lines(response.lines, status, response.options)
         if body.is_complete:
             data = body.read_chunk()
             self._record.bytes_out = len(data)

@@ -245,9 +245,9 @@ def _say_draining(
 ) -> None:
     for bridge in bridges:
         bridge.is_draining = True
-    more = f"accepting for {delay:g} s more, then " if delay else ""
     active = sum(bridge.active for bridge in bridges)
-    text = f"{received.name}: {more}at most {limit:g} s to finish; {active} requests in flight now"
+    more = f", after {delay:g} s in which more are accepted" if delay else ""
+    text = f"{active} requests in flight have at most {limit:g} s to finish{more} ({received.name})"
     log.info("draining: %s", text)
     on_drain(text)
 

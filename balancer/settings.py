@@ -43,7 +43,7 @@ MaxConnections = Annotated[int, Field(ge=1, le=MAX_CONNECTIONS)]
 
 # Names that are not LB_ + NAME: those of the earlier program. They count less than the regular ones.
 LEGACY_ENVIRONMENT = {"ALGORITHM": "algorithm"}
-UNITS = {"max_header_bytes": " bytes"} | dict.fromkeys(
+UNITS = {"max_header_bytes": " bytes", "min_body_rate": " bytes/s"} | dict.fromkeys(
     ("retry_budget", "eject_max_share", "latency_ejection_factor", "panic_threshold"), ""
 )  # the other floats are seconds
 SECRET_FILES = {"LB_ADMIN_TOKEN_FILE": "admin_token"}
@@ -171,9 +171,11 @@ class Settings(BaseModel):
         240,
         ge=0,
         le=1_000_000_000,
-        description="bytes/s after the first 5 s; slower request bodies are ended with 408; 0 for no limit",
+        description="rate of a request body after 5 s; slower ones are ended with 408; 0 for no limit",
     )
-    header_timeout: Seconds = Field(10.0, description="time for a client to send its whole request head")
+    header_timeout: Seconds = Field(
+        10.0, description="time for a client to send a request head; also between two on a kept connection"
+    )
     max_header_bytes: int = Field(65536, ge=8192, le=1048576, description="size of a request head; above that 431")
     max_header_count: int = Field(100, ge=1, le=100, description="header lines of a request; above that 431")
     shutdown_delay: SecondsOrZero = Field(

@@ -17,7 +17,8 @@ from support import BalancerProcess, connect, exchange, fetch, free_port, get, r
 from test_http2 import Client, client
 from wire import WireBackend, post, read_response, request
 
-from balancer.bridge import BODY_GRACE_SECONDS, Bridge, Call
+from balancer.bridge import Bridge
+from balancer.call import BODY_GRACE_SECONDS, Call
 from balancer.workers import WorkerPool
 
 FRAME = 16384  # bytes

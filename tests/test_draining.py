@@ -96,7 +96,10 @@ def test_during_the_delay_all_is_served_and_everybody_is_told(start: Callable[..
     assert fetch(f"{balancer.url}/")[0] == 200  # a new connection
     (event,) = (e for e in fetch_json(f"{balancer.url}/events")["events"] if e["kind"] == "draining")
     assert event["backend"] is None
-    assert re.fullmatch(r"SIGTERM: accepting for 3 s more, then at most 30 s to finish; \d+ .*", event["message"])
+    assert re.fullmatch(
+        r"\d+ requests in flight have at most 30 s to finish, after 3 s in which more are accepted \(SIGTERM\)",
+        event["message"],
+    )
     assert event["message"] in balancer.output
     assert balancer.wait(10) == 0
     assert 3 <= time.monotonic() - sent < 6
