@@ -22,9 +22,9 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
+from balancer.exchange import Exchange
 from balancer.logwriter import LogWriter
 from balancer.messages import Network, client_address
-from balancer.statistics import Exchange
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment

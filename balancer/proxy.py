@@ -31,6 +31,7 @@ from balancer.errors import (
     TooManyHeaders,
     Unavailable,
 )
+from balancer.exchange import Attempt, Exchange
 from balancer.incoming import CLIENT, HEADER_LINES, content_length, header_lines, may_have_body, raw_target, read_body
 from balancer.messages import (
     Line,
@@ -47,7 +48,7 @@ from balancer.messages import (
 )
 from balancer.pool import BackendPool, Lease
 from balancer.response import BackendResponse, ResponseBody
-from balancer.statistics import Attempt, Exchange, Statistics
+from balancer.statistics import Statistics
 from balancer.transport import BackendAdapter, OutgoingRequest
 
 if TYPE_CHECKING:

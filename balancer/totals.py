@@ -6,7 +6,6 @@ They never fall: neither a reset nor the removal of a backend touches them.
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING
 
 from balancer.errors import (
     BodyTruncated,
@@ -16,10 +15,8 @@ from balancer.errors import (
     InvalidResponse,
     ResponseTimedOut,
 )
+from balancer.exchange import Exchange
 from balancer.histogram import Histogram
-
-if TYPE_CHECKING:
-    from balancer.statistics import Exchange
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 OTHER = "other"  # every method that is not one of those: a client may make up any number of them

@@ -36,9 +36,9 @@ from support import (
 
 from balancer.accesslog import AGENT_LOGGED, PATH_LOGGED, AccessLog, timestamp
 from balancer.backends import Backend, Choice
+from balancer.exchange import Attempt, Exchange
 from balancer.logwriter import LogWriter
 from balancer.origin import Origin
-from balancer.statistics import Attempt, Exchange
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 TRACEPARENT = f"00-{TRACE}-b7ad6b7169203331-01"

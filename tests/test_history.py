@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import BalancerProcess, Clock, Demo, ScriptedBackend, fetch, fetch_json, wait_until
 
+from balancer.exchange import Exchange
 from balancer.history import SLOTS, History, Reading
-from balancer.statistics import Exchange, Statistics
+from balancer.statistics import Statistics
 
 START = 1000.25  # a whole second and a bit, and a whole ten of them
 
