@@ -18,6 +18,7 @@ import contextlib
 import logging
 import os
 import secrets
+import select
 import socket
 import ssl
 import sys
@@ -34,6 +35,7 @@ from balancer.bridge import Bridge
 from balancer.ejection import EjectionRules
 from balancer.errors import SettingsError
 from balancer.events import Events
+from balancer.express import Express
 from balancer.guard import WriteGuard
 from balancer.health import HealthChecker, Probe
 from balancer.history import History, Reading
@@ -78,6 +80,7 @@ class Balancer:
     adapter: BackendAdapter
     tls: ssl.SSLContext | None
     bridges: list[Bridge] = field(default_factory=list)
+    express: Express | None = None
 
     @property
     def settings(self) -> Settings:
@@ -87,6 +90,8 @@ class Balancer:
         self.control.log.start()
         self.health.start()
         self.control.history.start()
+        if self.express is not None:
+            self.express.start()
         self.control.lifecycle = "running"
 
     def drain(self, text: str) -> None:
@@ -95,6 +100,8 @@ class Balancer:
 
     def stop(self) -> None:
         self.control.lifecycle = "draining"
+        if self.express is not None:
+            self.express.stop()
         self.health.stop()
         self.control.history.stop()
         self.adapter.close()
@@ -386,13 +393,17 @@ def _listen(app: WSGIApplication, balancer: Balancer) -> list[tuple[Bridge, sock
     config = balancer.settings
     workers = WorkerPool(config.max_threads, config.max_queued, config.thread_idle_timeout)
     balancer.control.queued = lambda: workers.queued
+    if hasattr(select, "epoll"):
+        balancer.express = Express(balancer.adapter, workers)
     bridge = Bridge(
         app,
         workers,
         idle_timeout=config.idle_timeout,
         min_body_rate=config.min_body_rate,
         is_control=balancer.proxy.is_control,
-        overflow=balancer.proxy.refuse,
+        # A WSGI middleware around the proxy must see every request, so there is no way past it then.
+        proxy=balancer.proxy if app is balancer.proxy else None,
+        express=balancer.express,
     )
     listeners = [(bridge, server.listen(config.host, config.port))]
     if config.control_port is not None:

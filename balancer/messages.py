@@ -40,7 +40,8 @@ HOP_BY_HOP = frozenset(
 # framing is made anew by the transport (section 8.6), and the request id is set by us.
 _NOT_FORWARDED = HOP_BY_HOP | {b"expect", b"proxy", b"content-length", b"x-request-id"}
 _CLAIMS = frozenset({b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host", b"forwarded", b"x-real-ip"})
-_NOTABLE = _NOT_FORWARDED | _CLAIMS | {b"host", b"via"}  # every other field goes on as it is
+# Every other field goes on as it is, if there is no `_` in its name.
+_NOTABLE = _NOT_FORWARDED | _CLAIMS | {b"host", b"via", b"max-forwards", b"traceparent", b"tracestate"}
 # `Alt-Svc` names another way to the backend's own origin, which is not ours (RFC 7838 section 2.1).
 _NOT_RETURNED = HOP_BY_HOP | {b"alt-svc", b"x-request-id", b"x-served-by"}
 # What `Connection` may not take away: without it the message means something else.
@@ -103,6 +104,11 @@ def parse_content_length(value: bytes) -> int:
     return int(value)
 
 
+def notable(lines: Iterable[Line]) -> list[Line]:
+    """Those lines that mean something to a gateway: most requests have one or two among ten."""
+    return [line for line in lines if line[0] in _NOTABLE]
+
+
 def nominated(lines: Iterable[Line]) -> frozenset[bytes]:
     """Names listed in all `Connection` lines, in lower case (RFC 9110 section 7.6.1)."""
     names = _NONE
@@ -129,12 +135,11 @@ def check_request(method: str, target: bytes, hosts: Sequence[bytes], http_versi
         raise ClientError("the Host header is not a host name")
 
 
-def check_codings(lines: Iterable[Line]) -> None:
+def check_codings(values: Sequence[bytes]) -> None:
     """A body may be chunked, once; any other coding would be lost when it is framed anew (RFC 9112 section 6.1).
 
-    Raises CodingUnsupported for another coding, ClientError for chunked twice.
+    `values` of Transfer-Encoding. Raises CodingUnsupported for another coding, ClientError for chunked twice.
     """
-    values = [value for name, value in lines if name == b"transfer-encoding"]
     if not values or values == [b"chunked"]:
         return
     codings = [item.strip().lower() for item in b",".join(values).split(b",")]
@@ -246,6 +251,8 @@ def request_lines(
             forwarded_for.append(value)
         elif name in _CLAIMS:
             claims[name] = claims[name] + b", " + value if name in claims else value
+        elif name not in _NOT_FORWARDED:
+            kept.append(line)
     if not options <= HOP_BY_HOP:
         kept = [line for line in kept if line[0] not in options]
     if not (trusted and is_in_networks(peer, trusted)):
