@@ -147,6 +147,7 @@ class Call:
             self._end()
 
     def _end(self) -> None:
+        self.forwarding = None  # it refers to us: garbage of the slow kind otherwise
         self.bridge.finish(self)
         self._watcher.done()
 
@@ -214,16 +215,13 @@ class Call:
         if headers and isinstance(headers[0][0], bytes):
             self._headers = cast(list[tuple[bytes, bytes]], headers)  # the proxy spares us the way back from text
         else:
-            self._headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
+            self._headers = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers]
         return self._emit
 
     def _start(self) -> None:
         if self._status is None:
             raise RuntimeError("the app has not called start_response")
-        for name, _ in self._headers:
-            if name.lower() == b"server":
-                break
-        else:
+        if b"server" not in [name for name, _ in self._headers]:
             self._headers.append((b"server", b"load-balancer"))  # or Granian would name itself
         # hyper closes after it (RFC 9112 section 9.6). HTTP/2 has no such field, but GOAWAY.
         if (self.bridge.is_draining or self._is_too_slow) and self.scope["http_version"] != "2":
@@ -319,9 +317,11 @@ class Call:
             scope["client"][0],
             scope["headers"],
         )
-        made.length = b",".join(made.values(b"content-length")).decode("latin-1")
-        made.is_ended = self._note_body(made.length, bool(made.values(b"transfer-encoding")))
-        made.stream = RequestBody(self.receive)
+        if lengths := made.values(b"content-length"):
+            made.length = b",".join(lengths).decode("latin-1")
+        made.is_ended = self._note_body(made.length, b"transfer-encoding" in made.notable)
+        if not self.is_body_done:
+            made.stream = RequestBody(self.receive)
         made.client = self
         made.is_native = True
         return made

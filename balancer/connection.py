@@ -14,6 +14,9 @@ from balancer.origin import Origin
 
 _DONTWAIT = int(getattr(socket, "MSG_DONTWAIT", 0))
 _PEEK = int(getattr(socket, "MSG_PEEK", 0)) | _DONTWAIT
+# struct tcp_info of linux/tcp.h, unchanged since 4.2: the state, and the bytes received.
+_ESTABLISHED, _RECEIVED_AT, _INFO_SIZE = 1, 128, 136
+_RECEIVED = struct.Struct("@Q")
 CHUNK = 65536  # bytes per receive: with a few of them in flight per connection, memory stays flat
 
 
@@ -42,7 +45,7 @@ class Watcher(Protocol):
 class Connection:
     """Receives and sends with a time-out set by SO_RCVTIMEO: Python's own time-outs poll before every receive."""
 
-    __slots__ = ("sock", "origin", "idle_since", "is_reused", "is_watched", "_timeout", "is_tls")
+    __slots__ = ("sock", "origin", "idle_since", "is_reused", "is_watched", "is_tls", "_timeout", "_received")
 
     def __init__(self, sock: socket.socket, origin: Origin) -> None:
         self.sock = sock
@@ -51,6 +54,7 @@ class Connection:
         self.is_reused = False
         self.is_watched = False  # by `express`
         self._timeout = 0.0
+        self._received = 0  # bytes
         self.is_tls = isinstance(sock, ssl.SSLSocket)
 
     def set_timeout(self, seconds: float) -> None:
@@ -71,11 +75,13 @@ class Connection:
     def receive(self) -> bytes:
         """Up to CHUNK bytes, b"" at EOF. Raises ResponseTimedOut, ConnectionLost."""
         try:
-            return self.sock.recv(CHUNK)
+            data = self.sock.recv(CHUNK)
         except (TimeoutError, BlockingIOError):
             raise ResponseTimedOut(f"{self.origin.url} sent nothing for {self._timeout:g} s") from None
         except OSError as error:
             raise ConnectionLost(f"{self.origin.url}: {error.strerror or error}") from error
+        self._received += len(data)
+        return data
 
     def receive_now(self) -> bytes | None:
         """What is here already, None if nothing is. Raises ConnectionLost."""
@@ -96,16 +102,20 @@ class Connection:
         if not _DONTWAIT:  # Windows
             return self.receive() if self.has_input() else None
         try:
-            return self.sock.recv(CHUNK, _DONTWAIT)
+            data = self.sock.recv(CHUNK, _DONTWAIT)
         except BlockingIOError:
             return None
         except OSError as error:
             raise ConnectionLost(f"{self.origin.url}: {error.strerror or error}") from error
+        self._received += len(data)
+        return data
 
     def has_input(self) -> bool:
         """True if a receive would not block: while idle, that means EOF, an alert, or bytes nobody asked for."""
         if self.is_tls or sys.platform == "win32":  # neither can peek without blocking
             return self._is_readable()
+        if sys.platform == "linux":
+            return self._is_quiet_no_more()
         try:
             self.sock.recv(1, _PEEK)
         except BlockingIOError:
@@ -113,6 +123,12 @@ class Connection:
         except OSError:
             return True
         return True
+
+    def _is_quiet_no_more(self) -> bool:
+        """Asks the kernel instead of the socket: a system call that receives lets the interpreter lock go, and with it
+        comes a switch of threads."""
+        info = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_SIZE)
+        return info[0] != _ESTABLISHED or _RECEIVED.unpack_from(info, _RECEIVED_AT)[0] != self._received
 
     def _is_readable(self) -> bool:
         if sys.platform == "win32":

@@ -73,9 +73,9 @@ class Incoming:
         made.is_native = HEADER_LINES in environ
         return made
 
-    def values(self, name: bytes) -> list[bytes]:
+    def values(self, name: bytes) -> Sequence[bytes]:
         """Of a notable field, one for each line."""
-        return [value for key, value in self.notable if key == name]
+        return self.notable.get(name, ())
 
     def content_length(self) -> int | None:
         """Bytes of the body, None if there is no Content-Length. Raises ClientError (RFC 9112 section 6.3)."""

@@ -138,7 +138,7 @@ class Forwarding:
         self._incoming = incoming
         self._start_response = start_response
         self._started = time.perf_counter()
-        self._identifier = request_id(incoming.notable)
+        self._identifier = request_id(incoming.values(b"x-request-id"))
         self._request: OutgoingRequest | None = None
         self._lease: Lease | None = None
         self.sent: Sent | None = None
@@ -177,7 +177,7 @@ class Forwarding:
             if self._failure is not None:
                 raise self._failure
             incoming = self._incoming
-            if incoming.method == "OPTIONS" and max_forwards(incoming.notable) == 0:
+            if incoming.method == "OPTIONS" and max_forwards(incoming.values(b"max-forwards")) == 0:
                 return self._answer_options()
             return self._answer(self._send(self._request or self._build()))
         except BalancerError as error:
@@ -205,7 +205,7 @@ class Forwarding:
             raise MethodRefused(f"{method} is not supported")
         check_request(method, incoming.target, incoming.values(b"host"), incoming.version)
         if incoming.values(b"traceparent") or incoming.values(b"tracestate"):
-            self._record.trace_id = trace_id(incoming.notable)
+            self._record.trace_id = trace_id(incoming.values(b"traceparent"))
             if self._record.trace_id is None:
                 lines = without_trace(lines)
         outgoing = request_lines(

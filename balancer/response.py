@@ -313,19 +313,16 @@ class ResponseBody:
 
 def _framing(head: ResponseHead) -> tuple[int | None, bool]:
     """(bytes of the body by Content-Length or None, chunked); (None, False) is until EOF. Raises InvalidResponse."""
-    codings: list[bytes] = []
-    lengths: list[bytes] = []
-    for name, value in head.lines:
-        if name == b"content-length":
-            lengths.append(value)
-        elif name == b"transfer-encoding":
-            codings.append(value.lower())
+    lengths = [value for name, value in head.lines if name == b"content-length"]
+    codings = [value.lower() for name, value in head.lines if name == b"transfer-encoding"]
     if codings and (codings != [b"chunked"] or lengths):
         raise InvalidResponse(f"the backend's response has the framing {codings + lengths!r}")
     if not lengths:
         return None, bool(codings)
     try:
-        (length,) = {parse_content_length(value) for value in lengths}
+        length = parse_content_length(lengths[0])
+        if any(parse_content_length(value) != length for value in lengths[1:]):
+            raise ValueError
     except ValueError:
         raise InvalidResponse(f"the backend's response has Content-Length {b', '.join(lengths)!r}") from None
     return length, False
