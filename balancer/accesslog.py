@@ -25,11 +25,10 @@ from typing import Any
 from balancer.exchange import Exchange
 from balancer.incoming import Incoming
 from balancer.logwriter import LogWriter
-from balancer.messages import Line, Network, client_address
+from balancer.messages import Network, client_address
 
-PATH_LOGGED = 1000  # characters of a path, and of a user agent below, that are logged
-AGENT_LOGGED = 300
-METHOD_LOGGED = 32
+AGENT_LOGGED = 300  # bytes; lines wait in a queue, and nobody must be able to fill the memory with it
+CLIENTS_LOGGED = 1000  # bytes of X-Forwarded-For, from its end
 
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
@@ -44,20 +43,21 @@ class AccessLog:
 
     def add(self, exchange: Exchange, incoming: Incoming) -> None:
         """`exchange` is finished: nothing changes it any more."""
-        self._add(partial(self._line, exchange, incoming.peer, incoming.version, incoming.lines))
+        agent, forwarded_for = None, b""
+        for name, value in incoming.lines:
+            if name == b"user-agent":
+                agent = value[:AGENT_LOGGED]
+            elif name == b"x-forwarded-for":
+                forwarded_for = b"%s,%s" % (forwarded_for, value)
+        clients = forwarded_for[-CLIENTS_LOGGED:]
+        self._add(partial(self._line, exchange, incoming.peer, clients, incoming.version, agent))
 
-    def _line(self, exchange: Exchange, peer: str, version: str, lines: Sequence[Line]) -> str:
-        forwarded_for = _joined(lines, b"x-forwarded-for") or ""
-        client = None if peer == "unknown" else client_address(peer, forwarded_for, self._trusted)
-        return self._make(fields(exchange, client, f"HTTP/{version}", _joined(lines, b"user-agent")))
+    def _line(self, exchange: Exchange, peer: str, clients: bytes, version: str, agent: bytes | None) -> str:
+        client = None if peer == "unknown" else client_address(peer, clients.decode("latin-1"), self._trusted)
+        return self._make(fields(exchange, client, f"HTTP/{version}", agent))
 
 
-def _joined(lines: Sequence[Line], name: bytes) -> str | None:
-    values = [value for key, value in lines if key == name]
-    return b",".join(values).decode("latin-1") if values else None
-
-
-def fields(exchange: Exchange, client: str | None, protocol: str, agent: str | None) -> dict[str, Any]:
+def fields(exchange: Exchange, client: str | None, protocol: str, agent: bytes | None) -> dict[str, Any]:
     """What a line tells, in the order in which it does."""
     attempts = exchange.attempts
     last = attempts[-1] if attempts else None
@@ -67,8 +67,8 @@ def fields(exchange: Exchange, client: str | None, protocol: str, agent: str | N
         "request_id": exchange.request_id,
         "trace_id": exchange.trace_id,
         "client": client,
-        "method": exchange.method[:METHOD_LOGGED],
-        "path": as_unicode(exchange.path)[:PATH_LOGGED],
+        "method": exchange.method,
+        "path": as_unicode(exchange.path.encode("latin-1", "replace")),
         "protocol": protocol,
         "status": exchange.status,
         "complete": exchange.complete,
@@ -86,7 +86,7 @@ def fields(exchange: Exchange, client: str | None, protocol: str, agent: str | N
             {"backend": attempt.backend, "outcome": attempt.outcome, "seconds": round(attempt.seconds, 6)}
             for attempt in attempts
         ],
-        "user_agent": None if agent is None else as_unicode(agent)[:AGENT_LOGGED],
+        "user_agent": None if agent is None else as_unicode(agent),
     }
 
 
@@ -119,6 +119,6 @@ def _to_the_second(seconds: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
 
 
-def as_unicode(text: str) -> str:
-    """WSGI gives bytes as Latin-1; UTF-8 is what they most often are."""
-    return text if text.isascii() else text.encode("latin-1", "replace").decode("utf-8", "backslashreplace")
+def as_unicode(sent: bytes) -> str:
+    """UTF-8 is what bytes most often are; others are shown as such."""
+    return sent.decode("utf-8", "backslashreplace")

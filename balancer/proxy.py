@@ -31,7 +31,7 @@ from balancer.errors import (
     TooManyHeaders,
     Unavailable,
 )
-from balancer.exchange import Attempt, Exchange
+from balancer.exchange import METHOD_KEPT, PATH_KEPT, Attempt, Exchange
 from balancer.incoming import Incoming
 from balancer.messages import (
     Line,
@@ -146,8 +146,8 @@ class Forwarding:
         self._is_finished = False
         self._record = Exchange(
             timestamp=time.time(),
-            method=incoming.method,
-            path=incoming.path,
+            method=incoming.method[:METHOD_KEPT],
+            path=incoming.path[:PATH_KEPT],
             request_id=self._identifier.decode("ascii"),
         )
         proxy.statistics.begin()
