@@ -146,7 +146,7 @@ def held(balancer: Balancer) -> list[Any]:
         balancer.proxy.options, balancer.control.pool._options, balancer.control.pool.algorithm, adapter.timeouts,
         adapter.pool_idle_timeout, health._interval, health._probe._target, health._probe._adapter.timeouts,
         bridge.idle_timeout, bridge.min_body_rate, logging.getLogger().level,
-        balancer.proxy.access_log and balancer.proxy.access_log._make,
+        balancer.proxy.access_log and balancer.proxy.access_log._format,
     ]  # fmt: skip
 
 
