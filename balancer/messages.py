@@ -200,6 +200,8 @@ def client_address(peer: str, forwarded_for: str, trusted: Sequence[Network]) ->
     `forwarded_for` is the value of `X-Forwarded-For`, each proxy's client after the one before.
     """
     address = peer
+    if not (forwarded_for and trusted):
+        return peer
     for claim in reversed(forwarded_for.split(",")):
         if not is_in_networks(address, trusted):
             break
