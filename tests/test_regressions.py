@@ -195,6 +195,15 @@ def test_a_status_line_of_another_version_is_no_answer(
     assert fetch(balancer.url)[0] == 502
 
 
+@pytest.mark.parametrize("length", [b"+2", b"2, 3"])
+def test_a_head_answer_with_a_malformed_length_is_no_answer(
+    balancer: BalancerProcess, backend: ScriptedBackend, length: bytes
+) -> None:
+    """There is no body to be framed by it, so it was passed on, or the client got an empty reply."""
+    backend.answer(b"HTTP/1.1 200 OK\r\nContent-Length: %s\r\n\r\n" % length)
+    assert fetch(balancer.url, method="HEAD")[0] == 502
+
+
 def test_a_trailer_without_end_is_cut_off(balancer: BalancerProcess, backend: ScriptedBackend) -> None:
     """It was collected in memory for as long as the backend cared to send."""
     sent: list[int] = []
