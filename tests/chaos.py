@@ -78,7 +78,7 @@ class Plan:
     method: str
     target: str
     body: bytes
-    is_chunked: bool
+    is_chunked: bool  # the request; the target says how the answer is to be framed
     size: int  # bytes of the answer
 
     @property
@@ -107,14 +107,13 @@ class Outcome:
 
 def make_plan(key: str, rng: random.Random) -> Plan:
     method, size = rng.choice(METHODS), rng.choice(SIZES)
-    is_chunked = rng.random() < 0.3
-    body, body_chunked = b"", False
+    body, is_chunked = b"", False
     if method in ("PUT", "POST", "PATCH"):
         body = rng.randbytes(rng.choice(SIZES))
-        body_chunked = bool(body) and rng.random() < 0.3
+        is_chunked = rng.random() < 0.3
         size = min(size, 20 * KIB)
-    target = f"/{key}?size={size}" + ("&chunked" if is_chunked else "&plain") + "=1"
-    return Plan(key, method, target, body, body_chunked, size)
+    framing = "chunked" if rng.random() < 0.3 else "plain"
+    return Plan(key, method, f"/{key}?size={size}&{framing}=1", body, is_chunked, size)
 
 
 def ask(connection: http.client.HTTPConnection, plan: Plan) -> Outcome:
@@ -154,7 +153,9 @@ def judge(plan: Plan, head: http.client.HTTPResponse, data: bytes) -> Outcome:
     if status == 200:
         expected = b"" if plan.method == "HEAD" else answer_body(plan.digest, plan.size)
         right = head.headers.get("X-Digest") == plan.digest and data == expected
-        return Outcome(plan, "answered" if right else "wrong", status, "" if right else repr(data[:200]))
+        return Outcome(
+            plan, "answered" if right else "wrong", status, "" if right else f"{data[:200]!r} {head.headers.items()}"
+        )
     if status == 503 and head.headers.get("X-Backend") == "unavailable":
         return Outcome(plan, "passed", status)
     if plan.method == "HEAD":
@@ -172,12 +173,11 @@ class Traffic:
 
     _runs = count(1)
 
-    def __init__(self, port: int, clients: int = 8, seed: int = 1, **limits: float) -> None:
+    def __init__(self, port: int, clients: int = 8, seed: int = 1) -> None:
         self._port = port
         self._ended = Event()
         self._lock = Lock()  # guards `outcomes`
         self._name = f"t{next(self._runs)}-{os.getpid()}"
-        self._pause = limits.get("pause", 0.0)
         self.outcomes: list[Outcome] = []
         self._threads = [Thread(target=self._run, args=(n, seed), name=f"traffic-{n}") for n in range(clients)]
 
@@ -185,7 +185,7 @@ class Traffic:
         rng = random.Random(seed * 1000 + number)
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=PATIENCE)
         serial = count()
-        while not self._ended.wait(self._pause):
+        while not self._ended.is_set():
             outcome = ask(connection, make_plan(f"{self._name}-{number}-{next(serial)}", rng))
             if outcome.kind == "closed":
                 break
@@ -404,12 +404,23 @@ def judge_all(fleet: Fleet, table: Table, fault: str, outcomes: list[Outcome], a
     refused = kinds["refused"] + kinds["passed"]
     row = Row(fault, len(outcomes), kinds["answered"], refused, broken, retried, len(lost), len(twice))
     table.rows.append(row)
-    assert [o for o in outcomes if o.kind == "wrong"] == []
-    assert lost == []
-    assert twice == []
-    assert [o for o in outcomes if o.kind in ("answered", "cut") and not executed[o.plan.key]] == []
+    assert_none("wrong answers", [o for o in outcomes if o.kind == "wrong"])
+    assert_none("lost", lost)
+    assert_none("executed twice", twice)
+    unknown = [o for o in outcomes if o.kind in ("answered", "cut") and not executed[o.plan.key]]
+    assert_none("answered but not executed", unknown)
     assert "Traceback" not in fleet.balancer.output
     return row
+
+
+def assert_none(what: str, outcomes: list[Outcome]) -> None:
+    """One line for each outcome that must not be, with what is needed to find it in the balancer's records."""
+    lines = [
+        f"{o.plan.method} {o.plan.target}, {len(o.plan.body)} bytes{' chunked' * o.plan.is_chunked}: "
+        f"{o.kind} {o.status} {o.text}"
+        for o in outcomes
+    ]
+    assert not lines, "\n".join([what, *lines])
 
 
 def assert_exact(status: Any, outcomes: list[Outcome], others: int, left: int) -> None:

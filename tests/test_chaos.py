@@ -39,7 +39,7 @@ from chaos_backend import answer_body
 from support import fetch, fetch_json, wait_until
 from wire import read_response, values
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(int(os.environ.get("CHAOS_TIMEOUT", "180")))
 
 ROUNDS = int(os.environ.get("CHAOS_ROUNDS", "6"))
 SEED = int(os.environ.get("CHAOS_SEED", "1"))
