@@ -343,6 +343,12 @@ class Row:
     twice: int
 
 
+LEGEND = (
+    "refused: 502 to 504 where another try was not allowed; cut: broken off, and it shows; retried: on another backend",
+    "lost: not answered though it could have been; twice: POST or PATCH executed twice",
+)
+
+
 class Table:
     """The faults that were tried; pytest prints it at the end."""
 
@@ -358,7 +364,7 @@ class Table:
         for line in cells:
             numbers = [text.rjust(width) for text, width in zip(line[1:], wide[1:], strict=True)]
             terminalreporter.write_line("  ".join([line[0].ljust(wide[0]), *numbers]))
-        for note in self.notes:
+        for note in (*LEGEND, *self.notes):
             terminalreporter.write_line(note)
 
 
