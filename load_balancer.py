@@ -29,12 +29,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from flask import Flask
 
 from balancer import __version__, api, server, settings, strategies
+from balancer.accesslog import AccessLog
 from balancer.bridge import Bridge
 from balancer.ejection import EjectionRules
 from balancer.errors import SettingsError
 from balancer.guard import WriteGuard
 from balancer.health import HealthChecker, Probe
 from balancer.history import History, Reading
+from balancer.logwriter import LogHandler, LogWriter, standard_output
 from balancer.metrics import Metrics, Sources
 from balancer.pool import BackendPool, PoolChanges, PoolOptions
 from balancer.proxy import ProxyOptions, ReverseProxy
@@ -81,6 +83,7 @@ class Balancer:
         return self.configuration.settings
 
     def start(self) -> None:
+        self.control.log.start()
         self.health.start()
         self.control.history.start()
         self.control.lifecycle = "running"
@@ -94,6 +97,7 @@ class Balancer:
         self.health.stop()
         self.control.history.stop()
         self.adapter.close()
+        self.control.log.stop()
 
     def reload(self, dry_run: bool = False) -> Plan:
         """Read the configuration again and apply what changed. Raises SettingsError; then nothing has changed."""
@@ -126,6 +130,7 @@ class Balancer:
         self.adapter.pool_idle_timeout = config.pool_idle_timeout
         self.health.use(Probe(config.health_path, config.health_timeout, tls=self.tls), config.health_interval)
         self.proxy.options = _proxy_options(config, self.proxy.options.pseudonym)
+        self.proxy.access_log = _access_log(config, self.control.log)
         for bridge in self.bridges:
             bridge.idle_timeout = config.idle_timeout
             bridge.min_body_rate = config.min_body_rate
@@ -155,8 +160,10 @@ def create_app(config: Settings | None = None, sources: Mapping[str, str] | None
     pool.apply(PoolChanges(add=backends))
 
     app = Flask(__name__, static_folder=None)
-    history = History(lambda: _look(statistics, pool))
-    control = api.Control(config.id, pool, statistics, events, history, DASHBOARD, configuration, config.control_prefix)
+    history, writer = History(lambda: _look(statistics, pool)), LogWriter(standard_output())
+    control = api.Control(
+        config.id, pool, statistics, events, history, writer, DASHBOARD, configuration, config.control_prefix
+    )
     token = config.admin_token.get_secret_value() if config.admin_token else None
     guard = WriteGuard(token, frozenset(config.cors_origins), config.allow_file_origin, _is_loopback(config.host))
     api.install(app, control, guard)
@@ -171,6 +178,7 @@ def create_app(config: Settings | None = None, sources: Mapping[str, str] | None
         adapter=adapter,
         statistics=statistics,
         options=_proxy_options(config, pseudonym),
+        access_log=_access_log(config, writer),
         on_refused=health.wake,
     )
     app.wsgi_app = proxy  # type: ignore[method-assign]
@@ -180,6 +188,10 @@ def create_app(config: Settings | None = None, sources: Mapping[str, str] | None
     app.extensions["balancer"] = balancer
     _follow(pool, statistics, events, health)
     return app
+
+
+def _access_log(config: Settings, writer: LogWriter) -> AccessLog | None:
+    return AccessLog(writer, config.access_log_format == "json", config.networks) if config.access_log else None
 
 
 def _sources(control: api.Control, adapter: BackendAdapter) -> Sources:
@@ -192,6 +204,7 @@ def _sources(control: api.Control, adapter: BackendAdapter) -> Sources:
         configuration=control.configuration,
         lifecycle=lambda: control.lifecycle,
         queued=lambda: control.queued(),
+        log=control.log,
     )
 
 
@@ -339,9 +352,10 @@ def run(app: Flask) -> int:
     """Serve `app` until a signal. Raises SettingsError if it cannot listen."""
     balancer: Balancer = app.extensions["balancer"]
     config = balancer.settings
-    logging.raiseExceptions = False  # what cannot be written is lost; it must not become a traceback
     logging.basicConfig(
-        level=config.log_level.upper(), stream=sys.stdout, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+        level=config.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        handlers=[LogHandler(balancer.control.log)],
     )
     listeners = _listen(app.wsgi_app, balancer)
     server.pin(server.cpus(config.cpu_affinity))

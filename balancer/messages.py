@@ -56,6 +56,13 @@ _HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9\-._~!$&'()*+,;=%]+)(?::[0
 _TARGET = re.compile(rb"(?:/[\x21-\x7e]*|\*)\Z")  # origin-form or asterisk-form (RFC 9112 section 3.2), visible ASCII
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:+/=@-]{1,128}\Z")
 
+# W3C Trace Context, section 3.2.2: version, trace id, parent id, flags; later versions may say more after that.
+_TRACE_PARENT = re.compile(
+    rb"(?:00-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
+    rb"|(?!00|ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-[\x21-\x7e]*)?)\Z"
+)
+_TRACE_FIELDS = frozenset({b"traceparent", b"tracestate"})
+
 _process_id = token_hex(6).encode()
 _serial = count(1)
 
@@ -163,6 +170,34 @@ def request_id(lines: Iterable[Line]) -> bytes:
     if len(given) == 1 and _REQUEST_ID.match(given[0]):
         return given[0]
     return b"%s-%x" % (_process_id, next(_serial))
+
+
+def trace_id(lines: Iterable[Line]) -> str | None:
+    """The trace id of the one valid `traceparent`; None if there is none (W3C Trace Context, section 3.2)."""
+    given = [value for name, value in lines if name == b"traceparent"]
+    match = _TRACE_PARENT.match(given[0]) if len(given) == 1 else None
+    return (match[1] or match[2]).decode("ascii") if match else None
+
+
+def without_trace(lines: Iterable[Line]) -> list[Line]:
+    """For when `traceparent` is not valid: `tracestate` means nothing without it (section 3.3)."""
+    return [line for line in lines if line[0] not in _TRACE_FIELDS]
+
+
+def client_address(peer: str, forwarded_for: str, trusted: Sequence[Network]) -> str:
+    """Who sent the request: the nearest address that is not a trusted proxy's.
+
+    `forwarded_for` is the value of `X-Forwarded-For`, each proxy's client after the one before.
+    """
+    address = peer
+    for claim in reversed(forwarded_for.split(",")):
+        if not is_in_networks(address, trusted):
+            break
+        try:
+            address = str(ipaddress.ip_address(claim.strip()))
+        except ValueError:  # a name, a port, or made up
+            break
+    return address
 
 
 def request_lines(

@@ -12,12 +12,13 @@ import json
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from balancer.accesslog import AccessLog
 from balancer.errors import (
     BackendError,
     BalancerError,
@@ -41,6 +42,8 @@ from balancer.messages import (
     request_id,
     request_lines,
     response_lines,
+    trace_id,
+    without_trace,
 )
 from balancer.pool import BackendPool, Lease
 from balancer.response import BackendResponse, ResponseBody
@@ -80,7 +83,7 @@ class ProxyOptions:
 class ReverseProxy:
     """The WSGI callable. It has no state of its own; the pool, the adapter and the statistics each lock theirs.
 
-    `options` may be replaced at any time: a request keeps those it began with.
+    `options` and `access_log` may be replaced at any time: a request keeps the options it began with.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class ReverseProxy:
         adapter: BackendAdapter,
         statistics: Statistics,
         options: ProxyOptions,
+        access_log: AccessLog | None = None,
         on_refused: Callable[[], None] = lambda: None,
         rng: random.Random | None = None,
     ) -> None:
@@ -101,6 +105,7 @@ class ReverseProxy:
         self.adapter = adapter
         self.statistics = statistics
         self.options = options
+        self.access_log = access_log
         self.on_refused = on_refused
         self.rng = rng or random.Random()
 
@@ -176,9 +181,14 @@ class Forwarding:
             raise TooManyHeaders(f"{len(self._lines)} header lines, at most {options.max_header_count} are accepted")
         if method in ("CONNECT", "TRACE"):
             raise MethodRefused(f"{method} is not supported")
-        check_request(method, target, [value for name, value in self._lines if name == b"host"], version)
+        lines: Sequence[Line] = self._lines
+        check_request(method, target, [value for name, value in lines if name == b"host"], version)
+        if "HTTP_TRACEPARENT" in environ or "HTTP_TRACESTATE" in environ:
+            self._record.trace_id = trace_id(lines)
+            if self._record.trace_id is None:
+                lines = without_trace(lines)
         lines = request_lines(
-            self._lines,
+            lines,
             peer=environ.get("REMOTE_ADDR") or "unknown",
             scheme=environ["wsgi.url_scheme"],
             http_version=version,
@@ -282,7 +292,7 @@ class Forwarding:
         lease = self._lease
         assert lease is not None
         started = time.perf_counter()
-        attempt = Attempt(lease.choice)
+        attempt = Attempt(lease.choice, at=started - self._started)
         self._record.attempts.append(attempt)
         try:
             response = self._proxy.adapter.exchange(request, lease.choice.origin)
@@ -389,6 +399,8 @@ class Forwarding:
         record.complete = complete
         record.seconds = time.perf_counter() - self._started
         self._proxy.statistics.record(record)
+        if self._proxy.access_log is not None:
+            self._proxy.access_log.add(record, self._environ)
         if lease is None:
             return
         if failure or status in EJECTING_STATUSES:
