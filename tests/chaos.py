@@ -241,6 +241,7 @@ class Fleet:
     balancer: BalancerProcess = field(init=False)
     base: Footprint = field(init=False)
     seen: dict[str, int] = field(default_factory=dict)  # bytes of each log that earlier scenarios wrote
+    counted: Counter[str] = field(default_factory=Counter)  # what /metrics had counted before
 
     @property
     def url(self) -> str:
@@ -261,6 +262,16 @@ class Fleet:
             self.seen[backend.name] = backend.log.stat().st_size
         self.idle()
         assert fetch(f"{self.url}/reset", {})[0] == 200
+        self.counted = self.metrics()
+
+    def metrics(self) -> Counter[str]:
+        """The sum over all series of each counter in /metrics, which no reset lowers."""
+        found: Counter[str] = Counter()
+        for line in fetch(f"{self.url}/metrics")[2].decode().splitlines():
+            name = line.partition("{")[0]
+            if name.endswith("_total"):
+                found[name] += int(float(line.rpartition(" ")[2]))
+        return found
 
     def _is_whole(self) -> bool:
         fetch(f"{self.url}/trial?size=0")  # an ejected backend comes back by a request
@@ -398,6 +409,9 @@ def settle(
     allowed = {"answered"} | ({"cut", "empty"} if cut else set()) | ({"passed"} if passed else set())
     row = judge_all(fleet, table, fault, outcomes, allowed, status["statistics"]["retries"])
     assert_exact(status, outcomes, others, left)
+    counted = fleet.metrics() - fleet.counted
+    assert counted["lb_requests_total"] == status["statistics"]["total_requests"]
+    assert counted["lb_retries_total"] == status["statistics"]["retries"]
     return row
 
 

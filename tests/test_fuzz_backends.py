@@ -24,7 +24,7 @@ from reference import Incomplete, Invalid, Message, response_in
 from support import BalancerProcess, connect, ok
 from wire import Broken, WireBackend, hang_up, read_response, request, resident_bytes
 
-pytestmark = pytest.mark.timeout(int(os.environ.get("FUZZ_TIMEOUT", "60")))
+pytestmark = pytest.mark.timeout(int(os.environ.get("FUZZ_TIMEOUT", "180")))
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "250"))
 SEED = int(os.environ.get("FUZZ_SEED", "1"))
@@ -42,8 +42,8 @@ def scripted() -> Iterator[WireBackend]:
 
 @pytest.fixture(scope="module")
 def scripted_balancer(scripted: WireBackend) -> Iterator[BalancerProcess]:
-    """Short time limits for answers, long ones for health checks: the backend is to be thought of as up."""
-    limits = ["--response-timeout=1", "--idle-timeout=2", "--health-timeout=10", "--health-fall=10"]
+    """Time limits that a slow machine keeps; the backend is to be thought of as up."""
+    limits = ["--response-timeout=5", "--idle-timeout=5", "--health-timeout=10", "--health-fall=10"]
     balancer = BalancerProcess(f"--backend=only={scripted.url}", *limits)
     yield balancer
     balancer.stop()
