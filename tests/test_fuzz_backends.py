@@ -30,6 +30,8 @@ EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "250"))
 SEED = int(os.environ.get("FUZZ_SEED", "1"))
 MIB = 1024 * 1024
 
+UPLOAD = b"x" * 300_000  # more than the balancer reads before it sends
+
 serial = count()
 
 
@@ -94,6 +96,31 @@ def lasts_until_end(data: bytes, method: bytes) -> bool:
     except (Incomplete, Invalid) as error:
         return isinstance(error, Incomplete)
     return False
+
+
+def probe_upload(balancer: BalancerProcess, backend: WireBackend, data: bytes, end: str) -> None:
+    """The answer comes while the client still sends, which is when a backend refuses an upload."""
+    lines, number = len(balancer.lines), next(serial)
+    wanted = read(data, b"POST")
+
+    def on_head(sock: socket.socket, got: Any) -> bool:
+        if got.target == b"/fuzz":
+            with suppress(OSError):
+                sock.sendall(data)
+            if end == "reset":
+                hang_up(sock, reset=True)
+        return bool(got.target == b"/fuzz")
+
+    backend.script = lambda sock, got: sock.sendall(ok(got.target))
+    backend.on_head = on_head
+    with connect(balancer.port) as sock, sock.makefile("rb") as stream:
+        with suppress(ConnectionError):  # it may be refused before it is over
+            sock.sendall(request(b"/fuzz", b"Content-Length: %d" % len(UPLOAD), method=b"POST") + UPLOAD)
+        check(stream, b"POST", wanted, "reset")  # as the upload is not read, the end may be a reset
+    with connect(balancer.port) as sock, sock.makefile("rb") as stream:
+        sock.sendall(request(b"/next-%d" % number))
+        check_next(stream, number)
+    assert not any("Traceback" in line for line in balancer.lines[lines:])
 
 
 def check(stream: Any, method: bytes, wanted: Message | Exception, end: str) -> bool:
@@ -397,6 +424,15 @@ def test_generated_answers(
 @given(method=ASKING, data=mutations(), end=ENDINGS)
 def test_mutated_answers(balancer: BalancerProcess, backend: WireBackend, method: bytes, data: bytes, end: str) -> None:
     probe(balancer, backend, method, data, end)
+
+
+@seed(SEED)
+@fuzzing
+@given(data=st.one_of(answers(), mutations(), st.sampled_from(GOOD)), end=st.sampled_from(["fin", "fin", "reset"]))
+def test_answers_to_uploads_that_are_not_read(
+    balancer: BalancerProcess, backend: WireBackend, data: bytes, end: str
+) -> None:
+    probe_upload(balancer, backend, data, end)
 
 
 @pytest.mark.parametrize("data", GOOD)
