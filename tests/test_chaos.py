@@ -85,6 +85,18 @@ def killed(fleet: Fleet, victim: ChaosBackend, traffic: Traffic) -> None:
     fleet.balancer.wait_healthy(victim.name, True, PATIENCE)
 
 
+def all_others_killed(fleet: Fleet, survivor: ChaosBackend, traffic: Traffic) -> None:
+    dead = [backend for backend in fleet.backends if backend is not survivor]
+    for backend in dead:
+        backend.kill()
+    for backend in dead:
+        fleet.balancer.wait_healthy(backend.name, False, PATIENCE)
+    traffic.wait_for(30)
+    for backend in dead:
+        backend.start()
+        fleet.balancer.wait_healthy(backend.name, True, PATIENCE)
+
+
 def stopped(fleet: Fleet, victim: ChaosBackend, traffic: Traffic) -> None:
     victim.send(signal.SIGSTOP)
     try:
@@ -139,8 +151,9 @@ def hanging(fleet: Fleet, victim: ChaosBackend, traffic: Traffic) -> None:
         wait_until(lambda: fleet.balancer.status()["statistics"]["retries"] > before, PATIENCE)
 
 
-CUTTING = (killed, resetting_in_the_body, ending_in_the_body)  # in these an answer may break off after its head
-DISORDERS = (killed, stopped, slowed, talking_garbage, resetting_before_the_head, hanging, *CUTTING[1:])
+# In these an answer may break off after its head.
+CUTTING = (killed, all_others_killed, resetting_in_the_body, ending_in_the_body)
+DISORDERS = (*CUTTING, stopped, slowed, talking_garbage, resetting_before_the_head, hanging)
 
 
 @pytest.mark.parametrize("disorder", DISORDERS)
