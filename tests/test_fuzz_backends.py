@@ -3,7 +3,7 @@
 The client gets the answer that a strict reader (`reference.py`) finds in the bytes, or 502 or 504, or one that breaks
 off so that it shows; never one that looks whole and is wrong. The next request gets its own answer.
 
-Runs are the same every time. FUZZ_EXAMPLES=5000 makes them longer, FUZZ_SEED=N different.
+Runs are the same every time. FUZZ_EXAMPLES=5000 makes them longer, FUZZ_SEED=N different; a failure shows both.
 """
 
 from __future__ import annotations
@@ -33,6 +33,11 @@ MIB = 1024 * 1024
 UPLOAD = b"x" * 300_000  # more than the balancer reads before it sends
 
 serial = count()
+
+
+@pytest.fixture(autouse=True)
+def replay() -> None:
+    print(f"FUZZ_SEED={SEED} FUZZ_EXAMPLES={EXAMPLES}")
 
 
 @pytest.fixture(scope="module")
@@ -162,118 +167,42 @@ def check_next(stream: Any, number: int) -> None:
 # Answers that are nearly right.
 
 STATUSES = [
-    b"200 OK",
-    b"200",
-    b"200 ",
-    b"404 Not Found",
-    b"500 x",
-    b"204 No",
-    b"304 Not Modified",
-    b"299 \xe9",
-    b"503 a\tb",
-]
+    b"200 OK", b"200", b"200 ", b"404 Not Found", b"500 x", b"204 No", b"304 Not Modified", b"299 \xe9", b"503 a\tb",
+]  # fmt: skip
 ODD_STATUSES = [
-    b"99 x",
-    b"1000 x",
-    b"-200 OK",
-    b"2 0 0",
-    b"20 OK",
-    b"+200 OK",
-    b"200OK",
-    b"",
-    b" 200 OK",
-    b"0200 OK",
-    b"101 Up",
-]
+    b"99 x", b"1000 x", b"-200 OK", b"2 0 0", b"20 OK", b"+200 OK", b"200OK", b"", b" 200 OK", b"0200 OK", b"101 Up",
+]  # fmt: skip
 ODD_STATUSES += [b"600 x", b"999 x", b"000 x", b"200 a\0b", b"200 a\rb", b"200 a\nX: b", b"\xb2\xb0\xb0 OK", b"200\tOK"]
 VERSIONS = [b"HTTP/1.1", b"HTTP/1.1", b"HTTP/1.1", b"HTTP/1.0"]
 ODD_VERSIONS = [
-    b"HTTP/0.9",
-    b"HTTP/2.0",
-    b"http/1.1",
-    b"HTTP/1.2",
-    b"HTTP/1",
-    b"",
-    b"ICY",
-    b"HTTP/11",
-    b"HTTP/1.1\t",
+    b"HTTP/0.9", b"HTTP/2.0", b"http/1.1", b"HTTP/1.2", b"HTTP/1", b"", b"ICY", b"HTTP/11", b"HTTP/1.1\t",
     b" HTTP/1.1",
-]
+]  # fmt: skip
 HEADERS = [
-    b"X-A: 1",
-    b"X-B:",
-    b"X-C: \t2 ",
-    b"Set-Cookie: a=1",
-    b"Set-Cookie: b=2",
-    b"Connection: keep-alive",
-    b"X: \xff",
-]
+    b"X-A: 1", b"X-B:", b"X-C: \t2 ", b"Set-Cookie: a=1", b"Set-Cookie: b=2", b"Connection: keep-alive", b"X: \xff",
+]  # fmt: skip
 HEADERS += [
-    b"Connection: close",
-    b"Connection: x-a",
-    b"Keep-Alive: timeout=5",
-    b"Server: x",
-    b"Date: then",
-    b"Upgrade: h2c",
-]
+    b"Connection: close", b"Connection: x-a", b"Keep-Alive: timeout=5", b"Server: x", b"Date: then", b"Upgrade: h2c",
+]  # fmt: skip
 HEADERS += [
-    b"Trailer: X-T",
-    b"Content-Type: text/plain",
-    b"X: " + b"v" * 20000,
-    b"Content-Encoding: gzip",
-    b"Via: 1.1 x",
-]
+    b"Trailer: X-T", b"Content-Type: text/plain", b"X: " + b"v" * 20000, b"Content-Encoding: gzip", b"Via: 1.1 x",
+]  # fmt: skip
 ODD_HEADERS = [
-    b" folded",
-    b"X: a\r\n b",
-    b"no colon",
-    b": no name",
-    b"X Y: 1",
-    b"X : 1",
-    b"X\0: 1",
-    b"X: a\0b",
-    b"X: a\rb",
+    b" folded", b"X: a\r\n b", b"no colon", b": no name", b"X Y: 1", b"X : 1", b"X\0: 1", b"X: a\0b", b"X: a\rb",
     b"\0",
-]
+]  # fmt: skip
 ODD_HEADERS += [
-    b"X: a\nb: c",
-    b"X: \x7f",
-    b"X: \x01",
-    b"X\xe9: 1",
-    b"(X): 1",
-    b"X: " + b"v" * 70000,
-    b"HTTP/1.1 200 OK",
-    b"\xff",
-]
+    b"X: a\nb: c", b"X: \x7f", b"X: \x01", b"X\xe9: 1", b"(X): 1", b"X: " + b"v" * 70000, b"HTTP/1.1 200 OK", b"\xff",
+]  # fmt: skip
 LENGTHS = [
-    b"3",
-    b"0",
-    b"30",
-    b"+3",
-    b"-3",
-    b"3_0",
-    b"0x3",
-    b"03",
-    b"3 ",
-    b"3,3",
-    b"3, 4",
-    b"",
-    b"1e1",
-    b"9" * 19,
-    b"3\x0b",
+    b"3", b"0", b"30", b"+3", b"-3", b"3_0", b"0x3", b"03", b"3 ", b"3,3", b"3, 4", b"", b"1e1", b"9" * 19, b"3\x0b",
     b"3 3",
-]
+]  # fmt: skip
 LENGTHS += [b"18446744073709551619", b"\xd9\xa3", b"3\0", b"4294967299", b"\xef\xbc\x93"]
 CODINGS = [
-    b"chunked",
-    b"Chunked",
-    b"xchunked",
-    b"chunked, identity",
-    b"gzip, chunked",
-    b"gzip",
-    b"identity",
+    b"chunked", b"Chunked", b"xchunked", b"chunked, identity", b"gzip, chunked", b"gzip", b"identity",
     b"chunked,chunked",
-]
+]  # fmt: skip
 CODINGS += [b"", b",chunked", b"chunked;q=1", b"chunked\x0b", b"chun\0ked", b"chunked "]
 NAMES = [b"%s"] * 9 + [b"%s ", b" %s", b"%s\t", b"\x0b%s", b"%s\0", b"X-%s"]
 LENGTH, CODING = b"Content-Length", b"Transfer-Encoding"
@@ -283,32 +212,20 @@ SECOND = ok(b"evil")
 CHUNKED = [b"3\r\nabc\r\n0\r\n\r\n", b"0\r\n\r\n", b"3;x=y\r\nabc\r\n0\r\nX-T: 1\r\n\r\n", b"003\r\nabc\r\n00\r\n\r\n"]
 CHUNKED += [b"1\r\na\r\n2\r\nbc\r\n0\r\n\r\n", b"11170\r\n" + b"x" * 70000 + b"\r\n0\r\n\r\n"]
 ODD_CHUNKED = [
-    b"3\nabc\n0\n\n",
-    b"0x3\r\nabc\r\n0\r\n\r\n",
-    b"+3\r\nabc\r\n0\r\n\r\n",
-    b"g\r\nabc",
-    b"-1\r\nabc",
+    b"3\nabc\n0\n\n", b"0x3\r\nabc\r\n0\r\n\r\n", b"+3\r\nabc\r\n0\r\n\r\n", b"g\r\nabc", b"-1\r\nabc",
     b"3\r\nabc\r\n\r\n",
-]
+]  # fmt: skip
 ODD_CHUNKED += [
-    b"2\r\nabc\r\n0\r\n\r\n",
-    b"3\r\nabc0\r\n\r\n",
-    b"FFFFFFFFFFFFFFFF\r\nabc",
-    b"3\r\nabc\r\n",
-    b"3\r\nabc\r\n0\r\n",
-]
+    b"2\r\nabc\r\n0\r\n\r\n", b"3\r\nabc0\r\n\r\n", b"FFFFFFFFFFFFFFFF\r\nabc", b"3\r\nabc\r\n", b"3\r\nabc\r\n0\r\n",
+]  # fmt: skip
 ODD_CHUNKED += [
-    b"10000000000000003\r\nabc\r\n0\r\n\r\n",
-    b"\r\n3\r\nabc\r\n0\r\n\r\n",
-    b"3\r\nabc\r\n0\r\n: x\r\n\r\n",
+    b"10000000000000003\r\nabc\r\n0\r\n\r\n", b"\r\n3\r\nabc\r\n0\r\n\r\n", b"3\r\nabc\r\n0\r\n: x\r\n\r\n",
     b"3 \r\nabc",
-]
+]  # fmt: skip
 ODD_CHUNKED += [
-    b"3\r\r\nabc\r\n0\r\n\r\n",
-    b"3\r\nabc\r\n0\r\nX\0: 1\r\n\r\n",
-    b"3\r\nabcXX0\r\n\r\n",
+    b"3\r\r\nabc\r\n0\r\n\r\n", b"3\r\nabc\r\n0\r\nX\0: 1\r\n\r\n", b"3\r\nabcXX0\r\n\r\n",
     b"3;\0\r\nabc\r\n0\r\n\r\n",
-]
+]  # fmt: skip
 BODIES = [b"", b"abc", SECOND, b"x" * 70000]
 FRAMINGS = [(b"", b""), (b"", b"abc"), (b"", SECOND)] + [(b"%s: %d" % (LENGTH, len(body)), body) for body in BODIES]
 FRAMINGS += [(CODING + b": chunked", body) for body in CHUNKED]
@@ -350,34 +267,15 @@ GOOD = [
     b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 404 Not Found\r\nContent-Length: 3\r\nConnection: close\r\n\r\nabc",
     b"HTTP/1.0 200 OK\r\nX-A: 1\r\n\r\nuntil the end",
     b"HTTP/1.1 304 Not Modified\r\nETag: x\r\nContent-Length: 3\r\n\r\n",
-]
+]  # fmt: skip
 PIECES = [
-    b"\r",
-    b"\n",
-    b"\r\n",
-    b"\r\n\r\n",
-    b"\0",
-    b" ",
-    b"\t",
-    b":",
-    b",",
-    b";",
-    b"0",
-    b"1",
-    b"9",
-    b"-",
-    b"\x7f",
-    b"\x80",
-    b"\xff",
-]
+    b"\r", b"\n", b"\r\n", b"\r\n\r\n", b"\0", b" ", b"\t", b":", b",", b";", b"0", b"1", b"9", b"-", b"\x7f",
+    b"\x80", b"\xff",
+]  # fmt: skip
 PIECES += [
-    b"chunked",
-    b"Content-Length: 0\r\n",
-    b"Transfer-Encoding: chunked\r\n",
-    b"HTTP/1.1 200 OK\r\n",
-    SECOND,
+    b"chunked", b"Content-Length: 0\r\n", b"Transfer-Encoding: chunked\r\n", b"HTTP/1.1 200 OK\r\n", SECOND,
     INTERIM[0],
-]
+]  # fmt: skip
 
 
 @st.composite
