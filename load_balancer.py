@@ -18,6 +18,7 @@ import contextlib
 import logging
 import os
 import secrets
+import select
 import socket
 import ssl
 import sys
@@ -33,6 +34,7 @@ from balancer.accesslog import AccessLog
 from balancer.bridge import Bridge
 from balancer.ejection import EjectionRules
 from balancer.errors import SettingsError
+from balancer.express import Express
 from balancer.guard import WriteGuard
 from balancer.health import HealthChecker, Probe
 from balancer.history import History, Reading
@@ -77,6 +79,7 @@ class Balancer:
     adapter: BackendAdapter
     tls: ssl.SSLContext | None
     bridges: list[Bridge] = field(default_factory=list)
+    express: Express | None = None
 
     @property
     def settings(self) -> Settings:
@@ -86,6 +89,8 @@ class Balancer:
         self.control.log.start()
         self.health.start()
         self.control.history.start()
+        if self.express is not None:
+            self.express.start()
         self.control.lifecycle = "running"
 
     def drain(self, text: str) -> None:
@@ -94,6 +99,8 @@ class Balancer:
 
     def stop(self) -> None:
         self.control.lifecycle = "draining"
+        if self.express is not None:
+            self.express.stop()
         self.health.stop()
         self.control.history.stop()
         self.adapter.close()
@@ -385,13 +392,17 @@ def _listen(app: WSGIApplication, balancer: Balancer) -> list[tuple[Bridge, sock
     config = balancer.settings
     workers = WorkerPool(config.max_threads, config.max_queued, config.thread_idle_timeout)
     balancer.control.queued = lambda: workers.queued
+    if hasattr(select, "epoll"):
+        balancer.express = Express(balancer.adapter, workers)
     bridge = Bridge(
         app,
         workers,
         idle_timeout=config.idle_timeout,
         min_body_rate=config.min_body_rate,
         is_control=balancer.proxy.is_control,
-        overflow=balancer.proxy.refuse,
+        # A WSGI middleware around the proxy must see every request, so there is no way past it then.
+        proxy=balancer.proxy if app is balancer.proxy else None,
+        express=balancer.express,
     )
     listeners = [(bridge, server.listen(config.host, config.port))]
     if config.control_port is not None:

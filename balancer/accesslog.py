@@ -20,14 +20,12 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from balancer.incoming import Incoming
 from balancer.logwriter import LogWriter
-from balancer.messages import Network, client_address
+from balancer.messages import Line, Network, client_address
 from balancer.statistics import Exchange
-
-if TYPE_CHECKING:
-    from _typeshed.wsgi import WSGIEnvironment
 
 PATH_LOGGED = 1000  # characters of a path, and of a user agent below, that are logged
 AGENT_LOGGED = 300
@@ -44,17 +42,19 @@ class AccessLog:
         self._make: Callable[[dict[str, Any]], str] = _encode if is_json else as_text
         self._trusted = trusted
 
-    def add(self, exchange: Exchange, environ: WSGIEnvironment) -> None:
+    def add(self, exchange: Exchange, incoming: Incoming) -> None:
         """`exchange` is finished: nothing changes it any more."""
-        peer, forwarded_for = environ.get("REMOTE_ADDR"), environ.get("HTTP_X_FORWARDED_FOR")
-        protocol, agent = environ["SERVER_PROTOCOL"], environ.get("HTTP_USER_AGENT")
-        self._add(partial(self._line, exchange, peer, forwarded_for, protocol, agent))
+        self._add(partial(self._line, exchange, incoming.peer, incoming.version, incoming.lines))
 
-    def _line(
-        self, exchange: Exchange, peer: str | None, forwarded_for: str | None, protocol: str, agent: str | None
-    ) -> str:
-        client = client_address(peer, forwarded_for or "", self._trusted) if peer else None
-        return self._make(fields(exchange, client, protocol, agent))
+    def _line(self, exchange: Exchange, peer: str, version: str, lines: Sequence[Line]) -> str:
+        forwarded_for = _joined(lines, b"x-forwarded-for") or ""
+        client = None if peer == "unknown" else client_address(peer, forwarded_for, self._trusted)
+        return self._make(fields(exchange, client, f"HTTP/{version}", _joined(lines, b"user-agent")))
+
+
+def _joined(lines: Sequence[Line], name: bytes) -> str | None:
+    values = [value for key, value in lines if key == name]
+    return b",".join(values).decode("latin-1") if values else None
 
 
 def fields(exchange: Exchange, client: str | None, protocol: str, agent: str | None) -> dict[str, Any]:
