@@ -171,8 +171,8 @@ STATUSES = [
 ]  # fmt: skip
 ODD_STATUSES = [
     b"99 x", b"1000 x", b"-200 OK", b"2 0 0", b"20 OK", b"+200 OK", b"200OK", b"", b" 200 OK", b"0200 OK", b"101 Up",
+    b"600 x", b"999 x", b"000 x", b"200 a\0b", b"200 a\rb", b"200 a\nX: b", b"\xb2\xb0\xb0 OK", b"200\tOK",
 ]  # fmt: skip
-ODD_STATUSES += [b"600 x", b"999 x", b"000 x", b"200 a\0b", b"200 a\rb", b"200 a\nX: b", b"\xb2\xb0\xb0 OK", b"200\tOK"]
 VERSIONS = [b"HTTP/1.1", b"HTTP/1.1", b"HTTP/1.1", b"HTTP/1.0"]
 ODD_VERSIONS = [
     b"HTTP/0.9", b"HTTP/2.0", b"http/1.1", b"HTTP/1.2", b"HTTP/1", b"", b"ICY", b"HTTP/11", b"HTTP/1.1\t",
@@ -180,58 +180,46 @@ ODD_VERSIONS = [
 ]  # fmt: skip
 HEADERS = [
     b"X-A: 1", b"X-B:", b"X-C: \t2 ", b"Set-Cookie: a=1", b"Set-Cookie: b=2", b"Connection: keep-alive", b"X: \xff",
-]  # fmt: skip
-HEADERS += [
     b"Connection: close", b"Connection: x-a", b"Keep-Alive: timeout=5", b"Server: x", b"Date: then", b"Upgrade: h2c",
-]  # fmt: skip
-HEADERS += [
     b"Trailer: X-T", b"Content-Type: text/plain", b"X: " + b"v" * 20000, b"Content-Encoding: gzip", b"Via: 1.1 x",
 ]  # fmt: skip
 ODD_HEADERS = [
     b" folded", b"X: a\r\n b", b"no colon", b": no name", b"X Y: 1", b"X : 1", b"X\0: 1", b"X: a\0b", b"X: a\rb",
-    b"\0",
-]  # fmt: skip
-ODD_HEADERS += [
-    b"X: a\nb: c", b"X: \x7f", b"X: \x01", b"X\xe9: 1", b"(X): 1", b"X: " + b"v" * 70000, b"HTTP/1.1 200 OK", b"\xff",
+    b"\0", b"X: a\nb: c", b"X: \x7f", b"X: \x01", b"X\xe9: 1", b"(X): 1", b"X: " + b"v" * 70000, b"HTTP/1.1 200 OK",
+    b"\xff",
 ]  # fmt: skip
 LENGTHS = [
     b"3", b"0", b"30", b"+3", b"-3", b"3_0", b"0x3", b"03", b"3 ", b"3,3", b"3, 4", b"", b"1e1", b"9" * 19, b"3\x0b",
-    b"3 3",
+    b"3 3", b"18446744073709551619", b"\xd9\xa3", b"3\0", b"4294967299", b"\xef\xbc\x93",
 ]  # fmt: skip
-LENGTHS += [b"18446744073709551619", b"\xd9\xa3", b"3\0", b"4294967299", b"\xef\xbc\x93"]
 CODINGS = [
     b"chunked", b"Chunked", b"xchunked", b"chunked, identity", b"gzip, chunked", b"gzip", b"identity",
-    b"chunked,chunked",
+    b"chunked,chunked", b"", b",chunked", b"chunked;q=1", b"chunked\x0b", b"chun\0ked", b"chunked ",
 ]  # fmt: skip
-CODINGS += [b"", b",chunked", b"chunked;q=1", b"chunked\x0b", b"chun\0ked", b"chunked "]
 NAMES = [b"%s"] * 9 + [b"%s ", b" %s", b"%s\t", b"\x0b%s", b"%s\0", b"X-%s"]
 LENGTH, CODING = b"Content-Length", b"Transfer-Encoding"
 ODD_FRAMINGS = [name % LENGTH + b": " + value for name in NAMES for value in LENGTHS]
 ODD_FRAMINGS += [name % CODING + b": " + value for name in NAMES for value in CODINGS]
 SECOND = ok(b"evil")
-CHUNKED = [b"3\r\nabc\r\n0\r\n\r\n", b"0\r\n\r\n", b"3;x=y\r\nabc\r\n0\r\nX-T: 1\r\n\r\n", b"003\r\nabc\r\n00\r\n\r\n"]
-CHUNKED += [b"1\r\na\r\n2\r\nbc\r\n0\r\n\r\n", b"11170\r\n" + b"x" * 70000 + b"\r\n0\r\n\r\n"]
+CHUNKED = [
+    b"3\r\nabc\r\n0\r\n\r\n", b"0\r\n\r\n", b"3;x=y\r\nabc\r\n0\r\nX-T: 1\r\n\r\n", b"003\r\nabc\r\n00\r\n\r\n",
+    b"1\r\na\r\n2\r\nbc\r\n0\r\n\r\n", b"11170\r\n" + b"x" * 70000 + b"\r\n0\r\n\r\n",
+]  # fmt: skip
 ODD_CHUNKED = [
     b"3\nabc\n0\n\n", b"0x3\r\nabc\r\n0\r\n\r\n", b"+3\r\nabc\r\n0\r\n\r\n", b"g\r\nabc", b"-1\r\nabc",
-    b"3\r\nabc\r\n\r\n",
-]  # fmt: skip
-ODD_CHUNKED += [
-    b"2\r\nabc\r\n0\r\n\r\n", b"3\r\nabc0\r\n\r\n", b"FFFFFFFFFFFFFFFF\r\nabc", b"3\r\nabc\r\n", b"3\r\nabc\r\n0\r\n",
-]  # fmt: skip
-ODD_CHUNKED += [
-    b"10000000000000003\r\nabc\r\n0\r\n\r\n", b"\r\n3\r\nabc\r\n0\r\n\r\n", b"3\r\nabc\r\n0\r\n: x\r\n\r\n",
-    b"3 \r\nabc",
-]  # fmt: skip
-ODD_CHUNKED += [
-    b"3\r\r\nabc\r\n0\r\n\r\n", b"3\r\nabc\r\n0\r\nX\0: 1\r\n\r\n", b"3\r\nabcXX0\r\n\r\n",
-    b"3;\0\r\nabc\r\n0\r\n\r\n",
+    b"3\r\nabc\r\n\r\n", b"2\r\nabc\r\n0\r\n\r\n", b"3\r\nabc0\r\n\r\n", b"FFFFFFFFFFFFFFFF\r\nabc", b"3\r\nabc\r\n",
+    b"3\r\nabc\r\n0\r\n", b"10000000000000003\r\nabc\r\n0\r\n\r\n", b"\r\n3\r\nabc\r\n0\r\n\r\n",
+    b"3\r\nabc\r\n0\r\n: x\r\n\r\n", b"3 \r\nabc", b"3\r\r\nabc\r\n0\r\n\r\n", b"3\r\nabc\r\n0\r\nX\0: 1\r\n\r\n",
+    b"3\r\nabcXX0\r\n\r\n", b"3;\0\r\nabc\r\n0\r\n\r\n",
 ]  # fmt: skip
 BODIES = [b"", b"abc", SECOND, b"x" * 70000]
 FRAMINGS = [(b"", b""), (b"", b"abc"), (b"", SECOND)] + [(b"%s: %d" % (LENGTH, len(body)), body) for body in BODIES]
 FRAMINGS += [(CODING + b": chunked", body) for body in CHUNKED]
 ODD_ENDS = [b"\n", b"\r", b"\r\r\n", b"\n\r", b"\0\r\n", b" \r\n", b"\x0b\r\n"]
-INTERIM = [b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n", b"HTTP/1.1 102 \r\n\r\n"]
-INTERIM += [b"HTTP/1.1 100 x\r\nContent-Length: 5\r\n\r\n", b"HTTP/1.0 100 x\r\nConnection: close\r\n\r\n", b"\r\n"]
+INTERIM = [
+    b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n", b"HTTP/1.1 102 \r\n\r\n",
+    b"HTTP/1.1 100 x\r\nContent-Length: 5\r\n\r\n", b"HTTP/1.0 100 x\r\nConnection: close\r\n\r\n", b"\r\n",
+]  # fmt: skip
 ENDINGS = st.sampled_from(["open", "open", "fin", "fin", "reset"])
 ASKING = st.sampled_from([b"GET", b"GET", b"GET", b"HEAD", b"POST"])
 
@@ -270,11 +258,8 @@ GOOD = [
 ]  # fmt: skip
 PIECES = [
     b"\r", b"\n", b"\r\n", b"\r\n\r\n", b"\0", b" ", b"\t", b":", b",", b";", b"0", b"1", b"9", b"-", b"\x7f",
-    b"\x80", b"\xff",
-]  # fmt: skip
-PIECES += [
-    b"chunked", b"Content-Length: 0\r\n", b"Transfer-Encoding: chunked\r\n", b"HTTP/1.1 200 OK\r\n", SECOND,
-    INTERIM[0],
+    b"\x80", b"\xff", b"chunked", b"Content-Length: 0\r\n", b"Transfer-Encoding: chunked\r\n", b"HTTP/1.1 200 OK\r\n",
+    SECOND, INTERIM[0],
 ]  # fmt: skip
 
 

@@ -206,45 +206,33 @@ TARGETS = [
 ]  # fmt: skip
 ODD_TARGETS = [
     b"*", b"", b"x", b"http://u:p@test/x", b"http://", b"http:/x", b"test:80", b"?q", b"#", b"http://test?q#f",
-]  # fmt: skip
-ODD_TARGETS += [
     b"/\xe9", b"/\x7f", b"/a b", b"/a\tb", b"/\0", b"/\r", b'/<>"^`{|}', b"\\x", b"/" + b"a" * 9000, b"http://[::1/x",
-]  # fmt: skip
-ODD_TARGETS += [
     b"/x HTTP/1.1\r\nX: y\r\n\r\nGET /canary", b"http://test\\x", b"file:///x", b"/x\xc2\xa0", b"HTTP://TEST/x",
 ]  # fmt: skip
 VERSIONS = [b"HTTP/1.1", b"HTTP/1.1", b"HTTP/1.1", b"HTTP/1.0"]
 ODD_VERSIONS = [
     b"HTTP/0.9", b"HTTP/1.2", b"HTTP/2.0", b"HTTP/9.9", b"http/1.1", b"HTTP/1", b"HTTP/1.1 ", b" HTTP/1.1", b"",
+    b"HTTP/01.1", b"HTTP/1.1\t", b"HTTP /1.1", b"HTTP/1.1x", b"HTTP/1.10",
 ]  # fmt: skip
-ODD_VERSIONS += [b"HTTP/01.1", b"HTTP/1.1\t", b"HTTP /1.1", b"HTTP/1.1x", b"HTTP/1.10"]
 HEADERS = [
     b"X-A: 1", b"X-A:2", b"X-B: \t3 ", b"X-C:", b"X_D: 4", b"Cookie: a=1", b"Connection: close", b"Connection: x-a",
+    b"Connection: host, content-length, transfer-encoding, via", b"Via: 1.1 x", b"TE: trailers", b"X: \xff\xfe",
+    b"Expect: 100-continue", b"Upgrade: h2c", b"Connection: upgrade, http2-settings", b"X-Request-ID: ok-1",
+    b"X-Forwarded-For: 6.6.6.6", b"X-Request-ID: a b", b"Trailer: Host", b"Proxy: evil", b"Keep-Alive: x",
+    b"X: GET /canary HTTP/1.1", b"X: " + b"v" * 9000, b"Connection: keep-alive",
 ]  # fmt: skip
-HEADERS += [b"Connection: host, content-length, transfer-encoding, via", b"Via: 1.1 x", b"TE: trailers", b"X: \xff\xfe"]
-HEADERS += [b"Expect: 100-continue", b"Upgrade: h2c", b"Connection: upgrade, http2-settings", b"X-Request-ID: ok-1"]
-HEADERS += [b"X-Forwarded-For: 6.6.6.6", b"X-Request-ID: a b", b"Trailer: Host", b"Proxy: evil", b"Keep-Alive: x"]
-HEADERS += [b"X: GET /canary HTTP/1.1", b"X: " + b"v" * 9000, b"Connection: keep-alive"]
 ODD_HEADERS = [
     b" folded", b"\tfolded", b"X: a\r\n b", b"no colon", b": no name", b"X Y: 1", b"X\0: 1", b"X: a\0b", b"X: a\rb",
-]  # fmt: skip
-ODD_HEADERS += [
     b"X: a\nb: c", b"X: \x7f", b"X: \x01", b"X\xe9: 1", b"(X): 1", b"X: " + b"v" * 20000, b"Host: a b", b"Expect: x",
-]  # fmt: skip
-ODD_HEADERS += [
     b"Host: test/x", b"Host: u@test", b"Host: test\0", b"Host: test", b"Host: other", b"Host:", b"\0", b"\xff",
 ]  # fmt: skip
 LENGTHS = [
     b"3", b"0", b"37", b"+3", b"-3", b"3_0", b"0x3", b"03", b"3 ", b" 3", b"3,3", b"3, 3", b"3;", b"", b"1e1", b"3.0",
-]  # fmt: skip
-LENGTHS += [
     b"\xd9\xa3", b"\xb3", b"9" * 19, b"18446744073709551619", b"3\x0b", b"3\0", b"3 3", b"4294967299",
     b"\xef\xbc\x93",
 ]  # fmt: skip
 CODINGS = [
     b"chunked", b"Chunked", b"chunked ", b"\tchunked", b"xchunked", b"chunked, identity", b"gzip, chunked", b"gzip",
-]  # fmt: skip
-CODINGS += [
     b"identity", b"chunked,chunked", b"chunked;q=1", b'"chunked"', b"chunked\x0b", b"", b",chunked", b"chun\0ked",
 ]  # fmt: skip
 NAMES = [b"%s"] * 9 + [b"%s ", b" %s", b"%s\t", b"\x0b%s", b"%s\0", b"\xef\xbb\xbf%s", b"X-%s", b"%s\r"]
@@ -253,22 +241,15 @@ ODD_FRAMINGS = [name % LENGTH + b": " + value for name in NAMES for value in LEN
 ODD_FRAMINGS += [name % CODING + b": " + value for name in NAMES for value in CODINGS]
 CHUNKED = [
     b"3\r\nabc\r\n0\r\n\r\n", b"0\r\n\r\n", b"25\r\n" + CANARY + b"\r\n0\r\n\r\n",
-    b"3;x=y\r\nabc\r\n0\r\nX-T: 1\r\n\r\n",
+    b"3;x=y\r\nabc\r\n0\r\nX-T: 1\r\n\r\n", b"3 \r\nabc\r\n0\r\n\r\n", b"3\r\nabc\r\n0\r\nHost: evil\r\n\r\n",
+    b"003\r\nabc\r\n00\r\n\r\n",
 ]  # fmt: skip
-CHUNKED += [b"3 \r\nabc\r\n0\r\n\r\n", b"3\r\nabc\r\n0\r\nHost: evil\r\n\r\n", b"003\r\nabc\r\n00\r\n\r\n"]
 ODD_CHUNKED = [
     b"3\nabc\n0\n\n", b"0x3\r\nabc\r\n0\r\n\r\n", b"+3\r\nabc\r\n0\r\n\r\n", b"g\r\n" + CANARY, b"-1\r\n" + CANARY,
-]  # fmt: skip
-ODD_CHUNKED += [
     b"2\r\nabc\r\n0\r\n\r\n", b"3\r\nabc0\r\n\r\n", b"FFFFFFFFFFFFFFFF\r\n" + CANARY, b"3\r\nabc\r\n\r\n" + CANARY,
-]  # fmt: skip
-ODD_CHUNKED += [b"10000000000000003\r\nabc\r\n0\r\n\r\n", b"\r\n3\r\nabc\r\n0\r\n\r\n", b"3\r\nabc\r\n0\r\n\n" + CANARY]
-ODD_CHUNKED += [
+    b"10000000000000003\r\nabc\r\n0\r\n\r\n", b"\r\n3\r\nabc\r\n0\r\n\r\n", b"3\r\nabc\r\n0\r\n\n" + CANARY,
     b"3\r\nabc\r\n0\r\n: x\r\n\r\n", b"3\r\r\nabc\r\n0\r\n\r\n", b'3;x="a\nb"\r\nabc\r\n0\r\n\r\n',
-    b"3;\0\r\nabc\r\n0\r\n\r\n",
-]  # fmt: skip
-ODD_CHUNKED += [
-    b"0_3\r\nabc\r\n0\r\n\r\n", b"3,\r\nabc\r\n0\r\n\r\n", b"0;" + CANARY + b"\r\n\r\n",
+    b"3;\0\r\nabc\r\n0\r\n\r\n", b"0_3\r\nabc\r\n0\r\n\r\n", b"3,\r\nabc\r\n0\r\n\r\n", b"0;" + CANARY + b"\r\n\r\n",
     b"3\r\nabc\r\n0\r\nX\0: 1\r\n\r\n",
 ]  # fmt: skip
 BODIES = [b"", b"abc", CANARY, b"abc" + CANARY, b"0\r\n\r\n" + CANARY, b"x" * 70000]
@@ -317,11 +298,8 @@ GOOD = [
 ]
 PIECES = [
     b"\r", b"\n", b"\r\n", b"\r\n\r\n", b"\0", b" ", b"\t", b":", b",", b";", b"0", b"1", b"-", b"_", b"%", b"\x7f",
-    b"\x80",
-]  # fmt: skip
-PIECES += [
-    b"\xff", b"chunked", b"Content-Length: 0\r\n", b"Transfer-Encoding: chunked\r\n", b"HTTP/1.1", CANARY, b"/", b"?",
-    b"#",
+    b"\x80", b"\xff", b"chunked", b"Content-Length: 0\r\n", b"Transfer-Encoding: chunked\r\n", b"HTTP/1.1", CANARY,
+    b"/", b"?", b"#",
 ]  # fmt: skip
 
 
@@ -444,17 +422,11 @@ def literal(name: bytes, value: bytes) -> bytes:
 
 
 GET_BLOCK, POST_BLOCK = b"\x82\x86\x84\x41\x04test", b"\x83\x86\x44\x02/x\x41\x04test"
-ODD_LINES = [literal(b"a", b"1\r\nGET /canary"), literal(b"transfer-encoding", b"chunked"), literal(b"Host", b"x")]
-ODD_LINES += [
+ODD_LINES = [
+    literal(b"a", b"1\r\nGET /canary"), literal(b"transfer-encoding", b"chunked"), literal(b"Host", b"x"),
     literal(b"content-length", b"37"), literal(b"content-length", b"+0"), literal(b"connection", b"close"), b"\x82",
-]  # fmt: skip
-ODD_LINES += [
     literal(b":path", b"/canary"), literal(b"a\r\nb", b"1"), literal(b"a b", b"1"), literal(b"", b"1"), b"\x80",
-]  # fmt: skip
-ODD_LINES += [
     literal(b"host", b"other"), literal(b"te", b"trailers"), literal(b"x\0", b"1"), literal(b"x", b"\0"), b"\xff" * 9,
-]  # fmt: skip
-ODD_LINES += [
     literal(b"upgrade", b"h2c"), literal(b"x_y", b"1"), literal(b"via", b"x"), literal(b":x", b"1"),
     b"\x3f\xe1\xff\x7f",
 ]  # fmt: skip
@@ -475,8 +447,8 @@ ODD_BLOCKS += [
 ]  # fmt: skip
 PAYLOADS = [
     b"", b"\0\0\0\1", b"\0\0\0\0", b"\0\3\0\0\0\x64", b"\0\4\xff\xff\xff\xff", b"\0\2\0\0\0\2", b"\xff" * 9, b"x" * 8,
+    b"\0\0\0\0\0\0\0\x08", b"\x80\0\0\1\xff", CANARY, b"\x05abc", b"\0\0\0\1\0", b"\0\1\0\0\0\0", GET_BLOCK,
 ]  # fmt: skip
-PAYLOADS += [b"\0\0\0\0\0\0\0\x08", b"\x80\0\0\1\xff", CANARY, b"\x05abc", b"\0\0\0\1\0", b"\0\1\0\0\0\0", GET_BLOCK]
 
 
 @st.composite
