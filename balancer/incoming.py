@@ -96,7 +96,7 @@ class Incoming:
         """The body in pieces. Raises ClientGone if it ends early, BodyTooLarge past `limit` bytes."""
         received = 0
         while length is None or received < length:
-            assert self.stream is not None
+            assert self.stream is not None  # there is none only for an empty body
             chunk = self.stream.read(READ_SIZE if length is None else min(READ_SIZE, length - received))
             if not chunk:
                 if length is not None:

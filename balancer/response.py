@@ -220,13 +220,10 @@ class ResponseBody:
         self._watcher = watcher
         self._can_reuse = head.keeps_alive
         # RFC 9112 section 6.3: no body, else chunked, else so many bytes, else until EOF.
-        self._left: int | None
-        self._is_chunked = False
+        self._left, self._is_chunked = _framing(head)  # also where there is no body: what it says is passed on
         self._framing_bytes = 0  # received since the last byte of body
         if is_head_request or head.status in BODILESS_STATUSES:
-            self._left = 0
-        else:
-            self._left, self._is_chunked = _framing(head)
+            self._left, self._is_chunked = 0, False
         self._pending = head.take()
         if self._left is not None:
             self._pending = self._count(self._pending)
