@@ -65,14 +65,15 @@ def recent(index: int, **changes: Any) -> Json:
 
 def explained(request_id: str) -> Json:
     """What /requests/<id> tells of a request that was retried."""
+    second = {"id": "backend_2", "active": 3, "score": 1.5}
     attempt = {"error": None, "seconds": 0.002, "connect": 0.0003}
     refused = attempt | {
         "backend": "backend_1", "outcome": "connect", "error": "connection refused", "connect": None,
-        "candidates": [{"id": "backend_1", "active": 2, "score": 0.667}, {"id": "backend_2", "active": 3, "score": 1.5}],
+        "candidates": [{"id": "backend_1", "active": 2, "score": 0.667}, second],
         "excluded": {"backend_3": "down"},
     }  # fmt: skip
     answered = attempt | {
-        "backend": "backend_2", "outcome": "200", "candidates": [{"id": "backend_2", "active": 3, "score": 1.5}],
+        "backend": "backend_2", "outcome": "200", "candidates": [second],
         "excluded": {"backend_1": "already tried", "backend_3": "down"},
     }  # fmt: skip
     changes = {"request_id": request_id, "server_id": "backend_2", "attempts": 2, "tried": [refused, answered]}
@@ -82,8 +83,8 @@ def explained(request_id: str) -> Json:
 def event(seq: int, kind: str, backend_id: str | None = None, severity: str = "info", **changes: Any) -> Json:
     """One entry of /events, as old as its number is small."""
     entry: Json = {
-        "seq": seq, "timestamp": time.time() - 60 + seq, "kind": kind, "backend": backend_id, "message": f"about {kind}",
-        "severity": severity, "count": 1,
+        "seq": seq, "timestamp": time.time() - 60 + seq, "kind": kind, "backend": backend_id,
+        "message": f"about {kind}", "severity": severity, "count": 1,
     }  # fmt: skip
     return entry | changes
 
@@ -99,14 +100,16 @@ def history(ids: list[str], step: int = 1, count: int = 60, failing: int = 0, no
         for number, backend_id in enumerate(ids):
             requests = round(step * wave * 30 / (number + 1))
             backends[backend_id] = {
-                "requests": requests, "failed": 0, "in_flight": 1 + (at + number) % 3, "p50": 0.004, "p95": 0.05, "p99": 0.1,
+                "requests": requests, "failed": 0, "in_flight": 1 + (at + number) % 3,
+                "p50": 0.004, "p95": 0.05, "p99": 0.1,
             }  # fmt: skip
-        failed = 4 * step if index >= count - failing else 0
-        total = sum(one["requests"] for one in backends.values())
-        points.append({
-            "at": at, "requests": total, "failed": failed, "retries": 0, "in_flight": sum(one["in_flight"] for one in backends.values()),
-            "waiting": 0, "p50": 0.005 * wave, "p95": 0.04 + 0.02 * wave, "p99": 0.06 + 0.05 * wave * wave, "backends": backends,
-        })  # fmt: skip
+        point = {
+            "at": at, "requests": sum(one["requests"] for one in backends.values()), "retries": 0, "waiting": 0,
+            "failed": 4 * step if index >= count - failing else 0, "backends": backends,
+            "in_flight": sum(one["in_flight"] for one in backends.values()),
+            "p50": 0.005 * wave, "p95": 0.04 + 0.02 * wave, "p99": 0.06 + 0.05 * wave * wave,
+        }  # fmt: skip
+        points.append(point)
     return points
 
 

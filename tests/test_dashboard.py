@@ -3,115 +3,20 @@
 from __future__ import annotations
 
 import re
-import shutil
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Request, expect, sync_playwright
+from playwright.sync_api import expect
 
-from tests.dashboard_stub import (
-    PAGE, Json, Stub, backend, down_backend, event, explained, history, recent, serving, status,
-)  # fmt: skip
+from tests.dashboard_stub import PAGE, Json, Stub, backend, down_backend, recent, serving, status
+from tests.dashboard_tab import DASH, Tab, chromium, stub, tab, wait_until
 
-QUIET = [
-    "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
-    "--disable-sync", "--no-first-run",
-]  # fmt: skip
-DASH = "\u2014"
+__all__ = ["chromium", "stub", "tab"]  # fixtures
+
 VALUES = "#tiles .value:not(:has(span)), #tiles .value span:not(.unit)"
 HOSTILE = "<img src=x onerror=alert(1)>"
 DOWN_WITHIN = 4000  # two checks and one poll are about 2 s on an idle machine; the rest is for a busy one
 NOT_A_VALUE = re.compile(r"\b(NaN|undefined|null|Infinity|\[object)")
-
-
-def three() -> Json:
-    """Two healthy backends, one dead, some failures."""
-    second = backend(2, weight=2, max_connections=50, failed_requests=4, expected_share=1 / 3)
-    return status([backend(1, weight=3, expected_share=0.5), second, down_backend(3, failed_requests=12)], failed=16)
-
-
-@dataclass
-class Tab:
-    """A page and what it did: a test ends by asking whether it behaved."""
-
-    page: Page
-    errors: list[str] = field(default_factory=list)
-    requests: list[str] = field(default_factory=list)
-    network_errors_expected: bool = False
-
-    def watch(self) -> None:
-        self.page.on("console", self.note_console)
-        self.page.on("pageerror", lambda error: self.errors.append(f"uncaught: {error}"))
-        self.page.on("dialog", self.note_dialog)
-        self.page.on("request", self.note_request)
-
-    def note_console(self, message: ConsoleMessage) -> None:
-        network = "Failed to load resource" in message.text or "blocked by CORS policy" in message.text
-        if message.type in ("error", "warning") and not (network and self.network_errors_expected):
-            self.errors.append(message.text)
-
-    def note_dialog(self, dialog: Any) -> None:
-        self.errors.append(f"dialog: {dialog.message}")
-        dialog.dismiss()
-
-    def note_request(self, request: Request) -> None:
-        if not request.url.startswith(("file://", "data:")):
-            self.requests.append(request.url)
-
-    def from_disk(self, url: str) -> Tab:
-        self.page.goto(f"{PAGE.as_uri()}?lb={url}")
-        return self
-
-    def at(self, selector: str) -> Locator:
-        return self.page.locator(selector)
-
-    def shows(self, selector: str, words: str | re.Pattern[str], timeout: float = 6000) -> None:
-        expect(self.at(selector)).to_contain_text(words, timeout=timeout)
-
-    def is_live(self) -> Tab:
-        self.shows("#pill", "Live")
-        return self
-
-
-def wait_until(predicate: Callable[[], bool], timeout: float = 6.0) -> None:
-    """Poll for a condition outside the page."""
-    pause = threading.Event()
-    for _ in range(int(timeout / 0.02)):
-        if predicate():
-            return
-        pause.wait(0.02)
-    raise AssertionError("the condition did not come true in time")
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=QUIET)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def stub() -> Iterator[Stub]:
-    with serving(three()) as running:
-        yield running
-
-
-@pytest.fixture
-def tab(chromium: Browser, stub: Stub) -> Iterator[Tab]:
-    """A page of a fresh profile that must stay free of errors, dialogs and script warnings.
-
-    It uses `stub` to be gone before it: a page that outlives its server reports refused connections.
-    """
-    context = chromium.new_context(viewport={"width": 1280, "height": 900})
-    tab = Tab(context.new_page())
-    tab.watch()
-    yield tab
-    context.close()
-    assert tab.errors == []
 
 
 # ---- What /status says ----------------------------------------------------------------------------------------------
@@ -669,96 +574,6 @@ def test_under_a_strict_policy_another_address_is_explained(tab: Tab, stub: Stub
     assert tab.errors
     assert all("Content Security Policy" in text for text in tab.errors)
     tab.errors.clear()
-
-
-CONTRAST = """() => {
-  const parse = (it) => (it.match(/[\\d.]+/g) || []).map(Number);
-  const linear = (it) => (it <= 0.03928 ? it / 12.92 : ((it + 0.055) / 1.055) ** 2.4);
-  const light = ([r, g, b]) => 0.2126 * linear(r / 255) + 0.7152 * linear(g / 255) + 0.0722 * linear(b / 255);
-  const behind = (node) => {
-    if (!node) return [255, 255, 255];
-    const colour = parse(getComputedStyle(node).backgroundColor);
-    return colour.length === 3 || colour[3] === 1 ? colour : behind(node.parentElement);
-  };
-  const ratio = (node) => {
-    const [low, high] = [light(parse(getComputedStyle(node).color)), light(behind(node))].sort((x, y) => x - y);
-    return (high + 0.05) / (low + 0.05);
-  };
-  const found = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  while (walker.nextNode()) {
-    const node = walker.currentNode.parentElement, words = walker.currentNode.data.trim();
-    if (!words || !node.checkVisibility() || node.closest(".sr, script, style, option, .skip")) continue;
-    if (ratio(node) < 4.5) found.push([node.className, words, ratio(node)]);
-  }
-  return found;
-}"""
-UNNAMED_FIELDS = """() => [...document.querySelectorAll("input, select")]
-  .filter((it) => !it.labels.length && !it.ariaLabel && !it.hasAttribute("aria-labelledby")).length"""
-
-
-@pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("stopped", [False, True])
-def test_text_has_contrast_in_both_themes(tab: Tab, stub: Stub, theme: str, stopped: bool) -> None:
-    tab.network_errors_expected = True
-    tab.page.emulate_media(reduced_motion="reduce")
-    states = ["up", "checking", "down", "unknown", "drain", "maint", "ejected", "trial", "drained"]
-    stub.answer = status(
-        [backend(index, state=state, failed_requests=1) for index, state in enumerate(states, 1)], failed=100
-    )
-    stub.answer["recent_requests"] = [recent(1), recent(2, status=404), recent(3, status=503, attempts=2)]
-    tab.from_disk(stub.url).is_live()
-    tab.page.select_option("#theme", theme)
-    if stopped:
-        stub.stop()
-        tab.shows("#pill", "Disconnected")
-    assert tab.page.evaluate(CONTRAST) == []
-
-
-def test_nothing_runs_out_of_the_page(tab: Tab, stub: Stub) -> None:
-    stub.answer = status([backend(index, id=f"a-rather-long-name-of-a-backend-{index}") for index in range(1, 6)])
-    tab.from_disk(stub.url).is_live()
-    for width in (320, 719, 720, 900, 1079, 1080, 1280, 1920):
-        tab.page.set_viewport_size({"width": width, "height": 800})
-        assert tab.page.evaluate("() => document.documentElement.scrollWidth - innerWidth") <= 0, width
-
-
-def test_the_page_is_built_of_real_landmarks_and_tables(tab: Tab, stub: Stub) -> None:
-    tab.from_disk(stub.url).is_live()
-    for selector in ("h1", "main", "header", "footer", "[role=status]", "[role=alert]:not(dialog *)", "[role=log]"):
-        assert tab.at(selector).count() == 1, selector
-    assert tab.at("main table > caption").count() == tab.at("main table:not(.chart *)").count() == 2
-    assert tab.at("main thead th:not([scope=col]), main tbody th:not([scope=row])").count() == 0
-    assert tab.page.evaluate(UNNAMED_FIELDS) == 0
-    assert not re.search(r"\s(style|on\w+)=\"", PAGE.read_text(encoding="utf-8"))
-
-
-def test_every_control_is_reached_by_the_keyboard(tab: Tab, stub: Stub) -> None:
-    tab.from_disk(stub.url).is_live()
-    tab.page.locator("body").click(position={"x": 1, "y": 1})
-    reached = set()
-    for _ in range(48):
-        tab.page.keyboard.press("Tab")
-        reached.add(tab.page.evaluate("() => document.activeElement.id || document.activeElement.name"))
-    assert {
-        "pause",
-        "interval",
-        "theme",
-        "address",
-        "algorithm",
-        "apply",
-        "amount",
-        "traffic-path",
-        "send",
-        "reset",
-        "add-backend",
-        "reload",
-        "settings",
-        "range",
-        "filter",
-        "only-problems",
-        "share-window",
-        "event-severity",
-    } <= reached
 
 
 # ---- The real program ------------------------------------------------------------------------------------------------
