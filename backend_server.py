@@ -27,7 +27,8 @@ from flask_cors import CORS
 from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge
 
 from balancer import __version__, server
-from balancer.bridge import Bridge, Call
+from balancer.bridge import Bridge
+from balancer.call import Call
 from balancer.errors import SettingsError
 from balancer.incoming import CLIENT
 from balancer.workers import WorkerPool
@@ -469,7 +470,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     state = BackendState(settings)
     bridge = Bridge(create_app(settings, state), WorkerPool(THREADS, THREADS, idle_timeout=30))
     # When it is to stop nobody waits any longer, so the requests in hand end at once.
-    return server.serve([(bridge, listener)], server.ServerOptions(), on_drain=state.stop)
+    return server.serve([(bridge, listener)], server.ServerOptions(), on_drain=lambda _: state.stop())
 
 
 if __name__ == "__main__":

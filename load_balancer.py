@@ -21,21 +21,24 @@ import secrets
 import socket
 import ssl
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from flask import Flask
 
 from balancer import __version__, api, server, settings, strategies
-from balancer.backends import BackendPool
 from balancer.bridge import Bridge
+from balancer.ejection import EjectionRules
 from balancer.errors import SettingsError
 from balancer.guard import WriteGuard
 from balancer.health import HealthChecker, Probe
-from balancer.origin import Origin
+from balancer.history import History, Reading
+from balancer.metrics import Metrics, Sources
+from balancer.pool import BackendPool, PoolChanges, PoolOptions
 from balancer.proxy import ProxyOptions, ReverseProxy
+from balancer.reload import Configuration, Plan, make_backend
 from balancer.settings import Settings
 from balancer.statistics import Events, Statistics
 from balancer.transport import BackendAdapter, Timeouts
@@ -64,66 +67,137 @@ A flag wins over the environment, that over the file, that over the default (in 
 class Balancer:
     """The parts that `create_app` wired, for whoever serves the app. `start` and `stop` once each."""
 
-    settings: Settings
+    configuration: Configuration
     control: api.Control
     proxy: ReverseProxy
     control_app: WSGIApplication
     health: HealthChecker
     adapter: BackendAdapter
+    tls: ssl.SSLContext | None
+    bridges: list[Bridge] = field(default_factory=list)
+
+    @property
+    def settings(self) -> Settings:
+        return self.configuration.settings
 
     def start(self) -> None:
         self.health.start()
+        self.control.history.start()
         self.control.lifecycle = "running"
 
-    def drain(self) -> None:
+    def drain(self, text: str) -> None:
         self.control.lifecycle = "draining"
+        self.control.events.add("draining", None, text)
 
     def stop(self) -> None:
-        self.drain()
+        self.control.lifecycle = "draining"
         self.health.stop()
+        self.control.history.stop()
         self.adapter.close()
 
+    def reload(self, dry_run: bool = False) -> Plan:
+        """Read the configuration again and apply what changed. Raises SettingsError; then nothing has changed."""
+        events = self.control.events
+        try:
+            plan = self.configuration.reload(self.control.pool, self._apply, dry_run=dry_run)
+        except SettingsError as error:
+            if not dry_run:
+                events.add("config_refused", None, str(error), "error")
+                log.error("configuration not reloaded: %s", error)
+            raise
+        if not dry_run:
+            text = "; ".join(str(change) for change in plan.changes) or "nothing has changed"
+            if plan.needs_restart:
+                text += f"; needs a restart: {', '.join(plan.needs_restart)}"
+            events.add("config_reloaded", None, text[:1000])
+            log.info("configuration reloaded: %s", text)
+        return plan
 
-def create_app(config: Settings | None = None) -> Flask:
+    def hang_up(self) -> None:
+        """SIGHUP."""
+        with contextlib.suppress(SettingsError):  # `reload` has said why
+            self.reload()
+
+    def _apply(self, config: Settings, plan: Plan) -> None:
+        """From here on new requests see the new settings; those under way keep what they began with."""
+        plan.pool.options = _pool_options(config)
+        self.control.pool.apply(plan.pool)
+        self.adapter.timeouts = _timeouts(config)
+        self.adapter.pool_idle_timeout = config.pool_idle_timeout
+        self.health.use(Probe(config.health_path, config.health_timeout, tls=self.tls), config.health_interval)
+        self.proxy.options = _proxy_options(config, self.proxy.options.pseudonym)
+        for bridge in self.bridges:
+            bridge.idle_timeout = config.idle_timeout
+            bridge.min_body_rate = config.min_body_rate
+        logging.getLogger().setLevel(config.log_level.upper())
+
+
+def create_app(config: Settings | None = None, sources: Mapping[str, str] | None = None) -> Flask:
     """Wire the parts. The Balancer is `app.extensions["balancer"]`; nothing runs until its `start`.
 
-    Raises SettingsError for an unknown algorithm or an unreadable CA file.
+    `sources` says where each setting came from. Raises SettingsError for an unknown algorithm or an unreadable CA file.
     """
-    config = config or Settings()
     strategies.load_entry_points()
+    configuration = Configuration(config or Settings(), sources)
+    config = configuration.settings
     statistics, events = Statistics(), Events()
-    pool = BackendPool(strategies.create(config.algorithm), fall=config.health_fall, rise=config.health_rise)
+    pool = BackendPool(strategies.create(config.algorithm), _pool_options(config))
     tls = _tls_context(config.ca_file)
-    adapter = BackendAdapter(
-        Timeouts(config.connect_timeout, config.response_timeout, config.idle_timeout),
-        pool_idle_timeout=config.pool_idle_timeout,
-        tls=tls,
-    )
+    adapter = BackendAdapter(_timeouts(config), pool_idle_timeout=config.pool_idle_timeout, tls=tls)
     probe = Probe(config.health_path, config.health_timeout, tls=tls)
-    health = HealthChecker(pool, probe, interval=config.health_interval, on_round=adapter.close_idle)
-    for backend in config.backends:
-        pool.add(backend.id, Origin.parse(backend.url), weight=backend.weight, max_connections=backend.max_connections)
+
+    def on_round() -> None:
+        adapter.close_idle()
+        pool.sweep()
+
+    health = HealthChecker(pool, probe, interval=config.health_interval, on_round=on_round)
+    backends = [make_backend(backend, configuration.sources["backends"]) for backend in config.backends]
+    pool.apply(PoolChanges(add=backends))
 
     app = Flask(__name__, static_folder=None)
-    control = api.Control(config.id, pool, statistics, events, DASHBOARD, config.control_prefix)
+    history = History(lambda: _look(statistics, pool))
+    control = api.Control(config.id, pool, statistics, events, history, DASHBOARD, configuration, config.control_prefix)
     token = config.admin_token.get_secret_value() if config.admin_token else None
     guard = WriteGuard(token, frozenset(config.cors_origins), config.allow_file_origin, _is_loopback(config.host))
     api.install(app, control, guard)
     control_app = app.wsgi_app
     is_control = (lambda path: False) if config.control_port else api.is_control_path(config.control_prefix)
+    # The pseudonym is this very process: two balancers of one name in a chain are not a loop.
+    pseudonym = f"{config.id}.{secrets.token_hex(4)}".encode("ascii")
     proxy = ReverseProxy(
         control_app,
         is_control,
         pool=pool,
         adapter=adapter,
         statistics=statistics,
-        options=_proxy_options(config),
+        options=_proxy_options(config, pseudonym),
         on_refused=health.wake,
     )
     app.wsgi_app = proxy  # type: ignore[method-assign]
-    app.extensions["balancer"] = Balancer(config, control, proxy, control_app, health, adapter)
+    balancer = Balancer(configuration, control, proxy, control_app, health, adapter, tls)
+    control.reload = balancer.reload
+    control.metrics = Metrics(_sources(control, adapter))
+    app.extensions["balancer"] = balancer
     _follow(pool, statistics, events, health)
     return app
+
+
+def _sources(control: api.Control, adapter: BackendAdapter) -> Sources:
+    return Sources(
+        balancer_id=control.balancer_id,
+        pool=control.pool,
+        statistics=control.statistics,
+        events=control.events,
+        adapter=adapter,
+        configuration=control.configuration,
+        lifecycle=lambda: control.lifecycle,
+        queued=lambda: control.queued(),
+    )
+
+
+def _look(statistics: Statistics, pool: BackendPool) -> Reading:
+    in_flight = {backend.id: backend.active for backend in pool.backends()}
+    return Reading(statistics.lifetime(), in_flight, pool.waiting)
 
 
 def _follow(pool: BackendPool, statistics: Statistics, events: Events, health: HealthChecker) -> None:
@@ -141,16 +215,41 @@ def _follow(pool: BackendPool, statistics: Statistics, events: Events, health: H
     pool.on_change(changed)
 
 
-def _proxy_options(config: Settings) -> ProxyOptions:
-    # The pseudonym is this very process: two balancers of one name in a chain are not a loop.
-    pseudonym = f"{config.id}.{secrets.token_hex(4)}".encode("ascii")
+def _timeouts(config: Settings) -> Timeouts:
+    return Timeouts(config.connect_timeout, config.response_timeout, config.idle_timeout)
+
+
+def _pool_options(config: Settings) -> PoolOptions:
+    return PoolOptions(
+        fall=config.health_fall,
+        rise=config.health_rise,
+        slow_start=config.slow_start,
+        ejection=EjectionRules(
+            after=config.eject_after,
+            seconds=config.eject_seconds,
+            max_seconds=config.eject_max_seconds,
+            max_share=config.eject_max_share,
+            ends_on_check=config.eject_ends_on_check,
+            latency=config.latency_ejection,
+            latency_factor=config.latency_ejection_factor,
+        ),
+        panic_threshold=config.panic_threshold,
+        queue_limit=config.queue_limit,
+        queue_timeout=config.queue_timeout,
+    )
+
+
+def _proxy_options(config: Settings, pseudonym: bytes) -> ProxyOptions:
     return ProxyOptions(
         balancer_id=config.id,
         pseudonym=pseudonym,
         trusted=config.networks,
         expose_backend=config.expose_backend,
+        max_header_count=config.max_header_count,
         max_request_body=config.max_request_body,
         retries=config.retries,
+        retry_budget=config.retry_budget,
+        retry_budget_minimum=config.retry_budget_minimum,
         request_timeout=config.request_timeout,
     )
 
@@ -173,7 +272,7 @@ def __getattr__(name: str) -> Any:
     """`load_balancer:app` for other WSGI servers, made when it is asked for, from the environment."""
     if name != "app":
         raise AttributeError(name)
-    app = create_app(settings.load({})[0])
+    app = create_app(*settings.load({}))
     balancer: Balancer = app.extensions["balancer"]
     balancer.start()
     atexit.register(balancer.stop)
@@ -218,11 +317,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if show:
             print(settings.describe(config, sources))
             return 0
-        app = create_app(config)
+        app = create_app(config, sources)
         if check:
             server.cpus(config.cpu_affinity)
             print("configuration ok")
             return 0
+        if file is not None:
+            configuration = app.extensions["balancer"].configuration
+            configuration.file, configuration.read = file, lambda: settings.load(parsed, file=file)
         return run(app)
     except SettingsError as error:
         print(f"load_balancer.py: {error}", file=sys.stderr)
@@ -248,9 +350,20 @@ def run(app: Flask) -> int:
     with contextlib.suppress(OSError):  # a full disk, or nobody reads: no reason not to serve
         print(f"{config.id}: {where}", flush=True)
     options = server.ServerOptions(
-        _client_limit(config), config.header_timeout, config.max_header_bytes, config.drain_timeout
+        max_clients=_client_limit(config),
+        header_timeout=config.header_timeout,
+        max_header_bytes=config.max_header_bytes,
+        drain_timeout=config.drain_timeout,
+        shutdown_delay=config.shutdown_delay,
     )
-    return server.serve(listeners, options, on_start=balancer.start, on_drain=balancer.drain, on_stop=balancer.stop)
+    return server.serve(
+        listeners,
+        options,
+        on_start=balancer.start,
+        on_drain=balancer.drain,
+        on_stop=balancer.stop,
+        on_hangup=balancer.hang_up if balancer.configuration.read is not None else None,
+    )
 
 
 def _listen(app: WSGIApplication, balancer: Balancer) -> list[tuple[Bridge, socket.socket]]:
@@ -262,13 +375,21 @@ def _listen(app: WSGIApplication, balancer: Balancer) -> list[tuple[Bridge, sock
         app,
         workers,
         idle_timeout=config.idle_timeout,
+        min_body_rate=config.min_body_rate,
         is_control=balancer.proxy.is_control,
         overflow=balancer.proxy.refuse,
     )
     listeners = [(bridge, server.listen(config.host, config.port))]
     if config.control_port is not None:
-        control = Bridge(balancer.control_app, workers, idle_timeout=config.idle_timeout, is_control=lambda path: True)
+        control = Bridge(
+            balancer.control_app,
+            workers,
+            idle_timeout=config.idle_timeout,
+            min_body_rate=config.min_body_rate,
+            is_control=lambda path: True,
+        )
         listeners.append((control, server.listen(config.host, config.control_port)))
+    balancer.bridges = [bridge for bridge, _ in listeners]
     return listeners
 
 

@@ -23,12 +23,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from balancer import __version__, openapi, strategies
-from balancer.backends import ID_PATTERN, AdminState, BackendPool
-from balancer.errors import SettingsError
+from balancer.backends import ID_PATTERN, AdminState
+from balancer.errors import ClientError, ClientGone, SettingsError
 from balancer.guard import ApiError, WriteGuard
+from balancer.history import SLOTS, History
+from balancer.metrics import Metrics
 from balancer.origin import Origin
+from balancer.pool import BackendPool
+from balancer.reload import Configuration, Plan
 from balancer.settings import MaxConnections, Weight
-from balancer.statistics import NO_REQUESTS, REFUSED, Events, Statistics
+from balancer.statistics import NO_REQUESTS, RECENT_KEPT, REFUSED, Events, Statistics
 
 SCHEMA_VERSION = 1
 MAX_BODY = 65536  # bytes of a control request
@@ -74,9 +78,13 @@ class Control:
     pool: BackendPool
     statistics: Statistics
     events: Events
+    history: History
+    metrics: Metrics = field(init=False)  # reads the others, so it comes last
     dashboard: Path
+    configuration: Configuration
     prefix: str = ""
     queued: Callable[[], int] = lambda: 0
+    reload: Callable[[bool], Plan] = field(init=False)  # True only asks what it would do
     lifecycle: Lifecycle = "starting"
     started: float = field(default_factory=time.monotonic)
 
@@ -88,7 +96,7 @@ class Control:
 def is_control_path(prefix: str) -> Callable[[str], bool]:
     """A predicate for the data path: is this path answered here instead of being forwarded?"""
     exact = frozenset(prefix + path for path in openapi.PATHS if "{" not in path)
-    below = prefix + "/backends/"
+    below = tuple(prefix + path.partition("{")[0] for path in openapi.PATHS if "{" in path)
     return lambda path: path in exact or path.startswith(below)
 
 
@@ -189,6 +197,7 @@ def status() -> Response:
     whole, by_backend, newest = control.statistics.snapshot(recent)
     backends = [by_backend.get(backend["id"], NO_REQUESTS) | backend for backend in control.pool.snapshot()]
     whole["queued_requests"] = control.queued()
+    whole["waiting_requests"] = control.pool.waiting
     shown = {backend["id"] for backend in backends}
     whole["unassigned_requests"] = sum(c["total_requests"] for key, c in by_backend.items() if key not in shown)
     now = time.time()
@@ -202,6 +211,8 @@ def status() -> Response:
             "now": now,
             "uptime": time.monotonic() - control.started,
             "events_seq": control.events.latest,
+            "panic": control.pool.is_panicking,
+            "config": control.configuration.summary(),
             "statistics": whole,
             "backend_servers": backends,
             "recent_requests": newest,
@@ -215,6 +226,7 @@ def _capabilities() -> dict[str, Any]:
     return {
         "writes": guard.token is not None or guard.is_loopback,
         "token_required": guard.token is not None,
+        "reload": _control().configuration.file is not None,
         "algorithms": _algorithms(),
     }
 
@@ -237,10 +249,45 @@ def ready() -> tuple[Response, int]:
     return jsonify(answer), 200 if is_ready else 503
 
 
+@blueprint.get("/requests/<path:request_id>")
+def explain_request(request_id: str) -> Response:
+    exchange = _control().statistics.find(request_id)
+    if exchange is None:
+        raise ApiError(404, f"no finished request {request_id[:128]!r}; only the newest {RECENT_KEPT} are kept")
+    return jsonify(exchange.explain())
+
+
+@blueprint.get("/config")
+def show_configuration() -> Response:
+    control = _control()
+    return jsonify(control.configuration.describe(control.pool.algorithm))
+
+
 @blueprint.get("/events")
 def events() -> Response:
     newer, latest = _control().events.since(_whole_number("since", 0, 10**15))
     return jsonify({"events": newer, "latest": latest})
+
+
+@blueprint.get("/metrics")
+def metrics() -> Response:
+    environ = request.environ | {"REQUEST_METHOD": "GET"}  # its own app does not know HEAD; Flask drops the body
+    return cast(Response, Response.from_app(_control().metrics.app, environ, buffered=True))
+
+
+@blueprint.after_request
+def _count(response: Response) -> Response:
+    action = (request.endpoint or "").rpartition(".")[2]
+    _control().metrics.admin_requests.labels(action, response.status_code).inc()
+    return response
+
+
+@blueprint.get("/history")
+def history() -> Response:
+    step, since = _whole_number("step", 1, 10**6), _whole_number("since", 0, 10**15)
+    if step not in SLOTS:
+        raise ApiError(400, f"step={step}: expected one of {', '.join(map(str, SLOTS))}")
+    return jsonify({"step": step, "now": time.time(), "points": _control().history.since(step, since)})
 
 
 @blueprint.get("/openapi.json")
@@ -299,8 +346,20 @@ def reset() -> Response:
     _body(Nothing)
     control = _control()
     control.statistics.reset()
-    control.events.add("statistics_reset", None, "statistics and recent requests were reset")
+    control.history.clear()
+    control.events.add("statistics_reset", None, "statistics, history and recent requests were reset")
     return jsonify({"message": "statistics reset"})
+
+
+@blueprint.post("/reload")
+def reload() -> Response:
+    _body(Nothing)
+    dry_run = _whole_number("dry_run", 0, 1) == 1
+    try:
+        plan = _control().reload(dry_run)
+    except SettingsError as error:
+        raise ApiError(422, str(error)) from None
+    return jsonify(plan.describe(applied=not dry_run))
 
 
 # Backends.
@@ -386,6 +445,13 @@ def _http_error(error: HTTPException) -> Response:
     allow = getattr(error, "valid_methods", None)
     headers = {"Allow": ", ".join(sorted(allow))} if allow else {}
     return _problem(error.code or 500, error.description or error.name, headers)
+
+
+@blueprint.app_errorhandler(ClientError)
+@blueprint.app_errorhandler(ClientGone)
+def _client_failed(error: ClientError | ClientGone) -> Response:
+    """The body did not come, or not in time: raised where a view reads it."""
+    return _problem(400 if isinstance(error, ClientGone) else error.status, str(error), {})
 
 
 def _problem(status_code: int, message: str, headers: dict[str, str], **more: Any) -> Response:

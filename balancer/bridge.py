@@ -2,9 +2,8 @@
 
 Granian's own WSGI interface gives neither the raw path nor repeated header lines, so this bridges its ASGI interface,
 at the point where Granian would schedule a coroutine: a `Call` goes straight to a worker thread, which builds the
-environ, runs the app and writes the answer itself. `send` acts at once, in whichever thread calls it; what it returns
-need only be waited for when the client is slow. The event loop serves only those waits and the watch for clients that
-leave; passing each request through it cost two more wake-ups and a task.
+environ, runs the app and writes the answer itself. The event loop serves only waits for slow clients and the watch for
+those that leave; passing each request through it cost two more wake-ups and a task.
 
     Granian's thread: Bridge.accept -> worker thread: Call.run -> Granian's thread
 """
@@ -12,287 +11,20 @@ leave; passing each request through it cost two more wake-ups and a task.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
-import sys
 import time
 from collections.abc import Callable, Iterable
-from threading import BoundedSemaphore, Lock
-from typing import TYPE_CHECKING, Any, cast
-from urllib.parse import unquote_to_bytes
+from threading import BoundedSemaphore
+from typing import TYPE_CHECKING, Any
 
 from balancer import accepted
-from balancer.errors import BalancerError, ClientGone, ClientTooSlow
-from balancer.incoming import CLIENT, HEADER_LINES, RequestBody, add_headers
-from balancer.messages import parse_content_length
+from balancer.call import Call
 from balancer.workers import WorkerPool
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
-    from balancer.connection import Connection
-
-log = logging.getLogger("balancer.server")
-
 WATCH_AFTER_SECONDS = 0.1  # a request in flight longer than this is watched for its client leaving
-LINGER_SECONDS = 2.0  # and LINGER_BYTES: what is read and dropped after an answer that came before the request's end
-LINGER_BYTES = 16 * 1024 * 1024
-MAX_LINGERING = 64  # worker threads that do so at the same time; lingering is a courtesy
-PROTOCOLS = {"1": "HTTP/1.0", "1.1": "HTTP/1.1", "2": "HTTP/2"}  # Granian calls HTTP/1.0 "1"
-
-
-class Call:
-    """One request, from hyper to the app and back. Also the `Watcher` of the backend connection that works for it.
-
-    `_lock` guards `_connection` and `is_gone`, which the loop thread and the worker thread share. `is_body_done` is set
-    by the worker before the loop looks at it.
-    """
-
-    __slots__ = (
-        "bridge",
-        "scope",
-        "protocol",
-        "_watcher",
-        "started",
-        "is_gone",
-        "is_watched",
-        "is_body_done",
-        "_body_left",
-        "_lock",
-        "_connection",
-        "_status",
-        "_headers",
-        "_is_started",
-    )
-
-    def __init__(self, bridge: Bridge, watcher: Any) -> None:
-        self.bridge = bridge
-        self.scope: dict[str, Any] = watcher.scope
-        self.protocol = watcher.proto
-        self._watcher = watcher
-        self.started = time.monotonic()
-        self.is_gone = False
-        self.is_watched = False
-        self.is_body_done = False
-        self._body_left: int | None = None  # bytes, if the length is known
-        self._lock = Lock()
-        self._connection: Connection | None = None
-        self._status: int | None = None
-        self._headers: list[tuple[bytes, bytes]] = []
-        self._is_started = False
-
-    def is_bodiless(self) -> bool:
-        """True if the head alone says that no body follows: for a call in the queue, which nobody has read yet."""
-        framing = (b"content-length", b"transfer-encoding")
-        return self.scope["http_version"] != "2" and not any(name in framing for name, _ in self.scope["headers"])
-
-    # The client left: called by the loop thread. `attach` and `detach` are called by the worker thread.
-
-    def attach(self, connection: Connection) -> None:
-        with self._lock:
-            self._connection = connection
-            gone = self.is_gone
-        if gone:
-            connection.abort()
-
-    def detach(self) -> None:
-        with self._lock:
-            self._connection = None
-
-    def disconnect(self) -> None:
-        """Wake the worker if it waits for the backend. The lock is held so that the socket is still this call's."""
-        with self._lock:
-            self.is_gone = True
-            if self._connection is not None:
-                self._connection.abort()
-
-    def cut(self) -> None:
-        """End the client's connection so that it cannot take what it got for the whole answer.
-
-        hyper would end a chunked body properly, and Granian has no way to tell it not to, so the socket is shut down.
-        An HTTP/2 client loses its other streams too.
-        """
-        accepted.cut(self.addresses)
-
-    @property
-    def addresses(self) -> tuple[accepted.Address, accepted.Address]:
-        return self.scope["client"], self.scope["server"]
-
-    # The worker thread.
-
-    def run(self) -> None:
-        """Run the app for this request; never raises."""
-        try:
-            self._run(self.bridge.app)
-        except ClientGone:
-            if self._is_started and not self.is_gone:  # slow; else there is nobody to be cut, or nothing was sent
-                self.cut()
-        except Exception:
-            # The app's own errors are answered by the app. After the head, cutting is all that is left.
-            if self._is_started:
-                log.debug("request cut", exc_info=True)
-                self.cut()
-            else:
-                log.exception("request failed")
-                self._status, self._headers = 500, []
-                self._emit_last(b"")
-        finally:
-            self._end()
-
-    def _end(self) -> None:
-        self.bridge.finish(self)
-        self._watcher.done()
-
-    def _run(self, app: WSGIApplication) -> None:
-        answer = app(self._environ(), self._start_response)
-        try:
-            if type(answer) is list and len(answer) == 1:
-                self._emit_last(answer[0])
-            else:
-                for chunk in answer:
-                    self._emit(chunk)
-                    if self.is_gone:
-                        return
-                self._emit_last(b"")
-        finally:
-            close = getattr(answer, "close", None)
-            if close is not None:
-                close()
-        if not (self.is_body_done or self.is_gone):
-            self._end_early()
-
-    def _end_early(self) -> None:
-        """The answer came before the end of the request. Read on for a while before closing: to close on a client that
-        still sends would reset the connection, and it might never see the answer (RFC 9112 section 9.6)."""
-        if self.bridge.lingering.acquire(blocking=False):
-            with contextlib.suppress(BalancerError):  # it left, or says no more
-                self._linger()
-            self.bridge.lingering.release()
-        # HTTP/2 ends the stream alone.
-        if not (self.is_body_done or self.is_gone) and self.scope["http_version"] != "2":
-            self.cut()
-
-    def _linger(self) -> None:
-        received, deadline = 0, time.monotonic() + LINGER_SECONDS
-        while received < LINGER_BYTES and not self.is_body_done and (left := deadline - time.monotonic()) > 0:
-            received += len(self.receive(left))
-
-    def refuse(self, app: WSGIApplication) -> None:
-        """Answer with `app` in the calling thread; it must not block."""
-        self.is_body_done = True
-        try:
-            for chunk in app(self._environ(), self._start_response):
-                self._emit_last(chunk)
-        finally:
-            self._end()
-
-    def _start_response(
-        self, status: str, headers: list[tuple[str, str]], exc_info: Any = None
-    ) -> Callable[[bytes], object]:
-        if exc_info is not None and self._is_started:
-            raise exc_info[1].with_traceback(exc_info[2])
-        self._status = int(status[:3])
-        if headers and isinstance(headers[0][0], bytes):
-            self._headers = cast(list[tuple[bytes, bytes]], headers)  # the proxy spares us the way back from text
-        else:
-            self._headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
-        return self._emit
-
-    def _start(self) -> None:
-        if self._status is None:
-            raise RuntimeError("the app has not called start_response")
-        for name, _ in self._headers:
-            if name.lower() == b"server":
-                break
-        else:
-            self._headers.append((b"server", b"load-balancer"))  # or Granian would name itself
-        self._is_started = True
-        self.protocol.send({"type": "http.response.start", "status": self._status, "headers": self._headers})
-
-    def _emit(self, chunk: bytes) -> None:
-        """Send a piece; an empty first one sends the head alone. Blocks while the client is slow."""
-        if not self._is_started:
-            self._start()
-        elif not chunk:
-            return
-        self._wait(self.protocol.send({"type": "http.response.body", "body": chunk, "more_body": True}))
-
-    def _emit_last(self, chunk: bytes) -> None:
-        if not self._is_started:
-            self._start()
-        self._wait(self.protocol.send({"type": "http.response.body", "body": chunk, "more_body": False}))
-
-    def receive(self, timeout: float | None = None) -> bytes:
-        """The next piece of the request body, b"" at its end. Raises ClientGone, ClientTooSlow."""
-        if self.is_body_done:
-            return b""
-        while True:
-            message = self._wait(self.protocol.receive(), timeout, ClientTooSlow)
-            if message["type"] != "http.request":
-                self.is_gone = True
-                raise ClientGone("the client left before its request was complete")
-            if self._body_left is not None:
-                self._body_left -= len(message["body"])
-            if not message["more_body"] or self._body_left == 0:
-                self.is_body_done = True
-            if message["body"] or self.is_body_done:
-                return bytes(message["body"])
-
-    def _wait(self, awaitable: Any, timeout: float | None = None, too_slow: type[BalancerError] = ClientGone) -> Any:
-        """The result of what Granian returned; blocks this thread until it is there, for `idle_timeout` at most."""
-        done = getattr(awaitable, "done", None)
-        if done is None:  # finished when it was made: its first step ends it
-            try:
-                next(awaitable)
-            except StopIteration as stop:
-                return stop.value
-            raise RuntimeError("Granian returned an awaitable of an unknown kind")
-        if not done():
-            ready = Lock()
-            ready.acquire()
-            self.bridge.loop.call_soon_threadsafe(awaitable.add_done_callback, lambda _: ready.release())
-            if not ready.acquire(timeout=timeout or self.bridge.idle_timeout):
-                raise too_slow("the client neither sent nor read anything in time")
-        return awaitable.result()
-
-    def _environ(self) -> WSGIEnvironment:
-        scope = self.scope
-        raw_path: bytes = scope["raw_path"]
-        query: bytes = scope["query_string"]
-        target = b"%s?%s" % (raw_path, query) if query else raw_path
-        path = unquote_to_bytes(raw_path) if b"%" in raw_path else raw_path
-        body = RequestBody(self.receive)
-        environ: WSGIEnvironment = {
-            "REQUEST_METHOD": scope["method"],
-            "SCRIPT_NAME": "",
-            "PATH_INFO": path.decode("latin-1"),
-            "QUERY_STRING": query.decode("latin-1"),
-            "REQUEST_URI": target.decode("latin-1"),
-            "SERVER_PROTOCOL": PROTOCOLS.get(scope["http_version"], "HTTP/1.1"),
-            "SERVER_NAME": scope["server"][0],
-            "SERVER_PORT": scope["server"][1],
-            "REMOTE_ADDR": scope["client"][0],
-            "REMOTE_PORT": scope["client"][1],
-            "wsgi.version": (1, 0),
-            "wsgi.url_scheme": scope["scheme"],
-            "wsgi.input": body,
-            "wsgi.errors": sys.stderr,
-            "wsgi.multithread": True,
-            "wsgi.multiprocess": False,
-            "wsgi.run_once": False,
-            HEADER_LINES: scope["headers"],
-            CLIENT: self,
-        }
-        add_headers(environ, scope["headers"])
-        if "CONTENT_LENGTH" in environ:
-            with contextlib.suppress(ValueError):  # the app refuses what is not a number
-                self._body_left = parse_content_length(environ["CONTENT_LENGTH"].encode("latin-1"))
-            self.is_body_done = self._body_left == 0
-        elif "HTTP_TRANSFER_ENCODING" in environ or scope["http_version"] == "2":
-            environ["wsgi.input_terminated"] = True  # HTTP/2 tells only at its end whether there is a body
-        else:
-            self.is_body_done = True
-        return environ
+MAX_LINGERING = 64  # worker threads that read on after an answer at the same time; lingering is a courtesy
 
 
 class Bridge:
@@ -308,13 +40,16 @@ class Bridge:
         pool: WorkerPool,
         *,
         idle_timeout: float = 60.0,
+        min_body_rate: int = 0,
         is_control: Callable[[str], bool] = lambda path: False,
         overflow: WSGIApplication | None = None,
     ) -> None:
         self.app = app
         self.pool = pool
         self.idle_timeout = idle_timeout
+        self.min_body_rate = min_body_rate
         self.loop: asyncio.AbstractEventLoop  # set by the server before it accepts
+        self.is_draining = False  # set by the server: each answer asks its client to close
         self._is_control = is_control
         self._overflow = overflow or _overloaded
         self.lingering = BoundedSemaphore(MAX_LINGERING)
@@ -369,9 +104,9 @@ class Bridge:
     def abort(self) -> None:
         """Cut every client off: the drain time is over."""
         calls = list(self._calls)
+        accepted.cut_all({call.addresses for call in calls})  # first, or they would be told that they had left
         for call in calls:
-            call.disconnect()
-        accepted.cut_all({call.addresses for call in calls})
+            self._lost(call)
 
 
 def _overloaded(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:

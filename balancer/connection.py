@@ -16,10 +16,24 @@ _PEEK = int(getattr(socket, "MSG_PEEK", 0)) | int(getattr(socket, "MSG_DONTWAIT"
 CHUNK = 65536  # bytes per receive: with a few of them in flight per connection, memory stays flat
 
 
-class Watcher(Protocol):
-    """Who must be able to cut a connection from another thread while we block on it: the client's side."""
+class Abortable(Protocol):
+    """What a request can block on: a connection, a place in a queue.
 
-    def attach(self, connection: Connection) -> None: ...
+    `abort` wakes whoever blocks on it, from any thread, and makes what blocks later return at once; twice is as good as
+    once. It neither blocks nor takes a lock that is held during `attach` or `detach`. The owner still cleans up.
+    """
+
+    def abort(self) -> None: ...
+
+
+class Watcher(Protocol):
+    """The client's side: aborts what is attached when the client leaves, at once if it has left already.
+
+    One thing at a time, attached and detached by the thread that blocks on it. After `detach` it is not aborted any
+    more, so that a descriptor closed then cannot be hit as somebody else's.
+    """
+
+    def attach(self, target: Abortable) -> None: ...
 
     def detach(self) -> None: ...
 

@@ -6,9 +6,11 @@ the socket boundary (`connection`, `response`, `transport`); nothing above it ne
 
     BalancerError
       SettingsError         bad usage or configuration (exit code 2)
-      ClientError           the request is at fault: 400, 405, 408, 413, 501, 508
+      ClientError           the request is at fault: 400, 405, 408, 413, 431, 501, 508
       ClientGone            the client left before its answer was complete: 499 in logs, never sent
-      Unavailable           no backend, or no room: 503 with Retry-After (OutOfDescriptors: no room for sockets)
+      Unavailable           no backend: 503 with Retry-After
+        NoRoom                all are full, and nothing became free in time
+        OutOfDescriptors      this process may open no more sockets
       BackendError          the backend is at fault: 502, 504; also a requests exception
         ConnectFailed         nothing was sent: any method may go elsewhere
         ConnectTimedOut       the same, after the connect time-out
@@ -45,9 +47,10 @@ class ClientError(BalancerError):
 
 
 class ClientTooSlow(ClientError):
-    """The request body did not come in time."""
+    """The request body did not come in time: a pause of `idle_timeout`, or less than `min_body_rate`."""
 
     status = 408
+    reason = "client_too_slow"
 
 
 class CodingUnsupported(ClientError):
@@ -60,6 +63,12 @@ class MethodRefused(ClientError):
     """CONNECT and TRACE are not for a gateway (RFC 9110 sections 9.3.6 and 9.3.8)."""
 
     status = 405
+
+
+class TooManyHeaders(ClientError):
+    """The request has more header lines than `max_header_count` (RFC 6585 section 5)."""
+
+    status = 431
 
 
 class BodyTooLarge(ClientError):
@@ -87,6 +96,12 @@ class Unavailable(BalancerError):
 
     status = 503
     reason = "destination_unavailable"
+
+
+class NoRoom(Unavailable):
+    """All that could take the request are full, and so is the queue, or the wait was too long."""
+
+    reason = "connection_limit_reached"
 
 
 class OutOfDescriptors(Unavailable):

@@ -15,9 +15,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event, Thread
 
-from balancer.backends import Backend, BackendPool, LastCheck
+from balancer.backends import Backend, LastCheck
 from balancer.errors import BackendError, OutOfDescriptors
 from balancer.messages import Line
+from balancer.origin import Origin
+from balancer.pool import BackendPool
 from balancer.transport import BackendAdapter, OutgoingRequest, Timeouts
 
 log = logging.getLogger("balancer.health")
@@ -25,6 +27,7 @@ log = logging.getLogger("balancer.health")
 GOOD_STATUSES = range(200, 400)
 JITTER = 0.1  # share of the interval, so that many balancers do not check in step
 TRANSITION_SPEEDUP = 5  # checks per interval while a change is in the air
+ROUND_SECONDS = 1.0  # at most between two rounds, however rare the checks: `on_round` lets time pass elsewhere
 MAX_PROBES = 64  # checks at the same time; one that hangs holds one of these until its time-out
 
 
@@ -35,26 +38,26 @@ class Probe:
         self._target = path.encode("ascii")
         self._adapter = BackendAdapter(Timeouts(connect=timeout, response=timeout, idle=timeout), max_idle=0, tls=tls)
 
-    def check(self, backend: Backend) -> LastCheck:
+    def check(self, origin: Origin) -> LastCheck:
         """Ask once; what went wrong is `error`. Raises OutOfDescriptors alone."""
         started = time.monotonic()
         status: int | None = None
         error: str | None = None
         try:
-            status = self._status(backend)
+            status = self._status(origin)
             if status not in GOOD_STATUSES:
                 error = f"health check answered {status}"
         except BackendError as failure:
             error = f"health check failed: {failure}"
         return LastCheck(time.time(), time.monotonic() - started, status, error)
 
-    def _status(self, backend: Backend) -> int:
+    def _status(self, origin: Origin) -> int:
         lines: list[Line] = [
-            (b"host", backend.origin.authority.encode("ascii")),
+            (b"host", origin.authority.encode("ascii")),
             (b"user-agent", b"load-balancer-health"),
             (b"connection", b"close"),
         ]
-        response = self._adapter.exchange(OutgoingRequest("GET", self._target, lines), backend.origin)
+        response = self._adapter.exchange(OutgoingRequest("GET", self._target, lines), origin)
         response.body.close()
         return response.status_code
 
@@ -98,6 +101,11 @@ class HealthChecker:
             self._thread.join()
         self._probes.shutdown(wait=True, cancel_futures=True)
 
+    def use(self, probe: Probe, interval: float) -> None:
+        """Other checks from now on; one under way still counts."""
+        self._probe, self._interval = probe, interval
+        self.wake()
+
     def wake(self) -> None:
         """Look at the backends now: one was added, or the data path saw one refuse."""
         self._nudge.set()
@@ -105,7 +113,8 @@ class HealthChecker:
     def check_once(self, backend: Backend) -> None:
         """Probe one backend now and record the result."""
         try:
-            self._pool.record_check(backend, self._probe.check(backend))
+            origin = backend.origin
+            self._pool.record_check(backend, self._probe.check(origin), origin)
         except OutOfDescriptors as error:  # says nothing about the backend
             log.error("cannot check %s: %s", backend.id, error)
         except Exception:  # a surprise must be seen, and the backend be probed again
@@ -140,7 +149,8 @@ class HealthChecker:
             self._due[backend.id] = due
         if self._on_round is not None:
             self._on_round()
-        return max(0.01, min(self._due.values(), default=now + self._interval) - now)
+        next_due = min(self._due.values(), default=now + self._interval)
+        return max(0.01, min(next_due - now, ROUND_SECONDS))
 
     def _pace(self, backend: Backend) -> float:
         """Seconds to the next check of this backend."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # What our own server puts into environ beyond PEP 3333; under any other server they are missing. Where HEADER_LINES is
 # there, `start_response` also takes header lines in bytes.
 HEADER_LINES = "balancer.header_lines"  # list of (lower-case name, value) as received, in bytes
-CLIENT = "balancer.client"  # a connection.Watcher with `is_gone`: cuts the backend connection when the client leaves
+CLIENT = "balancer.client"  # a connection.Watcher with `is_gone`: aborts what is attached when the client leaves
 READ_SIZE = 65536
 
 

@@ -40,6 +40,7 @@ HOP_BY_HOP = frozenset(
 # framing is made anew by the transport (section 8.6), and the request id is set by us.
 _NOT_FORWARDED = HOP_BY_HOP | {b"expect", b"proxy", b"content-length", b"x-request-id"}
 _CLAIMS = frozenset({b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host", b"forwarded", b"x-real-ip"})
+_NOTABLE = _NOT_FORWARDED | _CLAIMS | {b"host", b"via"}  # every other field goes on as it is
 # `Alt-Svc` names another way to the backend's own origin, which is not ours (RFC 7838 section 2.1).
 _NOT_RETURNED = HOP_BY_HOP | {b"alt-svc", b"x-request-id", b"x-served-by"}
 # What `Connection` may not take away: without it the message means something else.
@@ -179,35 +180,42 @@ def request_lines(
     `lines` have lower-case names; `peer` is the address of the TCP connection; `pseudonym` our name in `Via`.
     Raises LoopDetected if the request has passed through us before.
     """
-    drop = nominated(lines)
-    is_trusted = bool(trusted) and is_in_networks(peer, trusted)
     kept: list[Line] = []
+    options = _NONE  # what the client's `Connection` names
     forwarded_for: list[bytes] = []
     claims: dict[bytes, bytes] = {}
     host = b""
     if http_version == "2":
         lines = join_cookies(lines)
     for line in lines:
-        name, value = line
-        if name in _NOT_FORWARDED or name in drop:
+        name = line[0]
+        if name not in _NOTABLE:
+            # WSGI and CGI fold `_` onto `-`: X_Forwarded_For would arrive as X-Forwarded-For.
+            if b"_" not in name:
+                kept.append(line)
             continue
-        if name in _CLAIMS:
-            if is_trusted:
-                if name == b"x-forwarded-for":
-                    forwarded_for.append(value)
-                else:
-                    claims[name] = claims[name] + b", " + value if name in claims else value
-            continue
-        # WSGI and CGI fold `_` onto `-`: X_Forwarded_For would arrive as X-Forwarded-For.
-        if b"_" in name:
-            continue
-        if name == b"via" and pseudonym in value:
-            raise LoopDetected("the request has already passed through this load balancer")
+        value = line[1]
         if name == b"host":
-            host = value
-            if not host:
-                continue
-        kept.append(line)
+            if value:
+                host = value
+                kept.append(line)
+        elif name == b"connection":
+            options |= nominated([line])
+        elif name == b"via":
+            if pseudonym in value:
+                raise LoopDetected("the request has already passed through this load balancer")
+            kept.append(line)
+        elif name == b"x-forwarded-for":
+            forwarded_for.append(value)
+        elif name in _CLAIMS:
+            claims[name] = claims[name] + b", " + value if name in claims else value
+    if not options <= HOP_BY_HOP:
+        kept = [line for line in kept if line[0] not in options]
+    if not (trusted and is_in_networks(peer, trusted)):
+        forwarded_for, claims = [], {}
+    elif options:
+        forwarded_for = [] if b"x-forwarded-for" in options else forwarded_for
+        claims = {name: value for name, value in claims.items() if name not in options}
     if not host:
         kept.insert(0, (b"host", b""))  # HTTP/1.0 without Host: the field is required in what we send, it may be empty
     address = peer.partition("%")[0].encode("ascii", "replace")  # an IPv6 zone means nothing to anyone else
@@ -232,15 +240,15 @@ def join_cookies(lines: Sequence[Line]) -> Sequence[Line]:
     return [line for line in lines if line[0] != b"cookie"] + [(b"cookie", b"; ".join(crumbs))]
 
 
-def response_lines(lines: Sequence[Line], status: int) -> list[Line]:
+def response_lines(lines: Sequence[Line], status: int, options: frozenset[bytes]) -> list[Line]:
     """Header lines for the client: everything that is not for the connection to the backend only.
 
-    `lines` have lower-case names.
+    `lines` have lower-case names; `options` are what `nominated` found in them.
     """
-    drop = nominated(lines)
+    drop = _NOT_RETURNED if options <= _NOT_RETURNED else _NOT_RETURNED | options
     if status == 204:  # RFC 9110 section 8.6
         drop |= {b"content-length"}
-    return [line for line in lines if line[0] not in _NOT_RETURNED and line[0] not in drop]
+    return [line for line in lines if line[0] not in drop]
 
 
 def is_in_networks(address: str, networks: Sequence[Network]) -> bool:

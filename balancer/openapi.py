@@ -70,25 +70,66 @@ _BACKEND_FIELDS: dict[str, Schema] = {
     "active_connections": _COUNT,
     "weight": _COUNT,
     "max_connections": _or_null(_COUNT),
-    "state": _enum("unknown", "up", "down", "drain", "maint"),
+    "state": _enum("unknown", "up", "down", "ejected", "trial", "drain", "drained", "maint"),
     "admin_state": _enum("ready", "drain", "maint"),
+    "drained": _BOOLEAN,
+    "admission": _NUMBER,
     "expected_share": _or_null(_NUMBER),
+    "source": _enum("default", "file", "environment", "flag", "api"),
+    "overrides": {"type": "object"},
+    "ejection": _object(
+        status=_enum("none", "ejected", "trial"),
+        consecutive_failures=_COUNT,
+        count=_COUNT,
+        until=_or_null(_NUMBER),
+        reason=_or_null(_TEXT),
+    ),
     "health": _HEALTH,
 }
 _ALGORITHM = _object(name=_TEXT, description=_TEXT)
-_ATTEMPT = _object(backend=_TEXT, outcome=_TEXT, seconds=_NUMBER, error=_or_null(_TEXT))
-_RECENT = _object(
-    timestamp=_NUMBER,
-    server_id=_or_null(_TEXT),
-    response_time=_NUMBER,
-    status=_COUNT,
-    method=_TEXT,
-    path=_TEXT,
-    request_id=_TEXT,
-    attempts=_COUNT,
-    tried=_array(_ATTEMPT),
-    reason=_or_null(_TEXT),
-    complete=_BOOLEAN,
+_ATTEMPT: dict[str, Schema] = {
+    "backend": _TEXT,
+    "outcome": _TEXT,
+    "error": _or_null(_TEXT),
+    "seconds": _NUMBER,
+    "connect": _or_null(_NUMBER),
+}
+_CHOICE: dict[str, Schema] = {
+    "algorithm": _TEXT,
+    "candidates": _array(_object(id=_TEXT, active=_COUNT, score=_or_null(_NUMBER))),
+    "excluded": {"type": "object", "additionalProperties": _TEXT},
+}
+_FINISHED: dict[str, Schema] = {
+    "timestamp": _NUMBER,
+    "server_id": _or_null(_TEXT),
+    "response_time": _NUMBER,
+    "status": _COUNT,
+    "method": _TEXT,
+    "path": _TEXT,
+    "request_id": _TEXT,
+    "queued": _NUMBER,
+    "first_byte": _or_null(_NUMBER),
+    "bytes_in": _COUNT,
+    "bytes_out": _COUNT,
+    "attempts": _COUNT,
+    "reason": _or_null(_TEXT),
+    "not_retried": _or_null(_TEXT),
+    "complete": _BOOLEAN,
+}
+_RECENT = _object(**_FINISHED, tried=_array(_object(**_ATTEMPT)))
+_EXPLAINED = _object(**_FINISHED, tried=_array(_object(**_ATTEMPT, **_CHOICE)))
+_CONFIG: dict[str, Schema] = {"file": _or_null(_TEXT), "loaded_at": _NUMBER, "last_error": _or_null(_TEXT)}
+_SETTING = _object(name=_TEXT, value=_TEXT, source=_TEXT, needs_restart=_BOOLEAN)
+_CHANGE = _object(what=_TEXT) | {
+    "properties": {"what": _TEXT, "from": {}, "to": {}},
+    "required": ["what", "from", "to"],
+}
+_RELOADED = _object(
+    applied=_BOOLEAN,
+    changes=_array(_CHANGE),
+    kept=_array(_TEXT),
+    needs_restart=_array(_TEXT),
+    shares=_or_null({"type": "object", "additionalProperties": _NUMBER}),
 )
 _EVENT = _object(
     seq=_COUNT,
@@ -99,6 +140,21 @@ _EVENT = _object(
     severity=_enum("info", "warning", "error"),
     count=_COUNT,
 )
+_TRAFFIC: dict[str, Schema] = {
+    "requests": _COUNT,
+    "failed": _COUNT,
+    "in_flight": _COUNT,
+    "p50": _or_null(_NUMBER),
+    "p95": _or_null(_NUMBER),
+    "p99": _or_null(_NUMBER),
+}
+_POINT = _object(
+    at=_COUNT,
+    **_TRAFFIC,
+    retries=_COUNT,
+    waiting=_COUNT,
+    backends={"type": "object", "additionalProperties": _object(**_TRAFFIC)},
+)
 _STATUS = _object(
     schema_version=_COUNT,
     version=_TEXT,
@@ -108,18 +164,21 @@ _STATUS = _object(
     now=_NUMBER,
     uptime=_NUMBER,
     events_seq=_COUNT,
+    panic=_BOOLEAN,
+    config=_object(**_CONFIG),
     statistics=_object(
         **_COUNTERS,
         start_time=_NUMBER,
         active_requests=_COUNT,
         queued_requests=_COUNT,
+        waiting_requests=_COUNT,
         unassigned_requests=_COUNT,
         retries=_COUNT,
         requests_per_second=_NUMBER,
     ),
     backend_servers=_array(_object(**_BACKEND_FIELDS, **_COUNTERS)),
     recent_requests=_array(_RECENT),
-    capabilities=_object(writes=_BOOLEAN, token_required=_BOOLEAN, algorithms=_array(_ALGORITHM)),
+    capabilities=_object(writes=_BOOLEAN, token_required=_BOOLEAN, reload=_BOOLEAN, algorithms=_array(_ALGORITHM)),
 )
 _WEIGHT: Schema = {"type": "integer", "minimum": 0, "maximum": MAX_WEIGHT}
 _MAX_CONNECTIONS = _or_null({"type": "integer", "minimum": 1, "maximum": MAX_CONNECTIONS})
@@ -211,7 +270,7 @@ PATHS: dict[str, Schema] = {
     "/reset": {
         "post": _operation(
             "resetStatistics",
-            "Zero statistics and recent requests.",
+            "Zero statistics, history and recent requests.",
             {"200": _json(_ref("Message"), "done")},
             body="Nothing",
             optional_body=True,
@@ -247,12 +306,59 @@ PATHS: dict[str, Schema] = {
             },
         ),
     },
+    "/requests/{request_id}": {
+        "parameters": [{"name": "request_id", "in": "path", "required": True, "schema": _TEXT}],
+        "get": _operation(
+            "explainRequest",
+            "Why a finished request went where it went: candidates, who was excluded and why, scores, attempts.",
+            {"200": _json(_EXPLAINED, "the request")},
+        ),
+    },
+    "/config": {
+        "get": _operation(
+            "getConfiguration",
+            "Every setting, where it came from, and whether a reload can change it.",
+            {"200": _json(_object(**_CONFIG, settings=_array(_SETTING)), "the settings")},
+        )
+    },
+    "/reload": {
+        "post": _operation(
+            "reloadConfiguration",
+            "Read the configuration file again and apply what changed in it; a bad file changes nothing.",
+            {"200": _json(_RELOADED, "what changed, or with `dry_run` what would")},
+            body="Nothing",
+            optional_body=True,
+            query={"dry_run": {"type": "integer", "minimum": 0, "maximum": 1, "default": 0}},
+        )
+    },
     "/events": {
         "get": _operation(
             "getEvents",
             "Health transitions and admin actions newer than `since`, the newest 500 are kept.",
             {"200": _json(_object(events=_array(_EVENT), latest=_COUNT), "the events")},
             query={"since": {"type": "integer", "minimum": 0, "default": 0}},
+        )
+    },
+    "/metrics": {
+        "get": _operation(
+            "getMetrics",
+            "Metrics for Prometheus, or OpenMetrics for who asks for that. Counters count since the start of the "
+            "process.",
+            {"200": _json(_TEXT, "the metrics", "text/plain")},
+            query={"name[]": {"type": "string", "description": "this metric alone"}},
+        )
+    },
+    "/history": {
+        "get": _operation(
+            "getHistory",
+            "What happened in each of the last 300 seconds, or 360 times ten seconds, oldest first. A slot starts at "
+            "`at` and is told when it is over. One in which nobody looked (the machine slept) is missing. `in_flight` "
+            "and `waiting` are the most at any look, one a second; idle backends are left out.",
+            {"200": _json(_object(step=_COUNT, now=_NUMBER, points=_array(_POINT)), "the slots after `since`")},
+            query={
+                "step": {"type": "integer", "enum": [1, 10], "default": 1},
+                "since": {"type": "integer", "minimum": 0, "default": 0},
+            },
         )
     },
     "/openapi.json": {

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -17,14 +18,16 @@ from http import HTTPStatus
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from balancer.backends import BackendPool, Lease
 from balancer.errors import (
     BackendError,
     BalancerError,
     BodyTooLarge,
+    ClientError,
     ClientGone,
     ConnectFailed,
     MethodRefused,
+    NoRoom,
+    TooManyHeaders,
     Unavailable,
 )
 from balancer.incoming import CLIENT, HEADER_LINES, content_length, header_lines, may_have_body, raw_target, read_body
@@ -39,6 +42,7 @@ from balancer.messages import (
     request_lines,
     response_lines,
 )
+from balancer.pool import BackendPool, Lease
 from balancer.response import BackendResponse, ResponseBody
 from balancer.statistics import Attempt, Exchange, Statistics
 from balancer.transport import BackendAdapter, OutgoingRequest
@@ -49,10 +53,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("balancer.proxy")
 
 REPLAY_LIMIT = 65536  # bytes: a request body up to this size is read first, so that it can be sent again
-# The retry budget, of the requests of the last 10 s, and what is allowed anyway: 10 a second are no storm (Finagle's
-# numbers). A share of the requests in flight, as Envoy has it, is too little at the moment a backend dies.
-RETRY_SHARE = 0.2
-RETRY_MINIMUM = 100
+# Full jitter before a retry, as Envoy has it: up to 25 ms, then up to 75 ms, never more than 250 ms.
+BACKOFF_SECONDS = 0.025
+MAX_BACKOFF_SECONDS = 0.25
+EJECTING_STATUSES = frozenset({502, 503, 504})  # answers that say that the backend cannot work; passed on all the same
 RETRY_AFTER_SECONDS = b"1"
 ALLOWED_METHODS = b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"  # in 405; others pass, CONNECT and TRACE do not
 
@@ -65,13 +69,19 @@ class ProxyOptions:
     pseudonym: bytes = b"lb-1"
     trusted: tuple[Network, ...] = ()
     expose_backend: bool = False
+    max_header_count: int = 100
     max_request_body: int | None = None
     retries: int = 2
-    request_timeout: float | None = None
+    retry_budget: float = 0.2
+    retry_budget_minimum: int = 10
+    request_timeout: float = 60.0
 
 
 class ReverseProxy:
-    """The WSGI callable. It has no state of its own; the pool, the adapter and the statistics each lock theirs."""
+    """The WSGI callable. It has no state of its own; the pool, the adapter and the statistics each lock theirs.
+
+    `options` may be replaced at any time: a request keeps those it began with.
+    """
 
     def __init__(
         self,
@@ -83,6 +93,7 @@ class ReverseProxy:
         statistics: Statistics,
         options: ProxyOptions,
         on_refused: Callable[[], None] = lambda: None,
+        rng: random.Random | None = None,
     ) -> None:
         self._control_app = control_app
         self.is_control = is_control
@@ -91,6 +102,7 @@ class ReverseProxy:
         self.statistics = statistics
         self.options = options
         self.on_refused = on_refused
+        self.rng = rng or random.Random()
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         if self.is_control(environ["PATH_INFO"]):
@@ -107,6 +119,7 @@ class Forwarding:
 
     __slots__ = (
         "_proxy",
+        "_options",
         "_environ",
         "_start_response",
         "_lines",
@@ -119,6 +132,7 @@ class Forwarding:
 
     def __init__(self, proxy: ReverseProxy, environ: WSGIEnvironment, start_response: StartResponse) -> None:
         self._proxy = proxy
+        self._options = proxy.options
         self._environ = environ
         self._start_response = start_response
         self._lines = header_lines(environ)
@@ -149,15 +163,17 @@ class Forwarding:
         self._proxy.statistics.begin()
         if self._client_is_gone():
             return self._refuse(ClientGone("the client left while it waited for a thread"))
-        return self._refuse(Unavailable("the load balancer is full, try again"))
+        return self._refuse(NoRoom("the load balancer is full, try again"))
 
     # The outgoing request, built once.
 
     def _build(self) -> OutgoingRequest:
-        environ, options = self._environ, self._proxy.options
+        environ, options = self._environ, self._options
         method = self._record.method
         version = environ["SERVER_PROTOCOL"].removeprefix("HTTP/")
         target = raw_target(environ)
+        if len(self._lines) > options.max_header_count:
+            raise TooManyHeaders(f"{len(self._lines)} header lines, at most {options.max_header_count} are accepted")
         if method in ("CONNECT", "TRACE"):
             raise MethodRefused(f"{method} is not supported")
         check_request(method, target, [value for name, value in self._lines if name == b"host"], version)
@@ -174,25 +190,31 @@ class Forwarding:
             lines = count_down(lines)
         request = OutgoingRequest(method, target, lines)
         request.watcher = environ.get(CLIENT)
-        if options.request_timeout is not None:
-            request.deadline = time.monotonic() + options.request_timeout
         self._add_body(request)
+        request.deadline = time.monotonic() + options.request_timeout
         return request
 
     def _add_body(self, request: OutgoingRequest) -> None:
-        environ, limit = self._environ, self._proxy.options.max_request_body
+        environ, limit = self._environ, self._options.max_request_body
         check_codings(self._lines)
         length = content_length(environ, self._lines)
         if length is not None:
             if limit is not None and length > limit:
                 raise BodyTooLarge(f"the request body has {length} bytes, at most {limit} are accepted")
             chunks = read_body(environ["wsgi.input"], length, None)
-            request.body = b"".join(chunks) if length <= REPLAY_LIMIT else chunks
+            request.body = b"".join(chunks) if length <= REPLAY_LIMIT else self._counted(chunks)
             request.content_length = length
+            if length <= REPLAY_LIMIT:
+                self._record.bytes_in = length
         elif environ.get("wsgi.input_terminated") and may_have_body(environ, self._lines):
             chunks = read_body(environ["wsgi.input"], None, limit)
             first = next(chunks, b"")  # none: there is no body after all
-            request.body = chain([first], chunks) if first else None
+            request.body = self._counted(chain([first], chunks)) if first else None
+
+    def _counted(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
+        for chunk in chunks:
+            self._record.bytes_in += len(chunk)
+            yield chunk
 
     # Attempts.
 
@@ -205,48 +227,89 @@ class Forwarding:
                 return self._attempt(request)
             except BackendError as error:
                 failure = error
-                if len(self._record.attempts) > self._proxy.options.retries or not may_retry(request, error):
+                self._record.not_retried = self._why_final(request, error)
+                if self._record.not_retried is not None:
                     raise
+            self._back_off(failure)
+
+    def _why_final(self, request: OutgoingRequest, error: BackendError) -> str | None:
+        """Why there is no further attempt, in words; None if there is one.
+
+        Nothing was sent and the body is untouched: any method. Otherwise only what may be repeated; never too late.
+        """
+        tries, options = len(self._record.attempts), self._options
+        if tries > options.retries:
+            return f"tried {tries} times"
+        if time.monotonic() >= request.deadline:
+            return f"request_timeout of {options.request_timeout:g} s is over"
+        if not (isinstance(error, ConnectFailed) or request.is_retriable):
+            return f"{request.method} may have had its effect" if request.is_replayable else "the body is gone"
+        return None
+
+    def _back_off(self, failure: BackendError) -> None:
+        """Not after a refused connect: a closed port has no load to be spared, and another backend is asked next."""
+        if isinstance(failure, ConnectFailed) and failure.refused:
+            return
+        most = BACKOFF_SECONDS * (2 ** len(self._record.attempts) - 1)
+        time.sleep(self._proxy.rng.uniform(0, min(MAX_BACKOFF_SECONDS, most)))
 
     def _lease_backend(self, request: OutgoingRequest, failure: BackendError | None) -> None:
         """A place for the next attempt. Raises `failure`, if there was one, when there is none, or no budget for it."""
-        statistics = self._proxy.statistics
+        record, options = self._record, self._options
+        tried = [attempt.backend for attempt in record.attempts]
+        started = time.perf_counter()
         try:
-            lease = self._proxy.pool.lease(request, [attempt.backend for attempt in self._record.attempts])
-        except Unavailable:
-            if failure is not None:
-                raise failure from None  # what went wrong says more than that nobody else is left
+            lease = self._proxy.pool.lease(request, tried, watcher=request.watcher, deadline=request.deadline)
+        except Unavailable as unavailable:
+            record.queued += time.perf_counter() - started
+            if self._client_is_gone():
+                raise ClientGone("the client left while it waited for a backend") from None
+            if failure is not None:  # what went wrong says more than that nobody else is left
+                record.not_retried = str(unavailable)
+                raise failure from None
             raise
-        if failure is not None and not statistics.may_retry(RETRY_SHARE, RETRY_MINIMUM):
+        record.queued += lease.queued
+        if failure is not None and not self._proxy.statistics.may_retry(
+            options.retry_budget, options.retry_budget_minimum
+        ):
             lease.release()
+            record.not_retried = "the retry budget is used up"
             raise failure
         self._lease = lease
-        self._record.backend = lease.backend.id
+        record.backend = lease.backend.id
 
     def _attempt(self, request: OutgoingRequest) -> BackendResponse:
-        assert self._lease is not None
-        backend, started = self._lease.backend, time.perf_counter()
-        attempt = Attempt(backend.id)
+        lease = self._lease
+        assert lease is not None
+        started = time.perf_counter()
+        attempt = Attempt(lease.choice)
         self._record.attempts.append(attempt)
         try:
-            response = self._proxy.adapter.exchange(request, backend.origin)
+            response = self._proxy.adapter.exchange(request, lease.choice.origin)
         except Unavailable:
-            self._lease.release()
+            lease.release()
+            raise
+        except (ClientError, ClientGone) as error:  # while the body was streamed; `finish` gives the place back
+            attempt.outcome, attempt.error = error.reason, str(error)
             raise
         except BackendError as error:
             if self._client_is_gone():
                 raise ClientGone("the client left while the backend was working") from None
-            self._lease.release(failed=not getattr(error, "stale", False))
             attempt.outcome, attempt.error = error.reason, str(error)
-            if isinstance(error, ConnectFailed) and error.refused:
-                self._proxy.pool.record_refused(backend, str(error))
-                self._proxy.on_refused()
+            self._blame(lease, error)
             raise
         else:
             attempt.outcome = str(response.status_code)
             return response
         finally:
             attempt.seconds = time.perf_counter() - started
+            attempt.connect = request.connect_seconds
+
+    def _blame(self, lease: Lease, error: BackendError) -> None:
+        if isinstance(error, ConnectFailed) and error.refused:
+            self._proxy.pool.record_refused(lease.backend, str(error))
+            self._proxy.on_refused()
+        lease.release(failure="" if getattr(error, "stale", False) else str(error))
 
     def _client_is_gone(self) -> bool:
         client = self._environ.get(CLIENT)
@@ -256,12 +319,15 @@ class Forwarding:
 
     def _answer(self, response: BackendResponse) -> Iterable[bytes]:
         status, body = response.status_code, response.body
-        lines = response_lines(response.lines, status)
+        lines = response_lines(response.lines, status, response.options)
         if body.is_complete:
             data = body.read_chunk()
+            self._record.bytes_out = len(data)
             self.finish(status)
             self._start(f"{status} {response.reason}", lines)
             return [data]
+        if self._lease is not None:
+            self._lease.answered(self._record.attempts[-1].seconds)
         try:
             self._start(f"{status} {response.reason}", lines)
         except BaseException:  # the server refuses a header line
@@ -278,7 +344,7 @@ class Forwarding:
     def _start(self, status: str, lines: list[Line]) -> None:
         """`start_response` with our own lines added; our own server takes bytes, PEP 3333 wants text."""
         lines.append((b"x-request-id", self._identifier))
-        if self._proxy.options.expose_backend and self._record.backend is not None:
+        if self._options.expose_backend and self._record.backend is not None:
             lines.append((b"x-served-by", self._record.backend.encode("ascii")))
         headers: Any = lines
         if HEADER_LINES not in self._environ:
@@ -294,7 +360,7 @@ class Forwarding:
         body = json.dumps(
             {
                 "error": error.public or str(error),
-                "load_balancer_id": self._proxy.options.balancer_id,
+                "load_balancer_id": self._options.balancer_id,
                 "request_id": self._record.request_id,
             }
         ).encode()
@@ -306,8 +372,14 @@ class Forwarding:
         self._start(f"{status.value} {status.phrase}", lines)
         return [body]
 
-    def finish(self, status: int, *, reason: str | None = None, complete: bool = True) -> None:
-        """Record the exchange and give the backend's place back, once. `status` is what the client sees."""
+    def count_out(self, size: int) -> None:
+        self._record.bytes_out += size
+
+    def finish(self, status: int, *, reason: str | None = None, complete: bool = True, failure: str = "") -> None:
+        """Record the exchange and give the backend's place back, once.
+
+        `status` is what the client sees; `failure` in words if the backend broke off its answer.
+        """
         if self._is_finished:
             return
         self._is_finished = True
@@ -317,7 +389,11 @@ class Forwarding:
         record.complete = complete
         record.seconds = time.perf_counter() - self._started
         self._proxy.statistics.record(record)
-        if lease is not None:
+        if lease is None:
+            return
+        if failure or status in EJECTING_STATUSES:
+            lease.release(failure=failure or f"answered {status}")
+        else:
             lease.release(record.attempts[-1].seconds if reason is None else None)
 
 
@@ -348,8 +424,9 @@ class ResponseStream:
             if self._forwarding._client_is_gone():
                 self.close()
             else:
-                self._finish(error.reason, complete=False)
+                self._finish(error.reason, complete=False, failure=str(error))
             raise
+        self._forwarding.count_out(len(chunk))
         if self._body.is_complete:  # counted before the client can see the end
             self._finish()
         return chunk
@@ -360,14 +437,7 @@ class ResponseStream:
             self._status = ClientGone.status
             self._finish(ClientGone.reason, complete=False)
 
-    def _finish(self, reason: str | None = None, *, complete: bool = True) -> None:
+    def _finish(self, reason: str | None = None, *, complete: bool = True, failure: str = "") -> None:
         self._is_finished = True
         self._body.close()
-        self._forwarding.finish(self._status, reason=reason, complete=complete)
-
-
-def may_retry(request: OutgoingRequest, error: BackendError) -> bool:
-    """Nothing was sent and the body is untouched: any method. Otherwise only what may be repeated; never too late."""
-    if request.deadline is not None and time.monotonic() >= request.deadline:
-        return False
-    return isinstance(error, ConnectFailed) or request.is_retriable
+        self._forwarding.finish(self._status, reason=reason, complete=complete, failure=failure)

@@ -1,6 +1,7 @@
 """Responses of backends: parsing the head, framing the body, and deciding whether the connection may be used again.
 
-llhttp (Node's parser, through httptools) does the parsing. A body of known length is counted here without it.
+A head of the usual shape is parsed by `heads`, everything else and chunked bodies by llhttp (Node's parser, through
+httptools). A body of known length is counted here.
 """
 
 from __future__ import annotations
@@ -13,26 +14,33 @@ from requests import PreparedRequest, Response
 
 from balancer.connection import Connection, Watcher
 from balancer.errors import BodyTruncated, ConnectionLost, InvalidResponse, ResponseTimedOut
+from balancer.heads import PlainHead, parse_plain
 from balancer.messages import BODILESS_STATUSES, HeaderLines, Line, nominated, parse_content_length
 
-MAX_HEAD = 65536  # bytes of a response head, interim responses included
+MAX_HEAD = 65536  # bytes of a response head, interim responses included; also of chunk framing or trailers at a stretch
 
 
 class BackendResponse(Response):
     """A `requests.Response` over `ResponseBody`; made without the cookie jar that the base class builds each time."""
 
+    # What the base class sets for each response, and what is the same for all of ours.
+    encoding = None
+    history: list[Response] = []  # noqa: RUF012
+    _content = False  # type: ignore[assignment]
+    _content_consumed = False
+    _next = None
+
     def __init__(self, head: ResponseHead, body: ResponseBody, request: PreparedRequest) -> None:
         self.status_code: int = head.status
-        self.reason = head.reason.decode("latin-1")
+        self.reason = head.reason
         self.lines = head.lines
+        self.options = head.options
         self.body = self.raw = body
         self.request = request
-        self.url = request.url or ""
-        self.encoding = None
-        self.history = []
-        self._content = False  # type: ignore[assignment]
-        self._content_consumed = False
-        self._next = None
+
+    @property
+    def url(self) -> str:  # type: ignore[override]
+        return self.request.url or ""
 
     @property
     def headers(self) -> HeaderLines:  # type: ignore[override]
@@ -40,24 +48,41 @@ class BackendResponse(Response):
 
 
 class ResponseHead:
-    """Collects what llhttp finds: status, reason, header lines, and the body bytes that came with the head."""
+    """A response head as it comes in: status, reason, header lines, and the body bytes that came with it."""
 
-    __slots__ = ("parser", "status", "reason", "lines", "pieces", "has_head", "has_end", "keeps_alive")
+    __slots__ = ("_parser", "status", "reason", "lines", "options", "pieces", "has_head", "has_end", "keeps_alive")
 
     def __init__(self) -> None:
-        self.parser = httptools.HttpResponseParser(self)
+        self._parser: httptools.HttpResponseParser | None = None
         self.status = 0
-        self.reason = b""
+        self.reason = ""
         self.lines: list[Line] = []
+        self.options: frozenset[bytes] = frozenset()  # of `Connection`
         self.pieces: list[bytes] = []
         self.has_head = False
-        self.has_end = False
+        self.has_end = False  # only llhttp tells; a body of known length is counted by ResponseBody
         self.keeps_alive = False
 
     def feed(self, data: bytes) -> bool:
         """Parse. Returns False if bytes followed the end of the response. Raises InvalidResponse."""
+        if self._parser is None:
+            plain = parse_plain(data)
+            if plain is not None:
+                self._take(plain, data)
+                return True
+            self._parser = httptools.HttpResponseParser(self)
+        return self._feed_parser(self._parser, data)
+
+    def _take(self, plain: PlainHead, data: bytes) -> None:
+        self.status, self.reason, self.lines, self.options, size = plain
+        self.has_head = True
+        self.keeps_alive = b"close" not in self.options  # RFC 9112 section 9.3
+        if len(data) > size:
+            self.pieces.append(data[size:])
+
+    def _feed_parser(self, parser: httptools.HttpResponseParser, data: bytes) -> bool:
         try:
-            self.parser.feed_data(data)
+            parser.feed_data(data)
         except httptools.HttpParserUpgrade:
             raise InvalidResponse("the backend switched protocols without being asked") from None
         except httptools.HttpParserError as error:
@@ -74,21 +99,25 @@ class ResponseHead:
             raise InvalidResponse("the backend sent a second response")
 
     def on_status(self, reason: bytes) -> None:
-        self.reason += reason
+        self.reason += reason.decode("latin-1")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self.has_head:  # else a trailer: discarded, it must not become a header (RFC 9110 section 6.5.1)
             self.lines.append((name.lower(), value.strip(b" \t")))
 
     def on_headers_complete(self) -> None:
-        self.status = self.parser.get_status_code()
+        assert self._parser is not None
+        self.status = self._parser.get_status_code()
         if self.status < 100:
             raise InvalidResponse("the backend's response has no valid status")
+        version = self._parser.get_http_version()
+        if version not in ("1.1", "1.0"):  # llhttp also takes 0.9 and 2.0, which have no status line
+            raise InvalidResponse(f"the backend's response has the version HTTP/{version}")
         self.has_head = self.status >= 200
         # Not llhttp's own judgement: it takes an answer to HEAD without a length for one that lasts until EOF.
-        options = nominated(self.lines)
-        is_persistent = self.parser.get_http_version() == "1.1" or b"keep-alive" in options
-        self.keeps_alive = is_persistent and b"close" not in options  # RFC 9112 section 9.3
+        self.options = nominated(self.lines)
+        is_persistent = version == "1.1" or b"keep-alive" in self.options
+        self.keeps_alive = is_persistent and b"close" not in self.options  # RFC 9112 section 9.3
 
     def on_body(self, data: bytes) -> None:
         self.pieces.append(data)
@@ -99,7 +128,11 @@ class ResponseHead:
         else:
             # 1xx: WSGI cannot pass it on, so it is swallowed (RFC 9110 section 15.2); the real one follows.
             self.lines.clear()
-            self.reason = b""
+            self.reason = ""
+
+    def end(self) -> None:
+        """No more of it will be parsed: the parser refers to us and we to it, and that is garbage of the slow kind."""
+        self._parser = None
 
     def take(self) -> bytes:
         """The body bytes parsed so far, once."""
@@ -148,6 +181,7 @@ class ResponseBody:
         "_head",
         "_left",
         "_is_chunked",
+        "_framing_bytes",
         "_pending",
         "_watcher",
         "_can_reuse",
@@ -171,6 +205,7 @@ class ResponseBody:
         # RFC 9112 section 6.3: no body, else chunked, else so many bytes, else until EOF.
         self._left: int | None
         self._is_chunked = False
+        self._framing_bytes = 0  # received since the last byte of body
         if is_head_request or head.status in BODILESS_STATUSES:
             self._left = 0
         else:
@@ -219,7 +254,11 @@ class ResponseBody:
         if not self._head.feed(data):
             self._can_reuse = False
         self.is_complete = self._head.has_end
-        return self._head.take()
+        body = self._head.take()
+        self._framing_bytes = 0 if body else self._framing_bytes + len(data)
+        if self._framing_bytes > MAX_HEAD:  # a chunk size or a trailer without end, which llhttp goes on collecting
+            raise InvalidResponse(f"the backend sent more than {MAX_HEAD} bytes of chunk framing or trailers")
+        return body
 
     def _count(self, data: bytes) -> bytes:
         """Take `data` off the announced length; bytes beyond it belong to no response and are dropped."""
@@ -233,6 +272,7 @@ class ResponseBody:
         connection, self._connection = self._connection, None
         if connection is None:
             return
+        self._head.end()
         if self._watcher is not None:
             self._watcher.detach()
         if self.is_complete and self._can_reuse:

@@ -1,7 +1,8 @@
 """Starts and stops the HTTP server: Granian (Rust, hyper) in this process, in front of one or more bridges.
 
 The order of starting and stopping is written once, in `serve`. Threads: `MainThread` runs the event loop, Granian
-has native ones of its own, `worker-N` run the app, `health` and `health-probe_N` check the backends.
+has native ones of its own, `worker-N` run the app, `health` and `health-probe_N` check the backends, `reload` runs what
+SIGHUP asks for.
 """
 
 from __future__ import annotations
@@ -27,12 +28,17 @@ from granian.http import HTTP1Settings, HTTP2Settings
 from balancer import accepted
 from balancer.bridge import Bridge
 from balancer.errors import SettingsError
+from balancer.signals import Signals
 
 log = logging.getLogger("balancer.server")
 
 _native: Any = granian._granian  # its type stub does not match what it takes
 
 BACKLOG = 4096  # connections the kernel holds while all is busy; it caps this at somaxconn
+# Of one HTTP/2 connection. All streams may fill their windows: else a few uploads to a slow backend would use up the
+# connection's, and others would look like slow clients. What is unread stays bounded by the number of requests.
+STREAMS = 200
+STREAM_WINDOW = 1024 * 1024  # bytes
 INTERRUPT_DRAIN_SECONDS = 1.0  # Ctrl-C: somebody is waiting
 STOP_SECONDS = 2.0  # for worker threads to end once nothing is in flight
 DRAIN_LOOK_SECONDS = 0.05
@@ -47,6 +53,7 @@ class ServerOptions:
     header_timeout: float = 10.0
     max_header_bytes: int = 65536
     drain_timeout: float = 30.0
+    shutdown_delay: float = 0.0
 
 
 class _Granian:
@@ -79,7 +86,12 @@ class _Granian:
             HTTP1Settings(
                 header_read_timeout=int(options.header_timeout * 1000), max_buffer_size=options.max_header_bytes
             ),
-            HTTP2Settings(max_headers_size=options.max_header_bytes),
+            HTTP2Settings(
+                max_headers_size=options.max_header_bytes,
+                max_concurrent_streams=STREAMS,
+                initial_stream_window_size=STREAM_WINDOW,
+                initial_connection_window_size=STREAMS * STREAM_WINDOW,
+            ),
             False,  # WebSockets
             None,  # static files
             *(False, None, None, None, str(SSLProtocols.tls13), None, [], False),
@@ -159,18 +171,20 @@ def serve(
     options: ServerOptions,
     *,
     on_start: Callable[[], None] = lambda: None,
-    on_drain: Callable[[], None] = lambda: None,
+    on_drain: Callable[[str], None] = lambda text: None,
     on_stop: Callable[[], None] = lambda: None,
+    on_hangup: Callable[[], None] | None = None,
 ) -> int:
     """Serve until SIGTERM (finish what is in flight, exit code 0) or SIGINT (quickly, 130); a second signal cuts off.
 
-    `on_start` runs before the first request is accepted, `on_drain` when a signal has come, `on_stop` when no request
-    is in flight any more.
+    `on_start` runs before the first request is accepted, `on_drain` (with a line for people) when a signal has come,
+    `on_stop` when no request is in flight any more. `on_hangup` runs for SIGHUP, in a thread of its own; without it
+    SIGHUP is as good as SIGTERM.
     """
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         on_start()
         try:
-            code, ended = runner.run(_serve(listeners, options, on_drain))
+            code, ended = runner.run(_serve(listeners, options, on_drain, on_hangup))
         finally:
             for pool in {bridge.pool for bridge, _ in listeners}:
                 pool.stop(STOP_SECONDS)
@@ -190,33 +204,52 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
 
 
 async def _serve(
-    listeners: list[tuple[Bridge, socket.socket]], options: ServerOptions, on_drain: Callable[[], None]
+    listeners: list[tuple[Bridge, socket.socket]],
+    options: ServerOptions,
+    on_drain: Callable[[str], None],
+    on_hangup: Callable[[], None] | None,
 ) -> tuple[int, bool]:
     """(exit code, True if every client connection has ended)."""
     loop = asyncio.get_running_loop()
-    signals: asyncio.Queue[int] = asyncio.Queue()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        _on_signal(loop, number, signals)
+    signals = Signals(on_hangup)
     ports = [listener.getsockname()[1] for _, listener in listeners]
     servers = [_Granian(bridge, listener, options) for bridge, listener in listeners]
     bridges = [bridge for bridge, _ in listeners]
-    watches = [loop.create_task(bridge.watch()) for bridge in bridges]
+    watches: list[asyncio.Task[Any]] = [loop.create_task(bridge.watch()) for bridge in bridges]
     watches.append(loop.create_task(_close_silent(ports, bridges, options.header_timeout)))
+    watches.append(loop.create_task(signals.call_on_hangup()))
     gc.collect()
     gc.freeze()  # what exists now lives as long as the process: the collector need not walk it again
-    received = await signals.get()
-    log.info("draining: %d requests in flight", sum(bridge.active for bridge in bridges))
-    on_drain()
+    received = await signals.ending.get()
+    second = loop.create_task(signals.ending.get())
+    watches.append(second)
+    quick = received == signal.SIGINT
+    delay = 0.0 if quick else options.shutdown_delay
+    limit = INTERRUPT_DRAIN_SECONDS if quick else options.drain_timeout
+    _say_draining(received, bridges, delay, limit, on_drain)
+    await asyncio.wait([second], timeout=delay)  # served as before, until nobody sends new requests here any more
     servers[0].stop()  # a control port of its own stays, so that /readyz can say what goes on
-    limit = INTERRUPT_DRAIN_SECONDS if received == signal.SIGINT else options.drain_timeout
-    await _drain(servers[0].stopped, bridges[0], limit, signals)
+    await _drain(servers[0].stopped, second, bridges[0], limit)
     for server in servers[1:]:
         server.stop()
     stopped: asyncio.Future[Any] = asyncio.gather(*(server.stopped for server in servers))
     await asyncio.wait([stopped], timeout=LAST_RESORT_SECONDS)
     for watch in watches:
         watch.cancel()
-    return 130 if received == signal.SIGINT else 0, stopped.done()
+    signals.join(STOP_SECONDS)
+    return 130 if quick else 0, stopped.done()
+
+
+def _say_draining(
+    received: signal.Signals, bridges: list[Bridge], delay: float, limit: float, on_drain: Callable[[str], None]
+) -> None:
+    for bridge in bridges:
+        bridge.is_draining = True
+    active = sum(bridge.active for bridge in bridges)
+    more = f", after {delay:g} s in which more are accepted" if delay else ""
+    text = f"{active} requests in flight have at most {limit:g} s to finish{more} ({received.name})"
+    log.info("draining: %s", text)
+    on_drain(text)
 
 
 async def _close_silent(ports: list[int], bridges: list[Bridge], seconds: float) -> None:
@@ -227,19 +260,13 @@ async def _close_silent(ports: list[int], bridges: list[Bridge], seconds: float)
             accepted.close_silent(port, seconds, bridge.clients())
 
 
-async def _drain(stopped: asyncio.Future[None], bridge: Bridge, limit: float, signals: asyncio.Queue[int]) -> None:
+async def _drain(stopped: asyncio.Future[None], second: asyncio.Future[Any], bridge: Bridge, limit: float) -> None:
     """Wait for the requests in flight; after `limit` seconds, or at a second signal, cut them off."""
     deadline = time.monotonic() + limit
-    while bridge.active and not stopped.done() and signals.empty() and time.monotonic() < deadline:
-        await asyncio.wait([stopped], timeout=DRAIN_LOOK_SECONDS)
+    while bridge.active and not stopped.done() and not second.done() and time.monotonic() < deadline:
+        await asyncio.wait([stopped, second], timeout=DRAIN_LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
     if bridge.active:  # if it has stopped, then because all their clients have left
         if not stopped.done():
-            log.warning("cut off %d requests that were still in flight", bridge.active)
+            why = "a second signal came" if second.done() else f"{limit:g} s are over"
+            log.warning("%s: cut off %d requests that were still in flight", why, bridge.active)
         bridge.abort()
-
-
-def _on_signal(loop: asyncio.AbstractEventLoop, number: int, queue: asyncio.Queue[int]) -> None:
-    try:
-        loop.add_signal_handler(number, queue.put_nowait, number)
-    except NotImplementedError:  # Windows
-        signal.signal(number, lambda *_: loop.call_soon_threadsafe(queue.put_nowait, number))

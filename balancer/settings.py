@@ -30,6 +30,7 @@ from pydantic import (
 )
 
 from balancer.backends import ID_PATTERN, MAX_CONNECTIONS, MAX_WEIGHT
+from balancer.ejection import LatencyMode
 from balancer.errors import SettingsError
 from balancer.origin import Origin
 
@@ -37,11 +38,14 @@ Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
 SecondsOrZero = Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False)]
 Weight = Annotated[int, Field(ge=0, le=MAX_WEIGHT), BeforeValidator(lambda v: str(v) if isinstance(v, bool) else v)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 MaxConnections = Annotated[int, Field(ge=1, le=MAX_CONNECTIONS)]
 
 # Names that are not LB_ + NAME: those of the earlier program. They count less than the regular ones.
 LEGACY_ENVIRONMENT = {"ALGORITHM": "algorithm"}
-UNITS = {"max_header_bytes": " bytes"}
+UNITS = {"max_header_bytes": " bytes", "min_body_rate": " bytes/s"} | dict.fromkeys(
+    ("retry_budget", "eject_max_share", "latency_ejection_factor", "panic_threshold"), ""
+)  # the other floats are seconds
 SECRET_FILES = {"LB_ADMIN_TOKEN_FILE": "admin_token"}
 
 
@@ -108,10 +112,14 @@ class Settings(BaseModel):
     pool_idle_timeout: Seconds = Field(
         4.0, description="time an idle backend connection is kept; stay below the backend's"
     )
-    request_timeout: Seconds | None = Field(
-        None, description="time for all attempts together until a response head is here"
+    request_timeout: Seconds = Field(
+        60.0, description="time for the queue and all attempts together until a response head is here"
     )
     retries: int = Field(2, ge=0, le=10, description="further backends tried after a failure that allows it")
+    retry_budget: Share = Field(0.2, description="retries of the last 10 s as a share of the requests of that time")
+    retry_budget_minimum: int = Field(10, ge=0, le=1_000_000, description="retries a second that are always allowed")
+    queue_limit: int = Field(1000, ge=0, le=100_000, description="requests that wait while all backends are full")
+    queue_timeout: Seconds = Field(5.0, description="time a request waits for a place on a backend; after that 503")
     max_request_body: int | None = Field(None, ge=0, description="bytes; larger request bodies are refused with 413")
     ca_file: Path | None = Field(None, description="PEM file of CAs for https backends, instead of the system's")
     trusted_proxies: tuple[str, ...] = Field((), description="networks whose X-Forwarded-* and Forwarded are believed")
@@ -123,6 +131,27 @@ class Settings(BaseModel):
     health_timeout: Seconds = Field(0.4, description="time for a check to connect, and to answer")
     health_fall: int = Field(2, ge=1, le=100, description="failed checks in a row until a backend is down")
     health_rise: int = Field(1, ge=1, le=100, description="good checks in a row until it is up again")
+
+    # Ejection: what real traffic says of a backend.
+    eject_after: int = Field(
+        5, ge=0, le=1000, description="failures in a row after which a backend is ejected; 0 for never"
+    )
+    eject_seconds: Seconds = Field(30.0, description="time it is out, times the number of ejections in a row")
+    eject_max_seconds: Seconds = Field(300.0, description="the longest it is out")
+    eject_max_share: Share = Field(0.5, description="share of the backends that may be out at once, one at least")
+    eject_ends_on_check: bool = Field(False, description="a good health check ends an ejection")
+    latency_ejection: LatencyMode = Field(
+        "off", description="eject backends much slower than their peers: off, shadow (only say so), enforce"
+    )
+    latency_ejection_factor: float = Field(
+        5.0, ge=1, le=100, description="how much slower: median + this x median absolute deviation"
+    )
+    panic_threshold: Share = Field(
+        0.0, description="share of available backends below which health is ignored; 0 for never"
+    )
+    slow_start: SecondsOrZero = Field(
+        0.0, description="time over which a backend that comes back gets its full share; 0 for at once"
+    )
 
     # Control API.
     admin_token: SecretStr | None = Field(None, description="writes need it as a Bearer token; LB_ADMIN_TOKEN_FILE too")
@@ -138,9 +167,21 @@ class Settings(BaseModel):
     max_queued: int = Field(1024, ge=0, le=100000, description="requests that wait for a thread; above that 503")
     thread_idle_timeout: Seconds = Field(30.0, description="time after which an idle thread ends")
     max_clients: int = Field(10000, ge=1, le=1_000_000, description="client connections; more wait to be accepted")
-    header_timeout: Seconds = Field(10.0, description="time for a client to send its whole request head")
+    min_body_rate: int = Field(
+        240,
+        ge=0,
+        le=1_000_000_000,
+        description="rate of a request body after 5 s; slower ones are ended with 408; 0 for no limit",
+    )
+    header_timeout: Seconds = Field(
+        10.0, description="time for a client to send a request head; also between two on a kept connection"
+    )
     max_header_bytes: int = Field(65536, ge=8192, le=1048576, description="size of a request head; above that 431")
-    drain_timeout: SecondsOrZero = Field(30.0, description="time after SIGTERM for requests in flight to finish")
+    max_header_count: int = Field(100, ge=1, le=100, description="header lines of a request; above that 431")
+    shutdown_delay: SecondsOrZero = Field(
+        0.0, description="time after SIGTERM in which all is served while /readyz says 503; 5 to 10 in Kubernetes"
+    )
+    drain_timeout: SecondsOrZero = Field(30.0, description="time after that for requests in flight to finish")
     cpu_affinity: str = Field("auto", description="auto pins to one CPU, none to no CPU, or a list as 0,2")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged, to stdout")
 
@@ -228,9 +269,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         elif field.annotation is bool:
             parser.add_argument(flag, nargs="?", const="true", metavar="true|false", help=f"{text} (false)")
         else:
-            unit = UNITS.get(name, " s" if isinstance(field.default, float) or name == "request_timeout" else "")
-            default = "none" if field.default in (None, "", ()) else show(field.default) + unit
-            parser.add_argument(flag, metavar=name.rpartition("_")[2].upper(), help=f"{text} ({default})")
+            parser.add_argument(flag, metavar=name.rpartition("_")[2].upper(), help=f"{text} ({default_of(name)})")
+
+
+def default_of(name: str) -> str:
+    """A setting's default with its unit, as `--help` and the documentation show it."""
+    default = Settings.model_fields[name].default
+    if default in (None, "", ()):
+        return "none"
+    return show(default) + UNITS.get(name, " s" if isinstance(default, float) else "")
 
 
 def load(

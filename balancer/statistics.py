@@ -8,76 +8,65 @@ Failed means that the client got no complete answer, or one of 500 and above.
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from itertools import islice
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-RECENT_KEPT = 100
+if TYPE_CHECKING:
+    from balancer.backends import Choice
+from balancer.histogram import Histogram
+from balancer.totals import Totals
+
+RECENT_KEPT = 1000  # finished requests that `/requests/<id>` can still explain
+TROUBLED_KEPT = 200  # those that failed or were tried more than once stay longer: they are the ones people ask about
 EVENTS_KEPT = 500
 REFUSED = "write_refused"  # the one kind of event that anybody can cause
+EVENT_KINDS = (
+    *("backend_up", "backend_down", "backend_added", "backend_removed", "backend_changed", "backend_draining"),
+    *("backend_drained", "backend_ejected", "backend_trial", "backend_returned", "backend_slow", "algorithm_changed"),
+    *("statistics_reset", REFUSED, "panic_on", "panic_off", "config_reloaded", "config_refused", "draining"),
+)
 RATE_SECONDS = 5  # requests per second are the mean of this many whole seconds
 BUDGET_SECONDS = 10  # retries are counted against the requests of this many seconds
 PATH_SHOWN = 200  # characters of a path that are kept; the query never is, it may hold secrets
 
-# Upper bounds in seconds, 100 us to about 105 s, each 1.15 times the last: a percentile is off by 15 % at most.
-BOUNDS = tuple(0.0001 * 1.15**step for step in range(100))
+FORMER_KEPT = 1000  # backends that are gone and whose counts go on if they come back
 CODE_CLASSES = ("1xx", "2xx", "3xx", "4xx", "5xx")
-
-
-class Histogram:
-    """Counts per bucket: constant memory however long it runs. Not locked; the owner's lock guards it."""
-
-    __slots__ = ("counts", "total", "maximum")
-
-    def __init__(self) -> None:
-        self.counts = [0] * (len(BOUNDS) + 1)
-        self.total = 0
-        self.maximum = 0.0
-
-    def add(self, seconds: float) -> None:
-        self.counts[bisect_left(BOUNDS, seconds)] += 1
-        self.total += 1
-        if seconds > self.maximum:
-            self.maximum = seconds
-
-    def __iadd__(self, other: Histogram) -> Histogram:
-        self.counts = [ours + theirs for ours, theirs in zip(self.counts, other.counts, strict=True)]
-        self.total += other.total
-        self.maximum = max(self.maximum, other.maximum)
-        return self
-
-    def percentile(self, share: float) -> float | None:
-        """Upper bound in seconds of the bucket that holds the `share` (0 to 1) smallest; None without samples."""
-        if not self.total:
-            return None
-        rank, seen = share * self.total, 0
-        for bound, count in zip(BOUNDS, self.counts, strict=False):
-            seen += count
-            if seen >= rank and count:
-                return min(bound, self.maximum)
-        return self.maximum
-
-    def summary(self) -> dict[str, float | None]:
-        return {"p50": self.percentile(0.50), "p95": self.percentile(0.95), "p99": self.percentile(0.99)}
 
 
 @dataclass(slots=True)
 class Attempt:
-    """One try on one backend: outcome is a status, or the reason why there is none; seconds until the head was here."""
+    """One try on one backend. `seconds` until the response head was here or the attempt had failed."""
 
-    backend: str
-    outcome: str = ""
+    choice: Choice
+    outcome: str = ""  # a status, or the reason why there is none
     seconds: float = 0.0
+    connect: float | None = None  # seconds for a new connection, None if a kept one was used
     error: str | None = None  # in words, for the operator
+
+    @property
+    def backend(self) -> str:
+        return self.choice.backend.id
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "backend": self.backend,
+            "outcome": self.outcome,
+            "error": self.error,
+            "seconds": self.seconds,
+            "connect": self.connect,
+        }
 
 
 @dataclass(slots=True)
 class Exchange:
-    """A finished request as it is recorded. `status` is what the client saw, 499 if it had left."""
+    """A finished request as it is recorded. Times in seconds; bytes are of the bodies.
+
+    `status` is what the client saw, 499 if it had left; `reason` says why, if no backend's answer went through whole.
+    """
 
     timestamp: float
     method: str
@@ -86,8 +75,12 @@ class Exchange:
     backend: str | None = None
     status: int = 0
     seconds: float = 0.0
+    queued: float = 0.0  # waited for a place on a backend
+    bytes_in: int = 0
+    bytes_out: int = 0
     complete: bool = True
     reason: str | None = None
+    not_retried: str | None = None  # why the last failure was final, in words
     attempts: list[Attempt] = field(default_factory=list)
 
     @property
@@ -98,6 +91,16 @@ class Exchange:
     def aborted(self) -> bool:
         return self.status == 499 and not self.complete  # not if a backend answered 499 itself
 
+    @property
+    def is_troubled(self) -> bool:
+        return self.failed or len(self.attempts) > 1
+
+    @property
+    def first_byte(self) -> float | None:
+        """Seconds until the last attempt had its response head, None if it got none."""
+        attempt = self.attempts[-1] if self.attempts else None
+        return attempt.seconds if attempt is not None and attempt.error is None else None
+
     def describe(self) -> dict[str, Any]:
         return {
             "timestamp": self.timestamp,
@@ -107,11 +110,21 @@ class Exchange:
             "method": self.method,
             "path": self.path[:PATH_SHOWN],
             "request_id": self.request_id,
+            "queued": self.queued,
+            "first_byte": self.first_byte,
+            "bytes_in": self.bytes_in,
+            "bytes_out": self.bytes_out,
             "attempts": len(self.attempts),
-            "tried": [asdict(attempt) for attempt in self.attempts],
+            "tried": [attempt.describe() for attempt in self.attempts],
             "reason": self.reason,
+            "not_retried": self.not_retried,
             "complete": self.complete,
         }
+
+    def explain(self) -> dict[str, Any]:
+        """`describe` with why each attempt went to its backend."""
+        tried = [attempt.describe() | attempt.choice.describe() for attempt in self.attempts]
+        return self.describe() | {"tried": tried}
 
 
 class Counters:
@@ -133,6 +146,17 @@ class Counters:
         self.codes = [ours + theirs for ours, theirs in zip(self.codes, other.codes, strict=True)]
         self.latency += other.latency
         return self
+
+    def copy(self) -> Counters:
+        copied = Counters()
+        copied.total, copied.failed, copied.aborted, copied.seconds = (
+            self.total,
+            self.failed,
+            self.aborted,
+            self.seconds,
+        )
+        copied.codes, copied.latency = self.codes.copy(), self.latency.copy()
+        return copied
 
     def add(self, exchange: Exchange) -> None:
         self.total += 1
@@ -185,11 +209,22 @@ class Rate:
         return sum(count for second, count in self._seconds if first <= second < end)
 
 
-class Statistics:
-    """What happened since the start or the last reset.
+@dataclass(frozen=True, slots=True)
+class Lifetime:
+    """Copies of counts that only ever grow: per backend id, or None for no backend; and the gauge `active`."""
 
-    `_lock` guards everything: `_counters` (per backend id; None for no backend or a former one), `_recent`,
-    `_arrivals`, `_retried`, `_retries`, `_active` and `_start_time`.
+    active: int
+    retries: int
+    counters: dict[str | None, Counters]
+    totals: Totals
+
+
+class Statistics:
+    """What happened since the start or the last reset, and since the start of the process.
+
+    `_lock` guards everything: `_counters` (per backend id, or None for no backend), `_forgotten` (of former backends),
+    `_before` (what resets and removals took out of `_counters`), `_totals`, `_recent`, `_troubled`, `_arrivals`,
+    `_retried`, `_retries`, `_retries_before`, `_active` and `_start_time`.
     """
 
     def __init__(
@@ -200,13 +235,22 @@ class Statistics:
         self._active = 0
         self._arrivals = Rate(clock)
         self._retried = Rate(clock)
+        self._counters: dict[str | None, Counters] = {}
+        self._before: dict[str | None, Counters] = {}
+        self._totals = Totals()
+        self._retries = self._retries_before = 0
         self._clear()
 
     def _clear(self) -> None:
+        for backend_id, counters in self._counters.items():
+            self._keep(backend_id, counters)
         self._start_time = self._wall_clock()
-        self._counters: dict[str | None, Counters] = {None: Counters()}
+        self._counters = {None: Counters()}
+        self._forgotten = Counters()
+        self._retries_before += self._retries
         self._retries = 0
         self._recent: deque[Exchange] = deque(maxlen=RECENT_KEPT)
+        self._troubled: deque[Exchange] = deque(maxlen=TROUBLED_KEPT)
 
     def begin(self) -> None:
         """A request has arrived; exactly one `record` follows."""
@@ -222,16 +266,28 @@ class Statistics:
             if counters is None:
                 counters = self._counters[exchange.backend] = Counters()
             counters.add(exchange)
+            self._totals.add(exchange)
             self._recent.append(exchange)
+            if exchange.is_troubled:
+                self._troubled.append(exchange)
+
+    def find(self, request_id: str) -> Exchange | None:
+        """The newest finished request of this id that is still kept; clients may send the same id twice."""
+        with self._lock:
+            for exchange in chain(reversed(self._recent), reversed(self._troubled)):
+                if exchange.request_id == request_id:
+                    return exchange
+        return None
 
     def may_retry(self, share: float, minimum: int) -> bool:
-        """Count one more retry if the budget allows it: `share` of the requests of the last 10 s, but `minimum` anyway.
+        """Count one more retry if the budget allows it: `share` of the requests of the last 10 s, but `minimum` a
+        second in any case.
 
         Counted over time rather than over what is in flight: when one of three backends dies, a third of what is in
         flight needs its retry at the same moment, while a storm shows in the seconds that follow.
         """
         with self._lock:
-            if self._retried.recent() >= max(minimum, share * self._arrivals.recent()):
+            if self._retried.recent() >= max(minimum * BUDGET_SECONDS, share * self._arrivals.recent()):
                 return False
             self._retried.add()
             self._retries += 1
@@ -242,20 +298,47 @@ class Statistics:
         with self._lock:
             former = self._counters.pop(backend_id, None)
             if former is not None:
-                self._counters[None] += former
+                self._forgotten += former
+                self._keep(backend_id, former)
+
+    def _keep(self, backend_id: str | None, counters: Counters) -> None:
+        """For `lifetime`. Who has been gone the longest is dropped for good when there are too many."""
+        total = self._before.pop(backend_id, None) or Counters()
+        total += counters
+        self._before[backend_id] = total
+        if len(self._before) > FORMER_KEPT:
+            oldest = next(key for key in self._before if key is not None)
+            del self._before[oldest]
+            self._totals.forget(oldest)
 
     def reset(self) -> None:
         """Zero everything but what is in flight."""
         with self._lock:
             self._clear()
 
+    def lifetime(self) -> Lifetime:
+        """Counts since the start of the process, whatever was reset or removed; for differences over time."""
+        with self._lock:
+            active, retries, totals = self._active, self._retries_before + self._retries, self._totals.copy()
+            total = {backend_id: counters.copy() for backend_id, counters in self._before.items()}
+            current = [(backend_id, counters.copy()) for backend_id, counters in self._counters.items()]
+        for backend_id, counters in current:
+            if backend_id in total:
+                total[backend_id] += counters
+            else:
+                total[backend_id] = counters
+        return Lifetime(active, retries, total, totals)
+
     def snapshot(
         self, recent: int = 20
     ) -> tuple[dict[str, Any], dict[str | None, dict[str, Any]], list[dict[str, Any]]]:
         """(whole, per backend id or None, newest `recent` requests first), all of one moment."""
         with self._lock:
+            nobody = self._forgotten.copy()
+            nobody += self._counters[None]
+            counted = self._counters | {None: nobody}
             total = Counters()
-            for counters in self._counters.values():
+            for counters in counted.values():
                 total += counters
             whole = total.describe() | {
                 "start_time": self._start_time,
@@ -263,7 +346,7 @@ class Statistics:
                 "retries": self._retries,
                 "requests_per_second": self._arrivals.per_second(),
             }
-            backends = {key: counters.describe() for key, counters in self._counters.items()}
+            backends = {key: counters.describe() for key, counters in counted.items()}
             newest = list(islice(reversed(self._recent), recent))
         return whole, backends, [exchange.describe() for exchange in newest]
 
@@ -272,12 +355,16 @@ NO_REQUESTS = Counters().describe()  # what `/status` shows for a backend that h
 
 
 class Events:
-    """The newest events with a rising `seq`, so that a reader asks only for what is new. `_lock` guards both."""
+    """The newest events with a rising `seq`, so that a reader asks only for what is new.
+
+    `_lock` guards all three: `_seq`, `_events`, `_counts`.
+    """
 
     def __init__(self, wall_clock: Callable[[], float] = time.time) -> None:
         self._lock = Lock()
         self._wall_clock = wall_clock
         self._seq = 0
+        self._counts = dict.fromkeys(EVENT_KINDS, 0)
         self._events: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
 
     def add(self, kind: str, backend: str | None, message: str, severity: str = "info") -> None:
@@ -287,6 +374,7 @@ class Events:
         """
         with self._lock:
             self._seq += 1
+            self._counts[kind] = self._counts.get(kind, 0) + 1
             count = 1
             if kind == REFUSED and self._events and self._events[-1]["kind"] == REFUSED:
                 count += self._events.pop()["count"]
@@ -306,6 +394,11 @@ class Events:
         """(events with a higher `seq`, oldest first; the newest `seq`)."""
         with self._lock:
             return [event for event in self._events if event["seq"] > seq], self._seq
+
+    def counts(self) -> dict[str, int]:
+        """How many of each kind there have been, also those that are no longer kept."""
+        with self._lock:
+            return self._counts.copy()
 
     @property
     def latest(self) -> int:

@@ -37,6 +37,11 @@ class Strategy:
         """One of `candidates`. `request` has `method`, `target` and `headers` of the outgoing request."""
         raise NotImplementedError
 
+    def scores(self, candidates: Sequence[Backend]) -> Sequence[float] | None:
+        """What `select` compares, one number each, the lowest goes; None if it takes turns. Only to explain a choice:
+        called with the lock held right before `select`, so keep it cheap and change nothing."""
+        return None
+
     def expected_shares(self, ready: Sequence[Backend]) -> Mapping[str, float] | None:
         """Share of the traffic per backend id that this strategy aims at, or None if that depends on the traffic."""
         return None
@@ -155,6 +160,9 @@ class LeastConnections(TakingTurns):
     """The backend with the fewest requests in flight for its weight; ties take turns by weight. Right for requests of
     very different duration, and for backends of different or changing speed."""
 
+    def scores(self, candidates: Sequence[Backend]) -> Sequence[float]:
+        return [backend.active / backend.weight for backend in candidates]
+
     def select(self, candidates: Sequence[Backend], request: Any) -> Backend:
         least = candidates[0]
         tied = [least]
@@ -168,22 +176,71 @@ class LeastConnections(TakingTurns):
         return least if len(tied) == 1 else self._turns.next(tied, _weight)
 
 
-@strategy("least_response_time")
-class LeastResponseTime(TakingTurns):
-    """The backend expected to answer first: its remembered time to first byte (EWMA; a failure counts as 1 s) times its
-    requests in flight plus one, over its weight. An idle backend's remembered time halves every 5 s, so a slow one is
-    tried again; one never measured is tried first. Right when speed differs for reasons nobody knows beforehand."""
+@strategy("power_of_two")
+class PowerOfTwo(Strategy):
+    """The less loaded of two backends drawn at random by weight: nearly as even as asking all of them, and several
+    balancers in front of the same backends do not all run to the same one. Right for many backends, or many
+    balancers."""
 
     def select(self, candidates: Sequence[Backend], request: Any) -> Backend:
+        first = self._draw(candidates)
+        rest = [backend for backend in candidates if backend is not first]
+        if not rest:
+            return first
+        second = self._draw(rest)
+        return second if second.active * first.weight < first.active * second.weight else first
+
+    def _draw(self, candidates: Sequence[Backend]) -> Backend:
+        return self.rng.choices(candidates, [backend.weight for backend in candidates])[0]
+
+
+class ExpectedSoonest(TakingTurns):
+    """Base of the strategies that go by time: expected time of one request x (those in flight + 1) / weight.
+
+    The expected time is what is remembered, or for how long a backend has owed an answer by now if that is longer: a
+    backend that stalls gives no samples that would tell.
+    """
+
+    def remembered(self, backend: Backend, now: float) -> float:
+        """Seconds to the first byte, 0.0 if never measured."""
+        raise NotImplementedError
+
+    def scores(self, candidates: Sequence[Backend]) -> list[float]:
         now = self.clock()
-        tied: list[Backend] = []
-        lowest = float("inf")
-        for backend in candidates:
-            # Never measured: first if idle, else as if slow, or it would draw all traffic until its first answer.
-            seconds = backend.response_time(now) or (UNMEASURED_SECONDS if backend.active else 0.0)
-            score = seconds * (backend.active + 1) / backend.weight
-            if score < lowest:
-                lowest, tied = score, [backend]
-            elif score == lowest:
-                tied.append(backend)
+        # Never measured: first if idle, else as if slow, or it would draw all traffic until its first answer.
+        return [
+            max(
+                self.remembered(backend, now) or (UNMEASURED_SECONDS if backend.active else 0.0),
+                backend.silence(now),
+            )
+            * (backend.active + 1)
+            / backend.weight
+            for backend in candidates
+        ]
+
+    def select(self, candidates: Sequence[Backend], request: Any) -> Backend:
+        scores = self.scores(candidates)
+        lowest = min(scores)
+        tied = [backend for backend, score in zip(candidates, scores, strict=True) if score == lowest]
         return tied[0] if len(tied) == 1 else self._turns.next(tied, _weight)
+
+
+@strategy("least_response_time")
+class LeastResponseTime(ExpectedSoonest):
+    """The backend expected to answer first: its remembered time to first byte (EWMA; a failure counts as 1 s), or for
+    how long it has owed an answer, times its requests in flight plus one, over its weight. An idle backend's remembered
+    time halves every 5 s, so a slow one is tried again; one never measured is tried first. Right when speed differs for
+    reasons nobody knows beforehand."""
+
+    def remembered(self, backend: Backend, now: float) -> float:
+        return backend.response_time(now)
+
+
+@strategy("peak_ewma")
+class PeakEwma(ExpectedSoonest):
+    """As least_response_time, but one slow answer counts in full at once and is forgotten only as time passes (it
+    halves every 5 s), as in Finagle and Linkerd. Right when a backend that was slow a moment ago is better avoided, and
+    the others have room for its share."""
+
+    def remembered(self, backend: Backend, now: float) -> float:
+        return backend.peak_time(now)

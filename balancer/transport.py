@@ -11,6 +11,7 @@ that has been idle longer than `pool_idle_timeout` is closed (keep that below th
 from __future__ import annotations
 
 import errno
+import math
 import socket
 import ssl
 import time
@@ -60,7 +61,10 @@ class OutgoingRequest(PreparedRequest):
         self._body_position = None
         self.content_length: int | None = None
         self.watcher: Watcher | None = None
-        self.deadline: float | None = None  # of time.monotonic(), for all attempts together
+        self.deadline = math.inf  # of time.monotonic(), for all attempts together
+        self.connect_seconds: float | None = (
+            None  # what the last attempt spent on a new connection, None for a kept one
+        )
 
     @property
     def headers(self) -> HeaderLines:  # type: ignore[override]
@@ -95,7 +99,7 @@ class BackendAdapter(BaseAdapter):
     """Sends requests to backends over pooled connections. Thread-safe.
 
     `_lock` guards `_idle`: per origin, the idle connections, the newest last. Sockets are opened, checked and closed
-    outside it.
+    outside it. `timeouts` and `pool_idle_timeout` may be replaced at any time.
     """
 
     def __init__(
@@ -109,7 +113,7 @@ class BackendAdapter(BaseAdapter):
     ) -> None:
         super().__init__()
         self.timeouts = timeouts or Timeouts()
-        self._pool_idle_timeout = pool_idle_timeout
+        self.pool_idle_timeout = pool_idle_timeout
         self._max_idle = max_idle
         self._tls = tls
         self._clock = clock
@@ -136,13 +140,14 @@ class BackendAdapter(BaseAdapter):
         whatever the request's body iterator raises comes through. A reused connection that died before any byte of a
         response gets one more try on a fresh one, for idempotent methods with a replayable body only.
         """
-        connection = self._take(origin) or self._connect(origin)
+        request.connect_seconds = None
+        connection = self._take(origin) or self._connect(origin, request)
         try:
             return self._exchange_on(connection, request)
         except ConnectionLost as error:
             if not (error.stale and request.is_retriable):
                 raise
-        return self._exchange_on(self._connect(origin), request)
+        return self._exchange_on(self._connect(origin, request), request)
 
     def _exchange_on(self, connection: Connection, request: OutgoingRequest) -> BackendResponse:
         watcher = request.watcher
@@ -175,16 +180,26 @@ class BackendAdapter(BaseAdapter):
         return BackendResponse(head, body, request)
 
     def _response_seconds(self, request: OutgoingRequest) -> float:
-        """For the response head: `timeouts.response`, or what is left of the request's own time."""
-        if request.deadline is None:
+        """For the response head: `timeouts.response`, or what is left of the request's own time.
+
+        A streamed body may take as long as it needs to come; there is only one attempt with it anyway.
+        """
+        if not request.is_replayable:
             return self.timeouts.response
         return max(0.001, min(self.timeouts.response, request.deadline - time.monotonic()))
 
-    def _connect(self, origin: Origin) -> Connection:
+    def _connect(self, origin: Origin, request: OutgoingRequest) -> Connection:
+        started = time.monotonic()
         try:
-            sock = socket.create_connection((origin.host, origin.port), self.timeouts.connect)
+            return self._open(origin, max(0.001, min(self.timeouts.connect, request.deadline - started)))
+        finally:
+            request.connect_seconds = time.monotonic() - started
+
+    def _open(self, origin: Origin, seconds: float) -> Connection:
+        try:
+            sock = socket.create_connection((origin.host, origin.port), seconds)
         except TimeoutError:
-            raise ConnectTimedOut(f"{origin.url} did not accept within {self.timeouts.connect:g} s") from None
+            raise ConnectTimedOut(f"{origin.url} did not accept within {seconds:.3g} s") from None
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 raise OutOfDescriptors("the load balancer may open no more connections, raise its file limit") from None
@@ -193,7 +208,7 @@ class BackendAdapter(BaseAdapter):
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if origin.scheme == "https":
-                sock = self._wrap(sock, origin)
+                sock = self._wrap(sock, origin, seconds)
             else:
                 sock.settimeout(None)
         except BaseException:
@@ -201,13 +216,13 @@ class BackendAdapter(BaseAdapter):
             raise
         return Connection(sock, origin)
 
-    def _wrap(self, sock: socket.socket, origin: Origin) -> ssl.SSLSocket:
+    def _wrap(self, sock: socket.socket, origin: Origin, seconds: float) -> ssl.SSLSocket:
         if self._tls is None:
             self._tls = ssl.create_default_context()
         try:
             return self._tls.wrap_socket(sock, server_hostname=origin.host)
         except TimeoutError:
-            raise ConnectTimedOut(f"{origin.url}: no TLS handshake within {self.timeouts.connect:g} s") from None
+            raise ConnectTimedOut(f"{origin.url}: no TLS handshake within {seconds:.3g} s") from None
         except (OSError, ValueError) as error:
             raise ConnectFailed(f"{origin.url}: TLS: {error}") from error
 
@@ -215,7 +230,7 @@ class BackendAdapter(BaseAdapter):
 
     def _take(self, origin: Origin) -> Connection | None:
         """The most recently used idle connection that is still good; closes those that are not."""
-        oldest = self._clock() - self._pool_idle_timeout
+        oldest = self._clock() - self.pool_idle_timeout
         while True:
             with self._lock:
                 idle = self._idle.get(origin)
@@ -238,9 +253,14 @@ class BackendAdapter(BaseAdapter):
         if not kept:
             connection.close()
 
+    def idle(self) -> dict[str, int]:
+        """Kept connections per URL of an origin."""
+        with self._lock:
+            return {origin.url: len(idle) for origin, idle in self._idle.items()}
+
     def close_idle(self) -> None:
         """Close what has been idle too long."""
-        oldest = self._clock() - self._pool_idle_timeout
+        oldest = self._clock() - self.pool_idle_timeout
         expired: list[Connection] = []
         with self._lock:
             for origin, idle in list(self._idle.items()):

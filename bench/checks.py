@@ -16,8 +16,9 @@ from pathlib import Path
 
 from contenders import BODY, HERE, Contender, Place
 from processes import BenchError, Service, await_answer, free_ports, get, raise_file_limit, running
-from report import MIB, render_table
+from report import MIB
 from slow_backend import blocks
+from tables import Table
 
 READ_SIZE = 1 << 18
 TRANSFER_TIMEOUT_SECONDS = 60  # without one byte of progress
@@ -52,7 +53,7 @@ def before_slow_backend(contender: Contender) -> Iterator[tuple[Service, Place]]
         command = [sys.executable, str(HERE / "slow_backend.py"), *map(str, ports)]
         with running("the slow backend", command, root / "backend") as backend:
             await_answer(backend, ports[-1], "/", BODY)
-            with running(contender.name, contender.command(place), place.directory) as service:
+            with running(contender.name, contender.command(place), place.directory, contender.cpus) as service:
                 await_answer(service, port, "/", BODY)
                 yield service, place
 
@@ -76,7 +77,7 @@ def check_transfer(contender: Contender, size: int, allowed_growth: int) -> list
             if growth > allowed_growth:
                 faults.append(f"{name}: grew by {growth / MIB:.1f} MiB, allowed {allowed_growth / MIB:.1f}")
         print(f"{contender.name}: resident {start_size / MIB:.1f} MiB before the first transfer")
-    print(render_table(["transfer", "MiB through", "MiB/s", "peak growth MiB"], rows))
+    print(Table(["transfer", "MiB through", "MiB/s", "peak growth MiB"], rows).text())
     return faults
 
 
@@ -124,7 +125,7 @@ def check_concurrency(contender: Contender, count: int, delay: float) -> list[st
         _, peak = get(place.backends[0], "/peak")
         memory = service.memory_bytes("VmHWM") / MIB
     row = [contender.name, f"{good}/{count}", f"{seconds:.2f}", str(json.loads(peak)), f"{memory:.1f}"]
-    print(render_table(["contender", "succeeded", "seconds", "most at a backend at once", "peak MiB"], [row]))
+    print(Table(["contender", "succeeded", "seconds", "most at a backend at once", "peak MiB"], [row]).text())
     return [] if good == count else [f"{contender.name}: {count - good} of {count} requests failed"]
 
 

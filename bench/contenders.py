@@ -6,6 +6,7 @@ import grp
 import json
 import os
 import pwd
+import random
 import resource
 import shutil
 import sys
@@ -13,10 +14,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from processes import ALL_CPUS, CONTENDER_CPUS
+
 HERE = Path(__file__).resolve().parent
 BALANCER = HERE.parent / "load_balancer.py"
 BODY = json.dumps({"message": "Request processed", "server_id": "bench", "value": 42}).encode() + b"\n"
 STUB_STATUS_PATH = "/bench-stub-status"
+UPLOAD_PATH = "/upload"
+FILES = {"/64k": random.Random(1).randbytes(64 << 10), "/10m": random.Random(2).randbytes(10 << 20)}
 # Enough for 1,000 clients and as many backend connections, in any proxy that asks for a number.
 MAX_CONNECTIONS = 4096
 # Every contender may keep a connection for ever; nginx would otherwise close it after 1,000 requests.
@@ -25,11 +30,13 @@ MANY_REQUESTS = 1_000_000_000
 
 @dataclass(frozen=True)
 class Place:
-    """Where a contender runs: its port, the ports of its backends, and a directory of its own."""
+    """Where a contender runs: its port, the ports of its backends, a directory of its own, and how it is to choose,
+    in its own words ("": in turn, or what it does by default)."""
 
     port: int
     backends: list[int]
     directory: Path
+    method: str = ""
 
     @property
     def urls(self) -> list[str]:
@@ -42,11 +49,13 @@ class Contender:
     about: str
     command: Callable[[Place], list[str]]  # may write configuration into the place's directory
     programs: tuple[str, ...] = ()
+    cpus: frozenset[int] = CONTENDER_CPUS
 
 
 def balancer_command(place: Place) -> list[str]:
     backends = [f"--backend=backend_{i}={url}@1" for i, url in enumerate(place.urls, 1)]
-    return [sys.executable, str(BALANCER), "--host=127.0.0.1", f"--port={place.port}", *backends]
+    method = [f"--algorithm={place.method}"] if place.method else []
+    return [sys.executable, str(BALANCER), "--host=127.0.0.1", f"--port={place.port}", *backends, *method]
 
 
 def baseline_command(place: Place) -> list[str]:
@@ -54,12 +63,18 @@ def baseline_command(place: Place) -> list[str]:
     return [sys.executable, str(HERE / "baseline.py"), f"--port={place.port}", *backends]
 
 
+def aiohttp_command(place: Place) -> list[str]:
+    backends = [f"--backend={url}" for url in place.urls]
+    return [sys.executable, str(HERE / "aiohttp_proxy.py"), f"--port={place.port}", *backends]
+
+
 def nginx_command(place: Place) -> list[str]:
     servers = " ".join(f"server 127.0.0.1:{port};" for port in place.backends)
+    method = f"{place.method};" if place.method else ""
     return write_nginx(
         place.directory,
         f"""
-    upstream backends {{ {servers} keepalive {MAX_CONNECTIONS // 4}; keepalive_requests {MANY_REQUESTS}; }}
+    upstream backends {{ {method} {servers} keepalive {MAX_CONNECTIONS // 4}; keepalive_requests {MANY_REQUESTS}; }}
     server {{
         listen 127.0.0.1:{place.port} backlog=4096;
         client_max_body_size 0;
@@ -99,7 +114,7 @@ frontend in
     bind 127.0.0.1:{place.port} backlog 4096
     default_backend out
 backend out
-    balance roundrobin
+    balance {place.method or "roundrobin"}
     option httpchk GET /health
 {servers}
 """
@@ -107,20 +122,63 @@ backend out
     return [find_program("haproxy") or "haproxy", "-db", "-f", str(config)]
 
 
+def caddy_command(place: Place) -> list[str]:
+    config = place.directory / "Caddyfile"
+    backends = " ".join(f"127.0.0.1:{port}" for port in place.backends)
+    config.write_text(
+        f"""{{
+    admin off
+    auto_https off
+    log {{
+        level ERROR
+    }}
+}}
+http://:{place.port} {{
+    bind 127.0.0.1
+    reverse_proxy {backends} {{
+        lb_policy {place.method or "round_robin"}
+        health_uri /health
+        health_interval 500ms
+        transport http {{
+            keepalive_idle_conns {MAX_CONNECTIONS}
+            keepalive_idle_conns_per_host {MAX_CONNECTIONS}
+        }}
+    }}
+}}
+"""
+    )
+    environment = [f"HOME={place.directory}", f"XDG_DATA_HOME={place.directory}", "GOMAXPROCS=1"]
+    program = find_program("caddy") or "caddy"
+    return ["env", *environment, program, "run", "--config", str(config), "--adapter", "caddyfile"]
+
+
 CONTENDERS = {
     contender.name: contender
     for contender in (
-        Contender("balancer", "this balancer, default settings", balancer_command),
-        Contender("baseline", "Flask development server and requests.request per request", baseline_command),
-        Contender("nginx", "nginx, one worker, upstream keep-alive", nginx_command, ("nginx",)),
-        Contender("haproxy", "HAProxy, one thread, health checks on", haproxy_command, ("haproxy",)),
+        Contender("balancer", "this balancer, default settings; it takes one CPU by itself", balancer_command),
+        Contender(
+            "baseline",
+            "Flask development server and requests.request per request, as people run it: on all CPUs",
+            baseline_command,
+            cpus=ALL_CPUS,
+        ),
+        Contender("aiohttp", "aiohttp server and client, no features, one CPU", aiohttp_command),
+        Contender("nginx", "nginx, one worker on one CPU, upstream keep-alive", nginx_command, ("nginx",)),
+        Contender("haproxy", "HAProxy, one thread on one CPU, health checks on", haproxy_command, ("haproxy",)),
+        Contender("caddy", "Caddy, GOMAXPROCS=1 on one CPU, health checks on", caddy_command, ("caddy",)),
     )
 }
 
 
 def fast_backend_command(directory: Path, ports: Iterable[int]) -> list[str]:
-    """One nginx worker that answers at once on each port, and counts what it was asked."""
+    """One nginx worker that answers at once on each port, and counts what it was asked.
+
+    An upload is answered when it has been read whole: `mirror` reads it before the static module refuses the POST.
+    """
+    for path, content in FILES.items():
+        (directory / path.strip("/")).write_bytes(content)
     listen = " ".join(f"listen 127.0.0.1:{port} backlog=4096;" for port in ports)
+    files = "\n".join(f"        location = {path} {{ }}" for path in FILES)
     body = BODY.decode().replace('"', '\\"').replace("\n", "\\n")
     return write_nginx(
         directory,
@@ -128,7 +186,13 @@ def fast_backend_command(directory: Path, ports: Iterable[int]) -> list[str]:
     server {{
         {listen}
         default_type application/json;
+        root {directory};
+        client_max_body_size 0;
+        client_body_buffer_size {max(map(len, FILES.values()))};
         location / {{ return 200 "{body}"; }}
+        location = {UPLOAD_PATH} {{ mirror /sink; error_page 404 405 =200 /done; }}
+        location = /sink {{ internal; return 204; }}
+{files}
         location = {STUB_STATUS_PATH} {{ stub_status; }}
     }}""",
     )

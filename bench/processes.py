@@ -21,6 +21,10 @@ START_TIMEOUT_SECONDS = 20.0
 STOP_TIMEOUT_SECONDS = 10.0
 # Below Linux's default range for outgoing connections, so that no client socket takes a port before its server does.
 PORTS = range(20000, 32000)
+ALL_CPUS = frozenset(os.sched_getaffinity(0))
+# As cpu_affinity = "auto" does it: a contender of one core gets the last one, everything that measures the others.
+CONTENDER_CPUS = frozenset({max(ALL_CPUS)})
+BENCH_CPUS = ALL_CPUS - CONTENDER_CPUS or ALL_CPUS
 # Variables that would change what a contender does from one machine to the next.
 LEFT_OUT_NAMES = {"ALGORITHM", "http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"}
 
@@ -90,8 +94,8 @@ class Service:
 
 
 @contextlib.contextmanager
-def running(name: str, command: list[str], directory: Path) -> Iterator[Service]:
-    """Run a command in its own session and directory for the length of the with block."""
+def running(name: str, command: list[str], directory: Path, cpus: frozenset[int] = BENCH_CPUS) -> Iterator[Service]:
+    """Run a command in its own session and directory, on these CPUs, for the length of the with block."""
     log = directory / "output.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -102,6 +106,7 @@ def running(name: str, command: list[str], directory: Path) -> Iterator[Service]
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=lambda: os.sched_setaffinity(0, cpus),
         )
     service = Service(name, process, log)
     try:
@@ -114,24 +119,25 @@ def clean_environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k not in LEFT_OUT_NAMES and not k.startswith("LB_")}
 
 
-def await_answer(service: Service, port: int, path: str, body: bytes) -> None:
-    """Wait until the service gives this body on this path: it is up, and so is what stands behind it."""
+def await_answer(service: Service, port: int, path: str, body: bytes, send: bytes | None = None) -> None:
+    """Wait until the service gives this body on this path (to a POST of `send`, if there is something to send): it is
+    up, and so is what stands behind it."""
 
     def answers() -> bool:
         if service.exited():
             raise BenchError(f"{service.name} ended by itself: {service.last_words()}")
         with contextlib.suppress(OSError, http.client.HTTPException):
-            return get(port, path) == (200, body)
+            return get(port, path, send) == (200, body)
         return False
 
     if not wait_until(answers, START_TIMEOUT_SECONDS):
         raise BenchError(f"{service.name} gave no right answer in {START_TIMEOUT_SECONDS:g} s: {service.last_words()}")
 
 
-def get(port: int, path: str) -> tuple[int, bytes]:
+def get(port: int, path: str, send: bytes | None = None) -> tuple[int, bytes]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
     try:
-        connection.request("GET", path)
+        connection.request("GET" if send is None else "POST", path, send)
         answer = connection.getresponse()
         return answer.status, answer.read()
     finally:

@@ -1,16 +1,22 @@
-"""From samples to one table and one JSON document. Every figure in either comes from a sample of this run."""
+"""From samples to tables and one JSON document. Every figure in either comes from a sample of the run."""
 
 from __future__ import annotations
 
 import os
 import platform
 import statistics
+import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loads import LOADS, ONE_CONNECTION
+
+OURS = "balancer"
 BASELINE = "baseline"
+DIRECT = "direct"  # wrk on the backend itself
+LATENCY_REFERENCE = "caddy"
 MIB = 1 << 20
 # Above this share of the machine, what else runs on it may show in the figures.
 NOISY_SHARE = 0.10
@@ -24,18 +30,77 @@ class Sample:
 
     round: int
     contender: str
-    connections: int
+    load: str
     requests: int  # answers of any status
     errors: int  # answers of 400 and above, and socket errors and timeouts
     seconds: float
     requests_per_second: float  # good answers only
-    cpu_us_per_request: float  # good answers, and requests that wrk's end cut off after the work was done
+    cpu_us_per_request: float | None  # good answers, and requests that wrk's end cut off after the work was done
     switches_per_request: float | None  # of the contender's whole life, warm-up included
     p50_ms: float
     p99_ms: float
     peak_rss_bytes: int
     forwarded_share: float  # requests the backends saw per answer; below 1 somebody else answered
     others_share: float  # of the machine's CPU time, spent by neither contender, backend nor wrk
+
+
+@dataclass(frozen=True)
+class StallRun:
+    """One contender at half of the rate it could do, open loop. Times in milliseconds."""
+
+    contender: str
+    rate: float
+    seconds: float
+    requests: int
+    failed: int
+    p50: float
+    p99: float
+    p999: float
+    worst: float
+    stalls: int  # times at which answers were late by more than the limit
+    own_stalls: int  # those during which requests sent past the contender, to the backend itself, were not late
+    direct_worst: float
+    others_share: float
+
+
+@dataclass(frozen=True)
+class ChoiceRun:
+    """One way to choose among unequal backends, in one round. Times in milliseconds; a failed request is a slow one."""
+
+    round: int
+    contender: str
+    method: str
+    requests: int
+    failed: int
+    p50: float
+    p99: float
+    p999: float
+    shares: list[float]  # of the requests, per backend
+    others_share: float
+
+
+@dataclass
+class Results:
+    """What a run found. `as_json` and `from_json` are inverse."""
+
+    machine: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    samples: list[Sample] = field(default_factory=list)
+    stalls: list[StallRun] = field(default_factory=list)
+    choices: list[ChoiceRun] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"summaries": [asdict(summary) for summary in summarise(self.samples)]}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Results:
+        return cls(
+            content["machine"],
+            content["options"],
+            [Sample(**sample) for sample in content["samples"]],
+            [StallRun(**run) for run in content["stalls"]],
+            [ChoiceRun(**run) for run in content["choices"]],
+        )
 
 
 @dataclass(frozen=True)
@@ -67,10 +132,11 @@ class Summary:
     """All rounds of one contender under one load."""
 
     contender: str
-    connections: int
+    load: str
     errors: int
     spreads: dict[str, Spread | None]
     baseline_ratio: Spread | None  # baseline's CPU per request over this one's, of the same round
+    our_ratio: Spread | None  # ours over this one's, of the same round
 
     @property
     def faults(self) -> list[str]:
@@ -79,88 +145,36 @@ class Summary:
         forwarded = self.spreads["forwarded_share"]
         if forwarded is not None and forwarded.low < FORWARDED_SHARE:
             found.append(f"only {forwarded.low:.1%} of its answers came from a backend")
-        return [f"{self.contender} at {self.connections} connections: {fault}" for fault in found]
+        return [f"{self.contender}, {self.load}: {fault}" for fault in found]
 
 
 def summarise(samples: list[Sample]) -> list[Summary]:
-    keys = dict.fromkeys((s.connections, s.contender) for s in sorted(samples, key=lambda s: s.connections))
-    return [summary_of(samples, connections, contender) for connections, contender in keys]
+    order = list(LOADS)
+    keys = dict.fromkeys(
+        (s.load, s.contender) for s in sorted(samples, key=lambda s: order.index(s.load)) if s.contender != DIRECT
+    )
+    return [summary_of(samples, load, contender) for load, contender in keys]
 
 
-def summary_of(samples: list[Sample], connections: int, contender: str) -> Summary:
-    load = [s for s in samples if s.connections == connections]
-    own = [s for s in load if s.contender == contender]
-    base = {s.round: s.cpu_us_per_request for s in load if s.contender == BASELINE}
-    ratios = [base[s.round] / s.cpu_us_per_request for s in own if s.round in base and s.cpu_us_per_request]
+def summary_of(samples: list[Sample], load: str, contender: str) -> Summary:
+    same_load = [s for s in samples if s.load == load]
+    own = [s for s in same_load if s.contender == contender]
     spreads = {name: Spread.of(figure(s) for s in own) for name, figure in SPREADS.items()}
-    return Summary(contender, connections, sum(s.errors for s in own), spreads, Spread.of(ratios))
+    ratios = [cpu_ratio(same_load, own, other) for other in (BASELINE, OURS)]
+    return Summary(contender, load, sum(s.errors for s in own), spreads, *ratios)
 
 
-# Heading, and what goes under it.
-COLUMNS: list[tuple[str, Callable[[Summary], str]]] = [
-    ("contender", lambda s: s.contender),
-    ("conns", lambda s: str(s.connections)),
-    ("req/s", lambda s: middle(s.spreads["requests_per_second"], 0)),
-    ("errors", lambda s: str(s.errors)),
-    ("CPU us/req (min..max)", lambda s: with_range(s.spreads["cpu_us_per_request"], 1)),
-    ("baseline/this (min..max)", lambda s: with_range(s.baseline_ratio, 1)),
-    ("switches/req", lambda s: middle(s.spreads["switches_per_request"], 2)),
-    ("p50 ms", lambda s: middle(s.spreads["p50_ms"], 2)),
-    ("p99 ms", lambda s: middle(s.spreads["p99_ms"], 2)),
-    ("peak MiB", lambda s: middle(s.spreads["peak_rss_mib"], 1)),
-    ("others %", lambda s: middle(s.spreads["others_share"], 1, scale=100)),
-]
-
-
-def middle(spread: Spread | None, digits: int, scale: float = 1) -> str:
-    return "-" if spread is None else f"{spread.median * scale:.{digits}f}"
-
-
-def with_range(spread: Spread | None, digits: int) -> str:
-    if spread is None:
-        return "-"
-    return f"{spread.median:.{digits}f} ({spread.low:.{digits}f}..{spread.high:.{digits}f})"
-
-
-def render_table(headings: list[str], rows: list[list[str]]) -> str:
-    """First column to the left, figures to the right."""
-    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
-    lines = [headings, ["-" * width for width in widths], *rows]
-    return "\n".join(render_line(line, widths) for line in lines)
-
-
-def render_line(cells: list[str], widths: list[int]) -> str:
-    first = cells[0].ljust(widths[0])
-    return "  ".join([first, *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))])
-
-
-def speed_table(summaries: list[Summary]) -> str:
-    return render_table([h for h, _ in COLUMNS], [[cell(s) for _, cell in COLUMNS] for s in summaries])
-
-
-def warnings(samples: list[Sample], summaries: list[Summary]) -> list[str]:
-    found = [fault for summary in summaries for fault in summary.faults]
-    noisy = sum(s.others_share > NOISY_SHARE for s in samples)
-    if noisy:
-        found.append(f"something else took over {NOISY_SHARE:.0%} of the machine in {noisy} of {len(samples)} samples")
-    return found
-
-
-def missed_ratio(summaries: list[Summary], contender: str, wanted: float) -> list[str]:
-    """Why the wanted ratio to the baseline was not reached; empty if it was, under every load."""
-    reasons = []
-    for summary in (s for s in summaries if s.contender == contender):
-        reasons += summary.faults
-        ratio = summary.baseline_ratio
-        if ratio is None or ratio.median < wanted:
-            seen = "no ratio" if ratio is None else f"1/{ratio.median:.1f} of the baseline"
-            reasons.append(f"{contender} at {summary.connections} connections: {seen}, wanted at most 1/{wanted:g}")
-    return reasons
+def cpu_ratio(same_load: list[Sample], own: list[Sample], other: str) -> Spread | None:
+    """The other's CPU per request over this one's, round by round."""
+    others = {s.round: s.cpu_us_per_request for s in same_load if s.contender == other}
+    pairs = [(others.get(s.round), s.cpu_us_per_request) for s in own]
+    return Spread.of(theirs / ours for theirs, ours in pairs if theirs and ours)
 
 
 def machine() -> dict[str, Any]:
     models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
+        "date": time.strftime("%Y-%m-%d"),
         "cpu": models[0].partition(":")[2].strip() if models else platform.machine(),
         "cpus": os.cpu_count(),
         "kernel": platform.release(),
@@ -169,10 +183,58 @@ def machine() -> dict[str, Any]:
     }
 
 
-def document(options: dict[str, Any], host: dict[str, Any], samples: list[Sample]) -> dict[str, Any]:
-    return {
-        "machine": host,
-        "options": options,
-        "summaries": [asdict(summary) for summary in summarise(samples)],
-        "samples": [asdict(sample) for sample in samples],
-    }
+def warnings(results: Results) -> list[str]:
+    found = [fault for summary in summarise(results.samples) for fault in summary.faults]
+    runs: list[Sample | StallRun | ChoiceRun] = [*results.samples, *results.stalls, *results.choices]
+    everything = [run.others_share for run in runs]
+    noisy = sum(share > NOISY_SHARE for share in everything)
+    if noisy:
+        found.append(
+            f"something else took over {NOISY_SHARE:.0%} of the machine in {noisy} of {len(everything)} samples"
+        )
+    return found
+
+
+def missed_ratio(samples: list[Sample], wanted: float) -> list[str]:
+    """Why the wanted ratio to the baseline was not reached; empty if it was, under every load."""
+    reasons = []
+    for summary in (s for s in summarise(samples) if s.contender == OURS):
+        reasons += summary.faults
+        ratio = summary.baseline_ratio
+        if ratio is None or ratio.median < wanted:
+            seen = "no ratio" if ratio is None else f"1/{ratio.median:.1f} of the baseline"
+            reasons.append(f"{OURS}, {summary.load}: {seen}, wanted at most 1/{wanted:g}")
+    return reasons
+
+
+# Added latency.
+
+
+@dataclass(frozen=True)
+class Latency:
+    """What a contender adds at one connection, and that over what the reference adds, both of the same round."""
+
+    contender: str
+    added: dict[str, Spread | None]  # by percentile, in milliseconds
+    ratio: dict[str, Spread | None]
+
+
+PERCENTILES: dict[str, Callable[[Sample], float]] = {"p50": lambda s: s.p50_ms, "p99": lambda s: s.p99_ms}
+
+
+def latencies(samples: list[Sample]) -> list[Latency]:
+    alone = [s for s in samples if s.load == ONE_CONNECTION]
+    found = []
+    for contender in dict.fromkeys(s.contender for s in alone if s.contender != DIRECT):
+        added, ratio = {}, {}
+        for name, figure in PERCENTILES.items():
+            own, reference = (added_per_round(alone, who, figure) for who in (contender, LATENCY_REFERENCE))
+            added[name] = Spread.of(own.values())
+            ratio[name] = Spread.of(own[n] / reference[n] for n in own if reference.get(n, 0) > 0)
+        found.append(Latency(contender, added, ratio))
+    return found
+
+
+def added_per_round(alone: list[Sample], contender: str, figure: Callable[[Sample], float]) -> dict[int, float]:
+    direct = {s.round: figure(s) for s in alone if s.contender == DIRECT}
+    return {s.round: figure(s) - direct[s.round] for s in alone if s.contender == contender and s.round in direct}

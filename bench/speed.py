@@ -8,10 +8,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from contenders import BODY, STUB_STATUS_PATH, Contender, Place, fast_backend_command
+from contenders import BODY, HERE, STUB_STATUS_PATH, Contender, Place, fast_backend_command
+from loads import ONE_CONNECTION, WAIT_PATH, WAIT_SECONDS, Load
 from processes import (
     TICK_SECONDS,
     BenchError,
@@ -23,29 +26,20 @@ from processes import (
     raise_file_limit,
     running,
 )
-from report import Sample
+from report import DIRECT, Sample
 
 BACKEND_COUNT = 3
-# wrk reports its own figures; its printed ones are rounded to a unit chosen by size.
-WRK_SCRIPT = """
-done = function(summary, latency)
-  local e = summary.errors
-  io.stderr:write(string.format(
-    '{"requests": %d, "seconds": %f, "status": %d, "socket": %d, "p50_ms": %f, "p99_ms": %f}',
-    summary.requests, summary.duration / 1e6, e.status, e.connect + e.read + e.write + e.timeout,
-    latency:percentile(50) / 1e3, latency:percentile(99) / 1e3))
-end
-"""
+WARMUP_SECONDS = 1
+WRK_TIMEOUT_SECONDS = 10  # the slowest contender takes seconds per request at 1,000 connections; that is no error
 
 
 @dataclass(frozen=True)
-class Load:
-    """What wrk does to each contender."""
+class Backends:
+    """Some ports of one process, and those of them to ask for the number of requests: one if it counts for all."""
 
-    connections: int
-    seconds: int
-    warmup_seconds: int = 1
-    path: str = "/api/process"
+    service: Service
+    ports: list[int]
+    counters: list[int]
 
 
 @dataclass(frozen=True)
@@ -58,21 +52,48 @@ class Meter:
     machine_cpu: float
     backend_requests: int
 
+    def others_share(self, before: Meter, seconds: float) -> float:
+        """Of the machine's CPU time since then, what neither contender, backend nor generator spent."""
+        machine = self.machine_cpu - before.machine_cpu
+        known = self.contender_cpu + self.backend_cpu + self.own_cpu
+        known -= before.contender_cpu + before.backend_cpu + before.own_cpu
+        return max(0.0, machine - known) / (seconds * (os.cpu_count() or 1))
 
-def measure_all(rounds: int, loads: list[Load], chosen: list[Contender]) -> list[Sample]:
-    """Every contender once per round, each round beginning with another one, all against the same backend."""
-    samples = []
+
+@contextmanager
+def fast_backends() -> Iterator[Backends]:
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
-        directory = Path(name)
-        ports = free_ports(BACKEND_COUNT)
-        with running("the nginx backend", fast_backend_command(directory, ports), directory) as backend:
-            await_answer(backend, ports[-1], "/", BODY)
-            for number in range(rounds):
-                shift = number % len(chosen)
-                for load in loads:
-                    for contender in chosen[shift:] + chosen[:shift]:
-                        progress(f"round {number + 1}/{rounds}: {contender.name}, {load.connections} connections")
-                        samples.append(measure(number, contender, load, backend, ports))
+        directory, ports = Path(name), free_ports(BACKEND_COUNT)
+        with running("the nginx backend", fast_backend_command(directory, ports), directory) as service:
+            await_answer(service, ports[-1], "/", BODY)
+            yield Backends(service, ports, ports[:1])
+
+
+@contextmanager
+def delay_backends(*specifications: str) -> Iterator[Backends]:
+    """One backend per specification (see delay_backend.py), without the port."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        directory, ports = Path(name), free_ports(len(specifications))
+        arguments = [f"{port}:{text}" for port, text in zip(ports, specifications, strict=True)]
+        command = [sys.executable, str(HERE / "delay_backend.py"), *arguments]
+        with running("the slow backend", command, directory) as service:
+            await_answer(service, ports[-1], WAIT_PATH, BODY)
+            yield Backends(service, ports, ports)
+
+
+def measure_all(rounds: int, seconds: int, loads: list[Load], chosen: list[Contender]) -> list[Sample]:
+    """Every contender once per round, each round beginning with another one, all against the same backends."""
+    samples = []
+    with fast_backends() as fast, delay_backends(*[f"{WAIT_SECONDS:g}"] * BACKEND_COUNT) as slow:
+        for number in range(rounds):
+            shift = number % len(chosen)
+            for load in loads:
+                backends = slow if load.waits else fast
+                if load.name == ONE_CONNECTION:
+                    samples.append(measure_direct(number, load, backends, seconds))
+                for contender in chosen[shift:] + chosen[:shift]:
+                    progress(f"round {number + 1}/{rounds}: {contender.name}, {load.about}")
+                    samples.append(measure(number, contender, load, backends, seconds))
     progress("")
     return samples
 
@@ -82,29 +103,40 @@ def progress(text: str) -> None:
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
-def measure(number: int, contender: Contender, load: Load, backend: Service, ports: list[int]) -> Sample:
+def measure_direct(number: int, load: Load, backends: Backends, seconds: int) -> Sample:
+    """The same without a contender: what its latency is to be compared with."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        place = Place(backends.ports[0], backends.ports, Path(name))
+        run_wrk(place, load, WARMUP_SECONDS)
+        before = read_meter(None, backends)
+        result = run_wrk(place, load, seconds)
+        return sample_of(number, DIRECT, load, result, before, read_meter(None, backends), 0, None)
+
+
+def measure(number: int, contender: Contender, load: Load, backends: Backends, seconds: int) -> Sample:
     """A fresh start, a warm-up that does not count, and one measured run of wrk."""
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
-        place = Place(free_ports(1)[0], ports, Path(name))
-        with running(contender.name, contender.command(place), place.directory) as service:
-            await_answer(service, place.port, load.path, BODY)
-            warmup = run_wrk(place, load, load.warmup_seconds)
+        place = Place(free_ports(1)[0], backends.ports, Path(name))
+        with running(contender.name, contender.command(place), place.directory, contender.cpus) as service:
+            await_answer(service, place.port, load.path, load.expected, load.body)
+            warmup = run_wrk(place, load, WARMUP_SECONDS)
             settle(service)
-            before = read_meter(service, backend, ports[0])
-            result = run_wrk(place, load, load.seconds)
+            before = read_meter(service, backends)
+            result = run_wrk(place, load, seconds)
             settle(service)
-            after = read_meter(service, backend, ports[0])
+            after = read_meter(service, backends)
             peak = service.memory_bytes("VmHWM")
-            await_answer(service, place.port, load.path, BODY)
+            await_answer(service, place.port, load.path, load.expected, load.body)
         switches = switches_per_request(service, warmup["requests"] + result["requests"])
-    return sample_of(number, contender, load, result, before, after, peak, switches)
+    return sample_of(number, contender.name, load, result, before, after, peak, switches)
 
 
 def run_wrk(place: Place, load: Load, seconds: int) -> dict[str, float]:
-    script = place.directory / "report.lua"
-    script.write_text(WRK_SCRIPT)
+    script = place.directory / "work.lua"
+    script.write_text(load.script())
     url = f"http://127.0.0.1:{place.port}{load.path}"
-    command = ["wrk", "-t1", f"-c{load.connections}", f"-d{seconds}s", "--latency", "-s", str(script), url]
+    limits = [f"-c{load.connections}", f"-d{seconds}s", f"--timeout={WRK_TIMEOUT_SECONDS}s"]
+    command = ["wrk", "-t1", *limits, "--latency", "-s", str(script), url]
     done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 60, preexec_fn=raise_file_limit)
     try:
         return json.loads(done.stderr.splitlines()[-1])  # type: ignore[no-any-return]
@@ -121,15 +153,24 @@ def settle(service: Service) -> None:
             return
 
 
-def read_meter(service: Service, backend: Service, backend_port: int) -> Meter:
+def read_meter(service: Service | None, backends: Backends) -> Meter:
     own = os.times()
     return Meter(
-        service.cpu_seconds(),
-        backend.cpu_seconds(),
+        service.cpu_seconds() if service else 0.0,
+        backends.service.cpu_seconds(),
         own.user + own.system + own.children_user + own.children_system,
         machine_busy_seconds(),
-        int(get(backend_port, STUB_STATUS_PATH)[1].splitlines()[2].split()[2]),
+        count_requests(backends),
     )
+
+
+def count_requests(backends: Backends) -> int:
+    return sum(count_at(port) for port in backends.counters)
+
+
+def count_at(port: int) -> int:
+    """Requests so far, in the words of nginx's stub_status; health checks count only there."""
+    return int(get(port, STUB_STATUS_PATH)[1].splitlines()[2].split()[2])
 
 
 def switches_per_request(service: Service, requests: float) -> float | None:
@@ -140,7 +181,7 @@ def switches_per_request(service: Service, requests: float) -> float | None:
 
 def sample_of(
     number: int,
-    contender: Contender,
+    contender: str,
     load: Load,
     result: dict[str, float],
     before: Meter,
@@ -148,29 +189,24 @@ def sample_of(
     peak: int,
     switches: float | None,
 ) -> Sample:
-    good = result["requests"] - result["status"]
-    if good <= 0:
-        raise BenchError(f"{contender.name} gave no good answer at {load.connections} connections")
+    good = max(0.0, result["requests"] - result["status"])
     forwarded = after.backend_requests - before.backend_requests
     # At most one per connection; the rest of what the backend saw beside wrk's requests are health checks.
     unanswered = min(max(0.0, forwarded - result["requests"]), load.connections)
     cpu = after.contender_cpu - before.contender_cpu
-    machine = after.machine_cpu - before.machine_cpu
-    ours = cpu + after.backend_cpu - before.backend_cpu + after.own_cpu - before.own_cpu
-    capacity = result["seconds"] * (os.cpu_count() or 1)
     return Sample(
         round=number,
-        contender=contender.name,
-        connections=load.connections,
+        contender=contender,
+        load=load.name,
         requests=int(result["requests"]),
         errors=int(result["status"] + result["socket"]),
         seconds=result["seconds"],
         requests_per_second=good / result["seconds"],
-        cpu_us_per_request=cpu * 1e6 / (good + unanswered),
+        cpu_us_per_request=cpu * 1e6 / (good + unanswered) if good and contender != DIRECT else None,
         switches_per_request=switches,
         p50_ms=result["p50_ms"],
         p99_ms=result["p99_ms"],
         peak_rss_bytes=peak,
-        forwarded_share=forwarded / result["requests"],
-        others_share=max(0.0, machine - ours) / capacity,
+        forwarded_share=forwarded / result["requests"] if result["requests"] else 0.0,
+        others_share=after.others_share(before, result["seconds"]),
     )

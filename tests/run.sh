@@ -36,6 +36,21 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "$wanted" >"$stamp"
 fi
 
+# promtool checks metrics and alert rules. Debian's package would also start a server, so only the program is taken.
+fetch_promtool() {
+    local place
+    place="$(mktemp -d)"
+    if [ "$(id -u)" -eq 0 ]; then apt-get update -qq; fi
+    (cd "$place" && apt-get download -qq prometheus) && dpkg-deb -x "$place"/prometheus_*.deb "$place" &&
+        mv "$place/usr/bin/promtool" .venv/bin/
+    rm -rf "$place"
+}
+export PATH="$PATH:$PWD/.venv/bin"
+if ! command -v promtool >/dev/null && ! { command -v apt-get >/dev/null && fetch_promtool 2>/dev/null; }; then
+    echo "tests/run.sh: $([ "$#" -gt 0 ] && echo warning || echo error): not installed: promtool (a part of Prometheus)" >&2
+    [ "$#" -gt 0 ] || exit 2
+fi
+
 if [ "$#" -gt 0 ]; then
     exec .venv/bin/python -m pytest "$@"
 fi

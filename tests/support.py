@@ -19,6 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from balancer.backends import Backend, Choice
+from balancer.origin import Origin
+
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
 
@@ -59,6 +62,12 @@ def fetch(url: str, body: Any = None, method: str | None = None, **headers: str)
 
 def fetch_json(url: str, body: Any = None, method: str | None = None, **headers: str) -> Any:
     return json.loads(fetch(url, body, method, **headers)[2])
+
+
+def make_choice(backend_id: str) -> Choice:
+    """Why an attempt went to this backend: the only candidate, with 3 requests in flight."""
+    backend = Backend(backend_id, Origin("http", "127.0.0.1", 1))
+    return Choice("weighted", backend, [backend], [3], None, {"absent": "maint"})
 
 
 @dataclass

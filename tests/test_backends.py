@@ -8,14 +8,16 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from threading import Barrier
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from balancer.backends import Backend, BackendPool, LastCheck, Lease
+from balancer.backends import Backend, LastCheck
 from balancer.errors import SettingsError, Unavailable
 from balancer.origin import Origin
+from balancer.pool import BackendPool, Lease, PoolOptions
 from balancer.strategies import create
 
 ORIGIN = Origin("http", "127.0.0.1", 5001)
@@ -27,9 +29,10 @@ CHECKS = {"+": GOOD, "-": BAD}
 class Pool(BackendPool):
     """A pool with a clock that only the test moves, and a diary of what the listeners were told."""
 
-    def __init__(self, algorithm: str = "round_robin", fall: int = 2, rise: int = 1) -> None:
+    def __init__(self, algorithm: str = "round_robin", **options: Any) -> None:
         self.now = 1000.0
-        super().__init__(create(algorithm), fall=fall, rise=rise, clock=lambda: self.now, wall_clock=lambda: self.now)
+        options.setdefault("queue_limit", 0)
+        super().__init__(create(algorithm), PoolOptions(**options), clock=lambda: self.now, wall_clock=lambda: self.now)
         self.told: list[tuple[str, str]] = []
         self.on_change(lambda kind, backend, text, severity: self.told.append((kind, backend)))
 
@@ -206,9 +209,9 @@ def weightless_pool() -> Pool:
     ("make", "exclude", "cause"),
     [
         (Pool, [], "no backend is configured"),
-        (unknown_pool, [], "no backend is available"),
+        (unknown_pool, [], "full or not checked yet"),
         (weightless_pool, [], "no backend is available"),
-        (full_pool, [], "max_connections"),
+        (full_pool, [], "full or not checked yet"),
         (full_pool, ["a"], "no other backend"),
     ],
 )
@@ -219,7 +222,9 @@ def test_unavailable_says_why(make: Callable[[], Pool], exclude: list[str], caus
 
 
 @pytest.mark.usefixtures("restless")
-@pytest.mark.parametrize("algorithm", ["round_robin", "weighted", "least_connections", "least_response_time"])
+@pytest.mark.parametrize(
+    "algorithm", ["round_robin", "weighted", "least_connections", "power_of_two", "least_response_time", "peak_ewma"]
+)
 def test_threads_never_exceed_max_connections_and_leave_nothing_behind(algorithm: str) -> None:
     pool = Pool(algorithm)
     limits = {"a": 3, "b": 2, "c": None}
@@ -255,6 +260,50 @@ def test_round_robin_is_exact_under_threads(pool: Pool) -> None:
     assert [backend.active for backend in pool.backends()] == [200, 200, 200]
 
 
+def test_an_answer_that_has_begun_counts_at_once_and_once(pool: Pool) -> None:
+    lease = pool.lease(None, exclude=["b"])
+    backend = lease.backend
+    pool.now += 0.3
+    assert backend.silence(pool.now) == pytest.approx(0.3)
+    lease.answered(0.2)
+    lease.answered(9.0)
+    assert (backend.unanswered, backend.active) == (0, 1)
+    pool.now += 60  # a long body is no silence
+    assert backend.silence(pool.now) == 0.0
+    lease.release(9.0)
+    lease.answered(9.0)
+    assert (backend.unanswered, backend.active) == (0, 0)
+    assert backend.response_time(pool.now - 60) == pytest.approx(0.2)
+
+
+def test_silence_is_since_the_newest_answer_while_others_wait(pool: Pool) -> None:
+    first, _second = (pool.lease(None, exclude=["b"]) for _ in range(2))
+    pool.now += 0.5
+    first.release(0.5)
+    pool.now += 0.1
+    assert first.backend.silence(pool.now) == pytest.approx(0.1)
+
+
+def test_a_request_given_up_on_says_how_slow_the_backend_is_at_least(pool: Pool) -> None:
+    lease = pool.lease(None, exclude=["b"])
+    lease.backend.observe(0.1, pool.now)
+    pool.now += 2
+    lease.release()
+    assert lease.backend.response_time(pool.now) > 0.4
+    quick = pool.lease(None, exclude=["b"])
+    before = quick.backend.response_time(pool.now)
+    quick.release()
+    assert quick.backend.response_time(pool.now) == before
+
+
+@pytest.mark.parametrize(("samples", "expected"), [((0.1, 0.9), 0.9), ((0.9, 0.1), 0.9)])
+def test_the_peak_rises_at_once_and_falls_only_with_time(samples: tuple[float, float], expected: float) -> None:
+    backend = Backend("a", Origin("http", "127.0.0.1", 1))
+    for seconds in samples:
+        backend.observe(seconds, 0.0)
+    assert [backend.peak_time(now) for now in (0.0, 5.0)] == pytest.approx([expected, expected / 2])
+
+
 def test_a_first_byte_time_is_remembered_and_a_request_without_one_teaches_nothing(pool: Pool) -> None:
     pool.lease(None, exclude=["b"]).release(0.2)
     pool.lease(None, exclude=["a"]).release()
@@ -267,7 +316,7 @@ def test_a_first_byte_time_is_remembered_and_a_request_without_one_teaches_nothi
 def test_a_failure_counts_as_slow_whatever_is_usual(pool: Pool, usual: float, after: float) -> None:
     if usual:
         pool.lease(None, exclude=["b"]).release(usual)
-    pool.lease(None, exclude=["b"]).release(failed=True)
+    pool.lease(None, exclude=["b"]).release(failure="test")
     assert pool.backends()[0].response_time(pool.now) == pytest.approx(after)
 
 
@@ -429,9 +478,12 @@ def test_a_drained_backend_gets_nothing_and_finishes_what_it_has(pool: Pool, sta
     lease = pool.lease(None, exclude=["b"])
     pool.update("a", {"admin_state": state})
     assert {pool.lease(None).backend.id for _ in range(4)} == {"b"}
+    assert (pool.snapshot()[0]["state"], pool.snapshot()[0]["drained"]) == (state, False)
     lease.release()
     shown = pool.snapshot()[0]
-    assert (shown["state"], shown["admin_state"], shown["active_connections"]) == (state, state, 0)
+    told = {"drain": ("drained", [("backend_changed", "a"), ("backend_drained", "a")])}
+    assert (shown["state"], pool.told) == told.get(state, (state, [("backend_changed", "a")]))
+    assert (shown["admin_state"], shown["drained"], shown["active_connections"]) == (state, True, 0)
     assert shown["healthy"] is True
     pool.update("a", {"admin_state": "ready"})
     assert {pool.lease(None).backend.id for _ in range(4)} == {"a", "b"}
@@ -516,7 +568,7 @@ def test_a_limit_set_at_run_time_counts_from_the_next_lease(pool: Pool) -> None:
 
 def test_only_real_changes_are_told(pool: Pool) -> None:
     pool.update("a", {"weight": 1, "admin_state": "drain"})
-    assert pool.told == [("backend_changed", "a")]
+    assert pool.told == [("backend_changed", "a"), ("backend_drained", "a")]
 
 
 @pytest.mark.parametrize("call", [lambda pool: pool.update("x", {"weight": 1}), lambda pool: pool.remove("x")])

@@ -280,7 +280,7 @@ async def storm(balancer: BalancerProcess, extra: str, seconds: float) -> tuple[
                 assert code < 500, path
                 await asyncio.sleep(0.02)
 
-    algorithms = ("round_robin", "weighted", "least_connections", "least_response_time")
+    algorithms = ("round_robin", "weighted", "least_connections", "power_of_two", "least_response_time", "peak_ewma")
     await asyncio.gather(
         *(asking(method) for method in ("GET", "POST", "PUT", "DELETE") for _ in range(6)),
         *(leaving() for _ in range(6)),

@@ -18,7 +18,18 @@ from flask import Flask
 from flask.testing import FlaskClient
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
-from support import ROOT, BalancerProcess, Demo, ScriptedBackend, fetch, fetch_json, free_port, ok, wait_until
+from support import (
+    ROOT,
+    BalancerProcess,
+    Demo,
+    ScriptedBackend,
+    fetch,
+    fetch_json,
+    free_port,
+    make_choice,
+    ok,
+    wait_until,
+)
 from werkzeug.test import TestResponse
 
 from balancer.backends import LastCheck
@@ -26,7 +37,7 @@ from balancer.settings import BackendSettings, Settings
 from balancer.statistics import Attempt, Exchange
 from load_balancer import create_app
 
-ALGORITHMS = {"round_robin", "weighted", "least_connections", "least_response_time"}
+ALGORITHMS = {"round_robin", "weighted", "least_connections", "power_of_two", "least_response_time", "peak_ewma"}
 TOKEN = "s3cret-t0ken-of-the-test"
 ALLOWED = "https://ops.example"
 FOREIGN = "https://evil.example"
@@ -60,7 +71,7 @@ def add_exchanges(app: Flask, count: int, status: int = 200) -> None:
     statistics = app.extensions["control"].statistics
     for number in range(count):
         statistics.begin()
-        attempt = Attempt("a", str(status), 0.01)
+        attempt = Attempt(make_choice("a"), str(status), 0.01)
         statistics.record(
             Exchange(time.time(), "GET", f"/{number}", f"id-{number}", "a", status, 0.012, attempts=[attempt])
         )
@@ -434,7 +445,8 @@ def test_changing_a_backend(app: Flask, client: FlaskClient, change: dict[str, A
     answer = client.patch("/backends/a", json=change)
     assert answer.status_code == 200 and answer.json is not None
     assert {name: answer.json[name] for name in change} == change
-    assert answer.json["state"] == {"ready": "up"}.get(answer.json["admin_state"], answer.json["admin_state"])
+    states = {"ready": "up", "drain": "drained", "maint": "maint"}
+    assert answer.json["state"] == states[answer.json["admin_state"]]
     again = client.patch("/backends/a", json=change)  # idempotent
     assert again.json == answer.json
     seen = [event["message"] for event in events(app) if event["kind"] == "backend_changed"]
@@ -988,7 +1000,7 @@ def assert_described(document: dict[str, Any], method: str, template: str, answe
     responses = document["paths"][template][method.lower()]["responses"]
     entry = responses.get(str(answer.status_code)) or responses[f"{answer.status_code // 100}XX"]
     assert list(entry["content"]) == [answer.mimetype], f"{method} {template} {answer.status_code}"
-    if answer.mimetype == "text/html":
+    if answer.mimetype in ("text/html", "text/plain"):
         return
     content = entry["content"][answer.mimetype]["schema"]
     is_error = answer.status_code >= 400 and answer.status_code != 503
@@ -1018,8 +1030,15 @@ CALLS: list[tuple[str, str, str, Any, int]] = [
     ("PATCH", "/backends/{backend_id}", "/backends/x", {"weight": 1}, 404),
     ("DELETE", "/backends/{backend_id}", "/backends/a", None, 200),
     ("DELETE", "/backends/{backend_id}", "/backends/x", None, 404),
+    ("GET", "/requests/{request_id}", "/requests/id-1", None, 200),
+    ("GET", "/requests/{request_id}", "/requests/id-9", None, 404),
+    ("GET", "/config", "/config", None, 200),
+    ("POST", "/reload", "/reload?dry_run=1", None, 422),
     ("GET", "/events", "/events?since=0", None, 200),
     ("GET", "/events", "/events?since=x", None, 400),
+    ("GET", "/history", "/history?step=10&since=5", None, 200),
+    ("GET", "/history", "/history?step=2", None, 400),
+    ("GET", "/metrics", "/metrics", None, 200),
     ("GET", "/openapi.json", "/openapi.json", None, 200),
     ("GET", "/dashboard", "/dashboard", None, 200),
 ]

@@ -274,10 +274,10 @@ def test_least_response_time_tries_everybody_and_then_spares_the_slow_one(unmeas
 
 
 def test_switching_under_load_loses_nothing(fleet: Demo) -> None:
-    algorithms = ("round_robin", "least_connections", "weighted", "least_response_time")
+    algorithms = ("round_robin", "least_connections", "power_of_two", "weighted", "least_response_time", "peak_ewma")
     with Load(fleet, 8) as load:
         for round_number in range(40):
-            use(fleet, algorithms[round_number % 4])
+            use(fleet, algorithms[round_number % len(algorithms)])
             load.next(5)
     assert not load.errors
     assert_status_agrees(fleet, Counter(load.served))

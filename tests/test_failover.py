@@ -103,7 +103,9 @@ def patch(balancer: BalancerProcess, backend: str, **changes: Any) -> None:
 # Killed and started again.
 
 
-@pytest.mark.parametrize("algorithm", ["weighted", "round_robin", "least_connections", "least_response_time"])
+@pytest.mark.parametrize(
+    "algorithm", ["weighted", "round_robin", "least_connections", "power_of_two", "least_response_time", "peak_ewma"]
+)
 def test_a_backend_killed_under_load_costs_no_get_and_comes_back(demo: Demo, algorithm: str) -> None:
     fetch(f"{demo.url}/algorithm", {"algorithm": algorithm})
     victim = demo.backends[1]

@@ -68,7 +68,7 @@ class Client:
         self._sock = sock
         self._input = sock.makefile("rb")
         self.streams: dict[int, Stream] = {}
-        self.is_closed = False
+        self.is_closed = self.is_told_to_go = False
         settings = b"\0\1" + (0).to_bytes(4, "big") + b"\0\4" + (2**24).to_bytes(4, "big")  # no table, a large window
         sock.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(SETTINGS, 0, 0, settings))
 
@@ -106,6 +106,10 @@ class Client:
             self._read_frame()
         return found
 
+    def read_to_end(self) -> None:
+        while not self.is_closed:
+            self._read_frame()
+
     def _read_frame(self) -> None:
         try:
             head = self._input.read(9)
@@ -123,6 +127,8 @@ class Client:
             stream.body += payload
         elif kind == RST_STREAM:
             stream.reset_code = int.from_bytes(payload, "big")
+        elif kind == GOAWAY:
+            self.is_told_to_go = True
         elif kind in (SETTINGS, PING) and not flags & ACK:
             self._send(kind, ACK, 0, payload if kind == PING else b"")
         if kind in (HEADERS, DATA) and flags & END_STREAM:

@@ -51,6 +51,7 @@ class Pair:
         self.balancer = BalancerProcess(
             *(f"--backend={name}={backend.url}" for name, backend in self.backends.items()),
             "--algorithm=round_robin",
+            "--eject-after=0",  # many tests here make a backend fail
             "--response-timeout=10",
             "--idle-timeout=10",
             "--max-header-bytes=131072",

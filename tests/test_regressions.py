@@ -19,9 +19,11 @@ from support import (
     Process,
     ScriptedBackend,
     connect,
+    exchange,
     fetch,
     fetch_json,
     free_port,
+    get,
     read_all,
     wait_until,
 )
@@ -182,3 +184,28 @@ def test_an_http2_connection_without_a_request_does_not_live_for_ever() -> None:
             read_all(sock)  # until it is closed; `connect` gives it 10 s
     finally:
         process.stop()
+
+
+@pytest.mark.parametrize("version", [b"0.9", b"2.0"])
+def test_a_status_line_of_another_version_is_no_answer(
+    balancer: BalancerProcess, backend: ScriptedBackend, version: bytes
+) -> None:
+    """It was passed on as a good one; HTTP/0.9 and HTTP/2 have no status line."""
+    backend.answer(b"HTTP/%s 200 OK\r\nContent-Length: 2\r\n\r\nok" % version)
+    assert fetch(balancer.url)[0] == 502
+
+
+def test_a_trailer_without_end_is_cut_off(balancer: BalancerProcess, backend: ScriptedBackend) -> None:
+    """It was collected in memory for as long as the backend cared to send."""
+    sent: list[int] = []
+
+    def script(sock: socket.socket, _: object) -> None:
+        sock.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\nX: ")
+        while sum(sent) < 64 * 2**20:
+            sent.append(sock.send(b"x" * 65536))
+
+    backend.script = script
+    assert not exchange(balancer.port, get()).endswith(b"0\r\n\r\n")
+    assert sum(sent) < 16 * 2**20  # what the buffers of two sockets hold, and some more
+    (record,) = balancer.status(1)["recent_requests"]
+    assert (record["status"], record["complete"]) == (200, False)

@@ -11,24 +11,24 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import Clock
+from support import Clock, make_choice
 from werkzeug.test import Client
 
 from balancer.backends import LastCheck
 from balancer.errors import ResponseTimedOut
+from balancer.histogram import BOUNDS, Histogram
 from balancer.origin import Origin
 from balancer.settings import BackendSettings, Settings
 from balancer.statistics import (
-    BOUNDS,
     EVENTS_KEPT,
     NO_REQUESTS,
     PATH_SHOWN,
     RECENT_KEPT,
+    TROUBLED_KEPT,
     Attempt,
     Counters,
     Events,
     Exchange,
-    Histogram,
     Statistics,
 )
 from load_balancer import create_app
@@ -200,11 +200,11 @@ def test_threads_lose_nothing(statistics: Statistics) -> None:
 
 
 def test_recent_requests_are_newest_first_bounded_and_hold_failures(statistics: Statistics) -> None:
-    finish(statistics, *(exchange(200 + number % 400) for number in range(RECENT_KEPT + 50)))
+    statuses = [200 + number % 400 for number in range(RECENT_KEPT + 50)]
+    finish(statistics, *map(exchange, statuses))
     recent = statistics.snapshot(RECENT_KEPT * 2)[2]
-    assert len(recent) == RECENT_KEPT
-    assert [one["status"] for one in recent] == [200 + number for number in range(RECENT_KEPT + 49, 49, -1)]
-    assert [one["status"] for one in statistics.snapshot(2)[2]] == [349, 348]
+    assert [one["status"] for one in recent] == statuses[: -RECENT_KEPT - 1 : -1]
+    assert [one["status"] for one in statistics.snapshot(2)[2]] == [statuses[-1], statuses[-2]]
     assert statistics.snapshot(0)[2] == []
 
 
@@ -213,8 +213,8 @@ def test_a_recent_request_says_what_was_tried_and_cuts_long_paths() -> None:
     one.path = "/" + "x" * 1000
     one.reason = "http_response_timeout"
     one.attempts = [
-        Attempt("b", "connection_refused", 0.001, "http://b: refused"),
-        Attempt("a", "http_response_timeout", 1.0),
+        Attempt(make_choice("b"), "connection_refused", 0.001, error="http://b: refused"),
+        Attempt(make_choice("a"), "http_response_timeout", 1.0),
     ]
     told = one.describe()
     assert (told["attempts"], told["reason"]) == (2, "http_response_timeout")
@@ -222,9 +222,24 @@ def test_a_recent_request_says_what_was_tried_and_cuts_long_paths() -> None:
         "backend": "b",
         "outcome": "connection_refused",
         "seconds": 0.001,
+        "connect": None,
         "error": "http://b: refused",
     }
+    assert one.explain()["tried"][0]["candidates"] == [{"id": "b", "active": 3, "score": None}]
+    assert one.explain()["tried"][0]["excluded"] == {"absent": "maint"}
     assert len(told["path"]) == PATH_SHOWN
+
+
+def test_a_request_can_be_found_by_its_id_the_troubled_ones_longer(statistics: Statistics) -> None:
+    failed, plain = exchange(502), exchange(200)
+    failed.request_id, plain.request_id = "failed", "plain"
+    finish(statistics, plain, failed)
+    assert statistics.find("plain") is plain
+    finish(statistics, *(exchange() for _ in range(RECENT_KEPT)))
+    assert statistics.find("plain") is None
+    assert statistics.find("failed") is failed
+    finish(statistics, *(exchange(500) for _ in range(TROUBLED_KEPT)))
+    assert statistics.find("failed") is statistics.find("never") is None
 
 
 def test_requests_per_second_are_the_mean_of_the_last_whole_seconds(statistics: Statistics, clock: Clock) -> None:
@@ -286,15 +301,16 @@ def test_reset_zeroes_everything_but_what_is_in_flight(statistics: Statistics, c
 
 
 def test_retries_keep_to_their_budget(statistics: Statistics, clock: Clock) -> None:
-    assert [statistics.may_retry(0.2, 3) for _ in range(4)] == [True, True, True, False]
-    for _ in range(25):
+    allowed = [statistics.may_retry(0.2, 1) for _ in range(11)]  # one a second, of ten seconds
+    assert allowed == [True] * 10 + [False]
+    for _ in range(60):
         statistics.begin()
-    assert [statistics.may_retry(0.2, 3) for _ in range(3)] == [True, True, False]  # 20 % of 25 are 5
-    assert statistics.snapshot()[0]["retries"] == 5
+    assert [statistics.may_retry(0.2, 1) for _ in range(3)] == [True, True, False]  # 20 % of 60 are 12
+    assert statistics.snapshot()[0]["retries"] == 12
     clock.now += 9
-    assert not statistics.may_retry(0.2, 3)
+    assert not statistics.may_retry(0.2, 1)
     clock.now += 2  # now all of it is more than 10 s ago
-    assert [statistics.may_retry(0.2, 3) for _ in range(4)] == [True, True, True, False]
+    assert [statistics.may_retry(0.2, 1) for _ in range(11)] == allowed
 
 
 def test_a_forgotten_backend_stays_in_the_total(statistics: Statistics) -> None:

@@ -15,12 +15,15 @@ from hypothesis import strategies as st
 from support import Clock
 
 from balancer import strategies
-from balancer.backends import Backend, BackendPool, LastCheck
+from balancer.backends import Backend, LastCheck
 from balancer.errors import SettingsError
 from balancer.origin import Origin
+from balancer.pool import BackendPool
 from balancer.strategies import REGISTRY, Strategy, create
 
 ORIGIN = Origin("http", "127.0.0.1", 80)
+
+DRAWING = {"power_of_two"}  # strategies that leave something to chance
 
 weights_of_some = st.lists(st.integers(1, 12), min_size=1, max_size=8)
 
@@ -60,7 +63,9 @@ def test_every_strategy_returns_one_of_the_candidates(name: str, data: st.DataOb
 
 @pytest.mark.parametrize("name", REGISTRY)
 def test_every_strategy_uses_all_idle_equal_backends(name: str) -> None:
-    assert set(picks(create(name), backends(1, 1, 1), 3)) == {"a", "b", "c"}
+    # Three for those that take turns; those that draw have 60 to do so, and a fixed seed.
+    count = 60 if name in DRAWING else 3
+    assert set(picks(create(name, rng=random.Random(1)), backends(1, 1, 1), count)) == {"a", "b", "c"}
 
 
 @pytest.mark.parametrize("name", REGISTRY)
@@ -196,7 +201,40 @@ def test_loads_stay_level_while_requests_come_and_go(weights: list[int], chance:
         busy.active -= chance.randint(0, busy.active)
 
 
-# Least response time.
+# Power of two.
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 5)), min_size=2, max_size=6), st.integers())
+def test_power_of_two_never_takes_the_most_loaded(loads: list[tuple[int, int]], seed: int) -> None:
+    candidates = backends(*(weight for _, weight in loads))
+    for backend, (active, _) in zip(candidates, loads, strict=True):
+        backend.active = active
+    chosen = create("power_of_two", rng=random.Random(seed)).select(candidates, None)
+    assert any(
+        Fraction(chosen.active, chosen.weight) <= Fraction(other.active, other.weight)
+        for other in candidates
+        if other is not chosen
+    )
+
+
+def test_power_of_two_compares_exactly_two() -> None:
+    candidates = backends(1, 1, 1)
+    for backend, active in zip(candidates, (0, 1, 2), strict=True):
+        backend.active = active
+    counts = Counter(picks(create("power_of_two", rng=random.Random(1)), candidates, 3000))
+    # Of the three pairs two have the least loaded in them, and none is won by the most loaded.
+    assert counts["a"] == pytest.approx(2000, abs=120) and counts["b"] == pytest.approx(1000, abs=120)
+    assert counts["c"] == 0
+
+
+def test_power_of_two_draws_by_weight() -> None:
+    counts = Counter(picks(create("power_of_two", rng=random.Random(1)), backends(3, 2, 1), 6000))
+    assert [counts[letter] for letter in "abc"] == pytest.approx([3000, 2000, 1000], abs=200)
+
+
+# Least response time, and peak EWMA where it is the same.
+
+BY_TIME = ["least_response_time", "peak_ewma"]
 
 
 def drive(clock: Clock, strategy: Strategy, candidates: list[Backend], speed: dict[str, float]) -> Iterator[str]:
@@ -212,29 +250,33 @@ def take(requests: Iterator[str], count: int) -> Counter[str]:
     return Counter(next(requests) for _ in range(count))
 
 
-def test_least_response_time_moves_to_the_fast_backend(clock: Clock) -> None:
+@pytest.mark.parametrize("name", BY_TIME)
+def test_going_by_time_moves_to_the_fast_backend(clock: Clock, name: str) -> None:
     speed = {"a": 0.2, "b": 0.01, "c": 0.2}
-    requests = drive(clock, create("least_response_time", clock=clock), backends(1, 1, 1), speed)
+    requests = drive(clock, create(name, clock=clock), backends(1, 1, 1), speed)
     assert take(requests, 100)["b"] >= 95
 
 
-def test_least_response_time_comes_back_to_a_backend_that_recovered(clock: Clock) -> None:
+@pytest.mark.parametrize("name", BY_TIME)
+def test_going_by_time_comes_back_to_a_backend_that_recovered(clock: Clock, name: str) -> None:
     speed = {"a": 0.2, "b": 0.01}
-    requests = drive(clock, create("least_response_time", clock=clock), backends(1, 1), speed)
+    requests = drive(clock, create(name, clock=clock), backends(1, 1), speed)
     take(requests, 100)
     speed["a"] = 0.001
     take(requests, 3000)  # 30 s: the memory of 0.2 s has halved six times
     assert take(requests, 100)["a"] >= 95
 
 
-def test_a_slow_backend_that_stays_slow_is_tried_only_now_and_then(clock: Clock) -> None:
-    requests = drive(clock, create("least_response_time", clock=clock), backends(1, 1), {"a": 0.2, "b": 0.01})
+@pytest.mark.parametrize("name", BY_TIME)
+def test_a_slow_backend_that_stays_slow_is_tried_only_now_and_then(clock: Clock, name: str) -> None:
+    requests = drive(clock, create(name, clock=clock), backends(1, 1), {"a": 0.2, "b": 0.01})
     take(requests, 100)
     assert 1 <= take(requests, 6000)["a"] <= 10  # a minute
 
 
-def test_never_measured_is_tried_first_but_not_flooded(clock: Clock) -> None:
-    strategy, candidates = create("least_response_time", clock=clock), backends(1, 1)
+@pytest.mark.parametrize("name", BY_TIME)
+def test_never_measured_is_tried_first_but_not_flooded(clock: Clock, name: str) -> None:
+    strategy, candidates = create(name, clock=clock), backends(1, 1)
     candidates[0].observe(0.05, clock.now)
     assert strategy.select(candidates, None).id == "b"
     candidates[1].active = 1  # its first answer is not here yet
@@ -255,18 +297,52 @@ def test_requests_in_flight_and_weight_count(
     assert create("least_response_time", clock=clock).select(candidates, None).id == expected
 
 
-def test_equal_response_times_take_turns(clock: Clock) -> None:
+@pytest.mark.parametrize("name", BY_TIME)
+def test_equal_response_times_take_turns(clock: Clock, name: str) -> None:
     candidates = backends(1, 1, 1)
     for backend in candidates:
         backend.observe(0.05, clock.now)
-    assert picks(create("least_response_time", clock=clock), candidates, 6) == "abcabc"
+    assert picks(create(name, clock=clock), candidates, 6) == "abcabc"
+
+
+def test_one_slow_answer_counts_in_full_only_for_peak_ewma(clock: Clock) -> None:
+    candidates = backends(1, 1)
+    for backend, seconds in zip(candidates, (0.01, 0.05), strict=True):
+        backend.observe(seconds, clock.now)
+    candidates[0].observe(0.1, clock.now)  # remembered: 0.028 on average, 0.1 at its peak
+    assert create("least_response_time", clock=clock).select(candidates, None).id == "a"
+    assert create("peak_ewma", clock=clock).select(candidates, None).id == "b"
+    clock.now += 5  # a half-life for both, and b has a fresh sample
+    candidates[1].observe(0.08, clock.now)
+    assert create("peak_ewma", clock=clock).select(candidates, None).id == "a"
+
+
+@pytest.mark.parametrize("name", BY_TIME)
+def test_a_backend_that_stalls_is_left_before_its_first_late_answer(clock: Clock, name: str) -> None:
+    pool = pool_of(clock, name, "stalls", "slower")
+    for _ in range(50):
+        for backend_id, seconds in (("stalls", 0.01), ("slower", 0.02)):
+            pool.lease(None, [other for other in ("stalls", "slower") if other != backend_id]).release(seconds)
+    stuck = pool.lease(None, ["slower"])
+    chosen = []
+    for _ in range(100):
+        clock.now += 0.01
+        lease = pool.lease(None)
+        chosen.append(lease.backend.id)
+        if lease.backend.id == "slower":
+            lease.release(0.02)
+    # Nothing has come from it, so that all it is known for are fast answers, and only the waiting tells.
+    assert chosen.count("stalls") <= 2
+    assert stuck.backend.response_time(clock.now) < 0.02
 
 
 # The registry.
 
 
-def test_the_four_strategies_are_registered() -> None:
-    assert {"round_robin", "weighted", "least_connections", "least_response_time"} <= set(REGISTRY)
+def test_the_strategies_are_registered() -> None:
+    assert set(REGISTRY) >= {
+        "round_robin", "weighted", "least_connections", "power_of_two", "least_response_time", "peak_ewma"
+    }  # fmt: skip
 
 
 def test_a_new_strategy_has_no_memory() -> None:
@@ -308,11 +384,17 @@ def test_a_strategy_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch
         strategies.load_entry_points()
 
 
-def test_least_response_time_is_not_drawn_to_a_backend_that_only_fails(clock: Clock) -> None:
-    pool = BackendPool(create("least_response_time", clock=clock), clock=clock)
-    for backend_id in ("good", "bad"):
+def pool_of(clock: Clock, name: str, *backend_ids: str) -> BackendPool:
+    pool = BackendPool(create(name, clock=clock), clock=clock)
+    for backend_id in backend_ids:
         backend = pool.add(backend_id, Origin("http", "127.0.0.1", 1))
         pool.record_check(backend, LastCheck(0.0, 0.0, 200, None))
+    return pool
+
+
+@pytest.mark.parametrize("name", BY_TIME)
+def test_going_by_time_is_not_drawn_to_a_backend_that_only_fails(clock: Clock, name: str) -> None:
+    pool = pool_of(clock, name, "good", "bad")
     chosen = []
     for _ in range(50):
         lease = pool.lease(None)
@@ -321,5 +403,5 @@ def test_least_response_time_is_not_drawn_to_a_backend_that_only_fails(clock: Cl
         if lease.backend.id == "good":
             lease.release(0.01)
         else:
-            lease.release(failed=True)
+            lease.release(failure="test")
     assert chosen.count("bad") <= 2

@@ -1,0 +1,330 @@
+"""One request between Granian and the app: its environ, its body, its answer, and its client leaving.
+
+Granian's `send` acts at once, in whichever thread calls it; what it returns need only be waited for when the client is
+slow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable
+from threading import Lock
+from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import unquote_to_bytes
+
+from balancer import accepted
+from balancer.errors import BalancerError, ClientGone, ClientTooSlow
+from balancer.incoming import CLIENT, HEADER_LINES, RequestBody, add_headers
+from balancer.messages import parse_content_length
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIApplication, WSGIEnvironment
+
+    from balancer.bridge import Bridge
+    from balancer.connection import Abortable
+
+log = logging.getLogger("balancer.server")
+
+BODY_GRACE_SECONDS = 5.0  # what a client may keep us waiting for its body before `min_body_rate` counts
+LINGER_SECONDS = 2.0  # and LINGER_BYTES: what is read and dropped after an answer that came before the request's end
+LINGER_BYTES = 16 * 1024 * 1024
+FLUSH_SECONDS = 0.25  # for an answer to be written, of which Granian says nothing, before its connection is cut
+PROTOCOLS = {"1": "HTTP/1.0", "1.1": "HTTP/1.1", "2": "HTTP/2"}  # Granian calls HTTP/1.0 "1"
+
+
+class Call:
+    """One request, from hyper to the app and back. Also the `Watcher` of what its worker thread blocks on.
+
+    `_lock` guards `_attached` and `is_gone`, which the loop thread and the worker thread share. `is_body_done` is set
+    by the worker before the loop looks at it.
+    """
+
+    __slots__ = (
+        "bridge",
+        "scope",
+        "protocol",
+        "_watcher",
+        "started",
+        "is_gone",
+        "is_watched",
+        "is_body_done",
+        "_body_left",
+        "_patience",
+        "_is_too_slow",
+        "_lock",
+        "_attached",
+        "_status",
+        "_headers",
+        "_is_started",
+    )
+
+    def __init__(self, bridge: Bridge, watcher: Any) -> None:
+        self.bridge = bridge
+        self.scope: dict[str, Any] = watcher.scope
+        self.protocol = watcher.proto
+        self._watcher = watcher
+        self.started = time.monotonic()
+        self.is_gone = False
+        self.is_watched = False
+        self.is_body_done = False
+        self._body_left: int | None = None  # bytes, if the length is known
+        self._patience = BODY_GRACE_SECONDS  # seconds that we still wait for the body, as `min_body_rate` has it
+        self._is_too_slow = False
+        self._lock = Lock()
+        self._attached: Abortable | None = None
+        self._status: int | None = None
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._is_started = False
+
+    def is_bodiless(self) -> bool:
+        """True if the head alone says that no body follows: for a call in the queue, which nobody has read yet."""
+        framing = (b"content-length", b"transfer-encoding")
+        return self.scope["http_version"] != "2" and not any(name in framing for name, _ in self.scope["headers"])
+
+    # The client left: called by the loop thread. `attach` and `detach` are called by the worker thread.
+
+    def attach(self, target: Abortable) -> None:
+        with self._lock:
+            self._attached = target
+            gone = self.is_gone
+        if gone:  # by the worker itself, to which it belongs: no lock needed
+            target.abort()
+
+    def detach(self) -> None:
+        with self._lock:
+            self._attached = None
+
+    def disconnect(self) -> None:
+        """Wake the worker if it waits for a backend. The lock is held so that what is attached is still this call's."""
+        with self._lock:
+            self.is_gone = True
+            if self._attached is not None:
+                self._attached.abort()
+
+    def cut(self) -> None:
+        """End the client's connection so that it cannot take what it got for the whole answer.
+
+        hyper would end a chunked body properly, and Granian has no way to tell it not to, so the socket is shut down.
+        An HTTP/2 client loses its other streams too.
+        """
+        accepted.cut(self.addresses)
+
+    @property
+    def addresses(self) -> tuple[accepted.Address, accepted.Address]:
+        return self.scope["client"], self.scope["server"]
+
+    # The worker thread.
+
+    def run(self) -> None:
+        """Run the app for this request; never raises."""
+        try:
+            self._run(self.bridge.app)
+        except ClientGone:
+            if self._is_started and not self.is_gone:  # slow; else there is nobody to be cut, or nothing was sent
+                self.cut()
+        except Exception:
+            # The app's own errors are answered by the app. After the head, cutting is all that is left.
+            if self._is_started:
+                log.debug("request cut", exc_info=True)
+                self.cut()
+            else:
+                log.exception("request failed")
+                self._status, self._headers = 500, []
+                self._emit_last(b"")
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        self.bridge.finish(self)
+        self._watcher.done()
+
+    def _run(self, app: WSGIApplication) -> None:
+        answer = app(self._environ(), self._start_response)
+        try:
+            if type(answer) is list and len(answer) == 1:
+                self._emit_last(answer[0])
+            else:
+                for chunk in answer:
+                    self._emit(chunk)
+                    if self.is_gone:
+                        return
+                self._emit_last(b"")
+        finally:
+            close = getattr(answer, "close", None)
+            if close is not None:
+                close()
+        if not (self.is_body_done or self.is_gone):
+            self._end_early()
+
+    def _end_early(self) -> None:
+        """The answer came before the end of the request. Read on for a while before closing: to close on a client that
+        still sends would reset the connection, and it might never see the answer (RFC 9112 section 9.6)."""
+        self._patience = math.inf  # from now on only these seconds count
+        with contextlib.suppress(BalancerError):  # it left, or says no more
+            if self._is_too_slow:  # it has had its time
+                self._linger(FLUSH_SECONDS)
+            elif self.bridge.lingering.acquire(blocking=False):
+                try:
+                    self._linger(LINGER_SECONDS)
+                finally:
+                    self.bridge.lingering.release()
+        # HTTP/2 ends the stream alone.
+        if not (self.is_body_done or self.is_gone) and self.scope["http_version"] != "2":
+            self.cut()
+
+    def _linger(self, seconds: float) -> None:
+        received, deadline = 0, time.monotonic() + seconds
+        while received < LINGER_BYTES and not self.is_body_done and (left := deadline - time.monotonic()) > 0:
+            received += len(self.receive(left))
+
+    def refuse(self, app: WSGIApplication) -> None:
+        """Answer with `app` in the calling thread; it must not block."""
+        self.is_body_done = True
+        try:
+            for chunk in app(self._environ(), self._start_response):
+                self._emit_last(chunk)
+        finally:
+            self._end()
+
+    def _start_response(
+        self, status: str, headers: list[tuple[str, str]], exc_info: Any = None
+    ) -> Callable[[bytes], object]:
+        if exc_info is not None and self._is_started:
+            raise exc_info[1].with_traceback(exc_info[2])
+        self._status = int(status[:3])
+        if headers and isinstance(headers[0][0], bytes):
+            self._headers = cast(list[tuple[bytes, bytes]], headers)  # the proxy spares us the way back from text
+        else:
+            self._headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
+        return self._emit
+
+    def _start(self) -> None:
+        if self._status is None:
+            raise RuntimeError("the app has not called start_response")
+        for name, _ in self._headers:
+            if name.lower() == b"server":
+                break
+        else:
+            self._headers.append((b"server", b"load-balancer"))  # or Granian would name itself
+        # hyper closes after it (RFC 9112 section 9.6). HTTP/2 has no such field, but GOAWAY.
+        if (self.bridge.is_draining or self._is_too_slow) and self.scope["http_version"] != "2":
+            self._headers.append((b"connection", b"close"))
+        self._is_started = True
+        self.protocol.send({"type": "http.response.start", "status": self._status, "headers": self._headers})
+
+    def _emit(self, chunk: bytes) -> None:
+        """Send a piece; an empty first one sends the head alone. Blocks while the client is slow."""
+        if not self._is_started:
+            self._start()
+        elif not chunk:
+            return
+        self._wait(self.protocol.send({"type": "http.response.body", "body": chunk, "more_body": True}))
+
+    def _emit_last(self, chunk: bytes) -> None:
+        if not self._is_started:
+            self._start()
+        self._wait(self.protocol.send({"type": "http.response.body", "body": chunk, "more_body": False}))
+
+    def receive(self, timeout: float | None = None) -> bytes:
+        """The next piece of the request body, b"" at its end. Raises ClientGone, ClientTooSlow."""
+        if self.is_body_done:
+            return b""
+        while True:
+            message = self._receive_message(timeout or self.bridge.idle_timeout)
+            if message["type"] != "http.request":
+                self.is_gone = True
+                raise ClientGone("the client left before its request was complete")
+            if self._body_left is not None:
+                self._body_left -= len(message["body"])
+            if not message["more_body"] or self._body_left == 0:
+                self.is_body_done = True
+            if message["body"] or self.is_body_done:
+                return bytes(message["body"])
+
+    def _receive_message(self, timeout: float) -> Any:
+        """Granian's next message. Raises ClientTooSlow after `timeout`, or below `min_body_rate`.
+
+        Only time spent waiting here counts, so that a slow backend, for which the client has to pause, does not. Each
+        byte pays for 1/rate seconds of waiting, which are saved up to `idle_timeout`: a client that was fast may pause,
+        one that was fast once may not trickle for ever.
+        """
+        rate, idle = self.bridge.min_body_rate, self.bridge.idle_timeout
+        limit = min(timeout, self._patience) if rate else timeout
+        started = time.monotonic()
+        try:
+            message = self._wait(self.protocol.receive(), limit)
+        except ClientGone:
+            self._is_too_slow = True
+            raise ClientTooSlow(
+                f"the request body came at less than {rate} bytes/s"
+                if limit < timeout
+                else f"nothing came of the request body for {timeout:g} s"
+            ) from None
+        if rate:
+            earned = len(message.get("body", b"")) / rate
+            left = max(0.0, self._patience - (time.monotonic() - started))
+            self._patience = min(left + earned, max(idle, BODY_GRACE_SECONDS))
+        return message
+
+    def _wait(self, awaitable: Any, timeout: float | None = None) -> Any:
+        """The result of what Granian returned; blocks this thread until it is there, for `idle_timeout` at most.
+
+        Raises ClientGone after that time.
+        """
+        done = getattr(awaitable, "done", None)
+        if done is None:  # finished when it was made: its first step ends it
+            try:
+                next(awaitable)
+            except StopIteration as stop:
+                return stop.value
+            raise RuntimeError("Granian returned an awaitable of an unknown kind")
+        if not done():
+            ready = Lock()
+            ready.acquire()
+            self.bridge.loop.call_soon_threadsafe(awaitable.add_done_callback, lambda _: ready.release())
+            if not ready.acquire(timeout=self.bridge.idle_timeout if timeout is None else timeout):
+                raise ClientGone("the client neither sent nor read anything in time")
+        return awaitable.result()
+
+    def _environ(self) -> WSGIEnvironment:
+        scope = self.scope
+        raw_path: bytes = scope["raw_path"]
+        query: bytes = scope["query_string"]
+        target = b"%s?%s" % (raw_path, query) if query else raw_path
+        path = unquote_to_bytes(raw_path) if b"%" in raw_path else raw_path
+        body = RequestBody(self.receive)
+        environ: WSGIEnvironment = {
+            "REQUEST_METHOD": scope["method"],
+            "SCRIPT_NAME": "",
+            "PATH_INFO": path.decode("latin-1"),
+            "QUERY_STRING": query.decode("latin-1"),
+            "REQUEST_URI": target.decode("latin-1"),
+            "SERVER_PROTOCOL": PROTOCOLS.get(scope["http_version"], "HTTP/1.1"),
+            "SERVER_NAME": scope["server"][0],
+            "SERVER_PORT": scope["server"][1],
+            "REMOTE_ADDR": scope["client"][0],
+            "REMOTE_PORT": scope["client"][1],
+            "wsgi.version": (1, 0),
+            "wsgi.url_scheme": scope["scheme"],
+            "wsgi.input": body,
+            "wsgi.errors": sys.stderr,
+            "wsgi.multithread": True,
+            "wsgi.multiprocess": False,
+            "wsgi.run_once": False,
+            HEADER_LINES: scope["headers"],
+            CLIENT: self,
+        }
+        add_headers(environ, scope["headers"])
+        if "CONTENT_LENGTH" in environ:
+            with contextlib.suppress(ValueError):  # the app refuses what is not a number
+                self._body_left = parse_content_length(environ["CONTENT_LENGTH"].encode("latin-1"))
+            self.is_body_done = self._body_left == 0
+        elif "HTTP_TRANSFER_ENCODING" in environ or scope["http_version"] == "2":
+            environ["wsgi.input_terminated"] = True  # HTTP/2 tells only at its end whether there is a body
+        else:
+            self.is_body_done = True
+        return environ

@@ -1,0 +1,70 @@
+"""Waiting for a place on a backend when all are full: one bounded queue, first come, first served.
+
+A waiter may be ahead of others and still not be served first: one that has already tried the only backend with room
+cannot use it. So nobody is ever passed over who could have been served.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from threading import Lock
+from typing import Generic, TypeVar
+
+Place = TypeVar("Place")
+
+
+class Waiter(Generic[Place]):
+    """One request in the queue. The thread that waits sleeps on a lock of its own; `wake` is for any thread."""
+
+    __slots__ = ("request", "exclude", "place", "_wake")
+
+    def __init__(self, request: object, exclude: Collection[str]) -> None:
+        self.request = request
+        self.exclude = exclude
+        self.place: Place | None = None
+        self._wake = Lock()
+        self._wake.acquire()
+
+    def wait(self, seconds: float) -> None:
+        """Until there is a place, the client has left, or the time is over."""
+        self._wake.acquire(timeout=max(0.0, seconds))
+
+    def wake(self) -> None:
+        with suppress(RuntimeError):  # it was woken already
+            self._wake.release()
+
+    abort = wake  # what a leaving client does to whatever its request waits for
+
+
+class WaitingLine(Generic[Place]):
+    """The queue. Not locked; the owner's lock guards it."""
+
+    def __init__(self) -> None:
+        self._waiters: dict[Waiter[Place], None] = {}
+
+    def __len__(self) -> int:
+        return len(self._waiters)
+
+    def join(self, request: object, exclude: Collection[str]) -> Waiter[Place]:
+        waiter: Waiter[Place] = Waiter(request, exclude)
+        self._waiters[waiter] = None
+        return waiter
+
+    def leave(self, waiter: Waiter[Place]) -> Place | None:
+        """Out of the queue, with the place it got, if it got one."""
+        self._waiters.pop(waiter, None)
+        return waiter.place
+
+    def serve(self, choose: Callable[[object, Collection[str]], Place | None]) -> None:
+        """Give out places in the order of arrival for as long as `choose` finds any."""
+        served: list[Waiter[Place]] = []
+        for waiter in self._waiters:
+            waiter.place = choose(waiter.request, waiter.exclude)
+            if waiter.place is not None:
+                served.append(waiter)
+            elif not waiter.exclude:  # who excludes nobody finds nobody, so nobody behind does
+                break
+        for waiter in served:
+            del self._waiters[waiter]
+            waiter.wake()

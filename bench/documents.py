@@ -1,0 +1,131 @@
+"""The documentation's figures: tables between markers in docs/performance.md, plots and the JSON file beside it."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import tables
+from charts import Bar, Group, chart
+from contenders import HERE
+from loads import LOADS
+from processes import BenchError
+from report import OURS, Results, Spread, Summary, latencies, summarise
+
+DOCS = HERE.parent / "docs"
+PAGE = "performance.md"
+DATA = "performance.json"
+
+
+def write(results: Results, directory: Path = DOCS) -> list[Path]:
+    """Put the results into the directory; returns the files written. Raises BenchError if the page lacks a marker."""
+    page = directory / PAGE
+    files = {page: fill(page.read_text(), results), directory / DATA: as_text(results)}
+    files |= {directory / name: content for name, content in plots(results).items()}
+    for path, content in files.items():
+        path.write_text(content)
+    return list(files)
+
+
+def as_text(results: Results) -> str:
+    return json.dumps(results.as_json(), indent=1) + "\n"
+
+
+def read(path: Path) -> Results:
+    """Raises BenchError for a file that is none of ours."""
+    try:
+        return Results.from_json(json.loads(path.read_text()))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BenchError(f"{path} holds no results of this benchmark: {error!r}") from None
+
+
+# The page.
+
+
+def machine_line(results: Results) -> str:
+    machine, options = results.machine, results.options
+    return (
+        f"Measured on {machine['date']}: {machine['cpus']} x {machine['cpu']}, Linux {machine['kernel']}, Python "
+        f"{machine['python']}; {options['rounds']} rounds of {options['seconds']} s, "
+        f"by `{options['command']}`."
+    )
+
+
+SECTIONS: dict[str, Callable[[Results], str]] = {
+    "machine": machine_line,
+    "loads": lambda results: tables.load_table(results).markdown(),
+    "speed": lambda results: tables.speed_table(results).markdown(),
+    "latency": lambda results: tables.latency_table(results).markdown(),
+    "stalls": lambda results: tables.stall_table(results).markdown(),
+    "choice": lambda results: tables.choice_table(results).markdown(),
+}
+
+
+def fill(page: str, results: Results) -> str:
+    """Replace what stands between `<!-- name -->` and `<!-- end -->`, for every section."""
+    for name, section in SECTIONS.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        content = section(results)
+        page, count = pattern.subn(lambda match, content=content: f"{match[1]}{content}\n{match[2]}", page)  # type: ignore[misc]
+        if count != 1:
+            raise BenchError(f"{PAGE} has {count} places for {name!r}, expected one: <!-- {name} --> ... <!-- end -->")
+    return page
+
+
+# The plots.
+
+
+def plots(results: Results) -> dict[str, str]:
+    summaries = summarise(results.samples)
+    found = {
+        "performance-cpu.svg": chart(
+            "CPU per request", "microseconds, less is better", groups(summaries, "cpu_us_per_request")
+        ),
+        "performance-rate.svg": chart(
+            "Requests per second", "more is better", groups(summaries, "requests_per_second")
+        ),
+        "performance-memory.svg": chart("Peak memory", "MiB, less is better", groups(summaries, "peak_rss_mib")),
+        "performance-latency.svg": chart("Added latency at one connection", "ms", latency_groups(results), digits=3),
+        "performance-choice.svg": chart("Unequal backends", "ms, less is better", choice_groups(results)),
+    }
+    return found
+
+
+def groups(summaries: list[Summary], figure: str) -> list[Group]:
+    found: dict[str, list[Bar]] = {}
+    for summary in summaries:
+        if (spread := summary.spreads[figure]) is not None:
+            bar = Bar(summary.contender, spread, summary.contender == OURS)
+            found.setdefault(summary.load, []).append(bar)
+    return [Group(LOADS[load].about, bars) for load, bars in found.items()]
+
+
+def latency_groups(results: Results) -> list[Group]:
+    rows = latencies(results.samples)
+    return [
+        Group(name, [Bar(x.contender, spread, x.contender == OURS) for x in rows if (spread := x.added[name])])
+        for name in ("p50", "p99")
+        if rows
+    ]
+
+
+def choice_groups(results: Results) -> list[Group]:
+    """Without what loses requests: its bar would hide all others."""
+    runs: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
+    for run in results.choices:
+        if not run.failed:
+            runs.setdefault((run.contender, run.method), []).append((run.p50, run.p99, run.p999))
+    ordered = sorted(runs.items(), key=lambda item: statistics.median(figures[1] for figures in item[1]))
+    found = []
+    for index, name in enumerate(("p50", "p99", "p99.9")):
+        bars = [
+            Bar(f"{who} {method}", spread, who == OURS)
+            for (who, method), figures in ordered
+            if (spread := Spread.of(each[index] for each in figures))
+        ]
+        if bars:
+            found.append(Group(name, bars))
+    return found

@@ -1,0 +1,65 @@
+"""What is asked of every contender: one row per kind of work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from contenders import BODY, FILES, UPLOAD_PATH
+
+WAIT_SECONDS = 0.2
+WAIT_PATH = "/wait"
+
+
+@dataclass(frozen=True)
+class Load:
+    """One run of wrk. `send` is the name of a body in FILES; `waits` puts the slow backend behind the contender."""
+
+    name: str
+    about: str
+    connections: int
+    path: str = "/api/process"
+    send: str | None = None
+    headers: int = 0
+    waits: bool = False
+
+    @property
+    def body(self) -> bytes | None:
+        return None if self.send is None else FILES[self.send]
+
+    @property
+    def expected(self) -> bytes:
+        return FILES.get(self.path, BODY)
+
+    def script(self) -> str:
+        """For wrk: the request, and its figures at the end; those that it prints are rounded to units it chooses."""
+        lines = [f'wrk.headers["X-Bench-{number:02}"] = "{number:02}-{"v" * 24}"' for number in range(self.headers)]
+        if self.body is not None:
+            lines += ['wrk.method = "POST"', f'wrk.body = string.rep("x", {len(self.body)})']
+        return "\n".join([*lines, DONE])
+
+
+DONE = """
+done = function(summary, latency)
+  local e = summary.errors
+  io.stderr:write(string.format(
+    '{"requests": %d, "seconds": %f, "status": %d, "socket": %d, "p50_ms": %f, "p99_ms": %f}',
+    summary.requests, summary.duration / 1e6, e.status, e.connect + e.read + e.write + e.timeout,
+    latency:percentile(50) / 1e3, latency:percentile(99) / 1e3))
+end
+"""
+
+SMALL = "small JSON answer"
+LOADS = {
+    load.name: load
+    for load in (
+        *(Load(f"small-{count}", f"{SMALL}, {count} connections", count) for count in (1, 32, 256, 1000)),
+        Load("headers-32", f"{SMALL}, 20 more request headers, 32 connections", 32, headers=20),
+        Load("wait-1000", f"{SMALL} after {WAIT_SECONDS:g} s, 1000 connections", 1000, path=WAIT_PATH, waits=True),
+        Load("down-64k", "64 KiB down, 32 connections", 32, path="/64k"),
+        Load("up-64k", "64 KiB up, 32 connections", 32, path=UPLOAD_PATH, send="/64k"),
+        Load("down-10m", "10 MiB down, 8 connections", 8, path="/10m"),
+        Load("up-10m", "10 MiB up, 8 connections", 8, path=UPLOAD_PATH, send="/10m"),
+    )
+}
+ONE_CONNECTION = "small-1"
+QUICK = ("small-1", "small-32", "small-1000", "down-64k")

@@ -1,0 +1,97 @@
+"""How good is a choice? Unequal backends, the same open-loop traffic, every way to choose in turn.
+
+One backend is fast, one takes five times as long, one is as fast as the first but stands still for 2 s now and then.
+Nobody is told which is which. The rate is a share of what all three can do together.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+from contenders import BODY, CONTENDERS, HERE, Place
+from loads import WAIT_PATH
+from openloop import Aim, Shot, fire, percentile, poisson
+from processes import await_answer, free_ports, get, running
+from report import OURS, ChoiceRun
+from speed import Backends, count_at, delay_backends, progress, read_meter
+
+sys.path.insert(0, str(HERE.parent))
+
+from balancer.strategies import REGISTRY  # noqa: E402
+
+FAST_SECONDS = 0.02
+SLOTS = 8
+SLOW_FACTOR = 5
+STALL_EVERY_SECONDS = 15.0
+STALL_SECONDS = 2.0
+LOAD_SHARE = 0.6
+WARMUP_SECONDS = 2.0
+FAILED_SECONDS = 10.0  # what a failed request counts as: a quick 503 is no fast answer
+SPECIFICATIONS = (
+    f"{FAST_SECONDS:g}:{SLOTS}",
+    f"{FAST_SECONDS * SLOW_FACTOR:g}:{SLOTS}",
+    f"{FAST_SECONDS:g}:{SLOTS}:{STALL_EVERY_SECONDS:g}:{STALL_SECONDS:g}",
+)
+OTHERS = (("nginx", "least_conn"), ("haproxy", "leastconn"), ("caddy", "least_conn"))
+QUICK_STRATEGIES = ("least_connections", "least_response_time", "peak_ewma")
+
+
+def capacity() -> float:
+    """Requests/s that the three can do together."""
+    fast = SLOTS / FAST_SECONDS
+    return fast + fast / SLOW_FACTOR + fast * (1 - STALL_SECONDS / STALL_EVERY_SECONDS)
+
+
+def methods(contenders: list[str], quick: bool) -> list[tuple[str, str]]:
+    own = [(OURS, name) for name in REGISTRY if not quick or name in QUICK_STRATEGIES]
+    return [(who, method) for who, method in (*own, *OTHERS) if who in contenders]
+
+
+def measure_quality(rounds: int, seconds: float, chosen: list[tuple[str, str]]) -> list[ChoiceRun]:
+    runs = []
+    with delay_backends(*SPECIFICATIONS) as backends:
+        for number in range(rounds):
+            shift = number % len(chosen)
+            for contender, method in chosen[shift:] + chosen[:shift]:
+                progress(f"round {number + 1}/{rounds}: {contender} {method} on unequal backends for {seconds:g} s")
+                runs.append(measure_one(number, contender, method, backends, seconds))
+    progress("")
+    return runs
+
+
+def measure_one(number: int, name: str, method: str, backends: Backends, seconds: float) -> ChoiceRun:
+    contender, rate = CONTENDERS[name], LOAD_SHARE * capacity()
+    with tempfile.TemporaryDirectory(prefix="bench-") as directory:
+        place = Place(free_ports(1)[0], backends.ports, Path(directory), method)
+        with running(contender.name, contender.command(place), place.directory, contender.cpus) as service:
+            await_answer(service, place.port, WAIT_PATH, BODY)
+            for port in backends.ports:
+                get(port, "/restart")
+            fire([Aim(place.port, WAIT_PATH, poisson(rate, WARMUP_SECONDS, seed=0))])
+            for port in backends.ports:
+                get(port, "/restart")
+            before, counts = read_meter(service, backends), [count_at(port) for port in backends.ports]
+            (shots,) = fire([Aim(place.port, WAIT_PATH, poisson(rate, seconds, seed=number + 1))], FAILED_SECONDS)
+            others = read_meter(service, backends).others_share(before, seconds)
+            counts = [count_at(port) - count for port, count in zip(backends.ports, counts, strict=True)]
+    return summarise(number, name, method, shots, counts, others)
+
+
+def summarise(
+    number: int, contender: str, method: str, shots: list[Shot], counts: list[int], others: float
+) -> ChoiceRun:
+    times = [(shot.latency if shot.is_good else max(shot.latency, FAILED_SECONDS)) * 1e3 for shot in shots]
+    return ChoiceRun(
+        round=number,
+        contender=contender,
+        method=method,
+        requests=len(shots),
+        failed=sum(not shot.is_good for shot in shots),
+        p50=percentile(times, 0.50),
+        p99=percentile(times, 0.99),
+        p999=percentile(times, 0.999),
+        shares=[count / max(1, sum(counts)) for count in counts],
+        others_share=others,
+    )

@@ -1,0 +1,397 @@
+"""What the chaos suite is made of: backends that misbehave on command, traffic that checks every byte, and the judge.
+
+A request has a key of its own. Its answer must carry the checksum of method, target and body; the backends write down
+every key they execute. So what a client saw can be held against what happened, also across kill -9.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import random
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from threading import Event, Lock, Thread
+from typing import Any
+
+import pytest
+from chaos_backend import PIECE, UNAVAILABLE, answer_body, checksum
+from support import PYTHON, BalancerProcess, Process, fetch, free_port, wait_until
+
+KIB, MIB = 1024, 1024 * 1024
+REPLAYABLE = 64 * KIB  # bytes of a request body that the balancer keeps for another try
+# Mostly small, as traffic is.
+SIZES = (0, 0, 1, 200, 200, 3 * KIB, 20 * KIB, REPLAYABLE, REPLAYABLE + 1, 300 * KIB, MIB)
+METHODS = ("GET", "GET", "GET", "HEAD", "PUT", "DELETE", "POST", "POST", "PATCH")
+ONCE = ("POST", "PATCH")  # must never be executed twice
+PATIENCE = 60.0  # seconds; a slow machine is no finding
+
+
+class ChaosBackend:
+    """`chaos_backend.py` on a port that stays the same; `log` outlives the process."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name = name
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = folder / f"{name}.log"
+        self.log.touch()
+        self._process: Process | None = None
+
+    def start(self) -> None:
+        script = Path(__file__).with_name("chaos_backend.py")
+        self._process = Process([PYTHON, "-S", str(script), str(self.port), str(self.log)])
+        wait_until(self._is_up, PATIENCE, f"{self.name} answers")
+
+    def _is_up(self) -> bool:
+        try:
+            return fetch(f"{self.url}/health")[0] == 200
+        except OSError:
+            return False
+
+    def fault(self, kind: str = "none", every: int = 1, seconds: float = 0.0) -> None:
+        assert fetch(f"{self.url}/fault", {"kind": kind, "every": every, "seconds": seconds})[0] == 204
+
+    def send(self, number: signal.Signals) -> None:
+        assert self._process is not None
+        self._process.send(number)
+
+    def kill(self) -> None:
+        """kill -9; also ends one that is stopped."""
+        if self._process is not None:
+            self._process.popen.kill()
+            self._process.wait()
+            self._process = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One request: what is sent, and how much is asked for."""
+
+    key: str
+    method: str
+    target: str
+    body: bytes
+    is_chunked: bool
+    size: int  # bytes of the answer
+
+    @property
+    def digest(self) -> str:
+        return checksum(self.method, self.target, self.body)
+
+    @property
+    def may_repeat(self) -> bool:
+        """The balancer may try another backend whatever happens before the answer's head."""
+        return self.method not in ONCE and not self.is_chunked and len(self.body) <= REPLAYABLE
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How it ended for the client.
+
+    `kind` is answered (whole and right), passed (a backend's own 503), refused (the balancer's own answer), cut (after
+    the head, and it shows), empty (no head) or wrong (never allowed).
+    """
+
+    plan: Plan
+    kind: str
+    status: int = 0
+    text: str = ""
+
+
+def make_plan(key: str, rng: random.Random) -> Plan:
+    method, size = rng.choice(METHODS), rng.choice(SIZES)
+    is_chunked = rng.random() < 0.3
+    body, body_chunked = b"", False
+    if method in ("PUT", "POST", "PATCH"):
+        body = rng.randbytes(rng.choice(SIZES))
+        body_chunked = bool(body) and rng.random() < 0.3
+        size = min(size, 20 * KIB)
+    target = f"/{key}?size={size}" + ("&chunked" if is_chunked else "&plain") + "=1"
+    return Plan(key, method, target, body, body_chunked, size)
+
+
+def ask(connection: http.client.HTTPConnection, plan: Plan) -> Outcome:
+    """Send one request and judge its answer. Closes the connection unless the answer was good."""
+    head: http.client.HTTPResponse | None = None
+    try:
+        send(connection, plan)
+        head = connection.getresponse()
+        outcome = judge(plan, head, head.read())
+    except (OSError, http.client.HTTPException) as error:
+        kind = "empty" if head is None else "cut"
+        outcome = Outcome(plan, kind, head.status if head else 0, repr(error))
+    if outcome.kind != "answered":
+        connection.close()
+    return outcome
+
+
+def send(connection: http.client.HTTPConnection, plan: Plan) -> None:
+    connection.putrequest(plan.method, plan.target)
+    if plan.is_chunked:
+        connection.putheader("Transfer-Encoding", "chunked")
+    elif plan.body or plan.method in ("PUT", "POST", "PATCH"):
+        connection.putheader("Content-Length", str(len(plan.body)))
+    body: Any = plan.body or None
+    if plan.is_chunked:
+        body = (plan.body[at : at + PIECE] for at in range(0, len(plan.body), PIECE))
+    try:
+        connection.endheaders(body, encode_chunked=plan.is_chunked)
+    except (BrokenPipeError, ConnectionResetError):
+        pass  # refused in the middle of the body: the answer may be here already
+
+
+def judge(plan: Plan, head: http.client.HTTPResponse, data: bytes) -> Outcome:
+    status = head.status
+    if status == 200:
+        expected = b"" if plan.method == "HEAD" else answer_body(plan.digest, plan.size)
+        right = head.headers.get("X-Digest") == plan.digest and data == expected
+        return Outcome(plan, "answered" if right else "wrong", status, "" if right else repr(data[:200]))
+    if plan.method == "HEAD":
+        return Outcome(plan, "refused", status)
+    if status == 503 and data == UNAVAILABLE:
+        return Outcome(plan, "passed", status)
+    try:
+        refusal = json.loads(data)
+        is_ours = bool(refusal["error"] and refusal["request_id"])
+    except (ValueError, KeyError, TypeError):
+        is_ours = False
+    return Outcome(plan, "refused" if is_ours and status in (502, 503, 504) else "wrong", status, repr(data[:200]))
+
+
+class Traffic:
+    """Keep-alive clients that send mixed requests until the block ends. `outcomes` grows as answers come."""
+
+    _runs = count(1)
+
+    def __init__(self, port: int, clients: int = 8, seed: int = 1, **limits: float) -> None:
+        self._port = port
+        self._ended = Event()
+        self._lock = Lock()  # guards `outcomes`
+        self._name = f"t{next(self._runs)}-{os.getpid()}"
+        self._pause = limits.get("pause", 0.0)
+        self.outcomes: list[Outcome] = []
+        self._threads = [Thread(target=self._run, args=(n, seed), name=f"traffic-{n}") for n in range(clients)]
+
+    def _run(self, number: int, seed: int) -> None:
+        rng = random.Random(seed * 1000 + number)
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=PATIENCE)
+        serial = count()
+        while not self._ended.wait(self._pause):
+            outcome = ask(connection, make_plan(f"{self._name}-{number}-{next(serial)}", rng))
+            with self._lock:
+                self.outcomes.append(outcome)
+        connection.close()
+
+    def __enter__(self) -> Traffic:
+        for thread in self._threads:
+            thread.start()
+        self.wait_for(20)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Each client ends after the answer it waits for."""
+        self._ended.set()
+        for thread in self._threads:
+            thread.join()
+
+    def wait_for(self, number: int) -> None:
+        """That many more requests have ended, one way or another."""
+        goal = len(self.outcomes) + number
+        wait_until(lambda: len(self.outcomes) >= goal, PATIENCE, f"{number} more answers")
+
+
+@dataclass
+class Fleet:
+    """A balancer in front of three chaos backends, and what was executed on them."""
+
+    balancer: BalancerProcess
+    backends: list[ChaosBackend]
+    seen: dict[str, int] = field(default_factory=dict)  # bytes of each log that earlier scenarios wrote
+
+    @property
+    def url(self) -> str:
+        return self.balancer.url
+
+    def executed(self) -> Counter[str]:
+        """Executions per key since the last call of `begin`."""
+        found: Counter[str] = Counter()
+        for backend in self.backends:
+            text = backend.log.read_bytes()[self.seen.get(backend.name, 0) :].decode()
+            found.update(line.partition(" ")[2] for line in text.splitlines())
+        return found
+
+    def begin(self) -> None:
+        """All backends up and good, all counters at zero."""
+        for backend in self.backends:
+            self.balancer.wait_healthy(backend.name, timeout=PATIENCE)
+            self.seen[backend.name] = backend.log.stat().st_size
+        self.idle()
+        assert fetch(f"{self.url}/reset", {})[0] == 200
+
+    def idle(self) -> Any:
+        """The status once nothing is in flight."""
+        wait_until(lambda: self.balancer.status()["statistics"]["active_requests"] == 0, PATIENCE, "nothing in flight")
+        return self.balancer.status(100)
+
+    def stop(self) -> None:
+        self.balancer.stop()
+        for backend in self.backends:
+            backend.kill()
+
+
+def start_fleet(folder: Path, *arguments: str) -> Fleet:
+    """Time-outs that a loaded machine keeps; idle threads and sockets are given up soon, so that leaks show."""
+    backends = [ChaosBackend(name, folder) for name in ("a", "b", "c")]
+    try:
+        for backend in backends:
+            backend.start()
+        balancer = BalancerProcess(
+            *(f"--backend={backend.name}={backend.url}" for backend in backends),
+            "--response-timeout=3",
+            "--health-timeout=1.5",
+            "--header-timeout=60",
+            "--thread-idle-timeout=1",
+            "--pool-idle-timeout=1",
+            *arguments,
+        )
+    except BaseException:
+        for backend in backends:
+            backend.kill()
+        raise
+    return Fleet(balancer, backends)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table of faults."""
+
+    fault: str
+    sent: int
+    answered: int
+    refused: int
+    cut: int
+    retried: int
+    lost: int
+    twice: int
+
+
+class Table:
+    """The faults that were tried; pytest prints it at the end."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self.notes: list[str] = []
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        names = list(Row.__dataclass_fields__)
+        cells = [names, *([str(getattr(row, name)) for name in names] for row in self.rows)]
+        wide = [max(len(line[column]) for line in cells) for column in range(len(names))]
+        terminalreporter.section("chaos")
+        for line in cells:
+            numbers = [text.rjust(width) for text, width in zip(line[1:], wide[1:], strict=True)]
+            terminalreporter.write_line("  ".join([line[0].ljust(wide[0]), *numbers]))
+        for note in self.notes:
+            terminalreporter.write_line(note)
+
+
+def make_table(config: pytest.Config) -> Table:
+    """The table of this run, registered so that pytest asks it for a summary."""
+    table = config.pluginmanager.get_plugin("chaos-table")
+    if table is None:
+        table = Table()
+        config.pluginmanager.register(table, "chaos-table")
+    assert isinstance(table, Table)
+    return table
+
+
+def settle(
+    fleet: Fleet,
+    table: Table,
+    fault: str,
+    outcomes: list[Outcome],
+    *,
+    cut: bool = False,
+    others: int = 0,
+    left: int = 0,
+) -> Row:
+    """The verdict on a scenario, as a row of the table. `cut`: answers may break off after their head, visibly.
+
+    Beyond `outcomes` there were `others`, which were answered, and `left`, whose clients did not wait.
+    """
+    status, executed = fleet.idle(), fleet.executed()
+    whole = status["statistics"]
+    kinds = Counter(outcome.kind for outcome in outcomes)
+    allowed = ("answered", "cut", "empty") if cut else ("answered",)
+    lost = [o for o in outcomes if o.plan.may_repeat and o.kind not in allowed]
+    twice = [o for o in outcomes if o.plan.method in ONCE and executed[o.plan.key] > 1]
+    broken = kinds["cut"] + kinds["empty"]
+    row = Row(
+        fault, len(outcomes), kinds["answered"], kinds["refused"], broken, whole["retries"], len(lost), len(twice)
+    )
+    table.rows.append(row)
+
+    assert [o for o in outcomes if o.kind == "wrong"] == []
+    assert lost == []
+    assert twice == []
+    for outcome in outcomes:
+        if outcome.kind in ("answered", "cut"):
+            assert executed[outcome.plan.key] >= 1, outcome
+    assert_exact(status, outcomes, others, left)
+    assert "Traceback" not in fleet.balancer.output
+    return row
+
+
+def assert_exact(status: Any, outcomes: list[Outcome], others: int, left: int) -> None:
+    """The balancer counted what the clients saw, no more and no less."""
+    whole, servers = status["statistics"], status["backend_servers"]
+    answered, sent = sum(outcome.kind == "answered" for outcome in outcomes) + others, len(outcomes) + others + left
+    assert whole["total_requests"] == sent
+    assert whole["successful_requests"] == answered
+    assert whole["failed_requests"] == sent - answered
+    assert whole["aborted_requests"] == left
+    assert whole["total_requests"] == sum(whole["codes"].values()) + whole["aborted_requests"]
+    assert sum(server["total_requests"] for server in servers) + whole["unassigned_requests"] == whole["total_requests"]
+    assert whole["active_requests"] == whole["queued_requests"] == 0
+    for server in servers:
+        assert server["total_requests"] == server["successful_requests"] + server["failed_requests"]
+        assert server["active_connections"] == 0
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What the balancer holds of the machine."""
+
+    threads: int
+    files: int
+    resident: int  # bytes
+
+    @classmethod
+    def of(cls, pid: int) -> Footprint:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        resident = next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
+        return cls(len(os.listdir(f"/proc/{pid}/task")), len(os.listdir(f"/proc/{pid}/fd")), resident * KIB)
+
+    def __str__(self) -> str:
+        return f"{self.threads} threads, {self.files} files, {self.resident / MIB:.0f} MiB"
+
+
+def repeat(steps: Callable[[], Iterator[None]], until: Event) -> Thread:
+    """Runs through `steps` again and again, in a thread of its own, until the event; then to their end."""
+
+    def run() -> None:
+        while not until.is_set():
+            for _ in steps():
+                pass
+
+    thread = Thread(target=run, name="operator")
+    thread.start()
+    return thread

@@ -1,0 +1,183 @@
+"""A backend for the chaos suite, a process of its own: `python chaos_backend.py PORT LOG`.
+
+Its answers carry a checksum of the request, so that no wrong body passes for a right one. What it executes it writes to
+LOG before it answers, one `METHOD KEY` a line in one append, which survives kill -9. `POST /fault` makes it misbehave.
+Standard library alone: it starts in a tenth of a second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import struct
+import sys
+import threading
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import IO
+from urllib.parse import parse_qs, urlsplit
+
+GARBAGE = (
+    b"\0\xff\x16\x03\x01 this is no HTTP\r\n\r\n",
+    b"HTTP/1.1 two hundred OK\r\nContent-Length: 2\r\n\r\nok",
+    b"HTTP/1.1 200 OK\r\nContent-Length: +2\r\n\r\nok",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nok",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nContent-Length: 2\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nno colon here\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nX: " + b"x" * 70_000,
+)
+UNAVAILABLE = b"the backend itself says no\n"
+PIECE = 65536  # bytes of an answer per write
+
+
+def checksum(method: str, target: str, body: bytes) -> str:
+    return hashlib.sha256(f"{method} {target}\n".encode() + body).hexdigest()
+
+
+def answer_body(digest: str, size: int) -> bytes:
+    """`size` bytes that belong to this request alone."""
+    line = f"{digest}\n".encode()
+    return (line * (size // len(line) + 1))[:size]
+
+
+def key_of(target: str) -> str:
+    return urlsplit(target).path.strip("/")
+
+
+@dataclass
+class Fault:
+    """For every `every`-th request: none, slow, garbage, reset_head, reset_body, end_body, hang or unavailable."""
+
+    kind: str = "none"
+    every: int = 1
+    seconds: float = 0.0
+    over: threading.Event = field(default_factory=threading.Event)
+
+
+class Hangup(Exception):
+    """Ends the connection, `reset` with RST."""
+
+    def __init__(self, reset: bool = False) -> None:
+        self.reset = reset
+
+
+class Backend:
+    def __init__(self, port: int, log: str) -> None:
+        self._log = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._listener = socket.create_server(("127.0.0.1", port), backlog=1024)
+        self._fault = Fault()
+        self._lock = threading.Lock()  # guards `_served`
+        self._served = 0
+
+    def run(self) -> None:
+        while True:
+            sock, _ = self._listener.accept()
+            threading.Thread(target=self._connection, args=(sock,), daemon=True).start()
+
+    def _connection(self, sock: socket.socket) -> None:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with sock, sock.makefile("rb") as stream, suppress(OSError):
+            try:
+                while self._one(sock, stream):
+                    pass
+            except Hangup as end:
+                if end.reset:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    def _one(self, sock: socket.socket, stream: IO[bytes]) -> bool:
+        """Serve one request. False at the end of the connection; a request that broke off is not executed."""
+        first, fields = read_head(stream)
+        if not first:
+            return False
+        body = read_body(stream, fields)
+        if body is None:
+            return False
+        method, target, _ = first.split(" ")
+        if target == "/health":
+            sock.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
+            return False
+        if target == "/fault":
+            self._fault.over.set()
+            self._fault = Fault(**json.loads(body))
+            sock.sendall(b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n")
+            return False
+        os.write(self._log, f"{method} {key_of(target)}\n".encode())
+        self._answer(sock, method, target, body)
+        return True
+
+    def _answer(self, sock: socket.socket, method: str, target: str, body: bytes) -> None:
+        with self._lock:
+            self._served += 1
+            served, fault = self._served, self._fault
+        kind = fault.kind if served % fault.every == 0 else "none"
+        query = parse_qs(urlsplit(target).query)
+        size, is_chunked = int(query["size"][0]), "chunked" in query
+        digest = checksum(method, target, body)
+        head = f"HTTP/1.1 200 OK\r\nX-Digest: {digest}\r\n"
+        head += "Transfer-Encoding: chunked\r\n\r\n" if is_chunked else f"Content-Length: {size}\r\n\r\n"
+        misbehave(sock, kind, fault, served)
+        data = b"" if method == "HEAD" else frame(answer_body(digest, size), is_chunked)
+        if kind in ("reset_body", "end_body"):
+            sock.sendall(head.encode() + data[: len(data) // 2])
+            raise Hangup(reset=kind == "reset_body")
+        sock.sendall(head.encode() + data)
+
+
+def misbehave(sock: socket.socket, kind: str, fault: Fault, served: int) -> None:
+    """What goes wrong before the head; raises Hangup where that is the end."""
+    if kind == "slow":
+        fault.over.wait(fault.seconds)
+    elif kind == "garbage":
+        sock.sendall(GARBAGE[served // fault.every % len(GARBAGE)])
+        raise Hangup
+    elif kind == "reset_head":
+        raise Hangup(reset=True)
+    elif kind == "hang":
+        fault.over.wait()
+        raise Hangup
+    elif kind == "unavailable":
+        sock.sendall(b"HTTP/1.1 503 No\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(UNAVAILABLE))
+        sock.sendall(UNAVAILABLE)
+        raise Hangup
+
+
+def frame(body: bytes, is_chunked: bool) -> bytes:
+    if not is_chunked:
+        return body
+    pieces = [body[at : at + PIECE] for at in range(0, len(body), PIECE)]
+    return b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+
+
+def read_head(stream: IO[bytes]) -> tuple[str, dict[str, str]]:
+    """(request line, header lines by lower-case name); ("", {}) if none came whole."""
+    lines: list[str] = []
+    while line := stream.readline():
+        if line == b"\r\n":
+            pairs = [text.partition(":") for text in lines[1:]]
+            return lines[0], {name.lower(): value.strip() for name, _, value in pairs}
+        lines.append(line.decode("latin-1").rstrip("\r\n"))
+    return "", {}
+
+
+def read_body(stream: IO[bytes], fields: dict[str, str]) -> bytes | None:
+    """None if it broke off."""
+    if "transfer-encoding" not in fields:
+        size = int(fields.get("content-length", 0))
+        body = stream.read(size)
+        return body if len(body) == size else None
+    pieces: list[bytes] = []
+    while (line := stream.readline()).endswith(b"\r\n"):
+        size = int(line, 16)
+        piece = stream.read(size + 2)
+        if len(piece) < size + 2:
+            return None
+        if not size:
+            return b"".join(pieces)
+        pieces.append(piece[:-2])
+    return None
+
+
+if __name__ == "__main__":
+    Backend(int(sys.argv[1]), sys.argv[2]).run()

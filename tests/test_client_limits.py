@@ -1,0 +1,363 @@
+"""What a client may take: time for its body, header lines, connections, and what its request waits for."""
+
+from __future__ import annotations
+
+import json
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from support import BalancerProcess, connect, exchange, fetch, free_port, get, read_all, split_response, wait_until
+from test_http2 import Client, client
+from wire import WireBackend, post, read_response, request
+
+from balancer.bridge import Bridge
+from balancer.call import BODY_GRACE_SECONDS, Call
+from balancer.workers import WorkerPool
+
+FRAME = 16384  # bytes
+
+
+@pytest.fixture(scope="module")
+def scripted() -> Iterator[WireBackend]:
+    backend = WireBackend()
+    yield backend
+    backend.close()
+
+
+@pytest.fixture
+def start(scripted: WireBackend) -> Iterator[Callable[..., BalancerProcess]]:
+    """Starts balancers in front of the scripted backend, with default limits."""
+    started: list[BalancerProcess] = []
+    scripted.reset()
+
+    def begin(*arguments: str, **options: bool) -> BalancerProcess:
+        flags = (f"--backend=only={scripted.url}", "--health-timeout=5", *arguments)
+        started.append(BalancerProcess(*flags, **options))
+        return started[-1]
+
+    yield begin
+    for balancer in started:
+        balancer.stop()
+
+
+def active(balancer: BalancerProcess) -> int:
+    found: int = balancer.status()["statistics"]["active_requests"]
+    return found
+
+
+def newest(balancer: BalancerProcess) -> dict[str, Any]:
+    wait_until(lambda: active(balancer) == 0, what="no request is in flight")
+    found: dict[str, Any] = balancer.status(1)["recent_requests"][0]
+    return found
+
+
+# Uploads that trickle: `min_body_rate`.
+
+FRAMINGS = [
+    (b"Content-Length: 1000", b"x"),  # read whole before a backend is chosen
+    (b"Content-Length: 1000000", b"x"),
+    (b"Transfer-Encoding: chunked", b"1\r\nx\r\n"),
+]
+
+
+@contextmanager
+def sending(sockets: list[socket.socket], pieces: list[bytes]) -> Iterator[None]:
+    """Each socket sends its piece twice a second, until the block ends."""
+    over = threading.Event()
+
+    def send() -> None:
+        while not over.wait(0.5):
+            for sock, piece in zip(sockets, pieces, strict=True):
+                with suppress(OSError):  # closed by the balancer, as it should
+                    sock.sendall(piece)
+
+    thread = threading.Thread(target=send, name="slow-uploads")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_tricklers_get_408_and_do_not_hold_threads(
+    start: Callable[..., BalancerProcess], scripted: WireBackend
+) -> None:
+    """They have all the threads and another request waits: without the limit, for as long as bytes come."""
+    balancer = start("--max-threads=50", "--max-queued=10")
+    uploads = [FRAMINGS[number % len(FRAMINGS)] for number in range(50)]
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(connect(balancer.port)) for _ in uploads]
+        for sock, (framing, _) in zip(sockets, uploads, strict=True):
+            sock.sendall(post(framing))
+        with sending(sockets, [piece for _, piece in uploads]):
+            wait_until(lambda: active(balancer) == 50)
+            started = time.monotonic()
+            with connect(balancer.port) as other:
+                other.sendall(get(b"/other"))
+                wait_until(lambda: balancer.status()["statistics"]["queued_requests"] == 1)
+                assert read_all(other).startswith(b"HTTP/1.1 200 ")
+            assert time.monotonic() - started < BODY_GRACE_SECONDS + 3
+            for sock in sockets:
+                status, lines, body = split_response(read_all(sock))  # which ends, because the connection does
+                assert (status, dict(lines)[b"connection"]) == (408, b"close")
+                assert "240 bytes/s" in json.loads(body)["error"]
+            wait_until(lambda: active(balancer) == 0)
+    slow = [record for record in balancer.status(100)["recent_requests"] if record["path"] == "/"]
+    assert [(record["status"], record["reason"]) for record in slow] == [(408, "client_too_slow")] * 50
+    assert balancer.backend("only")["failed_requests"] == 0
+    assert 0 < len(scripted.broken) == sum(record["server_id"] is not None for record in slow)  # not left hanging
+
+
+def test_an_upload_just_fast_enough_passes(start: Callable[..., BalancerProcess], scripted: WireBackend) -> None:
+    """300 bytes/s for longer than the grace."""
+    balancer = start()
+    with connect(balancer.port) as sock, sock.makefile("rb") as stream:
+        sock.sendall(post(b"Content-Length: 2100"))
+        with sending([sock], [b"x" * 150]):
+            assert read_response(stream)[0] == 200
+    assert len(scripted.requests[-1].body) == 2100
+    assert newest(balancer)["response_time"] > BODY_GRACE_SECONDS + 1
+
+
+def test_a_fast_start_is_no_licence_to_trickle(start: Callable[..., BalancerProcess], scripted: WireBackend) -> None:
+    """10 MB are 240 bytes/s for 11 hours; `idle_timeout` is the most that is saved up."""
+    balancer = start("--idle-timeout=6")
+    with connect(balancer.port) as sock, sock.makefile("rb") as stream:
+        sock.sendall(post(b"Content-Length: 20000000", body=b"x" * 10_000_000))
+        started = time.monotonic()
+        with sending([sock], [b"x"]):
+            assert read_response(stream)[0] == 408
+    assert 5 < time.monotonic() - started < 10
+
+
+def test_any_rate_is_accepted_if_the_limit_is_off(start: Callable[..., BalancerProcess], scripted: WireBackend) -> None:
+    balancer = start("--min-body-rate=0")
+    with connect(balancer.port) as sock, sock.makefile("rb") as stream:
+        sock.sendall(post(b"Content-Length: 12"))
+        with sending([sock], [b"x"]):
+            assert read_response(stream)[0] == 200
+    assert newest(balancer)["response_time"] > BODY_GRACE_SECONDS
+
+
+def test_a_client_that_pauses_for_a_slow_backend_is_not_punished(
+    start: Callable[..., BalancerProcess], scripted: WireBackend
+) -> None:
+    """The backend reads nothing for longer than the grace, so the client can send nothing."""
+    go_on = threading.Event()
+    scripted.on_head = lambda sock, request: not go_on.wait(30)
+    balancer = start()
+    body = b"x" * 40_000_000  # more than all buffers on the way hold
+    with connect(balancer.port) as sock, sock.makefile("rb") as stream:
+        sock.settimeout(30)
+        sender = threading.Thread(target=sock.sendall, args=(post(b"Content-Length: %d" % len(body), body=body),))
+        sender.start()
+        try:
+            started = time.monotonic()
+            wait_until(lambda: time.monotonic() - started > BODY_GRACE_SECONDS + 1.5)
+            assert sender.is_alive()
+        finally:
+            go_on.set()
+        assert read_response(stream)[0] == 200
+        sender.join()
+    assert len(scripted.requests[-1].body) == len(body)
+
+
+def test_a_trickling_http2_stream_is_ended_and_the_others_live(
+    start: Callable[..., BalancerProcess], scripted: WireBackend
+) -> None:
+    balancer = start()
+    with client(balancer) as h2:
+        h2.request(1, method=b"POST", end=False)
+        h2.data(1, b"x" * 100, end=False)
+        started = time.monotonic()
+        assert h2.finish(1).status == 408
+        assert BODY_GRACE_SECONDS - 1 < time.monotonic() - started < BODY_GRACE_SECONDS + 3
+        h2.request(3)
+        assert h2.finish(3).status == 200
+    wait_until(lambda: active(balancer) == 0)
+    assert {record["reason"] for record in balancer.status()["recent_requests"]} == {"client_too_slow", None}
+    assert balancer.backend("only")["failed_requests"] == 0
+
+
+def test_http2_uploads_to_a_slow_backend_leave_room_for_others(start: Callable[..., BalancerProcess]) -> None:
+    """A few full streams must not use up the connection's window, or another one would look like a slow client."""
+    slow = WireBackend()
+    slow._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # so that it is the balancer that holds it
+    go_on = threading.Event()
+    slow.on_head = lambda sock, request: request.target == b"/slow" and not go_on.wait(30)
+    balancer = start(f"--backend=slow={slow.url}")
+    try:
+        assert fetch(f"{balancer.url}/backends/only", method="DELETE")[0] in (200, 202, 204)
+        with client(balancer) as h2:
+            h2.request(1)
+            assert h2.finish(1).status == 200  # both sides know each other's windows
+            for stream in (3, 5, 7, 9):
+                h2.request(stream, (b":path", b"/slow"), method=b"POST", end=False)
+                upload(h2, stream, 64, end=False)  # all that may be unread of one stream
+            h2.request(11, method=b"POST", end=False)
+            upload(h2, 11, 60, end=True)
+            assert h2.finish(11).status == 200
+    finally:
+        go_on.set()
+        balancer.stop()
+        slow.close()
+    assert len(slow.requests[-1].body) == 60 * FRAME
+
+
+def upload(h2: Client, stream: int, frames: int, *, end: bool) -> None:
+    for _ in range(frames):
+        h2.data(stream, b"x" * FRAME, end=False)
+    if end:
+        h2.data(stream, b"")
+
+
+def test_the_control_api_does_not_wait_for_slow_bodies(start: Callable[..., BalancerProcess]) -> None:
+    balancer = start()
+    head = b"POST /algorithm HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n%s\r\n\r\n1\r\n{"
+    with connect(balancer.port) as by_length, connect(balancer.port) as chunked:
+        by_length.sendall(head % b"Content-Length: 100")
+        chunked.sendall(head % b"Transfer-Encoding: chunked")
+        for sock in (by_length, chunked):
+            status, lines, body = split_response(read_all(sock))
+            assert (status, dict(lines)[b"connection"]) == (408, b"close")
+            assert json.loads(body)["error"]
+    assert "Traceback" not in balancer.output
+
+
+# Header lines: `max_header_count`, and what the server in front refuses by itself.
+
+
+def with_lines(count: int) -> bytes:
+    """A request with this many header lines; two of them are always there."""
+    return get(b"/", *[b"X-%d: 1" % number for number in range(count - 2)])
+
+
+def test_one_header_line_too_many_is_431(start: Callable[..., BalancerProcess], scripted: WireBackend) -> None:
+    balancer = start("--max-header-count=20")
+    assert exchange(balancer.port, with_lines(20)).startswith(b"HTTP/1.1 200 ")
+    status, lines, body = split_response(exchange(balancer.port, with_lines(21)))
+    answer = json.loads(body)
+    assert (status, answer["error"]) == (431, "21 header lines, at most 20 are accepted")
+    assert dict(lines)[b"x-request-id"] == answer["request_id"].encode()
+    assert len(scripted.requests) == 1
+    assert (newest(balancer)["status"], newest(balancer)["server_id"]) == (431, None)
+
+
+def test_the_default_is_what_the_server_in_front_takes(
+    start: Callable[..., BalancerProcess], scripted: WireBackend
+) -> None:
+    """It refuses more than 100 of HTTP/1 without a word of ours, and does not count those of HTTP/2."""
+    balancer = start()
+    assert exchange(balancer.port, with_lines(100)).startswith(b"HTTP/1.1 200 ")
+    status, lines, body = split_response(exchange(balancer.port, with_lines(101)))
+    assert (status, dict(lines)[b"connection"], body) == (431, b"close", b"")
+    with client(balancer) as h2:
+        h2.request(1, *[(b"x-%d" % number, b"1") for number in range(99)])  # and Host, from :authority
+        assert h2.finish(1).status == 200
+        h2.request(3, *[(b"x-%d" % number, b"1") for number in range(100)])
+        refused = h2.finish(3)
+        assert refused.status == 431 and json.loads(refused.body)["error"]
+        h2.request(5)
+        assert h2.finish(5).status == 200
+    assert len(scripted.requests) == 3
+
+
+# Connections: `max_clients`.
+
+
+def is_readable(sock: socket.socket, timeout: float) -> bool:
+    with selectors.DefaultSelector() as selector:
+        selector.register(sock, selectors.EVENT_READ)
+        return bool(selector.select(timeout))
+
+
+@contextmanager
+def http1(port: int) -> Iterator[Callable[[float], bool]]:
+    """A connection that asks and is kept; yields what tells whether it is answered within so many seconds."""
+    with connect(port) as sock:
+        sock.sendall(request(b"/"))
+        yield lambda timeout: is_readable(sock, timeout) and sock.recv(4096).startswith(b"HTTP/1.1 200 ")
+
+
+@contextmanager
+def http2(port: int) -> Iterator[Callable[[float], bool]]:
+    with connect(port) as sock:
+        h2 = Client(sock)
+        h2.request(1)
+        yield lambda timeout: is_readable(sock, timeout) and h2.finish(1).status == 200
+        h2.close()
+
+
+@pytest.mark.parametrize("opened", [http1, http2])
+def test_connections_beyond_the_limit_wait_for_a_place(
+    start: Callable[..., BalancerProcess], opened: Callable[[int], AbstractContextManager[Callable[[float], bool]]]
+) -> None:
+    control = free_port()
+    port = start("--max-clients=3", f"--control-port={control}", wait_ready=False).port
+    wait_until(lambda: fetch(f"http://127.0.0.1:{control}/readyz")[0] == 200)
+    with ExitStack() as stack:
+        with opened(port) as first:
+            held = [first, *(stack.enter_context(opened(port)) for _ in range(2))]
+            assert all(is_answered(5) for is_answered in held)
+            waiting = [stack.enter_context(opened(port)) for _ in range(2)]
+            assert not any(is_answered(0.3) for is_answered in waiting)
+            assert fetch(f"http://127.0.0.1:{control}/status")[0] == 200  # which has places of its own
+        assert waiting[0](5)
+        assert not waiting[1](0.3)
+    for _ in range(7):  # all places are free again
+        with opened(port) as is_answered:
+            assert is_answered(5)
+
+
+# What a request blocks on when its client leaves.
+
+
+class Place:
+    """Something a request can wait for."""
+
+    def __init__(self) -> None:
+        self.aborted = 0
+
+    def abort(self) -> None:
+        self.aborted += 1
+
+
+@pytest.fixture
+def call() -> Call:
+    bridge = Bridge(lambda environ, start_response: [b""], WorkerPool(1, 0, 1.0))
+    return Call(bridge, SimpleNamespace(scope={}, proto=None))
+
+
+def test_what_a_request_waits_for_is_aborted_when_its_client_leaves(call: Call) -> None:
+    place = Place()
+    call.attach(place)
+    assert place.aborted == 0
+    call.disconnect()
+    assert place.aborted == 1
+
+
+def test_what_comes_after_the_client_has_left_is_aborted_at_once(call: Call) -> None:
+    call.disconnect()
+    place = Place()
+    call.attach(place)
+    assert place.aborted == 1
+
+
+def test_what_the_request_no_longer_waits_for_is_left_alone(call: Call) -> None:
+    queue, connection = Place(), Place()
+    call.attach(queue)
+    call.detach()
+    call.attach(connection)
+    call.disconnect()
+    assert (queue.aborted, connection.aborted) == (0, 1)
+    call.detach()
+    call.disconnect()
+    assert (queue.aborted, connection.aborted) == (0, 1)

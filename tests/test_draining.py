@@ -1,0 +1,358 @@
+"""Ending and reloading by signals, with real processes: what clients still get, what they are told, and exit codes."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import signal
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from support import (
+    PYTHON,
+    BalancerProcess,
+    DemoBackend,
+    Process,
+    RawRequest,
+    connect,
+    exchange,
+    fetch,
+    fetch_json,
+    free_port,
+    get,
+    ok,
+    read_all,
+    split_response,
+    wait_until,
+)
+from test_http2 import client
+from wire import WireBackend, read_response, request, wait_closed
+
+LONG = ("--shutdown-delay=60", "--drain-timeout=60")  # nothing here may wait for these
+
+
+@pytest.fixture(scope="module")
+def scripted() -> Iterator[WireBackend]:
+    backend = WireBackend()
+    yield backend
+    backend.close()
+
+
+@pytest.fixture
+def start(scripted: WireBackend) -> Iterator[Callable[..., BalancerProcess]]:
+    started: list[BalancerProcess] = []
+    scripted.reset()
+
+    def begin(*arguments: str, **options: bool) -> BalancerProcess:
+        flags = (f"--backend=only={scripted.url}", "--health-timeout=5", *arguments)
+        started.append(BalancerProcess(*flags, **options))
+        return started[-1]
+
+    yield begin
+    for balancer in started:
+        balancer.stop()
+
+
+@pytest.fixture
+def go_on(scripted: WireBackend) -> Iterator[threading.Event]:
+    """The backend answers `/held` only when this is set."""
+    event = threading.Event()
+
+    def script(sock: socket.socket, asked: RawRequest) -> None:
+        if asked.target == b"/held":
+            event.wait(30)
+        sock.sendall(ok())
+
+    scripted.script = script
+    yield event
+    event.set()
+
+
+# The delay: still serving, but telling everybody to go elsewhere.
+
+
+def test_during_the_delay_all_is_served_and_everybody_is_told(start: Callable[..., BalancerProcess]) -> None:
+    balancer = start("--shutdown-delay=3")
+    with connect(balancer.port) as kept, kept.makefile("rb") as stream:
+        kept.sendall(request(b"/"))
+        status, lines, _ = read_response(stream)
+        assert status == 200 and b"connection" not in dict(lines)
+        sent = time.monotonic()
+        balancer.send(signal.SIGTERM)
+        wait_until(lambda: fetch(f"{balancer.url}/readyz")[0] == 503, 2)
+        kept.sendall(request(b"/"))
+        status, lines, _ = read_response(stream)
+        assert (status, dict(lines)[b"connection"]) == (200, b"close")
+        assert wait_closed(kept, 2)
+    assert json.loads(fetch(f"{balancer.url}/readyz")[2])["lifecycle"] == "draining"
+    assert balancer.status()["lifecycle"] == "draining"
+    assert fetch(f"{balancer.url}/")[0] == 200  # a new connection
+    (event,) = (e for e in fetch_json(f"{balancer.url}/events")["events"] if e["kind"] == "draining")
+    assert event["backend"] is None
+    assert re.fullmatch(
+        r"\d+ requests in flight have at most 30 s to finish, after 3 s in which more are accepted \(SIGTERM\)",
+        event["message"],
+    )
+    assert event["message"] in balancer.output
+    assert balancer.wait(10) == 0
+    assert 3 <= time.monotonic() - sent < 6
+
+
+def test_nothing_is_lost_if_traffic_moves_away_within_the_delay(
+    start: Callable[..., BalancerProcess],
+) -> None:
+    """As behind another load balancer, which asks /readyz and needs a moment to notice."""
+    balancer = start("--shutdown-delay=3")
+    told = threading.Event()
+    seen: Counter[str] = Counter()
+    lock = threading.Lock()
+
+    def drive() -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", balancer.port, timeout=10)
+        while not told.is_set():
+            try:
+                connection.request("GET", "/")
+                answer = connection.getresponse()
+                answer.read()
+                found = str(answer.status)
+            except (OSError, http.client.HTTPException) as error:
+                found = repr(error)
+                connection.close()
+            with lock:
+                seen[found] += 1
+        connection.close()
+
+    with ThreadPoolExecutor(8) as threads:
+        for _ in range(8):
+            threads.submit(drive)
+        wait_until(lambda: seen["200"] > 200)
+        balancer.send(signal.SIGTERM)
+        wait_until(lambda: not balancer.is_ready(), 2)
+        before = seen["200"]
+        wait_until(lambda: seen["200"] > before + 50, 1.5)
+        told.set()
+    assert set(seen) == {"200"}
+    assert balancer.wait(10) == 0
+    assert "cut off" not in balancer.output
+
+
+def test_what_waits_for_a_thread_when_the_delay_ends_is_finished_too(
+    start: Callable[..., BalancerProcess], scripted: WireBackend, go_on: threading.Event
+) -> None:
+    balancer = start("--max-threads=1", "--shutdown-delay=1.5")
+    with ThreadPoolExecutor(3) as threads:
+        answers = [threads.submit(exchange, balancer.port, get(b"/held"))]
+        wait_until(lambda: scripted.seen == 1)
+        balancer.send(signal.SIGTERM)
+        wait_until(lambda: "draining" in balancer.output)
+        answers += [threads.submit(exchange, balancer.port, get(b"/held")) for _ in range(2)]
+        wait_until(lambda: not accepts(balancer), what="the delay is over")
+        go_on.set()
+        assert [split_response(answer.result())[0] for answer in answers] == [200] * 3
+    assert balancer.wait(10) == 0
+
+
+def accepts(balancer: BalancerProcess) -> bool:
+    try:
+        with connect(balancer.port):
+            return True
+    except OSError:
+        return False
+
+
+def test_a_control_port_says_to_the_end_what_goes_on(
+    start: Callable[..., BalancerProcess], scripted: WireBackend, go_on: threading.Event
+) -> None:
+    port = free_port()
+    balancer = start(f"--control-port={port}", wait_ready=False)
+    wait_until(lambda: fetch(f"http://127.0.0.1:{port}/readyz")[0] == 200)
+    with ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(exchange, balancer.port, get(b"/held"))
+        wait_until(lambda: scripted.seen == 1)
+        balancer.send(signal.SIGTERM)
+        wait_until(lambda: not accepts(balancer))
+        assert fetch(f"http://127.0.0.1:{port}/readyz")[0] == 503
+        assert fetch_json(f"http://127.0.0.1:{port}/status")["statistics"]["active_requests"] == 1
+        go_on.set()
+        assert answer.result().startswith(b"HTTP/1.1 200 ")
+    assert balancer.wait(10) == 0
+
+
+def test_http2_is_served_during_the_delay_and_told_to_go_after_it(
+    start: Callable[..., BalancerProcess], scripted: WireBackend, go_on: threading.Event
+) -> None:
+    """RFC 9113 section 6.8: GOAWAY, and the streams that are open are finished."""
+    balancer = start("--shutdown-delay=2")
+    with client(balancer) as h2:
+        h2.request(1)
+        assert h2.finish(1).status == 200
+        balancer.send(signal.SIGTERM)
+        wait_until(lambda: "draining" in balancer.output)
+        h2.request(3)
+        assert h2.finish(3).status == 200 and not h2.is_closed
+        h2.request(5, (b":path", b"/held"))
+        wait_until(lambda: scripted.requests[-1].target == b"/held")
+        wait_until(lambda: not accepts(balancer), what="the delay is over")
+        go_on.set()
+        assert h2.finish(5).status == 200
+        h2.read_to_end()
+        assert h2.is_told_to_go
+    assert balancer.wait(10) == 0
+
+
+# In a hurry.
+
+
+def test_ctrl_c_skips_the_delay(start: Callable[..., BalancerProcess]) -> None:
+    balancer = start(*LONG)
+    sent = time.monotonic()
+    balancer.send(signal.SIGINT)
+    assert balancer.wait(10) == 130
+    assert time.monotonic() - sent < 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
+def test_a_second_signal_ends_the_delay_and_everything_else(
+    start: Callable[..., BalancerProcess],
+    scripted: WireBackend,
+    go_on: threading.Event,
+    number: signal.Signals,
+    busy: bool,
+) -> None:
+    balancer = start(*LONG)
+    with connect(balancer.port) as sock:
+        if busy:
+            sock.sendall(get(b"/held"))
+            wait_until(lambda: scripted.seen == 1)
+        balancer.send(signal.SIGTERM)
+        wait_until(lambda: "draining" in balancer.output)
+        sent = time.monotonic()
+        balancer.send(number)
+        assert balancer.wait(10) == 0
+        assert time.monotonic() - sent < 3
+        assert read_all(sock) == b""
+    assert ("a second signal came: cut off 1 requests" in balancer.output) is busy
+    assert "Traceback" not in balancer.output
+
+
+def test_a_second_signal_ends_a_long_request(
+    start: Callable[..., BalancerProcess], scripted: WireBackend, go_on: threading.Event
+) -> None:
+    balancer = start("--drain-timeout=60")
+    with connect(balancer.port) as sock:
+        sock.sendall(get(b"/held"))
+        wait_until(lambda: scripted.seen == 1)
+        balancer.send(signal.SIGTERM)
+        wait_until(lambda: not accepts(balancer))
+        sent = time.monotonic()
+        balancer.send(signal.SIGTERM)
+        assert balancer.wait(10) == 0
+        assert time.monotonic() - sent < 3
+        assert read_all(sock) == b""
+
+
+# A server whose reload takes as long as a file exists.
+RELOADING = """
+import logging, os, sys, threading
+from balancer import server
+from balancer.bridge import Bridge
+from balancer.workers import WorkerPool
+
+logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
+folder = sys.argv[1]
+
+def app(environ, start_response):
+    start_response("200 OK", [("content-length", "2")])
+    return [b"ok"]
+
+def reload():
+    print("reload begins in", threading.current_thread().name, flush=True)
+    if os.path.exists(folder + "/broken"):
+        raise ValueError("broken")
+    while os.path.exists(folder + "/hold"):
+        threading.Event().wait(0.01)
+    print("reload ends", flush=True)
+
+listener = server.listen("127.0.0.1", 0)
+print("port", listener.getsockname()[1], flush=True)
+sys.exit(server.serve([(Bridge(app, WorkerPool(4, 4, 1)), listener)], server.ServerOptions(), on_hangup=reload))
+"""
+
+# SIGHUP.
+
+
+@pytest.fixture
+def reloading(tmp_path: Path) -> Iterator[Process]:
+    process = Process([PYTHON, "-c", RELOADING, str(tmp_path)])
+    wait_until(lambda: "port" in process.output, what="it listens")
+    yield process
+    process.stop()
+
+
+def answers(process: Process) -> bool:
+    port = process.output.split()[1]
+    return fetch(f"http://127.0.0.1:{port}/")[0] == 200
+
+
+def test_hangup_calls_back_and_serving_goes_on(reloading: Process) -> None:
+    assert answers(reloading)
+    reloading.send(signal.SIGHUP)
+    wait_until(lambda: reloading.output.count("reload ends") == 1)
+    assert "reload begins in reload" in reloading.output
+    assert answers(reloading)
+
+
+def test_hangups_during_a_reload_are_one_more_after_it(reloading: Process, tmp_path: Path) -> None:
+    assert answers(reloading)
+    (tmp_path / "hold").touch()
+    reloading.send(signal.SIGHUP)
+    wait_until(lambda: "reload begins" in reloading.output)
+    for _ in range(5):
+        reloading.send(signal.SIGHUP)
+    assert answers(reloading)  # not in the loop
+    assert reloading.output.count("reload begins") == 1
+    (tmp_path / "hold").unlink()
+    wait_until(lambda: reloading.output.count("reload ends") == 2)
+    reloading.send(signal.SIGTERM)
+    assert reloading.wait() == 0
+    assert reloading.output.count("reload begins") == 2
+
+
+def test_a_failed_reload_is_logged_and_the_next_one_runs(reloading: Process, tmp_path: Path) -> None:
+    assert answers(reloading)
+    (tmp_path / "broken").touch()
+    reloading.send(signal.SIGHUP)
+    wait_until(lambda: "ValueError: broken" in reloading.output)
+    assert "ERROR reload failed" in reloading.output
+    (tmp_path / "broken").unlink()
+    reloading.send(signal.SIGHUP)
+    wait_until(lambda: "reload ends" in reloading.output)
+    assert answers(reloading)
+
+
+def test_a_reload_that_hangs_does_not_keep_the_process(reloading: Process, tmp_path: Path) -> None:
+    assert answers(reloading)
+    (tmp_path / "hold").touch()
+    reloading.send(signal.SIGHUP)
+    wait_until(lambda: "reload begins" in reloading.output)
+    reloading.send(signal.SIGTERM)
+    assert reloading.wait(10) == 0
+
+
+def test_hangup_ends_what_has_nothing_to_reload() -> None:
+    backend = DemoBackend("alone")
+    backend.start()
+    try:
+        assert backend.process is not None
+        backend.process.send(signal.SIGHUP)
+        assert backend.process.wait(10) == 0
+    finally:
+        backend.stop()

@@ -1,0 +1,154 @@
+"""Why this backend, why this status: what `/requests/<id>` says of a request, and what bounds its retries."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from support import (
+    BalancerProcess,
+    ScriptedBackend,
+    exchange,
+    fetch,
+    fetch_json,
+    free_port,
+    get,
+    ok,
+    split_response,
+    wait_until,
+)
+from wire import hang_up
+
+from balancer.backends import Backend
+from balancer.origin import Origin
+from balancer.strategies import REGISTRY, create
+
+
+@pytest.fixture(scope="module")
+def backends() -> Iterator[tuple[ScriptedBackend, ScriptedBackend]]:
+    made = ScriptedBackend(), ScriptedBackend()
+    yield made
+    for backend in made:
+        backend.close()
+
+
+@pytest.fixture(scope="module")
+def started(backends: tuple[ScriptedBackend, ScriptedBackend]) -> Iterator[BalancerProcess]:
+    urls = [f"--backend={name}={backend.url}" for name, backend in zip("ab", backends, strict=True)]
+    balancer = BalancerProcess(
+        *urls, f"--backend=gone=http://127.0.0.1:{free_port()}", "--backend=off=http://127.0.0.1:1@0",
+        "--algorithm=least_connections", "--eject-after=0", "--retry-budget-minimum=3", "--retry-budget=0",
+        "--response-timeout=1", "--request-timeout=1.5",
+    )  # fmt: skip
+    yield balancer
+    balancer.stop()
+
+
+@pytest.fixture
+def balancer(started: BalancerProcess, backends: tuple[ScriptedBackend, ScriptedBackend]) -> BalancerProcess:
+    for backend in backends:
+        backend.reset()
+    for name in "ab":
+        started.wait_healthy(name)
+    wait_until(lambda: started.backend("gone")["state"] == "down")
+    return started
+
+
+def explain(balancer: BalancerProcess, request_id: str, status: int, **how: Any) -> Any:
+    assert fetch(f"{balancer.url}/x?secret=1", X_Request_ID=request_id, **how)[0] == status
+    return fetch_json(f"{balancer.url}/requests/{request_id}")
+
+
+def test_candidates_scores_and_who_was_excluded(balancer: BalancerProcess) -> None:
+    told = explain(balancer, "plain-1", 200)
+    assert (told["status"], told["attempts"], told["path"], told["method"]) == (200, 1, "/x", "GET")
+    (attempt,) = told["tried"]
+    assert attempt["algorithm"] == "least_connections" and attempt["outcome"] == "200"
+    assert attempt["candidates"] == [{"id": "a", "active": 0, "score": 0.0}, {"id": "b", "active": 0, "score": 0.0}]
+    assert attempt["excluded"]["off"] == "weight 0"
+    assert attempt["excluded"]["gone"].startswith("down: health check failed")
+    assert attempt["backend"] == told["server_id"] in ("a", "b")
+
+
+def test_every_attempt_is_there_with_its_cause(
+    balancer: BalancerProcess, backends: tuple[ScriptedBackend, ScriptedBackend]
+) -> None:
+    def once(sock: socket.socket, request: Any) -> None:
+        for backend in backends:
+            backend.answer(ok())
+        hang_up(sock)
+
+    for backend in backends:
+        backend.script = once
+    told = explain(balancer, "retried-1", 200)
+    first, second = told["tried"]
+    assert first["outcome"] == "connection_terminated" and "without a complete response" in first["error"]
+    assert (second["outcome"], second["error"]) == ("200", None)
+    assert second["excluded"][first["backend"]] == "already tried"
+    assert [candidate["id"] for candidate in second["candidates"]] == [second["backend"]]
+    assert told["first_byte"] == second["seconds"] and told["not_retried"] is None
+
+
+def test_a_post_that_may_have_had_its_effect_says_so(
+    balancer: BalancerProcess, backends: tuple[ScriptedBackend, ScriptedBackend]
+) -> None:
+    for backend in backends:
+        backend.script = lambda sock, request: hang_up(sock)
+    told = explain(balancer, "post-1", 502, body=b"{}")
+    assert (told["attempts"], told["not_retried"]) == (1, "POST may have had its effect")
+    assert told["bytes_in"] == 2
+
+
+def test_no_retry_without_another_backend_or_beyond_the_budget(
+    balancer: BalancerProcess, backends: tuple[ScriptedBackend, ScriptedBackend]
+) -> None:
+    for backend in backends:
+        backend.script = lambda sock, request: hang_up(sock)
+    reasons = [explain(balancer, f"budget-{number}", 502)["not_retried"] for number in range(40)]
+    assert reasons[0] == "no other backend is available"
+    assert reasons[-1] == "the retry budget is used up"  # three a second, thirty in ten seconds
+    assert {reason for reason in reasons} == {reasons[0], reasons[-1]}
+
+
+def test_one_deadline_for_all_attempts(started: BalancerProcess) -> None:
+    slow = ScriptedBackend(), ScriptedBackend()
+    urls = [f"--backend={backend.url}" for backend in slow]
+    balancer = BalancerProcess(*urls, "--response-timeout=1", "--request-timeout=1.3", "--eject-after=0")
+    try:
+        for backend in slow:
+            backend.script = lambda sock, request: None
+        told = explain(balancer, "late-1", 504)
+        assert told["attempts"] == 2 and told["not_retried"] == "request_timeout of 1.3 s is over"
+        assert 1.25 < told["response_time"] < 1.9  # two whole time-outs would be two seconds
+    finally:
+        balancer.stop()
+        for backend in slow:
+            backend.close()
+
+
+def test_an_answer_names_nobody_and_an_unknown_id_is_404(balancer: BalancerProcess) -> None:
+    raw = exchange(balancer.port, get(b"/x", b"X-Request-ID: headers-1"))
+    names = {name for name, _ in split_response(raw)[1]}
+    assert names <= {b"content-length", b"x-request-id", b"server", b"date", b"connection"}
+    assert fetch(f"{balancer.url}/requests/none")[0] == 404
+    assert fetch(f"{balancer.url}/requests/")[0] == 404
+
+
+def test_an_id_with_slashes_can_be_asked_for(balancer: BalancerProcess) -> None:
+    assert explain(balancer, "a/b:c=d@e", 200)["request_id"] == "a/b:c=d@e"
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+def test_the_score_is_what_the_strategy_goes_by(name: str) -> None:
+    strategy = create(name)
+    origin = Origin("http", "127.0.0.1", 1)
+    candidates = [Backend("a", origin, 1), Backend("b", origin, 2), Backend("c", origin, 3)]
+    for backend, active, ewma in zip(candidates, (3, 1, 5), (0.2, 0.1, 0.001), strict=True):
+        backend.active, backend.ewma, backend.ewma_at = active, ewma, strategy.clock()
+    scores = strategy.scores(candidates)
+    if scores is None:
+        return
+    assert len(scores) == 3
+    assert strategy.select(candidates, None) is candidates[list(scores).index(min(scores))]

@@ -1,0 +1,254 @@
+"""Waiting for a place on a backend: first come, first served, bounded in number and time, and left by who leaves."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from threading import Event, Thread
+from typing import Any
+
+import pytest
+from support import BalancerProcess, ScriptedBackend, connect, exchange, fetch, get, ok, split_response, wait_until
+
+from balancer.backends import LastCheck
+from balancer.connection import Abortable
+from balancer.errors import Unavailable
+from balancer.origin import Origin
+from balancer.pool import BackendPool, Lease, PoolOptions
+from balancer.strategies import create
+
+ORIGIN = Origin("http", "127.0.0.1", 5001)
+GOOD = LastCheck(at=1.0, duration=0.001, status=200, error=None)
+
+
+class Client:
+    """A watcher that leaves when the test says so."""
+
+    def __init__(self) -> None:
+        self.target: Abortable | None = None
+
+    def attach(self, target: Abortable) -> None:
+        self.target = target
+
+    def detach(self) -> None:
+        self.target = None
+
+    def leave(self) -> None:
+        assert self.target is not None
+        self.target.abort()
+
+
+def make_pool(names: str = "a", limit: int | None = 1, **options: Any) -> BackendPool:
+    pool = BackendPool(create("round_robin"), PoolOptions(**{"queue_timeout": 30.0} | options))
+    for name in names:
+        pool.record_check(pool.add(name, ORIGIN, max_connections=limit), GOOD)
+    return pool
+
+
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(64) as executor:
+        yield executor
+
+
+def queue_up(pool: BackendPool, threads: ThreadPoolExecutor, count: int, **how: Any) -> list[Future[Lease]]:
+    """Requests that wait, in this order."""
+    futures = []
+    for _ in range(count):
+        before = pool.waiting
+        futures.append(threads.submit(pool.lease, None, **how))
+        wait_until(lambda: pool.waiting == before + 1, what="in the queue")  # noqa: B023
+    return futures
+
+
+def test_first_come_first_served(threads: ThreadPoolExecutor) -> None:
+    pool = make_pool()
+    lease = pool.lease(None)
+    futures = queue_up(pool, threads, 5)
+    for number, future in enumerate(futures):
+        lease.release(0.01)
+        lease = future.result(10)
+        assert lease.queued > 0 and pool.waiting == 4 - number
+        assert not any(later.done() for later in futures[number + 1 :])
+    lease.release(0.01)
+    assert pool.lease(None).queued == 0.0
+
+
+def test_the_queue_is_bounded_in_number(threads: ThreadPoolExecutor) -> None:
+    pool = make_pool(queue_limit=2)
+    lease = pool.lease(None)
+    futures = queue_up(pool, threads, 2)
+    with pytest.raises(Unavailable, match="2 requests are waiting already"):
+        pool.lease(None)
+    for future in futures:
+        lease.release()
+        lease = future.result(10)
+
+
+def test_the_queue_is_bounded_in_time() -> None:
+    pool = make_pool(queue_timeout=0.05)
+    pool.lease(None)
+    with pytest.raises(Unavailable, match=r"also after 0\.05 s"):
+        pool.lease(None)
+    assert pool.waiting == 0
+
+
+def test_the_deadline_of_the_request_ends_the_wait_sooner() -> None:
+    pool = make_pool()
+    pool.lease(None)
+    with pytest.raises(Unavailable):
+        pool.lease(None, deadline=0.0)
+
+
+def test_who_leaves_frees_the_place(threads: ThreadPoolExecutor) -> None:
+    pool = make_pool()
+    lease, client = pool.lease(None), Client()
+    (leaving,) = queue_up(pool, threads, 1, watcher=client)
+    (staying,) = queue_up(pool, threads, 1)
+    client.leave()
+    with pytest.raises(Unavailable):
+        leaving.result(10)
+    assert pool.waiting == 1
+    lease.release()
+    staying.result(10).release()
+    assert pool.backends()[0].active == 0
+
+
+def test_a_retry_that_cannot_use_a_place_is_passed_over(threads: ThreadPoolExecutor) -> None:
+    pool = make_pool("ab")
+    first, second = pool.lease(None, ["b"]), pool.lease(None, ["a"])
+    (retry,) = queue_up(pool, threads, 1, exclude=["a"])
+    (plain,) = queue_up(pool, threads, 1)
+    first.release()
+    assert plain.result(10).backend.id == "a" and not retry.done()
+    second.release()
+    assert retry.result(10).backend.id == "b"
+
+
+@pytest.mark.parametrize("change", [{"max_connections": None}, {"max_connections": 2}])
+def test_more_room_serves_who_waits(threads: ThreadPoolExecutor, change: dict[str, Any]) -> None:
+    pool = make_pool()
+    pool.lease(None)
+    (future,) = queue_up(pool, threads, 1)
+    pool.update("a", change)
+    assert future.result(10).backend.id == "a"
+
+
+def test_a_backend_that_comes_up_serves_who_waits(threads: ThreadPoolExecutor) -> None:
+    pool = make_pool("a", limit=None)
+    pool.update("a", {"admin_state": "maint"})
+    backend = pool.add("b", ORIGIN)
+    (future,) = queue_up(pool, threads, 1)
+    pool.record_check(backend, GOOD)
+    assert future.result(10).backend.id == "b"
+
+
+def test_nobody_waits_for_a_backend_that_is_down() -> None:
+    pool = make_pool()
+    pool.record_refused(pool.backends()[0], "refused")
+    with pytest.raises(Unavailable, match="no backend is available"):
+        pool.lease(None)
+
+
+def test_a_storm_of_waiting_and_leaving_ends_with_nothing_held(threads: ThreadPoolExecutor) -> None:
+    pool = make_pool("ab", limit=2, queue_limit=20, queue_timeout=0.2)
+    outcomes: list[str] = []
+
+    def work() -> None:
+        for number in range(50):
+            client = Client()
+            Thread(target=lambda client=client: client.target and client.target.abort(), daemon=True).start()
+            try:
+                lease = pool.lease(None, ["a"] if number % 5 == 0 else (), watcher=client)
+            except Unavailable:
+                outcomes.append("none")
+            else:
+                assert lease.backend.active <= 2
+                lease.release(0.001)
+                outcomes.append("served")
+
+    for future in [threads.submit(work) for _ in range(16)]:
+        future.result(60)
+    assert len(outcomes) == 800 and "served" in outcomes
+    assert pool.waiting == 0
+    assert [backend.active for backend in pool.backends()] == [0, 0]
+
+
+# For real.
+
+
+class Held:
+    """A scripted backend that answers when the test lets it."""
+
+    def __init__(self, backend: ScriptedBackend) -> None:
+        self.go = Event()
+        self.backend = backend
+        backend.reset()
+        backend.script = self._script
+
+    def _script(self, sock: socket.socket, request: Any) -> None:
+        self.go.wait(20)
+        sock.sendall(ok(request.target))
+
+
+@pytest.fixture(scope="module")
+def limited(scripted: ScriptedBackend) -> Iterator[BalancerProcess]:
+    """One backend with room for one request, a queue for two."""
+    balancer = BalancerProcess(f"--backend=only={scripted.url}", "--queue-limit=2", "--queue-timeout=20")
+    fetch(f"{balancer.url}/backends/only", {"max_connections": 1}, "PATCH")
+    yield balancer
+    balancer.stop()
+
+
+def test_requests_wait_in_order_and_the_one_too_many_is_told_when_to_come_again(
+    limited: BalancerProcess, scripted: ScriptedBackend, threads: ThreadPoolExecutor
+) -> None:
+    held = Held(scripted)
+    first = threads.submit(fetch, f"{limited.url}/first")
+    wait_until(lambda: len(scripted.requests) == 1)
+    waiting = []
+    for number in (1, 2):
+        waiting.append(threads.submit(fetch, f"{limited.url}/{number}"))
+        wait_until(lambda: limited.status()["statistics"]["waiting_requests"] == number)  # noqa: B023
+    status, headers, body = fetch(f"{limited.url}/3")
+    assert (status, headers["retry-after"]) == (503, "1") and b"2 requests are waiting already" in body
+    held.go.set()
+    assert [future.result(20)[2] for future in (first, *waiting)] == [b"/first", b"/1", b"/2"]
+    assert [request.target for request in scripted.requests] == [b"/first", b"/1", b"/2"]
+    newest = limited.status()["recent_requests"][0]
+    assert newest["path"] == "/2" and newest["queued"] > 0
+
+
+def test_a_client_that_leaves_the_queue_never_reaches_the_backend(
+    limited: BalancerProcess, scripted: ScriptedBackend, threads: ThreadPoolExecutor
+) -> None:
+    held = Held(scripted)
+    first = threads.submit(fetch, f"{limited.url}/first")
+    wait_until(lambda: len(scripted.requests) == 1)
+    with ExitStack() as clients:
+        for number in (1, 2):
+            sock = clients.enter_context(connect(limited.port))
+            sock.sendall(get(b"/left"))
+            wait_until(lambda: limited.status()["statistics"]["waiting_requests"] == number)  # noqa: B023
+    wait_until(lambda: limited.status()["statistics"]["waiting_requests"] == 0, what="both have left")
+    last = threads.submit(exchange, limited.port, get(b"/last"))
+    wait_until(lambda: limited.status()["statistics"]["waiting_requests"] == 1)
+    held.go.set()
+    assert first.result(20)[0] == 200
+    assert split_response(last.result(20))[2] == b"/last"
+    assert [request.target for request in scripted.requests] == [b"/first", b"/last"]
+    gone = [one for one in limited.status()["recent_requests"] if one["path"] == "/left"]
+    assert [(one["status"], one["attempts"]) for one in gone] == [(499, 0), (499, 0)]
+    assert limited.backend("only")["active_connections"] == 0
+
+
+def test_requests_that_come_before_the_first_check_wait_for_it() -> None:
+    backend = ScriptedBackend()
+    balancer = BalancerProcess(f"--backend=a={backend.url}", wait_ready=False)
+    try:
+        assert fetch(f"{balancer.url}/x")[0] == 200
+    finally:
+        balancer.stop()
+        backend.close()
