@@ -70,7 +70,7 @@ def test_only_what_is_new_is_asked_for(tab: Tab, stub: Stub) -> None:
     assert [it for it in stub.asked if it.startswith("/events")] == ["/events?since=0", "/events?since=7"]
 
 
-@pytest.mark.parametrize(("seconds", "points"), [(60, 60), (300, 120), (900, 60), (3600, 60)])
+@pytest.mark.parametrize(("seconds", "points"), [(60, 60), (300, 60), (900, 60), (3600, 60)])
 def test_the_range_chooses_the_resolution(tab: Tab, stub: Stub, seconds: int, points: int) -> None:
     with_past(stub)
     tab.from_disk(stub.url).is_live()
