@@ -66,7 +66,7 @@ def recent(index: int, **changes: Any) -> Json:
 def explained(request_id: str) -> Json:
     """What /requests/<id> tells of a request that was retried."""
     second = {"id": "backend_2", "active": 3, "score": 1.5}
-    attempt = {"error": None, "seconds": 0.002, "connect": 0.0003}
+    attempt = {"algorithm": "least_connections", "error": None, "seconds": 0.002, "connect": 0.0003}
     refused = attempt | {
         "backend": "backend_1", "outcome": "connect", "error": "connection refused", "connect": None,
         "candidates": [{"id": "backend_1", "active": 2, "score": 0.667}, second],
@@ -77,7 +77,7 @@ def explained(request_id: str) -> Json:
         "excluded": {"backend_1": "already tried", "backend_3": "down"},
     }  # fmt: skip
     changes = {"request_id": request_id, "server_id": "backend_2", "attempts": 2, "tried": [refused, answered]}
-    return recent(1, algorithm="least_connections", **changes)
+    return recent(1, **changes)
 
 
 def event(seq: int, kind: str, backend_id: str | None = None, severity: str = "info", **changes: Any) -> Json:

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 from playwright.sync_api import expect
+from support import BalancerProcess, ScriptedBackend
 
-from tests.dashboard_stub import PAGE, Json, Stub, backend, down_backend, recent, serving, status
+from tests.dashboard_stub import (
+    PAGE,
+    Json,
+    Stub,
+    backend,
+    down_backend,
+    event,
+    explained,
+    history,
+    recent,
+    serving,
+    status,
+)
 from tests.dashboard_tab import DASH, Tab, chromium, stub, tab, wait_until
 
 __all__ = ["chromium", "stub", "tab"]  # fixtures
@@ -277,6 +291,20 @@ def test_paused_polls_no_more_and_says_how_old_the_data_is(tab: Tab, stub: Stub)
     tab.is_live()
 
 
+def test_a_hidden_tab_rests_and_a_shown_one_asks_at_once(tab: Tab, stub: Stub) -> None:
+    hide = "hidden => { Object.defineProperty(document, 'hidden', {value: hidden, configurable: true}); " + (
+        "document.dispatchEvent(new Event('visibilitychange')); }"
+    )
+    tab.from_disk(stub.url).is_live()
+    tab.page.evaluate(hide, True)
+    wait_until(lambda: stub.running["poll"] == 0)
+    polls = stub.polls
+    tab.shows("#updated", re.compile(r"[2-9] s ago"))
+    assert stub.polls == polls
+    tab.page.evaluate(hide, False)
+    wait_until(lambda: stub.polls > polls)
+
+
 def test_polls_never_overlap(tab: Tab, stub: Stub) -> None:
     tab.from_disk(stub.url).is_live()
     stub.gate.clear()
@@ -363,17 +391,35 @@ def test_missing_and_strange_fields_become_dashes(tab: Tab, stub: Stub, answer: 
     assert DASH in shown
 
 
+def test_another_schema_is_told_and_shown_as_far_as_it_goes(tab: Tab, stub: Stub) -> None:
+    stub.answer |= {"schema_version": 2, "new_field": {"x": 1}}
+    tab.from_disk(stub.url).is_live()
+    tab.shows("#foot-schema", "status schema 2")
+    tab.shows("#t-total", "600")
+
+
 def test_hostile_text_is_only_text(tab: Tab, stub: Stub) -> None:
     hostile = down_backend(1, reason=HOSTILE, id=HOSTILE, url="javascript:alert(1)", state="<b>up")
     stub.answer = status([hostile, backend(2, id="x" * 5000), backend(3, id="\u202eevil\u0000")])
     stub.answer |= {"load_balancer_id": HOSTILE, "algorithm": HOSTILE, "version": HOSTILE, "lifecycle": HOSTILE}
     stub.answer["recent_requests"] = [
-        recent(1, path="<script>alert(1)</script>", reason=HOSTILE, method=HOSTILE, request_id=HOSTILE)
+        recent(1, path="<script>alert(1)</script>", reason=HOSTILE, method=HOSTILE, request_id="hostile")
     ]
     stub.answer["capabilities"]["algorithms"] = [{"name": HOSTILE, "description": HOSTILE}]
+    stub.answer["config"]["last_error"] = HOSTILE
+    stub.history = {1: history([HOSTILE, "__proto__"]), 10: []}
+    stub.tell(event(1, HOSTILE, HOSTILE, HOSTILE, message=HOSTILE))
+    stub.requests["hostile"] = explained(HOSTILE) | {"reason": HOSTILE, "method": HOSTILE}
     tab.from_disk(stub.url).is_live()
     expect(tab.at("#backend-rows .name").first).to_have_text(HOSTILE)
     expect(tab.at("#recent-rows .c-path")).to_have_text("<script>alert(1)</script>")
+    expect(tab.at("#event-rows .who")).to_have_text(HOSTILE)
+    tab.page.locator("#backend-rows button[aria-expanded]").first.click()
+    tab.page.locator("#backend-rows .c-menu button").first.click()
+    tab.page.keyboard.press("Escape")
+    tab.page.locator("#recent-rows .c-why button").click()
+    expect(tab.at("#request-title")).to_contain_text(HOSTILE)
+    tab.page.keyboard.press("Escape")
     assert tab.at("img, a[href^='javascript'], #backend-rows b").count() == 0
     assert tab.page.evaluate("() => document.documentElement.scrollWidth <= innerWidth")
 
@@ -650,3 +696,50 @@ def test_real_balancer_shows_a_killed_backend_down_and_up_again(demo: Any, tab: 
     finally:
         victim.start()
     expect(row).to_contain_text("Up", timeout=10000)
+
+
+def test_real_balancer_explains_drains_and_keeps_the_past(demo: Any, tab: Tab) -> None:
+    open_demo(tab, demo, from_disk=False)
+    tab.page.click("#send")
+    tab.shows("#traffic-result", "10 ok, 0 failed", timeout=15000)
+    tab.page.locator("#recent-rows .c-why button").first.click()
+    for words in ("Weighted", "Candidate", "chosen"):
+        tab.shows("#request-dialog", words)
+    tab.page.keyboard.press("Escape")
+    row = tab.at("#backend-rows tr").nth(1)
+    row.locator(".c-menu button").click()
+    tab.page.get_by_role("menuitem", name="Drain").click()
+    expect(row).to_contain_text("Drained")
+    tab.shows("#event-rows", "admin_state set to drain")
+    with tab.page.expect_download():  # which the policy of the served page must allow
+        tab.page.click("#export-json")
+    tab.page.get_by_role("button", name="Undo").click()
+    expect(row.locator(".badge")).to_have_text("Up")
+    tab.page.reload()
+    tab.is_live()
+    tab.shows("#event-rows", "admin_state set to ready")
+    area = tab.at(".chart").first.locator("path.area").first
+    wait_until(lambda: (area.get_attribute("d") or "").count("L") > 2)
+
+
+def test_real_balancer_reloads_its_configuration(tmp_path: Path, scripted: ScriptedBackend, tab: Tab) -> None:
+    file = tmp_path / "balancer.toml"
+    lines = f'[[backends]]\nid = "one"\nurl = "{scripted.url}"\nweight = '
+    file.write_text(f"{lines}1\n", encoding="utf-8")
+    balancer = BalancerProcess(f"--config={file}")
+    try:
+        tab.page.goto(f"{balancer.url}/dashboard")
+        tab.is_live()
+        file.write_text(f"{lines}7\n", encoding="utf-8")
+        tab.page.click("#reload")
+        tab.shows("#confirm", "backends.one.weight")
+        tab.page.click("#confirm-yes")
+        tab.shows("#toasts", "Configuration reloaded, 1 change.")
+        expect(tab.at("#backend-rows .weight")).to_have_value("7")
+        file.write_text("algorithm = 5", encoding="utf-8")
+        tab.network_errors_expected = True
+        tab.page.click("#reload")
+        tab.shows(".toast.bad", "algorithm")
+        tab.page.close()
+    finally:
+        balancer.stop()

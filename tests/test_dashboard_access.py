@@ -91,11 +91,16 @@ def test_text_has_contrast_in_both_themes(tab: Tab, stub: Stub, theme: str, stop
 
 
 def test_nothing_runs_out_of_the_page(tab: Tab, stub: Stub) -> None:
-    stub.answer = status([backend(index, id=f"a-rather-long-name-of-a-backend-{index}") for index in range(1, 6)])
+    busy(stub)
+    for one in stub.answer["backend_servers"]:
+        one |= {"id": f"a-rather-long-name-of-{one['id']}", "active_connections": 1234, "total_requests": 9_999_999}
     tab.from_disk(stub.url).is_live()
-    for width in (320, 719, 720, 900, 1079, 1080, 1280, 1920):
+    tab.page.get_by_role("button", name=re.compile("^Details of a-rather")).first.click()
+    for width in (320, 400, 719, 720, 899, 900, 1080, 1199, 1200, 1279, 1280, 1366, 1440, 1920):
         tab.page.set_viewport_size({"width": width, "height": 800})
-        assert tab.page.evaluate("() => document.documentElement.scrollWidth - innerWidth") <= 0, width
+        for box in ("html", "#backends-scroll", "#recent-scroll"):
+            over = tab.at(box).evaluate("it => it.scrollWidth - it.clientWidth")
+            assert over <= 0, (width, box)
 
 
 def test_the_page_is_built_of_real_landmarks_and_tables(tab: Tab, stub: Stub) -> None:

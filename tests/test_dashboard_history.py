@@ -70,12 +70,32 @@ def test_only_what_is_new_is_asked_for(tab: Tab, stub: Stub) -> None:
     assert [it for it in stub.asked if it.startswith("/events")] == ["/events?since=0", "/events?since=7"]
 
 
-@pytest.mark.parametrize(("seconds", "points"), [(60, 60), (300, 60), (900, 60), (3600, 60)])
-def test_the_range_chooses_the_resolution(tab: Tab, stub: Stub, seconds: int, points: int) -> None:
+CLOCK = "at => new Date(at * 1000).toLocaleTimeString('en-GB')"
+
+
+@pytest.mark.parametrize(("seconds", "step", "least"), [(60, 1, 60), (300, 1, 59), (900, 10, 59), (3600, 10, 59)])
+def test_the_range_chooses_the_resolution(tab: Tab, stub: Stub, seconds: int, step: int, least: int) -> None:
     with_past(stub)
     tab.from_disk(stub.url).is_live()
     tab.page.check(f"#range input[value='{seconds}']", force=True)
-    wait_until(lambda: area_points(tab) == points)
+    wait_until(lambda: least <= area_points(tab) <= 62)
+    end = stub.history[step][-1]["at"] + step  # type: ignore[index]
+    times = [tab.page.evaluate(CLOCK, end - back) for back in (seconds, seconds / 2, 0)]
+    assert tab.at(".chart").first.locator(".plot text").all_inner_texts()[-3:] == times
+
+
+def test_more_slots_than_pixels_are_merged_without_loss(tab: Tab, stub: Stub) -> None:
+    with_past(stub, count=300)
+    for point in stub.history[1]:  # type: ignore[index]
+        point |= {"requests": 40, "failed": 10, "p99": 0.3 if point["at"] % 50 == 0 else 0.1}
+    tab.from_disk(stub.url).is_live()
+    tab.page.check("#range input[value='300']", force=True)
+    wait_until(lambda: 60 <= area_points(tab) <= 100)
+    expect(tab.at(".chart").nth(0).locator(".title-value")).to_have_text("40.0")
+    expect(tab.at(".chart").nth(3).locator(".keys b")).to_have_text("25.0 %")
+    tab.page.get_by_role("button", name="View Response time as table").click()
+    worst = tab.at(".chart").nth(1).locator("tbody td:nth-child(2)").all_inner_texts()
+    assert set(worst) == {"100 ms", "300 ms"}
 
 
 def test_a_gap_is_drawn_as_a_gap(tab: Tab, stub: Stub) -> None:
