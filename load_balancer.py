@@ -18,6 +18,7 @@ import contextlib
 import logging
 import os
 import secrets
+import select
 import socket
 import ssl
 import sys
@@ -29,12 +30,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from flask import Flask
 
 from balancer import __version__, api, server, settings, strategies
+from balancer.accesslog import AccessLog
 from balancer.bridge import Bridge
 from balancer.ejection import EjectionRules
 from balancer.errors import SettingsError
+from balancer.express import Express
 from balancer.guard import WriteGuard
 from balancer.health import HealthChecker, Probe
 from balancer.history import History, Reading
+from balancer.logwriter import LogHandler, LogWriter, standard_output
 from balancer.metrics import Metrics, Sources
 from balancer.pool import BackendPool, PoolChanges, PoolOptions
 from balancer.proxy import ProxyOptions, ReverseProxy
@@ -75,14 +79,18 @@ class Balancer:
     adapter: BackendAdapter
     tls: ssl.SSLContext | None
     bridges: list[Bridge] = field(default_factory=list)
+    express: Express | None = None
 
     @property
     def settings(self) -> Settings:
         return self.configuration.settings
 
     def start(self) -> None:
+        self.control.log.start()
         self.health.start()
         self.control.history.start()
+        if self.express is not None:
+            self.express.start()
         self.control.lifecycle = "running"
 
     def drain(self, text: str) -> None:
@@ -91,9 +99,12 @@ class Balancer:
 
     def stop(self) -> None:
         self.control.lifecycle = "draining"
+        if self.express is not None:
+            self.express.stop()
         self.health.stop()
         self.control.history.stop()
         self.adapter.close()
+        self.control.log.stop()
 
     def reload(self, dry_run: bool = False) -> Plan:
         """Read the configuration again and apply what changed. Raises SettingsError; then nothing has changed."""
@@ -126,6 +137,7 @@ class Balancer:
         self.adapter.pool_idle_timeout = config.pool_idle_timeout
         self.health.use(Probe(config.health_path, config.health_timeout, tls=self.tls), config.health_interval)
         self.proxy.options = _proxy_options(config, self.proxy.options.pseudonym)
+        self.proxy.access_log = _access_log(config, self.control.log)
         for bridge in self.bridges:
             bridge.idle_timeout = config.idle_timeout
             bridge.min_body_rate = config.min_body_rate
@@ -155,8 +167,10 @@ def create_app(config: Settings | None = None, sources: Mapping[str, str] | None
     pool.apply(PoolChanges(add=backends))
 
     app = Flask(__name__, static_folder=None)
-    history = History(lambda: _look(statistics, pool))
-    control = api.Control(config.id, pool, statistics, events, history, DASHBOARD, configuration, config.control_prefix)
+    history, writer = History(lambda: _look(statistics, pool)), LogWriter(standard_output())
+    control = api.Control(
+        config.id, pool, statistics, events, history, writer, DASHBOARD, configuration, config.control_prefix
+    )
     token = config.admin_token.get_secret_value() if config.admin_token else None
     guard = WriteGuard(token, frozenset(config.cors_origins), config.allow_file_origin, _is_loopback(config.host))
     api.install(app, control, guard)
@@ -171,6 +185,7 @@ def create_app(config: Settings | None = None, sources: Mapping[str, str] | None
         adapter=adapter,
         statistics=statistics,
         options=_proxy_options(config, pseudonym),
+        access_log=_access_log(config, writer),
         on_refused=health.wake,
     )
     app.wsgi_app = proxy  # type: ignore[method-assign]
@@ -180,6 +195,10 @@ def create_app(config: Settings | None = None, sources: Mapping[str, str] | None
     app.extensions["balancer"] = balancer
     _follow(pool, statistics, events, health)
     return app
+
+
+def _access_log(config: Settings, writer: LogWriter) -> AccessLog | None:
+    return AccessLog(writer, config.access_log_format == "json", config.networks) if config.access_log else None
 
 
 def _sources(control: api.Control, adapter: BackendAdapter) -> Sources:
@@ -192,6 +211,7 @@ def _sources(control: api.Control, adapter: BackendAdapter) -> Sources:
         configuration=control.configuration,
         lifecycle=lambda: control.lifecycle,
         queued=lambda: control.queued(),
+        log=control.log,
     )
 
 
@@ -339,9 +359,10 @@ def run(app: Flask) -> int:
     """Serve `app` until a signal. Raises SettingsError if it cannot listen."""
     balancer: Balancer = app.extensions["balancer"]
     config = balancer.settings
-    logging.raiseExceptions = False  # what cannot be written is lost; it must not become a traceback
     logging.basicConfig(
-        level=config.log_level.upper(), stream=sys.stdout, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+        level=config.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        handlers=[LogHandler(balancer.control.log)],
     )
     listeners = _listen(app.wsgi_app, balancer)
     server.pin(server.cpus(config.cpu_affinity))
@@ -371,13 +392,17 @@ def _listen(app: WSGIApplication, balancer: Balancer) -> list[tuple[Bridge, sock
     config = balancer.settings
     workers = WorkerPool(config.max_threads, config.max_queued, config.thread_idle_timeout)
     balancer.control.queued = lambda: workers.queued
+    if hasattr(select, "epoll"):
+        balancer.express = Express(balancer.adapter, workers)
     bridge = Bridge(
         app,
         workers,
         idle_timeout=config.idle_timeout,
         min_body_rate=config.min_body_rate,
         is_control=balancer.proxy.is_control,
-        overflow=balancer.proxy.refuse,
+        # A WSGI middleware around the proxy must see every request, so there is no way past it then.
+        proxy=balancer.proxy if app is balancer.proxy else None,
+        express=balancer.express,
     )
     listeners = [(bridge, server.listen(config.host, config.port))]
     if config.control_port is not None:

@@ -27,6 +27,7 @@ from balancer.backends import ID_PATTERN, AdminState
 from balancer.errors import ClientError, ClientGone, SettingsError
 from balancer.guard import ApiError, WriteGuard
 from balancer.history import SLOTS, History
+from balancer.logwriter import LogWriter
 from balancer.metrics import Metrics
 from balancer.origin import Origin
 from balancer.pool import BackendPool
@@ -79,6 +80,7 @@ class Control:
     statistics: Statistics
     events: Events
     history: History
+    log: LogWriter
     metrics: Metrics = field(init=False)  # reads the others, so it comes last
     dashboard: Path
     configuration: Configuration
@@ -197,6 +199,7 @@ def status() -> Response:
     whole, by_backend, newest = control.statistics.snapshot(recent)
     backends = [by_backend.get(backend["id"], NO_REQUESTS) | backend for backend in control.pool.snapshot()]
     whole["queued_requests"] = control.queued()
+    whole["access_log_dropped"] = control.log.dropped
     whole["waiting_requests"] = control.pool.waiting
     shown = {backend["id"] for backend in backends}
     whole["unassigned_requests"] = sum(c["total_requests"] for key, c in by_backend.items() if key not in shown)

@@ -1,18 +1,19 @@
-"""From ASGI, as Granian speaks it, to WSGI, without losing what a proxy must keep.
+"""From ASGI, as Granian speaks it, to the proxy and to WSGI, without losing what a proxy must keep.
 
 Granian's own WSGI interface gives neither the raw path nor repeated header lines, so this bridges its ASGI interface,
-at the point where Granian would schedule a coroutine: a `Call` goes straight to a worker thread, which builds the
-environ, runs the app and writes the answer itself. The event loop serves only waits for slow clients and the watch for
-those that leave; passing each request through it cost two more wake-ups and a task.
+at the point where Granian would schedule a coroutine. What is to be forwarded goes to the `ReverseProxy` as it is: on
+the express way if it can, else in a worker thread. Everything else is a WSGI call in a worker thread. The event loop
+serves only waits for slow clients and the watch for those that leave; passing each request through it cost two more
+wake-ups and a task.
 
-    Granian's thread: Bridge.accept -> worker thread: Call.run -> Granian's thread
+    Granian's thread: Bridge.accept -> express or worker thread: Call.run -> Granian's thread
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from threading import BoundedSemaphore
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +22,19 @@ from balancer.call import Call
 from balancer.workers import WorkerPool
 
 if TYPE_CHECKING:
-    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+    from _typeshed.wsgi import WSGIApplication
+
+    from balancer.express import Express
+    from balancer.proxy import ReverseProxy
 
 WATCH_AFTER_SECONDS = 0.1  # a request in flight longer than this is watched for its client leaving
 MAX_LINGERING = 64  # worker threads that read on after an answer at the same time; lingering is a courtesy
 
 
 class Bridge:
-    """Takes requests from Granian and hands them to worker threads.
+    """Takes requests from Granian and hands them on.
+
+    Without `proxy`, or for a control path, a request is `app`'s.
 
     `_calls` holds what is in flight, oldest first: Granian's thread adds, worker threads take out, the loop thread
     looks at a copy; each of these is one step that needs no lock.
@@ -42,7 +48,8 @@ class Bridge:
         idle_timeout: float = 60.0,
         min_body_rate: int = 0,
         is_control: Callable[[str], bool] = lambda path: False,
-        overflow: WSGIApplication | None = None,
+        proxy: ReverseProxy | None = None,
+        express: Express | None = None,
     ) -> None:
         self.app = app
         self.pool = pool
@@ -51,7 +58,8 @@ class Bridge:
         self.loop: asyncio.AbstractEventLoop  # set by the server before it accepts
         self.is_draining = False  # set by the server: each answer asks its client to close
         self._is_control = is_control
-        self._overflow = overflow or _overloaded
+        self._proxy = proxy
+        self._express = express
         self.lingering = BoundedSemaphore(MAX_LINGERING)
         self._calls: dict[Call, None] = {}
         self._watches: set[asyncio.Task[None]] = set()
@@ -60,8 +68,13 @@ class Bridge:
         """One request: Granian calls this in its own thread and it must not block."""
         call = Call(self, watcher)
         self._calls[call] = None
-        if not self.pool.submit(call, self._is_control(call.scope["path"])):
-            call.refuse(self._overflow)
+        is_control = self._is_control(call.scope["path"])
+        if self._proxy is not None and not is_control:
+            call.forwarding = self._proxy.forward(call.incoming(), call.start_response)
+            if self._express is not None and self._express.take(call):
+                return
+        if not self.pool.submit(call, is_control):
+            call.refuse()
 
     def finish(self, call: Call) -> None:
         self._calls.pop(call, None)
@@ -99,7 +112,7 @@ class Bridge:
     def _lost(self, call: Call) -> None:
         call.disconnect()
         if self.pool.withdraw(call):
-            call.refuse(self._overflow)
+            call.refuse()
 
     def abort(self) -> None:
         """Cut every client off: the drain time is over."""
@@ -107,8 +120,3 @@ class Bridge:
         accepted.cut_all({call.addresses for call in calls})  # first, or they would be told that they had left
         for call in calls:
             self._lost(call)
-
-
-def _overloaded(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-    start_response("503 Service Unavailable", [("retry-after", "1"), ("content-length", "0")])
-    return [b""]

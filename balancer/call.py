@@ -18,14 +18,15 @@ from urllib.parse import unquote_to_bytes
 
 from balancer import accepted
 from balancer.errors import BalancerError, ClientGone, ClientTooSlow
-from balancer.incoming import CLIENT, HEADER_LINES, RequestBody, add_headers
+from balancer.incoming import CLIENT, HEADER_LINES, Incoming, RequestBody, add_headers
 from balancer.messages import parse_content_length
 
 if TYPE_CHECKING:
-    from _typeshed.wsgi import WSGIApplication, WSGIEnvironment
+    from _typeshed.wsgi import WSGIEnvironment
 
     from balancer.bridge import Bridge
     from balancer.connection import Abortable
+    from balancer.proxy import Forwarding
 
 log = logging.getLogger("balancer.server")
 
@@ -33,11 +34,12 @@ BODY_GRACE_SECONDS = 5.0  # what a client may keep us waiting for its body befor
 LINGER_SECONDS = 2.0  # and LINGER_BYTES: what is read and dropped after an answer that came before the request's end
 LINGER_BYTES = 16 * 1024 * 1024
 FLUSH_SECONDS = 0.25  # for an answer to be written, of which Granian says nothing, before its connection is cut
-PROTOCOLS = {"1": "HTTP/1.0", "1.1": "HTTP/1.1", "2": "HTTP/2"}  # Granian calls HTTP/1.0 "1"
+VERSIONS = {"1": "1.0", "1.1": "1.1", "2": "2"}  # Granian calls HTTP/1.0 "1"
 
 
 class Call:
-    """One request, from hyper to the app and back. Also the `Watcher` of what its worker thread blocks on.
+    """One request, from hyper and back: answered by its `forwarding`, or by the app. Also the `Watcher` of what its
+    worker thread blocks on.
 
     `_lock` guards `_attached` and `is_gone`, which the loop thread and the worker thread share. `is_body_done` is set
     by the worker before the loop looks at it.
@@ -45,6 +47,7 @@ class Call:
 
     __slots__ = (
         "bridge",
+        "forwarding",
         "scope",
         "protocol",
         "_watcher",
@@ -64,6 +67,7 @@ class Call:
 
     def __init__(self, bridge: Bridge, watcher: Any) -> None:
         self.bridge = bridge
+        self.forwarding: Forwarding | None = None  # else the app answers
         self.scope: dict[str, Any] = watcher.scope
         self.protocol = watcher.proto
         self._watcher = watcher
@@ -119,10 +123,14 @@ class Call:
 
     # The worker thread.
 
+    @property
+    def method(self) -> str:
+        return str(self.scope["method"])
+
     def run(self) -> None:
-        """Run the app for this request; never raises."""
+        """Answer; never raises."""
         try:
-            self._run(self.bridge.app)
+            self._run()
         except ClientGone:
             if self._is_started and not self.is_gone:  # slow; else there is nobody to be cut, or nothing was sent
                 self.cut()
@@ -139,11 +147,15 @@ class Call:
             self._end()
 
     def _end(self) -> None:
+        self.forwarding = None  # it refers to us: garbage of the slow kind otherwise
         self.bridge.finish(self)
         self._watcher.done()
 
-    def _run(self, app: WSGIApplication) -> None:
-        answer = app(self._environ(), self._start_response)
+    def _run(self) -> None:
+        if self.forwarding is not None:
+            answer = self.forwarding.run()
+        else:
+            answer = self.bridge.app(self._environ(), self.start_response)
         try:
             if type(answer) is list and len(answer) == 1:
                 self._emit_last(answer[0])
@@ -181,16 +193,20 @@ class Call:
         while received < LINGER_BYTES and not self.is_body_done and (left := deadline - time.monotonic()) > 0:
             received += len(self.receive(left))
 
-    def refuse(self, app: WSGIApplication) -> None:
-        """Answer with `app` in the calling thread; it must not block."""
+    def refuse(self) -> None:
+        """Answer that there is no room, in the calling thread; does not block."""
         self.is_body_done = True
         try:
-            for chunk in app(self._environ(), self._start_response):
-                self._emit_last(chunk)
+            if self.forwarding is not None:
+                (chunk,) = self.forwarding.refuse()
+            else:
+                self.start_response("503 Service Unavailable", [("retry-after", "1"), ("content-length", "0")])
+                chunk = b""
+            self._emit_last(chunk)
         finally:
             self._end()
 
-    def _start_response(
+    def start_response(
         self, status: str, headers: list[tuple[str, str]], exc_info: Any = None
     ) -> Callable[[bytes], object]:
         if exc_info is not None and self._is_started:
@@ -199,16 +215,13 @@ class Call:
         if headers and isinstance(headers[0][0], bytes):
             self._headers = cast(list[tuple[bytes, bytes]], headers)  # the proxy spares us the way back from text
         else:
-            self._headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
+            self._headers = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers]
         return self._emit
 
     def _start(self) -> None:
         if self._status is None:
             raise RuntimeError("the app has not called start_response")
-        for name, _ in self._headers:
-            if name.lower() == b"server":
-                break
-        else:
+        if b"server" not in [name for name, _ in self._headers]:
             self._headers.append((b"server", b"load-balancer"))  # or Granian would name itself
         # hyper closes after it (RFC 9112 section 9.6). HTTP/2 has no such field, but GOAWAY.
         if (self.bridge.is_draining or self._is_too_slow) and self.scope["http_version"] != "2":
@@ -290,27 +303,65 @@ class Call:
                 raise ClientGone("the client neither sent nor read anything in time")
         return awaitable.result()
 
+    # The request.
+
+    def incoming(self) -> Incoming:
+        """For a `Forwarding`."""
+        scope = self.scope
+        made = Incoming(
+            scope["method"],
+            self._path(),
+            self._target(),
+            VERSIONS.get(scope["http_version"], "1.1"),
+            scope["scheme"],
+            scope["client"][0],
+            scope["headers"],
+        )
+        if lengths := made.values(b"content-length"):
+            made.length = b",".join(lengths).decode("latin-1")
+        made.is_ended = self._note_body(made.length, b"transfer-encoding" in made.notable)
+        if not self.is_body_done:
+            made.stream = RequestBody(self.receive)
+        made.client = self
+        made.is_native = True
+        return made
+
+    def _note_body(self, length: str, is_chunked: bool) -> bool:
+        """Where the body ends. True if there may be one without a length, whose end Granian will tell."""
+        if length:
+            with contextlib.suppress(ValueError):  # who reads it refuses what is not a number
+                self._body_left = parse_content_length(length.encode("latin-1"))
+            self.is_body_done = self._body_left == 0
+            return False
+        # HTTP/2 tells only at its end whether there is a body.
+        self.is_body_done = not (is_chunked or self.scope["http_version"] == "2")
+        return not self.is_body_done
+
+    def _path(self) -> str:
+        raw_path: bytes = self.scope["raw_path"]
+        return (unquote_to_bytes(raw_path) if b"%" in raw_path else raw_path).decode("latin-1")
+
+    def _target(self) -> bytes:
+        raw_path: bytes = self.scope["raw_path"]
+        query: bytes = self.scope["query_string"]
+        return b"%s?%s" % (raw_path, query) if query else raw_path
+
     def _environ(self) -> WSGIEnvironment:
         scope = self.scope
-        raw_path: bytes = scope["raw_path"]
-        query: bytes = scope["query_string"]
-        target = b"%s?%s" % (raw_path, query) if query else raw_path
-        path = unquote_to_bytes(raw_path) if b"%" in raw_path else raw_path
-        body = RequestBody(self.receive)
         environ: WSGIEnvironment = {
             "REQUEST_METHOD": scope["method"],
             "SCRIPT_NAME": "",
-            "PATH_INFO": path.decode("latin-1"),
-            "QUERY_STRING": query.decode("latin-1"),
-            "REQUEST_URI": target.decode("latin-1"),
-            "SERVER_PROTOCOL": PROTOCOLS.get(scope["http_version"], "HTTP/1.1"),
+            "PATH_INFO": self._path(),
+            "QUERY_STRING": scope["query_string"].decode("latin-1"),
+            "REQUEST_URI": self._target().decode("latin-1"),
+            "SERVER_PROTOCOL": "HTTP/" + VERSIONS.get(scope["http_version"], "1.1"),
             "SERVER_NAME": scope["server"][0],
             "SERVER_PORT": scope["server"][1],
             "REMOTE_ADDR": scope["client"][0],
             "REMOTE_PORT": scope["client"][1],
             "wsgi.version": (1, 0),
             "wsgi.url_scheme": scope["scheme"],
-            "wsgi.input": body,
+            "wsgi.input": RequestBody(self.receive),
             "wsgi.errors": sys.stderr,
             "wsgi.multithread": True,
             "wsgi.multiprocess": False,
@@ -319,12 +370,6 @@ class Call:
             CLIENT: self,
         }
         add_headers(environ, scope["headers"])
-        if "CONTENT_LENGTH" in environ:
-            with contextlib.suppress(ValueError):  # the app refuses what is not a number
-                self._body_left = parse_content_length(environ["CONTENT_LENGTH"].encode("latin-1"))
-            self.is_body_done = self._body_left == 0
-        elif "HTTP_TRANSFER_ENCODING" in environ or scope["http_version"] == "2":
-            environ["wsgi.input_terminated"] = True  # HTTP/2 tells only at its end whether there is a body
-        else:
-            self.is_body_done = True
+        if self._note_body(environ.get("CONTENT_LENGTH", ""), "HTTP_TRANSFER_ENCODING" in environ):
+            environ["wsgi.input_terminated"] = True
         return environ

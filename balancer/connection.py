@@ -12,7 +12,11 @@ from typing import Protocol
 from balancer.errors import ConnectionLost, ResponseTimedOut
 from balancer.origin import Origin
 
-_PEEK = int(getattr(socket, "MSG_PEEK", 0)) | int(getattr(socket, "MSG_DONTWAIT", 0))
+_DONTWAIT = int(getattr(socket, "MSG_DONTWAIT", 0))
+_PEEK = int(getattr(socket, "MSG_PEEK", 0)) | _DONTWAIT
+# struct tcp_info of linux/tcp.h, unchanged since 4.2: the state, and the bytes received.
+_ESTABLISHED, _RECEIVED_AT, _INFO_SIZE = 1, 128, 136
+_RECEIVED = struct.Struct("@Q")
 CHUNK = 65536  # bytes per receive: with a few of them in flight per connection, memory stays flat
 
 
@@ -41,22 +45,24 @@ class Watcher(Protocol):
 class Connection:
     """Receives and sends with a time-out set by SO_RCVTIMEO: Python's own time-outs poll before every receive."""
 
-    __slots__ = ("sock", "origin", "idle_since", "is_reused", "_timeout", "_is_tls")
+    __slots__ = ("sock", "origin", "idle_since", "is_reused", "is_watched", "is_tls", "_timeout", "_received")
 
     def __init__(self, sock: socket.socket, origin: Origin) -> None:
         self.sock = sock
         self.origin = origin
         self.idle_since = 0.0
         self.is_reused = False
+        self.is_watched = False  # by `express`
         self._timeout = 0.0
-        self._is_tls = isinstance(sock, ssl.SSLSocket)
+        self._received = 0  # bytes
+        self.is_tls = isinstance(sock, ssl.SSLSocket)
 
     def set_timeout(self, seconds: float) -> None:
         """For sends and receives from now on; no system call if nothing changes."""
         if seconds == self._timeout:
             return
         self._timeout = seconds
-        if self._is_tls:  # the ssl module retries a receive that the kernel timed out, so Python must do the timing
+        if self.is_tls:  # the ssl module retries a receive that the kernel timed out, so Python must do the timing
             self.sock.settimeout(seconds)
             return
         if sys.platform == "win32":
@@ -69,16 +75,18 @@ class Connection:
     def receive(self) -> bytes:
         """Up to CHUNK bytes, b"" at EOF. Raises ResponseTimedOut, ConnectionLost."""
         try:
-            return self.sock.recv(CHUNK)
+            data = self.sock.recv(CHUNK)
         except (TimeoutError, BlockingIOError):
             raise ResponseTimedOut(f"{self.origin.url} sent nothing for {self._timeout:g} s") from None
         except OSError as error:
             raise ConnectionLost(f"{self.origin.url}: {error.strerror or error}") from error
+        self._received += len(data)
+        return data
 
     def receive_now(self) -> bytes | None:
         """What is here already, None if nothing is. Raises ConnectionLost."""
-        if not self._is_tls:
-            return self.receive() if self.has_input() else None
+        if not self.is_tls:
+            return self._receive_plain_now()
         # A readable TLS socket may hold a session ticket only, and no byte for us.
         self.sock.settimeout(0)
         try:
@@ -90,10 +98,24 @@ class Connection:
         finally:
             self.sock.settimeout(self._timeout)
 
+    def _receive_plain_now(self) -> bytes | None:
+        if not _DONTWAIT:  # Windows
+            return self.receive() if self.has_input() else None
+        try:
+            data = self.sock.recv(CHUNK, _DONTWAIT)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            raise ConnectionLost(f"{self.origin.url}: {error.strerror or error}") from error
+        self._received += len(data)
+        return data
+
     def has_input(self) -> bool:
         """True if a receive would not block: while idle, that means EOF, an alert, or bytes nobody asked for."""
-        if self._is_tls or sys.platform == "win32":  # neither can peek without blocking
+        if self.is_tls or sys.platform == "win32":  # neither can peek without blocking
             return self._is_readable()
+        if sys.platform == "linux":
+            return self._is_quiet_no_more()
         try:
             self.sock.recv(1, _PEEK)
         except BlockingIOError:
@@ -101,6 +123,12 @@ class Connection:
         except OSError:
             return True
         return True
+
+    def _is_quiet_no_more(self) -> bool:
+        """Asks the kernel instead of the socket: a system call that receives lets the interpreter lock go, and with it
+        comes a switch of threads."""
+        info = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_SIZE)
+        return info[0] != _ESTABLISHED or _RECEIVED.unpack_from(info, _RECEIVED_AT)[0] != self._received
 
     def _is_readable(self) -> bool:
         if sys.platform == "win32":

@@ -1,17 +1,17 @@
-"""Requests as they come in through WSGI: header lines, target, length and body, read from environ.
+"""Requests as they come in, and their bodies: from our own server as they are, from any other through WSGI.
 
-Our own server puts in what PEP 3333 has no place for; under any other server the functions here make do without.
+Our own server puts into environ what PEP 3333 has no place for; under any other, `Incoming.of` makes do without.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote_from_bytes
 
 from balancer.errors import BodyTooLarge, ClientError, ClientGone
-from balancer.messages import Line, parse_content_length
+from balancer.messages import Line, notable, parse_content_length
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import InputStream, WSGIEnvironment
@@ -23,7 +23,92 @@ CLIENT = "balancer.client"  # a connection.Watcher with `is_gone`: aborts what i
 READ_SIZE = 65536
 
 
-def header_lines(environ: WSGIEnvironment) -> list[Line]:
+class Incoming:
+    """A request as it came, whichever server brought it. `target` is raw; header lines have lower-case names.
+
+    `length` is Content-Length as it was sent, "" without one; `is_ended` says that the server tells where a body
+    without a length ends. `client` is a connection.Watcher with `is_gone`, None if the server cannot tell when clients
+    leave.
+    """
+
+    __slots__ = (
+        *("method", "path", "target", "version", "scheme", "peer", "lines", "notable"),
+        *("length", "is_ended", "stream", "client", "is_native"),
+    )
+
+    def __init__(
+        self, method: str, path: str, target: bytes, version: str, scheme: str, peer: str, lines: Sequence[Line]
+    ) -> None:
+        self.method = method
+        self.path = path
+        self.target = target
+        self.version = version
+        self.scheme = scheme
+        self.peer = peer
+        self.lines = lines
+        self.notable = notable(lines)
+        self.length = ""
+        self.is_ended = False
+        self.stream: InputStream | None = None
+        self.client: Any = None
+        self.is_native = False  # `start_response` takes header lines in bytes
+
+    @classmethod
+    def of(cls, environ: WSGIEnvironment) -> Incoming:
+        """From what WSGI gives, which is all there is under another server than our own."""
+        version = environ["SERVER_PROTOCOL"].removeprefix("HTTP/")
+        made = cls(
+            environ["REQUEST_METHOD"],
+            environ["PATH_INFO"],
+            _raw_target(environ),
+            version,
+            environ["wsgi.url_scheme"],
+            environ.get("REMOTE_ADDR") or "unknown",
+            _header_lines(environ),
+        )
+        made.length = environ.get("CONTENT_LENGTH") or ""
+        made.is_ended = bool(environ.get("wsgi.input_terminated"))
+        made.stream = environ["wsgi.input"]
+        made.client = environ.get(CLIENT)
+        made.is_native = HEADER_LINES in environ
+        return made
+
+    def values(self, name: bytes) -> Sequence[bytes]:
+        """Of a notable field, one for each line."""
+        return self.notable.get(name, ())
+
+    def content_length(self) -> int | None:
+        """Bytes of the body, None if there is no Content-Length. Raises ClientError (RFC 9112 section 6.3)."""
+        if not self.length:
+            return None
+        if self.values(b"transfer-encoding"):
+            raise ClientError("the request has both Content-Length and Transfer-Encoding")
+        try:
+            return parse_content_length(self.length.encode("latin-1"))
+        except ValueError as error:
+            raise ClientError(str(error)) from None
+
+    def may_have_body(self) -> bool:
+        """Without Content-Length: chunked in HTTP/1.1; in HTTP/2 the end of the stream tells (RFC 9113 section 8.1)."""
+        return self.is_ended and (self.version == "2" or bool(self.values(b"transfer-encoding")))
+
+    def read(self, length: int | None, limit: int | None) -> Iterator[bytes]:
+        """The body in pieces. Raises ClientGone if it ends early, BodyTooLarge past `limit` bytes."""
+        assert self.stream is not None
+        received = 0
+        while length is None or received < length:
+            chunk = self.stream.read(READ_SIZE if length is None else min(READ_SIZE, length - received))
+            if not chunk:
+                if length is not None:
+                    raise ClientGone(f"the client sent {received} of {length} bytes")
+                return
+            received += len(chunk)
+            if limit is not None and received > limit:
+                raise BodyTooLarge(f"the request body has more than {limit} bytes")
+            yield chunk
+
+
+def _header_lines(environ: WSGIEnvironment) -> list[Line]:
     """Header lines as received; under a server that does not give them, what WSGI left of them."""
     lines: list[Line] | None = environ.get(HEADER_LINES)
     if lines is None:
@@ -37,7 +122,7 @@ def header_lines(environ: WSGIEnvironment) -> list[Line]:
     return lines
 
 
-def raw_target(environ: WSGIEnvironment) -> bytes:
+def _raw_target(environ: WSGIEnvironment) -> bytes:
     """The request target byte for byte; under a server that does not give it, the path is quoted again."""
     target: str = environ.get("REQUEST_URI") or environ.get("RAW_URI") or ""
     if target.startswith("/") or target == "*":
@@ -45,39 +130,6 @@ def raw_target(environ: WSGIEnvironment) -> bytes:
     path = quote_from_bytes(environ["PATH_INFO"].encode("latin-1"), safe="/:@!$&'()*+,;=~-._")
     query = environ.get("QUERY_STRING", "")
     return f"{path}?{query}".encode("latin-1") if query else path.encode("latin-1")
-
-
-def content_length(environ: WSGIEnvironment, lines: Sequence[Line]) -> int | None:
-    """Bytes of the request body, None if there is no Content-Length. Raises ClientError (RFC 9112 section 6.3)."""
-    text = environ.get("CONTENT_LENGTH") or ""
-    if not text:
-        return None
-    if any(name == b"transfer-encoding" for name, _ in lines):
-        raise ClientError("the request has both Content-Length and Transfer-Encoding")
-    try:
-        return parse_content_length(text.encode("latin-1"))
-    except ValueError as error:
-        raise ClientError(str(error)) from None
-
-
-def may_have_body(environ: WSGIEnvironment, lines: Sequence[Line]) -> bool:
-    """Without Content-Length: chunked in HTTP/1.1; in HTTP/2 the end of the stream tells (RFC 9113 section 8.1)."""
-    return environ["SERVER_PROTOCOL"] == "HTTP/2" or any(name == b"transfer-encoding" for name, _ in lines)
-
-
-def read_body(stream: InputStream, length: int | None, limit: int | None) -> Iterator[bytes]:
-    """The request body in pieces. Raises ClientGone if it ends early, BodyTooLarge past `limit` bytes."""
-    received = 0
-    while length is None or received < length:
-        chunk = stream.read(READ_SIZE if length is None else min(READ_SIZE, length - received))
-        if not chunk:
-            if length is not None:
-                raise ClientGone(f"the client sent {received} of {length} bytes")
-            return
-        received += len(chunk)
-        if limit is not None and received > limit:
-            raise BodyTooLarge(f"the request body has more than {limit} bytes")
-        yield chunk
 
 
 class RequestBody:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import count
 from secrets import token_hex
 
@@ -40,7 +41,8 @@ HOP_BY_HOP = frozenset(
 # framing is made anew by the transport (section 8.6), and the request id is set by us.
 _NOT_FORWARDED = HOP_BY_HOP | {b"expect", b"proxy", b"content-length", b"x-request-id"}
 _CLAIMS = frozenset({b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host", b"forwarded", b"x-real-ip"})
-_NOTABLE = _NOT_FORWARDED | _CLAIMS | {b"host", b"via"}  # every other field goes on as it is
+# Every other field goes on as it is, if there is no `_` in its name.
+_NOTABLE = _NOT_FORWARDED | _CLAIMS | {b"host", b"via", b"max-forwards", b"traceparent", b"tracestate"}
 # `Alt-Svc` names another way to the backend's own origin, which is not ours (RFC 7838 section 2.1).
 _NOT_RETURNED = HOP_BY_HOP | {b"alt-svc", b"x-request-id", b"x-served-by"}
 # What `Connection` may not take away: without it the message means something else.
@@ -55,6 +57,13 @@ _DIGITS = re.compile(rb"[0-9]{1,18}\Z")
 _HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9\-._~!$&'()*+,;=%]+)(?::[0-9]{0,5})?\Z")
 _TARGET = re.compile(rb"(?:/[\x21-\x7e]*|\*)\Z")  # origin-form or asterisk-form (RFC 9112 section 3.2), visible ASCII
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:+/=@-]{1,128}\Z")
+
+# W3C Trace Context, section 3.2.2: version, trace id, parent id, flags; later versions may say more after that.
+_TRACE_PARENT = re.compile(
+    rb"(?:00-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
+    rb"|(?!00|ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-[\x21-\x7e]*)?)\Z"
+)
+_TRACE_FIELDS = frozenset({b"traceparent", b"tracestate"})
 
 _process_id = token_hex(6).encode()
 _serial = count(1)
@@ -96,13 +105,27 @@ def parse_content_length(value: bytes) -> int:
     return int(value)
 
 
+def notable(lines: Iterable[Line]) -> dict[bytes, list[bytes]]:
+    """Values by name, one for each line, of what means something to a gateway: one or two of ten lines, mostly."""
+    found: dict[bytes, list[bytes]] = {}
+    for name, value in lines:
+        if name in _NOTABLE:
+            found.setdefault(name, []).append(value)
+    return found
+
+
 def nominated(lines: Iterable[Line]) -> frozenset[bytes]:
     """Names listed in all `Connection` lines, in lower case (RFC 9110 section 7.6.1)."""
     names = _NONE
     for name, value in lines:
         if name == b"connection":
-            names |= {item.strip().lower() for item in value.split(b",")} - _NEVER_NOMINATED
+            names = names | _options(value) if names else _options(value)
     return names
+
+
+@lru_cache(maxsize=256)  # `keep-alive` and `close`, mostly; bounded: anybody may send anything
+def _options(value: bytes) -> frozenset[bytes]:
+    return frozenset(item.strip().lower() for item in value.split(b",")) - _NEVER_NOMINATED
 
 
 def check_request(method: str, target: bytes, hosts: Sequence[bytes], http_version: str) -> None:
@@ -122,13 +145,12 @@ def check_request(method: str, target: bytes, hosts: Sequence[bytes], http_versi
         raise ClientError("the Host header is not a host name")
 
 
-def check_codings(lines: Iterable[Line]) -> None:
+def check_codings(values: Sequence[bytes]) -> None:
     """A body may be chunked, once; any other coding would be lost when it is framed anew (RFC 9112 section 6.1).
 
-    Raises CodingUnsupported for another coding, ClientError for chunked twice.
+    `values` of Transfer-Encoding. Raises CodingUnsupported for another coding, ClientError for chunked twice.
     """
-    values = [value for name, value in lines if name == b"transfer-encoding"]
-    if not values or values == [b"chunked"]:
+    if not values or (len(values) == 1 and values[0] == b"chunked"):
         return
     codings = [item.strip().lower() for item in b",".join(values).split(b",")]
     if codings == [b"chunked"]:
@@ -138,10 +160,10 @@ def check_codings(lines: Iterable[Line]) -> None:
     raise CodingUnsupported("a Transfer-Encoding other than chunked is not supported")
 
 
-def max_forwards(lines: Iterable[Line]) -> int | None:
+def max_forwards(values: Sequence[bytes]) -> int | None:
     """How many more steps an OPTIONS may go, None if nothing says so (RFC 9110 section 7.6.2)."""
-    for name, value in lines:
-        if name == b"max-forwards" and _DIGITS.match(value):
+    for value in values:
+        if _DIGITS.match(value):
             return int(value)
     return None
 
@@ -154,15 +176,38 @@ def count_down(lines: Iterable[Line]) -> list[Line]:
     ]
 
 
-def request_id(lines: Iterable[Line]) -> bytes:
+def request_id(given: Sequence[bytes]) -> bytes:
     """The client's X-Request-ID if it is one sane line, else a new one: unique in this process and across restarts."""
-    given: list[bytes] = []
-    for name, value in lines:
-        if name == b"x-request-id":
-            given.append(value)
     if len(given) == 1 and _REQUEST_ID.match(given[0]):
         return given[0]
     return b"%s-%x" % (_process_id, next(_serial))
+
+
+def trace_id(given: Sequence[bytes]) -> str | None:
+    """The trace id of the one valid `traceparent`; None if there is none (W3C Trace Context, section 3.2)."""
+    match = _TRACE_PARENT.match(given[0]) if len(given) == 1 else None
+    return (match[1] or match[2]).decode("ascii") if match else None
+
+
+def without_trace(lines: Iterable[Line]) -> list[Line]:
+    """For when `traceparent` is not valid: `tracestate` means nothing without it (section 3.3)."""
+    return [line for line in lines if line[0] not in _TRACE_FIELDS]
+
+
+def client_address(peer: str, forwarded_for: str, trusted: Sequence[Network]) -> str:
+    """Who sent the request: the nearest address that is not a trusted proxy's.
+
+    `forwarded_for` is the value of `X-Forwarded-For`, each proxy's client after the one before.
+    """
+    address = peer
+    for claim in reversed(forwarded_for.split(",")):
+        if not is_in_networks(address, trusted):
+            break
+        try:
+            address = str(ipaddress.ip_address(claim.strip()))
+        except ValueError:  # a name, a port, or made up
+            break
+    return address
 
 
 def request_lines(
@@ -209,27 +254,37 @@ def request_lines(
             forwarded_for.append(value)
         elif name in _CLAIMS:
             claims[name] = claims[name] + b", " + value if name in claims else value
-    if not options <= HOP_BY_HOP:
+        elif name not in _NOT_FORWARDED:
+            kept.append(line)
+    if options and not options <= HOP_BY_HOP:
         kept = [line for line in kept if line[0] not in options]
-    if not (trusted and is_in_networks(peer, trusted)):
+    if (forwarded_for or claims) and not is_in_networks(peer, trusted):
         forwarded_for, claims = [], {}
     elif options:
         forwarded_for = [] if b"x-forwarded-for" in options else forwarded_for
         claims = {name: value for name, value in claims.items() if name not in options}
     if not host:
         kept.insert(0, (b"host", b""))  # HTTP/1.0 without Host: the field is required in what we send, it may be empty
-    address = peer.partition("%")[0].encode("ascii", "replace")  # an IPv6 zone means nothing to anyone else
-    forwarded_for.append(address)
-    kept.append((b"x-forwarded-for", b", ".join(forwarded_for)))
-    kept.append((b"x-forwarded-proto", claims.get(b"x-forwarded-proto", scheme.encode())))
-    kept.append((b"x-forwarded-host", claims.get(b"x-forwarded-host", host)))
-    if b"forwarded" in claims:
-        kept.append((b"forwarded", claims[b"forwarded"] + b", " + _forwarded(address, host, scheme)))
-    if b"x-real-ip" in claims:
-        kept.append((b"x-real-ip", claims[b"x-real-ip"]))
-    kept.append((b"x-request-id", identifier))
-    kept.append((b"via", http_version.encode() + b" " + pseudonym))
+    address = _address(peer)
+    kept += (
+        (b"x-forwarded-for", b", ".join([*forwarded_for, address]) if forwarded_for else address),
+        (b"x-forwarded-proto", claims.get(b"x-forwarded-proto") or scheme.encode()),
+        (b"x-forwarded-host", claims.get(b"x-forwarded-host", host)),
+        (b"x-request-id", identifier),
+        (b"via", b"%s %s" % (http_version.encode(), pseudonym)),
+    )
+    if claims:
+        if b"forwarded" in claims:
+            kept.append((b"forwarded", claims[b"forwarded"] + b", " + _forwarded(address, host, scheme)))
+        if b"x-real-ip" in claims:
+            kept.append((b"x-real-ip", claims[b"x-real-ip"]))
     return kept
+
+
+@lru_cache(maxsize=1024)
+def _address(peer: str) -> bytes:
+    """Without an IPv6 zone, which means nothing to anyone else."""
+    return peer.partition("%")[0].encode("ascii", "replace")
 
 
 def join_cookies(lines: Sequence[Line]) -> Sequence[Line]:

@@ -19,6 +19,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from balancer import __version__
 from balancer.errors import BackendError, BalancerError, ConnectFailed
 from balancer.histogram import Histogram
+from balancer.logwriter import LogWriter
 from balancer.pool import BackendPool
 from balancer.reload import Configuration
 from balancer.statistics import Counters, Events, Lifetime, Statistics
@@ -56,6 +57,7 @@ class Sources:
     configuration: Configuration
     lifecycle: Callable[[], str]
     queued: Callable[[], int]  # requests that wait for a thread
+    log: LogWriter
     started: float = field(default_factory=time.time)
 
 
@@ -175,6 +177,9 @@ class Collector:
             sources.pool.is_panicking,
         )
         yield add_each(counter("events", "Events, as GET /events tells them.", "kind"), [], sources.events.counts())
+
+        yield add(counter("log_lines", "Log lines written, access log and others."), [], sources.log.written)
+        yield add(counter("log_lines_dropped", "Log lines lost: nobody reads them."), [], sources.log.dropped)
 
     def _configuration(self) -> Iterator[Metric]:
         configuration, events = self._sources.configuration, self._sources.events.counts()

@@ -91,6 +91,7 @@ _ATTEMPT: dict[str, Schema] = {
     "backend": _TEXT,
     "outcome": _TEXT,
     "error": _or_null(_TEXT),
+    "at": _NUMBER,
     "seconds": _NUMBER,
     "connect": _or_null(_NUMBER),
 }
@@ -107,6 +108,7 @@ _FINISHED: dict[str, Schema] = {
     "method": _TEXT,
     "path": _TEXT,
     "request_id": _TEXT,
+    "trace_id": _or_null(_TEXT),
     "queued": _NUMBER,
     "first_byte": _or_null(_NUMBER),
     "bytes_in": _COUNT,
@@ -171,6 +173,7 @@ _STATUS = _object(
         start_time=_NUMBER,
         active_requests=_COUNT,
         queued_requests=_COUNT,
+        access_log_dropped=_COUNT,
         waiting_requests=_COUNT,
         unassigned_requests=_COUNT,
         retries=_COUNT,

@@ -143,6 +143,11 @@ class BackendPool:
             limit = self._options.queue_timeout
         return self._wait(waiter, watcher, limit if deadline is None else min(limit, deadline - self._clock()))
 
+    def lease_now(self, request: Any) -> Lease | None:
+        """A first lease if that needs no waiting."""
+        with self._lock:
+            return self._choose(request, ())
+
     def _choose(self, request: Any, exclude: Collection[str]) -> Lease | None:
         candidates, excluded = self._ready, self._absent
         if exclude or self._is_conditional:

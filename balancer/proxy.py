@@ -18,6 +18,7 @@ from http import HTTPStatus
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from balancer.accesslog import AccessLog
 from balancer.errors import (
     BackendError,
     BalancerError,
@@ -30,7 +31,7 @@ from balancer.errors import (
     TooManyHeaders,
     Unavailable,
 )
-from balancer.incoming import CLIENT, HEADER_LINES, content_length, header_lines, may_have_body, raw_target, read_body
+from balancer.incoming import Incoming
 from balancer.messages import (
     Line,
     Network,
@@ -41,11 +42,13 @@ from balancer.messages import (
     request_id,
     request_lines,
     response_lines,
+    trace_id,
+    without_trace,
 )
 from balancer.pool import BackendPool, Lease
 from balancer.response import BackendResponse, ResponseBody
 from balancer.statistics import Attempt, Exchange, Statistics
-from balancer.transport import BackendAdapter, OutgoingRequest
+from balancer.transport import BackendAdapter, OutgoingRequest, Sent
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -58,6 +61,7 @@ BACKOFF_SECONDS = 0.025
 MAX_BACKOFF_SECONDS = 0.25
 EJECTING_STATUSES = frozenset({502, 503, 504})  # answers that say that the backend cannot work; passed on all the same
 RETRY_AFTER_SECONDS = b"1"
+INTERNAL_ERROR = "internal error, the log of the balancer has the cause"
 ALLOWED_METHODS = b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"  # in 405; others pass, CONNECT and TRACE do not
 
 
@@ -80,7 +84,7 @@ class ProxyOptions:
 class ReverseProxy:
     """The WSGI callable. It has no state of its own; the pool, the adapter and the statistics each lock theirs.
 
-    `options` may be replaced at any time: a request keeps those it began with.
+    `options` and `access_log` may be replaced at any time: a request keeps the options it began with.
     """
 
     def __init__(
@@ -92,6 +96,7 @@ class ReverseProxy:
         adapter: BackendAdapter,
         statistics: Statistics,
         options: ProxyOptions,
+        access_log: AccessLog | None = None,
         on_refused: Callable[[], None] = lambda: None,
         rng: random.Random | None = None,
     ) -> None:
@@ -101,66 +106,89 @@ class ReverseProxy:
         self.adapter = adapter
         self.statistics = statistics
         self.options = options
+        self.access_log = access_log
         self.on_refused = on_refused
         self.rng = rng or random.Random()
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         if self.is_control(environ["PATH_INFO"]):
             return self._control_app(environ, start_response)
-        return Forwarding(self, environ, start_response).run()
+        return self.forward(Incoming.of(environ), start_response).run()
 
-    def refuse(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        """The answer to a request that no thread is free for; does not block."""
-        return Forwarding(self, environ, start_response).refuse()
+    def forward(self, incoming: Incoming, start_response: StartResponse) -> Forwarding:
+        """A request that is not for the control API, counted from now on: `run` or `refuse` must follow."""
+        return Forwarding(self, incoming, start_response)
 
 
 class Forwarding:
-    """One request on its way: what its attempts and its answer share. Used by one thread, once."""
+    """One request on its way: what its attempts and its answer share. Used by one thread at a time.
+
+    `run` does it all; `begin` may have done the first steps, and `refuse` ends it at any step before the answer.
+    """
 
     __slots__ = (
-        "_proxy",
-        "_options",
-        "_environ",
-        "_start_response",
-        "_lines",
-        "_started",
-        "_identifier",
-        "_record",
-        "_lease",
-        "_is_finished",
+        *("_proxy", "_options", "_incoming", "_start_response", "_started", "_identifier", "_record"),
+        *("_request", "_lease", "sent", "_failure", "_is_finished"),
     )
 
-    def __init__(self, proxy: ReverseProxy, environ: WSGIEnvironment, start_response: StartResponse) -> None:
+    def __init__(self, proxy: ReverseProxy, incoming: Incoming, start_response: StartResponse) -> None:
         self._proxy = proxy
         self._options = proxy.options
-        self._environ = environ
+        self._incoming = incoming
         self._start_response = start_response
-        self._lines = header_lines(environ)
         self._started = time.perf_counter()
-        self._identifier = request_id(self._lines)
+        self._identifier = request_id(incoming.values(b"x-request-id"))
+        self._request: OutgoingRequest | None = None
         self._lease: Lease | None = None
+        self.sent: Sent | None = None
+        self._failure: BalancerError | None = None
         self._is_finished = False
         self._record = Exchange(
             timestamp=time.time(),
-            method=environ["REQUEST_METHOD"],
-            path=environ["PATH_INFO"],
+            method=incoming.method,
+            path=incoming.path,
             request_id=self._identifier.decode("ascii"),
         )
+        proxy.statistics.begin()
+
+    def begin(self) -> bool:
+        """The first attempt as far as it goes without waiting; True if its request is `sent`. `run` does the rest.
+
+        For requests without a body only. Never raises.
+        """
+        try:
+            self._request = request = self._build()
+            self._take_place(self._proxy.pool.lease_now(request))
+            if self._lease is not None:
+                attempt = self._attempt_on(self._lease)
+                self.sent = self._proxy.adapter.begin(request, self._lease.choice.origin)
+                if self.sent is None:
+                    self._record.attempts.remove(attempt)
+        except BalancerError as error:
+            self._failure = error
+        except Exception:
+            log.exception("request %s failed", self._record.request_id)
+            self._failure = BalancerError(INTERNAL_ERROR)
+        return self.sent is not None
 
     def run(self) -> Iterable[bytes]:
-        self._proxy.statistics.begin()
         try:
-            if self._record.method == "OPTIONS" and max_forwards(self._lines) == 0:
+            if self._failure is not None:
+                raise self._failure
+            incoming = self._incoming
+            if incoming.method == "OPTIONS" and max_forwards(incoming.values(b"max-forwards")) == 0:
                 return self._answer_options()
-            return self._answer(self._send(self._build()))
+            return self._answer(self._send(self._request or self._build()))
         except BalancerError as error:
             return self._refuse(error)
         except Exception:  # ours, not the client's or a backend's: the log has the traceback, the client one line
             log.exception("request %s failed", self._record.request_id)
-            return self._refuse(BalancerError("internal error, the log of the balancer has the cause"))
+            return self._refuse(BalancerError(INTERNAL_ERROR))
 
     def refuse(self) -> Iterable[bytes]:
-        self._proxy.statistics.begin()
+        """The answer when no thread is free for the request; does not block."""
+        if self.sent is not None:
+            self.sent.close()
         if self._client_is_gone():
             return self._refuse(ClientGone("the client left while it waited for a thread"))
         return self._refuse(NoRoom("the load balancer is full, try again"))
@@ -168,46 +196,48 @@ class Forwarding:
     # The outgoing request, built once.
 
     def _build(self) -> OutgoingRequest:
-        environ, options = self._environ, self._options
-        method = self._record.method
-        version = environ["SERVER_PROTOCOL"].removeprefix("HTTP/")
-        target = raw_target(environ)
-        if len(self._lines) > options.max_header_count:
-            raise TooManyHeaders(f"{len(self._lines)} header lines, at most {options.max_header_count} are accepted")
+        incoming, options = self._incoming, self._options
+        method, lines = incoming.method, incoming.lines
+        if len(lines) > options.max_header_count:
+            raise TooManyHeaders(f"{len(lines)} header lines, at most {options.max_header_count} are accepted")
         if method in ("CONNECT", "TRACE"):
             raise MethodRefused(f"{method} is not supported")
-        check_request(method, target, [value for name, value in self._lines if name == b"host"], version)
-        lines = request_lines(
-            self._lines,
-            peer=environ.get("REMOTE_ADDR") or "unknown",
-            scheme=environ["wsgi.url_scheme"],
-            http_version=version,
+        check_request(method, incoming.target, incoming.values(b"host"), incoming.version)
+        if incoming.values(b"traceparent") or incoming.values(b"tracestate"):
+            self._record.trace_id = trace_id(incoming.values(b"traceparent"))
+            if self._record.trace_id is None:
+                lines = without_trace(lines)
+        outgoing = request_lines(
+            lines,
+            peer=incoming.peer,
+            scheme=incoming.scheme,
+            http_version=incoming.version,
             pseudonym=options.pseudonym,
             identifier=self._identifier,
             trusted=options.trusted,
         )
         if method == "OPTIONS":
-            lines = count_down(lines)
-        request = OutgoingRequest(method, target, lines)
-        request.watcher = environ.get(CLIENT)
+            outgoing = count_down(outgoing)
+        request = OutgoingRequest(method, incoming.target, outgoing)
+        request.watcher = incoming.client
         self._add_body(request)
         request.deadline = time.monotonic() + options.request_timeout
         return request
 
     def _add_body(self, request: OutgoingRequest) -> None:
-        environ, limit = self._environ, self._options.max_request_body
-        check_codings(self._lines)
-        length = content_length(environ, self._lines)
+        incoming, limit = self._incoming, self._options.max_request_body
+        check_codings(incoming.values(b"transfer-encoding"))
+        length = incoming.content_length()
         if length is not None:
             if limit is not None and length > limit:
                 raise BodyTooLarge(f"the request body has {length} bytes, at most {limit} are accepted")
-            chunks = read_body(environ["wsgi.input"], length, None)
+            chunks = incoming.read(length, None)
             request.body = b"".join(chunks) if length <= REPLAY_LIMIT else self._counted(chunks)
             request.content_length = length
             if length <= REPLAY_LIMIT:
                 self._record.bytes_in = length
-        elif environ.get("wsgi.input_terminated") and may_have_body(environ, self._lines):
-            chunks = read_body(environ["wsgi.input"], None, limit)
+        elif incoming.may_have_body():
+            chunks = incoming.read(None, limit)
             first = next(chunks, b"")  # none: there is no body after all
             request.body = self._counted(chain([first], chunks)) if first else None
 
@@ -222,7 +252,8 @@ class Forwarding:
         """Try backends, another one each time. Raises what the last attempt raised."""
         failure: BackendError | None = None
         while True:
-            self._lease_backend(request, failure)
+            if self._lease is None or failure is not None:
+                self._lease_backend(request, failure)
             try:
                 return self._attempt(request)
             except BackendError as error:
@@ -268,24 +299,32 @@ class Forwarding:
                 record.not_retried = str(unavailable)
                 raise failure from None
             raise
-        record.queued += lease.queued
         if failure is not None and not self._proxy.statistics.may_retry(
             options.retry_budget, options.retry_budget_minimum
         ):
             lease.release()
             record.not_retried = "the retry budget is used up"
             raise failure
+        self._take_place(lease)
+
+    def _take_place(self, lease: Lease | None) -> None:
         self._lease = lease
-        record.backend = lease.backend.id
+        if lease is not None:
+            self._record.queued += lease.queued
+            self._record.backend = lease.backend.id
+
+    def _attempt_on(self, lease: Lease) -> Attempt:
+        attempt = Attempt(lease.choice, at=time.perf_counter() - self._started)
+        self._record.attempts.append(attempt)
+        return attempt
 
     def _attempt(self, request: OutgoingRequest) -> BackendResponse:
-        lease = self._lease
+        lease, sent = self._lease, self.sent
         assert lease is not None
-        started = time.perf_counter()
-        attempt = Attempt(lease.choice)
-        self._record.attempts.append(attempt)
+        self.sent = None
+        attempt = self._attempt_on(lease) if sent is None else self._record.attempts[-1]
         try:
-            response = self._proxy.adapter.exchange(request, lease.choice.origin)
+            response = self._proxy.adapter.exchange(request, lease.choice.origin, sent)
         except Unavailable:
             lease.release()
             raise
@@ -302,7 +341,7 @@ class Forwarding:
             attempt.outcome = str(response.status_code)
             return response
         finally:
-            attempt.seconds = time.perf_counter() - started
+            attempt.seconds = time.perf_counter() - self._started - attempt.at
             attempt.connect = request.connect_seconds
 
     def _blame(self, lease: Lease, error: BackendError) -> None:
@@ -312,7 +351,7 @@ class Forwarding:
         lease.release(failure="" if getattr(error, "stale", False) else str(error))
 
     def _client_is_gone(self) -> bool:
-        client = self._environ.get(CLIENT)
+        client = self._incoming.client
         return client is not None and client.is_gone
 
     # The answer.
@@ -347,7 +386,7 @@ class Forwarding:
         if self._options.expose_backend and self._record.backend is not None:
             lines.append((b"x-served-by", self._record.backend.encode("ascii")))
         headers: Any = lines
-        if HEADER_LINES not in self._environ:
+        if not self._incoming.is_native:
             headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in lines]
         self._start_response(status, headers)
 
@@ -389,6 +428,8 @@ class Forwarding:
         record.complete = complete
         record.seconds = time.perf_counter() - self._started
         self._proxy.statistics.record(record)
+        if self._proxy.access_log is not None:
+            self._proxy.access_log.add(record, self._incoming)
         if lease is None:
             return
         if failure or status in EJECTING_STATUSES:

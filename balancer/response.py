@@ -50,7 +50,10 @@ class BackendResponse(Response):
 class ResponseHead:
     """A response head as it comes in: status, reason, header lines, and the body bytes that came with it."""
 
-    __slots__ = ("_parser", "status", "reason", "lines", "options", "pieces", "has_head", "has_end", "keeps_alive")
+    __slots__ = (
+        *("_parser", "status", "reason", "lines", "options", "pieces", "size"),
+        *("has_head", "has_end", "keeps_alive"),
+    )
 
     def __init__(self) -> None:
         self._parser: httptools.HttpResponseParser | None = None
@@ -59,6 +62,7 @@ class ResponseHead:
         self.lines: list[Line] = []
         self.options: frozenset[bytes] = frozenset()  # of `Connection`
         self.pieces: list[bytes] = []
+        self.size = 0  # bytes received until the head was complete
         self.has_head = False
         self.has_end = False  # only llhttp tells; a body of known length is counted by ResponseBody
         self.keeps_alive = False
@@ -144,7 +148,7 @@ class ResponseHead:
 
 def receive_head(connection: Connection, head: ResponseHead, seconds: float) -> bool:
     """Receive until `head` is complete, `seconds` at most. True if nothing followed the response."""
-    clean, received, deadline = True, 0, time.monotonic() + seconds
+    clean, deadline = True, time.monotonic() + seconds
     connection.set_timeout(seconds)
     while not head.has_head:
         try:
@@ -153,19 +157,30 @@ def receive_head(connection: Connection, head: ResponseHead, seconds: float) -> 
             url = connection.origin.url
             raise ResponseTimedOut(f"{url} sent no complete response head within {seconds:g} s") from None
         except ConnectionLost as error:
-            raise ConnectionLost(str(error), stale=connection.is_reused and not received) from error
-        if not data:
-            raise ConnectionLost(
-                f"{connection.origin.url} closed the connection without a complete response",
-                stale=connection.is_reused and not received,
-            )
-        received += len(data)
-        clean = head.feed(data)
+            raise lost(connection, head, str(error)) from error
+        clean = take_head_data(connection, head, data)
         if not head.has_head:  # rare: the head came in pieces, so each receive gets only what is left of the time
             connection.set_timeout(max(0.001, deadline - time.monotonic()))
-            if received > MAX_HEAD:
-                raise InvalidResponse(f"the backend's response head is larger than {MAX_HEAD} bytes")
     return clean
+
+
+def take_head_data(connection: Connection, head: ResponseHead, data: bytes) -> bool:
+    """One receive's worth of a response head, b"" for EOF. True if nothing followed the response.
+
+    Raises ConnectionLost, InvalidResponse.
+    """
+    if not data:
+        raise lost(connection, head, f"{connection.origin.url} closed the connection without a complete response")
+    head.size += len(data)
+    clean = head.feed(data)
+    if not head.has_head and head.size > MAX_HEAD:
+        raise InvalidResponse(f"the backend's response head is larger than {MAX_HEAD} bytes")
+    return clean
+
+
+def lost(connection: Connection, head: ResponseHead, text: str) -> ConnectionLost:
+    """Stale is a kept connection that ended without a byte: the backend had closed it before our request came."""
+    return ConnectionLost(text, stale=connection.is_reused and not head.size)
 
 
 class ResponseBody:
@@ -298,19 +313,16 @@ class ResponseBody:
 
 def _framing(head: ResponseHead) -> tuple[int | None, bool]:
     """(bytes of the body by Content-Length or None, chunked); (None, False) is until EOF. Raises InvalidResponse."""
-    codings: list[bytes] = []
-    lengths: list[bytes] = []
-    for name, value in head.lines:
-        if name == b"content-length":
-            lengths.append(value)
-        elif name == b"transfer-encoding":
-            codings.append(value.lower())
+    lengths = [value for name, value in head.lines if name == b"content-length"]
+    codings = [value.lower() for name, value in head.lines if name == b"transfer-encoding"]
     if codings and (codings != [b"chunked"] or lengths):
         raise InvalidResponse(f"the backend's response has the framing {codings + lengths!r}")
     if not lengths:
         return None, bool(codings)
     try:
-        (length,) = {parse_content_length(value) for value in lengths}
+        length = parse_content_length(lengths[0])
+        if any(parse_content_length(value) != length for value in lengths[1:]):
+            raise ValueError
     except ValueError:
         raise InvalidResponse(f"the backend's response has Content-Length {b', '.join(lengths)!r}") from None
     return length, False

@@ -182,6 +182,8 @@ class Settings(BaseModel):
         0.0, description="time after SIGTERM in which all is served while /readyz says 503; 5 to 10 in Kubernetes"
     )
     drain_timeout: SecondsOrZero = Field(30.0, description="time after that for requests in flight to finish")
+    access_log: bool = Field(False, description="log every request to stdout, in a thread of its own")
+    access_log_format: Literal["text", "json"] = Field("text", description="text or json")
     cpu_affinity: str = Field("auto", description="auto pins to one CPU, none to no CPU, or a list as 0,2")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged, to stdout")
 

@@ -46,6 +46,7 @@ class Attempt:
     seconds: float = 0.0
     connect: float | None = None  # seconds for a new connection, None if a kept one was used
     error: str | None = None  # in words, for the operator
+    at: float = 0.0  # seconds from the start of the request to that of the attempt
 
     @property
     def backend(self) -> str:
@@ -56,6 +57,7 @@ class Attempt:
             "backend": self.backend,
             "outcome": self.outcome,
             "error": self.error,
+            "at": self.at,
             "seconds": self.seconds,
             "connect": self.connect,
         }
@@ -80,6 +82,7 @@ class Exchange:
     bytes_out: int = 0
     complete: bool = True
     reason: str | None = None
+    trace_id: str | None = None  # of the client's `traceparent`
     not_retried: str | None = None  # why the last failure was final, in words
     attempts: list[Attempt] = field(default_factory=list)
 
@@ -110,6 +113,7 @@ class Exchange:
             "method": self.method,
             "path": self.path[:PATH_SHOWN],
             "request_id": self.request_id,
+            "trace_id": self.trace_id,
             "queued": self.queued,
             "first_byte": self.first_byte,
             "bytes_in": self.bytes_in,

@@ -98,16 +98,14 @@ class SmoothTurns:
     def __init__(self) -> None:
         self._credit: dict[str, int] = {}
 
-    def next(self, candidates: Sequence[Backend], weigh: Callable[[Backend], int]) -> Backend:
-        credit = self._credit
-        chosen, best, total = candidates[0], None, 0
-        for backend in candidates:
-            weight = weigh(backend)
-            total += weight
-            credit[backend.id] = current = credit.get(backend.id, 0) + weight
+    def next(self, candidates: Sequence[Backend], weights: Sequence[int]) -> Backend:
+        credit, best = self._credit, None
+        for backend, weight in zip(candidates, weights, strict=True):
+            name = backend.id
+            credit[name] = current = credit.get(name, 0) + weight
             if best is None or current > best:
                 chosen, best = backend, current
-        credit[chosen.id] -= total
+        credit[chosen.id] -= sum(weights)
         return chosen
 
 
@@ -122,12 +120,8 @@ class TakingTurns(Strategy):
         self._turns = SmoothTurns()
 
 
-def _one(backend: Backend) -> int:
-    return 1
-
-
-def _weight(backend: Backend) -> int:
-    return backend.weight
+def _weights(candidates: Sequence[Backend]) -> list[int]:
+    return [backend.weight for backend in candidates]
 
 
 @strategy("round_robin")
@@ -136,7 +130,7 @@ class RoundRobin(TakingTurns):
     about equal cost; ignores weights and load."""
 
     def select(self, candidates: Sequence[Backend], request: Any) -> Backend:
-        return self._turns.next(candidates, _one)
+        return self._turns.next(candidates, [1] * len(candidates))
 
     def expected_shares(self, ready: Sequence[Backend]) -> Mapping[str, float] | None:
         return {backend.id: 1 / len(ready) for backend in ready}
@@ -148,7 +142,7 @@ class Weighted(TakingTurns):
     spread rather than in bursts. Right for backends of known, unequal size."""
 
     def select(self, candidates: Sequence[Backend], request: Any) -> Backend:
-        return self._turns.next(candidates, _weight)
+        return self._turns.next(candidates, _weights(candidates))
 
     def expected_shares(self, ready: Sequence[Backend]) -> Mapping[str, float] | None:
         total = sum(backend.weight for backend in ready)
@@ -173,7 +167,7 @@ class LeastConnections(TakingTurns):
                 least, tied = backend, [backend]
             elif ours == theirs:
                 tied.append(backend)
-        return least if len(tied) == 1 else self._turns.next(tied, _weight)
+        return least if len(tied) == 1 else self._turns.next(tied, _weights(tied))
 
 
 @strategy("power_of_two")
@@ -191,7 +185,7 @@ class PowerOfTwo(Strategy):
         return second if second.active * first.weight < first.active * second.weight else first
 
     def _draw(self, candidates: Sequence[Backend]) -> Backend:
-        return self.rng.choices(candidates, [backend.weight for backend in candidates])[0]
+        return self.rng.choices(candidates, _weights(candidates))[0]
 
 
 class ExpectedSoonest(TakingTurns):
@@ -222,7 +216,7 @@ class ExpectedSoonest(TakingTurns):
         scores = self.scores(candidates)
         lowest = min(scores)
         tied = [backend for backend, score in zip(candidates, scores, strict=True) if score == lowest]
-        return tied[0] if len(tied) == 1 else self._turns.next(tied, _weight)
+        return tied[0] if len(tied) == 1 else self._turns.next(tied, _weights(tied))
 
 
 @strategy("least_response_time")

@@ -25,12 +25,20 @@ from requests import PreparedRequest, Response
 from requests.adapters import BaseAdapter
 
 from balancer.connection import Connection, Watcher
-from balancer.errors import ConnectFailed, ConnectionLost, ConnectTimedOut, OutOfDescriptors, ResponseTimedOut
+from balancer.errors import (
+    BackendError,
+    ConnectFailed,
+    ConnectionLost,
+    ConnectTimedOut,
+    OutOfDescriptors,
+    ResponseTimedOut,
+)
 from balancer.messages import IDEMPOTENT, HeaderLines, Line
 from balancer.origin import Origin
-from balancer.response import BackendResponse, ResponseBody, ResponseHead, receive_head
+from balancer.response import BackendResponse, ResponseBody, ResponseHead, lost, receive_head, take_head_data
 
 MAX_IDLE_PER_BACKEND = 1024  # idle sockets kept; above that they are closed after use
+SMALL = 8192  # bytes of a request that an idle socket always takes at once: Linux's smallest send buffer is 16 KiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,22 +57,22 @@ class OutgoingRequest(PreparedRequest):
     `content_length` is set).
     """
 
+    # What the base class sets for each request, and what most requests leave as it is.
+    body: Any = None
+    hooks: dict[str, Any] = {}  # noqa: RUF012
+    url: str | None = None
+    _cookies = None
+    _body_position = None
+    content_length: int | None = None
+    watcher: Watcher | None = None
+    deadline = math.inf  # of time.monotonic(), for all attempts together
+    connect_seconds: float | None = None  # what the last attempt spent on a new connection, None for a kept one
+
     def __init__(self, method: str, target: bytes, lines: list[Line]) -> None:
-        # Not calling PreparedRequest.__init__: every field is set here.
+        # Not calling PreparedRequest.__init__: every field is here.
         self.method = method
         self.target = target
         self.lines = lines
-        self.body: Any = None
-        self.hooks = {}
-        self.url: str | None = None
-        self._cookies = None
-        self._body_position = None
-        self.content_length: int | None = None
-        self.watcher: Watcher | None = None
-        self.deadline = math.inf  # of time.monotonic(), for all attempts together
-        self.connect_seconds: float | None = (
-            None  # what the last attempt spent on a new connection, None for a kept one
-        )
 
     @property
     def headers(self) -> HeaderLines:  # type: ignore[override]
@@ -93,6 +101,72 @@ class OutgoingRequest(PreparedRequest):
             lines.append(b"content-length: 0")  # RFC 9110 section 8.6
         lines.append(b"\r\n")
         return b"\r\n".join(lines)
+
+
+class Sent:
+    """A request that is on its way, and what has come back so far."""
+
+    __slots__ = ("connection", "request", "head", "deadline", "is_whole", "is_clean", "response", "failure")
+
+    def __init__(self, connection: Connection, request: OutgoingRequest, deadline: float) -> None:
+        self.connection = connection
+        self.request = request
+        self.head = ResponseHead()
+        self.deadline = deadline  # of time.monotonic(), for the response head
+        self.is_whole = False  # all of the request was sent
+        self.is_clean = True  # nothing followed the response
+        self.response: BackendResponse | None = None
+        self.failure: BackendError | None = None
+
+    def write(self, head: bytes) -> None:
+        """Send the request, which begins with `head`.
+
+        If a streamed body is refused before its end (413, 401), stop. A broken pipe is not final: the answer may be
+        here already.
+        """
+        request = self.request
+        if request.body is None:
+            self.is_whole = self._write(head)
+        elif isinstance(request.body, bytes):
+            self.is_whole = self._write(head + request.body)
+        else:
+            self.is_whole = self._write(head) and self._write_stream(request.body, request.content_length is None)
+
+    def expire(self) -> None:
+        """The response head has not come in time."""
+        self.failure = ResponseTimedOut(f"{self.connection.origin.url} sent no complete response head in time")
+
+    def close(self) -> None:
+        """The connection is of no use to anybody any more."""
+        if self.request.watcher is not None:
+            self.request.watcher.detach()
+        self.connection.close()
+
+    def _write(self, data: bytes) -> bool:
+        try:
+            self.connection.sock.sendall(data)
+        except (TimeoutError, BlockingIOError):
+            raise ResponseTimedOut(f"{self.connection.origin.url} stopped reading the request") from None
+        except OSError:
+            return False
+        return True
+
+    def _write_stream(self, chunks: Iterator[bytes], chunked: bool) -> bool:
+        for chunk in chunks:
+            if chunk and not self._write(b"%x\r\n%s\r\n" % (len(chunk), chunk) if chunked else chunk):
+                return False
+            if not self.head.has_head and self._is_refused():
+                return False
+        return self._write(b"0\r\n\r\n") if chunked else True
+
+    def _is_refused(self) -> bool:
+        """True if the backend hung up or answered early; an interim response and a success are no reason to stop."""
+        data = self.connection.receive_now()
+        if data is None:
+            return False
+        if data and not self.head.feed(data):
+            self.is_clean = False
+        return not data or self.head.status >= 300
 
 
 class BackendAdapter(BaseAdapter):
@@ -133,51 +207,92 @@ class BackendAdapter(BaseAdapter):
         scheme = str(request.url).partition("://")[0]
         return self.exchange(as_outgoing(request), Origin.parse(f"{scheme}://{_netloc(request)}"))
 
-    def exchange(self, request: OutgoingRequest, origin: Origin) -> BackendResponse:
-        """Send `request` to `origin` and return when the response head is here.
+    def exchange(self, request: OutgoingRequest, origin: Origin, sent: Sent | None = None) -> BackendResponse:
+        """Send `request` to `origin`, unless `begin` has, and return when the response head is here.
 
         Raises ConnectFailed and ConnectTimedOut (nothing was sent), ConnectionLost, ResponseTimedOut, InvalidResponse;
         whatever the request's body iterator raises comes through. A reused connection that died before any byte of a
         response gets one more try on a fresh one, for idempotent methods with a replayable body only.
         """
-        request.connect_seconds = None
-        connection = self._take(origin) or self._connect(origin, request)
+        if sent is None:
+            request.connect_seconds = None
+            sent = self._send(self._take(origin) or self._connect(origin, request), request)
         try:
-            return self._exchange_on(connection, request)
+            return self._receive(sent)
         except ConnectionLost as error:
             if not (error.stale and request.is_retriable):
                 raise
-        return self._exchange_on(self._connect(origin, request), request)
+        return self._receive(self._send(self._connect(origin, request), request))
 
-    def _exchange_on(self, connection: Connection, request: OutgoingRequest) -> BackendResponse:
-        watcher = request.watcher
-        if watcher is not None:
-            watcher.attach(connection)
+    def begin(self, request: OutgoingRequest, origin: Origin) -> Sent | None:
+        """Send a request without a body if that needs no waiting: on a kept connection. None if there is none."""
+        head = request.head()
+        if len(head) > SMALL or origin.scheme != "http":
+            return None
+        connection = self._take(origin)
+        return None if connection is None else self._send(connection, request, head)
+
+    def look(self, sent: Sent) -> bool:
+        """Take in what has come, without waiting. True if that is the whole response; `exchange` then returns it at
+        once, or waits for the rest, or raises what went wrong."""
         try:
-            head = ResponseHead()
+            try:
+                data = sent.connection.receive_now()
+            except ConnectionLost as error:
+                raise lost(sent.connection, sent.head, str(error)) from error
+            if data is None:
+                return False
+            sent.is_clean = take_head_data(sent.connection, sent.head, data)
+            if not sent.head.has_head:
+                return False
+            sent.response = self._respond(sent)
+        except BackendError as error:
+            sent.failure = error
+            return False
+        return sent.response.body.is_complete
+
+    def _send(self, connection: Connection, request: OutgoingRequest, head: bytes = b"") -> Sent:
+        sent = Sent(connection, request, time.monotonic() + self._response_seconds(request))
+        if request.watcher is not None:
+            request.watcher.attach(connection)
+        try:
             connection.set_timeout(self.timeouts.response if request.is_replayable else self.timeouts.idle)
-            sending = _Sending(connection, request, head)
-            sent = sending.run()
-            clean = receive_head(connection, head, self._response_seconds(request)) and sending.is_clean
-            body = ResponseBody(
-                connection,
-                head,
-                is_head_request=request.method == "HEAD",
-                give_back=self.give_back,
-                watcher=watcher,
-            )
+            sent.write(head or request.head())
         except BaseException:
-            if watcher is not None:
-                watcher.detach()
-            connection.close()
+            sent.close()
             raise
-        if not (sent and clean):
+        return sent
+
+    def _receive(self, sent: Sent) -> BackendResponse:
+        try:
+            if sent.failure is not None:
+                raise sent.failure
+            if sent.response is None:
+                clean = receive_head(sent.connection, sent.head, self._response_seconds(sent.request))
+                sent.is_clean = sent.is_clean and clean
+                sent.response = self._respond(sent)
+        except BaseException:
+            sent.close()
+            raise
+        return sent.response
+
+    def _respond(self, sent: Sent) -> BackendResponse:
+        """The head is here. Gives the connection back at once if the body is here too."""
+        request, connection = sent.request, sent.connection
+        body = ResponseBody(
+            connection,
+            sent.head,
+            is_head_request=request.method == "HEAD",
+            give_back=self.give_back,
+            watcher=request.watcher,
+        )
+        if not (sent.is_whole and sent.is_clean):
             body.refuse_reuse()
         if body.is_complete:
             body.close()
         else:
             connection.set_timeout(self.timeouts.idle)
-        return BackendResponse(head, body, request)
+        return BackendResponse(sent.head, body, request)
 
     def _response_seconds(self, request: OutgoingRequest) -> float:
         """For the response head: `timeouts.response`, or what is left of the request's own time.
@@ -278,52 +393,6 @@ class BackendAdapter(BaseAdapter):
         for idle in pools.values():
             for connection in idle:
                 connection.close()
-
-
-class _Sending:
-    """Writes one request; if a streamed body is refused before its end (413, 401), stops and says so."""
-
-    def __init__(self, connection: Connection, request: OutgoingRequest, head: ResponseHead) -> None:
-        self._connection = connection
-        self._request = request
-        self._head = head
-        self.is_clean = True  # nothing followed an early answer
-
-    def run(self) -> bool:
-        """True if the whole request was sent. A broken pipe is not final: the answer may be here already."""
-        request = self._request
-        head = request.head()
-        if request.body is None:
-            return self._write(head)
-        if isinstance(request.body, bytes):
-            return self._write(head + request.body)
-        return self._write(head) and self._write_stream(request.body, request.content_length is None)
-
-    def _write(self, data: bytes) -> bool:
-        try:
-            self._connection.sock.sendall(data)
-        except (TimeoutError, BlockingIOError):
-            raise ResponseTimedOut(f"{self._connection.origin.url} stopped reading the request") from None
-        except OSError:
-            return False
-        return True
-
-    def _write_stream(self, chunks: Iterator[bytes], chunked: bool) -> bool:
-        for chunk in chunks:
-            if chunk and not self._write(b"%x\r\n%s\r\n" % (len(chunk), chunk) if chunked else chunk):
-                return False
-            if not self._head.has_head and self._is_refused():
-                return False
-        return self._write(b"0\r\n\r\n") if chunked else True
-
-    def _is_refused(self) -> bool:
-        """True if the backend hung up or answered early; an interim response and a success are no reason to stop."""
-        data = self._connection.receive_now()
-        if data is None:
-            return False
-        if data and not self._head.feed(data):
-            self.is_clean = False
-        return not data or self._head.status >= 300
 
 
 def _netloc(request: PreparedRequest) -> str:

@@ -12,6 +12,7 @@ import gc
 import math
 import random
 import socket
+import time
 from collections.abc import Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,10 +24,11 @@ MAX_CONNECTIONS = 4000
 
 @dataclass(slots=True)
 class Shot:
-    """One request: when it was due (seconds from the start), and how long after that its answer was complete."""
+    """One request: when it was due (seconds from the start), and how long after that its answer was complete, or it was
+    given up (finite after `fire`)."""
 
     due: float
-    latency: float = 0.0
+    latency: float = math.inf
     is_good: bool = False
 
 
@@ -87,9 +89,13 @@ class Target:
         self._tasks: set[asyncio.Task[None]] = set()
         self.done = asyncio.Event()
 
+    @property
+    def has_more(self) -> bool:
+        return self._next < len(self.shots)
+
     def fire_due(self) -> None:
-        now = self._loop.time() - self._started
-        while self._next < len(self.shots) and self.shots[self._next].due <= now:
+        now = time.monotonic() - self._started
+        while self.has_more and self.shots[self._next].due <= now:
             shot = self.shots[self._next]
             self._next += 1
             if self._idle:
@@ -131,7 +137,7 @@ class Target:
             wire.transport.close()
 
     def _end(self, shot: Shot, is_good: bool) -> None:
-        shot.latency = self._loop.time() - self._started - shot.due
+        shot.latency = time.monotonic() - self._started - shot.due
         shot.is_good = is_good
         self._left -= 1
         if not self._left:
@@ -139,9 +145,9 @@ class Target:
 
     def give_up(self) -> None:
         """What is not answered by now counts as failed after all this time."""
-        now = self._loop.time() - self._started
+        now = time.monotonic() - self._started
         for shot in self.shots:
-            if not shot.latency:
+            if shot.latency == math.inf:
                 shot.latency = now - shot.due
 
 
@@ -153,11 +159,9 @@ class Aim:
 
 
 async def _fire(aims: list[Aim], patience: float) -> list[list[Shot]]:
-    loop = asyncio.get_running_loop()
-    started = loop.time() + 0.05
+    started = time.monotonic() + 0.05
     targets = [Target(aim.port, aim.path, aim.due, started) for aim in aims]
-    end = started + max(aim.due[-1] for aim in aims)
-    while loop.time() <= end + TICK_SECONDS:
+    while any(target.has_more for target in targets):
         for target in targets:
             target.fire_due()
         await asyncio.sleep(TICK_SECONDS)

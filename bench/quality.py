@@ -21,7 +21,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from balancer.strategies import REGISTRY  # noqa: E402
 
-FAST_SECONDS = 0.02
+FAST_SECONDS = 0.04
 SLOTS = 8
 SLOW_FACTOR = 5
 STALL_EVERY_SECONDS = 15.0
@@ -74,7 +74,7 @@ def measure_one(number: int, name: str, method: str, backends: Backends, seconds
                 get(port, "/restart")
             before, counts = read_meter(service, backends), [count_at(port) for port in backends.ports]
             (shots,) = fire([Aim(place.port, WAIT_PATH, poisson(rate, seconds, seed=number + 1))], FAILED_SECONDS)
-            others = read_meter(service, backends).others_share(before, seconds)
+            others = read_meter(service, backends).others_share(before)
             counts = [count_at(port) - count for port, count in zip(backends.ports, counts, strict=True)]
     return summarise(number, name, method, shots, counts, others)
 

@@ -51,13 +51,14 @@ class Meter:
     own_cpu: float  # this script and its finished children: wrk
     machine_cpu: float
     backend_requests: int
+    at: float  # seconds
 
-    def others_share(self, before: Meter, seconds: float) -> float:
+    def others_share(self, before: Meter) -> float:
         """Of the machine's CPU time since then, what neither contender, backend nor generator spent."""
         machine = self.machine_cpu - before.machine_cpu
         known = self.contender_cpu + self.backend_cpu + self.own_cpu
         known -= before.contender_cpu + before.backend_cpu + before.own_cpu
-        return max(0.0, machine - known) / (seconds * (os.cpu_count() or 1))
+        return max(0.0, machine - known) / ((self.at - before.at) * (os.cpu_count() or 1))
 
 
 @contextmanager
@@ -161,6 +162,7 @@ def read_meter(service: Service | None, backends: Backends) -> Meter:
         own.user + own.system + own.children_user + own.children_system,
         machine_busy_seconds(),
         count_requests(backends),
+        time.monotonic(),
     )
 
 
@@ -208,5 +210,5 @@ def sample_of(
         p99_ms=result["p99_ms"],
         peak_rss_bytes=peak,
         forwarded_share=forwarded / result["requests"] if result["requests"] else 0.0,
-        others_share=after.others_share(before, result["seconds"]),
+        others_share=after.others_share(before),
     )

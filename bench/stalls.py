@@ -52,7 +52,7 @@ def measure_one(contender: Contender, backends: Backends, seconds: float) -> Sta
                     Aim(backends.ports[0], path, steady(DIRECT_RATE, seconds)),
                 ]
             )
-            others = read_meter(service, backends).others_share(before, seconds)
+            others = read_meter(service, backends).others_share(before)
     return summarise(contender.name, rate, seconds, ours, direct, others)
 
 

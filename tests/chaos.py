@@ -13,6 +13,7 @@ import random
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -20,7 +21,7 @@ from threading import Event, Lock, Thread
 from typing import Any
 
 import pytest
-from chaos_backend import PIECE, UNAVAILABLE, answer_body, checksum
+from chaos_backend import PIECE, answer_body, checksum
 from support import PYTHON, BalancerProcess, Process, fetch, free_port, wait_until
 
 KIB, MIB = 1024, 1024 * 1024
@@ -95,7 +96,7 @@ class Outcome:
     """How it ended for the client.
 
     `kind` is answered (whole and right), passed (a backend's own 503), refused (the balancer's own answer), cut (after
-    the head, and it shows), empty (no head) or wrong (never allowed).
+    the head, and it shows), empty (no head), closed (nobody listens) or wrong (never allowed).
     """
 
     plan: Plan
@@ -123,6 +124,8 @@ def ask(connection: http.client.HTTPConnection, plan: Plan) -> Outcome:
         send(connection, plan)
         head = connection.getresponse()
         outcome = judge(plan, head, head.read())
+    except ConnectionRefusedError:
+        outcome = Outcome(plan, "closed")
     except (OSError, http.client.HTTPException) as error:
         kind = "empty" if head is None else "cut"
         outcome = Outcome(plan, kind, head.status if head else 0, repr(error))
@@ -152,10 +155,10 @@ def judge(plan: Plan, head: http.client.HTTPResponse, data: bytes) -> Outcome:
         expected = b"" if plan.method == "HEAD" else answer_body(plan.digest, plan.size)
         right = head.headers.get("X-Digest") == plan.digest and data == expected
         return Outcome(plan, "answered" if right else "wrong", status, "" if right else repr(data[:200]))
+    if status == 503 and head.headers.get("X-Backend") == "unavailable":
+        return Outcome(plan, "passed", status)
     if plan.method == "HEAD":
         return Outcome(plan, "refused", status)
-    if status == 503 and data == UNAVAILABLE:
-        return Outcome(plan, "passed", status)
     try:
         refusal = json.loads(data)
         is_ours = bool(refusal["error"] and refusal["request_id"])
@@ -184,6 +187,8 @@ class Traffic:
         serial = count()
         while not self._ended.wait(self._pause):
             outcome = ask(connection, make_plan(f"{self._name}-{number}-{next(serial)}", rng))
+            if outcome.kind == "closed":
+                break
             with self._lock:
                 self.outcomes.append(outcome)
         connection.close()
@@ -209,12 +214,32 @@ class Traffic:
         wait_until(lambda: len(self.outcomes) >= goal, PATIENCE, f"{number} more answers")
 
 
+@dataclass(frozen=True)
+class Footprint:
+    """What the balancer holds of the machine."""
+
+    threads: int
+    files: int
+    resident: int  # bytes
+
+    @classmethod
+    def of(cls, pid: int) -> Footprint:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        resident = next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
+        return cls(len(os.listdir(f"/proc/{pid}/task")), len(os.listdir(f"/proc/{pid}/fd")), resident * KIB)
+
+    def __str__(self) -> str:
+        return f"{self.threads} threads, {self.files} files, {self.resident / MIB:.0f} MiB"
+
+
 @dataclass
 class Fleet:
     """A balancer in front of three chaos backends, and what was executed on them."""
 
-    balancer: BalancerProcess
     backends: list[ChaosBackend]
+    file: Path
+    balancer: BalancerProcess = field(init=False)
+    base: Footprint = field(init=False)
     seen: dict[str, int] = field(default_factory=dict)  # bytes of each log that earlier scenarios wrote
 
     @property
@@ -230,44 +255,78 @@ class Fleet:
         return found
 
     def begin(self) -> None:
-        """All backends up and good, all counters at zero."""
+        """All backends up and trusted again, all counters at zero."""
+        wait_until(self._is_whole, PATIENCE, "all backends are up and not ejected")
         for backend in self.backends:
-            self.balancer.wait_healthy(backend.name, timeout=PATIENCE)
             self.seen[backend.name] = backend.log.stat().st_size
         self.idle()
         assert fetch(f"{self.url}/reset", {})[0] == 200
+
+    def _is_whole(self) -> bool:
+        fetch(f"{self.url}/trial?size=0")  # an ejected backend comes back by a request
+        states = {server["id"]: server["state"] for server in self.balancer.status()["backend_servers"]}
+        return states == dict.fromkeys((backend.name for backend in self.backends), "up")
+
+    def names(self) -> set[str]:
+        return {server["id"] for server in self.balancer.status()["backend_servers"]}
+
+    def configure(self, *backends: ChaosBackend, **settings: Any) -> None:
+        """Write the configuration file; it is read at the start and by a reload."""
+        lines = [f"{name} = {json.dumps(value)}" for name, value in settings.items()]
+        for number, backend in enumerate(backends or self.backends):
+            lines += ["[[backends]]", f'id = "{backend.name}"', f'url = "{backend.url}"', f"weight = {1 + number % 2}"]
+        self.file.write_text("\n".join(lines), encoding="utf-8")
 
     def idle(self) -> Any:
         """The status once nothing is in flight."""
         wait_until(lambda: self.balancer.status()["statistics"]["active_requests"] == 0, PATIENCE, "nothing in flight")
         return self.balancer.status(100)
 
-    def stop(self) -> None:
-        self.balancer.stop()
+    def start(self, *arguments: str) -> None:
+        """Time-outs that a loaded machine keeps; idle threads and sockets are given up soon, so that leaks show."""
         for backend in self.backends:
-            backend.kill()
-
-
-def start_fleet(folder: Path, *arguments: str) -> Fleet:
-    """Time-outs that a loaded machine keeps; idle threads and sockets are given up soon, so that leaks show."""
-    backends = [ChaosBackend(name, folder) for name in ("a", "b", "c")]
-    try:
-        for backend in backends:
             backend.start()
-        balancer = BalancerProcess(
-            *(f"--backend={backend.name}={backend.url}" for backend in backends),
+        self.balancer = BalancerProcess(
+            f"--config={self.file}",
             "--response-timeout=3",
             "--health-timeout=1.5",
+            "--eject-seconds=1",
+            "--slow-start=1",
+            "--queue-timeout=30",
+            "--min-body-rate=0",
             "--header-timeout=60",
             "--thread-idle-timeout=1",
             "--pool-idle-timeout=1",
             *arguments,
         )
-    except BaseException:
-        for backend in backends:
+        self.base = Footprint.of(self.balancer.pid)
+
+    def settled(self) -> Footprint:
+        """What the balancer holds once idle threads and connections have been given up: little more than at first."""
+        self.idle()
+        wait_until(lambda: self._now().threads <= self.base.threads + 10, PATIENCE, f"threads end: {self._now()}")
+        wait_until(lambda: self._now().files <= self.base.files + 6, PATIENCE, f"files are closed: {self._now()}")
+        return self._now()
+
+    def _now(self) -> Footprint:
+        return Footprint.of(self.balancer.pid)
+
+    def stop(self) -> None:
+        if hasattr(self, "balancer"):
+            self.balancer.stop()
+        for backend in self.backends:
             backend.kill()
-        raise
-    return Fleet(balancer, backends)
+
+
+@contextmanager
+def running_fleet(folder: Path, *arguments: str) -> Iterator[Fleet]:
+    fleet = Fleet([ChaosBackend(name, folder) for name in ("a", "b", "c")], folder / "balancer.toml")
+    fleet.configure()
+    try:
+        fleet.start(*arguments)
+        yield fleet
+    finally:
+        fleet.stop()
 
 
 @dataclass(frozen=True)
@@ -320,32 +379,35 @@ def settle(
     outcomes: list[Outcome],
     *,
     cut: bool = False,
+    passed: bool = False,
     others: int = 0,
     left: int = 0,
 ) -> Row:
-    """The verdict on a scenario, as a row of the table. `cut`: answers may break off after their head, visibly.
+    """The verdict on a scenario, as a row of the table.
 
-    Beyond `outcomes` there were `others`, which were answered, and `left`, whose clients did not wait.
+    `cut`: answers may break off after their head, visibly; `passed`: a backend says 503 itself. Beyond `outcomes` there
+    were `others`, which were answered, and `left`, whose clients did not wait.
     """
-    status, executed = fleet.idle(), fleet.executed()
-    whole = status["statistics"]
-    kinds = Counter(outcome.kind for outcome in outcomes)
-    allowed = ("answered", "cut", "empty") if cut else ("answered",)
+    status = fleet.idle()
+    allowed = {"answered"} | ({"cut", "empty"} if cut else set()) | ({"passed"} if passed else set())
+    row = judge_all(fleet, table, fault, outcomes, allowed, status["statistics"]["retries"])
+    assert_exact(status, outcomes, others, left)
+    return row
+
+
+def judge_all(fleet: Fleet, table: Table, fault: str, outcomes: list[Outcome], allowed: set[str], retried: int) -> Row:
+    """What the clients saw against what was executed. `allowed` is how a request may end that can be repeated."""
+    executed, kinds = fleet.executed(), Counter(outcome.kind for outcome in outcomes)
     lost = [o for o in outcomes if o.plan.may_repeat and o.kind not in allowed]
     twice = [o for o in outcomes if o.plan.method in ONCE and executed[o.plan.key] > 1]
     broken = kinds["cut"] + kinds["empty"]
-    row = Row(
-        fault, len(outcomes), kinds["answered"], kinds["refused"], broken, whole["retries"], len(lost), len(twice)
-    )
+    refused = kinds["refused"] + kinds["passed"]
+    row = Row(fault, len(outcomes), kinds["answered"], refused, broken, retried, len(lost), len(twice))
     table.rows.append(row)
-
     assert [o for o in outcomes if o.kind == "wrong"] == []
     assert lost == []
     assert twice == []
-    for outcome in outcomes:
-        if outcome.kind in ("answered", "cut"):
-            assert executed[outcome.plan.key] >= 1, outcome
-    assert_exact(status, outcomes, others, left)
+    assert [o for o in outcomes if o.kind in ("answered", "cut") and not executed[o.plan.key]] == []
     assert "Traceback" not in fleet.balancer.output
     return row
 
@@ -364,24 +426,6 @@ def assert_exact(status: Any, outcomes: list[Outcome], others: int, left: int) -
     for server in servers:
         assert server["total_requests"] == server["successful_requests"] + server["failed_requests"]
         assert server["active_connections"] == 0
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """What the balancer holds of the machine."""
-
-    threads: int
-    files: int
-    resident: int  # bytes
-
-    @classmethod
-    def of(cls, pid: int) -> Footprint:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-        resident = next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
-        return cls(len(os.listdir(f"/proc/{pid}/task")), len(os.listdir(f"/proc/{pid}/fd")), resident * KIB)
-
-    def __str__(self) -> str:
-        return f"{self.threads} threads, {self.files} files, {self.resident / MIB:.0f} MiB"
 
 
 def repeat(steps: Callable[[], Iterator[None]], until: Event) -> Thread:

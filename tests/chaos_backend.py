@@ -28,7 +28,7 @@ GARBAGE = (
     b"HTTP/1.1 200 OK\r\nno colon here\r\n\r\n",
     b"HTTP/1.1 200 OK\r\nX: " + b"x" * 70_000,
 )
-UNAVAILABLE = b"the backend itself says no\n"
+UNAVAILABLE = b"HTTP/1.1 503 No\r\nX-Backend: unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 PIECE = 65536  # bytes of an answer per write
 
 
@@ -138,7 +138,6 @@ def misbehave(sock: socket.socket, kind: str, fault: Fault, served: int) -> None
         fault.over.wait()
         raise Hangup
     elif kind == "unavailable":
-        sock.sendall(b"HTTP/1.1 503 No\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(UNAVAILABLE))
         sock.sendall(UNAVAILABLE)
         raise Hangup
 

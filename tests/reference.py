@@ -144,7 +144,7 @@ def _values(lines: tuple[Line, ...], name: bytes) -> list[bytes]:
 
 def _length(values: list[bytes]) -> int:
     """Of several lines that say the same, one counts."""
-    if len(set(values)) > 1 or not DIGITS.match(values[0]):
+    if not all(DIGITS.match(value) for value in values) or len({int(value) for value in values}) > 1:
         raise Invalid(values)
     return int(values[0])
 

@@ -15,6 +15,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from threading import Event
 
 import pytest
@@ -28,13 +29,14 @@ from chaos import (
     Plan,
     Table,
     Traffic,
+    judge_all,
     make_table,
     repeat,
+    running_fleet,
     settle,
-    start_fleet,
 )
 from chaos_backend import answer_body
-from support import fetch, wait_until
+from support import fetch, fetch_json, wait_until
 from wire import read_response, values
 
 pytestmark = pytest.mark.timeout(180)
@@ -43,6 +45,7 @@ ROUNDS = int(os.environ.get("CHAOS_ROUNDS", "6"))
 SEED = int(os.environ.get("CHAOS_SEED", "1"))
 ALGORITHMS = ("round_robin", "weighted", "least_connections", "least_response_time")
 IDLE_CLIENTS = 2000
+UNFINISHED, LEAVING = 20, 5  # clients that stop in the middle of their upload, or of the answer
 GROWTH = 32 * MIB  # resident memory: bodies of 1 MiB leave holes in the heap, a leak goes on growing
 
 
@@ -53,22 +56,10 @@ def table(pytestconfig: pytest.Config) -> Table:
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    fleet = start_fleet(tmp_path_factory.mktemp("chaos"))
-    try:
+    with running_fleet(tmp_path_factory.mktemp("chaos")) as fleet:
         with Traffic(fleet.balancer.port) as traffic:  # imports done, caches filled, threads there
             traffic.wait_for(300)
         yield fleet
-    finally:
-        fleet.stop()
-
-
-def settled(fleet: Fleet) -> Footprint:
-    """What the balancer holds once idle threads and idle connections have been given up."""
-    fleet.idle()
-    before = Footprint.of(fleet.balancer.pid)
-    wait_until(lambda: Footprint.of(fleet.balancer.pid).threads <= 24, PATIENCE, f"threads end, there were {before}")
-    wait_until(lambda: Footprint.of(fleet.balancer.pid).files <= 32, PATIENCE, f"files are closed, there were {before}")
-    return Footprint.of(fleet.balancer.pid)
 
 
 @pytest.fixture
@@ -76,7 +67,7 @@ def fleet(started: Fleet) -> Iterator[Fleet]:
     """All good before and after; a scenario that leaves threads or sockets behind fails."""
     started.begin()
     yield started
-    settled(started)
+    started.settled()
 
 
 # One fault at a time. Each leaves its backend as it found it.
@@ -188,7 +179,45 @@ def draining(fleet: Fleet) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("change", [switching, coming_and_going, draining])
+def reloading(fleet: Fleet) -> Iterator[None]:
+    """Backends leave the file and come back, weights and settings change, and a file that is bad changes nothing."""
+    a, b, c = fleet.backends
+    for backends, algorithm in (((a, b), "weighted"), ((c, b, a), "round_robin"), ((b, c), "least_connections")):
+        fleet.configure(*backends, algorithm=algorithm)
+        fleet.balancer.send(signal.SIGHUP)
+        wait_until(lambda: fleet.names() == {backend.name for backend in backends}, PATIENCE)  # noqa: B023
+        yield
+        fleet.configure(*backends, algorithm="no such thing")
+        assert fetch(f"{fleet.url}/reload", {})[0] == 422
+    fleet.configure(algorithm="weighted", retries=1)
+    assert fetch(f"{fleet.url}/reload", {})[0] == 200
+    yield
+    fleet.configure()
+    fleet.balancer.send(signal.SIGHUP)
+    wait_until(lambda: fetch_json(f"{fleet.url}/reload?dry_run=1", {})["changes"] == [], PATIENCE)
+    yield
+
+
+def reweighing(fleet: Fleet) -> Iterator[None]:
+    """Reloads that leave every backend where it is."""
+    a, b, c = fleet.backends
+    for backends in ((a, b, c), (b, c, a)):
+        fleet.configure(*backends, expose_backend=backends[0] is a)
+        assert fetch(f"{fleet.url}/reload", {})[0] == 200
+        yield
+
+
+def filling_up(fleet: Fleet) -> Iterator[None]:
+    """One request at a time for each backend: the others wait their turn."""
+    for limit in (1, None):
+        for backend in fleet.backends:
+            assert fetch(f"{fleet.url}/backends/{backend.name}", {"max_connections": limit}, "PATCH")[0] == 200
+        yield
+        if limit == 1:
+            wait_until(lambda: fleet.balancer.status()["statistics"]["waiting_requests"] > 0, PATIENCE)
+
+
+@pytest.mark.parametrize("change", [switching, coming_and_going, draining, reloading, filling_up])
 def test_changes_by_the_operator_cost_nothing(
     fleet: Fleet, table: Table, change: Callable[[Fleet], Iterator[None]]
 ) -> None:
@@ -198,6 +227,44 @@ def test_changes_by_the_operator_cost_nothing(
                 traffic.wait_for(10)
     row = settle(fleet, table, change.__name__, traffic.outcomes)
     assert row.answered == row.sent
+
+
+# A backend that fails while its health checks are good: the balancer must see it by the traffic.
+
+
+@pytest.mark.parametrize("kind", ["unavailable", "garbage", "reset_head"])
+def test_a_backend_that_only_fails_is_ejected_and_comes_back(fleet: Fleet, table: Table, kind: str) -> None:
+    victim = fleet.backends[1]
+    with Traffic(fleet.balancer.port) as traffic:
+        with faulty(victim, kind):
+            wait_until(lambda: fleet.balancer.backend(victim.name)["ejection"]["status"] == "ejected", PATIENCE)
+            traffic.wait_for(60)
+        wait_until(lambda: fleet.balancer.backend(victim.name)["ejection"]["status"] == "none", PATIENCE)
+        traffic.wait_for(20)
+    settle(fleet, table, f"ejected: {kind}", traffic.outcomes, passed=kind == "unavailable")
+
+
+# The end.
+
+
+def test_sigterm_lets_requests_in_flight_finish(tmp_path: Path, table: Table) -> None:
+    """Who was not answered was not executed either: the balancer took nothing that it did not finish."""
+    with running_fleet(tmp_path) as fleet:
+        fleet.begin()
+        for backend in fleet.backends:
+            backend.fault("slow", seconds=0.5)
+        with Traffic(fleet.balancer.port, clients=16) as traffic:
+            wait_until(lambda: fleet.balancer.status()["statistics"]["active_requests"] >= 8, PATIENCE)
+            before = len(traffic.outcomes)
+            fleet.balancer.send(signal.SIGTERM)
+            assert fleet.balancer.wait(PATIENCE) == 0
+        assert sum(outcome.kind == "answered" for outcome in traffic.outcomes[before:]) >= 8
+        unheard = [outcome for outcome in traffic.outcomes if outcome.kind != "answered"]
+        assert {outcome.kind for outcome in unheard} <= {"empty"}
+        executed = fleet.executed()
+        assert [outcome for outcome in unheard if executed[outcome.plan.key]] == []
+        judge_all(fleet, table, "SIGTERM", traffic.outcomes, {"answered", "empty"}, 0)
+        assert fleet.balancer.output.count("draining: ") == 1
 
 
 # Clients that are no better.
@@ -252,16 +319,20 @@ class SlowWriter:
         return status == 200 and right and body == answer_body(self.plan.digest, 200)
 
 
-def test_slow_and_half_open_clients_cost_the_others_nothing(fleet: Fleet, table: Table) -> None:
-    port, rng, unfinished = fleet.balancer.port, random.Random(SEED), 20
+def test_slow_half_open_and_leaving_clients_cost_the_others_nothing(fleet: Fleet, table: Table) -> None:
+    port, rng = fleet.balancer.port, random.Random(SEED)
     with ExitStack() as stack, Traffic(port) as traffic:
         slow: list[SlowReader | SlowWriter] = [SlowReader(port, f"slow-reader-{n}") for n in range(10)]
         slow += [SlowWriter(port, f"slow-writer-{n}", rng) for n in range(10)]
-        for number in range(2 * unfinished):
+        for number in range(2 * UNFINISHED):
             sock = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
             sock.sendall(b"POST /half-open HTTP/1.1\r\nHost: test\r\nContent-Length: 1000\r\n")
             if number % 2:
                 sock.sendall(b"\r\nonly this much")
+        for number in range(LEAVING):  # more than the buffers of all sockets on its way hold
+            sock = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=PATIENCE))
+            sock.sendall(b"GET /leaving-%d?size=%d&plain=1 HTTP/1.1\r\nHost: test\r\n\r\n" % (number, 16 * MIB))
+            assert sock.recv(KIB).startswith(b"HTTP/1.1 200 ")
         for _ in range(15):
             traffic.wait_for(15)
             for client in slow:
@@ -269,7 +340,9 @@ def test_slow_and_half_open_clients_cost_the_others_nothing(fleet: Fleet, table:
         assert all(client.finish() for client in slow)
         stack.close()
         traffic.wait_for(30)
-    row = settle(fleet, table, "slow, half-open clients", traffic.outcomes, others=len(slow), left=unfinished)
+    row = settle(
+        fleet, table, "slow, half-open, leaving clients", traffic.outcomes, others=len(slow), left=UNFINISHED + LEAVING
+    )
     assert row.answered == row.sent
 
 
@@ -287,7 +360,7 @@ def test_thousands_of_idle_connections_cost_the_others_nothing(fleet: Fleet, tab
         assert during.threads < before.threads + 64
     row = settle(fleet, table, f"{IDLE_CLIENTS} idle connections", traffic.outcomes, others=IDLE_CLIENTS // 4)
     assert row.answered == row.sent
-    table.notes.append(f"idle connections: before {before}; during {during}; after {settled(fleet)}")
+    table.notes.append(f"idle connections: before {before}; during {during}; after {fleet.settled()}")
 
 
 # Everything together, and what is left of it.
@@ -313,7 +386,7 @@ def test_after_rounds_of_everything_nothing_is_left_over(fleet: Fleet, table: Ta
                 operator.join()
     during = Footprint.of(fleet.balancer.pid)
     settle(fleet, table, f"everything, {ROUNDS} rounds, seed {SEED}", traffic.outcomes, cut=True)
-    after = settled(fleet)
+    after = fleet.settled()
     assert before is not None
     assert after.resident < before.resident + GROWTH
     table.notes.append(f"everything: after a third {before}; at the end {during}; when idle {after}")

@@ -248,7 +248,7 @@ CODINGS = [
     b"chunked,chunked",
 ]
 CODINGS += [b"", b",chunked", b"chunked;q=1", b"chunked\x0b", b"chun\0ked", b"chunked "]
-NAMES = [b"%s", b"%s", b"%s", b"%s ", b" %s", b"%s\t", b"\x0b%s", b"%s\0", b"X-%s"]
+NAMES = [b"%s"] * 9 + [b"%s ", b" %s", b"%s\t", b"\x0b%s", b"%s\0", b"X-%s"]
 LENGTH, CODING = b"Content-Length", b"Transfer-Encoding"
 ODD_FRAMINGS = [name % LENGTH + b": " + value for name in NAMES for value in LENGTHS]
 ODD_FRAMINGS += [name % CODING + b": " + value for name in NAMES for value in CODINGS]

@@ -21,7 +21,7 @@ import pytest
 from hypothesis import HealthCheck, event, given, seed, settings
 from hypothesis import strategies as st
 from reference import Message, requests_in, response_in
-from support import BalancerProcess, connect, fetch, get, ok, read_all, split_response, wait_until
+from support import BalancerProcess, connect, fetch, ok, read_all, wait_until
 from wire import WireBackend, resident_bytes
 
 pytestmark = pytest.mark.timeout(int(os.environ.get("FUZZ_TIMEOUT", "60")))
@@ -58,9 +58,9 @@ def checksum(method: bytes, target: bytes, body: bytes) -> bytes:
     return hashlib.sha256(b"%s %s\n%s" % (method, target, body)).hexdigest().encode()
 
 
-def talk(port: int, data: bytes) -> bytes:
-    """All that comes back. Fails if the connection does not end in time."""
-    received = b""
+def talk(port: int, data: bytes) -> tuple[bytes, bool]:
+    """(all that comes back, True if the client had to end it). Fails if the connection does not end in time."""
+    received, was_silent = b"", False
     with connect(port) as sock, suppress(ConnectionResetError, BrokenPipeError):
         sock.sendall(data)
         sock.settimeout(SILENCE)
@@ -68,25 +68,34 @@ def talk(port: int, data: bytes) -> bytes:
             try:
                 chunk = sock.recv(65536)
             except TimeoutError:
-                if sock.gettimeout() == BOUND:
+                if was_silent:
                     raise AssertionError(f"the connection did not end within {BOUND} s") from None
+                was_silent = True
                 sock.shutdown(socket.SHUT_WR)
                 sock.settimeout(BOUND)
                 continue
             if not chunk:
                 break
             received += chunk
+    return received, was_silent
+
+
+def exchange(balancer: BalancerProcess, backend: WireBackend, data: bytes) -> bytes:
+    """What comes back for `data`; the backend then has everything that it will get."""
+    backend.requests.clear()
+    backend.broken.clear()
+    backend.script = answer
+    received, was_silent = talk(balancer.port, data)
+    wait_until(lambda: balancer.status()["statistics"]["active_requests"] == 0, BOUND, "the request has ended")
+    if was_silent or b"chunked" in data.lower() or data.startswith(PREFACE):
+        backend.drop_connections()  # the balancer may have given up what the backend still reads
     return received
 
 
 def probe(balancer: BalancerProcess, backend: WireBackend, data: bytes) -> None:
     """Send `data`, and hold what came of it on both sides against the reference."""
     balancer_lines = len(balancer.lines)
-    backend.requests.clear()
-    backend.broken.clear()
-    backend.script = answer
-    received = talk(balancer.port, data)
-    wait_until(lambda: balancer.status()["statistics"]["active_requests"] == 0, BOUND, "the request has ended")
+    received = exchange(balancer, backend, data)
     wanted, rest = requests_in(data)
     event(f"{len(backend.requests)} requests and {len(backend.broken)} broken ones at the backend")
     event("answered " + (received.split(b" ", 2)[1].decode() if received else "with nothing"))
@@ -95,7 +104,12 @@ def probe(balancer: BalancerProcess, backend: WireBackend, data: bytes) -> None:
     if not data.startswith(b"PRI * HTTP/2.0"):
         check_answers(received, methods, backend)
     assert not any("Traceback" in line for line in balancer.lines[balancer_lines:])
-    status, _, body = split_response(talk(balancer.port, get(b"/good")))
+    check_good(balancer)
+
+
+def check_good(balancer: BalancerProcess) -> None:
+    """Whatever came before, the next client is served."""
+    status, _, body = fetch(f"{balancer.url}/good")
     assert (status, body) == (200, checksum(b"GET", b"/good", b""))
 
 
@@ -108,7 +122,8 @@ def check_backend(backend: WireBackend, wanted: list[Message], rest: bytes) -> N
         assert match is not None and not match.is_refused, f"nobody sent {request.head!r} with {request.body!r}"
         check_lines(lines, match)
     for request in backend.broken:
-        method, target, _ = read_strictly(request.head)
+        method, target, lines = read_strictly(request.head)
+        check_framing(lines)
         under_way = rest.lstrip(b"\r\n").startswith(method + b" ") or (method, target) in [m.start for m in wanted]
         assert under_way and target != b"/canary", request.head
 
@@ -124,10 +139,14 @@ def read_strictly(head: bytes) -> tuple[bytes, bytes, list[tuple[bytes, bytes]]]
     return method, target, [(name, value.strip()) for name, _, value in (text.partition(b":") for text in texts)]
 
 
-def check_lines(lines: list[tuple[bytes, bytes]], sent: Message) -> None:
+def check_framing(lines: list[tuple[bytes, bytes]]) -> None:
     names = [name for name, _ in lines]
     assert names.count(b"host") == 1
     assert names.count(b"content-length") + names.count(b"transfer-encoding") <= 1
+
+
+def check_lines(lines: list[tuple[bytes, bytes]], sent: Message) -> None:
+    check_framing(lines)
     for name, value in lines:
         if name not in ADDED and not name.startswith(b"x-forwarded-"):
             assert (name, value) in sent.lines
@@ -319,7 +338,7 @@ CODINGS += [
     b",chunked",
     b"chun\0ked",
 ]
-NAMES = [b"%s", b"%s", b"%s", b"%s ", b" %s", b"%s\t", b"\x0b%s", b"%s\0", b"\xef\xbb\xbf%s", b"X-%s", b"%s\r"]
+NAMES = [b"%s"] * 9 + [b"%s ", b" %s", b"%s\t", b"\x0b%s", b"%s\0", b"\xef\xbb\xbf%s", b"X-%s", b"%s\r"]
 LENGTH, CODING = b"Content-Length", b"Transfer-Encoding"
 ODD_FRAMINGS = [name % LENGTH + b": " + value for name in NAMES for value in LENGTHS]
 ODD_FRAMINGS += [name % CODING + b": " + value for name in NAMES for value in CODINGS]
@@ -532,7 +551,8 @@ def test_what_never_ends_is_cut_off(balancer: BalancerProcess, backend: WireBack
             is_over = True
     assert is_over, "the balancer reads on and on"
     assert resident_bytes(balancer.pid) < before + 16 * MIB
-    assert fetch(f"{balancer.url}/good")[0] == 200
+    backend.script = answer
+    check_good(balancer)
     assert not [request for request in backend.requests if request.target != b"/good"]
 
 
@@ -643,18 +663,11 @@ def frames(draw: Callable[..., Any]) -> bytes:
 def test_http2_frames(balancer: BalancerProcess, backend: WireBackend, data: bytes) -> None:
     """The connection ends in time, and what gets through is one sane request after another."""
     lines = len(balancer.lines)
-    backend.requests.clear()
-    backend.broken.clear()
-    backend.script = answer
-    talk(balancer.port, data)
-    wait_until(lambda: balancer.status()["statistics"]["active_requests"] == 0, BOUND, "the request has ended")
+    exchange(balancer, backend, data)
     event(f"{len(backend.requests)} requests and {len(backend.broken)} broken ones at the backend")
     for request in backend.requests + backend.broken:
         method, target, fields = read_strictly(request.head)
-        names = [name for name, _ in fields]
         assert method in (b"GET", b"POST") and target in (b"/", b"/x"), request.head
-        assert names.count(b"host") == 1
-        assert names.count(b"content-length") + names.count(b"transfer-encoding") <= 1
+        check_framing(fields)
     assert not any("Traceback" in line for line in balancer.lines[lines:])
-    status, _, body = split_response(talk(balancer.port, get(b"/good")))
-    assert (status, body) == (200, checksum(b"GET", b"/good", b""))
+    check_good(balancer)

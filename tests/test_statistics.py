@@ -224,6 +224,7 @@ def test_a_recent_request_says_what_was_tried_and_cuts_long_paths() -> None:
         "seconds": 0.001,
         "connect": None,
         "error": "http://b: refused",
+        "at": 0.0,
     }
     assert one.explain()["tried"][0]["candidates"] == [{"id": "b", "active": 3, "score": None}]
     assert one.explain()["tried"][0]["excluded"] == {"absent": "maint"}

@@ -1,0 +1,124 @@
+"""Requests that need no thread while their backend works.
+
+A request without a body, for which a connection to its backend is kept, is sent on by the thread that brings it. One
+thread waits for the answers of all of them and passes on those that come whole. Whatever takes longer goes on in a
+worker thread from where it stands: a new connection, the queue, a long or late answer, a failure, a retry. So the usual
+request costs two switches between threads less, and a thousand waiting for slow backends cost no thread at all.
+
+Needs epoll, so Linux; elsewhere every request has its worker thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import time
+from threading import Thread
+
+from balancer.call import Call
+from balancer.transport import BackendAdapter, Sent
+from balancer.workers import WorkerPool
+
+log = logging.getLogger("balancer.server")
+
+LOOK_SECONDS = 0.05  # at most between two looks for answers that are overdue
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"})  # OPTIONS may end here; others are refused
+
+
+class Express:
+    """Call `take` from any thread; `start` and `stop` once each.
+
+    `_waiting` has the call per descriptor of its backend connection, oldest first. Who brings a call puts it in and
+    then arms the descriptor, for one event; the express thread takes it out, and nobody else does. Each is one step
+    that needs no lock, and between them a call belongs to one thread.
+    """
+
+    def __init__(self, adapter: BackendAdapter, workers: WorkerPool) -> None:
+        self._adapter = adapter
+        self._workers = workers
+        self._waiting: dict[int, Call] = {}
+        self._epoll = select.epoll()
+        self._wake = os.eventfd(0)
+        self._stopping = False
+        self._thread = Thread(target=self._run, name="express", daemon=True)
+
+    def start(self) -> None:
+        self._epoll.register(self._wake, select.EPOLLIN)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop and join. Calls that still wait are dropped: by now their clients have been cut off."""
+        self._stopping = True
+        if self._thread.is_alive():
+            os.eventfd_write(self._wake, 1)
+            self._thread.join()
+        self._epoll.close()
+        os.close(self._wake)
+
+    def take(self, call: Call) -> bool:
+        """Send the request on, if that needs no waiting. False if a worker thread has to go on with it."""
+        forwarding = call.forwarding
+        if forwarding is None or call.method not in METHODS or not call.is_body_done or not forwarding.begin():
+            return False
+        assert forwarding.sent is not None
+        descriptor = forwarding.sent.connection.sock.fileno()
+        self._waiting[descriptor] = call
+        try:
+            self._arm(forwarding.sent, descriptor)
+        except OSError:  # the kernel watches no more descriptors for us
+            del self._waiting[descriptor]
+            return False
+        return True
+
+    def _arm(self, sent: Sent, descriptor: int) -> None:
+        events = select.EPOLLIN | select.EPOLLONESHOT
+        if sent.connection.is_watched:
+            self._epoll.modify(descriptor, events)
+        else:
+            self._epoll.register(descriptor, events)
+            sent.connection.is_watched = True
+
+    # The express thread.
+
+    def _run(self) -> None:
+        while not self._stopping:
+            for descriptor, _ in self._epoll.poll(LOOK_SECONDS):
+                call = self._waiting.pop(descriptor, None)
+                if call is not None:
+                    try:
+                        self._look(call)
+                    except Exception:  # the thread must outlive any surprise, or every request would hang
+                        log.exception("request failed")
+            self._expire()
+
+    def _look(self, call: Call) -> None:
+        sent = self._sent(call)
+        if self._adapter.look(sent):
+            call.run()  # the whole answer is here: nothing to wait for
+        else:
+            self._hand_over(call)
+
+    def _sent(self, call: Call) -> Sent:
+        assert call.forwarding is not None and call.forwarding.sent is not None
+        return call.forwarding.sent
+
+    def _hand_over(self, call: Call) -> None:
+        if not self._workers.submit(call, False):
+            call.refuse()
+
+    def _expire(self) -> None:
+        """Whoever has waited for too long is at the front: all wait for equally long."""
+        now = time.monotonic()
+        while True:
+            try:
+                descriptor, call = next(iter(self._waiting.items()))
+            except (StopIteration, RuntimeError):  # none, or one has just come: the next look is soon
+                return
+            sent = self._sent(call)
+            if sent.deadline > now:
+                return
+            del self._waiting[descriptor]
+            self._epoll.unregister(descriptor)
+            sent.expire()
+            self._hand_over(call)

@@ -1,0 +1,378 @@
+"""One line for each request, true, and safe to look at; logging holds nobody up."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support import (
+    PYTHON,
+    ROOT,
+    BalancerProcess,
+    Demo,
+    ScriptedBackend,
+    exchange,
+    fetch,
+    fetch_json,
+    free_port,
+    get,
+    ok,
+    start_demo,
+    wait_until,
+)
+
+from balancer.accesslog import AGENT_LOGGED, PATH_LOGGED, AccessLog, timestamp
+from balancer.backends import Backend, Choice
+from balancer.logwriter import LogWriter
+from balancer.origin import Origin
+from balancer.statistics import Attempt, Exchange
+
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+TRACEPARENT = f"00-{TRACE}-b7ad6b7169203331-01"
+TEXT = re.compile(r'(?P<time>\S+) (?P<client>\S+) (?P<request>"(?:[^"\\]|\\.)*") (?P<status>\d{3}) (?P<rest>.*)')
+
+
+def json_lines(process: BalancerProcess) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in process.lines if line.startswith("{")]
+
+
+@pytest.fixture(scope="module")
+def demo() -> Iterator[Demo]:
+    started = start_demo("--access-log", "--access-log-format=json", "--trusted-proxies=127.0.0.0/8")
+    yield started
+    started.stop()
+
+
+def line_of(demo: Demo, path: str) -> dict[str, Any]:
+    found = wait_until(lambda: [line for line in json_lines(demo.balancer) if line["path"] == path], 5, path)
+    assert len(found) == 1
+    line: dict[str, Any] = found[0]
+    return line
+
+
+# What a line tells.
+
+
+def test_a_line_tells_what_the_status_tells(demo: Demo) -> None:
+    status, headers, body = fetch(
+        f"{demo.url}/api/process/told?secret=1", b"x" * 500, User_Agent="test/1", Traceparent=TRACEPARENT
+    )
+    line = line_of(demo, "/api/process/told")
+    recent = next(r for r in demo.balancer.status()["recent_requests"] if r["path"] == "/api/process/told")
+    assert line["request_id"] == headers["x-request-id"] == recent["request_id"]
+    assert line["trace_id"] == recent["trace_id"] == TRACE
+    assert (line["method"], line["protocol"], line["status"], line["complete"]) == ("POST", "HTTP/1.1", status, True)
+    assert (line["bytes_in"], line["bytes_out"]) == (500, len(body)) == (recent["bytes_in"], recent["bytes_out"])
+    assert line["backend"] == recent["server_id"] == headers["x-served-by"]
+    assert line["total"] == pytest.approx(recent["response_time"], abs=1e-6)
+    assert (line["client"], line["user_agent"], line["reason"]) == ("127.0.0.1", "test/1", None)
+    (attempt,) = line["attempts"]
+    assert attempt == {"backend": line["backend"], "outcome": str(status), "seconds": line["first_byte"]}
+    assert "secret" not in json.dumps(line)
+
+
+def test_the_phases_add_up(demo: Demo) -> None:
+    for number in range(5):
+        fetch(f"{demo.url}/api/process/phases-{number}")
+    for number in range(5):
+        line = line_of(demo, f"/api/process/phases-{number}")
+        phases = [line["received"], line["queued"], line["first_byte"], line["transfer"]]
+        assert all(phase >= 0 for phase in phases)
+        assert sum(phases) == pytest.approx(line["total"], abs=5e-6)
+        assert line["connect"] is None or 0 < line["connect"] <= line["first_byte"]
+
+
+def test_the_client_is_the_one_a_trusted_proxy_names(demo: Demo) -> None:
+    fetch(f"{demo.url}/behind", X_Forwarded_For="203.0.113.9, 198.51.100.7, 127.0.0.3")
+    assert line_of(demo, "/behind")["client"] == "198.51.100.7"
+
+
+def test_control_requests_are_no_traffic(demo: Demo) -> None:
+    fetch(f"{demo.url}/events")
+    fetch(f"{demo.url}/marker")
+    line_of(demo, "/marker")
+    assert "/events" not in [line["path"] for line in json_lines(demo.balancer)]
+
+
+def test_a_retry_shows_each_attempt_and_a_failure_its_reason() -> None:
+    backend = ScriptedBackend()
+    flags = ("--access-log", "--access-log-format=json", "--panic-threshold=1", "--algorithm=round_robin")
+    balancer = BalancerProcess(
+        f"--backend=gone=http://127.0.0.1:{free_port()}", f"--backend=good={backend.url}", *flags
+    )
+    try:
+        for _ in range(2):
+            fetch(f"{balancer.url}/retried")
+        backend.answer(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nshort", close=True)
+        exchange(balancer.port, get(b"/broken"))
+        backend.answer(ok())
+        assert b"400 Bad Request" in exchange(balancer.port, b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n")
+        lines = wait_until(lambda: (found := json_lines(balancer)) and len(found) == 4 and found, 5, "four lines")
+    finally:
+        balancer.stop()
+        backend.close()
+    retried = next(line for line in lines if len(line["attempts"]) == 2 and line["path"] == "/retried")
+    assert [(a["backend"], a["outcome"]) for a in retried["attempts"]] == [
+        ("gone", "connection_refused"),
+        ("good", "200"),
+    ]
+    assert (retried["status"], retried["backend"], retried["reason"]) == (200, "good", None)
+    broken = next(line for line in lines if line["path"] == "/broken")
+    assert (broken["reason"], broken["complete"]) == ("http_response_incomplete", False)
+    refused = next(line for line in lines if line["path"] == "/")
+    assert (refused["status"], refused["reason"], refused["backend"]) == (400, "http_request_error", None)
+    assert refused["attempts"] == [] and refused["transfer"] is refused["received"] is None
+
+
+def test_a_line_of_text_has_the_same(tmp_path: Path) -> None:
+    backend = ScriptedBackend()
+    balancer = BalancerProcess(f"--backend=only={backend.url}", "--access-log")
+    try:
+        fetch(f"{balancer.url}/some/path?secret=1", User_Agent='a "quoted" agent', Traceparent=TRACEPARENT)
+        line = wait_until(lambda: next((x for x in balancer.lines if "/some/path" in x), None), 5, "the line")
+        recent = balancer.status()["recent_requests"][0]
+    finally:
+        balancer.stop()
+        backend.close()
+    match = TEXT.fullmatch(line)
+    assert match and json.loads(match["request"]) == "GET /some/path HTTP/1.1"
+    assert (match["client"], match["status"]) == ("127.0.0.1", "200")
+    told = dict(part.split("=", 1) for part in shlex.split(match["rest"]))
+    assert (told["backend"], told["reason"], told["in"], told["out"]) == ("only", "-", "0", "2")
+    assert (told["id"], told["trace"]) == (recent["request_id"], TRACE)
+    assert told["agent"] == 'a "quoted" agent'
+    assert float(told["total"]) == pytest.approx(recent["response_time"], abs=1e-6)
+    assert re.fullmatch(r"only:200:\d\.\d{6}", told["attempts"])
+    assert abs(time.time() - recent["timestamp"]) < 60 and match["time"] == timestamp(recent["timestamp"])
+
+
+def test_it_is_off_unless_asked_for() -> None:
+    backend = ScriptedBackend()
+    balancer = BalancerProcess(f"--backend=only={backend.url}")
+    try:
+        assert fetch(f"{balancer.url}/quiet")[0] == 200
+    finally:
+        balancer.stop()  # writes what is left
+        backend.close()
+    assert "/quiet" not in balancer.output and "draining" in balancer.output
+
+
+def test_a_reload_switches_it(tmp_path: Path) -> None:
+    backend = ScriptedBackend()
+    file = tmp_path / "balancer.toml"
+    settings = f'[[backends]]\nid = "only"\nurl = "{backend.url}"\n'
+    file.write_text(settings)
+    balancer = BalancerProcess(f"--config={file}")
+    try:
+        fetch(f"{balancer.url}/before")
+        file.write_text('access_log = true\naccess_log_format = "json"\n' + settings)
+        assert fetch_json(f"{balancer.url}/reload", {})["applied"]
+        fetch(f"{balancer.url}/after")
+        wait_until(lambda: json_lines(balancer), 5, "a line")
+    finally:
+        balancer.stop()
+        backend.close()
+    assert [line["path"] for line in json_lines(balancer)] == ["/after"]
+
+
+# Safe to look at.
+
+HOSTILE = [
+    (b"/%0A2026-01-01T00:00:00.000Z%20forged", b"x\ty"),
+    (b"/%1b%5d0;title%07%1b[31mred", b"\x1b[31m \xe2\x80\xae"[4:]),
+    (b'/"%22%5c%5C%7f%9b%C2%9b', b'"\\" "'),
+    (b"/%E2%80%AEtfel-ot-thgir", b"\xff\xfe caf\xc3\xa9"),
+    (b"/" + b"%00" * 900, b"z" * 5000),
+]
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_no_request_forges_a_line_or_talks_to_the_terminal(form: str) -> None:
+    backend = ScriptedBackend()
+    flags = ("--access-log", f"--access-log-format={form}", "--log-level=error")
+    balancer = BalancerProcess(f"--backend=only={backend.url}", *flags)
+    try:
+        before = len(balancer.lines)
+        for target, agent in HOSTILE:
+            answer = exchange(balancer.port, get(target, b"User-Agent: " + agent))
+            assert answer.startswith(b"HTTP/1.1 200"), (target, answer)
+        exchange(balancer.port, get(b"/odd", method=b"M%|~'"))
+        count = len(HOSTILE) + 1
+        lines = wait_until(lambda: (x := balancer.lines[before:]) and len(x) >= count and x, 5, "all lines")
+    finally:
+        balancer.stop()
+        backend.close()
+    assert len(lines) == count
+    for line in lines:
+        assert line.isascii() and line.isprintable() and len(line) < 10_000
+        assert json.loads(line) if form == "json" else TEXT.fullmatch(line)
+
+
+def make_line(is_json: bool, exchange: Exchange, **environ: str) -> str:
+    made: list[Any] = []
+
+    class Kept(LogWriter):
+        def add(self, line: Any) -> None:
+            made.append(line())
+
+    AccessLog(Kept(None), is_json).add(exchange, {"SERVER_PROTOCOL": "HTTP/1.1", **environ})
+    (line,) = made
+    assert isinstance(line, str)
+    return line
+
+
+latin = st.text(st.characters(max_codepoint=255), max_size=50)
+
+
+@given(latin, latin, latin, st.booleans())
+def test_whatever_a_request_says_a_line_is_one_line_of_ascii(path: str, agent: str, method: str, is_json: bool) -> None:
+    exchange = Exchange(1.0, method, "/" + path, "id-1", status=200)
+    line = make_line(is_json, exchange, REMOTE_ADDR="192.0.2.1", HTTP_USER_AGENT=agent)
+    assert line.isascii() and line.isprintable()
+    if is_json:
+        told = json.loads(line)
+        assert told["path"] == ("/" + path).encode("latin-1").decode("utf-8", "backslashreplace")
+    else:
+        assert TEXT.fullmatch(line)
+
+
+def test_what_is_long_is_cut() -> None:
+    exchange = Exchange(1.0, "M" * 99, "/" + "p" * 9999, "id", status=200)
+    told = json.loads(make_line(True, exchange, HTTP_USER_AGENT="a" * 9999))
+    assert (len(told["path"]), len(told["user_agent"]), len(told["method"])) == (PATH_LOGGED, AGENT_LOGGED, 32)
+    assert told["client"] is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.0, "1970-01-01T00:00:00.000Z"),
+        (1795621653.9996, "2026-11-25T15:47:33.999Z"),
+        (1709208000.25, "2024-02-29T12:00:00.250Z"),
+    ],
+)
+def test_times_are_iso_8601(seconds: float, text: str) -> None:
+    assert timestamp(seconds) == text
+
+
+def test_the_phases_of_a_request_with_a_pause_between_attempts() -> None:
+    backend = Backend("a", Origin.parse("http://127.0.0.1:9"))
+    choice = Choice("weighted", backend, [backend], [0], None, {})
+    failed = Attempt(choice, "http_response_timeout", at=0.25, seconds=1.0, error="slow")
+    good = Attempt(choice, "200", at=1.5, seconds=0.3, connect=0.1)
+    exchange = Exchange(1.0, "GET", "/", "id", status=200, seconds=2.0, queued=0.2, attempts=[failed, good])
+    told = json.loads(make_line(True, exchange))
+    assert told["received"] == pytest.approx(0.05)
+    assert (told["queued"], told["connect"], told["first_byte"]) == (0.2, 0.1, 0.3)
+    assert told["transfer"] == pytest.approx(0.2)
+    assert [attempt["outcome"] for attempt in told["attempts"]] == ["http_response_timeout", "200"]
+
+
+# It holds nobody up.
+
+
+@contextmanager
+def serving(stdout: Any, *flags: str, **options: Any) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A balancer with an access log whose output goes to `stdout`; in front of one backend."""
+    backend, port = ScriptedBackend(), free_port()
+    command = [PYTHON, str(ROOT / "load_balancer.py"), f"--port={port}", f"--backend=only={backend.url}"]
+    process = subprocess.Popen(
+        [*command, "--access-log", *flags], stdout=stdout, stderr=subprocess.PIPE, cwd=ROOT, **options
+    )
+    url = f"http://127.0.0.1:{port}"
+
+    def is_ready() -> bool:
+        try:
+            return fetch(f"{url}/readyz")[0] == 200
+        except OSError:
+            return False
+
+    try:
+        wait_until(is_ready, 30, "the balancer is ready")
+        yield process, url
+    finally:
+        process.kill()
+        process.wait()
+        for stream in (process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
+        backend.close()
+
+
+def terminate(process: subprocess.Popen[bytes]) -> str:
+    """What it says on stderr; it must end in time."""
+    started = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 0
+    assert time.monotonic() - started < 6
+    assert process.stderr is not None
+    return process.stderr.read().decode()
+
+
+def test_every_request_has_its_line_when_the_process_ends(tmp_path: Path) -> None:
+    file = tmp_path / "log"
+    with open(file, "wb") as stdout, serving(stdout, "--access-log-format=json") as (process, url):
+        with ThreadPoolExecutor(8) as clients:
+            for status, _, _ in clients.map(lambda number: fetch(f"{url}/n{number}"), range(300)):
+                assert status == 200
+        assert terminate(process) == ""
+    lines = [json.loads(line) for line in file.read_text().splitlines() if line.startswith("{")]
+    assert sorted(line["path"] for line in lines) == sorted(f"/n{number}" for number in range(300))
+
+
+def test_a_pipe_that_nobody_reads_stops_neither_requests_nor_the_end() -> None:
+    with serving(subprocess.PIPE) as (process, url):
+        long = "x" * 900
+        statistics: dict[str, Any] = {}
+
+        def is_full() -> bool:
+            """A pipe holds 64 KiB."""
+            for status, _, _ in clients.map(lambda _: fetch(f"{url}/{long}"), range(100)):
+                assert status == 200
+            statistics.update(fetch_json(f"{url}/status")["statistics"])
+            return process.poll() is None and statistics["total_requests"] >= 200
+
+        with ThreadPoolExecutor(8) as clients:
+            wait_until(is_full, 30, "the pipe is full")
+        assert fetch(f"{url}/still-here")[0] == 200
+        assert terminate(process) == ""
+
+
+def test_a_full_disk_is_counted(tmp_path: Path) -> None:
+    with open("/dev/full", "wb") as full, serving(full) as (process, url):
+        for _ in range(20):
+            assert fetch(f"{url}/x")[0] == 200
+
+        def lost() -> int:
+            count: int = fetch_json(f"{url}/status")["statistics"]["access_log_dropped"]
+            return count
+
+        wait_until(lambda: lost() >= 20, 5, "all lines are lost")
+        metrics = fetch(f"{url}/metrics")[2].decode()
+        match = re.search(r"^lb_log_lines_dropped_total (\S+)$", metrics, re.MULTILINE)
+        assert match and float(match[1]) >= 20
+        assert "Traceback" not in terminate(process)
+
+
+def test_a_closed_standard_output_does_not_send_lines_to_a_client() -> None:
+    with serving(None, preexec_fn=lambda: os.close(1)) as (process, url):
+        for _ in range(20):
+            status, _, body = fetch(f"{url}/x")
+            assert (status, body) == (200, b"ok")
+        wait_until(
+            lambda: fetch_json(f"{url}/status")["statistics"]["access_log_dropped"] >= 20, 5, "all lines are lost"
+        )
+        assert terminate(process) == ""

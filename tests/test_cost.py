@@ -1,0 +1,94 @@
+"""The guard on the cost of a proxied request: it holds today, its counts repeat, and it bites when work is added."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from balancer.bridge import Bridge
+from bench import guard
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, guard.Cost]:
+    return guard.measure_all()
+
+
+def budget_of(measured: dict[str, guard.Cost]) -> dict[str, dict[str, int]]:
+    return {kind: asdict(cost) for kind, cost in measured.items()}
+
+
+def test_a_request_costs_no_more_than_its_budget(measured: dict[str, guard.Cost]) -> None:
+    budget = guard.read_budget()
+    assert guard.VERSION in budget, "run: python bench/guard.py --renew"
+    assert guard.exceeded(budget[guard.VERSION], measured) == []
+
+
+def test_the_counts_repeat(measured: dict[str, guard.Cost]) -> None:
+    again = guard.measure_all()
+    for kind, cost in measured.items():
+        for name, count in asdict(cost).items():
+            assert asdict(again[kind])[name] == pytest.approx(count, rel=0.02), (kind, name)
+
+
+def with_more_work(work: Callable[[], object]) -> Callable[[Bridge], None]:
+    def wrap(bridge: Bridge) -> None:
+        app = bridge.app
+
+        def slower(environ: Any, start_response: Any) -> Any:
+            work()
+            return app(environ, start_response)
+
+        bridge.app = slower
+
+    return wrap
+
+
+@pytest.mark.parametrize(
+    ("work", "noticed_by"),
+    [
+        (lambda: [number * number for number in range(200)], "instructions"),
+        (lambda: [len("") for _ in range(50)], "c_calls"),
+        (lambda: [(lambda: None)() for _ in range(50)], "python_calls"),
+        (lambda: bytearray(1 << 17), "peak_bytes"),
+    ],
+    ids=["instructions", "c_calls", "python_calls", "peak_bytes"],
+)
+def test_added_work_is_noticed(measured: dict[str, guard.Cost], work: Callable[[], object], noticed_by: str) -> None:
+    grown = guard.measure_all(["get"], with_more_work(work))
+    faults = guard.exceeded(budget_of(measured), grown)
+    assert any(noticed_by in fault for fault in faults), faults
+
+
+def test_a_little_growth_is_allowed_and_a_missing_budget_is_not() -> None:
+    cost = guard.Cost(1000, 100, 100, 3, 1000)
+    assert guard.exceeded({"get": asdict(guard.Cost(910, 91, 91, 3, 910))}, {"get": cost}) == []
+    assert guard.exceeded({"get": asdict(guard.Cost(900, 91, 91, 3, 910))}, {"get": cost}) == [
+        "get: 1000 instructions, 11 % above the 900 of the budget"
+    ]
+    assert len(guard.exceeded({}, {"get": cost})) == 5
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["guard.py", *arguments])
+    return guard.main()
+
+
+def test_the_command_renews_the_budget_and_fails_above_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(guard, "BUDGET", tmp_path / "budget.json")
+    assert run(monkeypatch) == 1
+    assert "no budget" in capsys.readouterr().err
+    assert run(monkeypatch, "--renew") == 0
+    assert run(monkeypatch) == 0
+    text = guard.BUDGET.read_text()
+    count = guard.read_budget()[guard.VERSION]["get"]["python_calls"]
+    guard.BUDGET.write_text(text.replace(f'"python_calls": {count}', '"python_calls": 50'))
+    assert run(monkeypatch) == 1
+    assert "python_calls" in capsys.readouterr().err

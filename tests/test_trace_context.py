@@ -1,0 +1,147 @@
+"""`traceparent` and `tracestate`: forwarded byte for byte when valid, dropped together when not (W3C Trace Context)."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support import BalancerProcess, ScriptedBackend, exchange, get
+
+from balancer.messages import Line, client_address, trace_id, without_trace
+
+ID = "0af7651916cd43dd8448eb211c80319c"
+PARENT = "b7ad6b7169203331"
+VALID = [
+    f"00-{ID}-{PARENT}-01",
+    f"00-{ID}-{PARENT}-00",
+    f"00-{ID}-{PARENT}-ff",  # flags that mean nothing yet
+    f"01-{ID}-{PARENT}-01",
+    f"cc-{ID}-{PARENT}-01-what-the-future-brings",
+    f"fe-{ID}-{PARENT}-01-",
+    f"00-{'0' * 31}1-{'0' * 15}1-00",
+]
+INVALID = [
+    "",
+    "garbage",
+    f"00-{'0' * 32}-{PARENT}-01",
+    f"00-{ID}-{'0' * 16}-01",
+    f"01-{'0' * 32}-{PARENT}-01",
+    f"ff-{ID}-{PARENT}-01",
+    f"00-{ID.upper()}-{PARENT}-01",
+    f"00-{ID}-{PARENT}-0A",
+    f"00-{ID}-{PARENT}-01-more",  # version 0 ends here
+    f"00-{ID}-{PARENT}-01-",
+    f"01-{ID}-{PARENT}-01more",
+    f"00-{ID}-{PARENT}",
+    f"00-{ID}-{PARENT}-1",
+    f"0-{ID}-{PARENT}-01",
+    f"00-{ID[1:]}-{PARENT}-01",
+    f"00-{ID}0-{PARENT}-01",
+    f"00_{ID}_{PARENT}_01",
+    f"00-{ID}-{PARENT}-01, 00-{ID}-{PARENT}-01",
+]
+
+
+def line(value: str) -> Line:
+    return b"traceparent", value.encode()
+
+
+@pytest.mark.parametrize("value", VALID)
+def test_the_trace_id_of_a_valid_one(value: str) -> None:
+    assert trace_id([(b"host", b"x"), line(value)]) == value[3:35]
+
+
+@pytest.mark.parametrize("value", INVALID)
+def test_an_invalid_one_has_none(value: str) -> None:
+    assert trace_id([line(value)]) is None
+    assert trace_id([line(value + "\n")]) is None
+
+
+def test_none_and_two_are_invalid() -> None:
+    assert trace_id([]) is None
+    assert trace_id([line(VALID[0]), line(VALID[0])]) is None
+    assert trace_id([(b"tracestate", b"a=1")]) is None
+
+
+def test_without_trace_leaves_everything_else() -> None:
+    lines = [(b"a", b"1"), line("x"), (b"tracestate", b"a=1"), (b"traceparent-x", b"2"), (b"tracestate", b"b=2")]
+    assert without_trace(lines) == [(b"a", b"1"), (b"traceparent-x", b"2")]
+
+
+@given(st.text("0123456789abcdefABCDEF-gx\n ", max_size=70))
+def test_what_is_taken_for_valid_has_the_form(value: str) -> None:
+    found = trace_id([line(value)])
+    if found is not None:
+        assert re.fullmatch(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?", value)
+        assert found == value[3:35] and set(found) != {"0"}
+
+
+# On the wire.
+
+
+@pytest.mark.parametrize("value", VALID)
+def test_a_valid_one_goes_through_unchanged(balancer: BalancerProcess, backend: ScriptedBackend, value: str) -> None:
+    state = [b"tracestate: rojo=00f067aa0ba902b7,congo=t61rcWkgMzE", b"tracestate: vendor@x=1"]
+    exchange(balancer.port, get(b"/", b"TraceParent: " + value.encode(), *state))
+    (got,) = backend.requests
+    assert got.values(b"traceparent") == [value.encode()]
+    assert got.values(b"tracestate") == [b"rojo=00f067aa0ba902b7,congo=t61rcWkgMzE", b"vendor@x=1"]
+    assert balancer.status()["recent_requests"][0]["trace_id"] == value[3:35]
+
+
+@pytest.mark.parametrize("value", INVALID)
+def test_an_invalid_one_is_dropped_with_its_state(
+    balancer: BalancerProcess, backend: ScriptedBackend, value: str
+) -> None:
+    answer = exchange(balancer.port, get(b"/", b"traceparent: " + value.encode(), b"tracestate: a=1", b"X-Kept: 1"))
+    assert answer.startswith(b"HTTP/1.1 200")
+    (got,) = backend.requests
+    assert got.values(b"traceparent") == got.values(b"tracestate") == []
+    assert got.values(b"x-kept") == [b"1"]
+    assert balancer.status()["recent_requests"][0]["trace_id"] is None
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        (b"tracestate: a=1",),
+        (b"traceparent: " + VALID[0].encode(), b"traceparent: " + VALID[1].encode(), b"tracestate: a=1"),
+    ],
+)
+def test_a_state_without_its_parent_and_two_parents_are_dropped(
+    balancer: BalancerProcess, backend: ScriptedBackend, lines: tuple[bytes, ...]
+) -> None:
+    exchange(balancer.port, get(b"/", *lines))
+    (got,) = backend.requests
+    assert got.values(b"traceparent") == got.values(b"tracestate") == []
+
+
+# Who sent it, for the access log.
+
+TRUSTED = (ipaddress.ip_network("10.0.0.0/8"), ipaddress.ip_network("fd00::/8"))
+
+
+@pytest.mark.parametrize(
+    ("peer", "forwarded_for", "client"),
+    [
+        ("192.0.2.1", "", "192.0.2.1"),
+        ("192.0.2.1", "203.0.113.5", "192.0.2.1"),  # anybody can claim that
+        ("10.0.0.1", "", "10.0.0.1"),
+        ("10.0.0.1", "203.0.113.5", "203.0.113.5"),
+        ("10.0.0.1", "198.51.100.1, 203.0.113.5", "203.0.113.5"),
+        ("10.0.0.1", "203.0.113.5,10.0.0.2 ,10.0.0.3", "203.0.113.5"),
+        ("10.0.0.1", "10.0.0.2", "10.0.0.2"),
+        ("10.0.0.1", "made up, 10.0.0.2", "10.0.0.2"),
+        ("10.0.0.1", "203.0.113.5:4711", "10.0.0.1"),
+        ("fd00::1", "2001:DB8:0::5", "2001:db8::5"),
+        ("::ffff:10.0.0.1", "203.0.113.5", "203.0.113.5"),
+    ],
+)
+def test_the_client_is_the_nearest_address_that_is_not_a_trusted_proxy(
+    peer: str, forwarded_for: str, client: str
+) -> None:
+    assert client_address(peer, forwarded_for, TRUSTED) == client
+    assert client_address(peer, forwarded_for, ()) == peer
