@@ -10,7 +10,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -325,8 +325,9 @@ class StubHandler(BaseHTTPRequestHandler):
         self.send_cors()
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+        with suppress(ConnectionError):  # a page that has stopped waiting
+            self.end_headers()
+            self.wfile.write(body)
 
     def send_cors(self) -> None:
         readable = self.stub.traffic_cors or not self.path.startswith("/api/")

@@ -18,6 +18,8 @@ QUIET = [
     "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
     "--disable-sync", "--no-first-run",
 ]  # fmt: skip
+# Four polls a second instead of one: a test waits for the next answer, not for what happens in between.
+FASTER = "const real = setTimeout; window.setTimeout = (f, ms) => real(f, ms >= 900 && ms <= 1100 ? ms / 4 : ms);"
 DASH = "\u2014"
 
 
@@ -101,6 +103,7 @@ def tab(chromium: Browser, stub: Stub) -> Iterator[Tab]:
     It uses `stub` to be gone before it: a page that outlives its server reports refused connections.
     """
     context = chromium.new_context(viewport={"width": 1280, "height": 900})
+    context.add_init_script(FASTER)
     tab = Tab(context.new_page())
     tab.watch()
     yield tab

@@ -81,7 +81,7 @@ def test_the_range_chooses_the_resolution(tab: Tab, stub: Stub, seconds: int, st
     wait_until(lambda: least <= area_points(tab) <= 62)
     end = stub.history[step][-1]["at"] + step  # type: ignore[index]
     times = [tab.page.evaluate(CLOCK, end - back) for back in (seconds, seconds / 2, 0)]
-    assert tab.at(".chart").first.locator(".plot text").all_inner_texts()[-3:] == times
+    assert tab.at(".chart").first.locator(".plot text").all_text_contents()[-3:] == times
 
 
 def test_more_slots_than_pixels_are_merged_without_loss(tab: Tab, stub: Stub) -> None:
