@@ -65,7 +65,7 @@ def take_pictures(url: str) -> None:
             page.locator(".plot path.area").first.wait_for(state="attached")
             bottom = page.locator("#log").bounding_box()  # the last whole panel; what is below is more of the same
             assert bottom is not None
-            clip = {"x": 0, "y": 0, "width": WIDTH, "height": bottom["y"] + bottom["height"] + 16}
+            clip = {"x": 0, "y": 0, "width": WIDTH, "height": bottom["y"] + bottom["height"] + 8}
             page.screenshot(path=HERE / f"dashboard-{theme}.png", clip=clip)
             page.close()
         browser.close()
