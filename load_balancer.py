@@ -34,6 +34,7 @@ from balancer.accesslog import AccessLog
 from balancer.bridge import Bridge
 from balancer.ejection import EjectionRules
 from balancer.errors import SettingsError
+from balancer.events import Events
 from balancer.express import Express
 from balancer.guard import WriteGuard
 from balancer.health import HealthChecker, Probe
@@ -44,7 +45,7 @@ from balancer.pool import BackendPool, PoolChanges, PoolOptions
 from balancer.proxy import ProxyOptions, ReverseProxy
 from balancer.reload import Configuration, Plan, make_backend
 from balancer.settings import Settings
-from balancer.statistics import Events, Statistics
+from balancer.statistics import Statistics
 from balancer.transport import BackendAdapter, Timeouts
 from balancer.workers import WorkerPool
 

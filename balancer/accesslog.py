@@ -20,18 +20,18 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import Any
 
+from balancer.exchange import Exchange
 from balancer.incoming import Incoming
 from balancer.logwriter import LogWriter
-from balancer.messages import Line, Network, client_address
-from balancer.statistics import Exchange
+from balancer.messages import Network, client_address
 
-PATH_LOGGED = 1000  # characters of a path, and of a user agent below, that are logged
-AGENT_LOGGED = 300
-METHOD_LOGGED = 32
+AGENT_LOGGED = 300  # bytes; lines wait in a queue, and nobody must be able to fill the memory with it
+CLIENTS_LOGGED = 1000  # bytes of X-Forwarded-For, from its end
 
-_encode = json.JSONEncoder(separators=(",", ":")).encode
+_quote = json.JSONEncoder().encode
+
+Format = Callable[[Exchange, str | None, str, bytes | None], str]  # exchange, client, protocol, user agent
 
 
 class AccessLog:
@@ -39,73 +39,84 @@ class AccessLog:
 
     def __init__(self, writer: LogWriter, is_json: bool = False, trusted: Sequence[Network] = ()) -> None:
         self._add = writer.add
-        self._make: Callable[[dict[str, Any]], str] = _encode if is_json else as_text
+        self._format: Format = as_json if is_json else as_text
         self._trusted = trusted
 
     def add(self, exchange: Exchange, incoming: Incoming) -> None:
         """`exchange` is finished: nothing changes it any more."""
-        self._add(partial(self._line, exchange, incoming.peer, incoming.version, incoming.lines))
+        agent, forwarded_for = None, b""
+        for name, value in incoming.lines:
+            if name == b"user-agent":
+                agent = value[:AGENT_LOGGED]
+            elif name == b"x-forwarded-for":
+                forwarded_for = b"%s,%s" % (forwarded_for, value)
+        clients = forwarded_for[-CLIENTS_LOGGED:]
+        self._add(partial(self._line, exchange, incoming.peer, clients, incoming.version, agent))
 
-    def _line(self, exchange: Exchange, peer: str, version: str, lines: Sequence[Line]) -> str:
-        forwarded_for = _joined(lines, b"x-forwarded-for") or ""
-        client = None if peer == "unknown" else client_address(peer, forwarded_for, self._trusted)
-        return self._make(fields(exchange, client, f"HTTP/{version}", _joined(lines, b"user-agent")))
-
-
-def _joined(lines: Sequence[Line], name: bytes) -> str | None:
-    values = [value for key, value in lines if key == name]
-    return b",".join(values).decode("latin-1") if values else None
-
-
-def fields(exchange: Exchange, client: str | None, protocol: str, agent: str | None) -> dict[str, Any]:
-    """What a line tells, in the order in which it does."""
-    attempts = exchange.attempts
-    last = attempts[-1] if attempts else None
-    answered = exchange.first_byte
-    return {
-        "time": timestamp(exchange.timestamp),
-        "request_id": exchange.request_id,
-        "trace_id": exchange.trace_id,
-        "client": client,
-        "method": exchange.method[:METHOD_LOGGED],
-        "path": as_unicode(exchange.path)[:PATH_LOGGED],
-        "protocol": protocol,
-        "status": exchange.status,
-        "complete": exchange.complete,
-        "reason": exchange.reason,
-        "backend": exchange.backend,
-        "bytes_in": exchange.bytes_in,
-        "bytes_out": exchange.bytes_out,
-        "total": round(exchange.seconds, 6),
-        "received": round(max(0.0, attempts[0].at - exchange.queued), 6) if attempts else None,
-        "queued": round(exchange.queued, 6),
-        "connect": None if last is None or last.connect is None else round(last.connect, 6),
-        "first_byte": None if answered is None else round(answered, 6),
-        "transfer": None if last is None or answered is None else round(exchange.seconds - last.at - answered, 6),
-        "attempts": [
-            {"backend": attempt.backend, "outcome": attempt.outcome, "seconds": round(attempt.seconds, 6)}
-            for attempt in attempts
-        ],
-        "user_agent": None if agent is None else as_unicode(agent)[:AGENT_LOGGED],
-    }
+    def _line(self, exchange: Exchange, peer: str, clients: bytes, version: str, agent: bytes | None) -> str:
+        client = None if peer == "unknown" else client_address(peer, clients.decode("latin-1"), self._trusted)
+        return self._format(exchange, client, f"HTTP/{version}", agent)
 
 
-def as_text(told: dict[str, Any]) -> str:
+# Both formats are written out, because a line costs half as much that way as through a dictionary. Quoted is what a
+# client can choose freely; ids, reasons and outcomes are tokens.
+
+
+def as_text(exchange: Exchange, client: str | None, protocol: str, agent: bytes | None) -> str:
     """Time, client, request line and status; then names with values. `-` for what is not there."""
-    head = f"{told['method']} {told['path']} {told['protocol']}"
-    attempts = ",".join(f"{a['backend']}:{a['outcome'] or '-'}:{a['seconds']:.6f}" for a in told["attempts"])
-    times = " ".join(
-        f"{name}=-" if told[name] is None else f"{name}={told[name]:.6f}"
-        for name in ("total", "received", "queued", "connect", "first_byte", "transfer")
-    )
-    agent = "-" if told["user_agent"] is None else _encode(told["user_agent"])
-    where = f"backend={told['backend'] or '-'} reason={told['reason'] or '-'}"
-    size = f"in={told['bytes_in']} out={told['bytes_out']}"
-    ids = f"id={told['request_id']} trace={told['trace_id'] or '-'}"
+    received, connect, first_byte, transfer = phases(exchange)
+    attempts = ",".join([f"{a.backend}:{a.outcome or '-'}:{a.seconds:.6f}" for a in exchange.attempts])
     return (
-        f"{told['time']} {told['client'] or '-'} {_encode(head)} {told['status']} {where} {times} {size} "
-        f"attempts={attempts or '-'} {ids} agent={agent}"
+        f"{timestamp(exchange.timestamp)} {client or '-'} "
+        f"{_quote(f'{exchange.method} {path_of(exchange)} {protocol}')} {exchange.status} "
+        f"backend={exchange.backend or '-'} reason={exchange.reason or '-'} total={exchange.seconds:.6f} "
+        f"received={_or(received, '-')} queued={exchange.queued:.6f} connect={_or(connect, '-')} "
+        f"first_byte={_or(first_byte, '-')} transfer={_or(transfer, '-')} in={exchange.bytes_in} "
+        f"out={exchange.bytes_out} attempts={attempts or '-'} id={exchange.request_id} "
+        f"trace={exchange.trace_id or '-'} agent={'-' if agent is None else _quote(as_unicode(agent))}"
     )
+
+
+def as_json(exchange: Exchange, client: str | None, protocol: str, agent: bytes | None) -> str:
+    """One object. Null for what is not there."""
+    received, connect, first_byte, transfer = phases(exchange)
+    attempts = ",".join(
+        [f'{{"backend":"{a.backend}","outcome":"{a.outcome}","seconds":{a.seconds:.6f}}}' for a in exchange.attempts]
+    )
+    return (
+        f'{{"time":"{timestamp(exchange.timestamp)}","request_id":"{exchange.request_id}",'
+        f'"trace_id":{_or_null(exchange.trace_id)},"client":{_or_null(client)},"method":{_quote(exchange.method)},'
+        f'"path":{_quote(path_of(exchange))},"protocol":{_quote(protocol)},"status":{exchange.status},'
+        f'"complete":{"true" if exchange.complete else "false"},"reason":{_or_null(exchange.reason)},'
+        f'"backend":{_or_null(exchange.backend)},"bytes_in":{exchange.bytes_in},"bytes_out":{exchange.bytes_out},'
+        f'"total":{exchange.seconds:.6f},"received":{_or(received, "null")},"queued":{exchange.queued:.6f},'
+        f'"connect":{_or(connect, "null")},"first_byte":{_or(first_byte, "null")},'
+        f'"transfer":{_or(transfer, "null")},"attempts":[{attempts}],'
+        f'"user_agent":{"null" if agent is None else _quote(as_unicode(agent))}}}'
+    )
+
+
+def phases(exchange: Exchange) -> tuple[float | None, float | None, float | None, float | None]:
+    """received, connect, first_byte and transfer, as the module explains them."""
+    if not exchange.attempts:
+        return None, None, None, None
+    received, last, first_byte = exchange.attempts[0].at - exchange.queued, exchange.attempts[-1], exchange.first_byte
+    transfer = None if first_byte is None else max(0.0, exchange.seconds - last.at - first_byte)
+    return max(0.0, received), last.connect, first_byte, transfer
+
+
+def _or(seconds: float | None, nothing: str) -> str:
+    return nothing if seconds is None else f"{seconds:.6f}"
+
+
+def _or_null(text: str | None) -> str:
+    return "null" if text is None else _quote(text)
+
+
+def path_of(exchange: Exchange) -> str:
+    """WSGI gives bytes as Latin-1."""
+    path = exchange.path
+    return path if path.isascii() else as_unicode(path.encode("latin-1", "replace"))
 
 
 def timestamp(seconds: float) -> str:
@@ -119,6 +130,6 @@ def _to_the_second(seconds: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
 
 
-def as_unicode(text: str) -> str:
-    """WSGI gives bytes as Latin-1; UTF-8 is what they most often are."""
-    return text if text.isascii() else text.encode("latin-1", "replace").decode("utf-8", "backslashreplace")
+def as_unicode(sent: bytes) -> str:
+    """UTF-8 is what bytes most often are; others are shown as such."""
+    return sent.decode("utf-8", "backslashreplace")

@@ -25,6 +25,7 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 from balancer import __version__, openapi, strategies
 from balancer.backends import ID_PATTERN, AdminState
 from balancer.errors import ClientError, ClientGone, SettingsError
+from balancer.events import REFUSED, Events
 from balancer.guard import ApiError, WriteGuard
 from balancer.history import SLOTS, History
 from balancer.logwriter import LogWriter
@@ -33,7 +34,7 @@ from balancer.origin import Origin
 from balancer.pool import BackendPool
 from balancer.reload import Configuration, Plan
 from balancer.settings import MaxConnections, Weight
-from balancer.statistics import NO_REQUESTS, RECENT_KEPT, REFUSED, Events, Statistics
+from balancer.statistics import NO_REQUESTS, RECENT_KEPT, Statistics
 
 SCHEMA_VERSION = 1
 MAX_BODY = 65536  # bytes of a control request

@@ -58,8 +58,8 @@ class Bridge:
         self.loop: asyncio.AbstractEventLoop  # set by the server before it accepts
         self.is_draining = False  # set by the server: each answer asks its client to close
         self._is_control = is_control
-        self._proxy = proxy
-        self._express = express
+        self.proxy = proxy
+        self.express = express
         self.lingering = BoundedSemaphore(MAX_LINGERING)
         self._calls: dict[Call, None] = {}
         self._watches: set[asyncio.Task[None]] = set()
@@ -69,9 +69,9 @@ class Bridge:
         call = Call(self, watcher)
         self._calls[call] = None
         is_control = self._is_control(call.scope["path"])
-        if self._proxy is not None and not is_control:
-            call.forwarding = self._proxy.forward(call.incoming(), call.start_response)
-            if self._express is not None and self._express.take(call):
+        if self.proxy is not None and not is_control:
+            call.forwarding = self.proxy.forward(call.incoming(), call.start_response)
+            if self.express is not None and self.express.take(call):
                 return
         if not self.pool.submit(call, is_control):
             call.refuse()

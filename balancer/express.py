@@ -83,14 +83,18 @@ class Express:
 
     def _run(self) -> None:
         while not self._stopping:
-            for descriptor, _ in self._epoll.poll(LOOK_SECONDS):
-                call = self._waiting.pop(descriptor, None)
-                if call is not None:
-                    try:
-                        self._look(call)
-                    except Exception:  # the thread must outlive any surprise, or every request would hang
-                        log.exception("request failed")
-            self._expire()
+            try:
+                self.run_once()
+            except Exception:  # the thread must outlive any surprise, or every request would hang
+                log.exception("express way failed")
+
+    def run_once(self) -> None:
+        """Pass on what has come, and whoever has waited for too long."""
+        for descriptor, _ in self._epoll.poll(LOOK_SECONDS):
+            call = self._waiting.pop(descriptor, None)
+            if call is not None:
+                self._look(call)
+        self._expire()
 
     def _look(self, call: Call) -> None:
         sent = self._sent(call)

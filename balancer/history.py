@@ -6,7 +6,7 @@ wall clock, and only one that is over is shown. What a look finds belongs to the
 if a look comes late (the process was stopped, the machine slept, the clock was set forward), the slots in between are
 missing rather than made up. When the clock is set back, slots that now lie in the future go.
 
-Memory: 660 slots of about 200 bytes, and 120 more for each backend that had requests in it: 4 MB with 50 busy backends.
+Memory: 660 slots of about 200 bytes, and 120 more for each backend that had requests in it: 5 MB with 50 busy backends.
 """
 
 from __future__ import annotations

@@ -200,6 +200,8 @@ def client_address(peer: str, forwarded_for: str, trusted: Sequence[Network]) ->
     `forwarded_for` is the value of `X-Forwarded-For`, each proxy's client after the one before.
     """
     address = peer
+    if not (forwarded_for and trusted):
+        return peer
     for claim in reversed(forwarded_for.split(",")):
         if not is_in_networks(address, trusted):
             break
@@ -266,6 +268,10 @@ def request_lines(
     if not host:
         kept.insert(0, (b"host", b""))  # HTTP/1.0 without Host: the field is required in what we send, it may be empty
     address = _address(peer)
+    if b"forwarded" in claims:
+        kept.append((b"forwarded", claims[b"forwarded"] + b", " + _forwarded(address, host, scheme)))
+    if b"x-real-ip" in claims:
+        kept.append((b"x-real-ip", claims[b"x-real-ip"]))
     kept += (
         (b"x-forwarded-for", b", ".join([*forwarded_for, address]) if forwarded_for else address),
         (b"x-forwarded-proto", claims.get(b"x-forwarded-proto") or scheme.encode()),
@@ -273,11 +279,6 @@ def request_lines(
         (b"x-request-id", identifier),
         (b"via", b"%s %s" % (http_version.encode(), pseudonym)),
     )
-    if claims:
-        if b"forwarded" in claims:
-            kept.append((b"forwarded", claims[b"forwarded"] + b", " + _forwarded(address, host, scheme)))
-        if b"x-real-ip" in claims:
-            kept.append((b"x-real-ip", claims[b"x-real-ip"]))
     return kept
 
 

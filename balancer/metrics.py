@@ -18,11 +18,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 from balancer import __version__
 from balancer.errors import BackendError, BalancerError, ConnectFailed
+from balancer.events import Events
 from balancer.histogram import Histogram
 from balancer.logwriter import LogWriter
 from balancer.pool import BackendPool
 from balancer.reload import Configuration
-from balancer.statistics import Counters, Events, Lifetime, Statistics
+from balancer.statistics import Counters, Lifetime, Statistics
 from balancer.tally import Tally
 from balancer.totals import BackendTotals
 from balancer.transport import BackendAdapter

@@ -31,6 +31,7 @@ from balancer.errors import (
     TooManyHeaders,
     Unavailable,
 )
+from balancer.exchange import METHOD_KEPT, PATH_KEPT, Attempt, Exchange
 from balancer.incoming import Incoming
 from balancer.messages import (
     Line,
@@ -47,7 +48,7 @@ from balancer.messages import (
 )
 from balancer.pool import BackendPool, Lease
 from balancer.response import BackendResponse, ResponseBody
-from balancer.statistics import Attempt, Exchange, Statistics
+from balancer.statistics import Statistics
 from balancer.transport import BackendAdapter, OutgoingRequest, Sent
 
 if TYPE_CHECKING:
@@ -145,8 +146,8 @@ class Forwarding:
         self._is_finished = False
         self._record = Exchange(
             timestamp=time.time(),
-            method=incoming.method,
-            path=incoming.path,
+            method=incoming.method[:METHOD_KEPT],
+            path=incoming.path[:PATH_KEPT],
             request_id=self._identifier.decode("ascii"),
         )
         proxy.statistics.begin()

@@ -1,4 +1,4 @@
-"""Counters, latency histograms, and the bounded rings of recent requests and events.
+"""Counters, latency histograms, and the bounded rings of recent requests.
 
 A request is recorded once, when its answer is complete or has failed, under one lock, so that at any moment
 total = successful + failed, and a request is counted for the backend that answered or was tried last, or for none.
@@ -10,125 +10,21 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, islice
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from balancer.backends import Choice
+from balancer.exchange import Exchange
 from balancer.histogram import Histogram
 from balancer.totals import Totals
 
 RECENT_KEPT = 1000  # finished requests that `/requests/<id>` can still explain
 TROUBLED_KEPT = 200  # those that failed or were tried more than once stay longer: they are the ones people ask about
-EVENTS_KEPT = 500
-REFUSED = "write_refused"  # the one kind of event that anybody can cause
-EVENT_KINDS = (
-    *("backend_up", "backend_down", "backend_added", "backend_removed", "backend_changed", "backend_draining"),
-    *("backend_drained", "backend_ejected", "backend_trial", "backend_returned", "backend_slow", "algorithm_changed"),
-    *("statistics_reset", REFUSED, "panic_on", "panic_off", "config_reloaded", "config_refused", "draining"),
-)
 RATE_SECONDS = 5  # requests per second are the mean of this many whole seconds
 BUDGET_SECONDS = 10  # retries are counted against the requests of this many seconds
-PATH_SHOWN = 200  # characters of a path that are kept; the query never is, it may hold secrets
-
 FORMER_KEPT = 1000  # backends that are gone and whose counts go on if they come back
 CODE_CLASSES = ("1xx", "2xx", "3xx", "4xx", "5xx")
-
-
-@dataclass(slots=True)
-class Attempt:
-    """One try on one backend. `seconds` until the response head was here or the attempt had failed."""
-
-    choice: Choice
-    outcome: str = ""  # a status, or the reason why there is none
-    seconds: float = 0.0
-    connect: float | None = None  # seconds for a new connection, None if a kept one was used
-    error: str | None = None  # in words, for the operator
-    at: float = 0.0  # seconds from the start of the request to that of the attempt
-
-    @property
-    def backend(self) -> str:
-        return self.choice.backend.id
-
-    def describe(self) -> dict[str, Any]:
-        return {
-            "backend": self.backend,
-            "outcome": self.outcome,
-            "error": self.error,
-            "at": self.at,
-            "seconds": self.seconds,
-            "connect": self.connect,
-        }
-
-
-@dataclass(slots=True)
-class Exchange:
-    """A finished request as it is recorded. Times in seconds; bytes are of the bodies.
-
-    `status` is what the client saw, 499 if it had left; `reason` says why, if no backend's answer went through whole.
-    """
-
-    timestamp: float
-    method: str
-    path: str
-    request_id: str
-    backend: str | None = None
-    status: int = 0
-    seconds: float = 0.0
-    queued: float = 0.0  # waited for a place on a backend
-    bytes_in: int = 0
-    bytes_out: int = 0
-    complete: bool = True
-    reason: str | None = None
-    trace_id: str | None = None  # of the client's `traceparent`
-    not_retried: str | None = None  # why the last failure was final, in words
-    attempts: list[Attempt] = field(default_factory=list)
-
-    @property
-    def failed(self) -> bool:
-        return not self.complete or self.status >= 500
-
-    @property
-    def aborted(self) -> bool:
-        return self.status == 499 and not self.complete  # not if a backend answered 499 itself
-
-    @property
-    def is_troubled(self) -> bool:
-        return self.failed or len(self.attempts) > 1
-
-    @property
-    def first_byte(self) -> float | None:
-        """Seconds until the last attempt had its response head, None if it got none."""
-        attempt = self.attempts[-1] if self.attempts else None
-        return attempt.seconds if attempt is not None and attempt.error is None else None
-
-    def describe(self) -> dict[str, Any]:
-        return {
-            "timestamp": self.timestamp,
-            "server_id": self.backend,
-            "response_time": self.seconds,
-            "status": self.status,
-            "method": self.method,
-            "path": self.path[:PATH_SHOWN],
-            "request_id": self.request_id,
-            "trace_id": self.trace_id,
-            "queued": self.queued,
-            "first_byte": self.first_byte,
-            "bytes_in": self.bytes_in,
-            "bytes_out": self.bytes_out,
-            "attempts": len(self.attempts),
-            "tried": [attempt.describe() for attempt in self.attempts],
-            "reason": self.reason,
-            "not_retried": self.not_retried,
-            "complete": self.complete,
-        }
-
-    def explain(self) -> dict[str, Any]:
-        """`describe` with why each attempt went to its backend."""
-        tried = [attempt.describe() | attempt.choice.describe() for attempt in self.attempts]
-        return self.describe() | {"tried": tried}
 
 
 class Counters:
@@ -356,54 +252,3 @@ class Statistics:
 
 
 NO_REQUESTS = Counters().describe()  # what `/status` shows for a backend that has had none
-
-
-class Events:
-    """The newest events with a rising `seq`, so that a reader asks only for what is new.
-
-    `_lock` guards all three: `_seq`, `_events`, `_counts`.
-    """
-
-    def __init__(self, wall_clock: Callable[[], float] = time.time) -> None:
-        self._lock = Lock()
-        self._wall_clock = wall_clock
-        self._seq = 0
-        self._counts = dict.fromkeys(EVENT_KINDS, 0)
-        self._events: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
-
-    def add(self, kind: str, backend: str | None, message: str, severity: str = "info") -> None:
-        """`kind` is a stable word; `severity` is info, warning or error.
-
-        Refused writes that follow each other become one event with a `count`, or any page could flood the log.
-        """
-        with self._lock:
-            self._seq += 1
-            self._counts[kind] = self._counts.get(kind, 0) + 1
-            count = 1
-            if kind == REFUSED and self._events and self._events[-1]["kind"] == REFUSED:
-                count += self._events.pop()["count"]
-            self._events.append(
-                {
-                    "seq": self._seq,
-                    "timestamp": self._wall_clock(),
-                    "kind": kind,
-                    "backend": backend or None,
-                    "message": message,
-                    "severity": severity,
-                    "count": count,
-                }
-            )
-
-    def since(self, seq: int) -> tuple[list[dict[str, Any]], int]:
-        """(events with a higher `seq`, oldest first; the newest `seq`)."""
-        with self._lock:
-            return [event for event in self._events if event["seq"] > seq], self._seq
-
-    def counts(self) -> dict[str, int]:
-        """How many of each kind there have been, also those that are no longer kept."""
-        with self._lock:
-            return self._counts.copy()
-
-    @property
-    def latest(self) -> int:
-        return self._seq

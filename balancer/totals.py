@@ -6,7 +6,6 @@ They never fall: neither a reset nor the removal of a backend touches them.
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING
 
 from balancer.errors import (
     BodyTruncated,
@@ -16,10 +15,8 @@ from balancer.errors import (
     InvalidResponse,
     ResponseTimedOut,
 )
+from balancer.exchange import Exchange
 from balancer.histogram import Histogram
-
-if TYPE_CHECKING:
-    from balancer.statistics import Attempt, Exchange
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 OTHER = "other"  # every method that is not one of those: a client may make up any number of them
@@ -32,34 +29,28 @@ BROKEN_OFF = frozenset(error.reason for error in (BodyTruncated, ConnectionLost,
 class BackendTotals:
     """Attempts on one backend. Not locked; the owner's lock guards it."""
 
-    __slots__ = ("_outcomes", "_broken")
+    __slots__ = ("outcomes", "broken")
 
     def __init__(self) -> None:
-        self._outcomes: defaultdict[tuple[str, bool], int] = defaultdict(int)  # by outcome, and if on a kept connection
-        self._broken: defaultdict[str, int] = defaultdict(int)  # by reason, after the response head
-
-    def add(self, attempt: Attempt) -> None:
-        self._outcomes[attempt.outcome, attempt.connect is None] += 1
-
-    def add_broken(self, reason: str) -> None:
-        self._broken[reason] += 1
+        self.outcomes: defaultdict[tuple[str, bool], int] = defaultdict(int)  # by outcome, and if on a kept connection
+        self.broken: defaultdict[str, int] = defaultdict(int)  # by reason, after the response head
 
     def copy(self) -> BackendTotals:
         copied = BackendTotals()
-        copied._outcomes, copied._broken = self._outcomes.copy(), self._broken.copy()
+        copied.outcomes, copied.broken = self.outcomes.copy(), self.broken.copy()
         return copied
 
     def codes(self) -> dict[str, int]:
         """Attempts by status, NO_ANSWER for those without."""
         found: defaultdict[str, int] = defaultdict(int)
-        for (outcome, _), count in self._outcomes.items():
+        for (outcome, _), count in self.outcomes.items():
             found[outcome if outcome.isdecimal() else NO_ANSWER] += count
         return found
 
     def failures(self) -> dict[str, int]:
         """Failed attempts by reason. One whose client left is none: it has no outcome."""
-        found = self._broken.copy()
-        for (outcome, _), count in self._outcomes.items():
+        found = self.broken.copy()
+        for (outcome, _), count in self.outcomes.items():
             if outcome and not outcome.isdecimal():
                 found[outcome] += count
         return found
@@ -67,12 +58,12 @@ class BackendTotals:
     @property
     def opened(self) -> int:
         """Attempts on a new connection."""
-        return sum(n for (outcome, is_kept), n in self._outcomes.items() if not is_kept and outcome not in UNCONNECTED)
+        return sum(n for (outcome, is_kept), n in self.outcomes.items() if not is_kept and outcome not in UNCONNECTED)
 
     @property
     def reused(self) -> int:
         """Attempts on a kept connection."""
-        return sum(n for (_, is_kept), n in self._outcomes.items() if is_kept)
+        return sum(n for (_, is_kept), n in self.outcomes.items() if is_kept)
 
 
 class Totals:
@@ -96,8 +87,8 @@ class Totals:
         self.seconds += exchange.seconds
         self.bytes_in += exchange.bytes_in
         self.bytes_out += exchange.bytes_out
-        for attempt in attempts:
-            self.backends[attempt.backend].add(attempt)
+        for attempt in attempts:  # without a call: every request comes here
+            self.backends[attempt.choice.backend.id].outcomes[attempt.outcome, attempt.connect is None] += 1
         if exchange.queued:
             self.waits.add(exchange.queued)
             self.waited += exchange.queued
@@ -112,7 +103,7 @@ class Totals:
             return
         self.errors[reason] += 1
         if reason in BROKEN_OFF and attempts and attempts[-1].outcome.isdecimal():
-            self.backends[attempts[-1].backend].add_broken(reason)
+            self.backends[attempts[-1].backend].broken[reason] += 1
 
     def copy(self) -> Totals:
         copied = Totals()

@@ -3,7 +3,7 @@
 python bench/guard.py            prints the counts; exit 1 if one is more than 10 % above bench/budget.json
 python bench/guard.py --renew    writes the counts of this Python version into bench/budget.json
 
-A request goes the whole way from `Bridge.accept` through the app as `create_app` wires it to a real backend on a
+A request goes the whole way from `Bridge.accept` through the parts as `create_app` wires them to a real backend on a
 loopback socket and back, in one thread and without Granian, which is not ours to count. Counted are bytecode
 instructions, calls of Python and of C functions, those of them that go to a socket, and the bytes allocated at the
 highest point. Python versions compile differently, so each has a budget of its own.
@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from balancer.backends import LastCheck  # noqa: E402
 from balancer.bridge import Bridge  # noqa: E402
+from balancer.express import Express  # noqa: E402
 from balancer.settings import BackendSettings, Settings  # noqa: E402
 from load_balancer import create_app  # noqa: E402
 
@@ -149,6 +150,8 @@ def measure(bridge: Bridge, kind: Kind) -> Cost:
     def one() -> None:
         client = Client(kind)
         bridge.accept(client)
+        if client.status is None and bridge.express is not None:
+            bridge.express.run_once()
         if (client.status, client.received) != (200, BODY):
             raise RuntimeError(f"the request failed: {client.status} {client.received[:200]!r}")
 
@@ -222,9 +225,12 @@ def balancer(port: int) -> Iterator[Bridge]:
     parts = app.extensions["balancer"]
     for each in parts.proxy.pool.backends():
         parts.proxy.pool.record_check(each, LastCheck(0.0, 0.0, 200, None))
+    workers: Any = SameThread()
+    express = Express(parts.adapter, workers)
     try:
-        yield Bridge(app.wsgi_app, SameThread(), is_control=parts.proxy.is_control)  # type: ignore[arg-type]
+        yield Bridge(app.wsgi_app, workers, is_control=parts.proxy.is_control, proxy=parts.proxy, express=express)
     finally:
+        express.stop()
         parts.adapter.close()
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
+from stub_balancer import StubBalancer
 from support import BalancerProcess, Demo, ScriptedBackend, start_demo
 
 # A slow machine is no finding; pytest's own time-out ends what hangs.
@@ -55,3 +57,16 @@ def backend(scripted: ScriptedBackend, scripted_balancer: BalancerProcess) -> Sc
 @pytest.fixture
 def balancer(scripted_balancer: BalancerProcess, backend: ScriptedBackend) -> BalancerProcess:
     return scripted_balancer
+
+
+@pytest.fixture
+def stub() -> Iterator[StubBalancer]:
+    """A balancer for test_client.py that misbehaves as it is told."""
+    server = StubBalancer()
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), name="stub-balancer")
+    thread.start()
+    yield server
+    server.release.set()
+    server.shutdown()
+    thread.join()
+    server.server_close()

@@ -34,11 +34,12 @@ from support import (
     wait_until,
 )
 
-from balancer.accesslog import AGENT_LOGGED, PATH_LOGGED, AccessLog, timestamp
+from balancer.accesslog import AGENT_LOGGED, AccessLog, timestamp
 from balancer.backends import Backend, Choice
+from balancer.exchange import METHOD_KEPT, PATH_KEPT, Attempt, Exchange
+from balancer.incoming import Incoming
 from balancer.logwriter import LogWriter
 from balancer.origin import Origin
-from balancer.statistics import Attempt, Exchange
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 TRACEPARENT = f"00-{TRACE}-b7ad6b7169203331-01"
@@ -221,14 +222,14 @@ def test_no_request_forges_a_line_or_talks_to_the_terminal(form: str) -> None:
         assert json.loads(line) if form == "json" else TEXT.fullmatch(line)
 
 
-def make_line(is_json: bool, exchange: Exchange, **environ: str) -> str:
+def make_line(is_json: bool, exchange: Exchange, *lines: tuple[bytes, bytes], peer: str = "192.0.2.1") -> str:
     made: list[Any] = []
 
     class Kept(LogWriter):
         def add(self, line: Any) -> None:
             made.append(line())
 
-    AccessLog(Kept(None), is_json).add(exchange, {"SERVER_PROTOCOL": "HTTP/1.1", **environ})
+    AccessLog(Kept(None), is_json).add(exchange, Incoming("GET", "/", b"/", "1.1", "http", peer, lines))
     (line,) = made
     assert isinstance(line, str)
     return line
@@ -240,7 +241,7 @@ latin = st.text(st.characters(max_codepoint=255), max_size=50)
 @given(latin, latin, latin, st.booleans())
 def test_whatever_a_request_says_a_line_is_one_line_of_ascii(path: str, agent: str, method: str, is_json: bool) -> None:
     exchange = Exchange(1.0, method, "/" + path, "id-1", status=200)
-    line = make_line(is_json, exchange, REMOTE_ADDR="192.0.2.1", HTTP_USER_AGENT=agent)
+    line = make_line(is_json, exchange, (b"user-agent", agent.encode("latin-1")))
     assert line.isascii() and line.isprintable()
     if is_json:
         told = json.loads(line)
@@ -250,10 +251,16 @@ def test_whatever_a_request_says_a_line_is_one_line_of_ascii(path: str, agent: s
 
 
 def test_what_is_long_is_cut() -> None:
-    exchange = Exchange(1.0, "M" * 99, "/" + "p" * 9999, "id", status=200)
-    told = json.loads(make_line(True, exchange, HTTP_USER_AGENT="a" * 9999))
-    assert (len(told["path"]), len(told["user_agent"]), len(told["method"])) == (PATH_LOGGED, AGENT_LOGGED, 32)
+    exchange = Exchange(1.0, "GET", "/", "id", status=200)
+    told = json.loads(make_line(True, exchange, (b"user-agent", b"a" * 9999), peer="unknown"))
+    assert len(told["user_agent"]) == AGENT_LOGGED
     assert told["client"] is None
+
+
+def test_a_long_path_and_method_are_cut_before_they_are_kept(demo: Demo) -> None:
+    exchange(demo.balancer.port, get(b"/long" + b"x" * 9000, method=b"M" * 900))
+    line = line_of(demo, "/long" + "x" * (PATH_KEPT - 5))
+    assert line["method"] == "M" * METHOD_KEPT
 
 
 @pytest.mark.parametrize(

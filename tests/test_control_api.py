@@ -33,8 +33,8 @@ from support import (
 from werkzeug.test import TestResponse
 
 from balancer.backends import LastCheck
+from balancer.exchange import Attempt, Exchange
 from balancer.settings import BackendSettings, Settings
-from balancer.statistics import Attempt, Exchange
 from load_balancer import create_app
 
 ALGORITHMS = {"round_robin", "weighted", "least_connections", "power_of_two", "least_response_time", "peak_ewma"}

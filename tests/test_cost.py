@@ -38,13 +38,15 @@ def test_the_counts_repeat(measured: dict[str, guard.Cost]) -> None:
 
 def with_more_work(work: Callable[[], object]) -> Callable[[Bridge], None]:
     def wrap(bridge: Bridge) -> None:
-        app = bridge.app
+        proxy = bridge.proxy
+        assert proxy is not None
 
-        def slower(environ: Any, start_response: Any) -> Any:
-            work()
-            return app(environ, start_response)
+        class Slower:
+            def forward(self, *arguments: Any) -> Any:
+                work()
+                return proxy.forward(*arguments)
 
-        bridge.app = slower
+        bridge.proxy = Slower()  # type: ignore[assignment]
 
     return wrap
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import BalancerProcess, Clock, Demo, ScriptedBackend, fetch, fetch_json, wait_until
 
+from balancer.exchange import Exchange
 from balancer.history import SLOTS, History, Reading
-from balancer.statistics import Exchange, Statistics
+from balancer.statistics import Statistics
 
 START = 1000.25  # a whole second and a bit, and a whole ten of them
 
@@ -343,3 +346,27 @@ def test_requests_in_flight_show_and_a_reset_clears(balancer: BalancerProcess, b
 def test_a_bad_query_is_refused_in_words(balancer: BalancerProcess, query: str) -> None:
     status, _, body = fetch(f"{balancer.url}/history?{query}")
     assert status == 400 and query.partition("=")[0].encode() in body
+
+
+def test_a_process_that_was_stopped_for_a_while_has_a_gap_and_loses_nothing(demo: Demo) -> None:
+    for _ in range(6):
+        fetch(f"{demo.url}/api/process")
+    demo.balancer.send(signal.SIGSTOP)
+    stopped = time.time()
+    try:
+        wait_until(lambda: time.time() > stopped + 3.2, 5, "the pause is over")
+    finally:
+        demo.balancer.send(signal.SIGCONT)
+    resumed = time.time()
+    for _ in range(6):
+        fetch(f"{demo.url}/api/process")
+
+    def past() -> Any:
+        points = fetch_json(f"{demo.url}/history")["points"]
+        return points if sum(point["requests"] for point in points) >= 12 else None
+
+    points = wait_until(past, 5, "all requests are history")
+    times = [point["at"] for point in points]
+    assert times == sorted(set(times)) and sum(point["requests"] for point in points) == 12
+    assert not [at for at in times if stopped + 1 < at < int(resumed) - 1]  # nobody looked
+    assert sum(point["requests"] for point in points if point["at"] <= stopped + 1) >= 6  # where they belong

@@ -14,6 +14,7 @@ import pytest
 from support import ROOT
 
 PARTS = sorted((ROOT / "balancer").glob("*.py"))
+LOADTEST = sorted((ROOT / "loadtest").glob("*.py"))
 PROGRAMS = [ROOT / name for name in ("load_balancer.py", "backend_server.py", "start_all.py", "test_client.py")]
 
 
@@ -52,12 +53,14 @@ def test_imports_point_down_one_way_with_no_cycle() -> None:
         ("errors", set()),
         ("messages", {"errors"}),
         ("workers", set()),
-        ("statistics", {"histogram", "totals"}),
+        ("statistics", {"exchange", "histogram", "totals"}),
         ("origin", {"errors"}),
         ("ejection", set()),
+        ("exchange", set()),
         ("histogram", set()),
+        ("events", set()),
         ("tally", set()),
-        ("totals", {"errors", "histogram"}),
+        ("totals", {"errors", "exchange", "histogram"}),
         ("waiting", set()),
         ("backends", {"ejection", "errors", "origin", "tally"}),
         ("judge", {"backends", "ejection"}),
@@ -87,7 +90,19 @@ def test_nothing_imports_load_balancer() -> None:
         assert not any(name.split(".")[0] == "load_balancer" for name in imported_by(path)), path.name
 
 
-@pytest.mark.parametrize("path", [path for path in [*PARTS, *PROGRAMS] if path.exists()], ids=lambda path: path.name)
+def test_the_load_generator_needs_the_standard_library_alone() -> None:
+    graph = {path.stem: imported_by(path) for path in [*LOADTEST, ROOT / "test_client.py"]}
+    roots = {name.split(".")[0] for names in graph.values() for name in names}
+    assert roots <= set(sys.stdlib_module_names) | {"loadtest"}
+    stems = {path.stem for path in LOADTEST}
+    inner = {
+        stem: {name.split(".")[1] for name in names if name.startswith("loadtest.")} & stems
+        for stem, names in graph.items()
+    }
+    assert list(TopologicalSorter(inner).static_order())[-1] == "test_client"  # raises CycleError
+
+
+@pytest.mark.parametrize("path", [*PARTS, *LOADTEST, *PROGRAMS], ids=lambda path: path.name)
 def test_every_module_says_what_it_is(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
 

@@ -30,12 +30,14 @@ from support import (
 )
 
 from balancer.backends import Backend, Choice, LastCheck
+from balancer.events import EVENT_KINDS
+from balancer.exchange import Attempt, Exchange
 from balancer.histogram import BOUNDS, ROUND_BOUNDS
 from balancer.metrics import BACKEND_REASONS, BUCKETS, QUEUE_BUCKETS, REASONS, STATES
 from balancer.origin import Origin
 from balancer.pool import BackendPool
 from balancer.settings import BackendSettings, Settings
-from balancer.statistics import EVENT_KINDS, Attempt, Exchange, Statistics
+from balancer.statistics import Statistics
 from balancer.strategies import create
 from balancer.tally import Tally
 from load_balancer import create_app

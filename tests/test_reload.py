@@ -122,15 +122,17 @@ def test_every_setting_is_either_applied_or_said_to_need_a_restart(name: str) ->
     other = {
         "algorithm": "round_robin", "health_path": "/other", "trusted_proxies": ("10.0.0.0/8",),
         "latency_ejection": "shadow", "log_level": "error", "health_rise": 3, "latency_ejection_factor": 2.0,
+        "access_log_format": "json",
     }  # fmt: skip
     default = Settings.model_fields[name].default
     if name not in other:
         other[name] = not default if isinstance(default, bool) else default // 2 if isinstance(default, int) else 0.25
         if default is None:
             other[name] = 7
-    wired = Wired(backends=[A])
+    base: dict[str, Any] = {"backends": [A], "access_log": name == "access_log_format"}  # without it there is no format
+    wired = Wired(**base)
     before = held(wired.balancer)
-    assert whats(wired.reload(backends=[A], **{name: other[name]})) == [name]
+    assert whats(wired.reload(**base | {name: other[name]})) == [name]
     assert held(wired.balancer) != before, f"{name} is not applied"
 
 
@@ -144,6 +146,7 @@ def held(balancer: Balancer) -> list[Any]:
         balancer.proxy.options, balancer.control.pool._options, balancer.control.pool.algorithm, adapter.timeouts,
         adapter.pool_idle_timeout, health._interval, health._probe._target, health._probe._adapter.timeouts,
         bridge.idle_timeout, bridge.min_body_rate, logging.getLogger().level,
+        balancer.proxy.access_log and balancer.proxy.access_log._format,
     ]  # fmt: skip
 
 

@@ -16,21 +16,12 @@ from werkzeug.test import Client
 
 from balancer.backends import LastCheck
 from balancer.errors import ResponseTimedOut
+from balancer.events import EVENTS_KEPT, Events
+from balancer.exchange import PATH_SHOWN, Attempt, Exchange
 from balancer.histogram import BOUNDS, Histogram
 from balancer.origin import Origin
 from balancer.settings import BackendSettings, Settings
-from balancer.statistics import (
-    EVENTS_KEPT,
-    NO_REQUESTS,
-    PATH_SHOWN,
-    RECENT_KEPT,
-    TROUBLED_KEPT,
-    Attempt,
-    Counters,
-    Events,
-    Exchange,
-    Statistics,
-)
+from balancer.statistics import NO_REQUESTS, RECENT_KEPT, TROUBLED_KEPT, Counters, Statistics
 from load_balancer import create_app
 
 

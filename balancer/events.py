@@ -1,0 +1,68 @@
+"""What an operator wants to know of afterwards: health transitions, admin actions, changes of the configuration."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from threading import Lock
+from typing import Any
+
+EVENTS_KEPT = 500
+REFUSED = "write_refused"  # the one kind of event that anybody can cause
+EVENT_KINDS = (
+    *("backend_up", "backend_down", "backend_added", "backend_removed", "backend_changed", "backend_draining"),
+    *("backend_drained", "backend_ejected", "backend_trial", "backend_returned", "backend_slow", "algorithm_changed"),
+    *("statistics_reset", REFUSED, "panic_on", "panic_off", "config_reloaded", "config_refused", "draining"),
+)
+
+
+class Events:
+    """The newest events with a rising `seq`, so that a reader asks only for what is new.
+
+    `_lock` guards all three: `_seq`, `_events`, `_counts`.
+    """
+
+    def __init__(self, wall_clock: Callable[[], float] = time.time) -> None:
+        self._lock = Lock()
+        self._wall_clock = wall_clock
+        self._seq = 0
+        self._counts = dict.fromkeys(EVENT_KINDS, 0)
+        self._events: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
+
+    def add(self, kind: str, backend: str | None, message: str, severity: str = "info") -> None:
+        """`kind` is a stable word; `severity` is info, warning or error.
+
+        Refused writes that follow each other become one event with a `count`, or any page could flood the log.
+        """
+        with self._lock:
+            self._seq += 1
+            self._counts[kind] = self._counts.get(kind, 0) + 1
+            count = 1
+            if kind == REFUSED and self._events and self._events[-1]["kind"] == REFUSED:
+                count += self._events.pop()["count"]
+            self._events.append(
+                {
+                    "seq": self._seq,
+                    "timestamp": self._wall_clock(),
+                    "kind": kind,
+                    "backend": backend or None,
+                    "message": message,
+                    "severity": severity,
+                    "count": count,
+                }
+            )
+
+    def since(self, seq: int) -> tuple[list[dict[str, Any]], int]:
+        """(events with a higher `seq`, oldest first; the newest `seq`)."""
+        with self._lock:
+            return [event for event in self._events if event["seq"] > seq], self._seq
+
+    def counts(self) -> dict[str, int]:
+        """How many of each kind there have been, also those that are no longer kept."""
+        with self._lock:
+            return self._counts.copy()
+
+    @property
+    def latest(self) -> int:
+        return self._seq

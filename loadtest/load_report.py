@@ -1,0 +1,110 @@
+"""The text report of a load run, and the tables of a comparison."""
+
+from collections.abc import Sequence
+
+from loadtest.problems import clean
+from loadtest.report import MAX_ROWS, Json, Report
+from loadtest.screen import label, number, quantity, table
+
+
+class LoadReport(Report):
+    def load(self, text: str) -> None:
+        self._screen.field("Load", text)
+
+    def result(self, result: Json) -> None:
+        """Everything about one run."""
+        screen, field = self._screen, self._screen.field
+        self._summary(result)
+        self._latency("Latency " + self._unit, result["latency_ms"])
+        if result["latency_raw_ms"] is not None:
+            self._raw(result)
+        if self._verbose:
+            self._latency("To 1st byte", result["ttfb_ms"])
+            self._latency("To connect", result["connect_ms"])
+        if result["histogram"]:
+            screen.line()
+            screen.line(screen.style("Histogram", "strong"))
+            self.histogram(result["histogram"], "  ")
+        screen.line()
+        self.shares(result["backends"], "  ")
+        if result["note"]:
+            self._note(result["note"])
+        screen.line()
+        if result["status_codes"]:
+            field("Statuses", "   ".join(f"{code}: {count}" for code, count in result["status_codes"].items()))
+        self.errors(result["errors"])
+        self._extras(result)
+        self.client(result["client"])
+
+    def _summary(self, result: Json) -> None:
+        summary = result["summary"]
+        requests, failed = summary["requests"], summary["failed"]
+        share = f" ({100 * summary['ok'] / requests:.1f} %)" if requests else ""
+        bad = self._screen.style(f"{failed} failed", "bad") if failed else "0 failed"
+        rate = f"   {number(summary['rps'])} req/s" if summary["rps"] is not None else ""
+        took = f"in {summary['duration_s']:.2f} s{rate}   {quantity(summary['bytes'])}"
+        interrupted = self._screen.style("   interrupted", "warn") if result["interrupted"] else ""
+        self._screen.line()
+        self._screen.field("Summary", f"{summary['ok']} ok{share}   {bad}   {took}{interrupted}")
+
+    def _latency(self, name: str, values: Json) -> None:
+        if values["p50"] is None:
+            return
+        shown = [f"{key.replace('_', '.')} {self.time(values[key], values['p50'])}" for key in values if values[key]]
+        ranks = [text for text in shown if text.startswith("p")]
+        self._screen.field(name, "   ".join(text for text in shown if text not in ranks))
+        self._screen.field("", "   ".join(ranks))
+
+    def _raw(self, result: Json) -> None:
+        """With a schedule: what a client that starts its clock late would have claimed."""
+        shown = [f"{rank} {self.time(result['latency_raw_ms'][rank])}" for rank in ("p50", "p95", "p99", "max")]
+        self._screen.field("From send", "   ".join(shown) + "   (not counting the wait to be sent)")
+
+    def _extras(self, result: Json) -> None:
+        field, summary, clients = self._screen.field, result["summary"], result["clients"]
+        if summary["stale_retries"]:
+            field("Resent", f"{summary['stale_retries']} after a kept connection was closed")
+        if summary["cut_off"]:
+            field("Cut off", f"{summary['cut_off']} under way at the end, not counted")
+        if clients:
+            again = f"{clients['sticky']} of {clients['returning']} that came again always had the same backend"
+            field("Clients", f"{clients['count']}, {again}")
+        if self._verbose:
+            name = "Slowest"
+            for slow in result["slowest"]:
+                text = f"{self.time(slow['latency_ms'])} {self._unit}  at {slow['offset_s']:.3f} s  {slow['status']}"
+                request_id = f"  id {clean(slow['request_id'])}" if slow["request_id"] else ""
+                field(name, f"{text}  {label(slow['backend'])}{request_id}")
+                name = ""
+
+    def comparison(self, results: Sequence[Json]) -> None:
+        """One line for each algorithm, then the shares of the backends."""
+        screen = self._screen
+        keys = ("p50", "p90", "p95", "p99", "max")
+        rows = [["algorithm", "ok", "failed", "req/s", *(f"{key} {self._unit}" for key in keys)]]
+        for result in results:
+            summary, times = result["summary"], result["latency_ms"]
+            counts = [str(summary["ok"]), str(summary["failed"]), number(summary["rps"])]
+            rows.append([result["name"], *counts, *(self.time(times[key], times["p50"]) for key in keys)])
+        self._grid(rows)
+        names = list(dict.fromkeys(row["id"] for result in results for row in result["backends"]))
+        shown = [["share %", *(label(name) for name in names[:MAX_ROWS])]]
+        for result in results:
+            shares = {row["id"]: row["share"] for row in result["backends"]}
+            found = (shares.get(name) for name in names[:MAX_ROWS])
+            shown.append([result["name"], *(number(None if share is None else share * 100) for share in found)])
+        self._grid(shown)
+        if len(names) > MAX_ROWS:
+            screen.line(f"  and {len(names) - MAX_ROWS} more backends (all of them with --json)")
+        for result in results:
+            if result["errors"] or result["note"]:
+                screen.line(f"\n{result['name']}")
+                self.errors(result["errors"], indent=2)
+            if result["note"]:
+                self._note(result["note"])
+        screen.line()
+
+    def _grid(self, rows: list[list[str]]) -> None:
+        self._screen.line()
+        for index, text in enumerate(table(rows)):
+            self._screen.line(f"  {text if index else self._screen.style(text, 'faint')}")

@@ -1,0 +1,115 @@
+"""Where requests go and what they are: the URL taken apart, and the bytes of a request, built once."""
+
+import argparse
+import re
+import ssl
+import threading
+from dataclasses import dataclass
+from http.cookies import CookieError, SimpleCookie
+from urllib.parse import urlsplit
+
+from loadtest import VERSION, values
+from loadtest.options import Options
+from loadtest.problems import EXIT_USAGE, Problem
+
+DEFAULT_PATH = "/api/process"
+MAX_COOKIES = 50  # of a client, as many as RFC 6265 section 6.1 asks for
+WITH_LENGTH = frozenset(("POST", "PUT", "PATCH"))  # RFC 9110 section 8.6: these say their length even if it is 0
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    host: str
+    port: int
+    origin: str  # scheme and authority
+    authority: str  # what Host says
+    path: str
+    tls: ssl.SSLContext | None
+
+
+def parse_target(options: Options) -> Target:
+    """A path in the URL is the path to request; the control API stays at the root. Raises Problem."""
+    try:
+        return _split(options.url, options.path)
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise Problem(f"cannot use the URL {options.url!r}: {error}", EXIT_USAGE) from None
+
+
+def _split(url: str, path: str | None) -> Target:
+    parts = urlsplit(url if "://" in url else f"http://{url}")
+    if parts.scheme not in ("http", "https"):
+        raise ValueError("only http:// and https:// are supported")
+    if not parts.hostname or parts.port == 0 or not re.fullmatch(r"[\x21-\x3f\x41-\x7e]+", parts.netloc):
+        raise ValueError("it needs a plain host name, without a user name")
+    own_path = parts.path + (f"?{parts.query}" if parts.query else "")
+    return Target(
+        host=parts.hostname,
+        port=parts.port or (443 if parts.scheme == "https" else 80),
+        origin=f"{parts.scheme}://{parts.netloc}",
+        authority=parts.netloc,
+        path=path or (DEFAULT_PATH if own_path in ("", "/") else values.path(own_path)),
+        tls=ssl.create_default_context() if parts.scheme == "https" else None,
+    )
+
+
+def request_method(options: Options) -> str:
+    return options.method or ("GET" if options.body is None else "POST")
+
+
+class Identity:
+    """One client as the balancer sees it: its request, with its address and the cookies that it was given.
+
+    `_lock` guards the cookies, as two connections may carry requests of the same client at one time.
+    """
+
+    def __init__(self, options: Options, target: Target, address: str | None) -> None:
+        self.request = self._plain = _request(options, target, address)
+        self.keeps_cookies = address is not None
+        self._body_at = self._plain.index(b"\r\n\r\n") + 2
+        self._cookies: dict[str, str] = {}
+        self._lock = threading.Lock()
+
+    def remember(self, lines: list[str]) -> None:
+        """Take over Set-Cookie lines. Names and values only: all requests go to one origin and path."""
+        with self._lock:
+            for line in lines:
+                try:
+                    morsels = SimpleCookie(line)
+                except CookieError:
+                    continue  # as a browser does with what it does not understand
+                for name, morsel in morsels.items():
+                    if morsel["max-age"].strip().startswith(("0", "-")):  # RFC 6265 section 5.2.2: forget it
+                        self._cookies.pop(name, None)
+                    else:
+                        self._cookies[name] = morsel.coded_value
+            for name in list(self._cookies)[:-MAX_COOKIES]:  # the oldest
+                del self._cookies[name]
+            pairs = "; ".join(f"{name}={value}" for name, value in self._cookies.items())
+        cookie = f"Cookie: {pairs}\r\n".encode("latin-1") if pairs else b""
+        self.request = self._plain[: self._body_at] + cookie + self._plain[self._body_at :]
+
+
+def identities(options: Options, target: Target) -> list[Identity]:
+    """One without an address, or with --clients that many, each at an address meant for benchmarks (RFC 2544)."""
+    if options.clients is None:
+        return [Identity(options, target, None)]
+    numbers = range(1, options.clients + 1)
+    return [Identity(options, target, f"198.{18 + (n >> 16)}.{n >> 8 & 255}.{n & 255}") for n in numbers]
+
+
+def _request(options: Options, target: Target, address: str | None) -> bytes:
+    method, body = request_method(options), options.body
+    given = [(name.encode("ascii"), value.encode("latin-1")) for name, value in options.header]
+    defaults = {"Host": target.authority, "User-Agent": f"test_client.py/{VERSION}", "Accept": "*/*"}
+    if body is not None:
+        defaults["Content-Type"] = options.content_type or "application/json"
+    if body is not None or method in WITH_LENGTH:
+        defaults["Content-Length"] = str(len(body or b""))
+    if options.no_keepalive:
+        defaults["Connection"] = "close"
+    if address:
+        defaults["X-Forwarded-For"] = address
+    names = {name.lower() for name, _ in given}
+    lines = [(n.encode("ascii"), v.encode("latin-1")) for n, v in defaults.items() if n.lower().encode() not in names]
+    head = b"".join(b"%s: %s\r\n" % line for line in lines + given)
+    return b"%s %s HTTP/1.1\r\n%s\r\n%s" % (method.encode("ascii"), target.path.encode("ascii"), head, body or b"")
