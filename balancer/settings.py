@@ -162,7 +162,7 @@ class Settings(BaseModel):
 
     # Process.
     max_threads: int = Field(
-        1024, ge=1, le=10000, description="requests worked on at the same time; threads grow on demand"
+        1024, ge=1, le=10000, description="requests that need a thread at the same time; threads grow on demand"
     )
     max_queued: int = Field(1024, ge=0, le=100000, description="requests that wait for a thread; above that 503")
     thread_idle_timeout: Seconds = Field(30.0, description="time after which an idle thread ends")

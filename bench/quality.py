@@ -25,8 +25,9 @@ from speed import Backends, count_at, delay_backends, progress, read_meter
 
 sys.path.insert(0, str(HERE.parent))
 
-from balancer.backends import BackendPool, LastCheck, Lease  # noqa: E402
+from balancer.backends import LastCheck  # noqa: E402
 from balancer.origin import Origin  # noqa: E402
+from balancer.pool import BackendPool, Lease  # noqa: E402
 from balancer.strategies import REGISTRY, create  # noqa: E402
 
 FAST_SECONDS = 0.04
