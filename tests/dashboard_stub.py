@@ -1,19 +1,21 @@
-"""A stand-in for the balancer: it serves a canned /status to the dashboard and remembers what it was sent."""
+"""A stand-in for the balancer: it serves canned answers to the dashboard and remembers what it was sent."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import json
+import math
 import re
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 Json = dict[str, Any]
 STARTED = time.time() - 750
@@ -30,7 +32,8 @@ def backend(index: int = 1, **changes: Any) -> Json:
         "weight": 1, "total_requests": 100 * index, "successful_requests": 100 * index, "failed_requests": 0,
         "aborted_requests": 0, "avg_response_time": 0.05, "state": "up", "admin_state": "ready",
         "max_connections": None, "latency": {"p50": 0.0041, "p95": 0.062, "p99": 0.12}, "codes": CODES,
-        "expected_share": None,
+        "expected_share": None, "drained": False, "admission": 1.0, "source": "file", "overrides": {},
+        "ejection": {"status": "none", "consecutive_failures": 0, "count": 0, "until": None, "reason": None},
         "health": {
             "status": "up", "reason": None, "since": now - 250, "fall": 2, "rise": 1, "consecutive_failures": 0,
             "consecutive_successes": 9, "last_check": {"at": now - 4, "duration": 0.003, "status": 200, "error": None},
@@ -54,8 +57,60 @@ def recent(index: int, **changes: Any) -> Json:
     entry: Json = {
         "timestamp": time.time() - index, "server_id": "backend_1", "response_time": 0.012, "status": 200,
         "method": "GET", "path": "/api/process", "request_id": f"request-{index}", "attempts": 1, "reason": None,
+        "queued": 0.0, "first_byte": 0.011, "bytes_in": 0, "bytes_out": 1834, "complete": True,
+        "tried": [{"backend": "backend_1", "outcome": "200", "error": None, "seconds": 0.011, "connect": None}],
     }  # fmt: skip
     return entry | changes
+
+
+def explained(request_id: str) -> Json:
+    """What /requests/<id> tells of a request that was retried."""
+    second = {"id": "backend_2", "active": 3, "score": 1.5}
+    attempt = {"algorithm": "least_connections", "error": None, "seconds": 0.002, "connect": 0.0003}
+    refused = attempt | {
+        "backend": "backend_1", "outcome": "connect", "error": "connection refused", "connect": None,
+        "candidates": [{"id": "backend_1", "active": 2, "score": 0.667}, second],
+        "excluded": {"backend_3": "down"},
+    }  # fmt: skip
+    answered = attempt | {
+        "backend": "backend_2", "outcome": "200", "candidates": [second],
+        "excluded": {"backend_1": "already tried", "backend_3": "down"},
+    }  # fmt: skip
+    changes = {"request_id": request_id, "server_id": "backend_2", "attempts": 2, "tried": [refused, answered]}
+    return recent(1, **changes)
+
+
+def event(seq: int, kind: str, backend_id: str | None = None, severity: str = "info", **changes: Any) -> Json:
+    """One entry of /events, as old as its number is small."""
+    entry: Json = {
+        "seq": seq, "timestamp": time.time() - 60 + seq, "kind": kind, "backend": backend_id,
+        "message": f"about {kind}", "severity": severity, "count": 1,
+    }  # fmt: skip
+    return entry | changes
+
+
+def history(ids: list[str], step: int = 1, count: int = 60, failing: int = 0, now: float | None = None) -> list[Json]:
+    """`count` slots up to now, with a gentle wave of traffic; `failing` of the newest have failures."""
+    newest = int((now or time.time()) // step * step) - step
+    points = []
+    for index in range(count):
+        at = newest - (count - 1 - index) * step
+        wave = 1 + 0.3 * math.sin(at / 17) + 0.1 * math.sin(at / 3.1)
+        backends = {}
+        for number, backend_id in enumerate(ids):
+            requests = round(step * wave * 30 / (number + 1))
+            backends[backend_id] = {
+                "requests": requests, "failed": 0, "in_flight": 1 + (at + number) % 3,
+                "p50": 0.004, "p95": 0.05, "p99": 0.1,
+            }  # fmt: skip
+        point = {
+            "at": at, "requests": sum(one["requests"] for one in backends.values()), "retries": 0, "waiting": 0,
+            "failed": 4 * step if index >= count - failing else 0, "backends": backends,
+            "in_flight": sum(one["in_flight"] for one in backends.values()),
+            "p50": 0.005 * wave, "p95": 0.04 + 0.02 * wave, "p99": 0.06 + 0.05 * wave * wave,
+        }  # fmt: skip
+        points.append(point)
+    return points
 
 
 def status(backends: list[Json], failed: int = 0, **changes: Any) -> Json:
@@ -67,18 +122,19 @@ def status(backends: list[Json], failed: int = 0, **changes: Any) -> Json:
             entry["expected_share"] = 1 / len(backends)
     answer: Json = {
         "schema_version": 1, "version": "0.1.0", "load_balancer_id": "lb-1", "algorithm": "weighted",
-        "lifecycle": "running", "now": now, "uptime": 754.0, "events_seq": 17,
+        "lifecycle": "running", "now": now, "uptime": 754.0, "events_seq": 0, "panic": False,
+        "config": {"file": None, "loaded_at": STARTED, "last_error": None},
         "statistics": {
             "total_requests": total, "successful_requests": total - failed, "failed_requests": failed,
             "start_time": STARTED, "active_requests": sum(entry["active_connections"] for entry in backends),
-            "queued_requests": 0, "aborted_requests": 0, "retries": 0, "unassigned_requests": 0,
+            "queued_requests": 0, "waiting_requests": 0, "aborted_requests": 0, "retries": 0, "unassigned_requests": 0,
             "requests_per_second": 42.5 if total else 0.0, "codes": CODES,
             "latency": {"p50": 0.0052, "p95": 0.064, "p99": 1.27} if total else {"p50": None, "p95": None, "p99": None},
         },
         "backend_servers": backends,
         "recent_requests": [recent(index) for index in range(5)] if total else [],
         "capabilities": {
-            "writes": True, "token_required": False,
+            "writes": True, "token_required": False, "reload": True,
             "algorithms": [{"name": name, "description": f"About {name}."} for name in ALGORITHMS],
         },
     }  # fmt: skip
@@ -98,10 +154,16 @@ class Stub:
     raw_body: bytes | None = None
     token: str | None = None
     refuse_writes: bool = False
+    failing_writes: set[str] = field(default_factory=set)  # paths that answer 422
+    events: list[Json] = field(default_factory=list)
+    history: dict[int, list[Json]] | None = field(default_factory=dict)  # by step; None is a balancer that keeps none
+    requests: dict[str, Json] = field(default_factory=dict)
+    reload_answer: Json = field(default_factory=dict)
+    asked: list[str] = field(default_factory=list)  # targets of all GETs
     traffic_code: int = 200
     gate: threading.Event = field(default_factory=threading.Event)
     traffic_gate: threading.Event = field(default_factory=threading.Event)
-    writes: list[tuple[str, Json]] = field(default_factory=list)
+    writes: list[tuple[str, Json]] = field(default_factory=list)  # (path of a POST or METHOD path, body)
     polls: int = 0
     traffic: int = 0
     running: dict[str, int] = field(default_factory=lambda: {"poll": 0, "traffic": 0})
@@ -139,6 +201,14 @@ class Stub:
             with self.lock:
                 self.running[kind] -= 1
 
+    def tell(self, *entries: Json) -> None:
+        """Add events, and announce them in /status."""
+        self.events.extend(entries)
+        self.answer["events_seq"] = max(entry["seq"] for entry in self.events)
+
+    def find(self, backend_id: str) -> Json | None:
+        return next((one for one in self.answer["backend_servers"] if one["id"] == backend_id), None)
+
     def next_backend(self) -> str:
         """The backend that answers the next test request, in turn."""
         with self.lock:
@@ -155,15 +225,27 @@ class StubHandler(BaseHTTPRequestHandler):
     stub: Stub
 
     def do_GET(self) -> None:
-        if self.path == "/status":
+        self.stub.asked.append(self.path)
+        target = urlsplit(self.path)
+        query = {name: values[0] for name, values in parse_qs(target.query).items()}
+        if target.path == "/status":
             with self.stub.counted("poll"):
                 self.send_status()
-        elif self.path.startswith("/api/"):
+        elif target.path.startswith("/api/"):
             with self.stub.counted("traffic"):
                 self.stub.traffic_gate.wait(20)
                 self.reply(self.stub.traffic_code, {"server_id": self.stub.next_backend()})
-        elif self.path.partition("?")[0] == "/dashboard":
+        elif target.path == "/dashboard":
             self.send_dashboard()
+        elif target.path == "/events":
+            newer = [one for one in self.stub.events if one["seq"] > int(query["since"])]
+            self.reply(200, {"events": newer, "latest": self.stub.answer["events_seq"]})
+        elif target.path == "/history" and self.stub.history is not None:
+            step, since = int(query["step"]), int(query["since"])
+            newer = [one for one in self.stub.history.get(step, []) if one["at"] > since]
+            self.reply(200, {"step": step, "now": time.time(), "points": newer})
+        elif target.path.removeprefix("/requests/") in self.stub.requests:
+            self.reply(200, self.stub.requests[target.path.removeprefix("/requests/")])
         else:
             self.reply(404, {"error": "not found"})
 
@@ -184,16 +266,51 @@ class StubHandler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.stub.refuse_writes:
-            self.reply(403, {"error": "changes are off"})
+        body = self.take_write(self.path)
+        if body is None:
             return
-        self.stub.writes.append((self.path, body))
         if self.path == "/algorithm":
             self.stub.answer["algorithm"] = body["algorithm"]
             self.reply(200, {"message": f"Algorithm is now {body['algorithm']}", "current": body["algorithm"]})
+        elif self.path.startswith("/reload"):
+            self.reply(200, self.stub.reload_answer | {"applied": "dry_run" not in self.path})
+        elif self.path == "/backends":
+            added = backend(4, **{"id": "backend_4"} | body)
+            self.stub.answer["backend_servers"].append(added)
+            self.reply(201, added)
         else:
             self.reply(200, {"message": "Statistics reset"})
+
+    def do_PATCH(self) -> None:
+        body = self.take_write(f"PATCH {self.path}")
+        found = self.stub.find(self.path.removeprefix("/backends/"))
+        if body is None or found is None:
+            return
+        found |= body
+        if "admin_state" in body:
+            found["state"] = {"ready": "up"}.get(body["admin_state"], body["admin_state"])
+        self.reply(200, found)
+
+    def do_DELETE(self) -> None:
+        if self.take_write(f"DELETE {self.path}") is None:
+            return
+        name = self.path.removeprefix("/backends/")
+        self.stub.answer["backend_servers"] = [one for one in self.stub.answer["backend_servers"] if one["id"] != name]
+        self.reply(200, {"message": f"{name} removed", "active": 0})
+
+    def take_write(self, name: str) -> Json | None:
+        """The body of a change that is let through; None if it was answered with a refusal."""
+        body: Json = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or b"{}")
+        if self.stub.refuse_writes:
+            self.reply(403, {"error": "changes are off"})
+        elif self.stub.token and self.headers["Authorization"] != f"Bearer {self.stub.token}":
+            self.reply(401, {"error": "a token is required"})
+        elif self.path in self.stub.failing_writes:
+            self.reply(422, {"error": "that value is wrong"})
+        else:
+            self.stub.writes.append((name, body))
+            return body
+        return None
 
     def do_OPTIONS(self) -> None:
         self.send_response(204)
@@ -208,8 +325,9 @@ class StubHandler(BaseHTTPRequestHandler):
         self.send_cors()
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+        with suppress(ConnectionError):  # a page that has stopped waiting
+            self.end_headers()
+            self.wfile.write(body)
 
     def send_cors(self) -> None:
         readable = self.stub.traffic_cors or not self.path.startswith("/api/")

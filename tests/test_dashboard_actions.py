@@ -1,0 +1,329 @@
+"""What the dashboard changes: who asks first, what is sent, how it is undone, and what a refusal looks like."""
+
+from __future__ import annotations
+
+import re
+
+from playwright.sync_api import expect
+
+from tests.dashboard_stub import Stub, backend, explained, recent, status
+from tests.dashboard_tab import Tab, chromium, stub, tab, wait_until
+
+__all__ = ["chromium", "stub", "tab"]  # fixtures
+
+PREVIEW = {
+    "changes": [
+        {"what": "backend_1.weight", "from": 3, "to": 5},
+        {"what": "backend_4", "from": None, "to": "http://127.0.0.1:5004"},
+    ],
+    "shares": {"backend_1": 0.625, "backend_2": 0.25, "backend_4": 0.125},
+    "kept": ["backend_2.weight"],
+    "needs_restart": ["port"],
+}
+
+
+def choose(tab: Tab, index: int, words: str) -> None:
+    """An entry of a row's menu."""
+    tab.page.locator("#backend-rows .c-menu button").nth(index).click()
+    tab.page.get_by_role("menuitem", name=words).click()
+
+
+# ---- State of a backend
+
+
+def test_a_drained_backend_is_put_back_by_undo(tab: Tab, stub: Stub) -> None:
+    tab.from_disk(stub.url).is_live()
+    choose(tab, 0, "Drain")
+    tab.shows("#toasts", "backend_1 gets no new requests.")
+    tab.shows("#backend-rows tr >> nth=0", "Draining (1 left)")
+    tab.page.get_by_role("button", name="Undo").click()
+    tab.shows("#backend-rows tr >> nth=0", "Up")
+    assert stub.writes == [
+        ("PATCH /backends/backend_1", {"admin_state": "drain"}),
+        ("PATCH /backends/backend_1", {"admin_state": "ready"}),
+    ]
+
+
+def test_the_last_backend_is_only_taken_away_after_asking(tab: Tab, stub: Stub) -> None:
+    stub.answer = status([backend(1), backend(2, state="maint", admin_state="maint", healthy=False)])
+    tab.from_disk(stub.url).is_live()
+    choose(tab, 0, "Maintenance")
+    tab.shows("#confirm", "no backend takes traffic")
+    tab.page.keyboard.press("Escape")
+    expect(tab.at("#confirm")).to_be_hidden()
+    assert stub.writes == []
+    choose(tab, 0, "Maintenance")
+    tab.page.click("#confirm-yes")
+    tab.shows("#toasts", "backend_1 is in maintenance.")
+    assert stub.writes == [("PATCH /backends/backend_1", {"admin_state": "maint"})]
+
+
+def test_several_are_changed_and_undone_together(tab: Tab, stub: Stub) -> None:
+    stub.answer = status([backend(index) for index in range(1, 6)])
+    tab.from_disk(stub.url).is_live()
+    for index in (1, 3):
+        tab.page.locator("#backend-rows input[type=checkbox]").nth(index).check()
+    tab.shows("#bulk-note", "2 selected")
+    tab.page.click("#bulk-drain")
+    tab.shows("#toasts", "backend_2, backend_4 gets no new requests.")
+    expect(tab.at("#bulk")).to_be_hidden()
+    tab.page.get_by_role("button", name="Undo").click()
+    wait_until(lambda: len(stub.writes) == 4)
+    assert [name for name, body in stub.writes if body == {"admin_state": "ready"}] == [
+        "PATCH /backends/backend_2",
+        "PATCH /backends/backend_4",
+    ]
+
+
+def test_a_change_that_half_worked_says_so(tab: Tab, stub: Stub) -> None:
+    tab.network_errors_expected = True
+    stub.answer = status([backend(index) for index in range(1, 4)])
+    stub.failing_writes = {"/backends/backend_2"}
+    tab.from_disk(stub.url).is_live()
+    for index in (0, 1):
+        tab.page.locator("#backend-rows input[type=checkbox]").nth(index).check()
+    tab.page.click("#bulk-drain")
+    tab.shows(".toast.bad", "1 of 2 done: backend_2: that value is wrong")
+
+
+def test_a_change_to_what_is_already_so_sends_nothing(tab: Tab, stub: Stub) -> None:
+    tab.from_disk(stub.url).is_live()
+    tab.page.locator("#backend-rows input[type=checkbox]").first.check()
+    tab.page.click("#bulk-ready")
+    tab.shows(".toast.calm", "Nothing changed")
+    assert stub.writes == []
+
+
+# ---- Weight and limit
+
+
+def test_a_weight_is_typed_checked_and_undone(tab: Tab, stub: Stub) -> None:
+    tab.from_disk(stub.url).is_live()
+    weight = tab.at("#backend-rows .weight").first
+    weight.fill("257")
+    weight.press("Enter")
+    expect(weight).to_have_attribute("aria-invalid", "true")
+    weight.press("Escape")
+    expect(weight).to_have_value("3")
+    weight.fill("8")
+    weight.press("Enter")
+    tab.shows("#toasts", "backend_1: weight 8.")
+    expect(weight).to_have_value("8")
+    tab.page.get_by_role("button", name="Undo").click()
+    tab.shows("#toasts", "backend_1: weight 3.")
+    assert [body for _, body in stub.writes] == [{"weight": 8}, {"weight": 3}]
+
+
+def test_a_weight_being_typed_is_not_overwritten_and_leaving_drops_it(tab: Tab, stub: Stub) -> None:
+    tab.from_disk(stub.url).is_live()
+    weight = tab.at("#backend-rows .weight").first
+    weight.fill("77")
+    stub.answer["backend_servers"][0]["weight"] = 9
+    stub.answer["statistics"]["total_requests"] = 4321
+    tab.shows("#t-total", "4,321")
+    expect(weight).to_have_value("77")
+    tab.page.focus("#filter")
+    expect(weight).to_have_value("9")
+    assert stub.writes == []
+
+
+def test_connections_are_limited_in_a_dialog(tab: Tab, stub: Stub) -> None:
+    tab.from_disk(stub.url).is_live()
+    choose(tab, 1, "Limit connections")
+    expect(tab.at("#new-max")).to_have_value("50")
+    expect(tab.at("#field-url")).to_be_hidden()
+    tab.page.fill("#new-max", "0")
+    tab.page.keyboard.press("Enter")
+    tab.shows("#backend-error", "from 1 to 1,000,000")
+    tab.page.fill("#new-max", "")
+    tab.page.keyboard.press("Enter")
+    tab.shows("#toasts", "backend_2: no limit of connections.")
+    tab.page.get_by_role("button", name="Undo").click()
+    wait_until(lambda: len(stub.writes) == 2)
+    assert [body for _, body in stub.writes] == [{"max_connections": None}, {"max_connections": 50}]
+
+
+# ---- Add and remove
+
+
+def test_a_backend_is_added_and_a_refusal_stays_in_the_dialog(tab: Tab, stub: Stub) -> None:
+    tab.network_errors_expected = True
+    stub.failing_writes = {"/backends"}
+    tab.from_disk(stub.url).is_live()
+    tab.page.click("#add-backend")
+    tab.page.fill("#new-url", "http://127.0.0.1:5004")
+    tab.page.keyboard.press("Enter")
+    tab.shows("#backend-error", "that value is wrong")
+    stub.failing_writes = set()
+    tab.page.fill("#new-weight", "2")
+    tab.page.keyboard.press("Enter")
+    tab.shows("#toasts", "backend_4 was added")
+    expect(tab.at("#backend-rows tr")).to_have_count(4)
+    added = {"url": "http://127.0.0.1:5004", "weight": 2, "max_connections": None}
+    assert stub.writes == [("/backends", added)]
+
+
+def test_a_backend_is_removed_after_asking_and_undo_adds_it_again(tab: Tab, stub: Stub) -> None:
+    tab.from_disk(stub.url).is_live()
+    choose(tab, 1, "Remove")
+    tab.shows("#confirm", "1 request in flight may finish first")
+    tab.page.click("#confirm-no")
+    assert stub.writes == []
+    choose(tab, 1, "Remove")
+    tab.page.click("#confirm-yes")
+    tab.shows("#toasts", "backend_2 removed")
+    expect(tab.at("#backend-rows tr")).to_have_count(2)
+    tab.page.get_by_role("button", name="Undo").click()
+    tab.shows("#toasts", "backend_2 is back")
+    again = {"id": "backend_2", "url": "http://127.0.0.1:5002", "weight": 2, "max_connections": 50}
+    assert stub.writes == [("DELETE /backends/backend_2", {}), ("/backends", again)]
+
+
+# ---- Token and refusal
+
+
+def test_a_change_asks_for_the_token_and_goes_on(tab: Tab, stub: Stub) -> None:
+    tab.network_errors_expected = True
+    tab.from_disk(stub.url).is_live()
+    stub.answer["capabilities"]["token_required"] = True
+    tab.shows("#write-note", "Changes need a token.")
+    stub.token = "secret"
+    tab.page.click("#pause")
+    choose(tab, 0, "Drain")
+    expect(tab.at("#token-dialog")).to_be_visible()
+    tab.page.fill("#token", "with blank")
+    tab.page.keyboard.press("Enter")
+    expect(tab.at("#token")).to_have_attribute("aria-invalid", "true")
+    tab.page.fill("#token", "secret")
+    tab.page.keyboard.press("Enter")
+    tab.shows("#toasts", "backend_1 gets no new requests.")
+    assert stub.writes == [("PATCH /backends/backend_1", {"admin_state": "drain"})]
+    assert "secret" not in tab.page.evaluate("() => JSON.stringify({...localStorage})")
+
+
+def test_a_refused_state_change_makes_the_page_read_only(tab: Tab, stub: Stub) -> None:
+    tab.network_errors_expected = True
+    stub.refuse_writes = True
+    tab.from_disk(stub.url).is_live()
+    choose(tab, 0, "Drain")
+    tab.shows(".toast.bad", "changes are off")
+    tab.shows("#write-note", "Read-only here")
+    tab.page.locator("#backend-rows .c-menu button").first.click()
+    expect(tab.page.get_by_role("menuitem", name="Drain")).to_have_attribute("aria-disabled", "true")
+
+
+# ---- Configuration
+
+
+def test_a_reload_is_previewed_before_it_is_applied(tab: Tab, stub: Stub) -> None:
+    stub.answer["config"] = {"file": "/etc/balancer.toml", "loaded_at": None, "last_error": None}
+    stub.reload_answer = PREVIEW
+    tab.from_disk(stub.url).is_live()
+    tab.page.click("#reload")
+    for words in ("/etc/balancer.toml", "backend_1.weight", "5", "62.5 %", "50.0 %", "backend_2.weight", "port"):
+        tab.shows("#confirm", words)
+    assert stub.writes == [("/reload?dry_run=1", {})]
+    tab.page.click("#confirm-no")
+    tab.page.click("#reload")
+    tab.page.click("#confirm-yes")
+    tab.shows("#toasts", "Configuration reloaded, 2 changes.")
+    assert stub.writes == [("/reload?dry_run=1", {}), ("/reload?dry_run=1", {}), ("/reload", {})]
+
+
+def test_a_reload_without_changes_cannot_be_applied(tab: Tab, stub: Stub) -> None:
+    stub.reload_answer = {"changes": [], "shares": None, "kept": [], "needs_restart": []}
+    tab.from_disk(stub.url).is_live()
+    tab.page.click("#reload")
+    tab.shows("#confirm", "Nothing would change.")
+    tab.page.click("#confirm-yes")
+    expect(tab.at("#confirm")).to_be_hidden()
+    assert stub.writes == [("/reload?dry_run=1", {})]
+
+
+def test_a_bad_configuration_is_told_and_nothing_is_applied(tab: Tab, stub: Stub) -> None:
+    tab.network_errors_expected = True
+    stub.failing_writes = {"/reload?dry_run=1"}
+    tab.from_disk(stub.url).is_live()
+    tab.page.click("#reload")
+    tab.shows(".toast.bad", "that value is wrong")
+    expect(tab.at("#confirm")).to_be_hidden()
+
+
+def test_a_balancer_that_cannot_reload_offers_no_button(tab: Tab, stub: Stub) -> None:
+    stub.answer["capabilities"]["reload"] = False
+    tab.from_disk(stub.url).is_live()
+    expect(tab.at("#reload")).to_be_hidden()
+
+
+# ---- Looking closer
+
+
+def test_a_request_tells_why_this_backend(tab: Tab, stub: Stub) -> None:
+    stub.requests["request-1"] = explained("request-1")
+    stub.answer["recent_requests"] = [recent(1, attempts=2)]
+    tab.from_disk(stub.url).is_live()
+    opener = tab.page.get_by_role("button", name=re.compile("^Details of GET"))
+    opener.click()
+    dialog = tab.at("#request-dialog")
+    for words in (
+        "request-1", "Least connections", "1. backend_1: connect (connection refused)", "0.667",
+        "Not considered: backend_3 (down).", "2. backend_2: 200", "backend_1 (already tried)", "connected in 0.30 ms",
+    ):  # fmt: skip
+        expect(dialog).to_contain_text(words)
+    expect(dialog.locator("tr.chosen")).to_have_count(2)
+    tab.page.keyboard.press("Escape")
+    expect(opener).to_be_focused()
+
+
+def test_a_request_that_is_no_longer_kept_shows_what_is_known(tab: Tab, stub: Stub) -> None:
+    tab.network_errors_expected = True
+    stub.answer["recent_requests"] = [recent(1, status=502, reason="no answer", tried=[])]
+    tab.from_disk(stub.url).is_live()
+    tab.page.get_by_role("button", name=re.compile("^Details of GET")).click()
+    tab.shows("#request-dialog", "no longer keeps the details")
+    tab.shows("#request-dialog", "no answer")
+    tab.shows("#request-dialog", "No backend was tried.")
+
+
+def test_only_failed_or_retried_requests_are_asked_for(tab: Tab, stub: Stub) -> None:
+    stub.answer["recent_requests"] = [
+        recent(1),
+        recent(2, status=503),
+        recent(3, attempts=2),
+        recent(4, complete=False),
+    ]
+    tab.from_disk(stub.url).is_live()
+    tab.page.check("#only-errors")
+    expect(tab.at("#recent-rows tr")).to_have_count(3)
+    wait_until(lambda: "/status?recent=100" in stub.asked)
+
+
+def test_backends_are_sorted_filtered_and_keep_the_focus(tab: Tab, stub: Stub) -> None:
+    weights = [3, 1, 10, 2]
+    stub.answer = status([backend(index, weight=weight) for index, weight in enumerate(weights, 1)])
+    tab.from_disk(stub.url).is_live()
+    names = tab.at("#backend-rows .name")
+    heading = tab.page.get_by_role("button", name="Weight", exact=True)
+    for order, sort in (
+        (["3", "1", "4", "2"], "descending"),
+        (["2", "4", "1", "3"], "ascending"),
+        (list("1234"), None),
+    ):
+        heading.click()
+        expect(names).to_have_text([f"backend_{number}" for number in order])
+        assert heading.locator("..").get_attribute("aria-sort") == sort
+    tab.page.get_by_role("button", name="Backend", exact=True).click()
+    tab.page.fill("#filter", "5003")
+    expect(names).to_have_text(["backend_3"])
+    tab.page.fill("#filter", "none of them")
+    tab.shows("#backends-empty", "No backend matches the filter.")
+    tab.page.keyboard.press("Escape")
+    stub.answer["backend_servers"][3] |= {"state": "down", "healthy": False}
+    tab.page.check("#only-problems")
+    expect(names).to_have_text(["backend_4"])
+    tab.page.uncheck("#only-problems")
+    heading.click()
+    tab.at("#backend-rows .c-menu button").last.focus()
+    stub.answer["backend_servers"][1]["weight"] = 99
+    expect(names.first).to_have_text("backend_2")
+    assert tab.page.evaluate("() => document.activeElement.getAttribute('aria-label')") == "Actions for backend_2"

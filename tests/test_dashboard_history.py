@@ -1,0 +1,303 @@
+"""The past on the dashboard: charts from /history, the log from /events, and what is shown without them."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+
+import pytest
+from playwright.sync_api import expect
+
+from tests.dashboard_stub import Json, Stub, backend, down_backend, event, history, status
+from tests.dashboard_tab import DASH, Tab, chromium, stub, tab, wait_until
+
+__all__ = ["chromium", "stub", "tab"]  # fixtures
+
+IDS = ["backend_1", "backend_2"]
+
+
+def with_past(stub: Stub, failing: int = 0, count: int = 120) -> None:
+    now = time.time()
+    stub.answer = status([backend(1), backend(2)])
+    stub.history = {
+        1: history(IDS, count=count, failing=failing, now=now),
+        10: history(IDS, step=10, count=60, now=now),
+    }
+
+
+def area_points(tab: Tab, chart: int = 0) -> int:
+    """How many points the lowest area of a chart has along its upper edge."""
+    path = tab.at(".chart").nth(chart).locator("path.area").first.get_attribute("d") or ""
+    return (path.count("L") + 1) // 2
+
+
+def test_the_past_is_there_at_once(tab: Tab, stub: Stub) -> None:
+    with_past(stub, failing=10)
+    tab.from_disk(stub.url).is_live()
+    wait_until(lambda: area_points(tab) >= 58)
+    keys = [re.compile("backend_1"), re.compile("backend_2"), "failed4.0"]
+    expect(tab.at(".chart").nth(0).locator(".keys li")).to_have_text(keys)
+    tab.shows("#t-latency-note", "last 10 s;")
+    point = stub.history[10][-1]  # type: ignore[index]
+    assert tab.at("#t-p95").inner_text() == f"{point['p95'] * 1000:.0f} ms"
+
+
+def test_a_reload_of_the_page_keeps_charts_and_log(tab: Tab, stub: Stub) -> None:
+    with_past(stub)
+    stub.tell(event(1, "backend_down", "backend_1", "error"), event(2, "backend_up", "backend_1"))
+    tab.from_disk(stub.url).is_live()
+    for _ in range(2):
+        wait_until(lambda: area_points(tab) >= 58)
+        expect(tab.at("#event-rows li")).to_have_count(2)
+        tab.page.reload()
+        tab.is_live()
+
+
+def test_only_what_is_new_is_asked_for(tab: Tab, stub: Stub) -> None:
+    with_past(stub)
+    stub.tell(event(7, "backend_up", "backend_1"))
+    tab.from_disk(stub.url).is_live()
+    newest = stub.history[1][-1]["at"]  # type: ignore[index]
+    tab.shows("#event-rows", "up")
+    fresh = history(IDS, count=1, now=newest + 2)
+    stub.history[1].extend(fresh)  # type: ignore[index]
+    stub.answer["now"] = newest + 2.5
+    stub.tell(event(8, "backend_down", "backend_2", "error", message="timeout"))
+    tab.shows("#event-rows", "down: timeout")
+    wait_until(lambda: f"/history?step=1&since={newest}" in stub.asked)
+    assert stub.asked.count("/history?step=1&since=0") == 1
+    assert [it for it in stub.asked if it.startswith("/events")] == ["/events?since=0", "/events?since=7"]
+
+
+CLOCK = "at => new Date(at * 1000).toLocaleTimeString('en-GB')"
+
+
+@pytest.mark.parametrize(("seconds", "step", "least"), [(60, 1, 60), (300, 1, 59), (900, 10, 59), (3600, 10, 59)])
+def test_the_range_chooses_the_resolution(tab: Tab, stub: Stub, seconds: int, step: int, least: int) -> None:
+    with_past(stub)
+    tab.from_disk(stub.url).is_live()
+    tab.page.check(f"#range input[value='{seconds}']", force=True)
+    wait_until(lambda: least <= area_points(tab) <= 62)
+    end = stub.history[step][-1]["at"] + step  # type: ignore[index]
+    times = [tab.page.evaluate(CLOCK, end - back) for back in (seconds, seconds / 2, 0)]
+    assert tab.at(".chart").first.locator(".plot text").all_text_contents()[-3:] == times
+
+
+def test_more_slots_than_pixels_are_merged_without_loss(tab: Tab, stub: Stub) -> None:
+    with_past(stub, count=300)
+    for point in stub.history[1]:  # type: ignore[index]
+        point |= {"requests": 40, "failed": 10, "p99": 0.3 if point["at"] % 50 == 0 else 0.1}
+    tab.from_disk(stub.url).is_live()
+    tab.page.check("#range input[value='300']", force=True)
+    wait_until(lambda: 60 <= area_points(tab) <= 100)
+    expect(tab.at(".chart").nth(0).locator(".title-value")).to_have_text("40.0")
+    expect(tab.at(".chart").nth(3).locator(".keys b")).to_have_text("25.0 %")
+    tab.page.get_by_role("button", name="View Response time as table").click()
+    worst = tab.at(".chart").nth(1).locator("tbody td:nth-child(2)").all_inner_texts()
+    assert set(worst) == {"100 ms", "300 ms"}
+
+
+def test_a_gap_is_drawn_as_a_gap(tab: Tab, stub: Stub) -> None:
+    with_past(stub)
+    del stub.history[1][-40:-20]  # type: ignore[index]
+    tab.from_disk(stub.url).is_live()
+    line = tab.at(".chart").nth(1).locator("path.stroke").first
+    wait_until(lambda: (line.get_attribute("d") or "").count("M") == 2)
+
+
+def test_events_are_marked_on_all_charts_and_named_under_the_cursor(tab: Tab, stub: Stub) -> None:
+    with_past(stub)
+    stub.tell(event(30, "backend_down", "backend_1", "error", message="refused"))
+    tab.from_disk(stub.url).is_live()
+    expect(tab.at(".plot .mark.sev-error")).to_have_count(4)
+    box = tab.at(".plot .mark.sev-error").nth(2).bounding_box()
+    assert box
+    tab.page.mouse.move(box["x"], box["y"] + 50)
+    tab.shows("#readout", "backend_1 down: refused")
+    expect(tab.at(".plot .cursor[visibility=visible]")).to_have_count(4)
+
+
+def test_more_backends_than_colours_are_drawn_as_others(tab: Tab, stub: Stub) -> None:
+    stub.answer = status([backend(index) for index in range(1, 51)])
+    stub.history = {1: history([f"backend_{index}" for index in range(1, 51)]), 10: []}
+    tab.from_disk(stub.url).is_live()
+    expect(tab.at(".chart").nth(0).locator(".keys li")).to_have_count(9)
+    tab.shows(".chart >> nth=0", "43 others")
+
+
+def test_a_balancer_without_history_is_watched_from_now_on(tab: Tab, stub: Stub) -> None:
+    tab.network_errors_expected = True  # /history is answered with 404
+    stub.history = None
+    tab.from_disk(stub.url).is_live()
+    tab.shows("#foot-history", "keeps no history")
+    stub.answer["statistics"]["total_requests"] += 50
+    tab.shows("#readout", "what this page saw")
+    expect(tab.at(".chart").nth(0).locator(".title-value")).not_to_have_text("")
+    assert len([it for it in stub.asked if it.startswith("/history")]) == 1
+
+
+def test_success_and_shares_of_the_last_minute_come_from_history(tab: Tab, stub: Stub) -> None:
+    with_past(stub)
+    for point in stub.history[1][-60:]:  # type: ignore[index]
+        point |= {"requests": 10, "failed": 1}
+        point["backends"] = {"backend_1": {"requests": 7, "failed": 1, "in_flight": 1}, "backend_2": {"requests": 3}}
+    tab.from_disk(stub.url).is_live()
+    expect(tab.at("#t-success")).to_have_text("90.0 %")
+    tab.shows("#banner-traffic", "10.0 % of the requests of the last 60 s failed (limit 5 %).")
+    tab.page.select_option("#share-window", "recent")
+    expect(tab.at("#share-rows li").nth(0)).to_contain_text("70.0 %")
+    expect(tab.at("#backend-rows tr").nth(0)).to_contain_text("7.0")
+
+
+def test_limits_are_remembered_and_can_be_switched_off(tab: Tab, stub: Stub) -> None:
+    with_past(stub, failing=60)
+    tab.from_disk(stub.url).is_live()
+    tab.shows("#banner-traffic", "limit 5 %")
+    tab.page.click("#settings")
+    tab.page.fill("#limit-errors", "many")
+    tab.page.click("#settings-form button[type=submit]")
+    expect(tab.at("#limit-errors")).to_have_attribute("aria-invalid", "true")
+    tab.page.fill("#limit-errors", "")
+    tab.page.fill("#limit-p95", "1,5")
+    tab.page.click("#settings-form button[type=submit]")
+    tab.shows("#banner-traffic", "(limit 1.5 ms)")
+    tab.page.reload()
+    tab.shows("#banner-traffic", "(limit 1.5 ms)")
+
+
+# ---- The log
+
+
+def log_of(stub: Stub) -> None:
+    stub.tell(
+        event(1, "backend_down", "backend_1", "error", message="refused"),
+        event(2, "write_refused", None, "warning", message="POST /reset", count=3),
+        event(3, "backend_up", "backend_1", message="answers"),
+        event(4, "backend_drained", "backend_2", message=""),
+    )
+
+
+def test_the_log_is_newest_first_with_cause_and_count(tab: Tab, stub: Stub) -> None:
+    log_of(stub)
+    tab.from_disk(stub.url).is_live()
+    expect(tab.at("#event-rows .what")).to_have_text(
+        ["drained", "up: answers", "write refused: POST /reset (3 times)", "down: refused"]
+    )
+    assert tab.at("#event-rows .sign .sr").all_inner_texts() == ["info", "info", "warning", "error"]
+    expect(tab.at("#event-rows .when").first).to_have_attribute("title", re.compile(r"^20\d\d-.*Z$"))
+
+
+def test_the_log_can_be_filtered_and_held(tab: Tab, stub: Stub) -> None:
+    log_of(stub)
+    tab.from_disk(stub.url).is_live()
+    expect(tab.at("#event-rows li")).to_have_count(4)
+    tab.page.select_option("#event-severity", "warning")
+    expect(tab.at("#event-rows li")).to_have_count(2)
+    tab.page.select_option("#event-backend", "backend_1")
+    expect(tab.at("#event-rows .what")).to_have_text(["down: refused"])
+    tab.page.select_option("#event-severity", "all")
+    tab.page.click("#event-pause")
+    stub.tell(event(5, "backend_slow", "backend_1", "warning"))
+    tab.shows("#announcer", "backend_1 slow")
+    expect(tab.at("#event-rows li")).to_have_count(2)
+    tab.page.click("#event-pause")
+    expect(tab.at("#event-rows li")).to_have_count(3)
+
+
+def test_refusals_that_are_counted_on_stay_one_line(tab: Tab, stub: Stub) -> None:
+    log_of(stub)
+    stub.tell(event(5, "write_refused", None, "warning"))
+    tab.from_disk(stub.url).is_live()
+    expect(tab.at("#event-rows li")).to_have_count(5)
+    stub.events.pop()
+    stub.tell(event(6, "write_refused", None, "warning", count=2))
+    tab.shows("#event-rows", "(2 times)")
+    expect(tab.at("#event-rows li")).to_have_count(5)
+
+
+@pytest.mark.parametrize("kind", ["json", "csv"])
+def test_the_log_is_exported(tab: Tab, stub: Stub, kind: str) -> None:
+    log_of(stub)
+    stub.tell(event(5, "backend_slow", "backend_1", message='=cmd|"x"'))
+    tab.from_disk(stub.url).is_live()
+    expect(tab.at("#event-rows li")).to_have_count(5)
+    with tab.page.expect_download() as caught:
+        tab.page.click(f"#export-{kind}")
+    text = caught.value.path().read_text(encoding="utf-8")
+    if kind == "json":
+        rows: list[Json] = json.loads(text)
+        assert [row["seq"] for row in rows] == [5, 4, 3, 2, 1]
+    else:
+        lines = text.splitlines()
+        assert lines[0] == "seq,time,severity,kind,backend,message,count"
+        assert '"\'=cmd|""x"""' in lines[1] and len(lines) == 6
+
+
+def test_events_go_on_after_a_restart(tab: Tab, stub: Stub) -> None:
+    log_of(stub)
+    tab.from_disk(stub.url).is_live()
+    expect(tab.at("#event-rows li")).to_have_count(4)
+    stub.events = []
+    stub.answer = status([backend(1, total_requests=1)], uptime=1.0)
+    stub.tell(event(1, "backend_up", "backend_1", message="again"))
+    tab.shows("#event-rows li >> nth=0", "up: again")
+    tab.shows("#event-rows li >> nth=1", "the balancer was restarted")
+    expect(tab.at("#event-rows li")).to_have_count(6)
+
+
+# ---- Health over time
+
+
+def test_an_opened_backend_tells_its_time_up_and_its_codes(tab: Tab, stub: Stub) -> None:
+    now = time.time()
+    one = backend(
+        1, codes={"1xx": 0, "2xx": 90, "3xx": 0, "4xx": 9, "5xx": 1}, overrides={"weight": 3}, source="flag",
+    )  # fmt: skip
+    ejected = {
+        "status": "ejected",
+        "consecutive_failures": 5,
+        "count": 2,
+        "until": now + 25,
+        "reason": "5 failures in a row",
+    }
+    stub.answer = status([one, backend(2, state="ejected", ejection=ejected), down_backend(3)])
+    stub.tell(
+        event(1, "backend_down", "backend_1", "error", timestamp=now - 30),
+        event(2, "backend_up", "backend_1", timestamp=now - 15),
+    )
+    tab.from_disk(stub.url).is_live()
+    tab.page.get_by_role("button", name="Details of backend_1").click()
+    detail = tab.at("#backend-rows tr.detail")
+    for words in (
+        "90, 90.0 %",
+        "9, 9.0 %",
+        "weight (configured: 3)",
+        "flag",
+        re.compile(r"Healthy 7\d\.\d % of the last 1 m"),
+    ):
+        expect(detail).to_contain_text(words)
+    expect(detail.locator(".strip rect")).to_have_count(3)
+    row = tab.at("#backend-rows tr").filter(has_text="backend_2")
+    expect(row).to_contain_text(re.compile(r"back on trial in 2\d s"))
+    expect(row).to_contain_text("5 failures in a row")
+    tab.shows("#banner-backends", "2 of 3 backends down or ejected.")
+    tab.page.get_by_role("button", name="Details of backend_2").click()
+    expect(tab.at("#backend-rows tr.detail").nth(1)).to_contain_text("2 times, now ejected")
+
+
+def test_panic_and_a_refused_configuration_are_told(tab: Tab, stub: Stub) -> None:
+    stub.answer["panic"] = True
+    stub.answer["config"]["last_error"] = "balancer.toml line 3: weight"
+    tab.from_disk(stub.url).is_live()
+    tab.shows("#banner-panic", "Fail-open is on.")
+    tab.shows("#banner-config", "balancer.toml line 3: weight")
+
+
+def test_waiting_requests_are_told(tab: Tab, stub: Stub) -> None:
+    stub.answer["statistics"] |= {"waiting_requests": 7, "queued_requests": 0}
+    tab.from_disk(stub.url).is_live()
+    tab.shows("#t-active-note", "waiting: 7 for a backend")
+    stub.answer["statistics"]["waiting_requests"] = None
+    tab.shows("#t-active-note", "none waiting")
+    assert DASH not in tab.at("#t-active-note").inner_text()
