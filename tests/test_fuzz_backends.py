@@ -18,7 +18,7 @@ from itertools import count
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, currently_in_test_context, event, given, seed, settings
+from hypothesis import HealthCheck, currently_in_test_context, event, example, given, seed, settings
 from hypothesis import strategies as st
 from reference import Incomplete, Invalid, Message, response_in
 from support import BalancerProcess, connect, ok
@@ -296,6 +296,9 @@ fuzzing = settings(
 @seed(SEED)
 @fuzzing
 @given(method=ASKING, data=answers(), end=ENDINGS)
+@example(method=b"HEAD", data=b"HTTP/1.1 200 OK\r\nContent-Length: +3\r\n\r\n", end="fin")  # found before
+@example(method=b"GET", data=b"HTTP/2.0 200 OK\r\nContent-Length: 3\r\n\r\nabc", end="open")
+@example(method=b"GET", data=b"HTTP/0.9 200 OK\r\n\r\nabc", end="fin")
 def test_generated_answers(
     balancer: BalancerProcess, backend: WireBackend, method: bytes, data: bytes, end: str
 ) -> None:

@@ -18,7 +18,7 @@ from contextlib import ExitStack, suppress
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, event, given, seed, settings
+from hypothesis import HealthCheck, event, example, given, seed, settings
 from hypothesis import strategies as st
 from reference import Message, requests_in, response_in
 from support import BalancerProcess, connect, fetch, ok, read_all, wait_until
@@ -337,6 +337,8 @@ fuzzing = settings(
 @seed(SEED)
 @fuzzing
 @given(data=requests())
+@example(data=b"POST /x HTTP/1.1\r\nHost: test\r\nContent-Length: 0\r\n\r\n" + NEXT)  # found before
+@example(data=b"GET /x HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: ,chunked\r\n\r\n0\r\n\r\n" + NEXT)
 def test_generated_requests(balancer: BalancerProcess, backend: WireBackend, data: bytes) -> None:
     probe(balancer, backend, data)
 
