@@ -84,6 +84,7 @@ class Target:
         self._next = 0
         self._open = 0
         self._idle: list[Wire] = []
+        self._wires: set[Wire] = set()  # all that are open
         self._loop = asyncio.get_running_loop()
         self._left = len(due)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -118,6 +119,7 @@ class Target:
             self._open -= 1
             self._end(shot, False)
         else:
+            self._wires.add(wire)
             self._send(wire, shot)
 
     def _send(self, wire: Wire, shot: Shot) -> None:
@@ -126,6 +128,7 @@ class Target:
 
     def lost(self, wire: Wire) -> None:
         self._open -= 1
+        self._wires.discard(wire)
         if wire in self._idle:
             self._idle.remove(wire)
 
@@ -143,9 +146,16 @@ class Target:
         if not self._left:
             self.done.set()
 
-    def give_up(self) -> None:
+    async def close(self) -> None:
         """What is not answered by now counts as failed after all this time."""
         now = time.monotonic() - self._started
+        for task in self._tasks:
+            task.cancel()
+        for wire in self._wires:
+            wire.shot = None
+            wire.transport.abort()
+        while self._wires:  # each is told of its end
+            await asyncio.sleep(TICK_SECONDS)
         for shot in self.shots:
             if shot.latency == math.inf:
                 shot.latency = now - shot.due
@@ -169,7 +179,7 @@ async def _fire(aims: list[Aim], patience: float) -> list[list[Shot]]:
         async with asyncio.timeout(patience):
             await asyncio.gather(*(target.done.wait() for target in targets))
     for target in targets:
-        target.give_up()
+        await target.close()
     return [target.shots for target in targets]
 
 
@@ -178,11 +188,7 @@ def fire(aims: list[Aim], patience: float = 10.0) -> list[list[Shot]]:
     gc.collect()
     gc.disable()  # a pause of ours would be taken for one of the contender's
     try:
-        import uvloop
-    except ImportError:
         return asyncio.run(_fire(aims, patience))
-    else:
-        return uvloop.run(_fire(aims, patience))
     finally:
         gc.enable()
 

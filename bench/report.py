@@ -37,8 +37,8 @@ class Sample:
     requests_per_second: float  # good answers only
     cpu_us_per_request: float | None  # good answers, and requests that wrk's end cut off after the work was done
     switches_per_request: float | None  # of the contender's whole life, warm-up included
-    p50_ms: float
-    p99_ms: float
+    p50_ms: float | None  # None without one answer
+    p99_ms: float | None
     peak_rss_bytes: int
     forwarded_share: float  # requests the backends saw per answer; below 1 somebody else answered
     others_share: float  # of the machine's CPU time, spent by neither contender, backend nor wrk
@@ -221,7 +221,7 @@ class Latency:
     ratio: dict[str, Spread | None]
 
 
-PERCENTILES: dict[str, Callable[[Sample], float]] = {"p50": lambda s: s.p50_ms, "p99": lambda s: s.p99_ms}
+PERCENTILES: dict[str, Callable[[Sample], float | None]] = {"p50": lambda s: s.p50_ms, "p99": lambda s: s.p99_ms}
 
 
 def latencies(samples: list[Sample]) -> list[Latency]:
@@ -237,6 +237,7 @@ def latencies(samples: list[Sample]) -> list[Latency]:
     return found
 
 
-def added_per_round(alone: list[Sample], contender: str, figure: Callable[[Sample], float]) -> dict[int, float]:
-    direct = {s.round: figure(s) for s in alone if s.contender == DIRECT}
-    return {s.round: figure(s) - direct[s.round] for s in alone if s.contender == contender and s.round in direct}
+def added_per_round(alone: list[Sample], contender: str, figure: Callable[[Sample], float | None]) -> dict[int, float]:
+    direct, own = ({s.round: figure(s) for s in alone if s.contender == who} for who in (DIRECT, contender))
+    pairs = {number: (own[number], direct.get(number)) for number in own}
+    return {n: through - past for n, (through, past) in pairs.items() if through is not None and past is not None}
