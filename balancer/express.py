@@ -93,7 +93,11 @@ class Express:
         for descriptor, _ in self._epoll.poll(LOOK_SECONDS):
             call = self._waiting.pop(descriptor, None)
             if call is not None:
-                self._look(call)
+                try:
+                    self._look(call)
+                except Exception:  # no call may be lost: its client would wait for ever
+                    log.exception("express way failed")
+                    self._hand_over(call)
         self._expire()
 
     def _look(self, call: Call) -> None:
