@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from typing import Generic, NamedTuple, TypeVar
 
-from balancer.messages import Line, nominated
+from balancer.messages import NONE, Line, is_content_length, options_of
 
 # RFC 9112 section 4: the reason phrase may be empty, the blank before it may not be left out.
 _STATUS = re.compile(rb"HTTP/1\.1 ([2-5][0-9][0-9]) ([\t\x20-\x7e\x80-\xff]*)\Z")
@@ -30,7 +30,8 @@ class PlainHead(NamedTuple):
     reason: str
     lines: list[Line]  # names in lower case
     options: frozenset[bytes]  # of `Connection`
-    size: int  # bytes, the empty line included
+    length: int | None  # Content-Length
+    size: int  # bytes of the head, the empty line included
 
 
 class _Table(dict[bytes, "Parsed | None"], Generic[Parsed]):
@@ -58,8 +59,10 @@ def _parse_line(line: bytes) -> Line | None:
     match = _LINE.match(line)
     if match is None:
         return None
-    name = match[1].lower()
-    return None if name == b"transfer-encoding" else (name, match[2].rstrip(b" \t"))
+    name, value = match[1].lower(), match[2].rstrip(b" \t")
+    if name == b"transfer-encoding" or (name == b"content-length" and not is_content_length(value)):
+        return None
+    return name, value
 
 
 _statuses = _Table(_parse_status)
@@ -71,7 +74,19 @@ def parse_plain(data: bytes) -> PlainHead | None:
     end = data.find(b"\r\n\r\n")
     first, *rest = data[: max(end, 0)].split(b"\r\n")
     status = _statuses[first]
-    lines = [_lines[line] for line in rest]
-    if status is None or None in lines:
+    if status is None:
         return None
-    return PlainHead(*status, lines, nominated(lines), end + 4)  # type: ignore[arg-type]
+    lines: list[Line] = []
+    options, length = NONE, None
+    for raw in rest:
+        line = _lines[raw]
+        if line is None:
+            return None
+        lines.append(line)
+        if line[0] == b"connection":
+            options |= options_of(line[1])
+        elif line[0] == b"content-length":
+            if length is not None:
+                return None
+            length = int(line[1])
+    return PlainHead(*status, lines, options, length, end + 4)

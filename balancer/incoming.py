@@ -94,9 +94,9 @@ class Incoming:
 
     def read(self, length: int | None, limit: int | None) -> Iterator[bytes]:
         """The body in pieces. Raises ClientGone if it ends early, BodyTooLarge past `limit` bytes."""
-        assert self.stream is not None
         received = 0
         while length is None or received < length:
+            assert self.stream is not None  # there is none only for an empty body
             chunk = self.stream.read(READ_SIZE if length is None else min(READ_SIZE, length - received))
             if not chunk:
                 if length is not None:

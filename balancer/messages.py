@@ -47,7 +47,7 @@ _NOTABLE = _NOT_FORWARDED | _CLAIMS | {b"host", b"via", b"max-forwards", b"trace
 _NOT_RETURNED = HOP_BY_HOP | {b"alt-svc", b"x-request-id", b"x-served-by"}
 # What `Connection` may not take away: without it the message means something else.
 _NEVER_NOMINATED = frozenset({b"host", b"content-length"})
-_NONE: frozenset[bytes] = frozenset()
+NONE: frozenset[bytes] = frozenset()
 
 IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})  # RFC 9110 section 9.2.2; TRACE is refused
 BODILESS_STATUSES = frozenset({204, 304})  # RFC 9112 section 6.3, rule 1
@@ -100,9 +100,13 @@ def parse_content_length(value: bytes) -> int:
 
     Raises ValueError for anything else (RFC 9110 section 8.6).
     """
-    if not _DIGITS.match(value):
+    if not is_content_length(value):
         raise ValueError(f"Content-Length {value[:40]!r} is not a number")
     return int(value)
+
+
+def is_content_length(value: bytes) -> bool:
+    return _DIGITS.match(value) is not None
 
 
 def notable(lines: Iterable[Line]) -> dict[bytes, list[bytes]]:
@@ -116,15 +120,16 @@ def notable(lines: Iterable[Line]) -> dict[bytes, list[bytes]]:
 
 def nominated(lines: Iterable[Line]) -> frozenset[bytes]:
     """Names listed in all `Connection` lines, in lower case (RFC 9110 section 7.6.1)."""
-    names = _NONE
+    names = NONE
     for name, value in lines:
         if name == b"connection":
-            names = names | _options(value) if names else _options(value)
+            names = names | options_of(value) if names else options_of(value)
     return names
 
 
 @lru_cache(maxsize=256)  # `keep-alive` and `close`, mostly; bounded: anybody may send anything
-def _options(value: bytes) -> frozenset[bytes]:
+def options_of(value: bytes) -> frozenset[bytes]:
+    """Names in one `Connection` line."""
     return frozenset(item.strip().lower() for item in value.split(b",")) - _NEVER_NOMINATED
 
 
@@ -228,7 +233,7 @@ def request_lines(
     Raises LoopDetected if the request has passed through us before.
     """
     kept: list[Line] = []
-    options = _NONE  # what the client's `Connection` names
+    options = NONE  # what the client's `Connection` names
     forwarded_for: list[bytes] = []
     claims: dict[bytes, bytes] = {}
     host = b""

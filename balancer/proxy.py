@@ -190,6 +190,8 @@ class Forwarding:
         """The answer when no thread is free for the request; does not block."""
         if self.sent is not None:
             self.sent.close()
+        else:
+            self._record.backend = None  # nothing reached it
         if self._client_is_gone():
             return self._refuse(ClientGone("the client left while it waited for a thread"))
         return self._refuse(NoRoom("the load balancer is full, try again"))

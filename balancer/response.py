@@ -51,8 +51,8 @@ class ResponseHead:
     """A response head as it comes in: status, reason, header lines, and the body bytes that came with it."""
 
     __slots__ = (
-        *("_parser", "status", "reason", "lines", "options", "pieces", "size"),
-        *("has_head", "has_end", "keeps_alive"),
+        *("_parser", "status", "reason", "lines", "options", "length", "pieces", "size"),
+        *("has_head", "has_end", "is_plain", "keeps_alive"),
     )
 
     def __init__(self) -> None:
@@ -61,6 +61,8 @@ class ResponseHead:
         self.reason = ""
         self.lines: list[Line] = []
         self.options: frozenset[bytes] = frozenset()  # of `Connection`
+        self.is_plain = False  # then it is not chunked, and `length` is its Content-Length
+        self.length: int | None = None
         self.pieces: list[bytes] = []
         self.size = 0  # bytes received until the head was complete
         self.has_head = False
@@ -78,8 +80,8 @@ class ResponseHead:
         return self._feed_parser(self._parser, data)
 
     def _take(self, plain: PlainHead, data: bytes) -> None:
-        self.status, self.reason, self.lines, self.options, size = plain
-        self.has_head = True
+        self.status, self.reason, self.lines, self.options, self.length, size = plain
+        self.has_head = self.is_plain = True
         self.keeps_alive = b"close" not in self.options  # RFC 9112 section 9.3
         if len(data) > size:
             self.pieces.append(data[size:])
@@ -218,13 +220,10 @@ class ResponseBody:
         self._watcher = watcher
         self._can_reuse = head.keeps_alive
         # RFC 9112 section 6.3: no body, else chunked, else so many bytes, else until EOF.
-        self._left: int | None
-        self._is_chunked = False
+        self._left, self._is_chunked = _framing(head)  # also where there is no body: what it says is passed on
         self._framing_bytes = 0  # received since the last byte of body
         if is_head_request or head.status in BODILESS_STATUSES:
-            self._left = 0
-        else:
-            self._left, self._is_chunked = _framing(head)
+            self._left, self._is_chunked = 0, False
         self._pending = head.take()
         if self._left is not None:
             self._pending = self._count(self._pending)
@@ -313,6 +312,8 @@ class ResponseBody:
 
 def _framing(head: ResponseHead) -> tuple[int | None, bool]:
     """(bytes of the body by Content-Length or None, chunked); (None, False) is until EOF. Raises InvalidResponse."""
+    if head.is_plain:
+        return head.length, False
     lengths = [value for name, value in head.lines if name == b"content-length"]
     codings = [value.lower() for name, value in head.lines if name == b"transfer-encoding"]
     if codings and (codings != [b"chunked"] or lengths):

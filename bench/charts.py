@@ -36,7 +36,7 @@ def chart(title: str, unit: str, groups: list[Group], digits: int = 0) -> str:
     for group in groups:
         parts.append(text(8, y + 12, group.heading, weight="bold"))
         y += GROUP_GAP - GAP
-        longest = max(bar.spread.high for bar in group.bars) or 1.0
+        longest = max(0.0, *(bar.spread.high for bar in group.bars)) or 1.0
         scale = (WIDTH - LABEL_WIDTH - VALUE_WIDTH) / longest
         for bar in group.bars:
             parts += draw(bar, y, scale, digits)
@@ -53,7 +53,8 @@ def chart(title: str, unit: str, groups: list[Group], digits: int = 0) -> str:
 
 def draw(bar: Bar, y: int, scale: float, digits: int) -> list[str]:
     spread, middle = bar.spread, y + BAR / 2
-    low, end, high = (LABEL_WIDTH + value * scale for value in (spread.low, spread.median, spread.high))
+    # A difference may come out below 0 on a busy machine; the number says so, the bar has no room for it.
+    low, end, high = (LABEL_WIDTH + max(0.0, value) * scale for value in (spread.low, spread.median, spread.high))
     colour = OURS_COLOUR if bar.is_ours else OTHER_COLOUR
     return [
         text(LABEL_WIDTH - 8, y + 12, bar.label, anchor="end"),

@@ -9,9 +9,10 @@ health check. `POST /restart` sets its clock and its chance back, so that every 
 from __future__ import annotations
 
 import asyncio
+import heapq
+import math
 import random
 import sys
-from collections import deque
 from dataclasses import dataclass, field
 
 from contenders import BODY, STUB_STATUS_PATH
@@ -27,53 +28,47 @@ def answer(body: bytes) -> bytes:
 
 @dataclass
 class Backend:
-    """One port. Work is measured on the backend's own clock, which stands still while it stalls."""
+    """One port. When an answer is due is settled when its request comes, so that a busy machine may delay this answer
+    but not those behind it: the capacity stays what it is."""
 
     seconds: float
-    slots: int | None = None
+    slots: int = 0  # 0: as many as come
     stall_every: float = 0.0
     stall_seconds: float = 0.0
     requests: int = 0
-    _busy: int = 0
-    _queue: deque[Client] = field(default_factory=deque)
+    _free_at: list[float] = field(default_factory=list)  # when each slot has done what it was given; a heap
     _chance: random.Random = field(default_factory=lambda: random.Random(SEED))
     _started: float = 0.0
 
-    def restart(self) -> None:
+    def restart(self, now: float) -> None:
         self._chance.seed(SEED)
-        self._started = asyncio.get_running_loop().time()
+        self._started = now
+        self._free_at = [now] * self.slots
 
-    def accept(self, client: Client) -> None:
-        if self.slots is not None and self._busy >= self.slots:
-            self._queue.append(client)
-        else:
-            self._work(client)
+    def due(self, now: float) -> float:
+        """When a request that comes now will be answered."""
+        if not self._free_at:
+            return self.after(now, self.seconds)
+        start = max(now, self._free_at[0])
+        end = self.after(start, self._chance.expovariate(1 / self.seconds))
+        heapq.heapreplace(self._free_at, end)
+        return end
 
-    def _work(self, client: Client) -> None:
-        self._busy += 1
-        seconds = self.seconds if self.slots is None else self._chance.expovariate(1 / self.seconds)
-        asyncio.get_running_loop().call_later(self.until_done(seconds), self._done, client)
-
-    def _done(self, client: Client) -> None:
-        self._busy -= 1
-        client.write(answer(BODY))
-        if self._queue:
-            self._work(self._queue.popleft())
-
-    def until_done(self, work: float) -> float:
-        """Seconds from now until that much work is done, stalls included."""
+    def after(self, start: float, work: float) -> float:
+        """When work begun at `start` is done: it rests while the backend stalls."""
         if not self.stall_every:
-            return work
-        awake = self.stall_every - self.stall_seconds
-        age = asyncio.get_running_loop().time() - self._started - FIRST_STALL_SECONDS
-        phase = age % self.stall_every  # a stall is the first part of each period
-        asleep = max(0.0, self.stall_seconds - phase) if age >= 0 else 0.0
-        left = (awake - max(0.0, phase - self.stall_seconds)) if age >= 0 else -age
-        while work > left:
-            work -= left
-            asleep += left + self.stall_seconds
-            left = awake
-        return asleep + work
+            return start + work
+        first = self._started + FIRST_STALL_SECONDS
+        while True:
+            past = max(0, math.floor((start - first) / self.stall_every))
+            stall = first + past * self.stall_every
+            if stall <= start < stall + self.stall_seconds:
+                start = stall + self.stall_seconds
+            coming = stall if start < stall else stall + self.stall_every
+            if start + work <= coming:
+                return start + work
+            work -= coming - start
+            start = coming
 
 
 class Client(asyncio.Protocol):
@@ -95,38 +90,42 @@ class Client(asyncio.Protocol):
             self._serve(head.split(b" ", 2)[1].decode("latin-1"))
 
     def _serve(self, path: str) -> None:
-        backend = self._backend
+        loop, backend = asyncio.get_running_loop(), self._backend
+        now = loop.time()
         if path == "/restart":
-            backend.restart()
+            backend.restart(now)
             self.write(answer(b"{}"))
         elif path == STUB_STATUS_PATH:  # as nginx words it
             self.write(answer(b"\n\n %d %d %d\n" % (backend.requests, backend.requests, backend.requests)))
         elif path == "/health":
-            asyncio.get_running_loop().call_later(backend.until_done(0.0), self.write, answer(b"{}"))
+            loop.call_at(backend.after(now, 0.0), self.write, answer(b"{}"))
         else:
             backend.requests += 1
-            backend.accept(self)
+            loop.call_at(backend.due(now), self.write, answer(BODY))
 
     def write(self, data: bytes) -> None:
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(data)
 
 
-def parse(text: str) -> tuple[int, Backend]:
-    port, seconds, slots, every, stall = (*text.split(":"), "0", "0", "0")[:5]
-    return int(port), Backend(float(seconds), int(slots) or None, float(every), float(stall))
+def parse(text: str) -> Backend:
+    """`SECONDS[:SLOTS[:STALL_EVERY:STALL_SECONDS]]`"""
+    seconds, slots, every, stall = (*text.split(":"), "0", "0", "0")[:4]
+    return Backend(float(seconds), int(slots), float(every), float(stall))
 
 
 async def serve(arguments: list[str]) -> None:
     loop = asyncio.get_running_loop()
     servers = []
-    for port, backend in map(parse, arguments):
-        backend.restart()
+    for argument in arguments:
+        port, _, text = argument.partition(":")
+        backend = parse(text)
+        backend.restart(loop.time())
 
         def client(backend: Backend = backend) -> Client:
             return Client(backend)
 
-        servers.append(await loop.create_server(client, "127.0.0.1", port, backlog=4096))
+        servers.append(await loop.create_server(client, "127.0.0.1", int(port), backlog=4096))
     await asyncio.gather(*(server.serve_forever() for server in servers))
 
 

@@ -13,7 +13,7 @@ from charts import Bar, Group, chart
 from contenders import HERE
 from loads import LOADS
 from processes import BenchError
-from report import OURS, Results, Spread, Summary, latencies, summarise
+from report import OURS, ChoiceRun, Results, Spread, Summary, latencies, summarise
 
 DOCS = HERE.parent / "docs"
 PAGE = "performance.md"
@@ -61,6 +61,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "latency": lambda results: tables.latency_table(results).markdown(),
     "stalls": lambda results: tables.stall_table(results).markdown(),
     "choice": lambda results: tables.choice_table(results).markdown(),
+    "simulation": lambda results: tables.simulation_table(results).markdown(),
 }
 
 
@@ -113,19 +114,18 @@ def latency_groups(results: Results) -> list[Group]:
 
 
 def choice_groups(results: Results) -> list[Group]:
-    """Without what loses requests: its bar would hide all others."""
-    runs: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
-    for run in results.choices:
-        if not run.failed:
-            runs.setdefault((run.contender, run.method), []).append((run.p50, run.p99, run.p999))
-    ordered = sorted(runs.items(), key=lambda item: statistics.median(figures[1] for figures in item[1]))
-    found = []
-    for index, name in enumerate(("p50", "p99", "p99.9")):
-        bars = [
-            Bar(f"{who} {method}", spread, who == OURS)
-            for (who, method), figures in ordered
-            if (spread := Spread.of(each[index] for each in figures))
-        ]
-        if bars:
-            found.append(Group(name, bars))
-    return found
+    """Without those that ignore speed and load: the queue at the slow backend grows for as long as the run is, and
+    their bars would hide all others."""
+    ways = [runs for runs in tables.by_p99(results.choices) if runs[0].method not in ("round_robin", "weighted")]
+    figures: dict[str, Callable[[ChoiceRun], float]] = {
+        "p50": lambda run: run.p50,
+        "p99": lambda run: run.p99,
+        "p99.9": lambda run: run.p999,
+    }
+    return [Group(name, [choice_bar(runs, figure) for runs in ways]) for name, figure in figures.items() if ways]
+
+
+def choice_bar(runs: list[ChoiceRun], figure: Callable[[ChoiceRun], float]) -> Bar:
+    values = sorted(map(figure, runs))
+    spread = Spread(statistics.median(values), values[0], values[-1])
+    return Bar(f"{runs[0].contender} {runs[0].method}", spread, runs[0].contender == OURS)

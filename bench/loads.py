@@ -52,7 +52,10 @@ SMALL = "small JSON answer"
 LOADS = {
     load.name: load
     for load in (
-        *(Load(f"small-{count}", f"{SMALL}, {count} connections", count) for count in (1, 32, 256, 1000)),
+        *(
+            Load(f"small-{count}", f"{SMALL}, {count} connection{'s' if count > 1 else ''}", count)
+            for count in (1, 32, 256, 1000)
+        ),
         Load("headers-32", f"{SMALL}, 20 more request headers, 32 connections", 32, headers=20),
         Load("wait-1000", f"{SMALL} after {WAIT_SECONDS:g} s, 1000 connections", 1000, path=WAIT_PATH, waits=True),
         Load("down-64k", "64 KiB down, 32 connections", 32, path="/64k"),

@@ -2,15 +2,21 @@
 
 One backend is fast, one takes five times as long, one is as fast as the first but stands still for 2 s now and then.
 Nobody is told which is which. The rate is a share of what all three can do together.
+
+`simulate` does the same to our own strategies without processes, sockets and health checks, on a clock of its own: the
+real pool and the same backends, so that what comes out is the choice alone, and the same on any machine.
 """
 
 from __future__ import annotations
 
+import heapq
+import random
 import sys
 import tempfile
 from pathlib import Path
 
 from contenders import BODY, CONTENDERS, HERE, Place
+from delay_backend import parse
 from loads import WAIT_PATH
 from openloop import Aim, Shot, fire, percentile, poisson
 from processes import await_answer, free_ports, get, running
@@ -19,7 +25,9 @@ from speed import Backends, count_at, delay_backends, progress, read_meter
 
 sys.path.insert(0, str(HERE.parent))
 
-from balancer.strategies import REGISTRY  # noqa: E402
+from balancer.backends import BackendPool, LastCheck, Lease  # noqa: E402
+from balancer.origin import Origin  # noqa: E402
+from balancer.strategies import REGISTRY, create  # noqa: E402
 
 FAST_SECONDS = 0.04
 SLOTS = 8
@@ -95,3 +103,36 @@ def summarise(
         shares=[count / max(1, sum(counts)) for count in counts],
         others_share=others,
     )
+
+
+# Simulated.
+
+SIMULATED = "simulated"
+SIMULATED_SECONDS = 300.0
+
+
+def simulate_all(rounds: int) -> list[ChoiceRun]:
+    return [simulate(number, name, SIMULATED_SECONDS) for number in range(rounds) for name in REGISTRY]
+
+
+def simulate(number: int, name: str, seconds: float) -> ChoiceRun:
+    """One strategy under the traffic of round `number`."""
+    now = 0.0
+    pool = BackendPool(create(name, clock=lambda: now, rng=random.Random(number)), clock=lambda: now)
+    backends = {str(index): parse(text) for index, text in enumerate(SPECIFICATIONS)}
+    for backend_id, backend in backends.items():
+        backend.restart(now)
+        pool.record_check(pool.add(backend_id, Origin("http", "127.0.0.1", 1)), LastCheck(now, 0.0, 200, None))
+    shots = [Shot(due) for due in poisson(LOAD_SHARE * capacity(), seconds, seed=number + 1)]
+    running: list[tuple[float, int, Lease]] = []  # by the time of the answer
+    for index, shot in enumerate(shots):
+        while running and running[0][0] <= shot.due:
+            now, ended, lease = heapq.heappop(running)
+            lease.release(shots[ended].latency)
+        now = shot.due
+        lease = pool.lease(None)
+        backends[lease.backend.id].requests += 1
+        answered = backends[lease.backend.id].due(now)
+        shot.latency, shot.is_good = answered - now, True
+        heapq.heappush(running, (answered, index, lease))
+    return summarise(number, SIMULATED, name, shots, [backend.requests for backend in backends.values()], 0.0)

@@ -88,6 +88,7 @@ class Results:
     samples: list[Sample] = field(default_factory=list)
     stalls: list[StallRun] = field(default_factory=list)
     choices: list[ChoiceRun] = field(default_factory=list)
+    simulated: list[ChoiceRun] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self) | {"summaries": [asdict(summary) for summary in summarise(self.samples)]}
@@ -100,6 +101,7 @@ class Results:
             [Sample(**sample) for sample in content["samples"]],
             [StallRun(**run) for run in content["stalls"]],
             [ChoiceRun(**run) for run in content["choices"]],
+            [ChoiceRun(**run) for run in content["simulated"]],
         )
 
 

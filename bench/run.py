@@ -26,7 +26,7 @@ from checks import check_concurrency, check_transfer, parse_size
 from contenders import BALANCER, CONTENDERS, HERE, Contender, find_program
 from loads import LOADS, QUICK
 from processes import BENCH_CPUS, BenchError
-from quality import measure_quality, methods
+from quality import measure_quality, methods, simulate_all
 from report import OURS, Results
 from speed import measure_all
 from stalls import measure_stalls
@@ -158,6 +158,8 @@ def run_parts(options: argparse.Namespace) -> int:
         results.stalls = measure_stalls(searched, options.stall_seconds)
         show("Stalls at half load", tables.stall_table(results))
     if "quality" in options.parts:
+        results.simulated = simulate_all(options.rounds)
+        show("Unequal backends, simulated", tables.simulation_table(results))
         ways = methods(options.contenders, quick=not options.full)
         results.choices = measure_quality(choice_rounds(options), options.choice_seconds, ways)
         show("Unequal backends", tables.choice_table(results))

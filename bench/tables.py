@@ -110,11 +110,19 @@ def stall_table(results: Results) -> Table:
 
 
 def choice_table(results: Results) -> Table:
-    """The best p99 first."""
+    return build(CHOICE, by_p99(results.choices))
+
+
+def simulation_table(results: Results) -> Table:
+    return build(CHOICE[:-1], by_p99(results.simulated))
+
+
+def by_p99(runs: list[ChoiceRun]) -> list[list[ChoiceRun]]:
+    """All rounds of each way to choose, the best p99 first."""
     groups: dict[tuple[str, str], list[ChoiceRun]] = {}
-    for run in results.choices:
+    for run in runs:
         groups.setdefault((run.contender, run.method), []).append(run)
-    return build(CHOICE, sorted(groups.values(), key=lambda runs: statistics.median(run.p99 for run in runs)))
+    return sorted(groups.values(), key=lambda group: statistics.median(run.p99 for run in group))
 
 
 def load_table(results: Results) -> Table:

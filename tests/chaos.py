@@ -77,9 +77,14 @@ class Plan:
     key: str
     method: str
     target: str
-    body: bytes
-    is_chunked: bool
+    length: int  # bytes of the request body
+    is_chunked: bool  # the request; the target says how the answer is to be framed
     size: int  # bytes of the answer
+
+    @property
+    def body(self) -> bytes:
+        """Made anew each time: thousands of plans are remembered."""
+        return random.Random(self.key).randbytes(self.length)
 
     @property
     def digest(self) -> str:
@@ -88,7 +93,7 @@ class Plan:
     @property
     def may_repeat(self) -> bool:
         """The balancer may try another backend whatever happens before the answer's head."""
-        return self.method not in ONCE and not self.is_chunked and len(self.body) <= REPLAYABLE
+        return self.method not in ONCE and not self.is_chunked and self.length <= REPLAYABLE
 
 
 @dataclass(frozen=True)
@@ -107,14 +112,13 @@ class Outcome:
 
 def make_plan(key: str, rng: random.Random) -> Plan:
     method, size = rng.choice(METHODS), rng.choice(SIZES)
-    is_chunked = rng.random() < 0.3
-    body, body_chunked = b"", False
+    length, is_chunked = 0, False
     if method in ("PUT", "POST", "PATCH"):
-        body = rng.randbytes(rng.choice(SIZES))
-        body_chunked = bool(body) and rng.random() < 0.3
+        length = rng.choice(SIZES)
+        is_chunked = rng.random() < 0.3
         size = min(size, 20 * KIB)
-    target = f"/{key}?size={size}" + ("&chunked" if is_chunked else "&plain") + "=1"
-    return Plan(key, method, target, body, body_chunked, size)
+    framing = "chunked" if rng.random() < 0.3 else "plain"
+    return Plan(key, method, f"/{key}?size={size}&{framing}=1", length, is_chunked, size)
 
 
 def ask(connection: http.client.HTTPConnection, plan: Plan) -> Outcome:
@@ -136,17 +140,20 @@ def ask(connection: http.client.HTTPConnection, plan: Plan) -> Outcome:
 
 def send(connection: http.client.HTTPConnection, plan: Plan) -> None:
     connection.putrequest(plan.method, plan.target)
-    if plan.is_chunked:
-        connection.putheader("Transfer-Encoding", "chunked")
-    elif plan.body or plan.method in ("PUT", "POST", "PATCH"):
-        connection.putheader("Content-Length", str(len(plan.body)))
     body: Any = plan.body or None
     if plan.is_chunked:
-        body = (plan.body[at : at + PIECE] for at in range(0, len(plan.body), PIECE))
+        connection.putheader("Transfer-Encoding", "chunked")
+        body = pieces(plan.body)
+    elif plan.method in ("PUT", "POST", "PATCH"):
+        connection.putheader("Content-Length", str(plan.length))
     try:
         connection.endheaders(body, encode_chunked=plan.is_chunked)
     except (BrokenPipeError, ConnectionResetError):
         pass  # refused in the middle of the body: the answer may be here already
+
+
+def pieces(body: bytes) -> Iterator[bytes]:
+    return (body[at : at + PIECE] for at in range(0, len(body), PIECE))
 
 
 def judge(plan: Plan, head: http.client.HTTPResponse, data: bytes) -> Outcome:
@@ -154,7 +161,9 @@ def judge(plan: Plan, head: http.client.HTTPResponse, data: bytes) -> Outcome:
     if status == 200:
         expected = b"" if plan.method == "HEAD" else answer_body(plan.digest, plan.size)
         right = head.headers.get("X-Digest") == plan.digest and data == expected
-        return Outcome(plan, "answered" if right else "wrong", status, "" if right else repr(data[:200]))
+        return Outcome(
+            plan, "answered" if right else "wrong", status, "" if right else f"{data[:200]!r} {head.headers.items()}"
+        )
     if status == 503 and head.headers.get("X-Backend") == "unavailable":
         return Outcome(plan, "passed", status)
     if plan.method == "HEAD":
@@ -172,12 +181,11 @@ class Traffic:
 
     _runs = count(1)
 
-    def __init__(self, port: int, clients: int = 8, seed: int = 1, **limits: float) -> None:
+    def __init__(self, port: int, clients: int = 8, seed: int = 1) -> None:
         self._port = port
         self._ended = Event()
         self._lock = Lock()  # guards `outcomes`
         self._name = f"t{next(self._runs)}-{os.getpid()}"
-        self._pause = limits.get("pause", 0.0)
         self.outcomes: list[Outcome] = []
         self._threads = [Thread(target=self._run, args=(n, seed), name=f"traffic-{n}") for n in range(clients)]
 
@@ -185,7 +193,7 @@ class Traffic:
         rng = random.Random(seed * 1000 + number)
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=PATIENCE)
         serial = count()
-        while not self._ended.wait(self._pause):
+        while not self._ended.is_set():
             outcome = ask(connection, make_plan(f"{self._name}-{number}-{next(serial)}", rng))
             if outcome.kind == "closed":
                 break
@@ -241,6 +249,7 @@ class Fleet:
     balancer: BalancerProcess = field(init=False)
     base: Footprint = field(init=False)
     seen: dict[str, int] = field(default_factory=dict)  # bytes of each log that earlier scenarios wrote
+    counted: Counter[str] = field(default_factory=Counter)  # what /metrics had counted before
 
     @property
     def url(self) -> str:
@@ -261,6 +270,16 @@ class Fleet:
             self.seen[backend.name] = backend.log.stat().st_size
         self.idle()
         assert fetch(f"{self.url}/reset", {})[0] == 200
+        self.counted = self.metrics()
+
+    def metrics(self) -> Counter[str]:
+        """The sum over all series of each counter in /metrics, which no reset lowers."""
+        found: Counter[str] = Counter()
+        for line in fetch(f"{self.url}/metrics")[2].decode().splitlines():
+            name = line.partition("{")[0]
+            if name.endswith("_total"):
+                found[name] += int(float(line.rpartition(" ")[2]))
+        return found
 
     def _is_whole(self) -> bool:
         fetch(f"{self.url}/trial?size=0")  # an ejected backend comes back by a request
@@ -288,6 +307,7 @@ class Fleet:
             backend.start()
         self.balancer = BalancerProcess(
             f"--config={self.file}",
+            "--retries=3",  # with `extra` there are four backends, and a single good one must be found
             "--response-timeout=3",
             "--health-timeout=1.5",
             "--eject-seconds=1",
@@ -343,6 +363,12 @@ class Row:
     twice: int
 
 
+LEGEND = (
+    "refused: 502 to 504 where another try was not allowed; cut: broken off, and it shows; retried: on another backend",
+    "lost: not answered though it could have been; twice: POST or PATCH executed twice",
+)
+
+
 class Table:
     """The faults that were tried; pytest prints it at the end."""
 
@@ -358,7 +384,7 @@ class Table:
         for line in cells:
             numbers = [text.rjust(width) for text, width in zip(line[1:], wide[1:], strict=True)]
             terminalreporter.write_line("  ".join([line[0].ljust(wide[0]), *numbers]))
-        for note in self.notes:
+        for note in (*LEGEND, *self.notes):
             terminalreporter.write_line(note)
 
 
@@ -392,6 +418,9 @@ def settle(
     allowed = {"answered"} | ({"cut", "empty"} if cut else set()) | ({"passed"} if passed else set())
     row = judge_all(fleet, table, fault, outcomes, allowed, status["statistics"]["retries"])
     assert_exact(status, outcomes, others, left)
+    counted = fleet.metrics() - fleet.counted
+    assert counted["lb_requests_total"] == status["statistics"]["total_requests"]
+    assert counted["lb_retries_total"] == status["statistics"]["retries"]
     return row
 
 
@@ -404,12 +433,23 @@ def judge_all(fleet: Fleet, table: Table, fault: str, outcomes: list[Outcome], a
     refused = kinds["refused"] + kinds["passed"]
     row = Row(fault, len(outcomes), kinds["answered"], refused, broken, retried, len(lost), len(twice))
     table.rows.append(row)
-    assert [o for o in outcomes if o.kind == "wrong"] == []
-    assert lost == []
-    assert twice == []
-    assert [o for o in outcomes if o.kind in ("answered", "cut") and not executed[o.plan.key]] == []
+    assert_none("wrong answers", [o for o in outcomes if o.kind == "wrong"])
+    assert_none("lost", lost)
+    assert_none("executed twice", twice)
+    unknown = [o for o in outcomes if o.kind in ("answered", "cut") and not executed[o.plan.key]]
+    assert_none("answered but not executed", unknown)
     assert "Traceback" not in fleet.balancer.output
     return row
+
+
+def assert_none(what: str, outcomes: list[Outcome]) -> None:
+    """One line for each outcome that must not be, with what is needed to find it in the balancer's records."""
+    lines = [
+        f"{o.plan.method} {o.plan.target}, {o.plan.length} bytes{' chunked' * o.plan.is_chunked}: "
+        f"{o.kind} {o.status} {o.text}"
+        for o in outcomes
+    ]
+    assert not lines, "\n".join([what, *lines])
 
 
 def assert_exact(status: Any, outcomes: list[Outcome], others: int, left: int) -> None:

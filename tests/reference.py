@@ -96,14 +96,15 @@ def response_in(data: bytes, method: bytes, *, is_end: bool = True) -> Message:
             break
         data = rest
     codings, lengths = _values(lines, b"transfer-encoding"), _values(lines, b"content-length")
+    if codings and (lengths or codings[0].lower() != b"chunked" or len(codings) > 1):
+        raise Invalid(codings + lengths)
+    length = _length(lengths) if lengths else 0
     if method == b"HEAD" or match[1] in (b"204", b"304"):
         body = b""
-    elif codings and (lengths or codings[0].lower() != b"chunked" or len(codings) > 1):
-        raise Invalid(codings + lengths)
     elif codings:
         body, rest = _chunked(rest)
     elif lengths:
-        body, rest = _counted(rest, _length(lengths))
+        body, rest = _counted(rest, length)
     elif is_end:
         body, rest = rest, b""
     else:

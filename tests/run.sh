@@ -6,8 +6,8 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 # Programs that the tests call, and the Debian packages that bring them.
 missing=()
-for pair in chromium:chromium curl:curl wrk:wrk h2load:nghttp2-client shellcheck:shellcheck openssl:openssl; do
-    command -v "${pair%%:*}" >/dev/null || missing+=("${pair#*:}")
+for pair in chromium:chromium curl:curl wrk:wrk nginx:nginx h2load:nghttp2-client shellcheck:shellcheck openssl:openssl; do
+    PATH="$PATH:/usr/sbin" command -v "${pair%%:*}" >/dev/null || missing+=("${pair#*:}")
 done
 python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
 
@@ -16,7 +16,8 @@ if [ "${#missing[@]}" -gt 0 ]; then
         echo "Installing ${missing[*]} ..."
         export DEBIAN_FRONTEND=noninteractive
         apt-get update -qq
-        apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+        # RUNLEVEL=1: the packages are not to start their services.
+        RUNLEVEL=1 apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
     elif [ "$#" -gt 0 ]; then
         echo "tests/run.sh: warning: not installed: ${missing[*]}" >&2
     else
@@ -63,5 +64,5 @@ run() {
 run .venv/bin/ruff format --check .
 run .venv/bin/ruff check .
 run .venv/bin/mypy
-run shellcheck start_all.sh tests/run.sh .ci/run
+run shellcheck start_all.sh tests/run.sh bench/run.sh .ci/run
 run .venv/bin/python -m pytest

@@ -369,8 +369,7 @@ class Held:
         return sock
 
     def in_flight(self) -> int:
-        whole = statistics(self.balancer)
-        return int(whole["active_requests"]) + int(whole["queued_requests"])
+        return int(statistics(self.balancer)["active_requests"])  # those in the queue among them
 
     def __enter__(self) -> Held:
         return self

@@ -100,7 +100,7 @@ def test_during_the_delay_all_is_served_and_everybody_is_told(start: Callable[..
         r"\d+ requests in flight have at most 30 s to finish, after 3 s in which more are accepted \(SIGTERM\)",
         event["message"],
     )
-    assert event["message"] in balancer.output
+    wait_until(lambda: event["message"] in balancer.output)
     assert balancer.wait(10) == 0
     assert 3 <= time.monotonic() - sent < 6
 

@@ -3,7 +3,7 @@
 The client gets the answer that a strict reader (`reference.py`) finds in the bytes, or 502 or 504, or one that breaks
 off so that it shows; never one that looks whole and is wrong. The next request gets its own answer.
 
-Runs are the same every time. FUZZ_EXAMPLES=5000 makes them longer, FUZZ_SEED=N different.
+Runs are the same every time. FUZZ_EXAMPLES=5000 makes them longer, FUZZ_SEED=N different; a failure shows both.
 """
 
 from __future__ import annotations
@@ -24,13 +24,20 @@ from reference import Incomplete, Invalid, Message, response_in
 from support import BalancerProcess, connect, ok
 from wire import Broken, WireBackend, hang_up, read_response, request, resident_bytes
 
-pytestmark = pytest.mark.timeout(int(os.environ.get("FUZZ_TIMEOUT", "60")))
+pytestmark = pytest.mark.timeout(int(os.environ.get("FUZZ_TIMEOUT", "180")))
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "250"))
 SEED = int(os.environ.get("FUZZ_SEED", "1"))
 MIB = 1024 * 1024
 
+UPLOAD = b"x" * 300_000  # more than the balancer reads before it sends
+
 serial = count()
+
+
+@pytest.fixture(autouse=True)
+def replay() -> None:
+    print(f"FUZZ_SEED={SEED} FUZZ_EXAMPLES={EXAMPLES}")
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +49,8 @@ def scripted() -> Iterator[WireBackend]:
 
 @pytest.fixture(scope="module")
 def scripted_balancer(scripted: WireBackend) -> Iterator[BalancerProcess]:
-    """Short time limits for answers, long ones for health checks: the backend is to be thought of as up."""
-    limits = ["--response-timeout=1", "--idle-timeout=2", "--health-timeout=10", "--health-fall=10"]
+    """Time limits that a slow machine keeps; the backend is to be thought of as up."""
+    limits = ["--response-timeout=5", "--idle-timeout=5", "--health-timeout=10", "--health-fall=10"]
     balancer = BalancerProcess(f"--backend=only={scripted.url}", *limits)
     yield balancer
     balancer.stop()
@@ -96,6 +103,31 @@ def lasts_until_end(data: bytes, method: bytes) -> bool:
     return False
 
 
+def probe_upload(balancer: BalancerProcess, backend: WireBackend, data: bytes, end: str) -> None:
+    """The answer comes while the client still sends, which is when a backend refuses an upload."""
+    lines, number = len(balancer.lines), next(serial)
+    wanted = read(data, b"POST")
+
+    def on_head(sock: socket.socket, got: Any) -> bool:
+        if got.target == b"/fuzz":
+            with suppress(OSError):
+                sock.sendall(data)
+            if end == "reset":
+                hang_up(sock, reset=True)
+        return bool(got.target == b"/fuzz")
+
+    backend.script = lambda sock, got: sock.sendall(ok(got.target))
+    backend.on_head = on_head
+    with connect(balancer.port) as sock, sock.makefile("rb") as stream:
+        with suppress(ConnectionError):  # it may be refused before it is over
+            sock.sendall(request(b"/fuzz", b"Content-Length: %d" % len(UPLOAD), method=b"POST") + UPLOAD)
+        check(stream, b"POST", wanted, "reset")  # as the upload is not read, the end may be a reset
+    with connect(balancer.port) as sock, sock.makefile("rb") as stream:
+        sock.sendall(request(b"/next-%d" % number))
+        check_next(stream, number)
+    assert not any("Traceback" in line for line in balancer.lines[lines:])
+
+
 def check(stream: Any, method: bytes, wanted: Message | Exception, end: str) -> bool:
     """Judge what the client got. True if its connection is still good."""
     try:
@@ -135,159 +167,59 @@ def check_next(stream: Any, number: int) -> None:
 # Answers that are nearly right.
 
 STATUSES = [
-    b"200 OK",
-    b"200",
-    b"200 ",
-    b"404 Not Found",
-    b"500 x",
-    b"204 No",
-    b"304 Not Modified",
-    b"299 \xe9",
-    b"503 a\tb",
-]
+    b"200 OK", b"200", b"200 ", b"404 Not Found", b"500 x", b"204 No", b"304 Not Modified", b"299 \xe9", b"503 a\tb",
+]  # fmt: skip
 ODD_STATUSES = [
-    b"99 x",
-    b"1000 x",
-    b"-200 OK",
-    b"2 0 0",
-    b"20 OK",
-    b"+200 OK",
-    b"200OK",
-    b"",
-    b" 200 OK",
-    b"0200 OK",
-    b"101 Up",
-]
-ODD_STATUSES += [b"600 x", b"999 x", b"000 x", b"200 a\0b", b"200 a\rb", b"200 a\nX: b", b"\xb2\xb0\xb0 OK", b"200\tOK"]
+    b"99 x", b"1000 x", b"-200 OK", b"2 0 0", b"20 OK", b"+200 OK", b"200OK", b"", b" 200 OK", b"0200 OK", b"101 Up",
+    b"600 x", b"999 x", b"000 x", b"200 a\0b", b"200 a\rb", b"200 a\nX: b", b"\xb2\xb0\xb0 OK", b"200\tOK",
+]  # fmt: skip
 VERSIONS = [b"HTTP/1.1", b"HTTP/1.1", b"HTTP/1.1", b"HTTP/1.0"]
 ODD_VERSIONS = [
-    b"HTTP/0.9",
-    b"HTTP/2.0",
-    b"http/1.1",
-    b"HTTP/1.2",
-    b"HTTP/1",
-    b"",
-    b"ICY",
-    b"HTTP/11",
-    b"HTTP/1.1\t",
+    b"HTTP/0.9", b"HTTP/2.0", b"http/1.1", b"HTTP/1.2", b"HTTP/1", b"", b"ICY", b"HTTP/11", b"HTTP/1.1\t",
     b" HTTP/1.1",
-]
+]  # fmt: skip
 HEADERS = [
-    b"X-A: 1",
-    b"X-B:",
-    b"X-C: \t2 ",
-    b"Set-Cookie: a=1",
-    b"Set-Cookie: b=2",
-    b"Connection: keep-alive",
-    b"X: \xff",
-]
-HEADERS += [
-    b"Connection: close",
-    b"Connection: x-a",
-    b"Keep-Alive: timeout=5",
-    b"Server: x",
-    b"Date: then",
-    b"Upgrade: h2c",
-]
-HEADERS += [
-    b"Trailer: X-T",
-    b"Content-Type: text/plain",
-    b"X: " + b"v" * 20000,
-    b"Content-Encoding: gzip",
-    b"Via: 1.1 x",
-]
+    b"X-A: 1", b"X-B:", b"X-C: \t2 ", b"Set-Cookie: a=1", b"Set-Cookie: b=2", b"Connection: keep-alive", b"X: \xff",
+    b"Connection: close", b"Connection: x-a", b"Keep-Alive: timeout=5", b"Server: x", b"Date: then", b"Upgrade: h2c",
+    b"Trailer: X-T", b"Content-Type: text/plain", b"X: " + b"v" * 20000, b"Content-Encoding: gzip", b"Via: 1.1 x",
+]  # fmt: skip
 ODD_HEADERS = [
-    b" folded",
-    b"X: a\r\n b",
-    b"no colon",
-    b": no name",
-    b"X Y: 1",
-    b"X : 1",
-    b"X\0: 1",
-    b"X: a\0b",
-    b"X: a\rb",
-    b"\0",
-]
-ODD_HEADERS += [
-    b"X: a\nb: c",
-    b"X: \x7f",
-    b"X: \x01",
-    b"X\xe9: 1",
-    b"(X): 1",
-    b"X: " + b"v" * 70000,
-    b"HTTP/1.1 200 OK",
+    b" folded", b"X: a\r\n b", b"no colon", b": no name", b"X Y: 1", b"X : 1", b"X\0: 1", b"X: a\0b", b"X: a\rb",
+    b"\0", b"X: a\nb: c", b"X: \x7f", b"X: \x01", b"X\xe9: 1", b"(X): 1", b"X: " + b"v" * 70000, b"HTTP/1.1 200 OK",
     b"\xff",
-]
+]  # fmt: skip
 LENGTHS = [
-    b"3",
-    b"0",
-    b"30",
-    b"+3",
-    b"-3",
-    b"3_0",
-    b"0x3",
-    b"03",
-    b"3 ",
-    b"3,3",
-    b"3, 4",
-    b"",
-    b"1e1",
-    b"9" * 19,
-    b"3\x0b",
-    b"3 3",
-]
-LENGTHS += [b"18446744073709551619", b"\xd9\xa3", b"3\0", b"4294967299", b"\xef\xbc\x93"]
+    b"3", b"0", b"30", b"+3", b"-3", b"3_0", b"0x3", b"03", b"3 ", b"3,3", b"3, 4", b"", b"1e1", b"9" * 19, b"3\x0b",
+    b"3 3", b"18446744073709551619", b"\xd9\xa3", b"3\0", b"4294967299", b"\xef\xbc\x93",
+]  # fmt: skip
 CODINGS = [
-    b"chunked",
-    b"Chunked",
-    b"xchunked",
-    b"chunked, identity",
-    b"gzip, chunked",
-    b"gzip",
-    b"identity",
-    b"chunked,chunked",
-]
-CODINGS += [b"", b",chunked", b"chunked;q=1", b"chunked\x0b", b"chun\0ked", b"chunked "]
+    b"chunked", b"Chunked", b"xchunked", b"chunked, identity", b"gzip, chunked", b"gzip", b"identity",
+    b"chunked,chunked", b"", b",chunked", b"chunked;q=1", b"chunked\x0b", b"chun\0ked", b"chunked ",
+]  # fmt: skip
 NAMES = [b"%s"] * 9 + [b"%s ", b" %s", b"%s\t", b"\x0b%s", b"%s\0", b"X-%s"]
 LENGTH, CODING = b"Content-Length", b"Transfer-Encoding"
 ODD_FRAMINGS = [name % LENGTH + b": " + value for name in NAMES for value in LENGTHS]
 ODD_FRAMINGS += [name % CODING + b": " + value for name in NAMES for value in CODINGS]
 SECOND = ok(b"evil")
-CHUNKED = [b"3\r\nabc\r\n0\r\n\r\n", b"0\r\n\r\n", b"3;x=y\r\nabc\r\n0\r\nX-T: 1\r\n\r\n", b"003\r\nabc\r\n00\r\n\r\n"]
-CHUNKED += [b"1\r\na\r\n2\r\nbc\r\n0\r\n\r\n", b"11170\r\n" + b"x" * 70000 + b"\r\n0\r\n\r\n"]
+CHUNKED = [
+    b"3\r\nabc\r\n0\r\n\r\n", b"0\r\n\r\n", b"3;x=y\r\nabc\r\n0\r\nX-T: 1\r\n\r\n", b"003\r\nabc\r\n00\r\n\r\n",
+    b"1\r\na\r\n2\r\nbc\r\n0\r\n\r\n", b"11170\r\n" + b"x" * 70000 + b"\r\n0\r\n\r\n",
+]  # fmt: skip
 ODD_CHUNKED = [
-    b"3\nabc\n0\n\n",
-    b"0x3\r\nabc\r\n0\r\n\r\n",
-    b"+3\r\nabc\r\n0\r\n\r\n",
-    b"g\r\nabc",
-    b"-1\r\nabc",
-    b"3\r\nabc\r\n\r\n",
-]
-ODD_CHUNKED += [
-    b"2\r\nabc\r\n0\r\n\r\n",
-    b"3\r\nabc0\r\n\r\n",
-    b"FFFFFFFFFFFFFFFF\r\nabc",
-    b"3\r\nabc\r\n",
-    b"3\r\nabc\r\n0\r\n",
-]
-ODD_CHUNKED += [
-    b"10000000000000003\r\nabc\r\n0\r\n\r\n",
-    b"\r\n3\r\nabc\r\n0\r\n\r\n",
-    b"3\r\nabc\r\n0\r\n: x\r\n\r\n",
-    b"3 \r\nabc",
-]
-ODD_CHUNKED += [
-    b"3\r\r\nabc\r\n0\r\n\r\n",
-    b"3\r\nabc\r\n0\r\nX\0: 1\r\n\r\n",
-    b"3\r\nabcXX0\r\n\r\n",
-    b"3;\0\r\nabc\r\n0\r\n\r\n",
-]
+    b"3\nabc\n0\n\n", b"0x3\r\nabc\r\n0\r\n\r\n", b"+3\r\nabc\r\n0\r\n\r\n", b"g\r\nabc", b"-1\r\nabc",
+    b"3\r\nabc\r\n\r\n", b"2\r\nabc\r\n0\r\n\r\n", b"3\r\nabc0\r\n\r\n", b"FFFFFFFFFFFFFFFF\r\nabc", b"3\r\nabc\r\n",
+    b"3\r\nabc\r\n0\r\n", b"10000000000000003\r\nabc\r\n0\r\n\r\n", b"\r\n3\r\nabc\r\n0\r\n\r\n",
+    b"3\r\nabc\r\n0\r\n: x\r\n\r\n", b"3 \r\nabc", b"3\r\r\nabc\r\n0\r\n\r\n", b"3\r\nabc\r\n0\r\nX\0: 1\r\n\r\n",
+    b"3\r\nabcXX0\r\n\r\n", b"3;\0\r\nabc\r\n0\r\n\r\n",
+]  # fmt: skip
 BODIES = [b"", b"abc", SECOND, b"x" * 70000]
 FRAMINGS = [(b"", b""), (b"", b"abc"), (b"", SECOND)] + [(b"%s: %d" % (LENGTH, len(body)), body) for body in BODIES]
 FRAMINGS += [(CODING + b": chunked", body) for body in CHUNKED]
 ODD_ENDS = [b"\n", b"\r", b"\r\r\n", b"\n\r", b"\0\r\n", b" \r\n", b"\x0b\r\n"]
-INTERIM = [b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n", b"HTTP/1.1 102 \r\n\r\n"]
-INTERIM += [b"HTTP/1.1 100 x\r\nContent-Length: 5\r\n\r\n", b"HTTP/1.0 100 x\r\nConnection: close\r\n\r\n", b"\r\n"]
+INTERIM = [
+    b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n", b"HTTP/1.1 102 \r\n\r\n",
+    b"HTTP/1.1 100 x\r\nContent-Length: 5\r\n\r\n", b"HTTP/1.0 100 x\r\nConnection: close\r\n\r\n", b"\r\n",
+]  # fmt: skip
 ENDINGS = st.sampled_from(["open", "open", "fin", "fin", "reset"])
 ASKING = st.sampled_from([b"GET", b"GET", b"GET", b"HEAD", b"POST"])
 
@@ -323,34 +255,12 @@ GOOD = [
     b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 404 Not Found\r\nContent-Length: 3\r\nConnection: close\r\n\r\nabc",
     b"HTTP/1.0 200 OK\r\nX-A: 1\r\n\r\nuntil the end",
     b"HTTP/1.1 304 Not Modified\r\nETag: x\r\nContent-Length: 3\r\n\r\n",
-]
+]  # fmt: skip
 PIECES = [
-    b"\r",
-    b"\n",
-    b"\r\n",
-    b"\r\n\r\n",
-    b"\0",
-    b" ",
-    b"\t",
-    b":",
-    b",",
-    b";",
-    b"0",
-    b"1",
-    b"9",
-    b"-",
-    b"\x7f",
-    b"\x80",
-    b"\xff",
-]
-PIECES += [
-    b"chunked",
-    b"Content-Length: 0\r\n",
-    b"Transfer-Encoding: chunked\r\n",
-    b"HTTP/1.1 200 OK\r\n",
-    SECOND,
-    INTERIM[0],
-]
+    b"\r", b"\n", b"\r\n", b"\r\n\r\n", b"\0", b" ", b"\t", b":", b",", b";", b"0", b"1", b"9", b"-", b"\x7f",
+    b"\x80", b"\xff", b"chunked", b"Content-Length: 0\r\n", b"Transfer-Encoding: chunked\r\n", b"HTTP/1.1 200 OK\r\n",
+    SECOND, INTERIM[0],
+]  # fmt: skip
 
 
 @st.composite
@@ -397,6 +307,15 @@ def test_generated_answers(
 @given(method=ASKING, data=mutations(), end=ENDINGS)
 def test_mutated_answers(balancer: BalancerProcess, backend: WireBackend, method: bytes, data: bytes, end: str) -> None:
     probe(balancer, backend, method, data, end)
+
+
+@seed(SEED)
+@fuzzing
+@given(data=st.one_of(answers(), mutations(), st.sampled_from(GOOD)), end=st.sampled_from(["fin", "fin", "reset"]))
+def test_answers_to_uploads_that_are_not_read(
+    balancer: BalancerProcess, backend: WireBackend, data: bytes, end: str
+) -> None:
+    probe_upload(balancer, backend, data, end)
 
 
 @pytest.mark.parametrize("data", GOOD)

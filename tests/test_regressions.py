@@ -195,6 +195,24 @@ def test_a_status_line_of_another_version_is_no_answer(
     assert fetch(balancer.url)[0] == 502
 
 
+@pytest.mark.parametrize("length", [b"+2", b"2, 3"])
+def test_a_head_answer_with_a_malformed_length_is_no_answer(
+    balancer: BalancerProcess, backend: ScriptedBackend, length: bytes
+) -> None:
+    """There is no body to be framed by it, so it was passed on, or the client got an empty reply."""
+    backend.answer(b"HTTP/1.1 200 OK\r\nContent-Length: %s\r\n\r\n" % length)
+    assert fetch(balancer.url, method="HEAD")[0] == 502
+
+
+@pytest.mark.parametrize("method", [b"GET", b"POST", b"DELETE"])
+def test_an_empty_body_with_its_length_is_no_error(
+    balancer: BalancerProcess, backend: ScriptedBackend, method: bytes
+) -> None:
+    """On the express way it was a 500 with a traceback in the log."""
+    assert exchange(balancer.port, get(b"/", b"Content-Length: 0", method=method)).startswith(b"HTTP/1.1 200 ")
+    assert "Traceback" not in balancer.output
+
+
 def test_a_trailer_without_end_is_cut_off(balancer: BalancerProcess, backend: ScriptedBackend) -> None:
     """It was collected in memory for as long as the backend cared to send."""
     sent: list[int] = []

@@ -323,7 +323,7 @@ def test_a_later_backend_of_the_same_name_starts_at_zero() -> None:
     pool.record_check(pool.get("a"), LastCheck(1.0, 0.001, 200, None))
 
     class RemovedMeanwhile:
-        def exchange(self, request: Any, origin: Origin) -> Any:
+        def exchange(self, request: Any, origin: Origin, sent: None) -> Any:
             pool.remove("a")
             raise ResponseTimedOut("too slow")
 

@@ -1,0 +1,230 @@
+"""The express way: what needs no thread takes none, and whatever goes wrong on it goes on elsewhere."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+from support import BalancerProcess, ScriptedBackend, connect, fetch, get, ok, wait_until
+from wire import hang_up, read_response, request
+
+from balancer.express import Express
+from balancer.settings import Settings
+from balancer.transport import BackendAdapter
+from balancer.workers import WorkerPool
+from load_balancer import Balancer, _listen, create_app
+
+
+@pytest.fixture
+def started() -> Iterator[BalancerProcess]:
+    """Two backends `a` and `b`, each with a kept connection; a second to answer."""
+    made = {name: ScriptedBackend() for name in "ab"}
+    balancer = BalancerProcess(
+        *(f"--backend={name}={backend.url}" for name, backend in made.items()),
+        "--algorithm=round_robin", "--response-timeout=1", "--pool-idle-timeout=30", "--thread-idle-timeout=1",
+    )  # fmt: skip
+    balancer.backends = made  # type: ignore[attr-defined]
+    yield balancer
+    balancer.stop()
+    for backend in made.values():
+        backend.close()
+
+
+@pytest.fixture
+def backends(started: BalancerProcess) -> dict[str, ScriptedBackend]:
+    """Both have answered once, so a request without a body finds a kept connection."""
+    made: dict[str, ScriptedBackend] = started.backends  # type: ignore[attr-defined]
+    for _ in range(4):
+        assert fetch(f"{started.url}/warm")[0] == 200
+    for backend in made.values():
+        backend.requests.clear()
+    return made
+
+
+def script_all(backends: dict[str, ScriptedBackend], script: Any) -> None:
+    for backend in backends.values():
+        backend.script = script
+
+
+def test_requests_in_flight_on_kept_connections_need_no_threads() -> None:
+    go, count = threading.Event(), 100
+    backend = ScriptedBackend()
+    balancer = BalancerProcess(
+        f"--backend={backend.url}", "--thread-idle-timeout=1", "--pool-idle-timeout=60", "--response-timeout=30"
+    )
+
+    def script(sock: socket.socket, request: Any) -> None:
+        go.wait(20)
+        sock.sendall(ok(request.target))
+
+    def threads() -> int:
+        return len(os.listdir(f"/proc/{balancer.pid}/task"))
+
+    def all_at_once() -> int:
+        """Answers are right; returns the number of threads while all were in flight."""
+        go.clear()
+        backend.requests.clear()
+        with ThreadPoolExecutor(count) as clients:
+            answers = [clients.submit(fetch, f"{balancer.url}/{number}") for number in range(count)]
+            wait_until(lambda: len(backend.requests) == count, 20)
+            highest = threads()
+            go.set()
+            assert [answer.result()[2] for answer in answers] == [b"/%d" % number for number in range(count)]
+        return highest
+
+    backend.script = script
+    try:
+        first = all_at_once()  # every connection is new: a thread each
+        assert first > count
+        wait_until(lambda: threads() < first - count + 20, 20, "idle threads have ended")
+        before = threads()
+        assert all_at_once() <= before + 10
+    finally:
+        balancer.stop()
+        backend.close()
+
+
+def test_an_answer_that_does_not_come_is_given_up_and_asked_for_elsewhere(
+    started: BalancerProcess, backends: dict[str, ScriptedBackend]
+) -> None:
+    def silent_once(sock: socket.socket, request: Any) -> None:
+        script_all(backends, lambda sock, request: sock.sendall(ok(b"second")))
+
+    script_all(backends, silent_once)
+    assert fetch(f"{started.url}/x", X_Request_ID="late-1")[2] == b"second"
+    told = next(one for one in started.status()["recent_requests"] if one["request_id"] == "late-1")
+    assert [attempt["outcome"] for attempt in told["tried"]] == ["http_response_timeout", "200"]
+    assert told["tried"][0]["connect"] is None and 0.9 < told["tried"][0]["seconds"] < 2
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_kept_connection_that_dies_under_the_request_is_replaced(
+    started: BalancerProcess, backends: dict[str, ScriptedBackend], reset: bool
+) -> None:
+    def dies_once(sock: socket.socket, request: Any) -> None:
+        script_all(backends, lambda sock, request: sock.sendall(ok(b"again")))
+        hang_up(sock, reset=reset)
+
+    script_all(backends, dies_once)
+    assert fetch(f"{started.url}/x")[::2] == (200, b"again")
+    assert sum(len(backend.requests) for backend in backends.values()) == 2
+
+
+def test_a_post_whose_kept_connection_died_is_not_sent_again(
+    started: BalancerProcess, backends: dict[str, ScriptedBackend]
+) -> None:
+    script_all(backends, lambda sock, request: hang_up(sock))
+    assert fetch(f"{started.url}/x", method="POST")[0] == 502
+    assert sum(len(backend.requests) for backend in backends.values()) == 1
+
+
+@pytest.mark.parametrize("size", [0, 1, 65536, 3_000_000])
+@pytest.mark.parametrize("pieces", [1, 7])
+def test_answers_of_any_size_and_in_any_pieces_come_through_whole(
+    started: BalancerProcess, backends: dict[str, ScriptedBackend], size: int, pieces: int
+) -> None:
+    data = ok(os.urandom(size), b"X-Check: yes")
+    pause = threading.Event()
+
+    def script(sock: socket.socket, request: Any) -> None:
+        for start in range(0, len(data), -(-len(data) // pieces)):
+            sock.sendall(data[start : start + -(-len(data) // pieces)])
+            pause.wait(0.01)
+
+    script_all(backends, script)
+    for _ in range(3):
+        status, headers, body = fetch(f"{started.url}/x")
+        assert (status, headers["x-check"], body) == (200, "yes", data[-size:] if size else b"")
+
+
+def test_a_client_that_leaves_takes_its_backend_connection_with_it(
+    started: BalancerProcess, backends: dict[str, ScriptedBackend]
+) -> None:
+    ended = threading.Event()
+
+    def script(sock: socket.socket, request: Any) -> None:
+        sock.settimeout(20)
+        ended.set() if sock.recv(1) == b"" else None
+
+    script_all(backends, script)
+    with connect(started.port) as client:
+        client.sendall(get(b"/left"))
+        wait_until(lambda: any(backend.requests for backend in backends.values()))
+    assert ended.wait(5)
+    wait_until(lambda: started.status()["statistics"]["aborted_requests"] == 1)
+    assert all(backend["active_connections"] == 0 for backend in started.status()["backend_servers"])
+    assert all(backend["ejection"]["consecutive_failures"] == 0 for backend in started.status()["backend_servers"])
+
+
+def test_pipelined_and_kept_alive_requests_get_their_own_answers(
+    started: BalancerProcess, backends: dict[str, ScriptedBackend]
+) -> None:
+    script_all(backends, lambda sock, request: sock.sendall(ok(request.target)))
+    with ExitStack() as stack:
+        streams = []
+        for number in range(20):
+            sock = stack.enter_context(connect(started.port))
+            sock.sendall(b"".join(request(b"/%d-%d" % (number, turn)) for turn in range(5)))
+            streams.append((number, stack.enter_context(sock.makefile("rb"))))
+        for number, stream in streams:
+            assert [read_response(stream)[2] for _ in range(5)] == [b"/%d-%d" % (number, turn) for turn in range(5)]
+
+
+def test_requests_that_wait_on_the_express_way_are_finished_when_it_stops(
+    started: BalancerProcess, backends: dict[str, ScriptedBackend]
+) -> None:
+    go = threading.Event()
+
+    def script(sock: socket.socket, request: Any) -> None:
+        go.wait(20)
+        sock.sendall(ok(b"finished"))
+
+    script_all(backends, script)
+    with ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(fetch, f"{started.url}/x")
+        wait_until(lambda: any(backend.requests for backend in backends.values()))
+        started.send(signal.SIGTERM)
+        wait_until(lambda: "draining: 1 requests in flight" in started.output)
+        go.set()
+        assert answer.result(10)[2] == b"finished"
+    assert started.wait(10) == 0
+
+
+# In this process.
+
+
+def wire(wrap: bool) -> tuple[Balancer, Any]:
+    app = create_app(Settings(port=0))
+    balancer: Balancer = app.extensions["balancer"]
+    if wrap:
+        inner = app.wsgi_app
+        app.wsgi_app = lambda environ, start_response: inner(environ, start_response)  # type: ignore[method-assign]
+    ((bridge, listener),) = _listen(app.wsgi_app, balancer)
+    listener.close()
+    return balancer, bridge
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+def test_a_middleware_around_the_app_sees_every_request(wrap: bool) -> None:
+    balancer, bridge = wire(wrap)
+    assert (bridge.proxy is None) == wrap
+    balancer.start()
+    balancer.stop()
+
+
+def test_it_stops_and_leaves_nothing() -> None:
+    before = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        express = Express(BackendAdapter(), WorkerPool(1, 1, 1.0))
+        express.start()
+        express.stop()
+    unstarted = Express(BackendAdapter(), WorkerPool(1, 1, 1.0))
+    unstarted.stop()
+    assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before

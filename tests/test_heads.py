@@ -1,0 +1,98 @@
+"""Plain response heads: whatever the short way takes, llhttp takes too and understands in the same way."""
+
+from __future__ import annotations
+
+import httptools
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from balancer import heads
+from balancer.heads import parse_plain
+from balancer.response import ResponseHead
+
+PLAIN = b"HTTP/1.1 200 OK\r\nDate: now\r\nContent-Length: 2\r\nConnection: keep-alive\r\n\r\n"
+
+
+def by_llhttp(data: bytes) -> ResponseHead:
+    head = ResponseHead()
+    head._parser = httptools.HttpResponseParser(head)
+    head.feed(data)
+    return head
+
+
+def test_a_plain_head_is_taken() -> None:
+    head = parse_plain(PLAIN + b"ok")
+    assert head is not None
+    assert (head.status, head.reason, head.options, head.size) == (200, "OK", {b"keep-alive"}, len(PLAIN))
+    assert head.lines == [(b"date", b"now"), (b"content-length", b"2"), (b"connection", b"keep-alive")]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        PLAIN[:-2],
+        PLAIN[:-4],
+        PLAIN.replace(b"1.1", b"1.0"),
+        PLAIN.replace(b"1.1", b"2.0"),
+        PLAIN.replace(b"200", b"100"),
+        PLAIN.replace(b"200", b"101"),
+        PLAIN.replace(b"200", b"600"),
+        PLAIN.replace(b"200", b"0200"),
+        PLAIN.replace(b"200 OK", b"200"),
+        PLAIN.replace(b"Date: now", b"Transfer-Encoding: chunked"),
+        PLAIN.replace(b"Date: now", b"Content-Length: 2"),
+        PLAIN.replace(b"Length: 2", b"Length: +2"),
+        PLAIN.replace(b"Length: 2", b"Length:"),
+        PLAIN.replace(b"Length: 2", b"Length: " + b"9" * 19),
+        PLAIN.replace(b"Date: now", b"Date : now"),
+        PLAIN.replace(b"Date: now", b" Date: now"),
+        PLAIN.replace(b"Date: now", b"Date"),
+        PLAIN.replace(b"Date: now", b": now"),
+        PLAIN.replace(b"Date: now", b"Date: n\x00w"),
+        PLAIN.replace(b"Date: now", b"Date: n\rw"),
+        PLAIN.replace(b"Date: now", b"Date: n\nw"),
+        PLAIN.replace(b"\r\n", b"\n"),
+        b"\r\n" + PLAIN,
+    ],
+)
+def test_anything_else_is_left_to_llhttp(data: bytes) -> None:
+    assert parse_plain(data) is None
+
+
+names = st.sampled_from(
+    [b"A", b"content-length", b"Connection", b"Transfer-Encoding", b"x y", b"", b"Set-Cookie", b"E\xc3"]
+)
+values = st.binary(max_size=12) | st.sampled_from([b"close", b"keep-alive, X", b"5", b" a b\t", b"chunked"])
+lines = st.lists(st.tuples(names, st.sampled_from([b":", b": ", b" :", b":\t"]), values).map(b"".join), max_size=5)
+statuses = st.sampled_from(
+    [b"HTTP/1.1 200 OK", b"HTTP/1.1 404 ", b"HTTP/1.1 500", b"HTTP/1.1  200 OK", b"HTTP/1.1 299 \xe4"]
+)
+
+
+@given(statuses, lines)
+def test_what_is_taken_is_what_llhttp_understands(status: bytes, lines: list[bytes]) -> None:
+    data = b"\r\n".join([status, *lines, b"", b""])
+    plain = parse_plain(data)
+    if plain is None:
+        return
+    other = by_llhttp(data)
+    assert (plain.status, plain.reason, plain.lines, plain.options) == (
+        other.status, other.reason, other.lines, other.options,
+    )  # fmt: skip
+    head = ResponseHead()
+    head.feed(data)
+    assert (
+        (head.has_head, head.keeps_alive)
+        == (other.has_head, other.keeps_alive)
+        == (True, b"close" not in plain.options)
+    )
+
+
+def test_the_table_of_lines_is_bounded() -> None:
+    for number in range(heads.TABLE_SIZE * 2):
+        parse_plain(PLAIN.replace(b"now", b"%d" % number))
+        parse_plain(PLAIN.replace(b"now", b"x" * heads.LONGEST + b"%d" % number))
+    assert len(heads._lines) <= heads.TABLE_SIZE
+    assert max(map(len, heads._lines)) <= heads.LONGEST
