@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from playwright.sync_api import expect
-from support import BalancerProcess, ScriptedBackend
+from support import BalancerProcess, Demo, ScriptedBackend, start_demo
 
 from tests.dashboard_stub import (
     PAGE,
@@ -625,10 +625,18 @@ def test_under_a_strict_policy_another_address_is_explained(tab: Tab, stub: Stub
 # ---- The real program ------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Demo]:
+    """A demo that several tests use: each puts back what it changes. It outlives every page."""
+    started = start_demo()
+    yield started
+    started.stop()
+
+
 # `demo` comes first among the arguments, so that the page is closed before the balancer is stopped.
 
 
-def open_demo(tab: Tab, demo: Any, from_disk: bool) -> None:
+def open_demo(tab: Tab, demo: Demo, from_disk: bool) -> None:
     tab.network_errors_expected = from_disk  # a backend need not send CORS headers with what it answers
     if from_disk:
         tab.from_disk(demo.url)
@@ -638,10 +646,10 @@ def open_demo(tab: Tab, demo: Any, from_disk: bool) -> None:
 
 
 @pytest.mark.parametrize("from_disk", [True, False], ids=["disk", "served"])
-def test_real_balancer_live_data_and_traffic(demo: Any, tab: Tab, from_disk: bool) -> None:
-    open_demo(tab, demo, from_disk)
-    expect(tab.at("#backend-rows tr")).to_have_count(len(demo.backends))
-    for one in demo.backends:
+def test_real_balancer_live_data_and_traffic(shared: Demo, tab: Tab, from_disk: bool) -> None:
+    open_demo(tab, shared, from_disk)
+    expect(tab.at("#backend-rows tr")).to_have_count(len(shared.backends))
+    for one in shared.backends:
         expect(
             tab.at(
                 "#backend-rows tr",
@@ -650,16 +658,16 @@ def test_real_balancer_live_data_and_traffic(demo: Any, tab: Tab, from_disk: boo
     before = int(tab.at("#t-total").inner_text().replace(",", ""))
     tab.page.click("#send")
     tab.shows("#traffic-result", "10 requests in", timeout=15000)
-    tab.shows("#traffic-counts", demo.backends[0].id)
+    tab.shows("#traffic-counts", shared.backends[0].id)
     assert "10 failed" not in tab.at("#traffic-result").inner_text()
     expect(tab.at("#t-total")).to_have_text(f"{before + 10:,}")
     tab.shows("#recent-rows", "/api/process")
-    assert [url for url in tab.requests if not url.startswith(f"{demo.url}/")] == []
+    assert [url for url in tab.requests if not url.startswith(f"{shared.url}/")] == []
 
 
 @pytest.mark.parametrize("from_disk", [True, False], ids=["disk", "served"])
-def test_real_balancer_switches_the_algorithm(demo: Any, tab: Tab, from_disk: bool) -> None:
-    open_demo(tab, demo, from_disk)
+def test_real_balancer_switches_the_algorithm(shared: Demo, tab: Tab, from_disk: bool) -> None:
+    open_demo(tab, shared, from_disk)
     current = tab.at("#algorithm").input_value()
     names = tab.at("#algorithm option").evaluate_all("nodes => nodes.map((node) => node.value)")
     assert {"round_robin", "weighted", "least_connections", "least_response_time"} <= set(names)
@@ -674,8 +682,8 @@ def test_real_balancer_switches_the_algorithm(demo: Any, tab: Tab, from_disk: bo
 
 
 @pytest.mark.parametrize("from_disk", [True, False], ids=["disk", "served"])
-def test_real_balancer_resets(demo: Any, tab: Tab, from_disk: bool) -> None:
-    open_demo(tab, demo, from_disk)
+def test_real_balancer_resets(shared: Demo, tab: Tab, from_disk: bool) -> None:
+    open_demo(tab, shared, from_disk)
     tab.page.click("#send")
     tab.shows("#traffic-result", "10 requests in", timeout=15000)
     tab.page.click("#reset")
@@ -684,7 +692,7 @@ def test_real_balancer_resets(demo: Any, tab: Tab, from_disk: bool) -> None:
     expect(tab.at("#t-success")).to_have_text(DASH)
 
 
-def test_real_balancer_shows_a_killed_backend_down_and_up_again(demo: Any, tab: Tab) -> None:
+def test_real_balancer_shows_a_killed_backend_down_and_up_again(demo: Demo, tab: Tab) -> None:
     open_demo(tab, demo, from_disk=True)
     victim = demo.backends[0]
     row = tab.at("#backend-rows tr").filter(has_text=victim.id)
@@ -698,8 +706,8 @@ def test_real_balancer_shows_a_killed_backend_down_and_up_again(demo: Any, tab: 
     expect(row).to_contain_text("Up", timeout=10000)
 
 
-def test_real_balancer_explains_drains_and_keeps_the_past(demo: Any, tab: Tab) -> None:
-    open_demo(tab, demo, from_disk=False)
+def test_real_balancer_explains_drains_and_keeps_the_past(shared: Demo, tab: Tab) -> None:
+    open_demo(tab, shared, from_disk=False)
     tab.page.click("#send")
     tab.shows("#traffic-result", "10 ok, 0 failed", timeout=15000)
     tab.page.locator("#recent-rows .c-why button").first.click()

@@ -285,6 +285,19 @@ def test_a_request_that_is_no_longer_kept_shows_what_is_known(tab: Tab, stub: St
     tab.shows("#request-dialog", "No backend was tried.")
 
 
+def test_rows_stay_while_somebody_points_at_them(tab: Tab, stub: Stub) -> None:
+    stub.answer["recent_requests"] = [recent(1, path="/old")]
+    tab.from_disk(stub.url).is_live()
+    tab.at("#recent-rows tr").hover()
+    tab.shows("#recent-note", "held while in use")
+    stub.answer["recent_requests"] = [recent(2, path="/new")]
+    stub.answer["statistics"]["total_requests"] = 4321
+    tab.shows("#t-total", "4,321")
+    tab.shows("#recent-rows", "/old")
+    tab.page.mouse.move(0, 0)
+    tab.shows("#recent-rows", "/new")
+
+
 def test_only_failed_or_retried_requests_are_asked_for(tab: Tab, stub: Stub) -> None:
     stub.answer["recent_requests"] = [
         recent(1),

@@ -9,7 +9,7 @@ import time
 import pytest
 from playwright.sync_api import expect
 
-from tests.dashboard_stub import Json, Stub, backend, down_backend, event, history, status
+from tests.dashboard_stub import Json, Stub, backend, down_backend, event, explained, history, recent, status
 from tests.dashboard_tab import DASH, Tab, chromium, stub, tab, wait_until
 
 __all__ = ["chromium", "stub", "tab"]  # fixtures
@@ -262,6 +262,7 @@ def test_an_opened_backend_tells_its_time_up_and_its_codes(tab: Tab, stub: Stub)
         "reason": "5 failures in a row",
     }
     stub.answer = status([one, backend(2, state="ejected", ejection=ejected), down_backend(3)])
+    stub.answer["recent_requests"] = [recent(1), explained("request-2")]
     stub.tell(
         event(1, "backend_down", "backend_1", "error", timestamp=now - 30),
         event(2, "backend_up", "backend_1", timestamp=now - 15),
@@ -273,6 +274,8 @@ def test_an_opened_backend_tells_its_time_up_and_its_codes(tab: Tab, stub: Stub)
         "90, 90.0 %",
         "9, 9.0 %",
         "weight (configured: 3)",
+        "connect 1",
+        "100.0 % of the newest 1 attempt",
         "flag",
         re.compile(r"Healthy 7\d\.\d % of the last 1 m"),
     ):
