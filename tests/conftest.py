@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Iterator
 
@@ -9,6 +10,11 @@ import pytest
 from hypothesis import settings
 from stub_balancer import StubBalancer
 from support import BalancerProcess, Demo, ScriptedBackend, start_demo
+
+# In the background of a shell, or under nohup, these are ignored, and every process started here would inherit that.
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 # A slow machine is no finding; pytest's own time-out ends what hangs.
 settings.register_profile("tests", deadline=None)
