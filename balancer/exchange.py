@@ -105,4 +105,5 @@ class Exchange:
     def explain(self) -> dict[str, Any]:
         """`describe` with why each attempt went to its backend."""
         tried = [attempt.describe() | attempt.choice.describe() for attempt in self.attempts]
-        return self.describe() | {"tried": tried}
+        algorithm = self.attempts[-1].choice.algorithm if self.attempts else None
+        return self.describe() | {"algorithm": algorithm, "tried": tried}
