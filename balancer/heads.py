@@ -1,9 +1,9 @@
 """Response heads of the usual shape, parsed line by line.
 
-Backends send the same few lines over and over, so each line is looked up among those seen before, and only a new one is
-parsed: a third of what callbacks from a parser cost. This takes nothing that llhttp would refuse. Whatever is not plain
-in the narrowest sense (another version, an interim response, chunked, a folded or odd line) is left to llhttp, which
-decides.
+Backends send the same few lines over and over, and busy ones the same whole head many times a second, so both are
+looked up among those seen before, and only what is new is parsed: a third of what callbacks from a parser cost. This
+takes nothing that llhttp would refuse. Whatever is not plain in the narrowest sense (another version, an interim
+response, chunked, a folded or odd line) is left to llhttp, which decides.
 """
 
 from __future__ import annotations
@@ -19,34 +19,39 @@ _STATUS = re.compile(rb"HTTP/1\.1 ([2-5][0-9][0-9]) ([\t\x20-\x7e\x80-\xff]*)\Z"
 # A token, and a value without control characters (RFC 9110 sections 5.1 and 5.5); blanks around it are not part of it.
 _LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t\x20-\x7e\x80-\xff]*)\Z")
 
-TABLE_SIZE = 1024  # and LONGEST bytes a line: what backends send must not fill the memory
-LONGEST = 128
+# What backends send must not fill the memory: so many lines and heads, and none longer than so many bytes.
+LINES_KEPT, LONGEST_LINE = 1024, 128
+HEADS_KEPT, LONGEST_HEAD = 256, 1024
 
 Parsed = TypeVar("Parsed")
 
 
 class PlainHead(NamedTuple):
+    """One object may serve many responses at the same time, so nothing in it ever changes."""
+
     status: int
     reason: str
-    lines: list[Line]  # names in lower case
+    lines: tuple[Line, ...]  # names in lower case
     options: frozenset[bytes]  # of `Connection`
     length: int | None  # Content-Length
     size: int  # bytes of the head, the empty line included
 
 
 class _Table(dict[bytes, "Parsed | None"], Generic[Parsed]):
-    """Lines and what they mean, None for what is not plain. Any thread may look up: each step is one operation."""
+    """Bytes and what they mean, None for what is not plain. Any thread may look up: each step is one operation."""
 
-    def __init__(self, parse: Callable[[bytes], Parsed | None]) -> None:
+    def __init__(self, parse: Callable[[bytes], Parsed | None], kept: int, longest: int) -> None:
         super().__init__()
         self._parse = parse
+        self._kept = kept
+        self._longest = longest
 
-    def __missing__(self, line: bytes) -> Parsed | None:
-        parsed = self._parse(line)
-        if len(line) <= LONGEST:
-            if len(self) >= TABLE_SIZE:
+    def __missing__(self, data: bytes) -> Parsed | None:
+        parsed = self._parse(data)
+        if len(data) <= self._longest:
+            if len(self) >= self._kept:
                 self.clear()
-            self[line] = parsed
+            self[data] = parsed
         return parsed
 
 
@@ -65,14 +70,12 @@ def _parse_line(line: bytes) -> Line | None:
     return name, value
 
 
-_statuses = _Table(_parse_status)
-_lines = _Table(_parse_line)
+_statuses = _Table(_parse_status, LINES_KEPT, LONGEST_LINE)
+_lines = _Table(_parse_line, LINES_KEPT, LONGEST_LINE)
 
 
-def parse_plain(data: bytes) -> PlainHead | None:
-    """The head at the start of `data`, None if it is not whole or not plain."""
-    end = data.find(b"\r\n\r\n")
-    first, *rest = data[: max(end, 0)].split(b"\r\n")
+def _parse_head(data: bytes) -> PlainHead | None:
+    first, *rest = data.split(b"\r\n")
     status = _statuses[first]
     if status is None:
         return None
@@ -89,4 +92,13 @@ def parse_plain(data: bytes) -> PlainHead | None:
             if length is not None:
                 return None
             length = int(line[1])
-    return PlainHead(*status, lines, options, length, end + 4)
+    return PlainHead(*status, tuple(lines), options, length, len(data) + len(b"\r\n\r\n"))
+
+
+_heads = _Table(_parse_head, HEADS_KEPT, LONGEST_HEAD)
+
+
+def parse_plain(data: bytes) -> PlainHead | None:
+    """The head at the start of `data`, None if it is not whole or not plain."""
+    end = data.find(b"\r\n\r\n")
+    return _heads[data[:end]] if end > 0 else None

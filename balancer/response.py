@@ -7,7 +7,7 @@ httptools). A body of known length is counted here.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import httptools
 from requests import PreparedRequest, Response
@@ -51,7 +51,7 @@ class ResponseHead:
     """A response head as it comes in: status, reason, header lines, and the body bytes that came with it."""
 
     __slots__ = (
-        *("_parser", "status", "reason", "lines", "options", "length", "pieces", "size"),
+        *("_parser", "status", "reason", "lines", "_collected", "options", "length", "pieces", "size"),
         *("has_head", "has_end", "is_plain", "keeps_alive"),
     )
 
@@ -59,7 +59,8 @@ class ResponseHead:
         self._parser: httptools.HttpResponseParser | None = None
         self.status = 0
         self.reason = ""
-        self.lines: list[Line] = []
+        self._collected: list[Line] = []
+        self.lines: Sequence[Line] = self._collected
         self.options: frozenset[bytes] = frozenset()  # of `Connection`
         self.is_plain = False  # then it is not chunked, and `length` is its Content-Length
         self.length: int | None = None
@@ -109,7 +110,7 @@ class ResponseHead:
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self.has_head:  # else a trailer: discarded, it must not become a header (RFC 9110 section 6.5.1)
-            self.lines.append((name.lower(), value.strip(b" \t")))
+            self._collected.append((name.lower(), value.strip(b" \t")))
 
     def on_headers_complete(self) -> None:
         assert self._parser is not None
@@ -133,7 +134,7 @@ class ResponseHead:
             self.has_end = True
         else:
             # 1xx: WSGI cannot pass it on, so it is swallowed (RFC 9110 section 15.2); the real one follows.
-            self.lines.clear()
+            self._collected.clear()
             self.reason = ""
 
     def end(self) -> None:

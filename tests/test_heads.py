@@ -25,7 +25,7 @@ def test_a_plain_head_is_taken() -> None:
     head = parse_plain(PLAIN + b"ok")
     assert head is not None
     assert (head.status, head.reason, head.options, head.size) == (200, "OK", {b"keep-alive"}, len(PLAIN))
-    assert head.lines == [(b"date", b"now"), (b"content-length", b"2"), (b"connection", b"keep-alive")]
+    assert head.lines == ((b"date", b"now"), (b"content-length", b"2"), (b"connection", b"keep-alive"))
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_what_is_taken_is_what_llhttp_understands(status: bytes, lines: list[byt
     if plain is None:
         return
     other = by_llhttp(data)
-    assert (plain.status, plain.reason, plain.lines, plain.options) == (
+    assert (plain.status, plain.reason, list(plain.lines), plain.options) == (
         other.status, other.reason, other.lines, other.options,
     )  # fmt: skip
     head = ResponseHead()
@@ -90,9 +90,18 @@ def test_what_is_taken_is_what_llhttp_understands(status: bytes, lines: list[byt
     )
 
 
-def test_the_table_of_lines_is_bounded() -> None:
-    for number in range(heads.TABLE_SIZE * 2):
+def test_what_is_remembered_is_bounded() -> None:
+    for number in range(heads.LINES_KEPT * 2):
         parse_plain(PLAIN.replace(b"now", b"%d" % number))
-        parse_plain(PLAIN.replace(b"now", b"x" * heads.LONGEST + b"%d" % number))
-    assert len(heads._lines) <= heads.TABLE_SIZE
-    assert max(map(len, heads._lines)) <= heads.LONGEST
+        parse_plain(PLAIN.replace(b"now", b"x" * heads.LONGEST_LINE + b"%d" % number))
+        parse_plain(PLAIN.replace(b"now", b"x" * heads.LONGEST_HEAD + b"%d" % number))
+    assert len(heads._lines) <= heads.LINES_KEPT and len(heads._heads) <= heads.HEADS_KEPT
+    assert max(map(len, heads._lines)) <= heads.LONGEST_LINE and max(map(len, heads._heads)) <= heads.LONGEST_HEAD
+
+
+def test_a_head_that_is_shared_is_never_changed() -> None:
+    first, second = ResponseHead(), ResponseHead()
+    first.feed(PLAIN + b"ok")
+    second.feed(PLAIN + b"no")
+    assert first.lines is second.lines and isinstance(first.lines, tuple)
+    assert (first.take(), second.take()) == (b"ok", b"no")
