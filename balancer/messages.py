@@ -41,8 +41,9 @@ HOP_BY_HOP = frozenset(
 # framing is made anew by the transport (section 8.6), and the request id is set by us.
 _NOT_FORWARDED = HOP_BY_HOP | {b"expect", b"proxy", b"content-length", b"x-request-id"}
 _CLAIMS = frozenset({b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host", b"forwarded", b"x-real-ip"})
+_PASSED_ON = frozenset({b"via", b"max-forwards", b"traceparent", b"tracestate"})
 # Every other field goes on as it is, if there is no `_` in its name.
-_NOTABLE = _NOT_FORWARDED | _CLAIMS | {b"host", b"via", b"max-forwards", b"traceparent", b"tracestate"}
+_NOTABLE = _NOT_FORWARDED | _CLAIMS | _PASSED_ON | {b"host"}
 # `Alt-Svc` names another way to the backend's own origin, which is not ours (RFC 7838 section 2.1).
 _NOT_RETURNED = HOP_BY_HOP | {b"alt-svc", b"x-request-id", b"x-served-by"}
 # What `Connection` may not take away: without it the message means something else.
@@ -63,7 +64,6 @@ _TRACE_PARENT = re.compile(
     rb"(?:00-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
     rb"|(?!00|ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-[\x21-\x7e]*)?)\Z"
 )
-_TRACE_FIELDS = frozenset({b"traceparent", b"tracestate"})
 
 _process_id = token_hex(6).encode()
 _serial = count(1)
@@ -194,11 +194,6 @@ def trace_id(given: Sequence[bytes]) -> str | None:
     return (match[1] or match[2]).decode("ascii") if match else None
 
 
-def without_trace(lines: Iterable[Line]) -> list[Line]:
-    """For when `traceparent` is not valid: `tracestate` means nothing without it (section 3.3)."""
-    return [line for line in lines if line[0] not in _TRACE_FIELDS]
-
-
 def client_address(peer: str, forwarded_for: str, trusted: Sequence[Network]) -> str:
     """Who sent the request: the nearest address that is not a trusted proxy's.
 
@@ -219,6 +214,7 @@ def client_address(peer: str, forwarded_for: str, trusted: Sequence[Network]) ->
 
 def request_lines(
     lines: Sequence[Line],
+    found: Mapping[bytes, Sequence[bytes]],
     *,
     peer: str,
     scheme: str,
@@ -227,64 +223,51 @@ def request_lines(
     identifier: bytes,
     trusted: Sequence[Network] = (),
 ) -> list[Line]:
-    """Header lines for the backend, without framing fields (the transport adds those).
+    """Header lines for the backend, without framing fields (the transport adds those); `Host` first.
 
-    `lines` have lower-case names; `peer` is the address of the TCP connection; `pseudonym` our name in `Via`.
-    Raises LoopDetected if the request has passed through us before.
+    `found` are the `notable` ones of `lines`; `peer` is the address of the TCP connection; `pseudonym` our name in
+    `Via`. Raises LoopDetected if the request has passed through us before.
     """
-    kept: list[Line] = []
-    options = NONE  # what the client's `Connection` names
-    forwarded_for: list[bytes] = []
-    claims: dict[bytes, bytes] = {}
-    host = b""
     if http_version == "2":
         lines = join_cookies(lines)
-    for line in lines:
-        name = line[0]
-        if name not in _NOTABLE:
-            # WSGI and CGI fold `_` onto `-`: X_Forwarded_For would arrive as X-Forwarded-For.
-            if b"_" not in name:
-                kept.append(line)
-            continue
-        value = line[1]
-        if name == b"host":
-            if value:
-                host = value
-                kept.append(line)
-        elif name == b"connection":
-            options |= nominated([line])
-        elif name == b"via":
-            if pseudonym in value:
-                raise LoopDetected("the request has already passed through this load balancer")
-            kept.append(line)
-        elif name == b"x-forwarded-for":
-            forwarded_for.append(value)
-        elif name in _CLAIMS:
-            claims[name] = claims[name] + b", " + value if name in claims else value
-        elif name not in _NOT_FORWARDED:
-            kept.append(line)
-    if options and not options <= HOP_BY_HOP:
-        kept = [line for line in kept if line[0] not in options]
-    if (forwarded_for or claims) and not is_in_networks(peer, trusted):
-        forwarded_for, claims = [], {}
-    elif options:
-        forwarded_for = [] if b"x-forwarded-for" in options else forwarded_for
-        claims = {name: value for name, value in claims.items() if name not in options}
-    if not host:
-        kept.insert(0, (b"host", b""))  # HTTP/1.0 without Host: the field is required in what we send, it may be empty
-    address = _address(peer)
+    # HTTP/1.0 without Host: the field is required in what we send, it may be empty (RFC 9112 section 3.2).
+    host = found[b"host"][0] if b"host" in found else b""
+    # WSGI and CGI fold `_` onto `-`: X_Forwarded_For would arrive as X-Forwarded-For.
+    kept = [line for line in lines if line[0] not in _NOTABLE and b"_" not in line[0]]
+    claims: dict[bytes, bytes] = {}
+    if len(found) > 1 or b"host" not in found:  # more than Host, which is all that most requests have
+        kept, claims = _notable_lines(kept, found, pseudonym)
+        if claims and not is_in_networks(peer, trusted):
+            claims = {}
+    address, protocol = _address(peer), scheme.encode()
     if b"forwarded" in claims:
         kept.append((b"forwarded", claims[b"forwarded"] + b", " + _forwarded(address, host, scheme)))
     if b"x-real-ip" in claims:
         kept.append((b"x-real-ip", claims[b"x-real-ip"]))
-    kept += (
-        (b"x-forwarded-for", b", ".join([*forwarded_for, address]) if forwarded_for else address),
-        (b"x-forwarded-proto", claims.get(b"x-forwarded-proto") or scheme.encode()),
+    forwarded_for = claims.get(b"x-forwarded-for")
+    return [
+        (b"host", host),
+        *kept,
+        (b"x-forwarded-for", address if forwarded_for is None else forwarded_for + b", " + address),
+        (b"x-forwarded-proto", claims.get(b"x-forwarded-proto", protocol)),
         (b"x-forwarded-host", claims.get(b"x-forwarded-host", host)),
         (b"x-request-id", identifier),
         (b"via", b"%s %s" % (http_version.encode(), pseudonym)),
-    )
-    return kept
+    ]
+
+
+def _notable_lines(
+    kept: list[Line], found: Mapping[bytes, Sequence[bytes]], pseudonym: bytes
+) -> tuple[list[Line], dict[bytes, bytes]]:
+    """(lines that go on, what the client says of where it comes from), less what its `Connection` names."""
+    if any(pseudonym in value for value in found.get(b"via", ())):
+        raise LoopDetected("the request has already passed through this load balancer")
+    kept += [(name, value) for name, values in found.items() if name in _PASSED_ON for value in values]
+    options = frozenset[bytes]().union(*(options_of(value) for value in found.get(b"connection", ())))
+    if not options <= HOP_BY_HOP:
+        kept = [line for line in kept if line[0] not in options]
+    claims = {name: b", ".join(values) for name, values in found.items() if name in _CLAIMS and name not in options}
+    return kept, claims
 
 
 @lru_cache(maxsize=1024)

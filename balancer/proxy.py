@@ -44,7 +44,6 @@ from balancer.messages import (
     request_lines,
     response_lines,
     trace_id,
-    without_trace,
 )
 from balancer.pool import BackendPool, Lease
 from balancer.response import BackendResponse, ResponseBody
@@ -208,10 +207,12 @@ class Forwarding:
         check_request(method, incoming.target, incoming.values(b"host"), incoming.version)
         if incoming.values(b"traceparent") or incoming.values(b"tracestate"):
             self._record.trace_id = trace_id(incoming.values(b"traceparent"))
-            if self._record.trace_id is None:
-                lines = without_trace(lines)
+            if self._record.trace_id is None:  # `tracestate` means nothing without it (W3C Trace Context, section 3.3)
+                incoming.notable.pop(b"traceparent", None)
+                incoming.notable.pop(b"tracestate", None)
         outgoing = request_lines(
             lines,
+            incoming.notable,
             peer=incoming.peer,
             scheme=incoming.scheme,
             http_version=incoming.version,

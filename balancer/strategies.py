@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 import random
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, TypeVar
@@ -96,17 +97,15 @@ class SmoothTurns:
     """
 
     def __init__(self) -> None:
-        self._credit: dict[str, int] = {}
+        self._credit: defaultdict[Backend, int] = defaultdict(int)
 
     def next(self, candidates: Sequence[Backend], weights: Sequence[int]) -> Backend:
-        credit, best = self._credit, None
+        credit = self._credit
         for backend, weight in zip(candidates, weights, strict=True):
-            name = backend.id
-            credit[name] = current = credit.get(name, 0) + weight
-            if best is None or current > best:
-                chosen, best = backend, current
-        credit[chosen.id] -= sum(weights)
-        return chosen
+            credit[backend] += weight
+        richest = max(candidates, key=credit.__getitem__)
+        credit[richest] -= sum(weights)
+        return richest
 
 
 class TakingTurns(Strategy):

@@ -18,6 +18,7 @@ from balancer.messages import (
     is_in_networks,
     join_cookies,
     nominated,
+    notable,
     parse_content_length,
     request_id,
     request_lines,
@@ -36,6 +37,7 @@ def forward(
 ) -> list[Line]:
     return request_lines(
         lines,
+        notable(lines),
         peer=peer,
         scheme=scheme,
         http_version=version,
@@ -205,8 +207,10 @@ def test_claims_of_a_trusted_proxy_are_kept_and_appended_to() -> None:
 
 
 def test_an_ipv6_peer_loses_its_zone_and_is_quoted_in_forwarded() -> None:
+    given_lines = [(b"host", b"a"), (b"forwarded", b"for=x")]
     lines = request_lines(
-        [(b"host", b"a"), (b"forwarded", b"for=x")],
+        given_lines,
+        notable(given_lines),
         peer="fe80::1%eth0",
         scheme="https",
         http_version="1.1",

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import BalancerProcess, ScriptedBackend, exchange, get
 
-from balancer.messages import client_address, trace_id, without_trace
+from balancer.messages import client_address, trace_id
 
 ID = "0af7651916cd43dd8448eb211c80319c"
 PARENT = "b7ad6b7169203331"
@@ -59,17 +59,6 @@ def test_an_invalid_one_has_none(value: str) -> None:
 def test_none_and_two_are_invalid() -> None:
     assert trace_id([]) is None
     assert trace_id([VALID[0].encode(), VALID[0].encode()]) is None
-
-
-def test_without_trace_leaves_everything_else() -> None:
-    lines = [
-        (b"a", b"1"),
-        (b"traceparent", b"x"),
-        (b"tracestate", b"a=1"),
-        (b"traceparent-x", b"2"),
-        (b"tracestate", b"b=2"),
-    ]
-    assert without_trace(lines) == [(b"a", b"1"), (b"traceparent-x", b"2")]
 
 
 @given(st.text("0123456789abcdefABCDEF-gx\n ", max_size=70))
