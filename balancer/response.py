@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import httptools
 from requests import PreparedRequest, Response
@@ -18,6 +19,9 @@ from balancer.heads import PlainHead, parse_plain
 from balancer.messages import BODILESS_STATUSES, HeaderLines, Line, nominated, parse_content_length
 
 MAX_HEAD = 65536  # bytes of a response head, interim responses included; also of chunk framing or trailers at a stretch
+
+
+Received = TypeVar("Received", bytes, bytes | None)
 
 
 class BackendResponse(Response):
@@ -245,16 +249,27 @@ class ResponseBody:
         """The next piece, b"" at the end. Raises BodyTruncated, ResponseTimedOut."""
         data, self._pending = self._pending, b""
         while not data and not self.is_complete:
-            data = self._receive()
+            if self._connection is None:
+                raise BodyTruncated("the body was closed before it was read")
+            data = self._take(self._receive(self._connection.receive))
         return data
 
-    def _receive(self) -> bytes:
-        if self._connection is None:
-            raise BodyTruncated("the body was closed before it was read")
+    def take_in(self, most: int) -> None:
+        """Receive what has come already, without waiting, until `most` bytes are here. Raises as `read_chunk`."""
+        while self._connection is not None and not self.is_complete and len(self._pending) < most:
+            data = self._receive(self._connection.receive_now)
+            if data is None:
+                return
+            self._pending += self._take(data)
+
+    def _receive(self, receive: Callable[[], Received]) -> Received:
         try:
-            data = self._connection.receive()
+            return receive()
         except ConnectionLost as error:
             raise BodyTruncated(f"the backend's body broke off: {error}") from error
+
+    def _take(self, data: bytes) -> bytes:
+        """The part of the body in what was received, b"" for EOF."""
         if self._left is not None:
             if not data:
                 raise BodyTruncated(f"the backend closed {self._left} bytes before the end of the body")

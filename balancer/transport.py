@@ -38,7 +38,10 @@ from balancer.origin import Origin
 from balancer.response import BackendResponse, ResponseBody, ResponseHead, lost, receive_head, take_head_data
 
 MAX_IDLE_PER_BACKEND = 1024  # idle sockets kept; above that they are closed after use
-SMALL = 8192  # bytes of a request that an idle socket always takes at once: Linux's smallest send buffer is 16 KiB
+SMALL_BODY = 131072  # bytes of an answer that is passed on in one piece if all of it is here
+SMALL_REQUEST = (
+    8192  # bytes of a request that an idle socket always takes at once: Linux's smallest send buffer is 16 KiB
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +230,7 @@ class BackendAdapter(BaseAdapter):
     def begin(self, request: OutgoingRequest, origin: Origin) -> Sent | None:
         """Send a request without a body if that needs no waiting: on a kept connection. None if there is none."""
         head = request.head()
-        if len(head) > SMALL or origin.scheme != "http":
+        if len(head) > SMALL_REQUEST or origin.scheme != "http":
             return None
         connection = self._take(origin)
         return None if connection is None else self._send(connection, request, head)
@@ -246,10 +249,15 @@ class BackendAdapter(BaseAdapter):
             if not sent.head.has_head:
                 return False
             sent.response = self._respond(sent)
+            body = sent.response.body
+            if not body.is_complete:
+                body.take_in(SMALL_BODY)
+                if body.is_complete:
+                    body.close()
         except BackendError as error:
             sent.failure = error
             return False
-        return sent.response.body.is_complete
+        return body.is_complete
 
     def _send(self, connection: Connection, request: OutgoingRequest, head: bytes = b"") -> Sent:
         sent = Sent(connection, request, time.monotonic() + self._response_seconds(request))
