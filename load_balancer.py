@@ -255,7 +255,8 @@ def _pool_options(config: Settings) -> PoolOptions:
             latency_factor=config.latency_ejection_factor,
         ),
         panic_threshold=config.panic_threshold,
-        queue_limit=config.queue_limit,
+        # Who waits for a place may hold a thread, and who holds a place may need one: never all threads may wait.
+        queue_limit=min(config.queue_limit, config.max_threads // 2),
         queue_timeout=config.queue_timeout,
     )
 

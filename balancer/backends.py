@@ -163,6 +163,7 @@ class Backend:
         self.health = Health(since=wall_now)
         self.ejection, self.window = Ejection(), LatencyWindow()
         self.ewma = self.peak = 0.0
+        self.unanswered = 0
         self.slow_start_at = None
 
     def describe(self, now: float, wall_now: float, limits: Mapping[str, int]) -> dict[str, Any]:
@@ -212,7 +213,7 @@ class Backend:
             self.heard_at = now
         elif (silence := self.silence(now)) > self.response_time(now):
             self.observe(silence, now)
-        self.unanswered -= 1
+        self.unanswered = max(0, self.unanswered - 1)  # 0 if the backend has moved to and fro meanwhile
 
     def observe(self, seconds: float, now: float) -> None:
         """Blend in one measured time to first byte. The staler the memory, the more the new sample counts."""

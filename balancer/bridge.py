@@ -12,6 +12,7 @@ wake-ups and a task.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from threading import BoundedSemaphore
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from balancer.express import Express
     from balancer.proxy import ReverseProxy
 
+log = logging.getLogger("balancer.server")
+
 WATCH_AFTER_SECONDS = 0.1  # a request in flight longer than this is watched for its client leaving
 MAX_LINGERING = 64  # worker threads that read on after an answer at the same time; lingering is a courtesy
 
@@ -36,7 +39,7 @@ class Bridge:
 
     Without `proxy`, or for a control path, a request is `app`'s.
 
-    `_calls` holds what is in flight, oldest first: Granian's thread adds, worker threads take out, the loop thread
+    `_calls` holds what is in flight, oldest first: Granian's thread adds, whoever answers takes out, the loop thread
     looks at a copy; each of these is one step that needs no lock.
     """
 
@@ -68,6 +71,13 @@ class Bridge:
         """One request: Granian calls this in its own thread and it must not block."""
         call = Call(self, watcher)
         self._calls[call] = None
+        try:
+            self._hand_on(call)
+        except Exception:  # the client would wait for ever, and so would the end of the process
+            log.exception("request failed")
+            call.refuse()
+
+    def _hand_on(self, call: Call) -> None:
         is_control = self._is_control(call.scope["path"])
         if self.proxy is not None and not is_control:
             call.forwarding = self.proxy.forward(call.incoming(), call.start_response)

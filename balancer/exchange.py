@@ -79,7 +79,7 @@ class Exchange:
     def first_byte(self) -> float | None:
         """Seconds until the last attempt had its response head, None if it got none."""
         attempt = self.attempts[-1] if self.attempts else None
-        return attempt.seconds if attempt is not None and attempt.error is None else None
+        return attempt.seconds if attempt is not None and attempt.outcome.isdecimal() else None
 
     def describe(self) -> dict[str, Any]:
         return {

@@ -1,9 +1,10 @@
 """Requests that need no thread while their backend works.
 
-A request without a body, for which a connection to its backend is kept, is sent on by the thread that brings it. One
-thread waits for the answers of all of them and passes on those that come whole. Whatever takes longer goes on in a
-worker thread from where it stands: a new connection, the queue, a long or late answer, a failure, a retry. So the usual
-request costs two switches between threads less, and a thousand waiting for slow backends cost no thread at all.
+An HTTP/1 request without a body and with a small head, for which a plain connection to its backend is kept, is sent on
+by the thread that brings it. One thread waits for the answers of all of them and passes on those that come whole.
+Whatever takes longer goes on in a worker thread from where it stands: a new connection, the queue, a long or late
+answer, a failure, a retry. So the usual request costs two switches between threads less, and a thousand waiting for
+slow backends cost no thread at all.
 
 Needs epoll, so Linux; elsewhere every request has its worker thread.
 """
@@ -14,6 +15,7 @@ import logging
 import os
 import select
 import time
+from contextlib import suppress
 from threading import Thread
 
 from balancer.call import Call
@@ -23,15 +25,15 @@ from balancer.workers import WorkerPool
 log = logging.getLogger("balancer.server")
 
 LOOK_SECONDS = 0.05  # at most between two looks for answers that are overdue
-METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"})  # OPTIONS may end here; others are refused
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"})  # OPTIONS may end here, CONNECT and TRACE do
 
 
 class Express:
     """Call `take` from any thread; `start` and `stop` once each.
 
-    `_waiting` has the call per descriptor of its backend connection, oldest first. Who brings a call puts it in and
-    then arms the descriptor, for one event; the express thread takes it out, and nobody else does. Each is one step
-    that needs no lock, and between them a call belongs to one thread.
+    `_waiting` has the call per descriptor of its backend connection. Who brings a call puts it in and then arms the
+    descriptor, for one event; whoever takes it out goes on with it: the express thread, or the one that brought it if
+    arming fails. Each is one step that needs no lock, and so a call belongs to one thread at any time.
     """
 
     def __init__(self, adapter: BackendAdapter, workers: WorkerPool) -> None:
@@ -41,6 +43,7 @@ class Express:
         self._epoll = select.epoll()
         self._wake = os.eventfd(0)
         self._stopping = False
+        self._next_look = 0.0  # of time.monotonic()
         self._thread = Thread(target=self._run, name="express", daemon=True)
 
     def start(self) -> None:
@@ -61,14 +64,14 @@ class Express:
         forwarding = call.forwarding
         if forwarding is None or call.method not in METHODS or not call.is_body_done or not forwarding.begin():
             return False
-        assert forwarding.sent is not None
-        descriptor = forwarding.sent.connection.sock.fileno()
+        sent = forwarding.sent
+        assert sent is not None
+        descriptor = sent.connection.sock.fileno()
         self._waiting[descriptor] = call
         try:
-            self._arm(forwarding.sent, descriptor)
-        except OSError:  # the kernel watches no more descriptors for us
-            del self._waiting[descriptor]
-            return False
+            self._arm(sent, descriptor)
+        except (OSError, ValueError):  # the kernel watches no more descriptors for us, or we have stopped
+            return self._waiting.pop(descriptor, None) is None  # gone: the express thread has found it overdue
         return True
 
     def _arm(self, sent: Sent, descriptor: int) -> None:
@@ -93,17 +96,21 @@ class Express:
         for descriptor, _ in self._epoll.poll(LOOK_SECONDS):
             call = self._waiting.pop(descriptor, None)
             if call is not None:
-                try:
-                    self._look(call)
-                except Exception:  # no call may be lost: its client would wait for ever
-                    log.exception("express way failed")
-                    self._hand_over(call)
-        self._expire()
+                self._look(call)
+        now = time.monotonic()
+        if now >= self._next_look:
+            self._next_look = now + LOOK_SECONDS
+            self._expire(now)
 
     def _look(self, call: Call) -> None:
         sent = self._sent(call)
-        if self._adapter.look(sent):
-            call.run()  # the whole answer is here: nothing to wait for
+        try:
+            is_whole = self._adapter.look(sent)
+        except Exception:  # no call may be lost: its client would wait for ever
+            log.exception("express way failed")
+            is_whole = False
+        if is_whole:
+            call.run()  # nothing to wait for
         else:
             self._hand_over(call)
 
@@ -112,21 +119,16 @@ class Express:
         return call.forwarding.sent
 
     def _hand_over(self, call: Call) -> None:
-        if not self._workers.submit(call, False):
+        if not self._workers.submit(call, False, is_under_way=True):
             call.refuse()
 
-    def _expire(self) -> None:
-        """Whoever has waited for too long is at the front: all wait for equally long."""
-        now = time.monotonic()
-        while True:
-            try:
-                descriptor, call = next(iter(self._waiting.items()))
-            except (StopIteration, RuntimeError):  # none, or one has just come: the next look is soon
-                return
+    def _expire(self, now: float) -> None:
+        for descriptor, call in list(self._waiting.items()):
             sent = self._sent(call)
             if sent.deadline > now:
-                return
+                continue
             del self._waiting[descriptor]
-            self._epoll.unregister(descriptor)
+            with suppress(OSError):  # not armed yet
+                self._epoll.unregister(descriptor)
             sent.expire()
             self._hand_over(call)

@@ -85,7 +85,7 @@ class Judge:
         if out >= max(1, int(rules.max_share * len(self._backends))) or not any(other.is_ready for other in others):
             if backend.ejection.status != "trial":
                 return False
-            self._return(backend, "nobody else is left")
+            self._return(backend, "its trial request failed, but too few others are left")
             return True
         backend.tally.ejections += 1
         seconds = backend.ejection.start(reason, rules, self._clock(), self._rng.random())

@@ -35,7 +35,7 @@ class PoolOptions(JudgeOptions):
     """What the pool needs of the settings; `settings.Settings` says what each one means."""
 
     panic_threshold: float = 0.0
-    queue_limit: int = 1000
+    queue_limit: int = 500
     queue_timeout: float = 5.0
 
 
@@ -107,6 +107,7 @@ class BackendPool:
         self._clock = clock
         self._wall_clock = wall_clock
         self._news: list[tuple[str, str, str, str]] = []
+        self._telling = Lock()
         self._judge = Judge(self._backends, self._options, self._note, clock, wall_clock, rng or random.Random())
         self._listeners: list[Listener] = []
 
@@ -177,11 +178,10 @@ class BackendPool:
                 candidates.append(backend)
         now, slow_start = self._clock(), self._options.slow_start
         admitted = [backend for backend in candidates if backend.takes_part(now, slow_start)]
-        if not admitted:  # nobody else is left
+        if not admitted or len(admitted) == len(candidates):  # nobody else is left, or nobody is slow
             return candidates, excluded
-        for backend in candidates:
-            if backend not in admitted:
-                excluded[backend.id] = "slow start"
+        names = {backend.id for backend in admitted}
+        excluded |= {backend.id: "slow start" for backend in candidates if backend.id not in names}
         return admitted, excluded
 
     def _line_up(self, request: Any, exclude: Collection[str]) -> Waiter[Lease]:
@@ -224,7 +224,8 @@ class BackendPool:
     def _answered(self, lease: Lease, first_byte_seconds: float) -> None:
         with self._lock:
             lease.is_answered = True
-            self._judge.answered(lease.backend, first_byte_seconds)
+            if lease.choice.origin == lease.backend.origin:
+                self._judge.answered(lease.backend, first_byte_seconds)
 
     def _release(self, lease: Lease, first_byte_seconds: float | None, failure: str) -> None:
         backend = lease.backend
@@ -232,17 +233,22 @@ class BackendPool:
             backend.active -= 1
             if lease.is_trial:
                 backend.ejection.is_tried = False
-            if not lease.is_answered:
-                self._judge.answered(backend, first_byte_seconds, failure)
-            if failure:
-                self._judged(self._judge.failed(backend, failure, lease.is_trial))
-            elif first_byte_seconds is not None:
-                self._judged(self._judge.succeeded(backend, lease.is_trial))
-            if backend.active == 0 and backend.admin_state == "drain":
+            if lease.choice.origin == backend.origin:  # else it has moved: this says nothing of where it is now
+                self._judge_answer(lease, first_byte_seconds, failure)
+            if backend.active == 0 and (backend.is_leaving or backend.admin_state == "drain"):
                 self._drained(backend)
-            if self._line:
+                self._settle()
+            elif self._line:
                 self._line.serve(self._choose)
         self._publish()
+
+    def _judge_answer(self, lease: Lease, first_byte_seconds: float | None, failure: str) -> None:
+        if not lease.is_answered:
+            self._judge.answered(lease.backend, first_byte_seconds, failure)
+        if failure:
+            self._judged(self._judge.failed(lease.backend, failure, lease.is_trial))
+        elif first_byte_seconds is not None:
+            self._judged(self._judge.succeeded(lease.backend, lease.is_trial))
 
     def _drained(self, backend: Backend) -> None:
         if self._backends.get(backend.id) is not backend:
@@ -261,10 +267,10 @@ class BackendPool:
                 self._judged(self._judge.checked(backend, check))
         self._publish()
 
-    def record_refused(self, backend: Backend, reason: str) -> None:
+    def record_refused(self, backend: Backend, reason: str, origin: Origin | None = None) -> None:
         """A refused connect on the data path: nobody listens there, so the backend is down at once."""
         with self._lock:
-            if self._backends.get(backend.id) is backend:  # else removed meanwhile
+            if self._backends.get(backend.id) is backend and origin in (None, backend.origin):
                 self._judged(self._judge.refused(backend, reason))
         self._publish()
 
@@ -277,8 +283,7 @@ class BackendPool:
     def _judged(self, has_changed: bool) -> None:
         if has_changed:
             self._had_first_round = self._had_first_round or self._is_all_known()
-            self._refresh()
-            self._line.serve(self._choose)
+            self._settle()
 
     def _is_all_known(self) -> bool:
         return all(b.health.status != "unknown" or b.admin_state == "maint" for b in self._backends.values())
@@ -302,12 +307,14 @@ class BackendPool:
                 raise SettingsError(f"backend id {backend_id!r} is taken, choose another")
             backend = Backend(backend_id, origin, weight, max_connections, source=source, configured=configured or {})
             self._add(backend)
-            self._refresh()
+            self._settle()
         self._publish()
         return backend
 
     def _add(self, backend: Backend) -> None:
         backend.health.since = self._wall_clock()
+        if backend.id in self._backends:  # one that is leaving: it finishes what it has, out of sight
+            self._take_out(self._backends[backend.id], "another one takes its name")
         self._backends[backend.id] = backend
         backend.tally = self._former.pop(backend.id, backend.tally)
         self._note("backend_added", backend.id, f"{backend.origin.url}, weight {backend.weight}", "info")
@@ -323,8 +330,7 @@ class BackendPool:
         with self._lock:
             backend = self._backends[backend_id]
             self._update(backend, changes)
-            self._refresh()
-            self._line.serve(self._choose)
+            self._settle()
         self._publish()
         return backend
 
@@ -341,7 +347,7 @@ class BackendPool:
         if "origin" in real:  # another server: nothing is known of it
             backend.forget(self._wall_clock())
             backend.tally.is_down_no_more(self._clock())
-        if real.get("admin_state") == "drain" and backend.active == 0:
+        if backend.active == 0 and (backend.is_leaving or real.get("admin_state") == "drain"):
             self._drained(backend)
 
     def remove(self, backend_id: str) -> int:
@@ -353,7 +359,7 @@ class BackendPool:
             backend = self._backends[backend_id]
             active = backend.active
             self._remove(backend)
-            self._refresh()
+            self._settle()
         self._publish()
         return active
 
@@ -373,7 +379,6 @@ class BackendPool:
         if len(self._former) > FORMER_KEPT:
             del self._former[next(iter(self._former))]
         self._strategy.backends_changed()
-        self._refresh()
         self._note("backend_removed", backend.id, text, "info")
 
     def use(self, strategy: Strategy) -> None:
@@ -399,11 +404,15 @@ class BackendPool:
                     self._remove(self._backends[backend_id])
             for backend in changes.add:
                 self._add(backend)
-            self._refresh()
-            self._line.serve(self._choose)
+            self._settle()
         self._publish()
 
     # Derived state and news.
+
+    def _settle(self) -> None:
+        """After any change: who can be served now is."""
+        self._refresh()
+        self._line.serve(self._choose)
 
     def _refresh(self) -> None:
         """Recompute what `lease` looks at, so that it need not ask every backend for every request."""
@@ -412,9 +421,11 @@ class BackendPool:
         ready = [backend for backend in wanted if backend.is_ready]
         if not ready:  # an ejection is never worth having nobody
             ready = [backend for backend in wanted if backend.health.status == "up"]
-        self._panic(len(ready) < self._options.panic_threshold * len(wanted) and self._had_first_round)
-        self._ready = wanted if self._is_panicking else ready
-        self._absent = {backend.id: backend.absence for backend in backends if backend not in self._ready}
+        known = [backend for backend in wanted if backend.health.status != "unknown"]
+        self._panic(len(ready) < self._options.panic_threshold * len(known) and self._had_first_round)
+        self._ready = known if self._is_panicking else ready
+        names = {backend.id for backend in self._ready}
+        self._absent = {backend.id: backend.absence for backend in backends if backend.id not in names}
         self._is_conditional = any(
             backend.max_connections is not None
             or backend.slow_start_at is not None
@@ -437,11 +448,12 @@ class BackendPool:
     def _publish(self) -> None:
         if not self._news:
             return
-        with self._lock:
-            news, self._news = self._news, []
-        for item in news:
-            for listener in self._listeners:
-                listener(*item)
+        with self._telling:  # or a thread could tell of something before another has told what came first
+            with self._lock:
+                news, self._news = self._news, []
+            for item in news:
+                for listener in self._listeners:
+                    listener(*item)
 
     # Reading.
 

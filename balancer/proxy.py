@@ -350,7 +350,7 @@ class Forwarding:
 
     def _blame(self, lease: Lease, error: BackendError) -> None:
         if isinstance(error, ConnectFailed) and error.refused:
-            self._proxy.pool.record_refused(lease.backend, str(error))
+            self._proxy.pool.record_refused(lease.backend, str(error), lease.choice.origin)
             self._proxy.on_refused()
         lease.release(failure="" if getattr(error, "stale", False) else str(error))
 
@@ -431,15 +431,24 @@ class Forwarding:
         record.reason = reason
         record.complete = complete
         record.seconds = time.perf_counter() - self._started
-        self._proxy.statistics.record(record)
-        if self._proxy.access_log is not None:
-            self._proxy.access_log.add(record, self._incoming)
-        if lease is None:
-            return
-        if failure or status in EJECTING_STATUSES:
-            lease.release(failure=failure or f"answered {status}")
+        try:
+            self._proxy.statistics.record(record)
+            access_log = self._proxy.access_log
+            if access_log is not None:
+                access_log.add(record, self._incoming)
+        finally:
+            if lease is not None:
+                self._give_back(lease, status, reason, failure)
+
+    def _give_back(self, lease: Lease, status: int, reason: str | None, failure: str) -> None:
+        if failure:
+            lease.release(failure=failure)
+        elif reason is not None:  # our own answer, or nobody can tell
+            lease.release()
+        elif status in EJECTING_STATUSES:
+            lease.release(failure=f"answered {status}")
         else:
-            lease.release(record.attempts[-1].seconds if reason is None else None)
+            lease.release(self._record.attempts[-1].seconds)
 
 
 class ResponseStream:

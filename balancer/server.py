@@ -1,8 +1,6 @@
 """Starts and stops the HTTP server: Granian (Rust, hyper) in this process, in front of one or more bridges.
 
-The order of starting and stopping is written once, in `serve`. Threads: `MainThread` runs the event loop, Granian
-has native ones of its own, `worker-N` run the app, `health` and `health-probe_N` check the backends, `reload` runs what
-SIGHUP asks for.
+The order of starting and stopping is written once, in `serve`; docs/architecture.md lists the threads.
 """
 
 from __future__ import annotations

@@ -118,7 +118,9 @@ class Settings(BaseModel):
     retries: int = Field(2, ge=0, le=10, description="further backends tried after a failure that allows it")
     retry_budget: Share = Field(0.2, description="retries of the last 10 s as a share of the requests of that time")
     retry_budget_minimum: int = Field(10, ge=0, le=1_000_000, description="retries a second that are always allowed")
-    queue_limit: int = Field(1000, ge=0, le=100_000, description="requests that wait while all backends are full")
+    queue_limit: int = Field(
+        500, ge=0, le=100_000, description="requests that wait while all are full; at most half of max_threads"
+    )
     queue_timeout: Seconds = Field(5.0, description="time a request waits for a place on a backend; after that 503")
     max_request_body: int | None = Field(None, ge=0, description="bytes; larger request bodies are refused with 413")
     ca_file: Path | None = Field(None, description="PEM file of CAs for https backends, instead of the system's")

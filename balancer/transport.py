@@ -167,6 +167,7 @@ class Sent:
         data = self.connection.receive_now()
         if data is None:
             return False
+        self.head.size += len(data)
         if data and not self.head.feed(data):
             self.is_clean = False
         return not data or self.head.status >= 300
@@ -276,7 +277,7 @@ class BackendAdapter(BaseAdapter):
             if sent.failure is not None:
                 raise sent.failure
             if sent.response is None:
-                clean = receive_head(sent.connection, sent.head, self._response_seconds(sent.request))
+                clean = receive_head(sent.connection, sent.head, self._seconds_left(sent))
                 sent.is_clean = sent.is_clean and clean
                 sent.response = self._respond(sent)
         except BaseException:
@@ -301,6 +302,12 @@ class BackendAdapter(BaseAdapter):
         else:
             connection.set_timeout(self.timeouts.idle)
         return BackendResponse(sent.head, body, request)
+
+    def _seconds_left(self, sent: Sent) -> float:
+        """For the rest of the response head. A streamed body took its own time to be sent."""
+        if not sent.request.is_replayable:
+            return self.timeouts.response
+        return max(0.001, sent.deadline - time.monotonic())
 
     def _response_seconds(self, request: OutgoingRequest) -> float:
         """For the response head: `timeouts.response`, or what is left of the request's own time.

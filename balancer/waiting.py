@@ -59,12 +59,14 @@ class WaitingLine(Generic[Place]):
     def serve(self, choose: Callable[[object, Collection[str]], Place | None]) -> None:
         """Give out places in the order of arrival for as long as `choose` finds any."""
         served: list[Waiter[Place]] = []
-        for waiter in self._waiters:
-            waiter.place = choose(waiter.request, waiter.exclude)
-            if waiter.place is not None:
-                served.append(waiter)
-            elif not waiter.exclude:  # who excludes nobody finds nobody, so nobody behind does
-                break
-        for waiter in served:
-            del self._waiters[waiter]
-            waiter.wake()
+        try:
+            for waiter in self._waiters:
+                waiter.place = choose(waiter.request, waiter.exclude)
+                if waiter.place is not None:
+                    served.append(waiter)
+                elif not waiter.exclude:  # who excludes nobody finds nobody, so nobody behind does
+                    break
+        finally:  # also if a strategy fails: a place that was given must be used
+            for waiter in served:
+                del self._waiters[waiter]
+                waiter.wake()

@@ -45,8 +45,11 @@ class WorkerPool:
     def queued(self) -> int:
         return len(self._queue)
 
-    def submit(self, call: Runnable, is_control: bool) -> bool:
-        """Hand over to an idle thread, a new one, or the queue. False if all are full."""
+    def submit(self, call: Runnable, is_control: bool, *, is_under_way: bool = False) -> bool:
+        """Hand over to an idle thread, a new one, or the queue. False if all are full.
+
+        The queue has room for whatever `is_under_way`: it was let in already, and may have had its effect.
+        """
         with self._lock:
             if self._stopping:
                 return False
@@ -61,7 +64,7 @@ class WorkerPool:
                 thread = Thread(target=self._work, args=(worker, self._serial), name=f"worker-{self._serial}")
                 thread.daemon = True  # a request that never ends must not keep a stopped process alive
                 serial, self._threads[self._serial] = self._serial, thread
-            elif len(self._queue) < self._max_queued:
+            elif is_under_way or len(self._queue) < self._max_queued:
                 self._queue.append(call)
                 return True
             else:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from balancer.backends import Backend, LastCheck
 from balancer.errors import SettingsError, Unavailable
 from balancer.origin import Origin
-from balancer.pool import BackendPool, Lease, PoolOptions
+from balancer.pool import BackendPool, Lease, PoolChanges, PoolOptions
 from balancer.strategies import create
 
 ORIGIN = Origin("http", "127.0.0.1", 5001)
@@ -649,3 +649,41 @@ def test_a_listener_may_use_the_pool(pool: Pool) -> None:
     pool.on_change(lambda *change: seen.append(pool.ids()))
     pool.add("c", ORIGIN)
     assert seen == [["a", "b", "c"]]
+
+
+# Moving, leaving and coming back.
+
+ELSEWHERE = Origin("http", "127.0.0.1", 5002)
+
+
+def test_what_the_old_address_did_says_nothing_of_the_new_one(pool: Pool) -> None:
+    old = [pool.lease(None, exclude=["b"]) for _ in range(3)]
+    pool.apply(PoolChanges(update={"a": {"origin": ELSEWHERE}}))
+    a = pool.backends()[0]
+    pool.record_refused(a, "refused", ORIGIN)
+    pool.record_check(a, GOOD, ORIGIN)
+    old[0].answered(9.0)
+    for lease in old:
+        lease.release(failure="too slow")
+    assert (a.health.status, a.ewma, a.unanswered, a.active) == ("unknown", 0.0, 0, 0)
+    pool.record_check(a, GOOD, ELSEWHERE)
+    assert a.health.status == "up"
+
+
+def test_a_leaving_backend_goes_even_if_it_is_put_into_maintenance(pool: Pool) -> None:
+    lease = pool.lease(None, exclude=["b"])
+    pool.remove("a")
+    pool.update("a", {"admin_state": "maint"})
+    lease.release()
+    assert pool.ids() == ["b"]
+
+
+def test_who_takes_the_name_of_a_leaving_one_goes_on_with_its_counts(pool: Pool) -> None:
+    lease = pool.lease(None, exclude=["b"])
+    pool.remove("a")
+    pool.apply(PoolChanges(add=[Backend("a", ELSEWHERE)]))
+    assert pool.told[-2:] == [("backend_removed", "a"), ("backend_added", "a")]
+    new = pool.get("a")
+    assert new is not None and (new.tally.selected, new.active) == (1, 0)
+    lease.release()
+    assert pool.get("a") is new

@@ -15,6 +15,7 @@ import pytest
 from support import BalancerProcess, ScriptedBackend, connect, fetch, get, ok, wait_until
 from wire import hang_up, read_response, request
 
+from balancer.backends import LastCheck
 from balancer.express import Express
 from balancer.settings import Settings
 from balancer.transport import BackendAdapter
@@ -228,3 +229,105 @@ def test_it_stops_and_leaves_nothing() -> None:
     unstarted = Express(BackendAdapter(), WorkerPool(1, 1, 1.0))
     unstarted.stop()
     assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
+
+
+class NeverReady:
+    """In place of Granian: a request that nobody has to answer."""
+
+    def __init__(self) -> None:
+        self.scope = {
+            "type": "http", "http_version": "1.1", "method": "GET", "scheme": "http", "path": "/", "raw_path": b"/",
+            "query_string": b"", "headers": [(b"host", b"x")], "client": ("127.0.0.1", "1"),
+            "server": ("127.0.0.1", "2"),
+        }  # fmt: skip
+        self.proto = self
+        self.status: int | None = None
+        self.is_done = False
+
+    def send(self, message: dict[str, Any]) -> Iterator[None]:
+        self.status = message.get("status", self.status)
+        return iter(())
+
+    def done(self) -> None:
+        self.is_done = True
+
+
+def parts() -> tuple[Balancer, Any]:
+    """A wired balancer whose three backends are believed to be up, and its bridge; nothing runs."""
+    balancer, bridge = wire(wrap=False)
+    for backend in balancer.control.pool.backends():
+        balancer.control.pool.record_check(backend, LastCheck(1.0, 0.001, 200, None))
+    return balancer, bridge
+
+
+def states(balancer: Balancer) -> list[tuple[str, int, int]]:
+    shown = balancer.control.pool.snapshot()
+    return [(b["state"], b["active_connections"], b["ejection"]["consecutive_failures"]) for b in shown]
+
+
+def test_a_backend_is_not_blamed_when_the_balancer_has_no_thread() -> None:
+    balancer, bridge = parts()
+    bridge.pool.stop(1)  # takes nothing any more
+    for _ in range(20):
+        client = NeverReady()
+        bridge.accept(client)
+        assert (client.status, client.is_done) == (503, True)
+    assert states(balancer) == [("up", 0, 0)] * 3 and bridge.active == 0
+    balancer.stop()
+
+
+def test_a_surprise_on_the_way_in_is_answered_and_forgotten(caplog: pytest.LogCaptureFixture) -> None:
+    balancer, bridge = parts()
+
+    def surprise(call: Any) -> bool:
+        raise RuntimeError("surprise")
+
+    bridge.express.take = surprise
+    client = NeverReady()
+    bridge.accept(client)
+    assert (client.status, client.is_done, bridge.active) == (503, True, 0)
+    assert balancer.control.statistics.snapshot()[0]["active_requests"] == 0
+    balancer.stop()
+
+
+def test_a_call_that_is_overdue_before_it_is_armed_is_not_lost() -> None:
+    """The thread that brings it is between its two steps."""
+    handed: list[Any] = []
+
+    class Workers(WorkerPool):
+        def submit(self, call: Any, is_control: bool, *, is_under_way: bool = False) -> bool:
+            handed.append((call, is_under_way))
+            return True
+
+    class Overdue:
+        deadline = 0.0
+        is_expired = False
+
+        def expire(self) -> None:
+            self.is_expired = True
+
+    class Call:
+        forwarding: Any = None
+
+    express, call = Express(BackendAdapter(), Workers(1, 1, 1.0)), Call()
+    call.forwarding = type("Forwarding", (), {"sent": Overdue()})()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        express._waiting[listener.fileno()] = call  # type: ignore[assignment]
+        express.run_once()
+    assert handed == [(call, True)] and call.forwarding.sent.is_expired and express._waiting == {}
+    express.stop()
+
+
+def test_the_rest_of_a_head_gets_only_what_is_left_of_its_time(
+    started: BalancerProcess, backends: dict[str, ScriptedBackend]
+) -> None:
+    pause = threading.Event()
+
+    def script(sock: socket.socket, request: Any) -> None:
+        pause.wait(0.7)
+        sock.sendall(b"HTTP/1.1 200")
+
+    script_all(backends, script)
+    assert fetch(f"{started.url}/x", method="POST", X_Request_ID="rest-1")[0] == 504
+    told = next(one for one in started.status()["recent_requests"] if one["request_id"] == "rest-1")
+    assert told["attempts"] == 1 and told["response_time"] < 1.5

@@ -14,10 +14,14 @@ from support import BalancerProcess, ScriptedBackend, connect, exchange, fetch, 
 
 from balancer.backends import LastCheck
 from balancer.connection import Abortable
+from balancer.ejection import EjectionRules
 from balancer.errors import Unavailable
 from balancer.origin import Origin
-from balancer.pool import BackendPool, Lease, PoolOptions
+from balancer.pool import BackendPool, Lease, PoolChanges, PoolOptions
+from balancer.settings import Settings
 from balancer.strategies import create
+from balancer.workers import WorkerPool
+from load_balancer import create_app
 
 ORIGIN = Origin("http", "127.0.0.1", 5001)
 GOOD = LastCheck(at=1.0, duration=0.001, status=200, error=None)
@@ -41,7 +45,8 @@ class Client:
 
 
 def make_pool(names: str = "a", limit: int | None = 1, **options: Any) -> BackendPool:
-    pool = BackendPool(create("round_robin"), PoolOptions(**{"queue_timeout": 30.0} | options))
+    rules = EjectionRules(after=options.pop("eject", 0))
+    pool = BackendPool(create("round_robin"), PoolOptions(ejection=rules, **{"queue_timeout": 30.0} | options))
     for name in names:
         pool.record_check(pool.add(name, ORIGIN, max_connections=limit), GOOD)
     return pool
@@ -252,3 +257,60 @@ def test_requests_that_come_before_the_first_check_wait_for_it() -> None:
     finally:
         balancer.stop()
         backend.close()
+
+
+def test_a_removal_serves_who_waits_if_it_makes_room_elsewhere(threads: ThreadPoolExecutor) -> None:
+    """`b` is ejected, which counts for nothing when nobody else is left."""
+    pool = make_pool("ab", eject=1)
+    pool.lease(None, ["a"]).release(failure="test")
+    pool.lease(None)
+    (future,) = queue_up(pool, threads, 1)
+    pool.remove("a")
+    assert future.result(10).backend.id == "b"
+
+
+def test_a_place_that_was_given_is_used_even_if_the_strategy_fails_for_the_next(threads: ThreadPoolExecutor) -> None:
+    pool = make_pool("ab")
+    held = [pool.lease(None), pool.lease(None)]
+    futures = queue_up(pool, threads, 2)
+    select = pool._strategy.select
+
+    def once(candidates: Any, request: Any) -> Any:
+        pool._strategy.select = fail  # type: ignore[method-assign]
+        return select(candidates, request)
+
+    def fail(candidates: Any, request: Any) -> Any:
+        raise RuntimeError("strategy")
+
+    pool._strategy.select = once  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError):
+        pool.apply(PoolChanges(update={"a": {"max_connections": 5}}))
+    lease = futures[0].result(10)
+    pool._strategy.select = select  # type: ignore[method-assign]
+    for one in (*held, lease):
+        one.release()
+    futures[1].result(10).release()
+    assert [backend.active for backend in pool.backends()] == [0, 0]
+
+
+def test_never_all_threads_may_wait_for_a_place() -> None:
+    """Who holds a place on the express way may need a thread."""
+    app = create_app(Settings(max_threads=8, queue_limit=500))
+    assert app.extensions["balancer"].control.pool._options.queue_limit == 4
+
+
+def test_what_is_under_way_finds_room_in_the_queue_for_threads() -> None:
+    started, go = Event(), Event()
+
+    class Work:
+        def run(self) -> None:
+            started.set()
+            go.wait(20)
+
+    workers = WorkerPool(1, 0, 1.0)
+    assert workers.submit(Work(), False) and started.wait(10)
+    assert not workers.submit(Work(), False)
+    assert workers.submit(Work(), False, is_under_way=True) and workers.queued == 1
+    go.set()
+    wait_until(lambda: workers.queued == 0)
+    workers.stop(5)
