@@ -162,7 +162,7 @@ def receive_head(connection: Connection, head: ResponseHead, seconds: float) -> 
             data = connection.receive()
         except ResponseTimedOut:
             url = connection.origin.url
-            raise ResponseTimedOut(f"{url} sent no complete response head within {seconds:g} s") from None
+            raise ResponseTimedOut(f"{url} sent no complete response head within {seconds:.3g} s") from None
         except ConnectionLost as error:
             raise lost(connection, head, str(error)) from error
         clean = take_head_data(connection, head, data)
