@@ -227,7 +227,9 @@ def _follow(pool: BackendPool, statistics: Statistics, events: Events, health: H
     def changed(kind: str, backend_id: str, text: str, severity: str) -> None:
         events.add(kind, backend_id, text, severity)
         log.log(logging.getLevelName(severity.upper()), "%s %s: %s", kind, backend_id, text)
-        if kind == "backend_added":
+        if kind == "backend_changed":
+            health.wake()  # out of maintenance, or somewhere else: nothing is known of it
+        elif kind == "backend_added":
             statistics.forget(backend_id)  # a failed last request of a removed one is recorded after its removal
             health.wake()
         elif kind == "backend_removed":

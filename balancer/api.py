@@ -358,6 +358,8 @@ def reset() -> Response:
 @blueprint.post("/reload")
 def reload() -> Response:
     _body(Nothing)
+    if unknown := sorted(set(request.args) - {"dry_run"}):  # a slip of the pen must not become the real thing
+        raise ApiError(400, f"unknown parameter {unknown[0][:40]!r}; there is dry_run=1")
     dry_run = _whole_number("dry_run", 0, 1) == 1
     try:
         plan = _control().reload(dry_run)

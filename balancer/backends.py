@@ -145,8 +145,6 @@ class Backend:
         """Why a ready backend cannot take a request right now, "" if it can."""
         if self.is_full:
             return f"full: {self.active} of {self.max_connections}"
-        if self.ejection.is_tried:
-            return "its trial request is under way"
         return ""
 
     @property

@@ -22,6 +22,7 @@ the socket boundary (`connection`, `response`, `transport`); nothing above it ne
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import requests.exceptions as requests_errors
@@ -92,10 +93,17 @@ class ClientGone(BalancerError):
 
 
 class Unavailable(BalancerError):
-    """No backend can take the request now, or the balancer is full. Answered with `Retry-After`."""
+    """No backend can take the request now, or the balancer is full. Answered with `Retry-After`.
+
+    `excluded` says why of each backend.
+    """
 
     status = 503
     reason = "destination_unavailable"
+
+    def __init__(self, message: str, excluded: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.excluded = excluded or {}
 
 
 class NoRoom(Unavailable):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ class Attempt:
     seconds: float = 0.0
     connect: float | None = None  # seconds for a new connection, None if a kept one was used
     error: str | None = None  # in words, for the operator
+    resent: bool = False  # once more on a fresh connection, because the kept one had died
     at: float = 0.0  # seconds from the start of the request to that of the attempt
 
     @property
@@ -37,6 +39,7 @@ class Attempt:
             "at": self.at,
             "seconds": self.seconds,
             "connect": self.connect,
+            "resent": self.resent,
         }
 
 
@@ -61,6 +64,8 @@ class Exchange:
     reason: str | None = None
     trace_id: str | None = None  # of the client's `traceparent`
     not_retried: str | None = None  # why the last failure was final, in words
+    error: str | None = None  # of our own answer, in words for the operator
+    excluded: Mapping[str, str] | None = None  # why no backend could take it, if that was the cause
     attempts: list[Attempt] = field(default_factory=list)
 
     @property
@@ -106,4 +111,5 @@ class Exchange:
         """`describe` with why each attempt went to its backend."""
         tried = [attempt.describe() | attempt.choice.describe() for attempt in self.attempts]
         algorithm = self.attempts[-1].choice.algorithm if self.attempts else None
-        return self.describe() | {"algorithm": algorithm, "tried": tried}
+        more = {"algorithm": algorithm, "error": self.error, "excluded": dict(self.excluded or {})}
+        return self.describe() | more | {"tried": tried}

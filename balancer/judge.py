@@ -80,9 +80,11 @@ class Judge:
     def _eject(self, backend: Backend, reason: str) -> bool:
         """Unless too much of the pool is out already, or nobody else would be left."""
         rules = self.options.ejection
-        others = [other for other in self._backends.values() if other is not backend]
-        out = sum(other.ejection.status == "ejected" for other in others)
-        if out >= max(1, int(rules.max_share * len(self._backends))) or not any(other.is_ready for other in others):
+        wanted = [other for other in self._backends.values() if other.is_wanted]
+        others = [other for other in wanted if other is not backend]
+        out = sum(other.ejection.status != "none" for other in others)  # one on trial is no help yet
+        helpers = sum(other.is_ready and other.ejection.status == "none" for other in others)
+        if out >= max(1, int(rules.max_share * len(wanted))) or not helpers:
             if backend.ejection.status != "trial":
                 return False
             self._return(backend, "its trial request failed, but too few others are left")

@@ -94,6 +94,7 @@ _ATTEMPT: dict[str, Schema] = {
     "at": _NUMBER,
     "seconds": _NUMBER,
     "connect": _or_null(_NUMBER),
+    "resent": _BOOLEAN,
 }
 _CHOICE: dict[str, Schema] = {
     "algorithm": _TEXT,
@@ -119,7 +120,13 @@ _FINISHED: dict[str, Schema] = {
     "complete": _BOOLEAN,
 }
 _RECENT = _object(**_FINISHED, tried=_array(_object(**_ATTEMPT)))
-_EXPLAINED = _object(**_FINISHED, algorithm=_or_null(_TEXT), tried=_array(_object(**_ATTEMPT, **_CHOICE)))
+_EXPLAINED = _object(
+    **_FINISHED,
+    algorithm=_or_null(_TEXT),
+    error=_or_null(_TEXT),
+    excluded=_CHOICE["excluded"],
+    tried=_array(_object(**_ATTEMPT, **_CHOICE)),
+)
 _CONFIG: dict[str, Schema] = {"file": _or_null(_TEXT), "loaded_at": _NUMBER, "last_error": _or_null(_TEXT)}
 _SETTING = _object(name=_TEXT, value=_TEXT, source=_TEXT, needs_restart=_BOOLEAN)
 _CHANGE = _object(what=_TEXT) | {

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from balancer.backends import Backend, Choice, LastCheck
+from balancer.backends import Backend, Choice, Health, LastCheck
 from balancer.connection import Watcher
 from balancer.errors import NoRoom, SettingsError, Unavailable
 from balancer.judge import Judge, JudgeOptions
@@ -63,10 +63,11 @@ class Lease:
         self.is_answered = False
         self.queued = 0.0  # seconds it waited in the queue
 
-    def answered(self, first_byte_seconds: float) -> None:
-        """The response has begun but its body may take long: count the time now, not at `release`. Idempotent."""
+    def answered(self, first_byte_seconds: float, is_good: bool = True) -> None:
+        """The response has begun but its body may take long: count the time now, not at `release`, and end a trial if
+        it `is_good`. Idempotent."""
         if self._pool is not None and not self.is_answered:
-            self._pool._answered(self, first_byte_seconds)
+            self._pool._answered(self, first_byte_seconds, is_good)
 
     def release(self, first_byte_seconds: float | None = None, *, failure: str = "") -> None:
         """Idempotent. `first_byte_seconds` for a good answer; `failure` in words if the backend was at fault; neither
@@ -171,11 +172,17 @@ class BackendPool:
         """(candidates, why each of the others is none)."""
         excluded = dict(self._absent)
         candidates: list[Backend] = []
+        on_trial: list[Backend] = []
         for backend in self._ready:
             if obstacle := "already tried" if backend.id in exclude else backend.obstacle:
                 excluded[backend.id] = obstacle
+            elif backend.ejection.is_tried:
+                on_trial.append(backend)
             else:
                 candidates.append(backend)
+        if not candidates:  # a trial is never worth having nobody
+            candidates, on_trial = on_trial, []
+        excluded |= {backend.id: "its trial request is under way" for backend in on_trial}
         now, slow_start = self._clock(), self._options.slow_start
         admitted = [backend for backend in candidates if backend.takes_part(now, slow_start)]
         if not admitted or len(admitted) == len(candidates):  # nobody else is left, or nobody is slow
@@ -187,10 +194,10 @@ class BackendPool:
     def _line_up(self, request: Any, exclude: Collection[str]) -> Waiter[Lease]:
         """A place in the queue, if there is any and waiting can help."""
         if not self._is_worth_waiting(exclude):
-            raise Unavailable(self._why_none(exclude))
+            raise Unavailable(self._why_none(exclude), self._narrow(exclude)[1])
         if len(self._line) >= self._options.queue_limit:
             waiting = f", and {len(self._line)} requests are waiting already" if self._line else ""
-            raise NoRoom(f"every backend is full or not checked yet{waiting}")
+            raise NoRoom(f"every backend is full or not checked yet{waiting}", self._narrow(exclude)[1])
         return self._line.join(request, exclude)
 
     def _is_worth_waiting(self, exclude: Collection[str]) -> bool:
@@ -216,16 +223,25 @@ class BackendPool:
             watcher.detach()
         with self._lock:
             lease = self._line.leave(waiter)
-        if lease is None:
-            raise NoRoom(f"every backend is full or not checked yet, also after {max(0.0, seconds):.3g} s")
+            if lease is None:
+                excluded = self._narrow(waiter.exclude)[1]
+                if not self._is_worth_waiting(waiter.exclude):
+                    raise Unavailable(self._why_none(waiter.exclude), excluded)
+                text = f"every backend is full or not checked yet, also after {max(0.0, seconds):.3g} s"
+                raise NoRoom(text, excluded)
         lease.queued = self._clock() - started
         return lease
 
-    def _answered(self, lease: Lease, first_byte_seconds: float) -> None:
+    def _answered(self, lease: Lease, first_byte_seconds: float, is_good: bool) -> None:
+        backend = lease.backend
         with self._lock:
             lease.is_answered = True
-            if lease.choice.origin == lease.backend.origin:
-                self._judge.answered(lease.backend, first_byte_seconds)
+            if lease.choice.origin == backend.origin:
+                self._judge.answered(backend, first_byte_seconds)
+                if lease.is_trial and is_good:
+                    lease.is_trial = backend.ejection.is_tried = False
+                    self._judged(self._judge.succeeded(backend, is_trial=True))
+        self._publish()
 
     def _release(self, lease: Lease, first_byte_seconds: float | None, failure: str) -> None:
         backend = lease.backend
@@ -304,7 +320,9 @@ class BackendPool:
         with self._lock:
             backend_id = backend_id or self._free_id()
             if backend_id in self._backends:
-                raise SettingsError(f"backend id {backend_id!r} is taken, choose another")
+                leaving = self._backends[backend_id].is_leaving
+                hint = "is being removed; admin_state ready calls that off" if leaving else "is taken, choose another"
+                raise SettingsError(f"backend id {backend_id!r} {hint}")
             backend = Backend(backend_id, origin, weight, max_connections, source=source, configured=configured or {})
             self._add(backend)
             self._settle()
@@ -336,10 +354,13 @@ class BackendPool:
 
     def _update(self, backend: Backend, changes: Mapping[str, Any]) -> None:
         real = {name: value for name, value in changes.items() if getattr(backend, name) != value}
+        if "admin_state" in real and backend.admin_state == "maint":  # nobody has looked at it since
+            backend.health = Health(since=self._wall_clock())
         for name, value in real.items():
             setattr(backend, name, value)
             if name not in ("source", "configured"):
-                self._note("backend_changed", backend.id, f"{name} set to {getattr(value, 'url', value)}", "info")
+                text = f"url set to {value.url}" if name == "origin" else f"{name} set to {value}"
+                self._note("backend_changed", backend.id, text, "info")
         if backend.admin_state == "ready":
             backend.is_leaving = False  # ready again calls the removal off
         if "weight" in real:
@@ -413,6 +434,8 @@ class BackendPool:
         """After any change: who can be served now is."""
         self._refresh()
         self._line.serve(self._choose)
+        if self._line and not self._is_worth_waiting(()):
+            self._line.dismiss()
 
     def _refresh(self) -> None:
         """Recompute what `lease` looks at, so that it need not ask every backend for every request."""

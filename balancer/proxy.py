@@ -61,6 +61,7 @@ BACKOFF_SECONDS = 0.025
 MAX_BACKOFF_SECONDS = 0.25
 EJECTING_STATUSES = frozenset({502, 503, 504})  # answers that say that the backend cannot work; passed on all the same
 RETRY_AFTER_SECONDS = b"1"
+BUDGET_USED_UP = "the retry budget is used up"
 INTERNAL_ERROR = "internal error, the log of the balancer has the cause"
 ALLOWED_METHODS = b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"  # in 405; others pass, CONNECT and TRACE do not
 
@@ -128,7 +129,7 @@ class Forwarding:
 
     __slots__ = (
         *("_proxy", "_options", "_incoming", "_start_response", "_started", "_identifier", "_record"),
-        *("_request", "_lease", "sent", "_failure", "_is_finished"),
+        *("_request", "_lease", "sent", "_failure", "_waited", "_is_finished"),
     )
 
     def __init__(self, proxy: ReverseProxy, incoming: Incoming, start_response: StartResponse) -> None:
@@ -142,6 +143,7 @@ class Forwarding:
         self._lease: Lease | None = None
         self.sent: Sent | None = None
         self._failure: BalancerError | None = None
+        self._waited = 0.0  # seconds for a thread
         self._is_finished = False
         self._record = Exchange(
             timestamp=time.time(),
@@ -173,6 +175,10 @@ class Forwarding:
 
     def run(self) -> Iterable[bytes]:
         try:
+            if self._request is None:  # else `begin` did not have to wait for a thread
+                self._waited = time.perf_counter() - self._started
+                if self._waited > self._options.request_timeout:
+                    raise NoRoom(f"no thread became free within {self._options.request_timeout:g} s")
             if self._failure is not None:
                 raise self._failure
             incoming = self._incoming
@@ -225,7 +231,7 @@ class Forwarding:
         request = OutgoingRequest(method, incoming.target, outgoing)
         request.watcher = incoming.client
         self._add_body(request)
-        request.deadline = time.monotonic() + options.request_timeout
+        request.deadline = time.monotonic() + options.request_timeout - self._waited
         return request
 
     def _add_body(self, request: OutgoingRequest) -> None:
@@ -292,6 +298,10 @@ class Forwarding:
         """A place for the next attempt. Raises `failure`, if there was one, when there is none, or no budget for it."""
         record, options = self._record, self._options
         tried = [attempt.backend for attempt in record.attempts]
+        budget = options.retry_budget, options.retry_budget_minimum
+        if failure is not None and not self._proxy.statistics.can_retry(*budget):  # nor wait for a place in vain
+            record.not_retried = BUDGET_USED_UP
+            raise failure
         started = time.perf_counter()
         try:
             lease = self._proxy.pool.lease(request, tried, watcher=request.watcher, deadline=request.deadline)
@@ -303,11 +313,9 @@ class Forwarding:
                 record.not_retried = str(unavailable)
                 raise failure from None
             raise
-        if failure is not None and not self._proxy.statistics.may_retry(
-            options.retry_budget, options.retry_budget_minimum
-        ):
+        if failure is not None and not self._proxy.statistics.may_retry(*budget):
             lease.release()
-            record.not_retried = "the retry budget is used up"
+            record.not_retried = BUDGET_USED_UP
             raise failure
         self._take_place(lease)
 
@@ -346,7 +354,7 @@ class Forwarding:
             return response
         finally:
             attempt.seconds = time.perf_counter() - self._started - attempt.at
-            attempt.connect = request.connect_seconds
+            attempt.connect, attempt.resent = request.connect_seconds, request.is_resent
 
     def _blame(self, lease: Lease, error: BackendError) -> None:
         if isinstance(error, ConnectFailed) and error.refused:
@@ -370,7 +378,7 @@ class Forwarding:
             self._start(f"{status} {response.reason}", lines)
             return [data]
         if self._lease is not None:
-            self._lease.answered(self._record.attempts[-1].seconds)
+            self._lease.answered(self._record.attempts[-1].seconds, status not in EJECTING_STATUSES)
         try:
             self._start(f"{status} {response.reason}", lines)
         except BaseException:  # the server refuses a header line
@@ -396,6 +404,9 @@ class Forwarding:
 
     def _refuse(self, error: BalancerError) -> Iterable[bytes]:
         """The balancer's own answer to a request that got none from a backend."""
+        self._record.error = str(error)
+        if isinstance(error, Unavailable):
+            self._record.excluded = error.excluded
         self.finish(error.status, reason=error.reason, complete=not isinstance(error, ClientGone))
         status = (
             HTTPStatus.BAD_REQUEST if isinstance(error, ClientGone) else HTTPStatus(error.status)

@@ -96,6 +96,9 @@ class Configuration:
                 raise SettingsError("there is no configuration file to reload; start with --config FILE")
             try:
                 wanted, sources = self.read()
+                if sources["backends"] == "default" != self.sources["backends"]:
+                    # An emptied or half-written file must not bring the demo's backends.
+                    raise SettingsError(f"{self.file} names no backends any more; backends = [] if that is meant")
                 plan = compare(self.settings, wanted, sources, pool)
             except SettingsError as error:
                 if not dry_run:
@@ -104,8 +107,10 @@ class Configuration:
             if not dry_run:
                 # Restart-only settings stay as they are in force, or the next reload would not name them again.
                 still = {name: getattr(self.settings, name) for name in plan.needs_restart}
-                apply(wanted.model_copy(update=still), plan)
-                self.settings, self.sources = wanted.model_copy(update=still), sources
+                wanted = wanted.model_copy(update=still)
+                sources = {**sources, **{name: self.sources[name] for name in still}}
+                apply(wanted, plan)
+                self.settings, self.sources = wanted, sources
                 self.loaded_at, self.last_error = time.time(), None
                 self.reloads += 1
             return plan
@@ -180,6 +185,8 @@ def _compare_backends(
 def _changed_fields(live: Backend, old: BackendSettings | None, now: BackendSettings, plan: Plan) -> dict[str, Any]:
     """The fields of one backend that the configuration changes."""
     fields: dict[str, Any] = {}
+    if live.admin_state != "ready":
+        plan.kept.append(f"backends.{live.id}.admin_state: {live.admin_state} (set by the API)")
     for name in BACKEND_FIELDS:
         current, after = live.setting(name), getattr(now, name)
         if old is not None and getattr(old, name) == after:

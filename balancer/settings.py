@@ -12,6 +12,7 @@ import argparse
 import ipaddress
 import os
 import re
+import stat
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,6 +47,7 @@ LEGACY_ENVIRONMENT = {"ALGORITHM": "algorithm"}
 UNITS = {"max_header_bytes": " bytes", "min_body_rate": " bytes/s"} | dict.fromkeys(
     ("retry_budget", "eject_max_share", "latency_ejection_factor", "panic_threshold"), ""
 )  # the other floats are seconds
+MAX_FILE = 1_048_576  # bytes of a configuration file: room for ten thousand backends
 SECRET_FILES = {"LB_ADMIN_TOKEN_FILE": "admin_token"}
 
 
@@ -200,8 +202,11 @@ class Settings(BaseModel):
     @field_validator("admin_token")
     @classmethod
     def _check_token(cls, token: SecretStr | None) -> SecretStr | None:
-        if token is not None and not token.get_secret_value():
+        text = None if token is None else token.get_secret_value()
+        if text == "":
             raise ValueError("is empty, so nothing would be protected; expected a token, or leave it out")
+        if text is not None and any("\ud800" <= char <= "\udfff" for char in text):
+            raise ValueError("is not UTF-8")
         return token
 
     @field_validator("control_prefix")
@@ -325,10 +330,15 @@ def _from_file(file: Path | None) -> dict[str, Any]:
     if file is None:
         return {}
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe could keep us waiting for ever
+            raise SettingsError(f"config file {file}: not a regular file")
+        if status.st_size > MAX_FILE:
+            raise SettingsError(f"config file {file}: {status.st_size} bytes, at most {MAX_FILE} are read")
+        return tomllib.loads(file.read_text(encoding="utf-8-sig"))  # Windows' editor puts a mark in front
     except OSError as error:
         raise SettingsError(f"config file {file}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, or brackets without end
         raise SettingsError(f"config file {file}: {error}") from None
 
 

@@ -179,6 +179,14 @@ class Statistics:
                     return exchange
         return None
 
+    def can_retry(self, share: float, minimum: int) -> bool:
+        """What `may_retry` would say now, without counting."""
+        with self._lock:
+            return self._has_budget(share, minimum)
+
+    def _has_budget(self, share: float, minimum: int) -> bool:
+        return self._retried.recent() < max(minimum * BUDGET_SECONDS, share * self._arrivals.recent())
+
     def may_retry(self, share: float, minimum: int) -> bool:
         """Count one more retry if the budget allows it: `share` of the requests of the last 10 s, but `minimum` a
         second in any case.
@@ -187,7 +195,7 @@ class Statistics:
         flight needs its retry at the same moment, while a storm shows in the seconds that follow.
         """
         with self._lock:
-            if self._retried.recent() >= max(minimum * BUDGET_SECONDS, share * self._arrivals.recent()):
+            if not self._has_budget(share, minimum):
                 return False
             self._retried.add()
             self._retries += 1

@@ -70,6 +70,7 @@ class OutgoingRequest(PreparedRequest):
     watcher: Watcher | None = None
     deadline = math.inf  # of time.monotonic(), for all attempts together
     connect_seconds: float | None = None  # what the last attempt spent on a new connection, None for a kept one
+    is_resent = False  # the last attempt's kept connection had died, so it was sent once more on a fresh one
 
     def __init__(self, method: str, target: bytes, lines: list[Line]) -> None:
         # Not calling PreparedRequest.__init__: every field is here.
@@ -218,6 +219,7 @@ class BackendAdapter(BaseAdapter):
         whatever the request's body iterator raises comes through. A reused connection that died before any byte of a
         response gets one more try on a fresh one, for idempotent methods with a replayable body only.
         """
+        request.is_resent = False
         if sent is None:
             request.connect_seconds = None
             sent = self._send(self._take(origin) or self._connect(origin, request), request)
@@ -226,6 +228,7 @@ class BackendAdapter(BaseAdapter):
         except ConnectionLost as error:
             if not (error.stale and request.is_retriable):
                 raise
+        request.is_resent = True
         return self._receive(self._send(self._connect(origin, request), request))
 
     def begin(self, request: OutgoingRequest, origin: Origin) -> Sent | None:

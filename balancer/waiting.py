@@ -70,3 +70,9 @@ class WaitingLine(Generic[Place]):
             for waiter in served:
                 del self._waiters[waiter]
                 waiter.wake()
+
+    def dismiss(self) -> None:
+        """Send everybody away without a place."""
+        waiters, self._waiters = self._waiters, {}
+        for waiter in waiters:
+            waiter.wake()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -199,6 +200,7 @@ def test_what_the_api_set_stays_unless_the_file_changed_the_same_thing() -> None
         "algorithm: round_robin (set by the API)",
         "backends.a.weight: 7 (set by the API)",
         "backends.a.max_connections: 5 (set by the API)",
+        "backends.b.admin_state: drain (set by the API)",
     ]
     assert wired.weights() == {"a": 7, "b": 2}
     assert [backend.admin_state for backend in wired.pool.backends()] == ["ready", "drain"]
@@ -347,7 +349,12 @@ def test_a_bad_file_on_sighup_is_refused_and_the_balancer_goes_on(balancer: Bala
         (b"nonsense = 1", "unknown setting 'nonsense'"),
         (b"[[[", "config file"),
         (b"\xff\xfe", "config file"),
-        (b'algorithm = "x"', "unknown algorithm 'x'"),
+        (b'backends = []\nalgorithm = "x"', "unknown algorithm 'x'"),
+        (b"", "names no backends any more"),
+        (b"retries = 1", "names no backends any more"),
+        (b"health_fall = " + b"9" * 5000, "config file"),
+        (b"x = " + b"[" * 5000, "config file"),
+        (b"#" * 1_100_000, "at most 1048576 are read"),
         (b'[[backends]]\nurl = "http://a/path"', "must not have a path"),
         (None, "No such file"),
     ],
@@ -359,6 +366,20 @@ def test_a_bad_file_is_a_422_that_says_why(
     for query in ("", "?dry_run=1"):
         status, _, body = fetch(f"{balancer.url}/reload{query}", {})
         assert status == 422 and why in body.decode()
+    assert len(balancer.status()["backend_servers"]) == 2
+
+
+def test_a_pipe_is_no_configuration_file_and_blocks_nothing(balancer: BalancerProcess, file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+    status, _, body = fetch(f"{balancer.url}/reload", {})
+    assert status == 422 and b"not a regular file" in body
+
+
+@pytest.mark.parametrize("query", ["dryrun=1", "dry-run=1", "dry_run=1&x=1"])
+def test_a_slip_of_the_pen_does_not_apply_for_real(balancer: BalancerProcess, file: Path, query: str) -> None:
+    file.write_text("backends = []", encoding="utf-8")
+    assert fetch(f"{balancer.url}/reload?{query}", {})[0] == 400
     assert len(balancer.status()["backend_servers"]) == 2
 
 

@@ -214,6 +214,7 @@ def test_a_recent_request_says_what_was_tried_and_cuts_long_paths() -> None:
         "outcome": "connection_refused",
         "seconds": 0.001,
         "connect": None,
+        "resent": False,
         "error": "http://b: refused",
         "at": 0.0,
     }
