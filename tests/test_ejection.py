@@ -205,6 +205,46 @@ def test_an_ejected_one_is_used_when_everybody_else_has_gone_since() -> None:
     assert pool.shares() == {"b": 60}
 
 
+def test_the_last_good_one_is_not_ejected_while_another_is_on_trial() -> None:
+    pool = Pool("ab")
+    pool.fail("a")
+    pool.pass_time(30)
+    trial = pool.lease(None, ["b"])
+    pool.fail("b", 10)
+    assert pool.states() == {"a": "trial", "b": "up"} and pool.shares() == {"b": 60}
+    trial.release(failure="too slow")
+    assert pool.states() == {"a": "ejected", "b": "up"}
+
+
+def test_a_trial_is_no_limit_when_nobody_else_is_left() -> None:
+    pool = Pool("ab")
+    pool.fail("a")
+    pool.pass_time(30)
+    pool.lease(None, ["b"])
+    pool.record_refused(pool.one("b"), "refused")
+    assert pool.shares() == {"a": 60}
+
+
+def test_who_is_in_maintenance_takes_no_share_of_those_that_may_be_out() -> None:
+    pool = Pool("abc")
+    pool.fail("a")
+    pool.update("a", {"admin_state": "maint"})
+    pool.fail("b")
+    assert pool.states()["b"] == "ejected"
+
+
+@pytest.mark.parametrize(("is_good", "state"), [(True, "up"), (False, "trial")])
+def test_the_head_of_a_good_answer_ends_the_trial_however_long_the_rest_takes(is_good: bool, state: str) -> None:
+    pool = Pool()
+    pool.fail("a")
+    pool.pass_time(30)
+    lease = pool.lease(None, ["b", "c"])
+    lease.answered(0.01, is_good)
+    assert pool.states()["a"] == state
+    lease.release(**({} if is_good else {"failure": "answered 503"}))
+    assert pool.states()["a"] == ("up" if is_good else "ejected")
+
+
 # Health checks and ejection.
 
 

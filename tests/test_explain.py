@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -152,3 +154,60 @@ def test_the_score_is_what_the_strategy_goes_by(name: str) -> None:
         return
     assert len(scores) == 3
     assert strategy.select(candidates, None) is candidates[list(scores).index(min(scores))]
+
+
+def test_a_request_that_found_nobody_says_why_of_each_backend() -> None:
+    gone = f"http://127.0.0.1:{free_port()}"
+    balancer = BalancerProcess(f"--backend=gone={gone}", "--backend=off=http://127.0.0.1:1@0")
+    try:
+        wait_until(lambda: balancer.backend("gone")["state"] == "down")
+        told = explain(balancer, "nobody-1", 503)
+        assert (told["tried"], told["error"]) == ([], "no backend is available")
+        assert told["excluded"]["off"] == "weight 0" and told["excluded"]["gone"].startswith("down: ")
+    finally:
+        balancer.stop()
+
+
+def test_a_request_that_was_sent_again_because_its_kept_connection_had_died_says_so(
+    balancer: BalancerProcess, backends: tuple[ScriptedBackend, ScriptedBackend]
+) -> None:
+    def dies_once(sock: socket.socket, request: Any) -> None:
+        for backend in backends:
+            backend.answer(ok())
+        hang_up(sock)
+
+    for _ in range(4):
+        assert fetch(f"{balancer.url}/warm")[0] == 200
+    for backend in backends:
+        backend.script = dies_once
+    told = explain(balancer, "resent-1", 200)
+    assert [(attempt["outcome"], attempt["resent"]) for attempt in told["tried"]] == [("200", True)]
+
+
+def test_a_retry_without_budget_does_not_wait_for_a_place() -> None:
+    failing, busy = ScriptedBackend(), ScriptedBackend()
+    go = threading.Event()
+    balancer = BalancerProcess(
+        f"--backend=failing={failing.url}", f"--backend=busy={busy.url}", "--retry-budget=0",
+        "--retry-budget-minimum=0", "--queue-timeout=20", "--eject-after=0",
+    )  # fmt: skip
+    try:
+        fetch(f"{balancer.url}/backends/busy", {"max_connections": 1}, "PATCH")
+        failing.script = lambda sock, request: hang_up(sock)
+
+        def hold(sock: socket.socket, request: Any) -> None:
+            go.wait(20)
+            sock.sendall(ok())
+
+        busy.script = hold
+        with ThreadPoolExecutor(8) as clients:
+            answers = [clients.submit(fetch, f"{balancer.url}/x") for _ in range(8)]
+            wait_until(lambda: busy.requests and sum(answer.done() for answer in answers) >= 1)
+            told = next(one for one in balancer.status()["recent_requests"] if one["status"] == 502)
+            assert told["not_retried"] == "the retry budget is used up" and told["response_time"] < 5
+            go.set()
+    finally:
+        go.set()
+        balancer.stop()
+        failing.close()
+        busy.close()

@@ -314,3 +314,22 @@ def test_what_is_under_way_finds_room_in_the_queue_for_threads() -> None:
     go.set()
     wait_until(lambda: workers.queued == 0)
     workers.stop(5)
+
+
+@pytest.mark.parametrize(
+    "change", [{"admin_state": "drain"}, {"admin_state": "maint"}, {"weight": 0}, "remove", "down"]
+)
+def test_who_waits_in_vain_is_told_at_once(threads: ThreadPoolExecutor, change: Any) -> None:
+    pool = make_pool()
+    lease = pool.lease(None)
+    (future,) = queue_up(pool, threads, 1)
+    if change == "remove":
+        pool.remove("a")
+    elif change == "down":
+        pool.record_refused(pool.backends()[0], "refused")
+    else:
+        pool.update("a", change)
+    with pytest.raises(Unavailable, match="no backend is available") as caught:
+        future.result(10)
+    assert list(caught.value.excluded) == ["a"]
+    lease.release()
