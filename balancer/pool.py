@@ -66,7 +66,7 @@ class Lease:
     def answered(self, first_byte_seconds: float, is_good: bool = True) -> None:
         """The response has begun but its body may take long: count the time now, not at `release`, and end a trial if
         it `is_good`. Idempotent."""
-        if self._pool is not None and not self.is_answered:
+        if self._pool is not None and (self.is_trial or not self.is_answered):
             self._pool._answered(self, first_byte_seconds, is_good)
 
     def release(self, first_byte_seconds: float | None = None, *, failure: str = "") -> None:
@@ -80,9 +80,10 @@ class Lease:
 class BackendPool:
     """The backends, the strategy that chooses among them, and the counts both depend on.
 
-    `_lock` guards every field of every Backend, `_backends`, `_former`, `_strategy`, `_options`, `_line`, `_news`, and
-    what `_refresh` derives from them: `_ready`, `_absent`, `_is_conditional`, `_is_panicking`. Nothing under it does
-    I/O or calls out, but for the strategy; news for the listeners is collected under it and told after it is let go.
+    `_lock` guards every field of every Backend, `_backends`, `_strategy`, `_options`, `_line`, `_news`, and what
+    `_refresh` derives from them: `_ready`, `_absent`, `_is_conditional`, `_is_timed`, `_is_panicking`. Nothing under it
+    does I/O or calls out, but for the strategy; news for the listeners is collected under it and told after it is let
+    go.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class BackendPool:
         self._ready: list[Backend] = []
         self._absent: dict[str, str] = {}
         self._is_conditional = False
+        self._is_timed = True
         self._is_panicking = False
         self._had_first_round = False
         self._clock = clock
@@ -161,11 +163,14 @@ class BackendPool:
         scores = strategy.scores(candidates)
         backend = strategy.select(candidates, request)
         backend.active += 1
-        backend.ask(self._clock())
         backend.tally.selected += 1
         lease = Lease(self, Choice(strategy.name, backend, candidates, active, scores, excluded))
         if lease.is_trial:
             backend.ejection.is_tried = True
+        if self._is_timed:
+            backend.ask(self._clock())
+        else:
+            lease.is_answered = True  # nobody wants to know how long that takes
         return lease
 
     def _narrow(self, exclude: Collection[str]) -> tuple[list[Backend], dict[str, str]]:
@@ -235,9 +240,10 @@ class BackendPool:
     def _answered(self, lease: Lease, first_byte_seconds: float, is_good: bool) -> None:
         backend = lease.backend
         with self._lock:
-            lease.is_answered = True
+            was_answered, lease.is_answered = lease.is_answered, True
             if lease.choice.origin == backend.origin:
-                self._judge.answered(backend, first_byte_seconds)
+                if not was_answered:
+                    self._judge.answered(backend, first_byte_seconds)
                 if lease.is_trial and is_good:
                     lease.is_trial = backend.ejection.is_tried = False
                     self._judged(self._judge.succeeded(backend, is_trial=True))
@@ -439,6 +445,7 @@ class BackendPool:
 
     def _refresh(self) -> None:
         """Recompute what `lease` looks at, so that it need not ask every backend for every request."""
+        self._is_timed = self._strategy.uses_times or self._options.ejection.latency != "off"
         backends = self._backends.values()
         wanted = [backend for backend in backends if backend.is_wanted]
         ready = [backend for backend in wanted if backend.is_ready]

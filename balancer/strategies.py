@@ -29,6 +29,8 @@ class Strategy:
     """Base class: `name` is set by the decorator, `description` comes from the docstring."""
 
     name: ClassVar[str] = ""
+    # Whether `select` looks at response times. They are measured only for those that do: it costs every request.
+    uses_times: ClassVar[bool] = True
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic, rng: random.Random | None = None) -> None:
         self.clock = clock
@@ -128,6 +130,8 @@ class RoundRobin(TakingTurns):
     """Each backend in turn, exactly the same number of requests for all. Right for equal backends and requests of
     about equal cost; ignores weights and load."""
 
+    uses_times = False
+
     def select(self, candidates: Sequence[Backend], request: Any) -> Backend:
         return self._turns.next(candidates, [1] * len(candidates))
 
@@ -139,6 +143,8 @@ class RoundRobin(TakingTurns):
 class Weighted(TakingTurns):
     """Smooth weighted round robin: requests in exact proportion to the weights (3:2:1 gives 50, 33 and 17 %), evenly
     spread rather than in bursts. Right for backends of known, unequal size."""
+
+    uses_times = False
 
     def select(self, candidates: Sequence[Backend], request: Any) -> Backend:
         return self._turns.next(candidates, _weights(candidates))
@@ -152,6 +158,8 @@ class Weighted(TakingTurns):
 class LeastConnections(TakingTurns):
     """The backend with the fewest requests in flight for its weight; ties take turns by weight. Right for requests of
     very different duration, and for backends of different or changing speed."""
+
+    uses_times = False
 
     def scores(self, candidates: Sequence[Backend]) -> Sequence[float]:
         return [backend.active / backend.weight for backend in candidates]
@@ -174,6 +182,8 @@ class PowerOfTwo(Strategy):
     """The less loaded of two backends drawn at random by weight: nearly as even as asking all of them, and several
     balancers in front of the same backends do not all run to the same one. Right for many backends, or many
     balancers."""
+
+    uses_times = False
 
     def select(self, candidates: Sequence[Backend], request: Any) -> Backend:
         first = self._draw(candidates)

@@ -56,6 +56,15 @@ def pool() -> Pool:
 
 
 @pytest.fixture
+def timed_pool() -> Pool:
+    """The same, with a strategy that looks at response times."""
+    pool = Pool("least_response_time")
+    pool.add_up("a")
+    pool.add_up("b")
+    return pool
+
+
+@pytest.fixture
 def restless() -> Iterator[None]:
     """Threads are switched as often as can be."""
     before = sys.getswitchinterval()
@@ -260,40 +269,40 @@ def test_round_robin_is_exact_under_threads(pool: Pool) -> None:
     assert [backend.active for backend in pool.backends()] == [200, 200, 200]
 
 
-def test_an_answer_that_has_begun_counts_at_once_and_once(pool: Pool) -> None:
-    lease = pool.lease(None, exclude=["b"])
+def test_an_answer_that_has_begun_counts_at_once_and_once(timed_pool: Pool) -> None:
+    lease = timed_pool.lease(None, exclude=["b"])
     backend = lease.backend
-    pool.now += 0.3
-    assert backend.silence(pool.now) == pytest.approx(0.3)
+    timed_pool.now += 0.3
+    assert backend.silence(timed_pool.now) == pytest.approx(0.3)
     lease.answered(0.2)
     lease.answered(9.0)
     assert (backend.unanswered, backend.active) == (0, 1)
-    pool.now += 60  # a long body is no silence
-    assert backend.silence(pool.now) == 0.0
+    timed_pool.now += 60  # a long body is no silence
+    assert backend.silence(timed_pool.now) == 0.0
     lease.release(9.0)
     lease.answered(9.0)
     assert (backend.unanswered, backend.active) == (0, 0)
-    assert backend.response_time(pool.now - 60) == pytest.approx(0.2)
+    assert backend.response_time(timed_pool.now - 60) == pytest.approx(0.2)
 
 
-def test_silence_is_since_the_newest_answer_while_others_wait(pool: Pool) -> None:
-    first, _second = (pool.lease(None, exclude=["b"]) for _ in range(2))
-    pool.now += 0.5
+def test_silence_is_since_the_newest_answer_while_others_wait(timed_pool: Pool) -> None:
+    first, _second = (timed_pool.lease(None, exclude=["b"]) for _ in range(2))
+    timed_pool.now += 0.5
     first.release(0.5)
-    pool.now += 0.1
-    assert first.backend.silence(pool.now) == pytest.approx(0.1)
+    timed_pool.now += 0.1
+    assert first.backend.silence(timed_pool.now) == pytest.approx(0.1)
 
 
-def test_a_request_given_up_on_says_how_slow_the_backend_is_at_least(pool: Pool) -> None:
-    lease = pool.lease(None, exclude=["b"])
-    lease.backend.observe(0.1, pool.now)
-    pool.now += 2
+def test_a_request_given_up_on_says_how_slow_the_backend_is_at_least(timed_pool: Pool) -> None:
+    lease = timed_pool.lease(None, exclude=["b"])
+    lease.backend.observe(0.1, timed_pool.now)
+    timed_pool.now += 2
     lease.release()
-    assert lease.backend.response_time(pool.now) > 0.4
-    quick = pool.lease(None, exclude=["b"])
-    before = quick.backend.response_time(pool.now)
+    assert lease.backend.response_time(timed_pool.now) > 0.4
+    quick = timed_pool.lease(None, exclude=["b"])
+    before = quick.backend.response_time(timed_pool.now)
     quick.release()
-    assert quick.backend.response_time(pool.now) == before
+    assert quick.backend.response_time(timed_pool.now) == before
 
 
 @pytest.mark.parametrize(("samples", "expected"), [((0.1, 0.9), 0.9), ((0.9, 0.1), 0.9)])
@@ -304,20 +313,20 @@ def test_the_peak_rises_at_once_and_falls_only_with_time(samples: tuple[float, f
     assert [backend.peak_time(now) for now in (0.0, 5.0)] == pytest.approx([expected, expected / 2])
 
 
-def test_a_first_byte_time_is_remembered_and_a_request_without_one_teaches_nothing(pool: Pool) -> None:
-    pool.lease(None, exclude=["b"]).release(0.2)
-    pool.lease(None, exclude=["a"]).release()
-    a, b = pool.backends()
-    assert a.response_time(pool.now) == pytest.approx(0.2)
-    assert b.response_time(pool.now) == 0.0
+def test_a_first_byte_time_is_remembered_and_a_request_without_one_teaches_nothing(timed_pool: Pool) -> None:
+    timed_pool.lease(None, exclude=["b"]).release(0.2)
+    timed_pool.lease(None, exclude=["a"]).release()
+    a, b = timed_pool.backends()
+    assert a.response_time(timed_pool.now) == pytest.approx(0.2)
+    assert b.response_time(timed_pool.now) == 0.0
 
 
 @pytest.mark.parametrize(("usual", "after"), [(0.0, 1.0), (0.01, 0.208), (4.0, 4.8)])
-def test_a_failure_counts_as_slow_whatever_is_usual(pool: Pool, usual: float, after: float) -> None:
+def test_a_failure_counts_as_slow_whatever_is_usual(timed_pool: Pool, usual: float, after: float) -> None:
     if usual:
-        pool.lease(None, exclude=["b"]).release(usual)
-    pool.lease(None, exclude=["b"]).release(failure="test")
-    assert pool.backends()[0].response_time(pool.now) == pytest.approx(after)
+        timed_pool.lease(None, exclude=["b"]).release(usual)
+    timed_pool.lease(None, exclude=["b"]).release(failure="test")
+    assert timed_pool.backends()[0].response_time(timed_pool.now) == pytest.approx(after)
 
 
 def test_a_backend_that_comes_back_is_measured_anew(pool: Pool) -> None:
@@ -652,6 +661,18 @@ def test_a_listener_may_use_the_pool(pool: Pool) -> None:
     pool.on_change(lambda *change: seen.append(pool.ids()))
     pool.add("c", ORIGIN)
     assert seen == [["a", "b", "c"]]
+
+
+@pytest.mark.parametrize("name", ["round_robin", "weighted", "least_connections", "power_of_two"])
+def test_times_are_not_measured_for_those_who_do_not_look_at_them(name: str, timed_pool: Pool) -> None:
+    before = timed_pool.lease(None, exclude=["b"])
+    timed_pool.use(create(name))
+    lease = timed_pool.lease(None, exclude=["b"])
+    a = timed_pool.backends()[0]
+    lease.release(0.5)
+    assert (a.ewma, a.unanswered) == (0.0, 1)
+    before.release(0.5)  # leased when they still counted
+    assert (a.ewma, a.unanswered, a.active) == (0.5, 0, 0)
 
 
 # Moving, leaving and coming back.
