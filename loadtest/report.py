@@ -1,5 +1,6 @@
-"""The text report, as far as it is the same for all kinds of run: at most 100 columns, the numbers of the JSON."""
+"""The text report, as far as it is the same for all kinds of run: at most WIDTH columns, the numbers of the JSON."""
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ from loadtest.options import Options
 from loadtest.problems import clean
 from loadtest.screen import Screen, label, number, plural, table
 
+WIDTH = 100  # columns
 MAX_ROWS = 6
 MAX_BACKENDS = 20  # in a table
 BAR = 30  # columns
@@ -62,7 +64,9 @@ class Report:
             self._note(f"{total - sent} more than sent here: others send too")
 
     def _note(self, text: str, name: str = "Note") -> None:
-        self._screen.field(name, self._screen.style(text, "warn"), indent=2)
+        for line in textwrap.wrap(text, WIDTH - 12, break_on_hyphens=False):
+            self._screen.field(name, self._screen.style(line, "warn"), indent=2)
+            name = ""
 
     def client(self, client: Json) -> None:
         """Who was the limit? A number that is the client's own must not pass for the balancer's."""

@@ -89,6 +89,30 @@ def test_answers_that_do_not_name_their_backend_are_not_judged(stub: StubBalance
     assert "answers do not name their backend" in result.stdout
 
 
+def test_names_that_the_balancer_does_not_know_are_not_judged(stub: StubBalancer) -> None:
+    """Servers that call themselves otherwise than their balancer does are no fault of it."""
+    stub.cycle = ["backend_1", "backend_2", "backend_3", "backend_4"]
+    result = run(stub.url)
+    assert (result.returncode, result.stderr) == (0, "")
+    shown = " ".join(result.stdout.split())
+    assert "answers call themselves backend_1, backend_2, backend_3, ..., which are no ids of this balancer" in shown
+    assert "start it with --expose-backend or give --backend-header" in shown
+    assert max(map(len, result.stdout.splitlines())) <= 100
+    assert result.stdout.splitlines()[-1] == "PASSED: 5 of 5 checks"
+    given = run(stub.url, "-n", "120", "--expect", "backend_1=100")  # who names shares means these names
+    assert (given.returncode, "FAIL  share off by" in given.stdout) == (1, True)
+
+
+def test_a_backend_that_comes_during_the_test_is_no_strange_name(stub: StubBalancer) -> None:
+    stub.delay = 0.01
+    with started(stub.url, "-n", "600", "--tolerance", "1", "--warmup", "0", "--json") as process:
+        wait_until(lambda: stub.total > 30)
+        stub.expected = {**stub.expected, "b4": 0.25}
+        stub.cycle = [*stub.cycle, "b4"]
+        out, _ = process.communicate(timeout=LIMIT)
+    assert (process.returncode, "expected shares changed" in json.loads(out)["note"]) == (0, True)
+
+
 def test_errors_fail_and_are_named(stub: StubBalancer) -> None:
     stub.fail_every = 10
     result = run(stub.url)
