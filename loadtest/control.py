@@ -51,6 +51,8 @@ def shares_by_weight(backends: dict[str, Json]) -> dict[str, float]:
 
 
 class Balancer:
+    """Its control API at `target`, whose path is the prefix of all paths there."""
+
     def __init__(self, options: Options, target: Target, interrupt: Interrupt) -> None:
         self._options, self._target, self._interrupt = options, target, interrupt
 
@@ -59,7 +61,7 @@ class Balancer:
         options = self._options
         timeout = min(options.timeout, HURRY) if self._interrupt.is_set() else options.timeout
         content = b"" if body is None else json.dumps(body).encode()
-        lines = [f"{verb} {path} HTTP/1.1", f"Host: {self._target.authority}", "Connection: close"]
+        lines = [f"{verb} {self._target.path}{path} HTTP/1.1", f"Host: {self._target.authority}", "Connection: close"]
         lines += ["Content-Type: application/json", f"Content-Length: {len(content)}"] if body is not None else []
         lines += [f"Authorization: Bearer {options.token}"] if options.token else []
         sock = open_socket(self._target, min(options.connect_timeout, timeout), timeout)
@@ -71,20 +73,23 @@ class Balancer:
 
     def preflight(self) -> Json:
         """The state of the balancer. Raises Problem if there is none."""
-        origin, status = self._target.origin, None
+        base, status = self._target.origin + self._target.path, None
         for path in ("/health", "/status"):
             try:
                 code, document = self.call("GET", path)
             except (OSError, http.client.HTTPException, Failed) as error:
                 hint = "start one with ./start_all.sh, or say where it is: test_client.py URL"
                 why = explain(error, self._options.timeout)
-                raise Problem(f"no balancer reached at {origin} ({why}); {hint}") from None
+                raise Problem(f"no balancer reached at {base} ({why}); {hint}") from None
             if code in (401, 403):
-                raise Problem(f"{origin}{path} wants a token ({code}); give it with --token-file FILE")
+                raise Problem(f"{base}{path} wants a token ({code}); give it with --token-file FILE")
             status = read_status(document)
             if code != 200 or not (status if path == "/status" else "status" in document):
-                hint = "check the URL, or load any HTTP server with --no-preflight"
-                raise Problem(f"{origin} answers, but not as a balancer does ({path}: {code}); {hint}")
+                hint = (
+                    "check the URL, say with --control URL where control_prefix or control_port moved its control API, "
+                    "or load any HTTP server with --no-preflight"
+                )
+                raise Problem(f"{base} answers, but not as a balancer does ({path}: {code}); {hint}")
         assert status is not None
         return status
 

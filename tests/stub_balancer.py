@@ -181,7 +181,7 @@ class StubHandler(BaseHTTPRequestHandler):
 
 
 def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name not in ("LB_URL", "NO_COLOR")}
+    kept = {name: value for name, value in os.environ.items() if name not in ("LB_URL", "LB_PORT", "NO_COLOR")}
     return {**kept, "PYTHONIOENCODING": "utf-8", **(extra or {})}
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from stub_balancer import LIMIT, SCRIPT, StubBalancer, environment, one_line, run, run_json, started
-from support import free_port, wait_until
+from support import BalancerProcess, ScriptedBackend, fetch, free_port, ok, wait_until
 
 from loadtest import VERSION
 
@@ -63,6 +63,37 @@ def test_the_url_comes_from_the_environment(stub: StubBalancer) -> None:
     # cmd.exe leaves the trailing blank
     assert run("-n", "20", "--warmup", "0", env={"LB_URL": f"{stub.url} "}).returncode == 0
     assert stub.total == 20
+
+
+def test_the_port_comes_from_the_variable_of_the_start_script(stub: StubBalancer) -> None:
+    port = str(stub.server_address[1])
+    assert run("-n", "20", "--warmup", "0", env={"LB_PORT": f"{port} "}).returncode == 0
+    assert stub.total == 20
+    given = run(stub.url, "-n", "20", "--warmup", "0", env={"LB_PORT": "none"})
+    assert (given.returncode, stub.total) == (0, 40)
+    wrong = run(env={"LB_PORT": "90000"})
+    assert wrong.returncode == 2
+    assert "LB_PORT: '90000' is not a port from 1 to 65535" in one_line(wrong)
+
+
+@pytest.mark.parametrize("moved", ["prefix", "port"])
+def test_a_control_api_that_was_moved_is_found_where_the_option_says(backend: ScriptedBackend, moved: str) -> None:
+    backend.answer(ok(b'{"server_id": "b1"}'))
+    port = free_port()
+    flags = ["--control-prefix=/lb"] if moved == "prefix" else [f"--control-port={port}"]
+    balancer = BalancerProcess(f"--backend=b1={backend.url}", *flags, wait_ready=False)
+    control = f"{balancer.url}/lb/" if moved == "prefix" else f"http://127.0.0.1:{port}"
+    try:
+        wait_until(lambda: fetch(f"{control.rstrip('/')}/readyz")[0] == 200)
+        lost = run(balancer.url)
+        assert lost.returncode == 3
+        assert "say with --control URL where control_prefix or control_port moved its control API" in one_line(lost)
+        found = run(balancer.url, "--control", control, "-n", "30", "--algorithm", "least_connections")
+        assert (found.returncode, found.stderr) == (0, "")
+        assert "algorithm least_connections, 1/1 backends up" in found.stdout
+        assert "PASSED" in run(balancer.url, env={"LB_TEST_CONTROL": control}).stdout
+    finally:
+        balancer.stop()
 
 
 def test_skewed_shares_fail(stub: StubBalancer) -> None:
@@ -268,6 +299,8 @@ def greet(server: socket.socket) -> None:
         (["http://[::1"], "cannot use the URL"),
         (["http://a b"], "cannot use the URL"),
         (["http://127.0.0.1/a b"], "cannot use the URL"),
+        (["--control", "ftp://127.0.0.1"], "cannot use the URL 'ftp://127.0.0.1'"),
+        (["--control", "http://127.0.0.1/lb?a"], "--control has no query"),
         (["one", "two"], "two"),
     ],
 )
