@@ -618,9 +618,20 @@ def test_a_terminal_has_a_live_line(stub: StubBalancer) -> None:
     shown = on_a_terminal(stub.url, "-n", "200", "-c", "4")
     lines = re.findall(r"\r\x1b\[K([^\r]*)", shown)
     assert len([line for line in lines if line]) >= 3
-    assert re.search(r"load  .* +\d+% +\d+/200 +[\d.]+ req/s  p95 +[\d.]+ ms  errors 0  \d+ s left", lines[1])
+    assert re.search(r"load  .* +\d+% +\d+/200 +[\d.]+ req/s  errors 0  p95 +[\d.]+ ms  \d+ s left", lines[1])
     assert all(len(line) < 100 for line in lines[:-1])
     assert "\x1b[32mPASSED: 1 of 1 checks\x1b[0m" in shown
+
+
+@pytest.mark.parametrize("columns", [80, 60])
+def test_a_narrow_terminal_loses_the_bar_before_the_errors(stub: StubBalancer, columns: int) -> None:
+    stub.delay = 0.02
+    shown = on_a_terminal(stub.url, "-n", "200", "-c", "4", COLUMNS=str(columns))
+    lines = [line for line in re.findall(r"\r\x1b\[K([^\r]*)", shown)[:-1] if line.startswith("load")]
+    assert lines
+    for line in lines:
+        assert len(line) < columns
+        assert re.match(r"load  +\d+%  +\d+/200  +[\d.]+ req/s  errors 0  p95", line), line
 
 
 def test_ctrl_c_takes_the_live_line_off_the_terminal(stub: StubBalancer) -> None:
@@ -640,7 +651,7 @@ def test_no_live_line_where_it_does_no_good(stub: StubBalancer, extra: dict[str,
 def test_off_a_terminal_there_is_a_plain_line_now_and_then(stub: StubBalancer) -> None:
     result = run(stub.url, "-z", "5600ms", "-q", "20", "--json")
     assert json.loads(result.stdout)["passed"]
-    assert re.fullmatch(r"load  \d+%  \d+  [\d.]+ req/s  p95 [\d.]+ ms  errors 0  \d s left\n", result.stderr)
+    assert re.fullmatch(r"load  \d+%  \d+  [\d.]+ req/s  errors 0  p95 [\d.]+ ms  \d s left\n", result.stderr)
 
 
 # --- the environment --------------------------------------------------------------------------------------------------
