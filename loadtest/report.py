@@ -6,7 +6,7 @@ from typing import Any
 
 from loadtest.options import Options
 from loadtest.problems import clean
-from loadtest.screen import Screen, label, number, plural, table
+from loadtest.screen import Screen, label, number, table
 
 WIDTH = 100  # columns
 MAX_ROWS = 6
@@ -82,9 +82,6 @@ class Report:
         self._screen.field("Client CPU", cost)
         if client["saturated"]:
             text = "this client was the limit, or its busy machine, not the balancer: wrk and oha send more"
-            self._screen.field("", self._screen.style(text, "warn"))
-        if client["waited_for_connection"]:
-            text = f"{plural(client['waited_for_connection'], 'request')} waited for a free connection, -c allows more"
             self._screen.field("", self._screen.style(text, "warn"))
 
     def errors(self, errors: Sequence[Json], name: str = "Errors", indent: int = 0) -> None:

@@ -13,6 +13,8 @@ TIMES = ("min", "mean", "stdev", *RANKS, "max")
 SATURATED_CPU = 0.9  # of one core: one interpreter uses no more
 LATE = 0.010  # seconds behind the schedule that are no longer a hiccup
 LEAST = 0.5  # seconds: a shorter run says nothing about who was the limit
+MISSED = 0.95  # of a rate, if that is
+BEHIND = 0.1  # seconds too
 HELD_UP = 0.0005  # seconds that a thread with nothing to do is late at its turns, if that is half of a latency too
 Json = dict[str, Any]
 
@@ -79,7 +81,7 @@ def describe(run: Run, expected: Mapping[str, float], known: Iterable[str], boun
 
 def _summary(run: Run) -> Json:
     recording, seconds = run.recording, run.seconds
-    requests, failed = recording.requests, recording.failed
+    requests, failed, pace = recording.requests, recording.failed, run.pace
     return {
         "requests": requests,
         "ok": requests - failed,
@@ -87,6 +89,9 @@ def _summary(run: Run) -> Json:
         "error_rate": failed / requests if requests else None,
         "duration_s": round(seconds, 6),
         "rps": round((requests - failed) / seconds, 3) if seconds else None,
+        "planned_rps": None if pace is None else round(pace.due, 3),
+        "sent_rps": None if pace is None else round(pace.sent, 3),
+        "rate_missed": pace is not None and pace.sent < MISSED * pace.due and pace.behind > BEHIND,
         "bytes": recording.bytes,
         "connections": run.connections,
         "warmup": run.warmup,

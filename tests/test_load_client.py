@@ -139,6 +139,25 @@ def test_at_a_rate_connections_are_opened_as_needed(stub: StubBalancer) -> None:
     assert report["client"]["waited_for_connection"] == 0
 
 
+def test_a_missed_rate_is_shown_with_its_cause(stub: StubBalancer) -> None:
+    stub.delay = 0.02
+    arguments = (stub.url, "-n", "50", "-q", "100", "-c", "1", "--warmup", "0")
+    result = run(*arguments)
+    assert result.returncode == 0  # the balancer did nothing wrong
+    summary, why = re.findall(r"^(?:Summary|Rate) .*", result.stdout, re.MULTILINE)
+    reached = re.search(r"  (\d+\.\d) of 100 req/s", summary)
+    assert reached and 5 < float(reached[1]) < 50
+    assert re.search(r"missed, too few connections \(1\): \d+ requests waited for a free connection, -c allows", why)
+    compared = run(*arguments, "--compare", "weighted").stdout
+    assert re.search(r"^weighted\n  Rate      missed, too few connections", compared, re.MULTILINE)
+    _, report = run_json(*arguments)
+    assert (report["summary"]["planned_rps"], report["summary"]["rate_missed"]) == (100, True)
+    assert report["summary"]["sent_rps"] < 50
+    _, kept = run_json(stub.url, "-n", "20", "-q", "20", "--warmup", "0")
+    assert (kept["summary"]["planned_rps"], kept["summary"]["rate_missed"]) == (20, False)
+    assert kept["summary"]["sent_rps"] == pytest.approx(20, rel=0.1)
+
+
 def test_a_closed_loop_has_no_corrected_times(stub: StubBalancer) -> None:
     _, report = run_json(stub.url, "-n", "10")
     assert report["latency_raw_ms"] is None

@@ -186,6 +186,16 @@ def test_due_times_rise_and_reach_the_rate(rate: float, ramp_up: float, number: 
     assert ramp_up <= schedule.offset(math.ceil(ramped)) <= ramp_up + 1 / rate + 1e-6
 
 
+def test_the_pace_is_the_average_of_a_ramp_up() -> None:
+    loop = OpenLoop(Load(50, 1, rate=10_000, ramp_up=0.01), clock(), never, lambda: False)
+    assert loop.pace() is None
+    while loop.take(0):
+        pass
+    pace = loop.pace()
+    assert pace and pace.due == pytest.approx(5000)
+    assert pace.behind >= 0 and pace.sent == pytest.approx(50 / (0.01 + pace.behind))
+
+
 def test_tickets_are_handed_out_once_whatever_the_number_of_workers() -> None:
     taken: list[int] = []
     for schedule in (
