@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from stub_balancer import LIMIT, SCRIPT, StubBalancer, environment, one_line, run, run_json, started
-from support import BalancerProcess, ScriptedBackend, fetch, free_port, ok, wait_until
+from support import ROOT, BalancerProcess, ScriptedBackend, fetch, free_port, ok, wait_until
 
 from loadtest import VERSION
 
@@ -372,7 +372,7 @@ def test_a_token_opens_the_control_api(stub: StubBalancer, tmp_path: Path) -> No
 # --- interruption -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_ctrl_c_reports_what_there_is_and_puts_the_algorithm_back(
     stub: StubBalancer, number: signal.Signals, code: int
 ) -> None:
@@ -447,6 +447,48 @@ def test_a_second_ctrl_c_leaves_at_once_and_says_what_stays(stub: StubBalancer) 
     assert "the algorithm is still weighted, it was round_robin" in errors
 
 
+@pytest.mark.parametrize("arguments", [["--algorithm", "weighted"], ["--compare", "weighted,least_connections"]])
+def test_closing_the_terminal_puts_the_algorithm_back(stub: StubBalancer, arguments: list[str]) -> None:
+    """The session leader gets SIGHUP from the kernel; what is written then fails."""
+    stub.delay = 0.05
+    leader, follower = os.openpty()
+    claim = "import fcntl, os, runpy, sys, termios; fcntl.ioctl(1, termios.TIOCSCTTY, 0); del sys.argv[0]; "
+    command = [sys.executable, "-c", claim + "runpy.run_path(sys.argv[0], run_name='__main__')", str(SCRIPT)]
+    command += [stub.url, "-n", "5k", *arguments]
+    with subprocess.Popen(
+        command, stdin=follower, stdout=follower, stderr=follower, env=environment(), start_new_session=True, cwd=ROOT
+    ) as process:
+        os.close(follower)
+        wait_until(lambda: stub.total > 20)
+        assert stub.algorithm == "weighted"
+        os.close(leader)
+        assert process.wait(LIMIT) == 129
+    assert stub.switches == ["weighted", "round_robin"]
+    assert stub.total < 5000
+
+
+def test_a_second_hangup_is_not_impatience(stub: StubBalancer) -> None:
+    stub.delay = 0.5
+    with started(stub.url, "-n", "5k", "--algorithm", "weighted") as process:
+        wait_until(lambda: len(stub.seen) > 20)
+        process.send_signal(signal.SIGHUP)
+        assert process.stderr and "interrupted" in process.stderr.readline()
+        process.send_signal(signal.SIGHUP)
+        out, errors = process.communicate(timeout=LIMIT)
+    assert (process.returncode, errors, stub.algorithm) == (129, "", "round_robin")
+    assert "INTERRUPTED" in out
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored(stub: StubBalancer) -> None:
+    stub.delay = 0.02
+    ignoring = f'trap "" HUP; exec "{sys.executable}" "{SCRIPT}" {stub.url} -n 100 -c 2'
+    with subprocess.Popen(["sh", "-c", ignoring], stdout=subprocess.PIPE, text=True, env=environment()) as process:
+        wait_until(lambda: stub.total > 20)
+        process.send_signal(signal.SIGHUP)
+        out, _ = process.communicate(timeout=LIMIT)
+    assert (process.returncode, "PASSED" in out) == (0, True)
+
+
 # --- terminals and pipes ----------------------------------------------------------------------------------------------
 
 
@@ -458,6 +500,17 @@ def test_a_reader_that_goes_away_is_no_traceback(stub: StubBalancer, arguments: 
         process.wait(LIMIT)
         assert process.stderr and process.stderr.read() == ""
         assert process.returncode == 0
+
+
+def test_rows_that_nobody_reads_end_the_run(stub: StubBalancer) -> None:
+    stub.delay = 0.01
+    with started(stub.url, "-n", "100k", "-o", "csv", "--no-progress", "--algorithm", "weighted") as process:
+        assert process.stdout and process.stdout.readline().startswith("offset_s,")
+        process.stdout.close()  # as `| head -1` does
+        assert process.wait(LIMIT) == 141
+        assert process.stderr and process.stderr.read() == ""
+    assert stub.total < 100_000
+    assert stub.algorithm == "round_robin"
 
 
 def test_a_report_that_cannot_be_written_is_an_error(stub: StubBalancer) -> None:
