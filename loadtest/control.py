@@ -33,10 +33,18 @@ def read_status(document: Json) -> Json | None:
     return {
         "algorithm": algorithm if isinstance(algorithm, str) else None,
         "healthy": {name: bool(backend.get("healthy")) for name, backend in known.items()},
+        "reasons": {name: text for name, backend in known.items() if (text := _reason(backend))},
         "expected": {name: share for name, share in shares.items() if isinstance(share, (int, float))},
         "by_weight": shares_by_weight(known),
         "counters": {name: value for name in COUNTERS if isinstance(value := statistics.get(name), int)},
     }
+
+
+def _reason(backend: Json) -> str | None:
+    """Why the balancer holds it to be down, in its own words."""
+    health = backend.get("health")
+    reason = health.get("reason") if isinstance(health, dict) else None
+    return reason if isinstance(reason, str) and not backend.get("healthy") else None
 
 
 def shares_by_weight(backends: dict[str, Json]) -> dict[str, float]:

@@ -39,6 +39,12 @@ class Report:
         if down:
             state = self._screen.style(state, "warn")
         field("Balancer", f"algorithm {clean(status['algorithm'] or 'unknown')}, {state}")
+        reasons = [] if up else list(status["reasons"].items())
+        for name, reason in reasons[:MAX_ROWS]:
+            text = textwrap.shorten(f"{label(name)}: {clean(reason)}", WIDTH - 12, placeholder=" ...")
+            field("", self._screen.style(text, "warn"))
+        if len(reasons) > MAX_ROWS:
+            field("", f"and {len(reasons) - MAX_ROWS} more")
 
     def checks(self, report: Json) -> None:
         screen, rows = self._screen, []
@@ -127,6 +133,8 @@ class Report:
 def verdict_line(report: Json) -> str:
     total = len(report["checks"])
     good = sum(item["passed"] for item in report["checks"])
+    if report["interrupted"] and not total:
+        return "INTERRUPTED before there was anything to check"
     if report["interrupted"]:
         return f"INTERRUPTED: {good} of {total} checks hold so far"
     return f"PASSED: {total} of {total} checks" if report["passed"] else f"FAILED: {total - good} of {total} checks"

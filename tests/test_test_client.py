@@ -17,6 +17,7 @@ import pytest
 from stub_balancer import LIMIT, SCRIPT, StubBalancer, environment, one_line, run, run_json, started
 from support import ROOT, BalancerProcess, ScriptedBackend, fetch, free_port, ok, wait_until
 
+from balancer import __version__
 from loadtest import VERSION
 
 # --- the check --------------------------------------------------------------------------------------------------------
@@ -197,6 +198,21 @@ def test_backends_that_are_down_are_named(stub: StubBalancer) -> None:
     assert "2/3 backends up (down: b3)" in result.stdout
 
 
+def test_without_any_backend_up_the_balancer_says_why(stub: StubBalancer) -> None:
+    stub.reasons = {name: f"health check failed: http://{name}\x1b: Connection refused" for name in stub.expected}
+    assert "Connection refused" not in run(stub.url, "--preflight-only").stdout
+    stub.down = {"b1", "b2", "b3"}
+    shown = run(stub.url, "--preflight-only").stdout
+    assert "0/3 backends up (down: b1, b2, b3)\n" in shown
+    assert "\n            b1: health check failed: http://b1?: Connection refused\n" in shown
+    stub.expected = dict.fromkeys(f"b{number}" for number in range(1, 10))
+    stub.down = set(stub.expected)
+    stub.reasons = dict.fromkeys(stub.expected, "why " * 50)
+    lines = run(stub.url, "--preflight-only").stdout.splitlines()
+    assert "            and 3 more" in lines
+    assert max(map(len, lines)) <= 100
+
+
 def test_only_looking_sends_nothing(stub: StubBalancer) -> None:
     result = run(stub.url, "--preflight-only")
     assert (result.returncode, stub.seen) == (0, [])
@@ -315,7 +331,7 @@ def test_help_and_version() -> None:
     assert (shown.returncode, shown.stderr) == (0, "")
     assert shown.stdout.startswith("examples:\n")
     assert max(map(len, shown.stdout.splitlines())) <= 120
-    assert run("-V").stdout == f"test_client.py {VERSION}\n"
+    assert run("-V").stdout == f"test_client.py {__version__}\n"
 
 
 # --- switching the algorithm ------------------------------------------------------------------------------------------
@@ -420,7 +436,7 @@ def test_ctrl_c_during_the_warm_up_reports_nothing_but_that(stub: StubBalancer) 
         out, _ = process.communicate(timeout=LIMIT)
     assert process.returncode == 130
     assert re.search(r"Summary +0 ok   0 failed .* interrupted$", out, re.MULTILINE)
-    assert out.splitlines()[-1] == "INTERRUPTED: 0 of 0 checks hold so far"
+    assert out.splitlines()[-1] == "INTERRUPTED before there was anything to check"
 
 
 def test_ctrl_c_during_the_check_reports_the_tests_so_far(stub: StubBalancer) -> None:
