@@ -86,7 +86,8 @@ class Balancer:
             try:
                 code, document = self.call("GET", path)
             except (OSError, http.client.HTTPException, Failed) as error:
-                hint = "start one with ./start_all.sh, or say where it is: test_client.py URL"
+                where = "--control URL" if self._options.control else "test_client.py URL"
+                hint = f"start one with ./start_all.sh, or say where it is: {where}"
                 why = explain(error, self._options.timeout)
                 raise Problem(f"no balancer reached at {base} ({why}); {hint}") from None
             if code in (401, 403):

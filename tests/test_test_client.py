@@ -227,6 +227,9 @@ def test_nobody_listens() -> None:
     assert result.returncode == 3
     assert "connect refused" in one_line(result)
     assert "start_all.sh" in result.stderr
+    moved = run("--control", f"http://127.0.0.1:{free_port()}/lb")
+    assert moved.returncode == 3
+    assert one_line(moved).endswith("or say where it is: --control URL\n")
 
 
 def test_something_else_listens(stub: StubBalancer) -> None:
