@@ -4,4 +4,4 @@ Reading order: options, target, connection, schedule, engine; latencies, recordi
 session, which runs one after the other.
 """
 
-VERSION = "0.2.0"
+VERSION = "0.1.0"  # of the balancer that it comes with, which it does not import

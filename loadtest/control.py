@@ -33,10 +33,18 @@ def read_status(document: Json) -> Json | None:
     return {
         "algorithm": algorithm if isinstance(algorithm, str) else None,
         "healthy": {name: bool(backend.get("healthy")) for name, backend in known.items()},
+        "reasons": {name: text for name, backend in known.items() if (text := _reason(backend))},
         "expected": {name: share for name, share in shares.items() if isinstance(share, (int, float))},
         "by_weight": shares_by_weight(known),
         "counters": {name: value for name in COUNTERS if isinstance(value := statistics.get(name), int)},
     }
+
+
+def _reason(backend: Json) -> str | None:
+    """Why the balancer holds it to be down, in its own words."""
+    health = backend.get("health")
+    reason = health.get("reason") if isinstance(health, dict) else None
+    return reason if isinstance(reason, str) and not backend.get("healthy") else None
 
 
 def shares_by_weight(backends: dict[str, Json]) -> dict[str, float]:
@@ -51,6 +59,8 @@ def shares_by_weight(backends: dict[str, Json]) -> dict[str, float]:
 
 
 class Balancer:
+    """Its control API at `target`, whose path is the prefix of all paths there."""
+
     def __init__(self, options: Options, target: Target, interrupt: Interrupt) -> None:
         self._options, self._target, self._interrupt = options, target, interrupt
 
@@ -59,7 +69,7 @@ class Balancer:
         options = self._options
         timeout = min(options.timeout, HURRY) if self._interrupt.is_set() else options.timeout
         content = b"" if body is None else json.dumps(body).encode()
-        lines = [f"{verb} {path} HTTP/1.1", f"Host: {self._target.authority}", "Connection: close"]
+        lines = [f"{verb} {self._target.path}{path} HTTP/1.1", f"Host: {self._target.authority}", "Connection: close"]
         lines += ["Content-Type: application/json", f"Content-Length: {len(content)}"] if body is not None else []
         lines += [f"Authorization: Bearer {options.token}"] if options.token else []
         sock = open_socket(self._target, min(options.connect_timeout, timeout), timeout)
@@ -71,20 +81,24 @@ class Balancer:
 
     def preflight(self) -> Json:
         """The state of the balancer. Raises Problem if there is none."""
-        origin, status = self._target.origin, None
+        base, status = self._target.origin + self._target.path, None
         for path in ("/health", "/status"):
             try:
                 code, document = self.call("GET", path)
             except (OSError, http.client.HTTPException, Failed) as error:
-                hint = "start one with ./start_all.sh, or say where it is: test_client.py URL"
+                where = "--control URL" if self._options.control else "test_client.py URL"
+                hint = f"start one with ./start_all.sh, or say where it is: {where}"
                 why = explain(error, self._options.timeout)
-                raise Problem(f"no balancer reached at {origin} ({why}); {hint}") from None
+                raise Problem(f"no balancer reached at {base} ({why}); {hint}") from None
             if code in (401, 403):
-                raise Problem(f"{origin}{path} wants a token ({code}); give it with --token-file FILE")
+                raise Problem(f"{base}{path} wants a token ({code}); give it with --token-file FILE")
             status = read_status(document)
             if code != 200 or not (status if path == "/status" else "status" in document):
-                hint = "check the URL, or load any HTTP server with --no-preflight"
-                raise Problem(f"{origin} answers, but not as a balancer does ({path}: {code}); {hint}")
+                hint = (
+                    "check the URL, say with --control URL where control_prefix or control_port moved its control API, "
+                    "or load any HTTP server with --no-preflight"
+                )
+                raise Problem(f"{base} answers, but not as a balancer does ({path}: {code}); {hint}")
         assert status is not None
         return status
 

@@ -179,6 +179,7 @@ class _Race:
         run.interrupted = self._interrupt.is_set()
         if isinstance(self._schedule, OpenLoop):
             run.lag, run.overdue = self._schedule.lag, self._schedule.overdue
+            run.pace = self._schedule.pace()
 
 
 def tune_interpreter() -> None:

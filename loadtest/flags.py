@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from loadtest import VERSION, values
 from loadtest.problems import EXIT_USAGE, Problem
 
-DEFAULT_URL = "http://127.0.0.1:9000"
+DEFAULT_PORT = 9000
 DEFAULT_REQUESTS = 200
 DEFAULT_CONCURRENCY = 10
 DEFAULT_OPEN_CONCURRENCY = 100  # with --rate connections are opened as needed, so this is only a limit
@@ -18,6 +18,7 @@ PREFIX = "LB_TEST_"
 EXAMPLES = """examples:
   test_client.py                                      check the balancer on port 9000: does it work?
   test_client.py http://10.0.0.5:8080/shop            another balancer, another path
+  test_client.py --control http://127.0.0.1:9001      control_port = 9001; with control_prefix: http://host:9000/lb
   test_client.py -n 10k -c 50                         load: 10000 requests over 50 connections
   test_client.py -z 30s -q 500                        500 requests a second for 30 s, each sent when it is due
   test_client.py -n 2k --compare round_robin,least_connections
@@ -68,7 +69,8 @@ def variable(option: str) -> str:
 
 def build_parser() -> Parser:
     parser = Parser()
-    help_url = f"the balancer (default: $LB_URL or {DEFAULT_URL}); its path is the one to request"
+    default = f"$LB_URL, else http://127.0.0.1:$LB_PORT, else port {DEFAULT_PORT}"
+    help_url = f"the balancer (default: {default}); its path is the one to request"
     parser.add_argument("url", nargs="?", metavar="URL", help=help_url)
     parser.add_argument("-V", "--version", action="version", version=f"%(prog)s {VERSION}")
     _add_load(parser.section("load"))
@@ -111,6 +113,8 @@ def _add_request(add: Any) -> None:
 
 
 def _add_balancer(add: Any) -> None:
+    control = "where its control API is, if moved there by control_prefix or control_port (default: at the root of URL)"
+    add("--control", metavar="URL", type=values.text, help=control)
     add("--algorithm", metavar="NAME", type=values.text, help="switch the balancer to it for the run, then back")
     compare = "the same load under each algorithm, side by side; all: all it has"
     add("--compare", metavar="A,B|all", type=values.names, default=[], help=compare)

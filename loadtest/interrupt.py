@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first leads to the report, the second leaves at once."""
+"""Ctrl-C, SIGTERM and a terminal that is closed: the first leads to the report, a second leaves at once."""
 
 import contextlib
 import os
@@ -13,10 +13,19 @@ class Interrupt:
         self.erase = ""  # what takes an unfinished line off the terminal
 
     def install(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
+        """SIGBREAK is Ctrl-Break of Windows, which has no SIGHUP; a SIGHUP that nohup ignores stays ignored."""
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._handle)
+
+    def stop(self, code: int) -> None:
+        """End as after a signal, with this exit code."""
+        self.code = self.code or code
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self.code and number == getattr(signal, "SIGHUP", None):
+            return  # of a closed terminal there may be two, from the shell and from the kernel: nobody is impatient
         again, self.code = self.code, self.code or 128 + number  # set before the write: the next may come during it
         words = self.last_words if again else "interrupted: the report follows, Ctrl-C again leaves at once\n"
         with contextlib.suppress(OSError):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from loadtest.problems import clean
 from loadtest.report import MAX_ROWS, Json, Report
-from loadtest.screen import label, number, quantity, table
+from loadtest.screen import label, number, plural, quantity, table
 
 
 class LoadReport(Report):
@@ -42,10 +42,27 @@ class LoadReport(Report):
         share = f" ({100 * summary['ok'] / requests:.1f} %)" if requests else ""
         bad = self._screen.style(f"{failed} failed", "bad") if failed else "0 failed"
         rate = f"   {number(summary['rps'])} req/s" if summary["rps"] is not None else ""
+        if summary["rate_missed"]:
+            rate = "   " + self._screen.style(
+                f"{number(summary['sent_rps'])} of {summary['planned_rps']:g} req/s", "bad"
+            )
         took = f"in {summary['duration_s']:.2f} s{rate}   {quantity(summary['bytes'])}"
         interrupted = self._screen.style("   interrupted", "warn") if result["interrupted"] else ""
         self._screen.line()
         self._screen.field("Summary", f"{summary['ok']} ok{share}   {bad}   {took}{interrupted}")
+        self._pace(result)
+
+    def _pace(self, result: Json, indent: int = 0) -> None:
+        """Whether requests were sent when they were due, and why not."""
+        summary, waited = result["summary"], result["client"]["waited_for_connection"] or 0
+        text = f"{plural(waited, 'request')} waited for a free connection, -c allows more" if waited else ""
+        if summary["rate_missed"]:
+            few = f"too few connections ({summary['connections']}): {text}"
+            slow = "this client, or its busy machine, could not send so fast though connections were free"
+            why = few if waited * 100 > summary["requests"] else slow
+            self._screen.field("Rate", self._screen.style(f"missed, {why}", "bad"), indent=indent)
+        elif text:
+            self._screen.field("", self._screen.style(text, "warn"), indent=indent)
 
     def _latency(self, name: str, values: Json) -> None:
         if values["p50"] is None:
@@ -97,8 +114,10 @@ class LoadReport(Report):
         if len(names) > MAX_ROWS:
             screen.line(f"  and {len(names) - MAX_ROWS} more backends (all of them with --json)")
         for result in results:
-            if result["errors"] or result["note"]:
+            is_slow = result["summary"]["rate_missed"] or result["client"]["waited_for_connection"]
+            if result["errors"] or result["note"] or is_slow:
                 screen.line(f"\n{result['name']}")
+                self._pace(result, indent=2)
                 self.errors(result["errors"], indent=2)
             if result["note"]:
                 self._note(result["note"])

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from loadtest.flags import DEFAULT_URL, PREFIX, Parser, build_parser, variable
+from loadtest.flags import DEFAULT_PORT, PREFIX, Parser, build_parser, variable
 from loadtest.problems import EXIT_USAGE, Problem
 
 # Any of them makes it a load run instead of the check; --clients too, as the check's shares mean nothing with them.
@@ -36,6 +36,7 @@ class Options:
     connect_timeout: float
     no_keepalive: bool
     expect_status: frozenset[int] | None
+    control: str | None
     algorithm: str | None
     compare: list[str]
     clients: int | None
@@ -82,12 +83,21 @@ def parse_options(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     found, unknown = parser.parse_known_args(argv, _from_environment(parser, environ))
     if unknown:
         parser.error(_unknown(unknown[0], parser.known()))
-    # cmd.exe leaves a trailing blank in variables.
-    found.url = found.url or environ.get("LB_URL", "").strip() or DEFAULT_URL
+    found.url = found.url or _default_url(environ)
     options = Options(**vars(found))
     if conflict := _conflict(options):
         parser.error(conflict)
     return options
+
+
+def _default_url(environ: Mapping[str, str]) -> str:
+    """Of the balancer that start_all starts with the same variables; cmd.exe leaves a trailing blank in them."""
+    if url := environ.get("LB_URL", "").strip():
+        return url
+    port = environ.get("LB_PORT", "").strip() or str(DEFAULT_PORT)
+    if not (port.isascii() and port.isdigit() and 1 <= int(port[:6]) <= 65_535):
+        raise Problem(f"LB_PORT: {port!r} is not a port from 1 to 65535 (see --help)", EXIT_USAGE)
+    return f"http://127.0.0.1:{port}"
 
 
 def _from_environment(parser: Parser, environ: Mapping[str, str]) -> argparse.Namespace:

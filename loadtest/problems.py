@@ -1,6 +1,7 @@
 """What ends the program early, and with which exit code."""
 
 EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_INTERNAL, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
+EXIT_UNREAD = 141  # as a shell says it of a program that SIGPIPE ended
 
 
 class Problem(Exception):

@@ -40,8 +40,7 @@ class Progress:
         if self._err is None or now < self._next:
             return
         self._next = now + (REDRAW if self._is_live else PLAIN)
-        text = self._text(recordings, seconds)
-        self._show(f"{ERASE}{text[: columns() - 1]}" if self._is_live else f"{text}\n")
+        self._show(self._text(recordings, seconds))
 
     def end(self) -> None:
         if self._is_live:
@@ -54,6 +53,7 @@ class Progress:
             self._err.flush()
 
     def _text(self, recordings: Sequence[Recording], seconds: float) -> str:
+        """In order of importance: what a narrow terminal cuts off is missed least; the bar goes before any number."""
         requests = sum(recording.requests for recording in recordings)
         failed = sum(recording.errors.total() for recording in recordings)
         since, before = self._last
@@ -64,12 +64,14 @@ class Progress:
         limit, share = self._load.requests, self._share(requests, seconds)
         done = f"{requests}/{limit}" if limit else f"{requests}"
         rate, p95 = number(self._rate), number(_p95(recordings))
-        left = seconds / share * (1 - share) if share else 0.0
-        ending = f"errors {failed}  {left:.0f} s left"
+        left = f"{seconds / share * (1 - share) if share else 0.0:.0f} s left"
         if not self._is_live:
-            return f"{self._title}  {share:.0%}  {done}  {rate} req/s  p95 {p95} ms  {ending}"
+            return f"{self._title}  {share:.0%}  {done}  {rate} req/s  errors {failed}  p95 {p95} ms  {left}\n"
         done = done.rjust(2 * len(str(limit)) + 1 if limit else 6)  # so that nothing jumps about
-        return f"{self._title:<12}  {self._bar(share)}  {done}  {rate:>7} req/s  p95 {p95:>7} ms  {ending}"
+        line = f"{done}  {rate:>7} req/s  errors {failed}  p95 {p95:>7} ms  {left}"
+        whole, narrow = f"{self._title:<12}  {self._bar(share)}  {line}", f"{self._title}  {share:4.0%}  {line}"
+        room = columns() - 1
+        return ERASE + (whole if len(whole) <= room else narrow[:room])
 
     def _share(self, requests: int, seconds: float) -> float:
         """How much of the run is over."""

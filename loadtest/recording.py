@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from loadtest.connection import CONNECT, Sample
 from loadtest.latencies import EXACT_SAMPLES, Latencies
+from loadtest.schedule import Pace
 
 CONDENSE_EVERY = 1000  # samples of a worker, once a run has more than EXACT_SAMPLES
 SLOWEST = 5
@@ -161,6 +162,7 @@ class Run:
     lag: Latencies | None = None  # of the client alone, with a schedule: due and a connection free, but not sent
     wakeup_lag: Latencies = field(default_factory=Latencies)  # of a thread that only waits
     overdue: int = 0  # requests that had to wait for a free connection
+    pace: Pace | None = None  # with a schedule; of several runs that which fell furthest behind
 
     def merge(self, other: "Run") -> None:
         self.recording.merge(other.recording)
@@ -173,6 +175,7 @@ class Run:
         self.warmup += other.warmup
         self.interrupted |= other.interrupted
         self.overdue += other.overdue
+        self.pace = max(filter(None, (self.pace, other.pace)), key=lambda pace: pace.behind, default=None)
         self.wakeup_lag.merge(other.wakeup_lag)
         if other.lag is not None:
             self.lag = self.lag or Latencies()

@@ -1,12 +1,14 @@
-"""The text report, as far as it is the same for all kinds of run: at most 100 columns, the numbers of the JSON."""
+"""The text report, as far as it is the same for all kinds of run: at most WIDTH columns, the numbers of the JSON."""
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 from loadtest.options import Options
 from loadtest.problems import clean
-from loadtest.screen import Screen, label, number, plural, table
+from loadtest.screen import Screen, label, number, table
 
+WIDTH = 100  # columns
 MAX_ROWS = 6
 MAX_BACKENDS = 20  # in a table
 BAR = 30  # columns
@@ -37,6 +39,12 @@ class Report:
         if down:
             state = self._screen.style(state, "warn")
         field("Balancer", f"algorithm {clean(status['algorithm'] or 'unknown')}, {state}")
+        reasons = [] if up else list(status["reasons"].items())
+        for name, reason in reasons[:MAX_ROWS]:
+            text = textwrap.shorten(f"{label(name)}: {clean(reason)}", WIDTH - 12, placeholder=" ...")
+            field("", self._screen.style(text, "warn"))
+        if len(reasons) > MAX_ROWS:
+            field("", f"and {len(reasons) - MAX_ROWS} more")
 
     def checks(self, report: Json) -> None:
         screen, rows = self._screen, []
@@ -62,7 +70,9 @@ class Report:
             self._note(f"{total - sent} more than sent here: others send too")
 
     def _note(self, text: str, name: str = "Note") -> None:
-        self._screen.field(name, self._screen.style(text, "warn"), indent=2)
+        for line in textwrap.wrap(text, WIDTH - 12, break_on_hyphens=False):
+            self._screen.field(name, self._screen.style(line, "warn"), indent=2)
+            name = ""
 
     def client(self, client: Json) -> None:
         """Who was the limit? A number that is the client's own must not pass for the balancer's."""
@@ -78,9 +88,6 @@ class Report:
         self._screen.field("Client CPU", cost)
         if client["saturated"]:
             text = "this client was the limit, or its busy machine, not the balancer: wrk and oha send more"
-            self._screen.field("", self._screen.style(text, "warn"))
-        if client["waited_for_connection"]:
-            text = f"{plural(client['waited_for_connection'], 'request')} waited for a free connection, -c allows more"
             self._screen.field("", self._screen.style(text, "warn"))
 
     def errors(self, errors: Sequence[Json], name: str = "Errors", indent: int = 0) -> None:
@@ -126,6 +133,8 @@ class Report:
 def verdict_line(report: Json) -> str:
     total = len(report["checks"])
     good = sum(item["passed"] for item in report["checks"])
+    if report["interrupted"] and not total:
+        return "INTERRUPTED before there was anything to check"
     if report["interrupted"]:
         return f"INTERRUPTED: {good} of {total} checks hold so far"
     return f"PASSED: {total} of {total} checks" if report["passed"] else f"FAILED: {total - good} of {total} checks"

@@ -12,6 +12,9 @@ RANKS = {"p50": 500, "p75": 750, "p90": 900, "p95": 950, "p99": 990, "p99_9": 99
 TIMES = ("min", "mean", "stdev", *RANKS, "max")
 SATURATED_CPU = 0.9  # of one core: one interpreter uses no more
 LATE = 0.010  # seconds behind the schedule that are no longer a hiccup
+LEAST = 0.5  # seconds: a shorter run says nothing about who was the limit
+MISSED = 0.95  # of a rate, if that is
+BEHIND = 0.1  # seconds too
 HELD_UP = 0.0005  # seconds that a thread with nothing to do is late at its turns, if that is half of a latency too
 Json = dict[str, Any]
 
@@ -78,7 +81,7 @@ def describe(run: Run, expected: Mapping[str, float], known: Iterable[str], boun
 
 def _summary(run: Run) -> Json:
     recording, seconds = run.recording, run.seconds
-    requests, failed = recording.requests, recording.failed
+    requests, failed, pace = recording.requests, recording.failed, run.pace
     return {
         "requests": requests,
         "ok": requests - failed,
@@ -86,6 +89,9 @@ def _summary(run: Run) -> Json:
         "error_rate": failed / requests if requests else None,
         "duration_s": round(seconds, 6),
         "rps": round((requests - failed) / seconds, 3) if seconds else None,
+        "planned_rps": None if pace is None else round(pace.due, 3),
+        "sent_rps": None if pace is None else round(pace.sent, 3),
+        "rate_missed": pace is not None and pace.sent < MISSED * pace.due and pace.behind > BEHIND,
         "bytes": recording.bytes,
         "connections": run.connections,
         "warmup": run.warmup,
@@ -138,7 +144,8 @@ def _clients(identities: Mapping[int, Counter[str | None]]) -> Json | None:
 def _client(run: Run, latency: Latencies) -> Json:
     """Whether this program was the limit: then the numbers are its own, not the balancer's."""
     ratio = run.cpu / run.seconds if run.seconds else 0.0
-    requests = run.recording.requests
+    requests, failed = run.recording.requests, run.recording.failed
+    tells = run.seconds >= LEAST and failed * 2 <= requests  # what is refused at once comes as fast as it is asked for
     lag, late = run.lag, 0
     wakeup = run.wakeup_lag.percentiles([500])[0] if len(run.wakeup_lag) else None
     held_up = wakeup is not None and len(latency) > 0 and wakeup > max(HELD_UP, latency.percentiles([500])[0] / 2)
@@ -147,7 +154,7 @@ def _client(run: Run, latency: Latencies) -> Json:
     return {
         "cpu_ratio": round(ratio, 4),
         "cpu_us_per_request": round(run.cpu / requests * 1e6, 1) if requests else None,
-        "saturated": ratio > SATURATED_CPU or held_up or late * 100 > requests > 0,
+        "saturated": tells and (ratio > SATURATED_CPU or held_up or late * 100 > requests > 0),
         "wakeup_lag_ms": milliseconds(wakeup),
         "max_schedule_lag_ms": milliseconds(lag.limits()[1]) if lag is not None and len(lag) else None,
         "late_sends": None if lag is None else late,

@@ -41,6 +41,14 @@ class Ticket(NamedTuple):
     due: float | None  # clock value at which it was to be sent, None if at once
 
 
+class Pace(NamedTuple):
+    """What a rate came to, on average until the last request."""
+
+    due: float  # requests a second
+    sent: float  # requests a second
+    behind: float  # seconds that the last one was sent after it was due
+
+
 class Schedule(Protocol):
     def take(self, worker: int) -> Ticket | None:
         """The next request, when it is time for it; None if there are no more. Called by the worker's own thread."""
@@ -92,6 +100,7 @@ class OpenLoop:
         self._leading, self._lock = threading.Lock(), threading.Lock()
         self._followers = 0
         self._is_full = False
+        self._behind = 0.0  # seconds that the latest request was sent after it was due
         self.lag = Latencies()  # of the client alone: it was time, and a connection was free or could be opened
         self.overdue = 0  # requests that were due before one of the connections, no more being allowed, was free
 
@@ -116,13 +125,21 @@ class OpenLoop:
         if over:
             return None
         self._taken += 1
+        self._behind = clock() - due
         if in_time:
-            self.lag.exact.append(clock() - due)
+            self.lag.exact.append(self._behind)
             if self._taken % 1000 == 0 and len(self.lag.exact) > 100_000:
                 self.lag.condense()
         else:
             self.overdue += 1
         return Ticket(self._taken, due)
+
+    def pace(self) -> Pace | None:
+        """None before the first request."""
+        if not self._taken:
+            return None
+        span = self.offset(self._taken)  # the last one has its place in the rate too
+        return Pace(self._taken / span, self._taken / (span + self._behind), self._behind)
 
     def offset(self, number: int) -> float:
         """Seconds from the begin to the request after `number` others. During the ramp the rate grows evenly from 0,

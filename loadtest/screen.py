@@ -29,6 +29,7 @@ class Screen:
         self._file = None if name == "-" else _open(name)
         out = self._file or sys.stdout
         self.is_terminal = out is not None and out.isatty()
+        self.is_gone = False  # who reads this
         self._color = speaks_ansi(out) and not (no_color or os.environ.get("NO_COLOR"))
         self._has_blocks = encodes(out, EIGHTHS + FULL)
 
@@ -42,8 +43,10 @@ class Screen:
             encoding = getattr(out, "encoding", None) or "ascii"
             print(text.encode(encoding, "backslashreplace").decode(encoding), end="", file=out, flush=True)
         except OSError as error:
-            # A reader that has gone (`| head`; Windows says EINVAL) is no fault, the checks still decide the exit code.
-            if error.errno not in (errno.EPIPE, errno.EINVAL):
+            # A reader that has gone is no fault, the checks still decide the exit code: a pipe (`| head`; Windows says
+            # EINVAL), a terminal that was closed.
+            self.is_gone = error.errno in (errno.EPIPE, errno.EINVAL) or (error.errno == errno.EIO and self.is_terminal)
+            if not self.is_gone:
                 with contextlib.suppress(OSError):
                     os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
                 raise Problem(f"cannot write the report: {error.strerror}", EXIT_INTERNAL) from error

@@ -7,6 +7,7 @@ from loadtest.engine import Engine
 from loadtest.interrupt import Interrupt
 from loadtest.options import Options
 from loadtest.plan import warm_up_of
+from loadtest.problems import EXIT_UNREAD
 from loadtest.progress import Progress
 from loadtest.recording import Recording, Run
 from loadtest.rows import RowWriter
@@ -17,7 +18,7 @@ from loadtest.target import Target
 
 class Sender:
     def __init__(self, options: Options, target: Target, interrupt: Interrupt, screen: Screen) -> None:
-        self._options, self._target = options, target
+        self._options, self._target, self._screen = options, target, screen
         self.interrupt = interrupt
         mixes = options.output == "csv" and screen.is_terminal  # rows and progress on one terminal
         self._progress = Progress(not (options.no_progress or options.output == "quiet" or mixes))
@@ -53,3 +54,5 @@ class Sender:
     def _drain(self) -> None:
         if self._csv and self._engine and self._engine.rows is not None:
             self._csv.drain(self._engine.rows)
+            if self._screen.is_gone:  # nobody wants more rows, so there is nothing to send for
+                self.interrupt.stop(EXIT_UNREAD)

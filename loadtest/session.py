@@ -15,7 +15,7 @@ from loadtest.report import Report, verdict_line
 from loadtest.runs import Outcome, Runs
 from loadtest.screen import Screen, Silence, complain
 from loadtest.sender import Sender
-from loadtest.target import parse_target, request_method
+from loadtest.target import parse_control, parse_target, request_method
 
 SCHEMA_VERSION = 2
 Json = dict[str, Any]
@@ -41,7 +41,7 @@ class Session:
         self._target = parse_target(options)
         self._url = self._target.origin + self._target.path
         self._interrupt = Interrupt()
-        self._balancer = None if options.no_preflight else Balancer(options, self._target, self._interrupt)
+        self._balancer = None if options.no_preflight else Balancer(options, parse_control(options), self._interrupt)
         self._started_at = datetime.now(UTC).isoformat(timespec="milliseconds")
 
     def run(self) -> int:

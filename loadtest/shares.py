@@ -2,8 +2,10 @@
 
 from loadtest.checks import Json, check
 from loadtest.options import Options
+from loadtest.screen import label
 
 DEFAULT_TOLERANCE = 5.0  # points of share
+NAMED = 3  # strange names in a note
 
 
 def expected(options: Options, status: Json) -> dict[str, float]:
@@ -22,9 +24,21 @@ def why_not_judged(options: Options, result: Json, before: Json, after: Json | N
         return "the balancer expects no certain shares of this algorithm, so they are only reported"
     if all(row["id"] is None or not row["count"] for row in result["backends"]):
         return "answers do not name their backend (see expose_backend, --backend-field), so shares are unknown"
+    if strange := _unknown_names(result, before, after):
+        return (
+            f"answers call themselves {strange}, which are no ids of this balancer, so shares are not judged; "
+            "start it with --expose-backend or give --backend-header"
+        )
     if after and expected(options, after) != expected(options, before):
         return "the expected shares changed during the test (a backend came or went), so they are not judged"
     return None
+
+
+def _unknown_names(result: Json, before: Json, after: Json | None) -> str:
+    """Whom answers name that is no backend to the balancer: a server may call itself what it likes."""
+    ids = before["healthy"].keys() | (after["healthy"].keys() if after else ())
+    names = sorted(label(row["id"]) for row in result["backends"] if row["count"] and row["id"] not in (None, *ids))
+    return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
 
 
 def check_shares(part: str | None, result: Json, options: Options) -> list[Json]:

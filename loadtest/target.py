@@ -4,7 +4,7 @@ import argparse
 import re
 import ssl
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.cookies import CookieError, SimpleCookie
 from urllib.parse import urlsplit
 
@@ -28,14 +28,29 @@ class Target:
 
 
 def parse_target(options: Options) -> Target:
-    """A path in the URL is the path to request; the control API stays at the root. Raises Problem."""
+    """A path in the URL is the path to request. Raises Problem."""
+    target = _split(options.url)
+    return replace(target, path=options.path or (DEFAULT_PATH if target.path in ("", "/") else target.path))
+
+
+def parse_control(options: Options) -> Target:
+    """Where the control API is: `path` is what stands before /status. Raises Problem."""
+    if options.control is None:
+        return replace(_split(options.url), path="")
+    target = _split(options.control)
+    if "?" in target.path:
+        raise Problem(f"cannot use the URL {options.control!r}: --control has no query", EXIT_USAGE)
+    return replace(target, path=target.path.rstrip("/"))
+
+
+def _split(url: str) -> Target:
     try:
-        return _split(options.url, options.path)
+        return _read(url)
     except (ValueError, argparse.ArgumentTypeError) as error:
-        raise Problem(f"cannot use the URL {options.url!r}: {error}", EXIT_USAGE) from None
+        raise Problem(f"cannot use the URL {url!r}: {error}", EXIT_USAGE) from None
 
 
-def _split(url: str, path: str | None) -> Target:
+def _read(url: str) -> Target:
     parts = urlsplit(url if "://" in url else f"http://{url}")
     if parts.scheme not in ("http", "https"):
         raise ValueError("only http:// and https:// are supported")
@@ -47,7 +62,7 @@ def _split(url: str, path: str | None) -> Target:
         port=parts.port or (443 if parts.scheme == "https" else 80),
         origin=f"{parts.scheme}://{parts.netloc}",
         authority=parts.netloc,
-        path=path or (DEFAULT_PATH if own_path in ("", "/") else values.path(own_path)),
+        path=values.path(own_path) if own_path else "",
         tls=ssl.create_default_context() if parts.scheme == "https" else None,
     )
 

@@ -41,6 +41,7 @@ class StubBalancer(ThreadingHTTPServer):
         self.cycle = ["b1", "b2", "b3"]  # who answers, in turn
         self.expected: dict[str, float | None] = {"b1": 1 / 3, "b2": 1 / 3, "b3": 1 / 3}
         self.down: set[str] = set()
+        self.reasons: dict[str, str] = {}  # why they are in the state they are in
         self.fail_every = 0  # each n-th answer is a 500
         self.delay = 0.0
         self.release = threading.Event()  # ends every delay
@@ -85,6 +86,7 @@ class StubBalancer(ThreadingHTTPServer):
             {
                 "id": name,
                 "healthy": name not in self.down,
+                "health": {"reason": self.reasons.get(name)},
                 "weight": self.weights.get(name, 1),
                 "expected_share": share,
                 "unknown": [None],
@@ -181,7 +183,7 @@ class StubHandler(BaseHTTPRequestHandler):
 
 
 def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name not in ("LB_URL", "NO_COLOR")}
+    kept = {name: value for name, value in os.environ.items() if name not in ("LB_URL", "LB_PORT", "NO_COLOR")}
     return {**kept, "PYTHONIOENCODING": "utf-8", **(extra or {})}
 
 

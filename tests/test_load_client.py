@@ -139,6 +139,25 @@ def test_at_a_rate_connections_are_opened_as_needed(stub: StubBalancer) -> None:
     assert report["client"]["waited_for_connection"] == 0
 
 
+def test_a_missed_rate_is_shown_with_its_cause(stub: StubBalancer) -> None:
+    stub.delay = 0.02
+    arguments = (stub.url, "-n", "50", "-q", "100", "-c", "1", "--warmup", "0")
+    result = run(*arguments)
+    assert result.returncode == 0  # the balancer did nothing wrong
+    summary, why = re.findall(r"^(?:Summary|Rate) .*", result.stdout, re.MULTILINE)
+    reached = re.search(r"  (\d+\.\d) of 100 req/s", summary)
+    assert reached and 5 < float(reached[1]) < 50
+    assert re.search(r"missed, too few connections \(1\): \d+ requests waited for a free connection, -c allows", why)
+    compared = run(*arguments, "--compare", "weighted").stdout
+    assert re.search(r"^weighted\n  Rate      missed, too few connections", compared, re.MULTILINE)
+    _, report = run_json(*arguments)
+    assert (report["summary"]["planned_rps"], report["summary"]["rate_missed"]) == (100, True)
+    assert report["summary"]["sent_rps"] < 50
+    _, kept = run_json(stub.url, "-n", "20", "-q", "20", "--warmup", "0")
+    assert (kept["summary"]["planned_rps"], kept["summary"]["rate_missed"]) == (20, False)
+    assert kept["summary"]["sent_rps"] == pytest.approx(20, rel=0.1)
+
+
 def test_a_closed_loop_has_no_corrected_times(stub: StubBalancer) -> None:
     _, report = run_json(stub.url, "-n", "10")
     assert report["latency_raw_ms"] is None
@@ -618,9 +637,20 @@ def test_a_terminal_has_a_live_line(stub: StubBalancer) -> None:
     shown = on_a_terminal(stub.url, "-n", "200", "-c", "4")
     lines = re.findall(r"\r\x1b\[K([^\r]*)", shown)
     assert len([line for line in lines if line]) >= 3
-    assert re.search(r"load  .* +\d+% +\d+/200 +[\d.]+ req/s  p95 +[\d.]+ ms  errors 0  \d+ s left", lines[1])
+    assert re.search(r"load  .* +\d+% +\d+/200 +[\d.]+ req/s  errors 0  p95 +[\d.]+ ms  \d+ s left", lines[1])
     assert all(len(line) < 100 for line in lines[:-1])
     assert "\x1b[32mPASSED: 1 of 1 checks\x1b[0m" in shown
+
+
+@pytest.mark.parametrize("columns", [80, 60])
+def test_a_narrow_terminal_loses_the_bar_before_the_errors(stub: StubBalancer, columns: int) -> None:
+    stub.delay = 0.02
+    shown = on_a_terminal(stub.url, "-n", "200", "-c", "4", COLUMNS=str(columns))
+    lines = [line for line in re.findall(r"\r\x1b\[K([^\r]*)", shown)[:-1] if line.startswith("load")]
+    assert lines
+    for line in lines:
+        assert len(line) < columns
+        assert re.match(r"load  +\d+%  +\d+/200  +[\d.]+ req/s  errors 0  p95", line), line
 
 
 def test_ctrl_c_takes_the_live_line_off_the_terminal(stub: StubBalancer) -> None:
@@ -640,7 +670,7 @@ def test_no_live_line_where_it_does_no_good(stub: StubBalancer, extra: dict[str,
 def test_off_a_terminal_there_is_a_plain_line_now_and_then(stub: StubBalancer) -> None:
     result = run(stub.url, "-z", "5600ms", "-q", "20", "--json")
     assert json.loads(result.stdout)["passed"]
-    assert re.fullmatch(r"load  \d+%  \d+  [\d.]+ req/s  p95 [\d.]+ ms  errors 0  \d s left\n", result.stderr)
+    assert re.fullmatch(r"load  \d+%  \d+  [\d.]+ req/s  errors 0  p95 [\d.]+ ms  \d s left\n", result.stderr)
 
 
 # --- the environment --------------------------------------------------------------------------------------------------

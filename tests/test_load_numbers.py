@@ -124,6 +124,15 @@ def test_a_client_is_saturated_by_its_cpu_or_by_waiting_for_its_turn(
     assert (found["cpu_ratio"], found["cpu_us_per_request"]) == (cpu, cpu * 100_000)
 
 
+@pytest.mark.parametrize(("seconds", "failures", "saturated"), [(0.4, 0, False), (0.6, 5, True), (0.6, 6, False)])
+def test_a_short_run_or_one_of_failures_does_not_tell_who_was_the_limit(
+    seconds: float, failures: int, saturated: bool
+) -> None:
+    samples = [sample(0.02, "connect refused" if number < failures else None) for number in range(10)]
+    run = Run(recorded(*samples), seconds=seconds, cpu=seconds)
+    assert describe(run, {}, (), ())["client"]["saturated"] is saturated
+
+
 def test_a_client_is_saturated_if_more_than_one_percent_was_sent_late() -> None:
     def found(late: int) -> bool:
         lag = Latencies([0.5] * late + [0.0001] * (100 - late))
@@ -175,6 +184,16 @@ def test_due_times_rise_and_reach_the_rate(rate: float, ramp_up: float, number: 
     ramped = rate * ramp_up / 2  # requests of the whole ramp
     assert schedule.offset(0) == 0
     assert ramp_up <= schedule.offset(math.ceil(ramped)) <= ramp_up + 1 / rate + 1e-6
+
+
+def test_the_pace_is_the_average_of_a_ramp_up() -> None:
+    loop = OpenLoop(Load(50, 1, rate=10_000, ramp_up=0.01), clock(), never, lambda: False)
+    assert loop.pace() is None
+    while loop.take(0):
+        pass
+    pace = loop.pace()
+    assert pace and pace.due == pytest.approx(5000)
+    assert pace.behind >= 0 and pace.sent == pytest.approx(50 / (0.01 + pace.behind))
 
 
 def test_tickets_are_handed_out_once_whatever_the_number_of_workers() -> None:

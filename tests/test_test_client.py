@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 from stub_balancer import LIMIT, SCRIPT, StubBalancer, environment, one_line, run, run_json, started
-from support import free_port, wait_until
+from support import ROOT, BalancerProcess, ScriptedBackend, fetch, free_port, ok, wait_until
 
+from balancer import __version__
 from loadtest import VERSION
 
 # --- the check --------------------------------------------------------------------------------------------------------
@@ -65,6 +66,37 @@ def test_the_url_comes_from_the_environment(stub: StubBalancer) -> None:
     assert stub.total == 20
 
 
+def test_the_port_comes_from_the_variable_of_the_start_script(stub: StubBalancer) -> None:
+    port = str(stub.server_address[1])
+    assert run("-n", "20", "--warmup", "0", env={"LB_PORT": f"{port} "}).returncode == 0
+    assert stub.total == 20
+    given = run(stub.url, "-n", "20", "--warmup", "0", env={"LB_PORT": "none"})
+    assert (given.returncode, stub.total) == (0, 40)
+    wrong = run(env={"LB_PORT": "90000"})
+    assert wrong.returncode == 2
+    assert "LB_PORT: '90000' is not a port from 1 to 65535" in one_line(wrong)
+
+
+@pytest.mark.parametrize("moved", ["prefix", "port"])
+def test_a_control_api_that_was_moved_is_found_where_the_option_says(backend: ScriptedBackend, moved: str) -> None:
+    backend.answer(ok(b'{"server_id": "b1"}'))
+    port = free_port()
+    flags = ["--control-prefix=/lb"] if moved == "prefix" else [f"--control-port={port}"]
+    balancer = BalancerProcess(f"--backend=b1={backend.url}", *flags, wait_ready=False)
+    control = f"{balancer.url}/lb/" if moved == "prefix" else f"http://127.0.0.1:{port}"
+    try:
+        wait_until(lambda: fetch(f"{control.rstrip('/')}/readyz")[0] == 200)
+        lost = run(balancer.url)
+        assert lost.returncode == 3
+        assert "say with --control URL where control_prefix or control_port moved its control API" in one_line(lost)
+        found = run(balancer.url, "--control", control, "-n", "30", "--algorithm", "least_connections")
+        assert (found.returncode, found.stderr) == (0, "")
+        assert "algorithm least_connections, 1/1 backends up" in found.stdout
+        assert "PASSED" in run(balancer.url, env={"LB_TEST_CONTROL": control}).stdout
+    finally:
+        balancer.stop()
+
+
 def test_skewed_shares_fail(stub: StubBalancer) -> None:
     stub.cycle = ["b1", "b1", "b2", "b3"]
     result = run(stub.url)
@@ -87,6 +119,30 @@ def test_answers_that_do_not_name_their_backend_are_not_judged(stub: StubBalance
     result = run(stub.url)
     assert result.returncode == 0
     assert "answers do not name their backend" in result.stdout
+
+
+def test_names_that_the_balancer_does_not_know_are_not_judged(stub: StubBalancer) -> None:
+    """Servers that call themselves otherwise than their balancer does are no fault of it."""
+    stub.cycle = ["backend_1", "backend_2", "backend_3", "backend_4"]
+    result = run(stub.url)
+    assert (result.returncode, result.stderr) == (0, "")
+    shown = " ".join(result.stdout.split())
+    assert "answers call themselves backend_1, backend_2, backend_3, ..., which are no ids of this balancer" in shown
+    assert "start it with --expose-backend or give --backend-header" in shown
+    assert max(map(len, result.stdout.splitlines())) <= 100
+    assert result.stdout.splitlines()[-1] == "PASSED: 5 of 5 checks"
+    given = run(stub.url, "-n", "120", "--expect", "backend_1=100")  # who names shares means these names
+    assert (given.returncode, "FAIL  share off by" in given.stdout) == (1, True)
+
+
+def test_a_backend_that_comes_during_the_test_is_no_strange_name(stub: StubBalancer) -> None:
+    stub.delay = 0.01
+    with started(stub.url, "-n", "600", "--tolerance", "1", "--warmup", "0", "--json") as process:
+        wait_until(lambda: stub.total > 30)
+        stub.expected = {**stub.expected, "b4": 0.25}
+        stub.cycle = [*stub.cycle, "b4"]
+        out, _ = process.communicate(timeout=LIMIT)
+    assert (process.returncode, "expected shares changed" in json.loads(out)["note"]) == (0, True)
 
 
 def test_errors_fail_and_are_named(stub: StubBalancer) -> None:
@@ -142,6 +198,21 @@ def test_backends_that_are_down_are_named(stub: StubBalancer) -> None:
     assert "2/3 backends up (down: b3)" in result.stdout
 
 
+def test_without_any_backend_up_the_balancer_says_why(stub: StubBalancer) -> None:
+    stub.reasons = {name: f"health check failed: http://{name}\x1b: Connection refused" for name in stub.expected}
+    assert "Connection refused" not in run(stub.url, "--preflight-only").stdout
+    stub.down = {"b1", "b2", "b3"}
+    shown = run(stub.url, "--preflight-only").stdout
+    assert "0/3 backends up (down: b1, b2, b3)\n" in shown
+    assert "\n            b1: health check failed: http://b1?: Connection refused\n" in shown
+    stub.expected = dict.fromkeys(f"b{number}" for number in range(1, 10))
+    stub.down = set(stub.expected)
+    stub.reasons = dict.fromkeys(stub.expected, "why " * 50)
+    lines = run(stub.url, "--preflight-only").stdout.splitlines()
+    assert "            and 3 more" in lines
+    assert max(map(len, lines)) <= 100
+
+
 def test_only_looking_sends_nothing(stub: StubBalancer) -> None:
     result = run(stub.url, "--preflight-only")
     assert (result.returncode, stub.seen) == (0, [])
@@ -156,6 +227,9 @@ def test_nobody_listens() -> None:
     assert result.returncode == 3
     assert "connect refused" in one_line(result)
     assert "start_all.sh" in result.stderr
+    moved = run("--control", f"http://127.0.0.1:{free_port()}/lb")
+    assert moved.returncode == 3
+    assert one_line(moved).endswith("or say where it is: --control URL\n")
 
 
 def test_something_else_listens(stub: StubBalancer) -> None:
@@ -244,6 +318,8 @@ def greet(server: socket.socket) -> None:
         (["http://[::1"], "cannot use the URL"),
         (["http://a b"], "cannot use the URL"),
         (["http://127.0.0.1/a b"], "cannot use the URL"),
+        (["--control", "ftp://127.0.0.1"], "cannot use the URL 'ftp://127.0.0.1'"),
+        (["--control", "http://127.0.0.1/lb?a"], "--control has no query"),
         (["one", "two"], "two"),
     ],
 )
@@ -258,7 +334,7 @@ def test_help_and_version() -> None:
     assert (shown.returncode, shown.stderr) == (0, "")
     assert shown.stdout.startswith("examples:\n")
     assert max(map(len, shown.stdout.splitlines())) <= 120
-    assert run("-V").stdout == f"test_client.py {VERSION}\n"
+    assert run("-V").stdout == f"test_client.py {__version__}\n"
 
 
 # --- switching the algorithm ------------------------------------------------------------------------------------------
@@ -315,7 +391,7 @@ def test_a_token_opens_the_control_api(stub: StubBalancer, tmp_path: Path) -> No
 # --- interruption -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_ctrl_c_reports_what_there_is_and_puts_the_algorithm_back(
     stub: StubBalancer, number: signal.Signals, code: int
 ) -> None:
@@ -363,7 +439,7 @@ def test_ctrl_c_during_the_warm_up_reports_nothing_but_that(stub: StubBalancer) 
         out, _ = process.communicate(timeout=LIMIT)
     assert process.returncode == 130
     assert re.search(r"Summary +0 ok   0 failed .* interrupted$", out, re.MULTILINE)
-    assert out.splitlines()[-1] == "INTERRUPTED: 0 of 0 checks hold so far"
+    assert out.splitlines()[-1] == "INTERRUPTED before there was anything to check"
 
 
 def test_ctrl_c_during_the_check_reports_the_tests_so_far(stub: StubBalancer) -> None:
@@ -390,6 +466,48 @@ def test_a_second_ctrl_c_leaves_at_once_and_says_what_stays(stub: StubBalancer) 
     assert "the algorithm is still weighted, it was round_robin" in errors
 
 
+@pytest.mark.parametrize("arguments", [["--algorithm", "weighted"], ["--compare", "weighted,least_connections"]])
+def test_closing_the_terminal_puts_the_algorithm_back(stub: StubBalancer, arguments: list[str]) -> None:
+    """The session leader gets SIGHUP from the kernel; what is written then fails."""
+    stub.delay = 0.05
+    leader, follower = os.openpty()
+    claim = "import fcntl, os, runpy, sys, termios; fcntl.ioctl(1, termios.TIOCSCTTY, 0); del sys.argv[0]; "
+    command = [sys.executable, "-c", claim + "runpy.run_path(sys.argv[0], run_name='__main__')", str(SCRIPT)]
+    command += [stub.url, "-n", "5k", *arguments]
+    with subprocess.Popen(
+        command, stdin=follower, stdout=follower, stderr=follower, env=environment(), start_new_session=True, cwd=ROOT
+    ) as process:
+        os.close(follower)
+        wait_until(lambda: stub.total > 20)
+        assert stub.algorithm == "weighted"
+        os.close(leader)
+        assert process.wait(LIMIT) == 129
+    assert stub.switches == ["weighted", "round_robin"]
+    assert stub.total < 5000
+
+
+def test_a_second_hangup_is_not_impatience(stub: StubBalancer) -> None:
+    stub.delay = 0.5
+    with started(stub.url, "-n", "5k", "--algorithm", "weighted") as process:
+        wait_until(lambda: len(stub.seen) > 20)
+        process.send_signal(signal.SIGHUP)
+        assert process.stderr and "interrupted" in process.stderr.readline()
+        process.send_signal(signal.SIGHUP)
+        out, errors = process.communicate(timeout=LIMIT)
+    assert (process.returncode, errors, stub.algorithm) == (129, "", "round_robin")
+    assert "INTERRUPTED" in out
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored(stub: StubBalancer) -> None:
+    stub.delay = 0.02
+    ignoring = f'trap "" HUP; exec "{sys.executable}" "{SCRIPT}" {stub.url} -n 100 -c 2'
+    with subprocess.Popen(["sh", "-c", ignoring], stdout=subprocess.PIPE, text=True, env=environment()) as process:
+        wait_until(lambda: stub.total > 20)
+        process.send_signal(signal.SIGHUP)
+        out, _ = process.communicate(timeout=LIMIT)
+    assert (process.returncode, "PASSED" in out) == (0, True)
+
+
 # --- terminals and pipes ----------------------------------------------------------------------------------------------
 
 
@@ -401,6 +519,17 @@ def test_a_reader_that_goes_away_is_no_traceback(stub: StubBalancer, arguments: 
         process.wait(LIMIT)
         assert process.stderr and process.stderr.read() == ""
         assert process.returncode == 0
+
+
+def test_rows_that_nobody_reads_end_the_run(stub: StubBalancer) -> None:
+    stub.delay = 0.01
+    with started(stub.url, "-n", "100k", "-o", "csv", "--no-progress", "--algorithm", "weighted") as process:
+        assert process.stdout and process.stdout.readline().startswith("offset_s,")
+        process.stdout.close()  # as `| head -1` does
+        assert process.wait(LIMIT) == 141
+        assert process.stderr and process.stderr.read() == ""
+    assert stub.total < 100_000
+    assert stub.algorithm == "round_robin"
 
 
 def test_a_report_that_cannot_be_written_is_an_error(stub: StubBalancer) -> None:
