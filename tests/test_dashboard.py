@@ -518,6 +518,33 @@ def test_test_traffic_is_counted_per_backend(tab: Tab, stub: Stub) -> None:
     assert stub.traffic == 10
 
 
+def test_the_control_port_offers_no_test_traffic(tab: Tab, stub: Stub) -> None:
+    stub.answer = status([backend(1, total_requests=0)])
+    del stub.answer["capabilities"]["traffic"]  # of an older balancer
+    tab.from_disk(stub.url).is_live()
+    expect(tab.at("#send")).not_to_have_attribute("aria-disabled", "true")
+    stub.answer["capabilities"]["traffic"] = False
+    tab.shows("#traffic-result", "This is the control port: it forwards nothing.")
+    for button in ("#send", "#first-traffic"):
+        expect(tab.at(button)).to_have_attribute("aria-disabled", "true")
+        tab.page.click(button, force=True)
+    for field in ("#traffic-path", "input[name=amount][value='10']"):
+        expect(tab.at(field)).to_be_disabled()
+    assert stub.traffic == 0
+
+
+def test_a_wrong_test_path_is_told_in_words(tab: Tab, stub: Stub) -> None:
+    tab.from_disk(stub.url).is_live()
+    tab.page.fill("#traffic-path", "//elsewhere.example/")
+    tab.page.click("#send")
+    tab.shows("#traffic-result", "the path must begin with one slash")
+    expect(tab.at("#traffic-path")).to_have_attribute("aria-invalid", "true")
+    assert stub.traffic == 0
+    tab.page.fill("#traffic-path", "/api/process")
+    tab.page.click("#send")
+    tab.shows("#traffic-result", "10 ok, 0 failed")
+
+
 def test_failed_test_traffic_is_named(tab: Tab, stub: Stub) -> None:
     tab.network_errors_expected = True
     stub.traffic_code = 503
