@@ -46,6 +46,7 @@ examples:
   python backend_server.py --id backend_2 --port 5002       a second one
   python backend_server.py --delay 0.5                      a slow one
   curl -X POST 127.0.0.1:5001/faults -d '{"added_latency": 1}'    slower, while it runs
+  curl -X POST 127.0.0.1:5001/faults -d '{"error_rate": 1, "error_status": 503}'    what gets a backend ejected
   curl -X DELETE 127.0.0.1:5001/faults                            healthy again
 """
 
@@ -144,7 +145,8 @@ class Faults:
     """What is wrong with this backend on purpose."""
 
     added_latency: float = 0.0  # seconds on top of the delay, /api/process only
-    error_rate: float = 0.0  # share of /api/process answers that are 500
+    error_rate: float = 0.0  # share of /api/process answers that are errors
+    error_status: int = 500  # of those answers; a balancer counts 502, 503 and 504 against a backend, a 500 not
     hang: bool = False  # accept and never answer, every path but those of a person looking: /faults, /stats
     fail_health: bool = False  # /health answers 503
 
@@ -152,6 +154,7 @@ class Faults:
 FAULTS_EXPECTED: dict[str, str] = {
     "added_latency": f"a number of seconds from 0 to {MAX_SECONDS:g}",
     "error_rate": "a number from 0 to 1",
+    "error_status": "a whole number from 500 to 599",
     "hang": "true or false",
     "fail_health": "true or false",
 }
@@ -166,6 +169,8 @@ def checked_faults(current: Faults, body: Any) -> Faults:
     for name, value in body.items():
         if name in ("hang", "fail_health"):
             valid = isinstance(value, bool)
+        elif name == "error_status":
+            valid = isinstance(value, int) and is_number(value, 500, 599)
         else:
             valid = is_number(value, 0, MAX_SECONDS if name == "added_latency" else 1)
         if not valid:
@@ -349,9 +354,9 @@ def add_service(app: Flask, state: BackendState) -> None:
         data = request_data()
         started = time.perf_counter()
         counters, number = state.begin()
-        succeeded = False
+        succeeded, faults = False, state.faults
         try:
-            state.wait(state.settings.delay + state.faults.added_latency)
+            state.wait(state.settings.delay + faults.added_latency)
             succeeded = not state.draws_error()
         finally:
             seconds = time.perf_counter() - started
@@ -367,7 +372,7 @@ def add_service(app: Flask, state: BackendState) -> None:
         }
         if succeeded:
             return jsonify(answer), 200
-        return jsonify(error="failed on purpose: the fault error_rate is set", **answer), 500
+        return jsonify(error="failed on purpose: the fault error_rate is set", **answer), faults.error_status
 
     @app.get("/health")
     def health() -> tuple[Response, int]:

@@ -7,6 +7,11 @@ Rules: nothing is started unless its port is free; ready means that it answered,
 whatever ends this program, everything it started is stopped; a process that it did not start is left alone.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while the imports below run ends the process without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import hashlib
 import http.client
@@ -14,7 +19,6 @@ import json
 import os
 import re
 import shlex
-import signal
 import socket
 import subprocess
 import sys
@@ -45,7 +49,7 @@ examples:
   {SCRIPT}                     three backends and the load balancer, until Ctrl-C
   {SCRIPT} --detach            the same in the background
   {SCRIPT} stop                stop what runs in the background
-  {SCRIPT} backends            only the backends
+  {SCRIPT} backends            only the backends; of those of a running demo, the ones that have ended
   {SCRIPT} balancer            only the load balancer
   {SCRIPT} setup               only make .venv and install requirements.txt
 
@@ -144,7 +148,9 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
     )
     ports = (settings.balancer_port, *settings.backend_ports)
     if len(set(ports)) < len(ports):
-        raise Failure(f"two processes cannot have the same port: LB_PORT={balancer} BACKEND_PORTS={backends}", 2)
+        raise Failure(
+            f"two processes cannot have the same port: LB_PORT={balancer} BACKEND_PORTS={' '.join(backends)}", 2
+        )
     return settings
 
 
@@ -352,7 +358,7 @@ class Service:
                 self.process.kill()
             pause()
         self.sweep()
-        self.pid_file.unlink(missing_ok=True)
+        remove_pid(self.pid_file, self.process.pid if self.process else None)
 
     def sweep(self) -> None:
         """Kill what a process that was killed may have left: its own children are in its group."""
@@ -443,6 +449,12 @@ def read_pid(path: Path) -> int | None:
     return pid if pid > 0 and str(HERE / script) in command_line(pid) else None
 
 
+def remove_pid(path: Path, pid: int | None) -> None:
+    """Remove the file of process `pid`, unless it names another one by now: the one started in its place."""
+    if read_pid(path) in (pid, None):
+        path.unlink(missing_ok=True)
+
+
 def command_line(pid: int) -> str:
     """What the process was started with, blanks between; empty if there is none (or only its ashes)."""
     if Path("/proc/self/cmdline").exists():
@@ -469,6 +481,8 @@ def run_services(services: list[Service], detach: bool) -> int:
         with one_at_a_time():
             ensure_venv()
             check_ports(services)
+            if read_pid(own_pid_file):  # of the one whose ended backends this one starts again
+                own_pid_file = RUN / f"start_all-{os.getpid()}.pid"
             write_pid(own_pid_file, os.getpid(), Path(__file__).name)
             start_services(services, detach)
         print_urls(services, detach)
@@ -478,8 +492,12 @@ def run_services(services: list[Service], detach: bool) -> int:
         return watch(services)
     finally:
         stop_services(services)
-        if read_pid(own_pid_file) in (os.getpid(), None):
-            own_pid_file.unlink(missing_ok=True)
+        remove_pid(own_pid_file, os.getpid())
+
+
+def without_running(services: list[Service]) -> list[Service]:
+    """Those that a running demo has lost; all if none of them runs, or all do, which `check_ports` refuses."""
+    return [service for service in services if not read_pid(service.pid_file)] or services
 
 
 def check_ports(services: Sequence[Service]) -> None:
@@ -533,7 +551,17 @@ def print_balancer_urls(base: str, control: str) -> None:
     say(f"              {page}")
     say(f"  API:        curl {base}/api/process")
     say(f"  Status:     {control}/status")
+    say(f"  Check:      {check_command(base, control)}")
     say()
+
+
+def check_command(base: str, control: str) -> str:
+    """test_client.py for this balancer, to be typed in this folder. With /status elsewhere it can only load it."""
+    if control != base:
+        arguments = ["--no-preflight", "-n", "200", f"{base}/api/process"]
+    else:
+        arguments = [] if base == "http://localhost:9000" else [base]
+    return printable_command([str(VENV_PYTHON.relative_to(HERE)), "test_client.py", *arguments])
 
 
 def warn_of_unhealthy(balancer: Service) -> None:
@@ -558,7 +586,7 @@ def watch(services: Sequence[Service]) -> int:
         for service in [service for service in living if service.exit_code is not None]:
             living.remove(service)
             service.sweep()
-            service.pid_file.unlink(missing_ok=True)
+            remove_pid(service.pid_file, service.process.pid if service.process else None)
             if service.name == "balancer":
                 return report_balancer_end(service)
             say(f"{service.name} ended ({how_it_ended(service)}). Start it again with:")
@@ -675,7 +703,9 @@ def run(argv: Sequence[str]) -> int:
         return 0
     settings = read_settings(os.environ)
     backends = backend_services(settings) if options.command != "balancer" else []
-    balancer = [balancer_service(settings)] if options.command != "backends" else []
+    if options.command == "backends":
+        return run_services(without_running(backends), options.detach)
+    balancer = [balancer_service(settings)]
     return run_services(backends + balancer, options.detach)
 
 

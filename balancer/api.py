@@ -231,6 +231,7 @@ def _capabilities() -> dict[str, Any]:
         "writes": guard.token is not None or guard.is_loopback,
         "token_required": guard.token is not None,
         "reload": _control().configuration.file is not None,
+        "traffic": _control().configuration.settings.control_port is None,  # a port of its own forwards nothing
         "algorithms": _algorithms(),
     }
 

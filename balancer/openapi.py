@@ -188,7 +188,16 @@ _STATUS = _object(
     ),
     backend_servers=_array(_object(**_BACKEND_FIELDS, **_COUNTERS)),
     recent_requests=_array(_RECENT),
-    capabilities=_object(writes=_BOOLEAN, token_required=_BOOLEAN, reload=_BOOLEAN, algorithms=_array(_ALGORITHM)),
+    capabilities=_object(
+        writes=_BOOLEAN,
+        token_required=_BOOLEAN,
+        reload=_BOOLEAN,
+        traffic=_BOOLEAN
+        | {
+            "description": "whether this address forwards requests too; false if control_port gives it only these paths"
+        },
+        algorithms=_array(_ALGORITHM),
+    ),
 )
 _WEIGHT: Schema = {"type": "integer", "minimum": 0, "maximum": MAX_WEIGHT}
 _MAX_CONNECTIONS = _or_null({"type": "integer", "minimum": 1, "maximum": MAX_CONNECTIONS})

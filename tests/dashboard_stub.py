@@ -134,7 +134,7 @@ def status(backends: list[Json], failed: int = 0, **changes: Any) -> Json:
         "backend_servers": backends,
         "recent_requests": [recent(index) for index in range(5)] if total else [],
         "capabilities": {
-            "writes": True, "token_required": False, "reload": True,
+            "writes": True, "token_required": False, "reload": True, "traffic": True,
             "algorithms": [{"name": name, "description": f"About {name}."} for name in ALGORITHMS],
         },
     }  # fmt: skip

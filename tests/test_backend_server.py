@@ -198,7 +198,7 @@ def test_load_is_bounded_and_validated(client: FlaskClient, body: Any) -> None:
 
 
 def test_faults_are_set_one_by_one_and_cleared(client: FlaskClient) -> None:
-    clear = {"added_latency": 0, "error_rate": 0, "hang": False, "fail_health": False}
+    clear = {"added_latency": 0, "error_rate": 0, "error_status": 500, "hang": False, "fail_health": False}
     assert client.get("/faults").get_json() == clear
     client.post("/faults", json={"added_latency": 0.5})
     assert client.post("/faults", json={"fail_health": True}).get_json() == {
@@ -218,6 +218,9 @@ def test_faults_are_set_one_by_one_and_cleared(client: FlaskClient) -> None:
         ('{"error_rate": 1.1}', "0 to 1"),
         ('{"error_rate": true}', "0 to 1"),
         ('{"error_rate": NaN}', "not valid JSON"),
+        ('{"error_status": 200}', "500 to 599"),
+        ('{"error_status": 503.0}', "500 to 599"),
+        ('{"error_status": true}', "500 to 599"),
         ('{"hang": 1}', "true or false"),
         ('{"hang": null}', "true or false"),
         ("{}", "fail_health"),
@@ -256,6 +259,13 @@ def test_error_rate_one_fails_all_and_zero_none(client: FlaskClient) -> None:
     assert {client.get("/api/process").status_code for _ in range(20)} == {500}
     client.post("/faults", json={"error_rate": 0})
     assert {client.get("/api/process").status_code for _ in range(20)} == {200}
+
+
+def test_the_status_of_an_error_can_be_chosen(client: FlaskClient) -> None:
+    client.post("/faults", json={"error_rate": 1, "error_status": 503})
+    assert client.get("/api/process").status_code == 503
+    client.post("/faults", json={"error_rate": 0})
+    assert client.get("/api/process").status_code == 200
 
 
 def test_fail_health_fails_only_health(client: FlaskClient) -> None:

@@ -30,7 +30,7 @@ from support import (
     ok,
     wait_until,
 )
-from werkzeug.test import TestResponse
+from werkzeug.test import Client, TestResponse
 
 from balancer.backends import LastCheck
 from balancer.exchange import Attempt, Exchange
@@ -175,7 +175,12 @@ STATUS: dict[str, Any] = {
             "reason": (str, type(None)),
         }
     ],
-    "capabilities": {"writes": FLAG, "token_required": FLAG, "algorithms": [{"name": TEXT, "description": TEXT}]},
+    "capabilities": {
+        "writes": FLAG,
+        "token_required": FLAG,
+        "traffic": FLAG,
+        "algorithms": [{"name": TEXT, "description": TEXT}],
+    },
 }
 
 
@@ -204,6 +209,14 @@ def test_status_has_the_fields_and_types_of_the_contract(app: Flask, client: Fla
     assert_shape(answer.json, STATUS)
     assert [backend["id"] for backend in answer.json["backend_servers"]] == ["a", "b", "c"]
     assert {algorithm["name"] for algorithm in answer.json["capabilities"]["algorithms"]} >= ALGORITHMS
+
+
+@pytest.mark.parametrize(("settings", "traffic"), [({}, True), ({"control_port": 9001}, False)])
+def test_status_says_whether_its_address_forwards_requests(settings: dict[str, Any], traffic: bool) -> None:
+    """The dashboard sent its test requests to the control port, where each was a 404."""
+    control = make_app(**settings).extensions["balancer"].control_app
+    answer = json.loads(Client(control).get("/status").data)
+    assert answer["capabilities"]["traffic"] is traffic
 
 
 def test_status_of_a_balancer_without_traffic_or_checks(client: FlaskClient) -> None:

@@ -158,6 +158,25 @@ def test_every_backend_state_has_a_word(tab: Tab, stub: Stub) -> None:
     assert tab.at("#backend-rows .badge").all_inner_texts() == [word for word, _ in WORDS]
 
 
+HELD: list[tuple[str, Json]] = [
+    ("for 4 m", {}),
+    ("up for 4 m", {"state": "drain", "admin_state": "drain"}),
+    ("up for 4 m", {"state": "drained", "admin_state": "drain"}),
+    ("", {"state": "maint", "admin_state": "maint"}),
+    ("up for 4 m", {"state": "trial"}),
+]
+
+
+def test_only_the_health_check_s_own_states_are_told_to_last_as_long(tab: Tab, stub: Stub) -> None:
+    """One second after a drain the page said "Drained for 11 m"."""
+    stub.answer = status([backend(index, **changes) for index, (_, changes) in enumerate(HELD)])
+    tab.from_disk(stub.url).is_live()
+    for index, (words, _) in enumerate(HELD):
+        expect(tab.at("#backend-rows .c-state .sub").nth(index)).to_have_text(
+            re.compile(f"^{words}" if words else "^$")
+        )
+
+
 # ---- States of the page ----------------------------------------------------------------------------------------------
 
 
@@ -208,7 +227,7 @@ def test_blocked_by_cors_is_told_from_disconnected(tab: Tab, stub: Stub) -> None
     stub.cors = False
     tab.from_disk(stub.url)
     tab.shows("#pill", "Blocked")
-    tab.shows("#banner-connection", "LB_ALLOW_FILE_ORIGIN")
+    tab.shows("#banner-connection", "Something answers there, but it is no balancer, or does not let this page read")
     expect(tab.at("#open-dashboard")).to_have_attribute("href", f"{stub.url}/dashboard")
 
 
@@ -325,6 +344,21 @@ def test_all_down_is_an_alarm_with_causes(tab: Tab, stub: Stub) -> None:
     tab.shows("#t-up", "0 / 2")
 
 
+@pytest.mark.parametrize("share", [None, 1.0], ids=["without share", "with share"])
+def test_ejected_backends_that_are_used_are_no_outage(tab: Tab, stub: Stub, share: float | None) -> None:
+    """The page claimed that every request was answered with 503."""
+    ejection = {"status": "ejected", "consecutive_failures": 9, "count": 1, "until": None, "reason": "5 x 503"}
+    stub.answer = status([backend(1), down_backend(2)])
+    stub.answer["backend_servers"][0] |= {"state": "ejected", "ejection": ejection, "expected_share": share}
+    tab.from_disk(stub.url).is_live()
+    tab.shows("#banner-backends", "Only ejected backends are left, they are used. backend_1 (5 x 503)")
+    tab.shows("#t-up", "1 / 2")
+    expect(tab.at("#alarm")).to_be_empty()
+    stub.answer["backend_servers"].append(backend(3))
+    stub.answer["backend_servers"][0]["expected_share"] = 0.0
+    tab.shows("#banner-backends", "2 of 3 backends down or ejected")
+
+
 def test_some_down_is_a_warning_not_an_alarm(tab: Tab, stub: Stub) -> None:
     tab.from_disk(stub.url).is_live()
     tab.shows("#banner-backends", "1 of 3 backends down. backend_3 (refused).")
@@ -338,6 +372,9 @@ def test_no_traffic_yet_is_no_success_rate(tab: Tab, stub: Stub) -> None:
     expect(tab.at("#t-p95")).to_have_text(DASH)
     expect(tab.at("#t-total")).to_have_text("0")
     tab.shows("#recent-empty", "No requests yet.")
+    stub.history = {1: history(["backend_1"]), 10: []}  # from before a reset
+    wait_until(lambda: sum("/history" in path for path in stub.asked) > 3)
+    expect(tab.at("#t-success")).to_have_text(DASH)
     tab.page.click("#first-traffic")
     tab.shows("#traffic-result", "10 ok, 0 failed")
 
@@ -516,6 +553,33 @@ def test_test_traffic_is_counted_per_backend(tab: Tab, stub: Stub) -> None:
     tab.shows("#traffic-result", re.compile(r"p95 [\d.]+ m?s"))
     assert tab.at("#traffic-counts li").all_inner_texts() == ["backend_1: 5 (50.0 %)", "backend_2: 5 (50.0 %)"]
     assert stub.traffic == 10
+
+
+def test_the_control_port_offers_no_test_traffic(tab: Tab, stub: Stub) -> None:
+    stub.answer = status([backend(1, total_requests=0)])
+    del stub.answer["capabilities"]["traffic"]  # of an older balancer
+    tab.from_disk(stub.url).is_live()
+    expect(tab.at("#send")).not_to_have_attribute("aria-disabled", "true")
+    stub.answer["capabilities"]["traffic"] = False
+    tab.shows("#traffic-result", "This is the control port: it forwards nothing.")
+    for button in ("#send", "#first-traffic"):
+        expect(tab.at(button)).to_have_attribute("aria-disabled", "true")
+        tab.page.click(button, force=True)
+    for field in ("#traffic-path", "input[name=amount][value='10']"):
+        expect(tab.at(field)).to_be_disabled()
+    assert stub.traffic == 0
+
+
+def test_a_wrong_test_path_is_told_in_words(tab: Tab, stub: Stub) -> None:
+    tab.from_disk(stub.url).is_live()
+    tab.page.fill("#traffic-path", "//elsewhere.example/")
+    tab.page.click("#send")
+    tab.shows("#traffic-result", "the path must begin with one slash")
+    expect(tab.at("#traffic-path")).to_have_attribute("aria-invalid", "true")
+    assert stub.traffic == 0
+    tab.page.fill("#traffic-path", "/api/process")
+    tab.page.click("#send")
+    tab.shows("#traffic-result", "10 ok, 0 failed")
 
 
 def test_failed_test_traffic_is_named(tab: Tab, stub: Stub) -> None:

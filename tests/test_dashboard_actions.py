@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import pytest
 from playwright.sync_api import expect
 
 from tests.dashboard_stub import Stub, backend, explained, recent, status
@@ -56,6 +57,16 @@ def test_the_last_backend_is_only_taken_away_after_asking(tab: Tab, stub: Stub) 
     tab.page.click("#confirm-yes")
     tab.shows("#toasts", "backend_1 is in maintenance.")
     assert stub.writes == [("PATCH /backends/backend_1", {"admin_state": "maint"})]
+
+
+def test_ejected_backends_that_would_be_used_are_named_before_the_last_healthy_one_goes(tab: Tab, stub: Stub) -> None:
+    stub.answer = status([backend(1), backend(2, state="ejected", expected_share=0.0)])
+    tab.from_disk(stub.url).is_live()
+    choose(tab, 0, "Drain")
+    tab.shows("#confirm", "only ejected backends are left, they are used: backend_2")
+    assert "503" not in tab.at("#confirm").inner_text()
+    tab.page.keyboard.press("Escape")
+    assert stub.writes == []
 
 
 def test_several_are_changed_and_undone_together(tab: Tab, stub: Stub) -> None:
@@ -201,6 +212,29 @@ def test_a_change_asks_for_the_token_and_goes_on(tab: Tab, stub: Stub) -> None:
     assert "secret" not in tab.page.evaluate("() => JSON.stringify({...localStorage})")
 
 
+@pytest.mark.parametrize("what", ["algorithm", "state"])
+def test_a_wrong_token_is_told_in_the_dialog_and_nowhere_else(tab: Tab, stub: Stub, what: str) -> None:
+    tab.network_errors_expected = True
+    tab.from_disk(stub.url).is_live()
+    stub.token = "secret"
+    tab.page.click("#pause")
+    if what == "state":
+        choose(tab, 0, "Drain")
+    else:
+        tab.page.select_option("#algorithm", "round_robin")
+        tab.page.click("#apply")
+    tab.shows("#token-error", "A token is needed: a token is required")
+    tab.page.fill("#token", "wrong")
+    tab.page.keyboard.press("Enter")
+    tab.shows("#token-error", "This token was refused.")
+    expect(tab.at("#token-dialog")).to_be_visible()
+    expect(tab.at(".toast")).to_have_count(0)
+    tab.page.fill("#token", "secret")
+    tab.page.keyboard.press("Enter")
+    expect(tab.at("#token-dialog")).to_be_hidden()
+    wait_until(lambda: len(stub.writes) == 1)
+
+
 def test_a_refused_state_change_makes_the_page_read_only(tab: Tab, stub: Stub) -> None:
     tab.network_errors_expected = True
     stub.refuse_writes = True
@@ -330,9 +364,12 @@ def test_backends_are_sorted_filtered_and_keep_the_focus(tab: Tab, stub: Stub) -
     expect(names).to_have_text(["backend_3"])
     tab.page.fill("#filter", "none of them")
     tab.shows("#backends-empty", "No backend matches the filter.")
-    tab.page.keyboard.press("Escape")
-    stub.answer["backend_servers"][3] |= {"state": "down", "healthy": False}
     tab.page.check("#only-problems")
+    tab.shows("#backends-empty", "No backend has a problem")
+    tab.page.focus("#filter")
+    tab.page.keyboard.press("Escape")
+    tab.shows("#backends-empty", "There are no problems")
+    stub.answer["backend_servers"][3] |= {"state": "down", "healthy": False}
     expect(names).to_have_text(["backend_4"])
     tab.page.uncheck("#only-problems")
     heading.click()

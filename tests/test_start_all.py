@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import threading
 import time
 import venv
@@ -209,6 +210,7 @@ def test_ready_means_that_requests_are_answered(demo: Demo) -> None:
     assert f"http://localhost:{demo.port}/dashboard" in run.out
     assert (demo.tree / "dashboard.html").as_uri() in run.out
     assert f"http://localhost:{demo.port}/status" in run.out
+    assert f".venv/bin/python test_client.py http://localhost:{demo.port}\n" in run.out
     weights = [backend["weight"] for backend in json.loads(get(demo.port, "/status")[2])["backend_servers"]]
     assert weights == [3, 2, 1]
 
@@ -221,6 +223,7 @@ def test_moved_control_paths_are_followed(demo: Demo) -> None:
     assert get(demo.port, "/api/process")[0] == 200
     assert get(port, "/lb/status")[0] == 200
     assert f"http://localhost:{port}/lb/dashboard" in run.out
+    assert f"test_client.py --no-preflight -n 200 http://localhost:{demo.port}/api/process\n" in run.out
 
 
 def test_backends_that_get_no_requests_are_named(demo: Demo) -> None:
@@ -300,6 +303,52 @@ def test_a_killed_backend_is_named_once_and_its_command_brings_it_back(demo: Dem
     assert run.out.count("backend_2 ended") == 1
     assert run.err == ""
     demo.assert_nothing_left()
+
+
+@pytest.mark.parametrize("detach", [(), ("--detach",)], ids=["foreground", "detached"])
+def test_backends_starts_what_a_running_demo_has_lost(demo: Demo, detach: tuple[str, ...]) -> None:
+    """With the kill command of the README, which reads the id from run/."""
+    demo.ready(*detach)
+    file = demo.tree / "run" / f"backend_3-{demo.backend_ports[2]}.pid"
+    subprocess.run(["bash", "-c", 'kill -9 $(head -1 "$0")', file], check=True)
+    wait_until(lambda: not demo.healthy()["backend_3"])
+    again = demo.ready("backends", *detach)
+    wait_until(lambda: demo.healthy()["backend_3"])
+    assert "backend_3" in again.out and "backend_1" not in again.out
+    demo.start("backends").assert_one_line_error(2, "in use by a demo that runs already", "stop")
+    assert demo.start("stop").end() == 0
+    assert [run.end() for run in demo.runs[:2]] == [0, 0]
+    demo.assert_nothing_left()
+
+
+def test_the_end_of_a_demo_leaves_the_file_of_a_backend_started_in_its_place(demo: Demo) -> None:
+    first = demo.ready("backends")
+    demo.the("backend_server.py", demo.backend_ports[2]).kill()
+    first.until("backend_3 ended")
+    demo.ready("backends", "--detach")
+    first.process.terminate()
+    assert (first.end(), first.err) == (0, "")
+    assert connects(demo.backend_ports[2])
+    stop = demo.start("stop")
+    assert stop.end() == 0 and "Stopped backend_3." in stop.out
+    demo.assert_nothing_left()
+
+
+def test_ctrl_c_during_the_imports_is_no_traceback() -> None:
+    """A module that never ends to load stands for a slow disk."""
+    code = "import runpy, sys; sys.argv = ['start_all.py']; runpy.run_path(sys.argv[0], run_name='__main__')"
+    slow = "import sys, threading; print('loading', flush=True); threading.Event().wait()"
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "argparse.py").write_text(slow)
+        environment = {**os.environ, "PYTHONPATH": folder}
+        command = [sys.executable, "-c", code]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=pipe, stderr=pipe) as process:
+            assert process.stdout and process.stderr
+            assert process.stdout.readline() == b"loading\n"
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == -signal.SIGINT
+            assert process.stderr.read() == b""
 
 
 def test_the_end_of_the_balancer_ends_the_demo(demo: Demo) -> None:
@@ -418,7 +467,7 @@ def test_stop_clears_up_after_a_start_all_that_was_killed(demo: Demo) -> None:
         (["--det"], {}, ["--det"]),
         ([], {"LB_PORT": "nine"}, ["LB_PORT", "nine"]),
         ([], {"BACKEND_PORTS": "5001 70000"}, ["BACKEND_PORTS", "70000"]),
-        ([], {"BACKEND_PORTS": "5001 5001"}, ["same port"]),
+        ([], {"BACKEND_PORTS": "5001 5001"}, ["same port", "BACKEND_PORTS=5001 5001\n"]),
     ],
 )
 def test_bad_usage_is_one_line_and_2(
