@@ -556,11 +556,9 @@ def print_balancer_urls(base: str, control: str) -> None:
 
 
 def check_command(base: str, control: str) -> str:
-    """test_client.py for this balancer, to be typed in this folder. With /status elsewhere it can only load it."""
-    if control != base:
-        arguments = ["--no-preflight", "-n", "200", f"{base}/api/process"]
-    else:
-        arguments = [] if base == "http://localhost:9000" else [base]
+    """test_client.py for this balancer, to be typed in this folder."""
+    arguments = [] if control == base else ["--control", control]
+    arguments += [] if base == "http://localhost:9000" else [base]
     return printable_command([str(VENV_PYTHON.relative_to(HERE)), "test_client.py", *arguments])
 
 

@@ -45,6 +45,13 @@ from load_balancer import create_app
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 
 
+def break_off(sock: socket.socket, request: Any) -> None:
+    """After the head and a part of the body have gone on to the client: nothing can be tried elsewhere."""
+    sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nshort")
+    threading.Event().wait(0.5)
+    sock.shutdown(socket.SHUT_RDWR)
+
+
 @pytest.fixture
 def app() -> Flask:
     backends = tuple(BackendSettings(id=name, url="http://127.0.0.1:9") for name in ("a", "b"))
@@ -103,8 +110,7 @@ def busy(pair: tuple[BalancerProcess, ScriptedBackend, ScriptedBackend]) -> Bala
     first.script = close
     for _ in range(2):
         assert fetch(f"{balancer.url}/retried")[0] == 200
-    first.answer(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nshort", close=True)
-    second.answer(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nshort", close=True)
+    first.script = second.script = break_off
     exchange(balancer.port, get(b"/broken"))
     first.answer(ok())
     second.answer(ok())

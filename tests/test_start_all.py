@@ -223,7 +223,7 @@ def test_moved_control_paths_are_followed(demo: Demo) -> None:
     assert get(demo.port, "/api/process")[0] == 200
     assert get(port, "/lb/status")[0] == 200
     assert f"http://localhost:{port}/lb/dashboard" in run.out
-    assert f"test_client.py --no-preflight -n 200 http://localhost:{demo.port}/api/process\n" in run.out
+    assert f"test_client.py --control http://localhost:{port}/lb http://localhost:{demo.port}\n" in run.out
 
 
 def test_backends_that_get_no_requests_are_named(demo: Demo) -> None:
