@@ -41,6 +41,7 @@ from balancer.health import HealthChecker, Probe
 from balancer.history import History, Reading
 from balancer.logwriter import LogHandler, LogWriter, standard_output
 from balancer.metrics import Metrics, Sources
+from balancer.outgoing import RequestHeads
 from balancer.pool import BackendPool, PoolChanges, PoolOptions
 from balancer.proxy import ProxyOptions, ReverseProxy
 from balancer.reload import Configuration, Plan, make_backend
@@ -137,7 +138,8 @@ class Balancer:
         self.adapter.timeouts = _timeouts(config)
         self.adapter.pool_idle_timeout = config.pool_idle_timeout
         self.health.use(Probe(config.health_path, config.health_timeout, tls=self.tls), config.health_interval)
-        self.proxy.options = _proxy_options(config, self.proxy.options.pseudonym)
+        self.proxy.options = _proxy_options(config)
+        self.proxy.heads = RequestHeads(self.proxy.heads.pseudonym, config.networks)
         self.proxy.access_log = _access_log(config, self.control.log)
         for bridge in self.bridges:
             bridge.idle_timeout = config.idle_timeout
@@ -185,7 +187,8 @@ def create_app(config: Settings | None = None, sources: Mapping[str, str] | None
         pool=pool,
         adapter=adapter,
         statistics=statistics,
-        options=_proxy_options(config, pseudonym),
+        options=_proxy_options(config),
+        heads=RequestHeads(pseudonym, config.networks),
         access_log=_access_log(config, writer),
         on_refused=health.wake,
     )
@@ -263,11 +266,9 @@ def _pool_options(config: Settings) -> PoolOptions:
     )
 
 
-def _proxy_options(config: Settings, pseudonym: bytes) -> ProxyOptions:
+def _proxy_options(config: Settings) -> ProxyOptions:
     return ProxyOptions(
         balancer_id=config.id,
-        pseudonym=pseudonym,
-        trusted=config.networks,
         expose_backend=config.expose_backend,
         max_header_count=config.max_header_count,
         max_request_body=config.max_request_body,

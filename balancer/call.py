@@ -13,19 +13,20 @@ import sys
 import time
 from collections.abc import Callable
 from threading import Lock
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote_to_bytes
 
 from balancer import accepted
 from balancer.errors import BalancerError, ClientGone, ClientTooSlow
 from balancer.incoming import CLIENT, HEADER_LINES, Incoming, RequestBody, add_headers
-from balancer.messages import parse_content_length
+from balancer.messages import SERVER_LINE, parse_content_length
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
     from balancer.bridge import Bridge
     from balancer.connection import Abortable
+    from balancer.outgoing import RequestHeads
     from balancer.proxy import Forwarding
 
 log = logging.getLogger("balancer.server")
@@ -141,7 +142,7 @@ class Call:
                 self.cut()
             else:
                 log.exception("request failed")
-                self._status, self._headers = 500, []
+                self._status, self._headers = 500, [SERVER_LINE]
                 self._emit_last(b"")
         finally:
             self._end()
@@ -212,17 +213,17 @@ class Call:
         if exc_info is not None and self._is_started:
             raise exc_info[1].with_traceback(exc_info[2])
         self._status = int(status[:3])
-        if headers and isinstance(headers[0][0], bytes):
-            self._headers = cast(list[tuple[bytes, bytes]], headers)  # the proxy spares us the way back from text
-        else:
-            self._headers = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers]
+        lines: Any = headers
+        if headers and isinstance(headers[0][0], str):
+            lines = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers]
+            if not any(name == b"server" for name, _ in lines):
+                lines.append(SERVER_LINE)
+        self._headers = lines  # the proxy spares us the way from text
         return self._emit
 
     def _start(self) -> None:
         if self._status is None:
             raise RuntimeError("the app has not called start_response")
-        if b"server" not in [name for name, _ in self._headers]:
-            self._headers.append((b"server", b"load-balancer"))  # or Granian would name itself
         # hyper closes after it (RFC 9112 section 9.6). HTTP/2 has no such field, but GOAWAY.
         if (self.bridge.is_draining or self._is_too_slow) and self.scope["http_version"] != "2":
             self._headers.append((b"connection", b"close"))
@@ -235,12 +236,17 @@ class Call:
             self._start()
         elif not chunk:
             return
-        self._wait(self.protocol.send({"type": "http.response.body", "body": chunk, "more_body": True}))
+        self._flush(self.protocol.send({"type": "http.response.body", "body": chunk, "more_body": True}))
 
     def _emit_last(self, chunk: bytes) -> None:
         if not self._is_started:
             self._start()
-        self._wait(self.protocol.send({"type": "http.response.body", "body": chunk, "more_body": False}))
+        self._flush(self.protocol.send({"type": "http.response.body", "body": chunk, "more_body": False}))
+
+    def _flush(self, awaitable: Any) -> None:
+        """Wait if the client is slow; else what Granian returned was finished when it was made."""
+        if hasattr(awaitable, "done"):
+            self._wait(awaitable)
 
     def receive(self, timeout: float | None = None) -> bytes:
         """The next piece of the request body, b"" at its end. Raises ClientGone, ClientTooSlow."""
@@ -305,10 +311,11 @@ class Call:
 
     # The request.
 
-    def incoming(self) -> Incoming:
+    def incoming(self, heads: RequestHeads) -> Incoming:
         """For a `Forwarding`."""
         scope = self.scope
         made = Incoming(
+            heads,
             scope["method"],
             self._path(),
             self._target(),
@@ -317,13 +324,14 @@ class Call:
             scope["client"][0],
             scope["headers"],
         )
-        if lengths := made.values(b"content-length"):
-            made.length = b",".join(lengths).decode("latin-1")
-        made.is_ended = self._note_body(made.length, b"transfer-encoding" in made.notable)
-        if not self.is_body_done:
-            made.stream = RequestBody(self.receive)
         made.client = self
         made.is_native = True
+        if made.head.is_bodiless:
+            self.is_body_done = True
+        else:
+            made.is_ended = self._note_body(made.length, b"transfer-encoding" in made.head.fields)
+            if not self.is_body_done:
+                made.stream = RequestBody(self.receive)
         return made
 
     def _note_body(self, length: str, is_chunked: bool) -> bool:

@@ -15,8 +15,10 @@ from balancer.origin import Origin
 _DONTWAIT = int(getattr(socket, "MSG_DONTWAIT", 0))
 _PEEK = int(getattr(socket, "MSG_PEEK", 0)) | _DONTWAIT
 # struct tcp_info of linux/tcp.h, unchanged since 4.2: the state, and the bytes received.
+_HAS_TCP_INFO = sys.platform == "linux"
+_TCP_INFO = int(getattr(socket, "TCP_INFO", 0))
 _ESTABLISHED, _RECEIVED_AT, _INFO_SIZE = 1, 128, 136
-_RECEIVED = struct.Struct("@Q")
+_received = struct.Struct("@Q").unpack_from
 CHUNK = 65536  # bytes per receive: with a few of them in flight per connection, memory stays flat
 
 
@@ -85,8 +87,20 @@ class Connection:
 
     def receive_now(self) -> bytes | None:
         """What is here already, None if nothing is. Raises ConnectionLost."""
-        if not self.is_tls:
-            return self._receive_plain_now()
+        if not _DONTWAIT or self.is_tls:
+            return self._receive_readable()
+        try:
+            data = self.sock.recv(CHUNK, _DONTWAIT)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            raise ConnectionLost(f"{self.origin.url}: {error.strerror or error}") from error
+        self._received += len(data)
+        return data
+
+    def _receive_readable(self) -> bytes | None:
+        if not self.is_tls:  # Windows
+            return self.receive() if self.has_input() else None
         # A readable TLS socket may hold a session ticket only, and no byte for us.
         self.sock.settimeout(0)
         try:
@@ -98,24 +112,18 @@ class Connection:
         finally:
             self.sock.settimeout(self._timeout)
 
-    def _receive_plain_now(self) -> bytes | None:
-        if not _DONTWAIT:  # Windows
-            return self.receive() if self.has_input() else None
-        try:
-            data = self.sock.recv(CHUNK, _DONTWAIT)
-        except BlockingIOError:
-            return None
-        except OSError as error:
-            raise ConnectionLost(f"{self.origin.url}: {error.strerror or error}") from error
-        self._received += len(data)
-        return data
-
     def has_input(self) -> bool:
         """True if a receive would not block: while idle, that means EOF, an alert, or bytes nobody asked for."""
-        if self.is_tls or sys.platform == "win32":  # neither can peek without blocking
+        if not _HAS_TCP_INFO or self.is_tls:
+            return self._peek()
+        # Asks the kernel instead of the socket: a system call that receives lets the interpreter lock go, and with it
+        # comes a switch of threads.
+        info = self.sock.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, _INFO_SIZE)
+        return info[0] != _ESTABLISHED or _received(info, _RECEIVED_AT)[0] != self._received
+
+    def _peek(self) -> bool:
+        if self.is_tls or not _DONTWAIT:  # neither can peek without blocking
             return self._is_readable()
-        if sys.platform == "linux":
-            return self._is_quiet_no_more()
         try:
             self.sock.recv(1, _PEEK)
         except BlockingIOError:
@@ -123,12 +131,6 @@ class Connection:
         except OSError:
             return True
         return True
-
-    def _is_quiet_no_more(self) -> bool:
-        """Asks the kernel instead of the socket: a system call that receives lets the interpreter lock go, and with it
-        comes a switch of threads."""
-        info = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_SIZE)
-        return info[0] != _ESTABLISHED or _RECEIVED.unpack_from(info, _RECEIVED_AT)[0] != self._received
 
     def _is_readable(self) -> bool:
         if sys.platform == "win32":

@@ -9,10 +9,10 @@ response, chunked, a folded or odd line) is left to llhttp, which decides.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import Generic, NamedTuple, TypeVar
+from dataclasses import dataclass
 
-from balancer.messages import NONE, Line, is_content_length, options_of
+from balancer.messages import BODILESS_STATUSES, NONE, Line, is_content_length, options_of, response_lines
+from balancer.tables import Table
 
 # RFC 9112 section 4: the reason phrase may be empty, the blank before it may not be left out.
 _STATUS = re.compile(rb"HTTP/1\.1 ([2-5][0-9][0-9]) ([\t\x20-\x7e\x80-\xff]*)\Z")
@@ -23,10 +23,9 @@ _LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t\x20-\x7e\x80-\xff
 LINES_KEPT, LONGEST_LINE = 1024, 128
 HEADS_KEPT, LONGEST_HEAD = 256, 1024
 
-Parsed = TypeVar("Parsed")
 
-
-class PlainHead(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class PlainHead:
     """One object may serve many responses at the same time, so nothing in it ever changes."""
 
     status: int
@@ -35,24 +34,8 @@ class PlainHead(NamedTuple):
     options: frozenset[bytes]  # of `Connection`
     length: int | None  # Content-Length
     size: int  # bytes of the head, the empty line included
-
-
-class _Table(dict[bytes, "Parsed | None"], Generic[Parsed]):
-    """Bytes and what they mean, None for what is not plain. Any thread may look up: each step is one operation."""
-
-    def __init__(self, parse: Callable[[bytes], Parsed | None], kept: int, longest: int) -> None:
-        super().__init__()
-        self._parse = parse
-        self._kept = kept
-        self._longest = longest
-
-    def __missing__(self, data: bytes) -> Parsed | None:
-        parsed = self._parse(data)
-        if len(data) <= self._longest:
-            if len(self) >= self._kept:
-                self.clear()
-            self[data] = parsed
-        return parsed
+    onward: tuple[Line, ...]  # the lines for the client
+    whole: int | None  # bytes of the response, unless to HEAD, if the connection can be kept after so many of them
 
 
 def _parse_status(line: bytes) -> tuple[int, str] | None:
@@ -70,8 +53,12 @@ def _parse_line(line: bytes) -> Line | None:
     return name, value
 
 
-_statuses = _Table(_parse_status, LINES_KEPT, LONGEST_LINE)
-_lines = _Table(_parse_line, LINES_KEPT, LONGEST_LINE)
+def _is_short_line(line: bytes, parsed: object) -> bool:
+    return len(line) <= LONGEST_LINE
+
+
+_statuses = Table(_parse_status, LINES_KEPT, _is_short_line)
+_lines = Table(_parse_line, LINES_KEPT, _is_short_line)
 
 
 def _parse_head(data: bytes) -> PlainHead | None:
@@ -92,10 +79,20 @@ def _parse_head(data: bytes) -> PlainHead | None:
             if length is not None:
                 return None
             length = int(line[1])
-    return PlainHead(*status, tuple(lines), options, length, len(data) + len(b"\r\n\r\n"))
+    size = len(data) + len(b"\r\n\r\n")
+    can_be_kept = length is not None and status[0] not in BODILESS_STATUSES and b"close" not in options
+    return PlainHead(
+        *status,
+        tuple(lines),
+        options,
+        length,
+        size,
+        onward=tuple(response_lines(lines, status[0], options)),
+        whole=size + (length or 0) if can_be_kept else None,
+    )
 
 
-_heads = _Table(_parse_head, HEADS_KEPT, LONGEST_HEAD)
+_heads = Table(_parse_head, HEADS_KEPT, lambda data, head: len(data) <= LONGEST_HEAD)
 
 
 def parse_plain(data: bytes) -> PlainHead | None:

@@ -19,8 +19,9 @@ from balancer.backends import Backend, LastCheck
 from balancer.errors import BackendError, OutOfDescriptors
 from balancer.messages import Line
 from balancer.origin import Origin
+from balancer.outgoing import OutgoingRequest
 from balancer.pool import BackendPool
-from balancer.transport import BackendAdapter, OutgoingRequest, Timeouts
+from balancer.transport import BackendAdapter, Timeouts
 
 log = logging.getLogger("balancer.health")
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote_from_bytes
 
 from balancer.errors import BodyTooLarge, ClientError, ClientGone
-from balancer.messages import Line, notable, parse_content_length
+from balancer.messages import Line, parse_content_length
+from balancer.outgoing import RequestHead, RequestHeads
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import InputStream, WSGIEnvironment
@@ -32,32 +33,40 @@ class Incoming:
     """
 
     __slots__ = (
-        *("method", "path", "target", "version", "scheme", "peer", "lines", "notable"),
+        *("method", "path", "target", "version", "peer", "lines", "head"),
         *("length", "is_ended", "stream", "client", "is_native"),
     )
 
     def __init__(
-        self, method: str, path: str, target: bytes, version: str, scheme: str, peer: str, lines: Sequence[Line]
+        self,
+        heads: RequestHeads,
+        method: str,
+        path: str,
+        target: bytes,
+        version: str,
+        scheme: str,
+        peer: str,
+        lines: Sequence[Line],
     ) -> None:
         self.method = method
         self.path = path
         self.target = target
         self.version = version
-        self.scheme = scheme
         self.peer = peer
         self.lines = lines
-        self.notable = notable(lines)
-        self.length = ""
+        self.head: RequestHead = heads.of(lines, peer, scheme, version)
+        self.length = self.head.length
         self.is_ended = False
         self.stream: InputStream | None = None
         self.client: Any = None
         self.is_native = False  # `start_response` takes header lines in bytes
 
     @classmethod
-    def of(cls, environ: WSGIEnvironment) -> Incoming:
+    def of(cls, environ: WSGIEnvironment, heads: RequestHeads) -> Incoming:
         """From what WSGI gives, which is all there is under another server than our own."""
         version = environ["SERVER_PROTOCOL"].removeprefix("HTTP/")
         made = cls(
+            heads,
             environ["REQUEST_METHOD"],
             environ["PATH_INFO"],
             _raw_target(environ),
@@ -74,8 +83,8 @@ class Incoming:
         return made
 
     def values(self, name: bytes) -> Sequence[bytes]:
-        """Of a notable field, one for each line."""
-        return self.notable.get(name, ())
+        """Of a field that means something to a gateway, one for each line."""
+        return self.head.fields.get(name, ())
 
     def content_length(self) -> int | None:
         """Bytes of the body, None if there is no Content-Length. Raises ClientError (RFC 9112 section 6.3)."""

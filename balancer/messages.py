@@ -38,7 +38,7 @@ HOP_BY_HOP = frozenset(
     }
 )
 # Not for the backend: `Expect` is answered by our server (section 10.1.1), `Proxy` is CVE-2016-5385 (httpoxy), the
-# framing is made anew by the transport (section 8.6), and the request id is set by us.
+# framing is made anew (section 8.6), and the request id is set by us.
 _NOT_FORWARDED = HOP_BY_HOP | {b"expect", b"proxy", b"content-length", b"x-request-id"}
 _CLAIMS = frozenset({b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host", b"forwarded", b"x-real-ip"})
 _PASSED_ON = frozenset({b"via", b"max-forwards", b"traceparent", b"tracestate"})
@@ -49,6 +49,8 @@ _NOT_RETURNED = HOP_BY_HOP | {b"alt-svc", b"x-request-id", b"x-served-by"}
 # What `Connection` may not take away: without it the message means something else.
 _NEVER_NOMINATED = frozenset({b"host", b"content-length"})
 NONE: frozenset[bytes] = frozenset()
+# For an answer that names no server: ours would name itself otherwise, which is only a part of it.
+SERVER_LINE: Line = (b"server", b"load-balancer")
 
 IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})  # RFC 9110 section 9.2.2; TRACE is refused
 BODILESS_STATUSES = frozenset({204, 304})  # RFC 9112 section 6.3, rule 1
@@ -133,13 +135,17 @@ def options_of(value: bytes) -> frozenset[bytes]:
     return frozenset(item.strip().lower() for item in value.split(b",")) - _NEVER_NOMINATED
 
 
-def check_request(method: str, target: bytes, hosts: Sequence[bytes], http_version: str) -> None:
-    """Refuse what hyper lets through: a bad target, no Host, more than one, or one that is no host.
-
-    Raises ClientError (RFC 9112 sections 3.2 and 3.2.4).
-    """
+def check_target(method: str, target: bytes) -> None:
+    """Refuse what hyper lets through. Raises ClientError (RFC 9112 section 3.2)."""
     if not _TARGET.match(target) or (target == b"*" and method != "OPTIONS"):
         raise ClientError("the request target must be a path")
+
+
+def check_host(hosts: Sequence[bytes], http_version: str) -> None:
+    """Refuse what hyper lets through: no Host, more than one, or one that is no host name.
+
+    Raises ClientError (RFC 9112 section 3.2).
+    """
     if len(hosts) > 1:
         raise ClientError(f"the request has {len(hosts)} Host lines, expected one")
     host = hosts[0] if hosts else b""
@@ -220,10 +226,9 @@ def request_lines(
     scheme: str,
     http_version: str,
     pseudonym: bytes,
-    identifier: bytes,
     trusted: Sequence[Network] = (),
 ) -> list[Line]:
-    """Header lines for the backend, without framing fields (the transport adds those); `Host` first.
+    """Header lines for the backend, without framing fields and X-Request-ID; `Host` first.
 
     `found` are the `notable` ones of `lines`; `peer` is the address of the TCP connection; `pseudonym` our name in
     `Via`. Raises LoopDetected if the request has passed through us before.
@@ -251,7 +256,6 @@ def request_lines(
         (b"x-forwarded-for", address if forwarded_for is None else forwarded_for + b", " + address),
         (b"x-forwarded-proto", claims.get(b"x-forwarded-proto", protocol)),
         (b"x-forwarded-host", claims.get(b"x-forwarded-host", host)),
-        (b"x-request-id", identifier),
         (b"via", b"%s %s" % (http_version.encode(), pseudonym)),
     ]
 
@@ -285,14 +289,17 @@ def join_cookies(lines: Sequence[Line]) -> Sequence[Line]:
 
 
 def response_lines(lines: Sequence[Line], status: int, options: frozenset[bytes]) -> list[Line]:
-    """Header lines for the client: everything that is not for the connection to the backend only.
+    """Header lines for the client: everything that is not for the connection to the backend only, and SERVER_LINE.
 
     `lines` have lower-case names; `options` are what `nominated` found in them.
     """
     drop = _NOT_RETURNED if options <= _NOT_RETURNED else _NOT_RETURNED | options
     if status == 204:  # RFC 9110 section 8.6
         drop |= {b"content-length"}
-    return [line for line in lines if line[0] not in drop]
+    kept = [line for line in lines if line[0] not in drop]
+    if not any(name == b"server" for name, _ in kept):
+        kept.append(SERVER_LINE)
+    return kept
 
 
 def is_in_networks(address: str, networks: Sequence[Network]) -> bool:

@@ -34,21 +34,18 @@ from balancer.errors import (
 from balancer.exchange import METHOD_KEPT, PATH_KEPT, Attempt, Exchange
 from balancer.incoming import Incoming
 from balancer.messages import (
+    SERVER_LINE,
     Line,
-    Network,
-    check_codings,
-    check_request,
+    check_target,
     count_down,
     max_forwards,
     request_id,
-    request_lines,
-    response_lines,
-    trace_id,
 )
+from balancer.outgoing import OutgoingRequest, RequestHeads
 from balancer.pool import BackendPool, Lease
-from balancer.response import BackendResponse, ResponseBody
+from balancer.response import BackendResponse, Body
 from balancer.statistics import Statistics
-from balancer.transport import BackendAdapter, OutgoingRequest, Sent
+from balancer.transport import BackendAdapter, Sent
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -71,8 +68,6 @@ class ProxyOptions:
     """What the data path needs of the settings; `settings.Settings` says what each one means."""
 
     balancer_id: str = "lb-1"
-    pseudonym: bytes = b"lb-1"
-    trusted: tuple[Network, ...] = ()
     expose_backend: bool = False
     max_header_count: int = 100
     max_request_body: int | None = None
@@ -85,7 +80,7 @@ class ProxyOptions:
 class ReverseProxy:
     """The WSGI callable. It has no state of its own; the pool, the adapter and the statistics each lock theirs.
 
-    `options` and `access_log` may be replaced at any time: a request keeps the options it began with.
+    `options`, `heads` and `access_log` may be replaced at any time: a request keeps the options it began with.
     """
 
     def __init__(
@@ -97,6 +92,7 @@ class ReverseProxy:
         adapter: BackendAdapter,
         statistics: Statistics,
         options: ProxyOptions,
+        heads: RequestHeads | None = None,
         access_log: AccessLog | None = None,
         on_refused: Callable[[], None] = lambda: None,
         rng: random.Random | None = None,
@@ -107,6 +103,7 @@ class ReverseProxy:
         self.adapter = adapter
         self.statistics = statistics
         self.options = options
+        self.heads = heads or RequestHeads()
         self.access_log = access_log
         self.on_refused = on_refused
         self.rng = rng or random.Random()
@@ -114,7 +111,7 @@ class ReverseProxy:
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         if self.is_control(environ["PATH_INFO"]):
             return self._control_app(environ, start_response)
-        return self.forward(Incoming.of(environ), start_response).run()
+        return self.forward(Incoming.of(environ, self.heads), start_response).run()
 
     def forward(self, incoming: Incoming, start_response: StartResponse) -> Forwarding:
         """A request that is not for the control API, counted from now on: `run` or `refuse` must follow."""
@@ -205,38 +202,28 @@ class Forwarding:
 
     def _build(self) -> OutgoingRequest:
         incoming, options = self._incoming, self._options
-        method, lines = incoming.method, incoming.lines
-        if len(lines) > options.max_header_count:
-            raise TooManyHeaders(f"{len(lines)} header lines, at most {options.max_header_count} are accepted")
+        method, head = incoming.method, incoming.head
+        if len(incoming.lines) > options.max_header_count:
+            raise TooManyHeaders(f"{len(incoming.lines)} header lines, at most {options.max_header_count} are accepted")
         if method in ("CONNECT", "TRACE"):
             raise MethodRefused(f"{method} is not supported")
-        check_request(method, incoming.target, incoming.values(b"host"), incoming.version)
-        if incoming.values(b"traceparent") or incoming.values(b"tracestate"):
-            self._record.trace_id = trace_id(incoming.values(b"traceparent"))
-            if self._record.trace_id is None:  # `tracestate` means nothing without it (W3C Trace Context, section 3.3)
-                incoming.notable.pop(b"traceparent", None)
-                incoming.notable.pop(b"tracestate", None)
-        outgoing = request_lines(
-            lines,
-            incoming.notable,
-            peer=incoming.peer,
-            scheme=incoming.scheme,
-            http_version=incoming.version,
-            pseudonym=options.pseudonym,
-            identifier=self._identifier,
-            trusted=options.trusted,
-        )
+        check_target(method, incoming.target)
+        if head.refusal is not None:
+            raise head.refusal
+        self._record.trace_id = head.trace_id
+        own = (b"x-request-id", self._identifier)
         if method == "OPTIONS":
-            outgoing = count_down(outgoing)
-        request = OutgoingRequest(method, incoming.target, outgoing)
+            request = OutgoingRequest(method, incoming.target, [*count_down(head.lines), own])
+        else:
+            request = OutgoingRequest(method, incoming.target, (own,), head)
         request.watcher = incoming.client
-        self._add_body(request)
+        if incoming.length or incoming.is_ended:
+            self._add_body(request)
         request.deadline = time.monotonic() + options.request_timeout - self._waited
         return request
 
     def _add_body(self, request: OutgoingRequest) -> None:
         incoming, limit = self._incoming, self._options.max_request_body
-        check_codings(incoming.values(b"transfer-encoding"))
         length = incoming.content_length()
         if length is not None:
             if limit is not None and length > limit:
@@ -369,8 +356,7 @@ class Forwarding:
     # The answer.
 
     def _answer(self, response: BackendResponse) -> Iterable[bytes]:
-        status, body = response.status_code, response.body
-        lines = response_lines(response.lines, status, response.options)
+        status, body, lines = response.status_code, response.body, response.head.onward
         if body.is_complete:
             data = body.read_chunk()
             self._record.bytes_out = len(data)
@@ -389,16 +375,16 @@ class Forwarding:
     def _answer_options(self) -> Iterable[bytes]:
         """The end of the way for an OPTIONS that may be forwarded no further (RFC 9110 section 7.6.2)."""
         self.finish(200)
-        self._start("200 OK", [(b"allow", ALLOWED_METHODS), (b"content-length", b"0")])
+        self._start("200 OK", [SERVER_LINE, (b"allow", ALLOWED_METHODS), (b"content-length", b"0")])
         return [b""]
 
-    def _start(self, status: str, lines: list[Line]) -> None:
+    def _start(self, status: str, lines: Iterable[Line]) -> None:
         """`start_response` with our own lines added; our own server takes bytes, PEP 3333 wants text."""
-        lines.append((b"x-request-id", self._identifier))
+        headers: Any = [*lines, (b"x-request-id", self._identifier)]
         if self._options.expose_backend and self._record.backend is not None:
-            lines.append((b"x-served-by", self._record.backend.encode("ascii")))
-        headers: Any = lines
-        if not self._incoming.is_native:
+            headers.append((b"x-served-by", self._record.backend.encode("ascii")))
+        if not self._incoming.is_native:  # another server names itself
+            lines = [line for line in headers if line is not SERVER_LINE]
             headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in lines]
         self._start_response(status, headers)
 
@@ -418,7 +404,7 @@ class Forwarding:
                 "request_id": self._record.request_id,
             }
         ).encode()
-        lines = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        lines = [SERVER_LINE, (b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
         if isinstance(error, Unavailable):
             lines.append((b"retry-after", RETRY_AFTER_SECONDS))
         if isinstance(error, MethodRefused):
@@ -467,7 +453,7 @@ class ResponseStream:
 
     __slots__ = ("_forwarding", "_body", "_status", "_is_flushed", "_is_finished")
 
-    def __init__(self, forwarding: Forwarding, body: ResponseBody, status: int) -> None:
+    def __init__(self, forwarding: Forwarding, body: Body, status: int) -> None:
         self._forwarding = forwarding
         self._body = body
         self._status = status

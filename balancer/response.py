@@ -16,7 +16,15 @@ from requests import PreparedRequest, Response
 from balancer.connection import Connection, Watcher
 from balancer.errors import BodyTruncated, ConnectionLost, InvalidResponse, ResponseTimedOut
 from balancer.heads import PlainHead, parse_plain
-from balancer.messages import BODILESS_STATUSES, HeaderLines, Line, nominated, parse_content_length
+from balancer.messages import (
+    BODILESS_STATUSES,
+    NONE,
+    HeaderLines,
+    Line,
+    nominated,
+    parse_content_length,
+    response_lines,
+)
 
 MAX_HEAD = 65536  # bytes of a response head, interim responses included; also of chunk framing or trailers at a stretch
 
@@ -25,7 +33,7 @@ Received = TypeVar("Received", bytes, bytes | None)
 
 
 class BackendResponse(Response):
-    """A `requests.Response` over `ResponseBody`; made without the cookie jar that the base class builds each time."""
+    """A `requests.Response` over a body; made without the cookie jar that the base class builds each time."""
 
     # What the base class sets for each response, and what is the same for all of ours.
     encoding = None
@@ -34,11 +42,10 @@ class BackendResponse(Response):
     _content_consumed = False
     _next = None
 
-    def __init__(self, head: ResponseHead, body: ResponseBody, request: PreparedRequest) -> None:
+    def __init__(self, head: PlainHead | ResponseHead, body: Body, request: PreparedRequest) -> None:
         self.status_code: int = head.status
         self.reason = head.reason
-        self.lines = head.lines
-        self.options = head.options
+        self.head = head
         self.body = self.raw = body
         self.request = request
 
@@ -48,15 +55,15 @@ class BackendResponse(Response):
 
     @property
     def headers(self) -> HeaderLines:  # type: ignore[override]
-        return HeaderLines(self.lines)
+        return HeaderLines(self.head.lines)
 
 
 class ResponseHead:
     """A response head as it comes in: status, reason, header lines, and the body bytes that came with it."""
 
     __slots__ = (
-        *("_parser", "status", "reason", "lines", "_collected", "options", "length", "pieces", "size"),
-        *("has_head", "has_end", "is_plain", "keeps_alive"),
+        *("_parser", "status", "reason", "lines", "plain", "_collected", "options", "pieces", "size"),
+        *("has_head", "has_end", "keeps_alive"),
     )
 
     def __init__(self) -> None:
@@ -65,9 +72,8 @@ class ResponseHead:
         self.reason = ""
         self._collected: list[Line] = []
         self.lines: Sequence[Line] = self._collected
-        self.options: frozenset[bytes] = frozenset()  # of `Connection`
-        self.is_plain = False  # then it is not chunked, and `length` is its Content-Length
-        self.length: int | None = None
+        self.plain: PlainHead | None = None  # if it is one
+        self.options: frozenset[bytes] = NONE  # of `Connection`
         self.pieces: list[bytes] = []
         self.size = 0  # bytes received until the head was complete
         self.has_head = False
@@ -85,11 +91,17 @@ class ResponseHead:
         return self._feed_parser(self._parser, data)
 
     def _take(self, plain: PlainHead, data: bytes) -> None:
-        self.status, self.reason, self.lines, self.options, self.length, size = plain
-        self.has_head = self.is_plain = True
-        self.keeps_alive = b"close" not in self.options  # RFC 9112 section 9.3
-        if len(data) > size:
-            self.pieces.append(data[size:])
+        self.plain = plain
+        self.status, self.reason, self.lines, self.options = plain.status, plain.reason, plain.lines, plain.options
+        self.has_head = True
+        self.keeps_alive = b"close" not in plain.options  # RFC 9112 section 9.3
+        if len(data) > plain.size:
+            self.pieces.append(data[plain.size :])
+
+    @property
+    def onward(self) -> Sequence[Line]:
+        """The lines for the client."""
+        return self.plain.onward if self.plain is not None else response_lines(self.lines, self.status, self.options)
 
     def _feed_parser(self, parser: httptools.HttpResponseParser, data: bytes) -> bool:
         try:
@@ -190,12 +202,63 @@ def lost(connection: Connection, head: ResponseHead, text: str) -> ConnectionLos
     return ConnectionLost(text, stale=connection.is_reused and not head.size)
 
 
-class ResponseBody:
-    """The body of one response; iterate, or call `read_chunk`. `close` is due on every ending and is idempotent.
+class Body:
+    """The body of one response: call `read_chunk`. `close` is due on every ending and is idempotent. Also file-like
+    enough for `requests.Response` (`read`, `stream`)."""
 
-    Closing gives the connection back if the body was read to its end and may be followed by another response, and
-    closes it otherwise. Also file-like enough for `requests.Response` (`read`, `stream`).
-    """
+    __slots__ = ()
+    is_complete: bool
+
+    @property
+    def buffered(self) -> bytes:
+        """What is here already, without a receive."""
+        raise NotImplementedError
+
+    def read_chunk(self) -> bytes:
+        """The next piece, b"" at the end. Raises BodyTruncated, ResponseTimedOut."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def stream(self, amount: int | None = None, decode_content: bool | None = None) -> Iterator[bytes]:
+        try:
+            while chunk := self.read_chunk():
+                yield chunk
+        finally:
+            self.close()
+
+    def read(self, amount: int | None = None, decode_content: bool | None = None) -> bytes:
+        return b"".join(self.stream())
+
+    def release_conn(self) -> None:
+        self.close()
+
+
+class WholeBody(Body):
+    """One that was here as soon as its head: its connection serves another request already."""
+
+    __slots__ = ("_data",)
+    is_complete = True
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    @property
+    def buffered(self) -> bytes:
+        return self._data
+
+    def read_chunk(self) -> bytes:
+        data, self._data = self._data, b""
+        return data
+
+    def close(self) -> None:
+        pass
+
+
+class ResponseBody(Body):
+    """One that comes in pieces. Closing gives the connection back if the body was read to its end and may be followed
+    by another response, and closes it otherwise."""
 
     __slots__ = (
         "_give_back",
@@ -238,7 +301,6 @@ class ResponseBody:
 
     @property
     def buffered(self) -> bytes:
-        """What is here already, without a receive."""
         return self._pending
 
     def refuse_reuse(self) -> None:
@@ -246,7 +308,6 @@ class ResponseBody:
         self._can_reuse = False
 
     def read_chunk(self) -> bytes:
-        """The next piece, b"" at the end. Raises BodyTruncated, ResponseTimedOut."""
         data, self._pending = self._pending, b""
         while not data and not self.is_complete:
             if self._connection is None:
@@ -310,26 +371,11 @@ class ResponseBody:
         else:
             connection.close()
 
-    # What requests.Response asks of `raw`.
-
-    def stream(self, amount: int | None = None, decode_content: bool | None = None) -> Iterator[bytes]:
-        try:
-            while chunk := self.read_chunk():
-                yield chunk
-        finally:
-            self.close()
-
-    def read(self, amount: int | None = None, decode_content: bool | None = None) -> bytes:
-        return b"".join(self.stream())
-
-    def release_conn(self) -> None:
-        self.close()
-
 
 def _framing(head: ResponseHead) -> tuple[int | None, bool]:
     """(bytes of the body by Content-Length or None, chunked); (None, False) is until EOF. Raises InvalidResponse."""
-    if head.is_plain:
-        return head.length, False
+    if head.plain is not None:
+        return head.plain.length, False
     lengths = [value for name, value in head.lines if name == b"content-length"]
     codings = [value.lower() for name, value in head.lines if name == b"transfer-encoding"]
     if codings and (codings != [b"chunked"] or lengths):

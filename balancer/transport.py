@@ -11,7 +11,6 @@ that has been idle longer than `pool_idle_timeout` is closed (keep that below th
 from __future__ import annotations
 
 import errno
-import math
 import socket
 import ssl
 import time
@@ -19,12 +18,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from threading import Lock
-from typing import Any
 
 from requests import PreparedRequest, Response
 from requests.adapters import BaseAdapter
 
-from balancer.connection import Connection, Watcher
+from balancer.connection import Connection
 from balancer.errors import (
     BackendError,
     ConnectFailed,
@@ -33,9 +31,18 @@ from balancer.errors import (
     OutOfDescriptors,
     ResponseTimedOut,
 )
-from balancer.messages import IDEMPOTENT, HeaderLines, Line
+from balancer.heads import parse_plain
 from balancer.origin import Origin
-from balancer.response import BackendResponse, ResponseBody, ResponseHead, lost, receive_head, take_head_data
+from balancer.outgoing import OutgoingRequest
+from balancer.response import (
+    BackendResponse,
+    ResponseBody,
+    ResponseHead,
+    WholeBody,
+    lost,
+    receive_head,
+    take_head_data,
+)
 
 MAX_IDLE_PER_BACKEND = 1024  # idle sockets kept; above that they are closed after use
 SMALL_BODY = 131072  # bytes of an answer that is passed on in one piece if all of it is here
@@ -53,74 +60,27 @@ class Timeouts:
     idle: float = 60.0
 
 
-class OutgoingRequest(PreparedRequest):
-    """A PreparedRequest that knows its raw target, its origin and the client that waits for it.
-
-    body: None, bytes (sent with the head, can be sent again), or an iterator of bytes (streamed, once; chunked unless
-    `content_length` is set).
-    """
-
-    # What the base class sets for each request, and what most requests leave as it is.
-    body: Any = None
-    hooks: dict[str, Any] = {}  # noqa: RUF012
-    url: str | None = None
-    _cookies = None
-    _body_position = None
-    content_length: int | None = None
-    watcher: Watcher | None = None
-    deadline = math.inf  # of time.monotonic(), for all attempts together
-    connect_seconds: float | None = None  # what the last attempt spent on a new connection, None for a kept one
-    is_resent = False  # the last attempt's kept connection had died, so it was sent once more on a fresh one
-
-    def __init__(self, method: str, target: bytes, lines: list[Line]) -> None:
-        # Not calling PreparedRequest.__init__: every field is here.
-        self.method = method
-        self.target = target
-        self.lines = lines
-
-    @property
-    def headers(self) -> HeaderLines:  # type: ignore[override]
-        return HeaderLines(self.lines)
-
-    @property
-    def is_replayable(self) -> bool:
-        return self.body is None or isinstance(self.body, bytes)
-
-    @property
-    def is_retriable(self) -> bool:
-        """A second try after something was sent is allowed: RFC 9110 section 9.2.2, and the body is still here."""
-        return self.method in IDEMPOTENT and self.is_replayable
-
-    def head(self) -> bytes:
-        """Request line and header section; framing fields are added here and nowhere else."""
-        lines = [b"%s %s HTTP/1.1" % (str(self.method).encode(), self.target)]
-        lines += [b"%s: %s" % line for line in self.lines]
-        if isinstance(self.body, bytes):
-            lines.append(b"content-length: %d" % len(self.body))
-        elif self.content_length is not None:
-            lines.append(b"content-length: %d" % self.content_length)
-        elif self.body is not None:
-            lines.append(b"transfer-encoding: chunked")
-        elif self.method in ("POST", "PUT", "PATCH"):
-            lines.append(b"content-length: 0")  # RFC 9110 section 8.6
-        lines.append(b"\r\n")
-        return b"\r\n".join(lines)
-
-
 class Sent:
     """A request that is on its way, and what has come back so far."""
 
-    __slots__ = ("connection", "request", "head", "deadline", "is_whole", "is_clean", "response", "failure")
+    __slots__ = ("connection", "request", "_head", "deadline", "is_whole", "is_clean", "response", "failure")
 
     def __init__(self, connection: Connection, request: OutgoingRequest, deadline: float) -> None:
         self.connection = connection
         self.request = request
-        self.head = ResponseHead()
+        self._head: ResponseHead | None = None
         self.deadline = deadline  # of time.monotonic(), for the response head
         self.is_whole = False  # all of the request was sent
         self.is_clean = True  # nothing followed the response
         self.response: BackendResponse | None = None
         self.failure: BackendError | None = None
+
+    @property
+    def head(self) -> ResponseHead:
+        """As far as it is here. Most responses never need one."""
+        if self._head is None:
+            self._head = ResponseHead()
+        return self._head
 
     def write(self, head: bytes) -> None:
         """Send the request, which begins with `head`.
@@ -233,42 +193,69 @@ class BackendAdapter(BaseAdapter):
 
     def begin(self, request: OutgoingRequest, origin: Origin) -> Sent | None:
         """Send a request without a body if that needs no waiting: on a kept connection. None if there is none."""
-        head = request.head()
-        if len(head) > SMALL_REQUEST or origin.scheme != "http":
+        connection = self._take(origin) if origin.scheme == "http" else None
+        if connection is None:
             return None
-        connection = self._take(origin)
-        return None if connection is None else self._send(connection, request, head)
+        head = request.head()
+        if len(head) > SMALL_REQUEST:
+            self.give_back(connection)
+            return None
+        return self._send(connection, request, head)
 
     def look(self, sent: Sent) -> bool:
         """Take in what has come, without waiting. True if that is the whole response; `exchange` then returns it at
         once, or waits for the rest, or raises what went wrong."""
         try:
-            try:
-                data = sent.connection.receive_now()
-            except ConnectionLost as error:
-                raise lost(sent.connection, sent.head, str(error)) from error
+            data = self._receive_now(sent)
             if data is None:
                 return False
-            sent.is_clean = take_head_data(sent.connection, sent.head, data)
-            if not sent.head.has_head:
-                return False
-            sent.response = self._respond(sent)
-            body = sent.response.body
-            if not body.is_complete:
-                body.take_in(SMALL_BODY)
-                if body.is_complete:
-                    body.close()
+            sent.response = self._whole(sent, data)
+            return sent.response is not None or self._look_closer(sent, data)
         except BackendError as error:
             sent.failure = error
             return False
+
+    def _receive_now(self, sent: Sent) -> bytes | None:
+        try:
+            return sent.connection.receive_now()
+        except ConnectionLost as error:
+            raise lost(sent.connection, sent.head, str(error)) from error
+
+    def _whole(self, sent: Sent, data: bytes) -> BackendResponse | None:
+        """The response, if it has the usual shape and `data` is all of it: by far the most are so."""
+        plain, request = parse_plain(data), sent.request
+        if plain is None or plain.whole != len(data) or request.method == "HEAD" or not sent.is_whole or sent._head:
+            return None
+        if request.watcher is not None:
+            request.watcher.detach()
+        self.give_back(sent.connection)
+        return BackendResponse(plain, WholeBody(data[plain.size :]), request)
+
+    def _look_closer(self, sent: Sent, data: bytes) -> bool:
+        sent.is_clean = take_head_data(sent.connection, sent.head, data)
+        if not sent.head.has_head:
+            return False
+        sent.response = self._respond(sent)
+        body = sent.response.body
+        assert isinstance(body, ResponseBody)
+        if not body.is_complete:
+            body.take_in(SMALL_BODY)
+            if body.is_complete:
+                body.close()
         return body.is_complete
 
     def _send(self, connection: Connection, request: OutgoingRequest, head: bytes = b"") -> Sent:
-        sent = Sent(connection, request, time.monotonic() + self._response_seconds(request))
+        timeouts, now = self.timeouts, time.monotonic()
+        if request.is_replayable:
+            sent = Sent(connection, request, min(now + timeouts.response, request.deadline))
+            seconds = timeouts.response
+        else:  # a streamed body may take as long as it needs to come; there is only one attempt with it anyway
+            sent = Sent(connection, request, now + timeouts.response)
+            seconds = timeouts.idle
         if request.watcher is not None:
             request.watcher.attach(connection)
         try:
-            connection.set_timeout(self.timeouts.response if request.is_replayable else self.timeouts.idle)
+            connection.set_timeout(seconds)
             sent.write(head or request.head())
         except BaseException:
             sent.close()
@@ -311,15 +298,6 @@ class BackendAdapter(BaseAdapter):
         if not sent.request.is_replayable:
             return self.timeouts.response
         return max(0.001, sent.deadline - time.monotonic())
-
-    def _response_seconds(self, request: OutgoingRequest) -> float:
-        """For the response head: `timeouts.response`, or what is left of the request's own time.
-
-        A streamed body may take as long as it needs to come; there is only one attempt with it anyway.
-        """
-        if not request.is_replayable:
-            return self.timeouts.response
-        return max(0.001, min(self.timeouts.response, request.deadline - time.monotonic()))
 
     def _connect(self, origin: Origin, request: OutgoingRequest) -> Connection:
         started = time.monotonic()
@@ -367,9 +345,9 @@ class BackendAdapter(BaseAdapter):
         while True:
             with self._lock:
                 idle = self._idle.get(origin)
-                connection = idle.pop() if idle else None
-            if connection is None:
-                return None
+                if not idle:
+                    return None
+                connection = idle.pop()
             if connection.idle_since >= oldest and not connection.has_input():
                 connection.is_reused = True
                 return connection
@@ -379,7 +357,9 @@ class BackendAdapter(BaseAdapter):
         """Keep a connection whose last response was read to its end."""
         connection.idle_since = self._clock()
         with self._lock:
-            idle = self._idle.setdefault(connection.origin, deque())
+            idle = self._idle.get(connection.origin)
+            if idle is None:
+                idle = self._idle[connection.origin] = deque()
             kept = len(idle) < self._max_idle
             if kept:
                 idle.append(connection)

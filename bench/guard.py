@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import itertools
 import json
 import socket
 import subprocess
@@ -40,6 +41,7 @@ ALLOWED_GROWTH = 0.10
 WARMUP_REQUESTS = 200  # rings are full then, buckets are there
 # A second that turns over, or a collection that wants to run, adds to one request; the least of some has neither.
 MEASURED_REQUESTS = 10
+_serial = itertools.count()
 BODY = b'{"message": "Request processed", "server_id": "bench", "value": 42}\n'
 
 
@@ -61,11 +63,14 @@ class Kind:
     method: str = "GET"
     body: bytes = b""
     more_headers: int = 0
+    is_varied: bool = False  # no two requests have the same header section
 
     def scope(self) -> dict[str, Any]:
         """As Granian gives it."""
         headers = [(b"host", b"bench.example"), (b"user-agent", b"bench/1"), (b"accept", b"*/*")]
         headers += [(b"x-bench-%d" % number, b"v" * 24) for number in range(self.more_headers)]
+        if self.is_varied:
+            headers.append((b"cookie", b"id=%d" % next(_serial)))
         if self.body:
             headers.append((b"content-length", b"%d" % len(self.body)))
         return {
@@ -82,7 +87,12 @@ class Kind:
         }
 
 
-KINDS = {"get": Kind(), "headers": Kind(more_headers=20), "post": Kind("POST", b"x" * 1024)}
+KINDS = {
+    "get": Kind(),
+    "headers": Kind(more_headers=20),
+    "varied": Kind(more_headers=8, is_varied=True),
+    "post": Kind("POST", b"x" * 1024),
+}
 
 
 # In place of Granian: what `Bridge` uses of it, answering at once.

@@ -40,6 +40,7 @@ from balancer.exchange import METHOD_KEPT, PATH_KEPT, Attempt, Exchange
 from balancer.incoming import Incoming
 from balancer.logwriter import LogWriter
 from balancer.origin import Origin
+from balancer.outgoing import RequestHeads
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 TRACEPARENT = f"00-{TRACE}-b7ad6b7169203331-01"
@@ -229,7 +230,8 @@ def make_line(is_json: bool, exchange: Exchange, *lines: tuple[bytes, bytes], pe
         def add(self, line: Any) -> None:
             made.append(line())
 
-    AccessLog(Kept(None), is_json).add(exchange, Incoming("GET", "/", b"/", "1.1", "http", peer, lines))
+    incoming = Incoming(RequestHeads(), "GET", "/", b"/", "1.1", "http", peer, lines)
+    AccessLog(Kept(None), is_json).add(exchange, incoming)
     (line,) = made
     assert isinstance(line, str)
     return line

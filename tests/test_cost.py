@@ -42,6 +42,8 @@ def with_more_work(work: Callable[[], object]) -> Callable[[Bridge], None]:
         assert proxy is not None
 
         class Slower:
+            heads = proxy.heads
+
             def forward(self, *arguments: Any) -> Any:
                 work()
                 return proxy.forward(*arguments)

@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 from balancer.errors import ClientError, LoopDetected
 from balancer.messages import (
     HOP_BY_HOP,
+    NONE,
+    SERVER_LINE,
     HeaderLines,
     Line,
-    check_request,
+    check_host,
+    check_target,
     is_in_networks,
     join_cookies,
     nominated,
@@ -42,7 +45,6 @@ def forward(
         scheme=scheme,
         http_version=version,
         pseudonym=OURS,
-        identifier=b"id-1",
         trusted=TRUSTED if trusted else (),
     )
 
@@ -88,7 +90,7 @@ def test_a_nominated_header_never_reaches_the_backend(
 
 
 def returned(lines: list[Line], status: int) -> list[Line]:
-    return response_lines(lines, status, nominated(lines))
+    return [line for line in response_lines(lines, status, nominated(lines)) if line is not SERVER_LINE]
 
 
 @given(st.data(), header_sections, st.lists(names, min_size=1, max_size=4))
@@ -119,6 +121,11 @@ def test_the_list_of_hop_by_hop_fields_has_the_names_that_others_forgot() -> Non
 )
 def test_these_fields_are_not_forwarded(name: bytes) -> None:
     assert values(forward((b"host", b"a"), (name, b"1")), name) == []
+
+
+@pytest.mark.parametrize("named", [[], [(b"server", b"theirs")]])
+def test_an_answer_without_a_server_gets_one(named: list[Line]) -> None:
+    assert response_lines([(b"etag", b"2"), *named], 200, NONE) == [(b"etag", b"2"), *(named or [SERVER_LINE])]
 
 
 @pytest.mark.parametrize("name", [b"alt-svc", b"x-request-id", b"x-served-by", b"keep-alive"])
@@ -183,7 +190,7 @@ def test_our_own_fields_are_always_there_and_last(data: st.DataObject, lines: li
     assert len(values(result, b"x-forwarded-for")) == 1
     assert values(result, b"x-forwarded-for")[0].split(b", ")[-1] == PEER.encode()
     assert values(result, b"x-forwarded-proto") == [b"http"]
-    assert values(result, b"x-request-id") == [b"id-1"]
+    assert values(result, b"x-request-id") == []  # the client's never passes; ours is new each time
 
 
 def test_claims_of_a_stranger_are_dropped() -> None:
@@ -215,7 +222,6 @@ def test_an_ipv6_peer_loses_its_zone_and_is_quoted_in_forwarded() -> None:
         scheme="https",
         http_version="1.1",
         pseudonym=OURS,
-        identifier=b"id-1",
         trusted=(ipaddress.ip_network("fe80::/10"),),
     )
     assert values(lines, b"x-forwarded-for") == [b"fe80::1"]
@@ -333,7 +339,7 @@ def test_new_request_ids_differ() -> None:
     ],
 )
 def test_a_good_request_passes(method: str, target: bytes, hosts: list[bytes], version: str) -> None:
-    check_request(method, target, hosts, version)
+    check_target(method, target), check_host(hosts, version)
 
 
 @pytest.mark.parametrize(
@@ -362,7 +368,7 @@ def test_a_good_request_passes(method: str, target: bytes, hosts: list[bytes], v
 )
 def test_a_bad_request_is_the_client_s_fault(method: str, target: bytes, hosts: list[bytes], version: str) -> None:
     with pytest.raises(ClientError) as caught:
-        check_request(method, target, hosts, version)
+        check_target(method, target), check_host(hosts, version)
     assert caught.value.status == 400
 
 

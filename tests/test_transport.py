@@ -111,7 +111,7 @@ def test_response_lines_keep_order_and_repeats(adapter: BackendAdapter, backend:
     backend.answer(ok(b"ok", b"Set-Cookie: a=1", b"X-B:  padded \t", b"Set-Cookie: b=2, c"))
     response = adapter.exchange(outgoing(), Origin.parse(backend.url))
     response.body.close()
-    lines = [(name.lower(), value) for name, value in response.lines[1:]]
+    lines = [(name.lower(), value) for name, value in response.head.lines[1:]]
     assert lines == [(b"set-cookie", b"a=1"), (b"x-b", b"padded"), (b"set-cookie", b"b=2, c")]
     assert response.headers["set-cookie"] == "a=1, b=2, c"
     assert response.headers["X-B"] == "padded"
