@@ -15,17 +15,22 @@ METHOD_KEPT = 32
 PATH_SHOWN = 200  # characters of a path that are kept; the query never is, it may hold secrets
 
 
-@dataclass(slots=True)
+def later(default: Any) -> Any:
+    """A field that is seldom set, and not when the object is made: until then it costs nothing."""
+    return field(default=default, init=False)
+
+
+@dataclass
 class Attempt:
     """One try on one backend. `seconds` until the response head was here or the attempt had failed."""
 
     choice: Choice
-    outcome: str = ""  # a status, or the reason why there is none
-    seconds: float = 0.0
-    connect: float | None = None  # seconds for a new connection, None if a kept one was used
-    error: str | None = None  # in words, for the operator
-    resent: bool = False  # once more on a fresh connection, because the kept one had died
-    at: float = 0.0  # seconds from the start of the request to that of the attempt
+    at: float  # seconds from the start of the request to that of the attempt
+    outcome: str = later("")  # a status, or the reason why there is none
+    seconds: float = later(0.0)
+    connect: float | None = later(None)  # seconds for a new connection, None if a kept one was used
+    error: str | None = later(None)  # in words, for the operator
+    resent: bool = later(False)  # once more on a fresh connection, because the kept one had died
 
     @property
     def backend(self) -> str:
@@ -43,7 +48,7 @@ class Attempt:
         }
 
 
-@dataclass(slots=True)
+@dataclass
 class Exchange:
     """A finished request as it is recorded. Times in seconds; bytes are of the bodies.
 
@@ -54,19 +59,19 @@ class Exchange:
     method: str
     path: str
     request_id: str
-    backend: str | None = None
-    status: int = 0
-    seconds: float = 0.0
-    queued: float = 0.0  # waited for a place on a backend
-    bytes_in: int = 0
-    bytes_out: int = 0
-    complete: bool = True
-    reason: str | None = None
-    trace_id: str | None = None  # of the client's `traceparent`
-    not_retried: str | None = None  # why the last failure was final, in words
-    error: str | None = None  # of our own answer, in words for the operator
-    excluded: Mapping[str, str] | None = None  # why no backend could take it, if that was the cause
-    attempts: list[Attempt] = field(default_factory=list)
+    attempts: list[Attempt] = field(default_factory=list, init=False)
+    backend: str | None = later(None)
+    status: int = later(0)
+    seconds: float = later(0.0)
+    queued: float = later(0.0)  # waited for a place on a backend
+    bytes_in: int = later(0)
+    bytes_out: int = later(0)
+    complete: bool = later(True)
+    reason: str | None = later(None)
+    trace_id: str | None = later(None)  # of the client's `traceparent`
+    not_retried: str | None = later(None)  # why the last failure was final, in words
+    error: str | None = later(None)  # of our own answer, in words for the operator
+    excluded: Mapping[str, str] | None = later(None)  # why no backend could take it, if that was the cause
 
     @property
     def failed(self) -> bool:
@@ -75,10 +80,6 @@ class Exchange:
     @property
     def aborted(self) -> bool:
         return self.status == 499 and not self.complete  # not if a backend answered 499 itself
-
-    @property
-    def is_troubled(self) -> bool:
-        return self.failed or len(self.attempts) > 1
 
     @property
     def first_byte(self) -> float | None:

@@ -193,9 +193,9 @@ class Collector:
         yield add(counter("config_reload_failures", "Times it was refused."), [], bad)
 
     def _requests(self, lifetime: Lifetime) -> Iterator[Metric]:
-        totals, latency = lifetime.totals, Histogram()
+        totals, whole = lifetime.totals, Counters()
         for counters in lifetime.counters.values():
-            latency += counters.latency
+            whole += counters
         answers = counter("requests", "Finished requests; code 499 if the client left.", "code", "method")
         for (status, method), count in totals.answers.items():
             answers.add_metric([str(status), method], count)
@@ -204,7 +204,7 @@ class Collector:
         yield add_each(errors, [], dict.fromkeys(REASONS, 0) | totals.errors)
         yield add(gauge("requests_in_flight", "Requests under way."), [], lifetime.active)
         duration = histogram("request_duration_seconds", "Time from a request's head to the end of its answer.")
-        duration.add_metric([], buckets(latency, BUCKETS), totals.seconds)
+        duration.add_metric([], buckets(whole.latency, BUCKETS), whole.seconds)
         yield duration
         yield add(counter("request_bytes", "Bytes of request bodies."), [], totals.bytes_in)
         yield add(counter("response_bytes", "Bytes of response bodies."), [], totals.bytes_out)

@@ -178,6 +178,8 @@ class Forwarding:
                     raise NoRoom(f"no thread became free within {self._options.request_timeout:g} s")
             if self._failure is not None:
                 raise self._failure
+            if self.sent is not None and self.sent.is_answered:
+                return self._answer(self._arrived(self.sent))
             incoming = self._incoming
             if incoming.method == "OPTIONS" and max_forwards(incoming.values(b"max-forwards")) == 0:
                 return self._answer_options()
@@ -316,6 +318,14 @@ class Forwarding:
         attempt = Attempt(lease.choice, at=time.perf_counter() - self._started)
         self._record.attempts.append(attempt)
         return attempt
+
+    def _arrived(self, sent: Sent) -> BackendResponse:
+        """The response to what `begin` sent: it is here, so nothing can fail any more."""
+        attempt, response = self._record.attempts[-1], sent.response
+        assert response is not None
+        attempt.outcome = str(response.status_code)
+        attempt.seconds = time.perf_counter() - self._started - attempt.at
+        return response
 
     def _attempt(self, request: OutgoingRequest) -> BackendResponse:
         lease, sent = self._lease, self.sent

@@ -8,7 +8,7 @@ Failed means that the client got no complete answer, or one of 500 and above.
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -30,44 +30,51 @@ CODE_CLASSES = ("1xx", "2xx", "3xx", "4xx", "5xx")
 class Counters:
     """Totals of the whole balancer or of one backend. Not locked; the owner's lock guards it."""
 
-    __slots__ = ("total", "failed", "aborted", "seconds", "codes", "latency")
+    __slots__ = ("failed", "aborted", "seconds", "statuses", "latency")
 
     def __init__(self) -> None:
-        self.total = self.failed = self.aborted = 0
+        self.failed = self.aborted = 0
         self.seconds = 0.0
-        self.codes = [0] * len(CODE_CLASSES)
+        self.statuses: defaultdict[int, int] = defaultdict(int)  # of those that were not aborted
         self.latency = Histogram()
 
+    @property
+    def total(self) -> int:
+        return self.latency.total
+
     def __iadd__(self, other: Counters) -> Counters:
-        self.total += other.total
         self.failed += other.failed
         self.aborted += other.aborted
         self.seconds += other.seconds
-        self.codes = [ours + theirs for ours, theirs in zip(self.codes, other.codes, strict=True)]
+        for status, count in other.statuses.items():
+            self.statuses[status] += count
         self.latency += other.latency
         return self
 
     def copy(self) -> Counters:
         copied = Counters()
-        copied.total, copied.failed, copied.aborted, copied.seconds = (
-            self.total,
-            self.failed,
-            self.aborted,
-            self.seconds,
-        )
-        copied.codes, copied.latency = self.codes.copy(), self.latency.copy()
+        copied += self
         return copied
 
-    def add(self, exchange: Exchange) -> None:
-        self.total += 1
+    def add(self, exchange: Exchange) -> bool:
+        """True if it failed."""
         self.seconds += exchange.seconds
         self.latency.add(exchange.seconds)
-        if exchange.failed:
-            self.failed += 1
-        if exchange.aborted:
+        failed = exchange.failed
+        if failed and exchange.aborted:
             self.aborted += 1
-        elif 100 <= exchange.status < 600:
-            self.codes[exchange.status // 100 - 1] += 1
+        else:
+            self.statuses[exchange.status] += 1
+        self.failed += failed
+        return failed
+
+    def codes(self) -> dict[str, int]:
+        found = dict.fromkeys(CODE_CLASSES, 0)
+        for status, count in self.statuses.items():
+            name = f"{status // 100}xx"
+            if name in found:
+                found[name] += count
+        return found
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -77,7 +84,7 @@ class Counters:
             "aborted_requests": self.aborted,
             "avg_response_time": self.seconds / self.total if self.total else 0.0,
             "latency": self.latency.summary(),
-            "codes": dict(zip(CODE_CLASSES, self.codes, strict=True)),
+            "codes": self.codes(),
         }
 
 
@@ -86,14 +93,15 @@ class Rate:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._seconds: deque[list[int]] = deque(maxlen=BUDGET_SECONDS + 1)  # [second, count]
+        self._newest = [0, 0]  # [second, count]
+        self._seconds = deque([self._newest], maxlen=BUDGET_SECONDS + 1)
 
     def add(self) -> None:
         second = int(self._clock())
-        if self._seconds and self._seconds[-1][0] == second:
-            self._seconds[-1][1] += 1
-        else:
-            self._seconds.append([second, 1])
+        if second != self._newest[0]:
+            self._newest = [second, 0]
+            self._seconds.append(self._newest)
+        self._newest[1] += 1
 
     def per_second(self) -> float:
         """Mean of the last whole seconds."""
@@ -165,10 +173,10 @@ class Statistics:
             counters = self._counters.get(exchange.backend)
             if counters is None:
                 counters = self._counters[exchange.backend] = Counters()
-            counters.add(exchange)
+            failed = counters.add(exchange)
             self._totals.add(exchange)
             self._recent.append(exchange)
-            if exchange.is_troubled:
+            if failed or len(exchange.attempts) > 1:
                 self._troubled.append(exchange)
 
     def find(self, request_id: str) -> Exchange | None:

@@ -69,14 +69,13 @@ class BackendTotals:
 class Totals:
     """All requests. Not locked; the owner's lock guards it."""
 
-    __slots__ = ("answers", "errors", "retries", "backends", "seconds", "bytes_in", "bytes_out", "waits", "waited")
+    __slots__ = ("answers", "errors", "retries", "backends", "bytes_in", "bytes_out", "waits", "waited")
 
     def __init__(self) -> None:
         self.answers: defaultdict[tuple[int, str], int] = defaultdict(int)  # by status and method
         self.errors: defaultdict[str, int] = defaultdict(int)  # by reason
         self.retries: defaultdict[str, int] = defaultdict(int)  # by what had failed before
         self.backends: defaultdict[str, BackendTotals] = defaultdict(BackendTotals)
-        self.seconds = 0.0
         self.bytes_in = self.bytes_out = 0
         self.waits = Histogram()  # of the requests that had to wait for a place
         self.waited = 0.0  # seconds
@@ -84,7 +83,6 @@ class Totals:
     def add(self, exchange: Exchange) -> None:
         method, attempts = exchange.method, exchange.attempts
         self.answers[exchange.status, method if method in METHODS else OTHER] += 1
-        self.seconds += exchange.seconds
         self.bytes_in += exchange.bytes_in
         self.bytes_out += exchange.bytes_out
         for attempt in attempts:  # without a call: every request comes here
@@ -109,7 +107,7 @@ class Totals:
         copied = Totals()
         copied.answers, copied.errors, copied.retries = self.answers.copy(), self.errors.copy(), self.retries.copy()
         copied.backends.update((backend, totals.copy()) for backend, totals in self.backends.items())
-        copied.seconds, copied.bytes_in, copied.bytes_out = self.seconds, self.bytes_in, self.bytes_out
+        copied.bytes_in, copied.bytes_out = self.bytes_in, self.bytes_out
         copied.waits, copied.waited = self.waits.copy(), self.waited
         return copied
 

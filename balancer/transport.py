@@ -76,6 +76,11 @@ class Sent:
         self.failure: BackendError | None = None
 
     @property
+    def is_answered(self) -> bool:
+        """The response head is here, maybe more, and nothing has gone wrong."""
+        return self.response is not None and self.failure is None
+
+    @property
     def head(self) -> ResponseHead:
         """As far as it is here. Most responses never need one."""
         if self._head is None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from balancer.backends import Backend, Choice
+from balancer.exchange import Attempt, Exchange
 from balancer.origin import Origin
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,6 +69,21 @@ def make_choice(backend_id: str) -> Choice:
     """Why an attempt went to this backend: the only candidate, with 3 requests in flight."""
     backend = Backend(backend_id, Origin("http", "127.0.0.1", 1))
     return Choice("weighted", backend, [backend], [3], None, {"absent": "maint"})
+
+
+def make_attempt(backend_id: str, outcome: str, seconds: float = 0.01, at: float = 0.0, **fields: Any) -> Attempt:
+    made = Attempt(make_choice(backend_id), at)
+    for name, value in {"outcome": outcome, "seconds": seconds, **fields}.items():
+        setattr(made, name, value)
+    return made
+
+
+def make_exchange(backend: str | None = "a", status: int = 200, seconds: float = 0.01, **fields: Any) -> Exchange:
+    first = {name: fields.pop(name, default) for name, default in (("method", "GET"), ("path", "/x"))}
+    made = Exchange(fields.pop("timestamp", 1.0), **first, request_id=fields.pop("request_id", "id-1"))
+    for name, value in {"backend": backend, "status": status, "seconds": seconds, **fields}.items():
+        setattr(made, name, value)
+    return made
 
 
 @dataclass

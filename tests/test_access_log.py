@@ -29,17 +29,17 @@ from support import (
     fetch_json,
     free_port,
     get,
+    make_attempt,
+    make_exchange,
     ok,
     start_demo,
     wait_until,
 )
 
 from balancer.accesslog import AGENT_LOGGED, AccessLog, timestamp
-from balancer.backends import Backend, Choice
-from balancer.exchange import METHOD_KEPT, PATH_KEPT, Attempt, Exchange
+from balancer.exchange import METHOD_KEPT, PATH_KEPT, Exchange
 from balancer.incoming import Incoming
 from balancer.logwriter import LogWriter
-from balancer.origin import Origin
 from balancer.outgoing import RequestHeads
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -242,7 +242,7 @@ latin = st.text(st.characters(max_codepoint=255), max_size=50)
 
 @given(latin, latin, latin, st.booleans())
 def test_whatever_a_request_says_a_line_is_one_line_of_ascii(path: str, agent: str, method: str, is_json: bool) -> None:
-    exchange = Exchange(1.0, method, "/" + path, "id-1", status=200)
+    exchange = make_exchange(method=method, path="/" + path)
     line = make_line(is_json, exchange, (b"user-agent", agent.encode("latin-1")))
     assert line.isascii() and line.isprintable()
     if is_json:
@@ -253,7 +253,7 @@ def test_whatever_a_request_says_a_line_is_one_line_of_ascii(path: str, agent: s
 
 
 def test_what_is_long_is_cut() -> None:
-    exchange = Exchange(1.0, "GET", "/", "id", status=200)
+    exchange = make_exchange()
     told = json.loads(make_line(True, exchange, (b"user-agent", b"a" * 9999), peer="unknown"))
     assert len(told["user_agent"]) == AGENT_LOGGED
     assert told["client"] is None
@@ -278,11 +278,9 @@ def test_times_are_iso_8601(seconds: float, text: str) -> None:
 
 
 def test_the_phases_of_a_request_with_a_pause_between_attempts() -> None:
-    backend = Backend("a", Origin.parse("http://127.0.0.1:9"))
-    choice = Choice("weighted", backend, [backend], [0], None, {})
-    failed = Attempt(choice, "http_response_timeout", at=0.25, seconds=1.0, error="slow")
-    good = Attempt(choice, "200", at=1.5, seconds=0.3, connect=0.1)
-    exchange = Exchange(1.0, "GET", "/", "id", status=200, seconds=2.0, queued=0.2, attempts=[failed, good])
+    failed = make_attempt("a", "http_response_timeout", at=0.25, seconds=1.0, error="slow")
+    good = make_attempt("a", "200", at=1.5, seconds=0.3, connect=0.1)
+    exchange = make_exchange(seconds=2.0, queued=0.2, attempts=[failed, good])
     told = json.loads(make_line(True, exchange))
     assert told["received"] == pytest.approx(0.05)
     assert (told["queued"], told["connect"], told["first_byte"]) == (0.2, 0.1, 0.3)

@@ -26,14 +26,14 @@ from support import (
     fetch,
     fetch_json,
     free_port,
-    make_choice,
+    make_attempt,
+    make_exchange,
     ok,
     wait_until,
 )
 from werkzeug.test import Client, TestResponse
 
 from balancer.backends import LastCheck
-from balancer.exchange import Attempt, Exchange
 from balancer.settings import BackendSettings, Settings
 from load_balancer import create_app
 
@@ -71,9 +71,16 @@ def add_exchanges(app: Flask, count: int, status: int = 200) -> None:
     statistics = app.extensions["control"].statistics
     for number in range(count):
         statistics.begin()
-        attempt = Attempt(make_choice("a"), str(status), 0.01)
         statistics.record(
-            Exchange(time.time(), "GET", f"/{number}", f"id-{number}", "a", status, 0.012, attempts=[attempt])
+            make_exchange(
+                "a",
+                status,
+                0.012,
+                timestamp=time.time(),
+                path=f"/{number}",
+                request_id=f"id-{number}",
+                attempts=[make_attempt("a", str(status))],
+            )
         )
 
 
@@ -364,7 +371,7 @@ def test_reset_keeps_what_is_in_flight(app: Flask, client: FlaskClient) -> None:
     statistics.begin()
     client.post("/reset")
     assert client.get("/status").json["statistics"]["active_requests"] == 1  # type: ignore[index]
-    statistics.record(Exchange(time.time(), "GET", "/", "id", "a", 200, 0.1))
+    statistics.record(make_exchange("a", 200, 0.1))
     after = client.get("/status").json["statistics"]  # type: ignore[index]
     assert (after["active_requests"], after["total_requests"]) == (0, 1)
 

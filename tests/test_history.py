@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import BalancerProcess, Clock, Demo, ScriptedBackend, fetch, fetch_json, wait_until
+from support import BalancerProcess, Clock, Demo, ScriptedBackend, fetch, fetch_json, make_exchange, wait_until
 
-from balancer.exchange import Exchange
 from balancer.history import SLOTS, History, Reading
 from balancer.statistics import Statistics
 
@@ -39,9 +38,7 @@ class Recorded:
     def finish(self, count: int = 1, backend: str | None = "a", status: int = 200, seconds: float = 0.01) -> None:
         for _ in range(count):
             self.statistics.begin()
-            self.statistics.record(
-                Exchange(1.0, "GET", "/", "id", backend=backend, status=status, seconds=seconds)  # all that counts here
-            )
+            self.statistics.record(make_exchange(backend, status, seconds))
 
     def look_at(self, now: float) -> float:
         self.clock.now = now

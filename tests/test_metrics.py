@@ -25,13 +25,15 @@ from support import (
     fetch,
     free_port,
     get,
+    make_attempt,
+    make_exchange,
     ok,
     wait_until,
 )
 
-from balancer.backends import Backend, Choice, LastCheck
+from balancer.backends import LastCheck
 from balancer.events import EVENT_KINDS
-from balancer.exchange import Attempt, Exchange
+from balancer.exchange import Attempt
 from balancer.histogram import BOUNDS, ROUND_BOUNDS
 from balancer.metrics import BACKEND_REASONS, BUCKETS, QUEUE_BUCKETS, REASONS, STATES
 from balancer.origin import Origin
@@ -65,17 +67,14 @@ def samples(app: Flask) -> dict[Key, float]:
 
 
 def attempt(backend: str, outcome: str = "200", connect: float | None = None, error: str | None = None) -> Attempt:
-    made = Backend(backend, Origin.parse("http://127.0.0.1:9"))
-    return Attempt(Choice("weighted", made, [made], [0], None, {}), outcome, 0.01, connect, error)
+    return make_attempt(backend, outcome, connect=connect, error=error)
 
 
 def finish(app: Flask, *attempts: Attempt, status: int = 200, seconds: float = 0.02, **fields: Any) -> None:
     statistics: Statistics = app.extensions["control"].statistics
     statistics.begin()
-    made = Exchange(1.0, fields.pop("method", "GET"), "/x", "id", attempts=list(attempts), **fields)
-    made.backend = attempts[-1].backend if attempts else None
-    made.status, made.seconds = status, seconds
-    statistics.record(made)
+    backend = attempts[-1].backend if attempts else None
+    statistics.record(make_exchange(backend, status, seconds, attempts=list(attempts), **fields))
 
 
 # A real process under all kinds of traffic.

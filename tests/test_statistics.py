@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import Clock, make_choice
+from support import Clock, make_attempt, make_exchange
 from werkzeug.test import Client
 
 from balancer.backends import LastCheck
 from balancer.errors import ResponseTimedOut
 from balancer.events import EVENTS_KEPT, Events
-from balancer.exchange import PATH_SHOWN, Attempt, Exchange
+from balancer.exchange import PATH_SHOWN, Exchange
 from balancer.histogram import BOUNDS, Histogram
 from balancer.origin import Origin
 from balancer.settings import BackendSettings, Settings
@@ -45,9 +45,7 @@ def restless() -> Iterator[None]:
 
 
 def exchange(status: int = 200, backend: str | None = "a", seconds: float = 0.01, complete: bool = True) -> Exchange:
-    made = Exchange(timestamp=1.0, method="GET", path="/x", request_id="id-1")
-    made.status, made.backend, made.seconds, made.complete = status, backend, seconds, complete
-    return made
+    return make_exchange(backend, status, seconds, complete=complete)
 
 
 def finish(statistics: Statistics, *exchanges: Exchange) -> None:
@@ -204,8 +202,8 @@ def test_a_recent_request_says_what_was_tried_and_cuts_long_paths() -> None:
     one.path = "/" + "x" * 1000
     one.reason = "http_response_timeout"
     one.attempts = [
-        Attempt(make_choice("b"), "connection_refused", 0.001, error="http://b: refused"),
-        Attempt(make_choice("a"), "http_response_timeout", 1.0),
+        make_attempt("b", "connection_refused", 0.001, error="http://b: refused"),
+        make_attempt("a", "http_response_timeout", 1.0),
     ]
     told = one.describe()
     assert (told["attempts"], told["reason"]) == (2, "http_response_timeout")
