@@ -38,28 +38,6 @@ from wire import WireBackend, read_response, request, wait_closed
 LONG = ("--shutdown-delay=60", "--drain-timeout=60")  # nothing here may wait for these
 
 
-@pytest.fixture(scope="module")
-def scripted() -> Iterator[WireBackend]:
-    backend = WireBackend()
-    yield backend
-    backend.close()
-
-
-@pytest.fixture
-def start(scripted: WireBackend) -> Iterator[Callable[..., BalancerProcess]]:
-    started: list[BalancerProcess] = []
-    scripted.reset()
-
-    def begin(*arguments: str, **options: bool) -> BalancerProcess:
-        flags = (f"--backend=only={scripted.url}", "--health-timeout=5", *arguments)
-        started.append(BalancerProcess(*flags, **options))
-        return started[-1]
-
-    yield begin
-    for balancer in started:
-        balancer.stop()
-
-
 @pytest.fixture
 def go_on(scripted: WireBackend) -> Iterator[threading.Event]:
     """The backend answers `/held` only when this is set."""
