@@ -296,6 +296,8 @@ def __getattr__(name: str) -> Any:
     """`load_balancer:app` for other WSGI servers, made when it is asked for, from the environment."""
     if name != "app":
         raise AttributeError(name)
+    for warning in settings.warnings():
+        log.warning(warning)
     app = create_app(*settings.load({}))
     balancer: Balancer = app.extensions["balancer"]
     balancer.start()
@@ -336,6 +338,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check, show, file = parsed.pop("check_config"), parsed.pop("print_config"), parsed.pop("config")
     if file is None and (name := os.environ.get("LB_CONFIG", "").strip()):
         file = Path(name)
+    for warning in settings.warnings():
+        print(f"load_balancer.py: warning: {warning}", file=sys.stderr)
     try:
         config, sources = settings.load(parsed, file=file)
         if show:

@@ -541,6 +541,7 @@ def print_urls(services: Sequence[Service], detached: bool) -> None:
             control = f"http://{host}:{service.ready_port or service.port}{control_prefix()}"
             print_balancer_urls(f"http://{host}:{service.port}", control)
             warn_of_unhealthy(service)
+            repeat_warnings(service)
     say(f"Stop with: {SCRIPT} stop" if detached else "Stop with Ctrl-C.")
 
 
@@ -574,6 +575,13 @@ def warn_of_unhealthy(balancer: Service) -> None:
         pass  # it has just said that it is ready; what it says now is for the person to see
     finally:
         connection.close()
+
+
+def repeat_warnings(balancer: Service) -> None:
+    """What it says of variables that it does not know: nobody would look for a slip of the pen in a log."""
+    for line in balancer.log.read_text(encoding="utf-8", errors="replace").splitlines():
+        if line.startswith(f"{balancer.script}: warning: "):
+            say("  Warning: " + line.partition(": warning: ")[2])
 
 
 def watch(services: Sequence[Service]) -> int:

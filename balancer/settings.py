@@ -3,7 +3,7 @@
 A setting's name is the same everywhere: `health_interval` is `--health-interval`, `LB_HEALTH_INTERVAL`, and
 `health_interval` in the TOML file. A flag wins over the environment, that over the file, that over the default.
 Unknown keys of the file and wrong values are refused at the start, in one line that names the value and where it came
-from.
+from; unknown variables are only told (`environment`).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from pydantic import (
     model_validator,
 )
 
+from balancer import environment
 from balancer.backends import ID_PATTERN, MAX_CONNECTIONS, MAX_WEIGHT
 from balancer.ejection import LatencyMode
 from balancer.errors import SettingsError
@@ -42,13 +43,10 @@ Weight = Annotated[int, Field(ge=0, le=MAX_WEIGHT), BeforeValidator(lambda v: st
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 MaxConnections = Annotated[int, Field(ge=1, le=MAX_CONNECTIONS)]
 
-# Names that are not LB_ + NAME: those of the earlier program. They count less than the regular ones.
-LEGACY_ENVIRONMENT = {"ALGORITHM": "algorithm"}
 UNITS = {"max_header_bytes": " bytes", "min_body_rate": " bytes/s"} | dict.fromkeys(
     ("retry_budget", "eject_max_share", "latency_ejection_factor", "panic_threshold"), ""
 )  # the other floats are seconds
 MAX_FILE = 1_048_576  # bytes of a configuration file: room for ten thousand backends
-SECRET_FILES = {"LB_ADMIN_TOKEN_FILE": "admin_token"}
 
 
 class BackendSettings(BaseModel):
@@ -296,7 +294,11 @@ def load(
     values: dict[str, Any] = {}
     sources: dict[str, str] = dict.fromkeys(Settings.model_fields, "default")
     flags = {name: value for name, value in arguments.items() if value is not None}
-    for source, given in (("file", _from_file(file)), ("environment", _from_environment(environ)), ("flag", flags)):
+    for source, given in (
+        ("file", _from_file(file)),
+        ("environment", environment.read(environ, Settings.model_fields)),
+        ("flag", flags),
+    ):
         for name, value in given.items():
             values[name] = _split(name, value)
             sources[name] = f"file {file}" if source == "file" else source
@@ -304,6 +306,11 @@ def load(
         return Settings.model_validate(values), sources
     except ValidationError as error:
         raise SettingsError("; ".join(_explain(detail, sources) for detail in error.errors())) from None
+
+
+def warnings(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """A line for each variable that looks like a setting and is none."""
+    return environment.unknown(environ, Settings.model_fields)
 
 
 def show(value: Any) -> str:
@@ -340,19 +347,6 @@ def _from_file(file: Path | None) -> dict[str, Any]:
         raise SettingsError(f"config file {file}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # also a number of thousands of digits, or brackets without end
         raise SettingsError(f"config file {file}: {error}") from None
-
-
-def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
-    """Blanks around a value are not part of it: cmd.exe leaves them. An empty value counts as not set."""
-    names = LEGACY_ENVIRONMENT | {f"LB_{name.upper()}": name for name in Settings.model_fields}
-    found = {field: environ[name].strip() for name, field in names.items() if environ.get(name, "").strip()}
-    for name, field in SECRET_FILES.items():
-        if path := environ.get(name, "").strip():
-            try:
-                found[field] = Path(path).read_text(encoding="utf-8").strip()
-            except (OSError, UnicodeDecodeError) as error:
-                raise SettingsError(f"{name}={path}: {getattr(error, 'strerror', None) or error}") from None
-    return found
 
 
 def _split(name: str, value: Any) -> Any:

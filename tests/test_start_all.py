@@ -233,6 +233,13 @@ def test_backends_that_get_no_requests_are_named(demo: Demo) -> None:
     assert "backend_2 gets no requests: health check answered 404" in run.out
 
 
+def test_a_slip_of_the_pen_in_a_variable_is_told(demo: Demo) -> None:
+    """The balancer says it in its log, where nobody would look for it."""
+    run = demo.start(LB_ALGORITM="round_robin")
+    run.until("Stop with")
+    assert "  Warning: the variable LB_ALGORITM is ignored, there is no such setting; did you mean LB_ALGO" in run.out
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGHUP, 0)])
 def test_a_signal_stops_everything(demo: Demo, number: int, code: int) -> None:
     run = demo.ready()
