@@ -66,7 +66,8 @@ def test_imports_point_down_one_way_with_no_cycle() -> None:
         ("judge", {"backends", "ejection"}),
         ("strategies", {"backends", "errors"}),
         ("environment", {"errors"}),
-        ("settings", {"backends", "ejection", "environment", "errors", "origin"}),
+        ("wording", {"backends"}),
+        ("settings", {"backends", "ejection", "environment", "errors", "origin", "wording"}),
     ],
 )
 def test_the_lowest_parts_know_little(name: str, allowed: set[str]) -> None:
