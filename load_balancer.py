@@ -11,6 +11,8 @@ import signal
 
 if __name__ == "__main__":  # Ctrl-C while the imports below run ends the process without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if hasattr(signal, "pthread_sigmask"):  # a SIGHUP that comes before `Signals` can react waits, it must not kill
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
 
 import argparse
 import atexit
