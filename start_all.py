@@ -493,6 +493,7 @@ def run_services(services: list[Service], detach: bool) -> int:
     finally:
         stop_services(services)
         remove_pid(own_pid_file, os.getpid())
+        name_survivors(services)
 
 
 def without_running(services: list[Service]) -> list[Service]:
@@ -637,6 +638,13 @@ def stop_services(services: Sequence[Service]) -> None:
         deadline = time.monotonic() + STOP_SECONDS
         for service in group:
             service.wait(deadline)
+
+
+def name_survivors(services: Sequence[Service]) -> None:
+    """What another start_all has started in the place of one of ours goes on: that one may not even be detached."""
+    names = [service.name for service in services if service.process and read_pid(service.pid_file)]
+    if names:
+        say(f"Another start_all has started {', '.join(names)} again; to stop that as well: {SCRIPT} stop")
 
 
 def stop_command() -> int:
