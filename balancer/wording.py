@@ -38,7 +38,7 @@ def complaint(error: Mapping[str, Any], model: type[BaseModel], unit: str = "") 
 
 def shown(value: Any, hide: bool = False) -> str:
     """The value as it was written, or nearly; `hide` if it has an @, for a URL with user info holds a password."""
-    text = str(value).lower() if value is None or isinstance(value, bool) else repr(value)
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
     if hide and "@" in text:
         return "(hidden)"
     return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."

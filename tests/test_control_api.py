@@ -748,6 +748,7 @@ def test_a_wrong_value_is_refused_and_named(
             {"url": "http://u:pa55word@" + "x" * 300},
             "url = (hidden): expected text of at most 300",
         ),
+        ("POST", "/backends", {"url": None}, "url = null: expected text of at most 300"),
         ("POST", "/backends", {"url": 3}, "url = 3: expected text of at most 300 characters: http://HOST:PORT or "),
     ],
 )
