@@ -11,6 +11,8 @@ import signal
 
 if __name__ == "__main__":  # Ctrl-C while the imports below run ends the process without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if hasattr(signal, "pthread_sigmask"):  # a SIGHUP that comes before `Signals` can react waits, it must not kill
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
 
 import argparse
 import atexit
@@ -297,6 +299,8 @@ def __getattr__(name: str) -> Any:
     """`load_balancer:app` for other WSGI servers, made when it is asked for, from the environment."""
     if name != "app":
         raise AttributeError(name)
+    for warning in settings.warnings():
+        log.warning(warning)
     app = create_app(*settings.load({}))
     balancer: Balancer = app.extensions["balancer"]
     balancer.start()
@@ -337,6 +341,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check, show, file = parsed.pop("check_config"), parsed.pop("print_config"), parsed.pop("config")
     if file is None and (name := os.environ.get("LB_CONFIG", "").strip()):
         file = Path(name)
+    for warning in settings.warnings():
+        print(f"load_balancer.py: warning: {warning}", file=sys.stderr)
     try:
         config, sources = settings.load(parsed, file=file)
         if show:

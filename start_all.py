@@ -493,6 +493,7 @@ def run_services(services: list[Service], detach: bool) -> int:
     finally:
         stop_services(services)
         remove_pid(own_pid_file, os.getpid())
+        name_survivors(services)
 
 
 def without_running(services: list[Service]) -> list[Service]:
@@ -541,6 +542,7 @@ def print_urls(services: Sequence[Service], detached: bool) -> None:
             control = f"http://{host}:{service.ready_port or service.port}{control_prefix()}"
             print_balancer_urls(f"http://{host}:{service.port}", control)
             warn_of_unhealthy(service)
+            repeat_warnings(service)
     say(f"Stop with: {SCRIPT} stop" if detached else "Stop with Ctrl-C.")
 
 
@@ -574,6 +576,13 @@ def warn_of_unhealthy(balancer: Service) -> None:
         pass  # it has just said that it is ready; what it says now is for the person to see
     finally:
         connection.close()
+
+
+def repeat_warnings(balancer: Service) -> None:
+    """What it says of variables that it does not know: nobody would look for a slip of the pen in a log."""
+    for line in balancer.log.read_text(encoding="utf-8", errors="replace").splitlines():
+        if line.startswith(f"{balancer.script}: warning: "):
+            say("  Warning: " + line.partition(": warning: ")[2])
 
 
 def watch(services: Sequence[Service]) -> int:
@@ -629,6 +638,13 @@ def stop_services(services: Sequence[Service]) -> None:
         deadline = time.monotonic() + STOP_SECONDS
         for service in group:
             service.wait(deadline)
+
+
+def name_survivors(services: Sequence[Service]) -> None:
+    """What another start_all has started in the place of one of ours goes on: that one may not even be detached."""
+    names = [service.name for service in services if service.process and read_pid(service.pid_file)]
+    if names:
+        say(f"Another start_all has started {', '.join(names)} again; to stop that as well: {SCRIPT} stop")
 
 
 def stop_command() -> int:

@@ -22,8 +22,8 @@ from flask_cors import CORS
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
-from balancer import __version__, openapi, strategies
-from balancer.backends import ID_PATTERN, AdminState
+from balancer import __version__, openapi, strategies, wording
+from balancer.backends import AdminState
 from balancer.errors import ClientError, ClientGone, SettingsError
 from balancer.events import REFUSED, Events
 from balancer.guard import ApiError, WriteGuard
@@ -60,7 +60,7 @@ class Nothing(Body):
 
 
 class BackendCreate(Body):
-    id: str | None = Field(None, pattern=f"^{ID_PATTERN}$", description="unique name; chosen if left out")
+    id: str | None = Field(None, pattern=wording.ID, description="unique name; chosen if left out")
     url: str = Field(max_length=300, description="http://HOST:PORT or https://HOST:PORT")
     weight: Weight = 1
     max_connections: MaxConnections | None = None
@@ -162,7 +162,7 @@ def _body(model: type[M]) -> M:
         return model.model_validate(given)
     except ValidationError as error:
         known = ", ".join(model.model_fields) or "no fields"
-        details = "; ".join(_explain(detail) for detail in error.errors(include_url=False))
+        details = "; ".join(_explain(detail, model) for detail in error.errors(include_url=False))
         raise ApiError(_validation_status(), f"{details} (fields: {known})"[:1000]) from None
 
 
@@ -171,9 +171,12 @@ def _validation_status() -> int:
     return 400 if _legacy() else 422
 
 
-def _explain(detail: Any) -> str:
-    name = ".".join(str(part) for part in detail["loc"])
-    return f"{name}: {detail['msg']}"
+def _explain(detail: Any, model: type[Body]) -> str:
+    name = str(detail["loc"][0])
+    if detail["type"] == "extra_forbidden":
+        return f"unknown field {name[:80]!r}"
+    value = "" if detail["type"] == "missing" else f" = {wording.shown(detail['input'], hide=name == 'url')}"
+    return f"{name}{value}: {wording.complaint(detail, model)}"
 
 
 def _refuse_constant(name: str) -> float:

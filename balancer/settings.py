@@ -3,7 +3,7 @@
 A setting's name is the same everywhere: `health_interval` is `--health-interval`, `LB_HEALTH_INTERVAL`, and
 `health_interval` in the TOML file. A flag wins over the environment, that over the file, that over the default.
 Unknown keys of the file and wrong values are refused at the start, in one line that names the value and where it came
-from.
+from; unknown variables are only told (`environment`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from pydantic import (
     model_validator,
 )
 
-from balancer.backends import ID_PATTERN, MAX_CONNECTIONS, MAX_WEIGHT
+from balancer import environment, wording
+from balancer.backends import MAX_CONNECTIONS, MAX_WEIGHT
 from balancer.ejection import LatencyMode
 from balancer.errors import SettingsError
 from balancer.origin import Origin
@@ -38,17 +39,14 @@ from balancer.origin import Origin
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
 SecondsOrZero = Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False)]
-Weight = Annotated[int, Field(ge=0, le=MAX_WEIGHT), BeforeValidator(lambda v: str(v) if isinstance(v, bool) else v)]
+Weight = Annotated[int, Field(ge=0, le=MAX_WEIGHT), BeforeValidator(wording.no_truth_value)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 MaxConnections = Annotated[int, Field(ge=1, le=MAX_CONNECTIONS)]
 
-# Names that are not LB_ + NAME: those of the earlier program. They count less than the regular ones.
-LEGACY_ENVIRONMENT = {"ALGORITHM": "algorithm"}
-UNITS = {"max_header_bytes": " bytes", "min_body_rate": " bytes/s"} | dict.fromkeys(
+UNITS = {"max_header_bytes": "bytes", "max_request_body": "bytes", "min_body_rate": "bytes/s"} | dict.fromkeys(
     ("retry_budget", "eject_max_share", "latency_ejection_factor", "panic_threshold"), ""
 )  # the other floats are seconds
 MAX_FILE = 1_048_576  # bytes of a configuration file: room for ten thousand backends
-SECRET_FILES = {"LB_ADMIN_TOKEN_FILE": "admin_token"}
 
 
 class BackendSettings(BaseModel):
@@ -56,9 +54,7 @@ class BackendSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    id: str = Field(
-        "", pattern=f"^(?:{ID_PATTERN})?$", description="name, unique; backend_1, backend_2, ... if left out"
-    )
+    id: str = Field("", pattern=wording.ID_OR_NONE, description="name, unique; backend_1, backend_2, ... if left out")
     url: str = Field(description="http://HOST:PORT or https://HOST:PORT")
     weight: Weight = Field(1, description="share of the traffic relative to the others; 0 for no new requests")
     max_connections: MaxConnections | None = Field(None, description="requests at the same time; no limit if left out")
@@ -97,7 +93,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     # Who and where.
-    id: str = Field("lb-1", pattern=f"^{ID_PATTERN}$", description="name of this balancer in answers and in Via")
+    id: str = Field("lb-1", pattern=wording.ID, description="name of this balancer in answers and in Via")
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0 or :: for all")
     port: int = Field(9000, ge=0, le=65535, description="port to listen on; 0 for any free one, which is printed")
     control_port: Port | None = Field(None, description="port for the control paths alone, on the same address")
@@ -130,7 +126,7 @@ class Settings(BaseModel):
     expose_backend: bool = Field(False, description="add X-Served-By with the backend's id to answers")
 
     # Health checks.
-    health_path: str = Field("/health", pattern=r"^/[\x21-\x7e]*$", description="path asked by the health checks")
+    health_path: str = Field("/health", pattern=wording.PATH, description="path asked by the health checks")
     health_interval: Seconds = Field(0.5, description="time between two checks of a backend; a fifth while it changes")
     health_timeout: Seconds = Field(0.4, description="time for a check to connect, and to answer")
     health_fall: int = Field(2, ge=1, le=100, description="failed checks in a row until a backend is down")
@@ -194,10 +190,7 @@ class Settings(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _check_booleans(cls, value: Any, info: ValidationInfo) -> Any:
-        """A truth value is no number, though Python and pydantic take it for 1."""
-        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
-            raise ValueError("a truth value does not fit here")
-        return value
+        return value if cls.model_fields[info.field_name or ""].annotation is bool else wording.no_truth_value(value)
 
     @field_validator("admin_token")
     @classmethod
@@ -222,9 +215,11 @@ class Settings(BaseModel):
     def _check_networks(cls, networks: tuple[str, ...]) -> tuple[str, ...]:
         for network in networks:
             try:
-                ipaddress.ip_network(network)
-            except ValueError as error:
-                raise ValueError(f"{error}; expected a network such as 10.0.0.0/8") from None
+                found = ipaddress.ip_network(network, strict=False)
+            except ValueError:
+                raise ValueError(f"{network!r} is no network; expected one such as 10.0.0.0/8 or ::1") from None
+            if "/" in network and found.network_address != ipaddress.ip_interface(network).ip:
+                raise ValueError(f"{network!r} is an address in a network; expected {found} for all of it")
         return networks
 
     @field_validator("cors_origins")
@@ -286,7 +281,7 @@ def default_of(name: str) -> str:
     default = Settings.model_fields[name].default
     if default in (None, "", ()):
         return "none"
-    return show(default) + UNITS.get(name, " s" if isinstance(default, float) else "")
+    return f"{show(default)} {UNITS.get(name, 's' if isinstance(default, float) else '')}".rstrip()
 
 
 def load(
@@ -296,7 +291,11 @@ def load(
     values: dict[str, Any] = {}
     sources: dict[str, str] = dict.fromkeys(Settings.model_fields, "default")
     flags = {name: value for name, value in arguments.items() if value is not None}
-    for source, given in (("file", _from_file(file)), ("environment", _from_environment(environ)), ("flag", flags)):
+    for source, given in (
+        ("file", _from_file(file)),
+        ("environment", environment.read(environ, Settings.model_fields)),
+        ("flag", flags),
+    ):
         for name, value in given.items():
             values[name] = _split(name, value)
             sources[name] = f"file {file}" if source == "file" else source
@@ -304,6 +303,11 @@ def load(
         return Settings.model_validate(values), sources
     except ValidationError as error:
         raise SettingsError("; ".join(_explain(detail, sources) for detail in error.errors())) from None
+
+
+def warnings(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """A line for each variable that looks like a setting and is none."""
+    return environment.unknown(environ, Settings.model_fields)
 
 
 def show(value: Any) -> str:
@@ -342,26 +346,13 @@ def _from_file(file: Path | None) -> dict[str, Any]:
         raise SettingsError(f"config file {file}: {error}") from None
 
 
-def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
-    """Blanks around a value are not part of it: cmd.exe leaves them. An empty value counts as not set."""
-    names = LEGACY_ENVIRONMENT | {f"LB_{name.upper()}": name for name in Settings.model_fields}
-    found = {field: environ[name].strip() for name, field in names.items() if environ.get(name, "").strip()}
-    for name, field in SECRET_FILES.items():
-        if path := environ.get(name, "").strip():
-            try:
-                found[field] = Path(path).read_text(encoding="utf-8").strip()
-            except (OSError, UnicodeDecodeError) as error:
-                raise SettingsError(f"{name}={path}: {getattr(error, 'strerror', None) or error}") from None
-    return found
-
-
 def _split(name: str, value: Any) -> Any:
     """Lists are comma-separated in the environment and in flags; backends also have a short form."""
     if name in ("trusted_proxies", "cors_origins", "backends") and isinstance(value, str):
         value = [item.strip() for item in value.split(",") if item.strip()]
     if name == "backends" and isinstance(value, list):
         return [BackendSettings.parse(item) if isinstance(item, str) else item for item in value]
-    if name == "cpu_affinity" and isinstance(value, int):
+    if name == "cpu_affinity" and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     return value.strip() if isinstance(value, str) else value
 
@@ -369,13 +360,14 @@ def _split(name: str, value: Any) -> Any:
 def _explain(detail: Mapping[str, Any], sources: Mapping[str, str]) -> str:
     """One wrong setting in words: name, value, source, what is expected."""
     path: Sequence[Any] = detail["loc"]
-    name = str(path[0]) if path else ""
-    where = ".".join(str(part) for part in path)
-    message = str(detail["msg"]).removeprefix("Value error, ")
+    if not path:  # two settings that do not go together
+        return wording.complaint(detail, Settings)
+    name, where = str(path[0]), ".".join(str(part) for part in path)
     if detail["type"] == "extra_forbidden":
         return f"unknown setting {where!r} ({sources.get(name, 'unknown')}); see --help"
-    value = repr(detail.get("input"))
-    if name == "admin_token" or (name == "backends" and "@" in value):  # a URL with user info holds a password
-        value = "(hidden)"
-    value = value[:120]
-    return f"{where} = {value} ({sources.get(name, 'settings')}): {message}" if name else message
+    unit = UNITS.get(name, "seconds" if isinstance(Settings.model_fields[name].default, float) else "")
+    told = f"({sources[name]}): {wording.complaint(detail, Settings, unit)}"
+    if detail["type"] == "missing" or (where == "backends" and detail["type"] == "value_error"):  # no value, or all
+        return f"{where} {told}"
+    value = "(hidden)" if name == "admin_token" else wording.shown(detail["input"], hide=name == "backends")
+    return f"{where} = {value} {told}"

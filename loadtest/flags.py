@@ -27,7 +27,8 @@ EXAMPLES = """examples:
   test_client.py --no-preflight -n 1k http://127.0.0.1:5001/api/process      any HTTP server
 
 """
-EPILOG = """Every option can be set in the environment: --max-p95 is LB_TEST_MAX_P95; a flag wins. Without any option of
+EPILOG = """A TIME is 200ms, 10s or 1m. Without a unit it is in seconds, but --max-pN and --buckets want one.
+Every option can be set in the environment: --max-p95 is LB_TEST_MAX_P95; a flag wins. Without any option of
 the group "load" the balancer is checked: sequential and concurrent requests, distribution, response times. With one,
 that load is sent. Exit codes: 0 all checks hold, 1 a check failed, 2 wrong usage, 3 not reachable or not a balancer,
 4 internal error, 130 interrupted."""
@@ -137,7 +138,7 @@ def _add_balancer(add: Any) -> None:
 def _add_thresholds(add: Any) -> None:
     add("--max-error-rate", metavar="PERCENT", type=values.percent, default=0.0, help="of failures (default: 0)")
     for rank in (50, 95, 99):
-        add(f"--max-p{rank}", metavar="TIME", type=values.duration, help=f"{rank} %% of the answers within this time")
+        add(f"--max-p{rank}", metavar="TIME", type=values.limit, help=f"{rank} %% of the answers within this, as 200ms")
     add("--min-rps", metavar="R", type=values.rate, help="good answers a second, at least")
     add("--exit-zero", action="store_true", help="a failed check is reported, but the exit code is 0")
 

@@ -67,6 +67,9 @@ class Runs:
         before = self._status()
         whole = self._describe(self._sender.send("load", load), before)
         outcome = Outcome(whole, checks=self._judge(None, whole, before))
+        if self._balancer and before["healthy"] and whole["summary"]["ok"] and not shares.are_judged(self._options):
+            # Its table shows expected shares all the same, beside rows that are those of nobody.
+            whole["note"] = shares.why_unknown(whole, before, self._balancer.status())
         report.result(whole)
         return outcome
 

@@ -59,7 +59,7 @@ def _to_bounds(match: re.Match[str]) -> list[float] | None:
     """Upper bounds in milliseconds; an empty list means that they are made to fit."""
     if match[0] == "auto":
         return []
-    bounds = [round(duration(item.strip()) * 1000, 6) for item in match[0].split(",")]
+    bounds = [round(limit(item.strip()) * 1000, 6) for item in match[0].split(",")]
     return bounds if bounds == sorted(set(bounds)) and len(bounds) <= MAX_BUCKETS else None
 
 
@@ -80,6 +80,14 @@ def _read_token(match: re.Match[str]) -> str | None:
     with contextlib.suppress(OSError, ValueError), open(match[0], encoding="ascii") as file:
         return token[0] if (token := re.fullmatch(r"[\x21-\x7e]+", file.read(MAX_TOKEN).strip())) else None
     return None
+
+
+def limit(text: str) -> float:
+    """A duration that says its unit: of "200" for an answer nobody knows whether seconds are meant."""
+    if re.fullmatch("[0-9]+([.][0-9]+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} has no unit: {text}ms or {text}s?")
+    seconds: float = duration(text)
+    return seconds
 
 
 def body_file(name: str) -> bytes:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import settings
 from stub_balancer import StubBalancer
-from support import BalancerProcess, Demo, ScriptedBackend, start_demo
+from support import BalancerProcess, Demo, start_demo
+from wire import WireBackend
 
 # In the background of a shell, or under nohup, these are ignored, and every process started here would inherit that.
 for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
@@ -30,14 +31,14 @@ def demo() -> Iterator[Demo]:
 
 
 @pytest.fixture(scope="module")
-def scripted() -> Iterator[ScriptedBackend]:
-    backend = ScriptedBackend()
+def scripted() -> Iterator[WireBackend]:
+    backend = WireBackend()
     yield backend
     backend.close()
 
 
 @pytest.fixture(scope="module")
-def scripted_balancer(scripted: ScriptedBackend) -> Iterator[BalancerProcess]:
+def scripted_balancer(scripted: WireBackend) -> Iterator[BalancerProcess]:
     """A balancer in front of the scripted backend alone, with short time limits."""
     balancer = BalancerProcess(
         f"--backend=only={scripted.url}",
@@ -53,7 +54,7 @@ def scripted_balancer(scripted: ScriptedBackend) -> Iterator[BalancerProcess]:
 
 
 @pytest.fixture
-def backend(scripted: ScriptedBackend, scripted_balancer: BalancerProcess) -> ScriptedBackend:
+def backend(scripted: WireBackend, scripted_balancer: BalancerProcess) -> WireBackend:
     """The scripted backend, answering 200 again and believed to be up."""
     scripted.reset()
     scripted_balancer.wait_healthy("only")
@@ -61,8 +62,24 @@ def backend(scripted: ScriptedBackend, scripted_balancer: BalancerProcess) -> Sc
 
 
 @pytest.fixture
-def balancer(scripted_balancer: BalancerProcess, backend: ScriptedBackend) -> BalancerProcess:
+def balancer(scripted_balancer: BalancerProcess, backend: WireBackend) -> BalancerProcess:
     return scripted_balancer
+
+
+@pytest.fixture
+def start(scripted: WireBackend) -> Iterator[Callable[..., BalancerProcess]]:
+    """Starts balancers in front of the scripted backend, with default limits."""
+    started: list[BalancerProcess] = []
+    scripted.reset()
+
+    def begin(*arguments: str, **options: bool) -> BalancerProcess:
+        flags = (f"--backend=only={scripted.url}", "--health-timeout=5", *arguments)
+        started.append(BalancerProcess(*flags, **options))
+        return started[-1]
+
+    yield begin
+    for balancer in started:
+        balancer.stop()
 
 
 @pytest.fixture

@@ -7,7 +7,9 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +25,7 @@ from support import (
     ROOT,
     BalancerProcess,
     Demo,
+    RawRequest,
     ScriptedBackend,
     exchange,
     fetch,
@@ -188,6 +191,44 @@ def test_a_reload_switches_it(tmp_path: Path) -> None:
         balancer.stop()
         backend.close()
     assert [line["path"] for line in json_lines(balancer)] == ["/after"]
+
+
+def test_a_reload_turns_it_off_in_mid_request(tmp_path: Path) -> None:
+    """Of what ends without a log nothing is logged; to the clients it makes no difference."""
+    backend, go_on = ScriptedBackend(), threading.Event()
+
+    def script(sock: socket.socket, asked: RawRequest) -> None:
+        first, rest = {b"/head": (b"", ok(b"whole")), b"/body": (ok(b"whole")[:-2], b"le")}.get(
+            asked.target, (b"", ok())
+        )
+        sock.sendall(first)
+        assert asked.target not in (b"/head", b"/body") or go_on.wait(20)
+        sock.sendall(rest)
+
+    backend.script = script
+    file = tmp_path / "balancer.toml"
+    settings = f'[[backends]]\nid = "only"\nurl = "{backend.url}"\n'
+    file.write_text('access_log = true\naccess_log_format = "json"\n' + settings)
+    balancer = BalancerProcess(f"--config={file}")
+    try:
+        assert fetch(f"{balancer.url}/before")[0] == 200
+        with ThreadPoolExecutor(2) as clients:
+            asked = [clients.submit(fetch, f"{balancer.url}{path}") for path in ("/head", "/body")]
+            wait_until(lambda: len(backend.requests) == 3, what="both are under way")
+            file.write_text(settings)
+            changes = fetch_json(f"{balancer.url}/reload", {})["changes"]
+            go_on.set()
+            assert [answer.result()[::2] for answer in asked] == [(200, b"whole")] * 2
+        assert fetch(f"{balancer.url}/after")[0] == 200
+        ends = balancer.status()["recent_requests"]
+    finally:
+        go_on.set()
+        balancer.stop()  # writes what is left
+        backend.close()
+    assert "access_log" in [change["what"] for change in changes]
+    assert len(ends) == 4 and all(end["complete"] and end["reason"] is None for end in ends)
+    assert [line["path"] for line in json_lines(balancer)] == ["/before"]
+    assert "Traceback" not in balancer.output and "ERROR" not in balancer.output
 
 
 # Safe to look at.

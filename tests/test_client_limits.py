@@ -24,29 +24,6 @@ from balancer.workers import WorkerPool
 FRAME = 16384  # bytes
 
 
-@pytest.fixture(scope="module")
-def scripted() -> Iterator[WireBackend]:
-    backend = WireBackend()
-    yield backend
-    backend.close()
-
-
-@pytest.fixture
-def start(scripted: WireBackend) -> Iterator[Callable[..., BalancerProcess]]:
-    """Starts balancers in front of the scripted backend, with default limits."""
-    started: list[BalancerProcess] = []
-    scripted.reset()
-
-    def begin(*arguments: str, **options: bool) -> BalancerProcess:
-        flags = (f"--backend=only={scripted.url}", "--health-timeout=5", *arguments)
-        started.append(BalancerProcess(*flags, **options))
-        return started[-1]
-
-    yield begin
-    for balancer in started:
-        balancer.stop()
-
-
 def active(balancer: BalancerProcess) -> int:
     found: int = balancer.status()["statistics"]["active_requests"]
     return found

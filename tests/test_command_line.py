@@ -155,6 +155,52 @@ def test_a_bad_config_file_is_named(capsys: pytest.CaptureFixture[str], tmp_path
         assert_one_line(capsys.readouterr().err, str(path))
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("LB_ALGORITM", "did you mean LB_ALGORITHM?"),
+        ("LB_BACKEND", "did you mean LB_BACKENDS?"),
+        ("LB_ADMIN_TOKENFILE", "did you mean LB_ADMIN_TOKEN_FILE?"),
+        ("LB_CONFIG_FILE", "did you mean LB_CONFIG?"),
+        ("LB_XYZZY", "see --help"),
+    ],
+)
+def test_an_unknown_variable_is_told_without_its_value(name: str, hint: str) -> None:
+    done = run("--check-config", env={name: PASSWORD})
+    assert (done.returncode, done.stdout) == (0, "configuration ok\n")
+    assert_one_line(done.stderr, f"warning: the variable {name} is ignored", hint)
+    assert PASSWORD not in done.stderr
+
+
+# Of Services called lb and lb-control, on ports 80 and "http".
+KUBERNETES = {
+    "LB_SERVICE_HOST": "10.96.0.7",
+    "LB_SERVICE_PORT": "80",
+    "LB_SERVICE_PORT_HTTP": "80",
+    "LB_PORT": "tcp://10.96.0.7:80",
+    "LB_PORT_80_TCP": "tcp://10.96.0.7:80",
+    "LB_PORT_80_TCP_PROTO": "tcp",
+    "LB_PORT_80_TCP_PORT": "80",
+    "LB_PORT_80_TCP_ADDR": "10.96.0.7",
+    "LB_CONTROL_SERVICE_HOST": "10.96.0.8",
+    "LB_CONTROL_PORT": "udp://10.96.0.8:9001",
+}
+
+
+@pytest.mark.parametrize("env", [KUBERNETES, {"LB_URL": "http://x", "LB_TEST_RATE": "5"}, {"LB_PROT": " "}])
+def test_the_variables_of_others_are_passed_over_in_silence(env: dict[str, str]) -> None:
+    done = run("--print-config", env=env)
+    assert (done.returncode, done.stderr) == (0, "")
+    shown = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
+    assert (shown["port"], shown["control_port"]) == (["9000", "default"], ["(empty)", "default"])
+
+
+def test_a_port_in_a_variable_is_not_mistaken_for_that_of_a_service() -> None:
+    done = run("--check-config", env={"LB_PORT": "tcp:80"})
+    assert done.returncode == 2
+    assert_one_line(done.stderr, "port", "'tcp:80'", "environment")
+
+
 # What serves.
 
 

@@ -737,6 +737,34 @@ def test_a_wrong_value_is_refused_and_named(
     assert (state(app), events(app)) == before
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "body", "said"),
+    [
+        ("POST", "/algorithm", {}, "algorithm: is missing; expected name from GET /algorithm (fields: algorithm)"),
+        ("POST", "/algorithm", {"algorithm": 3}, "algorithm = 3: expected text: name from GET /algorithm"),
+        ("POST", "/reset", {"x": 1}, "unknown field 'x' (fields: no fields)"),
+        ("PATCH", "/backends/a", {"weight": 257}, "weight = 257: expected a whole number from 0 to 256"),
+        ("PATCH", "/backends/a", {"weight": True}, "weight = true: expected a whole number from 0 to 256"),
+        ("PATCH", "/backends/a", {"weight": "3"}, "weight = '3': expected a whole number from 0 to 256"),
+        ("PATCH", "/backends/a", {"max_connections": 0}, "max_connections = 0: expected a whole number from 1 to "),
+        ("PATCH", "/backends/a", {"admin_state": "off"}, "admin_state = 'off': expected ready, drain or maint"),
+        ("POST", "/backends", {"url": "http://x", "id": "a b"}, "id = 'a b': expected up to 64 letters"),
+        (
+            "POST",
+            "/backends",
+            {"url": "http://u:pa55word@" + "x" * 300},
+            "url = (hidden): expected text of at most 300",
+        ),
+        ("POST", "/backends", {"url": None}, "url = null: expected text of at most 300"),
+        ("POST", "/backends", {"url": 3}, "url = 3: expected text of at most 300 characters: http://HOST:PORT or "),
+    ],
+)
+def test_a_refusal_says_what_is_accepted(
+    client: FlaskClient, method: str, path: str, body: dict[str, Any], said: str
+) -> None:
+    assert said in client.open(path, method=method, json=body).json["error"]
+
+
 @pytest.mark.parametrize(("method", "path"), WRITES)
 def test_a_body_of_100_kb_is_refused_with_the_limit(app: Flask, client: FlaskClient, method: str, path: str) -> None:
     before = state(app), events(app)

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from support import (
     PYTHON,
+    ROOT,
     BalancerProcess,
     DemoBackend,
     Process,
@@ -36,28 +37,6 @@ from test_http2 import client
 from wire import WireBackend, read_response, request, wait_closed
 
 LONG = ("--shutdown-delay=60", "--drain-timeout=60")  # nothing here may wait for these
-
-
-@pytest.fixture(scope="module")
-def scripted() -> Iterator[WireBackend]:
-    backend = WireBackend()
-    yield backend
-    backend.close()
-
-
-@pytest.fixture
-def start(scripted: WireBackend) -> Iterator[Callable[..., BalancerProcess]]:
-    started: list[BalancerProcess] = []
-    scripted.reset()
-
-    def begin(*arguments: str, **options: bool) -> BalancerProcess:
-        flags = (f"--backend=only={scripted.url}", "--health-timeout=5", *arguments)
-        started.append(BalancerProcess(*flags, **options))
-        return started[-1]
-
-    yield begin
-    for balancer in started:
-        balancer.stop()
 
 
 @pytest.fixture
@@ -345,6 +324,32 @@ def test_a_reload_that_hangs_does_not_keep_the_process(reloading: Process, tmp_p
     wait_until(lambda: "reload begins" in reloading.output)
     reloading.send(signal.SIGTERM)
     assert reloading.wait(10) == 0
+
+
+def holds_hangup(process: Process) -> bool:
+    """SIGHUP is 1, the lowest bit of the mask."""
+    status = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii")
+    return bool(int(re.search(r"SigBlk:\s*([0-9a-f]+)", status)[1], 16) & 1)  # type: ignore[index]
+
+
+@pytest.mark.parametrize("has_file", [True, False], ids=["reloads", "ends"])
+def test_hangup_while_it_starts_waits_until_it_has_started(tmp_path: Path, has_file: bool) -> None:
+    """It ended the process at once, by the default action, without a word."""
+    port, file = free_port(), tmp_path / "balancer.toml"
+    file.write_text(f'port = {port}\nbackends = ["http://127.0.0.1:{free_port()}"]\n', encoding="utf-8")
+    arguments = ["--config", str(file)] if has_file else ["--port", str(port)]
+    process = Process([PYTHON, str(ROOT / "load_balancer.py"), *arguments])
+    try:
+        wait_until(lambda: holds_hangup(process), what="its first line has run")
+        process.send(signal.SIGHUP)
+        if has_file:
+            wait_until(lambda: "configuration reloaded" in process.output)
+            assert not holds_hangup(process)
+            process.send(signal.SIGTERM)
+        assert process.wait() == 0
+        assert "listening" in process.output
+    finally:
+        process.stop()
 
 
 def test_hangup_ends_what_has_nothing_to_reload() -> None:

@@ -2,14 +2,11 @@
 
 The client gets the answer that a strict reader (`reference.py`) finds in the bytes, or 502 or 504, or one that breaks
 off so that it shows; never one that looks whole and is wrong. The next request gets its own answer.
-
-Runs are the same every time. FUZZ_EXAMPLES=5000 makes them longer, FUZZ_SEED=N different; a failure shows both.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import socket
 from collections.abc import Callable, Iterator
@@ -18,33 +15,19 @@ from itertools import count
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, currently_in_test_context, event, example, given, seed, settings
+from fuzzing import MIB, SEED, fuzzing, mutations, patient
+from fuzzing import replay as replay
+from hypothesis import currently_in_test_context, event, example, given, seed
 from hypothesis import strategies as st
 from reference import Incomplete, Invalid, Message, response_in
 from support import BalancerProcess, connect, ok
 from wire import Broken, WireBackend, hang_up, read_response, request, resident_bytes
 
-pytestmark = pytest.mark.timeout(int(os.environ.get("FUZZ_TIMEOUT", "180")))
-
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "250"))
-SEED = int(os.environ.get("FUZZ_SEED", "1"))
-MIB = 1024 * 1024
+pytestmark = patient
 
 UPLOAD = b"x" * 300_000  # more than the balancer reads before it sends
 
 serial = count()
-
-
-@pytest.fixture(autouse=True)
-def replay() -> None:
-    print(f"FUZZ_SEED={SEED} FUZZ_EXAMPLES={EXAMPLES}")
-
-
-@pytest.fixture(scope="module")
-def scripted() -> Iterator[WireBackend]:
-    backend = WireBackend()
-    yield backend
-    backend.close()
 
 
 @pytest.fixture(scope="module")
@@ -263,36 +246,6 @@ PIECES = [
 ]  # fmt: skip
 
 
-@st.composite
-def mutations(draw: Callable[..., Any]) -> bytes:
-    """A good answer with a few bytes changed, taken out, put in, doubled, or cut off."""
-    data = draw(st.sampled_from(GOOD))
-    for _ in range(draw(st.integers(1, 3))):
-        at, size = draw(st.integers(0, len(data))), draw(st.integers(0, 12))
-        piece = draw(st.one_of(st.sampled_from(PIECES), st.binary(min_size=1, max_size=3)))
-        kind = draw(st.sampled_from(["put", "replace", "delete", "double", "cut"]))
-        if kind == "put":
-            data = data[:at] + piece + data[at:]
-        elif kind == "replace":
-            data = data[:at] + piece + data[at + len(piece) :]
-        elif kind == "delete":
-            data = data[:at] + data[at + size :]
-        elif kind == "double":
-            data = data[: at + size] + data[at : at + size] + data[at + size :]
-        else:
-            data = data[:at]
-    return data
-
-
-fuzzing = settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    database=None,
-    print_blob=True,
-    suppress_health_check=list(HealthCheck),
-)
-
-
 @seed(SEED)
 @fuzzing
 @given(method=ASKING, data=answers(), end=ENDINGS)
@@ -307,14 +260,17 @@ def test_generated_answers(
 
 @seed(SEED)
 @fuzzing
-@given(method=ASKING, data=mutations(), end=ENDINGS)
+@given(method=ASKING, data=mutations(GOOD, PIECES), end=ENDINGS)
 def test_mutated_answers(balancer: BalancerProcess, backend: WireBackend, method: bytes, data: bytes, end: str) -> None:
     probe(balancer, backend, method, data, end)
 
 
 @seed(SEED)
 @fuzzing
-@given(data=st.one_of(answers(), mutations(), st.sampled_from(GOOD)), end=st.sampled_from(["fin", "fin", "reset"]))
+@given(
+    data=st.one_of(answers(), mutations(GOOD, PIECES), st.sampled_from(GOOD)),
+    end=st.sampled_from(["fin", "fin", "reset"]),
+)
 def test_answers_to_uploads_that_are_not_read(
     balancer: BalancerProcess, backend: WireBackend, data: bytes, end: str
 ) -> None:

@@ -2,14 +2,11 @@
 
 What the backend gets must be what a strict reader (`reference.py`) finds in the bytes, in that order, and nothing else:
 no smuggled request, no smuggled header line. The client gets well-formed answers or the end of the connection, in time.
-
-Runs are the same every time. FUZZ_EXAMPLES=5000 makes them longer, FUZZ_SEED=N different; a failure shows both.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import socket
 import time
@@ -18,37 +15,24 @@ from contextlib import ExitStack, suppress
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, event, example, given, seed, settings
+from fuzzing import EXAMPLES, MIB, SEED, fuzzing, mutations, patient
+from fuzzing import replay as replay
+from hypothesis import event, example, given, seed, settings
 from hypothesis import strategies as st
 from reference import Message, requests_in, response_in
 from support import BalancerProcess, connect, fetch, ok, read_all, wait_until
 from wire import WireBackend, resident_bytes
 
-pytestmark = pytest.mark.timeout(int(os.environ.get("FUZZ_TIMEOUT", "180")))
+pytestmark = patient
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "250"))
-SEED = int(os.environ.get("FUZZ_SEED", "1"))
 SILENCE = 0.15  # seconds without an answer after which the client ends its side
 BOUND = 20.0  # seconds within which the connection must be over then
-MIB = 1024 * 1024
 
 CANARY = b"GET /canary HTTP/1.1\r\nHost: test\r\n\r\n"
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 NEXT = b"GET /next HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n"
 REFUSALS = {400, 405, 408, 411, 413, 414, 417, 421, 431, 501, 502, 503, 504, 505, 508}  # a 500 is a finding
 ADDED = {b"host", b"content-length", b"transfer-encoding", b"x-request-id", b"via"}
-
-
-@pytest.fixture(autouse=True)
-def replay() -> None:
-    print(f"FUZZ_SEED={SEED} FUZZ_EXAMPLES={EXAMPLES}")
-
-
-@pytest.fixture(scope="module")
-def scripted() -> Iterator[WireBackend]:
-    backend = WireBackend()
-    yield backend
-    backend.close()
 
 
 @pytest.fixture(scope="module")
@@ -303,37 +287,6 @@ PIECES = [
 ]  # fmt: skip
 
 
-@st.composite
-def mutations(draw: Callable[..., Any]) -> bytes:
-    """A good request with a few bytes changed, taken out, put in, doubled, or cut off."""
-    data = draw(st.sampled_from(GOOD))
-    for _ in range(draw(st.integers(1, 4))):
-        at = draw(st.integers(0, len(data)))
-        piece = draw(st.one_of(st.sampled_from(PIECES), st.binary(min_size=1, max_size=3)))
-        size = draw(st.integers(0, 12))
-        kind = draw(st.sampled_from(["put", "replace", "delete", "double", "cut"]))
-        if kind == "put":
-            data = data[:at] + piece + data[at:]
-        elif kind == "replace":
-            data = data[:at] + piece + data[at + len(piece) :]
-        elif kind == "delete":
-            data = data[:at] + data[at + size :]
-        elif kind == "double":
-            data = data[: at + size] + data[at : at + size] + data[at + size :]
-        elif draw(st.integers(0, 3)) == 0:
-            data = data[:at]
-    return data
-
-
-fuzzing = settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    database=None,
-    print_blob=True,
-    suppress_health_check=list(HealthCheck),
-)
-
-
 @seed(SEED)
 @fuzzing
 @given(data=requests())
@@ -345,7 +298,7 @@ def test_generated_requests(balancer: BalancerProcess, backend: WireBackend, dat
 
 @seed(SEED)
 @fuzzing
-@given(data=mutations())
+@given(data=mutations(GOOD, PIECES))
 def test_mutated_requests(balancer: BalancerProcess, backend: WireBackend, data: bytes) -> None:
     probe(balancer, backend, data)
 

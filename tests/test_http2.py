@@ -25,13 +25,6 @@ CANCEL = 8
 Pairs = list[tuple[bytes, bytes]]
 
 
-@pytest.fixture(scope="module")
-def scripted() -> Iterator[WireBackend]:
-    backend = WireBackend()
-    yield backend
-    backend.close()
-
-
 def run(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, timeout=50, check=True)
     return done.stdout.decode("latin-1")

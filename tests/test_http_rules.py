@@ -34,14 +34,6 @@ Parsed = tuple[int, list[tuple[bytes, bytes]], bytes]
 MIB = 1024 * 1024
 
 
-@pytest.fixture(scope="module")
-def scripted() -> Iterator[WireBackend]:
-    """Takes the place of the shared backend: this one also tells broken requests from complete ones."""
-    backend = WireBackend()
-    yield backend
-    backend.close()
-
-
 class Pair:
     """Two backends behind one balancer: long time limits, no body limit, a trusted client, X-Served-By on."""
 

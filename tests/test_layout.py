@@ -65,7 +65,9 @@ def test_imports_point_down_one_way_with_no_cycle() -> None:
         ("backends", {"ejection", "errors", "origin", "tally"}),
         ("judge", {"backends", "ejection"}),
         ("strategies", {"backends", "errors"}),
-        ("settings", {"backends", "ejection", "errors", "origin"}),
+        ("environment", {"errors"}),
+        ("wording", {"backends"}),
+        ("settings", {"backends", "ejection", "environment", "errors", "origin", "wording"}),
     ],
 )
 def test_the_lowest_parts_know_little(name: str, allowed: set[str]) -> None:

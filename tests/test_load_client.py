@@ -570,6 +570,33 @@ def test_csv_has_a_row_for_each_request(stub: StubBalancer) -> None:
     assert all(float(row["latency_ms"]) >= float(row["ttfb_ms"]) > 0 for row in rows)
 
 
+@pytest.mark.parametrize(
+    ("cycle", "name_by", "said"),
+    [
+        (
+            ["b1", "backend_2"],
+            "body",
+            "answers call themselves backend_2, which are no ids of this balancer, so shares",
+        ),
+        (["b1"], "nothing", "answers do not name their backend"),
+    ],
+)
+def test_a_load_run_says_why_its_shares_mean_nothing(
+    stub: StubBalancer, cycle: list[str], name_by: str, said: str
+) -> None:
+    """It judges none, but its table has columns for what was expected, and how far that was missed."""
+    stub.cycle, stub.name_by = cycle, name_by
+    result = run(stub.url, "-n", "20")
+    assert (result.returncode, said in " ".join(result.stdout.split())) == (0, True)
+    assert run_json(stub.url, "-n", "20", "--no-preflight")[1]["note"] is None  # nobody told what to expect
+
+
+@pytest.mark.parametrize(("cycle", "fail_every"), [(["b1", "b2", "b3"], 0), (["nobody"], 1)])
+def test_a_load_run_has_no_note_without_need(stub: StubBalancer, cycle: list[str], fail_every: int) -> None:
+    stub.cycle, stub.fail_every = cycle, fail_every
+    assert run_json(stub.url, "-n", "20")[1]["note"] is None
+
+
 def test_the_report_may_go_to_a_file(stub: StubBalancer, tmp_path: Path) -> None:
     target = tmp_path / "report.json"
     result = run(stub.url, "-n", "10", "--json", "--output-file", str(target))

@@ -74,6 +74,15 @@ def waitress(echoing: ScriptedBackend) -> Iterator[str]:
         process.stop()
 
 
+def test_an_unknown_variable_is_told_where_there_is_no_command_line() -> None:
+    process = Process([PYTHON, "-c", "import load_balancer; load_balancer.app"], {"LB_ALGORITM": "weighted"})
+    try:
+        assert process.wait() == 0
+    finally:
+        process.stop()
+    assert "LB_ALGORITM is ignored" in process.output and "Traceback" not in process.output
+
+
 def test_waitress_forwards_a_get(waitress: str) -> None:
     status, headers, body = fetch(f"{waitress}/a%2Fb/%C3%A4?q=1&r=%20", X_Custom="yes")
     seen = json.loads(body)

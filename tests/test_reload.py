@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import BalancerProcess, ScriptedBackend, fetch, fetch_json, ok, wait_until
+from support import BalancerProcess, RawRequest, ScriptedBackend, fetch, fetch_json, ok, wait_until
 
 from balancer import settings, strategies
 from balancer.bridge import Bridge
@@ -329,6 +331,54 @@ def test_a_reload_on_sighup_under_load_loses_nothing(
             sent = asking.sent
             wait_until(lambda: asking.sent > sent + 20)  # noqa: B023
     assert asking.failed == [] and asking.bodies == {b"a", b"b", b"c"}
+
+
+@pytest.mark.parametrize(("before", "after"), [(30, 0.5), (1, 30)], ids=["shortened", "lengthened"])
+def test_a_response_timeout_is_that_of_the_time_when_the_request_was_sent(
+    tmp_path: Path, before: float, after: float
+) -> None:
+    """On the express way: both requests go over kept connections, where no thread waits for them."""
+    file, backend, go_on = tmp_path / "balancer.toml", ScriptedBackend(), threading.Event()
+
+    def script(sock: socket.socket, asked: RawRequest) -> None:
+        go_on.wait(20)
+        sock.sendall(ok(asked.target))
+
+    def write(seconds: float) -> None:
+        file.write_text(f"response_timeout = {seconds}\n" + toml([backend], retries="0", pool_idle_timeout="30"))
+
+    backend.script = script
+    write(before)
+    balancer = BalancerProcess("--config", str(file))
+    try:
+        with ThreadPoolExecutor(2) as clients:
+
+            def ask(path: str) -> Future[tuple[int, dict[str, str], bytes]]:
+                count, asked = len(backend.requests), clients.submit(fetch, balancer.url + path, X_Request_ID=path[1:])
+                wait_until(lambda: len(backend.requests) > count, what=f"{path} is under way")
+                return asked
+
+            warm = [ask("/one"), ask("/two")]
+            go_on.set()
+            assert [answer.result()[0] for answer in warm] == [200, 200]
+            go_on.clear()
+            asked = {"/old": ask("/old")}
+            write(after)
+            assert fetch_json(f"{balancer.url}/reload", {})["applied"]
+            asked["/new"] = ask("/new")
+            short, long = ("/new", "/old") if after < before else ("/old", "/new")
+            assert asked[short].result()[0] == 504 and not asked[long].done()
+            go_on.set()
+            assert asked[long].result()[::2] == (200, long.encode())
+        recent = {request["request_id"]: request for request in balancer.status()["recent_requests"]}
+    finally:
+        go_on.set()
+        balancer.stop()
+        backend.close()
+    (attempt,) = recent[short[1:]]["tried"]
+    assert (attempt["outcome"], attempt["connect"]) == ("http_response_timeout", None)
+    assert min(before, after) - 0.1 < attempt["seconds"] < min(before, after) + 5
+    assert backend.connections == 2
 
 
 def test_a_bad_file_on_sighup_is_refused_and_the_balancer_goes_on(balancer: BalancerProcess, file: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +301,39 @@ def test_a_wrong_value_is_named_with_its_setting_and_source(tmp_path: Path, name
 )
 def test_a_value_of_the_wrong_type_in_a_file_is_refused(tmp_path: Path, line: str) -> None:
     assert line.split(" ")[0] in refusal(toml=line, tmp_path=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("port = 65536", "port = 65536 (file): expected a whole number from 0 to 65535"),
+        ("port = true", "port = true (file): expected a whole number from 0 to 65535"),
+        ("control_port = 0", "control_port = 0 (file): expected a whole number from 1 to 65535"),
+        ("health_timeout = '5s'", "health_timeout = '5s' (file): expected a number of seconds above 0, up to 86400"),
+        ("drain_timeout = nan", "drain_timeout = nan (file): expected a number of seconds from 0 to 86400"),
+        ("retry_budget = 2", "retry_budget = 2 (file): expected a number from 0 to 1"),
+        ("max_request_body = '1GB'", "max_request_body = '1GB' (file): expected a whole number of bytes, 0 or more"),
+        ("min_body_rate = -1", "min_body_rate = -1 (file): expected a whole number of bytes/s from 0 to 1000000000"),
+        ("expose_backend = 'maybe'", "expose_backend = 'maybe' (file): expected true or false"),
+        ("log_level = 'loud'", "log_level = 'loud' (file): expected debug, info, warning or error"),
+        ("health_path = 'x'", "health_path = 'x' (file): expected a path such as /health, without blanks"),
+        ("trusted_proxies = 3", "trusted_proxies = 3 (file): expected a list: networks whose X-Forwarded-* and "),
+        ("trusted_proxies = ['10.1.2.3/8']", "'10.1.2.3/8' is an address in a network; expected 10.0.0.0/8 for all"),
+        ("backends = ['a=http://x', 'a=http://y']", "backends (file): two backends have the id 'a'; ids must differ"),
+        ("backends = [3]", "backends.0 = 3 (file): expected a table of id, url, weight, max_connections"),
+        ("backends = [{id = 'a'}]", "backends.0.url (file): is missing; expected http://HOST:PORT or https://HOST"),
+        ("cpu_affinity = true", "cpu_affinity = true (file): expected text: auto pins to one CPU, none to no CPU, or"),
+    ],
+)
+def test_a_refusal_says_what_is_accepted(tmp_path: Path, line: str, said: str) -> None:
+    assert said in refusal(toml=line, tmp_path=tmp_path).replace(str(tmp_path / "balancer.toml"), "").replace(" )", ")")
+
+
+@pytest.mark.parametrize("name", [name for name in Settings.model_fields if name != "admin_token"])
+def test_every_setting_of_a_wrong_type_is_refused_in_our_words(tmp_path: Path, name: str) -> None:
+    for value in ("{a = {}}", "1979-05-27", "[[true]]"):
+        text = refusal(toml=f"{name} = {value}", tmp_path=tmp_path)
+        assert ": expected " in text and not re.search("[Ii]nput|[Ss]tring|valid", text)
 
 
 def test_all_wrong_settings_are_told_at_once() -> None:

@@ -233,6 +233,13 @@ def test_backends_that_get_no_requests_are_named(demo: Demo) -> None:
     assert "backend_2 gets no requests: health check answered 404" in run.out
 
 
+def test_a_slip_of_the_pen_in_a_variable_is_told(demo: Demo) -> None:
+    """The balancer says it in its log, where nobody would look for it."""
+    run = demo.start(LB_ALGORITM="round_robin")
+    run.until("Stop with")
+    assert "  Warning: the variable LB_ALGORITM is ignored, there is no such setting; did you mean LB_ALGO" in run.out
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGHUP, 0)])
 def test_a_signal_stops_everything(demo: Demo, number: int, code: int) -> None:
     run = demo.ready()
@@ -321,14 +328,16 @@ def test_backends_starts_what_a_running_demo_has_lost(demo: Demo, detach: tuple[
     demo.assert_nothing_left()
 
 
-def test_the_end_of_a_demo_leaves_the_file_of_a_backend_started_in_its_place(demo: Demo) -> None:
-    first = demo.ready("backends")
+def test_the_end_of_a_demo_names_the_backend_started_in_its_place_and_leaves_it(demo: Demo) -> None:
+    first = demo.ready()
     demo.the("backend_server.py", demo.backend_ports[2]).kill()
     first.until("backend_3 ended")
     demo.ready("backends", "--detach")
-    first.process.terminate()
-    assert (first.end(), first.err) == (0, "")
-    assert connects(demo.backend_ports[2])
+    first.process.send_signal(signal.SIGINT)
+    assert (first.end(), first.err) == (130, "")
+    last = first.out.splitlines()[-1]
+    assert last == "Another start_all has started backend_3 again; to stop that as well: ./start_all.sh stop"
+    assert [connects(port) for port in (demo.port, *demo.backend_ports)] == [False, False, False, True]
     stop = demo.start("stop")
     assert stop.end() == 0 and "Stopped backend_3." in stop.out
     demo.assert_nothing_left()

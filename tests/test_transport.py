@@ -9,13 +9,12 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
-from support import Clock, RawRequest, free_port, ok, read_request, wait_until
+from support import Clock, RawRequest, free_port, ok, wait_until
 from wire import WireBackend, hang_up, wait_closed
 
 from balancer.errors import (
@@ -485,51 +484,21 @@ def test_threads_share_an_adapter(adapter: BackendAdapter, backend: WireBackend)
 # TLS.
 
 
-@dataclass
-class TlsBackend:
-    """Answers "ok" to any number of requests on each connection; counts handshakes that succeeded."""
+class TlsBackend(WireBackend):
+    """The same behind TLS; counts handshakes that succeeded."""
 
-    certificate: Path
-    key: Path
-    handshakes: int = 0
-    served: list[RawRequest] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
+    def __init__(self, certificate: Path, key: Path) -> None:
+        self.handshakes = 0
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self._context.load_cert_chain(self.certificate, self.key)
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
-        self._open: list[socket.socket] = []
-        self._thread = threading.Thread(target=self._accept, name="tls-backend", daemon=True)
-        self._thread.start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                sock, _ = self._listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(sock,), name="tls-connection", daemon=True).start()
+        self._context.load_cert_chain(certificate, key)
+        super().__init__()
 
     def _serve(self, plain: socket.socket) -> None:
+        self.open.discard(plain)
         with suppress(OSError), plain, self._context.wrap_socket(plain, server_side=True) as sock:
             self.handshakes += 1
-            self._open.append(sock)
-            stream = sock.makefile("rb")
-            while (got := read_request(stream)) is not None:
-                self.served.append(got)
-                sock.sendall(ok())
-
-    def drop_connections(self) -> None:
-        for sock in self._open:
-            with suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self.drop_connections()
-        self._thread.join(5)
+            self.open.add(sock)
+            super()._serve(sock)
 
 
 def openssl(*arguments: str) -> None:
@@ -567,14 +536,14 @@ def test_tls_with_the_right_authority(tls_adapter: BackendAdapter, tls_backend: 
     """One handshake for several requests."""
     for _ in range(3):
         assert fetch(tls_adapter, f"https://localhost:{tls_backend.port}") == b"ok"
-    assert (tls_backend.handshakes, len(tls_backend.served)) == (1, 3)
+    assert (tls_backend.handshakes, len(tls_backend.requests)) == (1, 3)
 
 
 def test_tls_streams_a_body_on_a_fresh_connection(tls_adapter: BackendAdapter, tls_backend: TlsBackend) -> None:
     """TLS 1.3 session tickets make the socket readable; that is no early answer."""
     pieces = [b"x" * 65536] * 16
     assert fetch(tls_adapter, f"https://localhost:{tls_backend.port}", outgoing("POST", body=iter(pieces))) == b"ok"
-    assert [got.body for got in tls_backend.served] == [b"".join(pieces)]
+    assert [got.body for got in tls_backend.requests] == [b"".join(pieces)]
 
 
 def test_tls_connection_that_the_backend_closed_is_seen_before_use(
@@ -593,13 +562,13 @@ def test_tls_without_the_authority_is_refused(adapter: BackendAdapter, tls_backe
     with pytest.raises(ConnectFailed, match="TLS: .*certificate") as caught:
         fetch(adapter, f"https://localhost:{tls_backend.port}")
     assert not caught.value.refused
-    assert tls_backend.served == []
+    assert tls_backend.requests == []
 
 
 def test_tls_with_another_host_name_is_refused(tls_adapter: BackendAdapter, tls_backend: TlsBackend) -> None:
     with pytest.raises(ConnectFailed, match="TLS: .*127.0.0.1"):
         fetch(tls_adapter, f"https://127.0.0.1:{tls_backend.port}")
-    assert tls_backend.served == []
+    assert tls_backend.requests == []
 
 
 def test_tls_to_a_plain_port_is_refused(tls_adapter: BackendAdapter) -> None:
@@ -628,7 +597,7 @@ def test_tls_handshake_has_a_time_limit(authority: Path) -> None:
 def test_tls_response_has_a_time_limit(authority: Path, tls_backend: TlsBackend) -> None:
     adapter = BackendAdapter(QUICK, tls=ssl.create_default_context(cafile=authority / "ca.pem"))
     held = threading.Event()
-    tls_backend.served = _Blocking(held)
+    tls_backend.requests = _Blocking(held)
     try:
         with pytest.raises(ResponseTimedOut):
             fetch(adapter, f"https://localhost:{tls_backend.port}")
@@ -651,4 +620,4 @@ def test_tls_mounted_in_a_session(tls_adapter: BackendAdapter, tls_backend: TlsB
     with requests.Session() as session:
         session.mount("https://", tls_adapter)
         assert session.get(f"https://localhost:{tls_backend.port}/a").text == "ok"
-    assert tls_backend.served[0].head.startswith(b"GET /a HTTP/1.1\r\n")
+    assert tls_backend.requests[0].head.startswith(b"GET /a HTTP/1.1\r\n")

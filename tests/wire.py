@@ -42,11 +42,6 @@ class WireBackend(ScriptedBackend):
         self.drop_connections()
         super().reset()
 
-    def close(self) -> None:
-        with suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits in accept
-        super().close()
-
     def drop_connections(self) -> None:
         """End every connection that carried a request, so that the next one comes on a fresh connection."""
         for sock in list(self.used):
