@@ -80,7 +80,7 @@ class Bridge:
     def _hand_on(self, call: Call) -> None:
         is_control = self._is_control(call.scope["path"])
         if self.proxy is not None and not is_control:
-            call.forwarding = self.proxy.forward(call.incoming(self.proxy.heads), call.start_response)
+            call.forwarding = self.proxy.forward(call.incoming(self.proxy.heads))
             if self.express is not None and self.express.take(call):
                 return
         if not self.pool.submit(call, is_control):

@@ -11,7 +11,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote_to_bytes
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from balancer.bridge import Bridge
     from balancer.connection import Abortable
     from balancer.outgoing import RequestHeads
-    from balancer.proxy import Forwarding
+    from balancer.proxy import Answer, Forwarding
 
 log = logging.getLogger("balancer.server")
 
@@ -154,24 +154,30 @@ class Call:
 
     def _run(self) -> None:
         if self.forwarding is not None:
-            answer = self.forwarding.run()
+            self._pass_on(self.forwarding.run())
         else:
-            answer = self.bridge.app(self._environ(), self.start_response)
-        try:
-            if type(answer) is list and len(answer) == 1:
-                self._emit_last(answer[0])
-            else:
-                for chunk in answer:
-                    self._emit(chunk)
-                    if self.is_gone:
-                        return
-                self._emit_last(b"")
-        finally:
-            close = getattr(answer, "close", None)
-            if close is not None:
-                close()
+            self._stream(self.bridge.app(self._environ(), self.start_response))
         if not (self.is_body_done or self.is_gone):
             self._end_early()
+
+    def _pass_on(self, answer: Answer) -> None:
+        self._status, self._headers = answer.status, answer.lines
+        if isinstance(answer.body, bytes):
+            self._emit_last(answer.body)
+        else:
+            self._stream(answer.body)
+
+    def _stream(self, chunks: Iterable[bytes]) -> None:
+        try:
+            for chunk in chunks:
+                self._emit(chunk)
+                if self.is_gone:
+                    return
+            self._emit_last(b"")
+        finally:
+            close = getattr(chunks, "close", None)
+            if close is not None:
+                close()
 
     def _end_early(self) -> None:
         """The answer came before the end of the request. Read on for a while before closing: to close on a client that
@@ -199,11 +205,10 @@ class Call:
         self.is_body_done = True
         try:
             if self.forwarding is not None:
-                (chunk,) = self.forwarding.refuse()
+                self._pass_on(self.forwarding.refuse())
             else:
                 self.start_response("503 Service Unavailable", [("retry-after", "1"), ("content-length", "0")])
-                chunk = b""
-            self._emit_last(chunk)
+                self._emit_last(b"")
         finally:
             self._end()
 
@@ -213,12 +218,9 @@ class Call:
         if exc_info is not None and self._is_started:
             raise exc_info[1].with_traceback(exc_info[2])
         self._status = int(status[:3])
-        lines: Any = headers
-        if headers and isinstance(headers[0][0], str):
-            lines = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers]
-            if not any(name == b"server" for name, _ in lines):
-                lines.append(SERVER_LINE)
-        self._headers = lines  # the proxy spares us the way from text
+        self._headers = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers]
+        if not any(name == b"server" for name, _ in self._headers):
+            self._headers.append(SERVER_LINE)
         return self._emit
 
     def _start(self) -> None:
@@ -325,7 +327,6 @@ class Call:
             scope["headers"],
         )
         made.client = self
-        made.is_native = True
         if made.head.is_bodiless:
             self.is_body_done = True
         else:

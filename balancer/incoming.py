@@ -17,8 +17,7 @@ from balancer.outgoing import RequestHead, RequestHeads
 if TYPE_CHECKING:
     from _typeshed.wsgi import InputStream, WSGIEnvironment
 
-# What our own server puts into environ beyond PEP 3333; under any other server they are missing. Where HEADER_LINES is
-# there, `start_response` also takes header lines in bytes.
+# What our own server puts into environ beyond PEP 3333; under any other server they are missing.
 HEADER_LINES = "balancer.header_lines"  # list of (lower-case name, value) as received, in bytes
 CLIENT = "balancer.client"  # a connection.Watcher with `is_gone`: aborts what is attached when the client leaves
 READ_SIZE = 65536
@@ -34,7 +33,7 @@ class Incoming:
 
     __slots__ = (
         *("method", "path", "target", "version", "peer", "lines", "head"),
-        *("length", "is_ended", "stream", "client", "is_native"),
+        *("length", "is_ended", "stream", "client"),
     )
 
     def __init__(
@@ -59,7 +58,6 @@ class Incoming:
         self.is_ended = False
         self.stream: InputStream | None = None
         self.client: Any = None
-        self.is_native = False  # `start_response` takes header lines in bytes
 
     @classmethod
     def of(cls, environ: WSGIEnvironment, heads: RequestHeads) -> Incoming:
@@ -79,7 +77,6 @@ class Incoming:
         made.is_ended = bool(environ.get("wsgi.input_terminated"))
         made.stream = environ["wsgi.input"]
         made.client = environ.get(CLIENT)
-        made.is_native = HEADER_LINES in environ
         return made
 
     def values(self, name: bytes) -> Sequence[bytes]:

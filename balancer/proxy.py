@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from http import HTTPStatus
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 from balancer.accesslog import AccessLog
 from balancer.errors import (
@@ -111,11 +111,32 @@ class ReverseProxy:
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         if self.is_control(environ["PATH_INFO"]):
             return self._control_app(environ, start_response)
-        return self.forward(Incoming.of(environ, self.heads), start_response).run()
+        return self.forward(Incoming.of(environ, self.heads)).run().begin(start_response)
 
-    def forward(self, incoming: Incoming, start_response: StartResponse) -> Forwarding:
+    def forward(self, incoming: Incoming) -> Forwarding:
         """A request that is not for the control API, counted from now on: `run` or `refuse` must follow."""
-        return Forwarding(self, incoming, start_response)
+        return Forwarding(self, incoming)
+
+
+class Answer(NamedTuple):
+    """To the client. A body in pieces is closed whatever happens, and takes care of its backend then."""
+
+    status: int
+    reason: str
+    lines: list[Line]  # names in lower case
+    body: bytes | ResponseStream
+
+    def begin(self, start_response: StartResponse) -> Iterable[bytes]:
+        """As WSGI wants it: text, and a body to iterate over."""
+        lines = [line for line in self.lines if line is not SERVER_LINE]  # another server names itself
+        headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in lines]
+        try:
+            start_response(f"{self.status} {self.reason}", headers)
+        except BaseException:  # it refuses a header line
+            if not isinstance(self.body, bytes):
+                self.body.close()
+            raise
+        return [self.body] if isinstance(self.body, bytes) else self.body
 
 
 class Forwarding:
@@ -125,15 +146,14 @@ class Forwarding:
     """
 
     __slots__ = (
-        *("_proxy", "_options", "_incoming", "_start_response", "_started", "_identifier", "_record"),
+        *("_proxy", "_options", "_incoming", "_started", "_identifier", "_record"),
         *("_request", "_lease", "sent", "_failure", "_waited", "_is_finished"),
     )
 
-    def __init__(self, proxy: ReverseProxy, incoming: Incoming, start_response: StartResponse) -> None:
+    def __init__(self, proxy: ReverseProxy, incoming: Incoming) -> None:
         self._proxy = proxy
         self._options = proxy.options
         self._incoming = incoming
-        self._start_response = start_response
         self._started = time.perf_counter()
         self._identifier = request_id(incoming.values(b"x-request-id"))
         self._request: OutgoingRequest | None = None
@@ -170,7 +190,8 @@ class Forwarding:
             self._failure = BalancerError(INTERNAL_ERROR)
         return self.sent is not None
 
-    def run(self) -> Iterable[bytes]:
+    def run(self) -> Answer:
+        """Never raises."""
         try:
             if self._request is None:  # else `begin` did not have to wait for a thread
                 self._waited = time.perf_counter() - self._started
@@ -190,7 +211,7 @@ class Forwarding:
             log.exception("request %s failed", self._record.request_id)
             return self._refuse(BalancerError(INTERNAL_ERROR))
 
-    def refuse(self) -> Iterable[bytes]:
+    def refuse(self) -> Answer:
         """The answer when no thread is free for the request; does not block."""
         if self.sent is not None:
             self.sent.close()
@@ -365,40 +386,31 @@ class Forwarding:
 
     # The answer.
 
-    def _answer(self, response: BackendResponse) -> Iterable[bytes]:
-        status, body, lines = response.status_code, response.body, response.head.onward
+    def _answer(self, response: BackendResponse) -> Answer:
+        status, body = response.status_code, response.body
+        lines = self._with_own(response.head.onward)
         if body.is_complete:
             data = body.read_chunk()
             self._record.bytes_out = len(data)
             self.finish(status)
-            self._start(f"{status} {response.reason}", lines)
-            return [data]
+            return Answer(status, response.reason, lines, data)
         if self._lease is not None:
             self._lease.answered(self._record.attempts[-1].seconds, status not in EJECTING_STATUSES)
-        try:
-            self._start(f"{status} {response.reason}", lines)
-        except BaseException:  # the server refuses a header line
-            body.close()
-            raise
-        return ResponseStream(self, body, status)
+        return Answer(status, response.reason, lines, ResponseStream(self, body, status))
 
-    def _answer_options(self) -> Iterable[bytes]:
+    def _answer_options(self) -> Answer:
         """The end of the way for an OPTIONS that may be forwarded no further (RFC 9110 section 7.6.2)."""
         self.finish(200)
-        self._start("200 OK", [SERVER_LINE, (b"allow", ALLOWED_METHODS), (b"content-length", b"0")])
-        return [b""]
+        lines = [SERVER_LINE, (b"allow", ALLOWED_METHODS), (b"content-length", b"0")]
+        return Answer(200, "OK", self._with_own(lines), b"")
 
-    def _start(self, status: str, lines: Iterable[Line]) -> None:
-        """`start_response` with our own lines added; our own server takes bytes, PEP 3333 wants text."""
-        headers: Any = [*lines, (b"x-request-id", self._identifier)]
+    def _with_own(self, lines: Iterable[Line]) -> list[Line]:
+        own = [*lines, (b"x-request-id", self._identifier)]
         if self._options.expose_backend and self._record.backend is not None:
-            headers.append((b"x-served-by", self._record.backend.encode("ascii")))
-        if not self._incoming.is_native:  # another server names itself
-            lines = [line for line in headers if line is not SERVER_LINE]
-            headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in lines]
-        self._start_response(status, headers)
+            own.append((b"x-served-by", self._record.backend.encode("ascii")))
+        return own
 
-    def _refuse(self, error: BalancerError) -> Iterable[bytes]:
+    def _refuse(self, error: BalancerError) -> Answer:
         """The balancer's own answer to a request that got none from a backend."""
         self._record.error = str(error)
         if isinstance(error, Unavailable):
@@ -419,8 +431,7 @@ class Forwarding:
             lines.append((b"retry-after", RETRY_AFTER_SECONDS))
         if isinstance(error, MethodRefused):
             lines.append((b"allow", ALLOWED_METHODS))
-        self._start(f"{status.value} {status.phrase}", lines)
-        return [body]
+        return Answer(status.value, status.phrase, self._with_own(lines), body)
 
     def count_out(self, size: int) -> None:
         self._record.bytes_out += size
