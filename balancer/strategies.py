@@ -13,7 +13,6 @@ from __future__ import annotations
 import inspect
 import random
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, TypeVar
@@ -96,33 +95,49 @@ class SmoothTurns:
 
     Each turn every candidate gains its weight; the richest goes and pays what all gained. Over sum(weights) turns each
     gets exactly its weight, spread as evenly as possible. Candidates that are away neither gain nor pay.
+
+    `_credits` and `_weights` are those of `_candidates`, in their order, as long as these stay the same list, which
+    they mostly do; `_saved` are the credits of all that have ever been candidates.
     """
 
-    def __init__(self) -> None:
-        self._credit: defaultdict[Backend, int] = defaultdict(int)
+    def __init__(self, weigh: Callable[[Sequence[Backend]], list[int]]) -> None:
+        self._weigh = weigh
+        self._saved: dict[Backend, int] = {}
+        self._candidates: Sequence[Backend] = ()
+        self._credits: list[int] = []
+        self._weights: list[int] = []
+        self._total = 0
 
-    def next(self, candidates: Sequence[Backend], weights: Sequence[int]) -> Backend:
-        credit = self._credit
-        for backend, weight in zip(candidates, weights, strict=True):
-            credit[backend] += weight
-        richest = max(candidates, key=credit.__getitem__)
-        credit[richest] -= sum(weights)
-        return richest
+    def next(self, candidates: Sequence[Backend]) -> Backend:
+        if candidates is not self._candidates:
+            self._turn_to(candidates)
+        credits = [credit + weight for credit, weight in zip(self._credits, self._weights, strict=True)]
+        richest = credits.index(max(credits))
+        credits[richest] -= self._total
+        self._credits = credits
+        return candidates[richest]
 
-
-class TakingTurns(Strategy):
-    """Base of the strategies that take turns, at least among equals."""
-
-    def __init__(self, **injected: Any) -> None:
-        super().__init__(**injected)
-        self._turns = SmoothTurns()
-
-    def backends_changed(self) -> None:
-        self._turns = SmoothTurns()
+    def _turn_to(self, candidates: Sequence[Backend]) -> None:
+        self._saved.update(zip(self._candidates, self._credits, strict=True))
+        self._candidates = candidates
+        self._credits = [self._saved.get(backend, 0) for backend in candidates]
+        self._weights = self._weigh(candidates)
+        self._total = sum(self._weights)
 
 
 def _weights(candidates: Sequence[Backend]) -> list[int]:
     return [backend.weight for backend in candidates]
+
+
+class TakingTurns(Strategy):
+    """Base of the strategies that take turns by weight, at least among equals."""
+
+    def __init__(self, **injected: Any) -> None:
+        super().__init__(**injected)
+        self.backends_changed()
+
+    def backends_changed(self) -> None:
+        self._turns = SmoothTurns(_weights)
 
 
 @strategy("round_robin")
@@ -132,8 +147,11 @@ class RoundRobin(TakingTurns):
 
     uses_times = False
 
+    def backends_changed(self) -> None:
+        self._turns = SmoothTurns(lambda candidates: [1] * len(candidates))
+
     def select(self, candidates: Sequence[Backend], request: Any) -> Backend:
-        return self._turns.next(candidates, [1] * len(candidates))
+        return self._turns.next(candidates)
 
     def expected_shares(self, ready: Sequence[Backend]) -> Mapping[str, float] | None:
         return {backend.id: 1 / len(ready) for backend in ready}
@@ -147,7 +165,7 @@ class Weighted(TakingTurns):
     uses_times = False
 
     def select(self, candidates: Sequence[Backend], request: Any) -> Backend:
-        return self._turns.next(candidates, _weights(candidates))
+        return self._turns.next(candidates)
 
     def expected_shares(self, ready: Sequence[Backend]) -> Mapping[str, float] | None:
         total = sum(backend.weight for backend in ready)
@@ -174,7 +192,7 @@ class LeastConnections(TakingTurns):
                 least, tied = backend, [backend]
             elif ours == theirs:
                 tied.append(backend)
-        return least if len(tied) == 1 else self._turns.next(tied, _weights(tied))
+        return least if len(tied) == 1 else self._turns.next(tied)
 
 
 @strategy("power_of_two")
@@ -225,7 +243,7 @@ class ExpectedSoonest(TakingTurns):
         scores = self.scores(candidates)
         lowest = min(scores)
         tied = [backend for backend, score in zip(candidates, scores, strict=True) if score == lowest]
-        return tied[0] if len(tied) == 1 else self._turns.next(tied, _weights(tied))
+        return tied[0] if len(tied) == 1 else self._turns.next(tied)
 
 
 @strategy("least_response_time")
