@@ -13,7 +13,7 @@ import ssl
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from threading import Event, Thread
+from threading import Event, Thread, main_thread
 
 from balancer.backends import Backend, LastCheck
 from balancer.errors import BackendError, OutOfDescriptors
@@ -130,6 +130,8 @@ class HealthChecker:
             try:
                 wait = self._round()
             except Exception:  # the thread must outlive any surprise, or failover would silently end
+                if not main_thread().is_alive():  # the process ends, and another server than ours has not stopped us
+                    return
                 log.exception("health round failed")
                 wait = self._interval
             self._nudge.wait(wait)
