@@ -13,7 +13,7 @@ import ssl
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from threading import Event, Thread, main_thread
+from threading import Event, Thread
 
 from balancer.backends import Backend, LastCheck
 from balancer.errors import BackendError, OutOfDescriptors
@@ -129,9 +129,9 @@ class HealthChecker:
         while not self._stopping:
             try:
                 wait = self._round()
-            except Exception:  # the thread must outlive any surprise, or failover would silently end
-                if not main_thread().is_alive():  # the process ends, and another server than ours has not stopped us
-                    return
+            except Exception as error:  # the thread must outlive any surprise, or failover would silently end
+                if isinstance(error, RuntimeError) and "shutdown" in str(error):
+                    return  # no thread may start any more: the process ends, and another server has not stopped us
                 log.exception("health round failed")
                 wait = self._interval
             self._nudge.wait(wait)
