@@ -205,6 +205,19 @@ def poisson(rate: float, seconds: float, seed: int) -> list[float]:
     return due
 
 
+def figures(shots: list[Shot], failed_seconds: float = 0.0) -> dict[str, Any]:
+    """What both kinds of open-loop runs tell: how many, how many failed, and percentiles in milliseconds, with a failed
+    request counted as slow as this at least."""
+    times = [(shot.latency if shot.is_good else max(shot.latency, failed_seconds)) * 1e3 for shot in shots]
+    return {
+        "requests": len(shots),
+        "failed": sum(not shot.is_good for shot in shots),
+        "p50": percentile(times, 0.50),
+        "p99": percentile(times, 0.99),
+        "p999": percentile(times, 0.999),
+    }
+
+
 def percentile(values: list[float], share: float) -> float:
     """Nearest rank. `values` need not be sorted; never empty."""
     ordered = sorted(values)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from loads import LOADS
-from report import ChoiceRun, Latency, Results, Spread, StallRun, Summary, latencies, summarise
+from report import Latency, Spread, Summary, latencies, summarise
+from results import ChoiceRun, Results, StallRun
 
 Row = TypeVar("Row")
 
