@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from contenders import CONTENDERS, HERE
@@ -16,7 +16,7 @@ SHORT = {"rounds": 2, "seconds": 1, "choice_seconds": 12}
 FULL = {"rounds": 5, "seconds": 5, "choice_seconds": 60, "stall_seconds": LONG_STALLS}
 
 
-def parse(about: str | None) -> argparse.Namespace:
+def parse(about: str | None, given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="the long run, for the documentation")
     parser.add_argument("--parts", type=some_of(PARTS), metavar="NAME[,NAME...]", help=f"of {', '.join(PARTS)}")
@@ -54,7 +54,7 @@ def parse(about: str | None) -> argparse.Namespace:
     parser.add_argument("--max-growth", default="32MiB", metavar="SIZE", help="allowed by --transfer (default 32MiB)")
     parser.add_argument("--concurrent", type=positive, metavar="N", help="check N requests in flight at once")
     parser.add_argument("--delay", type=float, default=0.2, help="seconds a backend takes then (default 0.2)")
-    options = parser.parse_args()
+    options = parser.parse_args(given)
     fill_in(options)
     if options.require_ratio and not {OURS, BASELINE} <= set(options.contenders):
         parser.error(f"--require-ratio needs the contenders {OURS} and {BASELINE}")

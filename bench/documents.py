@@ -45,8 +45,8 @@ def about_run(run: Run) -> str:
     machine, options = run.machine, run.options
     others = max(run.others_shares, default=0.0)
     return (
-        f"{covers(run)}: measured on {machine['date']} at commit {machine['commit']} by `{options['command']}`, "
-        f"{about(machine)}; unrelated programs took at most {others:.1%} of the machine."
+        f"**{covers(run)}**: {machine['date']}, commit {machine['commit']}, on {about(machine)}; unrelated programs "
+        f"took at most {others:.1%} of the machine: `{options['command']}`"
     )
 
 
