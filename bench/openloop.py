@@ -18,6 +18,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import uvloop
+
 TICK_SECONDS = 0.001  # due requests are looked for this often
 MAX_CONNECTIONS = 4000
 
@@ -188,7 +190,7 @@ def fire(aims: list[Aim], patience: float = 10.0) -> list[list[Shot]]:
     gc.collect()
     gc.disable()  # a pause of ours would be taken for one of the contender's
     try:
-        return asyncio.run(_fire(aims, patience))
+        return uvloop.run(_fire(aims, patience))
     finally:
         gc.enable()
 

@@ -19,7 +19,7 @@ from speed import Backends, fast_backends, progress, read_meter, run_wrk
 LIMIT_SECONDS = 0.050
 DIRECT_LATE_SECONDS = LIMIT_SECONDS / 2
 DIRECT_RATE = 100.0
-MAX_RATE = 3000.0  # what the generator sends at without being late itself
+MAX_RATE = 10_000.0  # what the generator sends at without being late itself
 CAPACITY_LOAD = Load("capacity", "what it can do", 32)
 CAPACITY_SECONDS = 2
 WARMUP_SECONDS = 1.0
