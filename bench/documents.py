@@ -13,7 +13,7 @@ import tables
 from charts import Bar, Group, chart
 from contenders import HERE
 from loads import LOADS
-from machine import about
+from machine import about, pace
 from processes import BenchError
 from report import OURS, Spread, Summary, latencies, summarise
 from results import ChoiceRun, Results, Run
@@ -42,11 +42,10 @@ def as_text(results: Results) -> str:
 
 
 def about_run(run: Run) -> str:
-    machine, options = run.machine, run.options
-    others = max(run.others_shares, default=0.0)
+    facts, others = run.machine, max(run.others_shares, default=0.0)
     return (
-        f"**{covers(run)}**: {machine['date']}, commit {machine['commit']}, on {about(machine)}; unrelated programs "
-        f"took at most {others:.1%} of the machine: `{options['command']}`"
+        f"- {covers(run)}: {facts['date']}, commit {facts['commit']}, others at most {others:.1%}, {pace(facts)}; "
+        f"`{run.options['command']}`"
     )
 
 
@@ -58,7 +57,10 @@ def covers(run: Run) -> str:
 
 
 def about_runs(results: Results) -> str:
-    return "\n".join(f"- {about_run(run)}" for run in results.runs)
+    places: dict[str, list[str]] = {}
+    for run in results.runs:
+        places.setdefault(about(run.machine), []).append(about_run(run))
+    return "\n\n".join("\n".join([f"On {place}:", "", *lines]) for place, lines in places.items())
 
 
 SECTIONS: dict[str, Callable[[Results], str]] = {

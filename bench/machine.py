@@ -14,8 +14,8 @@ from typing import Any
 
 from contenders import HERE
 
-STEPS = 10_000
-REPEATS = 30
+STEPS = 1_000
+REPEATS = 300
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Interpreter:
     step_ns: float  # see `step_ns`
 
     def __str__(self) -> str:
-        return f"Python {self.version} ({self.build}, {self.step_ns:.0f} ns a step of a fixed loop)"
+        return f"Python {self.version}, {self.build}"
 
 
 def machine() -> dict[str, Any]:
@@ -43,9 +43,13 @@ def machine() -> dict[str, Any]:
 
 
 def about(facts: dict[str, Any]) -> str:
-    """What `machine` found, in words."""
+    """What `machine` found, in words, but for what differs from minute to minute."""
     python = Interpreter(**facts["python"])
-    return f"{facts['cpus']} x {facts['cpu']}, Linux {facts['kernel']}, all Python contenders on {python}"
+    return f"{facts['cpus']} x {facts['cpu']}, Linux {facts['kernel']}; all Python contenders on {python}"
+
+
+def pace(facts: dict[str, Any]) -> str:
+    return f"{facts['python']['step_ns']:.0f} ns for a step of the interpreter's loop"
 
 
 def commit() -> str:

@@ -16,7 +16,7 @@ from stalls import measure_stalls
 
 QUICK_STALLS = ("balancer", "caddy")
 # Beside the measured seconds: start, warm-up, waiting for the last answers, stop.
-SPEED_OVERHEAD, STALL_OVERHEAD, CHOICE_OVERHEAD, SIMULATION = 3.0, 6.0, 5.0, 5.0
+SPEED_OVERHEAD, STALL_OVERHEAD, CHOICE_OVERHEAD, SIMULATION = 2.0, 6.0, 5.0, 6.0
 
 
 def expected_seconds(options: argparse.Namespace) -> float:

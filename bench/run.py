@@ -1,7 +1,7 @@
 """This balancer beside others: CPU per request, speed, latency, memory, and how well it chooses. Linux only.
 
-./bench/run.sh                                 @QUICK@ minutes: installs what is missing, tables, bench/results.json
-./bench/run.sh --full                          @FULL@ minutes: everything; renews docs/performance.md and its plots
+./bench/run.sh                                 6 minutes: installs what is missing, tables, bench/results.json
+./bench/run.sh --full                          70 minutes: everything; renews docs/performance.md and its plots
 ./bench/run.sh --parts speed --loads small-32,small-256 --rounds 5 --seconds 10 --contenders balancer,baseline
 ./bench/run.sh --render bench/results.json     seconds: renews the documentation from files, without measuring
 ./bench/run.sh --transfer 1GiB                 that many bytes up and down; growth of the balancer's memory
@@ -26,7 +26,7 @@ import environment
 import report
 from checks import check_concurrency, check_transfer, parse_size
 from contenders import BALANCER, CONTENDERS, chosen, find_program
-from machine import about, machine
+from machine import about, machine, pace
 from processes import BENCH_CPUS, BenchError
 from report import OURS
 from results import Results, Run, combine, read
@@ -88,7 +88,9 @@ def run_parts(options: argparse.Namespace) -> int:
 
     run = Run(machine(), describe(options))
     results = Results([run])
-    print(f"{about(run.machine)}; takes about {minutes(expected_seconds(options))}", flush=True)
+    print(
+        f"{about(run.machine)}, {pace(run.machine)}\nThis takes about {minutes(expected_seconds(options))}", flush=True
+    )
     for part in options.parts:
         PARTS[part](options, run)
         options.json.write_text(documents.as_text(results))  # after each, for an interrupted run to leave something

@@ -20,11 +20,13 @@ from support import PYTHON, ROOT
 
 sys.path.append(str(ROOT / "bench"))  # its modules import each other by their plain names
 
+import arguments  # noqa: E402
 import charts  # noqa: E402
 import documents  # noqa: E402
 import environment  # noqa: E402
 import machine  # noqa: E402
 import openloop  # noqa: E402
+import parts  # noqa: E402
 import quality  # noqa: E402
 import report  # noqa: E402
 import results as found  # noqa: E402
@@ -373,10 +375,11 @@ def test_files_of_several_runs_become_one_page_that_tells_them_apart() -> None:
     assert {(s.contender, s.load) for s in both.samples} == {
         ("balancer", "small-1"), ("nginx", "small-1"), ("balancer", "small-32"),
     }  # fmt: skip
-    first, second = documents.about_runs(both).splitlines()
+    place, _, first, second = documents.about_runs(both).splitlines()
+    assert place.endswith("on Python 3.12.0, built somehow:")  # said once
     assert "small-1 (1 round of 2 s)" in first and "abc1234" in first and "at most 0.0%" in first
     assert "small-32 (3 rounds of 2 s); stalls" in second and "def5678" in second and "at most 7.0%" in second
-    assert all("Python 3.12.0 (built somehow, 400 ns" in line for line in (first, second))
+    assert all("400 ns" in line for line in (first, second))
 
 
 def test_what_was_measured_again_is_taken_whole_from_the_later_run() -> None:
@@ -423,10 +426,26 @@ def test_a_run_tells_its_interpreter_and_warns_of_a_slow_build(finished: tuple[A
     done, content = finished
     (run,) = runs_of(content)
     assert run.machine["python"]["version"] == sys.version.split()[0] and run.machine["python"]["step_ns"] > 10
-    assert machine.about(run.machine) in done.stdout.splitlines()[0]
+    assert done.stdout.splitlines()[0] == f"{machine.about(run.machine)}, {machine.pace(run.machine)}"
     slow = Run(MACHINE | {"python": MACHINE["python"] | {"is_optimised": False}}, OPTIONS)
     assert ["--python" in warning for warning in report.warnings(Results([slow]))] == [True]
     assert report.warnings(Results([Run(MACHINE, OPTIONS)])) == []
+
+
+def test_the_own_stalls_are_looked_for_a_minute_and_every_text_says_how_long_a_run_takes() -> None:
+    quick, full = arguments.parse(None, []), arguments.parse(None, ["--full"])
+    assert [(one.name, seconds) for one, seconds in parts.stall_seconds(quick)] == [("balancer", 60), ("caddy", 5)]
+    assert {seconds for _, seconds in parts.stall_seconds(full)} == {60}
+    given = arguments.parse(None, ["--stall-seconds=3"])
+    assert {seconds for _, seconds in parts.stall_seconds(given)} == {3}
+    lengths = [f"{round(parts.expected_seconds(options) / 60 / unit) * unit} minutes" for options, unit in
+               ((quick, 1), (full, 10))]  # fmt: skip
+    texts = [
+        bench("--help").stdout,
+        (ROOT / "bench" / "README.md").read_text(),
+        (documents.DOCS / documents.PAGE).read_text(),
+    ]
+    assert all(length in text for text in texts for length in lengths), lengths
 
 
 def test_a_shim_and_a_link_are_the_interpreter_they_lead_to(tmp_path: Path) -> None:
