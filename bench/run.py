@@ -91,6 +91,7 @@ def run_parts(options: argparse.Namespace) -> int:
     print(
         f"{about(run.machine)}, {pace(run.machine)}\nThis takes about {minutes(expected_seconds(options))}", flush=True
     )
+    warn(results)  # of a slow interpreter, before the time is spent
     for part in options.parts:
         PARTS[part](options, run)
         options.json.write_text(documents.as_text(results))  # after each, for an interrupted run to leave something
