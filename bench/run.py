@@ -115,6 +115,9 @@ def describe(options: argparse.Namespace) -> dict[str, object]:
 def render(files: list[Path]) -> int:
     results = combine([run for path in files for run in read(path)])
     warn(results)
+    measured = {"speed": results.samples, "stalls": results.stalls, "quality": results.choices}
+    if empty := [part for part, found in measured.items() if not found]:
+        print(f"warning: none of the files has {', '.join(empty)}; the page says nothing there")
     return write_documents(results)
 
 
