@@ -170,6 +170,10 @@ CONTENDERS = {
 }
 
 
+def chosen(names: Iterable[str]) -> list[Contender]:
+    return [CONTENDERS[name] for name in names]
+
+
 def fast_backend_command(directory: Path, ports: Iterable[int]) -> list[str]:
     """One nginx worker that answers at once on each port, and counts what it was asked.
 

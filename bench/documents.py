@@ -6,14 +6,17 @@ import json
 import re
 import statistics
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import tables
 from charts import Bar, Group, chart
 from contenders import HERE
 from loads import LOADS
+from machine import about, pace
 from processes import BenchError
-from report import OURS, ChoiceRun, Results, Spread, Summary, latencies, summarise
+from report import OURS, Spread, Summary, latencies, summarise
+from results import ChoiceRun, Results, Run
 
 DOCS = HERE.parent / "docs"
 PAGE = "performance.md"
@@ -31,31 +34,37 @@ def write(results: Results, directory: Path = DOCS) -> list[Path]:
 
 
 def as_text(results: Results) -> str:
-    return json.dumps(results.as_json(), indent=1) + "\n"
-
-
-def read(path: Path) -> Results:
-    """Raises BenchError for a file that is none of ours."""
-    try:
-        return Results.from_json(json.loads(path.read_text()))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BenchError(f"{path} holds no results of this benchmark: {error!r}") from None
+    summaries = [asdict(summary) for summary in summarise(results.samples)]
+    return json.dumps(results.as_json() | {"summaries": summaries}, indent=1) + "\n"
 
 
 # The page.
 
 
-def machine_line(results: Results) -> str:
-    machine, options = results.machine, results.options
+def about_run(run: Run) -> str:
+    facts, others = run.machine, max(run.others_shares, default=0.0)
     return (
-        f"Measured on {machine['date']}: {machine['cpus']} x {machine['cpu']}, Linux {machine['kernel']}, Python "
-        f"{machine['python']}; {options['rounds']} rounds of {options['seconds']} s, "
-        f"by `{options['command']}`."
+        f"- {covers(run)}: {facts['date']}, commit {facts['commit']}, others at most {others:.1%}, {pace(facts)}; "
+        f"`{run.options['command']}`"
     )
 
 
+def covers(run: Run) -> str:
+    loads, rounds = dict.fromkeys(sample.load for sample in run.samples), run.options["rounds"]
+    times = f"{rounds} round{'s' if rounds > 1 else ''} of {run.options['seconds']} s"
+    names = {f"{', '.join(loads)} ({times})": run.samples, "stalls": run.stalls, "choice": run.choices}
+    return "; ".join(name for name, measured in names.items() if measured)
+
+
+def about_runs(results: Results) -> str:
+    places: dict[str, list[str]] = {}
+    for run in results.runs:
+        places.setdefault(about(run.machine), []).append(about_run(run))
+    return "\n\n".join("\n".join([f"On {place}:", "", *lines]) for place, lines in places.items())
+
+
 SECTIONS: dict[str, Callable[[Results], str]] = {
-    "machine": machine_line,
+    "runs": about_runs,
     "loads": lambda results: tables.load_table(results).markdown(),
     "speed": lambda results: tables.speed_table(results).markdown(),
     "latency": lambda results: tables.latency_table(results).markdown(),

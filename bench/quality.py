@@ -18,9 +18,10 @@ from pathlib import Path
 from contenders import BODY, CONTENDERS, HERE, Place
 from delay_backend import parse
 from loads import WAIT_PATH
-from openloop import Aim, Shot, fire, percentile, poisson
+from openloop import Aim, Shot, figures, fire, poisson
 from processes import await_answer, free_ports, get, running
-from report import OURS, ChoiceRun
+from report import OURS
+from results import ChoiceRun
 from speed import Backends, count_at, delay_backends, progress, read_meter
 
 sys.path.insert(0, str(HERE.parent))
@@ -91,19 +92,8 @@ def measure_one(number: int, name: str, method: str, backends: Backends, seconds
 def summarise(
     number: int, contender: str, method: str, shots: list[Shot], counts: list[int], others: float
 ) -> ChoiceRun:
-    times = [(shot.latency if shot.is_good else max(shot.latency, FAILED_SECONDS)) * 1e3 for shot in shots]
-    return ChoiceRun(
-        round=number,
-        contender=contender,
-        method=method,
-        requests=len(shots),
-        failed=sum(not shot.is_good for shot in shots),
-        p50=percentile(times, 0.50),
-        p99=percentile(times, 0.99),
-        p999=percentile(times, 0.999),
-        shares=[count / max(1, sum(counts)) for count in counts],
-        others_share=others,
-    )
+    shares = [count / max(1, sum(counts)) for count in counts]
+    return ChoiceRun(number, contender, method, **figures(shots, FAILED_SECONDS), shares=shares, others_share=others)
 
 
 # Simulated.

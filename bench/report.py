@@ -1,17 +1,13 @@
-"""From samples to tables and one JSON document. Every figure in either comes from a sample of the run."""
+"""From samples to medians, spreads and ratios, and what is wrong with them."""
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
-import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 from loads import LOADS, ONE_CONNECTION
+from results import Results, Sample
 
 OURS = "balancer"
 BASELINE = "baseline"
@@ -22,87 +18,6 @@ MIB = 1 << 20
 NOISY_SHARE = 0.10
 # Requests still open when the clock stops may be missing on either side, no more.
 FORWARDED_SHARE = 0.99
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One contender under one load in one round."""
-
-    round: int
-    contender: str
-    load: str
-    requests: int  # answers of any status
-    errors: int  # answers of 400 and above, and socket errors and timeouts
-    seconds: float
-    requests_per_second: float  # good answers only
-    cpu_us_per_request: float | None  # good answers, and requests that wrk's end cut off after the work was done
-    switches_per_request: float | None  # of the contender's whole life, warm-up included
-    p50_ms: float | None  # None without one answer
-    p99_ms: float | None
-    peak_rss_bytes: int
-    forwarded_share: float  # requests the backends saw per answer; below 1 somebody else answered
-    others_share: float  # of the machine's CPU time, spent by neither contender, backend nor wrk
-
-
-@dataclass(frozen=True)
-class StallRun:
-    """One contender at half of the rate it could do, open loop. Times in milliseconds."""
-
-    contender: str
-    rate: float
-    seconds: float
-    requests: int
-    failed: int
-    p50: float
-    p99: float
-    p999: float
-    worst: float
-    stalls: int  # times at which answers were late by more than the limit
-    own_stalls: int  # those during which requests sent past the contender, to the backend itself, were not late
-    direct_worst: float
-    others_share: float
-
-
-@dataclass(frozen=True)
-class ChoiceRun:
-    """One way to choose among unequal backends, in one round. Times in milliseconds; a failed request is a slow one."""
-
-    round: int
-    contender: str
-    method: str
-    requests: int
-    failed: int
-    p50: float
-    p99: float
-    p999: float
-    shares: list[float]  # of the requests, per backend
-    others_share: float
-
-
-@dataclass
-class Results:
-    """What a run found. `as_json` and `from_json` are inverse."""
-
-    machine: dict[str, Any] = field(default_factory=dict)
-    options: dict[str, Any] = field(default_factory=dict)
-    samples: list[Sample] = field(default_factory=list)
-    stalls: list[StallRun] = field(default_factory=list)
-    choices: list[ChoiceRun] = field(default_factory=list)
-    simulated: list[ChoiceRun] = field(default_factory=list)
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self) | {"summaries": [asdict(summary) for summary in summarise(self.samples)]}
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Results:
-        return cls(
-            content["machine"],
-            content["options"],
-            [Sample(**sample) for sample in content["samples"]],
-            [StallRun(**run) for run in content["stalls"]],
-            [ChoiceRun(**run) for run in content["choices"]],
-            [ChoiceRun(**run) for run in content["simulated"]],
-        )
 
 
 @dataclass(frozen=True)
@@ -173,28 +88,24 @@ def cpu_ratio(same_load: list[Sample], own: list[Sample], other: str) -> Spread 
     return Spread.of(theirs / ours for theirs, ours in pairs if theirs and ours)
 
 
-def machine() -> dict[str, Any]:
-    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "cpu": models[0].partition(":")[2].strip() if models else platform.machine(),
-        "cpus": os.cpu_count(),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "load_average": os.getloadavg()[0],
-    }
-
-
 def warnings(results: Results) -> list[str]:
     found = [fault for summary in summarise(results.samples) for fault in summary.faults]
-    runs: list[Sample | StallRun | ChoiceRun] = [*results.samples, *results.stalls, *results.choices]
-    everything = [run.others_share for run in runs]
+    everything = [share for run in results.runs for share in run.others_shares]
     noisy = sum(share > NOISY_SHARE for share in everything)
     if noisy:
         found.append(
             f"something else took over {NOISY_SHARE:.0%} of the machine in {noisy} of {len(everything)} samples"
         )
-    return found
+    return found + slow_interpreters(results)
+
+
+def slow_interpreters(results: Results) -> list[str]:
+    slow = {run.machine["python"]["version"] for run in results.runs if not run.machine["python"]["is_optimised"]}
+    return [
+        f"Python {version} was built without profile-guided optimisation, those that people install are about a fifth "
+        "faster: choose one with --python"
+        for version in sorted(slow)
+    ]
 
 
 def missed_ratio(samples: list[Sample], wanted: float) -> list[str]:

@@ -1,11 +1,13 @@
 """This balancer beside others: CPU per request, speed, latency, memory, and how well it chooses. Linux only.
 
-./bench/run.sh                                 installs what is missing, then a quick run: table, bench/results.json
-./bench/run.sh --full                          every load and contender, long; renews docs/performance.md and its plots
+./bench/run.sh                                 6 minutes: installs what is missing, tables, bench/results.json
+./bench/run.sh --full                          70 minutes: everything; renews docs/performance.md and its plots
 ./bench/run.sh --parts speed --loads small-32,small-256 --rounds 5 --seconds 10 --contenders balancer,baseline
-./bench/run.sh --render bench/results.json     renews the documentation from a file, without measuring
+./bench/run.sh --render bench/results.json     seconds: renews the documentation from files, without measuring
 ./bench/run.sh --transfer 1GiB                 that many bytes up and down; growth of the balancer's memory
 ./bench/run.sh --concurrent 1000               that many requests in flight at once, to backends that take --delay
+
+Every run begins with how long it will take. bench/README.md shows how to measure in parts, with a file for each.
 """
 
 from __future__ import annotations
@@ -15,34 +17,29 @@ import importlib.util
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType
 
+import arguments
 import documents
+import environment
 import report
-import tables
 from checks import check_concurrency, check_transfer, parse_size
-from contenders import BALANCER, CONTENDERS, HERE, Contender, find_program
-from loads import LOADS, QUICK
+from contenders import BALANCER, CONTENDERS, chosen, find_program
+from machine import about, machine, pace
 from processes import BENCH_CPUS, BenchError
-from quality import measure_quality, methods, simulate_all
-from report import OURS, Results
-from speed import measure_all
-from stalls import measure_stalls
-
-PARTS = ("speed", "stalls", "quality")
-QUICK_STALLS = ("balancer", "caddy")
-SHORT = {"rounds": 2, "seconds": 1, "stall_seconds": 5, "choice_seconds": 12}
-FULL = {"rounds": 5, "seconds": 5, "stall_seconds": 60, "choice_seconds": 60}
+from report import OURS
+from results import Results, Run, combine, read
 
 
 def main() -> int:
-    options = parse_arguments()
+    options = arguments.parse(__doc__)
     signal.signal(signal.SIGTERM, leave)
     try:
         if options.render:
-            return render(documents.read(options.render))
+            return render(options.render)
+        if options.python:
+            environment.enter(options.python)
         check_requirements(options)
         os.sched_setaffinity(0, BENCH_CPUS)
         return run_checks(options) if options.transfer or options.concurrent else run_parts(options)
@@ -59,64 +56,6 @@ def leave(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="the long run, for the documentation")
-    parser.add_argument("--parts", type=some_of(PARTS), metavar="NAME[,NAME...]", help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--contenders", type=some_of(CONTENDERS), metavar="...", help=f"of {', '.join(CONTENDERS)}")
-    parser.add_argument("--loads", type=some_of(LOADS), metavar="...", help=f"of {', '.join(LOADS)}")
-    parser.add_argument("--rounds", type=positive, help="default 2; 5 with --full")
-    parser.add_argument(
-        "--seconds", type=positive, help="of load per contender, load and round; default 1; 5 if --full"
-    )
-    parser.add_argument("--stall-seconds", type=positive, help="of the search for stalls; default 5; 60 with --full")
-    parser.add_argument("--choice-seconds", type=positive, help="per way to choose and round; default 12; 60 if --full")
-    parser.add_argument("--json", type=Path, default=HERE / "results.json", metavar="FILE")
-    parser.add_argument("--docs", action="store_true", help="renew docs/performance.md too (--full does)")
-    parser.add_argument("--render", type=Path, metavar="FILE", help="renew docs/performance.md from a JSON file only")
-    parser.add_argument("--require-ratio", type=float, metavar="R", help=f"exit 1 unless the {OURS} reaches 1/R")
-    parser.add_argument("--transfer", metavar="SIZE", help="check memory with a body of this size, such as 1GiB")
-    parser.add_argument("--max-growth", default="32MiB", metavar="SIZE", help="allowed by --transfer (default 32MiB)")
-    parser.add_argument("--concurrent", type=positive, metavar="N", help="check N requests in flight at once")
-    parser.add_argument("--delay", type=float, default=0.2, help="seconds a backend takes then (default 0.2)")
-    options = parser.parse_args()
-    fill_in(options)
-    if options.require_ratio and not {OURS, report.BASELINE} <= set(options.contenders):
-        parser.error(f"--require-ratio needs the contenders {OURS} and {report.BASELINE}")
-    return options
-
-
-def fill_in(options: argparse.Namespace) -> None:
-    """What was not said, by the length of the run."""
-    numbers = FULL if options.full else SHORT
-    names = {
-        "parts": list(PARTS),
-        "contenders": [OURS] if options.transfer or options.concurrent else list(CONTENDERS),
-        "loads": list(LOADS if options.full else QUICK),
-    }
-    for name, value in (*numbers.items(), *names.items()):
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-
-
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
-def some_of(known: Iterable[str]) -> Callable[[str], list[str]]:
-    names = list(known)
-
-    def parse(text: str) -> list[str]:
-        chosen = [name.strip() for name in text.split(",")]
-        if unknown := sorted(set(chosen) - set(names)):
-            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: expected some of {', '.join(names)}")
-        return list(dict.fromkeys(chosen))
-
-    return parse
-
-
 def check_requirements(options: argparse.Namespace) -> None:
     if sys.platform != "linux":
         raise BenchError("Linux only: processes are measured from /proc")
@@ -130,11 +69,13 @@ def check_requirements(options: argparse.Namespace) -> None:
         raise BenchError(f"missing here: {', '.join(missing)}; pip install -r bench/requirements.txt")
     if OURS in options.contenders and not BALANCER.exists():
         raise BenchError(f"{BALANCER} is missing")
+    if not options.json.parent.is_dir():
+        raise BenchError(f"--json {options.json}: {options.json.parent} is no directory")
 
 
 def run_checks(options: argparse.Namespace) -> int:
     faults = []
-    for contender in chosen(options):
+    for contender in chosen(options.contenders):
         if options.transfer:
             faults += check_transfer(contender, parse_size(options.transfer), parse_size(options.max_growth))
         if options.concurrent:
@@ -142,38 +83,27 @@ def run_checks(options: argparse.Namespace) -> int:
     return fail(faults)
 
 
-def chosen(options: argparse.Namespace) -> list[Contender]:
-    return [CONTENDERS[name] for name in options.contenders]
-
-
 def run_parts(options: argparse.Namespace) -> int:
-    results = Results(report.machine(), describe(options))
-    if "speed" in options.parts:
-        loads = [LOADS[name] for name in options.loads]
-        results.samples = measure_all(options.rounds, options.seconds, loads, chosen(options))
-        show("Speed and cost", tables.speed_table(results))
-        show("Latency added at one connection", tables.latency_table(results))
-    if "stalls" in options.parts:
-        searched = [c for c in chosen(options) if options.full or c.name in QUICK_STALLS]
-        results.stalls = measure_stalls(searched, options.stall_seconds)
-        show("Stalls at half load", tables.stall_table(results))
-    if "quality" in options.parts:
-        results.simulated = simulate_all(options.rounds)
-        show("Unequal backends, simulated", tables.simulation_table(results))
-        ways = methods(options.contenders, quick=not options.full)
-        results.choices = measure_quality(choice_rounds(options), options.choice_seconds, ways)
-        show("Unequal backends", tables.choice_table(results))
-    for warning in report.warnings(results):
-        print(f"warning: {warning}")
-    options.json.write_text(documents.as_text(results))
+    from parts import PARTS, expected_seconds  # they run our strategies: --help needs no installed package
+
+    run = Run(machine(), describe(options))
+    results = Results([run])
+    print(
+        f"{about(run.machine)}, {pace(run.machine)}\nThis takes about {minutes(expected_seconds(options))}", flush=True
+    )
+    warn(results)  # of a slow interpreter, before the time is spent
+    for part in options.parts:
+        PARTS[part](options, run)
+        options.json.write_text(documents.as_text(results))  # after each, for an interrupted run to leave something
     print(f"written: {options.json}")
+    warn(results)
     if options.full or options.docs:
-        render(results)
-    return fail(report.missed_ratio(results.samples, options.require_ratio) if options.require_ratio else [])
+        write_documents(results)
+    return fail(report.missed_ratio(run.samples, options.require_ratio) if options.require_ratio else [])
 
 
-def choice_rounds(options: argparse.Namespace) -> int:
-    return min(options.rounds, 3) if options.full else 1
+def minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} minutes"
 
 
 def describe(options: argparse.Namespace) -> dict[str, object]:
@@ -182,12 +112,21 @@ def describe(options: argparse.Namespace) -> dict[str, object]:
     return said | {"command": " ".join(["./bench/run.sh", *sys.argv[1:]]), "about": about}
 
 
-def show(title: str, table: tables.Table) -> None:
-    if table.rows:
-        print(f"\n{title}\n\n{table.text()}", flush=True)
+def render(files: list[Path]) -> int:
+    results = combine([run for path in files for run in read(path)])
+    warn(results)
+    measured = {"speed": results.samples, "stalls": results.stalls, "quality": results.choices}
+    if empty := [part for part, found in measured.items() if not found]:
+        print(f"warning: none of the files has {', '.join(empty)}; the page says nothing there")
+    return write_documents(results)
 
 
-def render(results: Results) -> int:
+def warn(results: Results) -> None:
+    for warning in report.warnings(results):
+        print(f"warning: {warning}")
+
+
+def write_documents(results: Results) -> int:
     for path in documents.write(results):
         print(f"written: {path}")
     return 0

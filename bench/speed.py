@@ -26,7 +26,8 @@ from processes import (
     raise_file_limit,
     running,
 )
-from report import DIRECT, Sample
+from report import DIRECT
+from results import Sample
 
 BACKEND_COUNT = 3
 WARMUP_SECONDS = 1

@@ -11,25 +11,26 @@ from pathlib import Path
 
 from contenders import BODY, Contender, Place
 from loads import Load
-from openloop import Aim, Shot, fire, percentile, steady
+from openloop import Aim, Shot, figures, fire, steady
 from processes import await_answer, free_ports, running
-from report import StallRun
+from results import StallRun
 from speed import Backends, fast_backends, progress, read_meter, run_wrk
 
 LIMIT_SECONDS = 0.050
 DIRECT_LATE_SECONDS = LIMIT_SECONDS / 2
 DIRECT_RATE = 100.0
-MAX_RATE = 3000.0  # what the generator sends at without being late itself
+MAX_RATE = 10_000.0  # what the generator sends at without being late itself
 CAPACITY_LOAD = Load("capacity", "what it can do", 32)
 CAPACITY_SECONDS = 2
 WARMUP_SECONDS = 1.0
 Window = tuple[float, float]
 
 
-def measure_stalls(chosen: list[Contender], seconds: float) -> list[StallRun]:
+def measure_stalls(chosen: list[tuple[Contender, float]]) -> list[StallRun]:
+    """Each contender for as many seconds."""
     runs = []
     with fast_backends() as backends:
-        for contender in chosen:
+        for contender, seconds in chosen:
             progress(f"{contender.name} at half load for {seconds:g} s")
             runs.append(measure_one(contender, backends, seconds))
     progress("")
@@ -59,18 +60,13 @@ def measure_one(contender: Contender, backends: Backends, seconds: float) -> Sta
 def summarise(
     name: str, rate: float, seconds: float, ours: list[Shot], direct: list[Shot], others_share: float
 ) -> StallRun:
-    times = [shot.latency * 1e3 for shot in ours]
     windows = late_windows(ours)
     return StallRun(
-        contender=name,
-        rate=rate,
-        seconds=seconds,
-        requests=len(ours),
-        failed=sum(not shot.is_good for shot in ours),
-        p50=percentile(times, 0.50),
-        p99=percentile(times, 0.99),
-        p999=percentile(times, 0.999),
-        worst=max(times),
+        name,
+        rate,
+        seconds,
+        **figures(ours),
+        worst=max(shot.latency for shot in ours) * 1e3,
         stalls=len(windows),
         own_stalls=sum(not was_direct_late(window, direct) for window in windows),
         direct_worst=max(shot.latency for shot in direct) * 1e3,

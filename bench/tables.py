@@ -8,17 +8,19 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from loads import LOADS
-from report import ChoiceRun, Latency, Results, Spread, StallRun, Summary, latencies, summarise
+from report import Latency, Spread, Summary, latencies, summarise
+from results import ChoiceRun, Results, StallRun
 
 Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
 class Table:
-    """The first column is text, the others are figures."""
+    """The first columns are text, one or more, the others are figures."""
 
     headings: list[str]
     rows: list[list[str]]
+    texts: int = 1
 
     def text(self) -> str:
         widths = [max(map(len, column)) for column in zip(self.headings, *self.rows, strict=True)]
@@ -26,7 +28,7 @@ class Table:
         return "\n".join(align(line, widths) for line in lines)
 
     def markdown(self) -> str:
-        rule = ["---", *["---:"] * (len(self.headings) - 1)]
+        rule = [*["---"] * self.texts, *["---:"] * (len(self.headings) - self.texts)]
         return "\n".join(f"| {' | '.join(line)} |" for line in (self.headings, rule, *self.rows))
 
 
@@ -127,7 +129,8 @@ def by_p99(runs: list[ChoiceRun]) -> list[list[ChoiceRun]]:
 
 def load_table(results: Results) -> Table:
     measured = {sample.load for sample in results.samples}
-    return Table(["load", "what is asked"], [[name, load.about] for name, load in LOADS.items() if name in measured])
+    rows = [[name, load.about] for name, load in LOADS.items() if name in measured]
+    return Table(["load", "what is asked"], rows, texts=2)
 
 
 def build(columns: list[tuple[str, Callable[[Row], str]]], rows: list[Row]) -> Table:

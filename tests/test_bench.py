@@ -20,16 +20,23 @@ from support import PYTHON, ROOT
 
 sys.path.append(str(ROOT / "bench"))  # its modules import each other by their plain names
 
+import arguments  # noqa: E402
 import charts  # noqa: E402
 import documents  # noqa: E402
+import environment  # noqa: E402
+import machine  # noqa: E402
 import openloop  # noqa: E402
+import parts  # noqa: E402
 import quality  # noqa: E402
+import report  # noqa: E402
+import results as found  # noqa: E402
 import stalls  # noqa: E402
 import tables  # noqa: E402
 from contenders import UPLOAD_PATH  # noqa: E402
 from delay_backend import FIRST_STALL_SECONDS, Backend, parse  # noqa: E402
 from processes import BenchError  # noqa: E402
-from report import OURS, ChoiceRun, Results, Sample, Spread, StallRun, latencies, missed_ratio, summarise  # noqa: E402
+from report import OURS, Spread, latencies, missed_ratio, summarise  # noqa: E402
+from results import ChoiceRun, Results, Run, Sample, StallRun, combine  # noqa: E402
 from speed import Backends, fast_backends  # noqa: E402
 
 # The whole command.
@@ -38,6 +45,10 @@ from speed import Backends, fast_backends  # noqa: E402
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [PYTHON, str(ROOT / "bench" / "run.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def runs_of(content: Any) -> list[Run]:
+    return [Run.from_json(run) for run in content["runs"]]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +66,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Compl
 @pytest.mark.timeout(180)
 def test_a_run_measures_every_contender_under_every_load(finished: tuple[Any, Any]) -> None:
     done, content = finished
-    samples = Results.from_json(content).samples
+    (run,) = runs_of(content)
+    samples = run.samples
     expected = {(who, load) for who in ("balancer", "baseline", "nginx") for load in ("small-1", "small-32", "up-64k")}
     assert {(s.contender, s.load) for s in samples} == expected | {("direct", "small-1")}
     for sample in samples:
@@ -68,7 +80,7 @@ def test_a_run_measures_every_contender_under_every_load(finished: tuple[Any, An
 
 @pytest.mark.timeout(180)
 def test_a_run_has_every_part(finished: tuple[Any, Any]) -> None:
-    results = Results.from_json(finished[1])
+    (results,) = runs_of(finished[1])
     assert [run.contender for run in results.stalls] == ["balancer"]
     assert results.stalls[0].requests > 0 and results.stalls[0].worst >= results.stalls[0].p50 > 0
     assert {(run.contender, run.method) for run in results.choices} == {
@@ -80,18 +92,18 @@ def test_a_run_has_every_part(finished: tuple[Any, Any]) -> None:
 
 @pytest.mark.timeout(180)
 def test_a_runs_file_fills_the_documentation(finished: tuple[Any, Any], tmp_path: Path) -> None:
-    results = Results.from_json(finished[1])
+    results = Results(runs_of(finished[1]))
     shutil.copy(documents.DOCS / documents.PAGE, tmp_path)
     written = documents.write(results, tmp_path)
     page = (tmp_path / documents.PAGE).read_text()
     assert tables.speed_table(results).markdown() in page
-    assert documents.read(tmp_path / documents.DATA) == results
+    assert found.read(tmp_path / documents.DATA) == results.runs
     for picture in (path.name for path in written if path.suffix == ".svg"):
         assert f"]({picture})" in page
 
 
 def test_the_committed_page_says_what_the_committed_file_says() -> None:
-    results = documents.read(documents.DOCS / documents.DATA)
+    results = combine(found.read(documents.DOCS / documents.DATA))
     page = (documents.DOCS / documents.PAGE).read_text()
     assert documents.fill(page, results) == page
     for name, content in documents.plots(results).items():
@@ -106,6 +118,9 @@ def test_the_committed_page_says_what_the_committed_file_says() -> None:
         (["--require-ratio=2", "--contenders=balancer"], "baseline"),
         (["--render=/nowhere/results.json"], "/nowhere/results.json holds no results"),
         (["--transfer=much"], "not a size"),
+        (["--python=/nowhere/python"], "/nowhere/python: no such program"),
+        (["--python=false"], "Python 3.11 or newer is needed"),
+        (["--json=/nowhere/results.json", "--contenders=balancer"], "/nowhere is no directory"),
     ],
 )
 def test_bad_usage_is_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:
@@ -316,24 +331,129 @@ def test_added_latency_is_over_the_direct_way_of_the_same_round() -> None:
 
 def test_a_contender_without_a_good_answer_has_errors_and_no_cost() -> None:
     samples = [sample("baseline", None, errors=5, requests=5, requests_per_second=0.0), sample("balancer", 1.0)]
-    rows = tables.speed_table(Results(samples=samples)).rows
+    rows = tables.speed_table(Results([Run(samples=samples)])).rows
     assert rows[0][:5] == ["baseline", "small-1", "0", "5", "-"]
     assert missed_ratio(samples, 2.0) == ["balancer, small-1: no ratio, wanted at most 1/2"]
 
 
-def test_results_survive_the_file() -> None:
-    results = Results(
-        {"cpus": 2}, {"rounds": 1}, [sample("nginx", 1.0)],
-        [StallRun("nginx", 1.0, 1.0, 1, 0, 1.0, 1.0, 1.0, 1.0, 0, 0, 1.0, 0.0)],
-        [ChoiceRun(0, "nginx", "least_conn", 1, 0, 1.0, 1.0, 1.0, [1.0], 0.0)],
+MACHINE = {
+    "date": "2030-01-01", "commit": "abc1234", "cpu": "CPU", "cpus": 2, "kernel": "6",
+    "python": {"version": "3.12.0", "build": "built somehow", "is_optimised": True, "step_ns": 400.0},
+}  # fmt: skip
+OPTIONS = {"rounds": 1, "seconds": 2, "command": "./bench/run.sh"}
+
+
+def stall(contender: str, **more: Any) -> StallRun:
+    figures: dict[str, Any] = dict.fromkeys(("rate", "seconds", "p50", "p99", "p999", "worst", "direct_worst"), 1.0)
+    counts = dict.fromkeys(("requests", "failed", "stalls", "own_stalls"), 0)
+    return StallRun(contender, others_share=0.0, **(figures | counts | more))
+
+
+def choice(contender: str, method: str) -> ChoiceRun:
+    return ChoiceRun(0, contender, method, 1, 0, 1.0, 1.0, 1.0, [1.0], 0.0)
+
+
+def test_results_survive_the_file(tmp_path: Path) -> None:
+    run = Run(MACHINE, OPTIONS, [sample("nginx", 1.0)], [stall("nginx")], [choice("nginx", "least_conn")])
+    file = tmp_path / "results.json"
+    file.write_text(documents.as_text(Results([run, run])))
+    assert found.read(file) == [run, run]
+
+
+# Several runs, one page.
+
+
+def test_files_of_several_runs_become_one_page_that_tells_them_apart() -> None:
+    morning = Run(MACHINE, OPTIONS, [sample("balancer", 1.0), sample("nginx", 2.0)])
+    evening = Run(
+        MACHINE | {"commit": "def5678"},
+        OPTIONS | {"rounds": 3},
+        [sample("balancer", 3.0, load="small-32", others_share=0.07)],
+        [stall("balancer")],
+    )
+    both = combine([morning, evening])
+    assert {(s.contender, s.load) for s in both.samples} == {
+        ("balancer", "small-1"), ("nginx", "small-1"), ("balancer", "small-32"),
+    }  # fmt: skip
+    place, _, first, second = documents.about_runs(both).splitlines()
+    assert place.endswith("on Python 3.12.0, built somehow:")  # said once
+    assert "small-1 (1 round of 2 s)" in first and "abc1234" in first and "at most 0.0%" in first
+    assert "small-32 (3 rounds of 2 s); stalls" in second and "def5678" in second and "at most 7.0%" in second
+    assert all("400 ns" in line for line in (first, second))
+
+
+def test_what_was_measured_again_is_taken_whole_from_the_later_run() -> None:
+    first = Run(
+        MACHINE, OPTIONS, [sample("nginx", 1.0), sample("nginx", 1.0, 1), sample("nginx", 1.0, load="small-32")],
+        [stall("nginx", worst=9.0), stall("caddy")], [choice("nginx", "a"), choice("nginx", "b")],
     )  # fmt: skip
-    assert Results.from_json(json.loads(documents.as_text(results))) == results
+    again = Run(MACHINE, OPTIONS, [sample("nginx", 2.0)], [stall("nginx", worst=1.0)], [choice("nginx", "b")])
+    both = combine([first, again])
+    assert [(s.load, s.cpu_us_per_request) for s in both.samples] == [("small-32", 1.0), ("small-1", 2.0)]
+    assert [(run.contender, run.worst) for run in both.stalls] == [("caddy", 1.0), ("nginx", 1.0)]
+    assert [run.method for run in both.choices] == ["a", "b"]
+    assert combine([again, again]) == Results([again])  # nothing is left of the first: it is not named
+
+
+def test_a_contender_is_not_lost_by_measuring_again_without_it() -> None:
+    first = Run(MACHINE, OPTIONS, [sample("balancer", 1.0), sample("nginx", 1.0)])
+    with pytest.raises(BenchError, match="small-1 was measured again without nginx"):
+        combine([first, Run(MACHINE, OPTIONS, [sample("balancer", 1.0)])])
 
 
 def test_a_page_without_a_marker_is_refused() -> None:
-    with pytest.raises(BenchError, match="'machine'"):
-        documents.fill("no markers here", Results({"date": "", "cpus": 1, "cpu": "", "kernel": "", "python": ""},
-                                                  {"rounds": 1, "seconds": 1, "command": ""}))  # fmt: skip
+    with pytest.raises(BenchError, match="'runs'"):
+        documents.fill("no markers here", Results([Run(MACHINE, OPTIONS)]))
+
+
+# The machine and the interpreter.
+
+
+@pytest.mark.parametrize(
+    ("prefix", "configured", "is_optimised"),
+    [
+        ("/usr/local", "'--enable-optimizations' '--with-lto'", True),
+        ("/usr", "'--enable-shared' '--prefix=/usr'", True),
+        ("/home/me/python", "'--enable-shared'", False),
+    ],
+)
+def test_how_an_interpreter_was_built(prefix: str, configured: str, is_optimised: bool) -> None:
+    build, optimised = machine.build_of(prefix, configured)
+    assert optimised is is_optimised and build
+
+
+def test_a_run_tells_its_interpreter_and_warns_of_a_slow_build(finished: tuple[Any, Any]) -> None:
+    done, content = finished
+    (run,) = runs_of(content)
+    assert run.machine["python"]["version"] == sys.version.split()[0] and run.machine["python"]["step_ns"] > 10
+    assert done.stdout.splitlines()[0] == f"{machine.about(run.machine)}, {machine.pace(run.machine)}"
+    slow = Run(MACHINE | {"python": MACHINE["python"] | {"is_optimised": False}}, OPTIONS)
+    assert ["--python" in warning for warning in report.warnings(Results([slow]))] == [True]
+    assert report.warnings(Results([Run(MACHINE, OPTIONS)])) == []
+
+
+def test_the_own_stalls_are_looked_for_a_minute_and_every_text_says_how_long_a_run_takes() -> None:
+    quick, full = arguments.parse(None, []), arguments.parse(None, ["--full"])
+    assert [(one.name, seconds) for one, seconds in parts.stall_seconds(quick)] == [("balancer", 60), ("caddy", 5)]
+    assert {seconds for _, seconds in parts.stall_seconds(full)} == {60}
+    given = arguments.parse(None, ["--stall-seconds=3"])
+    assert {seconds for _, seconds in parts.stall_seconds(given)} == {3}
+    lengths = [f"{round(parts.expected_seconds(options) / 60 / unit) * unit} minutes" for options, unit in
+               ((quick, 1), (full, 10))]  # fmt: skip
+    texts = [
+        bench("--help").stdout,
+        (ROOT / "bench" / "README.md").read_text(),
+        (documents.DOCS / documents.PAGE).read_text(),
+    ]
+    assert all(length in text for text in texts for length in lengths), lengths
+
+
+def test_a_shim_and_a_link_are_the_interpreter_they_lead_to(tmp_path: Path) -> None:
+    shim = tmp_path / "python"
+    shim.write_text(f'#!/bin/sh\nexec "{PYTHON}" "$@"\n')
+    shim.chmod(0o755)
+    path, version = environment.identify(str(shim)).splitlines()[:2]
+    assert (path, version) == (str(Path(PYTHON).resolve()), sys.version.splitlines()[0])
 
 
 def test_a_chart_escapes_its_text_and_draws_no_bar_below_nothing() -> None:

@@ -1,0 +1,120 @@
+"""On what it was measured: the machine, the interpreter of every Python contender, and the state of the code."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+import sysconfig
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from contenders import HERE
+
+STEPS = 1_000
+REPEATS = 300
+
+
+@dataclass(frozen=True)
+class Interpreter:
+    version: str
+    build: str
+    is_optimised: bool
+    step_ns: float  # see `step_ns`
+
+    def __str__(self) -> str:
+        return f"Python {self.version}, {self.build}"
+
+
+def machine() -> dict[str, Any]:
+    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit(),
+        "cpu": models[0].partition(":")[2].strip() if models else platform.machine(),
+        "cpus": os.cpu_count(),
+        "kernel": platform.release(),
+        "python": asdict(interpreter()),
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def about(facts: dict[str, Any]) -> str:
+    """What `machine` found, in words, but for what differs from minute to minute."""
+    python = Interpreter(**facts["python"])
+    return f"{facts['cpus']} x {facts['cpu']}, Linux {facts['kernel']}; all Python contenders on {python}"
+
+
+def pace(facts: dict[str, Any]) -> str:
+    return f"{facts['python']['step_ns']:.0f} ns for a step of the interpreter's loop"
+
+
+def commit() -> str:
+    """With `-dirty` when a file under version control was changed since."""
+    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def interpreter() -> Interpreter:
+    build, is_optimised = build_of(sys.base_prefix, sysconfig.get_config_var("CONFIG_ARGS") or "")
+    return Interpreter(platform.python_version(), build, is_optimised, step_ns())
+
+
+def build_of(prefix: str, configured: str) -> tuple[str, bool]:
+    """How the interpreter was built, and whether guided by a profile, which makes it about a fifth faster.
+
+    python.org, uv and Docker's images ask `configure` for that. Debian and Ubuntu do it by calling make themselves and
+    leave no trace in the build's own record, and PGO_PROF_USE_FLAG is set in builds without a profile: so what belongs
+    to the distribution is believed, and `step_ns` lets everybody compare.
+    """
+    if "--enable-optimizations" in configured:
+        return "built with profile-guided optimisation", True
+    if prefix == "/usr":
+        return f"the package of {distribution()}", True
+    return "built without profile-guided optimisation", False
+
+
+def distribution() -> str:
+    try:
+        return platform.freedesktop_os_release()["PRETTY_NAME"]
+    except (OSError, KeyError):
+        return "the distribution"
+
+
+@dataclass(slots=True)
+class Item:
+    name: str
+    count: int = 0
+
+    def add(self, number: int) -> int:
+        self.count += number
+        return self.count
+
+
+def steps(count: int) -> int:
+    """What proxies do: look up, call, cut text, make small lists. Do not change it: figures of years compare by it."""
+    items = {f"key-{number}": Item(f"key-{number}") for number in range(16)}
+    total = 0
+    for step in range(count):
+        item = items[f"key-{step & 15}"]
+        name, _, number = item.name.partition("-")
+        parts = [part for part in (name, number) if part]
+        total += item.add(len(parts)) if name.startswith("k") else 0
+    return total
+
+
+def step_ns() -> float:
+    """Nanoseconds for a step, of the best of many repeats: a busy machine cannot make it less."""
+    best = float("inf")
+    for _ in range(REPEATS):
+        started = time.perf_counter_ns()
+        steps(STEPS)
+        best = min(best, (time.perf_counter_ns() - started) / STEPS)
+    return best
