@@ -59,7 +59,7 @@ def with_more_work(work: Callable[[], object]) -> Callable[[Bridge], None]:
         (lambda: [number * number for number in range(200)], "instructions"),
         (lambda: [len("") for _ in range(50)], "c_calls"),
         (lambda: [(lambda: None)() for _ in range(50)], "python_calls"),
-        (lambda: bytearray(1 << 17), "peak_bytes"),
+        (lambda: bytearray(1 << 18), "peak_bytes"),
     ],
     ids=["instructions", "c_calls", "python_calls", "peak_bytes"],
 )
