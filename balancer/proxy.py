@@ -147,7 +147,7 @@ class Forwarding:
 
     __slots__ = (
         *("_proxy", "_options", "_incoming", "_started", "_identifier", "_record"),
-        *("_request", "_lease", "sent", "_failure", "_waited", "_is_finished"),
+        *("_request", "_lease", "sent", "_failure", "_first_failure", "_waited", "_is_finished"),
     )
 
     def __init__(self, proxy: ReverseProxy, incoming: Incoming) -> None:
@@ -160,6 +160,7 @@ class Forwarding:
         self._lease: Lease | None = None
         self.sent: Sent | None = None
         self._failure: BalancerError | None = None
+        self._first_failure: BackendError | None = None  # of an attempt that `begin` or `connect` made
         self._waited = 0.0  # seconds for a thread
         self._is_finished = False
         self._record = Exchange(
@@ -175,14 +176,26 @@ class Forwarding:
 
         For requests without a body only. Never raises.
         """
+        return self._begin(may_connect=False)
+
+    def connect(self) -> bool:
+        """Go on after `begin` if a connection was all that was missing: open one and send. As `begin`, but may take as
+        long as a connect does."""
+        failure = self._failure or self._first_failure
+        return self._lease is not None and self.sent is None and failure is None and self._begin(may_connect=True)
+
+    def _begin(self, may_connect: bool) -> bool:
         try:
-            self._request = request = self._build()
-            self._take_place(self._proxy.pool.lease_now(request))
+            if self._request is None:
+                self._request = self._build()
+                self._take_place(self._proxy.pool.lease_now(self._request))
             if self._lease is not None:
                 attempt = self._attempt_on(self._lease)
-                self.sent = self._proxy.adapter.begin(request, self._lease.choice.origin)
+                self.sent = self._proxy.adapter.begin(self._request, self._lease.choice.origin, may_connect)
                 if self.sent is None:
                     self._record.attempts.remove(attempt)
+        except BackendError as error:
+            self._first_failure = error
         except BalancerError as error:
             self._failure = error
         except Exception:
@@ -346,14 +359,19 @@ class Forwarding:
         assert response is not None
         attempt.outcome = str(response.status_code)
         attempt.seconds = time.perf_counter() - self._started - attempt.at
+        if self._request is not None:
+            attempt.connect = self._request.connect_seconds
         return response
 
     def _attempt(self, request: OutgoingRequest) -> BackendResponse:
-        lease, sent = self._lease, self.sent
+        lease, sent, failure = self._lease, self.sent, self._first_failure
         assert lease is not None
-        self.sent = None
-        attempt = self._attempt_on(lease) if sent is None else self._record.attempts[-1]
+        self.sent = self._first_failure = None
+        has_begun = sent is not None or failure is not None
+        attempt = self._record.attempts[-1] if has_begun else self._attempt_on(lease)
         try:
+            if failure is not None:
+                raise failure
             response = self._proxy.adapter.exchange(request, lease.choice.origin, sent)
         except Unavailable:
             lease.release()
