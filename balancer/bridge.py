@@ -19,7 +19,7 @@ from threading import BoundedSemaphore
 from typing import TYPE_CHECKING, Any
 
 from balancer import accepted
-from balancer.call import Call
+from balancer.call import Call, result_of, when_done
 from balancer.workers import WorkerPool
 
 if TYPE_CHECKING:
@@ -58,14 +58,12 @@ class Bridge:
         self.pool = pool
         self.idle_timeout = idle_timeout
         self.min_body_rate = min_body_rate
-        self.loop: asyncio.AbstractEventLoop  # set by the server before it accepts
         self.is_draining = False  # set by the server: each answer asks its client to close
         self._is_control = is_control
         self.proxy = proxy
         self.express = express
         self.lingering = BoundedSemaphore(MAX_LINGERING)
         self._calls: dict[Call, None] = {}
-        self._watches: set[asyncio.Task[None]] = set()
 
     def accept(self, watcher: Any) -> None:
         """One request: Granian calls this in its own thread and it must not block."""
@@ -109,14 +107,16 @@ class Bridge:
                     break
                 if not call.is_watched and (call.is_body_done or call.is_bodiless()):
                     call.is_watched = True
-                    watch = self.loop.create_task(self._watch_one(call))
-                    self._watches.add(watch)  # the loop itself holds tasks weakly
-                    watch.add_done_callback(self._watches.discard)
+                    self._watch_one(call)
 
-    async def _watch_one(self, call: Call) -> None:
-        while (await call.protocol.receive())["type"] == "http.request":
-            pass
-        if call in self._calls:  # else it was the end of the answer that ended the wait
+    def _watch_one(self, call: Call) -> None:
+        when_done(call.protocol.receive(), lambda awaitable: self._look(call, awaitable))
+
+    def _look(self, call: Call, awaitable: Any) -> None:
+        """In Granian's thread or the loop's: must not block."""
+        if result_of(awaitable)["type"] == "http.request":
+            self._watch_one(call)
+        elif call in self._calls:  # else it was the end of the answer that ended the wait
             self._lost(call)
 
     def _lost(self, call: Call) -> None:

@@ -6,11 +6,13 @@ slow.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import math
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from threading import Lock
 from typing import TYPE_CHECKING, Any, cast
@@ -33,8 +35,39 @@ log = logging.getLogger("balancer.server")
 BODY_GRACE_SECONDS = 5.0  # what a client may keep us waiting for its body before `min_body_rate` counts
 LINGER_SECONDS = 2.0  # and LINGER_BYTES: what is read and dropped after an answer that came before the request's end
 LINGER_BYTES = 16 * 1024 * 1024
+AHEAD_BYTES = 3 * 65536  # of a request body that is asked for before it is needed, beyond the next piece
+PIECE_BYTES = {"2": 16384}  # what hyper gives at a time at most: a frame of HTTP/2, else what it reads at once
+PIECE_BYTES_HTTP1 = 65536
+JOINED_BYTES = 65536  # pieces that are here are joined up to this
 FLUSH_SECONDS = 0.25  # for an answer to be written, of which Granian says nothing, before its connection is cut
 VERSIONS = {"1": "1.0", "1.1": "1.1", "2": "2"}  # Granian calls HTTP/1.0 "1"
+
+
+def when_done(awaitable: Any, callback: Callable[[Any], object]) -> None:
+    """`callback(awaitable)` once what Granian returned is done: in Granian's thread, or at once in this one."""
+    if isinstance(awaitable, asyncio.Future):  # Windows: it belongs to the event loop, which calls back
+        awaitable.get_loop().call_soon_threadsafe(awaitable.add_done_callback, callback)
+    elif is_done(awaitable):
+        callback(awaitable)
+    else:
+        awaitable.add_done_callback(callback)
+
+
+def is_done(awaitable: Any) -> bool:
+    done = getattr(awaitable, "done", None)
+    return done is None or bool(done())  # without it: finished when it was made
+
+
+def result_of(awaitable: Any) -> Any:
+    """Of one that is done."""
+    result = getattr(awaitable, "result", None)
+    if result is not None:
+        return result()
+    try:
+        next(awaitable)  # its first step ends it
+    except StopIteration as stop:
+        return stop.value
+    raise RuntimeError("Granian returned an awaitable of an unknown kind")
 
 
 class Call:
@@ -56,6 +89,8 @@ class Call:
         "is_watched",
         "is_body_done",
         "_body_left",
+        "_has_begun",
+        "_asked",
         "_patience",
         "_is_too_slow",
         "_lock",
@@ -76,6 +111,8 @@ class Call:
         self.is_watched = False
         self.is_body_done = False
         self._body_left: int | None = None  # bytes, if the length is known
+        self._has_begun = False  # something came of the body
+        self._asked: deque[Any] = deque()  # for pieces of the body that have not been taken yet, in their order
         self._patience = BODY_GRACE_SECONDS  # seconds that we still wait for the body, as `min_body_rate` has it
         self._is_too_slow = False
         self._lock = Lock()
@@ -243,20 +280,44 @@ class Call:
         self._wait(self.protocol.send({"type": "http.response.body", "body": chunk, "more_body": False}))
 
     def receive(self, timeout: float | None = None) -> bytes:
-        """The next piece of the request body, b"" at its end. Raises ClientGone, ClientTooSlow."""
-        if self.is_body_done:
-            return b""
-        while True:
-            message = self._receive_message(timeout or self.bridge.idle_timeout)
-            if message["type"] != "http.request":
-                self.is_gone = True
-                raise ClientGone("the client left before its request was complete")
-            if self._body_left is not None:
-                self._body_left -= len(message["body"])
-            if not message["more_body"] or self._body_left == 0:
-                self.is_body_done = True
-            if message["body"] or self.is_body_done:
-                return bytes(message["body"])
+        """What has come of the request body, at least one piece, b"" at its end. Raises ClientGone, ClientTooSlow."""
+        pieces: list[bytes] = []
+        size = 0
+        while not self.is_body_done:
+            if pieces and not self._is_here(JOINED_BYTES - size):
+                break
+            piece = self._receive_piece(timeout or self.bridge.idle_timeout)
+            if piece:
+                pieces.append(piece)
+                size += len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _is_here(self, most: int) -> bool:
+        """True if the next piece has come, and has no more than so many bytes."""
+        asked = self._asked
+        return bool(asked) and is_done(asked[0]) and len(result_of(asked[0]).get("body", b"")) <= most
+
+    def _receive_piece(self, timeout: float) -> bytes:
+        self._ask()
+        message = self._receive_message(timeout)
+        if message["type"] != "http.request":
+            self.is_gone = True
+            raise ClientGone("the client left before its request was complete")
+        body: bytes = message["body"]
+        self._has_begun = True
+        if self._body_left is not None:
+            self._body_left -= len(body)
+        self.is_body_done = not message["more_body"] or self._body_left == 0
+        return body
+
+    def _ask(self) -> None:
+        """For the next pieces together: each that is waited for by itself costs three switches between threads."""
+        left = self._body_left
+        if left is None:  # perhaps there is none, so that asking for more than one would be in vain
+            left = AHEAD_BYTES if self._has_begun else 0
+        wanted = min(left, AHEAD_BYTES) // PIECE_BYTES.get(self.scope["http_version"], PIECE_BYTES_HTTP1) + 1
+        if len(self._asked) <= wanted // 2:
+            self._asked.extend([self.protocol.receive() for _ in range(wanted - len(self._asked))])
 
     def _receive_message(self, timeout: float) -> Any:
         """Granian's next message. Raises ClientTooSlow after `timeout`, or below `min_body_rate`.
@@ -269,7 +330,7 @@ class Call:
         limit = min(timeout, self._patience) if rate else timeout
         started = time.monotonic()
         try:
-            message = self._wait(self.protocol.receive(), limit)
+            message = self._wait(self._asked[0], limit)
         except ClientGone:
             self._is_too_slow = True
             raise ClientTooSlow(
@@ -277,6 +338,7 @@ class Call:
                 if limit < timeout
                 else f"nothing came of the request body for {timeout:g} s"
             ) from None
+        self._asked.popleft()
         if rate:
             earned = len(message.get("body", b"")) / rate
             left = max(0.0, self._patience - (time.monotonic() - started))
@@ -288,20 +350,13 @@ class Call:
 
         Raises ClientGone after that time.
         """
-        done = getattr(awaitable, "done", None)
-        if done is None:  # finished when it was made: its first step ends it
-            try:
-                next(awaitable)
-            except StopIteration as stop:
-                return stop.value
-            raise RuntimeError("Granian returned an awaitable of an unknown kind")
-        if not done():
+        if not is_done(awaitable):
             ready = Lock()
             ready.acquire()
-            self.bridge.loop.call_soon_threadsafe(awaitable.add_done_callback, lambda _: ready.release())
+            when_done(awaitable, lambda _: ready.release())
             if not ready.acquire(timeout=self.bridge.idle_timeout if timeout is None else timeout):
                 raise ClientGone("the client neither sent nor read anything in time")
-        return awaitable.result()
+        return result_of(awaitable)
 
     # The request.
 

@@ -165,6 +165,8 @@ class Sent:
 
     def _is_refused(self) -> bool:
         """True if the backend hung up or answered early; an interim response and a success are no reason to stop."""
+        if not self.connection.has_input():  # cheaper than to try
+            return False
         data = self.connection.receive_now()
         if data is None:
             return False
