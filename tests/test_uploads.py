@@ -1,0 +1,201 @@
+"""Request bodies between Granian and whoever reads them: what is asked for when, and what is handed on together."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from support import BalancerProcess, connect, wait_until
+from wire import WireBackend, read_response, request
+
+from balancer.bridge import Bridge
+from balancer.call import AHEAD_BYTES, Call
+from balancer.errors import ClientGone, ClientTooSlow
+from balancer.workers import WorkerPool
+
+KIB = 1024
+GONE = {"type": "http.disconnect"}
+
+
+def piece(body: bytes, more: bool = True) -> dict[str, Any]:
+    return {"type": "http.request", "body": body, "more_body": more}
+
+
+class Promise:
+    """What Granian's `receive` returns: done later, in another thread."""
+
+    def __init__(self) -> None:
+        self._message: dict[str, Any] | None = None
+        self._callback: Callable[[Any], object] | None = None
+
+    def done(self) -> bool:
+        return self._message is not None
+
+    def result(self) -> dict[str, Any]:
+        assert self._message is not None
+        return self._message
+
+    def add_done_callback(self, callback: Callable[[Any], object]) -> None:
+        self._callback = callback
+
+    @property
+    def is_awaited(self) -> bool:
+        return self._callback is not None
+
+    def keep(self, message: dict[str, Any]) -> None:
+        self._message = message
+        if self._callback is not None:
+            self._callback(self)
+
+
+class Upload:
+    """One request's protocol: what was asked for, in order."""
+
+    def __init__(self, length: int | None = None, version: str = "1.1", min_body_rate: int = 0) -> None:
+        self.asked: list[Promise] = []
+        self._come: list[dict[str, Any]] = []
+        headers = [(b"host", b"a")]
+        headers.append((b"transfer-encoding", b"chunked") if length is None else (b"content-length", b"%d" % length))
+        scope = {
+            **{"method": "POST", "raw_path": b"/", "query_string": b"", "scheme": "http"},
+            **{"http_version": version, "client": ("127.0.0.1", 1), "headers": headers},
+        }
+        bridge = Bridge(lambda environ, start: [b""], WorkerPool(1, 0, 1.0), min_body_rate=min_body_rate)
+        self.call = Call(bridge, SimpleNamespace(scope=scope, proto=self))
+        self.call.incoming()  # notes how long the body is
+
+    def receive(self) -> Promise:
+        promise = Promise()
+        self.asked.append(promise)
+        if self._come:
+            promise.keep(self._come.pop(0))
+        return promise
+
+    def come(self, *messages: dict[str, Any]) -> None:
+        """Messages that are here before they are asked for."""
+        self._come += messages
+
+
+def test_pieces_that_are_here_are_handed_on_together() -> None:
+    upload = Upload()
+    upload.come(piece(b"a"), piece(b"b"), piece(b""), piece(b"c"), piece(b"", more=False))
+    assert upload.call.receive() == b"a"  # before it came, there might have been none
+    assert upload.call.receive() == b"bc"
+    assert upload.call.receive() == b""
+
+
+def test_nobody_waits_for_more_once_something_is_here() -> None:
+    upload = Upload(length=300 * KIB)
+    upload.come(piece(b"a"))
+    assert upload.call.receive() == b"a"
+
+
+def test_what_is_joined_is_bounded() -> None:
+    upload = Upload(length=200 * KIB)
+    upload.come(*[piece(bytes(24 * KIB))] * 4)
+    assert len(upload.call.receive()) == 48 * KIB  # a third would make it more than 64 KiB
+    assert len(upload.call.receive()) == 48 * KIB
+
+
+@pytest.mark.parametrize("length", [None, 100 * 1024 * KIB])
+@pytest.mark.parametrize(("version", "size"), [("1.1", 64 * KIB), ("2", 16 * KIB)])
+def test_what_is_asked_ahead_is_bounded(length: int | None, version: str, size: int) -> None:
+    upload = Upload(length, version)
+    upload.come(*[piece(bytes(size))] * 100)
+    taken = 0
+    for _ in range(20):
+        taken += len(upload.call.receive())
+        given = sum(len(promise.result()["body"]) for promise in upload.asked if promise.done())
+        assert given - taken <= AHEAD_BYTES
+    assert len(upload.asked) > taken // size  # but something is
+
+
+@pytest.mark.parametrize("size", [1, 64 * KIB - 1])
+def test_a_small_body_is_asked_for_once(size: int) -> None:
+    upload = Upload(length=size)
+    upload.come(piece(bytes(size)))
+    assert len(upload.call.receive()) == size
+    assert len(upload.asked) == 1
+    assert upload.call.receive() == b""
+
+
+def test_a_body_that_may_be_empty_is_asked_for_once() -> None:
+    upload = Upload()
+    upload.come(piece(b"", more=False))
+    assert upload.call.receive() == b""
+    assert len(upload.asked) == 1
+
+
+def test_the_reader_is_woken_by_the_piece_it_waits_for() -> None:
+    upload = Upload(length=300 * KIB)
+    with ThreadPoolExecutor(1) as threads:
+        received = threads.submit(upload.call.receive)
+        wait_until(lambda: bool(upload.asked) and upload.asked[0].is_awaited)
+        upload.asked[0].keep(piece(b"late"))
+        assert received.result(5) == b"late"
+
+
+def test_a_piece_that_comes_too_late_is_not_lost() -> None:
+    """Reading on after an early answer finds the piece that the reader before it gave up on."""
+    upload = Upload(length=300 * KIB)
+    with pytest.raises(ClientTooSlow):
+        upload.call.receive(0.01)
+    upload.asked[0].keep(piece(b"late"))
+    assert upload.call.receive(5) == b"late"
+
+
+def test_pieces_that_are_here_cost_no_patience() -> None:
+    """Below `min_body_rate` by far, but nobody had to wait for them."""
+    upload = Upload(length=3, min_body_rate=1)
+    upload.call._patience = 0.0
+    upload.come(piece(b"a"))
+    assert upload.call.receive() == b"a"
+
+
+def test_a_client_that_leaves_is_noticed_behind_what_it_sent() -> None:
+    upload = Upload(length=300 * KIB)
+    upload.come(piece(b"a"), GONE)
+    with pytest.raises(ClientGone):
+        [upload.call.receive() for _ in range(2)]
+    assert upload.call.is_gone
+
+
+# With the real server.
+
+
+@pytest.fixture(scope="module")
+def backend() -> Iterator[WireBackend]:
+    backend = WireBackend()
+    yield backend
+    backend.close()
+
+
+@pytest.fixture(scope="module")
+def balancer(backend: WireBackend) -> Iterator[BalancerProcess]:
+    balancer = BalancerProcess(f"--backend=only={backend.url}")
+    yield balancer
+    balancer.stop()
+
+
+@pytest.mark.parametrize("largest", [10, 5_000, 200_000])
+@pytest.mark.parametrize("chunked", [True, False])
+def test_pieces_of_any_size_arrive_as_they_were_sent(
+    balancer: BalancerProcess, backend: WireBackend, chunked: bool, largest: int
+) -> None:
+    backend.reset()
+    rng = random.Random(largest)
+    pieces = [rng.randbytes(rng.randint(1, largest)) for _ in range(200)]
+    body = b"".join(pieces)
+    framing = b"Transfer-Encoding: chunked" if chunked else b"Content-Length: %d" % len(body)
+    with connect(balancer.port) as sock, sock.makefile("rb") as stream:
+        sock.sendall(request(b"/", framing, method=b"POST"))
+        for sent in pieces:
+            sock.sendall(b"%x\r\n%s\r\n" % (len(sent), sent) if chunked else sent)
+        if chunked:
+            sock.sendall(b"0\r\n\r\n")
+        assert read_response(stream)[0] == 200
+    assert [received.body for received in backend.requests] == [body]
