@@ -2,9 +2,8 @@
 
 Granian's own WSGI interface gives neither the raw path nor repeated header lines, so this bridges its ASGI interface,
 at the point where Granian would schedule a coroutine. What is to be forwarded goes to the `ReverseProxy` as it is: on
-the express way if it can, else in a worker thread. Everything else is a WSGI call in a worker thread. The event loop
-serves only waits for slow clients and the watch for those that leave; passing each request through it cost two more
-wake-ups and a task.
+the express way if it can, else in a worker thread. Everything else is a WSGI call in a worker thread. Nothing passes
+through the event loop: each request, and each wait for a client, cost two more wake-ups there and a task.
 
     Granian's thread: Bridge.accept -> express or worker thread: Call.run -> Granian's thread
 """
@@ -95,7 +94,7 @@ class Bridge:
         """Addresses that have a request in flight."""
         return {call.scope["client"] for call in list(self._calls)}
 
-    # Noticing that a client has left: the loop thread.
+    # Noticing that a client has left: the loop thread begins it, Granian's ends it.
 
     async def watch(self) -> None:
         """Most requests are over before this looks at them, so that watching costs them nothing."""

@@ -36,8 +36,7 @@ BODY_GRACE_SECONDS = 5.0  # what a client may keep us waiting for its body befor
 LINGER_SECONDS = 2.0  # and LINGER_BYTES: what is read and dropped after an answer that came before the request's end
 LINGER_BYTES = 16 * 1024 * 1024
 AHEAD_BYTES = 3 * 65536  # of a request body that is asked for before it is needed, beyond the next piece
-PIECE_BYTES = {"2": 16384}  # what hyper gives at a time at most: a frame of HTTP/2, else what it reads at once
-PIECE_BYTES_HTTP1 = 65536
+FRAME_BYTES, READ_BYTES = 16384, 65536  # what hyper gives at a time by default, in HTTP/2 and before
 JOINED_BYTES = 65536  # pieces that are here are joined up to this
 FLUSH_SECONDS = 0.25  # for an answer to be written, of which Granian says nothing, before its connection is cut
 VERSIONS = {"1": "1.0", "1.1": "1.1", "2": "2"}  # Granian calls HTTP/1.0 "1"
@@ -74,7 +73,7 @@ class Call:
     """One request, from hyper and back: answered by its `forwarding`, or by the app. Also the `Watcher` of what its
     worker thread blocks on.
 
-    `_lock` guards `_attached` and `is_gone`, which the loop thread and the worker thread share. `is_body_done` is set
+    `_lock` guards `_attached` and `is_gone`, which Granian's thread and the worker thread share. `is_body_done` is set
     by the worker before the loop looks at it.
     """
 
@@ -89,7 +88,7 @@ class Call:
         "is_watched",
         "is_body_done",
         "_body_left",
-        "_has_begun",
+        "_largest",
         "_asked",
         "_patience",
         "_is_too_slow",
@@ -111,7 +110,7 @@ class Call:
         self.is_watched = False
         self.is_body_done = False
         self._body_left: int | None = None  # bytes, if the length is known
-        self._has_begun = False  # something came of the body
+        self._largest = 0  # bytes of a piece of the body, so far
         self._asked: deque[Any] = deque()  # for pieces of the body that have not been taken yet, in their order
         self._patience = BODY_GRACE_SECONDS  # seconds that we still wait for the body, as `min_body_rate` has it
         self._is_too_slow = False
@@ -126,7 +125,7 @@ class Call:
         framing = (b"content-length", b"transfer-encoding")
         return self.scope["http_version"] != "2" and not any(name in framing for name, _ in self.scope["headers"])
 
-    # The client left: called by the loop thread. `attach` and `detach` are called by the worker thread.
+    # The client left: called by Granian's thread, or the loop's. `attach` and `detach` are called by the worker thread.
 
     def attach(self, target: Abortable) -> None:
         with self._lock:
@@ -304,7 +303,7 @@ class Call:
             self.is_gone = True
             raise ClientGone("the client left before its request was complete")
         body: bytes = message["body"]
-        self._has_begun = True
+        self._largest = max(self._largest, len(body))
         if self._body_left is not None:
             self._body_left -= len(body)
         self.is_body_done = not message["more_body"] or self._body_left == 0
@@ -314,8 +313,9 @@ class Call:
         """For the next pieces together: each that is waited for by itself costs three switches between threads."""
         left = self._body_left
         if left is None:  # perhaps there is none, so that asking for more than one would be in vain
-            left = AHEAD_BYTES if self._has_begun else 0
-        wanted = min(left, AHEAD_BYTES) // PIECE_BYTES.get(self.scope["http_version"], PIECE_BYTES_HTTP1) + 1
+            left = AHEAD_BYTES if self._largest else 0
+        size = max(self._largest, FRAME_BYTES if self.scope["http_version"] == "2" else READ_BYTES)
+        wanted = min(left, AHEAD_BYTES) // size + 1
         if len(self._asked) <= wanted // 2:
             self._asked.extend([self.protocol.receive() for _ in range(wanted - len(self._asked))])
 

@@ -137,15 +137,18 @@ class RequestBody:
 
     def __init__(self, receive: Callable[[], bytes]) -> None:
         self._receive = receive
-        self._pending = b""
+        self._pending: bytes | memoryview = b""
 
     def read(self, size: int = -1) -> bytes:
         """At most `size` bytes, fewer if fewer are here; all of the body if `size` is negative."""
         if size is None or size < 0:
             return b"".join(iter(lambda: self.read(65536), b""))
         if not self._pending:
-            self._pending = self._receive()
-        data, self._pending = self._pending[:size], self._pending[size:]
+            piece = self._receive()
+            if len(piece) <= size:
+                return piece
+            self._pending = memoryview(piece)  # each byte of it is copied once, however small the parts
+        data, self._pending = bytes(self._pending[:size]), self._pending[size:]
         return data
 
     def readline(self, size: int = -1) -> bytes:

@@ -15,6 +15,7 @@ from wire import WireBackend, read_response, request
 from balancer.bridge import Bridge
 from balancer.call import AHEAD_BYTES, Call
 from balancer.errors import ClientGone, ClientTooSlow
+from balancer.incoming import RequestBody
 from balancer.workers import WorkerPool
 
 KIB = 1024
@@ -162,6 +163,33 @@ def test_a_client_that_leaves_is_noticed_behind_what_it_sent() -> None:
     with pytest.raises(ClientGone):
         [upload.call.receive() for _ in range(2)]
     assert upload.call.is_gone
+
+
+@pytest.mark.parametrize("size", [1, 7, 10, 100])
+def test_a_body_is_read_in_parts_of_any_size(size: int) -> None:
+    pieces = [b"0123456789", b"abc", b""]
+    body = RequestBody(lambda: pieces.pop(0))
+    parts = list(iter(lambda: body.read(size), b""))
+    assert b"".join(parts) == b"0123456789abc"
+    assert all(type(part) is bytes and len(part) <= size for part in parts)
+
+
+def test_lines_are_read_after_parts_and_before() -> None:
+    pieces = [b"0123456789\nsecond", b" line\n", b"rest"]
+    body = RequestBody(lambda: pieces.pop(0) if pieces else b"")
+    assert body.read(3) == b"012"
+    assert [body.readline(), body.readline(), body.read(), body.readline()] == [
+        *(b"3456789\n", b"second line\n", b"rest", b"")
+    ]
+
+
+def test_large_pieces_are_not_asked_for_ahead() -> None:
+    """Their size follows `max_header_bytes`, which may be large."""
+    upload = Upload(length=100 * 1024 * KIB)
+    upload.come(*[piece(bytes(1024 * KIB))] * 20)
+    for _ in range(10):
+        upload.call.receive()
+    assert len(upload.asked) == 10
 
 
 # With the real server.
