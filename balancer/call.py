@@ -12,7 +12,6 @@ import logging
 import math
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
 from threading import Lock
 from typing import TYPE_CHECKING, Any, cast
@@ -35,8 +34,8 @@ log = logging.getLogger("balancer.server")
 BODY_GRACE_SECONDS = 5.0  # what a client may keep us waiting for its body before `min_body_rate` counts
 LINGER_SECONDS = 2.0  # and LINGER_BYTES: what is read and dropped after an answer that came before the request's end
 LINGER_BYTES = 16 * 1024 * 1024
-AHEAD_BYTES = 3 * 65536  # of a request body that is asked for before it is needed, beyond the next piece
-FRAME_BYTES, READ_BYTES = 16384, 65536  # what hyper gives at a time by default, in HTTP/2 and before
+AHEAD_BYTES = 4 * 65536  # of a request body that is asked for at the same time
+FRAME_BYTES, READ_BYTES = 16384, 65536  # what hyper gives at a time at most, by default, in HTTP/2 and before
 JOINED_BYTES = 65536  # pieces that are here are joined up to this
 FLUSH_SECONDS = 0.25  # for an answer to be written, of which Granian says nothing, before its connection is cut
 VERSIONS = {"1": "1.0", "1.1": "1.1", "2": "2"}  # Granian calls HTTP/1.0 "1"
@@ -111,7 +110,7 @@ class Call:
         self.is_body_done = False
         self._body_left: int | None = None  # bytes, if the length is known
         self._largest = 0  # bytes of a piece of the body, so far
-        self._asked: deque[Any] = deque()  # for pieces of the body that have not been taken yet, in their order
+        self._asked: list[Any] = []  # for pieces of the body that have not been taken yet, in their order
         self._patience = BODY_GRACE_SECONDS  # seconds that we still wait for the body, as `min_body_rate` has it
         self._is_too_slow = False
         self._lock = Lock()
@@ -303,21 +302,29 @@ class Call:
             self.is_gone = True
             raise ClientGone("the client left before its request was complete")
         body: bytes = message["body"]
-        self._largest = max(self._largest, len(body))
+        if len(body) > self._largest:
+            self._largest = len(body)
         if self._body_left is not None:
             self._body_left -= len(body)
-        self.is_body_done = not message["more_body"] or self._body_left == 0
+        if message["more_body"] and self._body_left != 0:
+            self._ask()
+        else:
+            self.is_watched = bool(self._asked)  # asked beyond the end, which was not to be: it would seem to have left
+            self.is_body_done = True
         return body
 
     def _ask(self) -> None:
-        """For the next pieces together: each that is waited for by itself costs three switches between threads."""
-        left = self._body_left
-        if left is None:  # perhaps there is none, so that asking for more than one would be in vain
-            left = AHEAD_BYTES if self._largest else 0
-        size = max(self._largest, FRAME_BYTES if self.scope["http_version"] == "2" else READ_BYTES)
-        wanted = min(left, AHEAD_BYTES) // size + 1
+        """For the next pieces, together: each that is waited for by itself costs three switches between threads.
+
+        For no more than there must be: to who asks beyond the end, Granian says from then on that the client has left.
+        """
+        wanted, left = 1, self._body_left
+        if left is not None and left > FRAME_BYTES:
+            size = max(self._largest, FRAME_BYTES if self.scope["http_version"] == "2" else READ_BYTES)
+            wanted = math.ceil(min(left, AHEAD_BYTES) / size)
         if len(self._asked) <= wanted // 2:
-            self._asked.extend([self.protocol.receive() for _ in range(wanted - len(self._asked))])
+            for _ in range(wanted - len(self._asked)):
+                self._asked.append(self.protocol.receive())
 
     def _receive_message(self, timeout: float) -> Any:
         """Granian's next message. Raises ClientTooSlow after `timeout`, or below `min_body_rate`.
@@ -338,7 +345,7 @@ class Call:
                 if limit < timeout
                 else f"nothing came of the request body for {timeout:g} s"
             ) from None
-        self._asked.popleft()
+        del self._asked[0]
         if rate:
             earned = len(message.get("body", b"")) / rate
             left = max(0.0, self._patience - (time.monotonic() - started))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import random
+import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support import BalancerProcess, connect, wait_until
+from support import BalancerProcess, RawRequest, connect, ok, wait_until
 from wire import WireBackend, read_response, request
 
-from balancer.bridge import Bridge
+from balancer.bridge import WATCH_AFTER_SECONDS, Bridge
 from balancer.call import AHEAD_BYTES, Call
 from balancer.errors import ClientGone, ClientTooSlow
 from balancer.incoming import RequestBody
@@ -84,8 +86,7 @@ class Upload:
 def test_pieces_that_are_here_are_handed_on_together() -> None:
     upload = Upload()
     upload.come(piece(b"a"), piece(b"b"), piece(b""), piece(b"c"), piece(b"", more=False))
-    assert upload.call.receive() == b"a"  # before it came, there might have been none
-    assert upload.call.receive() == b"bc"
+    assert upload.call.receive() == b"abc"
     assert upload.call.receive() == b""
 
 
@@ -102,20 +103,42 @@ def test_what_is_joined_is_bounded() -> None:
     assert len(upload.call.receive()) == 48 * KIB
 
 
-@pytest.mark.parametrize("length", [None, 100 * 1024 * KIB])
 @pytest.mark.parametrize(("version", "size"), [("1.1", 64 * KIB), ("2", 16 * KIB)])
-def test_what_is_asked_ahead_is_bounded(length: int | None, version: str, size: int) -> None:
-    upload = Upload(length, version)
+def test_what_is_asked_ahead_is_bounded(version: str, size: int) -> None:
+    upload = Upload(100 * 1024 * KIB, version)
     upload.come(*[piece(bytes(size))] * 100)
     taken = 0
     for _ in range(20):
         taken += len(upload.call.receive())
         given = sum(len(promise.result()["body"]) for promise in upload.asked if promise.done())
         assert given - taken <= AHEAD_BYTES
-    assert len(upload.asked) > taken // size  # but something is
+    assert len(upload.asked) > taken // size + 1  # but something is
 
 
-@pytest.mark.parametrize("size", [1, 64 * KIB - 1])
+@pytest.mark.parametrize("length", [64 * KIB, 64 * KIB + 1, 1000 * KIB])
+@pytest.mark.parametrize("is_known", [True, False])
+@pytest.mark.parametrize(("version", "size"), [("1.1", 64 * KIB), ("2", 16 * KIB)])
+def test_nothing_is_asked_for_beyond_the_end(version: str, size: int, is_known: bool, length: int) -> None:
+    upload = Upload(length if is_known else None, version)
+    pieces = [piece(bytes(min(size, length - at))) for at in range(0, length, size)]
+    if not is_known:
+        pieces.append(piece(b"", more=False))
+    upload.come(*pieces)
+    assert sum(map(len, iter(upload.call.receive, b""))) == length
+    assert len(upload.asked) == len(pieces)
+    assert not upload.call.is_watched
+
+
+def test_a_client_that_would_seem_to_have_left_is_not_watched() -> None:
+    """A piece larger than any before: Granian was asked beyond the end."""
+    upload = Upload(length=200 * KIB)
+    upload.come(piece(bytes(200 * KIB)), GONE)
+    assert len(upload.call.receive()) == 200 * KIB
+    assert upload.call.is_body_done
+    assert upload.call.is_watched
+
+
+@pytest.mark.parametrize("size", [1, 64 * KIB])
 def test_a_small_body_is_asked_for_once(size: int) -> None:
     upload = Upload(length=size)
     upload.come(piece(bytes(size)))
@@ -189,7 +212,7 @@ def test_large_pieces_are_not_asked_for_ahead() -> None:
     upload.come(*[piece(bytes(1024 * KIB))] * 20)
     for _ in range(10):
         upload.call.receive()
-    assert len(upload.asked) == 10
+    assert len(upload.asked) == 11  # the next one
 
 
 # With the real server.
@@ -209,6 +232,28 @@ def balancer(backend: WireBackend) -> Iterator[BalancerProcess]:
     balancer.stop()
 
 
+@pytest.mark.parametrize("size", [1, 65536, 65537, 1_000_000])
+@pytest.mark.parametrize("chunked", [True, False])
+def test_a_client_that_waits_for_its_answer_does_not_seem_to_have_left(
+    balancer: BalancerProcess, backend: WireBackend, chunked: bool, size: int
+) -> None:
+    """The answer comes when clients are watched already. To who asked beyond the end, Granian says they have left."""
+    backend.reset()
+
+    def answer_late(sock: socket.socket, request: RawRequest) -> None:
+        Event().wait(3 * WATCH_AFTER_SECONDS)
+        sock.sendall(ok())
+
+    backend.script = answer_late
+    framing = b"Transfer-Encoding: chunked" if chunked else b"Content-Length: %d" % size
+    body = bytes(size)
+    with connect(balancer.port) as sock, sock.makefile("rb") as stream:
+        sock.sendall(request(b"/", framing, method=b"POST"))
+        sock.sendall(b"%x\r\n%s\r\n0\r\n\r\n" % (size, body) if chunked else body)
+        answer = read_response(stream)
+        assert answer[0] == 200, answer
+
+
 @pytest.mark.parametrize("largest", [10, 5_000, 200_000])
 @pytest.mark.parametrize("chunked", [True, False])
 def test_pieces_of_any_size_arrive_as_they_were_sent(
@@ -225,5 +270,6 @@ def test_pieces_of_any_size_arrive_as_they_were_sent(
             sock.sendall(b"%x\r\n%s\r\n" % (len(sent), sent) if chunked else sent)
         if chunked:
             sock.sendall(b"0\r\n\r\n")
-        assert read_response(stream)[0] == 200
+        answer = read_response(stream)
+        assert answer[0] == 200, answer
     assert [received.body for received in backend.requests] == [body]
