@@ -34,9 +34,9 @@ log = logging.getLogger("balancer.server")
 BODY_GRACE_SECONDS = 5.0  # what a client may keep us waiting for its body before `min_body_rate` counts
 LINGER_SECONDS = 2.0  # and LINGER_BYTES: what is read and dropped after an answer that came before the request's end
 LINGER_BYTES = 16 * 1024 * 1024
-AHEAD_BYTES = 4 * 65536  # of a request body that is asked for at the same time
+AHEAD_BYTES = 4 * 65536  # of a request body that is asked for, and handed on, at the same time
 FRAME_BYTES, READ_BYTES = 16384, 65536  # what hyper gives at a time at most, by default, in HTTP/2 and before
-JOINED_BYTES = 65536  # pieces that are here are joined up to this
+MOST_PIECES = 64  # that are handed on together
 FLUSH_SECONDS = 0.25  # for an answer to be written, of which Granian says nothing, before its connection is cut
 VERSIONS = {"1": "1.0", "1.1": "1.1", "2": "2"}  # Granian calls HTTP/1.0 "1"
 
@@ -226,7 +226,7 @@ class Call:
     def _linger(self, seconds: float) -> None:
         received, deadline = 0, time.monotonic() + seconds
         while received < LINGER_BYTES and not self.is_body_done and (left := deadline - time.monotonic()) > 0:
-            received += len(self.receive(left))
+            received += sum(map(len, self.receive(left)))
 
     def refuse(self) -> None:
         """Answer that there is no room, in the calling thread; does not block."""
@@ -277,18 +277,18 @@ class Call:
             self._start()
         self._wait(self.protocol.send({"type": "http.response.body", "body": chunk, "more_body": False}))
 
-    def receive(self, timeout: float | None = None) -> bytes:
-        """What has come of the request body, at least one piece, b"" at its end. Raises ClientGone, ClientTooSlow."""
+    def receive(self, timeout: float | None = None) -> list[bytes]:
+        """What has come of the request body, at least one piece, [] at its end. Raises ClientGone, ClientTooSlow."""
         pieces: list[bytes] = []
         size = 0
-        while not self.is_body_done:
-            if pieces and not self._is_here(JOINED_BYTES - size):
-                break
+        while not self.is_body_done and (
+            not pieces or (len(pieces) < MOST_PIECES and self._is_here(AHEAD_BYTES - size))
+        ):
             piece = self._receive_piece(timeout or self.bridge.idle_timeout)
             if piece:
                 pieces.append(piece)
                 size += len(piece)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return pieces
 
     def _is_here(self, most: int) -> bool:
         """True if the next piece has come, and has no more than so many bytes."""

@@ -242,19 +242,20 @@ class Forwarding:
             if limit is not None and length > limit:
                 raise BodyTooLarge(f"the request body has {length} bytes, at most {limit} are accepted")
             chunks = incoming.read(length, None)
-            request.body = b"".join(chunks) if length <= REPLAY_LIMIT else self._counted(chunks)
+            is_small = length <= REPLAY_LIMIT
+            request.body = b"".join(chain.from_iterable(chunks)) if is_small else self._counted(chunks)
             request.content_length = length
-            if length <= REPLAY_LIMIT:
+            if is_small:
                 self._record.bytes_in = length
         elif incoming.may_have_body():
             chunks = incoming.read(None, limit)
-            first = next(chunks, b"")  # none: there is no body after all
+            first = next(chunks, None)  # none: there is no body after all
             request.body = self._counted(chain([first], chunks)) if first else None
 
-    def _counted(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
-        for chunk in chunks:
-            self._record.bytes_in += len(chunk)
-            yield chunk
+    def _counted(self, chunks: Iterable[list[bytes]]) -> Iterator[list[bytes]]:
+        for pieces in chunks:
+            self._record.bytes_in += sum(map(len, pieces))
+            yield pieces
 
     # Attempts.
 

@@ -37,6 +37,7 @@ from balancer.messages import IDEMPOTENT, HeaderLines, Line
 from balancer.origin import Origin
 from balancer.response import BackendResponse, ResponseBody, ResponseHead, lost, receive_head, take_head_data
 
+_HAS_SENDMSG = hasattr(socket.socket, "sendmsg")  # Windows has none
 MAX_IDLE_PER_BACKEND = 1024  # idle sockets kept; above that they are closed after use
 SMALL_BODY = 131072  # bytes of an answer that is passed on in one piece if all of it is here
 SMALL_REQUEST = (
@@ -56,8 +57,8 @@ class Timeouts:
 class OutgoingRequest(PreparedRequest):
     """A PreparedRequest that knows its raw target, its origin and the client that waits for it.
 
-    body: None, bytes (sent with the head, can be sent again), or an iterator of bytes (streamed, once; chunked unless
-    `content_length` is set).
+    body: None, bytes (sent with the head, can be sent again), or an iterator of bytes or of lists of them, which are
+    sent at once (streamed, once; chunked unless `content_length` is set).
     """
 
     # What the base class sets for each request, and what most requests leave as it is.
@@ -132,7 +133,7 @@ class Sent:
         if request.body is None:
             self.is_whole = self._write(head)
         elif isinstance(request.body, bytes):
-            self.is_whole = self._write(head + request.body)
+            self.is_whole = self._write(head, request.body)
         else:
             self.is_whole = self._write(head) and self._write_stream(request.body, request.content_length is None)
 
@@ -146,18 +147,26 @@ class Sent:
             self.request.watcher.detach()
         self.connection.close()
 
-    def _write(self, data: bytes) -> bool:
+    def _write(self, *parts: bytes) -> bool:
+        connection, done = self.connection, 0
         try:
-            self.connection.sock.sendall(data)
+            if len(parts) > 1 and _HAS_SENDMSG and not connection.is_tls:
+                done = connection.sock.sendmsg(parts)  # not one by one: the backend would wake up for each
+                if done == sum(map(len, parts)):
+                    return True
+            connection.sock.sendall(parts[0] if len(parts) == 1 else b"".join(parts)[done:])
         except (TimeoutError, BlockingIOError):
             raise ResponseTimedOut(f"{self.connection.origin.url} stopped reading the request") from None
         except OSError:
             return False
         return True
 
-    def _write_stream(self, chunks: Iterator[bytes], chunked: bool) -> bool:
+    def _write_stream(self, chunks: Iterator[bytes | list[bytes]], chunked: bool) -> bool:
         for chunk in chunks:
-            if chunk and not self._write(b"%x\r\n%s\r\n" % (len(chunk), chunk) if chunked else chunk):
+            pieces = chunk if isinstance(chunk, list) else [chunk]
+            if chunked and (size := sum(map(len, pieces))):
+                pieces = [b"%x\r\n" % size, *pieces, b"\r\n"]
+            if not self._write(*pieces):
                 return False
             if not self.head.has_head and self._is_refused():
                 return False

@@ -15,7 +15,7 @@ from support import BalancerProcess, RawRequest, connect, ok, wait_until
 from wire import WireBackend, read_response, request
 
 from balancer.bridge import WATCH_AFTER_SECONDS, Bridge
-from balancer.call import AHEAD_BYTES, Call
+from balancer.call import AHEAD_BYTES, MOST_PIECES, Call
 from balancer.errors import ClientGone, ClientTooSlow
 from balancer.incoming import RequestBody
 from balancer.workers import WorkerPool
@@ -26,6 +26,10 @@ GONE = {"type": "http.disconnect"}
 
 def piece(body: bytes, more: bool = True) -> dict[str, Any]:
     return {"type": "http.request", "body": body, "more_body": more}
+
+
+def size_of(pieces: list[bytes]) -> int:
+    return sum(map(len, pieces))
 
 
 class Promise:
@@ -86,33 +90,36 @@ class Upload:
 def test_pieces_that_are_here_are_handed_on_together() -> None:
     upload = Upload()
     upload.come(piece(b"a"), piece(b"b"), piece(b""), piece(b"c"), piece(b"", more=False))
-    assert upload.call.receive() == b"abc"
-    assert upload.call.receive() == b""
+    assert upload.call.receive() == [b"a", b"b", b"c"]
+    assert upload.call.receive() == []
 
 
 def test_nobody_waits_for_more_once_something_is_here() -> None:
     upload = Upload(length=300 * KIB)
     upload.come(piece(b"a"))
-    assert upload.call.receive() == b"a"
+    assert upload.call.receive() == [b"a"]
 
 
 def test_what_is_joined_is_bounded() -> None:
-    upload = Upload(length=200 * KIB)
-    upload.come(*[piece(bytes(24 * KIB))] * 4)
-    assert len(upload.call.receive()) == 48 * KIB  # a third would make it more than 64 KiB
-    assert len(upload.call.receive()) == 48 * KIB
+    upload = Upload(length=10_000 * KIB)
+    upload.come(*[piece(bytes(60 * KIB))] * 20)
+    assert len(upload.call.receive()) == 4  # a fifth would make it more than 256 KiB
+    assert len(upload.call.receive()) == 4
+    upload = Upload(length=10_000)
+    upload.come(*[piece(b"a")] * 1000)
+    assert len(upload.call.receive()) == MOST_PIECES
 
 
 @pytest.mark.parametrize(("version", "size"), [("1.1", 64 * KIB), ("2", 16 * KIB)])
 def test_what_is_asked_ahead_is_bounded(version: str, size: int) -> None:
     upload = Upload(100 * 1024 * KIB, version)
-    upload.come(*[piece(bytes(size))] * 100)
+    upload.come(*[piece(bytes(size))] * 400)
     taken = 0
     for _ in range(20):
-        taken += len(upload.call.receive())
+        taken += size_of(upload.call.receive())
         given = sum(len(promise.result()["body"]) for promise in upload.asked if promise.done())
         assert given - taken <= AHEAD_BYTES
-    assert len(upload.asked) > taken // size + 1  # but something is
+    assert len(upload.asked) > taken // size + 1  # but more than one is
 
 
 @pytest.mark.parametrize("length", [64 * KIB, 64 * KIB + 1, 1000 * KIB])
@@ -124,7 +131,7 @@ def test_nothing_is_asked_for_beyond_the_end(version: str, size: int, is_known: 
     if not is_known:
         pieces.append(piece(b"", more=False))
     upload.come(*pieces)
-    assert sum(map(len, iter(upload.call.receive, b""))) == length
+    assert sum(map(size_of, iter(upload.call.receive, []))) == length
     assert len(upload.asked) == len(pieces)
     assert not upload.call.is_watched
 
@@ -133,7 +140,7 @@ def test_a_client_that_would_seem_to_have_left_is_not_watched() -> None:
     """A piece larger than any before: Granian was asked beyond the end."""
     upload = Upload(length=200 * KIB)
     upload.come(piece(bytes(200 * KIB)), GONE)
-    assert len(upload.call.receive()) == 200 * KIB
+    assert size_of(upload.call.receive()) == 200 * KIB
     assert upload.call.is_body_done
     assert upload.call.is_watched
 
@@ -142,15 +149,15 @@ def test_a_client_that_would_seem_to_have_left_is_not_watched() -> None:
 def test_a_small_body_is_asked_for_once(size: int) -> None:
     upload = Upload(length=size)
     upload.come(piece(bytes(size)))
-    assert len(upload.call.receive()) == size
+    assert size_of(upload.call.receive()) == size
     assert len(upload.asked) == 1
-    assert upload.call.receive() == b""
+    assert upload.call.receive() == []
 
 
 def test_a_body_that_may_be_empty_is_asked_for_once() -> None:
     upload = Upload()
     upload.come(piece(b"", more=False))
-    assert upload.call.receive() == b""
+    assert upload.call.receive() == []
     assert len(upload.asked) == 1
 
 
@@ -160,7 +167,7 @@ def test_the_reader_is_woken_by_the_piece_it_waits_for() -> None:
         received = threads.submit(upload.call.receive)
         wait_until(lambda: bool(upload.asked) and upload.asked[0].is_awaited)
         upload.asked[0].keep(piece(b"late"))
-        assert received.result(5) == b"late"
+        assert received.result(5) == [b"late"]
 
 
 def test_a_piece_that_comes_too_late_is_not_lost() -> None:
@@ -169,7 +176,7 @@ def test_a_piece_that_comes_too_late_is_not_lost() -> None:
     with pytest.raises(ClientTooSlow):
         upload.call.receive(0.01)
     upload.asked[0].keep(piece(b"late"))
-    assert upload.call.receive(5) == b"late"
+    assert upload.call.receive(5) == [b"late"]
 
 
 def test_pieces_that_are_here_cost_no_patience() -> None:
@@ -177,7 +184,7 @@ def test_pieces_that_are_here_cost_no_patience() -> None:
     upload = Upload(length=3, min_body_rate=1)
     upload.call._patience = 0.0
     upload.come(piece(b"a"))
-    assert upload.call.receive() == b"a"
+    assert upload.call.receive() == [b"a"]
 
 
 def test_a_client_that_leaves_is_noticed_behind_what_it_sent() -> None:
@@ -190,7 +197,7 @@ def test_a_client_that_leaves_is_noticed_behind_what_it_sent() -> None:
 
 @pytest.mark.parametrize("size", [1, 7, 10, 100])
 def test_a_body_is_read_in_parts_of_any_size(size: int) -> None:
-    pieces = [b"0123456789", b"abc", b""]
+    pieces = [[b"0123456789"], [b"a", b"bc"], []]
     body = RequestBody(lambda: pieces.pop(0))
     parts = list(iter(lambda: body.read(size), b""))
     assert b"".join(parts) == b"0123456789abc"
@@ -198,8 +205,8 @@ def test_a_body_is_read_in_parts_of_any_size(size: int) -> None:
 
 
 def test_lines_are_read_after_parts_and_before() -> None:
-    pieces = [b"0123456789\nsecond", b" line\n", b"rest"]
-    body = RequestBody(lambda: pieces.pop(0) if pieces else b"")
+    pieces = [[b"0123456789\nsec", b"ond"], [b" line\n"], [b"rest"]]
+    body = RequestBody(lambda: pieces.pop(0) if pieces else [])
     assert body.read(3) == b"012"
     assert [body.readline(), body.readline(), body.read(), body.readline()] == [
         *(b"3456789\n", b"second line\n", b"rest", b"")
