@@ -39,7 +39,8 @@ class Bridge:
     Without `proxy`, or for a control path, a request is `app`'s.
 
     `_calls` holds what is in flight, oldest first: Granian's thread adds, whoever answers takes out, the loop thread
-    looks at a copy; each of these is one step that needs no lock.
+    looks at a copy; each of these is one step that needs no lock. `_collecting` holds those whose small body is coming
+    in: whoever takes one out goes on with it.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Bridge:
         self.express = express
         self.lingering = BoundedSemaphore(MAX_LINGERING)
         self._calls: dict[Call, None] = {}
+        self._collecting: dict[Call, None] = {}
 
     def accept(self, watcher: Any) -> None:
         """One request: Granian calls this in its own thread and it must not block."""
@@ -78,10 +80,37 @@ class Bridge:
         is_control = self._is_control(call.scope["path"])
         if self.proxy is not None and not is_control:
             call.forwarding = self.proxy.forward(call.incoming(), call.start_response)
-            if self.express is not None and self.express.take(call):
+            if self.express is not None:
+                self._collect(call)
                 return
+        self._submit(call, is_control)
+
+    def _submit(self, call: Call, is_control: bool = False) -> None:
         if not self.pool.submit(call, is_control):
             call.refuse()
+
+    # Small bodies come in without a worker thread: Granian's thread, which also brings each piece of them.
+
+    def _collect(self, call: Call) -> None:
+        assert self.proxy is not None and self.express is not None
+        if not call.is_body_done and call.is_small(self.proxy.small_body):
+            missing = call.missing()
+            if missing is not None:
+                when_done(missing, lambda _: self._go_on(call))  # first, or it could undo what a worker waits for
+                self._collecting[call] = None
+                return
+        if not self.express.take(call):
+            self._submit(call)
+
+    def _go_on(self, call: Call) -> None:
+        if self._collecting.pop(call, call) is not call:  # else a worker waits for the rest
+            self._collect(call)
+
+    def _stop_collecting(self, oldest: float) -> None:
+        """The loop thread: whatever takes longer than usual gets a worker, which knows how long it may take."""
+        for call in list(self._collecting):
+            if call.started <= oldest and self._collecting.pop(call, call) is not call:
+                self._submit(call)
 
     def finish(self, call: Call) -> None:
         self._calls.pop(call, None)
@@ -101,6 +130,7 @@ class Bridge:
         while True:
             await asyncio.sleep(WATCH_AFTER_SECONDS)
             oldest = time.monotonic() - WATCH_AFTER_SECONDS
+            self._stop_collecting(oldest)
             for call in list(self._calls):
                 if call.started > oldest:
                     break

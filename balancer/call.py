@@ -37,6 +37,7 @@ LINGER_BYTES = 16 * 1024 * 1024
 AHEAD_BYTES = 4 * 65536  # of a request body that is asked for, and handed on, at the same time
 FRAME_BYTES, READ_BYTES = 16384, 65536  # what hyper gives at a time at most, by default, in HTTP/2 and before
 MOST_PIECES = 64  # that are handed on together
+MOST_SMALL_PIECES = 16  # in which a small body may come without a thread that waits for it
 FLUSH_SECONDS = 0.25  # for an answer to be written, of which Granian says nothing, before its connection is cut
 VERSIONS = {"1": "1.0", "1.1": "1.1", "2": "2"}  # Granian calls HTTP/1.0 "1"
 
@@ -86,6 +87,7 @@ class Call:
         "is_gone",
         "is_watched",
         "is_body_done",
+        "has_body",
         "_body_left",
         "_largest",
         "_asked",
@@ -108,6 +110,7 @@ class Call:
         self.is_gone = False
         self.is_watched = False
         self.is_body_done = False
+        self.has_body = False  # all of it has come: `receive` does not wait
         self._body_left: int | None = None  # bytes, if the length is known
         self._largest = 0  # bytes of a piece of the body, so far
         self._asked: list[Any] = []  # for pieces of the body that have not been taken yet, in their order
@@ -123,6 +126,36 @@ class Call:
         """True if the head alone says that no body follows: for a call in the queue, which nobody has read yet."""
         framing = (b"content-length", b"transfer-encoding")
         return self.scope["http_version"] != "2" and not any(name in framing for name, _ in self.scope["headers"])
+
+    # A small body comes in: Granian's thread.
+
+    def is_small(self, most: int) -> bool:
+        """True if a body of at most `most` bytes follows, or in HTTP/2 perhaps none, and the client waits for no word
+        of ours before it sends it."""
+        if self._body_left is None:
+            return str(self.scope["http_version"]) == "2"
+        return self._body_left <= most and b"expect" not in [name for name, _ in self.scope["headers"]]
+
+    def missing(self) -> Any:
+        """What the body still waits for, as Granian's awaitable. None if there is nothing to wait for: it `has_body`
+        then, or it is one for a worker thread."""
+        left, asked = self._body_left, self._asked
+        for number in range(MOST_SMALL_PIECES):
+            if number == len(asked):
+                asked.append(self.protocol.receive())
+            if not is_done(asked[number]):
+                return asked[number]
+            message = result_of(asked[number])
+            if message["type"] != "http.request":
+                return None
+            if left is None:
+                self.has_body = not (message["body"] or message["more_body"])
+                return None
+            left -= len(message["body"])
+            if left == 0:
+                self.has_body = True
+                return None
+        return None
 
     # The client left: called by Granian's thread, or the loop's. `attach` and `detach` are called by the worker thread.
 

@@ -1,10 +1,10 @@
 """Requests that need no thread while their backend works.
 
-An HTTP/1 request without a body and with a small head, for which a plain connection to its backend is kept, is sent on
-by the thread that brings it. One thread waits for the answers of all of them and passes on those that come whole.
-Whatever takes longer goes on in a worker thread from where it stands: a new connection, the queue, a long or late
-answer, a failure, a retry. So the usual request costs two switches between threads less, and a thousand waiting for
-slow backends cost no thread at all.
+A request with a small head, without a body or with a small one that comes promptly (`Bridge` waits for it), for which a
+plain connection to its backend is kept, is sent on by the thread that brings it. One thread waits for the answers of
+all of them and passes on those that come whole. Whatever takes longer goes on in a worker thread from where it stands:
+a new connection, the queue, a long or late answer, a failure, a retry. So the usual request costs two switches between
+threads less, and a thousand waiting for slow backends cost no thread at all.
 
 Needs epoll, so Linux; elsewhere every request has its worker thread.
 """
@@ -62,10 +62,14 @@ class Express:
     def take(self, call: Call) -> bool:
         """Send the request on, if that needs no waiting. False if a worker thread has to go on with it."""
         forwarding = call.forwarding
-        if forwarding is None or call.method not in METHODS or not call.is_body_done or not forwarding.begin():
+        if forwarding is None or call.method not in METHODS or not (call.is_body_done or call.has_body):
+            return False
+        if not forwarding.begin():
             return False
         sent = forwarding.sent
         assert sent is not None
+        if sent.rest:
+            return False
         descriptor = sent.connection.sock.fileno()
         self._waiting[descriptor] = call
         try:

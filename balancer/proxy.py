@@ -116,6 +116,12 @@ class ReverseProxy:
             return self._control_app(environ, start_response)
         return self.forward(Incoming.of(environ), start_response).run()
 
+    @property
+    def small_body(self) -> int:
+        """Bytes of a request body that is read before the request is sent on."""
+        most = self.options.max_request_body
+        return REPLAY_LIMIT if most is None else min(REPLAY_LIMIT, most)
+
     def forward(self, incoming: Incoming, start_response: StartResponse) -> Forwarding:
         """A request that is not for the control API, counted from now on: `run` or `refuse` must follow."""
         return Forwarding(self, incoming, start_response)
@@ -156,7 +162,7 @@ class Forwarding:
     def begin(self) -> bool:
         """The first attempt as far as it goes without waiting; True if its request is `sent`. `run` does the rest.
 
-        For requests without a body only. Never raises.
+        For requests without a body, or with a small one that has come whole. Never raises.
         """
         try:
             self._request = request = self._build()

@@ -38,6 +38,7 @@ from balancer.origin import Origin
 from balancer.response import BackendResponse, ResponseBody, ResponseHead, lost, receive_head, take_head_data
 
 _HAS_SENDMSG = hasattr(socket.socket, "sendmsg")  # Windows has none
+_DONTWAIT = int(getattr(socket, "MSG_DONTWAIT", 0))
 MAX_IDLE_PER_BACKEND = 1024  # idle sockets kept; above that they are closed after use
 SMALL_BODY = 131072  # bytes of an answer that is passed on in one piece if all of it is here
 SMALL_REQUEST = (
@@ -111,13 +112,14 @@ class OutgoingRequest(PreparedRequest):
 class Sent:
     """A request that is on its way, and what has come back so far."""
 
-    __slots__ = ("connection", "request", "head", "deadline", "is_whole", "is_clean", "response", "failure")
+    __slots__ = ("connection", "request", "head", "deadline", "rest", "is_whole", "is_clean", "response", "failure")
 
     def __init__(self, connection: Connection, request: OutgoingRequest, deadline: float) -> None:
         self.connection = connection
         self.request = request
         self.head = ResponseHead()
         self.deadline = deadline  # of time.monotonic(), for the response head
+        self.rest = b""  # what is still to be sent
         self.is_whole = False  # all of the request was sent
         self.is_clean = True  # nothing followed the response
         self.response: BackendResponse | None = None
@@ -136,6 +138,21 @@ class Sent:
             self.is_whole = self._write(head, request.body)
         else:
             self.is_whole = self._write(head) and self._write_stream(request.body, request.content_length is None)
+
+    def write_now(self, data: bytes) -> None:
+        """Send as much of the request as goes without waiting, and leave the `rest`."""
+        try:
+            size = self.connection.sock.send(data, _DONTWAIT)
+        except BlockingIOError:
+            size = 0
+        except OSError:
+            return  # as in `_write`
+        self.rest = data[size:]
+        self.is_whole = not self.rest
+
+    def write_rest(self) -> None:
+        rest, self.rest = self.rest, b""
+        self.is_whole = self._write(rest)
 
     def expire(self) -> None:
         """The response head has not come in time."""
@@ -243,7 +260,7 @@ class BackendAdapter(BaseAdapter):
         return self._receive(self._send(self._connect(origin, request), request))
 
     def begin(self, request: OutgoingRequest, origin: Origin) -> Sent | None:
-        """Send a request without a body if that needs no waiting: on a kept connection. None if there is none."""
+        """Send a request that is here whole if that needs no waiting: on a kept connection. None if there is none."""
         head = request.head()
         if len(head) > SMALL_REQUEST or origin.scheme != "http":
             return None
@@ -274,13 +291,17 @@ class BackendAdapter(BaseAdapter):
             return False
         return body.is_complete
 
-    def _send(self, connection: Connection, request: OutgoingRequest, head: bytes = b"") -> Sent:
+    def _send(self, connection: Connection, request: OutgoingRequest, head: bytes | None = None) -> Sent:
+        """With `head` only what goes without waiting."""
         sent = Sent(connection, request, time.monotonic() + self._response_seconds(request))
         if request.watcher is not None:
             request.watcher.attach(connection)
         try:
             connection.set_timeout(self.timeouts.response if request.is_replayable else self.timeouts.idle)
-            sent.write(head or request.head())
+            if head is None:
+                sent.write(request.head())
+            else:
+                sent.write_now(head + request.body if request.body else head)
         except BaseException:
             sent.close()
             raise
@@ -290,6 +311,8 @@ class BackendAdapter(BaseAdapter):
         try:
             if sent.failure is not None:
                 raise sent.failure
+            if sent.rest:
+                sent.write_rest()
             if sent.response is None:
                 clean = receive_head(sent.connection, sent.head, self._seconds_left(sent))
                 sent.is_clean = sent.is_clean and clean
