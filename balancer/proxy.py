@@ -113,6 +113,12 @@ class ReverseProxy:
             return self._control_app(environ, start_response)
         return self.forward(Incoming.of(environ, self.heads)).run().begin(start_response)
 
+    @property
+    def small_body(self) -> int:
+        """Bytes of a request body that is read before the request is sent on."""
+        most = self.options.max_request_body
+        return REPLAY_LIMIT if most is None else min(REPLAY_LIMIT, most)
+
     def forward(self, incoming: Incoming) -> Forwarding:
         """A request that is not for the control API, counted from now on: `run` or `refuse` must follow."""
         return Forwarding(self, incoming)
@@ -174,7 +180,7 @@ class Forwarding:
     def begin(self) -> bool:
         """The first attempt as far as it goes without waiting; True if its request is `sent`. `run` does the rest.
 
-        For requests without a body only. Never raises.
+        For requests without a body, or with a small one that has come whole. Never raises.
         """
         return self._begin(may_connect=False)
 
@@ -265,19 +271,20 @@ class Forwarding:
             if limit is not None and length > limit:
                 raise BodyTooLarge(f"the request body has {length} bytes, at most {limit} are accepted")
             chunks = incoming.read(length, None)
-            request.body = b"".join(chunks) if length <= REPLAY_LIMIT else self._counted(chunks)
+            is_small = length <= REPLAY_LIMIT
+            request.body = b"".join(chain.from_iterable(chunks)) if is_small else self._counted(chunks)
             request.content_length = length
-            if length <= REPLAY_LIMIT:
+            if is_small:
                 self._record.bytes_in = length
         elif incoming.may_have_body():
             chunks = incoming.read(None, limit)
-            first = next(chunks, b"")  # none: there is no body after all
+            first = next(chunks, None)  # none: there is no body after all
             request.body = self._counted(chain([first], chunks)) if first else None
 
-    def _counted(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
-        for chunk in chunks:
-            self._record.bytes_in += len(chunk)
-            yield chunk
+    def _counted(self, chunks: Iterable[list[bytes]]) -> Iterator[list[bytes]]:
+        for pieces in chunks:
+            self._record.bytes_in += sum(map(len, pieces))
+            yield pieces
 
     # Attempts.
 
