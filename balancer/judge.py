@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 
 from balancer.backends import FAILURE_SECONDS, Backend, HealthStatus, LastCheck
 from balancer.ejection import WINDOW_SECONDS, EjectionRules, slow_outliers
-
-Note = Callable[[str, str, str, str], None]  # kind, backend id, text, severity
+from balancer.news import Note
 
 
 @dataclass(frozen=True, slots=True)
