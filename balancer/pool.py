@@ -203,7 +203,8 @@ class BackendPool:
                     self._judge.answered(backend, first_byte_seconds)
                 if lease.is_trial and is_good:
                     lease.is_trial = backend.ejection.is_tried = False
-                    self._judged(self._judge.succeeded(backend, is_trial=True))
+                    if self._judge.succeeded(backend, is_trial=True):
+                        self._judged()
         self._news.tell()
 
     def _release(self, lease: Lease, first_byte_seconds: float | None, failure: str) -> None:
@@ -213,7 +214,9 @@ class BackendPool:
             if lease.is_trial:
                 backend.ejection.is_tried = False
             if lease.choice.origin == backend.origin:  # else it has moved: this says nothing of where it is now
-                self._judge_answer(lease, first_byte_seconds, failure)
+                judge, is_trial, is_answered = self._judge, lease.is_trial, lease.is_answered
+                if judge.ended(backend, first_byte_seconds, failure, is_trial, is_answered):
+                    self._judged()
             if backend.active == 0 and (backend.is_leaving or backend.admin_state == "drain"):
                 self._roster.drained(backend)
                 self._settle()
@@ -222,40 +225,36 @@ class BackendPool:
         if self._news.untold:  # hardly ever: saves every request a call
             self._news.tell()
 
-    def _judge_answer(self, lease: Lease, first_byte_seconds: float | None, failure: str) -> None:
-        if not lease.is_answered:
-            self._judge.answered(lease.backend, first_byte_seconds, failure)
-        if failure:
-            self._judged(self._judge.failed(lease.backend, failure, lease.is_trial))
-        elif first_byte_seconds is not None:
-            self._judged(self._judge.succeeded(lease.backend, lease.is_trial))
-
     # What the checks say, and the data path on a refused connect.
 
     def record_check(self, backend: Backend, check: LastCheck, origin: Origin | None = None) -> None:
         """Count one check. `origin` is where it went: what it found does not count if the backend has moved since."""
         with self._lock:
-            if self._backends.get(backend.id) is backend and origin in (None, backend.origin):
-                self._judged(self._judge.checked(backend, check))
+            if self._is_here(backend, origin) and self._judge.checked(backend, check):
+                self._judged()
         self._news.tell()
 
     def record_refused(self, backend: Backend, reason: str, origin: Origin | None = None) -> None:
         """A refused connect on the data path: nobody listens there, so the backend is down at once."""
         with self._lock:
-            if self._backends.get(backend.id) is backend and origin in (None, backend.origin):
-                self._judged(self._judge.refused(backend, reason))
+            if self._is_here(backend, origin) and self._judge.refused(backend, reason):
+                self._judged()
         self._news.tell()
 
     def sweep(self) -> None:
         """Let time pass: ejections and slow starts end, response times are compared. Call about once a second."""
         with self._lock:
-            self._judged(self._judge.sweep())
+            if self._judge.sweep():
+                self._judged()
         self._news.tell()
 
-    def _judged(self, has_changed: bool) -> None:
-        if has_changed:
-            self._had_first_round = self._had_first_round or self._is_all_known()
-            self._settle()
+    def _is_here(self, backend: Backend, origin: Origin | None) -> bool:
+        """Neither removed nor moved away from `origin` meanwhile."""
+        return self._backends.get(backend.id) is backend and origin in (None, backend.origin)
+
+    def _judged(self) -> None:
+        self._had_first_round = self._had_first_round or self._is_all_known()
+        self._settle()
 
     def _is_all_known(self) -> bool:
         return all(b.health.status != "unknown" or b.admin_state == "maint" for b in self._backends.values())
