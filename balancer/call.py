@@ -61,6 +61,7 @@ class Call:
         "_status",
         "_headers",
         "_is_started",
+        "_is_last",
     )
 
     def __init__(self, bridge: Bridge, watcher: Any) -> None:
@@ -78,6 +79,7 @@ class Call:
         self._status: int | None = None
         self._headers: list[tuple[bytes, bytes]] = []
         self._is_started = False
+        self._is_last = False  # of its connection
 
     def may_be_watched(self) -> bool:
         """No more of a body will come, so that Granian can be asked for the client's leaving."""
@@ -204,6 +206,7 @@ class Call:
 
     def refuse(self) -> None:
         """Answer that there is no room, in the calling thread; does not block."""
+        self._is_last = not self.may_be_watched()  # nobody will read the rest of its body
         try:
             if self.forwarding is not None:
                 self._pass_on(self.forwarding.refuse())
@@ -228,7 +231,7 @@ class Call:
         if self._status is None:
             raise RuntimeError("the app has not called start_response")
         # hyper closes after it (RFC 9112 section 9.6). HTTP/2 has no such field, but GOAWAY.
-        is_last = self.bridge.is_draining or (self.body is not None and self.body.is_too_slow)
+        is_last = self._is_last or self.bridge.is_draining or (self.body is not None and self.body.is_too_slow)
         if is_last and self.scope["http_version"] != "2":
             self._headers.append((b"connection", b"close"))
         self._is_started = True

@@ -19,6 +19,7 @@ _STATUS = re.compile(rb"HTTP/1\.1 ([2-5][0-9][0-9]) ([\t\x20-\x7e\x80-\xff]*)\Z"
 # A token, and a value without control characters (RFC 9110 sections 5.1 and 5.5); blanks around it are not part of it.
 _LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t\x20-\x7e\x80-\xff]*)\Z")
 
+MAX_HEAD = 65536  # bytes of a response head, interim responses included; also of chunk framing or trailers at a stretch
 # What backends send must not fill the memory: so many lines and heads, and none longer than so many bytes.
 LINES_KEPT, LONGEST_LINE = 1024, 128
 HEADS_KEPT, LONGEST_HEAD = 256, 1024
@@ -97,5 +98,5 @@ _heads = Table(_parse_head, HEADS_KEPT, lambda data, head: len(data) <= LONGEST_
 
 def parse_plain(data: bytes) -> PlainHead | None:
     """The head at the start of `data`, None if it is not whole or not plain."""
-    end = data.find(b"\r\n\r\n")
+    end = data.find(b"\r\n\r\n", 0, MAX_HEAD)
     return _heads[data[:end]] if end > 0 else None

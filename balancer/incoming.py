@@ -6,7 +6,6 @@ Our own server puts into environ what PEP 3333 has no place for; under any other
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote_from_bytes
 
@@ -188,7 +187,6 @@ class RequestBody:
         return iter(self.readline, b"")
 
 
-@lru_cache(maxsize=1024)  # bounded: clients choose the names
 def _environ_key(name: bytes) -> str:
     """The WSGI name of a header, "" if it must not have one: with `_` it could pass for another."""
     if b"_" in name:

@@ -129,10 +129,16 @@ def nominated(lines: Iterable[Line]) -> frozenset[bytes]:
     return names
 
 
-@lru_cache(maxsize=256)  # `keep-alive` and `close`, mostly; bounded: anybody may send anything
 def options_of(value: bytes) -> frozenset[bytes]:
     """Names in one `Connection` line."""
+    return _usual_options(value) if len(value) <= 64 else _options(value)  # bounded: anybody may send anything
+
+
+def _options(value: bytes) -> frozenset[bytes]:
     return frozenset(item.strip().lower() for item in value.split(b",")) - _NEVER_NOMINATED
+
+
+_usual_options = lru_cache(maxsize=256)(_options)  # `keep-alive` and `close`, mostly
 
 
 def check_target(method: str, target: bytes) -> None:
@@ -174,16 +180,13 @@ def check_codings(values: Sequence[bytes]) -> None:
 
 def max_forwards(values: Sequence[bytes]) -> int | None:
     """How many more steps an OPTIONS may go, None if nothing says so (RFC 9110 section 7.6.2)."""
-    for value in values:
-        if _DIGITS.match(value):
-            return int(value)
-    return None
+    return min((int(value) for value in values if _DIGITS.match(value)), default=None)
 
 
 def count_down(lines: Iterable[Line]) -> list[Line]:
     """Take this step off `Max-Forwards`."""
     return [
-        (name, b"%d" % (int(value) - 1)) if name == b"max-forwards" and _DIGITS.match(value) else (name, value)
+        (name, b"%d" % max(0, int(value) - 1)) if name == b"max-forwards" and _DIGITS.match(value) else (name, value)
         for name, value in lines
     ]
 

@@ -27,7 +27,7 @@ from balancer.messages import (
 )
 from balancer.tables import Table
 
-# Clients choose what they send: so many header sections are kept, and none that makes more than so many bytes.
+# Clients choose what they send: so many header sections are kept, and none that has more than so many bytes.
 HEADS_KEPT, LONGEST_HEAD = 1024, 2048
 _EACH_TIME_NEW = frozenset({b"x-request-id", b"traceparent"})  # to keep a section that has one would be in vain
 
@@ -75,8 +75,11 @@ class RequestHead:
             self.fields.pop(b"tracestate", None)
         return found
 
-    def is_worth_keeping(self) -> bool:
-        return self.refusal is None and len(self.raw) <= LONGEST_HEAD and self.fields.keys().isdisjoint(_EACH_TIME_NEW)
+
+def _is_worth_keeping(received: Received, head: RequestHead) -> bool:
+    """It may come again, and takes little room; what goes to the backend may be much less than what came."""
+    is_short = sum(len(name) + len(value) for name, value in received[0]) <= LONGEST_HEAD
+    return is_short and head.refusal is None and head.fields.keys().isdisjoint(_EACH_TIME_NEW)
 
 
 class RequestHeads:
@@ -90,7 +93,7 @@ class RequestHeads:
         self._table: Table[Received, RequestHead] = Table(
             lambda received: RequestHead(received, pseudonym, trusted),
             HEADS_KEPT,
-            lambda received, head: head.is_worth_keeping(),
+            _is_worth_keeping,
         )
 
     def of(self, lines: Sequence[Line], peer: str, scheme: str, version: str) -> RequestHead:

@@ -12,10 +12,11 @@ from typing import TypeVar
 
 import httptools
 from requests import PreparedRequest, Response
+from requests.cookies import RequestsCookieJar
 
 from balancer.connection import Connection, Watcher
 from balancer.errors import BodyTruncated, ConnectionLost, InvalidResponse, ResponseTimedOut
-from balancer.heads import PlainHead, parse_plain
+from balancer.heads import MAX_HEAD, PlainHead, parse_plain
 from balancer.messages import (
     BODILESS_STATUSES,
     NONE,
@@ -25,9 +26,6 @@ from balancer.messages import (
     parse_content_length,
     response_lines,
 )
-
-MAX_HEAD = 65536  # bytes of a response head, interim responses included; also of chunk framing or trailers at a stretch
-
 
 Received = TypeVar("Received", bytes, bytes | None)
 
@@ -52,6 +50,11 @@ class BackendResponse(Response):
     @property
     def url(self) -> str:  # type: ignore[override]
         return self.request.url or ""
+
+    @property
+    def cookies(self) -> RequestsCookieJar:  # type: ignore[override]
+        """None: `Set-Cookie` lines are the client's, not ours."""
+        return RequestsCookieJar()
 
     @property
     def headers(self) -> HeaderLines:  # type: ignore[override]
@@ -102,6 +105,9 @@ class ResponseHead:
     def onward(self) -> Sequence[Line]:
         """The lines for the client."""
         return self.plain.onward if self.plain is not None else response_lines(self.lines, self.status, self.options)
+
+    def is_large(self) -> bool:
+        return sum(len(name) + len(value) + len(b": \r\n") for name, value in self.lines) > MAX_HEAD
 
     def _feed_parser(self, parser: httptools.HttpResponseParser, data: bytes) -> bool:
         try:
@@ -192,7 +198,7 @@ def take_head_data(connection: Connection, head: ResponseHead, data: bytes) -> b
         raise lost(connection, head, f"{connection.origin.url} closed the connection without a complete response")
     head.size += len(data)
     clean = head.feed(data)
-    if not head.has_head and head.size > MAX_HEAD:
+    if head.size > MAX_HEAD and (not head.has_head or head.is_large()):  # else most of it is body
         raise InvalidResponse(f"the backend's response head is larger than {MAX_HEAD} bytes")
     return clean
 

@@ -71,9 +71,7 @@ class Counters:
     def codes(self) -> dict[str, int]:
         found = dict.fromkeys(CODE_CLASSES, 0)
         for status, count in self.statuses.items():
-            name = f"{status // 100}xx"
-            if name in found:
-                found[name] += count
+            found[CODE_CLASSES[min(status // 100, 5) - 1]] += count  # above 599 is as good as 5xx (RFC 9110 section 15)
         return found
 
     def describe(self) -> dict[str, Any]:
@@ -218,13 +216,14 @@ class Statistics:
                 self._keep(backend_id, former)
 
     def _keep(self, backend_id: str | None, counters: Counters) -> None:
-        """For `lifetime`. Who has been gone the longest is dropped for good when there are too many."""
+        """For `lifetime`. Who has been gone the longest counts for nobody in particular when there are too many."""
         total = self._before.pop(backend_id, None) or Counters()
         total += counters
         self._before[backend_id] = total
         if len(self._before) > FORMER_KEPT:
             oldest = next(key for key in self._before if key is not None)
-            del self._before[oldest]
+            nobody = self._before.setdefault(None, Counters())
+            nobody += self._before.pop(oldest)
             self._totals.forget(oldest)
 
     def reset(self) -> None:
