@@ -78,7 +78,7 @@ def test_the_lowest_parts_know_little(name: str, allowed: set[str]) -> None:
     "name",
     [
         *("ejection", "waiting", "backends", "judge", "pool", "strategies", "statistics"),
-        *("messages", "transport", "health", "proxy", "forwarding", "answer"),
+        *("messages", "transport", "health", "proxy", "forwarding", "attempts", "answer"),
     ],
 )
 def test_the_data_path_knows_neither_flask_nor_the_server_nor_the_settings(name: str) -> None:
