@@ -28,12 +28,12 @@ BUDGET_USED_UP = "the retry budget is used up"
 
 
 class Attempts:
-    """Gets one request to a backend: `begin` if it need not wait, then `arrived` or `exchange`; `give_back` at the end.
+    """Gets one request to a backend: `begin` or not, then `arrived` or `exchange`; `give_back` at the end.
 
     Notes in `record` what was tried; `started` is of time.perf_counter(). Used by one thread at a time.
     """
 
-    __slots__ = ("_proxy", "_options", "_request", "_record", "_started", "_lease")
+    __slots__ = ("_proxy", "_options", "_request", "_record", "_started", "_lease", "_failure")
 
     def __init__(
         self, proxy: ReverseProxy, options: ProxyOptions, request: OutgoingRequest, record: Exchange, started: float
@@ -44,25 +44,40 @@ class Attempts:
         self._record = record
         self._started = started
         self._lease: Lease | None = None  # of the last attempt, or for the next one
+        self._failure: BackendError | None = None  # of the attempt that `begin` made
 
-    def begin(self) -> Sent | None:
-        """The first attempt as far as it goes without waiting; None if its request could not be sent so."""
-        self._lease = lease = self._proxy.pool.lease_now(self._request)
+    @property
+    def lacks_connection(self) -> bool:
+        """`begin` has found a backend, but no connection to it is kept."""
+        return self._lease is not None and not self._record.attempts
+
+    def begin(self, may_connect: bool) -> Sent | None:
+        """The first attempt until its request is sent, if that needs no waiting, or if it `may_connect` no more than a
+        connect does. None if it could not be; `exchange` then goes on from where it stands."""
+        lease = self._lease
         if lease is None:
-            return None
-        self._record.backend = lease.backend.id
+            self._lease = lease = self._proxy.pool.lease_now(self._request)
+            if lease is None:
+                return None
+            self._record.backend = lease.backend.id
         self._record.attempts.append(Attempt(lease.choice, at=time.perf_counter() - self._started))
-        sent = self._proxy.adapter.begin(self._request, lease.choice.origin)
+        try:
+            sent = self._proxy.adapter.begin(self._request, lease.choice.origin, may_connect)
+        except BackendError as error:
+            self._failure = error
+            return None
         if sent is None:
             self._record.attempts.clear()
         return sent
 
     def arrived(self, sent: Sent) -> BackendResponse:
         """The response to what `begin` sent: it is here, so nothing can fail any more."""
-        attempt, response = self._record.attempts[-1], sent.response
+        response = sent.response
         assert response is not None
+        attempt = self._record.attempts[-1]
         attempt.outcome = str(response.status_code)
         attempt.seconds = time.perf_counter() - self._started - attempt.at
+        attempt.connect = self._request.connect_seconds
         return response
 
     def exchange(self, sent: Sent | None) -> BackendResponse:
@@ -140,11 +155,14 @@ class Attempts:
 
     def _attempt(self, sent: Sent | None) -> BackendResponse:
         lease, request, attempts = self._lease, self._request, self._record.attempts
+        failure, self._failure = self._failure, None
         assert lease is not None
-        if sent is None:
+        if sent is None and failure is None:
             attempts.append(Attempt(lease.choice, at=time.perf_counter() - self._started))
         attempt = attempts[-1]
         try:
+            if failure is not None:
+                raise failure
             response = self._proxy.adapter.exchange(request, lease.choice.origin, sent)
         except Unavailable:
             lease.release()

@@ -130,7 +130,13 @@ class Call:
         return str(self.scope["method"])
 
     def run(self) -> None:
-        """Answer; never raises."""
+        """In a worker thread: connect and leave the waiting to the express way, or do it all. Never raises."""
+        express = self.bridge.express
+        if express is None or not express.connect(self):
+            self.answer()
+
+    def answer(self) -> None:
+        """Never raises."""
         try:
             self._run()
         except ClientGone:

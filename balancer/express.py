@@ -1,10 +1,10 @@
 """Requests that need no thread while their backend works.
 
-An HTTP/1 request without a body and with a small head, for which a plain connection to its backend is kept, is sent on
-by the thread that brings it. One thread waits for the answers of all of them and passes on those that come whole.
-Whatever takes longer goes on in a worker thread from where it stands: a new connection, the queue, a long or late
-answer, a failure, a retry. So the usual request costs two switches between threads less, and a thousand waiting for
-slow backends cost no thread at all.
+An HTTP/1 request without a body and with a small head is sent on by the thread that brings it if a plain connection
+to its backend is kept, else by a worker thread that opens one. One thread waits for the answers of all of them and
+passes on those that come whole. Whatever takes longer goes on in a worker thread from where it stands: the queue, a
+long or late answer, a failure, a retry. So the usual request costs two switches between threads less, and a thousand
+waiting for slow backends cost no thread at all.
 
 Needs epoll, so Linux; elsewhere every request has its worker thread.
 """
@@ -64,8 +64,17 @@ class Express:
         forwarding = call.forwarding
         if forwarding is None or call.method not in METHODS or not call.is_body_done or not forwarding.begin():
             return False
-        sent = forwarding.sent
-        assert sent is not None
+        return self._wait_for(call)
+
+    def connect(self, call: Call) -> bool:
+        """Called by a worker thread with what `take` left to it: if only a connection was missing, open one and send
+        the request on. False if the thread has to go on with it."""
+        forwarding = call.forwarding
+        return forwarding is not None and forwarding.connect() and self._wait_for(call)
+
+    def _wait_for(self, call: Call) -> bool:
+        """From here on the call may belong to the express thread. False if it does not after all."""
+        sent = self._sent(call)
         descriptor = sent.connection.sock.fileno()
         self._waiting[descriptor] = call
         try:
@@ -110,7 +119,7 @@ class Express:
             log.exception("express way failed")
             is_whole = False
         if is_whole:
-            call.run()  # nothing to wait for
+            call.answer()  # nothing to wait for
         else:
             self._hand_over(call)
 

@@ -47,7 +47,7 @@ class Forwarding:
 
     __slots__ = (
         *("_proxy", "_options", "_incoming", "_started", "_own", "_record"),
-        *("_attempts", "sent", "_failure", "_waited", "_is_finished"),
+        *("_attempts", "sent", "_failure", "_is_finished"),
     )
 
     def __init__(self, proxy: ReverseProxy, incoming: Incoming) -> None:
@@ -60,7 +60,6 @@ class Forwarding:
         self._attempts: Attempts | None = None  # once the outgoing request is built
         self.sent: Sent | None = None
         self._failure: BalancerError | None = None
-        self._waited = 0.0  # seconds for a thread
         self._is_finished = False
         self._record = Exchange(
             timestamp=time.time(),
@@ -75,27 +74,37 @@ class Forwarding:
 
         For requests without a body only. Never raises.
         """
+        return self._begin(may_connect=False)
+
+    def connect(self) -> bool:
+        """Go on after `begin` if a connection was all that was missing: open one and send. As `begin`, but may take as
+        long as a connect does."""
+        attempts = self._attempts
+        return attempts is not None and attempts.lacks_connection and self._begin(may_connect=True)
+
+    def _begin(self, may_connect: bool) -> bool:
         try:
-            self._attempts = attempts = self._prepare()
-            self.sent = sent = attempts.begin()
-            return sent is not None
+            attempts = self._attempts
+            if attempts is None:
+                self._attempts = attempts = self._prepare()
+            self.sent = attempts.begin(may_connect)
         except BalancerError as error:
             self._failure = error
         except Exception:
             log.exception("request %s failed", self._record.request_id)
             self._failure = BalancerError(INTERNAL_ERROR)
-        return False
+        return self.sent is not None
 
     def run(self) -> Answer:
         """Never raises."""
         try:
             attempts, sent = self._attempts, self.sent
-            if attempts is None:  # else `begin` did not have to wait for a thread
-                self._waited = time.perf_counter() - self._started
-                if self._waited > self._options.request_timeout:
-                    raise NoRoom(f"no thread became free within {self._options.request_timeout:g} s")
-            elif sent is not None and sent.is_answered:
+            if attempts is not None and sent is not None and sent.is_answered:
                 return self._answer(attempts.arrived(sent), attempts)
+            # Seconds for a thread; `begin` did not have to wait for one.
+            waited = time.perf_counter() - self._started if attempts is None else 0.0
+            if waited > self._options.request_timeout:
+                raise NoRoom(f"no thread became free within {self._options.request_timeout:g} s")
             if self._failure is not None:
                 raise self._failure
             incoming = self._incoming
@@ -103,7 +112,7 @@ class Forwarding:
                 self.finish(200)
                 return self._signed(to_options())
             if attempts is None:
-                self._attempts = attempts = self._prepare()
+                self._attempts = attempts = self._prepare(waited)
             return self._answer(attempts.exchange(sent), attempts)
         except BalancerError as error:
             return self._refuse(error)
@@ -123,7 +132,7 @@ class Forwarding:
 
     # The outgoing request, built once.
 
-    def _prepare(self) -> Attempts:
+    def _prepare(self, waited: float = 0.0) -> Attempts:
         incoming, options = self._incoming, self._options
         method, head = incoming.method, incoming.head
         if len(incoming.lines) > options.max_header_count:
@@ -141,7 +150,7 @@ class Forwarding:
         request.watcher = incoming.client
         if incoming.length or incoming.is_ended:
             self._add_body(request)
-        request.deadline = time.monotonic() + options.request_timeout - self._waited
+        request.deadline = time.monotonic() + options.request_timeout - waited
         return Attempts(self._proxy, options, request, self._record, self._started)
 
     def _add_body(self, request: OutgoingRequest) -> None:
@@ -211,7 +220,7 @@ class Forwarding:
         if self._is_finished:
             return
         self._is_finished = True
-        record, attempts = self._record, self._attempts
+        record = self._record
         record.status = status
         record.reason = reason
         record.complete = complete
@@ -222,5 +231,5 @@ class Forwarding:
             if access_log is not None:
                 access_log.add(record, self._incoming)
         finally:
-            if attempts is not None:
-                attempts.give_back(status, reason, failure)
+            if self._attempts is not None:
+                self._attempts.give_back(status, reason, failure)

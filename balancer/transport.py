@@ -196,11 +196,16 @@ class BackendAdapter(BaseAdapter):
         request.is_resent = True
         return self._receive(self._send(self._connect(origin, request), request))
 
-    def begin(self, request: OutgoingRequest, origin: Origin) -> Sent | None:
-        """Send a request without a body if that needs no waiting: on a kept connection. None if there is none."""
-        connection = self._take(origin) if origin.scheme == "http" else None
-        if connection is None:
+    def begin(self, request: OutgoingRequest, origin: Origin, may_connect: bool = False) -> Sent | None:
+        """Send a request without a body: on a kept connection, which needs no waiting, or if it `may_connect` on a new
+        one. None if neither will do. Raises as `exchange` until it is sent."""
+        if origin.scheme != "http":
             return None
+        connection = self._take(origin)
+        if connection is None:
+            if not may_connect:
+                return None
+            connection = self._connect(origin, request)
         head = request.head()
         if len(head) > SMALL_REQUEST:
             self.give_back(connection)

@@ -21,6 +21,7 @@ import pytest
 from support import BalancerProcess, connect, exchange, fetch, fetch_json, get, read_all, wait_until
 
 REQUEST = b"GET %s HTTP/1.1\r\nHost: test\r\n\r\n"
+THREADED = b"OPTIONS"  # holds a thread while its backend works; requests on the express way hold none
 CLOSING = b"%s HTTP/1.1\r\nHost: test\r\nConnection: close\r\n"
 
 
@@ -200,7 +201,7 @@ def test_a_thousand_requests_in_flight_at_once_all_succeed(
     async def all_of_them() -> list[tuple[int, str]]:
         return await asyncio.gather(*(ask(balancer.port, "/0.2") for _ in range(1000)))
 
-    run(all_of_them())  # the threads are there now
+    run(all_of_them())  # the connections are there now
     fetch(f"{balancer.url}/reset", {})
     for backend in backends:
         backend.most = 0
@@ -241,7 +242,7 @@ def test_more_requests_than_threads_wait_their_turn(
     balancer = start("--max-threads=20", "--max-queued=1000")
 
     async def all_of_them() -> list[tuple[int, str]]:
-        return await asyncio.gather(*(ask(balancer.port, "/0.05") for _ in range(300)))
+        return await asyncio.gather(*(ask(balancer.port, "/0.05", THREADED.decode()) for _ in range(300)))
 
     assert Counter(status for status, _ in run(all_of_them())) == {200: 300}
     assert_sums(wait_idle(balancer))
@@ -364,7 +365,7 @@ class Held:
         """Send, and wait until the balancer has taken it in."""
         sock = socket.create_connection(("127.0.0.1", self.balancer.port), timeout=30)
         self.sockets.append(sock)
-        sock.sendall(CLOSING % (b"GET " + target) + b"\r\n")
+        sock.sendall(CLOSING % (THREADED + b" " + target) + b"\r\n")
         wait_until(lambda: self.in_flight() == in_flight, what=f"{in_flight} requests in flight")
         return sock
 
@@ -388,9 +389,9 @@ def test_when_threads_and_queue_are_full_the_rest_is_told_to_come_again(
     backends: list[AsyncBackend], narrow: BalancerProcess
 ) -> None:
     with ThreadPoolExecutor(10) as threads:
-        first = [threads.submit(exchange, narrow.port, get(b"/1")) for _ in range(2)]
+        first = [threads.submit(exchange, narrow.port, get(b"/1", method=THREADED)) for _ in range(2)]
         wait_until(lambda: backends[0].active == 2)
-        waiting = [threads.submit(exchange, narrow.port, get(b"/0")) for _ in range(2)]
+        waiting = [threads.submit(exchange, narrow.port, get(b"/0", method=THREADED)) for _ in range(2)]
         wait_until(lambda: statistics(narrow)["queued_requests"] == 2)
         for method, body in (("GET", None), ("POST", b"{}")):
             started = time.monotonic()
