@@ -1821,8 +1821,11 @@ def test_a_client_that_half_closes_counts_as_gone(balancer: BalancerProcess, bac
 def test_chunks_of_an_answer_are_framed_by_us(balancer: BalancerProcess, backend: WireBackend) -> None:
     """Rule 17: the client sees valid chunks whatever sizes the backend used."""
 
+    has_head = threading.Event()  # an answer that came whole would get a length
+
     def script(sock: socket.socket, _: Any) -> None:
         sock.sendall(HEAD_OK + b"Transfer-Encoding: chunked\r\n\r\n")
+        assert has_head.wait(10)
         for number in range(50):
             sock.sendall(b"%x;n=%d\r\n%s\r\n" % (number + 1, number, b"z" * (number + 1)))
         sock.sendall(b"0;last\r\n\r\n")
@@ -1832,4 +1835,5 @@ def test_chunks_of_an_answer_are_framed_by_us(balancer: BalancerProcess, backend
         sock.sendall(request())
         while stream.readline() != b"\r\n":
             pass
+        has_head.set()
         assert read_chunks(stream) == b"z" * sum(range(51))
