@@ -202,6 +202,7 @@ class Forwarding:
         return self._signed(refusal(error, self._options.balancer_id, self._record.request_id))
 
     def _signed(self, answer: Answer) -> Answer:
+        """An answer of ours, with the lines that each one gets."""
         return answer._replace(lines=self._with_own(answer.lines))
 
     # What a `ResponseStream` needs.

@@ -52,6 +52,7 @@ def test_imports_point_down_one_way_with_no_cycle() -> None:
     [
         ("errors", set()),
         ("messages", {"errors"}),
+        ("answer", {"errors", "messages"}),
         ("workers", set()),
         ("statistics", {"exchange", "histogram", "totals"}),
         ("origin", {"errors"}),
