@@ -141,13 +141,6 @@ class Backend:
         return f"ejected: {self.ejection.reason}"
 
     @property
-    def obstacle(self) -> str:
-        """Why a ready backend cannot take a request right now, "" if it can."""
-        if self.is_full:
-            return f"full: {self.active} of {self.max_connections}"
-        return ""
-
-    @property
     def overrides(self) -> dict[str, Any]:
         """What the configuration says where the operator has changed it at run time."""
         return {name: value for name, value in self.configured.items() if self.setting(name) != value}

@@ -2,9 +2,8 @@
 
 Granian's own WSGI interface gives neither the raw path nor repeated header lines, so this bridges its ASGI interface,
 at the point where Granian would schedule a coroutine. What is to be forwarded goes to the `ReverseProxy` as it is: on
-the express way if it can, else in a worker thread. Everything else is a WSGI call in a worker thread. The event loop
-serves only waits for slow clients and the watch for those that leave; passing each request through it cost two more
-wake-ups and a task.
+the express way if it can, else in a worker thread. Everything else is a WSGI call in a worker thread. Nothing passes
+through the event loop: each request, and each wait for a client, cost two more wake-ups there and a task.
 
     Granian's thread: Bridge.accept -> express or worker thread: Call.run -> Granian's thread
 """
@@ -19,7 +18,7 @@ from threading import BoundedSemaphore
 from typing import TYPE_CHECKING, Any
 
 from balancer import accepted
-from balancer.call import Call
+from balancer.call import Call, result_of, when_done
 from balancer.workers import WorkerPool
 
 if TYPE_CHECKING:
@@ -40,7 +39,8 @@ class Bridge:
     Without `proxy`, or for a control path, a request is `app`'s.
 
     `_calls` holds what is in flight, oldest first: Granian's thread adds, whoever answers takes out, the loop thread
-    looks at a copy; each of these is one step that needs no lock.
+    looks at a copy; each of these is one step that needs no lock. `_collecting` holds those whose small body is coming
+    in: whoever takes one out goes on with it.
     """
 
     def __init__(
@@ -58,14 +58,13 @@ class Bridge:
         self.pool = pool
         self.idle_timeout = idle_timeout
         self.min_body_rate = min_body_rate
-        self.loop: asyncio.AbstractEventLoop  # set by the server before it accepts
         self.is_draining = False  # set by the server: each answer asks its client to close
         self._is_control = is_control
         self.proxy = proxy
         self.express = express
         self.lingering = BoundedSemaphore(MAX_LINGERING)
         self._calls: dict[Call, None] = {}
-        self._watches: set[asyncio.Task[None]] = set()
+        self._collecting: dict[Call, None] = {}
 
     def accept(self, watcher: Any) -> None:
         """One request: Granian calls this in its own thread and it must not block."""
@@ -81,10 +80,37 @@ class Bridge:
         is_control = self._is_control(call.scope["path"])
         if self.proxy is not None and not is_control:
             call.forwarding = self.proxy.forward(call.incoming(self.proxy.heads))
-            if self.express is not None and self.express.take(call):
+            if self.express is not None:
+                self._collect(call)
                 return
+        self._submit(call, is_control)
+
+    def _submit(self, call: Call, is_control: bool = False) -> None:
         if not self.pool.submit(call, is_control):
             call.refuse()
+
+    # Small bodies come in without a worker thread: Granian's thread, which also brings each piece of them.
+
+    def _collect(self, call: Call) -> None:
+        assert self.proxy is not None and self.express is not None
+        if not call.is_body_done and call.is_small(self.proxy.small_body):
+            missing = call.missing()
+            if missing is not None:
+                when_done(missing, lambda _: self._go_on(call))  # first, or it could undo what a worker waits for
+                self._collecting[call] = None
+                return
+        if not self.express.take(call):
+            self._submit(call)
+
+    def _go_on(self, call: Call) -> None:
+        if self._collecting.pop(call, call) is not call:  # else a worker waits for the rest
+            self._collect(call)
+
+    def _stop_collecting(self, oldest: float) -> None:
+        """The loop thread: whatever takes longer than usual gets a worker, which knows how long it may take."""
+        for call in list(self._collecting):
+            if call.started <= oldest and self._collecting.pop(call, call) is not call:
+                self._submit(call)
 
     def finish(self, call: Call) -> None:
         self._calls.pop(call, None)
@@ -97,26 +123,29 @@ class Bridge:
         """Addresses that have a request in flight."""
         return {call.scope["client"] for call in list(self._calls)}
 
-    # Noticing that a client has left: the loop thread.
+    # Noticing that a client has left: the loop thread begins it, Granian's ends it.
 
     async def watch(self) -> None:
         """Most requests are over before this looks at them, so that watching costs them nothing."""
         while True:
             await asyncio.sleep(WATCH_AFTER_SECONDS)
             oldest = time.monotonic() - WATCH_AFTER_SECONDS
+            self._stop_collecting(oldest)
             for call in list(self._calls):
                 if call.started > oldest:
                     break
                 if not call.is_watched and (call.is_body_done or call.is_bodiless()):
                     call.is_watched = True
-                    watch = self.loop.create_task(self._watch_one(call))
-                    self._watches.add(watch)  # the loop itself holds tasks weakly
-                    watch.add_done_callback(self._watches.discard)
+                    self._watch_one(call)
 
-    async def _watch_one(self, call: Call) -> None:
-        while (await call.protocol.receive())["type"] == "http.request":
-            pass
-        if call in self._calls:  # else it was the end of the answer that ended the wait
+    def _watch_one(self, call: Call) -> None:
+        when_done(call.protocol.receive(), lambda awaitable: self._look(call, awaitable))
+
+    def _look(self, call: Call, awaitable: Any) -> None:
+        """In Granian's thread or the loop's: must not block."""
+        if result_of(awaitable)["type"] == "http.request":
+            self._watch_one(call)
+        elif call in self._calls:  # else it was the end of the answer that ended the wait
             self._lost(call)
 
     def _lost(self, call: Call) -> None:

@@ -6,6 +6,7 @@ slow.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import math
@@ -35,15 +36,46 @@ log = logging.getLogger("balancer.server")
 BODY_GRACE_SECONDS = 5.0  # what a client may keep us waiting for its body before `min_body_rate` counts
 LINGER_SECONDS = 2.0  # and LINGER_BYTES: what is read and dropped after an answer that came before the request's end
 LINGER_BYTES = 16 * 1024 * 1024
+AHEAD_BYTES = 4 * 65536  # of a request body that is asked for, and handed on, at the same time
+FRAME_BYTES, READ_BYTES = 16384, 65536  # what hyper gives at a time at most, by default, in HTTP/2 and before
+MOST_PIECES = 64  # that are handed on together
+MOST_SMALL_PIECES = 16  # in which a small body may come without a thread that waits for it
 FLUSH_SECONDS = 0.25  # for an answer to be written, of which Granian says nothing, before its connection is cut
 VERSIONS = {"1": "1.0", "1.1": "1.1", "2": "2"}  # Granian calls HTTP/1.0 "1"
+
+
+def when_done(awaitable: Any, callback: Callable[[Any], object]) -> None:
+    """`callback(awaitable)` once what Granian returned is done: in Granian's thread, or at once in this one."""
+    if isinstance(awaitable, asyncio.Future):  # Windows: it belongs to the event loop, which calls back
+        awaitable.get_loop().call_soon_threadsafe(awaitable.add_done_callback, callback)
+    elif is_done(awaitable):
+        callback(awaitable)
+    else:
+        awaitable.add_done_callback(callback)
+
+
+def is_done(awaitable: Any) -> bool:
+    done = getattr(awaitable, "done", None)
+    return done is None or bool(done())  # without it: finished when it was made
+
+
+def result_of(awaitable: Any) -> Any:
+    """Of one that is done."""
+    result = getattr(awaitable, "result", None)
+    if result is not None:
+        return result()
+    try:
+        next(awaitable)  # its first step ends it
+    except StopIteration as stop:
+        return stop.value
+    raise RuntimeError("Granian returned an awaitable of an unknown kind")
 
 
 class Call:
     """One request, from hyper and back: answered by its `forwarding`, or by the app. Also the `Watcher` of what its
     worker thread blocks on.
 
-    `_lock` guards `_attached` and `is_gone`, which the loop thread and the worker thread share. `is_body_done` is set
+    `_lock` guards `_attached` and `is_gone`, which Granian's thread and the worker thread share. `is_body_done` is set
     by the worker before the loop looks at it.
     """
 
@@ -57,7 +89,10 @@ class Call:
         "is_gone",
         "is_watched",
         "is_body_done",
+        "has_body",
         "_body_left",
+        "_largest",
+        "_asked",
         "_patience",
         "_is_too_slow",
         "_lock",
@@ -77,7 +112,10 @@ class Call:
         self.is_gone = False
         self.is_watched = False
         self.is_body_done = False
+        self.has_body = False  # all of it has come: `receive` does not wait
         self._body_left: int | None = None  # bytes, if the length is known
+        self._largest = 0  # bytes of a piece of the body, so far
+        self._asked: list[Any] = []  # for pieces of the body that have not been taken yet, in their order
         self._patience = BODY_GRACE_SECONDS  # seconds that we still wait for the body, as `min_body_rate` has it
         self._is_too_slow = False
         self._lock = Lock()
@@ -91,7 +129,37 @@ class Call:
         framing = (b"content-length", b"transfer-encoding")
         return self.scope["http_version"] != "2" and not any(name in framing for name, _ in self.scope["headers"])
 
-    # The client left: called by the loop thread. `attach` and `detach` are called by the worker thread.
+    # A small body comes in: Granian's thread.
+
+    def is_small(self, most: int) -> bool:
+        """True if a body of at most `most` bytes follows, or in HTTP/2 perhaps none, and the client waits for no word
+        of ours before it sends it."""
+        if self._body_left is None:
+            return str(self.scope["http_version"]) == "2"
+        return self._body_left <= most and b"expect" not in [name for name, _ in self.scope["headers"]]
+
+    def missing(self) -> Any:
+        """What the body still waits for, as Granian's awaitable. None if there is nothing to wait for: it `has_body`
+        then, or it is one for a worker thread."""
+        left, asked = self._body_left, self._asked
+        for number in range(MOST_SMALL_PIECES):
+            if number == len(asked):
+                asked.append(self.protocol.receive())
+            if not is_done(asked[number]):
+                return asked[number]
+            message = result_of(asked[number])
+            if message["type"] != "http.request":
+                return None
+            if left is None:
+                self.has_body = not (message["body"] or message["more_body"])
+                return None
+            left -= len(message["body"])
+            if left == 0:
+                self.has_body = True
+                return None
+        return None
+
+    # The client left: called by Granian's thread, or the loop's. `attach` and `detach` are called by the worker thread.
 
     def attach(self, target: Abortable) -> None:
         with self._lock:
@@ -205,7 +273,7 @@ class Call:
     def _linger(self, seconds: float) -> None:
         received, deadline = 0, time.monotonic() + seconds
         while received < LINGER_BYTES and not self.is_body_done and (left := deadline - time.monotonic()) > 0:
-            received += len(self.receive(left))
+            received += sum(map(len, self.receive(left)))
 
     def refuse(self) -> None:
         """Answer that there is no room, in the calling thread; does not block."""
@@ -257,21 +325,54 @@ class Call:
         if hasattr(awaitable, "done"):
             self._wait(awaitable)
 
-    def receive(self, timeout: float | None = None) -> bytes:
-        """The next piece of the request body, b"" at its end. Raises ClientGone, ClientTooSlow."""
-        if self.is_body_done:
-            return b""
-        while True:
-            message = self._receive_message(timeout or self.bridge.idle_timeout)
-            if message["type"] != "http.request":
-                self.is_gone = True
-                raise ClientGone("the client left before its request was complete")
-            if self._body_left is not None:
-                self._body_left -= len(message["body"])
-            if not message["more_body"] or self._body_left == 0:
-                self.is_body_done = True
-            if message["body"] or self.is_body_done:
-                return bytes(message["body"])
+    def receive(self, timeout: float | None = None) -> list[bytes]:
+        """What has come of the request body, at least one piece, [] at its end. Raises ClientGone, ClientTooSlow."""
+        pieces: list[bytes] = []
+        size = 0
+        while not self.is_body_done and (
+            not pieces or (len(pieces) < MOST_PIECES and self._is_here(AHEAD_BYTES - size))
+        ):
+            piece = self._receive_piece(timeout or self.bridge.idle_timeout)
+            if piece:
+                pieces.append(piece)
+                size += len(piece)
+        return pieces
+
+    def _is_here(self, most: int) -> bool:
+        """True if the next piece has come, and has no more than so many bytes."""
+        asked = self._asked
+        return bool(asked) and is_done(asked[0]) and len(result_of(asked[0]).get("body", b"")) <= most
+
+    def _receive_piece(self, timeout: float) -> bytes:
+        self._ask()
+        message = self._receive_message(timeout)
+        if message["type"] != "http.request":
+            self.is_gone = True
+            raise ClientGone("the client left before its request was complete")
+        body: bytes = message["body"]
+        if len(body) > self._largest:
+            self._largest = len(body)
+        if self._body_left is not None:
+            self._body_left -= len(body)
+        if message["more_body"] and self._body_left != 0:
+            self._ask()
+        else:
+            self.is_watched = bool(self._asked)  # asked beyond the end, which was not to be: it would seem to have left
+            self.is_body_done = True
+        return body
+
+    def _ask(self) -> None:
+        """For the next pieces, together: each that is waited for by itself costs three switches between threads.
+
+        For no more than there must be: to who asks beyond the end, Granian says from then on that the client has left.
+        """
+        wanted, left = 1, self._body_left
+        if left is not None and left > FRAME_BYTES:
+            size = max(self._largest, FRAME_BYTES if self.scope["http_version"] == "2" else READ_BYTES)
+            wanted = math.ceil(min(left, AHEAD_BYTES) / size)
+        if len(self._asked) <= wanted // 2:
+            for _ in range(wanted - len(self._asked)):
+                self._asked.append(self.protocol.receive())
 
     def _receive_message(self, timeout: float) -> Any:
         """Granian's next message. Raises ClientTooSlow after `timeout`, or below `min_body_rate`.
@@ -284,7 +385,7 @@ class Call:
         limit = min(timeout, self._patience) if rate else timeout
         started = time.monotonic()
         try:
-            message = self._wait(self.protocol.receive(), limit)
+            message = self._wait(self._asked[0], limit)
         except ClientGone:
             self._is_too_slow = True
             raise ClientTooSlow(
@@ -292,6 +393,7 @@ class Call:
                 if limit < timeout
                 else f"nothing came of the request body for {timeout:g} s"
             ) from None
+        del self._asked[0]
         if rate:
             earned = len(message.get("body", b"")) / rate
             left = max(0.0, self._patience - (time.monotonic() - started))
@@ -303,20 +405,13 @@ class Call:
 
         Raises ClientGone after that time.
         """
-        done = getattr(awaitable, "done", None)
-        if done is None:  # finished when it was made: its first step ends it
-            try:
-                next(awaitable)
-            except StopIteration as stop:
-                return stop.value
-            raise RuntimeError("Granian returned an awaitable of an unknown kind")
-        if not done():
+        if not is_done(awaitable):
             ready = Lock()
             ready.acquire()
-            self.bridge.loop.call_soon_threadsafe(awaitable.add_done_callback, lambda _: ready.release())
+            when_done(awaitable, lambda _: ready.release())
             if not ready.acquire(timeout=self.bridge.idle_timeout if timeout is None else timeout):
                 raise ClientGone("the client neither sent nor read anything in time")
-        return awaitable.result()
+        return result_of(awaitable)
 
     # The request.
 

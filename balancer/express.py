@@ -1,10 +1,10 @@
 """Requests that need no thread while their backend works.
 
-An HTTP/1 request without a body and with a small head is sent on by the thread that brings it if a plain connection
-to its backend is kept, else by a worker thread that opens one. One thread waits for the answers of all of them and
-passes on those that come whole. Whatever takes longer goes on in a worker thread from where it stands: the queue, a
-long or late answer, a failure, a retry. So the usual request costs two switches between threads less, and a thousand
-waiting for slow backends cost no thread at all.
+A request with a small head, without a body or with a small one that comes promptly (`Bridge` waits for it), is sent on
+by the thread that brings it if a plain connection to its backend is kept, else by a worker thread that opens one. One
+thread waits for the answers of all of them and passes on those that come whole. Whatever takes longer goes on in a
+worker thread from where it stands: the queue, a long or late answer, a failure, a retry. So the usual request costs two
+switches between threads less, and a thousand waiting for slow backends cost no thread at all.
 
 Needs epoll, so Linux; elsewhere every request has its worker thread.
 """
@@ -62,7 +62,9 @@ class Express:
     def take(self, call: Call) -> bool:
         """Send the request on, if that needs no waiting. False if a worker thread has to go on with it."""
         forwarding = call.forwarding
-        if forwarding is None or call.method not in METHODS or not call.is_body_done or not forwarding.begin():
+        if forwarding is None or call.method not in METHODS or not (call.is_body_done or call.has_body):
+            return False
+        if not forwarding.begin():
             return False
         return self._wait_for(call)
 
@@ -75,6 +77,8 @@ class Express:
     def _wait_for(self, call: Call) -> bool:
         """From here on the call may belong to the express thread. False if it does not after all."""
         sent = self._sent(call)
+        if sent.rest:
+            return False
         descriptor = sent.connection.sock.fileno()
         self._waiting[descriptor] = call
         try:

@@ -72,7 +72,7 @@ class Forwarding:
     def begin(self) -> bool:
         """The first attempt as far as it goes without waiting; True if its request is `sent`. `run` does the rest.
 
-        For requests without a body only. Never raises.
+        For requests without a body, or with a small one that has come whole. Never raises.
         """
         return self._begin(may_connect=False)
 
@@ -98,7 +98,8 @@ class Forwarding:
     def run(self) -> Answer:
         """Never raises."""
         try:
-            attempts, sent = self._attempts, self.sent
+            attempts = self._attempts
+            sent = self.sent
             if attempts is not None and sent is not None and sent.is_answered:
                 return self._answer(attempts.arrived(sent), attempts)
             # Seconds for a thread; `begin` did not have to wait for one.
@@ -134,7 +135,8 @@ class Forwarding:
 
     def _prepare(self, waited: float = 0.0) -> Attempts:
         incoming, options = self._incoming, self._options
-        method, head = incoming.method, incoming.head
+        method = incoming.method
+        head = incoming.head
         if len(incoming.lines) > options.max_header_count:
             raise TooManyHeaders(f"{len(incoming.lines)} header lines, at most {options.max_header_count} are accepted")
         if method in ("CONNECT", "TRACE"):
@@ -160,19 +162,20 @@ class Forwarding:
             if limit is not None and length > limit:
                 raise BodyTooLarge(f"the request body has {length} bytes, at most {limit} are accepted")
             chunks = incoming.read(length, None)
-            request.body = b"".join(chunks) if length <= REPLAY_LIMIT else self._counted(chunks)
+            is_small = length <= REPLAY_LIMIT
+            request.body = b"".join(chain.from_iterable(chunks)) if is_small else self._counted(chunks)
             request.content_length = length
-            if length <= REPLAY_LIMIT:
+            if is_small:
                 self._record.bytes_in = length
         elif incoming.may_have_body():
             chunks = incoming.read(None, limit)
-            first = next(chunks, b"")  # none: there is no body after all
+            first = next(chunks, None)  # none: there is no body after all
             request.body = self._counted(chain([first], chunks)) if first else None
 
-    def _counted(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
-        for chunk in chunks:
-            self._record.bytes_in += len(chunk)
-            yield chunk
+    def _counted(self, chunks: Iterable[list[bytes]]) -> Iterator[list[bytes]]:
+        for pieces in chunks:
+            self._record.bytes_in += sum(map(len, pieces))
+            yield pieces
 
     # The answer.
 

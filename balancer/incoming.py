@@ -98,20 +98,27 @@ class Incoming:
         """Without Content-Length: chunked in HTTP/1.1; in HTTP/2 the end of the stream tells (RFC 9113 section 8.1)."""
         return self.is_ended and (self.version == "2" or bool(self.values(b"transfer-encoding")))
 
-    def read(self, length: int | None, limit: int | None) -> Iterator[bytes]:
-        """The body in pieces. Raises ClientGone if it ends early, BodyTooLarge past `limit` bytes."""
+    def read(self, length: int | None, limit: int | None) -> Iterator[list[bytes]]:
+        """The body in pieces, those together that are here together.
+
+        Raises ClientGone if it ends early, BodyTooLarge past `limit` bytes.
+        """
         received = 0
         while length is None or received < length:
             assert self.stream is not None  # there is none only for an empty body
-            chunk = self.stream.read(READ_SIZE if length is None else min(READ_SIZE, length - received))
-            if not chunk:
+            if isinstance(self.stream, RequestBody):
+                pieces = self.stream.receive()
+            else:
+                data = self.stream.read(READ_SIZE if length is None else min(READ_SIZE, length - received))
+                pieces = [data] if data else []
+            if not pieces:
                 if length is not None:
                     raise ClientGone(f"the client sent {received} of {length} bytes")
                 return
-            received += len(chunk)
+            received += sum(map(len, pieces))
             if limit is not None and received > limit:
                 raise BodyTooLarge(f"the request body has more than {limit} bytes")
-            yield chunk
+            yield pieces
 
 
 def _header_lines(environ: WSGIEnvironment) -> list[Line]:
@@ -139,19 +146,25 @@ def _raw_target(environ: WSGIEnvironment) -> bytes:
 
 
 class RequestBody:
-    """`wsgi.input` over `receive`, which gives the next piece, b"" at the end: waits only for what is asked for."""
+    """`wsgi.input` over `receive`, which gives the next pieces, [] at the end: waits only for what is asked for.
 
-    def __init__(self, receive: Callable[[], bytes]) -> None:
-        self._receive = receive
-        self._pending = b""
+    Use either that or the methods of `wsgi.input`.
+    """
+
+    def __init__(self, receive: Callable[[], list[bytes]]) -> None:
+        self.receive = receive
+        self._pending: bytes | memoryview = b""
 
     def read(self, size: int = -1) -> bytes:
         """At most `size` bytes, fewer if fewer are here; all of the body if `size` is negative."""
         if size is None or size < 0:
             return b"".join(iter(lambda: self.read(65536), b""))
         if not self._pending:
-            self._pending = self._receive()
-        data, self._pending = self._pending[:size], self._pending[size:]
+            piece = b"".join(self.receive())
+            if len(piece) <= size:
+                return piece
+            self._pending = memoryview(piece)  # each byte of it is copied once, however small the parts
+        data, self._pending = bytes(self._pending[:size]), self._pending[size:]
         return data
 
     def readline(self, size: int = -1) -> bytes:

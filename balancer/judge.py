@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 
 from balancer.backends import FAILURE_SECONDS, Backend, HealthStatus, LastCheck
 from balancer.ejection import WINDOW_SECONDS, EjectionRules, slow_outliers
-
-Note = Callable[[str, str, str, str], None]  # kind, backend id, text, severity
+from balancer.news import Note
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +55,16 @@ class Judge:
         backend.hear(first_byte_seconds, self._clock())
         if first_byte_seconds is not None and self.options.ejection.latency != "off":
             backend.window.add(first_byte_seconds)
+
+    def ended(
+        self, backend: Backend, first_byte_seconds: float | None, failure: str, is_trial: bool, is_answered: bool
+    ) -> bool:
+        """A request is over, for the causes that `Lease.release` takes; `is_answered` if `answered` was told before."""
+        if not is_answered:
+            self.answered(backend, first_byte_seconds, failure)
+        if failure:
+            return self.failed(backend, failure, is_trial)
+        return first_byte_seconds is not None and self.succeeded(backend, is_trial)
 
     def succeeded(self, backend: Backend, is_trial: bool) -> bool:
         """The whole answer is through."""

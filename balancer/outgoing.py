@@ -102,8 +102,8 @@ class OutgoingRequest(PreparedRequest):
 
     `shared` is what it has in common with others of its client, `own` are header lines of this request alone.
 
-    body: None, bytes (sent with the head, can be sent again), or an iterator of bytes (streamed, once; chunked unless
-    `content_length` is set).
+    body: None, bytes (sent with the head, can be sent again), or an iterator of bytes or of lists of them, which are
+    sent at once (streamed, once; chunked unless `content_length` is set).
     """
 
     # What the base class sets for each request, and what most requests leave as it is.

@@ -9,25 +9,25 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from balancer.backends import Backend, Choice, Health, LastCheck
+from balancer.backends import Backend, Choice, LastCheck
+from balancer.candidates import Candidates
 from balancer.connection import Watcher
-from balancer.errors import NoRoom, SettingsError, Unavailable
+from balancer.errors import NoRoom, Unavailable
 from balancer.judge import Judge, JudgeOptions
+from balancer.news import News, Note
 from balancer.origin import Origin
+from balancer.roster import Roster, RosterChanges
 from balancer.tally import Tally
 from balancer.waiting import Waiter, WaitingLine
 
 if TYPE_CHECKING:
     from balancer.strategies import Strategy
-
-FORMER_KEPT = 1000  # tallies of backends that are gone
-# Told of every change: (kind, backend id, text, severity). Called outside the pool lock.
-Listener = Callable[[str, str, str, str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +40,11 @@ class PoolOptions(JudgeOptions):
 
 
 @dataclass(slots=True)
-class PoolChanges:
-    """What `apply` does at once. `update` has fields per backend id, `url` as an Origin under `origin`."""
+class PoolChanges(RosterChanges):
+    """What `apply` does at once, also to the pool itself."""
 
     options: PoolOptions | None = None
     strategy: Strategy | None = None
-    add: Sequence[Backend] = ()
-    update: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    remove: Sequence[str] = ()
 
 
 class Lease:
@@ -80,10 +77,10 @@ class Lease:
 class BackendPool:
     """The backends, the strategy that chooses among them, and the counts both depend on.
 
-    `_lock` guards every field of every Backend, `_backends`, `_strategy`, `_options`, `_line`, `_news`, and what
-    `_refresh` derives from them: `_ready`, `_absent`, `_is_conditional`, `_is_timed`, `_is_panicking`. Nothing under it
-    does I/O or calls out, but for the strategy; news for the listeners is collected under it and told after it is let
-    go.
+    `_lock` guards every field of every Backend, `_strategy`, `_options`, `_is_timed`, `_had_first_round`, `_line`, and
+    its helpers, which have no lock of their own: `_roster` what the operator changes, `_judge` what checks and traffic
+    change, `_candidates` what follows for the next request. Nothing under it does I/O or calls out, but for the
+    strategy; `_news` for the listeners is noted under it and told after it is let go.
     """
 
     def __init__(
@@ -96,23 +93,19 @@ class BackendPool:
         rng: random.Random | None = None,
     ) -> None:
         self._lock = Lock()
-        self._backends: dict[str, Backend] = {}
-        self._former: dict[str, Tally] = {}
         self._strategy = strategy
         self._options = options or PoolOptions()
         self._line: WaitingLine[Lease] = WaitingLine()
-        self._ready: list[Backend] = []
-        self._absent: dict[str, str] = {}
-        self._is_conditional = False
         self._is_timed = True
-        self._is_panicking = False
         self._had_first_round = False
         self._clock = clock
         self._wall_clock = wall_clock
-        self._news: list[tuple[str, str, str, str]] = []
-        self._telling = Lock()
+        self._news = News()
+        self._note = self._news.note
+        self._roster = Roster(strategy, self._note, clock, wall_clock)
+        self._backends: Mapping[str, Backend] = self._roster.backends
         self._judge = Judge(self._backends, self._options, self._note, clock, wall_clock, rng or random.Random())
-        self._listeners: list[Listener] = []
+        self._candidates = Candidates(self._backends, self._note)
 
     def __repr__(self) -> str:
         with self._lock:
@@ -120,9 +113,9 @@ class BackendPool:
             active = sum(backend.active for backend in self._backends.values())
             return f"<BackendPool {up} up, {len(self._backends) - up} not, {active} active, {self._strategy.name}>"
 
-    def on_change(self, listener: Listener) -> None:
-        """Register before traffic starts; listeners are called outside the lock, by the thread that made the change."""
-        self._listeners.append(listener)
+    def on_change(self, listener: Note) -> None:
+        """Register before traffic starts; listeners are called outside the lock, by a thread that made a change."""
+        self._news.on_change(listener)
 
     # The data path.
 
@@ -153,9 +146,11 @@ class BackendPool:
             return self._choose(request, ())
 
     def _choose(self, request: Any, exclude: Collection[str]) -> Lease | None:
-        candidates, excluded = self._ready, self._absent
-        if exclude or self._is_conditional:
-            candidates, excluded = self._narrow(exclude)
+        current = self._candidates
+        candidates, excluded = current.ready, current.absent
+        if exclude or current.is_conditional:
+            candidates = current.narrow(exclude, self._clock(), self._options.slow_start)
+            excluded = current.why_not(exclude, candidates)
         if not candidates:
             return None
         strategy = self._strategy
@@ -173,51 +168,17 @@ class BackendPool:
             lease.is_answered = True  # nobody wants to know how long that takes
         return lease
 
-    def _narrow(self, exclude: Collection[str]) -> tuple[list[Backend], dict[str, str]]:
-        """(candidates, why each of the others is none)."""
-        excluded = dict(self._absent)
-        candidates: list[Backend] = []
-        on_trial: list[Backend] = []
-        for backend in self._ready:
-            if obstacle := "already tried" if backend.id in exclude else backend.obstacle:
-                excluded[backend.id] = obstacle
-            elif backend.ejection.is_tried:
-                on_trial.append(backend)
-            else:
-                candidates.append(backend)
-        if not candidates:  # a trial is never worth having nobody
-            candidates, on_trial = on_trial, []
-        excluded |= {backend.id: "its trial request is under way" for backend in on_trial}
-        now, slow_start = self._clock(), self._options.slow_start
-        admitted = [backend for backend in candidates if backend.takes_part(now, slow_start)]
-        if not admitted or len(admitted) == len(candidates):  # nobody else is left, or nobody is slow
-            return candidates, excluded
-        names = {backend.id for backend in admitted}
-        excluded |= {backend.id: "slow start" for backend in candidates if backend.id not in names}
-        return admitted, excluded
-
     def _line_up(self, request: Any, exclude: Collection[str]) -> Waiter[Lease]:
         """A place in the queue, if there is any and waiting can help."""
-        if not self._is_worth_waiting(exclude):
-            raise Unavailable(self._why_none(exclude), self._narrow(exclude)[1])
-        if len(self._line) >= self._options.queue_limit:
-            waiting = f", and {len(self._line)} requests are waiting already" if self._line else ""
-            raise NoRoom(f"every backend is full or not checked yet{waiting}", self._narrow(exclude)[1])
-        return self._line.join(request, exclude)
+        if len(self._line) < self._options.queue_limit and self._candidates.is_worth_waiting(exclude):
+            return self._line.join(request, exclude)
+        raise self._refusal(exclude, f", and {len(self._line)} requests are waiting already" if self._line else "")
 
-    def _is_worth_waiting(self, exclude: Collection[str]) -> bool:
-        """Somebody is only full, or is about to have its first check."""
-        return any(
-            backend.is_wanted
-            and backend.id not in exclude
-            and (backend in self._ready or backend.health.status == "unknown")
-            for backend in self._backends.values()
-        )
-
-    def _why_none(self, exclude: Collection[str]) -> str:
-        if not self._backends:
-            return "no backend is configured"
-        return "no other backend is available" if exclude and self._ready else "no backend is available"
+    def _refusal(self, exclude: Collection[str], about_waiting: str) -> Unavailable:
+        excluded = self._candidates.why_not(exclude)
+        if not self._candidates.is_worth_waiting(exclude):
+            return Unavailable(self._candidates.why_none(exclude), excluded)
+        return NoRoom(f"every backend is full or not checked yet{about_waiting}", excluded)
 
     def _wait(self, waiter: Waiter[Lease], watcher: Watcher | None, seconds: float) -> Lease:
         started = self._clock()
@@ -229,11 +190,7 @@ class BackendPool:
         with self._lock:
             lease = self._line.leave(waiter)
             if lease is None:
-                excluded = self._narrow(waiter.exclude)[1]
-                if not self._is_worth_waiting(waiter.exclude):
-                    raise Unavailable(self._why_none(waiter.exclude), excluded)
-                text = f"every backend is full or not checked yet, also after {max(0.0, seconds):.3g} s"
-                raise NoRoom(text, excluded)
+                raise self._refusal(waiter.exclude, f", also after {max(0.0, seconds):.3g} s")
         lease.queued = self._clock() - started
         return lease
 
@@ -246,8 +203,9 @@ class BackendPool:
                     self._judge.answered(backend, first_byte_seconds)
                 if lease.is_trial and is_good:
                     lease.is_trial = backend.ejection.is_tried = False
-                    self._judged(self._judge.succeeded(backend, is_trial=True))
-        self._publish()
+                    if self._judge.succeeded(backend, is_trial=True):
+                        self._judged()
+        self._news.tell()
 
     def _release(self, lease: Lease, first_byte_seconds: float | None, failure: str) -> None:
         backend = lease.backend
@@ -256,56 +214,47 @@ class BackendPool:
             if lease.is_trial:
                 backend.ejection.is_tried = False
             if lease.choice.origin == backend.origin:  # else it has moved: this says nothing of where it is now
-                self._judge_answer(lease, first_byte_seconds, failure)
+                judge, is_trial, is_answered = self._judge, lease.is_trial, lease.is_answered
+                if judge.ended(backend, first_byte_seconds, failure, is_trial, is_answered):
+                    self._judged()
             if backend.active == 0 and (backend.is_leaving or backend.admin_state == "drain"):
-                self._drained(backend)
+                self._roster.drained(backend)
                 self._settle()
             elif self._line:
                 self._line.serve(self._choose)
-        self._publish()
-
-    def _judge_answer(self, lease: Lease, first_byte_seconds: float | None, failure: str) -> None:
-        if not lease.is_answered:
-            self._judge.answered(lease.backend, first_byte_seconds, failure)
-        if failure:
-            self._judged(self._judge.failed(lease.backend, failure, lease.is_trial))
-        elif first_byte_seconds is not None:
-            self._judged(self._judge.succeeded(lease.backend, lease.is_trial))
-
-    def _drained(self, backend: Backend) -> None:
-        if self._backends.get(backend.id) is not backend:
-            return  # gone already
-        if backend.is_leaving:
-            self._take_out(backend, "its last request has ended")
-        else:
-            self._note("backend_drained", backend.id, "drained: no requests in flight", "info")
+        if self._news.untold:  # hardly ever: saves every request a call
+            self._news.tell()
 
     # What the checks say, and the data path on a refused connect.
 
     def record_check(self, backend: Backend, check: LastCheck, origin: Origin | None = None) -> None:
         """Count one check. `origin` is where it went: what it found does not count if the backend has moved since."""
         with self._lock:
-            if self._backends.get(backend.id) is backend and origin in (None, backend.origin):
-                self._judged(self._judge.checked(backend, check))
-        self._publish()
+            if self._is_here(backend, origin) and self._judge.checked(backend, check):
+                self._judged()
+        self._news.tell()
 
     def record_refused(self, backend: Backend, reason: str, origin: Origin | None = None) -> None:
         """A refused connect on the data path: nobody listens there, so the backend is down at once."""
         with self._lock:
-            if self._backends.get(backend.id) is backend and origin in (None, backend.origin):
-                self._judged(self._judge.refused(backend, reason))
-        self._publish()
+            if self._is_here(backend, origin) and self._judge.refused(backend, reason):
+                self._judged()
+        self._news.tell()
 
     def sweep(self) -> None:
         """Let time pass: ejections and slow starts end, response times are compared. Call about once a second."""
         with self._lock:
-            self._judged(self._judge.sweep())
-        self._publish()
+            if self._judge.sweep():
+                self._judged()
+        self._news.tell()
 
-    def _judged(self, has_changed: bool) -> None:
-        if has_changed:
-            self._had_first_round = self._had_first_round or self._is_all_known()
-            self._settle()
+    def _is_here(self, backend: Backend, origin: Origin | None) -> bool:
+        """Neither removed nor moved away from `origin` meanwhile."""
+        return self._backends.get(backend.id) is backend and origin in (None, backend.origin)
+
+    def _judged(self) -> None:
+        self._had_first_round = self._had_first_round or self._is_all_known()
+        self._settle()
 
     def _is_all_known(self) -> bool:
         return all(b.health.status != "unknown" or b.admin_state == "maint" for b in self._backends.values())
@@ -323,90 +272,26 @@ class BackendPool:
         configured: Mapping[str, Any] | None = None,
     ) -> Backend:
         """Add a backend; it gets requests after its first good check. Raises SettingsError if the id is taken."""
-        with self._lock:
-            backend_id = backend_id or self._free_id()
-            if backend_id in self._backends:
-                leaving = self._backends[backend_id].is_leaving
-                hint = "is being removed; admin_state ready calls that off" if leaving else "is taken, choose another"
-                raise SettingsError(f"backend id {backend_id!r} {hint}")
+        with self._changing():
+            backend_id = self._roster.new_id(backend_id)
             backend = Backend(backend_id, origin, weight, max_connections, source=source, configured=configured or {})
-            self._add(backend)
-            self._settle()
-        self._publish()
+            self._roster.add(backend)
         return backend
-
-    def _add(self, backend: Backend) -> None:
-        backend.health.since = self._wall_clock()
-        if backend.id in self._backends:  # one that is leaving: it finishes what it has, out of sight
-            self._take_out(self._backends[backend.id], "another one takes its name")
-        self._backends[backend.id] = backend
-        backend.tally = self._former.pop(backend.id, backend.tally)
-        self._note("backend_added", backend.id, f"{backend.origin.url}, weight {backend.weight}", "info")
-
-    def _free_id(self) -> str:
-        number = len(self._backends) + 1
-        while f"backend_{number}" in self._backends:
-            number += 1
-        return f"backend_{number}"
 
     def update(self, backend_id: str, changes: Mapping[str, Any]) -> Backend:
         """Set `weight`, `max_connections` or `admin_state`, already validated. Raises KeyError for an unknown id."""
-        with self._lock:
+        with self._changing():
             backend = self._backends[backend_id]
-            self._update(backend, changes)
-            self._settle()
-        self._publish()
+            self._roster.update(backend, changes)
         return backend
-
-    def _update(self, backend: Backend, changes: Mapping[str, Any]) -> None:
-        real = {name: value for name, value in changes.items() if getattr(backend, name) != value}
-        if "admin_state" in real and backend.admin_state == "maint":  # nobody has looked at it since
-            backend.health = Health(since=self._wall_clock())
-        for name, value in real.items():
-            setattr(backend, name, value)
-            if name not in ("source", "configured"):
-                text = f"url set to {value.url}" if name == "origin" else f"{name} set to {value}"
-                self._note("backend_changed", backend.id, text, "info")
-        if backend.admin_state == "ready":
-            backend.is_leaving = False  # ready again calls the removal off
-        if "weight" in real:
-            self._strategy.backends_changed()
-        if "origin" in real:  # another server: nothing is known of it
-            backend.forget(self._wall_clock())
-            backend.tally.is_down_no_more(self._clock())
-        if backend.active == 0 and (backend.is_leaving or real.get("admin_state") == "drain"):
-            self._drained(backend)
 
     def remove(self, backend_id: str) -> int:
         """No new requests from now on; it goes when the last one in flight has ended. Returns how many there are.
 
         Raises KeyError for an unknown id.
         """
-        with self._lock:
-            backend = self._backends[backend_id]
-            active = backend.active
-            self._remove(backend)
-            self._settle()
-        self._publish()
-        return active
-
-    def _remove(self, backend: Backend) -> None:
-        backend.admin_state = "drain"
-        backend.is_leaving = True
-        if backend.active == 0:
-            self._take_out(backend, backend.origin.url)
-        else:
-            text = f"to be removed, {backend.active} requests in flight"
-            self._note("backend_draining", backend.id, text, "info")
-
-    def _take_out(self, backend: Backend, text: str) -> None:
-        del self._backends[backend.id]
-        backend.tally.is_down_no_more(self._clock())
-        self._former[backend.id] = backend.tally
-        if len(self._former) > FORMER_KEPT:
-            del self._former[next(iter(self._former))]
-        self._strategy.backends_changed()
-        self._note("backend_removed", backend.id, text, "info")
+        with self._changing():
+            return self._roster.remove(self._backends[backend_id])
 
     def use(self, strategy: Strategy) -> None:
         """Switch the strategy; the next `lease` uses it, with no memory of the past."""
@@ -417,73 +302,28 @@ class BackendPool:
 
         Ids to update and remove that are not here any more are passed over.
         """
-        with self._lock:
+        with self._changing():
             if changes.options is not None:
                 self._options = self._judge.options = changes.options
             if changes.strategy is not None:
-                self._strategy = changes.strategy
+                self._strategy = self._roster.strategy = changes.strategy
                 self._note("algorithm_changed", "", changes.strategy.name, "info")
-            for backend_id, fields in changes.update.items():
-                if backend_id in self._backends:
-                    self._update(self._backends[backend_id], fields)
-            for backend_id in changes.remove:
-                if backend_id in self._backends:
-                    self._remove(self._backends[backend_id])
-            for backend in changes.add:
-                self._add(backend)
-            self._settle()
-        self._publish()
+            self._roster.apply(changes)
 
-    # Derived state and news.
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        with self._lock:
+            yield
+            self._settle()
+        self._news.tell()
 
     def _settle(self) -> None:
         """After any change: who can be served now is."""
-        self._refresh()
-        self._line.serve(self._choose)
-        if self._line and not self._is_worth_waiting(()):
-            self._line.dismiss()
-
-    def _refresh(self) -> None:
-        """Recompute what `lease` looks at, so that it need not ask every backend for every request."""
         self._is_timed = self._strategy.uses_times or self._options.ejection.latency != "off"
-        backends = self._backends.values()
-        wanted = [backend for backend in backends if backend.is_wanted]
-        ready = [backend for backend in wanted if backend.is_ready]
-        if not ready:  # an ejection is never worth having nobody
-            ready = [backend for backend in wanted if backend.health.status == "up"]
-        known = [backend for backend in wanted if backend.health.status != "unknown"]
-        self._panic(len(ready) < self._options.panic_threshold * len(known) and self._had_first_round)
-        self._ready = known if self._is_panicking else ready
-        names = {backend.id for backend in self._ready}
-        self._absent = {backend.id: backend.absence for backend in backends if backend.id not in names}
-        self._is_conditional = any(
-            backend.max_connections is not None
-            or backend.slow_start_at is not None
-            or backend.ejection.status != "none"
-            for backend in self._ready
-        )
-
-    def _panic(self, is_due: bool) -> None:
-        """So few are available that sending to all is the smaller evil."""
-        if is_due != self._is_panicking:
-            self._is_panicking = is_due
-            if is_due:
-                self._note("panic_on", "", "too few backends are available: health is ignored", "error")
-            else:
-                self._note("panic_off", "", "enough backends are available again", "info")
-
-    def _note(self, kind: str, backend_id: str, text: str, severity: str) -> None:
-        self._news.append((kind, backend_id, text, severity))
-
-    def _publish(self) -> None:
-        if not self._news:
-            return
-        with self._telling:  # or a thread could tell of something before another has told what came first
-            with self._lock:
-                news, self._news = self._news, []
-            for item in news:
-                for listener in self._listeners:
-                    listener(*item)
+        self._candidates.refresh(self._options.panic_threshold if self._had_first_round else 0.0)
+        self._line.serve(self._choose)
+        if self._line and not self._candidates.is_worth_waiting(()):
+            self._line.dismiss()
 
     # Reading.
 
@@ -498,7 +338,7 @@ class BackendPool:
 
     @property
     def is_panicking(self) -> bool:
-        return self._is_panicking
+        return self._candidates.is_panicking
 
     def backends(self) -> list[Backend]:
         """The live objects in configured order, for the health checker."""
@@ -522,7 +362,7 @@ class BackendPool:
     def snapshot(self) -> list[dict[str, Any]]:
         """All backends at one moment, as plain values in configured order, for `/status`."""
         with self._lock:
-            shares = self._strategy.expected_shares(self._ready)
+            shares = self._strategy.expected_shares(self._candidates.ready)
             now, wall = self._clock(), self._wall_clock()
             limits = {"fall": self._options.fall, "rise": self._options.rise}
             return [

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from balancer.accesslog import AccessLog
-from balancer.forwarding import Forwarding
+from balancer.forwarding import REPLAY_LIMIT, Forwarding
 from balancer.incoming import Incoming
 from balancer.outgoing import RequestHeads
 from balancer.pool import BackendPool
@@ -71,6 +71,12 @@ class ReverseProxy:
         if self.is_control(environ["PATH_INFO"]):
             return self._control_app(environ, start_response)
         return self.forward(Incoming.of(environ, self.heads)).run().begin(start_response)
+
+    @property
+    def small_body(self) -> int:
+        """Bytes of a request body that is read before the request is sent on."""
+        most = self.options.max_request_body
+        return REPLAY_LIMIT if most is None else min(REPLAY_LIMIT, most)
 
     def forward(self, incoming: Incoming) -> Forwarding:
         """A request that is not for the control API, counted from now on: `run` or `refuse` must follow."""

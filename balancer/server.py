@@ -57,6 +57,19 @@ class ServerOptions:
     shutdown_delay: float = 0.0
 
 
+class _AtOnce:
+    """What Granian takes for the event loop: it calls back in its own thread, at once, whoever waits for a piece of a
+    body. By way of the event loop's thread that would cost two switches between threads more."""
+
+    def call_soon_threadsafe(self, callback: Callable[..., object], *arguments: Any, context: Any = None) -> None:
+        try:
+            callback(*arguments)
+        except Exception:  # Granian would drop it without a word
+            log.exception("callback failed")
+
+    call_soon = call_soon_threadsafe
+
+
 class _Granian:
     """Granian's ASGI worker in this process, on a socket that we bound: its own would share a taken port.
 
@@ -100,8 +113,8 @@ class _Granian:
         )
         scheduler = _native.CallbackScheduler(loop, bridge, None, None, None)
         scheduler._schedule_fn = bridge.accept
-        bridge.loop = loop
-        worker.serve_async(scheduler, loop, self._signal)
+        # On Windows Granian makes futures of the event loop, which are for its thread alone.
+        worker.serve_async(scheduler, loop if sys.platform == "win32" else _AtOnce(), self._signal)
 
     def stop(self) -> None:
         """Accept no more, finish what is in flight; `stopped` is done when all connections have ended."""

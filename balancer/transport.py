@@ -44,11 +44,10 @@ from balancer.response import (
     take_head_data,
 )
 
+_HAS_SENDMSG = hasattr(socket.socket, "sendmsg")  # Windows has none
+_DONTWAIT = int(getattr(socket, "MSG_DONTWAIT", 0))
 MAX_IDLE_PER_BACKEND = 1024  # idle sockets kept; above that they are closed after use
 SMALL_BODY = 131072  # bytes of an answer that is passed on in one piece if all of it is here
-SMALL_REQUEST = (
-    8192  # bytes of a request that an idle socket always takes at once: Linux's smallest send buffer is 16 KiB
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +62,14 @@ class Timeouts:
 class Sent:
     """A request that is on its way, and what has come back so far."""
 
-    __slots__ = ("connection", "request", "_head", "deadline", "is_whole", "is_clean", "response", "failure")
+    __slots__ = ("connection", "request", "_head", "deadline", "rest", "is_whole", "is_clean", "response", "failure")
 
     def __init__(self, connection: Connection, request: OutgoingRequest, deadline: float) -> None:
         self.connection = connection
         self.request = request
         self._head: ResponseHead | None = None
         self.deadline = deadline  # of time.monotonic(), for the response head
+        self.rest = b""  # what is still to be sent
         self.is_whole = False  # all of the request was sent
         self.is_clean = True  # nothing followed the response
         self.response: BackendResponse | None = None
@@ -97,9 +97,24 @@ class Sent:
         if request.body is None:
             self.is_whole = self._write(head)
         elif isinstance(request.body, bytes):
-            self.is_whole = self._write(head + request.body)
+            self.is_whole = self._write(head, request.body)
         else:
             self.is_whole = self._write(head) and self._write_stream(request.body, request.content_length is None)
+
+    def write_now(self, data: bytes) -> None:
+        """Send as much of the request as goes without waiting, and leave the `rest`."""
+        try:
+            size = self.connection.sock.send(data, _DONTWAIT)
+        except BlockingIOError:
+            size = 0
+        except OSError:
+            return  # as in `_write`
+        self.rest = data[size:]
+        self.is_whole = not self.rest
+
+    def write_rest(self) -> None:
+        rest, self.rest = self.rest, b""
+        self.is_whole = self._write(rest)
 
     def expire(self) -> None:
         """The response head has not come in time."""
@@ -111,18 +126,26 @@ class Sent:
             self.request.watcher.detach()
         self.connection.close()
 
-    def _write(self, data: bytes) -> bool:
+    def _write(self, *parts: bytes) -> bool:
+        connection, done = self.connection, 0
         try:
-            self.connection.sock.sendall(data)
+            if len(parts) > 1 and _HAS_SENDMSG and not connection.is_tls:
+                done = connection.sock.sendmsg(parts)  # not one by one: the backend would wake up for each
+                if done == sum(map(len, parts)):
+                    return True
+            connection.sock.sendall(parts[0] if len(parts) == 1 else b"".join(parts)[done:])
         except (TimeoutError, BlockingIOError):
             raise ResponseTimedOut(f"{self.connection.origin.url} stopped reading the request") from None
         except OSError:
             return False
         return True
 
-    def _write_stream(self, chunks: Iterator[bytes], chunked: bool) -> bool:
+    def _write_stream(self, chunks: Iterator[bytes | list[bytes]], chunked: bool) -> bool:
         for chunk in chunks:
-            if chunk and not self._write(b"%x\r\n%s\r\n" % (len(chunk), chunk) if chunked else chunk):
+            pieces = chunk if isinstance(chunk, list) else [chunk]
+            if chunked and (size := sum(map(len, pieces))):
+                pieces = [b"%x\r\n" % size, *pieces, b"\r\n"]
+            if not self._write(*pieces):
                 return False
             if not self.head.has_head and self._is_refused():
                 return False
@@ -130,6 +153,8 @@ class Sent:
 
     def _is_refused(self) -> bool:
         """True if the backend hung up or answered early; an interim response and a success are no reason to stop."""
+        if not self.connection.has_input():  # cheaper than to try
+            return False
         data = self.connection.receive_now()
         if data is None:
             return False
@@ -197,8 +222,8 @@ class BackendAdapter(BaseAdapter):
         return self._receive(self._send(self._connect(origin, request), request))
 
     def begin(self, request: OutgoingRequest, origin: Origin, may_connect: bool = False) -> Sent | None:
-        """Send a request without a body: on a kept connection, which needs no waiting, or if it `may_connect` on a new
-        one. None if neither will do. Raises as `exchange` until it is sent."""
+        """Send a request that is here whole on a kept connection or, if it `may_connect`, on a new one, as far as that
+        needs no further waiting. None if neither will do. Raises as `exchange` until it is sent."""
         if origin.scheme != "http":
             return None
         connection = self._take(origin)
@@ -206,11 +231,7 @@ class BackendAdapter(BaseAdapter):
             if not may_connect:
                 return None
             connection = self._connect(origin, request)
-        head = request.head()
-        if len(head) > SMALL_REQUEST:
-            self.give_back(connection)
-            return None
-        return self._send(connection, request, head)
+        return self._send(connection, request, is_patient=False)
 
     def look(self, sent: Sent) -> bool:
         """Take in what has come, without waiting. True if that is the whole response; `exchange` then returns it at
@@ -254,7 +275,8 @@ class BackendAdapter(BaseAdapter):
                 body.close()
         return body.is_complete
 
-    def _send(self, connection: Connection, request: OutgoingRequest, head: bytes = b"") -> Sent:
+    def _send(self, connection: Connection, request: OutgoingRequest, is_patient: bool = True) -> Sent:
+        """Send the request; if not `is_patient`, what goes without waiting."""
         timeouts, now = self.timeouts, time.monotonic()
         if request.is_replayable:
             sent = Sent(connection, request, min(now + timeouts.response, request.deadline))
@@ -266,7 +288,11 @@ class BackendAdapter(BaseAdapter):
             request.watcher.attach(connection)
         try:
             connection.set_timeout(seconds)
-            sent.write(head or request.head())
+            head = request.head()
+            if is_patient:
+                sent.write(head)
+            else:
+                sent.write_now(head + request.body if request.body else head)
         except BaseException:
             sent.close()
             raise
@@ -276,6 +302,8 @@ class BackendAdapter(BaseAdapter):
         try:
             if sent.failure is not None:
                 raise sent.failure
+            if sent.rest:
+                sent.write_rest()
             if sent.response is None:
                 clean = receive_head(sent.connection, sent.head, self._seconds_left(sent))
                 sent.is_clean = sent.is_clean and clean

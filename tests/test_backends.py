@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from threading import Barrier
+from threading import Barrier, Event
 from typing import Any
 
 import pytest
@@ -661,6 +661,27 @@ def test_a_listener_may_use_the_pool(pool: Pool) -> None:
     pool.on_change(lambda *change: seen.append(pool.ids()))
     pool.add("c", ORIGIN)
     assert seen == [["a", "b", "c"]]
+
+
+def test_listeners_hear_of_changes_in_their_order_whoever_tells(pool: Pool) -> None:
+    told: list[str] = []
+    is_telling, overtaken = Event(), Event()
+
+    def listen(kind: str, backend_id: str, text: str, severity: str) -> None:
+        if text == "weight set to 2":
+            is_telling.set()
+            overtaken.wait(0.2)  # the time that another thread would need to tell of what came later
+        else:
+            overtaken.set()
+        told.append(text)
+
+    pool.on_change(listen)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(pool.update, "a", {"weight": 2})
+        assert is_telling.wait(10)
+        second = threads.submit(pool.update, "a", {"weight": 3})
+        first.result(10), second.result(10)
+    assert told == ["weight set to 2", "weight set to 3"]
 
 
 @pytest.mark.parametrize("name", ["round_robin", "weighted", "least_connections", "power_of_two"])

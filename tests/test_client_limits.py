@@ -17,7 +17,7 @@ from support import BalancerProcess, connect, exchange, fetch, free_port, get, r
 from test_http2 import Client, client
 from wire import WireBackend, post, read_response, request
 
-from balancer.bridge import Bridge
+from balancer.bridge import WATCH_AFTER_SECONDS, Bridge
 from balancer.call import BODY_GRACE_SECONDS, Call
 from balancer.workers import WorkerPool
 
@@ -77,6 +77,7 @@ def test_tricklers_get_408_and_do_not_hold_threads(
         with sending(sockets, [piece for _, piece in uploads]):
             wait_until(lambda: active(balancer) == 50)
             started = time.monotonic()
+            threading.Event().wait(3 * WATCH_AFTER_SECONDS)  # then even small bodies that do not come have a thread
             with connect(balancer.port) as other:
                 other.sendall(get(b"/other"))
                 wait_until(lambda: balancer.status()["statistics"]["queued_requests"] == 1)

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 from support import BalancerProcess, Clock, ScriptedBackend, fetch, fetch_json, ok, wait_until
 
-from balancer.backends import Backend, LastCheck
+from balancer.backends import Backend, Health, LastCheck
+from balancer.candidates import Candidates
 from balancer.ejection import MIN_SAMPLES, WINDOW_SECONDS, EjectionRules, slow_outliers
 from balancer.origin import Origin
 from balancer.pool import BackendPool, PoolOptions
 from balancer.strategies import create
 
+ORIGIN = Origin("http", "127.0.0.1", 5001)
 GOOD = LastCheck(at=1.0, duration=0.001, status=200, error=None)
 BAD = LastCheck(at=2.0, duration=0.001, status=500, error="answered 500")
 
@@ -38,7 +40,7 @@ class Pool(BackendPool):
         )
         self.told: list[tuple[str, str]] = []
         for name in names:
-            self.record_check(self.add(name, Origin("http", "127.0.0.1", 5001)), GOOD)
+            self.record_check(self.add(name, ORIGIN), GOOD)
         self.on_change(lambda kind, backend, text, severity: self.told.append((kind, backend)))
 
     def one(self, backend_id: str) -> Backend:
@@ -373,6 +375,23 @@ def test_an_ejected_backend_starts_slowly_too() -> None:
     pool.pass_time(30)
     pool.succeed("a")
     assert pool.shares(100)["a"] <= 6
+
+
+def test_asking_why_not_changes_nothing_of_who_is_chosen_next() -> None:
+    def choices(is_asked: bool) -> list[list[str]]:
+        backends = {name: Backend(name, ORIGIN, health=Health("up")) for name in "ab"}
+        backends["a"].slow_start_at = 0.0
+        candidates = Candidates(backends, lambda *news: None)
+        candidates.refresh(0.0)
+        chosen = []
+        for _ in range(20):
+            if is_asked:
+                assert candidates.why_not(["b"]) == {"a": "slow start", "b": "already tried"}
+            chosen.append([backend.id for backend in candidates.narrow((), 5.0, 10.0)])
+        return chosen
+
+    assert choices(is_asked=True) == choices(is_asked=False)
+    assert choices(is_asked=False).count(["a", "b"]) == 10  # half of them
 
 
 # For real.

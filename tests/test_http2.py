@@ -92,6 +92,12 @@ class Client:
         except OSError:
             self.is_closed = True
 
+    def begin(self, stream: int) -> None:
+        """Read until the head of this stream's answer is here."""
+        found = self.streams[stream]
+        while not (found.status or found.is_over or self.is_closed):
+            self._read_frame()
+
     def finish(self, stream: int) -> Stream:
         """Read until this stream, or the connection, is over."""
         found = self.streams[stream]
@@ -422,11 +428,16 @@ def test_a_truncated_answer_does_not_end_the_stream(
 
     def script(sock: socket.socket, _: Any) -> None:
         sock.sendall(b"HTTP/1.1 200 OK\r\n" + framing)
+        has_begun.wait(10)
         hang_up(sock)
+
+    has_begun = threading.Event()  # what is known to be broken before anything went on is answered with 502
 
     backend.script = script
     with client(balancer) as h2:
         h2.request(1)
+        h2.begin(1)
+        has_begun.set()
         found = h2.finish(1)
     assert not found.is_ended
 

@@ -64,7 +64,10 @@ def test_imports_point_down_one_way_with_no_cycle() -> None:
         ("totals", {"errors", "exchange", "histogram"}),
         ("waiting", set()),
         ("backends", {"ejection", "errors", "origin", "tally"}),
-        ("judge", {"backends", "ejection"}),
+        ("news", set()),
+        ("candidates", {"backends", "news"}),
+        ("judge", {"backends", "ejection", "news"}),
+        ("roster", {"backends", "errors", "news", "tally"}),
         ("strategies", {"backends", "errors"}),
         ("environment", {"errors"}),
         ("wording", {"backends"}),
@@ -78,8 +81,8 @@ def test_the_lowest_parts_know_little(name: str, allowed: set[str]) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("ejection", "waiting", "backends", "judge", "pool", "strategies", "statistics"),
-        *("messages", "transport", "health", "proxy", "forwarding", "attempts", "answer"),
+        *("ejection", "waiting", "backends", "candidates", "judge", "news", "roster", "pool", "strategies"),
+        *("statistics", "messages", "transport", "health", "proxy", "forwarding", "attempts", "answer"),
     ],
 )
 def test_the_data_path_knows_neither_flask_nor_the_server_nor_the_settings(name: str) -> None:

@@ -397,7 +397,7 @@ def test_every_kind_of_event_in_the_code_is_known() -> None:
 
 def test_more_former_backends_than_are_kept_drop_the_oldest(app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("balancer.statistics.FORMER_KEPT", 3)
-    monkeypatch.setattr("balancer.pool.FORMER_KEPT", 3)
+    monkeypatch.setattr("balancer.roster.FORMER_KEPT", 3)
     control = app.extensions["control"]
     for number in range(6):
         control.pool.add(f"n{number}", Origin.parse("http://127.0.0.1:9"))
