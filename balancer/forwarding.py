@@ -98,8 +98,7 @@ class Forwarding:
     def run(self) -> Answer:
         """Never raises."""
         try:
-            attempts = self._attempts
-            sent = self.sent
+            attempts, sent = self._attempts, self.sent
             if attempts is not None and sent is not None and sent.is_answered:
                 return self._answer(attempts.arrived(sent), attempts)
             # Seconds for a thread; `begin` did not have to wait for one.
@@ -135,8 +134,7 @@ class Forwarding:
 
     def _prepare(self, waited: float = 0.0) -> Attempts:
         incoming, options = self._incoming, self._options
-        method = incoming.method
-        head = incoming.head
+        method, head = incoming.method, incoming.head
         if len(incoming.lines) > options.max_header_count:
             raise TooManyHeaders(f"{len(incoming.lines)} header lines, at most {options.max_header_count} are accepted")
         if method in ("CONNECT", "TRACE"):
