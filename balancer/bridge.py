@@ -18,7 +18,8 @@ from threading import BoundedSemaphore
 from typing import TYPE_CHECKING, Any
 
 from balancer import accepted
-from balancer.call import Call, result_of, when_done
+from balancer.call import Call
+from balancer.promise import result_of, when_done
 from balancer.workers import WorkerPool
 
 if TYPE_CHECKING:
@@ -93,8 +94,9 @@ class Bridge:
 
     def _collect(self, call: Call) -> None:
         assert self.proxy is not None and self.express is not None
-        if not call.is_body_done and call.is_small(self.proxy.small_body):
-            missing = call.missing()
+        body = call.body
+        if body is not None and not body.is_done and body.is_small(self.proxy.small_body):
+            missing = body.missing()
             if missing is not None:
                 when_done(missing, lambda _: self._go_on(call))  # first, or it could undo what a worker waits for
                 self._collecting[call] = None
@@ -134,16 +136,16 @@ class Bridge:
             for call in list(self._calls):
                 if call.started > oldest:
                     break
-                if not call.is_watched and (call.is_body_done or call.is_bodiless()):
+                if not call.is_watched and call.may_be_watched():
                     call.is_watched = True
                     self._watch_one(call)
 
     def _watch_one(self, call: Call) -> None:
-        when_done(call.protocol.receive(), lambda awaitable: self._look(call, awaitable))
+        when_done(call.protocol.receive(), lambda promise: self._look(call, promise))
 
-    def _look(self, call: Call, awaitable: Any) -> None:
+    def _look(self, call: Call, promise: Any) -> None:
         """In Granian's thread or the loop's: must not block."""
-        if result_of(awaitable)["type"] == "http.request":
+        if result_of(promise)["type"] == "http.request":
             self._watch_one(call)
         elif call in self._calls:  # else it was the end of the answer that ended the wait
             self._lost(call)

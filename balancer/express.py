@@ -61,8 +61,8 @@ class Express:
 
     def take(self, call: Call) -> bool:
         """Send the request on, if that needs no waiting. False if a worker thread has to go on with it."""
-        forwarding = call.forwarding
-        if forwarding is None or call.method not in METHODS or not (call.is_body_done or call.has_body):
+        forwarding, body = call.forwarding, call.body
+        if forwarding is None or call.method not in METHODS or not (body is None or body.is_done or body.is_here):
             return False
         if not forwarding.begin():
             return False

@@ -18,7 +18,8 @@ from test_http2 import Client, client
 from wire import WireBackend, post, read_response, request
 
 from balancer.bridge import WATCH_AFTER_SECONDS, Bridge
-from balancer.call import BODY_GRACE_SECONDS, Call
+from balancer.call import Call
+from balancer.clientbody import GRACE_SECONDS as BODY_GRACE_SECONDS
 from balancer.workers import WorkerPool
 
 FRAME = 16384  # bytes

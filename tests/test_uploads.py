@@ -15,7 +15,8 @@ from support import BalancerProcess, RawRequest, connect, ok, wait_until
 from wire import WireBackend, read_response, request
 
 from balancer.bridge import WATCH_AFTER_SECONDS, Bridge
-from balancer.call import AHEAD_BYTES, MOST_PIECES, Call
+from balancer.call import Call
+from balancer.clientbody import AHEAD_BYTES, MOST_PIECES
 from balancer.errors import ClientGone, ClientTooSlow
 from balancer.incoming import RequestBody
 from balancer.outgoing import RequestHeads
@@ -75,6 +76,8 @@ class Upload:
         bridge = Bridge(lambda environ, start: [b""], WorkerPool(1, 0, 1.0), min_body_rate=min_body_rate)
         self.call = Call(bridge, SimpleNamespace(scope=scope, proto=self))
         self.call.incoming(RequestHeads())  # notes how long the body is
+        assert self.call.body is not None
+        self.body = self.call.body
 
     def receive(self) -> Promise:
         promise = Promise()
@@ -134,7 +137,7 @@ def test_nothing_is_asked_for_beyond_the_end(version: str, size: int, is_known: 
     upload.come(*pieces)
     assert sum(map(size_of, iter(upload.call.receive, []))) == length
     assert len(upload.asked) == len(pieces)
-    assert not upload.call.is_watched
+    assert upload.call.may_be_watched()
 
 
 def test_a_client_that_would_seem_to_have_left_is_not_watched() -> None:
@@ -142,8 +145,8 @@ def test_a_client_that_would_seem_to_have_left_is_not_watched() -> None:
     upload = Upload(length=200 * KIB)
     upload.come(piece(bytes(200 * KIB)), GONE)
     assert size_of(upload.call.receive()) == 200 * KIB
-    assert upload.call.is_body_done
-    assert upload.call.is_watched
+    assert upload.body.is_done
+    assert not upload.call.may_be_watched()
 
 
 @pytest.mark.parametrize("size", [1, 64 * KIB])
@@ -183,7 +186,7 @@ def test_a_piece_that_comes_too_late_is_not_lost() -> None:
 def test_pieces_that_are_here_cost_no_patience() -> None:
     """Below `min_body_rate` by far, but nobody had to wait for them."""
     upload = Upload(length=3, min_body_rate=1)
-    upload.call._patience = 0.0
+    upload.body.patience = 0.0
     upload.come(piece(b"a"))
     assert upload.call.receive() == [b"a"]
 
