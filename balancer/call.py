@@ -26,10 +26,11 @@ from balancer.promise import wait_for
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
+    from balancer.answer import Answer
     from balancer.bridge import Bridge
     from balancer.connection import Abortable
+    from balancer.forwarding import Forwarding
     from balancer.outgoing import RequestHeads
-    from balancer.proxy import Answer, Forwarding
 
 log = logging.getLogger("balancer.server")
 

@@ -41,9 +41,16 @@ class Watcher(Protocol):
     more, so that a descriptor closed then cannot be hit as somebody else's.
     """
 
+    is_gone: bool
+
     def attach(self, target: Abortable) -> None: ...
 
     def detach(self) -> None: ...
+
+
+def has_left(client: Watcher | None) -> bool:
+    """None: the server cannot tell when clients leave."""
+    return client is not None and client.is_gone
 
 
 class Connection:

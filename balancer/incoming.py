@@ -6,9 +6,10 @@ Our own server puts into environ what PEP 3333 has no place for; under any other
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import quote_from_bytes
 
+from balancer.connection import Watcher
 from balancer.errors import BodyTooLarge, ClientError, ClientGone
 from balancer.messages import Line, parse_content_length
 from balancer.outgoing import RequestHead, RequestHeads
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 # What our own server puts into environ beyond PEP 3333; under any other server they are missing.
 HEADER_LINES = "balancer.header_lines"  # list of (lower-case name, value) as received, in bytes
-CLIENT = "balancer.client"  # a connection.Watcher with `is_gone`: aborts what is attached when the client leaves
+CLIENT = "balancer.client"  # a connection.Watcher: aborts what is attached when the client leaves
 READ_SIZE = 65536
 
 
@@ -26,8 +27,7 @@ class Incoming:
     """A request as it came, whichever server brought it. `target` is raw; header lines have lower-case names.
 
     `length` is Content-Length as it was sent, "" without one; `is_ended` says that the server tells where a body
-    without a length ends. `client` is a connection.Watcher with `is_gone`, None if the server cannot tell when clients
-    leave.
+    without a length ends. `client` is None if the server cannot tell when clients leave.
     """
 
     __slots__ = (
@@ -56,7 +56,7 @@ class Incoming:
         self.length = self.head.length
         self.is_ended = False
         self.stream: InputStream | None = None
-        self.client: Any = None
+        self.client: Watcher | None = None
 
     @classmethod
     def of(cls, environ: WSGIEnvironment, heads: RequestHeads) -> Incoming:

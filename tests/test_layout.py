@@ -52,6 +52,7 @@ def test_imports_point_down_one_way_with_no_cycle() -> None:
     [
         ("errors", set()),
         ("messages", {"errors"}),
+        ("answer", {"errors", "messages"}),
         ("workers", set()),
         ("statistics", {"exchange", "histogram", "totals"}),
         ("origin", {"errors"}),
@@ -81,7 +82,7 @@ def test_the_lowest_parts_know_little(name: str, allowed: set[str]) -> None:
     "name",
     [
         *("ejection", "waiting", "backends", "candidates", "judge", "news", "roster", "pool", "strategies"),
-        *("statistics", "messages", "transport", "health", "proxy"),
+        *("statistics", "messages", "transport", "health", "proxy", "forwarding", "attempts", "answer"),
     ],
 )
 def test_the_data_path_knows_neither_flask_nor_the_server_nor_the_settings(name: str) -> None:

@@ -1,0 +1,110 @@
+"""What goes to the client: an answer whole or in pieces, and the balancer's own answers.
+
+A small answer that came whole is handed on whole. Anything else is streamed, and its `ResponseStream` sees to it on
+every ending that the backend's connection is kept or closed, and that the request is finished.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from http import HTTPStatus
+from typing import TYPE_CHECKING, NamedTuple
+
+from balancer.errors import BackendError, BalancerError, ClientGone, MethodRefused, Unavailable
+from balancer.messages import SERVER_LINE, Line
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse
+
+    from balancer.forwarding import Forwarding
+    from balancer.response import Body
+
+RETRY_AFTER_SECONDS = b"1"
+ALLOWED_METHODS = b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"  # in 405; others pass, CONNECT and TRACE do not
+
+
+class Answer(NamedTuple):
+    """To the client. A body in pieces is closed whatever happens, and takes care of its backend then."""
+
+    status: int
+    reason: str
+    lines: list[Line]  # names in lower case
+    body: bytes | ResponseStream
+
+    def begin(self, start_response: StartResponse) -> Iterable[bytes]:
+        """As WSGI wants it: text, and a body to iterate over."""
+        lines = [line for line in self.lines if line is not SERVER_LINE]  # another server names itself
+        headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in lines]
+        try:
+            start_response(f"{self.status} {self.reason}", headers)
+        except BaseException:  # it refuses a header line
+            if not isinstance(self.body, bytes):
+                self.body.close()
+            raise
+        return [self.body] if isinstance(self.body, bytes) else self.body
+
+
+def refusal(error: BalancerError, balancer_id: str, request_id: str) -> Answer:
+    """To a request that got no answer from a backend."""
+    # Nobody reads what a client that left is told.
+    status = HTTPStatus.BAD_REQUEST if isinstance(error, ClientGone) else HTTPStatus(error.status)
+    told = {"error": error.public or str(error), "load_balancer_id": balancer_id, "request_id": request_id}
+    body = json.dumps(told).encode()
+    lines = [SERVER_LINE, (b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    if isinstance(error, Unavailable):
+        lines.append((b"retry-after", RETRY_AFTER_SECONDS))
+    if isinstance(error, MethodRefused):
+        lines.append((b"allow", ALLOWED_METHODS))
+    return Answer(status.value, status.phrase, lines, body)
+
+
+def to_options() -> Answer:
+    """To an OPTIONS that may be forwarded no further (RFC 9110 section 7.6.2)."""
+    return Answer(200, "OK", [SERVER_LINE, (b"allow", ALLOWED_METHODS), (b"content-length", b"0")], b"")
+
+
+class ResponseStream:
+    """A response body on its way to the client, as WSGI wants it: iterate, then `close` whatever happened."""
+
+    __slots__ = ("_forwarding", "_body", "_status", "_is_flushed", "_is_finished")
+
+    def __init__(self, forwarding: Forwarding, body: Body, status: int) -> None:
+        self._forwarding = forwarding
+        self._body = body
+        self._status = status
+        self._is_flushed = bool(body.buffered)
+        self._is_finished = False
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        if not self._is_flushed:  # our server sends the head when it sees this; any other server does nothing
+            self._is_flushed = True
+            return b""
+        if self._is_finished:
+            raise StopIteration
+        try:
+            chunk = self._body.read_chunk()
+        except BackendError as error:
+            if self._forwarding.is_client_gone():
+                self.close()
+            else:
+                self._finish(error.reason, complete=False, failure=str(error))
+            raise
+        self._forwarding.count_out(len(chunk))
+        if self._body.is_complete:  # counted before the client can see the end
+            self._finish()
+        return chunk
+
+    def close(self) -> None:
+        """Idempotent. Before the end it means that the client left: the backend connection is closed at once."""
+        if not self._is_finished:
+            self._status = ClientGone.status
+            self._finish(ClientGone.reason, complete=False)
+
+    def _finish(self, reason: str | None = None, *, complete: bool = True, failure: str = "") -> None:
+        self._is_finished = True
+        self._body.close()
+        self._forwarding.finish(self._status, reason=reason, complete=complete, failure=failure)

@@ -1,0 +1,211 @@
+"""A request's attempts: a place on a backend for each, when another one follows, and who is to blame.
+
+What may be repeated goes to another backend, as long as `retries`, the retry budget and `request_timeout` allow. This
+is the only place where that is decided, but for the one more try that `transport` gives a kept connection that died.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from balancer.connection import has_left
+from balancer.errors import BackendError, ClientError, ClientGone, ConnectFailed, Unavailable
+from balancer.exchange import Attempt, Exchange
+
+if TYPE_CHECKING:
+    from balancer.outgoing import OutgoingRequest
+    from balancer.pool import Lease
+    from balancer.proxy import ProxyOptions, ReverseProxy
+    from balancer.response import BackendResponse
+    from balancer.transport import Sent
+
+# Full jitter before a retry, as Envoy has it: up to 25 ms, then up to 75 ms, never more than 250 ms.
+BACKOFF_SECONDS = 0.025
+MAX_BACKOFF_SECONDS = 0.25
+EJECTING_STATUSES = frozenset({502, 503, 504})  # answers that say that the backend cannot work; passed on all the same
+BUDGET_USED_UP = "the retry budget is used up"
+
+
+class Attempts:
+    """Gets one request to a backend: `begin` or not, then `arrived` or `exchange`; `give_back` at the end.
+
+    Notes in `record` what was tried; `started` is of time.perf_counter(). Used by one thread at a time.
+    """
+
+    __slots__ = ("_proxy", "_options", "_request", "_record", "_started", "_lease", "_failure")
+
+    def __init__(
+        self, proxy: ReverseProxy, options: ProxyOptions, request: OutgoingRequest, record: Exchange, started: float
+    ) -> None:
+        self._proxy = proxy
+        self._options = options
+        self._request = request
+        self._record = record
+        self._started = started
+        self._lease: Lease | None = None  # of the last attempt, or for the next one
+        self._failure: BackendError | None = None  # of the attempt that `begin` made
+
+    @property
+    def lacks_connection(self) -> bool:
+        """`begin` has found a backend, but no connection to it is kept."""
+        return self._lease is not None and not self._record.attempts
+
+    def begin(self, may_connect: bool) -> Sent | None:
+        """The first attempt until its request is sent, if that needs no waiting, or if it `may_connect` no more than a
+        connect does. None if it could not be; `exchange` then goes on from where it stands."""
+        lease = self._lease
+        if lease is None:
+            self._lease = lease = self._proxy.pool.lease_now(self._request)
+            if lease is None:
+                return None
+            self._record.backend = lease.backend.id
+        self._record.attempts.append(Attempt(lease.choice, at=time.perf_counter() - self._started))
+        try:
+            sent = self._proxy.adapter.begin(self._request, lease.choice.origin, may_connect)
+        except BackendError as error:
+            self._failure = error
+            return None
+        if sent is None:
+            self._record.attempts.clear()
+        return sent
+
+    def arrived(self, sent: Sent) -> BackendResponse:
+        """The response to what `begin` sent: it is here, so nothing can fail any more."""
+        response = sent.response
+        assert response is not None
+        attempt = self._record.attempts[-1]
+        attempt.outcome = str(response.status_code)
+        attempt.seconds = time.perf_counter() - self._started - attempt.at
+        attempt.connect = self._request.connect_seconds
+        return response
+
+    def exchange(self, sent: Sent | None) -> BackendResponse:
+        """Try backends, another one each time, after the one that `begin` has `sent` to.
+
+        Raises what the last attempt raised; Unavailable if there was none; ClientGone, ClientError.
+        """
+        failure: BackendError | None = None
+        while True:
+            if self._lease is None or failure is not None:
+                self._lease_backend(failure)
+            try:
+                return self._attempt(sent)
+            except BackendError as error:
+                failure, sent = error, None
+                self._record.not_retried = self._why_final(error)
+                if self._record.not_retried is not None:
+                    raise
+            self._back_off(failure)
+
+    # Whether there is another one.
+
+    def _why_final(self, error: BackendError) -> str | None:
+        """Why there is no further attempt, in words; None if there is one.
+
+        Nothing was sent and the body is untouched: any method. Otherwise only what may be repeated; never too late.
+        """
+        tries, options, request = len(self._record.attempts), self._options, self._request
+        if tries > options.retries:
+            return f"tried {tries} times"
+        if time.monotonic() >= request.deadline:
+            return f"request_timeout of {options.request_timeout:g} s is over"
+        if not (isinstance(error, ConnectFailed) or request.is_retriable):
+            return f"{request.method} may have had its effect" if request.is_replayable else "the body is gone"
+        return None
+
+    def _back_off(self, failure: BackendError) -> None:
+        """Not after a refused connect: a closed port has no load to be spared, and another backend is asked next."""
+        if isinstance(failure, ConnectFailed) and failure.refused:
+            return
+        most = BACKOFF_SECONDS * (2 ** len(self._record.attempts) - 1)
+        time.sleep(self._proxy.rng.uniform(0, min(MAX_BACKOFF_SECONDS, most)))
+
+    def _lease_backend(self, failure: BackendError | None) -> None:
+        """A place for the next attempt. Raises `failure`, if there was one, when there is none, or no budget for it."""
+        record, request, statistics = self._record, self._request, self._proxy.statistics
+        if failure is not None and not statistics.can_retry(*self._budget()):  # nor wait for a place in vain
+            raise self._final(failure, BUDGET_USED_UP)
+        tried = [attempt.backend for attempt in record.attempts]
+        started = time.perf_counter()
+        try:
+            lease = self._proxy.pool.lease(request, tried, watcher=request.watcher, deadline=request.deadline)
+        except Unavailable as unavailable:
+            record.queued += time.perf_counter() - started
+            if has_left(request.watcher):
+                raise ClientGone("the client left while it waited for a backend") from None
+            if failure is not None:  # what went wrong says more than that nobody else is left
+                raise self._final(failure, str(unavailable)) from None
+            raise
+        if failure is not None and not statistics.may_retry(*self._budget()):
+            lease.release()
+            raise self._final(failure, BUDGET_USED_UP)
+        self._lease = lease
+        record.queued += lease.queued
+        record.backend = lease.backend.id
+
+    def _budget(self) -> tuple[float, int]:
+        return self._options.retry_budget, self._options.retry_budget_minimum
+
+    def _final(self, failure: BackendError, why: str) -> BackendError:
+        self._record.not_retried = why
+        return failure
+
+    # One of them.
+
+    def _attempt(self, sent: Sent | None) -> BackendResponse:
+        lease, request, attempts = self._lease, self._request, self._record.attempts
+        failure, self._failure = self._failure, None
+        assert lease is not None
+        if sent is None and failure is None:
+            attempts.append(Attempt(lease.choice, at=time.perf_counter() - self._started))
+        attempt = attempts[-1]
+        try:
+            if failure is not None:
+                raise failure
+            response = self._proxy.adapter.exchange(request, lease.choice.origin, sent)
+        except Unavailable:
+            lease.release()
+            raise
+        except (ClientError, ClientGone) as error:  # while the body was streamed; `give_back` gives the place back
+            attempt.outcome, attempt.error = error.reason, str(error)
+            raise
+        except BackendError as error:
+            if has_left(request.watcher):
+                raise ClientGone("the client left while the backend was working") from None
+            attempt.outcome, attempt.error = error.reason, str(error)
+            self._blame(lease, error)
+            raise
+        else:
+            attempt.outcome = str(response.status_code)
+            return response
+        finally:
+            attempt.seconds = time.perf_counter() - self._started - attempt.at
+            attempt.connect, attempt.resent = request.connect_seconds, request.is_resent
+
+    def _blame(self, lease: Lease, error: BackendError) -> None:
+        if isinstance(error, ConnectFailed) and error.refused:
+            self._proxy.pool.record_refused(lease.backend, str(error), lease.choice.origin)
+            self._proxy.on_refused()
+        lease.release(failure="" if getattr(error, "stale", False) else str(error))
+
+    # The last one's place.
+
+    def answered(self, status: int) -> None:
+        """The response has begun, but its body may take long."""
+        if self._lease is not None:
+            self._lease.answered(self._record.attempts[-1].seconds, status not in EJECTING_STATUSES)
+
+    def give_back(self, status: int, reason: str | None, failure: str) -> None:
+        """At the end of the request, as `Forwarding.finish` has it. Does nothing if no backend is left with a place."""
+        lease = self._lease
+        if lease is None:
+            return
+        if failure:
+            lease.release(failure=failure)
+        elif reason is not None:  # our own answer, or nobody can tell
+            lease.release()
+        elif status in EJECTING_STATUSES:
+            lease.release(failure=f"answered {status}")
+        else:
+            lease.release(self._record.attempts[-1].seconds)
