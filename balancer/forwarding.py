@@ -107,12 +107,12 @@ class Forwarding:
                 raise NoRoom(f"no thread became free within {self._options.request_timeout:g} s")
             if self._failure is not None:
                 raise self._failure
+            if attempts is None:
+                self._attempts = attempts = self._prepare(waited)
             incoming = self._incoming
             if incoming.method == "OPTIONS" and max_forwards(incoming.values(b"max-forwards")) == 0:
                 self.finish(200)
                 return self._signed(to_options())
-            if attempts is None:
-                self._attempts = attempts = self._prepare(waited)
             return self._answer(attempts.exchange(sent), attempts)
         except BalancerError as error:
             return self._refuse(error)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from requests import PreparedRequest
@@ -78,7 +79,7 @@ class RequestHead:
 
 def _is_worth_keeping(received: Received, head: RequestHead) -> bool:
     """It may come again, and takes little room; what goes to the backend may be much less than what came."""
-    is_short = sum(len(name) + len(value) for name, value in received[0]) <= LONGEST_HEAD
+    is_short = sum(map(len, chain.from_iterable(received[0]))) <= LONGEST_HEAD
     return is_short and head.refusal is None and head.fields.keys().isdisjoint(_EACH_TIME_NEW)
 
 

@@ -399,11 +399,14 @@ def test_when_threads_and_queue_are_full_the_rest_is_told_to_come_again(
             assert (status, time.monotonic() - started < 0.5) == (503, True)
             assert int(headers["retry-after"]) >= 1
             assert json.loads(data)["error"] and headers["x-request-id"]
+        unread = b"POST /0 HTTP/1.1\r\nHost: test\r\nContent-Length: 100000\r\n\r\n"  # whose body never comes
+        refused = exchange(narrow.port, unread)  # read to the end of the connection
+        assert refused.startswith(b"HTTP/1.1 503 ") and b"\r\nconnection: close\r\n" in refused.lower()
         answers = [result.result() for result in (*first, *waiting)]
     assert [answer.split(b" ", 2)[1] for answer in answers] == [b"200"] * 4
     status = wait_idle(narrow)
     assert_sums(status)
-    assert status["statistics"]["unassigned_requests"] == status["statistics"]["failed_requests"] == 2
+    assert status["statistics"]["unassigned_requests"] == status["statistics"]["failed_requests"] == 3
 
 
 def test_status_answers_however_often_while_everything_is_busy(

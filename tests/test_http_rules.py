@@ -425,6 +425,28 @@ def test_options_with_max_forwards_0_is_answered_here(balancer: BalancerProcess,
     assert 200 <= status < 300
 
 
+@pytest.mark.parametrize(
+    ("lines", "status"),
+    [
+        ([b"Host: a", b"Host: b"], 400),
+        ([], 400),
+        ([b"Host: a", b"Transfer-Encoding: gzip, chunked"], 501),
+    ],
+)
+def test_options_that_is_answered_here_is_checked_all_the_same(
+    balancer: BalancerProcess, backend: WireBackend, lines: list[bytes], status: int
+) -> None:
+    head = b"\r\n".join([b"OPTIONS / HTTP/1.1", b"Max-Forwards: 0", *lines, b"Connection: close", b"", b""])
+    assert split_response(exchange(balancer.port, head))[0] == status
+    assert backend.seen == 0
+
+
+def test_the_smallest_of_several_max_forwards_counts(balancer: BalancerProcess, backend: WireBackend) -> None:
+    lines = (b"Max-Forwards: 5", b"Max-Forwards: 0")
+    assert 200 <= ask(balancer.port, request(b"/", *lines, method=b"OPTIONS"))[0] < 300
+    assert backend.seen == 0
+
+
 def test_options_with_max_forwards_is_counted_down(balancer: BalancerProcess, backend: WireBackend) -> None:
     """Rule 12, S 7.6.2; other methods may leave it alone."""
     assert ask(balancer.port, request(b"/", b"Max-Forwards: 5", method=b"OPTIONS"))[0] == 200
@@ -707,6 +729,8 @@ MALFORMED_ANSWERS = {
     "empty name": HEAD_OK + b": a\r\n" + LENGTH_3,
     "delimiter in name": HEAD_OK + b"X(: a\r\n" + LENGTH_3,
     "huge head": HEAD_OK + b"X: " + b"a" * 300_000 + b"\r\n" + LENGTH_3,
+    "a large head in one piece": b"HTTP/1.1 200 OK\r\nX: " + b"a" * 70_000 + b"\r\nContent-Length: 0\r\n\r\n",
+    "a large head of small lines": b"HTTP/1.1 200 OK\r\n" + b"X: a\r\n" * 12_000 + b"Content-Length: 0\r\n\r\n",
     "endless interim answers": b"HTTP/1.1 100 Continue\r\n\r\n" * 12_000,
     "101 unasked": b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\nx",
     "101 bare": b"HTTP/1.1 101 Switching Protocols\r\n\r\n",

@@ -67,6 +67,8 @@ def test_one_section_is_worked_out_once_for_each_peer() -> None:
         [HOST, (b"x-request-id", b"id-1")],
         [HOST, (b"traceparent", TRACE)],
         [HOST, (b"accept", b"x" * outgoing.LONGEST_HEAD)],
+        [HOST, (b"x-forwarded-for", b"x" * outgoing.LONGEST_HEAD)],  # which no backend gets to see
+        [HOST, (b"x_y", b"x" * outgoing.LONGEST_HEAD)],
     ],
 )
 def test_what_will_not_come_again_or_is_too_long_is_not_kept(lines: list[Line]) -> None:

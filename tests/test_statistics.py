@@ -21,7 +21,7 @@ from balancer.exchange import PATH_SHOWN, Exchange
 from balancer.histogram import BOUNDS, Histogram
 from balancer.origin import Origin
 from balancer.settings import BackendSettings, Settings
-from balancer.statistics import NO_REQUESTS, RECENT_KEPT, TROUBLED_KEPT, Counters, Statistics
+from balancer.statistics import FORMER_KEPT, NO_REQUESTS, RECENT_KEPT, TROUBLED_KEPT, Counters, Statistics
 from load_balancer import create_app
 
 
@@ -164,6 +164,21 @@ def test_totals_add_up_at_any_moment(given_exchanges: list[Exchange]) -> None:
         assert backends[None]["total_requests"] == unassigned
         assert len(recent) == min(done, 20)
         assert recent[0]["status"] == one.status
+
+
+def test_a_status_that_is_none_counts_as_a_server_error(statistics: Statistics) -> None:
+    finish(statistics, exchange(600), exchange(999))
+    whole = statistics.snapshot()[0]
+    assert (whole["codes"]["5xx"], whole["failed_requests"]) == (2, 2)
+
+
+def test_counts_of_backends_that_are_long_gone_stay_in_the_sum(statistics: Statistics) -> None:
+    for number in range(FORMER_KEPT + 50):
+        finish(statistics, exchange(backend=f"b{number}"))
+        statistics.forget(f"b{number}")
+    counters = statistics.lifetime().counters
+    assert sum(one.total for one in counters.values()) == FORMER_KEPT + 50
+    assert len(counters) <= FORMER_KEPT + 2
 
 
 @pytest.mark.usefixtures("restless")
