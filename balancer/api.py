@@ -34,7 +34,7 @@ from balancer.origin import Origin
 from balancer.pool import BackendPool
 from balancer.reload import Configuration, Plan
 from balancer.settings import MaxConnections, Weight
-from balancer.statistics import NO_REQUESTS, RECENT_KEPT, Statistics
+from balancer.statistics import NO_REQUESTS, Statistics
 
 SCHEMA_VERSION = 1
 MAX_BODY = 65536  # bytes of a control request
@@ -261,7 +261,7 @@ def ready() -> tuple[Response, int]:
 def explain_request(request_id: str) -> Response:
     exchange = _control().statistics.find(request_id)
     if exchange is None:
-        raise ApiError(404, f"no finished request {request_id[:128]!r}; only the newest {RECENT_KEPT} are kept")
+        raise ApiError(404, f"no finished request {request_id[:128]!r}; only the newest are kept")
     return jsonify(exchange.explain())
 
 

@@ -19,7 +19,10 @@ from balancer.exchange import Exchange
 from balancer.histogram import Histogram
 from balancer.totals import Totals
 
-RECENT_KEPT = 1000  # finished requests that `/requests/<id>` can still explain
+# Finished requests that `/requests/<id>` can still explain: all of the newest, and the first of each second for longer.
+# To keep every one of thousands would cost each of them a tenth of its time: what is kept does not stay in the cache.
+RECENT_KEPT = 100
+SAMPLED_KEPT, SAMPLED_PER_SECOND = 900, 100
 TROUBLED_KEPT = 200  # those that failed or were tried more than once stay longer: they are the ones people ask about
 RATE_SECONDS = 5  # requests per second are the mean of this many whole seconds
 BUDGET_SECONDS = 10  # retries are counted against the requests of this many seconds
@@ -94,12 +97,15 @@ class Rate:
         self._newest = [0, 0]  # [second, count]
         self._seconds = deque([self._newest], maxlen=BUDGET_SECONDS + 1)
 
-    def add(self) -> None:
+    def add(self) -> bool:
+        """True for the first of a second."""
         second = int(self._clock())
-        if second != self._newest[0]:
+        is_first = second != self._newest[0]
+        if is_first:
             self._newest = [second, 0]
             self._seconds.append(self._newest)
         self._newest[1] += 1
+        return is_first
 
     def per_second(self) -> float:
         """Mean of the last whole seconds."""
@@ -129,8 +135,8 @@ class Statistics:
     """What happened since the start or the last reset, and since the start of the process.
 
     `_lock` guards everything: `_counters` (per backend id, or None for no backend), `_forgotten` (of former backends),
-    `_before` (what resets and removals took out of `_counters`), `_totals`, `_recent`, `_troubled`, `_arrivals`,
-    `_retried`, `_retries`, `_retries_before`, `_active` and `_start_time`.
+    `_before` (what resets and removals took out of `_counters`), `_totals`, `_recent`, `_sampled`, `_to_sample`,
+    `_troubled`, `_arrivals`, `_retried`, `_retries`, `_retries_before`, `_active` and `_start_time`.
     """
 
     def __init__(
@@ -139,6 +145,7 @@ class Statistics:
         self._lock = Lock()
         self._wall_clock = wall_clock
         self._active = 0
+        self._to_sample = 0  # of this second
         self._arrivals = Rate(clock)
         self._retried = Rate(clock)
         self._counters: dict[str | None, Counters] = {}
@@ -156,13 +163,15 @@ class Statistics:
         self._retries_before += self._retries
         self._retries = 0
         self._recent: deque[Exchange] = deque(maxlen=RECENT_KEPT)
+        self._sampled: deque[Exchange] = deque(maxlen=SAMPLED_KEPT)
         self._troubled: deque[Exchange] = deque(maxlen=TROUBLED_KEPT)
 
     def begin(self) -> None:
         """A request has arrived; exactly one `record` follows."""
         with self._lock:
             self._active += 1
-            self._arrivals.add()
+            if self._arrivals.add():
+                self._to_sample = SAMPLED_PER_SECOND
 
     def record(self, exchange: Exchange) -> None:
         """A request has ended, one way or another."""
@@ -174,13 +183,16 @@ class Statistics:
             failed = counters.add(exchange)
             self._totals.add(exchange)
             self._recent.append(exchange)
+            if self._to_sample:
+                self._to_sample -= 1
+                self._sampled.append(exchange)
             if failed or len(exchange.attempts) > 1:
                 self._troubled.append(exchange)
 
     def find(self, request_id: str) -> Exchange | None:
         """The newest finished request of this id that is still kept; clients may send the same id twice."""
         with self._lock:
-            for exchange in chain(reversed(self._recent), reversed(self._troubled)):
+            for exchange in chain(reversed(self._recent), reversed(self._sampled), reversed(self._troubled)):
                 if exchange.request_id == request_id:
                     return exchange
         return None

@@ -21,7 +21,16 @@ from balancer.exchange import PATH_SHOWN, Exchange
 from balancer.histogram import BOUNDS, Histogram
 from balancer.origin import Origin
 from balancer.settings import BackendSettings, Settings
-from balancer.statistics import FORMER_KEPT, NO_REQUESTS, RECENT_KEPT, TROUBLED_KEPT, Counters, Statistics
+from balancer.statistics import (
+    FORMER_KEPT,
+    NO_REQUESTS,
+    RECENT_KEPT,
+    SAMPLED_KEPT,
+    SAMPLED_PER_SECOND,
+    TROUBLED_KEPT,
+    Counters,
+    Statistics,
+)
 from load_balancer import create_app
 
 
@@ -239,6 +248,7 @@ def test_a_recent_request_says_what_was_tried_and_cuts_long_paths() -> None:
 def test_a_request_can_be_found_by_its_id_the_troubled_ones_longer(statistics: Statistics) -> None:
     failed, plain = exchange(502), exchange(200)
     failed.request_id, plain.request_id = "failed", "plain"
+    finish(statistics, *(exchange() for _ in range(SAMPLED_PER_SECOND)))
     finish(statistics, plain, failed)
     assert statistics.find("plain") is plain
     finish(statistics, *(exchange() for _ in range(RECENT_KEPT)))
@@ -246,6 +256,24 @@ def test_a_request_can_be_found_by_its_id_the_troubled_ones_longer(statistics: S
     assert statistics.find("failed") is failed
     finish(statistics, *(exchange(500) for _ in range(TROUBLED_KEPT)))
     assert statistics.find("failed") is statistics.find("never") is None
+
+
+def test_of_many_the_first_of_each_second_are_kept(statistics: Statistics, clock: Clock) -> None:
+    ids = [f"{second}-{number}" for second in range(3) for number in range(3 * SAMPLED_PER_SECOND)]
+    for number, request_id in enumerate(ids):
+        clock.now = 1000.0 + number // (3 * SAMPLED_PER_SECOND)
+        one = exchange()
+        one.request_id = request_id
+        finish(statistics, one)
+    kept = [request_id for request_id in ids if statistics.find(request_id) is not None]
+    newest = ids[-RECENT_KEPT:]
+    assert kept == [one for one in ids if int(one.split("-")[1]) < SAMPLED_PER_SECOND or one in newest]
+    clock.now += 1
+    finish(statistics, *(exchange() for _ in range(RECENT_KEPT)))
+    for _ in range(SAMPLED_KEPT // SAMPLED_PER_SECOND):
+        clock.now += 1
+        finish(statistics, *(exchange() for _ in range(SAMPLED_PER_SECOND)))
+    assert not any(statistics.find(request_id) for request_id in ids)
 
 
 def test_requests_per_second_are_the_mean_of_the_last_whole_seconds(statistics: Statistics, clock: Clock) -> None:
