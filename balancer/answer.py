@@ -12,7 +12,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, NamedTuple
 
 from balancer.errors import BackendError, BalancerError, ClientGone, MethodRefused, Unavailable
-from balancer.messages import SERVER_LINE, Line
+from balancer.messages import METHODS, SERVER_LINE, Line
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from balancer.response import Body
 
 RETRY_AFTER_SECONDS = b"1"
-ALLOWED_METHODS = b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"  # in 405; others pass, CONNECT and TRACE do not
+ALLOWED_METHODS = ", ".join(METHODS).encode()  # in 405
 
 
 class Answer(NamedTuple):

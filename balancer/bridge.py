@@ -71,9 +71,13 @@ class Bridge:
         """One request: Granian calls this in its own thread and it must not block."""
         call = Call(self, watcher)
         self._calls[call] = None
+        self._safely(self._hand_on, call)
+
+    def _safely(self, step: Callable[[Call], object], call: Call) -> None:
+        """No call may be lost by a surprise: its client would wait for ever, and so would the end of the process."""
         try:
-            self._hand_on(call)
-        except Exception:  # the client would wait for ever, and so would the end of the process
+            step(call)
+        except Exception:
             log.exception("request failed")
             call.refuse()
 
@@ -106,13 +110,13 @@ class Bridge:
 
     def _go_on(self, call: Call) -> None:
         if self._collecting.pop(call, call) is not call:  # else a worker waits for the rest
-            self._collect(call)
+            self._safely(self._collect, call)
 
     def _stop_collecting(self, oldest: float) -> None:
         """The loop thread: whatever takes longer than usual gets a worker, which knows how long it may take."""
         for call in list(self._collecting):
             if call.started <= oldest and self._collecting.pop(call, call) is not call:
-                self._submit(call)
+                self._safely(self._submit, call)
 
     def finish(self, call: Call) -> None:
         self._calls.pop(call, None)
@@ -131,14 +135,19 @@ class Bridge:
         """Most requests are over before this looks at them, so that watching costs them nothing."""
         while True:
             await asyncio.sleep(WATCH_AFTER_SECONDS)
-            oldest = time.monotonic() - WATCH_AFTER_SECONDS
-            self._stop_collecting(oldest)
-            for call in list(self._calls):
-                if call.started > oldest:
-                    break
-                if not call.is_watched and call.may_be_watched():
-                    call.is_watched = True
-                    self._watch_one(call)
+            try:
+                self._look_around(time.monotonic() - WATCH_AFTER_SECONDS)
+            except Exception:  # it must go on, or nobody would notice any more that clients leave
+                log.exception("watching clients failed")
+
+    def _look_around(self, oldest: float) -> None:
+        self._stop_collecting(oldest)
+        for call in list(self._calls):
+            if call.started > oldest:
+                break
+            if not call.is_watched and call.may_be_watched():
+                call.is_watched = True
+                self._watch_one(call)
 
     def _watch_one(self, call: Call) -> None:
         when_done(call.protocol.receive(), lambda promise: self._look(call, promise))

@@ -41,10 +41,12 @@ VERSIONS = {"1": "1.0", "1.1": "1.1", "2": "2"}  # Granian calls HTTP/1.0 "1"
 
 
 class Call:
-    """One request, from hyper and back: answered by its `forwarding`, or by the app. Also the `Watcher` of what its
-    worker thread blocks on.
+    """One request, from hyper and back: answered by its `forwarding`, or by the app. Also the `Watcher` of what is
+    waited for on its behalf.
 
-    `_lock` guards `_attached` and `is_gone`, which Granian's thread and the worker thread share.
+    It belongs to one thread at a time: Granian's that brings it, then maybe a worker, the express thread, a worker
+    again. `_lock` guards `_attached` and the setting of `is_gone`, for which the client's leaving comes from Granian's
+    thread at any time; `is_gone` only ever becomes True, and may be read without the lock.
     """
 
     __slots__ = (
@@ -121,7 +123,7 @@ class Call:
     def addresses(self) -> tuple[accepted.Address, accepted.Address]:
         return self.scope["client"], self.scope["server"]
 
-    # The worker thread.
+    # The thread that it belongs to.
 
     @property
     def method(self) -> str:
@@ -130,7 +132,13 @@ class Call:
     def run(self) -> None:
         """In a worker thread: connect and leave the waiting to the express way, or do it all. Never raises."""
         express = self.bridge.express
-        if express is None or not express.connect(self):
+        try:
+            is_elsewhere = express is not None and express.connect(self)
+        except Exception:
+            log.exception("request failed")
+            self.refuse()
+            return
+        if not is_elsewhere:
             self.answer()
 
     def answer(self) -> None:
@@ -141,16 +149,20 @@ class Call:
             if self._is_started and not self.is_gone:  # slow; else there is nobody to be cut, or nothing was sent
                 self.cut()
         except Exception:
-            # The app's own errors are answered by the app. After the head, cutting is all that is left.
-            if self._is_started:
-                log.debug("request cut", exc_info=True)
-                self.cut()
-            else:
-                log.exception("request failed")
-                self._status, self._headers = 500, [SERVER_LINE]
-                self._emit_last(b"")
+            self._fail()
         finally:
             self._end()
+
+    def _fail(self) -> None:
+        """After a surprise; the app's own errors are answered by the app. Never raises."""
+        if self._is_started:  # after the head, cutting is all that is left
+            log.debug("request cut", exc_info=True)
+            self.cut()
+            return
+        log.exception("request failed")
+        self._status, self._headers = 500, [SERVER_LINE]
+        with contextlib.suppress(Exception):
+            self._emit_last(b"")
 
     def _end(self) -> None:
         self.forwarding = None  # it refers to us: garbage of the slow kind otherwise
@@ -206,14 +218,16 @@ class Call:
             received += sum(map(len, self.receive(left)))
 
     def refuse(self) -> None:
-        """Answer that there is no room, in the calling thread; does not block."""
-        self._is_last = not self.may_be_watched()  # nobody will read the rest of its body
+        """Answer that there is no room, in the calling thread. Neither blocks nor raises."""
         try:
+            self._is_last = not self.may_be_watched()  # nobody will read the rest of its body
             if self.forwarding is not None:
                 self._pass_on(self.forwarding.refuse())
             else:
                 self.start_response("503 Service Unavailable", [("retry-after", "1"), ("content-length", "0")])
                 self._emit_last(b"")
+        except Exception:
+            self._fail()
         finally:
             self._end()
 

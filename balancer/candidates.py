@@ -16,7 +16,7 @@ class Candidates:
     """
 
     def __init__(self, backends: Mapping[str, Backend], note: Note) -> None:
-        self.ready: list[Backend] = []
+        self.ready: tuple[Backend, ...] = ()
         self.absent: dict[str, str] = {}  # why each of the others is not among them
         self.is_conditional = False  # not everybody in `ready` takes every request: ask `narrow`
         self.is_panicking = False
@@ -32,7 +32,7 @@ class Candidates:
             ready = [backend for backend in wanted if backend.health.status == "up"]
         known = [backend for backend in wanted if backend.health.status != "unknown"]
         self._panic(len(ready) < panic_threshold * len(known))
-        self.ready = known if self.is_panicking else ready
+        self.ready = tuple(known if self.is_panicking else ready)
         names = {backend.id for backend in self.ready}
         self.absent = {backend.id: backend.absence for backend in backends if backend.id not in names}
         self.is_conditional = any(

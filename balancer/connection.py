@@ -12,8 +12,8 @@ from typing import Protocol
 from balancer.errors import ConnectionLost, ResponseTimedOut
 from balancer.origin import Origin
 
-_DONTWAIT = int(getattr(socket, "MSG_DONTWAIT", 0))
-_PEEK = int(getattr(socket, "MSG_PEEK", 0)) | _DONTWAIT
+DONTWAIT = int(getattr(socket, "MSGDONTWAIT", 0))
+_PEEK = int(getattr(socket, "MSG_PEEK", 0)) | DONTWAIT
 # struct tcp_info of linux/tcp.h, unchanged since 4.2: the state, and the bytes received.
 _HAS_TCP_INFO = sys.platform == "linux"
 _TCP_INFO = int(getattr(socket, "TCP_INFO", 0))
@@ -96,10 +96,10 @@ class Connection:
 
     def receive_now(self) -> bytes | None:
         """What is here already, None if nothing is. Raises ConnectionLost."""
-        if not _DONTWAIT or self.is_tls:
+        if not DONTWAIT or self.is_tls:
             return self._receive_readable()
         try:
-            data = self.sock.recv(CHUNK, _DONTWAIT)
+            data = self.sock.recv(CHUNK, DONTWAIT)
         except BlockingIOError:
             return None
         except OSError as error:
@@ -131,7 +131,7 @@ class Connection:
         return info[0] != _ESTABLISHED or _received(info, _RECEIVED_AT)[0] != self._received
 
     def _peek(self) -> bool:
-        if self.is_tls or not _DONTWAIT:  # neither can peek without blocking
+        if self.is_tls or not DONTWAIT:  # neither can peek without blocking
             return self._is_readable()
         try:
             self.sock.recv(1, _PEEK)

@@ -19,13 +19,13 @@ from contextlib import suppress
 from threading import Thread
 
 from balancer.call import Call
+from balancer.errors import InvalidResponse
 from balancer.transport import BackendAdapter, Sent
 from balancer.workers import WorkerPool
 
 log = logging.getLogger("balancer.server")
 
 LOOK_SECONDS = 0.05  # at most between two looks for answers that are overdue
-METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"})  # OPTIONS may end here, CONNECT and TRACE do
 
 
 class Express:
@@ -60,9 +60,10 @@ class Express:
         os.close(self._wake)
 
     def take(self, call: Call) -> bool:
-        """Send the request on, if that needs no waiting. False if a worker thread has to go on with it."""
+        """Send the request on, if that needs no waiting. False if a worker thread has to go on with it, as with any
+        OPTIONS, which may end here (`Max-Forwards`)."""
         forwarding, body = call.forwarding, call.body
-        if forwarding is None or call.method not in METHODS or not (body is None or body.is_done or body.is_here):
+        if forwarding is None or call.method == "OPTIONS" or not (body is None or body.is_done or body.is_here):
             return False
         if not forwarding.begin():
             return False
@@ -102,7 +103,7 @@ class Express:
             try:
                 self.run_once()
             except Exception:  # the thread must outlive any surprise, or every request would hang
-                log.exception("express way failed")
+                log.exception("express thread: a round failed")
 
     def run_once(self) -> None:
         """Pass on what has come, and whoever has waited for too long."""
@@ -120,7 +121,8 @@ class Express:
         try:
             is_whole = self._adapter.look(sent)
         except Exception:  # no call may be lost: its client would wait for ever
-            log.exception("express way failed")
+            log.exception("looking at an answer failed")
+            sent.failure = InvalidResponse(f"{sent.connection.origin.url}: its answer could not be read")
             is_whole = False
         if is_whole:
             call.answer()  # nothing to wait for
@@ -137,10 +139,11 @@ class Express:
 
     def _expire(self, now: float) -> None:
         for descriptor, call in list(self._waiting.items()):
-            sent = self._sent(call)
-            if sent.deadline > now:
-                continue
-            del self._waiting[descriptor]
+            forwarding = call.forwarding
+            sent = None if forwarding is None else forwarding.sent
+            if sent is None or sent.deadline > now or self._waiting.get(descriptor) is not call:
+                continue  # time left, or `_wait_for` has just taken it back
+            self._waiting.pop(descriptor, None)
             with suppress(OSError):  # not armed yet
                 self._epoll.unregister(descriptor)
             sent.expire()

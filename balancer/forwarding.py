@@ -24,7 +24,7 @@ from balancer.errors import (
     Unavailable,
 )
 from balancer.exchange import METHOD_KEPT, PATH_KEPT, Exchange
-from balancer.messages import Line, check_target, count_down, max_forwards, request_id
+from balancer.messages import REFUSED_METHODS, Line, check_target, count_down, max_forwards, request_id
 from balancer.outgoing import OutgoingRequest
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ class Forwarding:
         method, head = incoming.method, incoming.head
         if len(incoming.lines) > options.max_header_count:
             raise TooManyHeaders(f"{len(incoming.lines)} header lines, at most {options.max_header_count} are accepted")
-        if method in ("CONNECT", "TRACE"):
+        if method in REFUSED_METHODS:
             raise MethodRefused(f"{method} is not supported")
         check_target(method, incoming.target)
         if head.refusal is not None:

@@ -52,6 +52,8 @@ NONE: frozenset[bytes] = frozenset()
 # For an answer that names no server: ours would name itself otherwise, which is only a part of it.
 SERVER_LINE: Line = (b"server", b"load-balancer")
 
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")  # those that we know; others pass, but for
+REFUSED_METHODS = frozenset({"CONNECT", "TRACE"})  # these: not for a gateway (RFC 9110 sections 9.3.6 and 9.3.8)
 IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})  # RFC 9110 section 9.2.2; TRACE is refused
 BODILESS_STATUSES = frozenset({204, 304})  # RFC 9112 section 6.3, rule 1
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from threading import Lock
@@ -147,7 +147,8 @@ class BackendPool:
 
     def _choose(self, request: Any, exclude: Collection[str]) -> Lease | None:
         current = self._candidates
-        candidates, excluded = current.ready, current.absent
+        candidates: Sequence[Backend] = current.ready
+        excluded = current.absent
         if exclude or current.is_conditional:
             candidates = current.narrow(exclude, self._clock(), self._options.slow_start)
             excluded = current.why_not(exclude, candidates)

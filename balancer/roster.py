@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Any
 from balancer.backends import Backend, Health
 from balancer.errors import SettingsError
 from balancer.news import Note
-from balancer.tally import Tally
+from balancer.tally import FORMER_KEPT, Tally
 
 if TYPE_CHECKING:
     from balancer.strategies import Strategy
-
-FORMER_KEPT = 1000  # tallies of backends that are gone
 
 
 @dataclass(slots=True)

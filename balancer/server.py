@@ -272,7 +272,10 @@ async def _close_silent(ports: list[int], bridges: list[Bridge], seconds: float)
     while sys.platform == "linux":
         await asyncio.sleep(seconds / 2)
         for port, bridge in zip(ports, bridges, strict=True):
-            accepted.close_silent(port, seconds, bridge.clients())
+            try:
+                accepted.close_silent(port, seconds, bridge.clients())
+            except Exception:  # it must go on, or silent connections would pile up
+                log.exception("closing silent connections failed")
 
 
 async def _drain(stopped: asyncio.Future[None], second: asyncio.Future[Any], bridge: Bridge, limit: float) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from balancer.exchange import Exchange
 from balancer.histogram import Histogram
+from balancer.tally import FORMER_KEPT
 from balancer.totals import Totals
 
 # Finished requests that `/requests/<id>` can still explain: all of the newest, and the first of each second for longer.
@@ -26,7 +27,6 @@ SAMPLED_KEPT, SAMPLED_PER_SECOND = 900, 100
 TROUBLED_KEPT = 200  # those that failed or were tried more than once stay longer: they are the ones people ask about
 RATE_SECONDS = 5  # requests per second are the mean of this many whole seconds
 BUDGET_SECONDS = 10  # retries are counted against the requests of this many seconds
-FORMER_KEPT = 1000  # backends that are gone and whose counts go on if they come back
 CODE_CLASSES = ("1xx", "2xx", "3xx", "4xx", "5xx")
 
 

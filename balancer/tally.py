@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+FORMER_KEPT = 1000  # backends that are gone and whose counts go on if they come back
+
 
 @dataclass(slots=True)
 class Tally:

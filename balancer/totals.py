@@ -17,8 +17,9 @@ from balancer.errors import (
 )
 from balancer.exchange import Exchange
 from balancer.histogram import Histogram
+from balancer.messages import METHODS
 
-METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_KNOWN = frozenset(METHODS)
 OTHER = "other"  # every method that is not one of those: a client may make up any number of them
 NO_ANSWER = "none"  # the code of an attempt that got no status
 # Outcomes of attempts that got no connection at all, and reasons why an answer that had begun broke off.
@@ -82,7 +83,7 @@ class Totals:
 
     def add(self, exchange: Exchange) -> None:
         method, attempts = exchange.method, exchange.attempts
-        self.answers[exchange.status, method if method in METHODS else OTHER] += 1
+        self.answers[exchange.status, method if method in _KNOWN else OTHER] += 1
         self.bytes_in += exchange.bytes_in
         self.bytes_out += exchange.bytes_out
         for attempt in attempts:  # without a call: every request comes here

@@ -22,7 +22,7 @@ from threading import Lock
 from requests import PreparedRequest, Response
 from requests.adapters import BaseAdapter
 
-from balancer.connection import Connection
+from balancer.connection import DONTWAIT, Connection, has_left
 from balancer.errors import (
     BackendError,
     ConnectFailed,
@@ -45,7 +45,6 @@ from balancer.response import (
 )
 
 _HAS_SENDMSG = hasattr(socket.socket, "sendmsg")  # Windows has none
-_DONTWAIT = int(getattr(socket, "MSG_DONTWAIT", 0))
 MAX_IDLE_PER_BACKEND = 1024  # idle sockets kept; above that they are closed after use
 SMALL_BODY = 131072  # bytes of an answer that is passed on in one piece if all of it is here
 
@@ -104,7 +103,7 @@ class Sent:
     def write_now(self, data: bytes) -> None:
         """Send as much of the request as goes without waiting, and leave the `rest`."""
         try:
-            size = self.connection.sock.send(data, _DONTWAIT)
+            size = self.connection.sock.send(data, DONTWAIT)
         except BlockingIOError:
             size = 0
         except OSError:
@@ -216,7 +215,7 @@ class BackendAdapter(BaseAdapter):
         try:
             return self._receive(sent)
         except ConnectionLost as error:
-            if not (error.stale and request.is_retriable):
+            if not (error.stale and request.is_retriable) or has_left(request.watcher):
                 raise
         request.is_resent = True
         return self._receive(self._send(self._connect(origin, request), request))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -146,6 +147,19 @@ def test_a_client_that_leaves_in_a_small_body_troubles_no_backend(
     assert not any(backend.requests for backend in backends.values())
 
 
+class Narrow:
+    """A socket that takes a thousand bytes at once."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+
+    def send(self, data: bytes, flags: int = 0) -> int:
+        return self._sock.send(data[:1000], flags)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+
 def test_a_request_that_goes_out_in_part_is_finished_by_a_thread() -> None:
     """`begin` sends what the socket takes at once, `exchange` the rest."""
     body = os.urandom(1_000_000)
@@ -154,7 +168,7 @@ def test_a_request_that_goes_out_in_part_is_finished_by_a_thread() -> None:
     try:
         adapter.exchange(OutgoingRequest("GET", b"/", [(b"host", b"a")]), origin)
         (kept,) = adapter._idle[origin]
-        kept.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        kept.sock = Narrow(kept.sock)  # type: ignore[assignment]
         outgoing = OutgoingRequest("POST", b"/", [(b"host", b"a")])
         outgoing.body = body
         sent = adapter.begin(outgoing, origin)
@@ -349,6 +363,86 @@ def test_a_surprise_on_the_way_in_is_answered_and_forgotten(caplog: pytest.LogCa
     bridge.accept(client)
     assert (client.status, client.is_done, bridge.active) == (503, True, 0)
     assert balancer.control.statistics.snapshot()[0]["active_requests"] == 0
+    balancer.stop()
+
+
+def test_a_surprise_while_a_worker_connects_is_answered_and_forgotten() -> None:
+    balancer, bridge = parts()
+
+    def surprise(call: Any) -> bool:
+        raise RuntimeError("surprise")
+
+    bridge.express.connect = surprise
+    client = NeverReady()
+    bridge.accept(client)
+    wait_until(lambda: client.is_done)
+    assert (client.status, bridge.active) == (503, 0)
+    assert states(balancer) == [("up", 0, 0)] * 3
+    balancer.stop()
+
+
+class LateBody(NeverReady):
+    """One byte of a body follows when the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scope |= {"method": "POST", "headers": [(b"host", b"x"), (b"content-length", b"1")]}
+        self._callbacks: list[Any] = []
+        self._is_here = False
+
+    def receive(self) -> LateBody:
+        return self
+
+    def result(self) -> dict[str, Any]:
+        return {"type": "http.request", "body": b"x", "more_body": False}
+
+    def add_done_callback(self, callback: Any) -> None:
+        self._callbacks.append(callback)
+
+    def come(self) -> None:
+        self._is_here = True
+        for callback in self._callbacks:
+            callback(self)
+
+    def done(self) -> Any:  # Granian's promise and its watcher have a method of this name; here they are one
+        if self._is_here:
+            self.is_done = self.status is not None
+        return self._is_here
+
+
+def test_a_surprise_after_a_body_has_come_is_answered_and_forgotten() -> None:
+    balancer, bridge = parts()
+
+    def surprise(call: Any) -> bool:
+        raise RuntimeError("surprise")
+
+    bridge.express.take = surprise
+    client = LateBody()
+    bridge.accept(client)
+    assert (client.status, bridge.active) == (None, 1)
+    client.come()
+    assert (client.status, bridge.active) == (503, 0)
+    balancer.stop()
+
+
+def test_the_watch_for_leaving_clients_outlives_a_surprise(caplog: pytest.LogCaptureFixture) -> None:
+    balancer, bridge = parts()
+    rounds: list[float] = []
+
+    def surprise(oldest: float) -> None:
+        rounds.append(oldest)
+        raise RuntimeError("surprise")
+
+    bridge._look_around = surprise
+
+    async def watch() -> None:
+        task = asyncio.create_task(bridge.watch())
+        while len(rounds) < 3 and not task.done():
+            await asyncio.sleep(0.01)
+        task.cancel()
+
+    asyncio.run(watch())
+    assert len(rounds) == 3 and "watching clients failed" in caplog.text
     balancer.stop()
 
 
