@@ -12,7 +12,7 @@ from typing import Protocol
 from balancer.errors import ConnectionLost, ResponseTimedOut
 from balancer.origin import Origin
 
-DONTWAIT = int(getattr(socket, "MSGDONTWAIT", 0))
+DONTWAIT = int(getattr(socket, "MSG_DONTWAIT", 0))
 _PEEK = int(getattr(socket, "MSG_PEEK", 0)) | DONTWAIT
 # struct tcp_info of linux/tcp.h, unchanged since 4.2: the state, and the bytes received.
 _HAS_TCP_INFO = sys.platform == "linux"

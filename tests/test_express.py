@@ -148,19 +148,24 @@ def test_a_client_that_leaves_in_a_small_body_troubles_no_backend(
 
 
 class Narrow:
-    """A socket that takes a thousand bytes at once."""
+    """A socket that takes so many bytes at once, none if its backend reads nothing."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, room: int) -> None:
         self._sock = sock
+        self._room = room
 
     def send(self, data: bytes, flags: int = 0) -> int:
-        return self._sock.send(data[:1000], flags)
+        assert flags & socket.MSG_DONTWAIT, "it would hold up whoever brings requests"
+        if not self._room:
+            raise BlockingIOError
+        return self._sock.send(data[: self._room], flags)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._sock, name)
 
 
-def test_a_request_that_goes_out_in_part_is_finished_by_a_thread() -> None:
+@pytest.mark.parametrize("room", [0, 1000])
+def test_a_request_that_goes_out_in_part_is_finished_by_a_thread(room: int) -> None:
     """`begin` sends what the socket takes at once, `exchange` the rest."""
     body = os.urandom(1_000_000)
     adapter, backend = BackendAdapter(), ScriptedBackend()
@@ -168,7 +173,7 @@ def test_a_request_that_goes_out_in_part_is_finished_by_a_thread() -> None:
     try:
         adapter.exchange(OutgoingRequest("GET", b"/", [(b"host", b"a")]), origin)
         (kept,) = adapter._idle[origin]
-        kept.sock = Narrow(kept.sock)  # type: ignore[assignment]
+        kept.sock = Narrow(kept.sock, room)  # type: ignore[assignment]
         outgoing = OutgoingRequest("POST", b"/", [(b"host", b"a")])
         outgoing.body = body
         sent = adapter.begin(outgoing, origin)

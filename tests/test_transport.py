@@ -75,21 +75,6 @@ def fetch(adapter: BackendAdapter, url: str, request: OutgoingRequest | None = N
         response.body.close()
 
 
-def test_a_backend_that_reads_nothing_holds_up_nobody(adapter: BackendAdapter, backend: WireBackend) -> None:
-    """A kept connection whose send buffer is full: `begin` must return at once, for it runs where requests come in."""
-    fetch(adapter, backend.url)
-    origin = Origin.parse(backend.url)
-    connection = adapter._take(origin)
-    assert connection is not None
-    with suppress(BlockingIOError):
-        while connection.sock.send(b"GET / HTTP/1.1\r\nHost: a\r\nX: " + bytes(65536), socket.MSG_DONTWAIT):
-            pass
-    adapter.give_back(connection)
-    sent = adapter.begin(outgoing(), origin)
-    assert sent is not None and (sent.rest, sent.is_whole) == (outgoing().head(), False)
-    sent.close()
-
-
 # By itself.
 
 
