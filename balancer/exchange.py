@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 # Characters that are kept: about 1,200 requests are, and each may have a path as long as its head may be.
 PATH_KEPT = 1000
 METHOD_KEPT = 32
-PATH_SHOWN = 200  # characters of it that are shown; the query is not even kept, it may hold secrets
+PATH_SHOWN = 200  # characters of a path that are shown; the query is not even kept, it may hold secrets
 
 
 def later(default: Any) -> Any:
