@@ -134,7 +134,10 @@ class Balancer:
             self.reload()
 
     def _apply(self, config: Settings, plan: Plan) -> None:
-        """From here on new requests see the new settings; those under way keep what they began with."""
+        """From here on new requests see the new settings.
+
+        Those under way keep their ProxyOptions and RequestHeads; all else they look up at each step anew.
+        """
         plan.pool.options = _pool_options(config)
         self.control.pool.apply(plan.pool)
         self.adapter.timeouts = _timeouts(config)

@@ -261,7 +261,8 @@ def ready() -> tuple[Response, int]:
 def explain_request(request_id: str) -> Response:
     exchange = _control().statistics.find(request_id)
     if exchange is None:
-        raise ApiError(404, f"no finished request {request_id[:128]!r}; only the newest are kept")
+        kept = "kept are the newest, the newest that failed or were retried, and a sample of all others"
+        raise ApiError(404, f"no finished request {request_id[:128]!r}; {kept}")
     return jsonify(exchange.explain())
 
 

@@ -37,8 +37,8 @@ class Abortable(Protocol):
 class Watcher(Protocol):
     """The client's side: aborts what is attached when the client leaves, at once if it has left already.
 
-    One thing at a time, attached and detached by the thread that blocks on it. After `detach` it is not aborted any
-    more, so that a descriptor closed then cannot be hit as somebody else's.
+    One thing at a time, attached and detached by the thread to which the request belongs at that time. After `detach`
+    it is not aborted any more, so that a descriptor closed then cannot be hit as somebody else's.
     """
 
     is_gone: bool

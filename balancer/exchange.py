@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from balancer.backends import Choice
 
-# Characters that are kept: thousands of requests are, and each may have a path as long as its head may be.
+# Characters that are kept: about 1,200 requests are, and each may have a path as long as its head may be.
 PATH_KEPT = 1000
 METHOD_KEPT = 32
-PATH_SHOWN = 200  # characters of a path that are kept; the query never is, it may hold secrets
+PATH_SHOWN = 200  # characters of a path that are shown; the query is not even kept, it may hold secrets
 
 
 def later(default: Any) -> Any:

@@ -22,14 +22,14 @@ class News:
         self._listeners: list[Note] = []
 
     def on_change(self, listener: Note) -> None:
-        """Register before there is any news."""
+        """Register before there is any news. A listener must not change the owner: it would wait for itself to tell."""
         self._listeners.append(listener)
 
     def note(self, kind: str, backend_id: str, text: str, severity: str) -> None:
         self.untold.append((kind, backend_id, text, severity))
 
     def tell(self) -> None:
-        """Tell the listeners in the order of the notes, if no other thread is telling them already."""
+        """Tell the listeners in the order of the notes; first wait while another thread is telling them."""
         if not self.untold:
             return
         with self._telling:

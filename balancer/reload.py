@@ -86,7 +86,6 @@ class Configuration:
         self.read: Callable[[], tuple[Settings, Sources]] | None = None  # none: there is nothing to read again
         self.loaded_at = time.time()
         self.last_error: str | None = None
-        self.reloads = 0
         self._lock = Lock()
 
     def reload(self, pool: BackendPool, apply: Callable[[Settings, Plan], None], *, dry_run: bool = False) -> Plan:
@@ -112,7 +111,6 @@ class Configuration:
                 apply(wanted, plan)
                 self.settings, self.sources = wanted, sources
                 self.loaded_at, self.last_error = time.time(), None
-                self.reloads += 1
             return plan
 
     def describe(self, algorithm: str) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from load_balancer import create_app  # noqa: E402
 BUDGET = Path(__file__).with_name("budget.json")
 VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 ALLOWED_GROWTH = 0.10
-WARMUP_REQUESTS = 200  # rings are full then, buckets are there
+WARMUP_REQUESTS = 200  # the newest requests are full then and the sample of this second is taken, buckets are there
 # A second that turns over, or a collection that wants to run, adds to one request; the least of some has neither.
 MEASURED_REQUESTS = 10
 _serial = itertools.count()
@@ -138,7 +138,7 @@ class SameThread:
 
     queued = 0
 
-    def submit(self, call: Any, is_control: bool) -> bool:
+    def submit(self, call: Any, is_control: bool, *, is_under_way: bool = False) -> bool:
         call.run()
         return True
 

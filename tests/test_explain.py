@@ -134,7 +134,8 @@ def test_an_answer_names_nobody_and_an_unknown_id_is_404(balancer: BalancerProce
     raw = exchange(balancer.port, get(b"/x", b"X-Request-ID: headers-1"))
     names = {name for name, _ in split_response(raw)[1]}
     assert names <= {b"content-length", b"x-request-id", b"server", b"date", b"connection"}
-    assert fetch(f"{balancer.url}/requests/none")[0] == 404
+    status, _, answer = fetch(f"{balancer.url}/requests/none")
+    assert status == 404 and b"'none'; kept are the newest, " in answer
     assert fetch(f"{balancer.url}/requests/")[0] == 404
 
 

@@ -207,6 +207,36 @@ def test_a_post_whose_kept_connection_died_is_not_sent_again(
     assert sum(len(backend.requests) for backend in backends.values()) == 1
 
 
+def break_off(sock: socket.socket, request: Any) -> None:
+    """Head, a piece of the body and the end of the connection in one packet, so that they are seen together."""
+    sock.send(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc", socket.MSG_MORE)
+    sock.shutdown(socket.SHUT_RDWR)
+
+
+def test_an_answer_that_breaks_off_with_its_head_is_asked_for_elsewhere(
+    started: BalancerProcess, backends: dict[str, ScriptedBackend]
+) -> None:
+    def breaks_off_once(sock: socket.socket, request: Any) -> None:
+        script_all(backends, lambda sock, request: sock.sendall(ok(b"second")))
+        break_off(sock, request)
+
+    script_all(backends, breaks_off_once)
+    assert fetch(f"{started.url}/x", X_Request_ID="broken-1")[::2] == (200, b"second")
+    told = next(one for one in started.status()["recent_requests"] if one["request_id"] == "broken-1")
+    assert [attempt["outcome"] for attempt in told["tried"]] == ["http_response_incomplete", "200"]
+    assert {attempt["backend"] for attempt in told["tried"]} == {"a", "b"}
+
+
+def test_a_post_whose_answer_breaks_off_with_its_head_is_a_502(
+    started: BalancerProcess, backends: dict[str, ScriptedBackend]
+) -> None:
+    script_all(backends, break_off)
+    assert fetch(f"{started.url}/x", method="POST", X_Request_ID="broken-2")[0] == 502
+    told = next(one for one in started.status()["recent_requests"] if one["request_id"] == "broken-2")
+    assert (told["reason"], told["attempts"], told["bytes_out"]) == ("http_response_incomplete", 1, 0)
+    assert sum(len(backend.requests) for backend in backends.values()) == 1
+
+
 @pytest.mark.parametrize("size", [0, 1, 65536, 3_000_000])
 @pytest.mark.parametrize("pieces", [1, 7])
 def test_answers_of_any_size_and_in_any_pieces_come_through_whole(

@@ -42,6 +42,30 @@ def parts_imported_by(path: Path) -> set[str]:
     return found & names
 
 
+def module_rows() -> list[list[str]]:
+    """The rows of the table of modules in docs/architecture.md, each a list of stems."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    section = text.partition("\n## Modules\n")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    return [re.findall(r"`(?:balancer/)?(\w+)\.py`", row) for row in rows]
+
+
+def test_the_table_of_modules_names_each_once() -> None:
+    named = [stem for row in module_rows() for stem in row]
+    assert sorted(named) == sorted({"load_balancer", *(part.stem for part in PARTS)} - {"__init__"})
+
+
+def test_imports_point_down_the_table_of_modules() -> None:
+    row_of = {stem: number for number, row in enumerate(module_rows()) for stem in row}
+    upward = [
+        f"{part.stem} -> {other}"
+        for part in [ROOT / "load_balancer.py", *PARTS]
+        for other in parts_imported_by(part)
+        if row_of[other] < row_of[part.stem]
+    ]
+    assert upward == []
+
+
 def test_imports_point_down_one_way_with_no_cycle() -> None:
     graph = {part.stem: parts_imported_by(part) for part in PARTS}
     assert set(TopologicalSorter(graph).static_order()) == set(graph)  # raises CycleError
