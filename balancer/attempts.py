@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING
 
 from balancer.connection import has_left
-from balancer.errors import BackendError, ClientError, ClientGone, ConnectFailed, Unavailable
+from balancer.errors import BackendError, ClientError, ClientGone, ConnectFailed, NoRoom, Unavailable
 from balancer.exchange import Attempt, Exchange
 
 if TYPE_CHECKING:
@@ -60,15 +60,32 @@ class Attempts:
             if lease is None:
                 return None
             self._record.backend = lease.backend.id
+        if may_connect:  # a worker thread, for which it may have had to wait
+            self._check_time()
         self._record.attempts.append(Attempt(lease.choice, at=time.perf_counter() - self._started))
         try:
             sent = self._proxy.adapter.begin(self._request, lease.choice.origin, may_connect)
         except BackendError as error:
             self._failure = error
             return None
+        except Unavailable:
+            self._undo()
+            raise
         if sent is None:
             self._record.attempts.clear()
         return sent
+
+    def _check_time(self) -> None:
+        """Raises NoRoom if nothing was sent yet and the time is over: no backend is to blame for that."""
+        if time.monotonic() >= self._request.deadline:
+            self._record.backend = None
+            raise NoRoom(f"no thread became free within {self._options.request_timeout:g} s")
+
+    def _undo(self) -> None:
+        """The newest attempt reached no backend, and none is at fault."""
+        attempts = self._record.attempts
+        attempts.pop()
+        self._record.backend = attempts[-1].backend if attempts else None
 
     def arrived(self, sent: Sent) -> BackendResponse:
         """The response to what `begin` sent: it is here, so nothing can fail any more."""
@@ -86,6 +103,8 @@ class Attempts:
         Raises what the last attempt raised; Unavailable if there was none; ClientGone, ClientError.
         """
         failure: BackendError | None = None
+        if not self._record.attempts:
+            self._check_time()
         while True:
             if self._lease is None or failure is not None:
                 self._lease_backend(failure)
@@ -166,6 +185,7 @@ class Attempts:
             response = self._proxy.adapter.exchange(request, lease.choice.origin, sent)
         except Unavailable:
             lease.release()
+            self._undo()
             raise
         except (ClientError, ClientGone) as error:  # while the body was streamed; `give_back` gives the place back
             attempt.outcome, attempt.error = error.reason, str(error)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from balancer import accepted
 from balancer.call import Call
+from balancer.clientbody import READ_BYTES
 from balancer.promise import result_of, when_done
 from balancer.workers import WorkerPool
 
@@ -64,6 +65,7 @@ class Bridge:
         self.proxy = proxy
         self.express = express
         self.lingering = BoundedSemaphore(MAX_LINGERING)
+        self.most_read = READ_BYTES  # bytes of a body that hyper gives at a time; set by the server
         self._calls: dict[Call, None] = {}
         self._collecting: dict[Call, None] = {}
 
@@ -91,7 +93,8 @@ class Bridge:
         self._submit(call, is_control)
 
     def _submit(self, call: Call, is_control: bool = False) -> None:
-        if not self.pool.submit(call, is_control):
+        is_under_way = call.forwarding is not None and call.forwarding.sent is not None  # a part of it
+        if not self.pool.submit(call, is_control, is_under_way=is_under_way):
             call.refuse()
 
     # Small bodies come in without a worker thread: Granian's thread, which also brings each piece of them.

@@ -118,7 +118,7 @@ class ClientBody:
         """
         wanted, left = 1, self._left
         if left is not None and left > FRAME_BYTES:
-            size = max(self._largest, FRAME_BYTES if self._is_http2 else READ_BYTES)
+            size = max(self._largest, FRAME_BYTES if self._is_http2 else self._bridge.most_read)
             wanted = math.ceil(min(left, AHEAD_BYTES) / size)
         if len(self._asked) <= wanted // 2:
             for _ in range(wanted - len(self._asked)):

@@ -25,6 +25,7 @@ from granian.http import HTTP1Settings, HTTP2Settings
 
 from balancer import accepted
 from balancer.bridge import Bridge
+from balancer.clientbody import READ_BYTES
 from balancer.errors import SettingsError
 from balancer.signals import Signals
 
@@ -113,6 +114,7 @@ class _Granian:
         )
         scheduler = _native.CallbackScheduler(loop, bridge, None, None, None)
         scheduler._schedule_fn = bridge.accept
+        bridge.most_read = max(READ_BYTES, options.max_header_bytes)
         # On Windows Granian makes futures of the event loop, which are for its thread alone.
         worker.serve_async(scheduler, loop if sys.platform == "win32" else _AtOnce(), self._signal)
 

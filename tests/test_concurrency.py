@@ -425,6 +425,31 @@ def test_status_answers_however_often_while_everything_is_busy(
         assert statistics(balancer)["queued_requests"] == 28
 
 
+def test_a_request_that_waited_too_long_for_a_thread_is_not_sent(
+    backends: list[AsyncBackend], start: Callable[..., BalancerProcess]
+) -> None:
+    """Nor is a backend blamed for it."""
+    balancer = start("--max-threads=1", "--max-queued=10", "--request-timeout=1", count=1)
+    with (
+        ThreadPoolExecutor(4) as threads,
+        socket.create_connection(("127.0.0.1", balancer.port)) as slow,  # holds the thread, and sends no body
+    ):
+        slow.sendall(b"POST /0 HTTP/1.1\r\nHost: test\r\nContent-Length: 100000\r\n\r\n")
+        wait_until(lambda: statistics(balancer)["active_requests"] == 1)
+        post = get(b"/0", b"Content-Length: 1", method=b"POST") + b"x"
+        began = time.monotonic()
+        waiting = [threads.submit(exchange, balancer.port, data) for data in (get(b"/0"), post, get(b"/0"), post)]
+        wait_until(lambda: statistics(balancer)["queued_requests"] == 4)
+        wait_until(lambda: time.monotonic() > began + 1.5)  # request_timeout is over
+        slow.close()
+        assert [answer.result()[:12] for answer in waiting] == [b"HTTP/1.1 503"] * 4
+    status = wait_idle(balancer)
+    assert backends[0].served == 0
+    (server,) = status["backend_servers"]
+    assert (server["ejection"]["consecutive_failures"], server["total_requests"]) == (0, 1)  # the upload
+    assert_sums(status)
+
+
 def test_a_client_that_leaves_the_queue_frees_its_place(backends: list[AsyncBackend], narrow: BalancerProcess) -> None:
     with Held(narrow) as held:
         busy = [held.send(b"/8", 1), held.send(b"/8", 2)]
