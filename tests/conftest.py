@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -20,6 +21,15 @@ for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.S
 # A slow machine is no finding; pytest's own time-out ends what hangs.
 settings.register_profile("tests", deadline=None)
 settings.load_profile("tests")
+
+
+@pytest.fixture
+def restless() -> Iterator[None]:
+    """Threads are switched as often as can be."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
 
 
 @pytest.fixture
@@ -64,6 +74,20 @@ def backend(scripted: WireBackend, scripted_balancer: BalancerProcess) -> WireBa
 @pytest.fixture
 def balancer(scripted_balancer: BalancerProcess, backend: WireBackend) -> BalancerProcess:
     return scripted_balancer
+
+
+@pytest.fixture(scope="module")
+def patient_balancer(scripted: WireBackend) -> Iterator[BalancerProcess]:
+    balancer = BalancerProcess(f"--backend=only={scripted.url}", "--response-timeout=60", "--idle-timeout=60")
+    yield balancer
+    balancer.stop()
+
+
+@pytest.fixture
+def patient(patient_balancer: BalancerProcess, backend: WireBackend) -> BalancerProcess:
+    """A balancer in front of the same backend that ends nothing by a time limit: what ends has another reason."""
+    patient_balancer.wait_healthy("only")
+    return patient_balancer
 
 
 @pytest.fixture

@@ -52,3 +52,8 @@ def mutations(draw: Callable[..., Any], good: Sequence[bytes], pieces: Sequence[
         else:
             data = data[:at]
     return data
+
+
+def pick_from(draw: Callable[..., Any], good: Any, odd: Any, one_in: int = 12) -> Any:
+    """One of `good`, or once in `one_in` times one of `odd`."""
+    return draw(st.sampled_from(odd if draw(st.integers(1, one_in)) == 1 else good))

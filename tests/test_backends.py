@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from threading import Barrier, Event
+from threading import Barrier, Event, Lock
 from typing import Any
 
 import pytest
@@ -62,15 +61,6 @@ def timed_pool() -> Pool:
     pool.add_up("a")
     pool.add_up("b")
     return pool
-
-
-@pytest.fixture
-def restless() -> Iterator[None]:
-    """Threads are switched as often as can be."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(before)
 
 
 def in_threads(count: int, work: Callable[[int], None]) -> None:
@@ -665,15 +655,32 @@ def test_a_listener_may_use_the_pool(pool: Pool) -> None:
 
 def test_listeners_hear_of_changes_in_their_order_whoever_tells(pool: Pool) -> None:
     told: list[str] = []
-    is_telling, overtaken = Event(), Event()
+    is_telling, second_is_there = Event(), Event()
+
+    class Telling:
+        """The lock, and word of a thread that has to wait for it."""
+
+        def __init__(self) -> None:
+            self._lock = Lock()
+
+        def __enter__(self) -> None:
+            if not self._lock.acquire(blocking=False):
+                second_is_there.set()
+                self._lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            self._lock.release()
 
     def listen(kind: str, backend_id: str, text: str, severity: str) -> None:
         if text == "weight set to 2":
             is_telling.set()
-            overtaken.wait(0.2)  # the time that another thread would need to tell of what came later
+            assert second_is_there.wait(10)  # it waits for us, or has told already
+            told.append(text)
         else:
-            overtaken.set()
-        told.append(text)
+            told.append(text)
+            second_is_there.set()
+
+    pool._news._telling = Telling()  # type: ignore[assignment]
 
     pool.on_change(listen)
     with ThreadPoolExecutor(2) as threads:

@@ -260,7 +260,7 @@ def test_a_signal_ends_it_quickly_and_quietly(
         sent = time.monotonic()
         idle.send(number)
         assert idle.wait() == code
-        assert time.monotonic() - sent < 1.0
+        assert time.monotonic() - sent < 10  # of the 30 s that requests in flight would get
     assert not re.search(r"Traceback|KeyboardInterrupt|ERROR|WARNING", idle.output.partition("draining")[2])
     assert "Traceback" not in idle.output
 

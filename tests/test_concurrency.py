@@ -389,14 +389,13 @@ def test_when_threads_and_queue_are_full_the_rest_is_told_to_come_again(
     backends: list[AsyncBackend], narrow: BalancerProcess
 ) -> None:
     with ThreadPoolExecutor(10) as threads:
-        first = [threads.submit(exchange, narrow.port, get(b"/1", method=THREADED)) for _ in range(2)]
+        first = [threads.submit(exchange, narrow.port, get(b"/4", method=THREADED)) for _ in range(2)]
         wait_until(lambda: backends[0].active == 2)
         waiting = [threads.submit(exchange, narrow.port, get(b"/0", method=THREADED)) for _ in range(2)]
         wait_until(lambda: statistics(narrow)["queued_requests"] == 2)
         for method, body in (("GET", None), ("POST", b"{}")):
-            started = time.monotonic()
             status, headers, data = fetch(f"{narrow.url}/0", body, method)
-            assert (status, time.monotonic() - started < 0.5) == (503, True)
+            assert (status, statistics(narrow)["queued_requests"]) == (503, 2), "told at once: none has moved up"
             assert int(headers["retry-after"]) >= 1
             assert json.loads(data)["error"] and headers["x-request-id"]
         unread = b"POST /0 HTTP/1.1\r\nHost: test\r\nContent-Length: 100000\r\n\r\n"  # whose body never comes
@@ -418,11 +417,9 @@ def test_status_answers_however_often_while_everything_is_busy(
         for number in range(30):
             held.send(b"/5", number + 1)
         for _ in range(20):
-            started = time.monotonic()
             assert fetch(f"{balancer.url}/status")[0] == 200
-            assert time.monotonic() - started < 1
         assert backends[0].most == 2
-        assert statistics(balancer)["queued_requests"] == 28
+        assert statistics(balancer)["queued_requests"] == 28, "no look has waited for one of them to end"
 
 
 def test_a_request_that_waited_too_long_for_a_thread_is_not_sent(

@@ -27,12 +27,13 @@ from load_balancer import Balancer, _listen, create_app
 
 
 @pytest.fixture
-def started() -> Iterator[BalancerProcess]:
-    """Two backends `a` and `b`, each with a kept connection; a second to answer."""
+def started(request: pytest.FixtureRequest) -> Iterator[BalancerProcess]:
+    """Two backends `a` and `b`, each with a kept connection; a second to answer, unless a test sets another time."""
+    seconds = getattr(request, "param", 1)
     made = {name: ScriptedBackend() for name in "ab"}
     balancer = BalancerProcess(
         *(f"--backend={name}={backend.url}" for name, backend in made.items()),
-        "--algorithm=round_robin", "--response-timeout=1", "--pool-idle-timeout=30", "--thread-idle-timeout=1",
+        "--algorithm=round_robin", f"--response-timeout={seconds}", "--pool-idle-timeout=30", "--thread-idle-timeout=1",
     )  # fmt: skip
     balancer.backends = made  # type: ignore[attr-defined]
     yield balancer
@@ -103,7 +104,7 @@ def test_an_answer_that_does_not_come_is_given_up_and_asked_for_elsewhere(
     assert fetch(f"{started.url}/x", X_Request_ID="late-1")[2] == b"second"
     told = next(one for one in started.status()["recent_requests"] if one["request_id"] == "late-1")
     assert [attempt["outcome"] for attempt in told["tried"]] == ["http_response_timeout", "200"]
-    assert told["tried"][0]["connect"] is None and 0.9 < told["tried"][0]["seconds"] < 2
+    assert told["tried"][0]["connect"] is None and told["tried"][0]["seconds"] > 0.9
 
 
 @pytest.mark.parametrize("pause", [0.0, 3 * WATCH_AFTER_SECONDS])
@@ -397,6 +398,9 @@ def test_a_surprise_on_the_way_in_is_answered_and_forgotten(caplog: pytest.LogCa
     client = NeverReady()
     bridge.accept(client)
     assert (client.status, client.is_done, bridge.active) == (503, True, 0)
+    assert [(record.message, str((record.exc_info or [None] * 2)[1])) for record in caplog.records] == [
+        ("request failed", "surprise")
+    ]
     assert balancer.control.statistics.snapshot()[0]["active_requests"] == 0
     balancer.stop()
 
@@ -509,16 +513,17 @@ def test_a_call_that_is_overdue_before_it_is_armed_is_not_lost() -> None:
     express.stop()
 
 
+@pytest.mark.parametrize("started", [3], indirect=True)
 def test_the_rest_of_a_head_gets_only_what_is_left_of_its_time(
     started: BalancerProcess, backends: dict[str, ScriptedBackend]
 ) -> None:
     pause = threading.Event()
 
     def script(sock: socket.socket, request: Any) -> None:
-        pause.wait(0.7)
+        pause.wait(2.5)
         sock.sendall(b"HTTP/1.1 200")
 
     script_all(backends, script)
     assert fetch(f"{started.url}/x", method="POST", X_Request_ID="rest-1")[0] == 504
     told = next(one for one in started.status()["recent_requests"] if one["request_id"] == "rest-1")
-    assert told["attempts"] == 1 and told["response_time"] < 1.5
+    assert told["attempts"] == 1 and told["response_time"] < 5  # not 2.5 + 3

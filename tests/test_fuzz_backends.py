@@ -11,11 +11,12 @@ import re
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from itertools import count
 from typing import Any
 
 import pytest
-from fuzzing import MIB, SEED, fuzzing, mutations, patient
+from fuzzing import MIB, SEED, fuzzing, mutations, patient, pick_from
 from fuzzing import replay as replay
 from hypothesis import currently_in_test_context, event, example, given, seed
 from hypothesis import strategies as st
@@ -211,8 +212,7 @@ ASKING = st.sampled_from([b"GET", b"GET", b"GET", b"HEAD", b"POST"])
 def answers(draw: Callable[..., Any]) -> bytes:
     """An answer out of good and odd parts, perhaps after interim ones, perhaps with something behind it."""
 
-    def pick(good: Any, odd: Any, one_in: int = 12) -> Any:
-        return draw(st.sampled_from(odd if draw(st.integers(1, one_in)) == 1 else good))
+    pick = partial(pick_from, draw)
 
     def end() -> bytes:
         found: bytes = pick([b"\r\n"], ODD_ENDS, 60)

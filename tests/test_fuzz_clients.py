@@ -12,10 +12,11 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any
 
 import pytest
-from fuzzing import EXAMPLES, MIB, SEED, fuzzing, mutations, patient
+from fuzzing import EXAMPLES, MIB, SEED, fuzzing, mutations, patient, pick_from
 from fuzzing import replay as replay
 from hypothesis import event, example, given, seed, settings
 from hypothesis import strategies as st
@@ -246,8 +247,7 @@ FRAMINGS += [(CODING + b": chunked", body) for body in CHUNKED]
 def requests(draw: Callable[..., Any]) -> bytes:
     """One request out of good and odd parts, and perhaps a good one after it."""
 
-    def pick(good: Any, odd: Any, one_in: int = 12) -> Any:
-        return draw(st.sampled_from(odd if draw(st.integers(1, one_in)) == 1 else good))
+    pick = partial(pick_from, draw)
 
     def end() -> bytes:
         found: bytes = pick([b"\r\n"], ODD_ENDS, 60)

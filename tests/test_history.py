@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -54,14 +52,6 @@ class Recorded:
 @pytest.fixture
 def recorded() -> Recorded:
     return Recorded()
-
-
-@pytest.fixture
-def restless() -> Iterator[None]:
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(before)
 
 
 def test_each_second_has_what_ended_in_it(recorded: Recorded) -> None:

@@ -19,7 +19,7 @@ import pytest
 from support import BalancerProcess, ok, wait_until
 from wire import WireBackend, hang_up, wait_closed
 
-DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
+DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY = 0, 1, 3, 4, 6, 7
 END_STREAM, ACK, END_HEADERS = 1, 1, 4
 CANCEL = 8
 Pairs = list[tuple[bytes, bytes]]
@@ -442,7 +442,7 @@ def test_a_truncated_answer_does_not_end_the_stream(
     assert not found.is_ended
 
 
-def test_a_cancelled_stream_leaves_the_others_alone(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_a_cancelled_stream_leaves_the_others_alone(patient: BalancerProcess, backend: WireBackend) -> None:
     """H 5.4.2: browsers cancel single requests all the time. The backend connection of that one is closed at once."""
     closed = threading.Event()
 
@@ -455,16 +455,16 @@ def test_a_cancelled_stream_leaves_the_others_alone(balancer: BalancerProcess, b
         sock.sendall(ok(b"survived"))
 
     backend.script = script
-    with client(balancer) as h2:
+    with client(patient) as h2:
         h2.request(1, (b":path", b"/cancelled"))
         h2.request(3, (b":path", b"/other"))
         wait_until(lambda: len(backend.requests) == 2)
         h2.cancel(1)
-        assert closed.wait(0.8)
+        assert closed.wait(10)
         other = h2.finish(3)
     assert (other.status, other.body) == (200, b"survived")
-    wait_until(lambda: is_idle(balancer))
-    assert sorted(record["status"] for record in balancer.status(2)["recent_requests"]) == [200, 499]
+    wait_until(lambda: is_idle(patient))
+    assert sorted(record["status"] for record in patient.status(2)["recent_requests"]) == [200, 499]
 
 
 def test_a_cancelled_upload_leaves_the_others_alone(balancer: BalancerProcess, backend: WireBackend) -> None:
@@ -500,7 +500,7 @@ def test_an_upload_that_never_starts_is_408(balancer: BalancerProcess) -> None:
 
 @pytest.mark.parametrize("method", [b"GET", b"POST"])
 def test_a_connection_that_closes_ends_all_its_streams(
-    balancer: BalancerProcess, backend: WireBackend, method: bytes
+    patient: BalancerProcess, backend: WireBackend, method: bytes
 ) -> None:
     """Client gone: each backend connection is closed, each request recorded as 499."""
     closed = threading.Semaphore(0)
@@ -510,16 +510,16 @@ def test_a_connection_that_closes_ends_all_its_streams(
             closed.release()
 
     backend.script = script
-    with client(balancer) as h2:
+    with client(patient) as h2:
         for stream in (1, 3, 5):
             h2.request(stream, method=method, end=method == b"GET")
             if method == b"POST":
                 h2.data(stream, b"abc")
         wait_until(lambda: len(backend.requests) == 3)
-    assert all(closed.acquire(timeout=0.8) for _ in range(3))
-    wait_until(lambda: is_idle(balancer))
-    assert [record["status"] for record in balancer.status(3)["recent_requests"]] == [499] * 3
-    assert balancer.backend("only")["health"]["consecutive_failures"] == 0
+    assert all(closed.acquire(timeout=10) for _ in range(3))
+    wait_until(lambda: is_idle(patient))
+    assert [record["status"] for record in patient.status(3)["recent_requests"]] == [499] * 3
+    assert patient.backend("only")["health"]["consecutive_failures"] == 0
 
 
 def test_a_client_that_leaves_during_its_upload(balancer: BalancerProcess, backend: WireBackend) -> None:

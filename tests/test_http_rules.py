@@ -1760,9 +1760,9 @@ LEAVING = {
 @pytest.mark.parametrize("data", LEAVING.values(), ids=LEAVING)
 @pytest.mark.parametrize("reset", [False, True])
 def test_a_client_that_leaves_while_the_backend_works(
-    balancer: BalancerProcess, backend: WireBackend, data: bytes, reset: bool
+    patient: BalancerProcess, backend: WireBackend, data: bytes, reset: bool
 ) -> None:
-    """Rule 27: the backend connection is closed at once, well before the time-out of 1 s; 499."""
+    """Rule 27: the backend connection is closed at once, by no time-out; 499."""
     closed = threading.Event()
 
     def script(sock: socket.socket, _: Any) -> None:
@@ -1770,16 +1770,16 @@ def test_a_client_that_leaves_while_the_backend_works(
             closed.set()
 
     backend.script = script
-    before = balancer.backend("only")["aborted_requests"]
-    with connect(balancer.port) as sock:
+    before = patient.backend("only")["aborted_requests"]
+    with connect(patient.port) as sock:
         sock.sendall(data)
         wait_until(lambda: backend.requests)
         if reset:
             with suppress(ConnectionAbortedError):
                 hang_up(sock, reset=True)
-    assert closed.wait(0.8)
-    assert_client_gone(balancer)
-    assert balancer.backend("only")["aborted_requests"] == before + 1
+    assert closed.wait(10)
+    assert_client_gone(patient)
+    assert patient.backend("only")["aborted_requests"] == before + 1
     assert backend.seen == 1, "a request whose client has left is not retried"
 
 
@@ -1804,7 +1804,7 @@ def test_a_client_that_leaves_during_the_answer(balancer: BalancerProcess, backe
     assert_client_gone(balancer)
 
 
-def test_a_client_that_leaves_a_quiet_stream(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_a_client_that_leaves_a_quiet_stream(patient: BalancerProcess, backend: WireBackend) -> None:
     """Rule 27, an event stream in which nothing happens: noticed at once all the same."""
     closed = threading.Event()
 
@@ -1814,11 +1814,11 @@ def test_a_client_that_leaves_a_quiet_stream(balancer: BalancerProcess, backend:
             closed.set()
 
     backend.script = script
-    with connect(balancer.port) as sock:
+    with connect(patient.port) as sock:
         sock.sendall(request())
         wait_until(lambda: b"abc" in sock.recv(65536, socket.MSG_PEEK))
-    assert closed.wait(1.5)  # the stream's own time limit is 2 s
-    assert_client_gone(balancer)
+    assert closed.wait(10)
+    assert_client_gone(patient)
 
 
 @pytest.mark.parametrize("framing", [b"Content-Length: 900000", b"Transfer-Encoding: chunked"])

@@ -28,6 +28,7 @@ from support import (
     make_attempt,
     make_exchange,
     ok,
+    read_all,
     wait_until,
 )
 
@@ -45,13 +46,6 @@ from balancer.tally import Tally
 from load_balancer import create_app
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
-
-
-def break_off(sock: socket.socket, request: Any) -> None:
-    """After the head and a part of the body have gone on to the client: nothing can be tried elsewhere."""
-    sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nshort")
-    threading.Event().wait(0.5)
-    sock.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.fixture
@@ -83,7 +77,7 @@ def finish(app: Flask, *attempts: Attempt, status: int = 200, seconds: float = 0
 @pytest.fixture(scope="module")
 def pair() -> Iterator[tuple[BalancerProcess, ScriptedBackend, ScriptedBackend]]:
     first, second = ScriptedBackend(), ScriptedBackend()
-    flags = ("--response-timeout=1", "--health-interval=0.2", "--max-request-body=1000", "--eject-after=0")
+    flags = ("--response-timeout=30", "--health-interval=0.2", "--max-request-body=1000", "--eject-after=0")
     balancer = BalancerProcess(f"--backend=one={first.url}", f"--backend=two={second.url}", *flags)
     yield balancer, first, second
     balancer.stop()
@@ -99,6 +93,14 @@ def busy(pair: tuple[BalancerProcess, ScriptedBackend, ScriptedBackend]) -> Bala
     def close(sock: socket.socket, request: RawRequest) -> None:
         sock.shutdown(socket.SHUT_RDWR)
 
+    has_begun = threading.Event()
+
+    def break_off(sock: socket.socket, request: RawRequest) -> None:
+        """After the head has gone on to the client: nothing can be tried elsewhere."""
+        sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nshort")
+        has_begun.wait(10)
+        sock.shutdown(socket.SHUT_RDWR)
+
     for method in ("GET", "HEAD", "DELETE", "BREW"):
         exchange(balancer.port, get(b"/good", method=method.encode()))
     assert fetch(f"{balancer.url}/upload", b"x" * 700)[0] == 200
@@ -110,7 +112,11 @@ def busy(pair: tuple[BalancerProcess, ScriptedBackend, ScriptedBackend]) -> Bala
     for _ in range(2):
         assert fetch(f"{balancer.url}/retried")[0] == 200
     first.script = second.script = break_off
-    exchange(balancer.port, get(b"/broken"))
+    with connect(balancer.port) as sock:
+        sock.sendall(get(b"/broken"))
+        assert sock.recv(1) == b"H"
+        has_begun.set()
+        read_all(sock)
     first.answer(ok())
     second.answer(ok())
     assert fetch(f"{balancer.url}/reset", b"{}")[0] == 415

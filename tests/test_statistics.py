@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -42,15 +40,6 @@ def clock() -> Clock:
 @pytest.fixture
 def statistics(clock: Clock) -> Statistics:
     return Statistics(clock=clock, wall_clock=clock)
-
-
-@pytest.fixture
-def restless() -> Iterator[None]:
-    """Threads are switched as often as can be."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(before)
 
 
 def exchange(status: int = 200, backend: str | None = "a", seconds: float = 0.01, complete: bool = True) -> Exchange:
