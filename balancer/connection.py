@@ -128,7 +128,12 @@ class Connection:
         # Asks the kernel instead of the socket: a system call that receives lets the interpreter lock go, and with it
         # comes a switch of threads.
         info = self.sock.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, _INFO_SIZE)
-        return info[0] != _ESTABLISHED or _received(info, _RECEIVED_AT)[0] != self._received
+        try:
+            if info[0] == _ESTABLISHED and _received(info, _RECEIVED_AT)[0] == self._received:
+                return False
+        except (IndexError, struct.error):  # a kernel that tells less, as that of a sandbox may
+            pass
+        return self._peek()
 
     def _peek(self) -> bool:
         if self.is_tls or not DONTWAIT:  # neither can peek without blocking

@@ -417,6 +417,32 @@ def test_a_connection_that_the_backend_closed_is_seen_before_use(adapter: Backen
     assert len(set(backend.peers)) == 2
 
 
+class Untold:
+    """A socket whose kernel says nothing of use in TCP_INFO."""
+
+    def __init__(self, sock: socket.socket, info: bytes) -> None:
+        self._sock = sock
+        self._info = info
+
+    def getsockopt(self, *_: int) -> bytes:
+        return self._info
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+
+@pytest.mark.parametrize("info", [b"", b"\x01", bytes(136), b"\x01" + bytes(135)])
+def test_a_kernel_that_tells_less_costs_no_connection(
+    adapter: BackendAdapter, backend: WireBackend, info: bytes
+) -> None:
+    origin = Origin.parse(backend.url)
+    fetch(adapter, backend.url)
+    (kept,) = adapter._idle[origin]
+    kept.sock = Untold(kept.sock, info)  # type: ignore[assignment]
+    fetch(adapter, backend.url)
+    assert list(adapter._idle[origin]) == [kept]
+
+
 def test_unasked_bytes_on_an_idle_connection_cost_it(adapter: BackendAdapter, backend: WireBackend) -> None:
     fetch(adapter, backend.url)
     (sock,) = backend.used
