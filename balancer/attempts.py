@@ -18,13 +18,17 @@ if TYPE_CHECKING:
     from balancer.pool import Lease
     from balancer.proxy import ProxyOptions, ReverseProxy
     from balancer.response import BackendResponse
-    from balancer.transport import Sent
+    from balancer.sent import Sent
 
 # Full jitter before a retry, as Envoy has it: up to 25 ms, then up to 75 ms, never more than 250 ms.
 BACKOFF_SECONDS = 0.025
 MAX_BACKOFF_SECONDS = 0.25
 EJECTING_STATUSES = frozenset({502, 503, 504})  # answers that say that the backend cannot work; passed on all the same
 BUDGET_USED_UP = "the retry budget is used up"
+
+
+def no_thread(options: ProxyOptions) -> NoRoom:
+    return NoRoom(f"no thread became free within {options.request_timeout:g} s")
 
 
 class Attempts:
@@ -79,7 +83,7 @@ class Attempts:
         """Raises NoRoom if nothing was sent yet and the time is over: no backend is to blame for that."""
         if time.monotonic() >= self._request.deadline:
             self._record.backend = None
-            raise NoRoom(f"no thread became free within {self._options.request_timeout:g} s")
+            raise no_thread(self._options)
 
     def _undo(self) -> None:
         """The newest attempt reached no backend, and none is at fault."""

@@ -73,9 +73,9 @@ class Bridge:
         """One request: Granian calls this in its own thread and it must not block."""
         call = Call(self, watcher)
         self._calls[call] = None
-        self._safely(self._hand_on, call)
+        self.safely(self._hand_on, call)
 
-    def _safely(self, step: Callable[[Call], object], call: Call) -> None:
+    def safely(self, step: Callable[[Call], object], call: Call) -> None:
         """No call may be lost by a surprise: its client would wait for ever, and so would the end of the process."""
         try:
             step(call)
@@ -113,13 +113,13 @@ class Bridge:
 
     def _go_on(self, call: Call) -> None:
         if self._collecting.pop(call, call) is not call:  # else a worker waits for the rest
-            self._safely(self._collect, call)
+            self.safely(self._collect, call)
 
     def _stop_collecting(self, oldest: float) -> None:
         """The loop thread: whatever takes longer than usual gets a worker, which knows how long it may take."""
         for call in list(self._collecting):
             if call.started <= oldest and self._collecting.pop(call, call) is not call:
-                self._safely(self._submit, call)
+                self.safely(self._submit, call)
 
     def finish(self, call: Call) -> None:
         self._calls.pop(call, None)

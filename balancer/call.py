@@ -131,14 +131,11 @@ class Call:
 
     def run(self) -> None:
         """In a worker thread: connect and leave the waiting to the express way, or do it all. Never raises."""
+        self.bridge.safely(Call._go_on, self)
+
+    def _go_on(self) -> None:
         express = self.bridge.express
-        try:
-            is_elsewhere = express is not None and express.connect(self)
-        except Exception:
-            log.exception("request failed")
-            self.refuse()
-            return
-        if not is_elsewhere:
+        if express is None or not express.connect(self):
             self.answer()
 
     def answer(self) -> None:

@@ -20,7 +20,8 @@ from threading import Thread
 
 from balancer.call import Call
 from balancer.errors import InvalidResponse
-from balancer.transport import BackendAdapter, Sent
+from balancer.sent import Sent
+from balancer.transport import BackendAdapter
 from balancer.workers import WorkerPool
 
 log = logging.getLogger("balancer.server")

@@ -12,7 +12,7 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from balancer.answer import Answer, ResponseStream, refusal, to_options
-from balancer.attempts import Attempts
+from balancer.attempts import Attempts, no_thread
 from balancer.connection import has_left
 from balancer.errors import (
     BalancerError,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from balancer.incoming import Incoming
     from balancer.proxy import ReverseProxy
     from balancer.response import BackendResponse
-    from balancer.transport import Sent
+    from balancer.sent import Sent
 
 log = logging.getLogger("balancer.proxy")
 
@@ -104,7 +104,7 @@ class Forwarding:
             # Seconds for a thread; `begin` did not have to wait for one.
             waited = time.perf_counter() - self._started if attempts is None else 0.0
             if waited > self._options.request_timeout:
-                raise NoRoom(f"no thread became free within {self._options.request_timeout:g} s")
+                raise no_thread(self._options)
             if self._failure is not None:
                 raise self._failure
             if attempts is None:

@@ -26,6 +26,7 @@ from balancer.messages import (
     request_lines,
     trace_id,
 )
+from balancer.origin import Origin
 from balancer.tables import Table
 
 # Clients choose what they send: so many header sections are kept, and none that has more than so many bytes.
@@ -169,3 +170,35 @@ class OutgoingRequest(PreparedRequest):
 
 def on_the_wire(lines: Sequence[Line]) -> bytes:
     return b"".join([b"%s: %s\r\n" % line for line in lines])
+
+
+def _netloc(request: PreparedRequest) -> str:
+    return str(request.url).partition("://")[2].partition("/")[0]
+
+
+def origin_of(request: PreparedRequest) -> Origin:
+    """Where any PreparedRequest goes, by its URL. Raises SettingsError."""
+    scheme = str(request.url).partition("://")[0]
+    return Origin.parse(f"{scheme}://{_netloc(request)}")
+
+
+def as_outgoing(request: PreparedRequest) -> OutgoingRequest:
+    """An OutgoingRequest from any PreparedRequest, so that the adapter can be mounted in a requests.Session."""
+    if isinstance(request, OutgoingRequest):
+        return request
+    skipped = {"content-length", "transfer-encoding"}
+    lines = [
+        (name.lower().encode("latin-1"), value if isinstance(value, bytes) else str(value).encode("latin-1"))
+        for name, value in request.headers.items()
+        if name.lower() not in skipped
+    ]
+    if not any(name == b"host" for name, _ in lines):
+        lines.insert(0, (b"host", _netloc(request).encode("idna")))
+    outgoing = OutgoingRequest(str(request.method), request.path_url.encode("ascii"), lines)
+    outgoing.url = request.url
+    body = request.body
+    if body is None or isinstance(body, bytes):
+        outgoing.body = body
+    else:
+        outgoing.body = body.encode() if isinstance(body, str) else iter(body)
+    return outgoing

@@ -15,36 +15,34 @@ import socket
 import ssl
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from threading import Lock
 
 from requests import PreparedRequest, Response
 from requests.adapters import BaseAdapter
 
-from balancer.connection import DONTWAIT, Connection, has_left
+from balancer.connection import Connection, has_left
 from balancer.errors import (
     BackendError,
     ConnectFailed,
     ConnectionLost,
     ConnectTimedOut,
     OutOfDescriptors,
-    ResponseTimedOut,
 )
 from balancer.heads import parse_plain
 from balancer.origin import Origin
-from balancer.outgoing import OutgoingRequest
+from balancer.outgoing import OutgoingRequest, as_outgoing, origin_of
 from balancer.response import (
     BackendResponse,
     ResponseBody,
-    ResponseHead,
     WholeBody,
     lost,
     receive_head,
     take_head_data,
 )
+from balancer.sent import Sent
 
-_HAS_SENDMSG = hasattr(socket.socket, "sendmsg")  # Windows has none
 MAX_IDLE_PER_BACKEND = 1024  # idle sockets kept; above that they are closed after use
 SMALL_BODY = 131072  # bytes of an answer that is passed on in one piece if all of it is here
 
@@ -56,111 +54,6 @@ class Timeouts:
     connect: float = 3.0
     response: float = 30.0
     idle: float = 60.0
-
-
-class Sent:
-    """A request that is on its way, and what has come back so far."""
-
-    __slots__ = ("connection", "request", "_head", "deadline", "rest", "is_whole", "is_clean", "response", "failure")
-
-    def __init__(self, connection: Connection, request: OutgoingRequest, deadline: float) -> None:
-        self.connection = connection
-        self.request = request
-        self._head: ResponseHead | None = None
-        self.deadline = deadline  # of time.monotonic(), for the response head
-        self.rest = b""  # what is still to be sent
-        self.is_whole = False  # all of the request was sent
-        self.is_clean = True  # nothing followed the response
-        self.response: BackendResponse | None = None
-        self.failure: BackendError | None = None
-
-    @property
-    def is_answered(self) -> bool:
-        """The response head is here, maybe more, and nothing has gone wrong."""
-        return self.response is not None and self.failure is None
-
-    @property
-    def head(self) -> ResponseHead:
-        """As far as it is here. Most responses never need one."""
-        if self._head is None:
-            self._head = ResponseHead()
-        return self._head
-
-    def write(self, head: bytes) -> None:
-        """Send the request, which begins with `head`.
-
-        If a streamed body is refused before its end (413, 401), stop. A broken pipe is not final: the answer may be
-        here already.
-        """
-        request = self.request
-        if request.body is None:
-            self.is_whole = self._write(head)
-        elif isinstance(request.body, bytes):
-            self.is_whole = self._write(head, request.body)
-        else:
-            self.is_whole = self._write(head) and self._write_stream(request.body, request.content_length is None)
-
-    def write_now(self, data: bytes) -> None:
-        """Send as much of the request as goes without waiting, and leave the `rest`."""
-        try:
-            size = self.connection.sock.send(data, DONTWAIT)
-        except BlockingIOError:
-            size = 0
-        except OSError:
-            return  # as in `_write`
-        self.rest = data[size:]
-        self.is_whole = not self.rest
-
-    def write_rest(self) -> None:
-        rest, self.rest = self.rest, b""
-        self.is_whole = self._write(rest)
-
-    def expire(self) -> None:
-        """The response head has not come in time."""
-        self.failure = ResponseTimedOut(f"{self.connection.origin.url} sent no complete response head in time")
-
-    def close(self) -> None:
-        """The connection is of no use to anybody any more."""
-        if self.request.watcher is not None:
-            self.request.watcher.detach()
-        self.connection.close()
-
-    def _write(self, *parts: bytes) -> bool:
-        connection, done = self.connection, 0
-        try:
-            if len(parts) > 1 and _HAS_SENDMSG and not connection.is_tls:
-                done = connection.sock.sendmsg(parts)  # not one by one: the backend would wake up for each
-                if done == sum(map(len, parts)):
-                    return True
-            connection.sock.sendall(parts[0] if len(parts) == 1 else b"".join(parts)[done:])
-        except (TimeoutError, BlockingIOError):
-            raise ResponseTimedOut(f"{self.connection.origin.url} stopped reading the request") from None
-        except OSError:
-            return False
-        return True
-
-    def _write_stream(self, chunks: Iterator[bytes | list[bytes]], chunked: bool) -> bool:
-        for chunk in chunks:
-            pieces = chunk if isinstance(chunk, list) else [chunk]
-            if chunked and (size := sum(map(len, pieces))):
-                pieces = [b"%x\r\n" % size, *pieces, b"\r\n"]
-            if not self._write(*pieces):
-                return False
-            if not self.head.has_head and self._is_refused():
-                return False
-        return self._write(b"0\r\n\r\n") if chunked else True
-
-    def _is_refused(self) -> bool:
-        """True if the backend hung up or answered early; an interim response and a success are no reason to stop."""
-        if not self.connection.has_input():  # cheaper than to try
-            return False
-        data = self.connection.receive_now()
-        if data is None:
-            return False
-        self.head.size += len(data)
-        if data and not self.head.feed(data):
-            self.is_clean = False
-        return not data or self.head.status >= 300
 
 
 class BackendAdapter(BaseAdapter):
@@ -198,8 +91,7 @@ class BackendAdapter(BaseAdapter):
         proxies: Mapping[str, str] | None = None,
     ) -> Response:
         """The interface of `requests`. The body is always streamed; verification is set by the TLS context."""
-        scheme = str(request.url).partition("://")[0]
-        return self.exchange(as_outgoing(request), Origin.parse(f"{scheme}://{_netloc(request)}"))
+        return self.exchange(as_outgoing(request), origin_of(request))
 
     def exchange(self, request: OutgoingRequest, origin: Origin, sent: Sent | None = None) -> BackendResponse:
         """Send `request` to `origin`, unless `begin` has, and return when the response head is here.
@@ -428,29 +320,3 @@ class BackendAdapter(BaseAdapter):
         for idle in pools.values():
             for connection in idle:
                 connection.close()
-
-
-def _netloc(request: PreparedRequest) -> str:
-    return str(request.url).partition("://")[2].partition("/")[0]
-
-
-def as_outgoing(request: PreparedRequest) -> OutgoingRequest:
-    """An OutgoingRequest from any PreparedRequest, so that the adapter can be mounted in a requests.Session."""
-    if isinstance(request, OutgoingRequest):
-        return request
-    skipped = {"content-length", "transfer-encoding"}
-    lines = [
-        (name.lower().encode("latin-1"), value if isinstance(value, bytes) else str(value).encode("latin-1"))
-        for name, value in request.headers.items()
-        if name.lower() not in skipped
-    ]
-    if not any(name == b"host" for name, _ in lines):
-        lines.insert(0, (b"host", _netloc(request).encode("idna")))
-    outgoing = OutgoingRequest(str(request.method), request.path_url.encode("ascii"), lines)
-    outgoing.url = request.url
-    body = request.body
-    if body is None or isinstance(body, bytes):
-        outgoing.body = body
-    else:
-        outgoing.body = body.encode() if isinstance(body, str) else iter(body)
-    return outgoing

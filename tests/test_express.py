@@ -388,12 +388,12 @@ def test_a_backend_is_not_blamed_when_the_balancer_has_no_thread() -> None:
     balancer.stop()
 
 
+def surprise(call: Any) -> bool:
+    raise RuntimeError("surprise")
+
+
 def test_a_surprise_on_the_way_in_is_answered_and_forgotten(caplog: pytest.LogCaptureFixture) -> None:
     balancer, bridge = parts()
-
-    def surprise(call: Any) -> bool:
-        raise RuntimeError("surprise")
-
     bridge.express.take = surprise
     client = NeverReady()
     bridge.accept(client)
@@ -407,10 +407,6 @@ def test_a_surprise_on_the_way_in_is_answered_and_forgotten(caplog: pytest.LogCa
 
 def test_a_surprise_while_a_worker_connects_is_answered_and_forgotten() -> None:
     balancer, bridge = parts()
-
-    def surprise(call: Any) -> bool:
-        raise RuntimeError("surprise")
-
     bridge.express.connect = surprise
     client = NeverReady()
     bridge.accept(client)
@@ -451,10 +447,6 @@ class LateBody(NeverReady):
 
 def test_a_surprise_after_a_body_has_come_is_answered_and_forgotten() -> None:
     balancer, bridge = parts()
-
-    def surprise(call: Any) -> bool:
-        raise RuntimeError("surprise")
-
     bridge.express.take = surprise
     client = LateBody()
     bridge.accept(client)
@@ -468,11 +460,11 @@ def test_the_watch_for_leaving_clients_outlives_a_surprise(caplog: pytest.LogCap
     balancer, bridge = parts()
     rounds: list[float] = []
 
-    def surprise(oldest: float) -> None:
+    def look_around(oldest: float) -> None:
         rounds.append(oldest)
         raise RuntimeError("surprise")
 
-    bridge._look_around = surprise
+    bridge._look_around = look_around
 
     async def watch() -> None:
         task = asyncio.create_task(bridge.watch())
