@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import threading
@@ -21,6 +22,14 @@ for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.S
 # A slow machine is no finding; pytest's own time-out ends what hangs.
 settings.register_profile("tests", deadline=None)
 settings.load_profile("tests")
+
+
+@pytest.fixture(autouse=True)
+def log_level() -> Iterator[None]:
+    """A balancer that is wired in this process sets the level of the root logger: not for the next test."""
+    before = logging.getLogger().level
+    yield
+    logging.getLogger().setLevel(before)
 
 
 @pytest.fixture
