@@ -2,9 +2,10 @@
 
 A request with a small head, without a body or with a small one that comes promptly (`Bridge` waits for it), is sent on
 by the thread that brings it if a plain connection to its backend is kept, else by a worker thread that opens one. One
-thread waits for the answers of all of them and passes on those that come whole. Whatever takes longer goes on in a
-worker thread from where it stands: the queue, a long or late answer, a failure, a retry. So the usual request costs two
-switches between threads less, and a thousand waiting for slow backends cost no thread at all.
+thread waits for the answers of all of them and passes on those that come whole; while many wait, the thread that brings
+requests does so too. Whatever takes longer goes on in a worker thread from where it stands: the queue, a long or late
+answer, a failure, a retry. So the usual request costs two switches between threads less, and a thousand waiting for
+slow backends cost no thread at all.
 
 Needs epoll, so Linux; elsewhere every request has its worker thread.
 """
@@ -26,6 +27,7 @@ from balancer.workers import WorkerPool
 
 log = logging.getLogger("balancer.server")
 
+FEW = 32  # calls that fit into the caches: the express thread alone passes on their answers
 LOOK_SECONDS = 0.05  # at most between two looks for answers that are overdue
 
 
@@ -33,8 +35,9 @@ class Express:
     """Call `take` from any thread; `start` and `stop` once each.
 
     `_waiting` has the call per descriptor of its backend connection. Who brings a call puts it in and then arms the
-    descriptor, for one event; whoever takes it out goes on with it: the express thread, or the one that brought it if
-    arming fails. Each is one step that needs no lock, and so a call belongs to one thread at any time.
+    descriptor, for one event; whoever takes it out goes on with it: the express thread, one that calls `look_now`, or
+    the one that brought it if arming fails. Each is one step that needs no lock, and so a call belongs to one thread at
+    any time.
     """
 
     def __init__(self, adapter: BackendAdapter, workers: WorkerPool) -> None:
@@ -97,6 +100,15 @@ class Express:
             self._epoll.register(descriptor, events)
             sent.connection.is_watched = True
 
+    def look_now(self) -> None:
+        """Pass on what has come, in the calling thread, if many wait. Called between two requests by the one that
+        brings them: else it and the express thread would take turns of hundreds of requests each, and what belongs to a
+        request would have left the processor's caches when its answer comes."""
+        if len(self._waiting) <= FEW:
+            return
+        with suppress(OSError, ValueError):  # stopped
+            self._pass_on(0)
+
     # The express thread.
 
     def _run(self) -> None:
@@ -108,14 +120,18 @@ class Express:
 
     def run_once(self) -> None:
         """Pass on what has come, and whoever has waited for too long."""
-        for descriptor, _ in self._epoll.poll(LOOK_SECONDS):
-            call = self._waiting.pop(descriptor, None)
-            if call is not None:
-                self._look(call)
+        self._pass_on(LOOK_SECONDS)
         now = time.monotonic()
         if now >= self._next_look:
             self._next_look = now + LOOK_SECONDS
             self._expire(now)
+
+    def _pass_on(self, seconds: float) -> None:
+        """What has come, or comes within so many seconds."""
+        for descriptor, _ in self._epoll.poll(seconds):
+            call = self._waiting.pop(descriptor, None)
+            if call is not None:
+                self._look(call)
 
     def _look(self, call: Call) -> None:
         sent = self._sent(call)
@@ -139,13 +155,18 @@ class Express:
             call.refuse()
 
     def _expire(self, now: float) -> None:
-        for descriptor, call in list(self._waiting.items()):
-            forwarding = call.forwarding
-            sent = None if forwarding is None else forwarding.sent
-            if sent is None or sent.deadline > now or self._waiting.get(descriptor) is not call:
-                continue  # time left, or `_wait_for` has just taken it back
-            self._waiting.pop(descriptor, None)
-            with suppress(OSError):  # not armed yet
-                self._epoll.unregister(descriptor)
-            sent.expire()
+        for descriptor, waiting in list(self._waiting.items()):
+            if not self._is_overdue(waiting, now):
+                continue
+            call = self._waiting.pop(descriptor, None)  # maybe the next one on this connection by now
+            if call is None:
+                continue  # its answer has just come, or `_wait_for` has taken it back
+            if self._is_overdue(call, now):
+                with suppress(OSError):  # not armed yet
+                    self._epoll.unregister(descriptor)
+                self._sent(call).expire()
             self._hand_over(call)
+
+    def _is_overdue(self, call: Call, now: float) -> bool:
+        forwarding = call.forwarding
+        return forwarding is not None and forwarding.sent is not None and forwarding.sent.deadline <= now

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import signal
 import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import Any
 
 import pytest
@@ -17,12 +18,13 @@ from support import BalancerProcess, ScriptedBackend, connect, fetch, get, ok, w
 from wire import hang_up, post, read_response, request
 
 from balancer.backends import LastCheck
-from balancer.bridge import WATCH_AFTER_SECONDS
-from balancer.express import Express
+from balancer.bridge import BURST, WATCH_AFTER_SECONDS
+from balancer.express import FEW, Express
 from balancer.origin import Origin
 from balancer.settings import Settings
 from balancer.transport import BackendAdapter, OutgoingRequest
 from balancer.workers import WorkerPool
+from bench import guard
 from load_balancer import Balancer, _listen, create_app
 
 
@@ -340,6 +342,7 @@ def test_it_stops_and_leaves_nothing() -> None:
         express.stop()
     unstarted = Express(BackendAdapter(), WorkerPool(1, 1, 1.0))
     unstarted.stop()
+    unstarted.look_now()  # does nothing any more
     assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
 
 
@@ -478,32 +481,75 @@ def test_the_watch_for_leaving_clients_outlives_a_surprise(caplog: pytest.LogCap
     balancer.stop()
 
 
+class Handed(WorkerPool):
+    """Workers that note what they get."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 1, 1.0)
+        self.calls: list[tuple[Any, bool]] = []
+
+    def submit(self, call: Any, is_control: bool, *, is_under_way: bool = False) -> bool:
+        self.calls.append((call, is_under_way))
+        return True
+
+
+class SentCall:
+    """A call whose request was sent, to be answered until `deadline`."""
+
+    def __init__(self, deadline: float) -> None:
+        self.forwarding = self.sent = self
+        self.deadline = deadline
+        self.is_expired = False
+
+    def expire(self) -> None:
+        self.is_expired = True
+
+
 def test_a_call_that_is_overdue_before_it_is_armed_is_not_lost() -> None:
     """The thread that brings it is between its two steps."""
-    handed: list[Any] = []
-
-    class Workers(WorkerPool):
-        def submit(self, call: Any, is_control: bool, *, is_under_way: bool = False) -> bool:
-            handed.append((call, is_under_way))
-            return True
-
-    class Overdue:
-        deadline = 0.0
-        is_expired = False
-
-        def expire(self) -> None:
-            self.is_expired = True
-
-    class Call:
-        forwarding: Any = None
-
-    express, call = Express(BackendAdapter(), Workers(1, 1, 1.0)), Call()
-    call.forwarding = type("Forwarding", (), {"sent": Overdue()})()
+    workers, call = Handed(), SentCall(0.0)
+    express = Express(BackendAdapter(), workers)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         express._waiting[listener.fileno()] = call  # type: ignore[assignment]
         express.run_once()
-    assert handed == [(call, True)] and call.forwarding.sent.is_expired and express._waiting == {}
+    assert workers.calls == [(call, True)] and call.is_expired and express._waiting == {}
     express.stop()
+
+
+@pytest.mark.parametrize("following", [None, SentCall(math.inf)])
+def test_a_call_that_another_thread_takes_while_it_expires_is_that_threads(following: SentCall | None) -> None:
+    """It may even have been answered meanwhile, and `following` been sent on the same connection."""
+
+    class Taken(dict[int, Any]):
+        def pop(self, descriptor: int, default: Any = None) -> Any:
+            super().pop(descriptor)
+            return following
+
+    workers, call = Handed(), SentCall(0.0)
+    express = Express(BackendAdapter(), workers)
+    express._waiting = Taken({1_000_000: call})
+    express.run_once()
+    assert workers.calls == ([(following, True)] if following else [])
+    assert not call.is_expired and not (following and following.is_expired)
+    express.stop()
+
+
+def test_the_thread_that_brings_requests_passes_on_answers_too() -> None:
+    """If many wait; no express thread runs here."""
+    clients: list[guard.Client] = []
+    backend = ScriptedBackend()
+    with closing(backend), guard.balancer(backend.port) as bridge:
+
+        def is_first_answered() -> bool:
+            clients.append(guard.Client(guard.KINDS["get"]))
+            bridge.accept(clients[-1])
+            return clients[0].status == 200
+
+        wait_until(is_first_answered)
+        assert len(clients) % BURST == 0 and len(clients) > FEW
+        while bridge.active:
+            bridge.express.run_once()
+    assert {client.status for client in clients} == {200}
 
 
 @pytest.mark.parametrize("started", [3], indirect=True)
