@@ -44,6 +44,7 @@ DRAIN_LOOK_SECONDS = 0.05
 # Container objects made and not freed again between two looks of the garbage collector, 700 by default. A plain GET has
 # about 20 while it is in flight and leaves no cycles, so that looking more often finds nothing.
 GC_THRESHOLD = 20_000
+SLICE_PAUSE_SECONDS = 0.005  # between two slices of a pass over all connections
 LAST_RESORT_SECONDS = 1.0  # for connections to end once no request is in flight any more
 
 
@@ -275,7 +276,8 @@ async def _close_silent(ports: list[int], bridges: list[Bridge], seconds: float)
         await asyncio.sleep(seconds / 2)
         for port, bridge in zip(ports, bridges, strict=True):
             try:
-                accepted.close_silent(port, seconds, bridge.clients())
+                for _ in accepted.close_silent(port, seconds, bridge.clients()):
+                    await asyncio.sleep(SLICE_PAUSE_SECONDS)
             except Exception:  # it must go on, or silent connections would pile up
                 log.exception("closing silent connections failed")
 

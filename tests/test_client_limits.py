@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import selectors
 import socket
 import threading
@@ -17,6 +18,7 @@ from support import BalancerProcess, connect, exchange, fetch, free_port, get, r
 from test_http2 import Client, client
 from wire import WireBackend, post, read_response, request
 
+from balancer import accepted
 from balancer.bridge import WATCH_AFTER_SECONDS, Bridge
 from balancer.call import Call
 from balancer.clientbody import GRACE_SECONDS as BODY_GRACE_SECONDS
@@ -294,6 +296,27 @@ def test_connections_beyond_the_limit_wait_for_a_place(
     for _ in range(7):  # all places are free again
         with opened(port) as is_answered:
             assert is_answered(5)
+
+
+def test_a_pass_over_many_connections_lets_others_run_in_between() -> None:
+    """And holds none of them open meanwhile, which might be about to end."""
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=200))
+        port = listener.getsockname()[1]
+        clients = [stack.enter_context(connect(port)) for _ in range(200)]
+        for _ in clients:
+            stack.enter_context(listener.accept()[0])
+        opened = len(os.listdir("/proc/self/fd"))
+
+        def are_all_closed() -> bool:
+            steps = 0
+            for _ in accepted.close_silent(port, 0.0, set()):
+                steps += 1
+                assert len(os.listdir("/proc/self/fd")) == opened
+            assert steps >= 2 * len(clients) / accepted.SLICE
+            return all(is_readable(sock, 0) for sock in clients)
+
+        wait_until(are_all_closed, what="each has been silent for a moment")
 
 
 # What a request blocks on when its client leaves.
