@@ -5,7 +5,7 @@ at the point where Granian would schedule a coroutine. What is to be forwarded g
 the express way if it can, else in a worker thread. Everything else is a WSGI call in a worker thread. Nothing passes
 through the event loop: each request, and each wait for a client, cost two more wake-ups there and a task.
 
-    Granian's thread: Bridge.accept -> express or worker thread: Call.run -> Granian's thread
+    Granian's thread: Bridge.accept -> worker: Call.run, or express: Call.answer -> Granian's thread
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from balancer.workers import WorkerPool
 
 log = logging.getLogger("balancer.server")
 
-FEW = 32  # calls that fit into the caches: the express thread alone passes on their answers
+FEW = 32  # waiting calls: up to so many, a second thread that passes on answers costs more than it saves
 LOOK_SECONDS = 0.05  # at most between two looks for answers that are overdue
 
 
@@ -80,7 +80,7 @@ class Express:
         return forwarding is not None and forwarding.connect() and self._wait_for(call)
 
     def _wait_for(self, call: Call) -> bool:
-        """From here on the call may belong to the express thread. False if it does not after all."""
+        """From here on the call may belong to another thread. False if it is still ours."""
         sent = self._sent(call)
         if sent.rest:
             return False
@@ -89,7 +89,7 @@ class Express:
         try:
             self._arm(sent, descriptor)
         except (OSError, ValueError):  # the kernel watches no more descriptors for us, or we have stopped
-            return self._waiting.pop(descriptor, None) is None  # gone: the express thread has found it overdue
+            return not self._claim(descriptor, call)  # else it was found overdue
         return True
 
     def _arm(self, sent: Sent, descriptor: int) -> None:
@@ -100,16 +100,29 @@ class Express:
             self._epoll.register(descriptor, events)
             sent.connection.is_watched = True
 
+    def _claim(self, descriptor: int, call: Call) -> bool:
+        """Take the call out; False if somebody has. The descriptor may be another connection's by now: a worker goes on
+        with what waits there, since nobody else would."""
+        taken = self._waiting.pop(descriptor, None)
+        if taken is not None and taken is not call:
+            self._hand_over(taken)
+        return taken is call
+
     def look_now(self) -> None:
         """Pass on what has come, in the calling thread, if many wait. Called between two requests by the one that
         brings them: else it and the express thread would take turns of hundreds of requests each, and what belongs to a
         request would have left the processor's caches when its answer comes."""
-        if len(self._waiting) <= FEW:
-            return
-        with suppress(OSError, ValueError):  # stopped
-            self._pass_on(0)
+        if len(self._waiting) > FEW:
+            with suppress(OSError, ValueError):  # stopped
+                self._pass_on(0, FEW)
 
-    # The express thread.
+    def run_once(self) -> None:
+        """Pass on what has come, and whoever has waited for too long. For the express thread alone."""
+        self._pass_on(LOOK_SECONDS)
+        now = time.monotonic()
+        if now >= self._next_look:
+            self._next_look = now + LOOK_SECONDS
+            self._expire(now)
 
     def _run(self) -> None:
         while not self._stopping:
@@ -118,20 +131,16 @@ class Express:
             except Exception:  # the thread must outlive any surprise, or every request would hang
                 log.exception("express thread: a round failed")
 
-    def run_once(self) -> None:
-        """Pass on what has come, and whoever has waited for too long."""
-        self._pass_on(LOOK_SECONDS)
-        now = time.monotonic()
-        if now >= self._next_look:
-            self._next_look = now + LOOK_SECONDS
-            self._expire(now)
-
-    def _pass_on(self, seconds: float) -> None:
-        """What has come, or comes within so many seconds."""
-        for descriptor, _ in self._epoll.poll(seconds):
+    def _pass_on(self, seconds: float, most: int = -1) -> None:
+        """What has come, or comes within so many seconds: at most so many answers."""
+        for descriptor, _ in self._epoll.poll(seconds, most):
             call = self._waiting.pop(descriptor, None)
-            if call is not None:
+            if call is None:
+                continue
+            try:
                 self._look(call)
+            except Exception:  # the others of this round must not wait for their time-out
+                log.exception("passing on an answer failed")
 
     def _look(self, call: Call) -> None:
         sent = self._sent(call)
@@ -155,17 +164,12 @@ class Express:
             call.refuse()
 
     def _expire(self, now: float) -> None:
-        for descriptor, waiting in list(self._waiting.items()):
-            if not self._is_overdue(waiting, now):
-                continue
-            call = self._waiting.pop(descriptor, None)  # maybe the next one on this connection by now
-            if call is None:
-                continue  # its answer has just come, or `_wait_for` has taken it back
-            if self._is_overdue(call, now):
+        for descriptor, call in self._waiting.copy().items():
+            if self._is_overdue(call, now) and self._claim(descriptor, call):
                 with suppress(OSError):  # not armed yet
                     self._epoll.unregister(descriptor)
                 self._sent(call).expire()
-            self._hand_over(call)
+                self._hand_over(call)
 
     def _is_overdue(self, call: Call, now: float) -> bool:
         forwarding = call.forwarding

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
@@ -19,6 +20,7 @@ from wire import hang_up, post, read_response, request
 
 from balancer.backends import LastCheck
 from balancer.bridge import BURST, WATCH_AFTER_SECONDS
+from balancer.connection import Connection
 from balancer.express import FEW, Express
 from balancer.origin import Origin
 from balancer.settings import Settings
@@ -498,6 +500,9 @@ class SentCall:
 
     def __init__(self, deadline: float) -> None:
         self.forwarding = self.sent = self
+        self.connection = Connection(socket.socket(), Origin("http", "127.0.0.1", 1))
+        self.connection.close()  # a test opens its own
+        self.rest = b""
         self.deadline = deadline
         self.is_expired = False
 
@@ -516,21 +521,44 @@ def test_a_call_that_is_overdue_before_it_is_armed_is_not_lost() -> None:
     express.stop()
 
 
-@pytest.mark.parametrize("following", [None, SentCall(math.inf)])
-def test_a_call_that_another_thread_takes_while_it_expires_is_that_threads(following: SentCall | None) -> None:
-    """It may even have been answered meanwhile, and `following` been sent on the same connection."""
+def test_a_descriptor_that_is_used_again_loses_no_call() -> None:
+    """The first call is found overdue before it is armed, its connection closed, and the next one gets its number."""
+    workers, overdue, following = Handed(), SentCall(0.0), SentCall(math.inf)
 
-    class Taken(dict[int, Any]):
-        def pop(self, descriptor: int, default: Any = None) -> Any:
-            super().pop(descriptor)
-            return following
+    class Interrupted(Express):
+        def _arm(self, sent: Any, descriptor: int) -> None:
+            if sent is overdue:
+                self._expire(time.monotonic())
+                overdue.connection.sock.close()
+                following.connection.sock = listeners.enter_context(socket.create_server(("127.0.0.1", 0)))
+                assert following.connection.sock.fileno() == descriptor
+                assert self._wait_for(following)  # type: ignore[arg-type]
+            super()._arm(sent, descriptor)
 
-    workers, call = Handed(), SentCall(0.0)
-    express = Express(BackendAdapter(), workers)
-    express._waiting = Taken({1_000_000: call})
-    express.run_once()
-    assert workers.calls == ([(following, True)] if following else [])
-    assert not call.is_expired and not (following and following.is_expired)
+    express = Interrupted(BackendAdapter(), workers)
+    with ExitStack() as listeners:
+        overdue.connection.sock = listeners.enter_context(socket.create_server(("127.0.0.1", 0)))
+        assert express._wait_for(overdue)  # type: ignore[arg-type]
+    assert workers.calls == [(overdue, True), (following, True)]
+    assert overdue.is_expired and not following.is_expired and express._waiting == {}
+    express.stop()
+
+
+def test_a_surprise_with_one_answer_holds_up_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    class Surprised(Express):
+        def _look(self, call: Any) -> None:
+            raise RuntimeError("surprise")
+
+    express = Surprised(BackendAdapter(), Handed())
+    with ExitStack() as stack:
+        for _ in range(3):
+            ours, peer = (stack.enter_context(sock) for sock in socket.socketpair())
+            call = SentCall(math.inf)
+            call.connection.sock = ours
+            assert express._wait_for(call)  # type: ignore[arg-type]
+            peer.send(b"x")
+        express.run_once()
+    assert caplog.text.count("passing on an answer failed") == 3 and express._waiting == {}
     express.stop()
 
 
