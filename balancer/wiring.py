@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import secrets
+import ssl
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,12 +51,7 @@ def create_app(config: Settings | None = None, sources: Mapping[str, str] | None
     pool = BackendPool(strategies.create(config.algorithm), pool_options(config))
     tls = tls_context(config.ca_file)
     adapter = BackendAdapter(timeouts(config), pool_idle_timeout=config.pool_idle_timeout, tls=tls)
-
-    def on_round() -> None:
-        adapter.close_idle()
-        pool.sweep()
-
-    health = HealthChecker(pool, probe(config, tls), interval=config.health_interval, on_round=on_round)
+    health = _health(config, pool, adapter, tls)
     backends = [make_backend(backend, configuration.sources["backends"]) for backend in config.backends]
     pool.apply(PoolChanges(add=backends))
 
@@ -85,6 +81,14 @@ def started_app() -> Flask:
     balancer.start()
     atexit.register(balancer.stop)
     return app
+
+
+def _health(config: Settings, pool: BackendPool, adapter: BackendAdapter, tls: ssl.SSLContext | None) -> HealthChecker:
+    def on_round() -> None:
+        adapter.close_idle()
+        pool.sweep()
+
+    return HealthChecker(pool, probe(config, tls), interval=config.health_interval, on_round=on_round)
 
 
 def _proxy(
