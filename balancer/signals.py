@@ -33,7 +33,7 @@ class Signals:
                 ending.append(hangup)
         for number in ending:
             self._handle(number, self.ending.put_nowait, number)
-        if hasattr(signal, "pthread_sigmask"):  # load_balancer.py has held it since its first line
+        if hasattr(signal, "pthread_sigmask"):  # load_balancer.py holds it while it imports the rest
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])
 
     def _handle(self, number: signal.Signals, react: Callable[..., None], *arguments: signal.Signals) -> None:

@@ -33,7 +33,7 @@ from balancer.backends import LastCheck  # noqa: E402
 from balancer.bridge import Bridge  # noqa: E402
 from balancer.express import Express  # noqa: E402
 from balancer.settings import BackendSettings, Settings  # noqa: E402
-from load_balancer import create_app  # noqa: E402
+from balancer.wiring import create_app  # noqa: E402
 
 BUDGET = Path(__file__).with_name("budget.json")
 VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"

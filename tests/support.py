@@ -131,6 +131,11 @@ class Process:
     def send(self, number: signal.Signals) -> None:
         self.popen.send_signal(number)
 
+    def holds_hangup(self) -> bool:
+        """SIGHUP is 1, the lowest bit of the mask."""
+        status = Path(f"/proc/{self.pid}/status").read_text(encoding="ascii")
+        return bool(int(re.search(r"SigBlk:\s*([0-9a-f]+)", status)[1], 16) & 1)  # type: ignore[index]
+
     def wait(self, timeout: float = 20) -> int:
         code = self.popen.wait(timeout)
         self._reader.join(5)

@@ -35,7 +35,7 @@ from werkzeug.test import Client, TestResponse
 
 from balancer.backends import LastCheck
 from balancer.settings import BackendSettings, Settings
-from load_balancer import create_app
+from balancer.wiring import create_app
 
 ALGORITHMS = {"round_robin", "weighted", "least_connections", "power_of_two", "least_response_time", "peak_ewma"}
 TOKEN = "s3cret-t0ken-of-the-test"

@@ -326,12 +326,6 @@ def test_a_reload_that_hangs_does_not_keep_the_process(reloading: Process, tmp_p
     assert reloading.wait(10) == 0
 
 
-def holds_hangup(process: Process) -> bool:
-    """SIGHUP is 1, the lowest bit of the mask."""
-    status = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii")
-    return bool(int(re.search(r"SigBlk:\s*([0-9a-f]+)", status)[1], 16) & 1)  # type: ignore[index]
-
-
 @pytest.mark.parametrize("has_file", [True, False], ids=["reloads", "ends"])
 def test_hangup_while_it_starts_waits_until_it_has_started(tmp_path: Path, has_file: bool) -> None:
     """It ended the process at once, by the default action, without a word."""
@@ -340,11 +334,11 @@ def test_hangup_while_it_starts_waits_until_it_has_started(tmp_path: Path, has_f
     arguments = ["--config", str(file)] if has_file else ["--port", str(port)]
     process = Process([PYTHON, str(ROOT / "load_balancer.py"), *arguments])
     try:
-        wait_until(lambda: holds_hangup(process), what="its first line has run")
+        wait_until(process.holds_hangup, what="its first lines have run")
         process.send(signal.SIGHUP)
         if has_file:
             wait_until(lambda: "configuration reloaded" in process.output)
-            assert not holds_hangup(process)
+            assert not process.holds_hangup()
             process.send(signal.SIGTERM)
         assert process.wait() == 0
         assert "listening" in process.output

@@ -19,15 +19,16 @@ from support import BalancerProcess, ScriptedBackend, connect, fetch, get, ok, w
 from wire import hang_up, post, read_response, request
 
 from balancer.backends import LastCheck
+from balancer.balancer import Balancer
 from balancer.bridge import BURST, WATCH_AFTER_SECONDS
 from balancer.connection import Connection
 from balancer.express import FEW, Express
 from balancer.origin import Origin
 from balancer.settings import Settings
 from balancer.transport import BackendAdapter, OutgoingRequest
+from balancer.wiring import create_app
 from balancer.workers import WorkerPool
 from bench import guard
-from load_balancer import Balancer, _listen, create_app
 
 
 @pytest.fixture
@@ -323,7 +324,7 @@ def wire(wrap: bool) -> tuple[Balancer, Any]:
     if wrap:
         inner = app.wsgi_app
         app.wsgi_app = lambda environ, start_response: inner(environ, start_response)  # type: ignore[method-assign]
-    ((bridge, listener),) = _listen(app.wsgi_app, balancer)
+    ((bridge, listener),) = balancer.listen(app.wsgi_app)
     listener.close()
     return balancer, bridge
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,6 +58,29 @@ def test_the_command_checks_a_configuration(command: Path, elsewhere: Path) -> N
     done = run(command, "--algorithm", "fastest", "--check-config", cwd=elsewhere)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1 and "fastest" in done.stderr
+
+
+def test_hangup_while_the_command_starts_waits_until_it_has_started(command: Path, elsewhere: Path) -> None:
+    """It killed the installed command, which unlike `python load_balancer.py` did not hold it back."""
+    process = Process([str(command), "--port=0", "--backend=http://127.0.0.1:9"], cwd=elsewhere)
+    try:
+        wait_until(process.holds_hangup, what="its first lines have run")
+        process.send(signal.SIGHUP)
+        assert process.wait() == 0
+        assert "listening" in process.output
+    finally:
+        process.stop()
+
+
+def test_ctrl_c_while_the_command_starts_shows_no_traceback(command: Path, elsewhere: Path) -> None:
+    process = Process([str(command), "--port=0", "--backend=http://127.0.0.1:9"], cwd=elsewhere)
+    try:
+        wait_until(process.holds_hangup, what="its first lines have run")
+        process.send(signal.SIGINT)
+        assert process.wait() in (-signal.SIGINT, 130)
+        assert "Traceback" not in process.output
+    finally:
+        process.stop()
 
 
 @pytest.fixture

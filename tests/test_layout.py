@@ -15,6 +15,7 @@ from support import ROOT
 
 PARTS = sorted((ROOT / "balancer").glob("*.py"))
 LOADTEST = sorted((ROOT / "loadtest").glob("*.py"))
+DEMO = sorted((ROOT / "demo").glob("*.py"))
 PROGRAMS = [ROOT / name for name in ("load_balancer.py", "backend_server.py", "start_all.py", "test_client.py")]
 
 
@@ -120,19 +121,26 @@ def test_nothing_imports_load_balancer() -> None:
         assert not any(name.split(".")[0] == "load_balancer" for name in imported_by(path)), path.name
 
 
-def test_the_load_generator_needs_the_standard_library_alone() -> None:
-    graph = {path.stem: imported_by(path) for path in [*LOADTEST, ROOT / "test_client.py"]}
+@pytest.mark.parametrize(
+    ("program", "package", "parts", "more"),
+    [("test_client", "loadtest", LOADTEST, set()), ("start_all", "demo", DEMO, {"balancer.__version__"})],
+    ids=["test_client", "start_all"],
+)
+def test_what_runs_before_anything_is_installed_needs_the_standard_library_alone(
+    program: str, package: str, parts: list[Path], more: set[str]
+) -> None:
+    graph = {path.stem: imported_by(path) - more for path in [*parts, ROOT / f"{program}.py"]}
     roots = {name.split(".")[0] for names in graph.values() for name in names}
-    assert roots <= set(sys.stdlib_module_names) | {"loadtest"}
-    stems = {path.stem for path in LOADTEST}
+    assert roots <= set(sys.stdlib_module_names) | {package}
+    stems = {path.stem for path in parts}
     inner = {
-        stem: {name.split(".")[1] for name in names if name.startswith("loadtest.")} & stems
+        stem: {name.split(".")[1] for name in names if name.startswith(f"{package}.")} & stems
         for stem, names in graph.items()
     }
-    assert list(TopologicalSorter(inner).static_order())[-1] == "test_client"  # raises CycleError
+    assert list(TopologicalSorter(inner).static_order())[-1] == program  # raises CycleError
 
 
-@pytest.mark.parametrize("path", [*PARTS, *LOADTEST, *PROGRAMS], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*PARTS, *LOADTEST, *DEMO, *PROGRAMS], ids=lambda path: path.name)
 def test_every_module_says_what_it_is(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
 

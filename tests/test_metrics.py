@@ -43,7 +43,7 @@ from balancer.settings import BackendSettings, Settings
 from balancer.statistics import Statistics
 from balancer.strategies import create
 from balancer.tally import Tally
-from load_balancer import create_app
+from balancer.wiring import create_app
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 

@@ -20,8 +20,8 @@ from balancer.origin import Origin
 from balancer.pool import BackendPool, Lease, PoolChanges, PoolOptions
 from balancer.settings import Settings
 from balancer.strategies import create
+from balancer.wiring import create_app
 from balancer.workers import WorkerPool
-from load_balancer import create_app
 
 ORIGIN = Origin("http", "127.0.0.1", 5001)
 GOOD = LastCheck(at=1.0, duration=0.001, status=200, error=None)

@@ -31,6 +31,7 @@ PARTS = (
     "balancer",
     "backend_server.py",
     "dashboard.html",
+    "demo",
     "load_balancer.py",
     "requirements.txt",
     "start_all.bat",

@@ -29,7 +29,7 @@ from balancer.statistics import (
     Counters,
     Statistics,
 )
-from load_balancer import create_app
+from balancer.wiring import create_app
 
 
 @pytest.fixture

@@ -1,0 +1,82 @@
+"""What each part gets of the settings, at the start and at every reload."""
+
+from __future__ import annotations
+
+import ssl
+from pathlib import Path
+
+from balancer.accesslog import AccessLog
+from balancer.ejection import EjectionRules
+from balancer.errors import SettingsError
+from balancer.guard import WriteGuard
+from balancer.health import Probe
+from balancer.logwriter import LogWriter
+from balancer.pool import PoolOptions
+from balancer.proxy import ProxyOptions
+from balancer.settings import Settings
+from balancer.transport import Timeouts
+
+
+def pool_options(config: Settings) -> PoolOptions:
+    return PoolOptions(
+        fall=config.health_fall,
+        rise=config.health_rise,
+        slow_start=config.slow_start,
+        ejection=EjectionRules(
+            after=config.eject_after,
+            seconds=config.eject_seconds,
+            max_seconds=config.eject_max_seconds,
+            max_share=config.eject_max_share,
+            ends_on_check=config.eject_ends_on_check,
+            latency=config.latency_ejection,
+            latency_factor=config.latency_ejection_factor,
+        ),
+        panic_threshold=config.panic_threshold,
+        # Who waits for a place may hold a thread, and who holds a place may need one: never all threads may wait.
+        queue_limit=min(config.queue_limit, config.max_threads // 2),
+        queue_timeout=config.queue_timeout,
+    )
+
+
+def proxy_options(config: Settings) -> ProxyOptions:
+    return ProxyOptions(
+        balancer_id=config.id,
+        expose_backend=config.expose_backend,
+        max_header_count=config.max_header_count,
+        max_request_body=config.max_request_body,
+        retries=config.retries,
+        retry_budget=config.retry_budget,
+        retry_budget_minimum=config.retry_budget_minimum,
+        request_timeout=config.request_timeout,
+    )
+
+
+def timeouts(config: Settings) -> Timeouts:
+    return Timeouts(config.connect_timeout, config.response_timeout, config.idle_timeout)
+
+
+def probe(config: Settings, tls: ssl.SSLContext | None) -> Probe:
+    return Probe(config.health_path, config.health_timeout, tls=tls)
+
+
+def access_log(config: Settings, writer: LogWriter) -> AccessLog | None:
+    return AccessLog(writer, config.access_log_format == "json", config.networks) if config.access_log else None
+
+
+def write_guard(config: Settings) -> WriteGuard:
+    token = config.admin_token.get_secret_value() if config.admin_token else None
+    return WriteGuard(token, frozenset(config.cors_origins), config.allow_file_origin, _is_loopback(config.host))
+
+
+def tls_context(ca_file: Path | None) -> ssl.SSLContext | None:
+    """None for the system's CAs, which are loaded when the first https backend needs them."""
+    if ca_file is None:
+        return None
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except (OSError, ssl.SSLError) as error:
+        raise SettingsError(f"ca_file {str(ca_file)!r}: {error.strerror or error}; expected a PEM file") from None
+
+
+def _is_loopback(host: str) -> bool:
+    return host == "localhost" or host == "::1" or host.startswith("127.")

@@ -1,0 +1,146 @@
+"""The only wiring: makes the parts from the settings and says which knows which."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import secrets
+import ssl
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flask import Flask
+
+from balancer import api, settings, strategies
+from balancer.balancer import Balancer
+from balancer.events import Events
+from balancer.health import HealthChecker
+from balancer.history import History, Reading
+from balancer.logwriter import LogWriter, standard_output
+from balancer.metrics import Metrics, Sources
+from balancer.options import access_log, pool_options, probe, proxy_options, timeouts, tls_context, write_guard
+from balancer.outgoing import RequestHeads
+from balancer.pool import BackendPool, PoolChanges
+from balancer.proxy import ReverseProxy
+from balancer.reload import Configuration, make_backend
+from balancer.settings import Settings
+from balancer.statistics import Statistics
+from balancer.transport import BackendAdapter
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIApplication
+
+log = logging.getLogger("balancer")
+
+_PLACES = (Path(__file__).resolve().parents[1], Path(sys.prefix, "share", "load-balancer"))  # checkout, or installed
+DASHBOARD = next((place / "dashboard.html" for place in _PLACES if (place / "dashboard.html").exists()), _PLACES[0])
+
+
+def create_app(config: Settings | None = None, sources: Mapping[str, str] | None = None) -> Flask:
+    """A Flask app whose `wsgi_app` forwards everything but the control paths.
+
+    The Balancer is `app.extensions["balancer"]`; nothing runs until its `start`. `sources` says where each setting came
+    from. Raises SettingsError for an unknown algorithm or an unreadable CA file.
+    """
+    strategies.load_entry_points()
+    configuration = Configuration(config or Settings(), sources)
+    config = configuration.settings
+    statistics, events = Statistics(), Events()
+    pool = BackendPool(strategies.create(config.algorithm), pool_options(config))
+    tls = tls_context(config.ca_file)
+    adapter = BackendAdapter(timeouts(config), pool_idle_timeout=config.pool_idle_timeout, tls=tls)
+    health = _health(config, pool, adapter, tls)
+    backends = [make_backend(backend, configuration.sources["backends"]) for backend in config.backends]
+    pool.apply(PoolChanges(add=backends))
+
+    app = Flask(__name__, static_folder=None)
+    history, writer = History(lambda: _look(statistics, pool)), LogWriter(standard_output())
+    control = api.Control(
+        config.id, pool, statistics, events, history, writer, DASHBOARD, configuration, config.control_prefix
+    )
+    control.metrics = Metrics(_sources(control, adapter))
+    api.install(app, control, write_guard(config))
+    control_app = app.wsgi_app
+    proxy = _proxy(control_app, control, adapter, health)
+    app.wsgi_app = proxy  # type: ignore[method-assign]
+    balancer = Balancer(configuration, control, proxy, control_app, health, adapter, tls)
+    control.reload = balancer.reload
+    app.extensions["balancer"] = balancer
+    _follow(pool, statistics, events, health)
+    return app
+
+
+def started_app() -> Flask:
+    """The app as the environment says, for other WSGI servers; it stops when the process ends. Raises SettingsError."""
+    for warning in settings.warnings():
+        log.warning(warning)
+    app = create_app(*settings.load({}))
+    balancer: Balancer = app.extensions["balancer"]
+    balancer.start()
+    atexit.register(balancer.stop)
+    return app
+
+
+def _health(config: Settings, pool: BackendPool, adapter: BackendAdapter, tls: ssl.SSLContext | None) -> HealthChecker:
+    def on_round() -> None:
+        adapter.close_idle()
+        pool.sweep()
+
+    return HealthChecker(pool, probe(config, tls), interval=config.health_interval, on_round=on_round)
+
+
+def _proxy(
+    control_app: WSGIApplication, control: api.Control, adapter: BackendAdapter, health: HealthChecker
+) -> ReverseProxy:
+    config = control.configuration.settings
+    # The pseudonym is this very process: two balancers of one name in a chain are not a loop.
+    pseudonym = f"{config.id}.{secrets.token_hex(4)}".encode("ascii")
+    return ReverseProxy(
+        control_app,
+        (lambda path: False) if config.control_port else api.is_control_path(config.control_prefix),
+        pool=control.pool,
+        adapter=adapter,
+        statistics=control.statistics,
+        options=proxy_options(config),
+        heads=RequestHeads(pseudonym, config.networks),
+        access_log=access_log(config, control.log),
+        on_refused=health.wake,
+    )
+
+
+def _sources(control: api.Control, adapter: BackendAdapter) -> Sources:
+    return Sources(
+        balancer_id=control.balancer_id,
+        pool=control.pool,
+        statistics=control.statistics,
+        events=control.events,
+        adapter=adapter,
+        configuration=control.configuration,
+        lifecycle=lambda: control.lifecycle,
+        queued=lambda: control.queued(),
+        log=control.log,
+    )
+
+
+def _look(statistics: Statistics, pool: BackendPool) -> Reading:
+    in_flight = {backend.id: backend.active for backend in pool.backends()}
+    return Reading(statistics.lifetime(), in_flight, pool.waiting)
+
+
+def _follow(pool: BackendPool, statistics: Statistics, events: Events, health: HealthChecker) -> None:
+    """Changes of the pool become events and log lines, and the parts that care are told."""
+
+    def changed(kind: str, backend_id: str, text: str, severity: str) -> None:
+        events.add(kind, backend_id, text, severity)
+        log.log(logging.getLevelName(severity.upper()), "%s %s: %s", kind, backend_id, text)
+        if kind == "backend_changed":
+            health.wake()  # out of maintenance, or somewhere else: nothing is known of it
+        elif kind == "backend_added":
+            statistics.forget(backend_id)  # a failed last request of a removed one is recorded after its removal
+            health.wake()
+        elif kind == "backend_removed":
+            statistics.forget(backend_id)
+
+    pool.on_change(changed)

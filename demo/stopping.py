@@ -1,0 +1,50 @@
+"""`start_all stop`: ends what another start_all has left running."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from demo.console import Failure, say
+from demo.places import RUN
+from demo.runfiles import read_pid
+from demo.running import STOP_SECONDS
+from demo.signals import pause
+
+
+def stop_command() -> int:
+    """Stop every process that has a file in run/: first a start_all in the foreground, which stops its own."""
+    files = sorted(RUN.glob("*.pid"), key=stop_order)
+    stopped = [name for name in map(stop_by_file, files) if name]
+    say(f"Stopped {', '.join(stopped)}." if stopped else "Nothing to stop: no demo of this folder is running.")
+    return 0
+
+
+def stop_order(path: Path) -> tuple[int, str]:
+    for rank, prefix in enumerate(("start_all", "balancer")):
+        if path.name.startswith(prefix):
+            return rank, path.name
+    return 2, path.name
+
+
+def stop_by_file(path: Path) -> str | None:
+    """The name of the process if one was stopped; the file goes in any case."""
+    pid = read_pid(path)
+    if pid is not None:
+        deadline = time.monotonic() + STOP_SECONDS * (2 if path.name.startswith("start_all") else 1)
+        send(pid, signal.SIGTERM)
+        while read_pid(path) == pid:
+            if time.monotonic() > deadline:
+                send(pid, getattr(signal, "SIGKILL", signal.SIGTERM))
+            pause()
+    path.unlink(missing_ok=True)
+    return path.stem.rpartition("-")[0] if pid is not None else None
+
+
+def send(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass
+    except PermissionError:
+        raise Failure(f"process {pid} belongs to another user; stop it as that user", 2) from None
