@@ -34,6 +34,7 @@ from flask import Flask
 from balancer import __version__, api, server, settings, strategies
 from balancer.accesslog import AccessLog
 from balancer.bridge import Bridge
+from balancer.control import Control
 from balancer.ejection import EjectionRules
 from balancer.errors import SettingsError
 from balancer.events import Events
@@ -76,7 +77,7 @@ class Balancer:
     """The parts that `create_app` wired, for whoever serves the app. `start` and `stop` once each."""
 
     configuration: Configuration
-    control: api.Control
+    control: Control
     proxy: ReverseProxy
     control_app: WSGIApplication
     health: HealthChecker
@@ -176,7 +177,7 @@ def create_app(config: Settings | None = None, sources: Mapping[str, str] | None
 
     app = Flask(__name__, static_folder=None)
     history, writer = History(lambda: _look(statistics, pool)), LogWriter(standard_output())
-    control = api.Control(
+    control = Control(
         config.id, pool, statistics, events, history, writer, DASHBOARD, configuration, config.control_prefix
     )
     token = config.admin_token.get_secret_value() if config.admin_token else None
@@ -210,7 +211,7 @@ def _access_log(config: Settings, writer: LogWriter) -> AccessLog | None:
     return AccessLog(writer, config.access_log_format == "json", config.networks) if config.access_log else None
 
 
-def _sources(control: api.Control, adapter: BackendAdapter) -> Sources:
+def _sources(control: Control, adapter: BackendAdapter) -> Sources:
     return Sources(
         balancer_id=control.balancer_id,
         pool=control.pool,
