@@ -1,6 +1,6 @@
 """What control requests bring: their bodies and query parameters, read, checked, refused.
 
-Each body has its model here, which `openapi` describes to clients. Nothing is converted or ignored: an unknown field, a
+Each body has its model here, which `schemas` describes to clients. Nothing is converted or ignored: an unknown field, a
 number in quotes or a wrong value is refused, and the answer names it and what would fit.
 """
 
