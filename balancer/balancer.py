@@ -10,8 +10,9 @@ import ssl
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from balancer import api, server
+from balancer import server
 from balancer.bridge import Bridge
+from balancer.control import Control
 from balancer.errors import SettingsError
 from balancer.express import Express
 from balancer.health import HealthChecker
@@ -34,7 +35,7 @@ class Balancer:
     """The parts that `wiring.create_app` made, for whoever serves the app. `start` and `stop` once each."""
 
     configuration: Configuration
-    control: api.Control
+    control: Control
     proxy: ReverseProxy
     control_app: WSGIApplication
     health: HealthChecker

@@ -8,22 +8,14 @@ from __future__ import annotations
 
 import hmac
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 from urllib.parse import urlsplit
 
-from flask import request
+from flask import current_app, request
+
+from balancer.problems import ApiError
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
-
-
-class ApiError(Exception):
-    """Answered as JSON with `error`; `more` are further fields."""
-
-    def __init__(self, status: int, message: str, headers: dict[str, str] | None = None, **more: Any) -> None:
-        super().__init__(message)
-        self.status = status
-        self.headers = headers or {}
-        self.more = more
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +57,11 @@ class WriteGuard:
                 return
             raise ApiError(403, "a page from disk may not write; start with allow_file_origin or open /dashboard")
         raise ApiError(403, f"origin {origin!r} may not write; add it to cors_origins")
+
+
+def current_guard() -> WriteGuard:
+    """That of the app whose request is being answered."""
+    return cast(WriteGuard, current_app.extensions["write_guard"])
 
 
 def _hostname(url: str) -> str | None:

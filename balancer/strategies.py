@@ -90,6 +90,11 @@ def create(name: str, **injected: Any) -> Strategy:
     return REGISTRY[name](**injected)
 
 
+def describe() -> list[dict[str, str]]:
+    """Name and description of each there is."""
+    return [{"name": name, "description": cls.description()} for name, cls in REGISTRY.items()]
+
+
 class SmoothTurns:
     """Smooth weighted round robin, the turn-taking that every strategy here uses for itself or for its ties.
 

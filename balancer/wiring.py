@@ -15,6 +15,7 @@ from flask import Flask
 
 from balancer import api, settings, strategies
 from balancer.balancer import Balancer
+from balancer.control import Control
 from balancer.events import Events
 from balancer.health import HealthChecker
 from balancer.history import History, Reading
@@ -57,7 +58,7 @@ def create_app(config: Settings | None = None, sources: Mapping[str, str] | None
 
     app = Flask(__name__, static_folder=None)
     history, writer = History(lambda: _look(statistics, pool)), LogWriter(standard_output())
-    control = api.Control(
+    control = Control(
         config.id, pool, statistics, events, history, writer, DASHBOARD, configuration, config.control_prefix
     )
     control.metrics = Metrics(_sources(control, adapter))
@@ -92,7 +93,7 @@ def _health(config: Settings, pool: BackendPool, adapter: BackendAdapter, tls: s
 
 
 def _proxy(
-    control_app: WSGIApplication, control: api.Control, adapter: BackendAdapter, health: HealthChecker
+    control_app: WSGIApplication, control: Control, adapter: BackendAdapter, health: HealthChecker
 ) -> ReverseProxy:
     config = control.configuration.settings
     # The pseudonym is this very process: two balancers of one name in a chain are not a loop.
@@ -110,7 +111,7 @@ def _proxy(
     )
 
 
-def _sources(control: api.Control, adapter: BackendAdapter) -> Sources:
+def _sources(control: Control, adapter: BackendAdapter) -> Sources:
     return Sources(
         balancer_id=control.balancer_id,
         pool=control.pool,

@@ -1,0 +1,50 @@
+"""What the control API acts on: the parts of one balancer, as its routes get at them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, cast
+
+from flask import current_app
+
+from balancer.events import Events
+from balancer.history import History
+from balancer.logwriter import LogWriter
+from balancer.metrics import Metrics
+from balancer.pool import BackendPool
+from balancer.reload import Configuration, Plan
+from balancer.statistics import Statistics
+
+Lifecycle = Literal["starting", "running", "draining"]
+
+
+@dataclass(slots=True)
+class Control:
+    """What the control API acts on. `lifecycle` is set when serving starts and ends, everything else locks itself."""
+
+    balancer_id: str
+    pool: BackendPool
+    statistics: Statistics
+    events: Events
+    history: History
+    log: LogWriter
+    metrics: Metrics = field(init=False)  # reads the others, so it comes last
+    dashboard: Path
+    configuration: Configuration
+    prefix: str = ""
+    queued: Callable[[], int] = lambda: 0
+    reload: Callable[[bool], Plan] = field(init=False)  # True only asks what it would do
+    lifecycle: Lifecycle = "starting"
+    started: float = field(default_factory=time.monotonic)
+
+    def is_serving(self) -> bool:
+        """Ready for traffic: the first round of health checks is done, and no shutdown is under way."""
+        return self.lifecycle != "draining" and self.pool.has_had_first_round()
+
+
+def current_control() -> Control:
+    """That of the app whose request is being answered."""
+    return cast(Control, current_app.extensions["control"])
