@@ -421,7 +421,9 @@ def test_a_body_over_1_mib_is_413_and_one_of_1_mib_is_not() -> None:
 def send_body(running: Backend, size: int, chunked: bool) -> int:
     connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=10)
     body: Any = iter([b"a" * size]) if chunked else b"a" * size
-    with suppress(BrokenPipeError):  # the answer may be here before all of the body has been taken
+    with suppress(
+        BrokenPipeError, ConnectionResetError
+    ):  # the answer may be here before all of the body has been taken
         connection.request("POST", "/api/process", body, {"Content-Type": "text/plain"}, encode_chunked=chunked)
     response = connection.getresponse()
     response.read()

@@ -169,7 +169,7 @@ def test_a_trickling_http2_stream_is_ended_and_the_others_live(
 def test_http2_uploads_to_a_slow_backend_leave_room_for_others(start: Callable[..., BalancerProcess]) -> None:
     """A few full streams must not use up the connection's window, or another one would look like a slow client."""
     slow = WireBackend()
-    slow._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # so that it is the balancer that holds it
+    slow.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # so that it is the balancer that holds it
     go_on = threading.Event()
     slow.on_head = lambda sock, request: request.target == b"/slow" and not go_on.wait(30)
     balancer = start(f"--backend=slow={slow.url}")
