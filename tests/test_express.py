@@ -349,12 +349,15 @@ def test_it_stops_and_leaves_nothing() -> None:
     assert len(os.listdir("/proc/self/fd")) <= descriptors
 
 
-def parts() -> tuple[Balancer, Any]:
+@pytest.fixture
+def parts() -> Iterator[tuple[Balancer, Any]]:
     """A wired balancer whose three backends are believed to be up, and its bridge; nothing runs."""
     balancer, bridge = wire(wrap=False)
     for backend in balancer.control.pool.backends():
         balancer.control.pool.record_check(backend, LastCheck(1.0, 0.001, 200, None))
-    return balancer, bridge
+    yield balancer, bridge
+    bridge.pool.stop(5)
+    balancer.stop()
 
 
 def states(balancer: Balancer) -> list[tuple[str, int, int]]:
@@ -362,23 +365,24 @@ def states(balancer: Balancer) -> list[tuple[str, int, int]]:
     return [(b["state"], b["active_connections"], b["ejection"]["consecutive_failures"]) for b in shown]
 
 
-def test_a_backend_is_not_blamed_when_the_balancer_has_no_thread() -> None:
-    balancer, bridge = parts()
+def test_a_backend_is_not_blamed_when_the_balancer_has_no_thread(parts: tuple[Balancer, Any]) -> None:
+    balancer, bridge = parts
     bridge.pool.stop(1)  # takes nothing any more
     for _ in range(20):
         client = Client()
         bridge.accept(client)
         assert (client.status, client.is_done) == (503, True)
     assert states(balancer) == [("up", 0, 0)] * 3 and bridge.active == 0
-    balancer.stop()
 
 
 def surprise(call: Any) -> bool:
     raise RuntimeError("surprise")
 
 
-def test_a_surprise_on_the_way_in_is_answered_and_forgotten(caplog: pytest.LogCaptureFixture) -> None:
-    balancer, bridge = parts()
+def test_a_surprise_on_the_way_in_is_answered_and_forgotten(
+    parts: tuple[Balancer, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    balancer, bridge = parts
     bridge.express.take = surprise
     client = Client()
     bridge.accept(client)
@@ -388,33 +392,32 @@ def test_a_surprise_on_the_way_in_is_answered_and_forgotten(caplog: pytest.LogCa
         ("request failed", "surprise")
     ]
     assert balancer.control.statistics.snapshot()[0]["active_requests"] == 0
-    balancer.stop()
 
 
-def test_a_surprise_while_a_worker_connects_is_answered_and_forgotten() -> None:
-    balancer, bridge = parts()
+def test_a_surprise_while_a_worker_connects_is_answered_and_forgotten(parts: tuple[Balancer, Any]) -> None:
+    balancer, bridge = parts
     bridge.express.connect = surprise
     client = Client()
     bridge.accept(client)
     wait_until(lambda: client.is_done)
     assert (client.status, bridge.active) == (503, 0)
     assert states(balancer) == [("up", 0, 0)] * 3
-    balancer.stop()
 
 
-def test_a_surprise_after_a_body_has_come_is_answered_and_forgotten() -> None:
-    balancer, bridge = parts()
+def test_a_surprise_after_a_body_has_come_is_answered_and_forgotten(parts: tuple[Balancer, Any]) -> None:
+    _, bridge = parts
     bridge.express.take = surprise
     client = Client(guard.Kind("POST", b"x"))
     bridge.accept(client)
     assert (client.status, bridge.active) == (None, 1)
     client.asked[0].keep(piece(b"x", more=False))
     assert (client.status, client.is_done, bridge.active) == (503, True, 0)
-    balancer.stop()
 
 
-def test_the_watch_for_leaving_clients_outlives_a_surprise(caplog: pytest.LogCaptureFixture) -> None:
-    balancer, bridge = parts()
+def test_the_watch_for_leaving_clients_outlives_a_surprise(
+    parts: tuple[Balancer, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    _, bridge = parts
     bridge.express.take = lambda call: True  # and never answers it
     watched: list[Client] = []
 
@@ -434,7 +437,6 @@ def test_the_watch_for_leaving_clients_outlives_a_surprise(caplog: pytest.LogCap
         bridge.accept(client)
     asyncio.run(watch())
     assert watched == clients and caplog.text.count("watching clients failed") == 3
-    balancer.stop()
 
 
 class Handed(WorkerPool):
