@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,16 +69,6 @@ class Tab:
     def is_live(self) -> Tab:
         self.shows("#pill", "Live")
         return self
-
-
-def wait_until(predicate: Callable[[], bool], timeout: float = 6.0) -> None:
-    """Poll for a condition outside the page."""
-    pause = threading.Event()
-    for _ in range(int(timeout / 0.02)):
-        if predicate():
-            return
-        pause.wait(0.02)
-    raise AssertionError("the condition did not come true in time")
 
 
 @pytest.fixture(scope="module")

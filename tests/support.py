@@ -296,8 +296,8 @@ class ScriptedBackend:
         self.requests: list[RawRequest] = []
         self.connections = 0
         self.open: set[socket.socket] = set()
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
-        self.port: int = self._listener.getsockname()[1]
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        self.port: int = self.listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._thread = threading.Thread(target=self._accept, name="scripted-backend", daemon=True)
         self._thread.start()
@@ -320,8 +320,8 @@ class ScriptedBackend:
 
     def close(self) -> None:
         with suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)  # wakes `accept`, which close alone does not
-        self._listener.close()
+            self.listener.shutdown(socket.SHUT_RDWR)  # wakes `accept`, which close alone does not
+        self.listener.close()
         for sock in list(self.open):
             with suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
@@ -330,7 +330,7 @@ class ScriptedBackend:
     def _accept(self) -> None:
         while True:
             try:
-                sock, _ = self._listener.accept()
+                sock, _ = self.listener.accept()
             except OSError:
                 return
             self.open.add(sock)
@@ -390,9 +390,10 @@ def connect(port: int) -> Iterator[socket.socket]:
 
 
 def exchange(port: int, data: bytes, half_close: bool = False) -> bytes:
-    """Send bytes, return all that comes back until the server closes."""
+    """Send bytes, as many as are taken; return all that comes back until the server closes."""
     with connect(port) as sock:
-        sock.sendall(data)
+        with suppress(BrokenPipeError, ConnectionResetError):  # it has answered, and reads no more
+            sock.sendall(data)
         if half_close:
             sock.shutdown(socket.SHUT_WR)
         return read_all(sock)

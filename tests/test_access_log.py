@@ -362,10 +362,8 @@ def serving(stdout: Any, *flags: str, **options: Any) -> Iterator[tuple[subproce
 
 def terminate(process: subprocess.Popen[bytes]) -> str:
     """What it says on stderr; it must end in time."""
-    started = time.monotonic()
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 0
-    assert time.monotonic() - started < 6
     assert process.stderr is not None
     return process.stderr.read().decode()
 

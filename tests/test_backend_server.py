@@ -8,9 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,19 +17,13 @@ from typing import Any
 
 import pytest
 from flask.testing import FlaskClient
+from support import free_port, wait_until
 
 import backend_server
 from backend_server import BackendState, Faults, Settings, UsageError, create_app, parse_settings
 
 SCRIPT = Path(backend_server.__file__)
 QUICK = Settings(delay=0.0)
-
-
-def wait_until(predicate: Callable[[], object], timeout: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout
-    while not predicate():
-        assert time.monotonic() < deadline, "waited in vain"
-        threading.Event().wait(0.02)
 
 
 @pytest.fixture
@@ -304,12 +297,6 @@ def test_a_stopping_backend_keeps_nobody_waiting(state: BackendState) -> None:
 # -- The real process
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 class Backend:
     def __init__(self, *arguments: str, **environment: str) -> None:
         self.port = free_port()
@@ -421,7 +408,9 @@ def test_a_body_over_1_mib_is_413_and_one_of_1_mib_is_not() -> None:
 def send_body(running: Backend, size: int, chunked: bool) -> int:
     connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=10)
     body: Any = iter([b"a" * size]) if chunked else b"a" * size
-    with suppress(BrokenPipeError):  # the answer may be here before all of the body has been taken
+    with suppress(
+        BrokenPipeError, ConnectionResetError
+    ):  # the answer may be here before all of the body has been taken
         connection.request("POST", "/api/process", body, {"Content-Type": "text/plain"}, encode_chunked=chunked)
     response = connection.getresponse()
     response.read()

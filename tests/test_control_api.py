@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 import re
 import socket
@@ -23,15 +24,18 @@ from support import (
     BalancerProcess,
     Demo,
     ScriptedBackend,
+    exchange,
     fetch,
     fetch_json,
     free_port,
+    get,
     make_attempt,
     make_exchange,
     ok,
     wait_until,
 )
 from werkzeug.test import Client, TestResponse
+from wire import post, read_response
 
 from balancer.backends import LastCheck
 from balancer.settings import BackendSettings, Settings
@@ -340,9 +344,13 @@ def test_unknown_algorithm_names_the_valid_ones(app: Flask, client: FlaskClient,
 def test_switching_is_an_event_and_switching_to_the_same_changes_nothing(app: Flask, client: FlaskClient) -> None:
     client.post("/algorithm", json={"algorithm": "round_robin"})
     assert (events(app)[-1]["kind"], events(app)[-1]["message"]) == ("algorithm_changed", "round_robin")
-    strategy = app.extensions["control"].pool._strategy
-    assert client.post("/algorithm", json={"algorithm": "round_robin"}).status_code == 200
-    assert app.extensions["control"].pool._strategy is strategy  # its turn-taking goes on
+    check_all(app)
+    pool = app.extensions["control"].pool
+    served = []
+    for _ in WEIGHTS:
+        served.append(pool.lease(None).backend.id)
+        assert client.post("/algorithm", json={"algorithm": "round_robin"}).status_code == 200
+    assert sorted(served) == ["a", "b", "c"]  # its turn-taking goes on
 
 
 # Reset.
@@ -1170,12 +1178,16 @@ def test_the_token_is_in_no_answer_and_in_no_log(guarded: BalancerProcess) -> No
 
 def test_bad_bodies_on_a_real_connection(guarded: BalancerProcess) -> None:
     """The rest of a refused body must not be taken for the next request, and nothing must show a traceback."""
-    right = {"Authorization": f"Bearer {TOKEN}"}
+    head = (b"Content-Type: application/json", b"Authorization: Bearer " + TOKEN.encode())
     for body in (b"{", b"\xff\xfe", b"[" * 60000, b"", b"[]", b'{"algorithm": NaN}', b"x" * 100_000, b"x" * 3_000_000):
-        status, lines, data = fetch(f"{guarded.url}/algorithm", body, "POST", Content_Type="application/json", **right)
+        asked = post(*head, b"Content-Length: %d" % len(body), body=body, target=b"/algorithm")
+        answers = io.BytesIO(exchange(guarded.port, asked + get(b"/health")))
+        status, lines, data = read_response(answers)
         assert 400 <= status < 500
         assert json.loads(data)["error"]
-        assert "json" in lines["content-type"]
+        assert b"json" in dict(lines)[b"content-type"]
+        following = answers.read()  # nothing if the connection was closed after the refusal
+        assert not following or following.startswith(b"HTTP/1.1 200 ")
         assert fetch(f"{guarded.url}/health")[0] == 200
     assert "Traceback" not in guarded.output
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import expect
-from support import BalancerProcess, Demo, ScriptedBackend, start_demo
+from support import BalancerProcess, Demo, ScriptedBackend, start_demo, wait_until
 
 from tests.dashboard_stub import (
     PAGE,
@@ -23,7 +23,7 @@ from tests.dashboard_stub import (
     serving,
     status,
 )
-from tests.dashboard_tab import DASH, Tab, chromium, stub, tab, wait_until
+from tests.dashboard_tab import DASH, Tab, chromium, stub, tab
 
 __all__ = ["chromium", "stub", "tab"]  # fixtures
 

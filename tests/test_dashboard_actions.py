@@ -6,9 +6,10 @@ import re
 
 import pytest
 from playwright.sync_api import expect
+from support import wait_until
 
 from tests.dashboard_stub import Stub, backend, explained, recent, status
-from tests.dashboard_tab import Tab, chromium, stub, tab, wait_until
+from tests.dashboard_tab import Tab, chromium, stub, tab
 
 __all__ = ["chromium", "stub", "tab"]  # fixtures
 

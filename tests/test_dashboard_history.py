@@ -8,9 +8,10 @@ import time
 
 import pytest
 from playwright.sync_api import expect
+from support import wait_until
 
 from tests.dashboard_stub import Json, Stub, backend, down_backend, event, explained, history, recent, status
-from tests.dashboard_tab import DASH, Tab, chromium, stub, tab, wait_until
+from tests.dashboard_tab import DASH, Tab, chromium, stub, tab
 
 __all__ = ["chromium", "stub", "tab"]  # fixtures
 

@@ -37,14 +37,14 @@ class Load:
         self._port = port
         self._pause = clients / per_second
         self._method = method
-        self._ended = Event()
+        self.ended = Event()
         self._lock = Lock()
         self.answers: list[Answer] = []
-        self._threads = [Thread(target=self._run) for _ in range(clients)]
+        self.threads = [Thread(target=self._run) for _ in range(clients)]
 
     def _run(self) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=30)
-        while not self._ended.wait(self._pause):
+        while not self.ended.wait(self._pause):
             answer = self._ask(connection)
             with self._lock:
                 self.answers.append(answer)
@@ -63,14 +63,14 @@ class Load:
         return Answer(time.monotonic(), self._method, status, served_by, text)
 
     def __enter__(self) -> Load:
-        for thread in self._threads:
+        for thread in self.threads:
             thread.start()
         self.wait_for(20)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        for thread in self._threads:
+        self.ended.set()
+        for thread in self.threads:
             thread.join()
 
     def wait_for(self, count: int) -> list[Answer]:
@@ -359,7 +359,7 @@ def test_a_backend_that_stops_listening_but_keeps_its_connections_is_down(stack:
     checked = Checked(stack, keeps=ok())
     backend, balancer = checked.backends["keeps"], checked.balancer
     wait_until(lambda: len(backend.requests) >= 2)
-    backend._listener.shutdown(socket.SHUT_RDWR)
+    backend.listener.shutdown(socket.SHUT_RDWR)
     balancer.wait_healthy("keeps", False, timeout=3)
     assert "refused" in balancer.backend("keeps")["health"]["reason"].lower()
 
@@ -431,13 +431,13 @@ def held(demo: Demo, backend: str, count: int) -> Iterator[Load]:
     for other in others:
         patch(demo.balancer, other, admin_state="drain")
     load = Load(demo.balancer.port, per_second=1000, clients=count)
-    for thread in load._threads:
+    for thread in load.threads:
         thread.start()
     try:
         wait_until(lambda: demo.balancer.backend(backend)["active_connections"] == count)
         for other in others:
             patch(demo.balancer, other, admin_state="ready")
-        load._ended.set()  # each client ends after this request
+        load.ended.set()  # each client ends after this request
         yield load
     finally:
         load.__exit__()

@@ -10,6 +10,7 @@ import json
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -1674,18 +1675,22 @@ def test_a_slow_client_holds_the_backend_back(pair: Pair) -> None:
     before = resident_bytes(pair.balancer.pid)
     with connect(pair.port) as sock, sock.makefile("rb") as stream:
         sock.sendall(request())
-        assert (
-            wait_until(lambda: stands_still(sent), 20) < 48 * MIB
-        )  # what the kernel's buffers of two connections hold
+        assert wait_until(standstill(sent), 20) < 48 * MIB  # what the kernel's buffers of two connections hold
         assert resident_bytes(pair.balancer.pid) - before < 16 * MIB
         assert hashlib.sha256(read_response(stream)[2]).digest() == hashlib.sha256(b"y" * size).digest()
 
 
-def stands_still(counter: list[int]) -> int:
-    """The count, if it is above 0 and does not move for a while; else 0."""
-    before = counter[0]
-    threading.Event().wait(0.5)
-    return before if counter[0] == before else 0
+def standstill(counter: list[int]) -> Callable[[], int]:
+    """A condition: the count, once it is above 0 and has not moved for half a second."""
+    before, since = 0, time.monotonic()
+
+    def look() -> int:
+        nonlocal before, since
+        if counter[0] != before:
+            before, since = counter[0], time.monotonic()
+        return before if time.monotonic() - since > 0.5 else 0
+
+    return look
 
 
 def test_a_slow_backend_holds_the_client_back(pair: Pair) -> None:
@@ -1710,7 +1715,7 @@ def test_a_slow_backend_holds_the_client_back(pair: Pair) -> None:
         sender = threading.Thread(target=send, args=(sock,))
         sender.start()
         try:
-            assert wait_until(lambda: stands_still(sent), 20) < 48 * MIB
+            assert wait_until(standstill(sent), 20) < 48 * MIB
             assert resident_bytes(pair.balancer.pid) - before < 16 * MIB
         finally:
             go.set()

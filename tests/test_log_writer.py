@@ -91,8 +91,9 @@ def blocked(pipe: Pipe) -> Iterator[LogWriter]:
     os.set_blocking(pipe.writer, True)
     writer = LogWriter(pipe.writer, limit=100)
     writer.start()
-    writer.add("the one that blocks")
-    wait_until(lambda: not writer._lines, what="the writer has taken it")
+    is_taken = threading.Event()
+    writer.add(lambda: is_taken.set() or "the one that blocks")
+    assert is_taken.wait(10)
     yield writer
     pipe.close()  # the write fails, and the thread ends
     writer.stop()

@@ -18,7 +18,7 @@ from balancer.ejection import EjectionRules
 from balancer.errors import Unavailable
 from balancer.origin import Origin
 from balancer.pool import BackendPool, Lease, PoolChanges, PoolOptions
-from balancer.settings import Settings
+from balancer.settings import BackendSettings, Settings
 from balancer.strategies import create
 from balancer.wiring import create_app
 from balancer.workers import WorkerPool
@@ -270,33 +270,44 @@ def test_a_removal_serves_who_waits_if_it_makes_room_elsewhere(threads: ThreadPo
 
 
 def test_a_place_that_was_given_is_used_even_if_the_strategy_fails_for_the_next(threads: ThreadPoolExecutor) -> None:
-    pool = make_pool("ab")
+    pool, strategy = make_pool("ab"), create("round_robin")
+    pool.use(strategy)
     held = [pool.lease(None), pool.lease(None)]
     futures = queue_up(pool, threads, 2)
-    select = pool._strategy.select
+    select = strategy.select
 
     def once(candidates: Any, request: Any) -> Any:
-        pool._strategy.select = fail  # type: ignore[method-assign]
+        strategy.select = fail  # type: ignore[method-assign]
         return select(candidates, request)
 
     def fail(candidates: Any, request: Any) -> Any:
         raise RuntimeError("strategy")
 
-    pool._strategy.select = once  # type: ignore[method-assign]
+    strategy.select = once  # type: ignore[method-assign]
     with pytest.raises(RuntimeError):
         pool.apply(PoolChanges(update={"a": {"max_connections": 5}}))
     lease = futures[0].result(10)
-    pool._strategy.select = select  # type: ignore[method-assign]
+    strategy.select = select  # type: ignore[method-assign]
     for one in (*held, lease):
         one.release()
     futures[1].result(10).release()
     assert [backend.active for backend in pool.backends()] == [0, 0]
 
 
-def test_never_all_threads_may_wait_for_a_place() -> None:
+def test_never_all_threads_may_wait_for_a_place(threads: ThreadPoolExecutor) -> None:
     """Who holds a place on the express way may need a thread."""
-    app = create_app(Settings(max_threads=8, queue_limit=500))
-    assert app.extensions["balancer"].control.pool._options.queue_limit == 4
+    backend = BackendSettings(id="a", url="http://127.0.0.1:9", max_connections=1)
+    app = create_app(Settings(max_threads=8, queue_limit=500, queue_timeout=30, backends=(backend,)))
+    pool = app.extensions["balancer"].control.pool
+    pool.record_check(pool.get("a"), GOOD)
+    lease = pool.lease(None)
+    futures = queue_up(pool, threads, 4)
+    with pytest.raises(Unavailable, match="4 requests are waiting already"):
+        pool.lease(None)
+    for future in futures:
+        lease.release()
+        lease = future.result(10)
+    lease.release()
 
 
 def test_what_is_under_way_finds_room_in_the_queue_for_threads() -> None:

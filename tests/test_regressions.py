@@ -51,9 +51,8 @@ def test_a_chunked_control_body_is_not_cut_but_refused(balancer: BalancerProcess
     """Valid JSON, blanks up to the limit, then garbage: it was accepted."""
     body = b'{"algorithm": "round_robin"}' + b" " * 70_000 + b"garbage"
     head = b"POST /algorithm HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Type: application/json\r\n"
-    with connect(balancer.port) as sock:
-        sock.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(body), body))
-        assert read_all(sock).startswith(b"HTTP/1.1 413 ")
+    framed = b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+    assert exchange(balancer.port, head + framed).startswith(b"HTTP/1.1 413 ")
     assert balancer.status()["algorithm"] == "weighted"
 
 

@@ -17,14 +17,13 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import threading
-import time
 import venv
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from support import wait_until
 
 PROJECT = Path(__file__).resolve().parent.parent
 PARTS = (
@@ -38,13 +37,6 @@ PARTS = (
     "start_all.py",
     "start_all.sh",
 )
-
-
-def wait_until(predicate: Callable[[], object], timeout: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout
-    while not predicate():
-        assert time.monotonic() < deadline, "waited in vain"
-        threading.Event().wait(0.02)
 
 
 def free_ports(count: int) -> list[int]:
@@ -121,7 +113,7 @@ class Run:
         return self.err_file.read_text()
 
     def until(self, text: str) -> None:
-        wait_until(lambda: text in self.out or self.process.poll() is not None)
+        wait_until(lambda: text in self.out or self.process.poll() is not None, 20)
         assert text in self.out, self.err
 
     def end(self, timeout: float = 30) -> int:
@@ -169,7 +161,7 @@ class Demo:
         return found
 
     def assert_nothing_left(self) -> None:
-        wait_until(lambda: not self.processes())
+        wait_until(lambda: not self.processes(), 20)
         assert not [port for port in (self.port, *self.backend_ports) if connects(port)]
         assert [path.name for path in (self.tree / "run").iterdir()] == ["lock"]
 
@@ -253,7 +245,7 @@ def test_a_signal_stops_everything(demo: Demo, number: int, code: int) -> None:
 
 def test_a_signal_while_starting_stops_everything(demo: Demo) -> None:
     run = demo.start()
-    wait_until(lambda: demo.processes("backend_server.py"))
+    wait_until(lambda: demo.processes("backend_server.py"), 20)
     run.process.terminate()
     assert run.end() == 0
     demo.assert_nothing_left()
@@ -264,7 +256,7 @@ def test_nobody_reading_the_output_is_no_reason_to_end(demo: Demo) -> None:
     with subprocess.Popen(command, env=demo.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout and process.stderr
         process.stdout.close()
-        wait_until(lambda: connects(demo.port) and get(demo.port, "/readyz")[0] == 200)
+        wait_until(lambda: connects(demo.port) and get(demo.port, "/readyz")[0] == 200, 20)
         process.terminate()
         assert process.wait(30) == 0
         assert process.stderr.read() == b""
@@ -298,14 +290,14 @@ def test_a_killed_backend_is_named_once_and_its_command_brings_it_back(demo: Dem
     demo.the("backend_server.py", port).kill()
     run.until("backend_2 ended (killed by SIGKILL). Start it again with:")
     assert {get(demo.port, "/api/process")[0] for _ in range(12)} == {200}
-    wait_until(lambda: not demo.healthy()["backend_2"])
+    wait_until(lambda: not demo.healthy()["backend_2"], 20)
 
     command = shlex.split(run.out.split("Start it again with:\n")[1].splitlines()[0])
     with subprocess.Popen(command, cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as again:
-        wait_until(lambda: demo.healthy()["backend_2"])
+        wait_until(lambda: demo.healthy()["backend_2"], 20)
         assert json.loads(get(port, "/api/process")[2])["server_id"] == "backend_2"
         again.terminate()
-    wait_until(lambda: not demo.healthy()["backend_2"])
+    wait_until(lambda: not demo.healthy()["backend_2"], 20)
     run.process.terminate()
     assert run.end() == 0
     assert run.out.count("backend_2 ended") == 1
@@ -319,9 +311,9 @@ def test_backends_starts_what_a_running_demo_has_lost(demo: Demo, detach: tuple[
     demo.ready(*detach)
     file = demo.tree / "run" / f"backend_3-{demo.backend_ports[2]}.pid"
     subprocess.run(["bash", "-c", 'kill -9 $(head -1 "$0")', file], check=True)
-    wait_until(lambda: not demo.healthy()["backend_3"])
+    wait_until(lambda: not demo.healthy()["backend_3"], 20)
     again = demo.ready("backends", *detach)
-    wait_until(lambda: demo.healthy()["backend_3"])
+    wait_until(lambda: demo.healthy()["backend_3"], 20)
     assert "backend_3" in again.out and "backend_1" not in again.out
     demo.start("backends").assert_one_line_error(2, "in use by a demo that runs already", "stop")
     assert demo.start("stop").end() == 0
@@ -406,7 +398,7 @@ def test_a_second_copy_leaves_the_first_alone(demo: Demo) -> None:
 
 def test_of_two_at_the_same_time_one_runs(demo: Demo) -> None:
     runs = [demo.start(), demo.start()]
-    wait_until(lambda: any(run.process.poll() is not None for run in runs))
+    wait_until(lambda: any(run.process.poll() is not None for run in runs), 20)
     (loser,) = [run for run in runs if run.process.poll() is not None]
     (winner,) = [run for run in runs if run is not loser]
     loser.assert_one_line_error(2, "in use")

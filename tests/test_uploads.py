@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import random
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
+from stub_granian import GONE, Client, piece
 from support import BalancerProcess, RawRequest, connect, ok, wait_until
 from wire import WireBackend, read_response, request
 
@@ -21,74 +20,27 @@ from balancer.errors import ClientGone, ClientTooSlow
 from balancer.incoming import RequestBody
 from balancer.outgoing import RequestHeads
 from balancer.workers import WorkerPool
+from bench import guard
 
 KIB = 1024
-GONE = {"type": "http.disconnect"}
-
-
-def piece(body: bytes, more: bool = True) -> dict[str, Any]:
-    return {"type": "http.request", "body": body, "more_body": more}
 
 
 def size_of(pieces: list[bytes]) -> int:
     return sum(map(len, pieces))
 
 
-class Promise:
-    """What Granian's `receive` returns: done later, in another thread."""
-
-    def __init__(self) -> None:
-        self._message: dict[str, Any] | None = None
-        self._callback: Callable[[Any], object] | None = None
-
-    def done(self) -> bool:
-        return self._message is not None
-
-    def result(self) -> dict[str, Any]:
-        assert self._message is not None
-        return self._message
-
-    def add_done_callback(self, callback: Callable[[Any], object]) -> None:
-        self._callback = callback
-
-    @property
-    def is_awaited(self) -> bool:
-        return self._callback is not None
-
-    def keep(self, message: dict[str, Any]) -> None:
-        self._message = message
-        if self._callback is not None:
-            self._callback(self)
-
-
-class Upload:
-    """One request's protocol: what was asked for, in order."""
+class Upload(Client):
+    """A client with a body, and the call that takes it in."""
 
     def __init__(self, length: int | None = None, version: str = "1.1", min_body_rate: int = 0) -> None:
-        self.asked: list[Promise] = []
-        self._come: list[dict[str, Any]] = []
-        headers = [(b"host", b"a")]
-        headers.append((b"transfer-encoding", b"chunked") if length is None else (b"content-length", b"%d" % length))
-        scope = {
-            **{"method": "POST", "raw_path": b"/", "query_string": b"", "scheme": "http"},
-            **{"http_version": version, "client": ("127.0.0.1", 1), "headers": headers},
-        }
+        super().__init__(guard.Kind("POST"))
+        framing = (b"transfer-encoding", b"chunked") if length is None else (b"content-length", b"%d" % length)
+        self.scope |= {"http_version": version, "headers": [(b"host", b"a"), framing]}
         bridge = Bridge(lambda environ, start: [b""], WorkerPool(1, 0, 1.0), min_body_rate=min_body_rate)
-        self.call = Call(bridge, SimpleNamespace(scope=scope, proto=self))
+        self.call = Call(bridge, self)
         self.call.incoming(RequestHeads())  # notes how long the body is
         assert self.call.body is not None
         self.body = self.call.body
-
-    def receive(self) -> Promise:
-        promise = Promise()
-        self.asked.append(promise)
-        if self._come:
-            promise.keep(self._come.pop(0))
-        return promise
-
-    def come(self, *messages: dict[str, Any]) -> None:
-        """Messages that are here before they are asked for."""
-        self._come += messages
 
 
 def test_pieces_that_are_here_are_handed_on_together() -> None:

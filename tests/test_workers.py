@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -184,10 +183,9 @@ def test_idle_threads_end_and_new_ones_come_when_needed() -> None:
     bench.close()
 
 
+@pytest.mark.usefixtures("restless")
 def test_nothing_is_lost_when_threads_end_while_calls_come() -> None:
     bench = Bench(max_threads=4, max_queued=10_000, idle_timeout=0.0001)
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
     try:
         senders = [threading.Thread(target=lambda: [bench.submit(waits=False) for _ in range(500)]) for _ in range(4)]
         for sender in senders:
@@ -197,7 +195,6 @@ def test_nothing_is_lost_when_threads_end_while_calls_come() -> None:
         assert len(bench.calls) == 2000
         assert all(call.done.wait(10) for call in bench.calls)
     finally:
-        sys.setswitchinterval(before)
         bench.close()
 
 
