@@ -184,6 +184,9 @@ class Call:
     def _stream(self, chunks: Iterable[bytes]) -> None:
         try:
             for chunk in chunks:
+                if chunk and not self._is_started and (b"content-length", b"%d" % len(chunk)) in self._headers:
+                    self._emit_last(chunk)  # else hyper may close while the rest of a refused body is still coming
+                    return
                 self._emit(chunk)
                 if self.is_gone:
                     return

@@ -24,6 +24,7 @@ from support import (
     BalancerProcess,
     Demo,
     ScriptedBackend,
+    connect,
     exchange,
     fetch,
     fetch_json,
@@ -32,6 +33,7 @@ from support import (
     make_attempt,
     make_exchange,
     ok,
+    read_all,
     wait_until,
 )
 from werkzeug.test import Client, TestResponse
@@ -1190,6 +1192,17 @@ def test_bad_bodies_on_a_real_connection(guarded: BalancerProcess) -> None:
         assert not following or following.startswith(b"HTTP/1.1 200 ")
         assert fetch(f"{guarded.url}/health")[0] == 200
     assert "Traceback" not in guarded.output
+
+
+def test_a_refused_body_is_read_to_its_end(guarded: BalancerProcess) -> None:
+    """RFC 9112 section 9.6: to close on a client that still sends might cost it the answer."""
+    for _ in range(5):
+        with connect(guarded.port) as sock:
+            sock.sendall(post(b"Content-Type: application/json", b"Content-Length: 3000000", target=b"/algorithm"))
+            assert sock.recv(65536).startswith(b"HTTP/1.1 401 ")  # no token
+            sock.sendall(b"x" * 3_000_000)
+            sock.sendall(get(b"/health"))
+            assert read_all(sock).startswith(b"HTTP/1.1 200 ")
 
 
 def test_a_preflight_on_a_real_connection(guarded: BalancerProcess) -> None:
