@@ -11,9 +11,8 @@ from loads import LOADS, QUICK
 from report import BASELINE, OURS
 
 PARTS = ("speed", "stalls", "quality")
-LONG_STALLS, SHORT_STALLS = 60, 5  # seconds
-SHORT = {"rounds": 2, "seconds": 1, "choice_seconds": 12}
-FULL = {"rounds": 5, "seconds": 5, "choice_seconds": 60, "stall_seconds": LONG_STALLS}
+SHORT = {"rounds": 2, "seconds": 1, "choice_seconds": 12, "stall_seconds": 60}
+FULL = {"rounds": 5, "seconds": 5, "choice_seconds": 30, "stall_seconds": 60}
 
 
 def parse(about: str | None, given: Sequence[str] | None = None) -> argparse.Namespace:
@@ -22,17 +21,16 @@ def parse(about: str | None, given: Sequence[str] | None = None) -> argparse.Nam
     parser.add_argument("--parts", type=some_of(PARTS), metavar="NAME[,NAME...]", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--contenders", type=some_of(CONTENDERS), metavar="...", help=f"of {', '.join(CONTENDERS)}")
     parser.add_argument("--loads", type=some_of(LOADS), metavar="...", help=f"of {', '.join(LOADS)}")
-    parser.add_argument("--rounds", type=positive, help="default 2; 5 with --full")
+    parser.add_argument("--rounds", type=positive, help="of the loads and of the choice; default 2; 5 with --full")
     parser.add_argument(
         "--seconds", type=positive, help="of load per contender, load and round; default 1; 5 if --full"
     )
     parser.add_argument(
         "--stall-seconds",
         type=positive,
-        help=f"of the search for stalls; default {LONG_STALLS} for the {OURS}, {SHORT_STALLS} for others; all "
-        f"{LONG_STALLS} with --full",
+        help=f"of the search for stalls, per contender; default {SHORT['stall_seconds']}",
     )
-    parser.add_argument("--choice-seconds", type=positive, help="per way to choose and round; default 12; 60 if --full")
+    parser.add_argument("--choice-seconds", type=positive, help="per way to choose and round; default 12; 30 if --full")
     parser.add_argument("--json", type=Path, default=HERE / "results.json", metavar="FILE")
     parser.add_argument("--docs", action="store_true", help="renew docs/performance.md too (--full does)")
     parser.add_argument(
