@@ -61,14 +61,16 @@ def cpu_goals(results: Results) -> Iterator[Goal]:
         summary = found.get((other, load))
         limit, said = (f"1/{1 / most:.0f} of", as_part) if other == BASELINE else (f"{most:.1f} x", plain)
         text = f"CPU per request, {load}: at most {limit} {other}'s"
-        yield of_ratio(text, summary and summary.our_ratio, lambda seen, most=most: seen <= most, said)  # type: ignore[misc]
+        ratio = summary.our_ratio if summary else None
+        yield of_ratio(text, ratio, lambda seen, most=most: seen <= most, said)  # type: ignore[misc]
 
 
 def latency_goals(results: Results) -> Iterator[Goal]:
     ours = next((one for one in latencies(results.samples) if one.contender == OURS), None)
     for name in ("p50", "p99"):
         text = f"latency added at one connection, {name}: at most {LATENCY_GOAL:.1f} x {LATENCY_REFERENCE}'s"
-        yield of_ratio(text, ours and ours.ratio[name], lambda seen: seen <= LATENCY_GOAL)
+        ratio = ours.ratio[name] if ours else None
+        yield of_ratio(text, ratio, lambda seen: seen <= LATENCY_GOAL)
 
 
 def stall_goal(results: Results) -> Goal:

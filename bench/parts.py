@@ -15,13 +15,13 @@ from stalls import measure_stalls
 
 QUICK_STALLS = (OURS, "nginx", "haproxy", "caddy")
 # Beside the measured seconds: start, warm-up, waiting for the last answers, stop.
-SPEED_OVERHEAD, STALL_OVERHEAD, CHOICE_OVERHEAD, SIMULATION = 2.0, 6.0, 5.0, 6.0
+SPEED_OVERHEAD, STALL_OVERHEAD, CHOICE_OVERHEAD, SIMULATION = 3.2, 4.0, 3.0, 6.0
 
 
 def expected_seconds(options: argparse.Namespace) -> float:
     """How long a run with these options takes."""
     ways = methods(options.contenders, quick=not options.full)
-    parts = {
+    parts: dict[str, float] = {
         "speed": options.rounds * len(options.loads) * len(options.contenders) * (options.seconds + SPEED_OVERHEAD),
         "stalls": len(searched(options)) * (options.stall_seconds + STALL_OVERHEAD),
         "quality": options.rounds * (SIMULATION + len(ways) * (options.choice_seconds + CHOICE_OVERHEAD)),

@@ -154,8 +154,9 @@ def combine(runs: list[Run]) -> Results:
     taken: dict[str, set[object]] = {name: set() for name in KEYS}
     kept = []
     for run in reversed(runs):
-        own = {name: [one for one in getattr(run, name) if key(one) not in taken[name]] for name, key in KEYS.items()}
+        own: dict[str, Any] = {}
         for name, key in KEYS.items():
+            own[name] = [one for one in getattr(run, name) if key(one) not in taken[name]]
             taken[name] |= {key(one) for one in own[name]}
         if any(own.values()):
             kept.append(replace(run, **own))

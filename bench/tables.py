@@ -153,7 +153,7 @@ def summary_table(results: Results) -> Table:
     rows = []
     for load in dict.fromkeys(load for load, _ in found):
         costs = [cost(found.get((load, who))) for who in (OURS, *NATIVE)]
-        ratios = [with_range(one and one.our_ratio, 2) for one in (found.get((load, who)) for who in RIVALS)]
+        ratios = [with_range(one.our_ratio if one else None, 2) for one in (found.get((load, who)) for who in RIVALS)]
         rows.append([load, LOADS[load].about, *costs, *ratios])
     costs_of = [f"{who} us/req" for who in (OURS, *NATIVE)]
     return Table(["load", "what is asked", *costs_of, *(f"{OURS}/{who} (min..max)" for who in RIVALS)], rows, texts=2)

@@ -527,6 +527,7 @@ def test_how_an_interpreter_was_built(prefix: str, configured: str, is_optimised
     assert optimised is is_optimised and build
 
 
+@pytest.mark.timeout(180)
 def test_a_run_tells_its_interpreter_and_warns_of_a_slow_build(finished: tuple[Any, Any]) -> None:
     done, content = finished
     (run,) = runs_of(content)
