@@ -1,4 +1,4 @@
-"""Who is measured, and against what: the fast backend, and one row per contender."""
+"""Who is measured: one row per contender, and how each is configured."""
 
 from __future__ import annotations
 
@@ -183,34 +183,6 @@ CONTENDERS = {
 
 def chosen(names: Iterable[str]) -> list[Contender]:
     return [CONTENDERS[name] for name in names]
-
-
-def fast_backend_command(directory: Path, ports: Iterable[int]) -> list[str]:
-    """One nginx worker that answers at once on each port, and counts what it was asked.
-
-    An upload is answered when it has been read whole: `mirror` reads it before the static module refuses the POST.
-    """
-    for path, content in FILES.items():
-        (directory / path.strip("/")).write_bytes(content)
-    listen = " ".join(f"listen 127.0.0.1:{port} backlog=4096;" for port in ports)
-    files = "\n".join(f"        location = {path} {{ }}" for path in FILES)
-    body = BODY.decode().replace('"', '\\"').replace("\n", "\\n")
-    return write_nginx(
-        directory,
-        f"""
-    server {{
-        {listen}
-        default_type application/json;
-        root {directory};
-        client_max_body_size 0;
-        client_body_buffer_size {max(map(len, FILES.values()))};
-        location / {{ return 200 "{body}"; }}
-        location = {UPLOAD_PATH} {{ mirror /sink; error_page 404 405 =200 /done; }}
-        location = /sink {{ internal; return 204; }}
-{files}
-        location = {STUB_STATUS_PATH} {{ stub_status; }}
-    }}""",
-    )
 
 
 def write_nginx(directory: Path, servers: str) -> list[str]:

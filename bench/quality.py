@@ -16,14 +16,16 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from backends import Backends, count_at, delay_backends
 from contenders import BODY, CONTENDERS, HERE, Place
 from delay_backend import parse
 from loads import WAIT_PATH
+from meter import read_meter
 from openloop import DIRECT_RATE, Aim, Shot, figures, fire, poisson, steady, worst_ms
 from processes import await_answer, free_ports, get, running
 from report import OURS
 from results import ChoiceRun
-from speed import Backends, count_at, delay_backends, progress, read_meter
+from speed import progress
 
 sys.path.insert(0, str(HERE.parent))
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from backends import Backends, fast_backends
 from contenders import BODY, Contender, Place
 from loads import Load
+from meter import read_meter
 from openloop import DIRECT_RATE, Aim, Shot, figures, fire, steady, worst_ms
 from processes import await_answer, free_ports, running
 from results import DIRECT_LATE_SECONDS, STALL_SECONDS, StallRun
-from speed import Backends, fast_backends, progress, read_meter, run_wrk
+from speed import progress, run_wrk
 
 MAX_RATE = 10_000.0  # what the generator sends at without being late itself
 CAPACITY_LOAD = Load("capacity", "what it can do", 32)

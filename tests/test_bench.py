@@ -34,12 +34,12 @@ import report  # noqa: E402
 import results as found  # noqa: E402
 import stalls  # noqa: E402
 import tables  # noqa: E402
+from backends import Backends, fast_backends  # noqa: E402
 from contenders import UPLOAD_PATH  # noqa: E402
 from delay_backend import FIRST_STALL_SECONDS, Backend, parse  # noqa: E402
 from processes import BenchError  # noqa: E402
 from report import OURS, Spread, latencies, missed_ratio, summarise  # noqa: E402
 from results import ChoiceRun, Results, Run, Sample, StallRun, combine  # noqa: E402
-from speed import Backends, fast_backends  # noqa: E402
 
 # The whole command.
 
