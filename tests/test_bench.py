@@ -37,6 +37,7 @@ import tables  # noqa: E402
 from backends import Backends, fast_backends  # noqa: E402
 from contenders import UPLOAD_PATH  # noqa: E402
 from delay_backend import FIRST_STALL_SECONDS, Backend, parse  # noqa: E402
+from loads import LOADS  # noqa: E402
 from processes import BenchError  # noqa: E402
 from report import OURS, Spread, latencies, missed_ratio, summarise  # noqa: E402
 from results import ChoiceRun, Results, Run, Sample, StallRun, combine  # noqa: E402
@@ -557,6 +558,10 @@ def test_the_version_of_a_program_is_the_first_thing_that_looks_like_one(
     program.chmod(0o755)
     assert machine.program_version(str(program), "-v") == expected
     assert machine.program_version(str(tmp_path / "missing"), "-v") is None
+
+
+def test_all_loads_need_not_be_named() -> None:
+    assert arguments.parse(None, ["--loads=all"]).loads == list(LOADS)
 
 
 def test_stalls_are_looked_for_a_minute_everywhere_and_every_text_says_how_long_a_run_takes() -> None:
