@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import itertools
 
+import uvloop
 from aiohttp import ClientSession, ClientTimeout, TCPConnector, web
 from multidict import CIMultiDict
 
@@ -59,7 +60,8 @@ def main() -> None:
     app.on_startup.append(proxy.open)
     app.on_cleanup.append(proxy.close)
     app.router.add_route("*", "/{path:.*}", proxy.forward)
-    web.run_app(app, host="127.0.0.1", port=options.port, access_log=None, print=None, backlog=4096)
+    loop = uvloop.new_event_loop()  # as in this balancer
+    web.run_app(app, host="127.0.0.1", port=options.port, access_log=None, print=None, backlog=4096, loop=loop)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,8 @@ from loads import LOADS, QUICK
 from report import BASELINE, OURS
 
 PARTS = ("speed", "stalls", "quality")
-LONG_STALLS, SHORT_STALLS = 60, 5  # seconds
-SHORT = {"rounds": 2, "seconds": 1, "choice_seconds": 12}
-FULL = {"rounds": 5, "seconds": 5, "choice_seconds": 60, "stall_seconds": LONG_STALLS}
+SHORT = {"rounds": 2, "seconds": 1, "choice_seconds": 12, "stall_seconds": 60}
+FULL = {"rounds": 5, "seconds": 5, "choice_seconds": 30, "stall_seconds": 60}
 
 
 def parse(about: str | None, given: Sequence[str] | None = None) -> argparse.Namespace:
@@ -21,18 +20,17 @@ def parse(about: str | None, given: Sequence[str] | None = None) -> argparse.Nam
     parser.add_argument("--full", action="store_true", help="the long run, for the documentation")
     parser.add_argument("--parts", type=some_of(PARTS), metavar="NAME[,NAME...]", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--contenders", type=some_of(CONTENDERS), metavar="...", help=f"of {', '.join(CONTENDERS)}")
-    parser.add_argument("--loads", type=some_of(LOADS), metavar="...", help=f"of {', '.join(LOADS)}")
-    parser.add_argument("--rounds", type=positive, help="default 2; 5 with --full")
+    parser.add_argument("--loads", type=some_of(LOADS), metavar="...", help=f"of {', '.join(LOADS)}; or all")
+    parser.add_argument("--rounds", type=positive, help="of the loads and of the choice; default 2; 5 with --full")
     parser.add_argument(
         "--seconds", type=positive, help="of load per contender, load and round; default 1; 5 if --full"
     )
     parser.add_argument(
         "--stall-seconds",
         type=positive,
-        help=f"of the search for stalls; default {LONG_STALLS} for the {OURS}, {SHORT_STALLS} for others; all "
-        f"{LONG_STALLS} with --full",
+        help=f"of the search for stalls, per contender; default {SHORT['stall_seconds']}",
     )
-    parser.add_argument("--choice-seconds", type=positive, help="per way to choose and round; default 12; 60 if --full")
+    parser.add_argument("--choice-seconds", type=positive, help="per way to choose and round; default 12; 30 if --full")
     parser.add_argument("--json", type=Path, default=HERE / "results.json", metavar="FILE")
     parser.add_argument("--docs", action="store_true", help="renew docs/performance.md too (--full does)")
     parser.add_argument(
@@ -49,16 +47,20 @@ def parse(about: str | None, given: Sequence[str] | None = None) -> argparse.Nam
         help="interpreter of all Python contenders and of the benchmark, in an environment of its own (bench/.venv); "
         "default: of run.sh /usr/bin/python3, if it is 3.11 or newer, of run.py the one that runs it",
     )
-    parser.add_argument("--require-ratio", type=float, metavar="R", help=f"exit 1 unless the {OURS} reaches 1/R")
-    parser.add_argument("--transfer", metavar="SIZE", help="check memory with a body of this size, such as 1GiB")
-    parser.add_argument("--max-growth", default="32MiB", metavar="SIZE", help="allowed by --transfer (default 32MiB)")
-    parser.add_argument("--concurrent", type=positive, metavar="N", help="check N requests in flight at once")
-    parser.add_argument("--delay", type=float, default=0.2, help="seconds a backend takes then (default 0.2)")
+    add_checks(parser)
     options = parser.parse_args(given)
     fill_in(options)
     if options.require_ratio and not {OURS, BASELINE} <= set(options.contenders):
         parser.error(f"--require-ratio needs the contenders {OURS} and {BASELINE}")
     return options
+
+
+def add_checks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--require-ratio", type=float, metavar="R", help=f"exit 1 unless the {OURS} reaches 1/R")
+    parser.add_argument("--transfer", metavar="SIZE", help="check memory with a body of this size, such as 1GiB")
+    parser.add_argument("--max-growth", default="32MiB", metavar="SIZE", help="allowed by --transfer (default 32MiB)")
+    parser.add_argument("--concurrent", type=positive, metavar="N", help="check N requests in flight at once")
+    parser.add_argument("--delay", type=float, default=0.2, help="seconds a backend takes then (default 0.2)")
 
 
 def fill_in(options: argparse.Namespace) -> None:
@@ -84,7 +86,7 @@ def some_of(known: Iterable[str]) -> Callable[[str], list[str]]:
     names = list(known)
 
     def parse(text: str) -> list[str]:
-        chosen = [name.strip() for name in text.split(",")]
+        chosen = names if text == "all" else [name.strip() for name in text.split(",")]
         if unknown := sorted(set(chosen) - set(names)):
             raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: expected some of {', '.join(names)}")
         return list(dict.fromkeys(chosen))

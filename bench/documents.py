@@ -15,8 +15,8 @@ from contenders import HERE
 from loads import LOADS
 from machine import about, pace
 from processes import BenchError
-from report import OURS, Spread, Summary, latencies, summarise
-from results import ChoiceRun, Results, Run
+from report import OURS, Spread, Summary, latencies, summarise, unequal_machines
+from results import ChoiceRun, Results, Run, Sample
 
 DOCS = HERE.parent / "docs"
 PAGE = "performance.md"
@@ -50,22 +50,34 @@ def about_run(run: Run) -> str:
 
 
 def covers(run: Run) -> str:
-    loads, rounds = dict.fromkeys(sample.load for sample in run.samples), run.options["rounds"]
-    times = f"{rounds} round{'s' if rounds > 1 else ''} of {run.options['seconds']} s"
-    names = {f"{', '.join(loads)} ({times})": run.samples, "stalls": run.stalls, "choice": run.choices}
-    return "; ".join(name for name, measured in names.items() if measured)
+    found = []
+    if run.samples:
+        loads = dict.fromkeys(sample.load for sample in run.samples)
+        found.append(f"{', '.join(loads)} ({rounds_of(run.samples)} of {run.options['seconds']} s)")
+    if run.stalls:
+        found.append("stalls")
+    if run.choices:
+        found.append(f"choice ({rounds_of(run.choices)} of {run.options['choice_seconds']} s)")
+    return "; ".join(found)
+
+
+def rounds_of(measured: list[Sample] | list[ChoiceRun]) -> str:
+    count = len({one.round for one in measured})
+    return f"{count} round{'s' if count > 1 else ''}"
 
 
 def about_runs(results: Results) -> str:
     places: dict[str, list[str]] = {}
     for run in results.runs:
         places.setdefault(about(run.machine), []).append(about_run(run))
-    return "\n\n".join("\n".join([f"On {place}:", "", *lines]) for place, lines in places.items())
+    blocks = ["\n".join([f"On {place}:", "", *lines]) for place, lines in places.items()]
+    return "\n\n".join([*blocks, *(f"{text[0].upper()}{text[1:]}." for text in unequal_machines(results))])
 
 
 SECTIONS: dict[str, Callable[[Results], str]] = {
     "runs": about_runs,
-    "loads": lambda results: tables.load_table(results).markdown(),
+    "summary": lambda results: tables.summary_table(results).markdown(),
+    "goals": lambda results: tables.goal_table(results).markdown(),
     "speed": lambda results: tables.speed_table(results).markdown(),
     "latency": lambda results: tables.latency_table(results).markdown(),
     "stalls": lambda results: tables.stall_table(results).markdown(),

@@ -1,21 +1,40 @@
-"""On what it was measured: the machine, the interpreter of every Python contender, and the state of the code."""
+"""On what it was measured: the machine, the interpreter of every Python contender, the versions of everything that took
+part, and the state of the code."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
 import sysconfig
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from contenders import HERE
+from contenders import HERE, find_program
 
 STEPS = 1_000
 REPEATS = 300
+# How each program is asked for its version.
+PROGRAMS = {
+    "nginx": ["nginx", "-v"],
+    "HAProxy": ["haproxy", "-v"],
+    "Caddy": ["caddy", "version"],
+    "wrk": ["wrk", "-v"],
+}
+PACKAGES = {
+    "Granian": "granian",
+    "aiohttp": "aiohttp",
+    "uvloop": "uvloop",
+    "Flask": "flask",
+    "Werkzeug": "werkzeug",
+    "requests": "requests",
+}
 
 
 @dataclass(frozen=True)
@@ -38,6 +57,7 @@ def machine() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "kernel": platform.release(),
         "python": asdict(interpreter()),
+        "versions": versions(),
         "load_average": os.getloadavg()[0],
     }
 
@@ -45,11 +65,32 @@ def machine() -> dict[str, Any]:
 def about(facts: dict[str, Any]) -> str:
     """What `machine` found, in words, but for what differs from minute to minute."""
     python = Interpreter(**facts["python"])
-    return f"{facts['cpus']} x {facts['cpu']}, Linux {facts['kernel']}; all Python contenders on {python}"
+    place = f"{facts['cpus']} x {facts['cpu']}, Linux {facts['kernel']}; all Python contenders on {python}"
+    measured = ", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items())
+    return f"{place}; {measured}" if measured else place
 
 
 def pace(facts: dict[str, Any]) -> str:
     return f"{facts['python']['step_ns']:.0f} ns for a step of the interpreter's loop"
+
+
+def versions() -> dict[str, str]:
+    """Of what is installed here of the programs and packages that take part."""
+    found = {name: program_version(*command) for name, command in PROGRAMS.items()}
+    for name, package in PACKAGES.items():
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(package)
+    return {name: version for name, version in found.items() if version}
+
+
+def program_version(name: str, option: str) -> str | None:
+    """The first thing in its answer that looks like a version; some say it on stderr, wrk with exit code 1."""
+    program = find_program(name)
+    if program is None:
+        return None
+    done = subprocess.run([program, option], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    seen = re.search(r"\d+\.\d+[\w.+~-]*", done.stdout)
+    return seen[0] if seen else "of unknown version"
 
 
 def commit() -> str:

@@ -13,25 +13,28 @@ import math
 import random
 import socket
 import time
-from collections.abc import Coroutine
+from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import uvloop
+from processes import raised_file_limit
 
 TICK_SECONDS = 0.001  # due requests are looked for this often
-MAX_CONNECTIONS = 4000
+DIRECT_RATE = 100.0  # requests/s past a contender, to tell when the machine stood still
+MAX_CONNECTIONS = 4000  # to one target; no contender is configured for more than 4096
 
 
 @dataclass(slots=True)
 class Shot:
     """One request: when it was due (seconds from the start), and how long after that its answer was complete, or it was
-    given up (finite after `fire`)."""
+    given up (finite after `fire`). Held: all connections were busy, and it left when one became free."""
 
     due: float
     latency: float = math.inf
     is_good: bool = False
+    was_held: bool = False
 
 
 class Wire(asyncio.Protocol):
@@ -78,14 +81,16 @@ class Wire(asyncio.Protocol):
 class Target:
     """A port under fire, and the connections to it; the one used last is used next."""
 
-    def __init__(self, port: int, path: str, due: list[float], started: float) -> None:
+    def __init__(self, port: int, path: str, due: list[float], started: float, most: int) -> None:
         self.shots = [Shot(seconds) for seconds in due]
         self._port = port
         self._request = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode()
         self._started = started
+        self._most = most
         self._next = 0
         self._open = 0
-        self._idle: list[Wire] = []
+        self._idle: list[Wire] = []  # empty while something is held
+        self._held: deque[Shot] = deque()
         self._wires: set[Wire] = set()  # all that are open
         self._loop = asyncio.get_running_loop()
         self._left = len(due)
@@ -103,14 +108,15 @@ class Target:
             self._next += 1
             if self._idle:
                 self._send(self._idle.pop(), shot)
-            elif self._open < MAX_CONNECTIONS:
-                self._open += 1
-                self._spawn(self._connect(shot))
+            elif self._open < self._most:
+                self._open_for(shot)
             else:
-                self._end(shot, False)
+                shot.was_held = True
+                self._held.append(shot)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = self._loop.create_task(work)
+    def _open_for(self, shot: Shot) -> None:
+        self._open += 1
+        task = self._loop.create_task(self._connect(shot))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -118,8 +124,8 @@ class Target:
         try:
             _, wire = await self._loop.create_connection(lambda: Wire(self), "127.0.0.1", self._port)
         except OSError:
-            self._open -= 1
             self._end(shot, False)
+            self._closed()
         else:
             self._wires.add(wire)
             self._send(wire, shot)
@@ -129,17 +135,24 @@ class Target:
         wire.transport.write(self._request)
 
     def lost(self, wire: Wire) -> None:
-        self._open -= 1
         self._wires.discard(wire)
         if wire in self._idle:
             self._idle.remove(wire)
+        self._closed()
+
+    def _closed(self) -> None:
+        self._open -= 1
+        if self._held:
+            self._open_for(self._held.popleft())
 
     def finished(self, wire: Wire, shot: Shot, is_good: bool) -> None:
         self._end(shot, is_good)
-        if is_good and not wire.transport.is_closing():
-            self._idle.append(wire)
-        else:
+        if not is_good or wire.transport.is_closing():
             wire.transport.close()
+        elif self._held:
+            self._send(wire, self._held.popleft())
+        else:
+            self._idle.append(wire)
 
     def _end(self, shot: Shot, is_good: bool) -> None:
         shot.latency = time.monotonic() - self._started - shot.due
@@ -151,6 +164,7 @@ class Target:
     async def close(self) -> None:
         """What is not answered by now counts as failed after all this time."""
         now = time.monotonic() - self._started
+        self._held.clear()
         for task in self._tasks:
             task.cancel()
         for wire in self._wires:
@@ -170,9 +184,9 @@ class Aim:
     due: list[float]  # seconds from the start, ascending
 
 
-async def _fire(aims: list[Aim], patience: float) -> list[list[Shot]]:
+async def _fire(aims: list[Aim], patience: float, most: int) -> list[list[Shot]]:
     started = time.monotonic() + 0.05
-    targets = [Target(aim.port, aim.path, aim.due, started) for aim in aims]
+    targets = [Target(aim.port, aim.path, aim.due, started, most) for aim in aims]
     while any(target.has_more for target in targets):
         for target in targets:
             target.fire_due()
@@ -185,12 +199,14 @@ async def _fire(aims: list[Aim], patience: float) -> list[list[Shot]]:
     return [target.shots for target in targets]
 
 
-def fire(aims: list[Aim], patience: float = 10.0) -> list[list[Shot]]:
-    """Send all of it at the same time; returns when everything was answered, or `patience` seconds after the last."""
+def fire(aims: list[Aim], patience: float = 10.0, most: int = MAX_CONNECTIONS) -> list[list[Shot]]:
+    """Send all of it at the same time; returns when everything was answered, or `patience` seconds after the last.
+    `most`: connections to one target at a time."""
     gc.collect()
     gc.disable()  # a pause of ours would be taken for one of the contender's
     try:
-        return uvloop.run(_fire(aims, patience))
+        with raised_file_limit():
+            return uvloop.run(_fire(aims, patience, most))
     finally:
         gc.enable()
 
@@ -208,16 +224,22 @@ def poisson(rate: float, seconds: float, seed: int) -> list[float]:
 
 
 def figures(shots: list[Shot], failed_seconds: float = 0.0) -> dict[str, Any]:
-    """What both kinds of open-loop runs tell: how many, how many failed, and percentiles in milliseconds, with a failed
-    request counted as slow as this at least."""
+    """What both kinds of open-loop runs tell: how many, how many failed, how many left late because the generator had
+    no connection free (they count as slow, not as failed), and percentiles in milliseconds, with a failed request
+    counted as slow as this at least."""
     times = [(shot.latency if shot.is_good else max(shot.latency, failed_seconds)) * 1e3 for shot in shots]
     return {
         "requests": len(shots),
         "failed": sum(not shot.is_good for shot in shots),
+        "held": sum(shot.was_held for shot in shots),
         "p50": percentile(times, 0.50),
         "p99": percentile(times, 0.99),
         "p999": percentile(times, 0.999),
     }
+
+
+def worst_ms(shots: list[Shot]) -> float:
+    return max(shot.latency for shot in shots) * 1e3
 
 
 def percentile(values: list[float], share: float) -> float:

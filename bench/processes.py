@@ -171,6 +171,17 @@ def raise_file_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+@contextlib.contextmanager
+def raised_file_limit() -> Iterator[None]:
+    """Only for a time: a contender must manage with the limit it was given."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    raise_file_limit()
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
 def family(root: int) -> list[ProcessStat]:
     """The process, its living descendants, and whatever of its session lost its parent."""
     everyone = list(all_processes())

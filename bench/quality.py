@@ -13,16 +13,19 @@ import heapq
 import random
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
+from backends import Backends, count_at, delay_backends
 from contenders import BODY, CONTENDERS, HERE, Place
 from delay_backend import parse
 from loads import WAIT_PATH
-from openloop import Aim, Shot, figures, fire, poisson
+from meter import read_meter
+from openloop import DIRECT_RATE, Aim, Shot, figures, fire, poisson, steady, worst_ms
 from processes import await_answer, free_ports, get, running
 from report import OURS
 from results import ChoiceRun
-from speed import Backends, count_at, delay_backends, progress, read_meter
+from speed import progress
 
 sys.path.insert(0, str(HERE.parent))
 
@@ -45,7 +48,10 @@ SPECIFICATIONS = (
     f"{FAST_SECONDS:g}:{SLOTS}:{STALL_EVERY_SECONDS:g}:{STALL_SECONDS:g}",
 )
 OTHERS = (("nginx", "least_conn"), ("haproxy", "leastconn"), ("caddy", "least_conn"))
-QUICK_STRATEGIES = ("least_connections", "least_response_time", "peak_ewma")
+# They look at neither load nor time, so that the queue at the slow backend grows for as long as the run is: measured
+# with --full only, otherwise simulated.
+BLIND_STRATEGIES = ("round_robin", "weighted")
+AT_ONCE = "0"  # the backend that requests past the contender go to
 
 
 def capacity() -> float:
@@ -55,13 +61,13 @@ def capacity() -> float:
 
 
 def methods(contenders: list[str], quick: bool) -> list[tuple[str, str]]:
-    own = [(OURS, name) for name in REGISTRY if not quick or name in QUICK_STRATEGIES]
+    own = [(OURS, name) for name in REGISTRY if not quick or name not in BLIND_STRATEGIES]
     return [(who, method) for who, method in (*own, *OTHERS) if who in contenders]
 
 
 def measure_quality(rounds: int, seconds: float, chosen: list[tuple[str, str]]) -> list[ChoiceRun]:
     runs = []
-    with delay_backends(*SPECIFICATIONS) as backends:
+    with delay_backends(*SPECIFICATIONS, AT_ONCE) as backends:
         for number in range(rounds):
             shift = number % len(chosen)
             for contender, method in chosen[shift:] + chosen[:shift]:
@@ -73,20 +79,25 @@ def measure_quality(rounds: int, seconds: float, chosen: list[tuple[str, str]]) 
 
 def measure_one(number: int, name: str, method: str, backends: Backends, seconds: float) -> ChoiceRun:
     contender, rate = CONTENDERS[name], LOAD_SHARE * capacity()
+    *ports, at_once = backends.ports
     with tempfile.TemporaryDirectory(prefix="bench-") as directory:
-        place = Place(free_ports(1)[0], backends.ports, Path(directory), method)
+        place = Place(free_ports(1)[0], ports, Path(directory), method)
         with running(contender.name, contender.command(place), place.directory, contender.cpus) as service:
             await_answer(service, place.port, WAIT_PATH, BODY)
-            for port in backends.ports:
-                get(port, "/restart")
+            restart(ports)
             fire([Aim(place.port, WAIT_PATH, poisson(rate, WARMUP_SECONDS, seed=0))])
-            for port in backends.ports:
-                get(port, "/restart")
-            before, counts = read_meter(service, backends), [count_at(port) for port in backends.ports]
-            (shots,) = fire([Aim(place.port, WAIT_PATH, poisson(rate, seconds, seed=number + 1))], FAILED_SECONDS)
+            restart(ports)
+            before, counts = read_meter(service, backends), [count_at(port) for port in ports]
+            traffic = Aim(place.port, WAIT_PATH, poisson(rate, seconds, seed=number + 1))
+            shots, direct = fire([traffic, Aim(at_once, WAIT_PATH, steady(DIRECT_RATE, seconds))], FAILED_SECONDS)
             others = read_meter(service, backends).others_share(before)
-            counts = [count_at(port) - count for port, count in zip(backends.ports, counts, strict=True)]
-    return summarise(number, name, method, shots, counts, others)
+            counts = [count_at(port) - count for port, count in zip(ports, counts, strict=True)]
+    return replace(summarise(number, name, method, shots, counts, others), direct_worst=worst_ms(direct))
+
+
+def restart(ports: list[int]) -> None:
+    for port in ports:
+        get(port, "/restart")
 
 
 def summarise(

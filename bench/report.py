@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from loads import LOADS, ONE_CONNECTION
-from results import Results, Sample
+from results import DIRECT_LATE_SECONDS, ChoiceRun, Results, Sample, StallRun
 
 OURS = "balancer"
 BASELINE = "baseline"
@@ -18,6 +18,8 @@ MIB = 1 << 20
 NOISY_SHARE = 0.10
 # Requests still open when the clock stops may be missing on either side, no more.
 FORWARDED_SHARE = 0.99
+# Runs on a machine whose speed differs by no more than this may be compared.
+EQUAL_PACE = 0.05
 
 
 @dataclass(frozen=True)
@@ -90,13 +92,39 @@ def cpu_ratio(same_load: list[Sample], own: list[Sample], other: str) -> Spread 
 
 def warnings(results: Results) -> list[str]:
     found = [fault for summary in summarise(results.samples) for fault in summary.faults]
+    found += [fault for stall in results.stalls for fault in open_loop_faults(f"stalls, {stall.contender}", stall)]
+    for choice in results.choices:
+        found += open_loop_faults(f"choice, {choice.contender} {choice.method}, round {choice.round + 1}", choice)
     everything = [share for run in results.runs for share in run.others_shares]
     noisy = sum(share > NOISY_SHARE for share in everything)
     if noisy:
         found.append(
             f"something else took over {NOISY_SHARE:.0%} of the machine in {noisy} of {len(everything)} samples"
         )
-    return found + slow_interpreters(results)
+    return found + unequal_machines(results) + slow_interpreters(results)
+
+
+def open_loop_faults(name: str, run: StallRun | ChoiceRun) -> list[str]:
+    """What did not go as it should; a slow answer alone is none of it."""
+    found = []
+    if run.failed:
+        found.append(f"{run.failed} of {run.requests} requests failed")
+    if run.held:
+        found.append(f"{run.held} of {run.requests} requests left late, the generator had no connection free")
+    if run.direct_worst is not None and run.direct_worst > DIRECT_LATE_SECONDS * 1e3:
+        found.append(f"requests past it took up to {run.direct_worst:.0f} ms: the machine or the generator stood still")
+    return [f"{name}: {fault}" for fault in found]
+
+
+def unequal_machines(results: Results) -> list[str]:
+    """Runs whose figures do not compare with each other's."""
+    paces = [run.machine["python"]["step_ns"] for run in results.runs]
+    if not paces or max(paces) <= min(paces) * (1 + EQUAL_PACE):
+        return []
+    return [
+        f"the machine's speed differed by {max(paces) / min(paces) - 1:.0%} between the runs: do not compare loads of "
+        "different runs, only contenders under one load"
+    ]
 
 
 def slow_interpreters(results: Results) -> list[str]:

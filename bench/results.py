@@ -11,6 +11,9 @@ from typing import Any
 
 from processes import BenchError
 
+STALL_SECONDS = 0.050  # answers later than this are a stall
+DIRECT_LATE_SECONDS = STALL_SECONDS / 2  # later than this past the contender, and it is not to blame
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -34,7 +37,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class StallRun:
-    """One contender at half of the rate it could do, open loop. Times in milliseconds."""
+    """One contender at half of the rate it could do, open loop. Times in milliseconds, None: not recorded."""
 
     contender: str
     rate: float
@@ -49,11 +52,13 @@ class StallRun:
     own_stalls: int  # those during which requests sent past the contender, to the backend itself, were not late
     direct_worst: float
     others_share: float
+    held: int | None = None  # left late: the generator had no connection free
 
 
 @dataclass(frozen=True)
 class ChoiceRun:
-    """One way to choose among unequal backends, in one round. Times in milliseconds; a failed request is a slow one."""
+    """One way to choose among unequal backends, in one round. Times in milliseconds; a failed request is a slow one.
+    None: not recorded, or simulated."""
 
     round: int
     contender: str
@@ -65,6 +70,8 @@ class ChoiceRun:
     p999: float
     shares: list[float]  # of the requests, per backend
     others_share: float
+    held: int | None = None  # as in StallRun
+    direct_worst: float | None = None  # of requests past the contender, to a backend that answers at once
 
 
 @dataclass
@@ -147,8 +154,9 @@ def combine(runs: list[Run]) -> Results:
     taken: dict[str, set[object]] = {name: set() for name in KEYS}
     kept = []
     for run in reversed(runs):
-        own = {name: [one for one in getattr(run, name) if key(one) not in taken[name]] for name, key in KEYS.items()}
+        own: dict[str, Any] = {}
         for name, key in KEYS.items():
+            own[name] = [one for one in getattr(run, name) if key(one) not in taken[name]]
             taken[name] |= {key(one) for one in own[name]}
         if any(own.values()):
             kept.append(replace(run, **own))

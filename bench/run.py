@@ -1,6 +1,6 @@
 """This balancer beside others: CPU per request, speed, latency, memory, and how well it chooses. Linux only.
 
-./bench/run.sh                                 6 minutes: installs what is missing, tables, bench/results.json
+./bench/run.sh                                 11 minutes: installs what is missing, tables, bench/results.json
 ./bench/run.sh --full                          70 minutes: everything; renews docs/performance.md and its plots
 ./bench/run.sh --parts speed --loads small-32,small-256 --rounds 5 --seconds 10 --contenders balancer,baseline
 ./bench/run.sh --render bench/results.json     seconds: renews the documentation from files, without measuring

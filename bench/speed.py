@@ -3,84 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
-from contenders import BODY, HERE, STUB_STATUS_PATH, Contender, Place, fast_backend_command
-from loads import ONE_CONNECTION, WAIT_PATH, WAIT_SECONDS, Load
-from processes import (
-    TICK_SECONDS,
-    BenchError,
-    Service,
-    await_answer,
-    free_ports,
-    get,
-    machine_busy_seconds,
-    raise_file_limit,
-    running,
-)
+from backends import BACKEND_COUNT, Backends, delay_backends, fast_backends
+from contenders import Contender, Place
+from loads import ONE_CONNECTION, WAIT_SECONDS, Load
+from meter import Meter, read_meter
+from processes import TICK_SECONDS, BenchError, Service, await_answer, free_ports, raise_file_limit, running
 from report import DIRECT
 from results import Sample
 
-BACKEND_COUNT = 3
 WARMUP_SECONDS = 1
 WRK_TIMEOUT_SECONDS = 10  # the slowest contender takes seconds per request at 1,000 connections; that is no error
-
-
-@dataclass(frozen=True)
-class Backends:
-    """Some ports of one process, and those of them to ask for the number of requests: one if it counts for all."""
-
-    service: Service
-    ports: list[int]
-    counters: list[int]
-
-
-@dataclass(frozen=True)
-class Meter:
-    """Readings that only ever rise; two of them make a measurement."""
-
-    contender_cpu: float
-    backend_cpu: float
-    own_cpu: float  # this script and its finished children: wrk
-    machine_cpu: float
-    backend_requests: int
-    at: float  # seconds
-
-    def others_share(self, before: Meter) -> float:
-        """Of the machine's CPU time since then, what neither contender, backend nor generator spent."""
-        machine = self.machine_cpu - before.machine_cpu
-        known = self.contender_cpu + self.backend_cpu + self.own_cpu
-        known -= before.contender_cpu + before.backend_cpu + before.own_cpu
-        return max(0.0, machine - known) / ((self.at - before.at) * (os.cpu_count() or 1))
-
-
-@contextmanager
-def fast_backends() -> Iterator[Backends]:
-    with tempfile.TemporaryDirectory(prefix="bench-") as name:
-        directory, ports = Path(name), free_ports(BACKEND_COUNT)
-        with running("the nginx backend", fast_backend_command(directory, ports), directory) as service:
-            await_answer(service, ports[-1], "/", BODY)
-            yield Backends(service, ports, ports[:1])
-
-
-@contextmanager
-def delay_backends(*specifications: str) -> Iterator[Backends]:
-    """One backend per specification (see delay_backend.py), without the port."""
-    with tempfile.TemporaryDirectory(prefix="bench-") as name:
-        directory, ports = Path(name), free_ports(len(specifications))
-        arguments = [f"{port}:{text}" for port, text in zip(ports, specifications, strict=True)]
-        command = [sys.executable, str(HERE / "delay_backend.py"), *arguments]
-        with running("the slow backend", command, directory) as service:
-            await_answer(service, ports[-1], WAIT_PATH, BODY)
-            yield Backends(service, ports, ports)
 
 
 def measure_all(rounds: int, seconds: int, loads: list[Load], chosen: list[Contender]) -> list[Sample]:
@@ -153,27 +91,6 @@ def settle(service: Service) -> None:
         time.sleep(0.1)
         if service.cpu_seconds() - before <= TICK_SECONDS:
             return
-
-
-def read_meter(service: Service | None, backends: Backends) -> Meter:
-    own = os.times()
-    return Meter(
-        service.cpu_seconds() if service else 0.0,
-        backends.service.cpu_seconds(),
-        own.user + own.system + own.children_user + own.children_system,
-        machine_busy_seconds(),
-        count_requests(backends),
-        time.monotonic(),
-    )
-
-
-def count_requests(backends: Backends) -> int:
-    return sum(count_at(port) for port in backends.counters)
-
-
-def count_at(port: int) -> int:
-    """Requests so far, in the words of nginx's stub_status; health checks count only there."""
-    return int(get(port, STUB_STATUS_PATH)[1].splitlines()[2].split()[2])
 
 
 def switches_per_request(service: Service, requests: float) -> float | None:

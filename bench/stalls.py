@@ -9,16 +9,15 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from backends import Backends, fast_backends
 from contenders import BODY, Contender, Place
 from loads import Load
-from openloop import Aim, Shot, figures, fire, steady
+from meter import read_meter
+from openloop import DIRECT_RATE, Aim, Shot, figures, fire, steady, worst_ms
 from processes import await_answer, free_ports, running
-from results import StallRun
-from speed import Backends, fast_backends, progress, read_meter, run_wrk
+from results import DIRECT_LATE_SECONDS, STALL_SECONDS, StallRun
+from speed import progress, run_wrk
 
-LIMIT_SECONDS = 0.050
-DIRECT_LATE_SECONDS = LIMIT_SECONDS / 2
-DIRECT_RATE = 100.0
 MAX_RATE = 10_000.0  # what the generator sends at without being late itself
 CAPACITY_LOAD = Load("capacity", "what it can do", 32)
 CAPACITY_SECONDS = 2
@@ -26,11 +25,10 @@ WARMUP_SECONDS = 1.0
 Window = tuple[float, float]
 
 
-def measure_stalls(chosen: list[tuple[Contender, float]]) -> list[StallRun]:
-    """Each contender for as many seconds."""
+def measure_stalls(chosen: list[Contender], seconds: float) -> list[StallRun]:
     runs = []
     with fast_backends() as backends:
-        for contender, seconds in chosen:
+        for contender in chosen:
             progress(f"{contender.name} at half load for {seconds:g} s")
             runs.append(measure_one(contender, backends, seconds))
     progress("")
@@ -66,10 +64,10 @@ def summarise(
         rate,
         seconds,
         **figures(ours),
-        worst=max(shot.latency for shot in ours) * 1e3,
+        worst=worst_ms(ours),
         stalls=len(windows),
         own_stalls=sum(not was_direct_late(window, direct) for window in windows),
-        direct_worst=max(shot.latency for shot in direct) * 1e3,
+        direct_worst=worst_ms(direct),
         others_share=others_share,
     )
 
@@ -78,7 +76,7 @@ def late_windows(shots: list[Shot]) -> list[Window]:
     """From when a late request was due until its answer, overlapping ones joined."""
     joined: list[Window] = []
     for shot in shots:  # in the order in which they were due
-        if shot.latency <= LIMIT_SECONDS:
+        if shot.latency <= STALL_SECONDS:
             continue
         start, end = shot.due, shot.due + shot.latency
         if joined and start <= joined[-1][1]:

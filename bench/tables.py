@@ -7,11 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from goals import goals
 from loads import LOADS
-from report import Latency, Spread, Summary, latencies, summarise
+from report import OURS, Latency, Spread, Summary, latencies, summarise
 from results import ChoiceRun, Results, StallRun
 
 Row = TypeVar("Row")
+# Those of the summary: proxies that people use in production.
+NATIVE = ("caddy", "nginx", "haproxy")
+RIVALS = ("caddy", "nginx")
 
 
 @dataclass(frozen=True)
@@ -25,16 +29,16 @@ class Table:
     def text(self) -> str:
         widths = [max(map(len, column)) for column in zip(self.headings, *self.rows, strict=True)]
         lines = [self.headings, ["-" * width for width in widths], *self.rows]
-        return "\n".join(align(line, widths) for line in lines)
+        return "\n".join(align(line, widths, self.texts) for line in lines)
 
     def markdown(self) -> str:
         rule = [*["---"] * self.texts, *["---:"] * (len(self.headings) - self.texts)]
         return "\n".join(f"| {' | '.join(line)} |" for line in (self.headings, rule, *self.rows))
 
 
-def align(cells: list[str], widths: list[int]) -> str:
-    first = cells[0].ljust(widths[0])
-    return "  ".join([first, *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))]).rstrip()
+def align(cells: list[str], widths: list[int], texts: int) -> str:
+    columns = enumerate(zip(cells, widths, strict=True))
+    return "  ".join(cell.ljust(width) if i < texts else cell.rjust(width) for i, (cell, width) in columns).rstrip()
 
 
 def middle(spread: Spread | None, digits: int, scale: float = 1) -> str:
@@ -73,6 +77,7 @@ STALLS: list[tuple[str, Callable[[StallRun], str]]] = [
     ("requests/s", lambda r: f"{r.rate:.0f}"),
     ("seconds", lambda r: f"{r.seconds:.0f}"),
     ("failed", lambda r: str(r.failed)),
+    ("held", lambda r: total([r.held])),
     ("p50 ms", lambda r: f"{r.p50:.2f}"),
     ("p99 ms", lambda r: f"{r.p99:.2f}"),
     ("p99.9 ms", lambda r: f"{r.p999:.2f}"),
@@ -90,8 +95,23 @@ CHOICE: list[tuple[str, Callable[[list[ChoiceRun]], str]]] = [
     ("p99 ms (min..max)", lambda runs: with_range(Spread.of(run.p99 for run in runs), 0)),
     ("p99.9 ms (min..max)", lambda runs: with_range(Spread.of(run.p999 for run in runs), 0)),
     ("to fast/slow/stalling %", lambda runs: shares(runs)),
+]
+MEASURED_CHOICE: list[tuple[str, Callable[[list[ChoiceRun]], str]]] = [
+    *CHOICE,
+    ("held", lambda runs: total([run.held for run in runs])),
+    ("worst direct ms", lambda runs: worst([run.direct_worst for run in runs])),
     ("others %", lambda runs: middle(Spread.of(run.others_share for run in runs), 1, scale=100)),
 ]
+
+
+def total(counts: list[int | None]) -> str:
+    known = [count for count in counts if count is not None]
+    return str(sum(known)) if known else "-"
+
+
+def worst(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{max(known):.1f}" if known else "-"
 
 
 def shares(runs: list[ChoiceRun]) -> str:
@@ -112,11 +132,11 @@ def stall_table(results: Results) -> Table:
 
 
 def choice_table(results: Results) -> Table:
-    return build(CHOICE, by_p99(results.choices))
+    return build(MEASURED_CHOICE, by_p99(results.choices))
 
 
 def simulation_table(results: Results) -> Table:
-    return build(CHOICE[:-1], by_p99(results.simulated))
+    return build(CHOICE, by_p99(results.simulated))
 
 
 def by_p99(runs: list[ChoiceRun]) -> list[list[ChoiceRun]]:
@@ -127,10 +147,26 @@ def by_p99(runs: list[ChoiceRun]) -> list[list[ChoiceRun]]:
     return sorted(groups.values(), key=lambda group: statistics.median(run.p99 for run in group))
 
 
-def load_table(results: Results) -> Table:
-    measured = {sample.load for sample in results.samples}
-    rows = [[name, load.about] for name, load in LOADS.items() if name in measured]
-    return Table(["load", "what is asked"], rows, texts=2)
+def summary_table(results: Results) -> Table:
+    """One line per load: what a request costs here and there."""
+    found = {(s.load, s.contender): s for s in summarise(results.samples)}
+    rows = []
+    for load in dict.fromkeys(load for load, _ in found):
+        costs = [cost(found.get((load, who))) for who in (OURS, *NATIVE)]
+        ratios = [with_range(one.our_ratio if one else None, 2) for one in (found.get((load, who)) for who in RIVALS)]
+        rows.append([load, LOADS[load].about, *costs, *ratios])
+    costs_of = [f"{who} us/req" for who in (OURS, *NATIVE)]
+    return Table(["load", "what is asked", *costs_of, *(f"{OURS}/{who} (min..max)" for who in RIVALS)], rows, texts=2)
+
+
+def cost(summary: Summary | None) -> str:
+    return "-" if summary is None else middle(summary.spreads["cpu_us_per_request"], 1)
+
+
+def goal_table(results: Results) -> Table:
+    words = {True: "yes", False: "no", None: "not measured"}
+    rows = [[goal.text, goal.measured, words[goal.is_reached]] for goal in goals(results)]
+    return Table(["goal", "measured (min..max)", "reached"], rows, texts=3)
 
 
 def build(columns: list[tuple[str, Callable[[Row], str]]], rows: list[Row]) -> Table:

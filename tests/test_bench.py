@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import random
 import shutil
@@ -24,6 +25,7 @@ import arguments  # noqa: E402
 import charts  # noqa: E402
 import documents  # noqa: E402
 import environment  # noqa: E402
+import goals  # noqa: E402
 import machine  # noqa: E402
 import openloop  # noqa: E402
 import parts  # noqa: E402
@@ -32,12 +34,13 @@ import report  # noqa: E402
 import results as found  # noqa: E402
 import stalls  # noqa: E402
 import tables  # noqa: E402
+from backends import Backends, fast_backends  # noqa: E402
 from contenders import UPLOAD_PATH  # noqa: E402
 from delay_backend import FIRST_STALL_SECONDS, Backend, parse  # noqa: E402
+from loads import LOADS  # noqa: E402
 from processes import BenchError  # noqa: E402
 from report import OURS, Spread, latencies, missed_ratio, summarise  # noqa: E402
 from results import ChoiceRun, Results, Run, Sample, StallRun, combine  # noqa: E402
-from speed import Backends, fast_backends  # noqa: E402
 
 # The whole command.
 
@@ -81,12 +84,13 @@ def test_a_run_measures_every_contender_under_every_load(finished: tuple[Any, An
 @pytest.mark.timeout(180)
 def test_a_run_has_every_part(finished: tuple[Any, Any]) -> None:
     (results,) = runs_of(finished[1])
-    assert [run.contender for run in results.stalls] == ["balancer"]
-    assert results.stalls[0].requests > 0 and results.stalls[0].worst >= results.stalls[0].p50 > 0
+    assert [(run.contender, run.seconds) for run in results.stalls] == [("balancer", 1), ("nginx", 1)]
+    assert all(run.requests > 0 and run.worst >= run.p50 > 0 and run.held == 0 for run in results.stalls)
     assert {(run.contender, run.method) for run in results.choices} == {
-        *((OURS, name) for name in quality.QUICK_STRATEGIES),
+        *((OURS, name) for name in quality.REGISTRY if name not in quality.BLIND_STRATEGIES),
         ("nginx", "least_conn"),
     }
+    assert all(run.direct_worst is not None and run.direct_worst > 0 for run in results.choices)
     assert {run.method for run in results.simulated} == set(quality.REGISTRY)
 
 
@@ -238,6 +242,26 @@ def test_what_is_never_answered_has_failed_after_the_time_it_was_given() -> None
     assert all(0.2 < shot.latency < 5 for shot in shots)
 
 
+def test_what_finds_no_connection_free_waits_for_one_and_has_not_failed() -> None:
+    server = Sleepy(after=1, seconds=0.3)
+    try:
+        (shots,) = openloop.fire([openloop.Aim(server.port, "/", openloop.steady(100, 0.2))], most=2)
+    finally:
+        server.close()
+    assert all(shot.is_good for shot in shots)
+    assert [shot.was_held for shot in shots] == [number >= 2 for number in range(20)]
+    assert openloop.figures(shots)["held"] == 18 and openloop.figures(shots)["failed"] == 0
+    assert shots[2].latency > 0.2  # its wait is part of it
+
+
+def test_what_is_held_leaves_when_connections_break() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    (shots,) = openloop.fire([openloop.Aim(port, "/", [0.0] * 5)], patience=5, most=1)
+    assert not any(shot.is_good for shot in shots) and [shot.was_held for shot in shots] == [False, *[True] * 4]
+    assert all(shot.latency < 5 for shot in shots)  # each was refused, none was forgotten
+
+
 def test_a_refused_connection_has_failed() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
@@ -340,7 +364,7 @@ MACHINE = {
     "date": "2030-01-01", "commit": "abc1234", "cpu": "CPU", "cpus": 2, "kernel": "6",
     "python": {"version": "3.12.0", "build": "built somehow", "is_optimised": True, "step_ns": 400.0},
 }  # fmt: skip
-OPTIONS = {"rounds": 1, "seconds": 2, "command": "./bench/run.sh"}
+OPTIONS = {"rounds": 1, "seconds": 2, "choice_seconds": 9, "command": "./bench/run.sh"}
 
 
 def stall(contender: str, **more: Any) -> StallRun:
@@ -349,8 +373,16 @@ def stall(contender: str, **more: Any) -> StallRun:
     return StallRun(contender, others_share=0.0, **(figures | counts | more))
 
 
-def choice(contender: str, method: str) -> ChoiceRun:
-    return ChoiceRun(0, contender, method, 1, 0, 1.0, 1.0, 1.0, [1.0], 0.0)
+def choice(contender: str, method: str, p99: float = 1.0, number: int = 0, **more: Any) -> ChoiceRun:
+    fields: dict[str, Any] = {
+        "requests": 10,
+        "failed": 0,
+        "p50": 1.0,
+        "p999": 1.0,
+        "shares": [1.0],
+        "others_share": 0.0,
+    }
+    return ChoiceRun(round=number, contender=contender, method=method, p99=p99, **(fields | more))
 
 
 def test_results_survive_the_file(tmp_path: Path) -> None:
@@ -360,6 +392,67 @@ def test_results_survive_the_file(tmp_path: Path) -> None:
     assert found.read(file) == [run, run]
 
 
+def test_failures_and_late_direct_requests_are_warned_of() -> None:
+    stalled = [stall("nginx"), stall("caddy", requests=9, failed=2, held=3), stall("haproxy", direct_worst=26.0)]
+    choices = [choice("nginx", "a", failed=4), choice("nginx", "b", number=1, direct_worst=30.0), choice("nginx", "c")]
+    told = report.warnings(Results([Run(MACHINE, OPTIONS, [], stalled, choices)]))
+    assert [warning.partition(": ")[0] for warning in told] == [
+        "stalls, caddy", "stalls, caddy", "stalls, haproxy", "choice, nginx a, round 1", "choice, nginx b, round 2",
+    ]  # fmt: skip
+    assert "2 of 9 requests failed" in told[0] and "3 of 9 requests left late" in told[1] and "26 ms" in told[2]
+
+
+# Goals.
+
+
+def reached(run: Run) -> dict[str, tuple[str, bool | None]]:
+    return {goal.text: (goal.measured, goal.is_reached) for goal in goals.goals(Results([run]))}
+
+
+def test_goals_go_by_the_median_of_the_rounds() -> None:
+    cpu = {
+        "balancer": (10.0, 13.0, 10.0),
+        "caddy": (20.0, 20.0, 20.0),
+        "nginx": (6.0, 6.0, 6.0),
+        "baseline": (250.0,) * 3,
+    }
+    samples = [sample(who, cost, n, "small-1000") for who, costs in cpu.items() for n, cost in enumerate(costs)]
+    found = reached(Run(MACHINE, OPTIONS, samples))
+    assert found["CPU per request, small-1000: at most 0.6 x caddy's"] == ("0.50 (0.50..0.65)", True)
+    assert found["CPU per request, small-1000: at most 1.5 x nginx's"] == ("1.67 (1.67..2.17)", False)
+    assert found["CPU per request, small-1000: at most 1/25 of baseline's"] == ("1/25.0 (1/25.0..1/19.2)", True)
+    assert found["CPU per request, small-32: at most 1.0 x caddy's"] == ("-", None)
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({}, True),
+        ({"stalls": 1}, True),  # the machine's
+        ({"own_stalls": 1}, False),
+        ({"failed": 1}, False),
+        ({"seconds": 59.0}, None),  # too short to tell
+        ({"seconds": 5.0, "own_stalls": 1}, False),
+    ],
+)
+def test_the_goal_of_no_stalls(more: dict[str, Any], expected: bool | None) -> None:
+    found = reached(
+        Run(MACHINE, OPTIONS, [], [stall("caddy", own_stalls=9), stall(OURS, **({"seconds": 60.0} | more))])
+    )
+    assert found["no stall above 50 ms in 60 s at half load"][1] is expected
+
+
+def test_the_best_strategy_is_compared_with_its_rivals_of_the_same_round() -> None:
+    choices = [
+        choice(OURS, "good", 300.0), choice(OURS, "bad", 900.0),
+        choice("nginx", "least_conn", 400.0), choice("haproxy", "leastconn", 300.0),
+        choice(OURS, "good", 500.0, 1), choice(OURS, "bad", 100.0, 1), choice("nginx", "least_conn", 500.0, 1),
+    ]  # fmt: skip
+    found = reached(Run(MACHINE, OPTIONS, [], [], choices))
+    assert found["p99 with unequal backends, best strategy (good): below nginx's"] == ("0.88 (0.75..1.00)", True)
+    assert found["p99 with unequal backends, best strategy (good): below haproxy's"] == ("1.00 (1.00..1.00)", False)
+
+
 # Several runs, one page.
 
 
@@ -367,8 +460,8 @@ def test_files_of_several_runs_become_one_page_that_tells_them_apart() -> None:
     morning = Run(MACHINE, OPTIONS, [sample("balancer", 1.0), sample("nginx", 2.0)])
     evening = Run(
         MACHINE | {"commit": "def5678"},
-        OPTIONS | {"rounds": 3},
-        [sample("balancer", 3.0, load="small-32", others_share=0.07)],
+        OPTIONS,
+        [sample("balancer", 3.0, number, "small-32", others_share=0.07) for number in range(3)],
         [stall("balancer")],
     )
     both = combine([morning, evening])
@@ -380,6 +473,19 @@ def test_files_of_several_runs_become_one_page_that_tells_them_apart() -> None:
     assert "small-1 (1 round of 2 s)" in first and "abc1234" in first and "at most 0.0%" in first
     assert "small-32 (3 rounds of 2 s); stalls" in second and "def5678" in second and "at most 7.0%" in second
     assert all("400 ns" in line for line in (first, second))
+    assert tables.choice_table(both).rows == [] and len(tables.summary_table(both).rows) == 2
+
+
+def test_a_page_says_when_its_loads_do_not_compare() -> None:
+    slower = MACHINE | {"python": MACHINE["python"] | {"step_ns": 500.0}}
+    both = [Run(MACHINE, OPTIONS, [sample(OURS, 1.0)]), Run(slower, OPTIONS, [sample(OURS, 1.0, load="small-32")])]
+    assert "differed by 25%" in documents.about_runs(Results(both)).splitlines()[-1]
+    assert "differed" not in documents.about_runs(Results(both[:1] * 2))
+
+
+def test_rounds_of_the_choice_are_those_that_were_measured() -> None:
+    run = Run(MACHINE, OPTIONS, choices=[choice("nginx", "a"), choice("nginx", "a", number=1)])
+    assert documents.covers(run) == "choice (2 rounds of 9 s)"
 
 
 def test_what_was_measured_again_is_taken_whole_from_the_later_run() -> None:
@@ -422,22 +528,47 @@ def test_how_an_interpreter_was_built(prefix: str, configured: str, is_optimised
     assert optimised is is_optimised and build
 
 
+@pytest.mark.timeout(180)
 def test_a_run_tells_its_interpreter_and_warns_of_a_slow_build(finished: tuple[Any, Any]) -> None:
     done, content = finished
     (run,) = runs_of(content)
     assert run.machine["python"]["version"] == sys.version.split()[0] and run.machine["python"]["step_ns"] > 10
     assert done.stdout.splitlines()[0] == f"{machine.about(run.machine)}, {machine.pace(run.machine)}"
+    assert {"nginx", "wrk", "Granian"} <= set(run.machine["versions"])
+    assert f"Granian {importlib.metadata.version('granian')}" in machine.about(run.machine)
     slow = Run(MACHINE | {"python": MACHINE["python"] | {"is_optimised": False}}, OPTIONS)
     assert ["--python" in warning for warning in report.warnings(Results([slow]))] == [True]
     assert report.warnings(Results([Run(MACHINE, OPTIONS)])) == []
 
 
-def test_the_own_stalls_are_looked_for_a_minute_and_every_text_says_how_long_a_run_takes() -> None:
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("nginx version: nginx/1.22.1", "1.22.1"),
+        ("HAProxy version 2.6.12-1+deb12u4 2026/10/17", "2.6.12-1+deb12u4"),
+        ("wrk debian/4.1.0-3+b2 [epoll] Copyright (C) 2012", "4.1.0-3+b2"),
+        ("what?", "of unknown version"),
+    ],
+)
+def test_the_version_of_a_program_is_the_first_thing_that_looks_like_one(
+    tmp_path: Path, answer: str, expected: str
+) -> None:
+    program = tmp_path / "program"
+    program.write_text(f'#!/bin/sh\necho "{answer}" >&2\nexit 1\n')
+    program.chmod(0o755)
+    assert machine.program_version(str(program), "-v") == expected
+    assert machine.program_version(str(tmp_path / "missing"), "-v") is None
+
+
+def test_all_loads_need_not_be_named() -> None:
+    assert arguments.parse(None, ["--loads=all"]).loads == list(LOADS)
+
+
+def test_stalls_are_looked_for_a_minute_everywhere_and_every_text_says_how_long_a_run_takes() -> None:
     quick, full = arguments.parse(None, []), arguments.parse(None, ["--full"])
-    assert [(one.name, seconds) for one, seconds in parts.stall_seconds(quick)] == [("balancer", 60), ("caddy", 5)]
-    assert {seconds for _, seconds in parts.stall_seconds(full)} == {60}
-    given = arguments.parse(None, ["--stall-seconds=3"])
-    assert {seconds for _, seconds in parts.stall_seconds(given)} == {3}
+    assert [one.name for one in parts.searched(quick)] == ["balancer", "nginx", "haproxy", "caddy"]
+    assert len(parts.searched(full)) == 6
+    assert quick.stall_seconds == full.stall_seconds == goals.QUIET_SECONDS
     lengths = [f"{round(parts.expected_seconds(options) / 60 / unit) * unit} minutes" for options, unit in
                ((quick, 1), (full, 10))]  # fmt: skip
     texts = [
