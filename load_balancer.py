@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Sequence
-from typing import Any
 
 
 def command() -> int:
@@ -22,14 +20,14 @@ def command() -> int:
     return main()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """The command line; `balancer.commandline.main` says what it returns."""
     from balancer import commandline
 
     return commandline.main(arguments)
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """`create_app`, and `app` for other WSGI servers: made from the environment and started when it is asked for."""
     if name not in ("app", "create_app"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

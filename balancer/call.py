@@ -64,6 +64,7 @@ class Call:
         "_status",
         "_headers",
         "_is_started",
+        "_is_ended",
         "_is_last",
     )
 
@@ -82,6 +83,7 @@ class Call:
         self._status: int | None = None
         self._headers: list[tuple[bytes, bytes]] = []
         self._is_started = False
+        self._is_ended = False
         self._is_last = False  # of its connection
 
     def may_be_watched(self) -> bool:
@@ -152,6 +154,9 @@ class Call:
 
     def _fail(self) -> None:
         """After a surprise; the app's own errors are answered by the app. Never raises."""
+        if self._is_ended:
+            log.exception("failed after the answer")
+            return
         if self._is_started:  # after the head, cutting is all that is left
             log.debug("request cut", exc_info=True)
             self.cut()
@@ -184,17 +189,22 @@ class Call:
     def _stream(self, chunks: Iterable[bytes]) -> None:
         try:
             for chunk in chunks:
-                if chunk and not self._is_started and (b"content-length", b"%d" % len(chunk)) in self._headers:
+                if not self._is_started and self._is_whole(chunk):
                     self._emit_last(chunk)  # else hyper may close while the rest of a refused body is still coming
-                    return
-                self._emit(chunk)
+                elif not self._is_ended:  # else the app has something to do after its last chunk
+                    self._emit(chunk)
                 if self.is_gone:
                     return
-            self._emit_last(b"")
+            if not self._is_ended:
+                self._emit_last(b"")
         finally:
             close = getattr(chunks, "close", None)
             if close is not None:
                 close()
+
+    def _is_whole(self, chunk: bytes) -> bool:
+        """If it is all of the body."""
+        return isinstance(chunk, bytes) and (b"content-length", b"%d" % len(chunk)) in self._headers
 
     def _end_early(self, body: ClientBody) -> None:
         """The answer came before the end of the request. Read on for a while before closing: to close on a client that
@@ -263,7 +273,9 @@ class Call:
     def _emit_last(self, chunk: bytes) -> None:
         if not self._is_started:
             self._start()
-        self._flush(self.protocol.send({"type": "http.response.body", "body": chunk, "more_body": False}))
+        promise = self.protocol.send({"type": "http.response.body", "body": chunk, "more_body": False})
+        self._is_ended = True
+        self._flush(promise)
 
     def _flush(self, promise: Any) -> None:
         """Wait if the client is slow; else what Granian returned was finished when it was made."""

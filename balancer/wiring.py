@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("balancer")
 
 _PLACES = (Path(__file__).resolve().parents[1], Path(sys.prefix, "share", "load-balancer"))  # checkout, or installed
-DASHBOARD = next((place / "dashboard.html" for place in _PLACES if (place / "dashboard.html").exists()), _PLACES[0])
+_PAGES = [place / "dashboard.html" for place in _PLACES]
+DASHBOARD = next((page for page in _PAGES if page.exists()), _PAGES[0])
 
 
 def create_app(config: Settings | None = None, sources: Mapping[str, str] | None = None) -> Flask:

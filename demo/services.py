@@ -12,7 +12,7 @@ from demo.console import Failure
 from demo.places import HERE, LOGS, RUN, VENV_PYTHON, last_line, open_log
 from demo.ports import answers
 from demo.runfiles import remove_pid, write_pid
-from demo.settings import Settings
+from demo.settings import Settings, parse_port
 from demo.signals import STOP, pause
 
 
@@ -129,13 +129,14 @@ def balancer_service(settings: Settings) -> Service:
     if settings.ports_given:
         environment["LB_BACKENDS"] = os.environ.get("LB_BACKENDS", "") or settings.backends
     host = os.environ.get("LB_HOST", "").strip()
+    control_port = os.environ.get("LB_CONTROL_PORT", "").strip()
     return Service(
         name="balancer",
         port=settings.balancer_port,
         script="load_balancer.py",
         arguments=[],
         ready_path=control_prefix() + "/readyz",
-        ready_port=int(os.environ.get("LB_CONTROL_PORT", "").strip() or settings.balancer_port),
+        ready_port=parse_port("LB_CONTROL_PORT", control_port) if control_port else settings.balancer_port,
         port_setting="LB_PORT",
         environment=environment,
         host="127.0.0.1" if host in ("", "localhost", "0.0.0.0", "::") else host.strip("[]"),

@@ -470,6 +470,7 @@ def test_stop_clears_up_after_a_start_all_that_was_killed(demo: Demo) -> None:
         ([], {"LB_PORT": "nine"}, ["LB_PORT", "nine"]),
         ([], {"BACKEND_PORTS": "5001 70000"}, ["BACKEND_PORTS", "70000"]),
         ([], {"BACKEND_PORTS": "5001 5001"}, ["same port", "BACKEND_PORTS=5001 5001\n"]),
+        ([], {"LB_CONTROL_PORT": "abc"}, ["LB_CONTROL_PORT", "abc"]),
     ],
 )
 def test_bad_usage_is_one_line_and_2(
