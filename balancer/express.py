@@ -27,7 +27,7 @@ from balancer.workers import WorkerPool
 
 log = logging.getLogger("balancer.server")
 
-FEW = 32  # waiting calls: up to so many, a second thread that passes on answers costs more than it saves
+MANY = 128  # waiting calls: of more than so many, what belongs to each is no longer in a core's cache at its answer
 LOOK_SECONDS = 0.05  # at most between two looks for answers that are overdue
 
 
@@ -110,11 +110,11 @@ class Express:
 
     def look_now(self) -> None:
         """Pass on what has come, in the calling thread, if many wait. Called between two requests by the one that
-        brings them: else it and the express thread would take turns of hundreds of requests each, and what belongs to a
-        request would have left the processor's caches when its answer comes."""
-        if len(self._waiting) > FEW:
+        brings them: else it and the express thread would take turns of hundreds of requests each, and each would find
+        cold what the other has touched."""
+        if len(self._waiting) > MANY:
             with suppress(OSError, ValueError):  # stopped
-                self._pass_on(0, FEW)
+                self._pass_on(0, MANY)
 
     def run_once(self) -> None:
         """Pass on what has come, and whoever has waited for too long. For the express thread alone."""

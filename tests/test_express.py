@@ -23,7 +23,7 @@ from balancer.backends import LastCheck
 from balancer.balancer import Balancer
 from balancer.bridge import BURST, WATCH_AFTER_SECONDS
 from balancer.connection import Connection
-from balancer.express import FEW, Express
+from balancer.express import MANY, Express
 from balancer.origin import Origin
 from balancer.settings import BackendSettings, Settings
 from balancer.transport import BackendAdapter, OutgoingRequest
@@ -533,7 +533,7 @@ def test_the_thread_that_brings_requests_passes_on_answers_too() -> None:
             return clients[0].status == 200
 
         wait_until(is_first_answered)
-        assert len(clients) % BURST == 0 and len(clients) > FEW
+        assert len(clients) % BURST == 0 and len(clients) > MANY
         while bridge.active:
             bridge.express.run_once()
     assert {client.status for client in clients} == {200}
