@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("balancer.server")
 
 WATCH_AFTER_SECONDS = 0.1  # a request in flight longer than this is watched for its client leaving
-BURST = 16  # requests that Granian's thread brings before it looks for the answers to earlier ones
 MAX_LINGERING = 64  # worker threads that read on after an answer at the same time; lingering is a courtesy
 
 
@@ -67,7 +66,6 @@ class Bridge:
         self.express = express
         self.lingering = BoundedSemaphore(MAX_LINGERING)
         self.most_read = READ_BYTES  # bytes of a body that hyper gives at a time; set by the server
-        self._accepted = 0  # requests
         self._calls: dict[Call, None] = {}
         self._collecting: dict[Call, None] = {}
 
@@ -76,9 +74,6 @@ class Bridge:
         call = Call(self, watcher)
         self._calls[call] = None
         self.safely(self._hand_on, call)
-        self._accepted += 1
-        if self._accepted % BURST == 0 and self.express is not None:
-            self.express.look_now()
 
     def safely(self, step: Callable[[Call], object], call: Call) -> None:
         """No call may be lost by a surprise: its client would wait for ever, and so would the end of the process."""

@@ -44,9 +44,9 @@ class Call:
     """One request, from hyper and back: answered by its `forwarding`, or by the app. Also the `Watcher` of what is
     waited for on its behalf.
 
-    It belongs to one thread at a time: Granian's that brings it, then maybe a worker, whichever finds its answer
-    (`express`), a worker again. `_lock` guards `_attached` and the setting of `is_gone`, for which the client's leaving
-    comes from Granian's thread at any time; `is_gone` only ever becomes True, and may be read without the lock.
+    It belongs to one thread at a time: Granian's that brings it, then maybe a worker, the express thread, a worker
+    again. `_lock` guards `_attached` and the setting of `is_gone`, for which the client's leaving comes from Granian's
+    thread at any time; `is_gone` only ever becomes True, and may be read without the lock.
     """
 
     __slots__ = (

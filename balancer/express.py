@@ -2,10 +2,9 @@
 
 A request with a small head, without a body or with a small one that comes promptly (`Bridge` waits for it), is sent on
 by the thread that brings it if a plain connection to its backend is kept, else by a worker thread that opens one. One
-thread waits for the answers of all of them and passes on those that come whole; while many wait, the thread that brings
-requests does so too. Whatever takes longer goes on in a worker thread from where it stands: the queue, a long or late
-answer, a failure, a retry. So the usual request costs two switches between threads less, and a thousand waiting for
-slow backends cost no thread at all.
+thread waits for the answers of all of them and passes on those that come whole. Whatever takes longer goes on in a
+worker thread from where it stands: the queue, a long or late answer, a failure, a retry. So the usual request costs two
+switches between threads less, and a thousand waiting for slow backends cost no thread at all.
 
 Needs epoll, so Linux; elsewhere every request has its worker thread.
 """
@@ -27,7 +26,6 @@ from balancer.workers import WorkerPool
 
 log = logging.getLogger("balancer.server")
 
-MANY = 128  # waiting calls: of more than so many, what belongs to each is no longer in a core's cache at its answer
 LOOK_SECONDS = 0.05  # at most between two looks for answers that are overdue
 
 
@@ -35,9 +33,8 @@ class Express:
     """Call `take` from any thread; `start` and `stop` once each.
 
     `_waiting` has the call per descriptor of its backend connection. Who brings a call puts it in and then arms the
-    descriptor, for one event; whoever takes it out goes on with it: the express thread, one that calls `look_now`, or
-    the one that brought it if arming fails. Each is one step that needs no lock, and so a call belongs to one thread at
-    any time.
+    descriptor, for one event; whoever takes it out goes on with it: the express thread, or the one that brought it if
+    arming fails. Each is one step that needs no lock, and so a call belongs to one thread at any time.
     """
 
     def __init__(self, adapter: BackendAdapter, workers: WorkerPool) -> None:
@@ -80,7 +77,7 @@ class Express:
         return forwarding is not None and forwarding.connect() and self._wait_for(call)
 
     def _wait_for(self, call: Call) -> bool:
-        """From here on the call may belong to another thread. False if it is still ours."""
+        """From here on the call may belong to the express thread. False if it is still ours."""
         sent = self._sent(call)
         if sent.rest:
             return False
@@ -108,17 +105,11 @@ class Express:
             self._hand_over(taken)
         return taken is call
 
-    def look_now(self) -> None:
-        """Pass on what has come, in the calling thread, if many wait. Called between two requests by the one that
-        brings them: else it and the express thread would take turns of hundreds of requests each, and each would find
-        cold what the other has touched."""
-        if len(self._waiting) > MANY:
-            with suppress(OSError, ValueError):  # stopped
-                self._pass_on(0, MANY)
+    # The express thread.
 
     def run_once(self) -> None:
-        """Pass on what has come, and whoever has waited for too long. For the express thread alone."""
-        self._pass_on(LOOK_SECONDS)
+        """Pass on what has come, and whoever has waited for too long."""
+        self._pass_on_answers()
         now = time.monotonic()
         if now >= self._next_look:
             self._next_look = now + LOOK_SECONDS
@@ -131,9 +122,8 @@ class Express:
             except Exception:  # the thread must outlive any surprise, or every request would hang
                 log.exception("express thread: a round failed")
 
-    def _pass_on(self, seconds: float, most: int = -1) -> None:
-        """What has come, or comes within so many seconds: at most so many answers."""
-        for descriptor, _ in self._epoll.poll(seconds, most):
+    def _pass_on_answers(self) -> None:
+        for descriptor, _ in self._epoll.poll(LOOK_SECONDS):
             call = self._waiting.pop(descriptor, None)
             if call is None:
                 continue

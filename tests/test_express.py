@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from typing import Any, NoReturn
 
 import pytest
@@ -21,9 +21,9 @@ from wire import hang_up, post, read_response, request
 
 from balancer.backends import LastCheck
 from balancer.balancer import Balancer
-from balancer.bridge import BURST, WATCH_AFTER_SECONDS
+from balancer.bridge import WATCH_AFTER_SECONDS
 from balancer.connection import Connection
-from balancer.express import MANY, Express
+from balancer.express import Express
 from balancer.origin import Origin
 from balancer.settings import BackendSettings, Settings
 from balancer.transport import BackendAdapter, OutgoingRequest
@@ -347,7 +347,6 @@ def test_it_stops_and_leaves_nothing() -> None:
         express.stop()
     unstarted = Express(BackendAdapter(), WorkerPool(1, 1, 1.0))
     unstarted.stop()
-    unstarted.look_now()  # does nothing any more
     assert threading.active_count() <= threads  # of earlier tests, some may end meanwhile
     assert len(os.listdir("/proc/self/fd")) <= descriptors
 
@@ -519,24 +518,6 @@ def test_a_surprise_with_one_answer_holds_up_no_other(caplog: pytest.LogCaptureF
         express.run_once()
     assert caplog.text.count("passing on an answer failed") == 3 and express._waiting == {}
     express.stop()
-
-
-def test_the_thread_that_brings_requests_passes_on_answers_too() -> None:
-    """If many wait; no express thread runs here."""
-    clients: list[guard.Client] = []
-    backend = ScriptedBackend()
-    with closing(backend), guard.balancer(backend.port) as bridge:
-
-        def is_first_answered() -> bool:
-            clients.append(guard.Client(guard.KINDS["get"]))
-            bridge.accept(clients[-1])
-            return clients[0].status == 200
-
-        wait_until(is_first_answered)
-        assert len(clients) % BURST == 0 and len(clients) > MANY
-        while bridge.active:
-            bridge.express.run_once()
-    assert {client.status for client in clients} == {200}
 
 
 @pytest.mark.parametrize("started", [3], indirect=True)
