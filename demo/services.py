@@ -25,10 +25,10 @@ class Service:
     script: str
     arguments: list[str]
     ready_path: str
+    ready_port: int  # where that is asked for: the control API may have a port of its own
     port_setting: str  # what to change if the port is taken
     environment: dict[str, str] = field(default_factory=dict)
     host: str = "127.0.0.1"
-    ready_port: int | None = None  # if it is not `port`
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -67,7 +67,7 @@ class Service:
     def is_ready(self) -> bool:
         if self.exit_code is not None:
             raise Failure(f"{self.name} ended at once with code {self.exit_code}: {last_line(self.log)} ({self.log})")
-        return answers(self.host, self.ready_port or self.port, self.ready_path)
+        return answers(self.host, self.ready_port, self.ready_path)
 
     def terminate(self) -> None:
         """Ask it to end; Ctrl-C is passed on as Ctrl-C, which servers obey sooner than SIGTERM."""
@@ -109,6 +109,7 @@ def backend_services(settings: Settings) -> list[Service]:
             arguments=["--id", f"backend_{number}", "--port", str(port), "--host", "127.0.0.1"]
             + (["--delay", delay] if delay else []),
             ready_path="/health",
+            ready_port=port,
             port_setting="BACKEND_PORTS",
         )
         for number, port in enumerate(settings.backend_ports, start=1)

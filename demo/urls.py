@@ -16,7 +16,7 @@ def print_urls(services: Sequence[Service], detached: bool) -> None:
         if service.name == "balancer":
             host = "localhost" if service.host == "127.0.0.1" else service.host
             host = f"[{host}]" if ":" in host else host
-            control = f"http://{host}:{service.ready_port or service.port}{control_prefix()}"
+            control = f"http://{host}:{service.ready_port}{control_prefix()}"
             print_balancer_urls(f"http://{host}:{service.port}", control)
             warn_of_unhealthy(service)
             repeat_warnings(service)
@@ -43,7 +43,7 @@ def check_command(base: str, control: str) -> str:
 
 def warn_of_unhealthy(balancer: Service) -> None:
     """Ready means that every backend has been checked, not that the checks were good."""
-    connection = http.client.HTTPConnection(balancer.host, balancer.ready_port or balancer.port, timeout=1)
+    connection = http.client.HTTPConnection(balancer.host, balancer.ready_port, timeout=1)
     try:
         connection.request("GET", control_prefix() + "/backends")
         for backend in json.loads(connection.getresponse().read())["backends"]:

@@ -16,7 +16,18 @@ from typing import Any, NoReturn
 
 import pytest
 from stub_granian import Client, piece
-from support import BalancerProcess, ScriptedBackend, connect, fetch, free_port, get, ok, wait_until
+from support import (
+    BalancerProcess,
+    ScriptedBackend,
+    connect,
+    exchange,
+    fetch,
+    free_port,
+    get,
+    ok,
+    split_response,
+    wait_until,
+)
 from wire import hang_up, post, read_response, request
 
 from balancer.backends import LastCheck
@@ -64,6 +75,16 @@ def script_all(backends: dict[str, ScriptedBackend], script: Any) -> None:
         backend.script = script
 
 
+def script_once(backends: dict[str, ScriptedBackend], first: Any, then: bytes) -> None:
+    """Whichever is asked first does as `first` says; from then on both answer `then`."""
+
+    def script(sock: socket.socket, request: Any) -> None:
+        script_all(backends, lambda sock, request: sock.sendall(ok(then)))
+        first(sock, request)
+
+    script_all(backends, script)
+
+
 @pytest.mark.parametrize("body", [None, b"x", bytes(65536)])
 def test_requests_in_flight_need_no_threads(body: bytes | None) -> None:
     go, count = threading.Event(), 100
@@ -79,16 +100,24 @@ def test_requests_in_flight_need_no_threads(body: bytes | None) -> None:
     def threads() -> int:
         return len(os.listdir(f"/proc/{balancer.pid}/task"))
 
+    def asked(target: bytes) -> bytes:
+        if body is None:
+            return get(target)
+        return get(target, b"Content-Length: %d" % len(body), method=b"POST") + body
+
     def all_at_once() -> None:
         """All are in flight, and no thread waits for any of them: those that opened connections have ended."""
         go.clear()
         backend.requests.clear()
         with ThreadPoolExecutor(count) as clients:
-            answers = [clients.submit(fetch, f"{balancer.url}/{number}", body) for number in range(count)]
+            # In one piece: a body that comes 0.1 s after its head rightly gets a thread.
+            whole = [asked(b"/%d" % number) for number in range(count)]
+            answers = [clients.submit(exchange, balancer.port, data) for data in whole]
             wait_until(lambda: len(backend.requests) == count, 20)
             wait_until(lambda: threads() <= before + 4, 15, "no thread waits")
             go.set()
-            assert [answer.result()[2] for answer in answers] == [b"/%d" % number for number in range(count)]
+            bodies = [split_response(answer.result())[2] for answer in answers]
+            assert bodies == [b"/%d" % number for number in range(count)]
 
     backend.script = script
     try:
@@ -103,10 +132,7 @@ def test_requests_in_flight_need_no_threads(body: bytes | None) -> None:
 def test_an_answer_that_does_not_come_is_given_up_and_asked_for_elsewhere(
     started: BalancerProcess, backends: dict[str, ScriptedBackend]
 ) -> None:
-    def silent_once(sock: socket.socket, request: Any) -> None:
-        script_all(backends, lambda sock, request: sock.sendall(ok(b"second")))
-
-    script_all(backends, silent_once)
+    script_once(backends, lambda sock, request: None, b"second")
     assert fetch(f"{started.url}/x", X_Request_ID="late-1")[2] == b"second"
     told = next(one for one in started.status()["recent_requests"] if one["request_id"] == "late-1")
     assert [attempt["outcome"] for attempt in told["tried"]] == ["http_response_timeout", "200"]
@@ -197,11 +223,7 @@ def test_a_request_that_goes_out_in_part_is_finished_by_a_thread(room: int) -> N
 def test_a_kept_connection_that_dies_under_the_request_is_replaced(
     started: BalancerProcess, backends: dict[str, ScriptedBackend], reset: bool
 ) -> None:
-    def dies_once(sock: socket.socket, request: Any) -> None:
-        script_all(backends, lambda sock, request: sock.sendall(ok(b"again")))
-        hang_up(sock, reset=reset)
-
-    script_all(backends, dies_once)
+    script_once(backends, lambda sock, request: hang_up(sock, reset=reset), b"again")
     assert fetch(f"{started.url}/x")[::2] == (200, b"again")
     assert sum(len(backend.requests) for backend in backends.values()) == 2
 
@@ -223,11 +245,7 @@ def break_off(sock: socket.socket, request: Any) -> None:
 def test_an_answer_that_breaks_off_with_its_head_is_asked_for_elsewhere(
     started: BalancerProcess, backends: dict[str, ScriptedBackend]
 ) -> None:
-    def breaks_off_once(sock: socket.socket, request: Any) -> None:
-        script_all(backends, lambda sock, request: sock.sendall(ok(b"second")))
-        break_off(sock, request)
-
-    script_all(backends, breaks_off_once)
+    script_once(backends, break_off, b"second")
     assert fetch(f"{started.url}/x", X_Request_ID="broken-1")[::2] == (200, b"second")
     told = next(one for one in started.status()["recent_requests"] if one["request_id"] == "broken-1")
     assert [attempt["outcome"] for attempt in told["tried"]] == ["http_response_incomplete", "200"]

@@ -68,6 +68,14 @@ def queue_up(pool: BackendPool, threads: ThreadPoolExecutor, count: int, **how: 
     return futures
 
 
+def serve_all(lease: Lease, futures: list[Future[Lease]]) -> Lease:
+    """Each gives its place to the next one; returns the last one's."""
+    for future in futures:
+        lease.release()
+        lease = future.result(10)
+    return lease
+
+
 def test_first_come_first_served(threads: ThreadPoolExecutor) -> None:
     pool = make_pool()
     lease = pool.lease(None)
@@ -87,9 +95,7 @@ def test_the_queue_is_bounded_in_number(threads: ThreadPoolExecutor) -> None:
     futures = queue_up(pool, threads, 2)
     with pytest.raises(Unavailable, match="2 requests are waiting already"):
         pool.lease(None)
-    for future in futures:
-        lease.release()
-        lease = future.result(10)
+    serve_all(lease, futures)
 
 
 def test_the_queue_is_bounded_in_time() -> None:
@@ -304,10 +310,7 @@ def test_never_all_threads_may_wait_for_a_place(threads: ThreadPoolExecutor) -> 
     futures = queue_up(pool, threads, 4)
     with pytest.raises(Unavailable, match="4 requests are waiting already"):
         pool.lease(None)
-    for future in futures:
-        lease.release()
-        lease = future.result(10)
-    lease.release()
+    serve_all(lease, futures).release()
 
 
 def test_what_is_under_way_finds_room_in_the_queue_for_threads() -> None:
