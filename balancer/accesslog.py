@@ -20,6 +20,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
+from typing import Literal
 
 from balancer.exchange import Exchange
 from balancer.incoming import Incoming
@@ -35,12 +36,18 @@ Format = Callable[[Exchange, str | None, str, bytes | None], str]  # exchange, c
 
 
 class AccessLog:
-    """Has no state of its own; the writer locks itself."""
+    """`use` may be called at any time, `add` only while it `is_on`; the writer locks itself."""
 
-    def __init__(self, writer: LogWriter, is_json: bool = False, trusted: Sequence[Network] = ()) -> None:
+    def __init__(self, writer: LogWriter) -> None:
         self._add = writer.add
-        self._format: Format = as_json if is_json else as_text
-        self._trusted = trusted
+        self.is_on = False
+        self._format: Format = as_text
+        self._trusted: Sequence[Network] = ()
+
+    def use(self, format_name: Literal["text", "json"] | None, trusted: Sequence[Network] = ()) -> None:
+        """From now on lines of this format, none for None; claims of `trusted` peers are believed."""
+        self._format, self._trusted = as_json if format_name == "json" else as_text, trusted
+        self.is_on = format_name is not None
 
     def add(self, exchange: Exchange, incoming: Incoming) -> None:
         """`exchange` is finished: nothing changes it any more."""
@@ -50,12 +57,16 @@ class AccessLog:
                 agent = value[:AGENT_LOGGED]
             elif name == b"x-forwarded-for":
                 forwarded_for = b"%s,%s" % (forwarded_for, value)
-        clients = forwarded_for[-CLIENTS_LOGGED:]
-        self._add(partial(self._line, exchange, incoming.peer, clients, incoming.version, agent))
+        asked = (incoming.peer, forwarded_for[-CLIENTS_LOGGED:], incoming.version, agent)
+        self._add(partial(_line, exchange, asked, self._format, self._trusted))  # as they are now, not when it is made
 
-    def _line(self, exchange: Exchange, peer: str, clients: bytes, version: str, agent: bytes | None) -> str:
-        client = None if peer == "unknown" else client_address(peer, clients.decode("latin-1"), self._trusted)
-        return self._format(exchange, client, f"HTTP/{version}", agent)
+
+def _line(
+    exchange: Exchange, asked: tuple[str, bytes, str, bytes | None], format_: Format, trusted: Sequence[Network]
+) -> str:
+    peer, clients, version, agent = asked
+    client = None if peer == "unknown" else client_address(peer, clients.decode("latin-1"), trusted)
+    return format_(exchange, client, f"HTTP/{version}", agent)
 
 
 # Both formats are written out, because a line costs half as much that way as through a dictionary. Quoted is what a

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from http import HTTPStatus
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from balancer.errors import BackendError, BalancerError, ClientGone, MethodRefused, Unavailable
 from balancer.messages import METHODS, SERVER_LINE, Line
@@ -17,7 +17,6 @@ from balancer.messages import METHODS, SERVER_LINE, Line
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse
 
-    from balancer.forwarding import Forwarding
     from balancer.response import Body
 
 RETRY_AFTER_SECONDS = b"1"
@@ -64,13 +63,23 @@ def to_options() -> Answer:
     return Answer(200, "OK", [SERVER_LINE, (b"allow", ALLOWED_METHODS), (b"content-length", b"0")], b"")
 
 
+class Ending(Protocol):
+    """What a response body that comes in pieces tells of its request, and asks of it."""
+
+    def is_client_gone(self) -> bool: ...
+
+    def count_out(self, size: int) -> None: ...
+
+    def finish(self, status: int, *, reason: str | None = None, complete: bool = True, failure: str = "") -> None: ...
+
+
 class ResponseStream:
     """A response body on its way to the client, as WSGI wants it: iterate, then `close` whatever happened."""
 
-    __slots__ = ("_forwarding", "_body", "_status", "_is_flushed", "_is_finished")
+    __slots__ = ("_ending", "_body", "_status", "_is_flushed", "_is_finished")
 
-    def __init__(self, forwarding: Forwarding, body: Body, status: int) -> None:
-        self._forwarding = forwarding
+    def __init__(self, ending: Ending, body: Body, status: int) -> None:
+        self._ending = ending
         self._body = body
         self._status = status
         self._is_flushed = bool(body.buffered)
@@ -88,12 +97,12 @@ class ResponseStream:
         try:
             chunk = self._body.read_chunk()
         except BackendError as error:
-            if self._forwarding.is_client_gone():
+            if self._ending.is_client_gone():
                 self.close()
             else:
                 self._finish(error.reason, complete=False, failure=str(error))
             raise
-        self._forwarding.count_out(len(chunk))
+        self._ending.count_out(len(chunk))
         if self._body.is_complete:  # counted before the client can see the end
             self._finish()
         return chunk
@@ -107,4 +116,4 @@ class ResponseStream:
     def _finish(self, reason: str | None = None, *, complete: bool = True, failure: str = "") -> None:
         self._is_finished = True
         self._body.close()
-        self._forwarding.finish(self._status, reason=reason, complete=complete, failure=failure)
+        self._ending.finish(self._status, reason=reason, complete=complete, failure=failure)

@@ -16,8 +16,8 @@ from balancer.exchange import Attempt, Exchange
 if TYPE_CHECKING:
     from balancer.outgoing import OutgoingRequest
     from balancer.pool import Lease
-    from balancer.proxy import ProxyOptions, ReverseProxy
     from balancer.response import BackendResponse
+    from balancer.route import Route, RouteOptions
     from balancer.sent import Sent
 
 # Full jitter before a retry, as Envoy has it: up to 25 ms, then up to 75 ms, never more than 250 ms.
@@ -27,7 +27,7 @@ EJECTING_STATUSES = frozenset({502, 503, 504})  # answers that say that the back
 BUDGET_USED_UP = "the retry budget is used up"
 
 
-def no_thread(options: ProxyOptions) -> NoRoom:
+def no_thread(options: RouteOptions) -> NoRoom:
     return NoRoom(f"no thread became free within {options.request_timeout:g} s")
 
 
@@ -37,13 +37,11 @@ class Attempts:
     Notes in `record` what was tried; `started` is of time.perf_counter(). Used by one thread at a time.
     """
 
-    __slots__ = ("_proxy", "_options", "_request", "_record", "_started", "_lease", "_failure")
+    __slots__ = ("_route", "_options", "_request", "_record", "_started", "_lease", "_failure")
 
-    def __init__(
-        self, proxy: ReverseProxy, options: ProxyOptions, request: OutgoingRequest, record: Exchange, started: float
-    ) -> None:
-        self._proxy = proxy
-        self._options = options
+    def __init__(self, route: Route, request: OutgoingRequest, record: Exchange, started: float) -> None:
+        self._route = route
+        self._options = route.options
         self._request = request
         self._record = record
         self._started = started
@@ -60,7 +58,7 @@ class Attempts:
         connect does. None if it could not be; `exchange` then goes on from where it stands."""
         lease = self._lease
         if lease is None:
-            self._lease = lease = self._proxy.pool.lease_now(self._request)
+            self._lease = lease = self._route.pool.lease_now(self._request)
             if lease is None:
                 return None
             self._record.backend = lease.backend.id
@@ -68,7 +66,7 @@ class Attempts:
             self._check_time()
         self._record.attempts.append(Attempt(lease.choice, at=time.perf_counter() - self._started))
         try:
-            sent = self._proxy.adapter.begin(self._request, lease.choice.origin, may_connect)
+            sent = self._route.adapter.begin(self._request, lease.choice.origin, may_connect)
         except BackendError as error:
             self._failure = error
             return None
@@ -142,17 +140,17 @@ class Attempts:
         if isinstance(failure, ConnectFailed) and failure.refused:
             return
         most = BACKOFF_SECONDS * (2 ** len(self._record.attempts) - 1)
-        time.sleep(self._proxy.rng.uniform(0, min(MAX_BACKOFF_SECONDS, most)))
+        time.sleep(self._route.rng.uniform(0, min(MAX_BACKOFF_SECONDS, most)))
 
     def _lease_backend(self, failure: BackendError | None) -> None:
         """A place for the next attempt. Raises `failure`, if there was one, when there is none, or no budget for it."""
-        record, request, statistics = self._record, self._request, self._proxy.statistics
+        record, request, statistics = self._record, self._request, self._route.statistics
         if failure is not None and not statistics.can_retry(*self._budget()):  # nor wait for a place in vain
             raise self._final(failure, BUDGET_USED_UP)
         tried = [attempt.backend for attempt in record.attempts]
         started = time.perf_counter()
         try:
-            lease = self._proxy.pool.lease(request, tried, watcher=request.watcher, deadline=request.deadline)
+            lease = self._route.pool.lease(request, tried, watcher=request.watcher, deadline=request.deadline)
         except Unavailable as unavailable:
             record.queued += time.perf_counter() - started
             if has_left(request.watcher):
@@ -186,7 +184,7 @@ class Attempts:
         try:
             if failure is not None:
                 raise failure
-            response = self._proxy.adapter.exchange(request, lease.choice.origin, sent)
+            response = self._route.adapter.exchange(request, lease.choice.origin, sent)
         except Unavailable:
             lease.release()
             self._undo()
@@ -209,8 +207,8 @@ class Attempts:
 
     def _blame(self, lease: Lease, error: BackendError) -> None:
         if isinstance(error, ConnectFailed) and error.refused:
-            self._proxy.pool.record_refused(lease.backend, str(error), lease.choice.origin)
-            self._proxy.on_refused()
+            self._route.pool.record_refused(lease.backend, str(error), lease.choice.origin)
+            self._route.on_refused()
         lease.release(failure="" if getattr(error, "stale", False) else str(error))
 
     # The last one's place.

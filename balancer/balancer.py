@@ -7,7 +7,7 @@ import logging
 import select
 import socket
 import ssl
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from balancer import server
@@ -16,7 +16,7 @@ from balancer.control import Control
 from balancer.errors import SettingsError
 from balancer.express import Express
 from balancer.health import HealthChecker
-from balancer.options import access_log, pool_options, probe, proxy_options, timeouts
+from balancer.options import pool_options, probe, route_options, set_access_log, timeouts
 from balancer.outgoing import RequestHeads
 from balancer.proxy import ReverseProxy
 from balancer.reload import Configuration, Plan
@@ -128,16 +128,16 @@ class Balancer:
     def _apply(self, config: Settings, plan: Plan) -> None:
         """From here on new requests see the new settings.
 
-        Those under way keep their ProxyOptions and RequestHeads; all else they look up at each step anew.
+        Those under way keep their Route and RequestHeads; all else they look up at each step anew.
         """
         plan.pool.options = pool_options(config)
         self.control.pool.apply(plan.pool)
         self.adapter.timeouts = timeouts(config)
         self.adapter.pool_idle_timeout = config.pool_idle_timeout
         self.health.use(probe(config, self.tls), config.health_interval)
-        self.proxy.options = proxy_options(config)
+        self.proxy.route = replace(self.proxy.route, options=route_options(config))
+        set_access_log(self.proxy.route.access_log, config)
         self.proxy.heads = RequestHeads(self.proxy.heads.pseudonym, config.networks)
-        self.proxy.access_log = access_log(config, self.control.log)
         for bridge in self.bridges:
             bridge.idle_timeout = config.idle_timeout
             bridge.min_body_rate = config.min_body_rate

@@ -102,7 +102,7 @@ class Bridge:
     def _collect(self, call: Call) -> None:
         assert self.proxy is not None and self.express is not None
         body = call.body
-        if body is not None and not body.is_done and body.is_small(self.proxy.small_body):
+        if body is not None and not body.is_done and body.is_small(self.proxy.route.small_body):
             missing = body.missing()
             if missing is not None:
                 when_done(missing, lambda _: self._go_on(call))  # first, or it could undo what a worker waits for

@@ -26,16 +26,15 @@ from balancer.errors import (
 from balancer.exchange import METHOD_KEPT, PATH_KEPT, Exchange
 from balancer.messages import REFUSED_METHODS, Line, check_target, count_down, max_forwards, request_id
 from balancer.outgoing import OutgoingRequest
+from balancer.route import REPLAY_LIMIT, Route
 
 if TYPE_CHECKING:
     from balancer.incoming import Incoming
-    from balancer.proxy import ReverseProxy
     from balancer.response import BackendResponse
     from balancer.sent import Sent
 
 log = logging.getLogger("balancer.proxy")
 
-REPLAY_LIMIT = 65536  # bytes: a request body up to this size is read first, so that it can be sent again
 INTERNAL_ERROR = "internal error, the log of the balancer has the cause"
 
 
@@ -46,13 +45,13 @@ class Forwarding:
     """
 
     __slots__ = (
-        *("_proxy", "_options", "_incoming", "_started", "_own", "_record"),
+        *("_route", "_options", "_incoming", "_started", "_own", "_record"),
         *("_attempts", "sent", "_failure", "_is_finished"),
     )
 
-    def __init__(self, proxy: ReverseProxy, incoming: Incoming) -> None:
-        self._proxy = proxy
-        self._options = proxy.options
+    def __init__(self, route: Route, incoming: Incoming) -> None:
+        self._route = route
+        self._options = route.options
         self._incoming = incoming
         self._started = time.perf_counter()
         identifier = request_id(incoming.head.fields.get(b"x-request-id", ()))
@@ -67,7 +66,7 @@ class Forwarding:
             path=incoming.path[:PATH_KEPT],
             request_id=identifier.decode("ascii"),
         )
-        proxy.statistics.begin()
+        route.statistics.begin()
 
     def begin(self) -> bool:
         """The first attempt as far as it goes without waiting; True if its request is `sent`. `run` does the rest.
@@ -151,7 +150,7 @@ class Forwarding:
         if incoming.length or incoming.is_ended:
             self._add_body(request)
         request.deadline = time.monotonic() + options.request_timeout - waited
-        return Attempts(self._proxy, options, request, self._record, self._started)
+        return Attempts(self._route, request, self._record, self._started)
 
     def _add_body(self, request: OutgoingRequest) -> None:
         incoming, limit = self._incoming, self._options.max_request_body
@@ -228,9 +227,9 @@ class Forwarding:
         record.complete = complete
         record.seconds = time.perf_counter() - self._started
         try:
-            self._proxy.statistics.record(record)
-            access_log = self._proxy.access_log
-            if access_log is not None:
+            self._route.statistics.record(record)
+            access_log = self._route.access_log
+            if access_log.is_on:
                 access_log.add(record, self._incoming)
         finally:
             if self._attempts is not None:

@@ -10,9 +10,8 @@ from balancer.ejection import EjectionRules
 from balancer.errors import SettingsError
 from balancer.guard import WriteGuard
 from balancer.health import Probe
-from balancer.logwriter import LogWriter
 from balancer.pool import PoolOptions
-from balancer.proxy import ProxyOptions
+from balancer.route import RouteOptions
 from balancer.settings import Settings
 from balancer.transport import Timeouts
 
@@ -38,8 +37,8 @@ def pool_options(config: Settings) -> PoolOptions:
     )
 
 
-def proxy_options(config: Settings) -> ProxyOptions:
-    return ProxyOptions(
+def route_options(config: Settings) -> RouteOptions:
+    return RouteOptions(
         balancer_id=config.id,
         expose_backend=config.expose_backend,
         max_header_count=config.max_header_count,
@@ -59,8 +58,8 @@ def probe(config: Settings, tls: ssl.SSLContext | None) -> Probe:
     return Probe(config.health_path, config.health_timeout, tls=tls)
 
 
-def access_log(config: Settings, writer: LogWriter) -> AccessLog | None:
-    return AccessLog(writer, config.access_log_format == "json", config.networks) if config.access_log else None
+def set_access_log(log: AccessLog, config: Settings) -> None:
+    log.use(config.access_log_format if config.access_log else None, config.networks)
 
 
 def write_guard(config: Settings) -> WriteGuard:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from flask import Flask
 
 from balancer import api, settings, strategies
+from balancer.accesslog import AccessLog
 from balancer.balancer import Balancer
 from balancer.control import Control
 from balancer.events import Events
@@ -21,11 +22,20 @@ from balancer.health import HealthChecker
 from balancer.history import History, Reading
 from balancer.logwriter import LogWriter, standard_output
 from balancer.metrics import Metrics, Sources
-from balancer.options import access_log, pool_options, probe, proxy_options, timeouts, tls_context, write_guard
+from balancer.options import (
+    pool_options,
+    probe,
+    route_options,
+    set_access_log,
+    timeouts,
+    tls_context,
+    write_guard,
+)
 from balancer.outgoing import RequestHeads
 from balancer.pool import BackendPool, PoolChanges
 from balancer.proxy import ReverseProxy
 from balancer.reload import Configuration, make_backend
+from balancer.route import Route
 from balancer.settings import Settings
 from balancer.statistics import Statistics
 from balancer.transport import BackendAdapter
@@ -99,16 +109,20 @@ def _proxy(
     config = control.configuration.settings
     # The pseudonym is this very process: two balancers of one name in a chain are not a loop.
     pseudonym = f"{config.id}.{secrets.token_hex(4)}".encode("ascii")
+    access_log = AccessLog(control.log)
+    set_access_log(access_log, config)
     return ReverseProxy(
         control_app,
         (lambda path: False) if config.control_port else api.is_control_path(config.control_prefix),
-        pool=control.pool,
-        adapter=adapter,
-        statistics=control.statistics,
-        options=proxy_options(config),
+        route=Route(
+            control.pool,
+            adapter,
+            control.statistics,
+            route_options(config),
+            access_log,
+            on_refused=health.wake,
+        ),
         heads=RequestHeads(pseudonym, config.networks),
-        access_log=access_log(config, control.log),
-        on_refused=health.wake,
     )
 
 

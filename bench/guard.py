@@ -237,8 +237,8 @@ def balancer(port: int) -> Iterator[Bridge]:
     settings = Settings(backends=(BackendSettings(id="only", url=f"http://127.0.0.1:{port}"),))
     app = create_app(settings)
     parts = app.extensions["balancer"]
-    for each in parts.proxy.pool.backends():
-        parts.proxy.pool.record_check(each, LastCheck(0.0, 0.0, 200, None))
+    for each in parts.proxy.route.pool.backends():
+        parts.proxy.route.pool.record_check(each, LastCheck(0.0, 0.0, 200, None))
     workers: Any = SameThread()
     express = Express(parts.adapter, workers)
     try:

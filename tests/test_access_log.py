@@ -272,7 +272,9 @@ def make_line(is_json: bool, exchange: Exchange, *lines: tuple[bytes, bytes], pe
             made.append(line())
 
     incoming = Incoming(RequestHeads(), "GET", "/", b"/", "1.1", "http", peer, lines)
-    AccessLog(Kept(None), is_json).add(exchange, incoming)
+    access_log = AccessLog(Kept(None))
+    access_log.use("json" if is_json else "text")
+    access_log.add(exchange, incoming)
     (line,) = made
     assert isinstance(line, str)
     return line

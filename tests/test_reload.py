@@ -112,7 +112,7 @@ def test_settings_of_every_part_are_applied() -> None:
     )
     assert len(answer["changes"]) == 9 and answer["needs_restart"] == []
     balancer = wired.balancer
-    assert (balancer.proxy.options.retries, balancer.proxy.options.expose_backend) == (0, True)
+    assert (balancer.proxy.route.options.retries, balancer.proxy.route.options.expose_backend) == (0, True)
     assert (balancer.adapter.timeouts.connect, balancer.adapter.pool_idle_timeout) == (1.5, 2)
     assert balancer.health._interval == 9
     assert wired.pool.algorithm == "round_robin"
@@ -147,11 +147,11 @@ def held(balancer: Balancer) -> list[Any]:
         balancer._apply(balancer.settings, balancer.configuration.reload(balancer.control.pool, lambda *_: None))
     bridge, health, adapter = balancer.bridges[0], balancer.health, balancer.adapter
     return [
-        balancer.proxy.options, balancer.proxy.heads.trusted, balancer.control.pool._options,
+        balancer.proxy.route.options, balancer.proxy.heads.trusted, balancer.control.pool._options,
         balancer.control.pool.algorithm, adapter.timeouts,
         adapter.pool_idle_timeout, health._interval, health._probe._target, health._probe._adapter.timeouts,
         bridge.idle_timeout, bridge.min_body_rate, logging.getLogger().level,
-        balancer.proxy.access_log and balancer.proxy.access_log._format,
+        balancer.proxy.route.access_log.is_on and balancer.proxy.route.access_log._format,
     ]  # fmt: skip
 
 
@@ -184,7 +184,7 @@ def test_a_dry_run_answers_and_does_nothing() -> None:
     assert answer["applied"] is False and whats(answer) == ["retries", "backends.a.weight"]
     assert answer["shares"] == {"a": 0.75, "b": 0.25}
     assert wired.weights() == {"a": 1, "b": 1} and wired.events() == before
-    assert wired.balancer.proxy.options.retries == 2
+    assert wired.balancer.proxy.route.options.retries == 2
     with pytest.raises(SettingsError):
         wired.reload(dry_run=True, algorithm="x")
     assert wired.balancer.configuration.summary()["last_error"] is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -350,7 +351,7 @@ def test_a_later_backend_of_the_same_name_starts_at_zero() -> None:
     """The last request of a backend that is being removed ends after the backend is forgotten."""
     app = create_app(Settings(backends=(BackendSettings(id="a", url="http://127.0.0.1:1"),)))
     proxy = app.extensions["balancer"].proxy
-    pool = proxy.pool
+    pool = proxy.route.pool
     pool.record_check(pool.get("a"), LastCheck(1.0, 0.001, 200, None))
 
     class RemovedMeanwhile:
@@ -358,9 +359,9 @@ def test_a_later_backend_of_the_same_name_starts_at_zero() -> None:
             pool.remove("a")
             raise ResponseTimedOut("too slow")
 
-    proxy.adapter = RemovedMeanwhile()
+    proxy.route = replace(proxy.route, adapter=RemovedMeanwhile())
     assert Client(app).get("/x").status_code == 504
-    assert proxy.pool.backends() == []
+    assert proxy.route.pool.backends() == []
     pool.add("a", Origin("http", "127.0.0.1", 1))
     told = Client(app).get("/status").get_json()
     assert told["backend_servers"][0]["total_requests"] == 0
