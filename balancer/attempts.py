@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from balancer.connection import has_left
 from balancer.errors import BackendError, ClientError, ClientGone, ConnectFailed, NoRoom, Unavailable
 from balancer.exchange import Attempt, Exchange
+from balancer.stage import Stage
 
 if TYPE_CHECKING:
     from balancer.outgoing import OutgoingRequest
@@ -32,7 +33,8 @@ def no_thread(options: RouteOptions) -> NoRoom:
 
 
 class Attempts:
-    """Gets one request to a backend: `begin` or not, then `arrived` or `exchange`; `give_back` at the end.
+    """Gets one request to a backend: `lease_now` and `send_now` as far as nothing has to be waited for, then `arrived`
+    or `exchange`; `give_back` at the end.
 
     Notes in `record` what was tried; `started` is of time.perf_counter(). Used by one thread at a time.
     """
@@ -46,35 +48,39 @@ class Attempts:
         self._record = record
         self._started = started
         self._lease: Lease | None = None  # of the last attempt, or for the next one
-        self._failure: BackendError | None = None  # of the attempt that `begin` made
+        self._failure: BackendError | None = None  # of what `send_now` tried
 
-    @property
-    def lacks_connection(self) -> bool:
-        """`begin` has found a backend, but no connection to it is kept."""
-        return self._lease is not None and not self._record.attempts
-
-    def begin(self, may_connect: bool) -> Sent | None:
-        """The first attempt until its request is sent, if that needs no waiting, or if it `may_connect` no more than a
-        connect does. None if it could not be; `exchange` then goes on from where it stands."""
-        lease = self._lease
+    def lease_now(self) -> bool:
+        """Take a place on a backend if there is one; False if it has to be waited for."""
+        lease = self._route.pool.lease_now(self._request)
         if lease is None:
-            self._lease = lease = self._route.pool.lease_now(self._request)
-            if lease is None:
-                return None
-            self._record.backend = lease.backend.id
+            return False
+        self._lease = lease
+        self._record.backend = lease.backend.id
+        return True
+
+    def send_now(self, may_connect: bool) -> Sent | None:
+        """Send to the leased backend if that needs no waiting, or if it `may_connect` no more than a connect does.
+
+        None if it could not be. Raises BackendError if this attempt has failed, NoRoom, Unavailable, ClientGone.
+        """
         if may_connect:  # a worker thread, for which it may have had to wait
             self._check_time()
-        self._record.attempts.append(Attempt(lease.choice, at=time.perf_counter() - self._started))
+        lease = self._lease
+        assert lease is not None
+        attempt = Attempt(lease.choice, at=time.perf_counter() - self._started)
         try:
             sent = self._route.adapter.begin(self._request, lease.choice.origin, may_connect)
         except BackendError as error:
+            self._record.attempts.append(attempt)
+            self._failed(attempt, lease, error)
             self._failure = error
-            return None
-        except Unavailable:
-            self._undo()
             raise
-        if sent is None:
-            self._record.attempts.clear()
+        except Unavailable:
+            self._record.backend = None
+            raise
+        if sent is not None:
+            self._record.attempts.append(attempt)
         return sent
 
     def _check_time(self) -> None:
@@ -83,41 +89,35 @@ class Attempts:
             self._record.backend = None
             raise no_thread(self._options)
 
-    def _undo(self) -> None:
-        """The newest attempt reached no backend, and none is at fault."""
-        attempts = self._record.attempts
-        attempts.pop()
-        self._record.backend = attempts[-1].backend if attempts else None
-
     def arrived(self, sent: Sent) -> BackendResponse:
-        """The response to what `begin` sent: it is here, so nothing can fail any more."""
+        """The response to what `send_now` has sent: it is here, so nothing can fail any more."""
         response = sent.response
         assert response is not None
         attempt = self._record.attempts[-1]
         attempt.outcome = str(response.status_code)
-        attempt.seconds = time.perf_counter() - self._started - attempt.at
-        attempt.connect = self._request.connect_seconds
+        self._note_times(attempt)
         return response
 
-    def exchange(self, sent: Sent | None) -> BackendResponse:
-        """Try backends, another one each time, after the one that `begin` has `sent` to.
+    def exchange(self, stage: Stage, sent: Sent | None) -> BackendResponse:
+        """Go on from `stage` until a backend has answered, another one for each attempt.
 
         Raises what the last attempt raised; Unavailable if there was none; ClientGone, ClientError.
         """
-        failure: BackendError | None = None
-        if not self._record.attempts:
+        if stage < Stage.SENT:
             self._check_time()
+        failure, self._failure = self._failure, None
         while True:
-            if self._lease is None or failure is not None:
+            if failure is not None:
+                self._record.not_retried = self._why_final(failure)
+                if self._record.not_retried is not None:
+                    raise failure
+                self._back_off(failure)
+            if failure is not None or stage < Stage.LEASED:
                 self._lease_backend(failure)
             try:
-                return self._attempt(sent)
+                return self._attempt(sent if failure is None else None)
             except BackendError as error:
-                failure, sent = error, None
-                self._record.not_retried = self._why_final(error)
-                if self._record.not_retried is not None:
-                    raise
-            self._back_off(failure)
+                failure = error
 
     # Whether there is another one.
 
@@ -175,41 +175,44 @@ class Attempts:
     # One of them.
 
     def _attempt(self, sent: Sent | None) -> BackendResponse:
+        """On the leased backend; what is `sent` already is only waited for."""
         lease, request, attempts = self._lease, self._request, self._record.attempts
-        failure, self._failure = self._failure, None
         assert lease is not None
-        if sent is None and failure is None:
+        if sent is None:
             attempts.append(Attempt(lease.choice, at=time.perf_counter() - self._started))
         attempt = attempts[-1]
         try:
-            if failure is not None:
-                raise failure
             response = self._route.adapter.exchange(request, lease.choice.origin, sent)
-        except Unavailable:
+        except Unavailable:  # it reached no backend, and none is at fault
             lease.release()
-            self._undo()
+            attempts.pop()
+            self._record.backend = attempts[-1].backend if attempts else None
             raise
         except (ClientError, ClientGone) as error:  # while the body was streamed; `give_back` gives the place back
             attempt.outcome, attempt.error = error.reason, str(error)
+            self._note_times(attempt)
             raise
         except BackendError as error:
-            if has_left(request.watcher):
-                raise ClientGone("the client left while the backend was working") from None
-            attempt.outcome, attempt.error = error.reason, str(error)
-            self._blame(lease, error)
+            self._failed(attempt, lease, error)
             raise
-        else:
-            attempt.outcome = str(response.status_code)
-            return response
-        finally:
-            attempt.seconds = time.perf_counter() - self._started - attempt.at
-            attempt.connect, attempt.resent = request.connect_seconds, request.is_resent
+        attempt.outcome = str(response.status_code)
+        self._note_times(attempt)
+        return response
 
-    def _blame(self, lease: Lease, error: BackendError) -> None:
+    def _failed(self, attempt: Attempt, lease: Lease, error: BackendError) -> None:
+        """Raises ClientGone if the backend is not to blame."""
+        self._note_times(attempt)
+        if has_left(self._request.watcher):
+            raise ClientGone("the client left while the backend was working") from None
+        attempt.outcome, attempt.error = error.reason, str(error)
         if isinstance(error, ConnectFailed) and error.refused:
             self._route.pool.record_refused(lease.backend, str(error), lease.choice.origin)
             self._route.on_refused()
         lease.release(failure="" if getattr(error, "stale", False) else str(error))
+
+    def _note_times(self, attempt: Attempt) -> None:
+        attempt.seconds = time.perf_counter() - self._started - attempt.at
+        attempt.connect, attempt.resent = self._request.connect_seconds, self._request.is_resent
 
     # The last one's place.
 

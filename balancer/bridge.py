@@ -21,6 +21,7 @@ from balancer import accepted
 from balancer.call import Call
 from balancer.clientbody import READ_BYTES
 from balancer.promise import result_of, when_done
+from balancer.stage import Stage
 from balancer.workers import WorkerPool
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class Bridge:
         self._submit(call, is_control)
 
     def _submit(self, call: Call, is_control: bool = False) -> None:
-        is_under_way = call.forwarding is not None and call.forwarding.sent is not None  # a part of it
+        is_under_way = call.forwarding is not None and call.forwarding.stage is Stage.SENT  # maybe in part
         if not self.pool.submit(call, is_control, is_under_way=is_under_way):
             call.refuse()
 

@@ -15,6 +15,7 @@ from balancer.answer import Answer, ResponseStream, refusal, to_options
 from balancer.attempts import Attempts, no_thread
 from balancer.connection import has_left
 from balancer.errors import (
+    BackendError,
     BalancerError,
     BodyTooLarge,
     ClientGone,
@@ -27,6 +28,7 @@ from balancer.exchange import METHOD_KEPT, PATH_KEPT, Exchange
 from balancer.messages import REFUSED_METHODS, Line, check_target, count_down, max_forwards, request_id
 from balancer.outgoing import OutgoingRequest
 from balancer.route import REPLAY_LIMIT, Route
+from balancer.stage import Stage
 
 if TYPE_CHECKING:
     from balancer.incoming import Incoming
@@ -41,12 +43,13 @@ INTERNAL_ERROR = "internal error, the log of the balancer has the cause"
 class Forwarding:
     """One request on its way: what its attempts and its answer share. Used by one thread at a time.
 
-    `run` does it all; `begin` may have done the first steps, and `refuse` ends it at any step before the answer.
+    `run` takes it from whichever `stage` to its answer; `begin` may have gone ahead as far as nothing had to be waited
+    for; `refuse` ends it at any stage before the answer.
     """
 
     __slots__ = (
         *("_route", "_options", "_incoming", "_started", "_own", "_record"),
-        *("_attempts", "sent", "_failure", "_is_finished"),
+        *("stage", "_attempts", "sent", "_decision"),
     )
 
     def __init__(self, route: Route, incoming: Incoming) -> None:
@@ -56,68 +59,71 @@ class Forwarding:
         self._started = time.perf_counter()
         identifier = request_id(incoming.head.fields.get(b"x-request-id", ()))
         self._own: Line = (b"x-request-id", identifier)
-        self._attempts: Attempts | None = None  # once the outgoing request is built
-        self.sent: Sent | None = None
-        self._failure: BalancerError | None = None
-        self._is_finished = False
         self._record = Exchange(
             timestamp=time.time(),
             method=incoming.method[:METHOD_KEPT],
             path=incoming.path[:PATH_KEPT],
             request_id=identifier.decode("ascii"),
         )
+        self.stage = Stage.FOUND
+        self._attempts: Attempts  # from BUILT on
+        self.sent: Sent | None = None  # by `begin`
+        self._decision: Answer | BalancerError | None = None  # of our own, without a backend's answer
         route.statistics.begin()
 
-    def begin(self) -> bool:
-        """The first attempt as far as it goes without waiting; True if its request is `sent`. `run` does the rest.
-
-        For requests without a body, or with a small one that has come whole. Never raises.
-        """
-        return self._begin(may_connect=False)
-
-    def connect(self) -> bool:
-        """Go on after `begin` if a connection was all that was missing: open one and send. As `begin`, but may take as
-        long as a connect does."""
-        attempts = self._attempts
-        return attempts is not None and attempts.lacks_connection and self._begin(may_connect=True)
-
-    def _begin(self, may_connect: bool) -> bool:
-        try:
-            attempts = self._attempts
-            if attempts is None:
-                self._attempts = attempts = self._prepare()
-            self.sent = attempts.begin(may_connect)
-        except BalancerError as error:
-            self._failure = error
-        except Exception:
-            log.exception("request %s failed", self._record.request_id)
-            self._failure = BalancerError(INTERNAL_ERROR)
-        return self.sent is not None
-
     def run(self) -> Answer:
-        """Never raises."""
+        """The whole way: admit, build, lease, send, receive, answer. Waits where it has to. Never raises."""
         try:
-            attempts, sent = self._attempts, self.sent
-            if attempts is not None and sent is not None and sent.is_answered:
-                return self._answer(attempts.arrived(sent), attempts)
-            # Seconds for a thread; `begin` did not have to wait for one.
-            waited = time.perf_counter() - self._started if attempts is None else 0.0
+            if self.sent is not None and self.sent.is_answered:
+                return self._answer(self._attempts.arrived(self.sent))
+            # Seconds for a thread; what is built already did not have to wait for one.
+            waited = time.perf_counter() - self._started if self.stage < Stage.BUILT else 0.0
             if waited > self._options.request_timeout:
                 raise no_thread(self._options)
-            if self._failure is not None:
-                raise self._failure
-            if attempts is None:
-                self._attempts = attempts = self._prepare(waited)
-            incoming = self._incoming
-            if incoming.method == "OPTIONS" and max_forwards(incoming.values(b"max-forwards")) == 0:
-                self.finish(200)
-                return self._signed(to_options())
-            return self._answer(attempts.exchange(sent), attempts)
+            if self._decision is None and self.stage < Stage.ADMITTED:
+                self._admit()
+            if self._decision is None and self.stage < Stage.BUILT:
+                self._build(waited)
+            if self._decision is not None:
+                return self._decided(self._decision)
+            return self._answer(self._attempts.exchange(self.stage, self.sent))
         except BalancerError as error:
-            return self._refuse(error)
+            return self._decided(error)
         except Exception:  # ours, not the client's or a backend's: the log has the traceback, the client one line
             log.exception("request %s failed", self._record.request_id)
-            return self._refuse(BalancerError(INTERNAL_ERROR))
+            return self._decided(BalancerError(INTERNAL_ERROR))
+
+    def begin(self, *, may_connect: bool = False) -> bool:
+        """The steps of `run` as far as they need no waiting; True if the request is SENT. Never raises.
+
+        For requests without a body, or with a small one that has come whole. Once LEASED it `may_connect`, and take as
+        long as a connect does.
+        """
+        try:
+            if not may_connect:
+                self._admit()
+                if self._decision is not None:
+                    return False
+                self._build()
+                if not self._attempts.lease_now():
+                    return False
+                self.stage = Stage.LEASED
+            self.sent = self._attempts.send_now(may_connect)
+            if self.sent is not None:
+                self.stage = Stage.SENT
+                return True
+        except BackendError:
+            self.stage = Stage.FAILED
+        except BalancerError as error:
+            self._decision = error
+        except Exception:
+            log.exception("request %s failed", self._record.request_id)
+            self._decision = BalancerError(INTERNAL_ERROR)
+        return False
+
+    def connect(self) -> bool:
+        """As `begin`, after it, if a connection was all that was missing."""
+        return self.stage is Stage.LEASED and self._decision is None and self.begin(may_connect=True)
 
     def refuse(self) -> Answer:
         """The answer when no thread is free for the request; does not block."""
@@ -126,12 +132,13 @@ class Forwarding:
         else:
             self._record.backend = None  # nothing reached it
         if self.is_client_gone():
-            return self._refuse(ClientGone("the client left while it waited for a thread"))
-        return self._refuse(NoRoom("the load balancer is full, try again"))
+            return self._decided(ClientGone("the client left while it waited for a thread"))
+        return self._decided(NoRoom("the load balancer is full, try again"))
 
-    # The outgoing request, built once.
+    # Its steps.
 
-    def _prepare(self, waited: float = 0.0) -> Attempts:
+    def _admit(self) -> None:
+        """By its head alone: no body is read for what is refused here. Raises ClientError."""
         incoming, options = self._incoming, self._options
         method, head = incoming.method, incoming.head
         if len(incoming.lines) > options.max_header_count:
@@ -142,15 +149,23 @@ class Forwarding:
         if head.refusal is not None:
             raise head.refusal
         self._record.trace_id = head.trace_id
-        if method == "OPTIONS":
-            request = OutgoingRequest(method, incoming.target, [*count_down(head.lines), self._own])
+        self.stage = Stage.ADMITTED
+        if method == "OPTIONS" and max_forwards(incoming.values(b"max-forwards")) == 0:
+            self._decision = to_options()
+
+    def _build(self, waited: float = 0.0) -> None:
+        """The request for a backend. Reads a small body; `waited` are seconds for a thread. Raises as the body does."""
+        incoming = self._incoming
+        if incoming.method == "OPTIONS":
+            request = OutgoingRequest("OPTIONS", incoming.target, [*count_down(incoming.head.lines), self._own])
         else:
-            request = OutgoingRequest(method, incoming.target, (self._own,), head)
+            request = OutgoingRequest(incoming.method, incoming.target, (self._own,), incoming.head)
         request.watcher = incoming.client
         if incoming.length or incoming.is_ended:
             self._add_body(request)
-        request.deadline = time.monotonic() + options.request_timeout - waited
-        return Attempts(self._route, request, self._record, self._started)
+        request.deadline = time.monotonic() + self._options.request_timeout - waited
+        self._attempts = Attempts(self._route, request, self._record, self._started)
+        self.stage = Stage.BUILT
 
     def _add_body(self, request: OutgoingRequest) -> None:
         incoming, limit = self._incoming, self._options.max_request_body
@@ -176,7 +191,7 @@ class Forwarding:
 
     # The answer.
 
-    def _answer(self, response: BackendResponse, attempts: Attempts) -> Answer:
+    def _answer(self, response: BackendResponse) -> Answer:
         status, body = response.status_code, response.body
         lines = self._with_own(response.head.onward)
         if body.is_complete:
@@ -184,7 +199,7 @@ class Forwarding:
             self._record.bytes_out = len(data)
             self.finish(status)
             return Answer(status, response.reason, lines, data)
-        attempts.answered(status)
+        self._attempts.answered(status)
         return Answer(status, response.reason, lines, ResponseStream(self, body, status))
 
     def _with_own(self, lines: Iterable[Line]) -> list[Line]:
@@ -193,17 +208,17 @@ class Forwarding:
             own.append((b"x-served-by", self._record.backend.encode("ascii")))
         return own
 
-    def _refuse(self, error: BalancerError) -> Answer:
-        """The balancer's own answer to a request that got none from a backend."""
-        self._record.error = str(error)
-        if isinstance(error, Unavailable):
-            self._record.excluded = error.excluded
-        self.finish(error.status, reason=error.reason, complete=not isinstance(error, ClientGone))
-        return self._signed(refusal(error, self._options.balancer_id, self._record.request_id))
-
-    def _signed(self, answer: Answer) -> Answer:
-        """An answer of ours, with the lines that each one gets."""
-        return answer._replace(lines=self._with_own(answer.lines))
+    def _decided(self, decision: Answer | BalancerError) -> Answer:
+        """The balancer's own answer to a request that got none from a backend, with the lines that each answer gets."""
+        if isinstance(decision, BalancerError):
+            self._record.error = str(decision)
+            if isinstance(decision, Unavailable):
+                self._record.excluded = decision.excluded
+            self.finish(decision.status, reason=decision.reason, complete=not isinstance(decision, ClientGone))
+            decision = refusal(decision, self._options.balancer_id, self._record.request_id)
+        else:
+            self.finish(decision.status)
+        return decision._replace(lines=self._with_own(decision.lines))
 
     # What a `ResponseStream` needs.
 
@@ -218,9 +233,9 @@ class Forwarding:
 
         `status` is what the client sees; `failure` in words if the backend broke off its answer.
         """
-        if self._is_finished:
+        if self.stage is Stage.FINISHED:
             return
-        self._is_finished = True
+        stage, self.stage = self.stage, Stage.FINISHED
         record = self._record
         record.status = status
         record.reason = reason
@@ -232,5 +247,5 @@ class Forwarding:
             if access_log.is_on:
                 access_log.add(record, self._incoming)
         finally:
-            if self._attempts is not None:
+            if stage >= Stage.BUILT:
                 self._attempts.give_back(status, reason, failure)
