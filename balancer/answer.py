@@ -11,16 +11,13 @@ from collections.abc import Iterable, Iterator
 from http import HTTPStatus
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from balancer.errors import BackendError, BalancerError, ClientGone, MethodRefused, Unavailable
-from balancer.messages import METHODS, SERVER_LINE, Line
+from balancer.errors import BackendError, BalancerError, ClientGone
+from balancer.messages import ALLOWED, SERVER_LINE, Line
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse
 
     from balancer.response import Body
-
-RETRY_AFTER_SECONDS = b"1"
-ALLOWED_METHODS = ", ".join(METHODS).encode()  # in 405
 
 
 class Answer(NamedTuple):
@@ -51,16 +48,12 @@ def refusal(error: BalancerError, balancer_id: str, request_id: str) -> Answer:
     told = {"error": error.public or str(error), "load_balancer_id": balancer_id, "request_id": request_id}
     body = json.dumps(told).encode()
     lines = [SERVER_LINE, (b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    if isinstance(error, Unavailable):
-        lines.append((b"retry-after", RETRY_AFTER_SECONDS))
-    if isinstance(error, MethodRefused):
-        lines.append((b"allow", ALLOWED_METHODS))
-    return Answer(status.value, status.phrase, lines, body)
+    return Answer(status.value, status.phrase, [*lines, *error.headers], body)
 
 
 def to_options() -> Answer:
     """To an OPTIONS that may be forwarded no further (RFC 9110 section 7.6.2)."""
-    return Answer(200, "OK", [SERVER_LINE, (b"allow", ALLOWED_METHODS), (b"content-length", b"0")], b"")
+    return Answer(200, "OK", [SERVER_LINE, (b"allow", ALLOWED), (b"content-length", b"0")], b"")
 
 
 class Ending(Protocol):

@@ -34,6 +34,7 @@ class BalancerError(Exception):
     status: ClassVar[int] = 500
     reason: str = "proxy_internal_error"
     public: ClassVar[str] = ""  # what a client is told instead of the text, if that names things inside
+    headers: tuple[tuple[bytes, bytes], ...] = ()  # of the answer, names in lower case
 
 
 class SettingsError(BalancerError):
@@ -64,6 +65,10 @@ class MethodRefused(ClientError):
     """CONNECT and TRACE are not for a gateway (RFC 9110 sections 9.3.6 and 9.3.8)."""
 
     status = 405
+
+    def __init__(self, message: str, allowed: bytes) -> None:
+        super().__init__(message)
+        self.headers = ((b"allow", allowed),)  # RFC 9110 section 15.5.6
 
 
 class TooManyHeaders(ClientError):
@@ -100,6 +105,7 @@ class Unavailable(BalancerError):
 
     status = 503
     reason = "destination_unavailable"
+    headers = ((b"retry-after", b"1"),)
 
     def __init__(self, message: str, excluded: Mapping[str, str] | None = None) -> None:
         super().__init__(message)

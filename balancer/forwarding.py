@@ -25,7 +25,7 @@ from balancer.errors import (
     Unavailable,
 )
 from balancer.exchange import METHOD_KEPT, PATH_KEPT, Exchange
-from balancer.messages import REFUSED_METHODS, Line, check_target, count_down, max_forwards, request_id
+from balancer.messages import ALLOWED, REFUSED_METHODS, Line, check_target, count_down, max_forwards, request_id
 from balancer.outgoing import OutgoingRequest
 from balancer.route import REPLAY_LIMIT, Route
 from balancer.stage import Stage
@@ -144,7 +144,7 @@ class Forwarding:
         if len(incoming.lines) > options.max_header_count:
             raise TooManyHeaders(f"{len(incoming.lines)} header lines, at most {options.max_header_count} are accepted")
         if method in REFUSED_METHODS:
-            raise MethodRefused(f"{method} is not supported")
+            raise MethodRefused(f"{method} is not supported", ALLOWED)
         check_target(method, incoming.target)
         if head.refusal is not None:
             raise head.refusal

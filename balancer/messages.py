@@ -54,6 +54,7 @@ SERVER_LINE: Line = (b"server", b"load-balancer")
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")  # those that we know; others pass, but for
 REFUSED_METHODS = frozenset({"CONNECT", "TRACE"})  # these: not for a gateway (RFC 9110 sections 9.3.6 and 9.3.8)
+ALLOWED = ", ".join(METHODS).encode()  # as in `Allow`
 IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})  # RFC 9110 section 9.2.2; TRACE is refused
 BODILESS_STATUSES = frozenset({204, 304})  # RFC 9112 section 6.3, rule 1
 
