@@ -144,8 +144,8 @@ class Attempts:
 
     def _lease_backend(self, failure: BackendError | None) -> None:
         """A place for the next attempt. Raises `failure`, if there was one, when there is none, or no budget for it."""
-        record, request, statistics = self._record, self._request, self._route.statistics
-        if failure is not None and not statistics.can_retry(*self._budget()):  # nor wait for a place in vain
+        record, request, budget = self._record, self._request, self._route.budget
+        if failure is not None and not budget.is_left(*self._shares()):  # nor wait for a place in vain
             raise self._final(failure, BUDGET_USED_UP)
         tried = [attempt.backend for attempt in record.attempts]
         started = time.perf_counter()
@@ -158,14 +158,14 @@ class Attempts:
             if failure is not None:  # what went wrong says more than that nobody else is left
                 raise self._final(failure, str(unavailable)) from None
             raise
-        if failure is not None and not statistics.may_retry(*self._budget()):
+        if failure is not None and not budget.spend(*self._shares()):
             lease.release()
             raise self._final(failure, BUDGET_USED_UP)
         self._lease = lease
         record.queued += lease.queued
         record.backend = lease.backend.id
 
-    def _budget(self) -> tuple[float, int]:
+    def _shares(self) -> tuple[float, int]:
         return self._options.retry_budget, self._options.retry_budget_minimum
 
     def _final(self, failure: BackendError, why: str) -> BackendError:

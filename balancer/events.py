@@ -6,15 +6,14 @@ import time
 from collections import deque
 from collections.abc import Callable
 from threading import Lock
-from typing import Any
+from typing import Any, Literal, get_args
+
+from balancer.news import ChangeKind, Severity
 
 EVENTS_KEPT = 500
-REFUSED = "write_refused"  # the one kind of event that anybody can cause
-EVENT_KINDS = (
-    *("backend_up", "backend_down", "backend_added", "backend_removed", "backend_changed", "backend_draining"),
-    *("backend_drained", "backend_ejected", "backend_trial", "backend_returned", "backend_slow", "algorithm_changed"),
-    *("statistics_reset", REFUSED, "panic_on", "panic_off", "config_reloaded", "config_refused", "draining"),
-)
+EventKind = ChangeKind | Literal["statistics_reset", "write_refused", "config_reloaded", "config_refused", "draining"]
+REFUSED: EventKind = "write_refused"  # the one kind of event that anybody can cause
+EVENT_KINDS: tuple[EventKind, ...] = tuple(kind for kinds in get_args(EventKind) for kind in get_args(kinds))
 
 
 class Events:
@@ -27,14 +26,11 @@ class Events:
         self._lock = Lock()
         self._wall_clock = wall_clock
         self._seq = 0
-        self._counts = dict.fromkeys(EVENT_KINDS, 0)
+        self._counts: dict[str, int] = dict.fromkeys(EVENT_KINDS, 0)
         self._events: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
 
-    def add(self, kind: str, backend: str | None, message: str, severity: str = "info") -> None:
-        """`kind` is a stable word; `severity` is info, warning or error.
-
-        Refused writes that follow each other become one event with a `count`, or any page could flood the log.
-        """
+    def add(self, kind: EventKind, backend: str | None, message: str, severity: Severity = "info") -> None:
+        """Refused writes that follow each other become one event with a `count`, or any page could flood the log."""
         with self._lock:
             self._seq += 1
             self._counts[kind] = self._counts.get(kind, 0) + 1

@@ -5,8 +5,38 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from threading import Lock
+from typing import Literal, NamedTuple
 
-Note = Callable[[str, str, str, str], None]  # kind, backend id, text, severity
+ChangeKind = Literal[
+    "backend_up",
+    "backend_down",
+    "backend_added",
+    "backend_removed",
+    "backend_changed",
+    "backend_draining",
+    "backend_drained",
+    "backend_ejected",
+    "backend_trial",
+    "backend_returned",
+    "backend_slow",
+    "algorithm_changed",
+    "panic_on",
+    "panic_off",
+]
+Severity = Literal["info", "warning", "error"]
+
+
+class Change(NamedTuple):
+    """`backend` is an id, empty if it is about the pool as a whole; `text` is for people."""
+
+    kind: ChangeKind
+    backend: str
+    text: str
+    severity: Severity = "info"
+
+
+Note = Callable[[ChangeKind, str, str, Severity], None]
+Listener = Callable[[Change], None]
 
 
 class News:
@@ -17,16 +47,16 @@ class News:
     """
 
     def __init__(self) -> None:
-        self.untold: deque[tuple[str, str, str, str]] = deque()
+        self.untold: deque[Change] = deque()
         self._telling = Lock()
-        self._listeners: list[Note] = []
+        self._listeners: list[Listener] = []
 
-    def on_change(self, listener: Note) -> None:
+    def on_change(self, listener: Listener) -> None:
         """Register before there is any news. A listener must not change the owner: it would wait for itself to tell."""
         self._listeners.append(listener)
 
-    def note(self, kind: str, backend_id: str, text: str, severity: str) -> None:
-        self.untold.append((kind, backend_id, text, severity))
+    def note(self, kind: ChangeKind, backend_id: str, text: str, severity: Severity) -> None:
+        self.untold.append(Change(kind, backend_id, text, severity))
 
     def tell(self) -> None:
         """Tell the listeners in the order of the notes; first wait while another thread is telling them."""
@@ -34,6 +64,6 @@ class News:
             return
         with self._telling:
             while self.untold:
-                item = self.untold.popleft()
+                change = self.untold.popleft()
                 for listener in self._listeners:
-                    listener(*item)
+                    listener(change)

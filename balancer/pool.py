@@ -20,7 +20,7 @@ from balancer.candidates import Candidates
 from balancer.connection import Watcher
 from balancer.errors import NoRoom, Unavailable
 from balancer.judge import Judge, JudgeOptions
-from balancer.news import News, Note
+from balancer.news import Listener, News
 from balancer.origin import Origin
 from balancer.roster import Roster, RosterChanges
 from balancer.tally import Tally
@@ -113,7 +113,7 @@ class BackendPool:
             active = sum(backend.active for backend in self._backends.values())
             return f"<BackendPool {up} up, {len(self._backends) - up} not, {active} active, {self._strategy.name}>"
 
-    def on_change(self, listener: Note) -> None:
+    def on_change(self, listener: Listener) -> None:
         """Register before traffic starts; listeners are called outside the lock, by a thread that made a change."""
         self._news.on_change(listener)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from balancer.accesslog import AccessLog
 from balancer.pool import BackendPool
+from balancer.retrybudget import RetryBudget
 from balancer.statistics import Statistics
 from balancer.transport import BackendAdapter
 
@@ -35,6 +36,7 @@ class Route:
     pool: BackendPool
     adapter: BackendAdapter
     statistics: Statistics
+    budget: RetryBudget
     options: RouteOptions
     access_log: AccessLog
     on_refused: Callable[[], None] = lambda: None  # a backend's port is closed: its health should be looked at

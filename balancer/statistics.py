@@ -17,6 +17,7 @@ from typing import Any
 
 from balancer.exchange import Exchange
 from balancer.histogram import Histogram
+from balancer.rate import Rate
 from balancer.tally import FORMER_KEPT
 from balancer.totals import Totals
 
@@ -25,8 +26,6 @@ from balancer.totals import Totals
 RECENT_KEPT = 100
 SAMPLED_KEPT, SAMPLED_PER_SECOND = 900, 100
 TROUBLED_KEPT = 200  # those that failed or were tried more than once stay longer: they are the ones people ask about
-RATE_SECONDS = 5  # requests per second are the mean of this many whole seconds
-BUDGET_SECONDS = 10  # retries are counted against the requests of this many seconds
 CODE_CLASSES = ("1xx", "2xx", "3xx", "4xx", "5xx")
 
 
@@ -89,38 +88,6 @@ class Counters:
         }
 
 
-class Rate:
-    """Counts per second, for the newest BUDGET_SECONDS. Not locked; the owner's lock guards it."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._newest = [0, 0]  # [second, count]
-        self._seconds = deque([self._newest], maxlen=BUDGET_SECONDS + 1)
-
-    def add(self) -> bool:
-        """True for the first of a second."""
-        second = int(self._clock())
-        is_first = second != self._newest[0]
-        if is_first:
-            self._newest = [second, 0]
-            self._seconds.append(self._newest)
-        self._newest[1] += 1
-        return is_first
-
-    def per_second(self) -> float:
-        """Mean of the last whole seconds."""
-        now = int(self._clock())
-        return self._sum(now - RATE_SECONDS, now) / RATE_SECONDS
-
-    def recent(self) -> int:
-        """How many in the last BUDGET_SECONDS and the second that runs."""
-        now = int(self._clock())
-        return self._sum(now - BUDGET_SECONDS, now + 1)
-
-    def _sum(self, first: int, end: int) -> int:
-        return sum(count for second, count in self._seconds if first <= second < end)
-
-
 @dataclass(frozen=True, slots=True)
 class Lifetime:
     """Copies of counts that only ever grow: per backend id, or None for no backend; and the gauge `active`."""
@@ -136,7 +103,7 @@ class Statistics:
 
     `_lock` guards everything: `_counters` (per backend id, or None for no backend), `_forgotten` (of former backends),
     `_before` (what resets and removals took out of `_counters`), `_totals`, `_recent`, `_sampled`, `_to_sample`,
-    `_troubled`, `_arrivals`, `_retried`, `_retries`, `_retries_before`, `_active` and `_start_time`.
+    `_troubled`, `_arrivals`, `_retries`, `_retries_before`, `_active` and `_start_time`.
     """
 
     def __init__(
@@ -147,7 +114,6 @@ class Statistics:
         self._active = 0
         self._to_sample = 0  # of this second
         self._arrivals = Rate(clock)
-        self._retried = Rate(clock)
         self._counters: dict[str | None, Counters] = {}
         self._before: dict[str | None, Counters] = {}
         self._totals = Totals()
@@ -197,27 +163,15 @@ class Statistics:
                     return exchange
         return None
 
-    def can_retry(self, share: float, minimum: int) -> bool:
-        """What `may_retry` would say now, without counting."""
+    def recent_requests(self) -> int:
+        """How many have arrived in the last KEPT_SECONDS of a Rate."""
         with self._lock:
-            return self._has_budget(share, minimum)
+            return self._arrivals.recent()
 
-    def _has_budget(self, share: float, minimum: int) -> bool:
-        return self._retried.recent() < max(minimum * BUDGET_SECONDS, share * self._arrivals.recent())
-
-    def may_retry(self, share: float, minimum: int) -> bool:
-        """Count one more retry if the budget allows it: `share` of the requests of the last 10 s, but `minimum` a
-        second in any case.
-
-        Counted over time rather than over what is in flight: when one of three backends dies, a third of what is in
-        flight needs its retry at the same moment, while a storm shows in the seconds that follow.
-        """
+    def retried(self) -> None:
+        """A request is tried once more."""
         with self._lock:
-            if not self._has_budget(share, minimum):
-                return False
-            self._retried.add()
             self._retries += 1
-            return True
 
     def forget(self, backend_id: str) -> None:
         """A backend was removed: its requests stay in the total, and a later backend of that id starts at 0."""

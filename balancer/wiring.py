@@ -22,6 +22,7 @@ from balancer.health import HealthChecker
 from balancer.history import History, Reading
 from balancer.logwriter import LogWriter, standard_output
 from balancer.metrics import Metrics, Sources
+from balancer.news import Change
 from balancer.options import (
     pool_options,
     probe,
@@ -35,6 +36,7 @@ from balancer.outgoing import RequestHeads
 from balancer.pool import BackendPool, PoolChanges
 from balancer.proxy import ReverseProxy
 from balancer.reload import Configuration, make_backend
+from balancer.retrybudget import RetryBudget
 from balancer.route import Route
 from balancer.settings import Settings
 from balancer.statistics import Statistics
@@ -118,6 +120,7 @@ def _proxy(
             control.pool,
             adapter,
             control.statistics,
+            RetryBudget(control.statistics),
             route_options(config),
             access_log,
             on_refused=health.wake,
@@ -148,15 +151,15 @@ def _look(statistics: Statistics, pool: BackendPool) -> Reading:
 def _follow(pool: BackendPool, statistics: Statistics, events: Events, health: HealthChecker) -> None:
     """Changes of the pool become events and log lines, and the parts that care are told."""
 
-    def changed(kind: str, backend_id: str, text: str, severity: str) -> None:
-        events.add(kind, backend_id, text, severity)
-        log.log(logging.getLevelName(severity.upper()), "%s %s: %s", kind, backend_id, text)
-        if kind == "backend_changed":
+    def changed(change: Change) -> None:
+        events.add(*change)
+        log.log(logging.getLevelName(change.severity.upper()), "%s %s: %s", change.kind, change.backend, change.text)
+        if change.kind == "backend_changed":
             health.wake()  # out of maintenance, or somewhere else: nothing is known of it
-        elif kind == "backend_added":
-            statistics.forget(backend_id)  # a failed last request of a removed one is recorded after its removal
+        elif change.kind == "backend_added":
+            statistics.forget(change.backend)  # a failed last request of a removed one is recorded after its removal
             health.wake()
-        elif kind == "backend_removed":
-            statistics.forget(backend_id)
+        elif change.kind == "backend_removed":
+            statistics.forget(change.backend)
 
     pool.on_change(changed)

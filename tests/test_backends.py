@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from balancer.backends import Backend, LastCheck
 from balancer.errors import SettingsError, Unavailable
-from balancer.news import News
+from balancer.news import Change, News
 from balancer.origin import Origin
 from balancer.pool import BackendPool, Lease, PoolChanges, PoolOptions
 from balancer.strategies import create
@@ -34,7 +34,7 @@ class Pool(BackendPool):
         options.setdefault("queue_limit", 0)
         super().__init__(create(algorithm), PoolOptions(**options), clock=lambda: self.now, wall_clock=lambda: self.now)
         self.told: list[tuple[str, str]] = []
-        self.on_change(lambda kind, backend, text, severity: self.told.append((kind, backend)))
+        self.on_change(lambda change: self.told.append((change.kind, change.backend)))
 
     def add_up(self, backend_id: str, weight: int = 1, max_connections: int | None = None) -> Backend:
         backend = self.add(backend_id, ORIGIN, weight=weight, max_connections=max_connections)
@@ -649,7 +649,7 @@ def test_repr_tells_the_state(pool: Pool) -> None:
 
 def test_a_listener_may_use_the_pool(pool: Pool) -> None:
     seen: list[list[str]] = []
-    pool.on_change(lambda *change: seen.append(pool.ids()))
+    pool.on_change(lambda change: seen.append(pool.ids()))
     pool.add("c", ORIGIN)
     assert seen == [["a", "b", "c"]]
 
@@ -660,17 +660,17 @@ def test_listeners_hear_of_changes_in_their_order_whoever_tells() -> None:
     noted: list[str] = []
     told: list[str] = []
 
-    def listen(kind: str, backend_id: str, text: str, severity: str) -> None:
-        if text.startswith("slow"):
+    def listen(change: Change) -> None:
+        if change.text.startswith("slow"):
             is_telling.set()
             pause.wait(0.005)
-        told.append(text)
+        told.append(change.text)
 
     def change(name: str) -> None:
         for number in range(20):
             with lock:
                 noted.append(f"{name} {number}")
-                news.note("weight", "a", noted[-1], "info")
+                news.note("backend_changed", "a", noted[-1], "info")
             news.tell()
 
     news.on_change(listen)

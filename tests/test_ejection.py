@@ -41,7 +41,7 @@ class Pool(BackendPool):
         self.told: list[tuple[str, str]] = []
         for name in names:
             self.record_check(self.add(name, ORIGIN), GOOD)
-        self.on_change(lambda kind, backend, text, severity: self.told.append((kind, backend)))
+        self.on_change(lambda change: self.told.append((change.kind, change.backend)))
 
     def one(self, backend_id: str) -> Backend:
         return next(backend for backend in self.backends() if backend.id == backend_id)

@@ -69,7 +69,7 @@ def test_a_point_has_the_fields_of_the_contract(recorded: Recorded) -> None:
     recorded.finish(2, "a", 502, 2.0)
     recorded.finish(1, "b", 404, 0.1)
     recorded.finish(1, None, 503, 0.0002)
-    assert recorded.statistics.may_retry(1.0, 10)
+    recorded.statistics.retried()
     recorded.statistics.begin()  # still under way
     recorded.in_flight, recorded.waiting = {"a": 1, "idle": 0, "busy": 4}, 7
     recorded.look_at(1001.0)

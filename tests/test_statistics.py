@@ -19,6 +19,7 @@ from balancer.events import EVENTS_KEPT, Events
 from balancer.exchange import PATH_SHOWN, Exchange
 from balancer.histogram import BOUNDS, Histogram
 from balancer.origin import Origin
+from balancer.retrybudget import RetryBudget
 from balancer.settings import BackendSettings, Settings
 from balancer.statistics import (
     FORMER_KEPT,
@@ -186,7 +187,7 @@ def test_threads_lose_nothing(statistics: Statistics) -> None:
 
     def work() -> None:
         for _ in range(150):
-            statistics.may_retry(1.0, 3)
+            statistics.retried()
             finish(statistics, *plan)
             assert_adds_up(statistics.snapshot(0)[0])
 
@@ -312,7 +313,7 @@ def test_refused_writes_cannot_drive_other_events_out() -> None:
 def test_reset_zeroes_everything_but_what_is_in_flight(statistics: Statistics, clock: Clock) -> None:
     finish(statistics, exchange(), exchange(502))
     statistics.begin()
-    statistics.may_retry(1.0, 3)
+    statistics.retried()
     clock.now = 200.0
     statistics.reset()
     whole, backends, recent = statistics.snapshot()
@@ -325,16 +326,17 @@ def test_reset_zeroes_everything_but_what_is_in_flight(statistics: Statistics, c
 
 
 def test_retries_keep_to_their_budget(statistics: Statistics, clock: Clock) -> None:
-    allowed = [statistics.may_retry(0.2, 1) for _ in range(11)]  # one a second, of ten seconds
+    budget = RetryBudget(statistics, clock=clock)
+    allowed = [budget.spend(0.2, 1) for _ in range(11)]  # one a second, of ten seconds
     assert allowed == [True] * 10 + [False]
     for _ in range(60):
         statistics.begin()
-    assert [statistics.may_retry(0.2, 1) for _ in range(3)] == [True, True, False]  # 20 % of 60 are 12
+    assert [budget.spend(0.2, 1) for _ in range(3)] == [True, True, False]  # 20 % of 60 are 12
     assert statistics.snapshot()[0]["retries"] == 12
     clock.now += 9
-    assert not statistics.may_retry(0.2, 1)
+    assert not budget.spend(0.2, 1)
     clock.now += 2  # now all of it is more than 10 s ago
-    assert [statistics.may_retry(0.2, 1) for _ in range(11)] == allowed
+    assert [budget.spend(0.2, 1) for _ in range(11)] == allowed
 
 
 def test_a_forgotten_backend_stays_in_the_total(statistics: Statistics) -> None:
