@@ -22,6 +22,7 @@ _received = struct.Struct("@Q").unpack_from
 # Bytes per receive: 128 KiB of body and a head. Each piece is handed on by a switch of threads, so larger is cheaper;
 # and a slow client has up to five of them in flight, so larger is more memory.
 CHUNK = 135168
+CLOSE_ENOUGH = 0.99  # of a time limit
 
 
 class Abortable(Protocol):
@@ -69,8 +70,9 @@ class Connection:
         self.is_tls = isinstance(sock, ssl.SSLSocket)
 
     def set_timeout(self, seconds: float) -> None:
-        """For sends and receives from now on; no system call if nothing changes."""
-        if seconds == self._timeout:
+        """For sends and receives from now on. What is left of a limit is hardly less at each step of a request: that is
+        not worth two system calls."""
+        if self._timeout * CLOSE_ENOUGH <= seconds <= self._timeout:
             return
         self._timeout = seconds
         if self.is_tls:  # the ssl module retries a receive that the kernel timed out, so Python must do the timing

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import ssl
+import struct
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import requests
 from support import Clock, RawRequest, free_port, ok, wait_until
 from wire import WireBackend, hang_up, wait_closed
 
+from balancer.connection import Connection
 from balancer.errors import (
     BodyTruncated,
     ConnectFailed,
@@ -170,6 +172,23 @@ def test_a_closed_port_is_told_from_other_failures(adapter: BackendAdapter) -> N
     with pytest.raises(ConnectFailed) as caught:
         fetch(adapter, "http://no-such-host.invalid:80")
     assert caught.value.refused is False
+
+
+def test_a_time_limit_is_not_set_again_for_a_moment_less() -> None:
+    """The worker way asked the kernel four times a request: 30 s, then 29.9998 s, and back."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        connection = Connection(ours, Origin("http", "127.0.0.1", 1))
+
+        def limit() -> int:
+            seconds: int = struct.unpack("@ll", ours.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 16))[0]
+            return seconds
+
+        found = []
+        for seconds in (30.0, 29.8, 29.0, 28.9, 30.0):
+            connection.set_timeout(seconds)
+            found.append(limit())
+        assert found == [30, 30, 29, 29, 30]
 
 
 def test_a_full_accept_queue_times_out(adapter: BackendAdapter) -> None:
