@@ -9,13 +9,14 @@ in flight finish) or `maint` (the same, and no checks). `health` is what the che
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from balancer.ejection import Ejection, LatencyWindow
 from balancer.origin import Origin
+from balancer.slowstart import SlowStart
+from balancer.speed import Speed
 from balancer.tally import Tally
 
 AdminState = Literal["ready", "drain", "maint"]
@@ -24,16 +25,6 @@ HealthStatus = Literal["unknown", "up", "down"]
 ID_PATTERN = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}"  # also one step of a URL path, so not "." or ".."
 MAX_CONNECTIONS = 1_000_000
 MAX_WEIGHT = 256  # as in HAProxy: enough for any ratio, and sums stay small
-
-# One new sample counts 20 %: ten requests tell a change of speed.
-EWMA_SHARE = 0.2
-# A failed attempt counts as this slow, or as twice what is remembered: a backend that refuses quickly must not look
-# like the fastest and draw all traffic.
-FAILURE_SECONDS = 1.0
-# Without samples the remembered time halves every 5 s, so a slow backend is tried again: one that was 10 times slower
-# gets its next chance after about 17 s without traffic.
-EWMA_HALF_LIFE_SECONDS = 5.0
-SLOW_START_SHARE = 0.1  # of its traffic for a backend that has just come back (Envoy's minimum)
 
 
 @dataclass(slots=True)
@@ -90,14 +81,9 @@ class Backend:
     is_leaving: bool = False  # removed by the operator, waits for its last request
     health: Health = field(default_factory=Health)
     ejection: Ejection = field(default_factory=Ejection)
-    ewma: float = 0.0
-    peak: float = 0.0
-    ewma_at: float = 0.0
-    unanswered: int = 0  # of `active`: those whose response has not begun
-    heard_at: float = 0.0  # pool clock: the newest first byte, or when `unanswered` rose from 0
+    speed: Speed = field(default_factory=Speed)
     window: LatencyWindow = field(default_factory=LatencyWindow)
-    slow_start_at: float | None = None  # pool clock when it came back, while it gets less than its share
-    _turns: float = 0.0  # of the slow start: choices it has earned to take part in
+    slow_start: SlowStart = field(default_factory=SlowStart)
     tally: Tally = field(default_factory=Tally)
     source: str = "api"
     configured: Mapping[str, Any] = field(default_factory=dict)
@@ -153,9 +139,7 @@ class Backend:
         """It has moved to another origin: nothing is known of it."""
         self.health = Health(since=wall_now)
         self.ejection, self.window = Ejection(), LatencyWindow()
-        self.ewma = self.peak = 0.0
-        self.unanswered = 0
-        self.slow_start_at = None
+        self.speed, self.slow_start = Speed(), SlowStart()
 
     def describe(self, now: float, wall_now: float, limits: Mapping[str, int]) -> dict[str, Any]:
         """As plain values, for the API. `now` is of the pool's clock; `limits` are fall and rise."""
@@ -174,66 +158,6 @@ class Backend:
             "ejection": self.ejection.describe(wall_now - now),
             "health": self.health.describe(limits),
         }
-
-    # Speed.
-
-    def response_time(self, now: float) -> float:
-        """Remembered time to first byte in seconds, 0.0 if never measured; decays while there are no samples."""
-        return self.ewma * self._freshness(now)
-
-    def peak_time(self, now: float) -> float:
-        """Like `response_time`, but a worse sample counts in full at once and is forgotten only as time passes."""
-        return self.peak * self._freshness(now)
-
-    def silence(self, now: float) -> float:
-        """Seconds for which requests have been waiting here without one being answered: what a backend that stalls
-        will show as response time only when it is too late. 0.0 while nothing waits."""
-        return now - self.heard_at if self.unanswered else 0.0
-
-    def ask(self, now: float) -> None:
-        """One more request waits for its answer to begin."""
-        if not self.unanswered:
-            self.heard_at = now
-        self.unanswered += 1
-
-    def hear(self, seconds: float | None, now: float) -> None:
-        """One request waits no longer: answered after `seconds`, failed, or given up (None), which says how slow it is
-        at least."""
-        if seconds is not None:
-            self.observe(seconds, now)
-            self.heard_at = now
-        elif (silence := self.silence(now)) > self.response_time(now):
-            self.observe(silence, now)
-        self.unanswered = max(0, self.unanswered - 1)  # 0 if the backend has moved to and fro meanwhile
-
-    def observe(self, seconds: float, now: float) -> None:
-        """Blend in one measured time to first byte. The staler the memory, the more the new sample counts."""
-        staleness = 1 - self._freshness(now)
-        share = max(EWMA_SHARE, staleness) if self.ewma else 1.0
-        self.ewma += share * (seconds - self.ewma)
-        self.peak = max(seconds, self.peak + staleness * (seconds - self.peak))
-        self.ewma_at = now
-
-    def _freshness(self, now: float) -> float:
-        return math.exp2((self.ewma_at - now) / EWMA_HALF_LIFE_SECONDS)
-
-    # Slow start.
-
-    def admission(self, now: float, slow_start: float) -> float:
-        """Share of its usual traffic, rising from SLOW_START_SHARE to 1 over `slow_start` seconds."""
-        if self.slow_start_at is None or slow_start <= 0:
-            return 1.0
-        return min(1.0, max(SLOW_START_SHARE, (now - self.slow_start_at) / slow_start))
-
-    def takes_part(self, now: float, slow_start: float) -> bool:
-        """Whether it is among the candidates this time: so often that it gets its share, without chance."""
-        if self.slow_start_at is None:
-            return True
-        self._turns += self.admission(now, slow_start)
-        if self._turns < 1:
-            return False
-        self._turns -= 1
-        return True
 
 
 class Choice:

@@ -37,7 +37,7 @@ class Candidates:
         self.absent = {backend.id: backend.absence for backend in backends if backend.id not in names}
         self.is_conditional = any(
             backend.max_connections is not None
-            or backend.slow_start_at is not None
+            or backend.slow_start.began_at is not None
             or backend.ejection.status != "none"
             for backend in self.ready
         )
@@ -60,7 +60,7 @@ class Candidates:
             if backend.id not in exclude and not backend.is_full:
                 (on_trial if backend.ejection.is_tried else free).append(backend)
         free = free or on_trial  # a trial is never worth having nobody, nor is a slow start
-        return [backend for backend in free if backend.takes_part(now, slow_start)] or free
+        return [backend for backend in free if backend.slow_start.takes_part(now, slow_start)] or free
 
     def why_not(self, exclude: Collection[str], candidates: Collection[Backend] = ()) -> dict[str, str]:
         """In words, why each backend is not among the `candidates` that `narrow` found. Changes nothing."""
@@ -95,4 +95,4 @@ def _obstacle(backend: Backend, exclude: Collection[str]) -> str:
         return f"full: {backend.active} of {backend.max_connections}"
     if backend.ejection.is_tried:
         return "its trial request is under way"
-    return "slow start" if backend.slow_start_at is not None else ""
+    return "slow start" if backend.slow_start.began_at is not None else ""

@@ -10,9 +10,10 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from balancer.backends import FAILURE_SECONDS, Backend, HealthStatus, LastCheck
+from balancer.backends import Backend, HealthStatus, LastCheck
 from balancer.ejection import WINDOW_SECONDS, EjectionRules, slow_outliers
 from balancer.news import Note
+from balancer.speed import FAILURE_SECONDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +52,8 @@ class Judge:
     def answered(self, backend: Backend, first_byte_seconds: float | None, failure: str = "") -> None:
         """A request waits no longer: the head of its answer is here, or it failed, or was given up (None)."""
         if failure:
-            first_byte_seconds = max(FAILURE_SECONDS, 2 * backend.ewma)
-        backend.hear(first_byte_seconds, self._clock())
+            first_byte_seconds = max(FAILURE_SECONDS, 2 * backend.speed.ewma)
+        backend.speed.hear(first_byte_seconds, self._clock())
         if first_byte_seconds is not None and self.options.ejection.latency != "off":
             backend.window.add(first_byte_seconds)
 
@@ -111,7 +112,7 @@ class Judge:
     def _start_slowly(self, backend: Backend) -> None:
         """It has been away: nobody knows whether it can bear its full share at once."""
         if self.options.slow_start > 0:
-            backend.slow_start_at = self._clock()
+            backend.slow_start.began_at = self._clock()
 
     # Time.
 
@@ -123,8 +124,9 @@ class Judge:
                 backend.ejection.status = "trial"
                 self._note("backend_trial", backend.id, "one request will show whether it works again", "info")
                 has_changed = True
-            if backend.slow_start_at is not None and backend.admission(now, self.options.slow_start) >= 1:
-                backend.slow_start_at = None
+            slow_start = backend.slow_start
+            if slow_start.began_at is not None and slow_start.share(now, self.options.slow_start) >= 1:
+                slow_start.began_at = None
                 has_changed = True
         if now - self._compared_at >= WINDOW_SECONDS:
             self._compared_at = now
@@ -169,7 +171,7 @@ class Judge:
             return False
         if health.status == "down":
             self._start_slowly(backend)
-        backend.ewma = backend.peak = 0.0  # how fast or how faulty it was before says nothing now
+        backend.speed.forget()
         backend.ejection.end(self._clock())
         return self._set(backend, "up", None)
 

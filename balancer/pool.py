@@ -164,7 +164,7 @@ class BackendPool:
         if lease.is_trial:
             backend.ejection.is_tried = True
         if self._is_timed:
-            backend.ask(self._clock())
+            backend.speed.ask(self._clock())
         else:
             lease.is_answered = True  # nobody wants to know how long that takes
         return lease
@@ -369,7 +369,7 @@ class BackendPool:
             return [
                 {
                     **backend.describe(now, wall, limits),
-                    "admission": backend.admission(now, self._options.slow_start),
+                    "admission": backend.slow_start.share(now, self._options.slow_start),
                     "expected_share": None if shares is None else shares.get(backend.id, 0.0),
                 }
                 for backend in self._backends.values()

@@ -237,7 +237,7 @@ class ExpectedSoonest(TakingTurns):
         return [
             max(
                 self.remembered(backend, now) or (UNMEASURED_SECONDS if backend.active else 0.0),
-                backend.silence(now),
+                backend.speed.silence(now),
             )
             * (backend.active + 1)
             / backend.weight
@@ -259,7 +259,7 @@ class LeastResponseTime(ExpectedSoonest):
     reasons nobody knows beforehand."""
 
     def remembered(self, backend: Backend, now: float) -> float:
-        return backend.response_time(now)
+        return backend.speed.response_time(now)
 
 
 @strategy("peak_ewma")
@@ -269,4 +269,4 @@ class PeakEwma(ExpectedSoonest):
     the others have room for its share."""
 
     def remembered(self, backend: Backend, now: float) -> float:
-        return backend.peak_time(now)
+        return backend.speed.peak_time(now)

@@ -264,16 +264,16 @@ def test_an_answer_that_has_begun_counts_at_once_and_once(timed_pool: Pool) -> N
     lease = timed_pool.lease(None, exclude=["b"])
     backend = lease.backend
     timed_pool.now += 0.3
-    assert backend.silence(timed_pool.now) == pytest.approx(0.3)
+    assert backend.speed.silence(timed_pool.now) == pytest.approx(0.3)
     lease.answered(0.2)
     lease.answered(9.0)
-    assert (backend.unanswered, backend.active) == (0, 1)
+    assert (backend.speed.unanswered, backend.active) == (0, 1)
     timed_pool.now += 60  # a long body is no silence
-    assert backend.silence(timed_pool.now) == 0.0
+    assert backend.speed.silence(timed_pool.now) == 0.0
     lease.release(9.0)
     lease.answered(9.0)
-    assert (backend.unanswered, backend.active) == (0, 0)
-    assert backend.response_time(timed_pool.now - 60) == pytest.approx(0.2)
+    assert (backend.speed.unanswered, backend.active) == (0, 0)
+    assert backend.speed.response_time(timed_pool.now - 60) == pytest.approx(0.2)
 
 
 def test_silence_is_since_the_newest_answer_while_others_wait(timed_pool: Pool) -> None:
@@ -281,35 +281,35 @@ def test_silence_is_since_the_newest_answer_while_others_wait(timed_pool: Pool) 
     timed_pool.now += 0.5
     first.release(0.5)
     timed_pool.now += 0.1
-    assert first.backend.silence(timed_pool.now) == pytest.approx(0.1)
+    assert first.backend.speed.silence(timed_pool.now) == pytest.approx(0.1)
 
 
 def test_a_request_given_up_on_says_how_slow_the_backend_is_at_least(timed_pool: Pool) -> None:
     lease = timed_pool.lease(None, exclude=["b"])
-    lease.backend.observe(0.1, timed_pool.now)
+    lease.backend.speed.observe(0.1, timed_pool.now)
     timed_pool.now += 2
     lease.release()
-    assert lease.backend.response_time(timed_pool.now) > 0.4
+    assert lease.backend.speed.response_time(timed_pool.now) > 0.4
     quick = timed_pool.lease(None, exclude=["b"])
-    before = quick.backend.response_time(timed_pool.now)
+    before = quick.backend.speed.response_time(timed_pool.now)
     quick.release()
-    assert quick.backend.response_time(timed_pool.now) == before
+    assert quick.backend.speed.response_time(timed_pool.now) == before
 
 
 @pytest.mark.parametrize(("samples", "expected"), [((0.1, 0.9), 0.9), ((0.9, 0.1), 0.9)])
 def test_the_peak_rises_at_once_and_falls_only_with_time(samples: tuple[float, float], expected: float) -> None:
     backend = Backend("a", Origin("http", "127.0.0.1", 1))
     for seconds in samples:
-        backend.observe(seconds, 0.0)
-    assert [backend.peak_time(now) for now in (0.0, 5.0)] == pytest.approx([expected, expected / 2])
+        backend.speed.observe(seconds, 0.0)
+    assert [backend.speed.peak_time(now) for now in (0.0, 5.0)] == pytest.approx([expected, expected / 2])
 
 
 def test_a_first_byte_time_is_remembered_and_a_request_without_one_teaches_nothing(timed_pool: Pool) -> None:
     timed_pool.lease(None, exclude=["b"]).release(0.2)
     timed_pool.lease(None, exclude=["a"]).release()
     a, b = timed_pool.backends()
-    assert a.response_time(timed_pool.now) == pytest.approx(0.2)
-    assert b.response_time(timed_pool.now) == 0.0
+    assert a.speed.response_time(timed_pool.now) == pytest.approx(0.2)
+    assert b.speed.response_time(timed_pool.now) == 0.0
 
 
 @pytest.mark.parametrize(("usual", "after"), [(0.0, 1.0), (0.01, 0.208), (4.0, 4.8)])
@@ -317,7 +317,7 @@ def test_a_failure_counts_as_slow_whatever_is_usual(timed_pool: Pool, usual: flo
     if usual:
         timed_pool.lease(None, exclude=["b"]).release(usual)
     timed_pool.lease(None, exclude=["b"]).release(failure="test")
-    assert timed_pool.backends()[0].response_time(timed_pool.now) == pytest.approx(after)
+    assert timed_pool.backends()[0].speed.response_time(timed_pool.now) == pytest.approx(after)
 
 
 def test_a_backend_that_comes_back_is_measured_anew(pool: Pool) -> None:
@@ -325,7 +325,7 @@ def test_a_backend_that_comes_back_is_measured_anew(pool: Pool) -> None:
     pool.lease(None, exclude=["b"]).release(3.0)
     pool.record_refused(backend, "refused")
     pool.record_check(backend, LastCheck(0.0, 0.0, 200, None))
-    assert backend.response_time(pool.now) == 0.0
+    assert backend.speed.response_time(pool.now) == 0.0
 
 
 # The remembered response time.
@@ -333,17 +333,17 @@ def test_a_backend_that_comes_back_is_measured_anew(pool: Pool) -> None:
 
 def test_response_time_halves_in_five_seconds() -> None:
     backend = Backend("a", ORIGIN)
-    backend.observe(0.8, now=0.0)
-    assert [backend.response_time(now) for now in (0.0, 5.0, 15.0)] == pytest.approx([0.8, 0.4, 0.1])
+    backend.speed.observe(0.8, now=0.0)
+    assert [backend.speed.response_time(now) for now in (0.0, 5.0, 15.0)] == pytest.approx([0.8, 0.4, 0.1])
 
 
 def test_a_fresh_memory_moves_by_a_fifth_and_a_stale_one_at_once() -> None:
     backend = Backend("a", ORIGIN)
-    backend.observe(1.0, now=0.0)
-    backend.observe(2.0, now=0.0)
-    assert backend.response_time(0.0) == pytest.approx(1.2)
-    backend.observe(0.01, now=1000.0)
-    assert backend.response_time(1000.0) == pytest.approx(0.01)
+    backend.speed.observe(1.0, now=0.0)
+    backend.speed.observe(2.0, now=0.0)
+    assert backend.speed.response_time(0.0) == pytest.approx(1.2)
+    backend.speed.observe(0.01, now=1000.0)
+    assert backend.speed.response_time(1000.0) == pytest.approx(0.01)
 
 
 @given(st.lists(st.tuples(st.floats(1e-6, 100), st.floats(0, 1e6)), min_size=1, max_size=20))
@@ -351,9 +351,9 @@ def test_response_time_stays_within_what_was_measured(samples: list[tuple[float,
     backend, now = Backend("a", ORIGIN), 0.0
     for seconds, pause in samples:
         now += pause
-        backend.observe(seconds, now)
+        backend.speed.observe(seconds, now)
     slowest = max(seconds for seconds, _ in samples)
-    assert 0 < backend.response_time(now) <= slowest * 1.000001
+    assert 0 < backend.speed.response_time(now) <= slowest * 1.000001
 
 
 # Health.
@@ -689,9 +689,9 @@ def test_times_are_not_measured_for_those_who_do_not_look_at_them(name: str, tim
     lease = timed_pool.lease(None, exclude=["b"])
     a = timed_pool.backends()[0]
     lease.release(0.5)
-    assert (a.ewma, a.unanswered) == (0.0, 1)
+    assert (a.speed.ewma, a.speed.unanswered) == (0.0, 1)
     before.release(0.5)  # leased when they still counted
-    assert (a.ewma, a.unanswered, a.active) == (0.5, 0, 0)
+    assert (a.speed.ewma, a.speed.unanswered, a.active) == (0.5, 0, 0)
 
 
 # Moving, leaving and coming back.
@@ -708,7 +708,7 @@ def test_what_the_old_address_did_says_nothing_of_the_new_one(pool: Pool) -> Non
     old[0].answered(9.0)
     for lease in old:
         lease.release(failure="too slow")
-    assert (a.health.status, a.ewma, a.unanswered, a.active) == ("unknown", 0.0, 0, 0)
+    assert (a.health.status, a.speed.ewma, a.speed.unanswered, a.active) == ("unknown", 0.0, 0, 0)
     pool.record_check(a, GOOD, ELSEWHERE)
     assert a.health.status == "up"
 

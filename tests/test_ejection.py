@@ -380,7 +380,7 @@ def test_an_ejected_backend_starts_slowly_too() -> None:
 def test_asking_why_not_changes_nothing_of_who_is_chosen_next() -> None:
     def choices(is_asked: bool) -> list[list[str]]:
         backends = {name: Backend(name, ORIGIN, health=Health("up")) for name in "ab"}
-        backends["a"].slow_start_at = 0.0
+        backends["a"].slow_start.began_at = 0.0
         candidates = Candidates(backends, lambda *news: None)
         candidates.refresh(0.0)
         chosen = []

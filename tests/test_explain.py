@@ -149,7 +149,7 @@ def test_the_score_is_what_the_strategy_goes_by(name: str) -> None:
     origin = Origin("http", "127.0.0.1", 1)
     candidates = [Backend("a", origin, 1), Backend("b", origin, 2), Backend("c", origin, 3)]
     for backend, active, ewma in zip(candidates, (3, 1, 5), (0.2, 0.1, 0.001), strict=True):
-        backend.active, backend.ewma, backend.ewma_at = active, ewma, strategy.clock()
+        backend.active, backend.speed.ewma, backend.speed.ewma_at = active, ewma, strategy.clock()
     scores = strategy.scores(candidates)
     if scores is None:
         return

@@ -56,7 +56,7 @@ def test_every_strategy_returns_one_of_the_candidates(name: str, data: st.DataOb
             backend.active = data.draw(st.integers(0, 5))
             backend.weight = data.draw(st.sampled_from([1, 2, 256]))
             if data.draw(st.booleans()):
-                backend.observe(data.draw(st.sampled_from([0.0, 1e-9, 0.01, 1e5])), clock.now)
+                backend.speed.observe(data.draw(st.sampled_from([0.0, 1e-9, 0.01, 1e5])), clock.now)
         candidates = data.draw(st.lists(st.sampled_from(everyone), min_size=1, unique=True))
         assert strategy.select(candidates, None) in candidates
 
@@ -242,7 +242,7 @@ def drive(clock: Clock, strategy: Strategy, candidates: list[Backend], speed: di
     while True:
         chosen = strategy.select(candidates, None)
         clock.now += speed[chosen.id]
-        chosen.observe(speed[chosen.id], clock.now)
+        chosen.speed.observe(speed[chosen.id], clock.now)
         yield chosen.id
 
 
@@ -277,7 +277,7 @@ def test_a_slow_backend_that_stays_slow_is_tried_only_now_and_then(clock: Clock,
 @pytest.mark.parametrize("name", BY_TIME)
 def test_never_measured_is_tried_first_but_not_flooded(clock: Clock, name: str) -> None:
     strategy, candidates = create(name, clock=clock), backends(1, 1)
-    candidates[0].observe(0.05, clock.now)
+    candidates[0].speed.observe(0.05, clock.now)
     assert strategy.select(candidates, None).id == "b"
     candidates[1].active = 1  # its first answer is not here yet
     assert strategy.select(candidates, None).id == "a"
@@ -292,7 +292,7 @@ def test_requests_in_flight_and_weight_count(
 ) -> None:
     candidates = backends(*weight)
     for backend, count in zip(candidates, active, strict=True):
-        backend.observe(0.05, clock.now)
+        backend.speed.observe(0.05, clock.now)
         backend.active = count
     assert create("least_response_time", clock=clock).select(candidates, None).id == expected
 
@@ -301,19 +301,19 @@ def test_requests_in_flight_and_weight_count(
 def test_equal_response_times_take_turns(clock: Clock, name: str) -> None:
     candidates = backends(1, 1, 1)
     for backend in candidates:
-        backend.observe(0.05, clock.now)
+        backend.speed.observe(0.05, clock.now)
     assert picks(create(name, clock=clock), candidates, 6) == "abcabc"
 
 
 def test_one_slow_answer_counts_in_full_only_for_peak_ewma(clock: Clock) -> None:
     candidates = backends(1, 1)
     for backend, seconds in zip(candidates, (0.01, 0.05), strict=True):
-        backend.observe(seconds, clock.now)
-    candidates[0].observe(0.1, clock.now)  # remembered: 0.028 on average, 0.1 at its peak
+        backend.speed.observe(seconds, clock.now)
+    candidates[0].speed.observe(0.1, clock.now)  # remembered: 0.028 on average, 0.1 at its peak
     assert create("least_response_time", clock=clock).select(candidates, None).id == "a"
     assert create("peak_ewma", clock=clock).select(candidates, None).id == "b"
     clock.now += 5  # a half-life for both, and b has a fresh sample
-    candidates[1].observe(0.08, clock.now)
+    candidates[1].speed.observe(0.08, clock.now)
     assert create("peak_ewma", clock=clock).select(candidates, None).id == "a"
 
 
@@ -333,7 +333,7 @@ def test_a_backend_that_stalls_is_left_before_its_first_late_answer(clock: Clock
             lease.release(0.02)
     # Nothing has come from it, so that all it is known for are fast answers, and only the waiting tells.
     assert chosen.count("stalls") <= 2
-    assert stuck.backend.response_time(clock.now) < 0.02
+    assert stuck.backend.speed.response_time(clock.now) < 0.02
 
 
 # The registry.

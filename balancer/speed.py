@@ -1,0 +1,70 @@
+"""How fast a backend answers: what is remembered of it, and what it shows by keeping requests waiting."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+# One new sample counts 20 %: ten requests tell a change of speed.
+EWMA_SHARE = 0.2
+# A failed attempt counts as this slow, or as twice what is remembered: a backend that refuses quickly must not look
+# like the fastest and draw all traffic.
+FAILURE_SECONDS = 1.0
+# Without samples the remembered time halves every 5 s, so a slow backend is tried again: one that was 10 times slower
+# gets its next chance after about 17 s without traffic.
+EWMA_HALF_LIFE_SECONDS = 5.0
+
+
+@dataclass(slots=True)
+class Speed:
+    """Of one backend. Times in seconds, moments of the pool's clock; the pool's lock guards it."""
+
+    ewma: float = 0.0
+    peak: float = 0.0
+    ewma_at: float = 0.0
+    unanswered: int = 0  # requests in flight whose response has not begun
+    heard_at: float = 0.0  # the newest first byte, or when `unanswered` rose from 0
+
+    def forget(self) -> None:
+        """How fast or how faulty it was before says nothing now."""
+        self.ewma = self.peak = 0.0
+
+    def response_time(self, now: float) -> float:
+        """Remembered time to first byte in seconds, 0.0 if never measured; decays while there are no samples."""
+        return self.ewma * self._freshness(now)
+
+    def peak_time(self, now: float) -> float:
+        """Like `response_time`, but a worse sample counts in full at once and is forgotten only as time passes."""
+        return self.peak * self._freshness(now)
+
+    def silence(self, now: float) -> float:
+        """Seconds for which requests have been waiting here without one being answered: what a backend that stalls
+        will show as response time only when it is too late. 0.0 while nothing waits."""
+        return now - self.heard_at if self.unanswered else 0.0
+
+    def ask(self, now: float) -> None:
+        """One more request waits for its answer to begin."""
+        if not self.unanswered:
+            self.heard_at = now
+        self.unanswered += 1
+
+    def hear(self, seconds: float | None, now: float) -> None:
+        """One request waits no longer: answered after `seconds`, failed, or given up (None), which says how slow it is
+        at least."""
+        if seconds is not None:
+            self.observe(seconds, now)
+            self.heard_at = now
+        elif (silence := self.silence(now)) > self.response_time(now):
+            self.observe(silence, now)
+        self.unanswered = max(0, self.unanswered - 1)  # 0 if the backend has moved to and fro meanwhile
+
+    def observe(self, seconds: float, now: float) -> None:
+        """Blend in one measured time to first byte. The staler the memory, the more the new sample counts."""
+        staleness = 1 - self._freshness(now)
+        share = max(EWMA_SHARE, staleness) if self.ewma else 1.0
+        self.ewma += share * (seconds - self.ewma)
+        self.peak = max(seconds, self.peak + staleness * (seconds - self.peak))
+        self.ewma_at = now
+
+    def _freshness(self, now: float) -> float:
+        return math.exp2((self.ewma_at - now) / EWMA_HALF_LIFE_SECONDS)
