@@ -17,23 +17,26 @@ from balancer.speed import FAILURE_SECONDS
 
 
 @dataclass(frozen=True, slots=True)
-class JudgeOptions:
-    """What `Judge` needs of the settings; `settings.Settings` says what each one means."""
+class PoolOptions:
+    """What a pool and its judge need of the settings; `settings.Settings` says what each one means."""
 
     fall: int = 2
     rise: int = 1
     slow_start: float = 0.0
     ejection: EjectionRules = field(default_factory=EjectionRules)
+    panic_threshold: float = 0.0
+    queue_limit: int = 500
+    queue_timeout: float = 5.0
 
 
 class Judge:
-    """Judges the backends of one pool. It has no lock of its own: `options` and all it touches are guarded by the
-    pool's."""
+    """Judges the backends of one pool, and holds its `options`. It has no lock of its own: these and all it touches are
+    guarded by the pool's."""
 
     def __init__(
         self,
         backends: Mapping[str, Backend],
-        options: JudgeOptions,
+        options: PoolOptions,
         note: Note,
         clock: Callable[[], float],
         wall_clock: Callable[[], float],

@@ -10,7 +10,7 @@ from balancer.ejection import EjectionRules
 from balancer.errors import SettingsError
 from balancer.guard import WriteGuard
 from balancer.health import Probe
-from balancer.pool import PoolOptions
+from balancer.judge import PoolOptions
 from balancer.route import RouteOptions
 from balancer.settings import Settings
 from balancer.transport import Timeouts

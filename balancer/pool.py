@@ -19,7 +19,7 @@ from balancer.backends import Backend, Choice, LastCheck
 from balancer.candidates import Candidates
 from balancer.connection import Watcher
 from balancer.errors import NoRoom, Unavailable
-from balancer.judge import Judge, JudgeOptions
+from balancer.judge import Judge, PoolOptions
 from balancer.news import Listener, News
 from balancer.origin import Origin
 from balancer.roster import Roster, RosterChanges
@@ -28,15 +28,6 @@ from balancer.waiting import Waiter, WaitingLine
 
 if TYPE_CHECKING:
     from balancer.strategies import Strategy
-
-
-@dataclass(frozen=True, slots=True)
-class PoolOptions(JudgeOptions):
-    """What the pool needs of the settings; `settings.Settings` says what each one means."""
-
-    panic_threshold: float = 0.0
-    queue_limit: int = 500
-    queue_timeout: float = 5.0
 
 
 @dataclass(slots=True)
@@ -77,7 +68,7 @@ class Lease:
 class BackendPool:
     """The backends, the strategy that chooses among them, and the counts both depend on.
 
-    `_lock` guards every field of every Backend, `_strategy`, `_options`, `_is_timed`, `_had_first_round`, `_line`, and
+    `_lock` guards every field of every Backend, `_strategy`, `_is_timed`, `_had_first_round`, `_line`, and
     its helpers, which have no lock of their own: `_roster` what the operator changes, `_judge` what checks and traffic
     change, `_candidates` what follows for the next request. Nothing under it does I/O or calls out, but for the
     strategy; `_news` for the listeners is noted under it and told after it is let go.
@@ -94,7 +85,6 @@ class BackendPool:
     ) -> None:
         self._lock = Lock()
         self._strategy = strategy
-        self._options = options or PoolOptions()
         self._line: WaitingLine[Lease] = WaitingLine()
         self._is_timed = True
         self._had_first_round = False
@@ -102,9 +92,10 @@ class BackendPool:
         self._wall_clock = wall_clock
         self._news = News()
         self._note = self._news.note
-        self._roster = Roster(strategy, self._note, clock, wall_clock)
+        self._roster = Roster(self._reweighed, self._note, clock, wall_clock)
         self._backends: Mapping[str, Backend] = self._roster.backends
-        self._judge = Judge(self._backends, self._options, self._note, clock, wall_clock, rng or random.Random())
+        judging = (self._note, clock, wall_clock, rng or random.Random())
+        self._judge = Judge(self._backends, options or PoolOptions(), *judging)
         self._candidates = Candidates(self._backends, self._note)
 
     def __repr__(self) -> str:
@@ -137,7 +128,7 @@ class BackendPool:
             if lease is not None:
                 return lease
             waiter = self._line_up(request, exclude)
-            limit = self._options.queue_timeout
+            limit = self._judge.options.queue_timeout
         return self._wait(waiter, watcher, limit if deadline is None else min(limit, deadline - self._clock()))
 
     def lease_now(self, request: Any) -> Lease | None:
@@ -150,7 +141,7 @@ class BackendPool:
         candidates: Sequence[Backend] = current.ready
         excluded = current.absent
         if exclude or current.is_conditional:
-            candidates = current.narrow(exclude, self._clock(), self._options.slow_start)
+            candidates = current.narrow(exclude, self._clock(), self._judge.options.slow_start)
             excluded = current.why_not(exclude, candidates)
         if not candidates:
             return None
@@ -171,7 +162,7 @@ class BackendPool:
 
     def _line_up(self, request: Any, exclude: Collection[str]) -> Waiter[Lease]:
         """A place in the queue, if there is any and waiting can help."""
-        if len(self._line) < self._options.queue_limit and self._candidates.is_worth_waiting(exclude):
+        if len(self._line) < self._judge.options.queue_limit and self._candidates.is_worth_waiting(exclude):
             return self._line.join(request, exclude)
         raise self._refusal(exclude, f", and {len(self._line)} requests are waiting already" if self._line else "")
 
@@ -305,9 +296,9 @@ class BackendPool:
         """
         with self._changing():
             if changes.options is not None:
-                self._options = self._judge.options = changes.options
+                self._judge.options = changes.options
             if changes.strategy is not None:
-                self._strategy = self._roster.strategy = changes.strategy
+                self._strategy = changes.strategy
                 self._note("algorithm_changed", "", changes.strategy.name, "info")
             self._roster.apply(changes)
 
@@ -318,10 +309,14 @@ class BackendPool:
             self._settle()
         self._news.tell()
 
+    def _reweighed(self) -> None:
+        """Weights are others, or a backend is gone."""
+        self._strategy.backends_changed()
+
     def _settle(self) -> None:
         """After any change: who can be served now is."""
-        self._is_timed = self._strategy.uses_times or self._options.ejection.latency != "off"
-        self._candidates.refresh(self._options.panic_threshold if self._had_first_round else 0.0)
+        self._is_timed = self._strategy.uses_times or self._judge.options.ejection.latency != "off"
+        self._candidates.refresh(self._judge.options.panic_threshold if self._had_first_round else 0.0)
         self._line.serve(self._choose)
         if self._line and not self._candidates.is_worth_waiting(()):
             self._line.dismiss()
@@ -365,11 +360,11 @@ class BackendPool:
         with self._lock:
             shares = self._strategy.expected_shares(self._candidates.ready)
             now, wall = self._clock(), self._wall_clock()
-            limits = {"fall": self._options.fall, "rise": self._options.rise}
+            limits = {"fall": self._judge.options.fall, "rise": self._judge.options.rise}
             return [
                 {
                     **backend.describe(now, wall, limits),
-                    "admission": backend.slow_start.share(now, self._options.slow_start),
+                    "admission": backend.slow_start.share(now, self._judge.options.slow_start),
                     "expected_share": None if shares is None else shares.get(backend.id, 0.0),
                 }
                 for backend in self._backends.values()

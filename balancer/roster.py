@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from balancer.backends import Backend, Health
 from balancer.errors import SettingsError
 from balancer.news import Note
 from balancer.tally import FORMER_KEPT, Tally
-
-if TYPE_CHECKING:
-    from balancer.strategies import Strategy
 
 
 @dataclass(slots=True)
@@ -28,14 +25,14 @@ class Roster:
     """The backends of one pool in configured order, and the tallies of those that are gone.
 
     It has no lock of its own: every method is called with the pool's lock held, which guards all it touches. The pool
-    settles afterwards who is a candidate. `strategy` is the pool's, told when the weights are others.
+    settles afterwards who is a candidate. `reweighed` is called when weights are others, or a backend is gone.
     """
 
     def __init__(
-        self, strategy: Strategy, note: Note, clock: Callable[[], float], wall_clock: Callable[[], float]
+        self, reweighed: Callable[[], None], note: Note, clock: Callable[[], float], wall_clock: Callable[[], float]
     ) -> None:
         self.backends: dict[str, Backend] = {}
-        self.strategy = strategy
+        self._reweighed = reweighed
         self._former: dict[str, Tally] = {}
         self._note = note
         self._clock = clock
@@ -89,7 +86,7 @@ class Roster:
         if backend.admin_state == "ready":
             backend.is_leaving = False  # ready again calls the removal off
         if "weight" in real:
-            self.strategy.backends_changed()
+            self._reweighed()
         if "origin" in real:  # another server: nothing is known of it
             backend.forget(self._wall_clock())
             backend.tally.is_down_no_more(self._clock())
@@ -122,5 +119,5 @@ class Roster:
         self._former[backend.id] = backend.tally
         if len(self._former) > FORMER_KEPT:
             del self._former[next(iter(self._former))]
-        self.strategy.backends_changed()
+        self._reweighed()
         self._note("backend_removed", backend.id, text, "info")

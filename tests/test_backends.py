@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from balancer.backends import Backend, LastCheck
 from balancer.errors import SettingsError, Unavailable
+from balancer.judge import PoolOptions
 from balancer.news import Change, News
 from balancer.origin import Origin
-from balancer.pool import BackendPool, Lease, PoolChanges, PoolOptions
+from balancer.pool import BackendPool, Lease, PoolChanges
 from balancer.strategies import create
 
 ORIGIN = Origin("http", "127.0.0.1", 5001)

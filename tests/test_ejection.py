@@ -15,8 +15,9 @@ from support import BalancerProcess, Clock, ScriptedBackend, fetch, fetch_json, 
 from balancer.backends import Backend, Health, LastCheck
 from balancer.candidates import Candidates
 from balancer.ejection import MIN_SAMPLES, WINDOW_SECONDS, EjectionRules, slow_outliers
+from balancer.judge import PoolOptions
 from balancer.origin import Origin
-from balancer.pool import BackendPool, PoolOptions
+from balancer.pool import BackendPool
 from balancer.strategies import create
 
 ORIGIN = Origin("http", "127.0.0.1", 5001)

@@ -16,8 +16,9 @@ from balancer.backends import LastCheck
 from balancer.connection import Abortable
 from balancer.ejection import EjectionRules
 from balancer.errors import Unavailable
+from balancer.judge import PoolOptions
 from balancer.origin import Origin
-from balancer.pool import BackendPool, Lease, PoolChanges, PoolOptions
+from balancer.pool import BackendPool, Lease, PoolChanges
 from balancer.settings import BackendSettings, Settings
 from balancer.strategies import create
 from balancer.wiring import create_app

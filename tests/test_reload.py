@@ -117,7 +117,7 @@ def test_settings_of_every_part_are_applied() -> None:
     assert balancer.health._interval == 9
     assert wired.pool.algorithm == "round_robin"
     assert wired.pool.snapshot()[0]["health"]["fall"] == 7
-    assert wired.pool._options.queue_limit == 3 and wired.pool._options.ejection.after == 1
+    assert wired.pool._judge.options.queue_limit == 3 and wired.pool._judge.options.ejection.after == 1
 
 
 @pytest.mark.parametrize("name", sorted(set(Settings.model_fields) - NEEDS_RESTART - {"backends"}))
@@ -147,7 +147,7 @@ def held(balancer: Balancer) -> list[Any]:
         balancer._apply(balancer.settings, balancer.configuration.reload(balancer.control.pool, lambda *_: None))
     bridge, health, adapter = balancer.bridges[0], balancer.health, balancer.adapter
     return [
-        balancer.proxy.route.options, balancer.proxy.heads.trusted, balancer.control.pool._options,
+        balancer.proxy.route.options, balancer.proxy.heads.trusted, balancer.control.pool._judge.options,
         balancer.control.pool.algorithm, adapter.timeouts,
         adapter.pool_idle_timeout, health._interval, health._probe._target, health._probe._adapter.timeouts,
         bridge.idle_timeout, bridge.min_body_rate, logging.getLogger().level,
