@@ -71,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if show:
             print(settings.describe(config, sources))
             return 0
+        for warning in settings.advice(config):
+            print(f"load_balancer.py: warning: {warning}", file=sys.stderr)
         app = create_app(config, sources)
         if check:
             server.cpus(config.cpu_affinity)
