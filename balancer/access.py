@@ -77,8 +77,8 @@ class Access:
     `trusted`, networks of proxies, may be replaced at any time; nothing else changes, and `guesses` locks itself.
     """
 
-    admin_token: str | None
-    page_token: str | None
+    admin_token: str | None = field(repr=False)
+    page_token: str | None = field(repr=False)
     reads: Literal["open", "token"] | None
     origins: frozenset[str]
     listens_on_loopback: bool
