@@ -109,7 +109,8 @@ class Balancer:
             plan = self.configuration.reload(self.control.pool, self._apply, dry_run=dry_run)
         except SettingsError as error:
             if not dry_run:
-                events.add("config_refused", None, str(error), "error")
+                public = self.configuration.without_folders(str(error))
+                events.add("config_refused", None, str(error), "error", public=public)
                 log.error("configuration not reloaded: %s", error)
             raise
         if not dry_run:
@@ -138,6 +139,7 @@ class Balancer:
         self.proxy.options = proxy_options(config)
         self.proxy.heads = RequestHeads(self.proxy.heads.pseudonym, config.networks)
         self.proxy.access_log = access_log(config, self.control.log)
+        self.control.access.trusted = config.networks
         for bridge in self.bridges:
             bridge.idle_timeout = config.idle_timeout
             bridge.min_body_rate = config.min_body_rate

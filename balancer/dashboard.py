@@ -25,7 +25,9 @@ def dashboard() -> Response:
         raise ApiError(404, f"dashboard.html is not there: {error.strerror}") from None
     response = Response(page, mimetype="text/html")
     response.headers["Content-Security-Policy"] = content_security_policy(page)
-    response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers["Cross-Origin-Opener-Policy"] = (
+        "same-origin"  # a page of a backend that opens it gets no hold of it
+    )
     response.headers["Cache-Control"] = "no-cache"
     return response
 

@@ -6,7 +6,7 @@ the socket boundary (`connection`, `response`, `transport`); nothing above it ne
 
     BalancerError
       SettingsError         bad usage or configuration (exit code 2)
-      ClientError           the request is at fault: 400, 405, 408, 413, 431, 501, 508
+      ClientError           the request is at fault: 400, 403, 405, 408, 413, 431, 501, 508
       ClientGone            the client left before its answer was complete: 499 in logs, never sent
       Unavailable           no backend: 503 with Retry-After
         NoRoom                all are full, and nothing became free in time
@@ -70,6 +70,13 @@ class TooManyHeaders(ClientError):
     """The request has more header lines than `max_header_count` (RFC 6585 section 5)."""
 
     status = 431
+
+
+class WorkerRefused(ClientError):
+    """The script of a service worker that could take over the pages of the control API."""
+
+    status = 403
+    reason = "http_request_denied"
 
 
 class BodyTooLarge(ClientError):

@@ -28,10 +28,14 @@ class Events:
         self._wall_clock = wall_clock
         self._seq = 0
         self._counts = dict.fromkeys(EVENT_KINDS, 0)
-        self._events: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
+        # Each with its message for readers without a token.
+        self._events: deque[tuple[dict[str, Any], str]] = deque(maxlen=EVENTS_KEPT)
 
-    def add(self, kind: str, backend: str | None, message: str, severity: str = "info") -> None:
-        """`kind` is a stable word; `severity` is info, warning or error.
+    def add(
+        self, kind: str, backend: str | None, message: str, severity: str = "info", *, public: str | None = None
+    ) -> None:
+        """`kind` is a stable word; `severity` is info, warning or error; `public` is the message for readers without a
+        token, where that must be another one.
 
         Refused writes that follow each other become one event with a `count`, or any page could flood the log.
         """
@@ -39,24 +43,24 @@ class Events:
             self._seq += 1
             self._counts[kind] = self._counts.get(kind, 0) + 1
             count = 1
-            if kind == REFUSED and self._events and self._events[-1]["kind"] == REFUSED:
-                count += self._events.pop()["count"]
-            self._events.append(
-                {
-                    "seq": self._seq,
-                    "timestamp": self._wall_clock(),
-                    "kind": kind,
-                    "backend": backend or None,
-                    "message": message,
-                    "severity": severity,
-                    "count": count,
-                }
-            )
+            if kind == REFUSED and self._events and self._events[-1][0]["kind"] == REFUSED:
+                count += self._events.pop()[0]["count"]
+            event = {
+                "seq": self._seq,
+                "timestamp": self._wall_clock(),
+                "kind": kind,
+                "backend": backend or None,
+                "message": message,
+                "severity": severity,
+                "count": count,
+            }
+            self._events.append((event, message if public is None else public))
 
-    def since(self, seq: int) -> tuple[list[dict[str, Any]], int]:
-        """(events with a higher `seq`, oldest first; the newest `seq`)."""
+    def since(self, seq: int, whole: bool = True) -> tuple[list[dict[str, Any]], int]:
+        """(events with a higher `seq`, oldest first; the newest `seq`). `whole` is for readers with a token."""
         with self._lock:
-            return [event for event in self._events if event["seq"] > seq], self._seq
+            newer, latest = [(event, public) for event, public in self._events if event["seq"] > seq], self._seq
+        return [event if whole else event | {"message": public} for event, public in newer], latest
 
     def counts(self) -> dict[str, int]:
         """How many of each kind there have been, also those that are no longer kept."""

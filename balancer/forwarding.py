@@ -22,9 +22,19 @@ from balancer.errors import (
     NoRoom,
     TooManyHeaders,
     Unavailable,
+    WorkerRefused,
 )
 from balancer.exchange import METHOD_KEPT, PATH_KEPT, Exchange
-from balancer.messages import REFUSED_METHODS, Line, check_target, count_down, max_forwards, request_id
+from balancer.messages import (
+    REFUSED_METHODS,
+    Line,
+    check_target,
+    count_down,
+    max_forwards,
+    narrowed,
+    request_id,
+    scope_of,
+)
 from balancer.outgoing import OutgoingRequest
 
 if TYPE_CHECKING:
@@ -142,6 +152,11 @@ class Forwarding:
         check_target(method, incoming.target)
         if head.refusal is not None:
             raise head.refusal
+        if head.is_worker_script and self._proxy.covers_control(scope_of(incoming.target)):
+            raise WorkerRefused(
+                "a service worker from here could take over the control API; "
+                "serve its script from a folder of its own, or set control_port"
+            )
         self._record.trace_id = head.trace_id
         if method == "OPTIONS":
             request = OutgoingRequest(method, incoming.target, [*count_down(head.lines), self._own])
@@ -180,6 +195,8 @@ class Forwarding:
     def _answer(self, response: BackendResponse, attempts: Attempts) -> Answer:
         status, body = response.status_code, response.body
         lines = self._with_own(response.head.onward)
+        if self._incoming.head.is_worker_script:
+            lines = narrowed(lines, self._proxy.covers_control)
         if body.is_complete:
             data = body.read_chunk()
             self._record.bytes_out = len(data)

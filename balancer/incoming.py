@@ -66,11 +66,11 @@ class Incoming:
             heads,
             environ["REQUEST_METHOD"],
             environ["PATH_INFO"],
-            _raw_target(environ),
+            raw_target(environ),
             version,
             environ["wsgi.url_scheme"],
             environ.get("REMOTE_ADDR") or "unknown",
-            _header_lines(environ),
+            header_lines(environ),
         )
         made.length = environ.get("CONTENT_LENGTH") or ""
         made.is_ended = bool(environ.get("wsgi.input_terminated"))
@@ -120,7 +120,7 @@ class Incoming:
             yield pieces
 
 
-def _header_lines(environ: WSGIEnvironment) -> list[Line]:
+def header_lines(environ: WSGIEnvironment) -> list[Line]:
     """Header lines as received; under a server that does not give them, what WSGI left of them."""
     lines: list[Line] | None = environ.get(HEADER_LINES)
     if lines is None:
@@ -134,7 +134,7 @@ def _header_lines(environ: WSGIEnvironment) -> list[Line]:
     return lines
 
 
-def _raw_target(environ: WSGIEnvironment) -> bytes:
+def raw_target(environ: WSGIEnvironment) -> bytes:
     """The request target byte for byte; under a server that does not give it, the path is quoted again."""
     target: str = environ.get("REQUEST_URI") or environ.get("RAW_URI") or ""
     if target.startswith("/") or target == "*":

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import count
 from secrets import token_hex
+from urllib.parse import unquote
 
 from balancer.errors import ClientError, CodingUnsupported, LoopDetected
 
@@ -41,7 +42,7 @@ HOP_BY_HOP = frozenset(
 # framing is made anew (section 8.6), and the request id is set by us.
 _NOT_FORWARDED = HOP_BY_HOP | {b"expect", b"proxy", b"content-length", b"x-request-id"}
 _CLAIMS = frozenset({b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host", b"forwarded", b"x-real-ip"})
-_PASSED_ON = frozenset({b"via", b"max-forwards", b"traceparent", b"tracestate"})
+_PASSED_ON = frozenset({b"via", b"max-forwards", b"traceparent", b"tracestate", b"service-worker"})
 # Every other field goes on as it is, if there is no `_` in its name.
 _NOTABLE = _NOT_FORWARDED | _CLAIMS | _PASSED_ON | {b"host"}
 # `Alt-Svc` names another way to the backend's own origin, which is not ours (RFC 7838 section 2.1).
@@ -61,6 +62,8 @@ _DIGITS = re.compile(rb"[0-9]{1,18}\Z")
 # reg-name, IPv4 or bracketed IPv6, optional port (RFC 3986 section 3.2.2); no user info, no spaces.
 _HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9\-._~!$&'()*+,;=%]+)(?::[0-9]{0,5})?\Z")
 _VISIBLE = bytes(range(0x21, 0x7F))
+# A path that means the same to every reader of URLs: no dots, backslashes, escapes, or host.
+_PLAIN_PATH = re.compile(rb"(?:/[A-Za-z0-9_~-]+)+/?\Z")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:+/=@-]{1,128}\Z")
 
 # W3C Trace Context, section 3.2.2: version, trace id, parent id, flags; later versions may say more after that.
@@ -306,6 +309,31 @@ def response_lines(lines: Sequence[Line], status: int, options: frozenset[bytes]
     if not any(name == b"server" for name, _ in kept):
         kept.append(SERVER_LINE)
     return kept
+
+
+def scope_of(target: bytes) -> str:
+    """The folder of the script that is asked for: how far it reaches as a service worker, unless its answer says more
+    (W3C Service Workers, section "Service Worker Script Response")."""
+    return unquote(target.partition(b"?")[0].rpartition(b"/")[0], "latin-1") + "/"
+
+
+def narrowed(lines: Iterable[Line], is_too_wide: Callable[[str], bool]) -> list[Line]:
+    """Without a `Service-Worker-Allowed` that is too wide. It is a URL, so what is no plain path may be everything."""
+    return [
+        (name, value)
+        for name, value in lines
+        if name != b"service-worker-allowed"
+        or not is_too_wide(value.decode("ascii") if _PLAIN_PATH.match(value) else "")
+    ]
+
+
+def is_loopback(address: str) -> bool:
+    """Of this machine; an IPv4-mapped IPv6 address counts as IPv4."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return address == "localhost"
+    return bool((getattr(parsed, "ipv4_mapped", None) or parsed).is_loopback)
 
 
 def is_in_networks(address: str, networks: Sequence[Network]) -> bool:

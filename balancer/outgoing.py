@@ -40,7 +40,7 @@ Received = tuple[tuple[Line, ...], str, str, str]
 class RequestHead:
     """What follows from the header section of a request. One may serve many requests, so it never changes."""
 
-    __slots__ = ("lines", "raw", "fields", "length", "is_bodiless", "trace_id", "refusal")
+    __slots__ = ("lines", "raw", "fields", "length", "is_bodiless", "trace_id", "is_worker_script", "refusal")
 
     def __init__(self, received: Received, pseudonym: bytes, trusted: Sequence[Network]) -> None:
         lines, peer, scheme, version = received
@@ -49,6 +49,7 @@ class RequestHead:
         # HTTP/2 tells only at its end whether there is a body.
         self.is_bodiless = not self.length and b"transfer-encoding" not in self.fields and version != "2"
         self.trace_id = self._trace_id()
+        self.is_worker_script = b"service-worker" in self.fields
         self.refusal: BalancerError | None = None
         self.lines: tuple[Line, ...] = ()  # for the backend, without framing fields and X-Request-ID
         try:

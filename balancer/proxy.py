@@ -54,6 +54,7 @@ class ReverseProxy:
         heads: RequestHeads | None = None,
         access_log: AccessLog | None = None,
         on_refused: Callable[[], None] = lambda: None,
+        covers_control: Callable[[str], bool] = lambda scope: False,
         rng: random.Random | None = None,
     ) -> None:
         self._control_app = control_app
@@ -65,6 +66,7 @@ class ReverseProxy:
         self.heads = heads or RequestHeads()
         self.access_log = access_log
         self.on_refused = on_refused
+        self.covers_control = covers_control
         self.rng = rng or random.Random()
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:

@@ -21,7 +21,7 @@ from balancer.health import HealthChecker
 from balancer.history import History, Reading
 from balancer.logwriter import LogWriter, standard_output
 from balancer.metrics import Metrics, Sources
-from balancer.options import access_log, pool_options, probe, proxy_options, timeouts, tls_context, write_guard
+from balancer.options import access, access_log, pool_options, probe, proxy_options, timeouts, tls_context
 from balancer.outgoing import RequestHeads
 from balancer.pool import BackendPool, PoolChanges
 from balancer.proxy import ReverseProxy
@@ -60,10 +60,19 @@ def create_app(config: Settings | None = None, sources: Mapping[str, str] | None
     app = Flask(__name__, static_folder=None)
     history, writer = History(lambda: _look(statistics, pool)), LogWriter(standard_output())
     control = Control(
-        config.id, pool, statistics, events, history, writer, DASHBOARD, configuration, config.control_prefix
+        config.id,
+        pool,
+        statistics,
+        events,
+        history,
+        writer,
+        DASHBOARD,
+        configuration,
+        access(config),
+        config.control_prefix,
     )
     control.metrics = Metrics(_sources(control, adapter))
-    api.install(app, control, write_guard(config))
+    api.install(app, control)
     control_app = app.wsgi_app
     proxy = _proxy(control_app, control, adapter, health)
     app.wsgi_app = proxy  # type: ignore[method-assign]
@@ -76,9 +85,10 @@ def create_app(config: Settings | None = None, sources: Mapping[str, str] | None
 
 def started_app() -> Flask:
     """The app as the environment says, for other WSGI servers; it stops when the process ends. Raises SettingsError."""
-    for warning in settings.warnings():
+    config, sources = settings.load({})
+    for warning in [*settings.warnings(), *settings.advice(config)]:
         log.warning(warning)
-    app = create_app(*settings.load({}))
+    app = create_app(config, sources)
     balancer: Balancer = app.extensions["balancer"]
     balancer.start()
     atexit.register(balancer.stop)
@@ -97,11 +107,12 @@ def _proxy(
     control_app: WSGIApplication, control: Control, adapter: BackendAdapter, health: HealthChecker
 ) -> ReverseProxy:
     config = control.configuration.settings
+    has_own_port, prefix = config.control_port is not None, config.control_prefix
     # The pseudonym is this very process: two balancers of one name in a chain are not a loop.
     pseudonym = f"{config.id}.{secrets.token_hex(4)}".encode("ascii")
     return ReverseProxy(
         control_app,
-        (lambda path: False) if config.control_port else api.is_control_path(config.control_prefix),
+        (lambda path: False) if has_own_port else api.is_control_path(prefix),
         pool=control.pool,
         adapter=adapter,
         statistics=control.statistics,
@@ -109,6 +120,7 @@ def _proxy(
         heads=RequestHeads(pseudonym, config.networks),
         access_log=access_log(config, control.log),
         on_refused=health.wake,
+        covers_control=(lambda scope: False) if has_own_port else api.covers_control_path(prefix),
     )
 
 

@@ -49,6 +49,7 @@ class Pair:
             "--idle-timeout=10",
             "--max-header-bytes=131072",
             "--trusted-proxies=127.0.0.0/8",
+            "--control-reads=open",
             "--expose-backend",
             env={"HTTP_PROXY": nowhere, "http_proxy": nowhere, "ALL_PROXY": nowhere},
         )

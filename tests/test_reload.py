@@ -248,8 +248,8 @@ def test_who_set_what_is_visible() -> None:
 
 
 def test_secrets_are_not_shown() -> None:
-    wired = Wired(backends=[A], admin_token="hunter2")
-    wired.reload(backends=[A], admin_token="hunter3")
+    wired = Wired(backends=[A], admin_token="hunter2-hunter2-")
+    wired.reload(backends=[A], admin_token="hunter3-hunter3-")
     assert "hunter" not in str(wired.balancer.configuration.describe("weighted")) + str(wired.events())
 
 
