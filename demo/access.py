@@ -9,7 +9,8 @@ import re
 import secrets
 from collections.abc import Mapping
 
-from demo.places import RUN
+from demo.console import Failure
+from demo.places import HERE, RUN
 from demo.private import read_private, write_private
 from demo.runfiles import changing, read_pid
 
@@ -19,9 +20,20 @@ VARIABLE = "window.LB_ACCESS = "  # dashboard.html reads it
 Entries = dict[str, dict[str, object]]
 
 
+def given_token(environ: Mapping[str, str]) -> str:
+    """The user's own, found as the balancer finds it; empty if there is none."""
+    path = environ.get("LB_PAGE_TOKEN_FILE", "").strip()
+    if not path:
+        return environ.get("LB_PAGE_TOKEN", "").strip()
+    try:
+        return (HERE / path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise Failure(f"LB_PAGE_TOKEN_FILE={path}: {getattr(error, 'strerror', None) or error}", 2) from None
+
+
 def page_token(environ: Mapping[str, str]) -> str:
     """The one that was given, else a new one for each start."""
-    return environ.get("LB_PAGE_TOKEN", "").strip() or secrets.token_urlsafe(32)
+    return given_token(environ) or secrets.token_urlsafe(32)
 
 
 def offer_access(name: str, urls: list[str], token: str) -> None:

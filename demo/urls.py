@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from urllib.parse import quote
 
+from demo.access import given_token
 from demo.console import printable_command, say
 from demo.places import HERE, SCRIPT, VENV_PYTHON
 from demo.services import Service, control_prefix
@@ -37,7 +38,7 @@ def print_balancer_urls(base: str, control: str, environment: Mapping[str, str])
     page = (HERE / "dashboard.html").as_uri() + ("" if control == "http://localhost:9000" else f"?lb={control}")
     token = environment["LB_PAGE_TOKEN"]
     say()
-    if token == os.environ.get("LB_PAGE_TOKEN", "").strip():  # known to whoever set it, and not for every log
+    if token == given_token(os.environ):  # known to whoever set it, and not for every log
         say(f"  Dashboard:  {control}/dashboard  (its token is your LB_PAGE_TOKEN)")
     else:  # behind a # it stays in the browser, which sends it to nobody
         say(f"  Dashboard:  {control}/dashboard#token={quote(token, safe='')}")

@@ -247,7 +247,7 @@ def start_demo(*arguments: str, delays: tuple[float, ...] = (0.0, 0.0, 0.0)) -> 
             thread.join()
         flags = [f"--backend={backend.id}={backend.url}@{4 - n}" for n, backend in enumerate(backends, start=1)]
         env = {"LB_PAGE_TOKEN": PAGE_TOKEN}
-        balancer = BalancerProcess(*flags, "--expose-backend", "--allow-file-origin", *arguments, env=env)
+        balancer = BalancerProcess(*flags, "--expose-backend", *arguments, env=env)
     except BaseException:
         for backend in backends:
             backend.stop()

@@ -593,6 +593,19 @@ def test_a_token_of_the_user_s_own_is_used_and_not_printed(demo: Demo) -> None:
     assert own not in run.out and "#token" not in run.out
 
 
+def test_a_token_of_the_user_s_own_may_be_in_a_file(demo: Demo, tmp_path: Path) -> None:
+    """The balancer prefers the file, so the page has to."""
+    file = tmp_path / "token"
+    file.write_text("a-token-in-a-file\n")
+    run = demo.ready(LB_PAGE_TOKEN="a-token-of-my-own", LB_PAGE_TOKEN_FILE=str(file))
+    assert demo.entry()["token"] == "a-token-in-a-file"
+    assert "#token" not in run.out
+    run.process.terminate()
+    assert run.end() == 0
+    file.unlink()
+    demo.start(LB_PAGE_TOKEN_FILE=str(file)).assert_one_line_error(2, f"LB_PAGE_TOKEN_FILE={file}", "No such file")
+
+
 def test_beside_an_admin_token_there_is_a_token_for_the_page(demo: Demo) -> None:
     run = demo.ready(LB_ADMIN_TOKEN="an admin's own token", LB_CONTROL_PREFIX="/lb")
     assert demo.entry()["token"] != "an admin's own token"
