@@ -9,7 +9,7 @@ import base64
 import hashlib
 import re
 
-from flask import Blueprint, Response
+from flask import Blueprint, Response, request
 
 from balancer.control import current_control
 from balancer.problems import ApiError
@@ -25,11 +25,18 @@ def dashboard() -> Response:
         raise ApiError(404, f"dashboard.html is not there: {error.strerror}") from None
     response = Response(page, mimetype="text/html")
     response.headers["Content-Security-Policy"] = content_security_policy(page)
-    response.headers["Cross-Origin-Opener-Policy"] = (
-        "same-origin"  # a page of a backend that opens it gets no hold of it
-    )
+    response.headers["Cross-Origin-Opener-Policy"] = opener_policy(request.headers.get("User-Agent", ""))
     response.headers["Cache-Control"] = "no-cache"
     return response
+
+
+def opener_policy(browser: str) -> str:
+    """No page of a backend gets hold of the dashboard's window by opening it, or by having been opened from its tab.
+
+    `same-origin` is not enough: a backend has our origin, and a page of its that says `same-origin` too keeps its hold.
+    Firefox does not know the other value, and takes an unknown one for none at all.
+    """
+    return "same-origin" if "Firefox/" in browser else "noopener-allow-popups"
 
 
 def content_security_policy(page: bytes) -> str:

@@ -975,7 +975,9 @@ def test_the_dashboard_is_the_file_and_its_policy_lets_exactly_its_own_parts_run
     assert answer.status_code == 200 and answer.mimetype == "text/html" and answer.data == page
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
     assert answer.headers["Cache-Control"] == "no-cache"
-    assert answer.headers["Cross-Origin-Opener-Policy"] == "same-origin"
+    assert answer.headers["Cross-Origin-Opener-Policy"] == "noopener-allow-popups"
+    firefox = {"User-Agent": "Mozilla/5.0 (X11; Linux x86_64; rv:140.0) Gecko/20100101 Firefox/140.0"}
+    assert client.get("/dashboard", headers=firefox).headers["Cross-Origin-Opener-Policy"] == "same-origin"
     policy = dict(part.strip().partition(" ")[::2] for part in answer.headers["Content-Security-Policy"].split(";"))
     assert policy["default-src"] == policy["frame-ancestors"] == "'none'"
     assert policy["connect-src"] == "'self'" and policy["img-src"] == "data:"

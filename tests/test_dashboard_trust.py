@@ -222,12 +222,20 @@ def change_and_undo(tab: Tab) -> None:
 # ---- The page of a backend, which has the origin of /dashboard
 
 
+OPENER_POLICIES = ["unsafe-none", "same-origin", "noopener-allow-popups"]
+
+
+def a_page(opener_policy: str = "unsafe-none") -> bytes:
+    policy = f"Cross-Origin-Opener-Policy: {opener_policy}"
+    return ok(FOREIGN.encode(), b"Content-Type: text/html", policy.encode())
+
+
 @pytest.fixture
 def owned() -> Iterator[tuple[BalancerProcess, ScriptedBackend]]:
     """A balancer with a token in front of a backend whose every answer is a page, or a service worker."""
     backend = ScriptedBackend()
     balancer = BalancerProcess(f"--backend=only={backend.url}", env={"LB_PAGE_TOKEN": PAGE_TOKEN})
-    backend.answer(ok(FOREIGN.encode(), b"Content-Type: text/html", b"Cross-Origin-Opener-Policy: unsafe-none"))
+    backend.answer(a_page())
     yield balancer, backend
     balancer.stop()
     backend.close()
@@ -259,10 +267,13 @@ def test_the_page_of_a_backend_finds_no_token(owned: tuple[BalancerProcess, Scri
     assert PAGE_TOKEN not in page.evaluate("JSON.stringify(navigation.entries().map((one) => one.url))")
 
 
+@pytest.mark.parametrize("policy", OPENER_POLICIES)
 def test_the_page_of_a_backend_gets_no_hold_of_the_dashboard(
-    owned: tuple[BalancerProcess, ScriptedBackend], page: Page
+    owned: tuple[BalancerProcess, ScriptedBackend], page: Page, policy: str
 ) -> None:
-    balancer, _ = owned
+    """Whatever policy it has itself: one that says same-origin as the dashboard did kept its hold."""
+    balancer, backend = owned
+    backend.answer(a_page(policy))
     page.goto(f"{balancer.url}/page")
     with page.expect_popup() as popup:
         page.evaluate("() => { window.held = window.open('/dashboard'); }")
@@ -276,6 +287,22 @@ def test_the_page_of_a_backend_gets_no_hold_of_the_dashboard(
       document.body.append(frame);
     })"""
     assert page.evaluate(framed) is False
+
+
+@pytest.mark.parametrize("policy", OPENER_POLICIES)
+def test_a_window_of_a_backend_gets_no_hold_of_the_tab_that_goes_on_to_the_dashboard(
+    owned: tuple[BalancerProcess, ScriptedBackend], page: Page, policy: str
+) -> None:
+    """As its opener it read the token in the tab's own record of where it went."""
+    balancer, backend = owned
+    backend.answer(a_page(policy))
+    page.goto(f"{balancer.url}/page")
+    with page.expect_popup() as popup:
+        page.evaluate("() => { window.open('/page'); }")
+    popup.value.wait_for_load_state()
+    page.goto(f"{balancer.url}/dashboard#token={PAGE_TOKEN}")
+    expect(page.locator("#pill")).to_contain_text("Live")
+    assert popup.value.evaluate("() => window.opener === null || window.opener.closed")
 
 
 @pytest.mark.parametrize(("script", "scope"), [("/sw.js", "/"), ("/api/sw.js", "/"), ("/sw.js", "/dashboard")])
