@@ -116,7 +116,7 @@ class Balancer:
             text = "; ".join(str(change) for change in plan.changes) or "nothing has changed"
             if plan.needs_restart:
                 text += f"; needs a restart: {', '.join(plan.needs_restart)}"
-            events.add("config_reloaded", None, text[:1000])
+            events.add("config_reloaded", None, text)
             log.info("configuration reloaded: %s", text)
         return plan
 
@@ -136,7 +136,7 @@ class Balancer:
         self.adapter.pool_idle_timeout = config.pool_idle_timeout
         self.health.use(probe(config, self.tls), config.health_interval)
         self.proxy.options = proxy_options(config)
-        self.proxy.heads = RequestHeads(self.proxy.heads.pseudonym, config.networks)
+        self.proxy.heads = RequestHeads(self.proxy.heads.pseudonym, config.networks, config.max_header_count)
         self.proxy.access_log = access_log(config, self.control.log)
         for bridge in self.bridges:
             bridge.idle_timeout = config.idle_timeout

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from threading import Lock
 from typing import Any
 
-EVENTS_KEPT = 500
+from balancer.texts import shown
+
+EVENTS_KEPT, MESSAGE_KEPT = 500, 1000  # bytes of each: a reload may have much to say; 600 kB in all
 REFUSED = "write_refused"  # the one kind of event that anybody can cause
 EVENT_KINDS = (
     *("backend_up", "backend_down", "backend_added", "backend_removed", "backend_changed", "backend_draining"),
@@ -47,7 +49,7 @@ class Events:
                     "timestamp": self._wall_clock(),
                     "kind": kind,
                     "backend": backend or None,
-                    "message": message,
+                    "message": shown(message, MESSAGE_KEPT),
                     "severity": severity,
                     "count": count,
                 }

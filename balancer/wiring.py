@@ -106,7 +106,7 @@ def _proxy(
         adapter=adapter,
         statistics=control.statistics,
         options=proxy_options(config),
-        heads=RequestHeads(pseudonym, config.networks),
+        heads=RequestHeads(pseudonym, config.networks, config.max_header_count),
         access_log=access_log(config, control.log),
         on_refused=health.wake,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import wait_until
+from wire import WireBackend
 
 from balancer.bridge import Bridge
 from bench import guard
@@ -96,3 +99,35 @@ def test_the_command_renews_the_budget_and_fails_above_it(
     guard.BUDGET.write_text(text.replace(f'"python_calls": {count}', '"python_calls": 50'))
     assert run(monkeypatch) == 1
     assert "python_calls" in capsys.readouterr().err
+
+
+def cycles(bridge: Bridge) -> int:
+    """Objects of one request that only the garbage collector could free."""
+    client = guard.Client(guard.KINDS["get"])
+    gc.collect()
+    bridge.accept(client)
+    wait_until(lambda: bridge.express is None or bridge.express.run_once() or client.status)
+    return gc.collect()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"nonsense\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: " + b"z" * 60_000 + b"\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 60_000 + b"\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nz\r\n",
+        b"",
+    ],
+)
+def test_a_failed_request_leaves_no_cycles(answer: bytes, scripted: WireBackend) -> None:
+    """Such garbage waits for 20,000 objects: with an answer of 64 KiB in each of its cycles, for 100 MB."""
+    gc.disable()
+    try:
+        with guard.balancer(scripted.port) as bridge:
+            scripted.reset()
+            usual = [cycles(bridge) for _ in range(3)][-1]
+            scripted.answer(answer, close=True)
+            assert [cycles(bridge) for _ in range(3)][-1] <= usual
+    finally:
+        gc.enable()

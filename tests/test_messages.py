@@ -213,6 +213,26 @@ def test_claims_of_a_trusted_proxy_are_kept_and_appended_to() -> None:
     assert values(result, b"x-real-ip") == [b"1.1.1.1"]
 
 
+CLAIMED = [
+    *(b"x-forwarded-prefix", b"x-forwarded-port", b"x-forwarded-ssl", b"x-forwarded-protocol", b"x-forwarded-scheme"),
+    *(b"x-forwarded-server", b"x-forwarded-uri", b"x-forwarded-method", b"x-forwarded-user", b"x-forwarded"),
+    *(b"x-forwarded-tls-client-cert", b"x-forwarded-whatever-comes", b"true-client-ip", b"cf-connecting-ip"),
+    *(b"x-client-ip", b"x-cluster-client-ip", b"fastly-client-ip", b"client-ip", b"x-original-url", b"x-rewrite-url"),
+    *(b"x-original-host", b"x-proxyuser-ip", b"x-envoy-external-address", b"ssl-client-verify", b"client-cert-chain"),
+]
+
+
+@pytest.mark.parametrize("name", CLAIMED)
+def test_other_claims_of_a_stranger_are_dropped_and_those_of_a_trusted_proxy_pass_as_they_came(name: bytes) -> None:
+    claims = [(name, b"b"), (name, b"a, c")]
+    host, other = (b"host", b"a"), (b"x-forward", b"1")  # which only looks like one
+    assert forward(host, *claims, other) == forward(host, other)
+    result = forward(host, *claims, other, trusted=True)
+    assert [line for line in result if line[0] == name] == claims
+    assert values(result, b"x-forward") == [b"1"]
+    assert values(forward(host, *claims, (b"connection", name), trusted=True), name) == []
+
+
 def test_an_ipv6_peer_loses_its_zone_and_is_quoted_in_forwarded() -> None:
     given_lines = [(b"host", b"a"), (b"forwarded", b"for=x")]
     lines = request_lines(
