@@ -101,12 +101,13 @@ def test_the_command_renews_the_budget_and_fails_above_it(
     assert "python_calls" in capsys.readouterr().err
 
 
-def cycles(bridge: Bridge) -> int:
-    """Objects of one request that only the garbage collector could free."""
+def cycles(bridge: Bridge, status: int) -> int:
+    """Objects that only the garbage collector can free after one request, which is answered with `status`."""
     client = guard.Client(guard.KINDS["get"])
     gc.collect()
     bridge.accept(client)
     wait_until(lambda: bridge.express is None or bridge.express.run_once() or client.status)
+    assert client.status == status
     return gc.collect()
 
 
@@ -126,8 +127,8 @@ def test_a_failed_request_leaves_no_cycles(answer: bytes, scripted: WireBackend)
     try:
         with guard.balancer(scripted.port) as bridge:
             scripted.reset()
-            usual = [cycles(bridge) for _ in range(3)][-1]
+            usual = min(cycles(bridge, 200) for _ in range(3))
             scripted.answer(answer, close=True)
-            assert [cycles(bridge) for _ in range(3)][-1] <= usual
+            assert min(cycles(bridge, 502) for _ in range(3)) <= usual  # the backend's threads leave some too
     finally:
         gc.enable()
