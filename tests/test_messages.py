@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import string
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support import ROOT
 
+from balancer import messages
 from balancer.errors import ClientError, LoopDetected
 from balancer.messages import (
     HOP_BY_HOP,
@@ -18,6 +21,7 @@ from balancer.messages import (
     Line,
     check_host,
     check_target,
+    is_claim,
     is_in_networks,
     join_cookies,
     nominated,
@@ -231,6 +235,14 @@ def test_other_claims_of_a_stranger_are_dropped_and_those_of_a_trusted_proxy_pas
     assert [line for line in result if line[0] == name] == claims
     assert values(result, b"x-forward") == [b"1"]
     assert values(forward(host, *claims, (b"connection", name), trusted=True), name) == []
+
+
+def test_the_manual_names_all_claims() -> None:
+    text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    section = text.partition("\n## What clients claim\n")[2].partition("\n## ")[0]
+    named = {name.lower().encode() for name in re.findall(r"`([\w-]+)`", section)}
+    assert named >= messages._CLAIMS | set(messages._CLAIMED) - {b"client-cert"}
+    assert {name for name in named if is_claim(name)} <= messages._CLAIMS | set(messages._CLAIMED) | messages._ADDED_TO
 
 
 def test_an_ipv6_peer_loses_its_zone_and_is_quoted_in_forwarded() -> None:
