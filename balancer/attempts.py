@@ -70,7 +70,7 @@ class Attempts:
         try:
             sent = self._proxy.adapter.begin(self._request, lease.choice.origin, may_connect)
         except BackendError as error:
-            self._failure = error
+            self._failure = error.to_keep()
             return None
         except Unavailable:
             self._undo()
@@ -115,7 +115,7 @@ class Attempts:
             try:
                 return self._attempt(sent)
             except BackendError as error:
-                failure, sent = error, None
+                failure, sent = error.to_keep(), None
                 self._record.not_retried = self._why_final(error)
                 if self._record.not_retried is not None:
                     raise
@@ -134,7 +134,8 @@ class Attempts:
         if time.monotonic() >= request.deadline:
             return f"request_timeout of {options.request_timeout:g} s is over"
         if not (isinstance(error, ConnectFailed) or request.is_retriable):
-            return f"{request.method} may have had its effect" if request.is_replayable else "the body is gone"
+            # Not the request's own: a client may make up a method as long as a head.
+            return f"{self._record.method} may have had its effect" if request.is_replayable else "the body is gone"
         return None
 
     def _back_off(self, failure: BackendError) -> None:

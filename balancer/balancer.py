@@ -117,7 +117,7 @@ class Balancer:
             text = "; ".join(str(change) for change in plan.changes) or "nothing has changed"
             if plan.needs_restart:
                 text += f"; needs a restart: {', '.join(plan.needs_restart)}"
-            events.add("config_reloaded", None, text[:1000])
+            events.add("config_reloaded", None, text)
             log.info("configuration reloaded: %s", text)
         return plan
 
@@ -137,7 +137,7 @@ class Balancer:
         self.adapter.pool_idle_timeout = config.pool_idle_timeout
         self.health.use(probe(config, self.tls), config.health_interval)
         self.proxy.options = proxy_options(config)
-        self.proxy.heads = RequestHeads(self.proxy.heads.pseudonym, config.networks)
+        self.proxy.heads = RequestHeads(self.proxy.heads.pseudonym, config.networks, config.max_header_count)
         self.proxy.access_log = access_log(config, self.control.log)
         self.control.access.trusted = config.networks
         for bridge in self.bridges:

@@ -23,9 +23,11 @@ the socket boundary (`connection`, `response`, `transport`); nothing above it ne
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import requests.exceptions as requests_errors
+
+from balancer.texts import shown
 
 
 class BalancerError(Exception):
@@ -34,6 +36,13 @@ class BalancerError(Exception):
     status: ClassVar[int] = 500
     reason: str = "proxy_internal_error"
     public: ClassVar[str] = ""  # what a client is told instead of the text, if that names things inside
+
+    def to_keep(self) -> Self:
+        """Itself, without the traceback and what came before it: these refer to whoever keeps it and to all that they
+        hold, such as an answer of 64 KiB. That would be garbage of the slow kind, and a hostile backend could pile it
+        up."""
+        self.__context__ = self.__cause__ = None
+        return self.with_traceback(None)
 
 
 class SettingsError(BalancerError):
@@ -124,11 +133,18 @@ class OutOfDescriptors(Unavailable):
 
 
 class BackendError(BalancerError, requests_errors.RequestException):
-    """A backend failed. `requests` users can catch it as they catch any of its exceptions."""
+    """A backend failed. `requests` users can catch it as they catch any of its exceptions.
+
+    Its text goes into records, reasons, events and logs, and much of it comes from the backend: so it is cut and made
+    printable here, for all of them.
+    """
 
     status = 502
     reason = "destination_unavailable"
     public = "the backend failed"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shown(message))
 
 
 class ConnectFailed(BackendError, requests_errors.ConnectionError):

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from threading import Lock
 from typing import Any
 
-EVENTS_KEPT = 500
+from balancer.texts import shown
+
+EVENTS_KEPT, MESSAGE_KEPT = 500, 1000  # bytes of each: a reload may have much to say; 600 kB in all
 REFUSED = "write_refused"  # the one kind of event that anybody can cause
 EVENT_KINDS = (
     *("backend_up", "backend_down", "backend_added", "backend_removed", "backend_changed", "backend_draining"),
@@ -39,6 +41,8 @@ class Events:
 
         Refused writes that follow each other become one event with a `count`, or any page could flood the log.
         """
+        message = shown(message, MESSAGE_KEPT)
+        public = message if public is None else shown(public, MESSAGE_KEPT)
         with self._lock:
             self._seq += 1
             self._counts[kind] = self._counts.get(kind, 0) + 1
@@ -54,7 +58,7 @@ class Events:
                 "severity": severity,
                 "count": count,
             }
-            self._events.append((event, message if public is None else public))
+            self._events.append((event, public))
 
     def since(self, seq: int, whole: bool = True) -> tuple[list[dict[str, Any]], int]:
         """(events with a higher `seq`, oldest first; the newest `seq`). `whole` is for readers with a token."""

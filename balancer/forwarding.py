@@ -8,11 +8,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from balancer.answer import Answer, ResponseStream, refusal, to_options
 from balancer.attempts import Attempts, no_thread
+from balancer.backends import EXPLAINED
 from balancer.connection import has_left
 from balancer.errors import (
     BalancerError,
@@ -20,7 +21,6 @@ from balancer.errors import (
     ClientGone,
     MethodRefused,
     NoRoom,
-    TooManyHeaders,
     Unavailable,
     WorkerRefused,
 )
@@ -99,7 +99,7 @@ class Forwarding:
                 self._attempts = attempts = self._prepare()
             self.sent = attempts.begin(may_connect)
         except BalancerError as error:
-            self._failure = error
+            self._failure = error.to_keep()
         except Exception:
             log.exception("request %s failed", self._record.request_id)
             self._failure = BalancerError(INTERNAL_ERROR)
@@ -125,7 +125,7 @@ class Forwarding:
                 return self._signed(to_options())
             return self._answer(attempts.exchange(sent), attempts)
         except BalancerError as error:
-            return self._refuse(error)
+            return self._refuse(error.to_keep())
         except Exception:  # ours, not the client's or a backend's: the log has the traceback, the client one line
             log.exception("request %s failed", self._record.request_id)
             return self._refuse(BalancerError(INTERNAL_ERROR))
@@ -145,8 +145,6 @@ class Forwarding:
     def _prepare(self, waited: float = 0.0) -> Attempts:
         incoming, options = self._incoming, self._options
         method, head = incoming.method, incoming.head
-        if len(incoming.lines) > options.max_header_count:
-            raise TooManyHeaders(f"{len(incoming.lines)} header lines, at most {options.max_header_count} are accepted")
         if method in REFUSED_METHODS:
             raise MethodRefused(f"{method} is not supported")
         check_target(method, incoming.target)
@@ -215,7 +213,7 @@ class Forwarding:
         """The balancer's own answer to a request that got none from a backend."""
         self._record.error = str(error)
         if isinstance(error, Unavailable):
-            self._record.excluded = error.excluded
+            self._record.excluded = dict(islice(error.excluded.items(), EXPLAINED))
         self.finish(error.status, reason=error.reason, complete=not isinstance(error, ClientGone))
         return self._signed(refusal(error, self._options.balancer_id, self._record.request_id))
 

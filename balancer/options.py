@@ -43,7 +43,6 @@ def proxy_options(config: Settings) -> ProxyOptions:
     return ProxyOptions(
         balancer_id=config.id,
         expose_backend=config.expose_backend,
-        max_header_count=config.max_header_count,
         max_request_body=config.max_request_body,
         retries=config.retries,
         retry_budget=config.retry_budget,

@@ -28,7 +28,6 @@ class ProxyOptions:
 
     balancer_id: str = "lb-1"
     expose_backend: bool = False
-    max_header_count: int = 100
     max_request_body: int | None = None
     retries: int = 2
     retry_budget: float = 0.2

@@ -26,6 +26,7 @@ from balancer.messages import (
     parse_content_length,
     response_lines,
 )
+from balancer.texts import shown
 
 Received = TypeVar("Received", bytes, bytes | None)
 
@@ -385,7 +386,7 @@ def _framing(head: ResponseHead) -> tuple[int | None, bool]:
     lengths = [value for name, value in head.lines if name == b"content-length"]
     codings = [value.lower() for name, value in head.lines if name == b"transfer-encoding"]
     if codings and (codings != [b"chunked"] or lengths):
-        raise InvalidResponse(f"the backend's response has the framing {codings + lengths!r}")
+        raise InvalidResponse(f"the backend's response has the framing {shown(b', '.join(codings + lengths))}")
     if not lengths:
         return None, bool(codings)
     try:
@@ -393,5 +394,5 @@ def _framing(head: ResponseHead) -> tuple[int | None, bool]:
         if any(parse_content_length(value) != length for value in lengths[1:]):
             raise ValueError
     except ValueError:
-        raise InvalidResponse(f"the backend's response has Content-Length {b', '.join(lengths)!r}") from None
+        raise InvalidResponse(f"the backend's response has Content-Length {shown(b', '.join(lengths))}") from None
     return length, False

@@ -134,7 +134,7 @@ class BackendAdapter(BaseAdapter):
             sent.response = self._whole(sent, data)
             return sent.response is not None or self._look_closer(sent, data)
         except BackendError as error:
-            sent.failure = error
+            sent.failure = error.to_keep()
             return False
 
     def _receive_now(self, sent: Sent) -> bytes | None:

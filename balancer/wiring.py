@@ -117,7 +117,7 @@ def _proxy(
         adapter=adapter,
         statistics=control.statistics,
         options=proxy_options(config),
-        heads=RequestHeads(pseudonym, config.networks),
+        heads=RequestHeads(pseudonym, config.networks, config.max_header_count),
         access_log=access_log(config, control.log),
         on_refused=health.wake,
         covers_control=(lambda scope: False) if has_own_port else api.covers_control_path(prefix),

@@ -253,6 +253,13 @@ def test_cookie_crumbs_are_joined(balancer: BalancerProcess, backend: WireBacken
     assert backend.requests[0].values(b"cookie") == [b"a=1; b=2; c=3"]
 
 
+def test_claims_of_an_untrusted_client_are_dropped(balancer: BalancerProcess, backend: WireBackend) -> None:
+    with client(balancer) as h2:
+        h2.request(1, (b"x-forwarded-prefix", b"/evil"), (b"x-forwarded-ssl", b"on"), (b"true-client-ip", b"6.6.6.6"))
+        assert h2.finish(1).status == 200
+    assert b"evil" not in (head := backend.requests[0].head) and b"ssl" not in head and b"6.6.6.6" not in head
+
+
 def test_many_streams_at_once(balancer: BalancerProcess, backend: WireBackend) -> None:
     """H 5.1.2: 2,000 requests, 32 at a time on each of 4 connections; none fails, all are counted."""
     before = balancer.status()["statistics"]["total_requests"]

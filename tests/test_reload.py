@@ -147,7 +147,8 @@ def held(balancer: Balancer) -> list[Any]:
         balancer._apply(balancer.settings, balancer.configuration.reload(balancer.control.pool, lambda *_: None))
     bridge, health, adapter = balancer.bridges[0], balancer.health, balancer.adapter
     return [
-        balancer.proxy.options, balancer.proxy.heads.trusted, balancer.control.pool._options,
+        balancer.proxy.options, balancer.proxy.heads.trusted, balancer.proxy.heads.max_lines,
+        balancer.control.pool._options,
         balancer.control.pool.algorithm, adapter.timeouts,
         adapter.pool_idle_timeout, health._interval, health._probe._target, health._probe._adapter.timeouts,
         bridge.idle_timeout, bridge.min_body_rate, logging.getLogger().level,
