@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from balancer import accepted
 from balancer.call import Call
-from balancer.clientbody import READ_BYTES
+from balancer.clientbody import AHEAD_BYTES, AHEAD_IN_ALL, READ_BYTES, SMALL_IN_ALL
 from balancer.promise import result_of, when_done
 from balancer.workers import WorkerPool
 
@@ -42,7 +42,7 @@ class Bridge:
 
     `_calls` holds what is in flight, oldest first: Granian's thread adds, whoever answers takes out, the loop thread
     looks at a copy; each of these is one step that needs no lock. `_collecting` holds those whose small body is coming
-    in: whoever takes one out goes on with it.
+    in: whoever takes one out goes on with it. `_begun` has who sent a request since the loop thread last replaced it.
     """
 
     def __init__(
@@ -68,11 +68,13 @@ class Bridge:
         self.most_read = READ_BYTES  # bytes of a body that hyper gives at a time; set by the server
         self._calls: dict[Call, None] = {}
         self._collecting: dict[Call, None] = {}
+        self._begun: dict[accepted.Address, None] = {}
 
     def accept(self, watcher: Any) -> None:
         """One request: Granian calls this in its own thread and it must not block."""
         call = Call(self, watcher)
         self._calls[call] = None
+        self._begun[call.scope["client"]] = None
         self.safely(self._hand_on, call)
 
     def safely(self, step: Callable[[Call], object], call: Call) -> None:
@@ -100,9 +102,9 @@ class Bridge:
     # Small bodies come in without a worker thread: Granian's thread, which also brings each piece of them.
 
     def _collect(self, call: Call) -> None:
-        assert self.proxy is not None and self.express is not None
+        assert self.express is not None
         body = call.body
-        if body is not None and not body.is_done and body.is_small(self.proxy.small_body):
+        if body is not None and not body.is_done and body.is_small(self.small_body):
             missing = body.missing()
             if missing is not None:
                 when_done(missing, lambda _: self._go_on(call))  # first, or it could undo what a worker waits for
@@ -128,9 +130,26 @@ class Bridge:
     def active(self) -> int:
         return len(self._calls)
 
-    def clients(self) -> set[accepted.Address]:
-        """Addresses that have a request in flight."""
-        return {call.scope["client"] for call in list(self._calls)}
+    def has_paused(self, client: accepted.Address) -> bool:
+        """True if a request body of this connection waits for its backend."""
+        return any(call.is_paused for call in list(self._calls) if call.scope["client"] == client)
+
+    @property
+    def ahead_bytes(self) -> int:
+        """Of one request body: what may be asked for before it is needed."""
+        return min(AHEAD_BYTES, AHEAD_IN_ALL // max(self.active, 1))
+
+    @property
+    def small_body(self) -> int:
+        """Bytes of a body that needs no thread."""
+        assert self.proxy is not None
+        return min(self.proxy.small_body, SMALL_IN_ALL // max(self.active, 1))
+
+    def used(self) -> Callable[[accepted.Address], bool]:
+        """What tells of a client whether it has a request in flight, or had one since `used` was last asked for."""
+        begun, self._begun = self._begun, {}
+        known = begun.keys() | {call.scope["client"] for call in list(self._calls)}
+        return lambda client: client in known or client in self._begun
 
     # Noticing that a client has left: the loop thread begins it, Granian's ends it.
 

@@ -93,6 +93,11 @@ class Call:
         framing = (b"content-length", b"transfer-encoding")  # in the queue, nobody has looked yet
         return self.scope["http_version"] != "2" and not any(name in framing for name, _ in self.scope["headers"])
 
+    @property
+    def is_paused(self) -> bool:
+        """Its client may have to wait until its backend reads on; once it is answered, nobody waits for that."""
+        return self.body is not None and self.body.is_paused and not self._is_started
+
     # The client left: called by Granian's thread, or the loop's. `attach` and `detach` are called by the worker thread.
 
     def attach(self, target: Abortable) -> None:
@@ -322,7 +327,9 @@ class Call:
             with contextlib.suppress(ValueError):  # who reads it refuses what is not a number
                 known = parse_content_length(length.encode("latin-1"))
         if length or is_chunked or is_http2:
-            self.body = ClientBody(self.protocol, self.bridge, known, is_http2=is_http2, is_expected=is_expected)
+            self.body = ClientBody(
+                *(self.protocol, self.bridge, self.scope["client"], known), is_http2=is_http2, is_expected=is_expected
+            )
         return self.body is not None and not length
 
     def _path(self) -> str:
