@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import signal
@@ -252,6 +253,45 @@ def test_the_write_of_pep_3333_waits_for_room(desk: Callable[..., Desk]) -> None
     client.read(10)
     wait_until(lambda: client.is_done)
     assert client.received == b"ab"
+
+
+class FutureReader(Reader):
+    """As Granian is on Windows: its promises are futures of an event loop, for that loop's thread alone."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(1)
+        self._loop = loop
+
+    def send(self, message: dict[str, Any]) -> Any:
+        promise = super().send(message)
+        if not isinstance(promise, Promise):
+            return promise
+        future = self._loop.create_future()
+        self.held[-1] = future  # type: ignore[call-overload]
+        return future
+
+    def read(self, room: int) -> None:
+        self.room = room
+        self._loop.call_soon_threadsafe(self.held.pop().set_result, None)  # type: ignore[attr-defined]
+
+
+def test_a_parked_call_goes_on_where_promises_belong_to_an_event_loop(desk: Callable[..., Desk]) -> None:
+    made = desk([], 0)
+    wait_until(lambda: made.client.is_done)
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="event-loop")
+    thread.start()
+    try:
+        made.pieces, made.client = Pieces(ABC), FutureReader(loop)
+        made.bridge.accept(made.client)
+        made.wait_parked()
+        made.client.read(10)
+        made.wait_over()
+        assert made.client.received == b"abcd"
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
 
 
 # The rate, by a clock that only the test moves.
