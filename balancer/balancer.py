@@ -79,6 +79,8 @@ class Balancer:
             )
             listeners.append((control, server.listen(config.host, config.control_port)))
         self.bridges = [bridge for bridge, _ in listeners]
+        for each in self.bridges:
+            each.trusted = config.networks
         return listeners
 
     def start(self) -> None:
@@ -143,4 +145,5 @@ class Balancer:
         for bridge in self.bridges:
             bridge.idle_timeout = config.idle_timeout
             bridge.min_body_rate = config.min_body_rate
+            bridge.trusted = config.networks
         logging.getLogger().setLevel(config.log_level.upper())

@@ -23,6 +23,11 @@ MOST_PIECES = 64  # that are handed on together
 MOST_SMALL_PIECES = 16  # in which a small body may come without a thread that waits for it
 
 
+def patience_left(before: float, waited: float, size: int, rate: int, idle: float) -> float:
+    """Seconds, after so many `waited` and `size` bytes: each pays for 1/`rate`, and no more than `idle` are saved."""
+    return min(max(0.0, before - waited) + size / rate, max(idle, GRACE_SECONDS))
+
+
 class ClientBody:
     """Used by one thread at a time: Granian's while a small body comes in, then a worker.
 
@@ -178,9 +183,8 @@ class ClientBody:
                 ) from None
         del self._asked[0]
         if rate:
-            earned = len(message.get("body", b"")) / rate
-            left = max(0.0, self.patience - (time.monotonic() - started))
-            self.patience = min(left + earned, max(idle, GRACE_SECONDS))
+            waited, size = time.monotonic() - started, len(message.get("body", b""))
+            self.patience = patience_left(self.patience, waited, size, rate, idle)
         return message
 
     def _is_held_up(self) -> bool:

@@ -8,6 +8,7 @@ the socket boundary (`connection`, `response`, `transport`); nothing above it ne
       SettingsError         bad usage or configuration (exit code 2)
       ClientError           the request is at fault: 400, 403, 405, 408, 413, 431, 501, 508
       ClientGone            the client left before its answer was complete: 499 in logs, never sent
+        ClientStalled         it read too slowly, and was cut off
       Unavailable           no backend: 503 with Retry-After
         NoRoom                all are full, and nothing became free in time
         OutOfDescriptors      this process may open no more sockets
@@ -106,6 +107,12 @@ class ClientGone(BalancerError):
 
     status = 499
     reason = "client_gone"
+
+
+class ClientStalled(ClientGone):
+    """The client did not read its answer: not for `idle_timeout`, or at less than `min_body_rate`."""
+
+    reason = "client_too_slow"
 
 
 class Unavailable(BalancerError):

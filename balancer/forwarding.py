@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("balancer.proxy")
 
+WHOLE_STREAM = 16384  # bytes of an answer that is handed over whole in HTTP/2, where a client may leave many unread
 REPLAY_LIMIT = 65536  # bytes: a request body up to this size is read first, so that it can be sent again
 INTERNAL_ERROR = "internal error, the log of the balancer has the cause"
 
@@ -195,7 +196,7 @@ class Forwarding:
         lines = self._with_own(response.head.onward)
         if self._incoming.head.is_worker_script:
             lines = narrowed(lines, self._proxy.covers_control)
-        if body.is_complete:
+        if body.is_complete and (self._incoming.version != "2" or len(body.buffered) <= WHOLE_STREAM):
             data = body.read_chunk()
             self._record.bytes_out = len(data)
             self.finish(status)

@@ -382,6 +382,17 @@ def is_in_networks(address: str, networks: Sequence[Network]) -> bool:
     return any((mapped or parsed) in network for network in networks)
 
 
+def network_of(address: str) -> str:
+    """Whoever has one IPv6 address has as many as its /64 holds (RFC 6177); an IPv4 address stands for itself."""
+    if ":" not in address:
+        return address
+    try:
+        parsed = ipaddress.IPv6Address(address.partition("%")[0])
+    except ValueError:
+        return address
+    return str(parsed.ipv4_mapped or ipaddress.IPv6Address(int(parsed) >> 64 << 64))
+
+
 def _forwarded(address: bytes, host: bytes, scheme: str) -> bytes:
     """One element of `Forwarded` (RFC 7239 section 4); an IPv6 address is bracketed and quoted (section 6)."""
     node = b'"[%s]"' % address if b":" in address else address

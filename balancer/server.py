@@ -41,6 +41,7 @@ BACKLOG = 4096  # connections the kernel holds while all is busy; it caps this a
 STREAMS = 200
 STREAM_WINDOW = 64 * 1024
 CONNECTION_WINDOW = 1024 * 1024
+SEND_BUFFER = 32768  # bytes that h2 takes of each answer when a client opens its windows and does not read
 INTERRUPT_DRAIN_SECONDS = 1.0  # Ctrl-C: somebody is waiting
 STOP_SECONDS = 2.0  # for worker threads to end once nothing is in flight
 DRAIN_LOOK_SECONDS = 0.05
@@ -111,6 +112,7 @@ class _Granian:
                 max_concurrent_streams=STREAMS,
                 initial_stream_window_size=STREAM_WINDOW,
                 initial_connection_window_size=CONNECTION_WINDOW,
+                max_send_buffer_size=SEND_BUFFER,
             ),
             False,  # WebSockets
             None,  # static files

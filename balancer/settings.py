@@ -183,7 +183,7 @@ class Settings(BaseModel):
         240,
         ge=0,
         le=1_000_000_000,
-        description="rate of a request body after 5 s; slower ones are ended with 408; 0 for no limit",
+        description="rate of a body after 5 s, either way; slower clients get 408, or are cut off; 0 for no limit",
     )
     header_timeout: Seconds = Field(
         10.0, description="time for a client to send a request head; also between two on a kept connection"
