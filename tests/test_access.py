@@ -727,14 +727,17 @@ def register(balancer: BalancerProcess, target: bytes) -> tuple[int, dict[bytes,
             [b"/app/sw.js", b"/lb/x/sw.js", b"/lbx/sw.js"],
         ),
         (["--control-prefix=/a/b"], [b"/sw.js", b"/a/sw.js", b"/a/b/sw.js"], [b"/b/sw.js", b"/a/c/sw.js"]),
-        ([f"--control-port={free_port()}"], [], [b"/sw.js", b"/app/sw.js"]),
+        (["--control-port={free}"], [], [b"/sw.js", b"/app/sw.js"]),
     ],
     ids=str,
 )
 def test_a_service_worker_over_the_control_api_is_refused(
     scripts: ScriptedBackend, flags: list[str], refused: list[bytes], forwarded: list[bytes]
 ) -> None:
-    balancer = BalancerProcess(f"--backend=b={scripts.url}", *flags, wait_ready=False)
+    free = str(free_port())
+    balancer = BalancerProcess(
+        f"--backend=b={scripts.url}", *[flag.replace("{free}", free) for flag in flags], wait_ready=False
+    )
     has_own_port = any("port" in flag for flag in flags)
     try:
         wait_until(lambda: fetch(f"{balancer.url}/x")[0] == 200, what="the backend is up")
