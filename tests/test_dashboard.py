@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import expect
-from support import BalancerProcess, Demo, ScriptedBackend, start_demo, wait_until
+from support import PAGE_TOKEN, BalancerProcess, Demo, ScriptedBackend, start_demo, wait_until
 
 from tests.dashboard_stub import (
     Json,
@@ -676,7 +676,7 @@ def open_demo(tab: Tab, demo: Demo, from_disk: bool) -> None:
     if from_disk:
         tab.from_disk(demo.url)
     else:
-        tab.page.goto(f"{demo.url}/dashboard")
+        tab.page.goto(f"{demo.url}/dashboard#token={PAGE_TOKEN}")
     tab.is_live()
 
 

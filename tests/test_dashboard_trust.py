@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from playwright.sync_api import Browser, Page, expect
 from support import PAGE_TOKEN, BalancerProcess, Demo, ScriptedBackend, fetch_json, ok, start_demo, wait_until
 
 from tests.dashboard_tab import Tab, chromium, stub, tab
+from tests.test_start_all import Demo as StartedDemo
+from tests.test_start_all import borrow_venv, copy_project
 
 __all__ = ["chromium", "stub", "tab"]  # fixtures
 
@@ -172,6 +175,23 @@ def test_the_page_from_disk_reads_and_writes(shared: Demo, tab: Tab) -> None:
     tab.from_disk(shared.url).is_live()
     expect(tab.at("#write-note")).to_be_hidden()
     change_and_undo(tab)
+
+
+def test_a_double_click_on_the_page_of_a_demo_that_runs(tmp_path: Path, tab: Tab) -> None:
+    """The whole way, by start_all.sh, in a folder whose name needs quoting."""
+    tree = tmp_path / "a path with (blanks) & 'quotes' #1"
+    tree.mkdir()
+    copy_project(tree)
+    borrow_venv(tree)
+    started = StartedDemo(tree, tmp_path)
+    try:
+        assert started.ready("--detach").end() == 0
+        tab.page.goto((tree / "dashboard.html").as_uri())
+        tab.is_live()
+        change_and_undo(tab)
+        tab.page.close()
+    finally:
+        assert started.start("stop").end() == 0
 
 
 def test_the_page_from_disk_without_a_token_says_what_to_do(shared: Demo, tab: Tab) -> None:
