@@ -1,6 +1,7 @@
 """The dashboard page and its Content-Security-Policy.
 
-The page is read anew for each request, so that an edited one shows, and its policy always fits what is sent.
+The page is read anew when its file has changed, so that an edited one shows, and its policy always fits what is sent.
+All who are shown it share one copy, however slowly they read.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+from functools import lru_cache
+from pathlib import Path
 
 from flask import Blueprint, Response, request
 
@@ -20,7 +23,9 @@ blueprint = Blueprint("dashboard", __name__)
 @blueprint.get("/dashboard")
 def dashboard() -> Response:
     try:
-        page = current_control().dashboard.read_bytes()
+        path = current_control().dashboard
+        about = path.stat()
+        page = read_page(path, about.st_mtime_ns, about.st_size)
     except OSError as error:
         raise ApiError(404, f"dashboard.html is not there: {error.strerror}") from None
     response = Response(page, mimetype="text/html")
@@ -39,6 +44,12 @@ def opener_policy(browser: str) -> str:
     return "same-origin" if "Firefox/" in browser else "noopener-allow-popups"
 
 
+@lru_cache(maxsize=1)
+def read_page(path: Path, changed: int, size: int) -> bytes:
+    return path.read_bytes()
+
+
+@lru_cache(maxsize=1)
 def content_security_policy(page: bytes) -> str:
     """Only what the page itself brings may run, by hash, and it may talk to nobody but us."""
     scripts, styles = (

@@ -16,6 +16,7 @@ from typing import Protocol
 log = logging.getLogger("balancer.workers")
 
 CONTROL_THREADS = 8  # beyond max_threads, so that /status answers when everything else is busy
+Share = tuple[str, bool]  # a source, and whether it is for its control calls
 
 
 class Runnable(Protocol):
@@ -30,7 +31,8 @@ class Runnable(Protocol):
 class WorkerPool:
     """Threads that run calls: the one that went idle last is used first, so that few are ever awake.
 
-    A source has three quarters of the threads, and of the room in the queue, at most.
+    A source has three quarters of the threads, and of the room in the queue, at most; and beside these CONTROL_THREADS
+    for control calls, which keep the interpreter busy and not only a thread.
 
     `_lock` guards `_idle`, `_busy`, `_queues`, `_queued`, `_serial`, `_threads` and `_stopping`. A worker sleeps on its
     own lock, which whoever gives it a call releases.
@@ -44,8 +46,8 @@ class WorkerPool:
         self._idle_timeout = idle_timeout
         self._lock = Lock()
         self._idle: list[_Worker] = []
-        self._busy: dict[str, int] = {}  # threads by source, those that have any
-        self._queues: dict[str, deque[Runnable]] = {}  # by source, none is empty; the first one's turn is next
+        self._busy: dict[Share, int] = {}  # threads in use, where there are any
+        self._queues: dict[Share, deque[Runnable]] = {}  # none is empty; the first one's turn is next
         self._queued = 0  # in all of them
         self._threads: dict[int, Thread] = {}
         self._serial = 0
@@ -60,19 +62,21 @@ class WorkerPool:
 
         The queue has room for whatever `is_under_way`: it was let in already, and may have had its effect.
         """
-        source, reserve = call.source, CONTROL_THREADS if is_control else 0
+        share = call.source, is_control
         with self._lock:
             if self._stopping:
                 return False
-            may_run = self._may_run(source, reserve)
+            may_run = self._may_run(share)
             if may_run and self._idle:
-                self._wake(call, source)
+                worker = self._idle.pop()
+                self._give(worker, call, share)
+                worker.wake.release()
                 return True
-            if not may_run or len(self._threads) >= self._max_threads + reserve:
-                return self._enqueue(call, source, is_under_way)
+            if not may_run or len(self._threads) >= self._max_threads + (CONTROL_THREADS if is_control else 0):
+                return self._enqueue(call, share, is_under_way)
             self._serial += 1
             worker = _Worker()
-            self._give(worker, call, source)
+            self._give(worker, call, share)
             thread = Thread(target=self._work, args=(worker, self._serial), name=f"worker-{self._serial}")
             thread.daemon = True  # a request that never ends must not keep a stopped process alive
             serial, self._threads[self._serial] = self._serial, thread
@@ -89,14 +93,15 @@ class WorkerPool:
         """Take a call out of the queue again. False if it has left it already."""
         source = call.source
         with self._lock:
-            calls = self._queues.get(source)
-            if calls is None or call not in calls:
-                return False
-            calls.remove(call)
-            self._queued -= 1
-            if not calls:
-                del self._queues[source]
-        return True
+            for share in ((source, False), (source, True)):
+                calls = self._queues.get(share)
+                if calls is not None and call in calls:
+                    calls.remove(call)
+                    self._queued -= 1
+                    if not calls:
+                        del self._queues[share]
+                    return True
+        return False
 
     def stop(self, timeout: float) -> None:
         """Let idle threads end and wait for the busy ones, `timeout` seconds in all."""
@@ -124,8 +129,6 @@ class WorkerPool:
             self._leave(worker)
             if len(self._threads) > self._max_threads:  # the reserve is for control calls, not for the queue
                 del self._threads[serial]
-                if self._idle and (found := self._take_queued()):  # what waited for its source alone
-                    self._wake(*found)
                 return
             if found := self._take_queued():
                 self._give(worker, *found)
@@ -145,56 +148,54 @@ class WorkerPool:
 
     # The lock must be held.
 
-    def _may_run(self, source: str, reserve: int = 0) -> bool:
-        return not source or self._busy.get(source, 0) < self._share + reserve
+    def _may_run(self, share: Share) -> bool:
+        source, is_control = share
+        if is_control:
+            return self._busy.get(share, 0) < CONTROL_THREADS
+        return not source or self._busy.get(share, 0) < self._share
 
-    def _give(self, worker: _Worker, call: Runnable, source: str) -> None:
-        worker.call, worker.source = call, source
-        self._busy[source] = self._busy.get(source, 0) + 1
-
-    def _wake(self, call: Runnable, source: str) -> None:
-        worker = self._idle.pop()
-        self._give(worker, call, source)
-        worker.wake.release()
+    def _give(self, worker: _Worker, call: Runnable, share: Share) -> None:
+        worker.call, worker.share = call, share
+        self._busy[share] = self._busy.get(share, 0) + 1
 
     def _leave(self, worker: _Worker) -> None:
         """Its call is over."""
-        worker.call = None
-        self._busy[worker.source] -= 1
-        if not self._busy[worker.source]:
-            del self._busy[worker.source]
+        worker.call, share = None, worker.share
+        self._busy[share] -= 1
+        if not self._busy[share]:
+            del self._busy[share]
 
-    def _enqueue(self, call: Runnable, source: str, is_under_way: bool) -> bool:
-        calls = self._queues.get(source)
-        is_full = self._queued >= self._max_queued or (source and calls and len(calls) >= self._queue_share)
+    def _enqueue(self, call: Runnable, share: Share, is_under_way: bool) -> bool:
+        calls = self._queues.get(share)
+        is_full = self._queued >= self._max_queued or (share[0] and calls and len(calls) >= self._queue_share)
         if is_full and not is_under_way:
             return False
         if calls is None:
-            calls = self._queues[source] = deque()
+            calls = self._queues[share] = deque()
         calls.append(call)
         self._queued += 1
         return True
 
-    def _take_queued(self) -> tuple[Runnable, str] | None:
-        """The next call whose turn it is and that may run. At most one source has its share, so this ends soon."""
-        for source, calls in self._queues.items():
-            if self._may_run(source):
+    def _take_queued(self) -> tuple[Runnable, Share] | None:
+        """The next call whose turn it is and that may run. Few can be at their limit, so this ends soon."""
+        for share, calls in self._queues.items():
+            if self._may_run(share):
                 call = calls.popleft()
                 self._queued -= 1
-                del self._queues[source]
+                del self._queues[share]
                 if calls:
-                    self._queues[source] = calls  # behind the others
-                return call, source
+                    self._queues[share] = calls  # behind the others
+                return call, share
         return None
 
 
 class _Worker:
-    """A worker thread's seat: its next call, whoever that is for, and the lock it sleeps on."""
+    """A worker thread's seat: its next call, whose share that is of, and the lock it sleeps on."""
 
-    __slots__ = ("call", "source", "wake")
+    __slots__ = ("call", "share", "wake")
 
     def __init__(self) -> None:
         self.call: Runnable | None = None
-        self.source = ""
+        self.share: Share = "", False
         self.wake = Lock()
         self.wake.acquire()

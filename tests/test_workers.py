@@ -304,22 +304,24 @@ def test_the_control_reserve_is_beyond_the_share(shared: Bench) -> None:
     assert last is not None and not last.started.is_set()
 
 
-def test_what_waits_for_its_share_is_not_left_behind_by_a_thread_that_ends(shared: Bench) -> None:
-    """One beyond the limit ends after its call, and an idle one takes over what that made room for."""
-    for _ in range(5):
-        shared.run(source="greedy")
-    others = [shared.run(source="other") for _ in range(3)]
-    beyond = shared.run(is_control=True, source="greedy")
-    waiting = shared.submit(waits=False, source="greedy")
-    assert waiting is not None
-    others[0].let_go()
-    assert others[0].thread is not None
-    others[0].thread.join(10)  # nine threads were one too many
-    others[1].let_go()
-    shared.wait_idle(1)
-    assert not waiting.started.is_set()
-    beyond.let_go()
-    assert waiting.done.wait(10)
+def test_control_calls_of_one_source_are_few_at_a_time() -> None:
+    """Each is work for the interpreter: hundreds at once would keep everybody else from it."""
+    bench = Bench(max_threads=100, max_queued=100)
+    held = [bench.run(is_control=True, source=source) for source in ("a", "b") for _ in range(CONTROL_THREADS)]
+    waiting = bench.submit(is_control=True, source="a")
+    assert waiting is not None and not waiting.started.is_set()
+    assert bench.run(source="a", waits=False).done.wait(10), "though it may have threads for other calls"
+    held[0].let_go()
+    assert waiting.started.wait(10)
+    assert bench.submit(is_control=True, source="b") is not None
+    bench.close()
+
+
+def test_a_control_call_is_withdrawn_too(shared: Bench) -> None:
+    for _ in range(CONTROL_THREADS):
+        shared.run(is_control=True, source="a")
+    waiting = shared.submit(is_control=True, source="a")
+    assert waiting is not None and shared.pool.withdraw(waiting) and shared.pool.queued == 0
 
 
 def test_a_call_is_withdrawn_from_its_source_s_queue(shared: Bench) -> None:
