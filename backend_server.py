@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 
 from flask import Flask, Response, jsonify, request
 from flask_cors import CORS
-from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge
+from werkzeug.exceptions import BadRequest, Forbidden, HTTPException, RequestEntityTooLarge, UnsupportedMediaType
 
 from balancer import __version__, server
 from balancer.bridge import Bridge
@@ -39,15 +39,17 @@ MAX_LOAD_SECONDS = 10.0  # longest POST /simulate-load
 THREADS = 512  # requests worked on at once; more wait their turn
 LOOK_SECONDS = 0.2  # how often a hanging request looks whether its client is still there
 MAX_HANGING = 400  # leaves threads free to answer /faults, or a hanging backend could not be cured
+CONTROL_PATHS = ("/faults", "/reset", "/simulate-load")
 
 EXAMPLES = """\
 examples:
   python backend_server.py                                  backend_1 on http://127.0.0.1:5001
   python backend_server.py --id backend_2 --port 5002       a second one
   python backend_server.py --delay 0.5                      a slow one
-  curl -X POST 127.0.0.1:5001/faults -d '{"added_latency": 1}'    slower, while it runs
-  curl -X POST 127.0.0.1:5001/faults -d '{"error_rate": 1, "error_status": 503}'    what gets a backend ejected
-  curl -X DELETE 127.0.0.1:5001/faults                            healthy again
+  JSON='Content-Type: application/json'
+  curl 127.0.0.1:5001/faults -H "$JSON" -d '{"added_latency": 1}'   slower, while it runs
+  curl 127.0.0.1:5001/faults -H "$JSON" -d '{"error_rate": 1, "error_status": 503}'    what gets a backend ejected
+  curl -X DELETE 127.0.0.1:5001/faults                              healthy again
 """
 
 
@@ -318,6 +320,7 @@ def create_app(settings: Settings | None = None, state: BackendState | None = No
     # A dashboard opened from disk sends test requests through the balancer and shows who answered.
     CORS(app, resources={"/api/*": {"origins": "*"}}, expose_headers=["X-Served-By", "X-Request-ID"])
     add_errors(app)
+    add_guard(app)
     add_service(app, state)
     add_control(app, state)
     return app
@@ -335,6 +338,28 @@ def add_errors(app: Flask) -> None:
     @app.errorhandler(RecursionError)
     def too_deep(_: RecursionError) -> tuple[Response, int]:
         return jsonify(error="the JSON body is nested too deeply"), 400
+
+
+def add_guard(app: Flask) -> None:
+    """Whoever troubles this backend is a person at a terminal: a page has no business with it, wherever it is from.
+
+    CORS protects only the answer, not the effect, and through the balancer a page of any backend has our own origin.
+    """
+
+    @app.before_request
+    def refuse_pages() -> None:
+        if request.method in ("GET", "HEAD", "OPTIONS") or request.path not in CONTROL_PATHS:
+            return
+        # A browser says where a write comes from, and none but a browser does.
+        if "Origin" in request.headers or request.headers.get("Sec-Fetch-Site", "none") != "none":
+            raise Forbidden("a page may not change this backend; use curl")
+        if body_bytes() and not request.is_json:
+            raise UnsupportedMediaType("expected Content-Type: application/json")
+
+    @app.after_request
+    def add_nosniff(response: Response) -> Response:
+        response.headers["X-Content-Type-Options"] = "nosniff"  # what came with a request is in the answer
+        return response
 
 
 def add_service(app: Flask, state: BackendState) -> None:
@@ -434,7 +459,7 @@ def body_bytes() -> bytes:
 
 
 def json_body() -> Any:
-    """The body read as JSON whatever its Content-Type says, for `curl -d`; an empty body is None."""
+    """The body read as JSON; an empty body is None."""
     body = body_bytes()
     if not body.strip():
         return None

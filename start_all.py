@@ -43,9 +43,11 @@ usage: {SCRIPT} [all | backends | balancer | setup | stop] [--detach] [--help] [
 environment:
   LB_PORT         port of the load balancer (default 9000)
   BACKEND_PORTS   ports of the backends (default "5001 5002 5003")
+  LB_PAGE_TOKEN   what the dashboard shows the balancer (default: a new one for each start); also beside LB_ADMIN_TOKEN
   RESPONSE_DELAY, ALGORITHM and every other LB_ setting are passed on
 
-Logs are written to logs/, process ids to run/.
+Logs are written to logs/, process ids to run/, and until the balancer is stopped its token to run/access.js, where
+dashboard.html finds it when it is opened from disk. Both folders are readable by you alone.
 """
 
 

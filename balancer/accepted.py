@@ -1,9 +1,9 @@
 """Accepted client connections, found among this process's own descriptors.
 
-Granian keeps its sockets to itself, and has no way to cut one off or to see that one has never said anything. Each
-function works on duplicates of descriptors, so that one closed and reused meanwhile cannot be hit.
+Granian keeps its sockets to itself, and has no way to cut one off or to see that one has never asked for anything. All
+here works on duplicates of descriptors, so that one closed and reused meanwhile cannot be hit.
 
-On Windows nothing is found, and `close_silent` needs Linux.
+On Windows nothing is found.
 """
 
 from __future__ import annotations
@@ -11,18 +11,14 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import struct
-from collections.abc import Collection, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from threading import Lock
 
 Address = tuple[str, str]  # host and port, as Granian gives them
 
-# Of HTTP/2 (RFC 9113 section 3.4). hyper tells the protocol by them, and its own time-outs start after that.
-PREFACE_BYTES = 24
 IDLE_SECONDS = 75.0  # nginx's keepalive_timeout; hyper itself ends idle HTTP/1.1 connections, but not HTTP/2 ones
 SLICE = 64  # descriptors, about half a millisecond: whoever forwards requests waits for the interpreter meanwhile
-# struct tcp_info of linux/tcp.h, unchanged since 4.2: milliseconds since the last data, and bytes received.
-_LAST_DATA, _RECEIVED, _INFO_SIZE = 52, 128, 136
 
 _passing = Lock()  # held during a pass; `_waiting` needs none, each step on it is one operation
 _waiting: set[tuple[Address, Address]] = set()
@@ -47,30 +43,49 @@ def cut_all(pairs: Iterable[tuple[Address, Address]]) -> None:
                 connection.shutdown(socket.SHUT_RDWR)
 
 
-def close_silent(port: int, seconds: float, busy: Collection[Address]) -> Iterator[None]:
-    """Shut down connections to our `port` that hold a place and do not use it, a SLICE at each step.
+class Unused:
+    """Connections to our `port` that hold a place and do not use it; the passes over all that are open find them.
 
-    Those that have sent less than PREFACE_BYTES and then nothing for `seconds`; and those without a request in flight,
-    which is to say not in `busy`, that have sent nothing for IDLE_SECONDS.
+    Only requests count as use, of which hyper has the whole head: a head that never ends, or PINGs, may come for ever.
+
+    `_known` has, of each connection that was open at the last pass, when it was seen in use, or first seen at all, and
+    how many seconds after that it may stay.
     """
-    descriptors = _descriptors()
-    for start in range(0, len(descriptors), SLICE):
-        for connection in _sockets(descriptors[start : start + SLICE]):
-            with contextlib.suppress(OSError):  # not connected, or no more
-                _close_if_silent(connection, port, seconds, busy)
-        yield
 
+    def __init__(self, port: int, header_timeout: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._port = port
+        self._header_timeout = header_timeout
+        self._clock = clock
+        self._known: dict[tuple[Address, int], tuple[float, float]] = {}
 
-def _close_if_silent(connection: socket.socket, port: int, seconds: float, busy: Collection[Address]) -> None:
-    if connection.getsockname()[1] != port:
-        return
-    host, peer_port = connection.getpeername()[:2]
-    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_SIZE)
-    (quiet,) = struct.unpack_from("I", info, _LAST_DATA)
-    (received,) = struct.unpack_from("Q", info, _RECEIVED)
-    limit = seconds if received < PREFACE_BYTES else IDLE_SECONDS
-    if quiet > limit * 1000 and (host, str(peer_port)) not in busy:
-        connection.shutdown(socket.SHUT_RDWR)
+    def close(self, is_used: Callable[[Address], bool]) -> Iterator[None]:
+        """One pass, a SLICE at each step. Shut down what has had no request for `header_timeout`, or for IDLE_SECONDS
+        if it had one before. `is_used` says of a client whether it has one, or had one since the pass before."""
+        open_now: dict[tuple[Address, int], tuple[float, float]] = {}
+        descriptors = _descriptors()
+        for start in range(0, len(descriptors), SLICE):
+            for connection in _sockets(descriptors[start : start + SLICE]):
+                with contextlib.suppress(OSError):  # not connected, or no more
+                    self._look(connection, is_used, open_now)
+            yield
+        self._known = open_now
+
+    def _look(
+        self,
+        connection: socket.socket,
+        is_used: Callable[[Address], bool],
+        open_now: dict[tuple[Address, int], tuple[float, float]],
+    ) -> None:
+        if connection.getsockname()[1] != self._port:
+            return
+        host, port = connection.getpeername()[:2]
+        client = host, str(port)
+        key = client, os.fstat(connection.fileno()).st_ino  # which the next one from the same port does not share
+        now = self._clock()
+        known = self._known.get(key, (now, self._header_timeout))
+        open_now[key] = since, seconds = (now, IDLE_SECONDS) if is_used(client) else known
+        if now - since >= seconds:
+            connection.shutdown(socket.SHUT_RDWR)
 
 
 def _sockets(descriptors: Iterable[int]) -> Iterator[socket.socket]:

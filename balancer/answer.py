@@ -67,16 +67,26 @@ class Ending(Protocol):
 
 
 class ResponseStream:
-    """A response body on its way to the client, as WSGI wants it: iterate, then `close` whatever happened."""
+    """A response body on its way to the client, as WSGI wants it: iterate, then `close` whatever happened.
 
-    __slots__ = ("_ending", "_body", "_status", "_is_flushed", "_is_finished")
+
+    A piece has at most `most` bytes, if that is set; it may be changed before each.
+    """
+
+    __slots__ = ("_ending", "_body", "_status", "most", "_is_flushed", "_is_finished")
 
     def __init__(self, ending: Ending, body: Body, status: int) -> None:
         self._ending = ending
         self._body = body
         self._status = status
+        self.most: int | None = None
         self._is_flushed = bool(body.buffered)
         self._is_finished = False
+
+    @property
+    def is_here(self) -> bool:
+        """No piece has to be waited for."""
+        return self._body.is_complete
 
     def __iter__(self) -> Iterator[bytes]:
         return self
@@ -88,7 +98,7 @@ class ResponseStream:
         if self._is_finished:
             raise StopIteration
         try:
-            chunk = self._body.read_chunk()
+            chunk = self._body.read_chunk(self.most)
         except BackendError as error:
             if self._ending.is_client_gone():
                 self.close()
@@ -96,15 +106,15 @@ class ResponseStream:
                 self._finish(error.reason, complete=False, failure=str(error))
             raise
         self._ending.count_out(len(chunk))
-        if self._body.is_complete:  # counted before the client can see the end
+        if self._body.is_complete and not self._body.buffered:  # counted before the client can see the end
             self._finish()
         return chunk
 
-    def close(self) -> None:
+    def close(self, why: type[ClientGone] = ClientGone) -> None:
         """Idempotent. Before the end it means that the client left: the backend connection is closed at once."""
         if not self._is_finished:
-            self._status = ClientGone.status
-            self._finish(ClientGone.reason, complete=False)
+            self._status = why.status
+            self._finish(why.reason, complete=False)
 
     def _finish(self, reason: str | None = None, *, complete: bool = True, failure: str = "") -> None:
         self._is_finished = True

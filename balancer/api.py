@@ -1,22 +1,30 @@
 """The control API put together: which paths are its own, and what holds for every route.
 
-Reads are open and hold no secrets; `guard` decides about writes. The routes are in `monitoring`, `administration` and
-`dashboard`; a new path also goes into `openapi.PATHS`, else it is forwarded.
+`access` decides who may read and write. The routes are in `monitoring`, `administration` and `dashboard`; a new path
+also goes into `openapi.PATHS`, else it is forwarded.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
-from flask import Blueprint, Flask, Response, request
+from flask import Blueprint, Flask, Response, g, request
 from flask_cors import CORS
 
 from balancer import administration, dashboard, monitoring, openapi, problems
+from balancer.access import first_segment, is_authorized
 from balancer.control import Control, current_control
 from balancer.events import REFUSED
-from balancer.guard import WriteGuard, current_guard
+from balancer.incoming import header_lines, raw_target
 from balancer.inputs import MAX_BODY
+from balancer.messages import check_host, check_target
 from balancer.problems import ApiError
+
+READS = frozenset({"GET", "HEAD"})
+# Open to all: probes tell nothing but that it is alive, and the page has to be there to ask for a token.
+OPEN_PATHS = frozenset({"/health", "/livez", "/readyz", "/dashboard"})
+PATH_KEPT = 200  # characters of a refused path
 
 # The routes are nested in it, so that its hooks below hold for all of them and for nothing else.
 blueprint = Blueprint("control", __name__)
@@ -31,33 +39,64 @@ def is_control_path(prefix: str) -> Callable[[str], bool]:
     return lambda path: path in exact or path.startswith(below)
 
 
-def install(app: Flask, control: Control, guard: WriteGuard) -> None:
+def covers_control_path(prefix: str) -> Callable[[str], bool]:
+    """A predicate for the data path: does what this string begins with include a path that is answered here?"""
+    paths = tuple(prefix + path.partition("{")[0] for path in openapi.PATHS)
+    return lambda scope: any(path.startswith(scope) for path in paths)
+
+
+def install(app: Flask, control: Control) -> None:
     """Put the control API into `app`."""
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY + 1  # one more, because Werkzeug cuts a chunked body without a word
     app.json.sort_keys = False  # type: ignore[attr-defined]
+    app.url_map.merge_slashes = False  # or `//x` is sent on to whatever host the client names
     app.extensions["control"] = control
-    app.extensions["write_guard"] = guard
     app.register_blueprint(blueprint, url_prefix=control.prefix or None)
     problems.install(app)
-    # Reads have no secrets, so a page from disk may read; `WriteGuard` decides about writes by itself.
+    # For every answer, also where no route is: an unknown path, or a method that a path has not.
+    app.before_request(_admit)
+    app.after_request(_protect)  # after what flask-cors does, for the last one comes first
+    origins = sorted(control.access.origins | ({"null"} if control.access.has_tokens else set()))
     CORS(
         app,
-        origins=["null", *sorted(guard.origins)],
+        origins=[re.compile(re.escape(origin) + r"\Z") for origin in origins],  # as text: `[` would make it a pattern
         allow_headers=["Content-Type", "Authorization"],
         methods=["GET", "POST", "PATCH", "DELETE"],
         max_age=600,
+        vary_header=False,
     )
 
 
-@blueprint.before_request
-def _guard_writes() -> None:
-    if request.method in ("GET", "HEAD", "OPTIONS"):
+def _admit() -> None:
+    """The Host rules of the data path, and then who may do what. A preflight changes and tells nothing."""
+    lines = header_lines(request.environ)
+    check_target(request.method, raw_target(request.environ))
+    hosts = [value for name, value in lines if name == b"host"]
+    check_host(hosts, request.environ["SERVER_PROTOCOL"].removeprefix("HTTP/"))
+    control = current_control()
+    is_read = request.method in READS
+    if request.method == "OPTIONS" or (is_read and request.path.removeprefix(control.prefix) in OPEN_PATHS):
         return
     try:
-        current_guard().check()
+        g.is_authorized = control.access.check(is_write=not is_read)
     except ApiError as error:
-        current_control().events.add(REFUSED, None, f"{request.method} {request.path[:200]}: {error}", "warning")
+        if not is_read:
+            whole, public = (
+                f"{request.method} {repr(path[:PATH_KEPT])[1:-1]}: {error}"  # as text in one line
+                for path in (request.path, first_segment(request.path))
+            )
+            control.events.add(REFUSED, None, whole, "warning", public=public)
         raise
+
+
+def _protect(response: Response) -> Response:
+    """No page of another site may make anything of an answer, and no cache keep it."""
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers.setdefault("Cache-Control", "no-store")
+    response.vary.add("Origin")
+    if request.headers.get("Origin") == "null" and request.method != "OPTIONS" and not is_authorized():
+        response.headers.pop("Access-Control-Allow-Origin", None)
+    return response
 
 
 @blueprint.after_request

@@ -74,7 +74,7 @@ class Attempts:
         except BackendError as error:
             self._record.attempts.append(attempt)
             self._failed(attempt, lease, error)
-            self._failure = error
+            self._failure = error.to_keep()
             raise
         except Unavailable:
             self._record.backend = None
@@ -117,7 +117,7 @@ class Attempts:
             try:
                 return self._attempt(sent if failure is None else None)
             except BackendError as error:
-                failure = error
+                failure = error.to_keep()
 
     # Whether there is another one.
 
@@ -132,7 +132,8 @@ class Attempts:
         if time.monotonic() >= request.deadline:
             return f"request_timeout of {options.request_timeout:g} s is over"
         if not (isinstance(error, ConnectFailed) or request.is_retriable):
-            return f"{request.method} may have had its effect" if request.is_replayable else "the body is gone"
+            # Not the request's own: a client may make up a method as long as a head.
+            return f"{self._record.method} may have had its effect" if request.is_replayable else "the body is gone"
         return None
 
     def _back_off(self, failure: BackendError) -> None:

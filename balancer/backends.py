@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any, Literal
 
 from balancer.ejection import Ejection, LatencyWindow
@@ -160,6 +161,10 @@ class Backend:
         }
 
 
+# Backends of which a record tells why they were or were not chosen: thousands of records are kept.
+EXPLAINED = 100
+
+
 class Choice:
     """Why a request went to `backend`: what the strategy saw. Kept as it was then, put into words when asked."""
 
@@ -181,6 +186,17 @@ class Choice:
         self._active = active
         self._scores = scores
         self._excluded = excluded
+
+    def shorten(self) -> None:
+        """To the first EXPLAINED of each, with the chosen one among them."""
+        places = list(range(min(EXPLAINED, len(self._candidates))))
+        chosen = self._candidates.index(self.backend)
+        if chosen >= EXPLAINED:
+            places[-1] = chosen
+        self._candidates = [self._candidates[place] for place in places]
+        self._active = [self._active[place] for place in places]
+        self._scores = None if self._scores is None else [self._scores[place] for place in places]
+        self._excluded = dict(islice(self._excluded.items(), EXPLAINED))
 
     def describe(self) -> dict[str, Any]:
         scores: Sequence[float | None] = self._scores or [None] * len(self._candidates)

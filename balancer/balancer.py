@@ -79,6 +79,8 @@ class Balancer:
             )
             listeners.append((control, server.listen(config.host, config.control_port)))
         self.bridges = [bridge for bridge, _ in listeners]
+        for each in self.bridges:
+            each.trusted = config.networks
         return listeners
 
     def start(self) -> None:
@@ -109,14 +111,15 @@ class Balancer:
             plan = self.configuration.reload(self.control.pool, self._apply, dry_run=dry_run)
         except SettingsError as error:
             if not dry_run:
-                events.add("config_refused", None, str(error), "error")
+                public = self.configuration.without_folders(str(error))
+                events.add("config_refused", None, str(error), "error", public=public)
                 log.error("configuration not reloaded: %s", error)
             raise
         if not dry_run:
             text = "; ".join(str(change) for change in plan.changes) or "nothing has changed"
             if plan.needs_restart:
                 text += f"; needs a restart: {', '.join(plan.needs_restart)}"
-            events.add("config_reloaded", None, text[:1000])
+            events.add("config_reloaded", None, text)
             log.info("configuration reloaded: %s", text)
         return plan
 
@@ -137,8 +140,10 @@ class Balancer:
         self.health.use(probe(config, self.tls), config.health_interval)
         self.proxy.route = replace(self.proxy.route, options=route_options(config))
         set_access_log(self.proxy.route.access_log, config)
-        self.proxy.heads = RequestHeads(self.proxy.heads.pseudonym, config.networks)
+        self.proxy.heads = RequestHeads(self.proxy.heads.pseudonym, config.networks, config.max_header_count)
+        self.control.access.trusted = config.networks
         for bridge in self.bridges:
             bridge.idle_timeout = config.idle_timeout
             bridge.min_body_rate = config.min_body_rate
+            bridge.trusted = config.networks
         logging.getLogger().setLevel(config.log_level.upper())

@@ -6,6 +6,8 @@ the express way if it can, else in a worker thread. Everything else is a WSGI ca
 through the event loop: each request, and each wait for a client, cost two more wake-ups there and a task.
 
     Granian's thread: Bridge.accept -> worker: Call.run, or express: Call.answer -> Granian's thread
+
+An answer that its client does not read holds no thread: its call is parked until Granian says that there is room.
 """
 
 from __future__ import annotations
@@ -13,15 +15,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from threading import BoundedSemaphore
 from typing import TYPE_CHECKING, Any
 
 from balancer import accepted
 from balancer.call import Call
-from balancer.clientbody import READ_BYTES
+from balancer.clientbody import AHEAD_BYTES, AHEAD_IN_ALL, READ_BYTES, SMALL_IN_ALL
+from balancer.download import BRIEF_SECONDS
+from balancer.errors import ClientStalled
+from balancer.forwarding import WHOLE_STREAM
+from balancer.messages import Network, is_in_networks, network_of
 from balancer.promise import result_of, when_done
 from balancer.stage import Stage
+from balancer.transport import SMALL_BODY
 from balancer.workers import WorkerPool
 
 if TYPE_CHECKING:
@@ -33,6 +40,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("balancer.server")
 
 WATCH_AFTER_SECONDS = 0.1  # a request in flight longer than this is watched for its client leaving
+MANY_DOWNLOADS = 64  # that are under way: from then on less is held, and no thread waits for any of them
 MAX_LINGERING = 64  # worker threads that read on after an answer at the same time; lingering is a courtesy
 
 
@@ -43,7 +51,9 @@ class Bridge:
 
     `_calls` holds what is in flight, oldest first: Granian's thread adds, whoever answers takes out, the loop thread
     looks at a copy; each of these is one step that needs no lock. `_collecting` holds those whose small body is coming
-    in: whoever takes one out goes on with it.
+    in, `_parked` those whose client has to read first, with the time by which it must have: whoever takes one out goes
+    on with it. `_downloads` holds all that are answered in pieces. `_begun` has who sent a request since the loop
+    thread last replaced it.
     """
 
     def __init__(
@@ -69,11 +79,19 @@ class Bridge:
         self.most_read = READ_BYTES  # bytes of a body that hyper gives at a time; set by the server
         self._calls: dict[Call, None] = {}
         self._collecting: dict[Call, None] = {}
+        self._begun: dict[accepted.Address, None] = {}
+        self._parked: dict[Call, float] = {}
+        self._downloads: dict[Call, None] = {}
+        # Bytes of an answer that may be taken in whole, and seconds that a worker waits for its client before it parks
+        # the call: less with many downloads under way.
+        self.most_held, self.patience = SMALL_BODY, BRIEF_SECONDS
+        self.trusted: Sequence[Network] = ()  # proxies in front of us, each with many clients behind it
 
     def accept(self, watcher: Any) -> None:
         """One request: Granian calls this in its own thread and it must not block."""
         call = Call(self, watcher)
         self._calls[call] = None
+        self._begun[call.scope["client"]] = None
         self.safely(self._hand_on, call)
 
     def safely(self, step: Callable[[Call], object], call: Call) -> None:
@@ -94,16 +112,17 @@ class Bridge:
         self._submit(call, is_control)
 
     def _submit(self, call: Call, is_control: bool = False) -> None:
-        is_under_way = call.forwarding is not None and call.forwarding.stage is Stage.SENT  # maybe in part
+        forwarding = call.forwarding
+        is_under_way = call.download is not None or (forwarding is not None and forwarding.stage is Stage.SENT)
         if not self.pool.submit(call, is_control, is_under_way=is_under_way):
             call.refuse()
 
     # Small bodies come in without a worker thread: Granian's thread, which also brings each piece of them.
 
     def _collect(self, call: Call) -> None:
-        assert self.proxy is not None and self.express is not None
+        assert self.express is not None
         body = call.body
-        if body is not None and not body.is_done and body.is_small(self.proxy.route.small_body):
+        if body is not None and not body.is_done and body.is_small(self.small_body):
             missing = body.missing()
             if missing is not None:
                 when_done(missing, lambda _: self._go_on(call))  # first, or it could undo what a worker waits for
@@ -122,16 +141,93 @@ class Bridge:
             if call.started <= oldest and self._collecting.pop(call, call) is not call:
                 self.safely(self._submit, call)
 
+    # Answers that their clients do not read at once.
+
+    @property
+    def downloads(self) -> int:
+        return len(self._downloads)
+
+    def begin_download(self, call: Call) -> None:
+        self._downloads[call] = None
+        self._note_downloads()
+
+    def end_download(self, call: Call) -> None:
+        self._downloads.pop(call, None)
+        self._note_downloads()
+
+    def _note_downloads(self) -> None:
+        few = len(self._downloads) < MANY_DOWNLOADS
+        self.most_held, self.patience = (SMALL_BODY, BRIEF_SECONDS) if few else (WHOLE_STREAM, 0.0)
+
+    def park(self, call: Call) -> None:
+        """Called by whoever had it; from here on it may be somebody else's."""
+        assert call.download is not None
+        promise = call.download.promise
+        self._parked[call] = call.download.deadline
+        when_done(promise, lambda _: self._go_on_with(call))
+        if call.is_gone and self._take(call):  # its leaving may have been looked at before
+            call.abandon()
+
+    def _take(self, call: Call) -> bool:
+        """True if it was parked: it is ours now."""
+        return self._parked.pop(call, None) is not None
+
+    def _go_on_with(self, call: Call) -> None:
+        """Its client has read, or left. Granian's thread, or the one that parks it: must not block."""
+        if not self._take(call):
+            return
+        assert call.download is not None
+        call.download.note_room()
+        if call.download.is_here and (call.body is None or call.body.is_done):
+            call.answer()
+        else:
+            self.safely(self._resume, call)
+
+    def _resume(self, call: Call) -> None:
+        self._submit(call, self._is_control(call.scope["path"]))
+
+    def _end_slow_downloads(self, now: float) -> None:
+        """The loop thread. All are cut in one pass, and before they are recorded."""
+        late = [call for call, deadline in self._parked.copy().items() if deadline <= now and self._take(call)]
+        if late:
+            accepted.cut_all({call.addresses for call in late})
+            for call in late:
+                call.abandon(ClientStalled)
+
     def finish(self, call: Call) -> None:
         self._calls.pop(call, None)
+
+    def source_of(self, host: str) -> str:
+        """Whose requests share the worker threads: an address, in IPv6 the network that one customer has. "" for a
+        proxy that is trusted."""
+        if self.trusted and is_in_networks(host, self.trusted):
+            return ""
+        return network_of(host)
 
     @property
     def active(self) -> int:
         return len(self._calls)
 
-    def clients(self) -> set[accepted.Address]:
-        """Addresses that have a request in flight."""
-        return {call.scope["client"] for call in list(self._calls)}
+    def has_paused(self, client: accepted.Address) -> bool:
+        """True if a request body of this connection waits for its backend."""
+        return any(call.is_paused for call in list(self._calls) if call.scope["client"] == client)
+
+    @property
+    def ahead_bytes(self) -> int:
+        """Of one request body: what may be asked for before it is needed."""
+        return min(AHEAD_BYTES, AHEAD_IN_ALL // max(self.active, 1))
+
+    @property
+    def small_body(self) -> int:
+        """Bytes of a body that needs no thread."""
+        assert self.proxy is not None
+        return min(self.proxy.route.small_body, SMALL_IN_ALL // max(self.active, 1))
+
+    def used(self) -> Callable[[accepted.Address], bool]:
+        """What tells of a client whether it has a request in flight, or had one since `used` was last asked for."""
+        begun, self._begun = self._begun, {}
+        known = begun.keys() | {call.scope["client"] for call in list(self._calls)}
+        return lambda client: client in known or client in self._begun
 
     # Noticing that a client has left: the loop thread begins it, Granian's ends it.
 
@@ -140,7 +236,9 @@ class Bridge:
         while True:
             await asyncio.sleep(WATCH_AFTER_SECONDS)
             try:
-                self._look_around(time.monotonic() - WATCH_AFTER_SECONDS)
+                now = time.monotonic()
+                self._look_around(now - WATCH_AFTER_SECONDS)
+                self._end_slow_downloads(now)
             except Exception:  # it must go on, or nobody would notice any more that clients leave
                 log.exception("watching clients failed")
 
@@ -165,7 +263,9 @@ class Bridge:
 
     def _lost(self, call: Call) -> None:
         call.disconnect()
-        if self.pool.withdraw(call):
+        if self._take(call):
+            call.abandon()
+        elif self.pool.withdraw(call):
             call.refuse()
 
     def abort(self) -> None:

@@ -18,10 +18,11 @@ from urllib.parse import unquote_to_bytes
 
 from balancer import accepted
 from balancer.clientbody import ClientBody
-from balancer.errors import BalancerError, ClientGone
+from balancer.download import Download
+from balancer.errors import BalancerError, ClientGone, ClientStalled
 from balancer.incoming import CLIENT, HEADER_LINES, Incoming, RequestBody, add_headers
 from balancer.messages import SERVER_LINE, parse_content_length
-from balancer.promise import wait_for
+from balancer.promise import is_done_within
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -45,8 +46,11 @@ class Call:
     waited for on its behalf.
 
     It belongs to one thread at a time: Granian's that brings it, then maybe a worker, the express thread, a worker
-    again. `_lock` guards `_attached` and the setting of `is_gone`, for which the client's leaving comes from Granian's
-    thread at any time; `is_gone` only ever becomes True, and may be read without the lock.
+    again. While its client has no room for more of its `download` it is parked with the bridge and belongs to nobody:
+    whoever takes it out goes on with it.
+
+    `_lock` guards `_attached` and the setting of `is_gone`, for which the client's leaving comes from Granian's thread
+    at any time; `is_gone` only ever becomes True, and may be read without the lock.
     """
 
     __slots__ = (
@@ -59,6 +63,7 @@ class Call:
         "is_gone",
         "is_watched",
         "body",
+        "download",
         "_lock",
         "_attached",
         "_status",
@@ -78,6 +83,7 @@ class Call:
         self.is_gone = False
         self.is_watched = False
         self.body: ClientBody | None = None  # there is none, or nobody has looked yet
+        self.download: Download | None = None  # once the answer is more than can be handed over whole
         self._lock = Lock()
         self._attached: Abortable | None = None
         self._status: int | None = None
@@ -92,6 +98,11 @@ class Call:
             return self.body.is_done and not self.body.is_spent
         framing = (b"content-length", b"transfer-encoding")  # in the queue, nobody has looked yet
         return self.scope["http_version"] != "2" and not any(name in framing for name, _ in self.scope["headers"])
+
+    @property
+    def is_paused(self) -> bool:
+        """Its client may have to wait until its backend reads on; once it is answered, nobody waits for that."""
+        return self.body is not None and self.body.is_paused and not self._is_started
 
     # The client left: called by Granian's thread, or the loop's. `attach` and `detach` are called by the worker thread.
 
@@ -125,6 +136,11 @@ class Call:
     def addresses(self) -> tuple[accepted.Address, accepted.Address]:
         return self.scope["client"], self.scope["server"]
 
+    @property
+    def source(self) -> str:
+        """Whose share of the worker threads it uses; "" has no limit."""
+        return self.bridge.source_of(self.scope["client"][0])
+
     # The thread that it belongs to.
 
     @property
@@ -137,18 +153,33 @@ class Call:
 
     def _go_on(self) -> None:
         express = self.bridge.express
-        if express is None or not express.connect(self):
-            self.answer()
+        if self.download is not None or express is None or not express.connect(self):
+            self.answer(self.bridge.patience)
 
-    def answer(self) -> None:
-        """Never raises."""
+    def answer(self, patience: float = 0.0) -> None:
+        """Answer, or go on with the answer. Waits at most so long for the client to read on; the call is parked then,
+        and maybe somebody else's. Never raises."""
+        is_over = True
         try:
-            self._run()
+            is_over = self._run(patience)
         except ClientGone:
             if self._is_started and not self.is_gone:  # slow; else there is nobody to be cut, or nothing was sent
                 self.cut()
         except Exception:
             self._fail()
+        finally:
+            if is_over:
+                self._end()
+        if not is_over:
+            self.bridge.park(self)
+
+    def abandon(self, why: type[ClientGone] = ClientGone) -> None:
+        """End a download that is parked, or about to go on. Neither blocks nor raises."""
+        try:
+            assert self.download is not None
+            self.download.close(why)
+        except Exception:
+            log.exception("closing an answer failed")
         finally:
             self._end()
 
@@ -168,16 +199,24 @@ class Call:
 
     def _end(self) -> None:
         self.forwarding = None  # it refers to us: garbage of the slow kind otherwise
+        if self.download is not None:
+            self.download = None  # as well
+            self.bridge.end_download(self)
         self.bridge.finish(self)
         self._watcher.done()
 
-    def _run(self) -> None:
-        if self.forwarding is not None:
-            self._pass_on(self.forwarding.run())
-        else:
-            self._stream(self.bridge.app(self._environ(), self.start_response))
+    def _run(self, patience: float) -> bool:
+        """False if the client has to read something first."""
+        if self.download is None:
+            if self.forwarding is not None:
+                self._pass_on(self.forwarding.run())
+            else:
+                self._stream(self.bridge.app(self._environ(), self.start_response))
+        if self.download is not None and not self._send_on(self.download, patience):
+            return False
         if self.body is not None and not (self.body.is_done or self.is_gone):
             self._end_early(self.body)
+        return True
 
     def _pass_on(self, answer: Answer) -> None:
         self._status, self._headers = answer.status, answer.lines
@@ -187,20 +226,37 @@ class Call:
             self._stream(answer.body)
 
     def _stream(self, chunks: Iterable[bytes]) -> None:
+        self.download = Download(self.bridge, chunks, self._length(), is_http2=self.scope["http_version"] == "2")
+        self.bridge.begin_download(self)
+
+    def _send_on(self, download: Download, patience: float) -> bool:
+        """False if the client has to read what it has first; True at the end, or if it has left."""
+        is_over = True
         try:
-            for chunk in chunks:
-                if not self._is_started and self._is_whole(chunk):
-                    self._emit_last(chunk)  # else hyper may close while the rest of a refused body is still coming
-                elif not self._is_ended:  # else the app has something to do after its last chunk
-                    self._emit(chunk)
-                if self.is_gone:
-                    return
-            if not self._is_ended:
-                self._emit_last(b"")
+            while not self.is_gone:
+                if not download.has_room(patience):
+                    is_over = False
+                    return False
+                piece = download.next_piece()
+                if piece is None:
+                    if not self._is_ended:
+                        self._emit_last(b"")
+                    return True
+                if not self._is_started and self._is_whole(piece):
+                    self._emit_last(piece)  # else hyper may close while the rest of a refused body is still coming
+                elif not self._is_ended:  # else the app has something to do after its last piece
+                    download.sent(len(piece), self._emit(piece))
+            return True
         finally:
-            close = getattr(chunks, "close", None)
-            if close is not None:
-                close()
+            if is_over:
+                download.close()
+
+    def _length(self) -> int | None:
+        """Bytes of the body, if its head tells."""
+        lengths = [value for name, value in self._headers if name == b"content-length"]
+        with contextlib.suppress(ValueError):  # an app may say anything
+            return parse_content_length(lengths[0]) if lengths else None
+        return None
 
     def _is_whole(self, chunk: bytes) -> bool:
         """If it is all of the body."""
@@ -229,6 +285,11 @@ class Call:
 
     def refuse(self) -> None:
         """Answer that there is no room, in the calling thread. Neither blocks nor raises."""
+        if self.download is not None:  # too late for an answer
+            if not self.is_gone:
+                self.cut()
+            self.abandon()
+            return
         try:
             self._is_last = not self.may_be_watched()  # nobody will read the rest of its body
             if self.forwarding is not None:
@@ -250,7 +311,12 @@ class Call:
         self._headers = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers]
         if not any(name == b"server" for name, _ in self._headers):
             self._headers.append(SERVER_LINE)
-        return self._emit
+        return self._write
+
+    def _write(self, chunk: bytes) -> None:
+        """What PEP 3333 has for apps that cannot do without. Blocks while the client is slow."""
+        if not is_done_within(self._emit(chunk), self.bridge.idle_timeout):
+            raise ClientStalled("the client read nothing in time")
 
     def _start(self) -> None:
         if self._status is None:
@@ -262,25 +328,19 @@ class Call:
         self._is_started = True
         self.protocol.send({"type": "http.response.start", "status": self._status, "headers": self._headers})
 
-    def _emit(self, chunk: bytes) -> None:
-        """Send a piece; an empty first one sends the head alone. Blocks while the client is slow."""
+    def _emit(self, chunk: bytes) -> Any:
+        """Send a piece; an empty first one sends the head alone. Returns Granian's promise, None if there is none."""
         if not self._is_started:
             self._start()
         elif not chunk:
-            return
-        self._flush(self.protocol.send({"type": "http.response.body", "body": chunk, "more_body": True}))
+            return None
+        return self.protocol.send({"type": "http.response.body", "body": chunk, "more_body": True})
 
     def _emit_last(self, chunk: bytes) -> None:
         if not self._is_started:
             self._start()
-        promise = self.protocol.send({"type": "http.response.body", "body": chunk, "more_body": False})
+        self.protocol.send({"type": "http.response.body", "body": chunk, "more_body": False})
         self._is_ended = True
-        self._flush(promise)
-
-    def _flush(self, promise: Any) -> None:
-        """Wait if the client is slow; else what Granian returned was finished when it was made."""
-        if hasattr(promise, "done"):
-            wait_for(promise, self.bridge.idle_timeout)
 
     def receive(self, timeout: float | None = None) -> list[bytes]:
         """What has come of the request body, [] at its end. Raises ClientGone, ClientTooSlow."""
@@ -322,7 +382,9 @@ class Call:
             with contextlib.suppress(ValueError):  # who reads it refuses what is not a number
                 known = parse_content_length(length.encode("latin-1"))
         if length or is_chunked or is_http2:
-            self.body = ClientBody(self.protocol, self.bridge, known, is_http2=is_http2, is_expected=is_expected)
+            self.body = ClientBody(
+                *(self.protocol, self.bridge, self.scope["client"], known), is_http2=is_http2, is_expected=is_expected
+            )
         return self.body is not None and not length
 
     def _path(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from balancer.backends import Backend
+from balancer.backends import EXPLAINED, Backend
 from balancer.news import Note
 
 
@@ -20,6 +20,7 @@ class Candidates:
         self.absent: dict[str, str] = {}  # why each of the others is not among them
         self.is_conditional = False  # not everybody in `ready` takes every request: ask `narrow`
         self.is_panicking = False
+        self.are_many = False  # too many to explain each of them
         self._backends = backends
         self._note = note
 
@@ -33,6 +34,7 @@ class Candidates:
         known = [backend for backend in wanted if backend.health.status != "unknown"]
         self._panic(len(ready) < panic_threshold * len(known))
         self.ready = tuple(known if self.is_panicking else ready)
+        self.are_many = len(backends) > EXPLAINED
         names = {backend.id for backend in self.ready}
         self.absent = {backend.id: backend.absence for backend in backends if backend.id not in names}
         self.is_conditional = any(

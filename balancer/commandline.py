@@ -64,8 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check, show, file = parsed.pop("check_config"), parsed.pop("print_config"), parsed.pop("config")
     if file is None and (name := os.environ.get("LB_CONFIG", "").strip()):
         file = Path(name)
-    for warning in settings.warnings():
-        print(f"load_balancer.py: warning: {warning}", file=sys.stderr)
+    _warn(settings.warnings())
     try:
         config, sources = settings.load(parsed, file=file)
         if show:
@@ -74,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         app = create_app(config, sources)
         if check:
             server.cpus(config.cpu_affinity)
+            _warn(settings.advice(config))
             print("configuration ok")
             return 0
         if file is not None:
@@ -100,6 +100,7 @@ def run(app: Flask) -> int:
     )
     listeners = balancer.listen(app.wsgi_app)
     server.pin(server.cpus(config.cpu_affinity))
+    _warn(settings.advice(config))
     names = ("listening on", "control API on")
     where = ", ".join(f"{name} {_url(listener)}" for name, (_, listener) in zip(names, listeners, strict=False))
     with contextlib.suppress(OSError):  # a full disk, or nobody reads: no reason not to serve
@@ -119,6 +120,11 @@ def run(app: Flask) -> int:
         on_stop=balancer.stop,
         on_hangup=balancer.hang_up if balancer.configuration.read is not None else None,
     )
+
+
+def _warn(lines: list[str]) -> None:
+    for line in lines:
+        print(f"load_balancer.py: warning: {line}", file=sys.stderr)
 
 
 def _client_limit(config: Settings) -> int:

@@ -20,8 +20,9 @@ _TCP_INFO = int(getattr(socket, "TCP_INFO", 0))
 _ESTABLISHED, _RECEIVED_AT, _INFO_SIZE = 1, 128, 136
 _received = struct.Struct("@Q").unpack_from
 # Bytes per receive: 128 KiB of body and a head. Each piece is handed on by a switch of threads, so larger is cheaper;
-# and a slow client has up to five of them in flight, so larger is more memory.
+# and a slow client has up to six of them in flight, so larger is more memory: `download` says how much is asked for.
 CHUNK = 135168
+FIRST = 33792  # of an answer, 32 KiB of body and a head: nobody knows yet how fast its client reads
 CLOSE_ENOUGH = 0.99  # of a time limit
 
 
@@ -72,7 +73,7 @@ class Connection:
     def set_timeout(self, seconds: float) -> None:
         """For sends and receives from now on. What is left of a limit is hardly less at each step of a request: that is
         not worth two system calls."""
-        if self._timeout * CLOSE_ENOUGH <= seconds <= self._timeout:
+        if seconds == self._timeout or self._timeout * CLOSE_ENOUGH <= seconds < self._timeout:
             return
         self._timeout = seconds
         if self.is_tls:  # the ssl module retries a receive that the kernel timed out, so Python must do the timing
@@ -85,10 +86,10 @@ class Connection:
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
 
-    def receive(self) -> bytes:
-        """Up to CHUNK bytes, b"" at EOF. Raises ResponseTimedOut, ConnectionLost."""
+    def receive(self, most: int = CHUNK) -> bytes:
+        """Up to `most` bytes, b"" at EOF. Raises ResponseTimedOut, ConnectionLost."""
         try:
-            data = self.sock.recv(CHUNK)
+            data = self.sock.recv(most)
         except (TimeoutError, BlockingIOError):
             raise ResponseTimedOut(f"{self.origin.url} sent nothing for {self._timeout:g} s") from None
         except OSError as error:
@@ -96,12 +97,12 @@ class Connection:
         self._received += len(data)
         return data
 
-    def receive_now(self) -> bytes | None:
+    def receive_now(self, most: int = CHUNK) -> bytes | None:
         """What is here already, None if nothing is. Raises ConnectionLost."""
         if not DONTWAIT or self.is_tls:
-            return self._receive_readable()
+            return self._receive_readable(most)
         try:
-            data = self.sock.recv(CHUNK, DONTWAIT)
+            data = self.sock.recv(most, DONTWAIT)
         except BlockingIOError:
             return None
         except OSError as error:
@@ -109,13 +110,13 @@ class Connection:
         self._received += len(data)
         return data
 
-    def _receive_readable(self) -> bytes | None:
+    def _receive_readable(self, most: int) -> bytes | None:
         if not self.is_tls:  # Windows
-            return self.receive() if self.has_input() else None
+            return self.receive(most) if self.has_input() else None
         # A readable TLS socket may hold a session ticket only, and no byte for us.
         self.sock.settimeout(0)
         try:
-            return self.sock.recv(CHUNK)
+            return self.sock.recv(most)
         except (ssl.SSLWantReadError, BlockingIOError):
             return None
         except OSError as error:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from flask import current_app
 
@@ -17,6 +17,9 @@ from balancer.metrics import Metrics
 from balancer.pool import BackendPool
 from balancer.reload import Configuration, Plan
 from balancer.statistics import Statistics
+
+if TYPE_CHECKING:
+    from balancer.access import Access
 
 Lifecycle = Literal["starting", "running", "draining"]
 
@@ -34,6 +37,7 @@ class Control:
     metrics: Metrics = field(init=False)  # reads the others, so it comes last
     dashboard: Path
     configuration: Configuration
+    access: Access
     prefix: str = ""
     queued: Callable[[], int] = lambda: 0
     reload: Callable[[bool], Plan] = field(init=False)  # True only asks what it would do

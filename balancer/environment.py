@@ -15,7 +15,7 @@ from balancer.errors import SettingsError
 
 # Names that are not LB_ + NAME: those of the earlier program. They count less than the regular ones.
 LEGACY = {"ALGORITHM": "algorithm"}
-SECRET_FILES = {"LB_ADMIN_TOKEN_FILE": "admin_token"}
+SECRET_FILES = {"LB_ADMIN_TOKEN_FILE": "admin_token", "LB_PAGE_TOKEN_FILE": "page_token"}
 NO_SETTINGS = ("LB_CONFIG", "LB_URL")  # the configuration file; where test_client.py looks for the balancer
 TEST_CLIENT = "LB_TEST_"
 # What Kubernetes tells every container of a Service called `lb` or `lb-...`, as Docker does of linked containers:
@@ -38,6 +38,11 @@ def read(environ: Mapping[str, str], settings: Collection[str]) -> dict[str, str
             except (OSError, UnicodeDecodeError) as error:
                 raise SettingsError(f"{name}={path}: {getattr(error, 'strerror', None) or error}") from None
     return found
+
+
+def secret_files(environ: Mapping[str, str]) -> list[str]:
+    """Files that are named there, as they are named."""
+    return [path for name in SECRET_FILES if (path := environ.get(name, "").strip())]
 
 
 def unknown(environ: Mapping[str, str], settings: Collection[str]) -> list[str]:

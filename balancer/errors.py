@@ -6,8 +6,9 @@ the socket boundary (`connection`, `response`, `transport`); nothing above it ne
 
     BalancerError
       SettingsError         bad usage or configuration (exit code 2)
-      ClientError           the request is at fault: 400, 405, 408, 413, 431, 501, 508
+      ClientError           the request is at fault: 400, 403, 405, 408, 413, 431, 501, 508
       ClientGone            the client left before its answer was complete: 499 in logs, never sent
+        ClientStalled         it read too slowly, and was cut off
       Unavailable           no backend: 503 with Retry-After
         NoRoom                all are full, and nothing became free in time
         OutOfDescriptors      this process may open no more sockets
@@ -23,9 +24,11 @@ the socket boundary (`connection`, `response`, `transport`); nothing above it ne
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import requests.exceptions as requests_errors
+
+from balancer.texts import shown
 
 
 class BalancerError(Exception):
@@ -35,6 +38,13 @@ class BalancerError(Exception):
     reason: str = "proxy_internal_error"
     public: ClassVar[str] = ""  # what a client is told instead of the text, if that names things inside
     headers: tuple[tuple[bytes, bytes], ...] = ()  # of the answer, names in lower case
+
+    def to_keep(self) -> Self:
+        """Itself, without the traceback and what came before it: these refer to whoever keeps it and to all that they
+        hold, such as an answer of 64 KiB. That would be garbage of the slow kind, and a hostile backend could pile it
+        up."""
+        self.__context__ = self.__cause__ = None
+        return self.with_traceback(None)
 
 
 class SettingsError(BalancerError):
@@ -77,6 +87,13 @@ class TooManyHeaders(ClientError):
     status = 431
 
 
+class WorkerRefused(ClientError):
+    """The script of a service worker that could take over the pages of the control API."""
+
+    status = 403
+    reason = "http_request_denied"
+
+
 class BodyTooLarge(ClientError):
     """The request body is larger than `max_request_body`."""
 
@@ -95,6 +112,12 @@ class ClientGone(BalancerError):
 
     status = 499
     reason = "client_gone"
+
+
+class ClientStalled(ClientGone):
+    """The client did not read its answer: not for `idle_timeout`, or at less than `min_body_rate`."""
+
+    reason = "client_too_slow"
 
 
 class Unavailable(BalancerError):
@@ -123,11 +146,18 @@ class OutOfDescriptors(Unavailable):
 
 
 class BackendError(BalancerError, requests_errors.RequestException):
-    """A backend failed. `requests` users can catch it as they catch any of its exceptions."""
+    """A backend failed. `requests` users can catch it as they catch any of its exceptions.
+
+    Its text goes into records, reasons, events and logs, and much of it comes from the backend: so it is cut and made
+    printable here, for all of them.
+    """
 
     status = 502
     reason = "destination_unavailable"
     public = "the backend failed"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shown(message))
 
 
 class ConnectFailed(BackendError, requests_errors.ConnectionError):

@@ -135,13 +135,13 @@ class Express:
     def _look(self, call: Call) -> None:
         sent = self._sent(call)
         try:
-            is_whole = self._adapter.look(sent)
+            is_whole = self._adapter.look(sent, call.bridge.most_held)
         except Exception:  # no call may be lost: its client would wait for ever
             log.exception("looking at an answer failed")
             sent.failure = InvalidResponse(f"{sent.connection.origin.url}: its answer could not be read")
             is_whole = False
         if is_whole:
-            call.answer()  # nothing to wait for
+            call.answer()
         else:
             self._hand_over(call)
 

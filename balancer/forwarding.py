@@ -8,11 +8,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from balancer.answer import Answer, ResponseStream, refusal, to_options
 from balancer.attempts import Attempts, no_thread
+from balancer.backends import EXPLAINED
 from balancer.connection import has_left
 from balancer.errors import (
     BackendError,
@@ -21,11 +22,21 @@ from balancer.errors import (
     ClientGone,
     MethodRefused,
     NoRoom,
-    TooManyHeaders,
     Unavailable,
+    WorkerRefused,
 )
 from balancer.exchange import METHOD_KEPT, PATH_KEPT, Exchange
-from balancer.messages import ALLOWED, REFUSED_METHODS, Line, check_target, count_down, max_forwards, request_id
+from balancer.messages import (
+    ALLOWED,
+    REFUSED_METHODS,
+    Line,
+    check_target,
+    count_down,
+    max_forwards,
+    narrowed,
+    request_id,
+    scope_of,
+)
 from balancer.outgoing import OutgoingRequest
 from balancer.route import REPLAY_LIMIT, Route
 from balancer.stage import Stage
@@ -37,6 +48,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("balancer.proxy")
 
+WHOLE_STREAM = 16384  # bytes of an answer that is handed over whole in HTTP/2, where a client may leave many unread
 INTERNAL_ERROR = "internal error, the log of the balancer has the cause"
 
 
@@ -88,7 +100,7 @@ class Forwarding:
                 return self._decided(self._decision)
             return self._answer(self._attempts.exchange(self.stage, self.sent))
         except BalancerError as error:
-            return self._decided(error)
+            return self._decided(error.to_keep())
         except Exception:  # ours, not the client's or a backend's: the log has the traceback, the client one line
             log.exception("request %s failed", self._record.request_id)
             return self._decided(BalancerError(INTERNAL_ERROR))
@@ -115,7 +127,7 @@ class Forwarding:
         except BackendError:
             self.stage = Stage.FAILED
         except BalancerError as error:
-            self._decision = error
+            self._decision = error.to_keep()
         except Exception:
             log.exception("request %s failed", self._record.request_id)
             self._decision = BalancerError(INTERNAL_ERROR)
@@ -139,15 +151,18 @@ class Forwarding:
 
     def _admit(self) -> None:
         """By its head alone: no body is read for what is refused here. Raises ClientError."""
-        incoming, options = self._incoming, self._options
+        incoming = self._incoming
         method, head = incoming.method, incoming.head
-        if len(incoming.lines) > options.max_header_count:
-            raise TooManyHeaders(f"{len(incoming.lines)} header lines, at most {options.max_header_count} are accepted")
         if method in REFUSED_METHODS:
             raise MethodRefused(f"{method} is not supported", ALLOWED)
         check_target(method, incoming.target)
         if head.refusal is not None:
             raise head.refusal
+        if head.is_worker_script and self._route.covers_control(scope_of(incoming.target)):
+            raise WorkerRefused(
+                "a service worker from here could take over the control API; "
+                "serve its script from a folder of its own, or set control_port"
+            )
         self._record.trace_id = head.trace_id
         self.stage = Stage.ADMITTED
         if method == "OPTIONS" and max_forwards(incoming.values(b"max-forwards")) == 0:
@@ -194,7 +209,9 @@ class Forwarding:
     def _answer(self, response: BackendResponse) -> Answer:
         status, body = response.status_code, response.body
         lines = self._with_own(response.head.onward)
-        if body.is_complete:
+        if self._incoming.head.is_worker_script:
+            lines = narrowed(lines, self._route.covers_control)
+        if body.is_complete and (self._incoming.version != "2" or len(body.buffered) <= WHOLE_STREAM):
             data = body.read_chunk()
             self._record.bytes_out = len(data)
             self.finish(status)
@@ -213,7 +230,7 @@ class Forwarding:
         if isinstance(decision, BalancerError):
             self._record.error = str(decision)
             if isinstance(decision, Unavailable):
-                self._record.excluded = decision.excluded
+                self._record.excluded = dict(islice(decision.excluded.items(), EXPLAINED))
             self.finish(decision.status, reason=decision.reason, complete=not isinstance(decision, ClientGone))
             decision = refusal(decision, self._options.balancer_id, self._record.request_id)
         else:

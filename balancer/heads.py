@@ -20,9 +20,11 @@ _STATUS = re.compile(rb"HTTP/1\.1 ([2-5][0-9][0-9]) ([\t\x20-\x7e\x80-\xff]*)\Z"
 _LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t\x20-\x7e\x80-\xff]*)\Z")
 
 MAX_HEAD = 65536  # bytes of a response head, interim responses included; also of chunk framing or trailers at a stretch
-# What backends send must not fill the memory: so many lines and heads, and none longer than so many bytes.
-LINES_KEPT, LONGEST_LINE = 1024, 128
-HEADS_KEPT, LONGEST_HEAD = 256, 1024
+# What backends send must not fill the memory. Bytes of all status lines, lines and heads that are kept, and of the
+# longest of each; beside its own bytes, twice, a line takes about LINE_BYTES of objects, a head HEAD_BYTES.
+STATUSES_ROOM, LINES_ROOM, HEADS_ROOM = 65536, 262144, 1048576
+LONGEST_LINE, LONGEST_HEAD = 128, 1024
+LINE_BYTES, HEAD_BYTES = 250, 700
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +56,12 @@ def _parse_line(line: bytes) -> Line | None:
     return name, value
 
 
-def _is_short_line(line: bytes, parsed: object) -> bool:
-    return len(line) <= LONGEST_LINE
+def _weigh_line(line: bytes, parsed: object) -> int:
+    return LINE_BYTES + 2 * len(line) if len(line) <= LONGEST_LINE else 0
 
 
-_statuses = Table(_parse_status, LINES_KEPT, _is_short_line)
-_lines = Table(_parse_line, LINES_KEPT, _is_short_line)
+_statuses = Table(_parse_status, STATUSES_ROOM, _weigh_line)
+_lines = Table(_parse_line, LINES_ROOM, _weigh_line)
 
 
 def _parse_head(data: bytes) -> PlainHead | None:
@@ -93,7 +95,14 @@ def _parse_head(data: bytes) -> PlainHead | None:
     )
 
 
-_heads = Table(_parse_head, HEADS_KEPT, lambda data, head: len(data) <= LONGEST_HEAD)
+def _weigh_head(data: bytes, head: PlainHead | None) -> int:
+    """Its lines may be in no other table any more."""
+    if len(data) > LONGEST_HEAD:
+        return 0
+    return HEAD_BYTES + 2 * len(data) + LINE_BYTES * (len(head.lines) if head is not None else 0)
+
+
+_heads = Table(_parse_head, HEADS_ROOM, _weigh_head)
 
 
 def parse_plain(data: bytes) -> PlainHead | None:

@@ -66,11 +66,11 @@ class Incoming:
             heads,
             environ["REQUEST_METHOD"],
             environ["PATH_INFO"],
-            _raw_target(environ),
+            raw_target(environ),
             version,
             environ["wsgi.url_scheme"],
             environ.get("REMOTE_ADDR") or "unknown",
-            _header_lines(environ),
+            header_lines(environ),
         )
         made.length = environ.get("CONTENT_LENGTH") or ""
         made.is_ended = bool(environ.get("wsgi.input_terminated"))
@@ -103,24 +103,27 @@ class Incoming:
         Raises ClientGone if it ends early, BodyTooLarge past `limit` bytes.
         """
         received = 0
-        while length is None or received < length:
-            assert self.stream is not None  # there is none only for an empty body
-            if isinstance(self.stream, RequestBody):
-                pieces = self.stream.receive()
-            else:
-                data = self.stream.read(READ_SIZE if length is None else min(READ_SIZE, length - received))
-                pieces = [data] if data else []
-            if not pieces:
-                if length is not None:
-                    raise ClientGone(f"the client sent {received} of {length} bytes")
-                return
+        while pieces := self._next(length, received):
             received += sum(map(len, pieces))
             if limit is not None and received > limit:
                 raise BodyTooLarge(f"the request body has more than {limit} bytes")
             yield pieces
+            if received == length:
+                return
+        if length:
+            raise ClientGone(f"the client sent {received} of {length} bytes")
+
+    def _next(self, length: int | None, received: int) -> list[bytes]:
+        """[] at the end. Another server than ours is not asked for more than there is: it might wait for it for ever
+        (PEP 3333)."""
+        assert self.stream is not None  # there is none only for an empty body
+        if isinstance(self.stream, RequestBody):
+            return self.stream.receive()
+        data = self.stream.read(READ_SIZE if length is None else min(READ_SIZE, length - received))
+        return [data] if data else []
 
 
-def _header_lines(environ: WSGIEnvironment) -> list[Line]:
+def header_lines(environ: WSGIEnvironment) -> list[Line]:
     """Header lines as received; under a server that does not give them, what WSGI left of them."""
     lines: list[Line] | None = environ.get(HEADER_LINES)
     if lines is None:
@@ -134,7 +137,7 @@ def _header_lines(environ: WSGIEnvironment) -> list[Line]:
     return lines
 
 
-def _raw_target(environ: WSGIEnvironment) -> bytes:
+def raw_target(environ: WSGIEnvironment) -> bytes:
     """The request target byte for byte; under a server that does not give it, the path is quoted again."""
     target: str = environ.get("REQUEST_URI") or environ.get("RAW_URI") or ""
     if target.startswith("/") or target == "*":

@@ -54,12 +54,7 @@ M = TypeVar("M", bound=Body)
 
 def read_body(model: type[M]) -> M:
     """The request body as `model`. Raises ApiError 413 if it is too large, 400 if no JSON, 422 for a wrong value."""
-    try:
-        data = request.get_data()
-    except RequestEntityTooLarge:
-        data = None
-    if data is None or len(data) > MAX_BODY:
-        raise ApiError(413, f"the body is larger than {MAX_BODY} bytes")
+    data = received()
     try:
         given = json.loads(data, parse_constant=_refuse_constant) if data else {}
     except (ValueError, RecursionError) as error:
@@ -72,6 +67,17 @@ def read_body(model: type[M]) -> M:
         known = ", ".join(model.model_fields) or "no fields"
         details = "; ".join(_explain(detail, model) for detail in error.errors(include_url=False))
         raise ApiError(_validation_status(), f"{details} (fields: {known})"[:1000]) from None
+
+
+def received() -> bytes:
+    """The request body as it came. Raises ApiError 413 if it is too large."""
+    try:
+        data = request.get_data()
+    except RequestEntityTooLarge:
+        data = None
+    if data is None or len(data) > MAX_BODY:
+        raise ApiError(413, f"the body is larger than {MAX_BODY} bytes")
+    return data
 
 
 def whole_number(name: str, default: int, maximum: int) -> int:
@@ -90,6 +96,8 @@ def _validation_status() -> int:
 
 
 def _explain(detail: Any, model: type[Body]) -> str:
+    if not detail["loc"]:  # a name that is no text, so pydantic has none to tell: half of a surrogate pair
+        return "the name of a field is not Unicode"
     name = str(detail["loc"][0])
     if detail["type"] == "extra_forbidden":
         return f"unknown field {name[:80]!r}"

@@ -2,10 +2,14 @@
 
 A terminal that is paused, a pipe that nobody reads or a full disk would otherwise stop requests and health checks. What
 cannot be written is dropped and counted.
+
+Whoever logs, and whatever a client or backend has put into it: what is not printable comes out escaped, and only the
+first line of a record begins at the margin, so that nothing passes for a record of its own.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import sys
@@ -13,10 +17,14 @@ from collections import deque
 from collections.abc import Callable
 from threading import Event, Lock, Thread
 
+from balancer.texts import printable, shown
+
 LIMIT = 10_000  # lines that wait to be written: above 100,000 lines a second, or when nobody reads
 BATCH = 100  # lines per write
 GATHER_SECONDS = 0.05  # between the first line and its write, so that many go in one
 STOP_SECONDS = 1.0  # for what is left at the end
+MESSAGE_LOGGED = 8192  # bytes: lines wait in a queue, and nobody must be able to fill the memory with it
+CONTINUED = "\n    "  # between the lines of one record, such as those of a traceback
 
 Line = str | Callable[[], str]  # as text, or what makes it: the writer's thread then has the work
 
@@ -81,20 +89,19 @@ class LogWriter:
         while self._lines:
             lines = [self._lines.popleft() for _ in range(min(BATCH, len(self._lines)))]
             texts = [text for line in lines if (text := self._text(line)) is not None]
-            data = "".join(f"{text}\n" for text in texts).encode("utf-8", "backslashreplace")
+            data = "".join(f"{text}\n" for text in texts).encode()
             if self._write(data):
                 self.written += len(texts)
             else:
                 self._drop(len(texts))
 
     def _text(self, line: Line) -> str | None:
-        if isinstance(line, str):
-            return line
         try:
-            return line()
+            text = line if isinstance(line, str) else line()
         except Exception:  # there is no place to say so, and the thread must outlive it
             self._drop(1)
             return None
+        return CONTINUED.join(map(printable, text.split("\n")))
 
     def _write(self, data: bytes) -> bool:
         """False if it could not be written whole."""
@@ -121,7 +128,7 @@ def standard_output() -> int | None:
 
 
 class LogHandler(logging.Handler):
-    """Log records of the `logging` module, through a LogWriter."""
+    """Log records of the `logging` module, through a LogWriter. A message is one line; a traceback may follow it."""
 
     def __init__(self, writer: LogWriter) -> None:
         super().__init__()
@@ -129,6 +136,8 @@ class LogHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            self._writer.add(self.format(record))
+            single = copy.copy(record)  # other handlers get it as it is
+            single.msg, single.args = shown(record.getMessage(), MESSAGE_LOGGED), None
+            self._writer.add(self.format(single))
         except Exception:  # a message that does not fit its arguments must not fail who logs it
             self.handleError(record)

@@ -6,19 +6,22 @@ Facts this module rests on:
 - Names are compared in lower case (section 5.1).
 - Hop-by-hop fields belong to one connection. They go first, in both directions; what we add comes after, or a client
   could nominate our own fields in `Connection` and have them removed (section 7.6.1).
-- Everything a client says about where it comes from is a claim until its address is in `trusted_proxies`.
+- Everything a client says about where it comes from, or what it was after, is a claim until its address is in
+  `trusted_proxies`: applications believe it, and who was to tell them apart from what a proxy has set?
 """
 
 from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import count
 from secrets import token_hex
+from urllib.parse import unquote
 
-from balancer.errors import ClientError, CodingUnsupported, LoopDetected
+from balancer.errors import ClientError, CodingUnsupported, LoopDetected, TooManyHeaders
+from balancer.tables import Table
 
 Line = tuple[bytes, bytes]
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -40,10 +43,26 @@ HOP_BY_HOP = frozenset(
 # Not for the backend: `Expect` is answered by our server (section 10.1.1), `Proxy` is CVE-2016-5385 (httpoxy), the
 # framing is made anew (section 8.6), and the request id is set by us.
 _NOT_FORWARDED = HOP_BY_HOP | {b"expect", b"proxy", b"content-length", b"x-request-id"}
-_CLAIMS = frozenset({b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host", b"forwarded", b"x-real-ip"})
-_PASSED_ON = frozenset({b"via", b"max-forwards", b"traceparent", b"tracestate"})
-# Every other field goes on as it is, if there is no `_` in its name.
-_NOTABLE = _NOT_FORWARDED | _CLAIMS | _PASSED_ON | {b"host"}
+# What a proxy tells of the client and of what it asked for, and what applications believe: all that begins like this,
+_CLAIMED = (b"x-forwarded-", b"x-original-", b"x-envoy-original-", b"x-ssl-", b"ssl-client-", b"client-cert")
+# and the rest by name: the standard's own, addresses, targets and hosts, schemes and TLS.
+_CLAIMS = frozenset(
+    {
+        *(b"forwarded", b"x-real-ip", b"client-ip", b"x-client-ip", b"true-client-ip", b"x-true-client-ip"),
+        *(b"x-cluster-client-ip", b"x-originating-ip", b"x-remote-ip", b"x-remote-addr", b"x-proxyuser-ip"),
+        *(b"proxy-client-ip", b"wl-proxy-client-ip", b"cf-connecting-ip", b"cf-connecting-ipv6", b"fastly-client-ip"),
+        *(b"fly-client-ip", b"do-connecting-ip", b"x-azure-clientip", b"x-azure-socketip", b"x-appengine-user-ip"),
+        *(b"x-nf-client-connection-ip", b"cloudfront-viewer-address", b"x-envoy-external-address", b"x-envoy-internal"),
+        *(b"x-rewrite-url", b"x-http-destinationurl", b"x-host", b"x-http-host-override", b"x-forwarded"),
+        *(b"x-scheme", b"x-url-scheme", b"front-end-https", b"cf-visitor", b"cloudfront-forwarded-proto", b"x-ssl"),
+        *(b"x-arr-ssl", b"x-arr-clientcert", b"x-client-cert"),
+    }
+)
+# Of these, what we tell ourselves, which is added to what a trusted proxy has told.
+_ADDED_TO = frozenset({b"forwarded", b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host"})
+_PASSED_ON = frozenset({b"via", b"max-forwards", b"traceparent", b"tracestate", b"service-worker"})
+_NOTABLE = _NOT_FORWARDED | _PASSED_ON | {b"host"}
+NAMES_ROOM, NAME_BYTES = 65536, 150  # for names seen before, and of each beside its own bytes
 # `Alt-Svc` names another way to the backend's own origin, which is not ours (RFC 7838 section 2.1).
 _NOT_RETURNED = HOP_BY_HOP | {b"alt-svc", b"x-request-id", b"x-served-by"}
 # What `Connection` may not take away: without it the message means something else.
@@ -62,6 +81,8 @@ _DIGITS = re.compile(rb"[0-9]{1,18}\Z")
 # reg-name, IPv4 or bracketed IPv6, optional port (RFC 3986 section 3.2.2); no user info, no spaces.
 _HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9\-._~!$&'()*+,;=%]+)(?::[0-9]{0,5})?\Z")
 _VISIBLE = bytes(range(0x21, 0x7F))
+# A path that means the same to every reader of URLs: no dots, backslashes, escapes, or host.
+_PLAIN_PATH = re.compile(rb"(?:/[A-Za-z0-9_~-]+)+/?\Z")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:+/=@-]{1,128}\Z")
 
 # W3C Trace Context, section 3.2.2: version, trace id, parent id, flags; later versions may say more after that.
@@ -114,11 +135,25 @@ def is_content_length(value: bytes) -> bool:
     return _DIGITS.match(value) is not None
 
 
+def is_claim(name: bytes) -> bool:
+    """Whether this field says where a request comes from, or what it was after before a proxy changed it."""
+    return name in _CLAIMS or name.startswith(_CLAIMED)
+
+
+def _is_plain(name: bytes) -> bool:
+    """Whether this field goes on as it is. None with `_` does: WSGI and CGI fold that onto `-`, so that X_Forwarded_For
+    would arrive as X-Forwarded-For."""
+    return not (name in _NOTABLE or b"_" in name or is_claim(name))
+
+
+_plain = Table(_is_plain, NAMES_ROOM, lambda name, is_plain: NAME_BYTES + len(name) if len(name) <= 64 else 0)
+
+
 def notable(lines: Iterable[Line]) -> dict[bytes, list[bytes]]:
-    """Values by name, one for each line, of what means something to a gateway: one or two of ten lines, mostly."""
+    """Values by name, one for each line, of what does not just go on: one or two of ten lines, mostly."""
     found: dict[bytes, list[bytes]] = {}
     for name, value in lines:
-        if name in _NOTABLE:
+        if not _plain[name]:
             found.setdefault(name, []).append(value)
     return found
 
@@ -141,7 +176,7 @@ def _options(value: bytes) -> frozenset[bytes]:
     return frozenset(item.strip().lower() for item in value.split(b",")) - _NEVER_NOMINATED
 
 
-_usual_options = lru_cache(maxsize=256)(_options)  # `keep-alive` and `close`, mostly
+_usual_options = lru_cache(maxsize=256)(_options)  # `keep-alive` and `close`, mostly; 1 MB if all are 32 of a letter
 
 
 def check_target(method: str, target: bytes) -> None:
@@ -149,6 +184,12 @@ def check_target(method: str, target: bytes) -> None:
     is_of_form = target.startswith(b"/") or (target == b"*" and method == "OPTIONS")
     if not is_of_form or target.translate(None, _VISIBLE):
         raise ClientError("the request target must be a path")
+
+
+def check_count(lines: Sequence[Line], most: int) -> None:
+    """Raises TooManyHeaders (RFC 6585 section 5)."""
+    if len(lines) > most:
+        raise TooManyHeaders(f"{len(lines)} header lines, at most {most} are accepted")
 
 
 def check_host(hosts: Sequence[bytes], http_version: str) -> None:
@@ -219,7 +260,8 @@ def client_address(peer: str, forwarded_for: str, trusted: Sequence[Network]) ->
         if not is_in_networks(address, trusted):
             break
         try:
-            address = str(ipaddress.ip_address(claim.strip()))
+            # Less an IPv6 zone, which may be any text and is written into logs.
+            address = str(ipaddress.ip_address(claim.strip().partition("%")[0]))
         except ValueError:  # a name, a port, or made up
             break
     return address
@@ -244,44 +286,41 @@ def request_lines(
         lines = join_cookies(lines)
     # HTTP/1.0 without Host: the field is required in what we send, it may be empty (RFC 9112 section 3.2).
     host = found[b"host"][0] if b"host" in found else b""
-    # WSGI and CGI fold `_` onto `-`: X_Forwarded_For would arrive as X-Forwarded-For.
-    kept = [line for line in lines if line[0] not in _NOTABLE and b"_" not in line[0]]
-    claims: dict[bytes, bytes] = {}
+    kept = [line for line in lines if _plain[line[0]]]
+    told: dict[bytes, bytes] = {}  # by a trusted proxy, of what we tell too
     if len(found) > 1 or b"host" not in found:  # more than Host, which is all that most requests have
         kept, claims = _notable_lines(kept, found, pseudonym)
-        if claims and not is_in_networks(peer, trusted):
-            claims = {}
+        if claims and is_in_networks(peer, trusted):
+            kept += [(name, value) for name, values in claims.items() if name not in _ADDED_TO for value in values]
+            told = {name: b", ".join(values) for name, values in claims.items() if name in _ADDED_TO}
     address, protocol = _address(peer), scheme.encode()
-    if b"forwarded" in claims:
-        kept.append((b"forwarded", claims[b"forwarded"] + b", " + _forwarded(address, host, scheme)))
-    if b"x-real-ip" in claims:
-        kept.append((b"x-real-ip", claims[b"x-real-ip"]))
-    forwarded_for = claims.get(b"x-forwarded-for")
+    if b"forwarded" in told:
+        kept.append((b"forwarded", told[b"forwarded"] + b", " + _forwarded(address, host, scheme)))
+    forwarded_for = told.get(b"x-forwarded-for")
     return [
         (b"host", host),
         *kept,
         (b"x-forwarded-for", address if forwarded_for is None else forwarded_for + b", " + address),
-        (b"x-forwarded-proto", claims.get(b"x-forwarded-proto", protocol)),
-        (b"x-forwarded-host", claims.get(b"x-forwarded-host", host)),
+        (b"x-forwarded-proto", told.get(b"x-forwarded-proto", protocol)),
+        (b"x-forwarded-host", told.get(b"x-forwarded-host", host)),
         (b"via", b"%s %s" % (http_version.encode(), pseudonym)),
     ]
 
 
 def _notable_lines(
     kept: list[Line], found: Mapping[bytes, Sequence[bytes]], pseudonym: bytes
-) -> tuple[list[Line], dict[bytes, bytes]]:
-    """(lines that go on, what the client says of where it comes from), less what its `Connection` names."""
+) -> tuple[list[Line], dict[bytes, Sequence[bytes]]]:
+    """(lines that go on, what the client claims), less what its `Connection` names."""
     if any(pseudonym in value for value in found.get(b"via", ())):
         raise LoopDetected("the request has already passed through this load balancer")
     kept += [(name, value) for name, values in found.items() if name in _PASSED_ON for value in values]
     options = frozenset[bytes]().union(*(options_of(value) for value in found.get(b"connection", ())))
     if not options <= HOP_BY_HOP:
         kept = [line for line in kept if line[0] not in options]
-    claims = {name: b", ".join(values) for name, values in found.items() if name in _CLAIMS and name not in options}
-    return kept, claims
+    return kept, {name: values for name, values in found.items() if is_claim(name) and name not in options}
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=1024)  # 0.3 MB
 def _address(peer: str) -> bytes:
     """Without an IPv6 zone, which means nothing to anyone else."""
     return peer.partition("%")[0].encode("ascii", "replace")
@@ -309,6 +348,31 @@ def response_lines(lines: Sequence[Line], status: int, options: frozenset[bytes]
     return kept
 
 
+def scope_of(target: bytes) -> str:
+    """The folder of the script that is asked for: how far it reaches as a service worker, unless its answer says more
+    (W3C Service Workers, section "Service Worker Script Response")."""
+    return unquote(target.partition(b"?")[0].rpartition(b"/")[0], "latin-1") + "/"
+
+
+def narrowed(lines: Iterable[Line], is_too_wide: Callable[[str], bool]) -> list[Line]:
+    """Without a `Service-Worker-Allowed` that is too wide. It is a URL, so what is no plain path may be everything."""
+    return [
+        (name, value)
+        for name, value in lines
+        if name != b"service-worker-allowed"
+        or not is_too_wide(value.decode("ascii") if _PLAIN_PATH.match(value) else "")
+    ]
+
+
+def is_loopback(address: str) -> bool:
+    """Of this machine; an IPv4-mapped IPv6 address counts as IPv4."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return address == "localhost"
+    return bool((getattr(parsed, "ipv4_mapped", None) or parsed).is_loopback)
+
+
 def is_in_networks(address: str, networks: Sequence[Network]) -> bool:
     """True if `address` parses and lies in one of `networks`; an IPv4-mapped IPv6 address counts as IPv4."""
     try:
@@ -317,6 +381,17 @@ def is_in_networks(address: str, networks: Sequence[Network]) -> bool:
         return False
     mapped = getattr(parsed, "ipv4_mapped", None)
     return any((mapped or parsed) in network for network in networks)
+
+
+def network_of(address: str) -> str:
+    """Whoever has one IPv6 address has as many as its /64 holds (RFC 6177); an IPv4 address stands for itself."""
+    if ":" not in address:
+        return address
+    try:
+        parsed = ipaddress.IPv6Address(address.partition("%")[0])
+    except ValueError:
+        return address
+    return str(parsed.ipv4_mapped or ipaddress.IPv6Address(int(parsed) >> 64 << 64))
 
 
 def _forwarded(address: bytes, host: bytes, scheme: str) -> bytes:

@@ -1,6 +1,7 @@
 """Routes that only tell: how it goes now and went before, the settings in force, what the API offers.
 
-They are open to everybody, so no secret may be in an answer.
+No secret may be in an answer. A reader without a token gets no more of paths than may be seen by everybody on this
+machine: of requests the first segment, of files the name.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from typing import Any, cast
 from flask import Blueprint, Response, jsonify, request
 
 from balancer import __version__, openapi, strategies
+from balancer.access import first_segment, is_authorized
 from balancer.control import current_control
-from balancer.guard import current_guard
 from balancer.history import SLOTS
 from balancer.inputs import whole_number
 from balancer.problems import ApiError
@@ -47,20 +48,25 @@ def status() -> Response:
             "uptime": time.monotonic() - control.started,
             "events_seq": control.events.latest,
             "panic": control.pool.is_panicking,
-            "config": control.configuration.summary(),
+            "config": control.configuration.summary(is_authorized()),
             "statistics": whole,
             "backend_servers": backends,
-            "recent_requests": newest,
+            "recent_requests": [_shown(exchange) for exchange in newest],
             "capabilities": _capabilities(),
         }
     )
 
 
+def _shown(exchange: dict[str, Any]) -> dict[str, Any]:
+    return exchange if is_authorized() else exchange | {"path": first_segment(exchange["path"])}
+
+
 def _capabilities() -> dict[str, Any]:
-    guard = current_guard()
+    access = current_control().access
     return {
-        "writes": guard.token is not None or guard.is_loopback,
-        "token_required": guard.token is not None,
+        "writes": access.may_write(),
+        "token_required": access.has_tokens,
+        "authorized": is_authorized(),
         "reload": current_control().configuration.file is not None,
         "traffic": current_control().configuration.settings.control_port is None,  # a port of its own forwards nothing
         "algorithms": strategies.describe(),
@@ -87,18 +93,18 @@ def explain_request(request_id: str) -> Response:
     if exchange is None:
         kept = "kept are the newest, the newest that failed or were retried, and a sample of all others"
         raise ApiError(404, f"no finished request {request_id[:128]!r}; {kept}")
-    return jsonify(exchange.explain())
+    return jsonify(_shown(exchange.explain()))
 
 
 @blueprint.get("/config")
 def show_configuration() -> Response:
     control = current_control()
-    return jsonify(control.configuration.describe(control.pool.algorithm))
+    return jsonify(control.configuration.describe(control.pool.algorithm, is_authorized()))
 
 
 @blueprint.get("/events")
 def events() -> Response:
-    newer, latest = current_control().events.since(whole_number("since", 0, 10**15))
+    newer, latest = current_control().events.since(whole_number("since", 0, 10**15), is_authorized())
     return jsonify({"events": newer, "latest": latest})
 
 
@@ -118,5 +124,5 @@ def history() -> Response:
 
 @blueprint.get("/openapi.json")
 def describe_api() -> Response:
-    guard = current_guard()
-    return jsonify(openapi.document(current_control().prefix, guard.token is not None))
+    control = current_control()
+    return jsonify(openapi.document(control.prefix, control.access.has_tokens))

@@ -174,7 +174,7 @@ PATHS: dict[str, Schema] = {
 
 
 def document(prefix: str = "", protected: bool = False) -> Schema:
-    """The whole description. `prefix` is `control_prefix`; `protected` if writes need the admin token."""
+    """The whole description. `prefix` is `control_prefix`; `protected` if there is a token."""
     components: Schema = {"schemas": schemas.SCHEMAS}
     result: Schema = {
         "openapi": "3.1.0",

@@ -5,12 +5,13 @@ from __future__ import annotations
 import ssl
 from pathlib import Path
 
+from balancer.access import Access
 from balancer.accesslog import AccessLog
 from balancer.ejection import EjectionRules
 from balancer.errors import SettingsError
-from balancer.guard import WriteGuard
 from balancer.health import Probe
 from balancer.judge import PoolOptions
+from balancer.messages import is_loopback
 from balancer.route import RouteOptions
 from balancer.settings import Settings
 from balancer.transport import Timeouts
@@ -41,7 +42,6 @@ def route_options(config: Settings) -> RouteOptions:
     return RouteOptions(
         balancer_id=config.id,
         expose_backend=config.expose_backend,
-        max_header_count=config.max_header_count,
         max_request_body=config.max_request_body,
         retries=config.retries,
         retry_budget=config.retry_budget,
@@ -62,9 +62,10 @@ def set_access_log(log: AccessLog, config: Settings) -> None:
     log.use(config.access_log_format if config.access_log else None, config.networks)
 
 
-def write_guard(config: Settings) -> WriteGuard:
-    token = config.admin_token.get_secret_value() if config.admin_token else None
-    return WriteGuard(token, frozenset(config.cors_origins), config.allow_file_origin, _is_loopback(config.host))
+def access(config: Settings) -> Access:
+    admin, page = (token.get_secret_value() if token else None for token in (config.admin_token, config.page_token))
+    origins = frozenset(config.cors_origins)
+    return Access(admin, page, config.control_reads, origins, is_loopback(config.host), config.networks)
 
 
 def tls_context(ca_file: Path | None) -> ssl.SSLContext | None:
@@ -75,7 +76,3 @@ def tls_context(ca_file: Path | None) -> ssl.SSLContext | None:
         return ssl.create_default_context(cafile=ca_file)
     except (OSError, ssl.SSLError) as error:
         raise SettingsError(f"ca_file {str(ca_file)!r}: {error.strerror or error}; expected a PEM file") from None
-
-
-def _is_loopback(host: str) -> bool:
-    return host == "localhost" or host == "::1" or host.startswith("127.")

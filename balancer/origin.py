@@ -8,8 +8,11 @@ from urllib.parse import urlsplit
 
 from balancer.errors import SettingsError
 
-# Labels of 1 to 63 characters, as Python's resolver demands, or an IPv6 address, maybe with a zone.
-HOST_PATTERN = r"[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*\.?|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*(?:%[A-Za-z0-9._-]+)?"
+# Labels of 1 to 63 characters, as Python's resolver demands; or an IPv6 address in brackets, maybe with a zone.
+_NAME = r"[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*\.?"
+_IPV6 = r"[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*(?:%[A-Za-z0-9._-]+)?"
+# Of the whole authority: urlsplit would drop what stands between a bracket and the port.
+_AUTHORITY = re.compile(rf"(?:{_NAME}|\[{_IPV6}\])(?::[0-9]*)?")
 
 
 class Origin(NamedTuple):
@@ -37,7 +40,7 @@ class Origin(NamedTuple):
             raise SettingsError(f"backend URL {url!r}: expected http://HOST:PORT or https://HOST:PORT")
         if parts.path not in ("", "/") or parts.query or parts.fragment or "?" in url or "#" in url:
             raise SettingsError(f"backend URL {url!r}: must not have a path; requests keep their own")
-        if not parts.hostname or not re.fullmatch(HOST_PATTERN, parts.hostname) or port == 0:
+        if not parts.hostname or not _AUTHORITY.fullmatch(parts.netloc) or port == 0:
             raise SettingsError(f"backend URL {url!r}: expected http://HOST:PORT or https://HOST:PORT")
         return cls(parts.scheme, parts.hostname, port or (443 if parts.scheme == "https" else 80))
 

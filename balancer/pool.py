@@ -151,7 +151,10 @@ class BackendPool:
         backend = strategy.select(candidates, request)
         backend.active += 1
         backend.tally.selected += 1
-        lease = Lease(self, Choice(strategy.name, backend, candidates, active, scores, excluded))
+        choice = Choice(strategy.name, backend, candidates, active, scores, excluded)
+        if current.are_many:
+            choice.shorten()
+        lease = Lease(self, choice)
         if lease.is_trial:
             backend.ejection.is_tried = True
         if self._is_timed:

@@ -37,12 +37,20 @@ def result_of(promise: Any) -> Any:
     raise RuntimeError("Granian returned an awaitable of an unknown kind")
 
 
+def is_done_within(promise: Any, seconds: float) -> bool:
+    """Blocks this thread until it is done, at most so many seconds."""
+    if is_done(promise):
+        return True
+    if seconds <= 0:
+        return False
+    ready = Lock()
+    ready.acquire()
+    when_done(promise, lambda _: ready.release())
+    return ready.acquire(timeout=seconds)
+
+
 def wait_for(promise: Any, seconds: float) -> Any:
     """The result; blocks this thread until it is there. Raises ClientGone after so many seconds."""
-    if not is_done(promise):
-        ready = Lock()
-        ready.acquire()
-        when_done(promise, lambda _: ready.release())
-        if not ready.acquire(timeout=seconds):
-            raise ClientGone("the client neither sent nor read anything in time")
+    if not is_done_within(promise, seconds):
+        raise ClientGone("the client sent nothing in time")
     return result_of(promise)

@@ -9,6 +9,7 @@ A bad file changes nothing. What cannot change while running is named in `needs_
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from balancer import strategies
+from balancer import environment, strategies
 from balancer.backends import Backend
 from balancer.errors import SettingsError
 from balancer.origin import Origin
@@ -27,7 +28,7 @@ from balancer.settings import BackendSettings, Settings, show
 NEEDS_RESTART = frozenset(
     {
         *("id", "host", "port", "control_port", "control_prefix", "ca_file"),
-        *("admin_token", "cors_origins", "allow_file_origin"),
+        *("admin_token", "page_token", "control_reads", "cors_origins", "allow_file_origin"),
         *("max_threads", "max_queued", "thread_idle_timeout", "max_clients", "header_timeout", "max_header_bytes"),
         *("drain_timeout", "shutdown_delay", "cpu_affinity"),
     }
@@ -113,19 +114,30 @@ class Configuration:
                 self.loaded_at, self.last_error = time.time(), None
             return plan
 
-    def describe(self, algorithm: str) -> dict[str, Any]:
-        """Every setting with its value, source, and whether it can change while running; secrets are hidden."""
+    def describe(self, algorithm: str, whole: bool = True) -> dict[str, Any]:
+        """Every setting with its value, source, and whether it can change while running; secrets are hidden, and unless
+        `whole` the folders of files too."""
+        told = str if whole else self.without_folders
         rows: list[dict[str, Any]] = []
         for name in Settings.model_fields:
             value, source = getattr(self.settings, name), self.sources[name]
             if name == "algorithm" and algorithm != value:
                 value, source = algorithm, "api"
-            rows.append({"name": name, "value": show(value), "source": source, "needs_restart": name in NEEDS_RESTART})
-        return {**self.summary(), "settings": rows}
+            row = {"name": name, "value": told(show(value)), "source": told(source)}
+            rows.append({**row, "needs_restart": name in NEEDS_RESTART})
+        return {**self.summary(whole), "settings": rows}
 
-    def summary(self) -> dict[str, Any]:
-        file = None if self.file is None else str(self.file)
-        return {"file": file, "loaded_at": self.loaded_at, "last_error": self.last_error}
+    def summary(self, whole: bool = True) -> dict[str, Any]:
+        told = str if whole else self.without_folders
+        file, error = (None if text is None else told(str(text)) for text in (self.file, self.last_error))
+        return {"file": file, "loaded_at": self.loaded_at, "last_error": error}
+
+    def without_folders(self, text: str) -> str:
+        """`text` with the names alone of files that the configuration consists of: for readers without a token."""
+        for file in (self.file, self.settings.ca_file, *environment.secret_files(os.environ)):
+            if file is not None:
+                text = text.replace(str(file), Path(file).name)
+        return text
 
 
 def compare(base: Settings, wanted: Settings, sources: Sources, pool: BackendPool) -> Plan:

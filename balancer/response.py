@@ -14,7 +14,7 @@ import httptools
 from requests import PreparedRequest, Response
 from requests.cookies import RequestsCookieJar
 
-from balancer.connection import Connection, Watcher
+from balancer.connection import CHUNK, FIRST, Connection, Watcher
 from balancer.errors import BodyTruncated, ConnectionLost, InvalidResponse, ResponseTimedOut
 from balancer.heads import MAX_HEAD, PlainHead, parse_plain
 from balancer.messages import (
@@ -26,6 +26,7 @@ from balancer.messages import (
     parse_content_length,
     response_lines,
 )
+from balancer.texts import shown
 
 Received = TypeVar("Received", bytes, bytes | None)
 
@@ -177,7 +178,7 @@ def receive_head(connection: Connection, head: ResponseHead, seconds: float) -> 
     connection.set_timeout(seconds)
     while not head.has_head:
         try:
-            data = connection.receive()
+            data = connection.receive(FIRST)
         except ResponseTimedOut:
             url = connection.origin.url
             raise ResponseTimedOut(f"{url} sent no complete response head within {seconds:.3g} s") from None
@@ -220,8 +221,8 @@ class Body:
         """What is here already, without a receive."""
         raise NotImplementedError
 
-    def read_chunk(self) -> bytes:
-        """The next piece, b"" at the end. Raises BodyTruncated, ResponseTimedOut."""
+    def read_chunk(self, most: int | None = None) -> bytes:
+        """The next piece of up to `most` bytes, b"" at the end. Raises BodyTruncated, ResponseTimedOut."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -254,8 +255,9 @@ class WholeBody(Body):
     def buffered(self) -> bytes:
         return self._data
 
-    def read_chunk(self) -> bytes:
-        data, self._data = self._data, b""
+    def read_chunk(self, most: int | None = None) -> bytes:
+        data = self._data[:most]
+        self._data = b"" if most is None else self._data[most:]
         return data
 
     def close(self) -> None:
@@ -313,25 +315,27 @@ class ResponseBody(Body):
         """The request was not sent whole, or bytes followed the response: this connection must not carry another."""
         self._can_reuse = False
 
-    def read_chunk(self) -> bytes:
-        data, self._pending = self._pending, b""
+    def read_chunk(self, most: int | None = None) -> bytes:
+        data = self._pending[:most]
+        self._pending = b"" if most is None else self._pending[most:]
         while not data and not self.is_complete:
             if self._connection is None:
                 raise BodyTruncated("the body was closed before it was read")
-            data = self._take(self._receive(self._connection.receive))
+            data = self._take(self._receive(self._connection.receive, most or CHUNK))
         return data
 
     def take_in(self, most: int) -> None:
-        """Receive what has come already, without waiting, until `most` bytes are here. Raises as `read_chunk`."""
-        while self._connection is not None and not self.is_complete and len(self._pending) < most:
-            data = self._receive(self._connection.receive_now)
+        """Receive what has come already, without waiting, if the body may have no more than `most` bytes. Raises as
+        `read_chunk`."""
+        while self._connection is not None and not self.is_complete and len(self._pending) + (self._left or 0) <= most:
+            data = self._receive(self._connection.receive_now, max(most, FIRST))
             if data is None:
                 return
             self._pending += self._take(data)
 
-    def _receive(self, receive: Callable[[], Received]) -> Received:
+    def _receive(self, receive: Callable[[int], Received], most: int) -> Received:
         try:
-            return receive()
+            return receive(most)
         except ConnectionLost as error:
             raise BodyTruncated(f"the backend's body broke off: {error}") from error
 
@@ -385,7 +389,7 @@ def _framing(head: ResponseHead) -> tuple[int | None, bool]:
     lengths = [value for name, value in head.lines if name == b"content-length"]
     codings = [value.lower() for name, value in head.lines if name == b"transfer-encoding"]
     if codings and (codings != [b"chunked"] or lengths):
-        raise InvalidResponse(f"the backend's response has the framing {codings + lengths!r}")
+        raise InvalidResponse(f"the backend's response has the framing {shown(b', '.join(codings + lengths))}")
     if not lengths:
         return None, bool(codings)
     try:
@@ -393,5 +397,5 @@ def _framing(head: ResponseHead) -> tuple[int | None, bool]:
         if any(parse_content_length(value) != length for value in lengths[1:]):
             raise ValueError
     except ValueError:
-        raise InvalidResponse(f"the backend's response has Content-Length {b', '.join(lengths)!r}") from None
+        raise InvalidResponse(f"the backend's response has Content-Length {shown(b', '.join(lengths))}") from None
     return length, False

@@ -21,7 +21,6 @@ class RouteOptions:
 
     balancer_id: str = "lb-1"
     expose_backend: bool = False
-    max_header_count: int = 100
     max_request_body: int | None = None
     retries: int = 2
     retry_budget: float = 0.2
@@ -40,6 +39,9 @@ class Route:
     options: RouteOptions
     access_log: AccessLog
     on_refused: Callable[[], None] = lambda: None  # a backend's port is closed: its health should be looked at
+    covers_control: Callable[[str], bool] = lambda scope: (
+        False
+    )  # a service worker of this scope would see the control API
     rng: random.Random = field(default_factory=random.Random)
 
     @property

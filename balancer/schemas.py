@@ -189,8 +189,9 @@ _STATUS = _object(
     backend_servers=_array(_object(**_BACKEND_FIELDS, **_COUNTERS)),
     recent_requests=_array(_RECENT),
     capabilities=_object(
-        writes=_BOOLEAN,
-        token_required=_BOOLEAN,
+        writes=_BOOLEAN | {"description": "whether who asks could write, if need be with a token"},
+        token_required=_BOOLEAN | {"description": "whether there is a token, which a page needs to write"},
+        authorized=_BOOLEAN | {"description": "whether a valid token came with this request; else paths are cut"},
         reload=_BOOLEAN,
         traffic=_BOOLEAN
         | {

@@ -78,6 +78,8 @@ class Sent:
         """The connection is of no use to anybody any more."""
         if self.request.watcher is not None:
             self.request.watcher.detach()
+        if self._head is not None:
+            self._head.end()
         self.connection.close()
 
     def _write(self, *parts: bytes) -> bool:

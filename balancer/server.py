@@ -34,17 +34,22 @@ log = logging.getLogger("balancer.server")
 _native: Any = granian._granian  # its type stub does not match what it takes
 
 BACKLOG = 4096  # connections the kernel holds while all is busy; it caps this at somaxconn
-# Of one HTTP/2 connection. All streams may fill their windows: else a few uploads to a slow backend would use up the
-# connection's, and others would look like slow clients. What is unread stays bounded by the number of requests.
+# Of one HTTP/2 connection: how many streams, and the bytes that may be unread, of one stream and of all. What a client
+# can make us hold follows from the latter twice: h2 takes as much as half of it again for keeping account of frames of
+# a few bytes, and ends the connection beyond that. So 16 uploads whose backends do not read stop the others of their
+# connection, which get more time for that (`clientbody`); Envoy advises these two for the edge.
 STREAMS = 200
-STREAM_WINDOW = 1024 * 1024  # bytes
+STREAM_WINDOW = 64 * 1024
+CONNECTION_WINDOW = 1024 * 1024
+SEND_BUFFER = 32768  # bytes that h2 takes of each answer when a client opens its windows and does not read
 INTERRUPT_DRAIN_SECONDS = 1.0  # Ctrl-C: somebody is waiting
 STOP_SECONDS = 2.0  # for worker threads to end once nothing is in flight
 DRAIN_LOOK_SECONDS = 0.05
 # Container objects made and not freed again between two looks of the garbage collector, 700 by default. A plain GET has
 # about 20 while it is in flight and leaves no cycles, so that looking more often finds nothing.
 GC_THRESHOLD = 20_000
-SLICE_PAUSE_SECONDS = 0.005  # between two slices of a pass over all connections
+PASS_SECONDS = 5.0  # at most between two passes over all connections, 0.1 s of work each if there are 10,000
+SLICE_PAUSE_SECONDS = 0.005  # between two slices of a pass
 LAST_RESORT_SECONDS = 1.0  # for connections to end once no request is in flight any more
 
 
@@ -106,7 +111,8 @@ class _Granian:
                 max_headers_size=options.max_header_bytes,
                 max_concurrent_streams=STREAMS,
                 initial_stream_window_size=STREAM_WINDOW,
-                initial_connection_window_size=STREAMS * STREAM_WINDOW,
+                initial_connection_window_size=CONNECTION_WINDOW,
+                max_send_buffer_size=SEND_BUFFER,
             ),
             False,  # WebSockets
             None,  # static files
@@ -233,7 +239,7 @@ async def _serve(
     servers = [_Granian(bridge, listener, options) for bridge, listener in listeners]
     bridges = [bridge for bridge, _ in listeners]
     watches: list[asyncio.Task[Any]] = [loop.create_task(bridge.watch()) for bridge in bridges]
-    watches.append(loop.create_task(_close_silent(ports, bridges, options.header_timeout)))
+    watches.append(loop.create_task(_close_unused(ports, bridges, options.header_timeout)))
     watches.append(loop.create_task(signals.call_on_hangup()))
     gc.collect()
     gc.freeze()  # what exists now lives as long as the process: the collector need not walk it again
@@ -270,16 +276,17 @@ def _say_draining(
     on_drain(text)
 
 
-async def _close_silent(ports: list[int], bridges: list[Bridge], seconds: float) -> None:
-    """hyper limits the time for a request head only once it knows the protocol; before that it is up to us."""
-    while sys.platform == "linux":
-        await asyncio.sleep(seconds / 2)
-        for port, bridge in zip(ports, bridges, strict=True):
+async def _close_unused(ports: list[int], bridges: list[Bridge], seconds: float) -> None:
+    """hyper limits the time for a request head in HTTP/1 only, and only once it knows that it is that."""
+    places = [(accepted.Unused(port, seconds), bridge) for port, bridge in zip(ports, bridges, strict=True)]
+    while True:
+        await asyncio.sleep(min(seconds / 2, PASS_SECONDS))
+        for unused, bridge in places:
             try:
-                for _ in accepted.close_silent(port, seconds, bridge.clients()):
+                for _ in unused.close(bridge.used()):
                     await asyncio.sleep(SLICE_PAUSE_SECONDS)
-            except Exception:  # it must go on, or silent connections would pile up
-                log.exception("closing silent connections failed")
+            except Exception:  # it must go on, or unused connections would pile up
+                log.exception("closing unused connections failed")
 
 
 async def _drain(stopped: asyncio.Future[None], second: asyncio.Future[Any], bridge: Bridge, limit: float) -> None:

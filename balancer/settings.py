@@ -34,6 +34,7 @@ from balancer import environment, wording
 from balancer.backends import MAX_CONNECTIONS, MAX_WEIGHT
 from balancer.ejection import LatencyMode
 from balancer.errors import SettingsError
+from balancer.messages import is_loopback
 from balancer.origin import Origin
 
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -46,6 +47,7 @@ MaxConnections = Annotated[int, Field(ge=1, le=MAX_CONNECTIONS)]
 UNITS = {"max_header_bytes": "bytes", "max_request_body": "bytes", "min_body_rate": "bytes/s"} | dict.fromkeys(
     ("retry_budget", "eject_max_share", "latency_ejection_factor", "panic_threshold"), ""
 )  # the other floats are seconds
+SHORTEST_TOKEN = 16  # characters: fewer can be guessed
 MAX_FILE = 1_048_576  # bytes of a configuration file: room for ten thousand backends
 
 
@@ -154,11 +156,21 @@ class Settings(BaseModel):
     )
 
     # Control API.
-    admin_token: SecretStr | None = Field(None, description="writes need it as a Bearer token; LB_ADMIN_TOKEN_FILE too")
+    admin_token: SecretStr | None = Field(
+        None, description="Bearer token that all writes need; at least 16 characters; LB_ADMIN_TOKEN_FILE too"
+    )
+    page_token: SecretStr | None = Field(
+        None,
+        description="token that browsers' pages need: for writes, and on a page from disk for reads too; whoever else "
+        "is local needs none",
+    )
+    control_reads: Literal["open", "token"] | None = Field(
+        None, description="who may read: open to all, or token; if left out, open to local callers alone"
+    )
     cors_origins: tuple[str, ...] = Field(
         (), description="origins of pages that may read and write, as https://ops.example"
     )
-    allow_file_origin: bool = Field(False, description="let a page from disk (Origin: null) write; it may always read")
+    allow_file_origin: bool = Field(False, description="does nothing any more: a page from disk needs a token")
 
     # Process.
     max_threads: int = Field(
@@ -171,7 +183,7 @@ class Settings(BaseModel):
         240,
         ge=0,
         le=1_000_000_000,
-        description="rate of a request body after 5 s; slower ones are ended with 408; 0 for no limit",
+        description="rate of a body after 5 s, either way; slower clients get 408, or are cut off; 0 for no limit",
     )
     header_timeout: Seconds = Field(
         10.0, description="time for a client to send a request head; also between two on a kept connection"
@@ -192,7 +204,7 @@ class Settings(BaseModel):
     def _check_booleans(cls, value: Any, info: ValidationInfo) -> Any:
         return value if cls.model_fields[info.field_name or ""].annotation is bool else wording.no_truth_value(value)
 
-    @field_validator("admin_token")
+    @field_validator("admin_token", "page_token")
     @classmethod
     def _check_token(cls, token: SecretStr | None) -> SecretStr | None:
         text = None if token is None else token.get_secret_value()
@@ -200,6 +212,8 @@ class Settings(BaseModel):
             raise ValueError("is empty, so nothing would be protected; expected a token, or leave it out")
         if text is not None and any("\ud800" <= char <= "\udfff" for char in text):
             raise ValueError("is not UTF-8")
+        if text is not None and len(text) < SHORTEST_TOKEN:
+            raise ValueError(f"has {len(text)} characters, so it can be guessed; expected at least {SHORTEST_TOKEN}")
         return token
 
     @field_validator("control_prefix")
@@ -260,6 +274,10 @@ class Settings(BaseModel):
         return tuple(ipaddress.ip_network(network) for network in self.trusted_proxies)
 
 
+# Settings that are never shown, and have no flag.
+SECRETS = frozenset({"admin_token", "page_token"})
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One flag per setting; all default to None, which means 'not given'."""
     for name, field in Settings.model_fields.items():
@@ -268,7 +286,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             default = ", ".join(f"{backend.url}@{backend.weight}" for backend in DEFAULT_BACKENDS)
             help_text = f"a backend; repeat it for more ({default})"
             parser.add_argument("--backend", action="append", dest=name, metavar="[ID=]URL[@WEIGHT]", help=help_text)
-        elif name == "admin_token":
+        elif name in SECRETS:
             continue  # a secret on a command line can be read by every user of the machine
         elif field.annotation is bool:
             parser.add_argument(flag, nargs="?", const="true", metavar="true|false", help=f"{text} (false)")
@@ -308,6 +326,17 @@ def load(
 def warnings(environ: Mapping[str, str] = os.environ) -> list[str]:
     """A line for each variable that looks like a setting and is none."""
     return environment.unknown(environ, Settings.model_fields)
+
+
+def advice(config: Settings) -> list[str]:
+    """A line for each setting that does not do what its owner may expect of it."""
+    lines = []
+    if config.allow_file_origin:
+        lines.append("allow_file_origin does nothing any more: a page from disk needs a token, set LB_PAGE_TOKEN")
+    can_read = config.control_reads == "open" or config.admin_token or config.page_token
+    if not can_read and not is_loopback(config.host):
+        lines.append(f"host {config.host} without a token: the control API only answers probes, set LB_ADMIN_TOKEN")
+    return lines
 
 
 def show(value: Any) -> str:
@@ -369,5 +398,5 @@ def _explain(detail: Mapping[str, Any], sources: Mapping[str, str]) -> str:
     told = f"({sources[name]}): {wording.complaint(detail, Settings, unit)}"
     if detail["type"] == "missing" or (where == "backends" and detail["type"] == "value_error"):  # no value, or all
         return f"{where} {told}"
-    value = "(hidden)" if name == "admin_token" else wording.shown(detail["input"], hide=name == "backends")
+    value = "(hidden)" if name in SECRETS else wording.shown(detail["input"], hide=name == "backends")
     return f"{where} = {value} {told}"

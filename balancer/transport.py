@@ -22,7 +22,7 @@ from threading import Lock
 from requests import PreparedRequest, Response
 from requests.adapters import BaseAdapter
 
-from balancer.connection import Connection, has_left
+from balancer.connection import FIRST, Connection, has_left
 from balancer.errors import (
     BackendError,
     ConnectFailed,
@@ -124,22 +124,22 @@ class BackendAdapter(BaseAdapter):
             connection = self._connect(origin, request)
         return self._send(connection, request, is_patient=False)
 
-    def look(self, sent: Sent) -> bool:
-        """Take in what has come, without waiting. True if that is the whole response; `exchange` then returns it at
-        once, or waits for the rest, or raises what went wrong."""
+    def look(self, sent: Sent, most: int = SMALL_BODY) -> bool:
+        """Take in what has come, without waiting. True if that is the whole response, and its body has no more than
+        FIRST or `most` bytes; `exchange` then returns it at once, or waits for the rest, or raises what went wrong."""
         try:
             data = self._receive_now(sent)
             if data is None:
                 return False
             sent.response = self._whole(sent, data)
-            return sent.response is not None or self._look_closer(sent, data)
+            return sent.response is not None or self._look_closer(sent, data, most)
         except BackendError as error:
-            sent.failure = error
+            sent.failure = error.to_keep()
             return False
 
     def _receive_now(self, sent: Sent) -> bytes | None:
         try:
-            return sent.connection.receive_now()
+            return sent.connection.receive_now(FIRST)
         except ConnectionLost as error:
             raise lost(sent.connection, sent.head, str(error)) from error
 
@@ -153,7 +153,7 @@ class BackendAdapter(BaseAdapter):
         self.give_back(sent.connection)
         return BackendResponse(plain, WholeBody(data[plain.size :]), request)
 
-    def _look_closer(self, sent: Sent, data: bytes) -> bool:
+    def _look_closer(self, sent: Sent, data: bytes, most: int) -> bool:
         sent.is_clean = take_head_data(sent.connection, sent.head, data)
         if not sent.head.has_head:
             return False
@@ -161,7 +161,7 @@ class BackendAdapter(BaseAdapter):
         body = sent.response.body
         assert isinstance(body, ResponseBody)
         if not body.is_complete:
-            body.take_in(SMALL_BODY)
+            body.take_in(most)
             if body.is_complete:
                 body.close()
         return body.is_complete

@@ -23,15 +23,7 @@ from balancer.history import History, Reading
 from balancer.logwriter import LogWriter, standard_output
 from balancer.metrics import Metrics, Sources
 from balancer.news import Change
-from balancer.options import (
-    pool_options,
-    probe,
-    route_options,
-    set_access_log,
-    timeouts,
-    tls_context,
-    write_guard,
-)
+from balancer.options import access, pool_options, probe, route_options, set_access_log, timeouts, tls_context
 from balancer.outgoing import RequestHeads
 from balancer.pool import BackendPool, PoolChanges
 from balancer.proxy import ReverseProxy
@@ -72,10 +64,19 @@ def create_app(config: Settings | None = None, sources: Mapping[str, str] | None
     app = Flask(__name__, static_folder=None)
     history, writer = History(lambda: _look(statistics, pool)), LogWriter(standard_output())
     control = Control(
-        config.id, pool, statistics, events, history, writer, DASHBOARD, configuration, config.control_prefix
+        config.id,
+        pool,
+        statistics,
+        events,
+        history,
+        writer,
+        DASHBOARD,
+        configuration,
+        access(config),
+        config.control_prefix,
     )
     control.metrics = Metrics(_sources(control, adapter))
-    api.install(app, control, write_guard(config))
+    api.install(app, control)
     control_app = app.wsgi_app
     proxy = _proxy(control_app, control, adapter, health)
     app.wsgi_app = proxy  # type: ignore[method-assign]
@@ -88,9 +89,10 @@ def create_app(config: Settings | None = None, sources: Mapping[str, str] | None
 
 def started_app() -> Flask:
     """The app as the environment says, for other WSGI servers; it stops when the process ends. Raises SettingsError."""
-    for warning in settings.warnings():
+    config, sources = settings.load({})
+    for warning in [*settings.warnings(), *settings.advice(config)]:
         log.warning(warning)
-    app = create_app(*settings.load({}))
+    app = create_app(config, sources)
     balancer: Balancer = app.extensions["balancer"]
     balancer.start()
     atexit.register(balancer.stop)
@@ -109,13 +111,14 @@ def _proxy(
     control_app: WSGIApplication, control: Control, adapter: BackendAdapter, health: HealthChecker
 ) -> ReverseProxy:
     config = control.configuration.settings
+    has_own_port, prefix = config.control_port is not None, config.control_prefix
     # The pseudonym is this very process: two balancers of one name in a chain are not a loop.
     pseudonym = f"{config.id}.{secrets.token_hex(4)}".encode("ascii")
     access_log = AccessLog(control.log)
     set_access_log(access_log, config)
     return ReverseProxy(
         control_app,
-        (lambda path: False) if config.control_port else api.is_control_path(config.control_prefix),
+        (lambda path: False) if has_own_port else api.is_control_path(prefix),
         route=Route(
             control.pool,
             adapter,
@@ -124,8 +127,9 @@ def _proxy(
             route_options(config),
             access_log,
             on_refused=health.wake,
+            covers_control=(lambda scope: False) if has_own_port else api.covers_control_path(prefix),
         ),
-        heads=RequestHeads(pseudonym, config.networks),
+        heads=RequestHeads(pseudonym, config.networks, config.max_header_count),
     )
 
 

@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 from typing import IO
 
+from demo.private import open_private
+
 HERE = Path(__file__).resolve().parents[1]
 VENV = HERE / ".venv"
 VENV_PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
@@ -13,8 +15,7 @@ SCRIPT = "start_all.bat" if os.name == "nt" else "./start_all.sh"
 
 
 def open_log(path: Path) -> IO[bytes]:
-    path.parent.mkdir(exist_ok=True)
-    return path.open("wb")
+    return open_private(path, os.O_WRONLY | os.O_TRUNC)
 
 
 def last_line(path: Path) -> str:

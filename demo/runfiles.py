@@ -1,7 +1,7 @@
 """The files in run/: who runs, and the lock of who is about to start."""
 
 import os
-import subprocess
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,17 +10,17 @@ from typing import IO
 
 from demo.console import say
 from demo.places import HERE, RUN
+from demo.private import open_private, read_private, write_private
+from demo.processes import command_line, had_started, start_time
 from demo.signals import STOP, pause
+
+SCRIPTS = ("start_all.py", "load_balancer.py", "backend_server.py")
 
 
 @contextmanager
 def one_at_a_time() -> Iterator[None]:
-    """Two copies of this program must not install, nor find the same port free, at the same time.
-
-    The system takes the lock back when its holder dies, however it dies.
-    """
-    RUN.mkdir(exist_ok=True)
-    with (RUN / "lock").open("a+b") as file:
+    """Two copies of this program must not install, nor find the same port free, at the same time."""
+    with open_private(RUN / "lock", os.O_RDWR) as file:
         if not try_lock(file):
             say("Waiting for another start_all of this folder ...")
         while not try_lock(file):
@@ -29,7 +29,17 @@ def one_at_a_time() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def changing(path: Path) -> Iterator[None]:
+    """A file that several demos change: for a moment it is ours, also when we are asked to stop."""
+    with open_private(path.with_suffix(".lock"), os.O_RDWR) as file:
+        while not try_lock(file):
+            pause()
+        yield
+
+
 def try_lock(file: IO[bytes]) -> bool:
+    """The system takes the lock back when its holder dies, however it dies."""
     try:
         if sys.platform == "win32":
             import msvcrt
@@ -45,39 +55,33 @@ def try_lock(file: IO[bytes]) -> bool:
 
 
 def write_pid(path: Path, pid: int, script: str) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(f"{pid}\n{script}\n", encoding="ascii")
+    """The id, what runs under it, and since when."""
+    write_private(path, f"{pid}\n{script}\n{start_time(pid)}\n")
 
 
 def read_pid(path: Path) -> int | None:
-    """The id in the file, if a process of that id runs the script named there, from this folder.
+    """The id in the file, if that process still runs which the file was written for.
 
-    Ids are used again: a file that a crash has left may name somebody else's process by now.
+    Ids are used again: a file that a crash has left may name somebody else's process by now, and an editor or a
+    backend started by hand has our file in its command line as well.
     """
-    try:
-        number, script = path.read_text(encoding="ascii").split()
-        pid = int(number)
-    except (OSError, ValueError):
+    number, script, started = [*read_private(path).splitlines(), "", "", ""][:3]
+    if not re.fullmatch(r"[1-9][0-9]{0,8}", number) or script not in SCRIPTS:
         return None
-    return pid if pid > 0 and str(HERE / script) in command_line(pid) else None
+    pid = int(number)
+    is_the_one = start_time(pid) == started if started else is_older(pid, path)
+    return pid if is_the_one and str(HERE / script) in command_line(pid) else None
+
+
+def is_older(pid: int, path: Path) -> bool:
+    """For files of an earlier version, without a start time: each was written when its process had been started."""
+    try:
+        return had_started(pid, path.lstat().st_mtime)
+    except OSError:  # it was removed in this moment
+        return False
 
 
 def remove_pid(path: Path, pid: int | None) -> None:
     """Remove the file of process `pid`, unless it names another one by now: the one started in its place."""
     if read_pid(path) in (pid, None):
         path.unlink(missing_ok=True)
-
-
-def command_line(pid: int) -> str:
-    """What the process was started with, blanks between; empty if there is none (or only its ashes)."""
-    if Path("/proc/self/cmdline").exists():
-        try:
-            return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="surrogateescape")
-        except OSError:
-            return ""
-    if os.name == "nt":
-        query = f"(Get-CimInstance Win32_Process -Filter 'ProcessId={pid}').CommandLine"
-        asked = ["powershell", "-NoProfile", "-NonInteractive", "-Command", query]
-    else:
-        asked = ["ps", "-ww", "-o", "command=", "-p", str(pid)]
-    return subprocess.run(asked, capture_output=True, text=True, errors="surrogateescape").stdout

@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Sequence
 
+from demo.access import offer_access, withdraw_access
 from demo.console import Failure, printable_command, say
 from demo.installation import ensure_venv
 from demo.places import RUN, SCRIPT, last_line
@@ -12,7 +13,7 @@ from demo.ports import port_is_free
 from demo.runfiles import one_at_a_time, read_pid, remove_pid, write_pid
 from demo.services import Service
 from demo.signals import STOP, pause
-from demo.urls import print_urls
+from demo.urls import control_urls, print_urls
 
 READY_SECONDS = 30.0  # most of it for the first start on a slow machine; a warm one takes about a second
 STOP_SECONDS = 10.0  # then the process is killed
@@ -30,6 +31,9 @@ def run_services(services: list[Service], detach: bool) -> int:
                 own_pid_file = RUN / f"start_all-{os.getpid()}.pid"
             write_pid(own_pid_file, os.getpid(), "start_all.py")
             start_services(services, detach)
+            for service in services:
+                if service.name == "balancer":
+                    offer_access(service.pid_file.stem, control_urls(service), service.environment["LB_PAGE_TOKEN"])
         print_urls(services, detach)
         if detach:
             services = []
@@ -38,6 +42,7 @@ def run_services(services: list[Service], detach: bool) -> int:
     finally:
         stop_services(services)
         remove_pid(own_pid_file, os.getpid())
+        withdraw_access()
         name_survivors(services)
 
 
@@ -84,7 +89,6 @@ def watch(services: Sequence[Service]) -> int:
         STOP.check()
         for service in [service for service in living if service.exit_code is not None]:
             living.remove(service)
-            service.sweep()
             remove_pid(service.pid_file, service.process.pid if service.process else None)
             if service.name == "balancer":
                 return report_balancer_end(service)

@@ -3,14 +3,15 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from demo.access import page_token
 from demo.console import Failure
 from demo.places import HERE, LOGS, RUN, VENV_PYTHON, last_line, open_log
 from demo.ports import answers
+from demo.processes import has_ended, kill_group
 from demo.runfiles import remove_pid, write_pid
 from demo.settings import Settings, parse_port
 from demo.signals import STOP, pause
@@ -46,7 +47,12 @@ class Service:
 
     @property
     def exit_code(self) -> int | None:
-        return self.process.poll() if self.process else None
+        """None while it runs. What a killed one may have left goes with it: its own children are in its group."""
+        if not self.process:
+            return None
+        if self.process.returncode is None and has_ended(self.process.pid):
+            kill_group(self.process.pid)
+        return self.process.poll()
 
     def start(self, detached: bool) -> None:
         # A session of its own: Ctrl-C then reaches only this program, which stops its processes in the right order.
@@ -72,25 +78,16 @@ class Service:
     def terminate(self) -> None:
         """Ask it to end; Ctrl-C is passed on as Ctrl-C, which servers obey sooner than SIGTERM."""
         interrupted = STOP.number == signal.SIGINT
-        if self.process and self.process.poll() is None and not (os.name == "nt" and interrupted):
+        if self.process and self.exit_code is None and not (os.name == "nt" and interrupted):
             self.process.send_signal(signal.SIGINT if interrupted else signal.SIGTERM)
 
     def wait(self, deadline: float) -> None:
         """Until it has ended; killed at the deadline or at the second signal."""
-        while self.process and self.process.poll() is None:
+        while self.process and self.exit_code is None:
             if time.monotonic() > deadline or STOP.count > 1:
                 self.process.kill()
             pause()
-        self.sweep()
         remove_pid(self.pid_file, self.process.pid if self.process else None)
-
-    def sweep(self) -> None:
-        """Kill what a process that was killed may have left: its own children are in its group."""
-        if self.process and sys.platform != "win32":
-            try:
-                os.killpg(self.process.pid, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):
-                pass
 
 
 def windows_flags() -> int:
@@ -123,9 +120,9 @@ def control_prefix() -> str:
 def balancer_service(settings: Settings) -> Service:
     environment = {
         "LB_PORT": str(settings.balancer_port),
-        # The demo shows who answered, and lets dashboard.html write when it is opened from disk.
-        "LB_EXPOSE_BACKEND": os.environ.get("LB_EXPOSE_BACKEND", "true"),
-        "LB_ALLOW_FILE_ORIGIN": os.environ.get("LB_ALLOW_FILE_ORIGIN", "true"),
+        "LB_EXPOSE_BACKEND": os.environ.get("LB_EXPOSE_BACKEND", "true"),  # the demo shows who answered
+        # Beside an admin token too: that one is the user's, and is written to no file.
+        "LB_PAGE_TOKEN": page_token(os.environ),
     }
     if settings.ports_given:
         environment["LB_BACKENDS"] = os.environ.get("LB_BACKENDS", "") or settings.backends

@@ -90,8 +90,9 @@ class Balancer:
                 hint = f"start one with ./start_all.sh, or say where it is: {where}"
                 why = explain(error, self._options.timeout)
                 raise Problem(f"no balancer reached at {base} ({why}); {hint}") from None
-            if code in (401, 403):
-                raise Problem(f"{base}{path} wants a token ({code}); give it with --token-file FILE")
+            if code in (401, 403, 429):
+                why = clean(f"{code} {document.get('error', '')}".strip())
+                raise Problem(f"{base}{path} wants a token ({why}); give it with --token-file FILE")
             status = read_status(document)
             if code != 200 or not (status if path == "/status" else "status" in document):
                 hint = (

@@ -67,6 +67,7 @@ def scripted_balancer(scripted: WireBackend) -> Iterator[BalancerProcess]:
         "--max-request-body=1000000",
         "--max-header-bytes=16384",
         "--trusted-proxies=192.0.2.0/24",
+        "--control-reads=open",
     )
     yield balancer
     balancer.stop()

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from support import PAGE_TOKEN
+
 Json = dict[str, Any]
 STARTED = time.time() - 750
 PAGE = Path(__file__).parent.parent / "dashboard.html"
@@ -152,7 +154,8 @@ class Stub:
     count_traffic: bool = False
     status_code: int = 200
     raw_body: bytes | None = None
-    token: str | None = None
+    token: str | None = None  # every read and write needs it
+    page_token: str | None = PAGE_TOKEN  # Origin: null needs it, and so do the writes of every page
     refuse_writes: bool = False
     failing_writes: set[str] = field(default_factory=set)  # paths that answer 422
     events: list[Json] = field(default_factory=list)
@@ -235,7 +238,7 @@ class StubHandler(BaseHTTPRequestHandler):
             with self.stub.counted("traffic"):
                 self.stub.traffic_gate.wait(20)
                 self.reply(self.stub.traffic_code, {"server_id": self.stub.next_backend()})
-        elif target.path == "/dashboard":
+        elif target.path in ("/dashboard", "/elsewhere.html"):
             self.send_dashboard()
         elif target.path == "/events":
             newer = [one for one in self.stub.events if one["seq"] > int(query["since"])]
@@ -251,17 +254,33 @@ class StubHandler(BaseHTTPRequestHandler):
 
     def send_status(self) -> None:
         self.stub.gate.wait(20)
-        if self.stub.token and self.headers["Authorization"] != f"Bearer {self.stub.token}":
+        if self.lacks_token(is_write=False):
             self.reply(401, {"error": "a token is required"})
         else:
-            self.reply(self.stub.status_code, self.stub.answer)
+            required = bool(self.stub.token or self.stub.page_token)
+            told = {"token_required": required, "authorized": self.is_authorized()}
+            answer = self.stub.answer
+            if isinstance(answer.get("capabilities"), dict):
+                answer = answer | {"capabilities": answer["capabilities"] | told}
+            self.reply(self.stub.status_code, answer)
+
+    def is_authorized(self) -> bool:
+        known = [f"Bearer {token}" for token in (self.stub.token, self.stub.page_token) if token]
+        return self.headers["Authorization"] in known
+
+    def lacks_token(self, is_write: bool) -> bool:
+        from_page = self.headers["Origin"] == "null" or (is_write and self.headers["Origin"])
+        needed = self.stub.token or (self.stub.page_token and from_page)
+        is_wrong = self.headers["Authorization"] is not None
+        return bool(needed or is_wrong) and not self.is_authorized()
 
     def send_dashboard(self) -> None:
         """The page under the strict policy that the balancer gives it."""
         body = PAGE.read_bytes()
         self.send_response(200)
         self.send_header("Content-Type", "text/html; charset=utf-8")
-        self.send_header("Content-Security-Policy", strict_policy(body.decode()))
+        if self.path.startswith("/dashboard"):  # elsewhere it is a copy on a web server of somebody's own
+            self.send_header("Content-Security-Policy", strict_policy(body.decode()))
         self.end_headers()
         self.wfile.write(body)
 
@@ -303,7 +322,7 @@ class StubHandler(BaseHTTPRequestHandler):
         body: Json = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or b"{}")
         if self.stub.refuse_writes:
             self.reply(403, {"error": "changes are off"})
-        elif self.stub.token and self.headers["Authorization"] != f"Bearer {self.stub.token}":
+        elif self.lacks_token(is_write=True):
             self.reply(401, {"error": "a token is required"})
         elif self.path in self.stub.failing_writes:
             self.reply(422, {"error": "that value is wrong"})
@@ -330,7 +349,10 @@ class StubHandler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def send_cors(self) -> None:
-        readable = self.stub.traffic_cors or not self.path.startswith("/api/")
+        if self.path.startswith("/api/"):
+            readable = self.stub.traffic_cors
+        else:
+            readable = self.command == "OPTIONS" or not self.lacks_token(is_write=False)
         if self.stub.cors and readable:
             self.send_header("Access-Control-Allow-Origin", "null")
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Request, expect, sync_playwright
 
-from tests.dashboard_stub import PAGE, Json, Stub, backend, down_backend, serving, status
+from tests.dashboard_stub import PAGE, PAGE_TOKEN, Json, Stub, backend, down_backend, serving, status
 
 QUIET = [
     "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
@@ -33,6 +35,7 @@ class Tab:
     """A page and what it did: a test ends by asking whether it behaved."""
 
     page: Page
+    folder: Path  # as where the demo runs: the page, and beside it what lets it in
     errors: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
     network_errors_expected: bool = False
@@ -44,6 +47,8 @@ class Tab:
         self.page.on("request", self.note_request)
 
     def note_console(self, message: ConsoleMessage) -> None:
+        if message.location["url"].partition("?")[0].endswith("/run/access.js"):
+            return  # no demo runs: the page says so in its own words
         network = "Failed to load resource" in message.text or "blocked by CORS policy" in message.text
         if message.type in ("error", "warning") and not (network and self.network_errors_expected):
             self.errors.append(message.text)
@@ -56,9 +61,20 @@ class Tab:
         if not request.url.startswith(("file://", "data:")):
             self.requests.append(request.url)
 
-    def from_disk(self, url: str) -> Tab:
-        self.page.goto(f"{PAGE.as_uri()}?lb={url}")
+    def from_disk(self, url: str, *others: str, token: str = PAGE_TOKEN) -> Tab:
+        """Open the page as a double click does, where the balancers at these addresses were started."""
+        self.grant(url, *others, token=token)
+        return self.from_disk_alone(f"?lb={url}")
+
+    def from_disk_alone(self, query: str = "") -> Tab:
+        shutil.copy(PAGE, self.folder)
+        self.page.goto((self.folder / PAGE.name).as_uri() + query)
         return self
+
+    def grant(self, *urls: str, token: str = PAGE_TOKEN) -> None:
+        (self.folder / "run").mkdir(exist_ok=True)
+        entries = {"balancer-9000": {"urls": urls, "token": token}}
+        (self.folder / "run" / "access.js").write_text(f"window.LB_ACCESS = {json.dumps(entries)};\n", encoding="ascii")
 
     def at(self, selector: str) -> Locator:
         return self.page.locator(selector)
@@ -86,14 +102,14 @@ def stub() -> Iterator[Stub]:
 
 
 @pytest.fixture
-def tab(chromium: Browser, stub: Stub) -> Iterator[Tab]:
+def tab(chromium: Browser, stub: Stub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
     """A page of a fresh profile that must stay free of errors, dialogs and script warnings.
 
     It uses `stub` to be gone before it: a page that outlives its server reports refused connections.
     """
     context = chromium.new_context(viewport={"width": 1280, "height": 900})
     context.add_init_script(FASTER)
-    tab = Tab(context.new_page())
+    tab = Tab(context.new_page(), tmp_path_factory.mktemp("disk"))
     tab.watch()
     yield tab
     context.close()

@@ -25,6 +25,7 @@ from balancer.origin import Origin
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
+PAGE_TOKEN = "the-page-token-of-a-test"
 
 
 def free_port() -> int:
@@ -245,7 +246,8 @@ def start_demo(*arguments: str, delays: tuple[float, ...] = (0.0, 0.0, 0.0)) -> 
         for thread in starters:
             thread.join()
         flags = [f"--backend={backend.id}={backend.url}@{4 - n}" for n, backend in enumerate(backends, start=1)]
-        balancer = BalancerProcess(*flags, "--expose-backend", "--allow-file-origin", *arguments)
+        env = {"LB_PAGE_TOKEN": PAGE_TOKEN}
+        balancer = BalancerProcess(*flags, "--expose-backend", *arguments, env=env)
     except BaseException:
         for backend in backends:
             backend.stop()

@@ -56,7 +56,9 @@ def json_lines(process: BalancerProcess) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def demo() -> Iterator[Demo]:
-    started = start_demo("--access-log", "--access-log-format=json", "--trusted-proxies=127.0.0.0/8")
+    started = start_demo(
+        "--access-log", "--access-log-format=json", "--trusted-proxies=127.0.0.0/8", "--control-reads=open"
+    )
     yield started
     started.stop()
 
@@ -76,7 +78,7 @@ def test_a_line_tells_what_the_status_tells(demo: Demo) -> None:
         f"{demo.url}/api/process/told?secret=1", b"x" * 500, User_Agent="test/1", Traceparent=TRACEPARENT
     )
     line = line_of(demo, "/api/process/told")
-    recent = next(r for r in demo.balancer.status()["recent_requests"] if r["path"] == "/api/process/told")
+    recent = next(r for r in demo.balancer.status()["recent_requests"] if r["request_id"] == line["request_id"])
     assert line["request_id"] == headers["x-request-id"] == recent["request_id"]
     assert line["trace_id"] == recent["trace_id"] == TRACE
     assert (line["method"], line["protocol"], line["status"], line["complete"]) == ("POST", "HTTP/1.1", status, True)

@@ -4,6 +4,7 @@ import http.client
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -223,7 +224,7 @@ def test_faults_are_set_one_by_one_and_cleared(client: FlaskClient) -> None:
     ],
 )
 def test_a_bad_fault_is_refused_with_what_is_expected(client: FlaskClient, body: str, expected: str) -> None:
-    answer = client.post("/faults", data=body)
+    answer = client.post("/faults", data=body, content_type="application/json")
     assert answer.status_code == 400
     assert expected in answer.get_json()["error"]
     assert client.get("/faults").get_json()["error_rate"] == 0
@@ -294,6 +295,72 @@ def test_a_stopping_backend_keeps_nobody_waiting(state: BackendState) -> None:
     assert state.faults == Faults()
 
 
+# -- Who may trouble it
+
+TROUBLE = [("POST", "/faults", b'{"hang": true}'), ("DELETE", "/faults", None), ("POST", "/reset", None)]
+TROUBLE += [("POST", "/simulate-load", b'{"duration": 0}')]
+JSON = "application/json"
+PAGES = [
+    *({"Origin": origin} for origin in ("https://evil.example", "null", "http://localhost", "http://localhost:9000")),
+    *({"Sec-Fetch-Site": site} for site in ("cross-site", "same-site", "same-origin")),
+]
+
+
+@pytest.mark.parametrize("headers", PAGES, ids=lambda headers: next(iter(headers.values())))
+@pytest.mark.parametrize("content_type", [JSON, "text/plain"])
+@pytest.mark.parametrize(("method", "path", "body"), TROUBLE)
+def test_no_page_troubles_it(
+    client: FlaskClient, method: str, path: str, body: bytes | None, content_type: str, headers: dict[str, str]
+) -> None:
+    """Any page could, by a POST of plain text, whose answer it cannot read: the effect was enough."""
+    client.get("/api/process")
+    refused = client.open(path, method=method, data=body, content_type=content_type, headers=headers)
+    assert refused.status_code == 403
+    assert "may not change this backend" in refused.get_json()["error"]
+    stats = client.get("/stats").get_json()
+    assert (stats["total_requests"], stats["faults"]["hang"]) == (1, False)
+
+
+@pytest.mark.parametrize(
+    "content_type", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", None]
+)
+@pytest.mark.parametrize("path", ["/faults", "/simulate-load"])
+def test_what_a_form_could_send_is_no_json(client: FlaskClient, path: str, content_type: str | None) -> None:
+    refused = client.post(path, data=b'{"hang": true, "duration": 0}', content_type=content_type)
+    assert (refused.status_code, refused.get_json()) == (415, {"error": "expected Content-Type: application/json"})
+    assert not client.get("/faults").get_json()["hang"]
+
+
+@pytest.mark.parametrize(("method", "path", "body"), TROUBLE)
+def test_a_person_at_a_terminal_troubles_it(client: FlaskClient, method: str, path: str, body: bytes | None) -> None:
+    assert client.open(path, method=method, data=body, content_type=JSON if body else None).status_code == 200
+    assert client.delete("/faults").status_code == 200
+
+
+def test_the_service_is_open_to_every_page(client: FlaskClient) -> None:
+    headers = {"Origin": "https://any.example", "Sec-Fetch-Site": "cross-site"}
+    answer = client.post("/api/process", data=b"plain", content_type="text/plain", headers=headers)
+    assert (answer.status_code, answer.headers["Access-Control-Allow-Origin"]) == (200, headers["Origin"])
+    assert "Access-Control-Allow-Origin" not in client.get("/stats", headers=headers).headers
+
+
+@pytest.mark.parametrize("path", ["/api/process?<script>", "/health", "/stats", "/faults", "/nothing", "/reset"])
+def test_no_answer_is_taken_for_a_page(client: FlaskClient, path: str) -> None:
+    assert client.get(path).headers["X-Content-Type-Options"] == "nosniff"
+
+
+@pytest.mark.parametrize("command", [line for line in backend_server.EXAMPLES.splitlines() if "curl" in line])
+def test_the_commands_of_the_help_are_obeyed(command: str) -> None:
+    """As they stand there, with the port of a backend of our own."""
+    typed = re.split(r" {3,}", command.strip())[0]
+    assert re.search(r"127\.0\.0\.1:5001/faults", typed)
+    json_header = next(line.strip() for line in backend_server.EXAMPLES.splitlines() if "JSON=" in line)
+    with backend() as running:
+        typed = typed.replace("curl ", "curl -sf ").replace(":5001", f":{running.port}")
+        done = subprocess.run(["bash", "-c", f"{json_header}\n{typed}"], capture_output=True, text=True, timeout=20)
+        assert (done.returncode, "added_latency" in done.stdout) == (0, True), done.stderr
+
+
 # -- The real process
 
 
@@ -318,7 +385,8 @@ class Backend:
     def call(self, method: str, path: str, body: Any = None, timeout: float = 10) -> tuple[int, Any]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         try:
-            connection.request(method, path, None if body is None else json.dumps(body))
+            headers = {} if body is None else {"Content-Type": "application/json"}
+            connection.request(method, path, None if body is None else json.dumps(body), headers)
             response = connection.getresponse()
             return response.status, json.loads(response.read())
         finally:

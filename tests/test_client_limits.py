@@ -6,6 +6,7 @@ import json
 import os
 import selectors
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,8 +16,8 @@ from typing import Any
 
 import pytest
 from support import BalancerProcess, connect, exchange, fetch, free_port, get, read_all, split_response, wait_until
-from test_http2 import Client, client
-from wire import WireBackend, post, read_response, request
+from test_http2 import CONTINUATION, DATA, FRAME, HEADERS, PING, SETTINGS, Client, client, frame
+from wire import WireBackend, post, read_response, request, resident_bytes
 
 from balancer import accepted
 from balancer.bridge import WATCH_AFTER_SECONDS, Bridge
@@ -24,7 +25,7 @@ from balancer.call import Call
 from balancer.clientbody import GRACE_SECONDS as BODY_GRACE_SECONDS
 from balancer.workers import WorkerPool
 
-FRAME = 16384  # bytes
+MIB = 1024 * 1024
 
 
 def active(balancer: BalancerProcess) -> int:
@@ -71,7 +72,7 @@ def test_tricklers_get_408_and_do_not_hold_threads(
     start: Callable[..., BalancerProcess], scripted: WireBackend
 ) -> None:
     """They have all the threads and another request waits: without the limit, for as long as bytes come."""
-    balancer = start("--max-threads=50", "--max-queued=10")
+    balancer = start("--max-threads=50", "--max-queued=10", "--trusted-proxies=127.0.0.1")  # may have all threads
     uploads = [FRAMINGS[number % len(FRAMINGS)] for number in range(50)]
     with ExitStack() as stack:
         sockets = [stack.enter_context(connect(balancer.port)) for _ in uploads]
@@ -167,36 +168,139 @@ def test_a_trickling_http2_stream_is_ended_and_the_others_live(
     assert balancer.backend("only")["failed_requests"] == 0
 
 
-def test_http2_uploads_to_a_slow_backend_leave_room_for_others(start: Callable[..., BalancerProcess]) -> None:
-    """A few full streams must not use up the connection's window, or another one would look like a slow client."""
-    slow = WireBackend()
-    slow.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # so that it is the balancer that holds it
-    go_on = threading.Event()
-    slow.on_head = lambda sock, request: request.target == b"/slow" and not go_on.wait(30)
-    balancer = start(f"--backend=slow={slow.url}")
-    try:
+class SlowBackend(WireBackend):
+    """Reads the body of `/slow` only once it may `go_on`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # so that it is the balancer that holds it
+        self.go_on = threading.Event()
+        self.on_head = lambda sock, request: request.target == b"/slow" and not self.go_on.wait(60)
+
+    def close(self) -> None:
+        self.go_on.set()
+        super().close()
+
+
+@pytest.fixture
+def slow() -> Iterator[SlowBackend]:
+    backend = SlowBackend()
+    yield backend
+    backend.close()
+
+
+@pytest.fixture
+def start_slow(start: Callable[..., BalancerProcess], slow: SlowBackend) -> Callable[..., BalancerProcess]:
+    """Starts balancers in front of the slow backend alone."""
+
+    def begin(*arguments: str) -> BalancerProcess:
+        balancer = start(f"--backend=slow={slow.url}", *arguments)
         assert fetch(f"{balancer.url}/backends/only", method="DELETE")[0] in (200, 202, 204)
-        with client(balancer) as h2:
-            h2.request(1)
-            assert h2.finish(1).status == 200  # both sides know each other's windows
-            for stream in (3, 5, 7, 9):
+        return balancer
+
+    return begin
+
+
+def stall(h2: Client, streams: int, first: int = 1) -> list[int]:
+    """Uploads of which the last bytes do not get through, because nobody reads them."""
+    begun = list(range(first, first + 2 * streams, 2))
+    for stream in begun:
+        h2.request(stream, (b":path", b"/slow"), method=b"POST", end=False)
+        assert h2.upload(stream, 16 * MIB, patience=0.2) > 0
+    return begun
+
+
+def test_http2_uploads_to_a_slow_backend_leave_room_for_others(start_slow: Callable[..., BalancerProcess]) -> None:
+    """Not all that the connection may send is theirs."""
+    balancer = start_slow()
+    with client(balancer) as h2:
+        stall(h2, 4)
+        h2.request(11, method=b"POST", end=False)
+        assert h2.upload(11, 60 * FRAME) == 0
+        h2.data(11, b"")
+        assert h2.finish(11).status == 200
+
+
+def test_who_cannot_send_because_of_a_slow_backend_is_no_slow_client(
+    start_slow: Callable[..., BalancerProcess], slow: SlowBackend
+) -> None:
+    """RFC 9113 section 5.2.2: the window of the connection is used up. The others wait, and are served in the end."""
+    balancer = start_slow()
+    with client(balancer) as h2:
+        stall(h2, 20)
+        h2.request(99, method=b"POST", end=False)
+        assert h2.upload(99, 1000, patience=BODY_GRACE_SECONDS + 2) == 1000
+        assert not h2.streams[99].is_over
+        h2.request(101)
+        assert h2.finish(101).status == 200  # no body, no window
+        slow.go_on.set()
+        assert h2.upload(99, 1000) == 0
+        h2.data(99, b"")
+        assert h2.finish(99).status == 200
+
+
+def test_they_wait_no_longer_than_the_slow_backend_is_given(start_slow: Callable[..., BalancerProcess]) -> None:
+    balancer = start_slow("--idle-timeout=2")
+    with client(balancer) as h2:
+        begun = stall(h2, 20)
+        h2.request(99, method=b"POST", end=False)
+        assert h2.upload(99, 1000, patience=30) == 0
+        h2.data(99, b"")
+        assert h2.finish(99).status == 200
+        assert {h2.finish(stream).status for stream in begun} == {504}
+
+
+# Memory: what clients send and nobody reads.
+
+
+@contextmanager
+def holding_less(balancer: BalancerProcess, size: int) -> Iterator[None]:
+    """What the process takes for what is done in the block, at its most."""
+    before = resident_bytes(balancer.pid)
+    yield
+    grown = resident_bytes(balancer.pid, "VmHWM") - before
+    assert grown < size, f"{grown / MIB:.0f} MiB"
+
+
+def test_uploads_that_nobody_reads_hold_little(start_slow: Callable[..., BalancerProcess]) -> None:
+    """Two connections, and the threads of their requests. It was what the windows of all streams add up to."""
+    balancer = start_slow()
+    with ExitStack() as stack, holding_less(balancer, 48 * MIB):
+        for _ in range(2):
+            h2 = stack.enter_context(client(balancer))
+            for stream in range(1, 61, 2):
                 h2.request(stream, (b":path", b"/slow"), method=b"POST", end=False)
-                upload(h2, stream, 64, end=False)  # all that may be unread of one stream
-            h2.request(11, method=b"POST", end=False)
-            upload(h2, 11, 60, end=True)
-            assert h2.finish(11).status == 200
-    finally:
-        go_on.set()
-        balancer.stop()
-        slow.close()
-    assert len(slow.requests[-1].body) == 60 * FRAME
+                h2.upload(stream, 8 * MIB, patience=0.1)
+        assert active(balancer) == 60
 
 
-def upload(h2: Client, stream: int, frames: int, *, end: bool) -> None:
-    for _ in range(frames):
-        h2.data(stream, b"x" * FRAME, end=False)
-    if end:
-        h2.data(stream, b"")
+@pytest.mark.parametrize("streams", [1, 50])
+def test_frames_of_one_byte_hold_little(
+    start: Callable[..., BalancerProcess], scripted: WireBackend, streams: int
+) -> None:
+    """Each byte has a frame of its own to be kept account of; hyper ends the connection when these get too many."""
+    balancer = start()
+    begun = range(1, 2 * streams, 2)
+    frames = b"".join(frame(DATA, 0, stream, b"x") for stream in begun) * (20_000 // streams)
+    with holding_less(balancer, 50 * MIB):
+        for _ in range(10):
+            with client(balancer) as h2, suppress(OSError):  # the balancer has had enough
+                for stream in begun:
+                    h2.request(stream, method=b"POST", end=False)
+                for _ in range(20):
+                    h2.raw(frames)
+        wait_until(lambda: active(balancer) == 0)
+
+
+def test_a_head_that_never_ends_holds_little(start: Callable[..., BalancerProcess]) -> None:
+    """RFC 9113 section 10.5: CONTINUATION frames without END_HEADERS."""
+    balancer = start()
+    line = b"\0\1x\177\201\1" + bytes(256)  # a literal of one letter and 256 bytes
+    with holding_less(balancer, 16 * MIB), client(balancer) as h2, suppress(OSError):
+        h2.raw(frame(HEADERS, 0, 1, line))
+        for _ in range(1000):
+            h2.raw(frame(CONTINUATION, 0, 1, line * 60))
+        h2.read_to_end()
 
 
 def test_the_control_api_does_not_wait_for_slow_bodies(start: Callable[..., BalancerProcess]) -> None:
@@ -253,6 +357,24 @@ def test_the_default_is_what_the_server_in_front_takes(
 # Connections: `max_clients`.
 
 
+def test_heads_of_thousands_of_lines_are_not_kept(start: Callable[..., BalancerProcess]) -> None:
+    """HTTP/2 sends a line in three bytes, each of them takes 150 here. Kept, these would take 90 MB."""
+    balancer = start()
+
+    def send(connection: int) -> None:
+        with client(balancer) as h2:
+            for stream in range(1, 200, 2):
+                number = b"%d-%d" % (connection, stream)
+                h2.request(stream, (b"n", number), *[(b"%c" % (97 + n % 26), b"") for n in range(1750)])
+                assert h2.finish(stream).status == 431
+
+    send(0)
+    before = resident_bytes(balancer.pid)
+    for connection in range(1, 7):
+        send(connection)
+    assert resident_bytes(balancer.pid) - before < 30_000_000
+
+
 def is_readable(sock: socket.socket, timeout: float) -> bool:
     with selectors.DefaultSelector() as selector:
         selector.register(sock, selectors.EVENT_READ)
@@ -306,16 +428,78 @@ def test_a_pass_over_many_connections_lets_others_run_in_between() -> None:
         for _ in clients:
             stack.enter_context(listener.accept()[0])
         opened = len(os.listdir("/proc/self/fd"))
+        unused = accepted.Unused(port, 0.0)
 
         def are_all_closed() -> bool:
             steps = 0
-            for _ in accepted.close_silent(port, 0.0, set()):
+            for _ in unused.close(lambda client: False):
                 steps += 1
                 assert len(os.listdir("/proc/self/fd")) == opened
             assert steps >= 2 * len(clients) / accepted.SLICE
             return all(is_readable(sock, 0) for sock in clients)
 
-        wait_until(are_all_closed, what="each has been silent for a moment")
+        wait_until(are_all_closed, what="none has asked for anything")
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_port_that_is_used_again_is_another_connection() -> None:
+    clock = Clock()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        unused = accepted.Unused(listener.getsockname()[1], 10.0, clock)
+        source = free_port()
+        for _ in range(2):
+            with socket.create_connection(listener.getsockname(), 5, ("127.0.0.1", source)) as sock:
+                with listener.accept()[0] as taken:
+                    list(unused.close(lambda client: False))
+                    assert not is_readable(taken, 0)
+                    clock.now += 9
+                    list(unused.close(lambda client: False))
+                    assert not is_readable(sock, 0)
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # no TIME_WAIT
+
+
+def test_a_connection_may_stay_for_longer_once_it_was_used() -> None:
+    clock = Clock()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        unused = accepted.Unused(listener.getsockname()[1], 10.0, clock)
+        with connect(listener.getsockname()[1]) as sock, listener.accept()[0]:
+            own = sock.getsockname()
+            list(unused.close(lambda client: client == (own[0], str(own[1]))))
+            for _ in range(7):
+                clock.now += 10
+                list(unused.close(lambda client: False))
+                assert not is_readable(sock, 0)
+            clock.now += 10
+            list(unused.close(lambda client: False))
+            assert sock.recv(1) == b""
+
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+PINGED = frame(PING, 0, 0, bytes(8))
+BEGINNINGS = {  # and what follows twice a second
+    "nothing": (b"", b""),
+    "part of a preface": (PREFACE[:10], b""),
+    "PINGs": (PREFACE + frame(SETTINGS, 0, 0, b""), PINGED),
+    "SETTINGS": (PREFACE, frame(SETTINGS, 0, 0, b"")),
+    "a head that does not end": (PREFACE + frame(SETTINGS, 0, 0, b"") + frame(HEADERS, 0, 1, b"\x82"), b""),
+}
+
+
+@pytest.mark.parametrize("beginning", BEGINNINGS)
+def test_a_connection_without_a_request_is_closed(start: Callable[..., BalancerProcess], beginning: str) -> None:
+    """Whatever else comes on it. `max_clients` of them shut the balancer."""
+    balancer = start("--header-timeout=1")
+    first, more = BEGINNINGS[beginning]
+    with connect(balancer.port) as sock:
+        sock.sendall(first)
+        with sending([sock], [more]):
+            read_all(sock)  # until it is closed
 
 
 # What a request blocks on when its client leaves.

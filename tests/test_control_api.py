@@ -191,6 +191,7 @@ STATUS: dict[str, Any] = {
     "capabilities": {
         "writes": FLAG,
         "token_required": FLAG,
+        "authorized": FLAG,
         "traffic": FLAG,
         "algorithms": [{"name": TEXT, "description": TEXT}],
     },
@@ -228,7 +229,7 @@ def test_status_has_the_fields_and_types_of_the_contract(app: Flask, client: Fla
 def test_status_says_whether_its_address_forwards_requests(settings: dict[str, Any], traffic: bool) -> None:
     """The dashboard sent its test requests to the control port, where each was a 404."""
     control = make_app(**settings).extensions["balancer"].control_app
-    answer = json.loads(Client(control).get("/status").data)
+    answer = json.loads(Client(control).get("/status", environ_base={"REMOTE_ADDR": "127.0.0.1"}).data)
     assert answer["capabilities"]["traffic"] is traffic
 
 
@@ -434,6 +435,10 @@ BAD_URLS = [
     "http://127.0.0.1/?query",
     "http://127.0.0.1/#part",
     "http://[::1",
+    "http://[::1]x:80",
+    "http://x[::1]:80",
+    "http://[v1.x]:80",
+    "http://[v1.x]",
     "http://host name",
     "http://h\u00f6st",
     "http://a\r\nHost: b",
@@ -845,7 +850,7 @@ def test_an_origin_on_the_list_may_write() -> None:
 )
 def test_what_a_form_can_send_is_refused(app: Flask, client: FlaskClient, content_type: str | None) -> None:
     body = b'{"algorithm": "round_robin"}'
-    for headers in ({"Origin": "http://localhost"}, {"Sec-Fetch-Site": "cross-site"}):
+    for headers in ({"Origin": "http://localhost"}, {"Sec-Fetch-Site": "same-origin"}, {}):
         answer = client.post("/algorithm", data=body, content_type=content_type, headers=headers)
         assert_refused(app, answer, 415, "application/json")
 
@@ -858,16 +863,7 @@ def test_a_reset_without_body_from_a_browser_is_refused(app: Flask, client: Flas
     assert client.get("/status").json["statistics"]["total_requests"] == 1  # type: ignore[index]
 
 
-def test_a_page_from_disk_may_write_only_if_allowed(app: Flask, client: FlaskClient) -> None:
-    assert_refused(app, write(client, {"Origin": "null"}), 403, "allow_file_origin")
-    allowing = make_app(allow_file_origin=True).test_client()
-    assert write(allowing, {"Origin": "null"}).status_code == 200
-    assert write(allowing, {"Origin": FOREIGN}).status_code == 403
-
-
-@pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:9000", "localhost.evil.example", "10.0.0.1", "[::2]", ""]
-)
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:9000", "localhost.evil.example", "10.0.0.1", "[::2]"])
 def test_a_name_made_to_resolve_to_us_may_not_write(app: Flask, client: FlaskClient, host: str) -> None:
     assert_refused(app, write(client, {"Host": host}), 403, "Host")
     assert write(client, {"Host": host, "Origin": f"http://{host}"}).status_code == 403
@@ -877,7 +873,8 @@ def test_without_a_token_nobody_writes_over_the_network() -> None:
     app = make_app(host="0.0.0.0")
     client = app.test_client()
     assert_refused(app, write(client, {}), 403, "LB_ADMIN_TOKEN")
-    assert client.get("/status").json["capabilities"]["writes"] is False  # type: ignore[index]
+    reading = make_app(host="0.0.0.0", control_reads="open").test_client()
+    assert reading.get("/status").json["capabilities"]["writes"] is False  # type: ignore[index]
 
 
 @pytest.mark.parametrize(
@@ -899,20 +896,14 @@ def test_the_right_token_is_accepted_from_anywhere_but_other_sites() -> None:
     assert write(client, right | {"Origin": ALLOWED}).status_code == 200
     assert write(client, right | {"Origin": "null"}).status_code == 200
     assert write(client, right | {"Origin": FOREIGN}).status_code == 403
-    capabilities = client.get("/status").json["capabilities"]  # type: ignore[index]
-    assert (capabilities["writes"], capabilities["token_required"]) == (True, True)
+    capabilities = client.get("/status", headers=right).json["capabilities"]  # type: ignore[index]
+    assert (capabilities["writes"], capabilities["token_required"], capabilities["authorized"]) == (True, True, True)
 
 
 def test_the_scheme_word_of_a_token_is_not_case_sensitive() -> None:
     """RFC 9110 section 11.1."""
     client = make_app(admin_token=TOKEN).test_client()
     assert write(client, {"Authorization": f"bearer {TOKEN}"}).status_code == 200
-
-
-def test_reads_need_no_token() -> None:
-    client = make_app(admin_token=TOKEN, host="0.0.0.0").test_client()
-    for path in ("/status", "/health", "/algorithm", "/backends", "/events", "/openapi.json", "/dashboard"):
-        assert client.get(path, headers={"Host": "balancer.example"}).status_code == 200
 
 
 # CORS.
@@ -945,11 +936,9 @@ def test_a_preflight_tells_an_allowed_origin_yes_and_a_foreign_one_nothing(metho
 
 def test_answers_can_be_read_by_allowed_origins_only() -> None:
     client = make_app(cors_origins=(ALLOWED,)).test_client()
-    for origin, expected in ((ALLOWED, ALLOWED), ("null", "null"), (FOREIGN, None)):
+    for origin, expected in ((ALLOWED, ALLOWED), ("null", None), (FOREIGN, None)):
         answer = client.get("/status", headers={"Origin": origin})
         assert answer.headers.get("Access-Control-Allow-Origin") == expected
-        if expected:
-            assert "Origin" in answer.headers["Vary"]
     assert client.get("/backends/no", headers={"Origin": ALLOWED}).headers["Access-Control-Allow-Origin"] == ALLOWED
 
 
@@ -986,6 +975,9 @@ def test_the_dashboard_is_the_file_and_its_policy_lets_exactly_its_own_parts_run
     assert answer.status_code == 200 and answer.mimetype == "text/html" and answer.data == page
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
     assert answer.headers["Cache-Control"] == "no-cache"
+    assert answer.headers["Cross-Origin-Opener-Policy"] == "noopener-allow-popups"
+    firefox = {"User-Agent": "Mozilla/5.0 (X11; Linux x86_64; rv:140.0) Gecko/20100101 Firefox/140.0"}
+    assert client.get("/dashboard", headers=firefox).headers["Cross-Origin-Opener-Policy"] == "same-origin"
     policy = dict(part.strip().partition(" ")[::2] for part in answer.headers["Content-Security-Policy"].split(";"))
     assert policy["default-src"] == policy["frame-ancestors"] == "'none'"
     assert policy["connect-src"] == "'self'" and policy["img-src"] == "data:"
@@ -1225,7 +1217,7 @@ def test_the_whole_api_on_a_real_process(demo: Demo, document: dict[str, Any]) -
     assert fetch_json(f"{base}/openapi.json") == document
 
     assert fetch(f"{base}/api/process")[0] == 200
-    assert fetch_json(f"{base}/status")["recent_requests"][0]["path"] == "/api/process"
+    assert fetch_json(f"{base}/status")["recent_requests"][0]["path"] == "/api/\u2026"
     assert fetch(f"{base}/reset", method="POST")[0] == 200  # as curl -X POST sends it
     assert fetch_json(f"{base}/status")["statistics"]["total_requests"] == 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import wait_until
+from wire import WireBackend
 
 from balancer.bridge import Bridge
 from bench import guard
@@ -96,3 +99,36 @@ def test_the_command_renews_the_budget_and_fails_above_it(
     guard.BUDGET.write_text(text.replace(f'"python_calls": {count}', '"python_calls": 50'))
     assert run(monkeypatch) == 1
     assert "python_calls" in capsys.readouterr().err
+
+
+def cycles(bridge: Bridge, status: int) -> int:
+    """Objects that only the garbage collector can free after one request, which is answered with `status`."""
+    client = guard.Client(guard.KINDS["get"])
+    gc.collect()
+    bridge.accept(client)
+    wait_until(lambda: bridge.express is None or bridge.express.run_once() or client.status)
+    assert client.status == status
+    return gc.collect()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"nonsense\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: " + b"z" * 60_000 + b"\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 60_000 + b"\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nz\r\n",
+        b"",
+    ],
+)
+def test_a_failed_request_leaves_no_cycles(answer: bytes, scripted: WireBackend) -> None:
+    """Such garbage waits for 20,000 objects: with an answer of 64 KiB in each of its cycles, for 100 MB."""
+    gc.disable()
+    try:
+        with guard.balancer(scripted.port) as bridge:
+            scripted.reset()
+            usual = min(cycles(bridge, 200) for _ in range(3))
+            scripted.answer(answer, close=True)
+            assert min(cycles(bridge, 502) for _ in range(3)) <= usual  # the backend's threads leave some too
+    finally:
+        gc.enable()

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import expect
-from support import BalancerProcess, Demo, ScriptedBackend, start_demo, wait_until
+from support import PAGE_TOKEN, BalancerProcess, Demo, ScriptedBackend, start_demo, wait_until
 
 from tests.dashboard_stub import (
-    PAGE,
     Json,
     Stub,
     backend,
@@ -225,10 +224,13 @@ def test_disconnected_from_the_start_shows_dashes(tab: Tab, stub: Stub) -> None:
 def test_blocked_by_cors_is_told_from_disconnected(tab: Tab, stub: Stub) -> None:
     tab.network_errors_expected = True
     stub.cors = False
-    tab.from_disk(stub.url)
-    tab.shows("#pill", "Blocked")
-    tab.shows("#banner-connection", "Something answers there, but it is no balancer, or does not let this page read")
-    expect(tab.at("#open-dashboard")).to_have_attribute("href", f"{stub.url}/dashboard")
+    with serving(status([])) as other:
+        tab.page.goto(f"{other.url}/elsewhere.html?lb={stub.url}")
+        tab.shows("#pill", "Blocked")
+        tab.shows("#banner-connection", "Something answers there, but it is no balancer, or does not let this page")
+        expect(tab.at("#open-dashboard")).to_have_attribute("href", f"{stub.url}/dashboard")
+        expect(tab.at("#give-token")).to_be_hidden()
+        tab.page.close()
 
 
 def test_no_answer_in_time(tab: Tab, stub: Stub) -> None:
@@ -264,38 +266,6 @@ def test_bad_answers_are_shown_and_polling_goes_on(tab: Tab, stub: Stub, body: b
     tab.shows("#pill", "Bad answer")
     stub.raw_body = None
     tab.is_live()
-
-
-def test_a_token_is_asked_for_and_kept_in_this_tab_only(tab: Tab, stub: Stub) -> None:
-    tab.network_errors_expected = True
-    stub.token = "secret"
-    tab.from_disk(stub.url)
-    tab.shows("#pill", "Token needed")
-    tab.page.click("#give-token")
-    tab.page.fill("#token", "secret")
-    tab.page.keyboard.press("Enter")
-    tab.is_live()
-    assert "secret" in tab.page.evaluate("() => JSON.stringify({...sessionStorage})")
-    assert "secret" not in tab.page.evaluate("() => JSON.stringify({...localStorage})")
-
-
-def test_a_token_never_goes_to_another_address(tab: Tab, stub: Stub) -> None:
-    tab.network_errors_expected = True
-    stub.token = "secret"
-    sent: list[str | None] = []
-    tab.from_disk(stub.url)
-    tab.page.click("#give-token")
-    tab.page.fill("#token", "secret")
-    tab.page.keyboard.press("Enter")
-    tab.is_live()
-    with serving(status([], load_balancer_id="other")) as other:
-        tab.page.on(
-            "request", lambda it: sent.append(it.headers.get("authorization")) if it.url.startswith(other.url) else None
-        )
-        tab.page.fill("#address", other.url)
-        tab.page.keyboard.press("Enter")
-        tab.shows("#lb-id", "other")
-    assert sent and set(sent) == {None}
 
 
 def test_paused_polls_no_more_and_says_how_old_the_data_is(tab: Tab, stub: Stub) -> None:
@@ -640,10 +610,11 @@ def test_the_address_is_checked_and_remembered(tab: Tab, stub: Stub) -> None:
         expect(tab.at("#address-error")).not_to_be_empty()
         expect(tab.at("#address")).to_have_attribute("aria-invalid", "true")
     with serving(status([], load_balancer_id="other")) as other:
+        tab.from_disk(stub.url, other.url).is_live()
         tab.page.fill("#address", f" {other.url.removeprefix('http://')}/dashboard ")
         tab.page.keyboard.press("Enter")
         tab.shows("#lb-id", "other")
-        tab.page.goto(PAGE.as_uri())
+        tab.from_disk_alone()
         tab.shows("#lb-id", "other")
         expect(tab.at("#address")).to_have_value(other.url)
         tab.page.close()
@@ -705,7 +676,7 @@ def open_demo(tab: Tab, demo: Demo, from_disk: bool) -> None:
     if from_disk:
         tab.from_disk(demo.url)
     else:
-        tab.page.goto(f"{demo.url}/dashboard")
+        tab.page.goto(f"{demo.url}/dashboard#token={PAGE_TOKEN}")
     tab.is_live()
 
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 from playwright.sync_api import expect
-from support import wait_until
+from support import PAGE_TOKEN, wait_until
 
 from tests.dashboard_stub import Stub, backend, explained, recent, status
 from tests.dashboard_tab import Tab, chromium, stub, tab
@@ -196,41 +196,40 @@ def test_a_backend_is_removed_after_asking_and_undo_adds_it_again(tab: Tab, stub
 
 def test_a_change_asks_for_the_token_and_goes_on(tab: Tab, stub: Stub) -> None:
     tab.network_errors_expected = True
-    tab.from_disk(stub.url).is_live()
-    stub.answer["capabilities"]["token_required"] = True
+    tab.page.goto(f"{stub.url}/dashboard")
+    tab.is_live()
     tab.shows("#write-note", "Changes need a token.")
-    stub.token = "secret"
     tab.page.click("#pause")
     choose(tab, 0, "Drain")
     expect(tab.at("#token-dialog")).to_be_visible()
     tab.page.fill("#token", "with blank")
     tab.page.keyboard.press("Enter")
     expect(tab.at("#token")).to_have_attribute("aria-invalid", "true")
-    tab.page.fill("#token", "secret")
+    tab.page.fill("#token", PAGE_TOKEN)
     tab.page.keyboard.press("Enter")
     tab.shows("#toasts", "backend_1 gets no new requests.")
     assert stub.writes == [("PATCH /backends/backend_1", {"admin_state": "drain"})]
-    assert "secret" not in tab.page.evaluate("() => JSON.stringify({...localStorage})")
+    assert PAGE_TOKEN not in tab.page.evaluate("() => JSON.stringify({...localStorage})")
 
 
 @pytest.mark.parametrize("what", ["algorithm", "state"])
 def test_a_wrong_token_is_told_in_the_dialog_and_nowhere_else(tab: Tab, stub: Stub, what: str) -> None:
     tab.network_errors_expected = True
-    tab.from_disk(stub.url).is_live()
-    stub.token = "secret"
+    tab.page.goto(f"{stub.url}/dashboard")
+    tab.is_live()
     tab.page.click("#pause")
     if what == "state":
         choose(tab, 0, "Drain")
     else:
         tab.page.select_option("#algorithm", "round_robin")
         tab.page.click("#apply")
-    tab.shows("#token-error", "A token is needed: a token is required")
+    tab.shows("#token-error", "This change needs a token.")
     tab.page.fill("#token", "wrong")
     tab.page.keyboard.press("Enter")
     tab.shows("#token-error", "This token was refused.")
     expect(tab.at("#token-dialog")).to_be_visible()
     expect(tab.at(".toast")).to_have_count(0)
-    tab.page.fill("#token", "secret")
+    tab.page.fill("#token", PAGE_TOKEN)
     tab.page.keyboard.press("Enter")
     expect(tab.at("#token-dialog")).to_be_hidden()
     wait_until(lambda: len(stub.writes) == 1)

@@ -23,8 +23,9 @@ from support import (
 )
 from wire import hang_up
 
-from balancer.backends import Backend
+from balancer.backends import EXPLAINED, Backend, LastCheck
 from balancer.origin import Origin
+from balancer.pool import BackendPool
 from balancer.strategies import REGISTRY, create
 
 
@@ -212,3 +213,29 @@ def test_a_retry_without_budget_does_not_wait_for_a_place() -> None:
         balancer.stop()
         failing.close()
         busy.close()
+
+
+def test_of_hundreds_of_backends_a_record_explains_the_first_and_the_chosen_one() -> None:
+    """Thousands of records are kept: each would take 100 kB with a thousand backends."""
+    pool = BackendPool(create("least_connections"))
+    for number in range(300):
+        added = pool.add(f"b{number}", Origin("http", "127.0.0.1", 1 + number))
+        pool.record_check(added, LastCheck(0.0, 0.0, 200 if number % 2 else None, None if number % 2 else "down"))
+    for taken in range(120):
+        choice = pool.lease(None).choice
+        described = choice.describe()
+        candidates = [candidate["id"] for candidate in described["candidates"]]
+        assert len(candidates) == len(set(candidates)) == len(described["excluded"]) == EXPLAINED
+        assert choice.backend.id in candidates
+        chosen = described["candidates"][candidates.index(choice.backend.id)]
+        assert (chosen["active"], chosen["score"]) == (0, 0.0), taken
+
+
+def test_of_hundreds_of_backends_that_are_full_a_refusal_names_the_first() -> None:
+    backends = [f"--backend=http://127.0.0.1:1@{weight}" for weight in [0] * (EXPLAINED + 50)]
+    balancer = BalancerProcess(*backends)
+    try:
+        identifier = fetch(f"{balancer.url}/")[1]["x-request-id"]
+        assert len(fetch_json(f"{balancer.url}/requests/{identifier}")["excluded"]) == EXPLAINED
+    finally:
+        balancer.stop()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import httptools
 import pytest
 from hypothesis import given
@@ -91,15 +93,30 @@ def test_what_is_taken_is_what_llhttp_understands(status: bytes, lines: list[byt
 
 
 def test_what_is_remembered_is_bounded() -> None:
-    for number in range(heads.LINES_KEPT * 2):
-        parse_plain(PLAIN.replace(b"now", b"%d" % number))
-        parse_plain(PLAIN.replace(b"now", b"x" * heads.LONGEST_LINE + b"%d" % number))
-        parse_plain(PLAIN.replace(b"now", b"x" * heads.LONGEST_HEAD + b"%d" % number))
-    assert len(heads._lines) <= heads.LINES_KEPT and len(heads._heads) <= heads.HEADS_KEPT
+    """Also by objects: a head of a kilobyte may be 250 lines, each of them three."""
+    tracemalloc.start()
+    try:
+        for number in range(1500):
+            for value in (b"%d" % number, b"%d\r\n" % number + b"\r\n".join(b"a:%d" % n for n in range(150))):
+                for _ in range(2):
+                    parse_plain(PLAIN.replace(b"now", value))
+                    parse_plain(PLAIN.replace(b"OK", value[:4]))
+        room = heads.HEADS_ROOM + heads.LINES_ROOM + heads.STATUSES_ROOM
+        assert tracemalloc.get_traced_memory()[1] < 1.2 * room
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_is_too_long_to_be_remembered_is_not() -> None:
+    for _ in range(3):
+        parse_plain(PLAIN.replace(b"now", b"x" * heads.LONGEST_LINE))
+        parse_plain(PLAIN.replace(b"now", b"x" * heads.LONGEST_HEAD))
     assert max(map(len, heads._lines)) <= heads.LONGEST_LINE and max(map(len, heads._heads)) <= heads.LONGEST_HEAD
 
 
 def test_a_head_that_is_shared_is_never_changed() -> None:
+    for _ in range(2):  # then it is kept
+        parse_plain(PLAIN)
     first, second = ResponseHead(), ResponseHead()
     first.feed(PLAIN + b"ok")
     second.feed(PLAIN + b"no")

@@ -10,6 +10,7 @@ import re
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,9 +20,11 @@ import pytest
 from support import BalancerProcess, ok, wait_until
 from wire import WireBackend, hang_up, wait_closed
 
-DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY = 0, 1, 3, 4, 6, 7
+DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 7, 8, 9
 END_STREAM, ACK, END_HEADERS = 1, 1, 4
 CANCEL = 8
+INITIAL_WINDOW_SIZE, WINDOW = 4, 65535  # a setting; its value until it is set, and of the connection (H 6.9.2)
+FRAME = 16384  # bytes of a frame at most, unless the other side allows more
 Pairs = list[tuple[bytes, bytes]]
 
 
@@ -61,9 +64,12 @@ class Client:
         self._sock = sock
         self._input = sock.makefile("rb")
         self.streams: dict[int, Stream] = {}
+        self._initial = WINDOW
+        self._windows = {0: WINDOW}  # what may be sent on each stream, and on all of them together (0)
+        self._pongs = 0
         self.is_closed = self.is_told_to_go = False
         settings = b"\0\1" + (0).to_bytes(4, "big") + b"\0\4" + (2**24).to_bytes(4, "big")  # no table, a large window
-        sock.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(SETTINGS, 0, 0, settings))
+        sock.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(SETTINGS, 0, 0, settings))
 
     def close(self) -> None:
         self._input.close()
@@ -77,18 +83,51 @@ class Client:
 
     def fields(self, stream: int, fields: Pairs, *, end: bool = True) -> None:
         self.streams.setdefault(stream, Stream())
+        self._windows.setdefault(stream, self._initial)
         block = b"".join(b"\0" + _string(name) + _string(value) for name, value in fields)
         self._send(HEADERS, END_HEADERS | (END_STREAM if end else 0), stream, block)
 
     def data(self, stream: int, data: bytes, *, end: bool = True) -> None:
+        self._windows[0] -= len(data)
+        self._windows[stream] -= len(data)
         self._send(DATA, END_STREAM if end else 0, stream, data)
+
+    def upload(self, stream: int, size: int, *, patience: float = 10) -> int:
+        """Send so many bytes, without END_STREAM, as the windows allow it (H 5.2). Returns how many could not be sent,
+        because nothing came for `patience` seconds that allows more."""
+        while size and (most := min(size, FRAME, self._room(stream, patience))):
+            self.data(stream, bytes(most), end=False)
+            size -= most
+        return size
+
+    def _room(self, stream: int, patience: float) -> int:
+        """What may be sent on it now, or within `patience` seconds."""
+        deadline = time.monotonic() + patience
+        while not (self.is_closed or self.streams[stream].is_over):
+            if (room := min(self._windows[0], self._windows[stream])) > 0:
+                return room
+            if time.monotonic() > deadline:
+                break
+            self.sync()
+        return 0
+
+    def sync(self) -> None:
+        """Read what has come: all frames until the answer to a PING."""
+        awaited = self._pongs + 1
+        self._send(PING, 0, 0, bytes(8))
+        while self._pongs < awaited and not self.is_closed:
+            self._read_frame()
+
+    def raw(self, data: bytes) -> None:
+        """Frames as they are."""
+        self._sock.sendall(data)
 
     def cancel(self, stream: int) -> None:
         self._send(RST_STREAM, 0, stream, CANCEL.to_bytes(4, "big"))
 
     def _send(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
         try:
-            self._sock.sendall(_frame(kind, flags, stream, payload))
+            self._sock.sendall(frame(kind, flags, stream, payload))
         except OSError:
             self.is_closed = True
 
@@ -128,13 +167,26 @@ class Client:
             stream.reset_code = int.from_bytes(payload, "big")
         elif kind == GOAWAY:
             self.is_told_to_go = True
+        elif kind == WINDOW_UPDATE:
+            self._windows[int.from_bytes(head[5:9], "big")] += int.from_bytes(payload, "big")
+        elif kind == PING and flags & ACK:
+            self._pongs += 1
         elif kind in (SETTINGS, PING) and not flags & ACK:
+            if kind == SETTINGS:
+                self._apply(payload)
             self._send(kind, ACK, 0, payload if kind == PING else b"")
         if kind in (HEADERS, DATA) and flags & END_STREAM:
             stream.is_ended = True
 
+    def _apply(self, settings: bytes) -> None:
+        for at in range(0, len(settings), 6):
+            if int.from_bytes(settings[at : at + 2], "big") == INITIAL_WINDOW_SIZE:
+                before, self._initial = self._initial, int.from_bytes(settings[at + 2 : at + 6], "big")
+                for stream in self._windows.keys() - {0}:
+                    self._windows[stream] += self._initial - before
 
-def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+
+def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
     return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
 
 
@@ -251,6 +303,13 @@ def test_cookie_crumbs_are_joined(balancer: BalancerProcess, backend: WireBacken
         h2.request(1, (b"cookie", b"a=1"), (b"x-between", b"1"), (b"cookie", b"b=2"), (b"cookie", b"c=3"))
         assert h2.finish(1).status == 200
     assert backend.requests[0].values(b"cookie") == [b"a=1; b=2; c=3"]
+
+
+def test_claims_of_an_untrusted_client_are_dropped(balancer: BalancerProcess, backend: WireBackend) -> None:
+    with client(balancer) as h2:
+        h2.request(1, (b"x-forwarded-prefix", b"/evil"), (b"x-forwarded-ssl", b"on"), (b"true-client-ip", b"6.6.6.6"))
+        assert h2.finish(1).status == 200
+    assert b"evil" not in (head := backend.requests[0].head) and b"ssl" not in head and b"6.6.6.6" not in head
 
 
 def test_many_streams_at_once(balancer: BalancerProcess, backend: WireBackend) -> None:
@@ -404,6 +463,49 @@ def test_a_length_that_lies_does_not_reach_the_backend(
     assert found.status is None or found.status >= 400
     wait_until(lambda: is_idle(balancer))
     assert backend.requests == []
+
+
+@pytest.mark.parametrize("length", [0, 3, 50_000, 100_000])
+@pytest.mark.parametrize("more", [b"d", b"GET /evil HTTP/1.1\r\nHost: evil\r\n\r\n"])
+def test_what_follows_all_that_content_length_promised_does_not_come_too_late(
+    balancer: BalancerProcess, backend: WireBackend, length: int, more: bytes
+) -> None:
+    """H 8.1.1: the request seems complete, and must not go on before its stream has ended."""
+    with client(balancer) as h2:
+        h2.request(1, (b"content-length", b"%d" % length), method=b"POST", end=False)
+        assert h2.upload(1, length) == 0
+        h2.request(3, (b":path", b"/other"))
+        assert h2.finish(3).status == 200  # so the first has had its chance
+        h2.data(1, more)
+        found = h2.finish(1)
+    assert found.status is None or 400 <= found.status < 500
+    wait_until(lambda: is_idle(balancer))
+    assert [got.target for got in backend.requests] == [b"/other"]
+
+
+@pytest.mark.parametrize("method", [b"GET", b"POST", b"DELETE"])
+def test_a_length_without_a_body_does_not_reach_the_backend(
+    balancer: BalancerProcess, backend: WireBackend, method: bytes
+) -> None:
+    """H 8.1.1: END_STREAM with the head, or with an empty frame after it."""
+    with client(balancer) as h2:
+        h2.request(1, (b"content-length", b"5"), method=method)
+        h2.request(3, (b"content-length", b"5"), method=method, end=False)
+        h2.data(3, b"")
+        found = [h2.finish(stream) for stream in (1, 3)]
+    assert all(stream.status is None or 400 <= stream.status < 500 for stream in found)
+    wait_until(lambda: is_idle(balancer))
+    assert backend.requests == []
+
+
+def test_an_empty_body_may_end_after_its_head(balancer: BalancerProcess, backend: WireBackend) -> None:
+    """H 8.1: END_STREAM comes with a frame of its own, as from clients that stream."""
+    with client(balancer) as h2:
+        h2.request(1, (b"content-length", b"0"), method=b"POST", end=False)
+        h2.sync()
+        h2.data(1, b"")
+        assert h2.finish(1).status == 200
+    assert backend.requests[0].values(b"content-length") == [b"0"]
 
 
 def test_authority_and_host_that_differ(balancer: BalancerProcess, backend: WireBackend) -> None:

@@ -49,6 +49,7 @@ class Pair:
             "--idle-timeout=10",
             "--max-header-bytes=131072",
             "--trusted-proxies=127.0.0.0/8",
+            "--control-reads=open",
             "--expose-backend",
             env={"HTTP_PROXY": nowhere, "http_proxy": nowhere, "ALL_PROXY": nowhere},
         )
@@ -306,6 +307,21 @@ def test_proxy_variables_of_the_environment_are_not_used(pair: Pair) -> None:
     assert not pair.requests[0].values(b"proxy")
 
 
+# Each tells gunicorn that the client's side is encrypted; two that differ are its 400 (forwarded_allow_ips).
+SCHEMES = [b"X-Forwarded-Ssl: on", b"x-forwarded-protocol: ssl", b"X-FORWARDED-SCHEME: https", b"Front-End-Https: on"]
+OTHER_CLAIMS = [
+    *(
+        *SCHEMES,
+        b"X-Forwarded-Prefix: /evil",
+        b"X-Forwarded-Port: 443",
+        b"X-Forwarded-Server: evil",
+        b"Client-IP: 6.6.6.6",
+    ),
+    *(b"X-Forwarded-Uri: /admin", b"X-Forwarded-Method: DELETE", b"X-Forwarded-User: root", b"X-Original-URL: /admin"),
+    *(b"X-Rewrite-Url: /admin", b"X-Original-Host: evil", b"True-Client-IP: 6.6.6.6", b"CF-Connecting-IP: 6.6.6.6"),
+    *(b"X-Client-IP: 6.6.6.6", b"X-Cluster-Client-Ip: 6.6.6.6", b"Fastly-Client-IP: 6.6.6.6"),
+    *(b"X-ProxyUser-Ip: 6.6.6.6", b"X-Envoy-External-Address: 6.6.6.6", b"X-Forwarded-Tls-Client-Cert: evil"),
+]
 CLAIMS = [
     *(b"X-Forwarded-For: 6.6.6.6, 7.7.7.7", b"X-Forwarded-For: 8.8.8.8", b"X-Forwarded-Proto: https"),
     *(b"X-Forwarded-Host: evil.example", b"Forwarded: for=6.6.6.6;proto=https", b"X-Real-IP: 6.6.6.6"),
@@ -319,6 +335,25 @@ def test_claims_of_an_untrusted_client_are_dropped(balancer: BalancerProcess, ba
     assert got.values(b"x-forwarded-proto") == [b"http"]
     assert got.values(b"x-forwarded-host") == [b"test"]
     assert not got.values(b"forwarded") + got.values(b"x-real-ip")
+
+
+def test_no_other_claim_of_an_untrusted_client_reaches_a_backend(
+    balancer: BalancerProcess, backend: WireBackend
+) -> None:
+    """Rule 8: by prefix and by name, so that none contradicts what we tell ourselves."""
+    plain = forwarded(balancer, backend)
+    got = forwarded(balancer, backend, *OTHER_CLAIMS, b"X-Forward: 1", b"X-Originator: 1")
+    assert {name for name, _ in got.lines} - {name for name, _ in plain.lines} == {b"x-forward", b"x-originator"}
+
+
+def test_other_claims_of_a_trusted_proxy_pass_as_they_came(pair: Pair) -> None:
+    """Rule 8: line by line."""
+    assert ask(pair.port, request(b"/", *OTHER_CLAIMS, b"X-Forwarded-Prefix: /b"))[0] == 200
+    (got,) = pair.requests
+    for line in OTHER_CLAIMS[:4] + OTHER_CLAIMS[5:]:
+        name, _, value = line.partition(b": ")
+        assert got.values(name) == [value]
+    assert got.values(b"x-forwarded-prefix") == [b"/evil", b"/b"]
 
 
 def test_claims_of_a_trusted_proxy_are_kept_and_added_to(pair: Pair) -> None:

@@ -8,14 +8,14 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
 from support import wait_until
 
-from balancer.logwriter import LogHandler, LogWriter, standard_output
+from balancer.logwriter import MESSAGE_LOGGED, LogHandler, LogWriter, standard_output
 
 
 class Pipe:
@@ -211,6 +211,67 @@ def test_log_records_go_through_it_and_a_bad_one_fails_nobody(pipe: Pipe, monkey
     writer.start()
     writer.stop()
     assert pipe.read() == ["INFO hello you"]
+
+
+def logged(pipe: Pipe, log: Callable[[logging.Logger], object]) -> list[str]:
+    """What comes out of a handler as the balancer has it."""
+    writer, logger = LogWriter(pipe.writer), logging.Logger("some.library")
+    handler = LogHandler(writer)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger.addHandler(handler)
+    log(logger)
+    writer.start()
+    writer.stop()
+    return pipe.read()
+
+
+FORGED = "\n2026-01-01 00:00:00,000 ERROR balancer: forged\x1b[31m\x7f\x9b\u2028\ud800"
+ESCAPED = "\\x0a2026-01-01 00:00:00,000 ERROR balancer: forged\\x1b[31m\\x7f\\x9b\\u2028\\ud800"
+
+
+@pytest.mark.parametrize("message", ["Exception on /backends/a%s [PATCH]", "%s"])
+def test_a_message_is_one_line_whoever_logs_it(pipe: Pipe, message: str) -> None:
+    (line,) = logged(pipe, lambda logger: logger.error(message, FORGED))
+    assert line.endswith(f" ERROR some.library: {message % ESCAPED}")
+
+
+def test_a_traceback_cannot_pass_for_a_record(pipe: Pipe) -> None:
+    """Only a record begins at the margin."""
+
+    def log(logger: logging.Logger) -> None:
+        try:
+            raise ValueError(FORGED)
+        except ValueError:
+            logger.exception("failed", stack_info=True)
+
+    first, *more = logged(pipe, log)
+    assert first.endswith("ERROR some.library: failed")
+    assert all(line.startswith("    ") and line.isprintable() for line in more)
+    assert any("Traceback" in line for line in more) and any("Stack" in line for line in more)
+    assert "    " + ESCAPED.removeprefix("\\x0a") in more
+
+
+def test_a_message_of_any_length_takes_little_room_while_it_waits(pipe: Pipe) -> None:
+    (line,) = logged(pipe, lambda logger: logger.error("x" * 1_000_000))
+    assert len(line) < MESSAGE_LOGGED + 100
+
+
+def test_other_handlers_get_a_record_as_it_is(pipe: Pipe, caplog: pytest.LogCaptureFixture) -> None:
+    def log(logger: logging.Logger) -> None:
+        logger.addHandler(caplog.handler)
+        logger.error("a%s", "\n")
+
+    logged(pipe, log)
+    assert [(record.msg, record.args) for record in caplog.records] == [("a%s", ("\n",))]
+
+
+def test_what_is_added_by_itself_cannot_pass_for_another_line_either(pipe: Pipe) -> None:
+    writer = LogWriter(pipe.writer)
+    writer.add("a\nb\x1b")
+    writer.add(lambda: "c\u2029\nd")
+    writer.start()
+    writer.stop()
+    assert pipe.read() == ["a", "    b\\x1b", "c\\u2029", "    d"]
 
 
 def test_a_standard_output_that_is_not_there_has_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:

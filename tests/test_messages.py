@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import string
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support import ROOT
 
+from balancer import messages
 from balancer.errors import ClientError, LoopDetected
 from balancer.messages import (
     HOP_BY_HOP,
@@ -18,6 +21,7 @@ from balancer.messages import (
     Line,
     check_host,
     check_target,
+    is_claim,
     is_in_networks,
     join_cookies,
     nominated,
@@ -211,6 +215,34 @@ def test_claims_of_a_trusted_proxy_are_kept_and_appended_to() -> None:
     assert values(result, b"x-forwarded-host") == [b"shop"]
     assert values(result, b"forwarded") == [b'for=1.1.1.1, for=198.51.100.7;host="a";proto=http']
     assert values(result, b"x-real-ip") == [b"1.1.1.1"]
+
+
+CLAIMED = [
+    *(b"x-forwarded-prefix", b"x-forwarded-port", b"x-forwarded-ssl", b"x-forwarded-protocol", b"x-forwarded-scheme"),
+    *(b"x-forwarded-server", b"x-forwarded-uri", b"x-forwarded-method", b"x-forwarded-user", b"x-forwarded"),
+    *(b"x-forwarded-tls-client-cert", b"x-forwarded-whatever-comes", b"true-client-ip", b"cf-connecting-ip"),
+    *(b"x-client-ip", b"x-cluster-client-ip", b"fastly-client-ip", b"client-ip", b"x-original-url", b"x-rewrite-url"),
+    *(b"x-original-host", b"x-proxyuser-ip", b"x-envoy-external-address", b"ssl-client-verify", b"client-cert-chain"),
+]
+
+
+@pytest.mark.parametrize("name", CLAIMED)
+def test_other_claims_of_a_stranger_are_dropped_and_those_of_a_trusted_proxy_pass_as_they_came(name: bytes) -> None:
+    claims = [(name, b"b"), (name, b"a, c")]
+    host, other = (b"host", b"a"), (b"x-forward", b"1")  # which only looks like one
+    assert forward(host, *claims, other) == forward(host, other)
+    result = forward(host, *claims, other, trusted=True)
+    assert [line for line in result if line[0] == name] == claims
+    assert values(result, b"x-forward") == [b"1"]
+    assert values(forward(host, *claims, (b"connection", name), trusted=True), name) == []
+
+
+def test_the_manual_names_all_claims() -> None:
+    text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    section = text.partition("\n## What clients claim\n")[2].partition("\n## ")[0]
+    named = {name.lower().encode() for name in re.findall(r"`([\w-]+)`", section)}
+    assert named >= messages._CLAIMS | set(messages._CLAIMED) - {b"client-cert"}
+    assert {name for name in named if is_claim(name)} <= messages._CLAIMS | set(messages._CLAIMED) | messages._ADDED_TO
 
 
 def test_an_ipv6_peer_loses_its_zone_and_is_quoted_in_forwarded() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from balancer import outgoing
-from balancer.errors import BalancerError, ClientError, CodingUnsupported, LoopDetected
+from balancer.errors import BalancerError, ClientError, CodingUnsupported, LoopDetected, TooManyHeaders
 from balancer.messages import Line
 from balancer.outgoing import OutgoingRequest, RequestHead, RequestHeads
 
@@ -49,10 +50,11 @@ def test_what_is_looked_up_is_what_would_be_worked_out(requests: list[tuple[list
         assert facts(shared.of(lines, peer, "http", version)) == facts(head_of(*lines, peer=peer, version=version))
 
 
-def test_one_section_is_worked_out_once_for_each_peer() -> None:
+def test_one_section_that_comes_again_is_kept_for_each_peer() -> None:
     shared = heads()
+    once = shared.of([HOST], "192.0.2.1", "http", "1.1")
     first = shared.of([HOST], "192.0.2.1", "http", "1.1")
-    assert shared.of([HOST], "192.0.2.1", "http", "1.1") is first
+    assert shared.of([HOST], "192.0.2.1", "http", "1.1") is first is not once
     for other in (("192.0.2.2", "http", "1.1"), ("192.0.2.1", "https", "1.1"), ("192.0.2.1", "http", "1.0")):
         assert shared.of([HOST], *other) is not first
 
@@ -66,21 +68,44 @@ def test_one_section_is_worked_out_once_for_each_peer() -> None:
         [HOST, (b"transfer-encoding", b"gzip")],
         [HOST, (b"x-request-id", b"id-1")],
         [HOST, (b"traceparent", TRACE)],
-        [HOST, (b"accept", b"x" * outgoing.LONGEST_HEAD)],
-        [HOST, (b"x-forwarded-for", b"x" * outgoing.LONGEST_HEAD)],  # which no backend gets to see
-        [HOST, (b"x_y", b"x" * outgoing.LONGEST_HEAD)],
+        [HOST, (b"accept", b"x" * outgoing.LARGEST_HEAD)],
+        [HOST, (b"x-forwarded-for", b"x" * outgoing.LARGEST_HEAD)],  # which no backend gets to see
+        [HOST, (b"x_y", b"x" * outgoing.LARGEST_HEAD)],
     ],
 )
 def test_what_will_not_come_again_or_is_too_long_is_not_kept(lines: list[Line]) -> None:
     shared = heads()
-    assert shared.of(lines, "::1", "http", "1.1") is not shared.of(lines, "::1", "http", "1.1")
+    found = [shared.of(lines, "::1", "http", "1.1") for _ in range(4)]
+    assert len(set(map(id, found))) == 4
 
 
-def test_what_is_kept_is_bounded() -> None:
+def test_what_is_kept_takes_no_more_than_its_room_however_it_is_cut_up() -> None:
+    """Each line is three objects and three references, also if it is a byte long: so lines are counted as well."""
+    for line in (b"a", b"x-forwarded-a", b"_"), (b"cookie",), (b"accept",):
+        shared = heads()
+        tracemalloc.start()
+        try:
+            for number in range(600):
+                for _ in range(2):
+                    lines = [(bytes(bytearray(name)), b"%d" % n) for n in range(10) for name in line]
+                    shared.of([HOST, (b"x", b"%d" % number), *lines], "::1", "http", "1.1")
+            assert 0.3 * outgoing.HEADS_ROOM < tracemalloc.get_traced_memory()[1] < 1.2 * outgoing.HEADS_ROOM
+        finally:
+            tracemalloc.stop()
+
+
+def test_more_lines_than_are_accepted_are_not_even_looked_at() -> None:
+    head = RequestHeads(OURS, TRUSTED, 3).of([HOST, *[(b"a", b"%d" % n) for n in range(3)]], "::1", "http", "2")
+    assert (type(head.refusal), str(head.refusal)) == (TooManyHeaders, "4 header lines, at most 3 are accepted")
+    assert (head.lines, head.raw) == ((), b"")
+
+
+def test_a_flood_of_sections_does_not_push_out_those_that_come_again() -> None:
     shared = heads()
-    for number in range(2 * outgoing.HEADS_KEPT):
-        shared.of([HOST, (b"cookie", b"%d" % number)], "::1", "http", "1.1")
-    assert len(shared._table) <= outgoing.HEADS_KEPT
+    useful = [shared.of([HOST], "192.0.2.1", "http", "1.1") for _ in range(2)][-1]
+    for number in range(5000):
+        shared.of([HOST, (b"cookie", b"%d" % number)], "192.0.2.1", "http", "1.1")
+    assert shared.of([HOST], "192.0.2.1", "http", "1.1") is useful
 
 
 @pytest.mark.parametrize(

@@ -318,6 +318,8 @@ def test_what_is_under_way_finds_room_in_the_queue_for_threads() -> None:
     started, go = Event(), Event()
 
     class Work:
+        source = ""
+
         def run(self) -> None:
             started.set()
             go.wait(20)

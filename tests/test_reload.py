@@ -147,7 +147,8 @@ def held(balancer: Balancer) -> list[Any]:
         balancer._apply(balancer.settings, balancer.configuration.reload(balancer.control.pool, lambda *_: None))
     bridge, health, adapter = balancer.bridges[0], balancer.health, balancer.adapter
     return [
-        balancer.proxy.route.options, balancer.proxy.heads.trusted, balancer.control.pool._judge.options,
+        balancer.proxy.route.options, balancer.proxy.heads.trusted, balancer.proxy.heads.max_lines,
+        balancer.control.pool._judge.options,
         balancer.control.pool.algorithm, adapter.timeouts,
         adapter.pool_idle_timeout, health._interval, health._probe._target, health._probe._adapter.timeouts,
         bridge.idle_timeout, bridge.min_body_rate, logging.getLogger().level,
@@ -248,8 +249,8 @@ def test_who_set_what_is_visible() -> None:
 
 
 def test_secrets_are_not_shown() -> None:
-    wired = Wired(backends=[A], admin_token="hunter2")
-    wired.reload(backends=[A], admin_token="hunter3")
+    wired = Wired(backends=[A], admin_token="hunter2-hunter2-")
+    wired.reload(backends=[A], admin_token="hunter3-hunter3-")
     assert "hunter" not in str(wired.balancer.configuration.describe("weighted")) + str(wired.events())
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from balancer.errors import SettingsError
-from balancer.settings import BackendSettings, Settings, add_arguments, describe, load
+from balancer.settings import SECRETS, BackendSettings, Settings, add_arguments, describe, load
 
 
 def settings(
@@ -87,10 +87,11 @@ VALUES = {
     "ca_file": "ca.pem",
     "trusted_proxies": "::1",
     "cors_origins": "https://ops.example",
+    "control_reads": "open",
 }
 
 
-@pytest.mark.parametrize("name", [name for name in Settings.model_fields if name not in ("backends", "admin_token")])
+@pytest.mark.parametrize("name", [name for name in Settings.model_fields if name not in {"backends", *SECRETS}])
 def test_every_setting_has_a_flag_and_a_variable_of_its_name(name: str) -> None:
     value = VALUES.get(name) or str(Settings.model_fields[name].default)
     by_flag, flag_sources = settings(f"--{name.replace('_', '-')}={value}")
@@ -255,6 +256,7 @@ WRONG = [
     ("max_threads", "0"),
     ("max_queued", "-1"),
     ("max_header_bytes", "10"),
+    ("control_reads", "closed"),
     ("cpu_affinity", "all"),
     ("cpu_affinity", "0,"),
     ("cpu_affinity", "-1"),
@@ -329,7 +331,7 @@ def test_a_refusal_says_what_is_accepted(tmp_path: Path, line: str, said: str) -
     assert said in refusal(toml=line, tmp_path=tmp_path).replace(str(tmp_path / "balancer.toml"), "").replace(" )", ")")
 
 
-@pytest.mark.parametrize("name", [name for name in Settings.model_fields if name != "admin_token"])
+@pytest.mark.parametrize("name", [name for name in Settings.model_fields if name not in SECRETS])
 def test_every_setting_of_a_wrong_type_is_refused_in_our_words(tmp_path: Path, name: str) -> None:
     for value in ("{a = {}}", "1979-05-27", "[[true]]"):
         text = refusal(toml=f"{name} = {value}", tmp_path=tmp_path)
@@ -379,7 +381,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | No
 
 # Secrets.
 
-PASSWORD = "hunter2-hunter2"
+PASSWORD = "hunter2-hunter2-"  # sixteen characters
 SECRET_URLS = [
     f"http://user:{PASSWORD}@h:80",
     f"a=http://{PASSWORD}@h",
@@ -411,28 +413,39 @@ def test_a_password_is_not_repeated_because_another_backend_is_wrong(tmp_path: P
     assert PASSWORD not in refusal(toml=f'[backends]\nurl = "{url}"\n', tmp_path=tmp_path)
 
 
-def test_the_token_is_hidden(tmp_path: Path) -> None:
-    config, sources = settings(env={"LB_ADMIN_TOKEN": PASSWORD})
-    assert config.admin_token is not None and config.admin_token.get_secret_value() == PASSWORD
+@pytest.mark.parametrize("name", sorted(SECRETS))
+def test_a_token_is_hidden(tmp_path: Path, name: str) -> None:
+    variable = f"LB_{name.upper()}"
+    config, sources = settings(env={variable: PASSWORD})
+    assert getattr(config, name).get_secret_value() == PASSWORD
     assert PASSWORD not in describe(config, sources) + repr(config) + str(config)
     assert "(hidden)" in describe(config, sources)
-    assert PASSWORD not in refusal("--port=x", env={"LB_ADMIN_TOKEN": PASSWORD})
-    assert PASSWORD not in refusal(toml=f'admin_token = ["{PASSWORD}"]', tmp_path=tmp_path)
-    assert PASSWORD not in refusal(toml=f'admin_tokn = "{PASSWORD}"', tmp_path=tmp_path)
+    assert PASSWORD not in refusal("--port=x", env={variable: PASSWORD})
+    assert PASSWORD not in refusal(toml=f'{name} = ["{PASSWORD}"]', tmp_path=tmp_path)
+    assert PASSWORD not in refusal(toml=f'{name}x = "{PASSWORD}"', tmp_path=tmp_path)
+
+
+@pytest.mark.parametrize("name", sorted(SECRETS))
+def test_a_token_that_can_be_guessed_is_refused(tmp_path: Path, name: str) -> None:
+    told = f"{name} = (hidden) (environment): has 15 characters, so it can be guessed; expected at least 16"
+    assert refusal(env={f"LB_{name.upper()}": PASSWORD[:-1]}) == told
+    assert "at least 16" in refusal(toml=f'{name} = "{PASSWORD[:-1]}"', tmp_path=tmp_path)
 
 
 def test_a_token_has_no_flag() -> None:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    assert "--admin-token" not in parser.format_help()
+    assert not any("--" + name.replace("_", "-") in parser.format_help() for name in SECRETS)
 
 
-def test_a_token_is_read_from_a_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", sorted(SECRETS))
+def test_a_token_is_read_from_a_file(tmp_path: Path, name: str) -> None:
     file = tmp_path / "token"
     file.write_text(f"{PASSWORD}\n", encoding="utf-8")
-    config, sources = settings(env={"LB_ADMIN_TOKEN_FILE": f" {file} ", "LB_ADMIN_TOKEN": "other"})
-    assert config.admin_token is not None and config.admin_token.get_secret_value() == PASSWORD
-    assert sources["admin_token"] == "environment"
+    variable = f"LB_{name.upper()}"
+    config, sources = settings(env={f"{variable}_FILE": f" {file} ", variable: "other"})
+    assert getattr(config, name).get_secret_value() == PASSWORD
+    assert sources[name] == "environment"
 
 
 @pytest.mark.parametrize("content", [None, b"", b" \n", b"\xff\xfe"], ids=repr)

@@ -20,10 +20,14 @@ import tempfile
 import venv
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from support import wait_until
+
+from demo import processes, services
+from demo.console import Failure, say
 
 PROJECT = Path(__file__).resolve().parent.parent
 PARTS = (
@@ -142,8 +146,8 @@ class Demo:
     def start(self, *arguments: str, **environment: str) -> Run:
         return Run(self, arguments, environment)
 
-    def ready(self, *arguments: str) -> Run:
-        run = self.start(*arguments)
+    def ready(self, *arguments: str, **environment: str) -> Run:
+        run = self.start(*arguments, **environment)
         run.until("Stop with")
         return run
 
@@ -163,7 +167,16 @@ class Demo:
     def assert_nothing_left(self) -> None:
         wait_until(lambda: not self.processes(), 20)
         assert not [port for port in (self.port, *self.backend_ports) if connects(port)]
-        assert [path.name for path in (self.tree / "run").iterdir()] == ["lock"]
+        assert {path.name for path in (self.tree / "run").iterdir()} <= {"lock", "access.lock"}
+
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """What run/access.js tells dashboard.html, by the name of the balancer's pid file."""
+        code = (self.tree / "run" / "access.js").read_text()
+        assert (code[:19], code[-2:]) == ("window.LB_ACCESS = ", ";\n")
+        return json.loads(code[19:-2])  # type: ignore[no-any-return]
+
+    def entry(self) -> dict[str, Any]:
+        return self.entries()[f"balancer-{self.port}"]
 
     def healthy(self) -> dict[str, bool]:
         status = json.loads(get(self.port, "/status")[2])
@@ -441,6 +454,80 @@ def test_stop_leaves_a_process_alone_that_has_got_an_old_id(demo: Demo) -> None:
     demo.assert_nothing_left()
 
 
+def test_stop_leaves_a_process_alone_that_has_got_an_old_id_and_names_our_file(demo: Demo) -> None:
+    """An editor with our file in it, or a backend that somebody started by hand."""
+    script = demo.tree / "load_balancer.py"
+    waiting = [sys.executable, "-c", "import threading; threading.Event().wait()", str(script)]
+    with subprocess.Popen(waiting) as stranger:
+        started = processes.start_time(stranger.pid)
+        run = demo.tree / "run"
+        run.mkdir(exist_ok=True)
+        (run / "balancer-9000.pid").write_text(f"{stranger.pid}\nload_balancer.py\n{int(started) - 1}\n")
+        of_an_earlier_version = run / "balancer-9001.pid"
+        of_an_earlier_version.write_text(f"{stranger.pid}\nload_balancer.py\n")
+        os.utime(of_an_earlier_version, (1e9, 1e9))
+        (run / "backend_1-5001.pid").write_text(f"{stranger.pid}\n{sys.executable}\n{started}\n")
+        stop = demo.start("stop")
+        assert (stop.end(), stop.err) == (0, "")
+        assert "Nothing to stop" in stop.out
+        assert stranger.poll() is None
+        stranger.kill()
+    demo.assert_nothing_left()
+
+
+def test_stop_understands_the_files_of_an_earlier_version(demo: Demo) -> None:
+    demo.ready("--detach")
+    for file in (demo.tree / "run").glob("*.pid"):
+        pid, script, started = file.read_text().splitlines()
+        assert started == processes.start_time(int(pid))
+        file.write_text(f"{pid}\n{script}\n")
+    stop = demo.start("stop")
+    assert (stop.end(), stop.err) == (0, "")
+    assert "Stopped balancer, backend_1, backend_2, backend_3." in stop.out
+    demo.assert_nothing_left()
+
+
+def test_the_start_of_a_process_is_found_whatever_its_name(tmp_path: Path) -> None:
+    program = tmp_path / "a) S 1 (b"
+    program.symlink_to(shutil.which("sleep") or "sleep")
+    with subprocess.Popen([program, "60"]) as named:
+        wait_until(lambda: psutil.Process(named.pid).name() == program.name)
+        assert processes.command_line(named.pid).startswith(str(program))
+        since_boot = int(processes.start_time(named.pid)) / os.sysconf("SC_CLK_TCK")
+        assert since_boot == pytest.approx(psutil.Process(named.pid).create_time() - psutil.boot_time(), abs=1.5)
+        named.kill()
+        named.wait()
+        assert processes.start_time(named.pid) == processes.command_line(named.pid) == ""
+
+
+def test_a_signal_never_reaches_a_later_process_of_the_same_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    reached: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: reached.append(pid))
+    with subprocess.Popen(["sleep", "60"]) as process, processes.signals_to(process.pid) as send:
+        send(signal.SIGTERM)
+        assert process.wait(10) == -signal.SIGTERM
+        send(signal.SIGKILL)
+    assert reached == []
+
+
+def test_what_a_killed_process_leaves_is_killed_before_its_id_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Afterwards a stranger's group could have that id."""
+    service = services.Service("backend_1", 1, "backend_server.py", [], "/", 1, "")
+    command = ["bash", "-c", "sleep 60 & echo $!; wait"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True, text=True) as process:
+        service.process = process  # type: ignore[assignment]
+        assert process.stdout
+        child = psutil.Process(int(process.stdout.readline()))
+        killed: list[int | None] = []
+        real = os.killpg
+        monkeypatch.setattr(os, "killpg", lambda *given: (killed.append(process.returncode), real(*given)))
+        assert service.exit_code is None
+        process.send_signal(signal.SIGKILL)
+        wait_until(lambda: service.exit_code == -signal.SIGKILL)
+        wait_until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+    assert killed == [None]
+
+
 def test_stop_ends_a_demo_in_the_foreground_in_good_order(demo: Demo) -> None:
     run = demo.ready()
     assert demo.start("stop").end() == 0
@@ -456,6 +543,154 @@ def test_stop_clears_up_after_a_start_all_that_was_killed(demo: Demo) -> None:
     stop = demo.start("stop")
     assert (stop.end(), stop.err) == (0, "")
     demo.assert_nothing_left()
+
+
+# -- The token of the dashboard, and who may see it
+
+
+def mode(path: Path) -> str:
+    return oct(path.stat().st_mode & 0o777)
+
+
+def test_the_page_from_disk_finds_a_token_while_the_demo_runs(demo: Demo) -> None:
+    run = demo.ready()
+    token = demo.entry()["token"]
+    assert len(token) >= 32
+    assert demo.entry()["urls"] == [f"http://127.0.0.1:{demo.port}", f"http://localhost:{demo.port}"]
+    assert f"http://localhost:{demo.port}/dashboard#token={token}\n" in run.out
+    balancer = demo.the("load_balancer.py").environ()
+    assert balancer["LB_PAGE_TOKEN"] == token
+    assert "LB_ALLOW_FILE_ORIGIN" not in balancer
+    assert "LB_PAGE_TOKEN" not in demo.the("backend_server.py", demo.backend_ports[0]).environ()
+    run.process.send_signal(signal.SIGINT)
+    assert run.end() == 130
+    assert not (demo.tree / "run" / "access.js").exists()
+    assert demo.ready() and demo.entry()["token"] != token
+
+
+def test_the_token_goes_with_the_balancer(demo: Demo) -> None:
+    demo.ready()
+    demo.the("load_balancer.py").kill()
+    assert demo.runs[0].end() == 1
+    assert not (demo.tree / "run" / "access.js").exists()
+    demo.ready("--detach")
+    token = demo.entry()["token"]
+    assert demo.start("stop").end() == 0
+    assert not (demo.tree / "run" / "access.js").exists()
+    demo.ready("--detach")
+    assert demo.entry()["token"] != token
+    demo.the("load_balancer.py").kill()  # nobody is there to see it
+    demo.ready("balancer")
+    assert list(demo.entries()) == [f"balancer-{demo.port}"]
+
+
+def test_a_token_of_the_user_s_own_is_used_and_not_printed(demo: Demo) -> None:
+    own = "a token/of my own#1"
+    run = demo.ready(LB_PAGE_TOKEN=f"{own} ", LB_ADMIN_TOKEN="an admin's own token")
+    assert demo.entry()["token"] == own
+    assert demo.the("load_balancer.py").environ()["LB_PAGE_TOKEN"] == own
+    assert "its token is your LB_PAGE_TOKEN" in run.out
+    assert own not in run.out and "#token" not in run.out
+
+
+def test_a_token_of_the_user_s_own_may_be_in_a_file(demo: Demo, tmp_path: Path) -> None:
+    """The balancer prefers the file, so the page has to."""
+    file = tmp_path / "token"
+    file.write_text("a-token-in-a-file\n")
+    run = demo.ready(LB_PAGE_TOKEN="a-token-of-my-own", LB_PAGE_TOKEN_FILE=str(file))
+    assert demo.entry()["token"] == "a-token-in-a-file"
+    assert "#token" not in run.out
+    run.process.terminate()
+    assert run.end() == 0
+    file.unlink()
+    demo.start(LB_PAGE_TOKEN_FILE=str(file)).assert_one_line_error(2, f"LB_PAGE_TOKEN_FILE={file}", "No such file")
+
+
+def test_beside_an_admin_token_there_is_a_token_for_the_page(demo: Demo) -> None:
+    run = demo.ready(LB_ADMIN_TOKEN="an admin's own token", LB_CONTROL_PREFIX="/lb")
+    assert demo.entry()["token"] != "an admin's own token"
+    assert demo.entry()["urls"][0] == f"http://127.0.0.1:{demo.port}/lb"
+    assert f"/lb/dashboard#token={demo.entry()['token']}\n" in run.out
+    assert "an admin's own token" not in run.out + (demo.tree / "run" / "access.js").read_text()
+
+
+def test_two_demos_of_one_folder_keep_apart(demo: Demo, tree: Path, tmp_path: Path) -> None:
+    other = Demo(tree, tmp_path / "other")
+    other.scratch.mkdir()
+    other.runs = demo.runs  # which the fixture ends
+    first, second = demo.ready(), other.ready()
+    assert demo.entry()["token"] in first.out and other.entry()["token"] in second.out
+    assert sorted(demo.entries()) == sorted([f"balancer-{demo.port}", f"balancer-{other.port}"])
+    kept = other.entry()
+    first.process.terminate()
+    assert first.end() == 0
+    assert other.entries() == {f"balancer-{other.port}": kept}
+    second.process.terminate()
+    assert second.end() == 0
+    demo.assert_nothing_left()
+
+
+def test_only_their_owner_can_read_the_logs_and_what_is_in_run(demo: Demo) -> None:
+    for folder, file in (("logs", f"balancer-{demo.port}.log"), ("run", f"balancer-{demo.port}.pid")):
+        (demo.tree / folder).mkdir(exist_ok=True)
+        (demo.tree / folder).chmod(0o755)
+        (demo.tree / folder / file).write_text("of an earlier version")
+        (demo.tree / folder / file).chmod(0o644)
+    demo.ready()
+    for folder in ("logs", "run"):
+        assert mode(demo.tree / folder) == "0o700"
+        files = list((demo.tree / folder).iterdir())
+        assert len(files) >= 4 and {mode(file) for file in files} == {"0o600"}
+
+
+@pytest.mark.parametrize("link", ["logs/backend_2-{}.log", "run/backend_2-{}.pid", "run/access.js", "run/lock"])
+def test_a_link_is_not_written_through(demo: Demo, tmp_path: Path, link: str) -> None:
+    target = tmp_path / "target"
+    target.write_text("precious")
+    path = demo.tree / link.format(demo.backend_ports[1])
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    path.symlink_to(target)
+    try:
+        demo.start().assert_one_line_error(2, str(path), "symbolic link")
+        assert target.read_text() == "precious"
+        assert demo.processes() == []
+    finally:
+        path.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("name", ["logs", "run"])
+def test_a_link_in_place_of_a_folder_is_refused(bare: Demo, tmp_path: Path, name: str) -> None:
+    shutil.rmtree(bare.tree / name, ignore_errors=True)
+    (bare.tree / ".venv" / "requirements.sha256").unlink(missing_ok=True)
+    (bare.tree / name).symlink_to(tmp_path)
+    try:
+        bare.start("setup").assert_one_line_error(2, str(bare.tree / name), "symbolic link")
+    finally:
+        (bare.tree / name).unlink()
+    assert list(tmp_path.glob("*.log")) == []
+
+
+def test_stop_does_not_believe_a_link(demo: Demo, tmp_path: Path) -> None:
+    waiting = [sys.executable, "-c", "import threading; threading.Event().wait()", str(demo.tree / "load_balancer.py")]
+    with subprocess.Popen(waiting) as stranger:
+        target = tmp_path / "target"
+        target.write_text(f"{stranger.pid}\nload_balancer.py\n")
+        (demo.tree / "run").mkdir(exist_ok=True)
+        (demo.tree / "run" / "balancer-9000.pid").symlink_to(target)
+        stop = demo.start("stop")
+        assert (stop.end(), stop.err) == (0, "")
+        assert "Nothing to stop" in stop.out
+        assert stranger.poll() is None
+        stranger.kill()
+    assert target.exists()
+    demo.assert_nothing_left()
+
+
+def test_what_a_log_says_gives_the_terminal_no_orders(capsys: pytest.CaptureFixture[str]) -> None:
+    say("a\x1b[31m\x9b2Jb\nforged")
+    assert capsys.readouterr().out == "a\\x1b[31m\\x9b2Jb\\x0aforged\n"
+    assert str(Failure("a\x1b[31m")) == "a\\x1b[31m"
 
 
 # -- Usage

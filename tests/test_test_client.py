@@ -391,6 +391,22 @@ def test_a_token_opens_the_control_api(stub: StubBalancer, tmp_path: Path) -> No
     assert all(name.lower() != "authorization" for sent in stub.headers for name, _ in sent)
 
 
+def test_a_token_opens_the_reads_of_a_real_balancer(tmp_path: Path) -> None:
+    token, file = "a-token-of-this-test", tmp_path / "token"
+    file.write_text(token, encoding="ascii")
+    backend = ScriptedBackend()
+    flags = (f"--backend=b={backend.url}", "--control-reads=token")
+    balancer = BalancerProcess(*flags, "--expose-backend", env={"LB_ADMIN_TOKEN": token})
+    try:
+        without = one_line(run(balancer.url, "-n", "20"))
+        assert 'wants a token (401 control_reads is "token"' in without and "--token-file FILE" in without
+        given = run(balancer.url, "-n", "20", "--compare", "round_robin,weighted", "--token-file", str(file))
+        assert given.returncode == 0, given.stdout + given.stderr
+    finally:
+        balancer.stop()
+        backend.close()
+
+
 # --- interruption -----------------------------------------------------------------------------------------------------
 
 

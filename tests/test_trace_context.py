@@ -128,6 +128,8 @@ TRUSTED = (ipaddress.ip_network("10.0.0.0/8"), ipaddress.ip_network("fd00::/8"))
         ("10.0.0.1", "203.0.113.5:4711", "10.0.0.1"),
         ("fd00::1", "2001:DB8:0::5", "2001:db8::5"),
         ("::ffff:10.0.0.1", "203.0.113.5", "203.0.113.5"),
+        ("10.0.0.1", "fe80::5%eth0", "fe80::5"),
+        ("10.0.0.1", 'fe80::5% "GET / HTTP/1.1" 200 \x9b31m', "fe80::5"),  # a zone may be any text
     ],
 )
 def test_the_client_is_the_nearest_address_that_is_not_a_trusted_proxy(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import socket
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from threading import Event
 
 import pytest
@@ -15,7 +15,7 @@ from wire import WireBackend, read_response, request
 
 from balancer.bridge import WATCH_AFTER_SECONDS, Bridge
 from balancer.call import Call
-from balancer.clientbody import AHEAD_BYTES, MOST_PIECES
+from balancer.clientbody import AHEAD_BYTES, AHEAD_IN_ALL, MOST_PIECES
 from balancer.errors import ClientGone, ClientTooSlow
 from balancer.incoming import RequestBody
 from balancer.outgoing import RequestHeads
@@ -29,15 +29,20 @@ def size_of(pieces: list[bytes]) -> int:
     return sum(map(len, pieces))
 
 
+def bridge_of(min_body_rate: int = 0) -> Bridge:
+    return Bridge(lambda environ, start: [b""], WorkerPool(1, 0, 1.0), min_body_rate=min_body_rate)
+
+
 class Upload(Client):
     """A client with a body, and the call that takes it in."""
 
-    def __init__(self, length: int | None = None, version: str = "1.1", min_body_rate: int = 0) -> None:
+    def __init__(
+        self, length: int | None = None, version: str = "1.1", min_body_rate: int = 0, bridge: Bridge | None = None
+    ) -> None:
         super().__init__(guard.Kind("POST"))
         framing = (b"transfer-encoding", b"chunked") if length is None else (b"content-length", b"%d" % length)
         self.scope |= {"http_version": version, "headers": [(b"host", b"a"), framing]}
-        bridge = Bridge(lambda environ, start: [b""], WorkerPool(1, 0, 1.0), min_body_rate=min_body_rate)
-        self.call = Call(bridge, self)
+        self.call = Call(bridge or bridge_of(min_body_rate), self)
         self.call.incoming(RequestHeads())  # notes how long the body is
         assert self.call.body is not None
         self.body = self.call.body
@@ -84,7 +89,7 @@ def test_what_is_asked_ahead_is_bounded(version: str, size: int) -> None:
 def test_nothing_is_asked_for_beyond_the_end(version: str, size: int, is_known: bool, length: int) -> None:
     upload = Upload(length if is_known else None, version)
     pieces = [piece(bytes(min(size, length - at))) for at in range(0, length, size)]
-    if not is_known:
+    if not is_known or version == "2":
         pieces.append(piece(b"", more=False))
     upload.come(*pieces)
     assert sum(map(size_of, iter(upload.call.receive, []))) == length
@@ -141,6 +146,67 @@ def test_pieces_that_are_here_cost_no_patience() -> None:
     upload.body.patience = 0.0
     upload.come(piece(b"a"))
     assert upload.call.receive() == [b"a"]
+
+
+@pytest.mark.parametrize("length", [0, 5, 100 * KIB])
+def test_http2_bodies_are_handed_on_only_with_the_end_of_their_stream(length: int) -> None:
+    """RFC 9113 section 8.1.1: more than Content-Length said may follow, and then the request must not go on."""
+    upload = Upload(length, "2")
+    sent = [bytes(16 * KIB)] * (length // (16 * KIB)) + [bytes(length % (16 * KIB))]
+    upload.come(*[piece(part) for part in sent if part], GONE)
+    taken = 0
+    with pytest.raises(ClientGone):
+        while pieces := upload.call.receive():
+            taken += size_of(pieces)
+    assert taken < (length or 1)
+
+
+def paused(bridge: Bridge, version: str = "2") -> Upload:
+    """What came last is with its backend, which has not read on yet."""
+    upload = Upload(300 * KIB, version, bridge=bridge)
+    bridge._calls[upload.call] = None
+    upload.come(piece(b"a"))
+    upload.call.receive()
+    return upload
+
+
+def test_a_client_that_may_not_send_is_not_slow() -> None:
+    """RFC 9113 section 5.2: another stream of its connection waits for its backend, and may have used up the window."""
+    bridge = bridge_of(min_body_rate=1)
+    other, upload = paused(bridge), Upload(1, "2", bridge=bridge)
+    upload.body.patience = 0.01
+    with ThreadPoolExecutor(2) as threads:
+        received = threads.submit(upload.call.receive)
+        assert not wait([received], 0.2).done
+        go_on = threads.submit(other.call.receive)
+        with pytest.raises(ClientTooSlow):
+            received.result(5)
+        other.asked[1].keep(piece(b"b"))
+        go_on.result(5)
+
+
+@pytest.mark.parametrize("version", ["1.1", "2"])
+def test_a_backend_that_is_slow_for_others_is_no_excuse(version: str) -> None:
+    """Of another connection, in HTTP/1, or already answered: then nobody waits for the rest of it."""
+    bridge = bridge_of(min_body_rate=1)
+    other, upload = paused(bridge), Upload(1, version, bridge=bridge)
+    upload.body.patience = 0.01
+    if version == "2":
+        other.call.start_response("413 Too Large", [])(b"")
+    with pytest.raises(ClientTooSlow):
+        upload.call.receive()
+
+
+def test_the_more_requests_there_are_the_less_is_asked_ahead_for_each() -> None:
+    bridge = bridge_of()
+    assert bridge.ahead_bytes == AHEAD_BYTES
+    uploads = [Upload(100 * 1024 * KIB, bridge=bridge) for _ in range(AHEAD_IN_ALL // (64 * KIB))]
+    for upload in uploads:
+        bridge._calls[upload.call] = None
+        upload.come(*[piece(bytes(64 * KIB))] * 20)
+    taken = sum(size_of(upload.call.receive()) for upload in uploads)
+    given = sum(len(promise.result()["body"]) for upload in uploads for promise in upload.asked if promise.done())
+    assert given - taken <= AHEAD_IN_ALL
 
 
 def test_a_client_that_leaves_is_noticed_behind_what_it_sent() -> None:

@@ -19,7 +19,8 @@ MAX_QUEUED = 2
 class Call:
     """A call that may wait inside until it is let go."""
 
-    def __init__(self, waits: bool = False) -> None:
+    def __init__(self, waits: bool = False, source: str = "") -> None:
+        self.source = source
         self.started = threading.Event()
         self.done = threading.Event()
         self.thread: threading.Thread | None = None
@@ -44,16 +45,16 @@ class Bench:
         self.pool = WorkerPool(max_threads, max_queued, idle_timeout)
         self.calls: list[Call] = []
 
-    def submit(self, waits: bool = True, is_control: bool = False) -> Call | None:
-        call = Call(waits)
+    def submit(self, waits: bool = True, is_control: bool = False, source: str = "") -> Call | None:
+        call = Call(waits, source)
         if not self.pool.submit(call, is_control):
             return None
         self.calls.append(call)
         return call
 
-    def run(self, waits: bool = True, is_control: bool = False) -> Call:
+    def run(self, waits: bool = True, is_control: bool = False, source: str = "") -> Call:
         """Submit and wait until a thread works on it."""
-        call = self.submit(waits, is_control)
+        call = self.submit(waits, is_control, source)
         assert call is not None and call.started.wait(10)
         return call
 
@@ -243,3 +244,91 @@ def test_a_thread_that_cannot_start_takes_no_seat(bench: Bench, monkeypatch: pyt
     assert [submit_quietly() for _ in range(MAX_THREADS)] == [None] * MAX_THREADS
     monkeypatch.undo()
     assert len({call.thread for call in bench.fill()}) == MAX_THREADS
+
+
+# Shares: one client address leaves room for others.
+
+SHARED = 8  # threads, of which one source may have six
+
+
+@pytest.fixture
+def shared() -> Iterator[Bench]:
+    made = Bench(max_threads=SHARED, max_queued=8)
+    yield made
+    made.close()
+
+
+def test_one_source_leaves_threads_for_others(shared: Bench) -> None:
+    held = [shared.run(source="greedy") for _ in range(6)]
+    waiting = shared.submit(waits=False, source="greedy")
+    assert waiting is not None and shared.pool.queued == 1
+    assert shared.run(waits=False, source="other").done.wait(10)
+    shared.wait_idle(1)
+    assert not waiting.started.is_set(), "though a thread is idle"
+    held[0].let_go()
+    assert waiting.done.wait(10)
+    assert waiting.thread is held[0].thread
+
+
+def test_one_source_leaves_room_in_the_queue(shared: Bench) -> None:
+    for _ in range(6):
+        shared.run(source="greedy")
+    assert all(shared.submit(source="greedy") for _ in range(6))
+    assert shared.submit(source="greedy") is None
+    assert shared.pool.submit(Call(source="greedy"), False, is_under_way=True), "it was let in already"
+    assert shared.run(source="other") and shared.run(source="other")
+    assert shared.submit(source="other") is not None
+
+
+def test_without_a_source_there_is_no_share(shared: Bench) -> None:
+    """A proxy in front of us that is trusted: many clients are behind it."""
+    assert len({shared.run().thread for _ in range(SHARED)}) == SHARED
+
+
+def test_sources_that_wait_take_turns(shared: Bench) -> None:
+    held = [shared.run() for _ in range(SHARED)]
+    greedy = [shared.submit(source="greedy") for _ in range(4)]
+    modest = [shared.submit(source=name) for name in ("a", "b")]
+    for call in (greedy[0], *modest, *greedy[1:]):
+        assert call is not None and not call.started.is_set()
+        held.pop().let_go()
+        assert call.started.wait(10)
+
+
+def test_the_control_reserve_is_beyond_the_share(shared: Bench) -> None:
+    for _ in range(6):
+        shared.run(source="greedy")
+    for _ in range(CONTROL_THREADS):
+        shared.run(is_control=True, source="greedy")
+    last = shared.submit(is_control=True, source="greedy")
+    assert last is not None and not last.started.is_set()
+
+
+def test_control_calls_of_one_source_are_few_at_a_time() -> None:
+    """Each is work for the interpreter: hundreds at once would keep everybody else from it."""
+    bench = Bench(max_threads=100, max_queued=100)
+    held = [bench.run(is_control=True, source=source) for source in ("a", "b") for _ in range(CONTROL_THREADS)]
+    waiting = bench.submit(is_control=True, source="a")
+    assert waiting is not None and not waiting.started.is_set()
+    assert bench.run(source="a", waits=False).done.wait(10), "though it may have threads for other calls"
+    held[0].let_go()
+    assert waiting.started.wait(10)
+    assert bench.submit(is_control=True, source="b") is not None
+    bench.close()
+
+
+def test_a_control_call_is_withdrawn_too(shared: Bench) -> None:
+    for _ in range(CONTROL_THREADS):
+        shared.run(is_control=True, source="a")
+    waiting = shared.submit(is_control=True, source="a")
+    assert waiting is not None and shared.pool.withdraw(waiting) and shared.pool.queued == 0
+
+
+def test_a_call_is_withdrawn_from_its_source_s_queue(shared: Bench) -> None:
+    held = [shared.run(source="greedy") for _ in range(6)]
+    first, second = shared.submit(source="greedy"), shared.submit(source="greedy")
+    assert first is not None and second is not None
+    assert shared.pool.withdraw(first) and not shared.pool.withdraw(first)
+    held[0].let_go()
+    assert second.started.wait(10) and not first.started.is_set()
+    assert shared.pool.queued == 0

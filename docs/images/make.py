@@ -18,7 +18,7 @@ from playwright.sync_api import sync_playwright
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent.parent / "tests")]
 
-from support import Demo, fetch, start_demo  # noqa: E402
+from support import PAGE_TOKEN, Demo, fetch, start_demo  # noqa: E402
 
 WIDTH, HEIGHT = 1440, 1300
 PATHS = ("/api/process", "/api/process?page=2", "/orders/1701", "/orders", "/login")
@@ -60,7 +60,7 @@ def take_pictures(url: str) -> None:
         for theme in ("light", "dark"):
             page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, reduced_motion="reduce")
             page.emulate_media(color_scheme=theme, reduced_motion="reduce")
-            page.goto(f"{url}/dashboard")
+            page.goto(f"{url}/dashboard#token={PAGE_TOKEN}")
             page.locator("#event-rows li").first.wait_for()
             page.locator(".plot path.area").first.wait_for(state="attached")
             bottom = page.locator("#log").bounding_box()  # the last whole panel; what is below is more of the same
