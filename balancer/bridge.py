@@ -111,6 +111,10 @@ class Bridge:
                 return
         self._submit(call, is_control)
 
+    def connect(self, call: Call) -> bool:
+        """Called by a worker: True if the express way has the call from now on."""
+        return self.express is not None and self.express.connect(call)
+
     def _submit(self, call: Call, is_control: bool = False) -> None:
         forwarding = call.forwarding
         is_under_way = call.download is not None or (forwarding is not None and forwarding.stage is Stage.SENT)

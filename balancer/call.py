@@ -21,6 +21,7 @@ from balancer.clientbody import ClientBody
 from balancer.download import Download
 from balancer.errors import BalancerError, ClientGone, ClientStalled
 from balancer.incoming import CLIENT, HEADER_LINES, Incoming, RequestBody, add_headers
+from balancer.listener import Listener
 from balancer.messages import SERVER_LINE, parse_content_length
 from balancer.promise import is_done_within
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
     from balancer.answer import Answer
-    from balancer.bridge import Bridge
     from balancer.connection import Abortable
     from balancer.forwarding import Forwarding
     from balancer.outgoing import RequestHeads
@@ -73,7 +73,7 @@ class Call:
         "_is_last",
     )
 
-    def __init__(self, bridge: Bridge, watcher: Any) -> None:
+    def __init__(self, bridge: Listener, watcher: Any) -> None:
         self.bridge = bridge
         self.forwarding: Forwarding | None = None  # else the app answers
         self.scope: dict[str, Any] = watcher.scope
@@ -152,8 +152,7 @@ class Call:
         self.bridge.safely(Call._go_on, self)
 
     def _go_on(self) -> None:
-        express = self.bridge.express
-        if self.download is not None or express is None or not express.connect(self):
+        if self.download is not None or not self.bridge.connect(self):
             self.answer(self.bridge.patience)
 
     def answer(self, patience: float = 0.0) -> None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from balancer.accepted import Address
 from balancer.errors import ClientGone, ClientTooSlow
+from balancer.listener import Clients
 from balancer.promise import is_done, result_of, wait_for
-
-if TYPE_CHECKING:
-    from balancer.accepted import Address
-    from balancer.bridge import Bridge
 
 GRACE_SECONDS = 5.0  # what a client may keep us waiting for its body before `min_body_rate` counts
 AHEAD_BYTES = 4 * 65536  # of a request body that is asked for, and handed on, at the same time
@@ -45,7 +43,7 @@ class ClientBody:
     def __init__(
         self,
         protocol: Any,
-        bridge: Bridge,
+        bridge: Clients,
         client: Address,
         length: int | None,
         *,

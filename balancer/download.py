@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from balancer.answer import ResponseStream
 from balancer.clientbody import GRACE_SECONDS, patience_left
 from balancer.errors import ClientGone
 from balancer.forwarding import WHOLE_STREAM
+from balancer.listener import Clients
 from balancer.promise import is_done, is_done_within
-
-if TYPE_CHECKING:
-    from balancer.bridge import Bridge
 
 BRIEF_SECONDS = 0.05  # a worker waits so long for its client; then it leaves the call to whoever hears of it
 WHOLE = 131072  # bytes of an answer that is handed over whole, before HTTP/2, where hyper has one of them at a time
@@ -39,7 +37,7 @@ class Download:
         *("promise", "_since", "_patience"),
     )
 
-    def __init__(self, bridge: Bridge, chunks: Iterable[bytes], length: int | None, *, is_http2: bool) -> None:
+    def __init__(self, bridge: Clients, chunks: Iterable[bytes], length: int | None, *, is_http2: bool) -> None:
         """`length` in bytes, if it is known."""
         self._bridge = bridge
         self._chunks = chunks
