@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from balancer.connection import has_left
+from balancer.client import has_left
 from balancer.errors import BackendError, ClientError, ClientGone, ConnectFailed, NoRoom, Unavailable
 from balancer.exchange import Attempt, Exchange
 from balancer.stage import Stage

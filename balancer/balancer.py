@@ -17,9 +17,9 @@ from balancer.errors import SettingsError
 from balancer.express import Express
 from balancer.health import HealthChecker
 from balancer.options import pool_options, probe, route_options, set_access_log, timeouts
-from balancer.outgoing import RequestHeads
 from balancer.proxy import ReverseProxy
 from balancer.reload import Configuration, Plan
+from balancer.requestheads import RequestHeads
 from balancer.settings import Settings
 from balancer.transport import BackendAdapter
 from balancer.workers import WorkerPool

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
     from balancer.answer import Answer
-    from balancer.connection import Abortable
+    from balancer.client import Abortable
     from balancer.forwarding import Forwarding
-    from balancer.outgoing import RequestHeads
+    from balancer.requestheads import RequestHeads
 
 log = logging.getLogger("balancer.server")
 

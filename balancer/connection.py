@@ -7,7 +7,6 @@ import socket
 import ssl
 import struct
 import sys
-from typing import Protocol
 
 from balancer.errors import ConnectionLost, ResponseTimedOut
 from balancer.origin import Origin
@@ -24,35 +23,6 @@ _received = struct.Struct("@Q").unpack_from
 CHUNK = 135168
 FIRST = 33792  # of an answer, 32 KiB of body and a head: nobody knows yet how fast its client reads
 CLOSE_ENOUGH = 0.99  # of a time limit
-
-
-class Abortable(Protocol):
-    """What a request can block on: a connection, a place in a queue.
-
-    `abort` wakes whoever blocks on it, from any thread, and makes what blocks later return at once; twice is as good as
-    once. It neither blocks nor takes a lock that is held during `attach` or `detach`. The owner still cleans up.
-    """
-
-    def abort(self) -> None: ...
-
-
-class Watcher(Protocol):
-    """The client's side: aborts what is attached when the client leaves, at once if it has left already.
-
-    One thing at a time, attached and detached by the thread to which the request belongs at that time. After `detach`
-    it is not aborted any more, so that a descriptor closed then cannot be hit as somebody else's.
-    """
-
-    is_gone: bool
-
-    def attach(self, target: Abortable) -> None: ...
-
-    def detach(self) -> None: ...
-
-
-def has_left(client: Watcher | None) -> bool:
-    """None: the server cannot tell when clients leave."""
-    return client is not None and client.is_gone
 
 
 class Connection:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from balancer.answer import Answer, ResponseStream, refusal, to_options
 from balancer.attempts import Attempts, no_thread
 from balancer.backends import EXPLAINED
-from balancer.connection import has_left
+from balancer.client import has_left
 from balancer.errors import (
     BackendError,
     BalancerError,

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 from urllib.parse import quote_from_bytes
 
-from balancer.connection import Watcher
+from balancer.client import Watcher
 from balancer.errors import BodyTooLarge, ClientError, ClientGone
 from balancer.messages import Line, parse_content_length
-from balancer.outgoing import RequestHead, RequestHeads
+from balancer.requestheads import RequestHead, RequestHeads
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import InputStream, WSGIEnvironment

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from balancer.backends import Backend, Choice, LastCheck
 from balancer.candidates import Candidates
-from balancer.connection import Watcher
+from balancer.client import Watcher
 from balancer.errors import NoRoom, Unavailable
 from balancer.judge import Judge, PoolOptions
 from balancer.news import Listener, News

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from balancer.forwarding import Forwarding
 from balancer.incoming import Incoming
-from balancer.outgoing import RequestHeads
+from balancer.requestheads import RequestHeads
 from balancer.route import Route
 
 if TYPE_CHECKING:

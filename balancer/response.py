@@ -14,7 +14,8 @@ import httptools
 from requests import PreparedRequest, Response
 from requests.cookies import RequestsCookieJar
 
-from balancer.connection import CHUNK, FIRST, Connection, Watcher
+from balancer.client import Watcher
+from balancer.connection import CHUNK, FIRST, Connection
 from balancer.errors import BodyTruncated, ConnectionLost, InvalidResponse, ResponseTimedOut
 from balancer.heads import MAX_HEAD, PlainHead, parse_plain
 from balancer.messages import (

@@ -22,7 +22,8 @@ from threading import Lock
 from requests import PreparedRequest, Response
 from requests.adapters import BaseAdapter
 
-from balancer.connection import FIRST, Connection, has_left
+from balancer.client import has_left
+from balancer.connection import FIRST, Connection
 from balancer.errors import (
     BackendError,
     ConnectFailed,

@@ -24,10 +24,10 @@ from balancer.logwriter import LogWriter, standard_output
 from balancer.metrics import Metrics, Sources
 from balancer.news import Change
 from balancer.options import access, pool_options, probe, route_options, set_access_log, timeouts, tls_context
-from balancer.outgoing import RequestHeads
 from balancer.pool import BackendPool, PoolChanges
 from balancer.proxy import ReverseProxy
 from balancer.reload import Configuration, make_backend
+from balancer.requestheads import RequestHeads
 from balancer.retrybudget import RetryBudget
 from balancer.route import Route
 from balancer.settings import Settings

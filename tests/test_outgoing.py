@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from balancer import outgoing
 from balancer.errors import BalancerError, ClientError, CodingUnsupported, LoopDetected, TooManyHeaders
 from balancer.messages import Line
-from balancer.outgoing import OutgoingRequest, RequestHead, RequestHeads
+from balancer.outgoing import OutgoingRequest
+from balancer.requestheads import RequestHead, RequestHeads
 
 OURS = b"lb-1.0123abcd"
 TRUSTED = (ipaddress.ip_network("10.0.0.0/8"),)

@@ -13,7 +13,7 @@ import pytest
 from support import BalancerProcess, ScriptedBackend, connect, exchange, fetch, get, ok, split_response, wait_until
 
 from balancer.backends import LastCheck
-from balancer.connection import Abortable
+from balancer.client import Abortable
 from balancer.ejection import EjectionRules
 from balancer.errors import Unavailable
 from balancer.judge import PoolOptions

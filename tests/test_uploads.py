@@ -18,7 +18,7 @@ from balancer.call import Call
 from balancer.clientbody import AHEAD_BYTES, AHEAD_IN_ALL, MOST_PIECES
 from balancer.errors import ClientGone, ClientTooSlow
 from balancer.incoming import RequestBody
-from balancer.outgoing import RequestHeads
+from balancer.requestheads import RequestHeads
 from balancer.workers import WorkerPool
 from bench import guard
 

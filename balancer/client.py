@@ -1,0 +1,34 @@
+"""The client of a request, as those who wait on its behalf see it: it may leave at any time."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Abortable(Protocol):
+    """What a request can block on: a connection, a place in a queue.
+
+    `abort` wakes whoever blocks on it, from any thread, and makes what blocks later return at once; twice is as good as
+    once. It neither blocks nor takes a lock that is held during `attach` or `detach`. The owner still cleans up.
+    """
+
+    def abort(self) -> None: ...
+
+
+class Watcher(Protocol):
+    """The client's side: aborts what is attached when the client leaves, at once if it has left already.
+
+    One thing at a time, attached and detached by the thread to which the request belongs at that time. After `detach`
+    it is not aborted any more, so that a descriptor closed then cannot be hit as somebody else's.
+    """
+
+    is_gone: bool
+
+    def attach(self, target: Abortable) -> None: ...
+
+    def detach(self) -> None: ...
+
+
+def has_left(client: Watcher | None) -> bool:
+    """None: the server cannot tell when clients leave."""
+    return client is not None and client.is_gone
