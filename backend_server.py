@@ -26,12 +26,13 @@ from flask import Flask, Response, jsonify, request
 from flask_cors import CORS
 from werkzeug.exceptions import BadRequest, Forbidden, HTTPException, RequestEntityTooLarge, UnsupportedMediaType
 
-from balancer import __version__, server
-from balancer.bridge import Bridge
-from balancer.call import Call
+from balancer import __version__
+from balancer.edge import server
+from balancer.edge.bridge import Bridge
+from balancer.edge.call import Call
+from balancer.edge.workers import WorkerPool
 from balancer.errors import SettingsError
-from balancer.incoming import CLIENT
-from balancer.workers import WorkerPool
+from balancer.protocol.incoming import CLIENT
 
 MAX_BODY = 1024 * 1024  # bytes; above it the answer is 413
 MAX_SECONDS = 60.0  # longest delay that can be asked for, by setting or by fault

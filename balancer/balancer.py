@@ -10,19 +10,19 @@ import ssl
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from balancer import server
-from balancer.bridge import Bridge
-from balancer.control import Control
+from balancer.config.reload import Configuration, Plan
+from balancer.config.settings import Settings
+from balancer.control.control import Control
+from balancer.edge import server
+from balancer.edge.bridge import Bridge
+from balancer.edge.express import Express
+from balancer.edge.workers import WorkerPool
+from balancer.edge.wsgi import ReverseProxy
 from balancer.errors import SettingsError
-from balancer.express import Express
-from balancer.health import HealthChecker
+from balancer.fleet.health import HealthChecker
 from balancer.options import pool_options, probe, route_options, set_access_log, timeouts
-from balancer.proxy import ReverseProxy
-from balancer.reload import Configuration, Plan
-from balancer.requestheads import RequestHeads
-from balancer.settings import Settings
-from balancer.transport import BackendAdapter
-from balancer.workers import WorkerPool
+from balancer.protocol.requestheads import RequestHeads
+from balancer.upstream.transport import BackendAdapter
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication

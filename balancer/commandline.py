@@ -14,11 +14,13 @@ from typing import NoReturn
 
 from flask import Flask
 
-from balancer import __version__, server, settings
+from balancer import __version__
 from balancer.balancer import Balancer
+from balancer.config import settings
+from balancer.config.settings import Settings
+from balancer.edge import server
 from balancer.errors import SettingsError
-from balancer.logwriter import LogHandler
-from balancer.settings import Settings
+from balancer.observe.logwriter import LogHandler
 from balancer.wiring import create_app
 
 log = logging.getLogger("balancer")

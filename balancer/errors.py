@@ -28,7 +28,7 @@ from typing import ClassVar, Self
 
 import requests.exceptions as requests_errors
 
-from balancer.texts import shown
+from balancer.protocol.texts import shown
 
 
 class BalancerError(Exception):

@@ -5,16 +5,16 @@ from __future__ import annotations
 import ssl
 from pathlib import Path
 
-from balancer.access import Access
-from balancer.accesslog import AccessLog
-from balancer.ejection import EjectionRules
+from balancer.balancing.ejection import EjectionRules
+from balancer.balancing.judge import PoolOptions
+from balancer.config.settings import Settings
+from balancer.control.access import Access
 from balancer.errors import SettingsError
-from balancer.health import Probe
-from balancer.judge import PoolOptions
-from balancer.messages import is_loopback
-from balancer.route import RouteOptions
-from balancer.settings import Settings
-from balancer.transport import Timeouts
+from balancer.fleet.health import Probe
+from balancer.forwarding.route import RouteOptions
+from balancer.observe.accesslog import AccessLog
+from balancer.protocol.messages import is_loopback
+from balancer.upstream.transport import Timeouts
 
 
 def pool_options(config: Settings) -> PoolOptions:

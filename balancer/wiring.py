@@ -13,26 +13,28 @@ from typing import TYPE_CHECKING
 
 from flask import Flask
 
-from balancer import api, settings, strategies
-from balancer.accesslog import AccessLog
 from balancer.balancer import Balancer
-from balancer.control import Control
-from balancer.events import Events
-from balancer.health import HealthChecker
-from balancer.history import History, Reading
-from balancer.logwriter import LogWriter, standard_output
-from balancer.metrics import Metrics, Sources
-from balancer.news import Change
+from balancer.balancing import strategies
+from balancer.balancing.changes import Change
+from balancer.balancing.pool import BackendPool, PoolChanges
+from balancer.config import settings
+from balancer.config.reload import Configuration, make_backend
+from balancer.config.settings import Settings
+from balancer.control import api
+from balancer.control.control import Control
+from balancer.control.metrics import Metrics, Sources
+from balancer.edge.wsgi import ReverseProxy
+from balancer.fleet.health import HealthChecker
+from balancer.forwarding.retrybudget import RetryBudget
+from balancer.forwarding.route import Route
+from balancer.observe.accesslog import AccessLog
+from balancer.observe.events import Events
+from balancer.observe.history import History, Reading
+from balancer.observe.logwriter import LogWriter, standard_output
+from balancer.observe.statistics import Statistics
 from balancer.options import access, pool_options, probe, route_options, set_access_log, timeouts, tls_context
-from balancer.pool import BackendPool, PoolChanges
-from balancer.proxy import ReverseProxy
-from balancer.reload import Configuration, make_backend
-from balancer.requestheads import RequestHeads
-from balancer.retrybudget import RetryBudget
-from balancer.route import Route
-from balancer.settings import Settings
-from balancer.statistics import Statistics
-from balancer.transport import BackendAdapter
+from balancer.protocol.requestheads import RequestHeads
+from balancer.upstream.transport import BackendAdapter
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication

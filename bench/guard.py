@@ -29,10 +29,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from balancer.backends import LastCheck  # noqa: E402
-from balancer.bridge import Bridge  # noqa: E402
-from balancer.express import Express  # noqa: E402
-from balancer.settings import BackendSettings, Settings  # noqa: E402
+from balancer.balancing.backends import LastCheck  # noqa: E402
+from balancer.config.settings import BackendSettings, Settings  # noqa: E402
+from balancer.edge.bridge import Bridge  # noqa: E402
+from balancer.edge.express import Express  # noqa: E402
 from balancer.wiring import create_app  # noqa: E402
 
 BUDGET = Path(__file__).with_name("budget.json")

@@ -29,10 +29,10 @@ from speed import progress
 
 sys.path.insert(0, str(HERE.parent))
 
-from balancer.backends import LastCheck  # noqa: E402
-from balancer.origin import Origin  # noqa: E402
-from balancer.pool import BackendPool, Lease  # noqa: E402
-from balancer.strategies import REGISTRY, create  # noqa: E402
+from balancer.balancing.backends import LastCheck  # noqa: E402
+from balancer.balancing.pool import BackendPool, Lease  # noqa: E402
+from balancer.balancing.strategies import REGISTRY, create  # noqa: E402
+from balancer.protocol.origin import Origin  # noqa: E402
 
 FAST_SECONDS = 0.04
 SLOTS = 8

@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from balancer.backends import Backend, Choice
-from balancer.exchange import Attempt, Exchange
-from balancer.origin import Origin
+from balancer.balancing.backends import Backend, Choice
+from balancer.observe.exchange import Attempt, Exchange
+from balancer.protocol.origin import Origin
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable

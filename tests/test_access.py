@@ -38,8 +38,8 @@ from test_http2 import client as http2
 from werkzeug.test import Client, TestResponse
 from wire import post
 
-from balancer.access import GUESS_SECONDS, GUESSERS_KEPT, GUESSES, Guesses, first_segment
-from balancer.settings import BackendSettings, Settings, load
+from balancer.config.settings import BackendSettings, Settings, load
+from balancer.control.access import GUESS_SECONDS, GUESSERS_KEPT, GUESSES, Guesses, first_segment
 from balancer.wiring import create_app
 
 TOKEN, PAGE_TOKEN = "s3cret-t0ken-of-the-test", "an0ther-t0ken-for-pages"

@@ -39,11 +39,11 @@ from support import (
     wait_until,
 )
 
-from balancer.accesslog import AGENT_LOGGED, AccessLog, timestamp
-from balancer.exchange import METHOD_KEPT, PATH_KEPT, Exchange
-from balancer.incoming import Incoming
-from balancer.logwriter import LogWriter
-from balancer.requestheads import RequestHeads
+from balancer.observe.accesslog import AGENT_LOGGED, AccessLog, timestamp
+from balancer.observe.exchange import METHOD_KEPT, PATH_KEPT, Exchange
+from balancer.observe.logwriter import LogWriter
+from balancer.protocol.incoming import Incoming
+from balancer.protocol.requestheads import RequestHeads
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 TRACEPARENT = f"00-{TRACE}-b7ad6b7169203331-01"

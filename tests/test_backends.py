@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from balancer.backends import Backend, LastCheck
+from balancer.balancing.backends import Backend, LastCheck
+from balancer.balancing.changes import Change, News
+from balancer.balancing.judge import PoolOptions
+from balancer.balancing.pool import BackendPool, Lease, PoolChanges
+from balancer.balancing.strategies import create
 from balancer.errors import SettingsError, Unavailable
-from balancer.judge import PoolOptions
-from balancer.news import Change, News
-from balancer.origin import Origin
-from balancer.pool import BackendPool, Lease, PoolChanges
-from balancer.strategies import create
+from balancer.protocol.origin import Origin
 
 ORIGIN = Origin("http", "127.0.0.1", 5001)
 GOOD = LastCheck(at=1.0, duration=0.001, status=200, error=None)

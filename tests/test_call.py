@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from stub_granian import Client
 
-from balancer.bridge import Bridge
+from balancer.edge.bridge import Bridge
 from bench.guard import SameThread
 
 App = Callable[[list[str]], Iterable[Any]]
@@ -62,7 +62,7 @@ def test_an_error_after_a_whole_answer_is_logged_and_spoils_nothing(
     body: App, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut: list[Any] = []
-    monkeypatch.setattr("balancer.accepted.cut", cut.append)
+    monkeypatch.setattr("balancer.edge.accepted.cut", cut.append)
     client, _ = answer_of(body)
     assert (client.status, client.received, cut) == (200, b"12345", [])
     assert "failed after the answer" in caplog.text and "surprise" in caplog.text
@@ -71,6 +71,6 @@ def test_an_error_after_a_whole_answer_is_logged_and_spoils_nothing(
 def test_text_for_a_body_is_not_passed_off_as_an_empty_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """PEP 3333 wants bytes. Granian refuses anything else."""
     cut: list[Any] = []
-    monkeypatch.setattr("balancer.accepted.cut", cut.append)
+    monkeypatch.setattr("balancer.edge.accepted.cut", cut.append)
     client, _ = answer_of(lambda noted: ["12345"])
     assert client.received == b"" and len(cut) == 1

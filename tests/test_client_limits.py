@@ -19,11 +19,11 @@ from support import BalancerProcess, connect, exchange, fetch, free_port, get, r
 from test_http2 import CONTINUATION, DATA, FRAME, HEADERS, PING, SETTINGS, Client, client, frame
 from wire import WireBackend, post, read_response, request, resident_bytes
 
-from balancer import accepted
-from balancer.bridge import WATCH_AFTER_SECONDS, Bridge
-from balancer.call import Call
-from balancer.clientbody import GRACE_SECONDS as BODY_GRACE_SECONDS
-from balancer.workers import WorkerPool
+from balancer.edge import accepted
+from balancer.edge.bridge import WATCH_AFTER_SECONDS, Bridge
+from balancer.edge.call import Call
+from balancer.edge.clientbody import GRACE_SECONDS as BODY_GRACE_SECONDS
+from balancer.edge.workers import WorkerPool
 
 MIB = 1024 * 1024
 

@@ -14,7 +14,7 @@ from support import PYTHON, ROOT, BalancerProcess, connect, fetch, free_port, ge
 
 import load_balancer
 from balancer import __version__
-from balancer.settings import SECRETS, Settings
+from balancer.config.settings import SECRETS, Settings
 
 PASSWORD = "hunter2-hunter2-"
 

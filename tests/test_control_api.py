@@ -39,8 +39,8 @@ from support import (
 from werkzeug.test import Client, TestResponse
 from wire import post, read_response
 
-from balancer.backends import LastCheck
-from balancer.settings import BackendSettings, Settings
+from balancer.balancing.backends import LastCheck
+from balancer.config.settings import BackendSettings, Settings
 from balancer.wiring import create_app
 
 ALGORITHMS = {"round_robin", "weighted", "least_connections", "power_of_two", "least_response_time", "peak_ewma"}

@@ -13,7 +13,7 @@ import pytest
 from support import wait_until
 from wire import WireBackend
 
-from balancer.bridge import Bridge
+from balancer.edge.bridge import Bridge
 from bench import guard
 
 

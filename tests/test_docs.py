@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from balancer import errors
-from balancer.reload import NEEDS_RESTART
-from balancer.settings import Settings, default_of
+from balancer.config.reload import NEEDS_RESTART
+from balancer.config.settings import Settings, default_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS, OPERATIONS = ROOT / "docs" / "settings.md", ROOT / "docs" / "operations.md"
-SOURCES = [ROOT / "load_balancer.py", *sorted((ROOT / "balancer").glob("*.py"))]
+SOURCES = [ROOT / "load_balancer.py", *sorted((ROOT / "balancer").rglob("*.py"))]
 
 
 def table() -> str:

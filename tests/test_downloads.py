@@ -18,12 +18,12 @@ from support import BalancerProcess, connect, exchange, get, wait_until
 from test_http2 import Client as Http2Client
 from wire import WireBackend, post, read_response, request, wait_closed
 
-from balancer import download
-from balancer.bridge import Bridge
-from balancer.clientbody import GRACE_SECONDS
-from balancer.download import LARGEST_ENDLESS, LEAST_PIECE, UNREAD_PIECES, WHOLE, Download
-from balancer.forwarding import WHOLE_STREAM
-from balancer.workers import WorkerPool
+from balancer.edge import download
+from balancer.edge.bridge import Bridge
+from balancer.edge.clientbody import GRACE_SECONDS
+from balancer.edge.download import LARGEST_ENDLESS, LEAST_PIECE, UNREAD_PIECES, WHOLE, Download
+from balancer.edge.workers import WorkerPool
+from balancer.forwarding.forwarding import WHOLE_STREAM
 
 MIB = 1024 * 1024
 HEAD_OK = b"HTTP/1.1 200 OK\r\n"
@@ -120,7 +120,7 @@ def desk(request: pytest.FixtureRequest) -> Iterator[Callable[..., Desk]]:
 def cut(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The addresses of each pass over connections."""
     passes: list[Any] = []
-    monkeypatch.setattr("balancer.accepted.cut_all", lambda pairs: passes.append(set(pairs)))
+    monkeypatch.setattr("balancer.edge.accepted.cut_all", lambda pairs: passes.append(set(pairs)))
     return passes
 
 
@@ -143,7 +143,7 @@ def test_a_parked_call_goes_on_where_it_stood(desk: Callable[..., Desk]) -> None
 def test_a_client_that_reads_at_once_is_waited_for_without_a_switch(
     desk: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("balancer.bridge.BRIEF_SECONDS", 10.0)
+    monkeypatch.setattr("balancer.edge.bridge.BRIEF_SECONDS", 10.0)
     made = desk(ABC, 1)
     wait_until(lambda: made.client.held and made.client.held[0].is_awaited)
     assert not made.bridge._parked

@@ -235,9 +235,9 @@ def test_a_second_signal_ends_a_long_request(
 # A server whose reload takes as long as a file exists.
 RELOADING = """
 import logging, os, sys, threading
-from balancer import server
-from balancer.bridge import Bridge
-from balancer.workers import WorkerPool
+from balancer.edge import server
+from balancer.edge.bridge import Bridge
+from balancer.edge.workers import WorkerPool
 
 logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
 folder = sys.argv[1]

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from support import BalancerProcess, Clock, ScriptedBackend, fetch, fetch_json, ok, wait_until
 
-from balancer.backends import Backend, Health, LastCheck
-from balancer.candidates import Candidates
-from balancer.ejection import MIN_SAMPLES, WINDOW_SECONDS, EjectionRules, slow_outliers
-from balancer.judge import PoolOptions
-from balancer.origin import Origin
-from balancer.pool import BackendPool
-from balancer.strategies import create
+from balancer.balancing.backends import Backend, Health, LastCheck
+from balancer.balancing.candidates import Candidates
+from balancer.balancing.ejection import MIN_SAMPLES, WINDOW_SECONDS, EjectionRules, slow_outliers
+from balancer.balancing.judge import PoolOptions
+from balancer.balancing.pool import BackendPool
+from balancer.balancing.strategies import create
+from balancer.protocol.origin import Origin
 
 ORIGIN = Origin("http", "127.0.0.1", 5001)
 GOOD = LastCheck(at=1.0, duration=0.001, status=200, error=None)

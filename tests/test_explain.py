@@ -23,10 +23,10 @@ from support import (
 )
 from wire import hang_up
 
-from balancer.backends import EXPLAINED, Backend, LastCheck
-from balancer.origin import Origin
-from balancer.pool import BackendPool
-from balancer.strategies import REGISTRY, create
+from balancer.balancing.backends import EXPLAINED, Backend, LastCheck
+from balancer.balancing.pool import BackendPool
+from balancer.balancing.strategies import REGISTRY, create
+from balancer.protocol.origin import Origin
 
 
 @pytest.fixture(scope="module")

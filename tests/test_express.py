@@ -30,16 +30,16 @@ from support import (
 )
 from wire import hang_up, post, read_response, request
 
-from balancer.backends import LastCheck
 from balancer.balancer import Balancer
-from balancer.bridge import WATCH_AFTER_SECONDS
-from balancer.connection import Connection
-from balancer.express import Express
-from balancer.origin import Origin
-from balancer.settings import BackendSettings, Settings
-from balancer.transport import BackendAdapter, OutgoingRequest
+from balancer.balancing.backends import LastCheck
+from balancer.config.settings import BackendSettings, Settings
+from balancer.edge.bridge import WATCH_AFTER_SECONDS
+from balancer.edge.express import Express
+from balancer.edge.workers import WorkerPool
+from balancer.protocol.origin import Origin
+from balancer.upstream.connection import Connection
+from balancer.upstream.transport import BackendAdapter, OutgoingRequest
 from balancer.wiring import create_app
-from balancer.workers import WorkerPool
 from bench import guard
 
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from balancer import heads
-from balancer.heads import parse_plain
-from balancer.response import ResponseHead
+from balancer.protocol import responseheads as heads
+from balancer.protocol.responseheads import parse_plain
+from balancer.upstream.response import ResponseHead
 
 PLAIN = b"HTTP/1.1 200 OK\r\nDate: now\r\nContent-Length: 2\r\nConnection: keep-alive\r\n\r\n"
 

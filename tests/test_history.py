@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import BalancerProcess, Clock, Demo, ScriptedBackend, fetch, fetch_json, make_exchange, wait_until
 
-from balancer.history import SLOTS, History, Reading
-from balancer.statistics import Statistics
+from balancer.observe.history import SLOTS, History, Reading
+from balancer.observe.statistics import Statistics
 
 START = 1000.25  # a whole second and a bit, and a whole ten of them
 

@@ -15,7 +15,7 @@ from contextlib import suppress
 import pytest
 from support import wait_until
 
-from balancer.logwriter import MESSAGE_LOGGED, LogHandler, LogWriter, standard_output
+from balancer.observe.logwriter import MESSAGE_LOGGED, LogHandler, LogWriter, standard_output
 
 
 class Pipe:

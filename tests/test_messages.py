@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import ROOT
 
-from balancer import messages
 from balancer.errors import ClientError, LoopDetected
-from balancer.messages import (
+from balancer.protocol import messages
+from balancer.protocol.messages import (
     HOP_BY_HOP,
     NONE,
     SERVER_LINE,

@@ -32,17 +32,17 @@ from support import (
     wait_until,
 )
 
-from balancer.backends import LastCheck
-from balancer.events import EVENT_KINDS
-from balancer.exchange import Attempt
-from balancer.histogram import BOUNDS, ROUND_BOUNDS
-from balancer.metrics import BACKEND_REASONS, BUCKETS, QUEUE_BUCKETS, REASONS, STATES
-from balancer.origin import Origin
-from balancer.pool import BackendPool
-from balancer.settings import BackendSettings, Settings
-from balancer.statistics import Statistics
-from balancer.strategies import create
-from balancer.tally import Tally
+from balancer.balancing.backends import LastCheck
+from balancer.balancing.pool import BackendPool
+from balancer.balancing.strategies import create
+from balancer.balancing.tally import Tally
+from balancer.config.settings import BackendSettings, Settings
+from balancer.control.metrics import BACKEND_REASONS, BUCKETS, QUEUE_BUCKETS, REASONS, STATES
+from balancer.observe.events import EVENT_KINDS
+from balancer.observe.exchange import Attempt
+from balancer.observe.histogram import BOUNDS, ROUND_BOUNDS
+from balancer.observe.statistics import Statistics
+from balancer.protocol.origin import Origin
 from balancer.wiring import create_app
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
@@ -394,7 +394,7 @@ def test_known_reasons_start_at_zero(app: Flask) -> None:
 
 
 def test_every_kind_of_event_in_the_code_is_known() -> None:
-    sources = [ROOT / "load_balancer.py", *(ROOT / "balancer").glob("*.py")]
+    sources = [ROOT / "load_balancer.py", *(ROOT / "balancer").rglob("*.py")]
     text = "\n".join(path.read_text(encoding="utf-8") for path in sources)
     used = set(re.findall(r'(?:_note|events\.add|\badd)\(\s*"([a-z]+_[a-z_]+|draining)"', text))
     assert {"backend_up", "config_refused", "draining", "statistics_reset"} <= used
@@ -402,8 +402,8 @@ def test_every_kind_of_event_in_the_code_is_known() -> None:
 
 
 def test_more_former_backends_than_are_kept_drop_the_oldest(app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("balancer.statistics.FORMER_KEPT", 3)
-    monkeypatch.setattr("balancer.roster.FORMER_KEPT", 3)
+    monkeypatch.setattr("balancer.observe.statistics.FORMER_KEPT", 3)
+    monkeypatch.setattr("balancer.balancing.roster.FORMER_KEPT", 3)
     control = app.extensions["control"]
     for number in range(6):
         control.pool.add(f"n{number}", Origin.parse("http://127.0.0.1:9"))

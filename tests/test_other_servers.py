@@ -11,7 +11,7 @@ import pytest
 from flask import Flask
 from support import PYTHON, Process, RawRequest, ScriptedBackend, fetch, fetch_json, free_port, ok, wait_until
 
-from balancer.settings import BackendSettings, Settings
+from balancer.config.settings import BackendSettings, Settings
 from load_balancer import create_app
 
 

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from balancer import outgoing
 from balancer.errors import BalancerError, ClientError, CodingUnsupported, LoopDetected, TooManyHeaders
-from balancer.messages import Line
-from balancer.outgoing import OutgoingRequest
-from balancer.requestheads import RequestHead, RequestHeads
+from balancer.protocol.messages import Line
+from balancer.protocol.requestheads import RequestHead, RequestHeads
+from balancer.upstream import outgoing
+from balancer.upstream.outgoing import OutgoingRequest
 
 OURS = b"lb-1.0123abcd"
 TRUSTED = (ipaddress.ip_network("10.0.0.0/8"),)

@@ -12,17 +12,17 @@ from typing import Any
 import pytest
 from support import BalancerProcess, ScriptedBackend, connect, exchange, fetch, get, ok, split_response, wait_until
 
-from balancer.backends import LastCheck
-from balancer.client import Abortable
-from balancer.ejection import EjectionRules
+from balancer.balancing.backends import LastCheck
+from balancer.balancing.ejection import EjectionRules
+from balancer.balancing.judge import PoolOptions
+from balancer.balancing.pool import BackendPool, Lease, PoolChanges
+from balancer.balancing.strategies import create
+from balancer.config.settings import BackendSettings, Settings
+from balancer.edge.workers import WorkerPool
 from balancer.errors import Unavailable
-from balancer.judge import PoolOptions
-from balancer.origin import Origin
-from balancer.pool import BackendPool, Lease, PoolChanges
-from balancer.settings import BackendSettings, Settings
-from balancer.strategies import create
+from balancer.protocol.client import Abortable
+from balancer.protocol.origin import Origin
 from balancer.wiring import create_app
-from balancer.workers import WorkerPool
 
 ORIGIN = Origin("http", "127.0.0.1", 5001)
 GOOD = LastCheck(at=1.0, duration=0.001, status=200, error=None)

@@ -15,14 +15,15 @@ from typing import Any
 import pytest
 from support import BalancerProcess, RawRequest, ScriptedBackend, fetch, fetch_json, ok, wait_until
 
-from balancer import settings, strategies
 from balancer.balancer import Balancer
-from balancer.bridge import Bridge
+from balancer.balancing import strategies
+from balancer.config import settings
+from balancer.config.reload import NEEDS_RESTART
+from balancer.config.settings import Settings
+from balancer.edge.bridge import Bridge
+from balancer.edge.workers import WorkerPool
 from balancer.errors import SettingsError
-from balancer.reload import NEEDS_RESTART
-from balancer.settings import Settings
 from balancer.wiring import create_app
-from balancer.workers import WorkerPool
 
 A, B, C = ({"id": name, "url": f"http://127.0.0.1:{port}"} for name, port in (("a", 1), ("b", 2), ("c", 3)))
 

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from balancer.config.settings import SECRETS, BackendSettings, Settings, add_arguments, describe, load
 from balancer.errors import SettingsError
-from balancer.settings import SECRETS, BackendSettings, Settings, add_arguments, describe, load
 
 
 def settings(

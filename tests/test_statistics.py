@@ -13,15 +13,14 @@ from hypothesis import strategies as st
 from support import Clock, make_attempt, make_exchange
 from werkzeug.test import Client
 
-from balancer.backends import LastCheck
+from balancer.balancing.backends import LastCheck
+from balancer.config.settings import BackendSettings, Settings
 from balancer.errors import ResponseTimedOut
-from balancer.events import EVENTS_KEPT, Events
-from balancer.exchange import PATH_SHOWN, Exchange
-from balancer.histogram import BOUNDS, Histogram
-from balancer.origin import Origin
-from balancer.retrybudget import RetryBudget
-from balancer.settings import BackendSettings, Settings
-from balancer.statistics import (
+from balancer.forwarding.retrybudget import RetryBudget
+from balancer.observe.events import EVENTS_KEPT, Events
+from balancer.observe.exchange import PATH_SHOWN, Exchange
+from balancer.observe.histogram import BOUNDS, Histogram
+from balancer.observe.statistics import (
     FORMER_KEPT,
     NO_REQUESTS,
     RECENT_KEPT,
@@ -31,6 +30,7 @@ from balancer.statistics import (
     Counters,
     Statistics,
 )
+from balancer.protocol.origin import Origin
 from balancer.wiring import create_app
 
 

@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import Clock
 
-from balancer import strategies
-from balancer.backends import Backend, LastCheck
+from balancer.balancing import strategies
+from balancer.balancing.backends import Backend, LastCheck
+from balancer.balancing.pool import BackendPool
+from balancer.balancing.strategies import REGISTRY, Strategy, create
 from balancer.errors import SettingsError
-from balancer.origin import Origin
-from balancer.pool import BackendPool
-from balancer.strategies import REGISTRY, Strategy, create
+from balancer.protocol.origin import Origin
 
 ORIGIN = Origin("http", "127.0.0.1", 80)
 

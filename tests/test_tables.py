@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from balancer.tables import NOTED, Table
+from balancer.protocol.tables import NOTED, Table
 
 
 def counted(room: int, size: int = 1) -> tuple[Table[bytes, int], list[bytes]]:

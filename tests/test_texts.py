@@ -12,8 +12,8 @@ from support import BalancerProcess, exchange, fetch, fetch_json, get, wait_unti
 from wire import WireBackend, resident_bytes
 
 from balancer.errors import BackendError
-from balancer.events import MESSAGE_KEPT, Events
-from balancer.texts import SHOWN, printable, shown
+from balancer.observe.events import MESSAGE_KEPT, Events
+from balancer.protocol.texts import SHOWN, printable, shown
 
 LONG = 60_000  # bytes; a response head may have 64 KiB
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import BalancerProcess, ScriptedBackend, exchange, get
 
-from balancer.messages import client_address, trace_id
+from balancer.protocol.messages import client_address, trace_id
 
 ID = "0af7651916cd43dd8448eb211c80319c"
 PARENT = "b7ad6b7169203331"

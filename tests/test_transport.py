@@ -18,7 +18,6 @@ import requests
 from support import Clock, RawRequest, free_port, ok, wait_until
 from wire import WireBackend, hang_up, wait_closed
 
-from balancer.connection import Connection
 from balancer.errors import (
     BodyTruncated,
     ConnectFailed,
@@ -27,9 +26,10 @@ from balancer.errors import (
     InvalidResponse,
     ResponseTimedOut,
 )
-from balancer.messages import Line
-from balancer.origin import Origin
-from balancer.transport import BackendAdapter, OutgoingRequest, Timeouts
+from balancer.protocol.messages import Line
+from balancer.protocol.origin import Origin
+from balancer.upstream.connection import Connection
+from balancer.upstream.transport import BackendAdapter, OutgoingRequest, Timeouts
 
 HOST: Line = (b"host", b"test")
 QUICK = Timeouts(connect=0.5, response=0.5, idle=0.5)

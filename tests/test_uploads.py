@@ -13,13 +13,13 @@ from stub_granian import GONE, Client, piece
 from support import BalancerProcess, RawRequest, connect, ok, wait_until
 from wire import WireBackend, read_response, request
 
-from balancer.bridge import WATCH_AFTER_SECONDS, Bridge
-from balancer.call import Call
-from balancer.clientbody import AHEAD_BYTES, AHEAD_IN_ALL, MOST_PIECES
+from balancer.edge.bridge import WATCH_AFTER_SECONDS, Bridge
+from balancer.edge.call import Call
+from balancer.edge.clientbody import AHEAD_BYTES, AHEAD_IN_ALL, MOST_PIECES
+from balancer.edge.workers import WorkerPool
 from balancer.errors import ClientGone, ClientTooSlow
-from balancer.incoming import RequestBody
-from balancer.requestheads import RequestHeads
-from balancer.workers import WorkerPool
+from balancer.protocol.incoming import RequestBody
+from balancer.protocol.requestheads import RequestHeads
 from bench import guard
 
 KIB = 1024

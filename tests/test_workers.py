@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from support import wait_until
 
-from balancer import workers
-from balancer.workers import CONTROL_THREADS, WorkerPool
+from balancer.edge import workers
+from balancer.edge.workers import CONTROL_THREADS, WorkerPool
 
 MAX_THREADS = 3
 MAX_QUEUED = 2

@@ -1,0 +1,1 @@
+"""Who gets the request: the backends, what is known of them, and how one is chosen."""

@@ -1,0 +1,210 @@
+"""A backend: where it listens, what is wanted of it, what was seen of it.
+
+Only `BackendPool` changes a `Backend`, under its lock. Strategies and everybody else read.
+
+State is two axes. `admin_state` is what the operator wants: `ready`, `drain` (no new requests, checks go on, requests
+in flight finish) or `maint` (the same, and no checks). `health` is what the checks saw: `unknown` until the first one,
+`up`, or `down` with a reason; `ejection` is what real traffic made of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from typing import Any, Literal
+
+from balancer.balancing.ejection import Ejection, LatencyWindow
+from balancer.balancing.slowstart import SlowStart
+from balancer.balancing.speed import Speed
+from balancer.balancing.tally import Tally
+from balancer.protocol.origin import Origin
+
+AdminState = Literal["ready", "drain", "maint"]
+HealthStatus = Literal["unknown", "up", "down"]
+
+ID_PATTERN = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}"  # also one step of a URL path, so not "." or ".."
+MAX_CONNECTIONS = 1_000_000
+MAX_WEIGHT = 256  # as in HAProxy: enough for any ratio, and sums stay small
+
+
+@dataclass(slots=True)
+class LastCheck:
+    """The newest health check: epoch seconds, duration in seconds, and what came back."""
+
+    at: float
+    duration: float
+    status: int | None
+    error: str | None
+
+
+@dataclass(slots=True)
+class Health:
+    """What the checks have seen. `since` is epoch seconds of the last change of `status`."""
+
+    status: HealthStatus = "unknown"
+    reason: str | None = None
+    since: float = 0.0
+    consecutive_failures: int = 0
+    consecutive_successes: int = 0
+    last_check: LastCheck | None = None
+
+    @property
+    def is_in_transition(self) -> bool:
+        """A check contradicts the status but not yet often enough, so the next one should come soon."""
+        return self.status == "unknown" or (
+            self.consecutive_failures > 0 if self.status == "up" else self.consecutive_successes > 0
+        )
+
+    def describe(self, limits: Mapping[str, int]) -> dict[str, Any]:
+        check = self.last_check
+        return {
+            "status": self.status,
+            "reason": self.reason,
+            "since": self.since,
+            **limits,
+            "consecutive_failures": self.consecutive_failures,
+            "consecutive_successes": self.consecutive_successes,
+            "last_check": None if check is None else asdict(check),
+        }
+
+
+@dataclass(slots=True, eq=False)
+class Backend:
+    """One server. `configured` are the fields that the configuration gave it, `source` where it came from."""
+
+    id: str
+    origin: Origin
+    weight: int = 1
+    max_connections: int | None = None
+    admin_state: AdminState = "ready"
+    active: int = 0
+    is_leaving: bool = False  # removed by the operator, waits for its last request
+    health: Health = field(default_factory=Health)
+    ejection: Ejection = field(default_factory=Ejection)
+    speed: Speed = field(default_factory=Speed)
+    window: LatencyWindow = field(default_factory=LatencyWindow)
+    slow_start: SlowStart = field(default_factory=SlowStart)
+    tally: Tally = field(default_factory=Tally)
+    source: str = "api"
+    configured: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_wanted(self) -> bool:
+        """The operator lets it have requests."""
+        return self.admin_state == "ready" and self.weight > 0
+
+    @property
+    def is_ready(self) -> bool:
+        """Takes requests as long as it has room."""
+        return self.is_wanted and self.health.status == "up" and self.ejection.status != "ejected"
+
+    @property
+    def is_full(self) -> bool:
+        return self.max_connections is not None and self.active >= self.max_connections
+
+    @property
+    def is_drained(self) -> bool:
+        return self.admin_state != "ready" and self.active == 0
+
+    @property
+    def state(self) -> str:
+        """What to show: the operator's word unless it is `ready`, else the health, else what traffic made of it."""
+        if self.admin_state != "ready":
+            return "drained" if self.admin_state == "drain" and self.is_drained else self.admin_state
+        if self.health.status == "up" and self.ejection.status != "none":
+            return self.ejection.status
+        return self.health.status
+
+    @property
+    def absence(self) -> str:
+        """Why it takes no requests, in words."""
+        if self.admin_state != "ready":
+            return self.admin_state
+        if self.weight == 0:
+            return "weight 0"
+        if self.health.status != "up":
+            return f"{self.health.status}: {self.health.reason}" if self.health.reason else self.health.status
+        return f"ejected: {self.ejection.reason}"
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """What the configuration says where the operator has changed it at run time."""
+        return {name: value for name, value in self.configured.items() if self.setting(name) != value}
+
+    def setting(self, name: str) -> Any:
+        """The live value of a field as the configuration writes it."""
+        return self.origin.url if name == "url" else getattr(self, name)
+
+    def forget(self, wall_now: float) -> None:
+        """It has moved to another origin: nothing is known of it."""
+        self.health = Health(since=wall_now)
+        self.ejection, self.window = Ejection(), LatencyWindow()
+        self.speed, self.slow_start = Speed(), SlowStart()
+
+    def describe(self, now: float, wall_now: float, limits: Mapping[str, int]) -> dict[str, Any]:
+        """As plain values, for the API. `now` is of the pool's clock; `limits` are fall and rise."""
+        return {
+            "id": self.id,
+            "url": self.origin.url,
+            "healthy": self.health.status == "up",
+            "active_connections": self.active,
+            "weight": self.weight,
+            "max_connections": self.max_connections,
+            "state": self.state,
+            "admin_state": self.admin_state,
+            "drained": self.is_drained,
+            "source": self.source,
+            "overrides": self.overrides,
+            "ejection": self.ejection.describe(wall_now - now),
+            "health": self.health.describe(limits),
+        }
+
+
+# Backends of which a record tells why they were or were not chosen: thousands of records are kept.
+EXPLAINED = 100
+
+
+class Choice:
+    """Why a request went to `backend`: what the strategy saw. Kept as it was then, put into words when asked."""
+
+    __slots__ = ("algorithm", "backend", "origin", "_candidates", "_active", "_scores", "_excluded")
+
+    def __init__(
+        self,
+        algorithm: str,
+        backend: Backend,
+        candidates: Sequence[Backend],
+        active: Sequence[int],
+        scores: Sequence[float] | None,
+        excluded: Mapping[str, str],
+    ) -> None:
+        self.algorithm = algorithm
+        self.backend = backend
+        self.origin = backend.origin  # as chosen: a reload may move the backend meanwhile
+        self._candidates = candidates
+        self._active = active
+        self._scores = scores
+        self._excluded = excluded
+
+    def shorten(self) -> None:
+        """To the first EXPLAINED of each, with the chosen one among them."""
+        places = list(range(min(EXPLAINED, len(self._candidates))))
+        chosen = self._candidates.index(self.backend)
+        if chosen >= EXPLAINED:
+            places[-1] = chosen
+        self._candidates = [self._candidates[place] for place in places]
+        self._active = [self._active[place] for place in places]
+        self._scores = None if self._scores is None else [self._scores[place] for place in places]
+        self._excluded = dict(islice(self._excluded.items(), EXPLAINED))
+
+    def describe(self) -> dict[str, Any]:
+        scores: Sequence[float | None] = self._scores or [None] * len(self._candidates)
+        return {
+            "algorithm": self.algorithm,
+            "candidates": [
+                {"id": backend.id, "active": active, "score": score}
+                for backend, active, score in zip(self._candidates, self._active, scores, strict=True)
+            ],
+            "excluded": dict(self._excluded),
+        }

@@ -1,0 +1,374 @@
+"""Who gets the next request: all balancing state, behind one lock.
+
+A backend takes requests if the operator lets it (`is_wanted`), its health checks say `up`, and real traffic has not
+ejected it. With room (`max_connections`, one request for a trial) it is a candidate; the strategy chooses among those.
+When all are full, requests wait in one bounded queue.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+from balancer.balancing.backends import Backend, Choice, LastCheck
+from balancer.balancing.candidates import Candidates
+from balancer.balancing.changes import Listener, News
+from balancer.balancing.judge import Judge, PoolOptions
+from balancer.balancing.queue import Waiter, WaitingLine
+from balancer.balancing.roster import Roster, RosterChanges
+from balancer.balancing.tally import Tally
+from balancer.errors import NoRoom, Unavailable
+from balancer.protocol.client import Watcher
+from balancer.protocol.origin import Origin
+
+if TYPE_CHECKING:
+    from balancer.balancing.strategies import Strategy
+
+
+@dataclass(slots=True)
+class PoolChanges(RosterChanges):
+    """What `apply` does at once, also to the pool itself."""
+
+    options: PoolOptions | None = None
+    strategy: Strategy | None = None
+
+
+class Lease:
+    """One request's place on a backend: taken by `BackendPool.lease`, given back once by `release`."""
+
+    __slots__ = ("_pool", "backend", "choice", "is_trial", "is_answered", "queued")
+
+    def __init__(self, pool: BackendPool, choice: Choice) -> None:
+        self._pool: BackendPool | None = pool
+        self.choice = choice
+        self.backend = choice.backend
+        self.is_trial = choice.backend.ejection.status == "trial"
+        self.is_answered = False
+        self.queued = 0.0  # seconds it waited in the queue
+
+    def answered(self, first_byte_seconds: float, is_good: bool = True) -> None:
+        """The response has begun but its body may take long: count the time now, not at `release`, and end a trial if
+        it `is_good`. Idempotent."""
+        if self._pool is not None and (self.is_trial or not self.is_answered):
+            self._pool._answered(self, first_byte_seconds, is_good)
+
+    def release(self, first_byte_seconds: float | None = None, *, failure: str = "") -> None:
+        """Idempotent. `first_byte_seconds` for a good answer; `failure` in words if the backend was at fault; neither
+        if nobody can tell, as when the client left."""
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool._release(self, first_byte_seconds, failure)
+
+
+class BackendPool:
+    """The backends, the strategy that chooses among them, and the counts both depend on.
+
+    `_lock` guards every field of every Backend, `_strategy`, `_is_timed`, `_had_first_round`, `_line`, and
+    its helpers, which have no lock of their own: `_roster` what the operator changes, `_judge` what checks and traffic
+    change, `_candidates` what follows for the next request. Nothing under it does I/O or calls out, but for the
+    strategy; `_news` for the listeners is noted under it and told after it is let go.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        options: PoolOptions | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._lock = Lock()
+        self._strategy = strategy
+        self._line: WaitingLine[Lease] = WaitingLine()
+        self._is_timed = True
+        self._had_first_round = False
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._news = News()
+        self._note = self._news.note
+        self._roster = Roster(self._reweighed, self._note, clock, wall_clock)
+        self._backends: Mapping[str, Backend] = self._roster.backends
+        judging = (self._note, clock, wall_clock, rng or random.Random())
+        self._judge = Judge(self._backends, options or PoolOptions(), *judging)
+        self._candidates = Candidates(self._backends, self._note)
+
+    def __repr__(self) -> str:
+        with self._lock:
+            up = sum(backend.health.status == "up" for backend in self._backends.values())
+            active = sum(backend.active for backend in self._backends.values())
+            return f"<BackendPool {up} up, {len(self._backends) - up} not, {active} active, {self._strategy.name}>"
+
+    def on_change(self, listener: Listener) -> None:
+        """Register before traffic starts; listeners are called outside the lock, by a thread that made a change."""
+        self._news.on_change(listener)
+
+    # The data path.
+
+    def lease(
+        self,
+        request: Any,
+        exclude: Collection[str] = (),
+        *,
+        watcher: Watcher | None = None,
+        deadline: float | None = None,
+    ) -> Lease:
+        """Choose and count in one step; wait in the queue if all backends are full.
+
+        `exclude` are ids already tried for this request; they are not asked again. `deadline` is of the pool's clock;
+        `watcher` ends the wait when the client leaves. Raises Unavailable with the cause in words.
+        """
+        with self._lock:
+            lease = self._choose(request, exclude)
+            if lease is not None:
+                return lease
+            waiter = self._line_up(request, exclude)
+            limit = self._judge.options.queue_timeout
+        return self._wait(waiter, watcher, limit if deadline is None else min(limit, deadline - self._clock()))
+
+    def lease_now(self, request: Any) -> Lease | None:
+        """A first lease if that needs no waiting."""
+        with self._lock:
+            return self._choose(request, ())
+
+    def _choose(self, request: Any, exclude: Collection[str]) -> Lease | None:
+        current = self._candidates
+        candidates: Sequence[Backend] = current.ready
+        excluded = current.absent
+        if exclude or current.is_conditional:
+            candidates = current.narrow(exclude, self._clock(), self._judge.options.slow_start)
+            excluded = current.why_not(exclude, candidates)
+        if not candidates:
+            return None
+        strategy = self._strategy
+        active = [backend.active for backend in candidates]
+        scores = strategy.scores(candidates)
+        backend = strategy.select(candidates, request)
+        backend.active += 1
+        backend.tally.selected += 1
+        choice = Choice(strategy.name, backend, candidates, active, scores, excluded)
+        if current.are_many:
+            choice.shorten()
+        lease = Lease(self, choice)
+        if lease.is_trial:
+            backend.ejection.is_tried = True
+        if self._is_timed:
+            backend.speed.ask(self._clock())
+        else:
+            lease.is_answered = True  # nobody wants to know how long that takes
+        return lease
+
+    def _line_up(self, request: Any, exclude: Collection[str]) -> Waiter[Lease]:
+        """A place in the queue, if there is any and waiting can help."""
+        if len(self._line) < self._judge.options.queue_limit and self._candidates.is_worth_waiting(exclude):
+            return self._line.join(request, exclude)
+        raise self._refusal(exclude, f", and {len(self._line)} requests are waiting already" if self._line else "")
+
+    def _refusal(self, exclude: Collection[str], about_waiting: str) -> Unavailable:
+        excluded = self._candidates.why_not(exclude)
+        if not self._candidates.is_worth_waiting(exclude):
+            return Unavailable(self._candidates.why_none(exclude), excluded)
+        return NoRoom(f"every backend is full or not checked yet{about_waiting}", excluded)
+
+    def _wait(self, waiter: Waiter[Lease], watcher: Watcher | None, seconds: float) -> Lease:
+        started = self._clock()
+        if watcher is not None:
+            watcher.attach(waiter)
+        waiter.wait(seconds)
+        if watcher is not None:
+            watcher.detach()
+        with self._lock:
+            lease = self._line.leave(waiter)
+            if lease is None:
+                raise self._refusal(waiter.exclude, f", also after {max(0.0, seconds):.3g} s")
+        lease.queued = self._clock() - started
+        return lease
+
+    def _answered(self, lease: Lease, first_byte_seconds: float, is_good: bool) -> None:
+        backend = lease.backend
+        with self._lock:
+            was_answered, lease.is_answered = lease.is_answered, True
+            if lease.choice.origin == backend.origin:
+                if not was_answered:
+                    self._judge.answered(backend, first_byte_seconds)
+                if lease.is_trial and is_good:
+                    lease.is_trial = backend.ejection.is_tried = False
+                    if self._judge.succeeded(backend, is_trial=True):
+                        self._judged()
+        self._news.tell()
+
+    def _release(self, lease: Lease, first_byte_seconds: float | None, failure: str) -> None:
+        backend = lease.backend
+        with self._lock:
+            backend.active -= 1
+            if lease.is_trial:
+                backend.ejection.is_tried = False
+            if lease.choice.origin == backend.origin:  # else it has moved: this says nothing of where it is now
+                judge, is_trial, is_answered = self._judge, lease.is_trial, lease.is_answered
+                if judge.ended(backend, first_byte_seconds, failure, is_trial, is_answered):
+                    self._judged()
+            if backend.active == 0 and (backend.is_leaving or backend.admin_state == "drain"):
+                self._roster.drained(backend)
+                self._settle()
+            elif self._line:
+                self._line.serve(self._choose)
+        if self._news.untold:  # hardly ever: saves every request a call
+            self._news.tell()
+
+    # What the checks say, and the data path on a refused connect.
+
+    def record_check(self, backend: Backend, check: LastCheck, origin: Origin | None = None) -> None:
+        """Count one check. `origin` is where it went: what it found does not count if the backend has moved since."""
+        with self._lock:
+            if self._is_here(backend, origin) and self._judge.checked(backend, check):
+                self._judged()
+        self._news.tell()
+
+    def record_refused(self, backend: Backend, reason: str, origin: Origin | None = None) -> None:
+        """A refused connect on the data path: nobody listens there, so the backend is down at once."""
+        with self._lock:
+            if self._is_here(backend, origin) and self._judge.refused(backend, reason):
+                self._judged()
+        self._news.tell()
+
+    def sweep(self) -> None:
+        """Let time pass: ejections and slow starts end, response times are compared. Call about once a second."""
+        with self._lock:
+            if self._judge.sweep():
+                self._judged()
+        self._news.tell()
+
+    def _is_here(self, backend: Backend, origin: Origin | None) -> bool:
+        """Neither removed nor moved away from `origin` meanwhile."""
+        return self._backends.get(backend.id) is backend and origin in (None, backend.origin)
+
+    def _judged(self) -> None:
+        self._had_first_round = self._had_first_round or self._is_all_known()
+        self._settle()
+
+    def _is_all_known(self) -> bool:
+        return all(b.health.status != "unknown" or b.admin_state == "maint" for b in self._backends.values())
+
+    # What the operator changes at run time.
+
+    def add(
+        self,
+        backend_id: str | None,
+        origin: Origin,
+        *,
+        weight: int = 1,
+        max_connections: int | None = None,
+        source: str = "api",
+        configured: Mapping[str, Any] | None = None,
+    ) -> Backend:
+        """Add a backend; it gets requests after its first good check. Raises SettingsError if the id is taken."""
+        with self._changing():
+            backend_id = self._roster.new_id(backend_id)
+            backend = Backend(backend_id, origin, weight, max_connections, source=source, configured=configured or {})
+            self._roster.add(backend)
+        return backend
+
+    def update(self, backend_id: str, changes: Mapping[str, Any]) -> Backend:
+        """Set `weight`, `max_connections` or `admin_state`, already validated. Raises KeyError for an unknown id."""
+        with self._changing():
+            backend = self._backends[backend_id]
+            self._roster.update(backend, changes)
+        return backend
+
+    def remove(self, backend_id: str) -> int:
+        """No new requests from now on; it goes when the last one in flight has ended. Returns how many there are.
+
+        Raises KeyError for an unknown id.
+        """
+        with self._changing():
+            return self._roster.remove(self._backends[backend_id])
+
+    def use(self, strategy: Strategy) -> None:
+        """Switch the strategy; the next `lease` uses it, with no memory of the past."""
+        self.apply(PoolChanges(strategy=strategy))
+
+    def apply(self, changes: PoolChanges) -> None:
+        """Everything at once: no request sees one part without the other.
+
+        Ids to update and remove that are not here any more are passed over.
+        """
+        with self._changing():
+            if changes.options is not None:
+                self._judge.options = changes.options
+            if changes.strategy is not None:
+                self._strategy = changes.strategy
+                self._note("algorithm_changed", "", changes.strategy.name, "info")
+            self._roster.apply(changes)
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        with self._lock:
+            yield
+            self._settle()
+        self._news.tell()
+
+    def _reweighed(self) -> None:
+        """Weights are others, or a backend is gone."""
+        self._strategy.backends_changed()
+
+    def _settle(self) -> None:
+        """After any change: who can be served now is."""
+        self._is_timed = self._strategy.uses_times or self._judge.options.ejection.latency != "off"
+        self._candidates.refresh(self._judge.options.panic_threshold if self._had_first_round else 0.0)
+        self._line.serve(self._choose)
+        if self._line and not self._candidates.is_worth_waiting(()):
+            self._line.dismiss()
+
+    # Reading.
+
+    @property
+    def algorithm(self) -> str:
+        return self._strategy.name
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._line)
+
+    @property
+    def is_panicking(self) -> bool:
+        return self._candidates.is_panicking
+
+    def backends(self) -> list[Backend]:
+        """The live objects in configured order, for the health checker."""
+        with self._lock:
+            return list(self._backends.values())
+
+    def get(self, backend_id: str) -> Backend | None:
+        return self._backends.get(backend_id)
+
+    def has_had_first_round(self) -> bool:
+        """True from the moment when every backend that is checked had a health status; later ones change nothing."""
+        with self._lock:
+            return self._had_first_round or self._is_all_known()
+
+    def tallies(self) -> dict[str, Tally]:
+        """Copies, with the time that a backend has been down so far."""
+        with self._lock:
+            now = self._clock()
+            return {b.id: replace(b.tally, down_seconds=b.tally.downtime(now)) for b in self._backends.values()}
+
+    def snapshot(self) -> list[dict[str, Any]]:
+        """All backends at one moment, as plain values in configured order, for `/status`."""
+        with self._lock:
+            shares = self._strategy.expected_shares(self._candidates.ready)
+            now, wall = self._clock(), self._wall_clock()
+            limits = {"fall": self._judge.options.fall, "rise": self._judge.options.rise}
+            return [
+                {
+                    **backend.describe(now, wall, limits),
+                    "admission": backend.slow_start.share(now, self._judge.options.slow_start),
+                    "expected_share": None if shares is None else shares.get(backend.id, 0.0),
+                }
+                for backend in self._backends.values()
+            ]

@@ -1,0 +1,123 @@
+"""What the operator changes at run time: which backends there are, and what is wanted of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from balancer.balancing.backends import Backend, Health
+from balancer.balancing.changes import Note
+from balancer.balancing.tally import FORMER_KEPT, Tally
+from balancer.errors import SettingsError
+
+
+@dataclass(slots=True)
+class RosterChanges:
+    """What `apply` does at once. `update` has fields per backend id, `url` as an Origin under `origin`."""
+
+    add: Sequence[Backend] = ()
+    update: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    remove: Sequence[str] = ()
+
+
+class Roster:
+    """The backends of one pool in configured order, and the tallies of those that are gone.
+
+    It has no lock of its own: every method is called with the pool's lock held, which guards all it touches. The pool
+    settles afterwards who is a candidate. `reweighed` is called when weights are others, or a backend is gone.
+    """
+
+    def __init__(
+        self, reweighed: Callable[[], None], note: Note, clock: Callable[[], float], wall_clock: Callable[[], float]
+    ) -> None:
+        self.backends: dict[str, Backend] = {}
+        self._reweighed = reweighed
+        self._former: dict[str, Tally] = {}
+        self._note = note
+        self._clock = clock
+        self._wall_clock = wall_clock
+
+    def apply(self, changes: RosterChanges) -> None:
+        """Ids to update and remove that are not here any more are passed over."""
+        for backend_id, fields in changes.update.items():
+            if backend_id in self.backends:
+                self.update(self.backends[backend_id], fields)
+        for backend_id in changes.remove:
+            if backend_id in self.backends:
+                self.remove(self.backends[backend_id])
+        for backend in changes.add:
+            self.add(backend)
+
+    def new_id(self, wanted: str | None) -> str:
+        """`wanted`, or a free one if that is empty. Raises SettingsError if it is taken."""
+        if not wanted:
+            return self._free_id()
+        if wanted in self.backends:
+            leaving = self.backends[wanted].is_leaving
+            hint = "is being removed; admin_state ready calls that off" if leaving else "is taken, choose another"
+            raise SettingsError(f"backend id {wanted!r} {hint}")
+        return wanted
+
+    def _free_id(self) -> str:
+        number = len(self.backends) + 1
+        while f"backend_{number}" in self.backends:
+            number += 1
+        return f"backend_{number}"
+
+    def add(self, backend: Backend) -> None:
+        backend.health.since = self._wall_clock()
+        if backend.id in self.backends:  # one that is leaving: it finishes what it has, out of sight
+            self._take_out(self.backends[backend.id], "another one takes its name")
+        self.backends[backend.id] = backend
+        backend.tally = self._former.pop(backend.id, backend.tally)
+        self._note("backend_added", backend.id, f"{backend.origin.url}, weight {backend.weight}", "info")
+
+    def update(self, backend: Backend, changes: Mapping[str, Any]) -> None:
+        """Set fields, already validated."""
+        real = {name: value for name, value in changes.items() if getattr(backend, name) != value}
+        if "admin_state" in real and backend.admin_state == "maint":  # nobody has looked at it since
+            backend.health = Health(since=self._wall_clock())
+        for name, value in real.items():
+            setattr(backend, name, value)
+            if name not in ("source", "configured"):
+                text = f"url set to {value.url}" if name == "origin" else f"{name} set to {value}"
+                self._note("backend_changed", backend.id, text, "info")
+        if backend.admin_state == "ready":
+            backend.is_leaving = False  # ready again calls the removal off
+        if "weight" in real:
+            self._reweighed()
+        if "origin" in real:  # another server: nothing is known of it
+            backend.forget(self._wall_clock())
+            backend.tally.is_down_no_more(self._clock())
+        if backend.active == 0 and (backend.is_leaving or real.get("admin_state") == "drain"):
+            self.drained(backend)
+
+    def remove(self, backend: Backend) -> int:
+        """No new requests from now on; it goes when the last one in flight has ended. Returns how many there are."""
+        active = backend.active
+        backend.admin_state = "drain"
+        backend.is_leaving = True
+        if active == 0:
+            self._take_out(backend, backend.origin.url)
+        else:
+            self._note("backend_draining", backend.id, f"to be removed, {active} requests in flight", "info")
+        return active
+
+    def drained(self, backend: Backend) -> None:
+        """The last request has ended of one that gets no more."""
+        if self.backends.get(backend.id) is not backend:
+            return  # gone already
+        if backend.is_leaving:
+            self._take_out(backend, "its last request has ended")
+        else:
+            self._note("backend_drained", backend.id, "drained: no requests in flight", "info")
+
+    def _take_out(self, backend: Backend, text: str) -> None:
+        del self.backends[backend.id]
+        backend.tally.is_down_no_more(self._clock())
+        self._former[backend.id] = backend.tally
+        if len(self._former) > FORMER_KEPT:
+            del self._former[next(iter(self._former))]
+        self._reweighed()
+        self._note("backend_removed", backend.id, text, "info")

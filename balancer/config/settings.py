@@ -1,0 +1,402 @@
+"""Every setting: name, type, default and meaning in one place.
+
+A setting's name is the same everywhere: `health_interval` is `--health-interval`, `LB_HEALTH_INTERVAL`, and
+`health_interval` in the TOML file. A flag wins over the environment, that over the file, that over the default.
+Unknown keys of the file and wrong values are refused at the start, in one line that names the value and where it came
+from; unknown variables are only told (`environment`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+import re
+import stat
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from balancer.balancing.backends import MAX_CONNECTIONS, MAX_WEIGHT
+from balancer.balancing.ejection import LatencyMode
+from balancer.config import environment, wording
+from balancer.errors import SettingsError
+from balancer.protocol.messages import is_loopback
+from balancer.protocol.origin import Origin
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
+SecondsOrZero = Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False)]
+Weight = Annotated[int, Field(ge=0, le=MAX_WEIGHT), BeforeValidator(wording.no_truth_value)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+MaxConnections = Annotated[int, Field(ge=1, le=MAX_CONNECTIONS)]
+
+UNITS = {"max_header_bytes": "bytes", "max_request_body": "bytes", "min_body_rate": "bytes/s"} | dict.fromkeys(
+    ("retry_budget", "eject_max_share", "latency_ejection_factor", "panic_threshold"), ""
+)  # the other floats are seconds
+SHORTEST_TOKEN = 16  # characters: fewer can be guessed
+MAX_FILE = 1_048_576  # bytes of a configuration file: room for ten thousand backends
+
+
+class BackendSettings(BaseModel):
+    """One backend. On the command line and in the environment: `[ID=]URL[@WEIGHT]`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str = Field("", pattern=wording.ID_OR_NONE, description="name, unique; backend_1, backend_2, ... if left out")
+    url: str = Field(description="http://HOST:PORT or https://HOST:PORT")
+    weight: Weight = Field(1, description="share of the traffic relative to the others; 0 for no new requests")
+    max_connections: MaxConnections | None = Field(None, description="requests at the same time; no limit if left out")
+
+    @field_validator("url")
+    @classmethod
+    def _check_url(cls, url: str) -> str:
+        try:
+            return Origin.parse(url).url
+        except SettingsError as error:
+            raise ValueError(str(error)) from None
+
+    @classmethod
+    def parse(cls, text: str) -> dict[str, Any]:
+        """`[ID=]URL[@WEIGHT]` as the fields of a BackendSettings. Raises SettingsError."""
+        text = text.strip()
+        head, equals, rest = text.partition("=")
+        backend_id, url = (head, rest) if equals and "://" not in head else ("", text)
+        address, at, weight = url.rpartition("@")
+        if re.fullmatch(r"[-+]?[0-9.]+", weight) and not weight.isdecimal():
+            raise SettingsError(f"backend weight {weight!r}: expected a whole number from 0 to {MAX_WEIGHT}")
+        if not at or "/" in weight or not re.fullmatch(r"[0-9]{1,9}", weight):
+            address, weight = url, "1"
+        return {"id": backend_id.strip(), "url": address.strip(), "weight": int(weight)}
+
+
+DEFAULT_BACKENDS = tuple(
+    BackendSettings(id=f"backend_{number}", url=f"http://127.0.0.1:{5000 + number}", weight=4 - number)
+    for number in (1, 2, 3)
+)
+
+
+class Settings(BaseModel):
+    """All settings, checked. Times in seconds, sizes in bytes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    # Who and where.
+    id: str = Field("lb-1", pattern=wording.ID, description="name of this balancer in answers and in Via")
+    host: str = Field("127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0 or :: for all")
+    port: int = Field(9000, ge=0, le=65535, description="port to listen on; 0 for any free one, which is printed")
+    control_port: Port | None = Field(None, description="port for the control paths alone, on the same address")
+    control_prefix: str = Field("", description="moves all control paths, as in /lb; the bare ones are then forwarded")
+
+    # Backends and choosing.
+    backends: tuple[BackendSettings, ...] = Field(DEFAULT_BACKENDS, description="the backends; repeat --backend")
+    algorithm: str = Field("weighted", description="how the backend is chosen; GET /algorithm lists all")
+
+    # Data path.
+    connect_timeout: Seconds = Field(3.0, description="time to connect to a backend")
+    response_timeout: Seconds = Field(30.0, description="time until a backend's response head is here")
+    idle_timeout: Seconds = Field(60.0, description="time between two pieces of a body, either way")
+    pool_idle_timeout: Seconds = Field(
+        4.0, description="time an idle backend connection is kept; stay below the backend's"
+    )
+    request_timeout: Seconds = Field(
+        60.0, description="time for the queue and all attempts together until a response head is here"
+    )
+    retries: int = Field(2, ge=0, le=10, description="further backends tried after a failure that allows it")
+    retry_budget: Share = Field(0.2, description="retries of the last 10 s as a share of the requests of that time")
+    retry_budget_minimum: int = Field(10, ge=0, le=1_000_000, description="retries a second that are always allowed")
+    queue_limit: int = Field(
+        500, ge=0, le=100_000, description="requests that wait while all are full; at most half of max_threads"
+    )
+    queue_timeout: Seconds = Field(5.0, description="time a request waits for a place on a backend; after that 503")
+    max_request_body: int | None = Field(None, ge=0, description="bytes; larger request bodies are refused with 413")
+    ca_file: Path | None = Field(None, description="PEM file of CAs for https backends, instead of the system's")
+    trusted_proxies: tuple[str, ...] = Field((), description="networks whose X-Forwarded-* and Forwarded are believed")
+    expose_backend: bool = Field(False, description="add X-Served-By with the backend's id to answers")
+
+    # Health checks.
+    health_path: str = Field("/health", pattern=wording.PATH, description="path asked by the health checks")
+    health_interval: Seconds = Field(0.5, description="time between two checks of a backend; a fifth while it changes")
+    health_timeout: Seconds = Field(0.4, description="time for a check to connect, and to answer")
+    health_fall: int = Field(2, ge=1, le=100, description="failed checks in a row until a backend is down")
+    health_rise: int = Field(1, ge=1, le=100, description="good checks in a row until it is up again")
+
+    # Ejection: what real traffic says of a backend.
+    eject_after: int = Field(
+        5, ge=0, le=1000, description="failures in a row after which a backend is ejected; 0 for never"
+    )
+    eject_seconds: Seconds = Field(30.0, description="time it is out, times the number of ejections in a row")
+    eject_max_seconds: Seconds = Field(300.0, description="the longest it is out")
+    eject_max_share: Share = Field(0.5, description="share of the backends that may be out at once, one at least")
+    eject_ends_on_check: bool = Field(False, description="a good health check ends an ejection")
+    latency_ejection: LatencyMode = Field(
+        "off", description="eject backends much slower than their peers: off, shadow (only say so), enforce"
+    )
+    latency_ejection_factor: float = Field(
+        5.0, ge=1, le=100, description="how much slower: median + this x median absolute deviation"
+    )
+    panic_threshold: Share = Field(
+        0.0, description="share of available backends below which health is ignored; 0 for never"
+    )
+    slow_start: SecondsOrZero = Field(
+        0.0, description="time over which a backend that comes back gets its full share; 0 for at once"
+    )
+
+    # Control API.
+    admin_token: SecretStr | None = Field(
+        None, description="Bearer token that all writes need; at least 16 characters; LB_ADMIN_TOKEN_FILE too"
+    )
+    page_token: SecretStr | None = Field(
+        None,
+        description="token that browsers' pages need: for writes, and on a page from disk for reads too; whoever else "
+        "is local needs none",
+    )
+    control_reads: Literal["open", "token"] | None = Field(
+        None, description="who may read: open to all, or token; if left out, open to local callers alone"
+    )
+    cors_origins: tuple[str, ...] = Field(
+        (), description="origins of pages that may read and write, as https://ops.example"
+    )
+    allow_file_origin: bool = Field(False, description="does nothing any more: a page from disk needs a token")
+
+    # Process.
+    max_threads: int = Field(
+        1024, ge=1, le=10000, description="requests that need a thread at the same time; threads grow on demand"
+    )
+    max_queued: int = Field(1024, ge=0, le=100000, description="requests that wait for a thread; above that 503")
+    thread_idle_timeout: Seconds = Field(30.0, description="time after which an idle thread ends")
+    max_clients: int = Field(10000, ge=1, le=1_000_000, description="client connections; more wait to be accepted")
+    min_body_rate: int = Field(
+        240,
+        ge=0,
+        le=1_000_000_000,
+        description="rate of a body after 5 s, either way; slower clients get 408, or are cut off; 0 for no limit",
+    )
+    header_timeout: Seconds = Field(
+        10.0, description="time for a client to send a request head; also between two on a kept connection"
+    )
+    max_header_bytes: int = Field(65536, ge=8192, le=1048576, description="size of a request head; above that 431")
+    max_header_count: int = Field(100, ge=1, le=100, description="header lines of a request; above that 431")
+    shutdown_delay: SecondsOrZero = Field(
+        0.0, description="time after SIGTERM in which all is served while /readyz says 503; 5 to 10 in Kubernetes"
+    )
+    drain_timeout: SecondsOrZero = Field(30.0, description="time after that for requests in flight to finish")
+    access_log: bool = Field(False, description="log every request to stdout, in a thread of its own")
+    access_log_format: Literal["text", "json"] = Field("text", description="text or json")
+    cpu_affinity: str = Field("auto", description="auto pins to one CPU, none to no CPU, or a list as 0,2")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged, to stdout")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_booleans(cls, value: Any, info: ValidationInfo) -> Any:
+        return value if cls.model_fields[info.field_name or ""].annotation is bool else wording.no_truth_value(value)
+
+    @field_validator("admin_token", "page_token")
+    @classmethod
+    def _check_token(cls, token: SecretStr | None) -> SecretStr | None:
+        text = None if token is None else token.get_secret_value()
+        if text == "":
+            raise ValueError("is empty, so nothing would be protected; expected a token, or leave it out")
+        if text is not None and any("\ud800" <= char <= "\udfff" for char in text):
+            raise ValueError("is not UTF-8")
+        if text is not None and len(text) < SHORTEST_TOKEN:
+            raise ValueError(f"has {len(text)} characters, so it can be guessed; expected at least {SHORTEST_TOKEN}")
+        return token
+
+    @field_validator("control_prefix")
+    @classmethod
+    def _check_prefix(cls, prefix: str) -> str:
+        prefix = prefix.rstrip("/")
+        if prefix and (not prefix.startswith("/") or "//" in prefix or not re.fullmatch(r"[A-Za-z0-9/._~-]+", prefix)):
+            raise ValueError("expected a path such as /lb")
+        return prefix
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _check_networks(cls, networks: tuple[str, ...]) -> tuple[str, ...]:
+        for network in networks:
+            try:
+                found = ipaddress.ip_network(network, strict=False)
+            except ValueError:
+                raise ValueError(f"{network!r} is no network; expected one such as 10.0.0.0/8 or ::1") from None
+            if "/" in network and found.network_address != ipaddress.ip_interface(network).ip:
+                raise ValueError(f"{network!r} is an address in a network; expected {found} for all of it")
+        return networks
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            scheme, found, host = origin.partition("://")
+            if not found or scheme not in ("http", "https") or not host or set(host) & set("/*, "):
+                raise ValueError(f"origin {origin!r}: expected scheme and host such as https://ops.example")
+        return origins
+
+    @field_validator("cpu_affinity")
+    @classmethod
+    def _check_affinity(cls, text: str) -> str:
+        if text not in ("auto", "none") and not all(part.strip().isdecimal() for part in text.split(",")):
+            raise ValueError("expected auto, none, or a list of CPU numbers such as 0,2")
+        return text
+
+    @field_validator("backends")
+    @classmethod
+    def _name_backends(cls, backends: tuple[BackendSettings, ...]) -> tuple[BackendSettings, ...]:
+        named: dict[str, BackendSettings] = {}
+        for number, backend in enumerate(backends, start=1):
+            backend_id = backend.id or f"backend_{number}"
+            if backend_id in named:
+                raise ValueError(f"two backends have the id {backend_id!r}; ids must differ")
+            named[backend_id] = backend.model_copy(update={"id": backend_id})
+        return tuple(named.values())
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> Settings:
+        if self.control_port is not None and self.control_port == self.port:
+            raise ValueError(f"control_port and port are both {self.port}; choose another for one of them")
+        return self
+
+    @property
+    def networks(self) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
+        return tuple(ipaddress.ip_network(network) for network in self.trusted_proxies)
+
+
+# Settings that are never shown, and have no flag.
+SECRETS = frozenset({"admin_token", "page_token"})
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One flag per setting; all default to None, which means 'not given'."""
+    for name, field in Settings.model_fields.items():
+        flag, text = "--" + name.replace("_", "-"), (field.description or "").replace("%", "%%")
+        if name == "backends":
+            default = ", ".join(f"{backend.url}@{backend.weight}" for backend in DEFAULT_BACKENDS)
+            help_text = f"a backend; repeat it for more ({default})"
+            parser.add_argument("--backend", action="append", dest=name, metavar="[ID=]URL[@WEIGHT]", help=help_text)
+        elif name in SECRETS:
+            continue  # a secret on a command line can be read by every user of the machine
+        elif field.annotation is bool:
+            parser.add_argument(flag, nargs="?", const="true", metavar="true|false", help=f"{text} (false)")
+        else:
+            parser.add_argument(flag, metavar=name.rpartition("_")[2].upper(), help=f"{text} ({default_of(name)})")
+
+
+def default_of(name: str) -> str:
+    """A setting's default with its unit, as `--help` and the documentation show it."""
+    default = Settings.model_fields[name].default
+    if default in (None, "", ()):
+        return "none"
+    return f"{show(default)} {UNITS.get(name, 's' if isinstance(default, float) else '')}".rstrip()
+
+
+def load(
+    arguments: Mapping[str, Any], environ: Mapping[str, str] = os.environ, file: Path | None = None
+) -> tuple[Settings, dict[str, str]]:
+    """(settings, where each one came from). Raises SettingsError with one line per wrong setting."""
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = dict.fromkeys(Settings.model_fields, "default")
+    flags = {name: value for name, value in arguments.items() if value is not None}
+    for source, given in (
+        ("file", _from_file(file)),
+        ("environment", environment.read(environ, Settings.model_fields)),
+        ("flag", flags),
+    ):
+        for name, value in given.items():
+            values[name] = _split(name, value)
+            sources[name] = f"file {file}" if source == "file" else source
+    try:
+        return Settings.model_validate(values), sources
+    except ValidationError as error:
+        raise SettingsError("; ".join(_explain(detail, sources) for detail in error.errors())) from None
+
+
+def warnings(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """A line for each variable that looks like a setting and is none."""
+    return environment.unknown(environ, Settings.model_fields)
+
+
+def advice(config: Settings) -> list[str]:
+    """A line for each setting that does not do what its owner may expect of it."""
+    lines = []
+    if config.allow_file_origin:
+        lines.append("allow_file_origin does nothing any more: a page from disk needs a token, set LB_PAGE_TOKEN")
+    can_read = config.control_reads == "open" or config.admin_token or config.page_token
+    if not can_read and not is_loopback(config.host):
+        lines.append(f"host {config.host} without a token: the control API only answers probes, set LB_ADMIN_TOKEN")
+    return lines
+
+
+def show(value: Any) -> str:
+    """A setting's value as a person would write it; secrets are hidden."""
+    if isinstance(value, SecretStr):
+        return "(hidden)"
+    if isinstance(value, tuple):
+        return ", ".join(show(item) for item in value) or "(empty)"
+    if isinstance(value, BackendSettings):
+        return f"{value.id}={value.url}@{value.weight}"
+    if value is None or value == "":
+        return "(empty)"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def describe(settings: Settings, sources: Mapping[str, str]) -> str:
+    """A line per setting: name, value, source."""
+    rows = [(name, show(getattr(settings, name)), sources[name]) for name in Settings.model_fields]
+    wide = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    return "\n".join(f"{name:{wide[0]}}  {value:{min(wide[1], 40)}}  {source}" for name, value, source in rows)
+
+
+def _from_file(file: Path | None) -> dict[str, Any]:
+    if file is None:
+        return {}
+    try:
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe could keep us waiting for ever
+            raise SettingsError(f"config file {file}: not a regular file")
+        if status.st_size > MAX_FILE:
+            raise SettingsError(f"config file {file}: {status.st_size} bytes, at most {MAX_FILE} are read")
+        return tomllib.loads(file.read_text(encoding="utf-8-sig"))  # Windows' editor puts a mark in front
+    except OSError as error:
+        raise SettingsError(f"config file {file}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, or brackets without end
+        raise SettingsError(f"config file {file}: {error}") from None
+
+
+def _split(name: str, value: Any) -> Any:
+    """Lists are comma-separated in the environment and in flags; backends also have a short form."""
+    if name in ("trusted_proxies", "cors_origins", "backends") and isinstance(value, str):
+        value = [item.strip() for item in value.split(",") if item.strip()]
+    if name == "backends" and isinstance(value, list):
+        return [BackendSettings.parse(item) if isinstance(item, str) else item for item in value]
+    if name == "cpu_affinity" and isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return value.strip() if isinstance(value, str) else value
+
+
+def _explain(detail: Mapping[str, Any], sources: Mapping[str, str]) -> str:
+    """One wrong setting in words: name, value, source, what is expected."""
+    path: Sequence[Any] = detail["loc"]
+    if not path:  # two settings that do not go together
+        return wording.complaint(detail, Settings)
+    name, where = str(path[0]), ".".join(str(part) for part in path)
+    if detail["type"] == "extra_forbidden":
+        return f"unknown setting {where!r} ({sources.get(name, 'unknown')}); see --help"
+    unit = UNITS.get(name, "seconds" if isinstance(Settings.model_fields[name].default, float) else "")
+    told = f"({sources[name]}): {wording.complaint(detail, Settings, unit)}"
+    if detail["type"] == "missing" or (where == "backends" and detail["type"] == "value_error"):  # no value, or all
+        return f"{where} {told}"
+    value = "(hidden)" if name in SECRETS else wording.shown(detail["input"], hide=name == "backends")
+    return f"{where} = {value} {told}"

@@ -1,0 +1,84 @@
+"""What is wrong with a value, in our words. Pydantic finds the error; the JSON schema of the model says what fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel
+
+from balancer.balancing.backends import ID_PATTERN
+
+Schema = Mapping[str, Any]
+
+MAX_SHOWN = 120  # characters of a wrong value
+ID = f"^{ID_PATTERN}$"
+ID_OR_NONE = f"^(?:{ID_PATTERN})?$"
+PATH = r"^/[\x21-\x7e]*$"
+_ID_WORDS = "up to 64 letters (a to z), digits, dots, hyphens and underscores, no dot in front"
+PATTERNS = {ID: _ID_WORDS, ID_OR_NONE: _ID_WORDS, PATH: "a path such as /health, without blanks"}
+
+
+def no_truth_value(value: Any) -> Any:
+    """A truth value is no number, though Python and pydantic take it for 1."""
+    if isinstance(value, bool):
+        raise AssertionError  # no ValueError, whose text would be the complaint
+    return value
+
+
+def complaint(error: Mapping[str, Any], model: type[BaseModel], unit: str = "") -> str:
+    """What is wrong, and what is accepted; `unit` is that of a number."""
+    if error["type"] == "value_error":  # from a validator of ours
+        return str(error["msg"]).removeprefix("Value error, ")
+    schema = _schema_of(error["loc"], model)
+    if error["type"] == "missing":
+        return f"is missing; expected {schema.get('description', _expected(schema, unit))}"
+    return f"expected {_expected(schema, unit)}"
+
+
+def shown(value: Any, hide: bool = False) -> str:
+    """The value as it was written, or nearly; `hide` if it has an @, for a URL with user info holds a password."""
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    if hide and "@" in text:
+        return "(hidden)"
+    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
+
+
+def _schema_of(path: tuple[str | int, ...], model: type[BaseModel]) -> Schema:
+    root = model.model_json_schema()
+    schema = root
+    for step in path:
+        inner = schema["items"] if isinstance(step, int) else schema["properties"][step]
+        # Of what may be null the other choice; a reference is to another model.
+        choices = [choice for choice in inner.get("anyOf", [inner]) if choice.get("type") != "null"]
+        reference = choices[0].get("$ref", "").rpartition("/")[2]
+        schema = {**inner, **choices[0], **(root["$defs"][reference] if reference else {})}
+    return schema
+
+
+def _expected(schema: Schema, unit: str) -> str:
+    kind = schema.get("type")
+    if options := schema.get("enum"):
+        return f"{', '.join(options[:-1])} or {options[-1]}"
+    if kind in ("integer", "number"):
+        return (
+            ("a whole number" if kind == "integer" else "a number") + (f" of {unit}" if unit else "") + _range(schema)
+        )
+    if kind == "boolean":
+        return "true or false"
+    if kind == "array":
+        return f"a list: {schema['description']}"
+    if kind == "object":
+        return f"a table of {', '.join(schema['properties'])}"
+    if pattern := schema.get("pattern"):
+        return PATTERNS[pattern]
+    longest, meaning = schema.get("maxLength"), schema.get("description")
+    noun = f"text of at most {longest} characters" if longest else "text"
+    return f"{noun}: {meaning}" if meaning else noun
+
+
+def _range(schema: Schema) -> str:
+    least, most = schema.get("minimum"), schema.get("maximum")
+    if most is None:
+        return f", {least} or more"
+    return f" above {schema['exclusiveMinimum']}, up to {most}" if least is None else f" from {least} to {most}"

@@ -1,0 +1,1 @@
+"""The control API: what is told, what can be changed, and who may."""

@@ -1,0 +1,211 @@
+"""Who may read and write through the control API.
+
+A browser sends requests for any page, and CORS protects only the answer, not the effect. `Origin: null` is no identity:
+every sandboxed frame of every site has it. The pages of backends have our own origin. And who comes through a proxy on
+this machine comes from anywhere. So whoever is not known to be a program on this machine needs a token:
+
+    who                                     reads                       writes
+    anybody with the admin or page token    yes                         yes
+    a local caller that is no browser       yes, unless `control_reads` unless there is an admin token
+    a page of our own origin, local         the same                    unless there is any token
+    a page of `cors_origins`                as the caller that it is    the same
+    `Origin: null`, any other origin        no                          no, the latter not even with a token
+    everybody else                          if `control_reads` = open   no
+"""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Literal
+from urllib.parse import urlsplit
+
+from flask import g, request
+
+from balancer.control.inputs import received
+from balancer.control.problems import ApiError
+from balancer.protocol.incoming import header_lines
+from balancer.protocol.messages import Network, client_address, is_loopback
+
+LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+CHALLENGE = {"WWW-Authenticate": 'Bearer realm="load balancer"'}  # RFC 6750 section 3
+SHOWN = 100  # characters of what somebody sent, in an answer or an event
+
+GUESSES, GUESS_SECONDS = 10, 60.0  # wrong tokens that one address may send within so many seconds
+GUESSERS_KEPT = 1000
+
+
+class Guesses:
+    """Counts wrong tokens. While there are too many from somewhere, right ones are refused from there too: else each
+    answer would still tell a guesser what the brake is meant to hide.
+
+    `_lock` guards `_wrong`: by who sent them, the times of the newest wrong tokens. Who has not guessed for the longest
+    time is forgotten first.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = Lock()
+        self._wrong: dict[Hashable, deque[float]] = {}
+
+    def wait(self, who: Hashable, is_right: bool) -> float:
+        """Count this token unless it is right. Seconds until `who` may send one again, 0 if this one was in time."""
+        now = self._clock()
+        with self._lock:
+            times = self._wrong.get(who, deque(maxlen=GUESSES))
+            if len(times) == GUESSES and times[0] > now - GUESS_SECONDS:
+                return times[0] + GUESS_SECONDS - now
+            if not is_right:
+                times.append(now)
+                self._wrong.pop(who, None)  # and in again, as the newest
+                self._wrong[who] = times
+                if len(self._wrong) > GUESSERS_KEPT:
+                    del self._wrong[next(iter(self._wrong))]
+            return 0.0
+
+
+@dataclass(slots=True)
+class Access:
+    """Decides about the request that is being answered.
+
+    `trusted`, networks of proxies, may be replaced at any time; nothing else changes, and `guesses` locks itself.
+    """
+
+    admin_token: str | None = field(repr=False)
+    page_token: str | None = field(repr=False)
+    reads: Literal["open", "token"] | None
+    origins: frozenset[str]
+    listens_on_loopback: bool
+    trusted: Sequence[Network]
+    guesses: Guesses = field(default_factory=Guesses)
+
+    @property
+    def has_tokens(self) -> bool:
+        return self.admin_token is not None or self.page_token is not None
+
+    def check(self, is_write: bool) -> bool:
+        """True if a valid token came with the request. Raises ApiError 401, 403, 415 or 429 if it may not be done."""
+        origin = request.headers.get("Origin")
+        self._check_site(origin, is_write)  # first: what a page of another site sends does not count as a guess
+        is_authorized = self._is_authorized(origin)
+        missing = None if is_authorized else self._why_token(origin, is_write)
+        if missing is not None and self.has_tokens:
+            raise ApiError(401, f"{missing}, so this needs a token: Authorization: Bearer TOKEN", CHALLENGE)
+        if missing is not None:
+            raise ApiError(403, f"{missing}; {_way_out(origin, is_write)}")
+        if is_write:
+            _check_content_type()
+        return is_authorized
+
+    def may_write(self) -> bool:
+        """Whether who sent this request could write too, if it had a token that exists."""
+        return self.has_tokens or self._why_not_local() is None
+
+    def _check_site(self, origin: str | None, is_write: bool) -> None:
+        """Pages of other sites: a token does not make them ours."""
+        if origin in self.origins or origin == "null":  # a sandboxed frame or a file: the token decides
+            return
+        if origin is not None and origin != request.host_url.rstrip("/"):
+            raise ApiError(403, f"origin {origin[:SHOWN]!r} is not allowed; add it to cors_origins")
+        if is_write and request.headers.get("Sec-Fetch-Site") == "cross-site":
+            raise ApiError(403, "a page of another site may not write; add its origin to cors_origins")
+
+    def _is_authorized(self, origin: str | None) -> bool:
+        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+        if not self.has_tokens or scheme.lower() != "bearer":  # case-insensitive by RFC 9110 section 11.1
+            return False
+        sent = given.encode("latin-1", "replace")
+        known = [token.encode() for token in (self.admin_token, self.page_token) if token is not None]
+        is_right = any([hmac.compare_digest(sent, token) for token in known])  # a list: all of them, every time
+        wait = math.ceil(self.guesses.wait((self._sender(), origin == "null"), is_right))
+        if wait:
+            raise ApiError(429, f"too many wrong tokens from here, wait {wait} s", {"Retry-After": str(wait)})
+        if not is_right:
+            raise ApiError(401, "this token is wrong; send Authorization: Bearer TOKEN", CHALLENGE)
+        return True
+
+    def _sender(self) -> str:
+        """Whose guesses count together. `Origin: null` is counted apart, or any sandboxed frame could lock this machine
+        out; and an IPv6 host has a whole /64 to choose from."""
+        peer = request.environ.get("REMOTE_ADDR") or "unknown"
+        address = client_address(peer, request.headers.get("X-Forwarded-For", ""), self.trusted)
+        try:
+            return str(ipaddress.ip_network(f"{address.partition('%')[0]}/64", strict=False))
+        except ValueError:  # no IPv6
+            return address
+
+    def _why_token(self, origin: str | None, is_write: bool) -> str | None:
+        """Why this needs a token, None if it does not."""
+        if origin == "null":
+            return "a page from disk or in a sandboxed frame could be anybody's"
+        if is_write and self.admin_token is not None:
+            return "admin_token is set"
+        if is_write and self.page_token is not None and _is_browser():
+            return "pages of backends have the same origin as the dashboard"
+        if not is_write and self.reads is not None:
+            return 'control_reads is "token"' if self.reads == "token" else None
+        return self._why_not_local()
+
+    def _why_not_local(self) -> str | None:
+        """Why the request may come from another machine or from a page of another site, None if it cannot."""
+        if not self.listens_on_loopback or not is_loopback(request.environ.get("REMOTE_ADDR") or ""):
+            return "requests come from the network"
+        if self.trusted:
+            return "trusted_proxies says that requests come through a proxy"
+        if sign := _sign_of_a_proxy():
+            return f"this came through a proxy ({sign})"
+        if _hostname(request.host) not in LOOPBACK_NAMES:  # a name made to resolve to us: DNS rebinding
+            return f"Host is {request.host[:SHOWN]!r}, not localhost, 127.0.0.1 or [::1]"
+        return None
+
+
+def _way_out(origin: str | None, is_write: bool) -> str:
+    if origin == "null":
+        return "start with LB_PAGE_TOKEN set and give the page that token, or open /dashboard"
+    otherwise = "" if is_write else ', or with control_reads = "open"'
+    return f"start with LB_ADMIN_TOKEN set and send that token{otherwise}"
+
+
+def is_authorized() -> bool:
+    """Whether a valid token came with the request that is being answered: then nothing is cut out of what is told."""
+    return bool(g.get("is_authorized", False))
+
+
+def first_segment(path: str) -> str:
+    """Of a path, for readers without a token: what follows may be a secret, as in `/reset-password/SECRET`."""
+    end = path.find("/", 1) + 1
+    return path if end in (0, len(path)) else f"{path[:end]}\u2026"
+
+
+def _is_browser() -> bool:
+    return any(name == b"origin" or name.startswith(b"sec-fetch-") for name, _ in header_lines(request.environ))
+
+
+def _sign_of_a_proxy() -> str | None:
+    """The name of what only a proxy sends. HTTP/1.0 is what nginx speaks unless it is told otherwise, and what
+    hardly any program does."""
+    for name, _ in header_lines(request.environ):
+        if name in (b"via", b"forwarded", b"x-real-ip") or name.startswith(b"x-forwarded-"):
+            return name.decode("latin-1")[:SHOWN]
+    return "HTTP/1.0" if request.environ["SERVER_PROTOCOL"] == "HTTP/1.0" else None
+
+
+def _check_content_type() -> None:
+    """A page of another site can send a form or plain text without asking, but not JSON, nor a DELETE."""
+    if request.is_json:
+        return
+    if (_is_browser() and request.method != "DELETE") or request.content_length or received():
+        raise ApiError(415, "expected Content-Type: application/json")
+
+
+def _hostname(authority: str) -> str | None:
+    try:
+        return urlsplit(f"//{authority}").hostname
+    except ValueError:
+        return None

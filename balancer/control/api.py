@@ -1,0 +1,107 @@
+"""The control API put together: which paths are its own, and what holds for every route.
+
+`access` decides who may read and write. The routes are in `monitoring`, `administration` and `dashboard`; a new path
+also goes into `openapi.PATHS`, else it is forwarded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from flask import Blueprint, Flask, Response, g, request
+from flask_cors import CORS
+
+from balancer.control import administration, dashboard, monitoring, openapi, problems
+from balancer.control.access import first_segment, is_authorized
+from balancer.control.control import Control, current_control
+from balancer.control.inputs import MAX_BODY
+from balancer.control.problems import ApiError
+from balancer.observe.events import REFUSED
+from balancer.protocol.incoming import header_lines, raw_target
+from balancer.protocol.messages import check_host, check_target
+
+READS = frozenset({"GET", "HEAD"})
+# Open to all: probes tell nothing but that it is alive, and the page has to be there to ask for a token.
+OPEN_PATHS = frozenset({"/health", "/livez", "/readyz", "/dashboard"})
+PATH_KEPT = 200  # characters of a refused path
+
+# The routes are nested in it, so that its hooks below hold for all of them and for nothing else.
+blueprint = Blueprint("control", __name__)
+for part in (monitoring, administration, dashboard):
+    blueprint.register_blueprint(part.blueprint)
+
+
+def is_control_path(prefix: str) -> Callable[[str], bool]:
+    """A predicate for the data path: is this path answered here instead of being forwarded?"""
+    exact = frozenset(prefix + path for path in openapi.PATHS if "{" not in path)
+    below = tuple(prefix + path.partition("{")[0] for path in openapi.PATHS if "{" in path)
+    return lambda path: path in exact or path.startswith(below)
+
+
+def covers_control_path(prefix: str) -> Callable[[str], bool]:
+    """A predicate for the data path: does what this string begins with include a path that is answered here?"""
+    paths = tuple(prefix + path.partition("{")[0] for path in openapi.PATHS)
+    return lambda scope: any(path.startswith(scope) for path in paths)
+
+
+def install(app: Flask, control: Control) -> None:
+    """Put the control API into `app`."""
+    app.config["CONTROL_PREFIX"] = control.prefix
+    app.config["MAX_CONTENT_LENGTH"] = MAX_BODY + 1  # one more, because Werkzeug cuts a chunked body without a word
+    app.json.sort_keys = False  # type: ignore[attr-defined]
+    app.url_map.merge_slashes = False  # or `//x` is sent on to whatever host the client names
+    app.extensions["control"] = control
+    app.register_blueprint(blueprint, url_prefix=control.prefix or None)
+    problems.install(app)
+    # For every answer, also where no route is: an unknown path, or a method that a path has not.
+    app.before_request(_admit)
+    app.after_request(_protect)  # after what flask-cors does, for the last one comes first
+    origins = sorted(control.access.origins | ({"null"} if control.access.has_tokens else set()))
+    CORS(
+        app,
+        origins=[re.compile(re.escape(origin) + r"\Z") for origin in origins],  # as text: `[` would make it a pattern
+        allow_headers=["Content-Type", "Authorization"],
+        methods=["GET", "POST", "PATCH", "DELETE"],
+        max_age=600,
+        vary_header=False,
+    )
+
+
+def _admit() -> None:
+    """The Host rules of the data path, and then who may do what. A preflight changes and tells nothing."""
+    lines = header_lines(request.environ)
+    check_target(request.method, raw_target(request.environ))
+    hosts = [value for name, value in lines if name == b"host"]
+    check_host(hosts, request.environ["SERVER_PROTOCOL"].removeprefix("HTTP/"))
+    control = current_control()
+    is_read = request.method in READS
+    if request.method == "OPTIONS" or (is_read and request.path.removeprefix(control.prefix) in OPEN_PATHS):
+        return
+    try:
+        g.is_authorized = control.access.check(is_write=not is_read)
+    except ApiError as error:
+        if not is_read:
+            whole, public = (
+                f"{request.method} {repr(path[:PATH_KEPT])[1:-1]}: {error}"  # as text in one line
+                for path in (request.path, first_segment(request.path))
+            )
+            control.events.add(REFUSED, None, whole, "warning", public=public)
+        raise
+
+
+def _protect(response: Response) -> Response:
+    """No page of another site may make anything of an answer, and no cache keep it."""
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers.setdefault("Cache-Control", "no-store")
+    response.vary.add("Origin")
+    if request.headers.get("Origin") == "null" and request.method != "OPTIONS" and not is_authorized():
+        response.headers.pop("Access-Control-Allow-Origin", None)
+    return response
+
+
+@blueprint.after_request
+def _count(response: Response) -> Response:
+    action = (request.endpoint or "").rpartition(".")[2]
+    current_control().metrics.admin_requests.labels(action, response.status_code).inc()
+    return response

@@ -1,0 +1,109 @@
+"""What control requests bring: their bodies and query parameters, read, checked, refused.
+
+Each body has its model here, which `schemas` describes to clients. Nothing is converted or ignored: an unknown field, a
+number in quotes or a wrong value is refused, and the answer names it and what would fit.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, TypeVar
+
+from flask import request
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from werkzeug.exceptions import RequestEntityTooLarge
+
+from balancer.balancing.backends import AdminState
+from balancer.config import wording
+from balancer.config.settings import MaxConnections, Weight
+from balancer.control.problems import ApiError, is_legacy
+
+MAX_BODY = 65536  # bytes of a control request
+
+
+class Body(BaseModel):
+    """Base of all request bodies: no unknown fields, no silent conversions."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class AlgorithmChange(Body):
+    algorithm: str = Field(description="name from GET /algorithm")
+
+
+class Nothing(Body):
+    """An empty object."""
+
+
+class BackendCreate(Body):
+    id: str | None = Field(None, pattern=wording.ID, description="unique name; chosen if left out")
+    url: str = Field(max_length=300, description="http://HOST:PORT or https://HOST:PORT")
+    weight: Weight = 1
+    max_connections: MaxConnections | None = None
+
+
+class BackendChange(Body):
+    weight: Weight | None = None
+    max_connections: MaxConnections | None = Field(None, description="null for no limit")
+    admin_state: AdminState | None = None
+
+
+M = TypeVar("M", bound=Body)
+
+
+def read_body(model: type[M]) -> M:
+    """The request body as `model`. Raises ApiError 413 if it is too large, 400 if no JSON, 422 for a wrong value."""
+    data = received()
+    try:
+        given = json.loads(data, parse_constant=_refuse_constant) if data else {}
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is not JSON: {str(error)[:200]}") from None
+    if not isinstance(given, dict):
+        raise ApiError(400, f"expected a JSON object, not {type(given).__name__}")
+    try:
+        return model.model_validate(given)
+    except ValidationError as error:
+        known = ", ".join(model.model_fields) or "no fields"
+        details = "; ".join(_explain(detail, model) for detail in error.errors(include_url=False))
+        raise ApiError(_validation_status(), f"{details} (fields: {known})"[:1000]) from None
+
+
+def received() -> bytes:
+    """The request body as it came. Raises ApiError 413 if it is too large."""
+    try:
+        data = request.get_data()
+    except RequestEntityTooLarge:
+        data = None
+    if data is None or len(data) > MAX_BODY:
+        raise ApiError(413, f"the body is larger than {MAX_BODY} bytes")
+    return data
+
+
+def whole_number(name: str, default: int, maximum: int) -> int:
+    """A query parameter from 0 to `maximum`. Raises ApiError 400."""
+    text = request.args.get(name)
+    if text is None:
+        return default
+    if not re.fullmatch(r"[0-9]{1,15}", text) or int(text) > maximum:
+        raise ApiError(400, f"{name}={text[:40]!r}: expected a whole number from 0 to {maximum}")
+    return int(text)
+
+
+def _validation_status() -> int:
+    """422 for a wrong value; 400 on the paths of the earlier program, whose clients know only that."""
+    return 400 if is_legacy() else 422
+
+
+def _explain(detail: Any, model: type[Body]) -> str:
+    if not detail["loc"]:  # a name that is no text, so pydantic has none to tell: half of a surrogate pair
+        return "the name of a field is not Unicode"
+    name = str(detail["loc"][0])
+    if detail["type"] == "extra_forbidden":
+        return f"unknown field {name[:80]!r}"
+    value = "" if detail["type"] == "missing" else f" = {wording.shown(detail['input'], hide=name == 'url')}"
+    return f"{name}{value}: {wording.complaint(detail, model)}"
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON number")

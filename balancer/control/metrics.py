@@ -1,0 +1,258 @@
+"""`/metrics` for Prometheus: read from the parts when it is asked for, so that requests pay nothing for it.
+
+Counters count since the start of the process. Neither a reset nor the removal of a backend lowers them: series of a
+removed backend end, and go on from where they were if one of that id comes back. The label `backend` is the id; nothing
+that a client can make up (paths, names of methods, addresses) is a label.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, ProcessCollector, disable_created_metrics, make_wsgi_app
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+
+from balancer import __version__
+from balancer.balancing.pool import BackendPool
+from balancer.balancing.tally import Tally
+from balancer.config.reload import Configuration
+from balancer.errors import BackendError, BalancerError, ConnectFailed
+from balancer.observe.events import Events
+from balancer.observe.histogram import Histogram
+from balancer.observe.logwriter import LogWriter
+from balancer.observe.statistics import Counters, Lifetime, Statistics
+from balancer.observe.totals import BackendTotals
+from balancer.upstream.transport import BackendAdapter
+
+BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+QUEUE_BUCKETS = (0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0)
+LIFECYCLES = ("starting", "running", "draining")
+STATES = ("unknown", "up", "down", "ejected", "trial", "drain", "drained", "maint")
+
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each counter, and nobody reads them
+
+
+def _reasons(base: type[BalancerError]) -> set[str]:
+    """All there are below `base`, so that a rate has a zero to start from."""
+    return {base.reason}.union(*(_reasons(subclass) for subclass in base.__subclasses__()))
+
+
+REFUSED = ConnectFailed("", refused=True).reason
+BACKEND_REASONS = sorted(_reasons(BackendError) | {REFUSED})
+REASONS = sorted(_reasons(BalancerError) | {REFUSED})
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Where the numbers come from."""
+
+    balancer_id: str
+    pool: BackendPool
+    statistics: Statistics
+    events: Events
+    adapter: BackendAdapter
+    configuration: Configuration
+    lifecycle: Callable[[], str]
+    queued: Callable[[], int]  # requests that wait for a thread
+    log: LogWriter
+    started: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One backend: its snapshot and its counts."""
+
+    state: Mapping[str, Any]
+    tally: Tally
+    traffic: Counters
+    attempts: BackendTotals
+    idle: int
+
+    @property
+    def check_seconds(self) -> float | None:
+        check = self.state["health"]["last_check"]
+        return None if check is None else check["duration"]
+
+
+Read = Callable[[Seen], float | None]  # None: no sample
+
+BACKEND_GAUGES: Sequence[tuple[str, str, Read]] = (
+    ("up", "Whether health checks say that it is up.", lambda seen: seen.state["healthy"]),
+    ("weight", "Weight, as far as a slow start lets it count.", lambda s: s.state["weight"] * s.state["admission"]),
+    ("expected_share", "Share of requests it should get, if the algorithm knows.", lambda s: s.state["expected_share"]),
+    ("requests_in_flight", "Requests under way on it.", lambda seen: seen.state["active_connections"]),
+    ("connections_idle", "Kept connections to its address that nobody uses.", lambda seen: seen.idle),
+    ("health_check_duration_seconds", "Duration of the last health check.", lambda seen: seen.check_seconds),
+    (
+        "last_transition_timestamp_seconds",
+        "When its health last changed, or it was added.",
+        lambda seen: seen.state["health"]["since"],
+    ),
+)
+BACKEND_COUNTERS: Sequence[tuple[str, str, Read]] = (
+    ("selected", "Times it was chosen for a request or a retry.", lambda seen: seen.tally.selected),
+    ("connections_opened", "Attempts on a new connection.", lambda seen: seen.attempts.opened),
+    ("connections_reused", "Attempts on a kept connection.", lambda seen: seen.attempts.reused),
+    ("health_checks", "Health checks made.", lambda seen: seen.tally.checks),
+    ("health_check_failures", "Health checks that failed.", lambda seen: seen.tally.failed_checks),
+    ("ejections", "Times it was ejected because of failures of real traffic.", lambda seen: seen.tally.ejections),
+    ("downtime_seconds", "Time it has been down.", lambda seen: seen.tally.down_seconds),
+)
+
+
+def gauge(name: str, text: str, *labels: str) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"lb_{name}", text, labels=labels)
+
+
+def counter(name: str, text: str, *labels: str) -> CounterMetricFamily:
+    return CounterMetricFamily(f"lb_{name}", text, labels=labels)
+
+
+def histogram(name: str, text: str, *labels: str) -> HistogramMetricFamily:
+    return HistogramMetricFamily(f"lb_{name}", text, labels=labels)
+
+
+def add(family: GaugeMetricFamily | CounterMetricFamily, labels: Sequence[str], value: float) -> Metric:
+    family.add_metric(labels, value)
+    return family
+
+
+def add_each(
+    family: GaugeMetricFamily | CounterMetricFamily, labels: Sequence[str], values: Mapping[str, float]
+) -> Metric:
+    """One sample per value of the last label."""
+    for value, number in values.items():
+        family.add_metric([*labels, value], number)
+    return family
+
+
+def one_of(states: Iterable[str], current: str) -> dict[str, float]:
+    return {state: state == current for state in states}
+
+
+def buckets(samples: Histogram, bounds: Sequence[float]) -> list[tuple[str, float]]:
+    return [*((str(bound), samples.up_to(bound)) for bound in bounds), ("+Inf", samples.total)]
+
+
+class Metrics:
+    """What `/metrics` answers with (`app`), and the one counter that is not read from elsewhere."""
+
+    def __init__(self, sources: Sources) -> None:
+        registry = CollectorRegistry(auto_describe=True)
+        registry.register(Collector(sources))
+        ProcessCollector(registry=registry)
+        self.admin_requests = Counter(
+            "lb_admin_requests", "Requests to the control API.", ["action", "code"], registry=registry
+        )
+        self.app = make_wsgi_app(registry)
+
+
+class Collector:
+    """Makes the metrics of this moment. Each source locks itself, so numbers of two sources may be a moment apart."""
+
+    def __init__(self, sources: Sources) -> None:
+        self._sources = sources
+
+    def collect(self) -> Iterator[Metric]:
+        lifetime = self._sources.statistics.lifetime()
+        yield from self._process()
+        yield from self._configuration()
+        yield from self._requests(lifetime)
+        yield from self._backends(lifetime)
+
+    def _process(self) -> Iterator[Metric]:
+        sources, versions = self._sources, (__version__, platform.python_version())
+        yield add(gauge("build_info", "Versions.", "version", "python_version"), versions, 1)
+        names = (sources.balancer_id, sources.pool.algorithm)
+        yield add(gauge("info", "Name and algorithm in use.", "instance_id", "algorithm"), names, 1)
+        yield add(gauge("start_time_seconds", "When the process started."), [], sources.started)
+        lifecycle = gauge("lifecycle_state", "1 for the state the process is in.", "state")
+        yield add_each(lifecycle, [], one_of(LIFECYCLES, sources.lifecycle()))
+        yield add(
+            gauge("panic", "Whether health is ignored because too few backends are available."),
+            [],
+            sources.pool.is_panicking,
+        )
+        yield add_each(counter("events", "Events, as GET /events tells them.", "kind"), [], sources.events.counts())
+
+        yield add(counter("log_lines", "Log lines written, access log and others."), [], sources.log.written)
+        yield add(counter("log_lines_dropped", "Log lines lost: nobody reads them."), [], sources.log.dropped)
+
+    def _configuration(self) -> Iterator[Metric]:
+        configuration, events = self._sources.configuration, self._sources.events.counts()
+        is_good = configuration.last_error is None
+        yield add(gauge("config_last_reload_successful", "Whether the last (re)load was good."), [], is_good)
+        loaded = gauge("config_last_reload_success_timestamp_seconds", "When the configuration in force was loaded.")
+        yield add(loaded, [], configuration.loaded_at)
+        good, bad = events["config_reloaded"], events["config_refused"]
+        yield add(counter("config_reloads", "Times the configuration was to be reloaded."), [], good + bad)
+        yield add(counter("config_reload_failures", "Times it was refused."), [], bad)
+
+    def _requests(self, lifetime: Lifetime) -> Iterator[Metric]:
+        totals, whole = lifetime.totals, Counters()
+        for counters in lifetime.counters.values():
+            whole += counters
+        answers = counter("requests", "Finished requests; code 499 if the client left.", "code", "method")
+        for (status, method), count in totals.answers.items():
+            answers.add_metric([str(status), method], count)
+        yield answers
+        errors = counter("request_errors", "Requests without a whole answer of a backend.", "reason")
+        yield add_each(errors, [], dict.fromkeys(REASONS, 0) | totals.errors)
+        yield add(gauge("requests_in_flight", "Requests under way."), [], lifetime.active)
+        duration = histogram("request_duration_seconds", "Time from a request's head to the end of its answer.")
+        duration.add_metric([], buckets(whole.latency, BUCKETS), whole.seconds)
+        yield duration
+        yield add(counter("request_bytes", "Bytes of request bodies."), [], totals.bytes_in)
+        yield add(counter("response_bytes", "Bytes of response bodies."), [], totals.bytes_out)
+        retries = counter("retries", "Further attempts, by what had failed before.", "reason")
+        yield add_each(retries, [], dict.fromkeys(BACKEND_REASONS, 0) | totals.retries)
+        waiting = {"backend": self._sources.pool.waiting, "thread": self._sources.queued()}
+        yield add_each(gauge("queue_length", "Requests that wait, by what for.", "queue"), [], waiting)
+        queued = histogram("queue_duration_seconds", "Time in the queue for a backend, of requests that had to wait.")
+        queued.add_metric([], buckets(totals.waits, QUEUE_BUCKETS), totals.waited)
+        yield queued
+
+    # Per backend.
+
+    def _backends(self, lifetime: Lifetime) -> Iterator[Metric]:
+        backends = list(self._seen(lifetime))
+        for make, table in ((gauge, BACKEND_GAUGES), (counter, BACKEND_COUNTERS)):
+            for name, text, read in table:
+                family = make(f"backend_{name}", text, "backend")
+                for seen in backends:
+                    value = read(seen)
+                    if value is not None:
+                        family.add_metric([seen.state["id"]], value)
+                yield family
+        yield from self._labelled(backends)
+
+    def _seen(self, lifetime: Lifetime) -> Iterator[Seen]:
+        tallies, idle = self._sources.pool.tallies(), self._sources.adapter.idle()
+        for state in self._sources.pool.snapshot():
+            name = state["id"]
+            if name in tallies:
+                traffic = lifetime.counters.get(name) or Counters()
+                attempts = lifetime.totals.backends.get(name) or BackendTotals()
+                yield Seen(state, tallies[name], traffic, attempts, idle.get(state["url"], 0))
+
+    def _labelled(self, backends: Sequence[Seen]) -> Iterator[Metric]:
+        info = gauge("backend_info", "Its address.", "backend", "url")
+        states = gauge("backend_state", "1 for the state it is in.", "backend", "state")
+        codes = counter("backend_requests", "Attempts by status; none if there was none.", "backend", "code")
+        errors = counter("backend_errors", "Attempts that failed.", "backend", "reason")
+        turns = counter("backend_health_transitions", "Times its health changed.", "backend", "to")
+        text = "Time of whole requests that it answered or was the last to be tried for."
+        duration = histogram("backend_request_duration_seconds", text, "backend")
+        for seen in backends:
+            name = seen.state["id"]
+            add(info, [name, seen.state["url"]], 1)
+            add_each(states, [name], one_of(STATES, seen.state["state"]))
+            add_each(codes, [name], seen.attempts.codes())
+            add_each(errors, [name], dict.fromkeys(BACKEND_REASONS, 0) | seen.attempts.failures())
+            add_each(turns, [name], {"up": seen.tally.ups, "down": seen.tally.downs})
+            duration.add_metric([name], buckets(seen.traffic.latency, BUCKETS), seen.traffic.seconds)
+        yield from (info, states, codes, errors, turns, duration)

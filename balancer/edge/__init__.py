@@ -1,0 +1,1 @@
+"""Clients, threads, processes: whatever brings requests and takes answers."""

@@ -1,0 +1,424 @@
+"""One request between Granian and the app: its environ, its body, its answer, and its client leaving.
+
+Granian's `send` acts at once, in whichever thread calls it; what it returns need only be waited for when the client is
+slow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote_to_bytes
+
+from balancer.edge import accepted
+from balancer.edge.clientbody import ClientBody
+from balancer.edge.download import Download
+from balancer.edge.listener import Listener
+from balancer.edge.promise import is_done_within
+from balancer.errors import BalancerError, ClientGone, ClientStalled
+from balancer.protocol.incoming import CLIENT, HEADER_LINES, Incoming, RequestBody, add_headers
+from balancer.protocol.messages import SERVER_LINE, parse_content_length
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
+
+    from balancer.forwarding.answer import Answer
+    from balancer.forwarding.forwarding import Forwarding
+    from balancer.protocol.client import Abortable
+    from balancer.protocol.requestheads import RequestHeads
+
+log = logging.getLogger("balancer.server")
+
+LINGER_SECONDS = 2.0  # and LINGER_BYTES: what is read and dropped after an answer that came before the request's end
+LINGER_BYTES = 16 * 1024 * 1024
+FLUSH_SECONDS = 0.25  # for an answer to be written, of which Granian says nothing, before its connection is cut
+VERSIONS = {"1": "1.0", "1.1": "1.1", "2": "2"}  # Granian calls HTTP/1.0 "1"
+
+
+class Call:
+    """One request, from hyper and back: answered by its `forwarding`, or by the app. Also the `Watcher` of what is
+    waited for on its behalf.
+
+    It belongs to one thread at a time: Granian's that brings it, then maybe a worker, the express thread, a worker
+    again. While its client has no room for more of its `download` it is parked with the bridge and belongs to nobody:
+    whoever takes it out goes on with it.
+
+    `_lock` guards `_attached` and the setting of `is_gone`, for which the client's leaving comes from Granian's thread
+    at any time; `is_gone` only ever becomes True, and may be read without the lock.
+    """
+
+    __slots__ = (
+        "bridge",
+        "forwarding",
+        "scope",
+        "protocol",
+        "_watcher",
+        "started",
+        "is_gone",
+        "is_watched",
+        "body",
+        "download",
+        "_lock",
+        "_attached",
+        "_status",
+        "_headers",
+        "_is_started",
+        "_is_ended",
+        "_is_last",
+    )
+
+    def __init__(self, bridge: Listener, watcher: Any) -> None:
+        self.bridge = bridge
+        self.forwarding: Forwarding | None = None  # else the app answers
+        self.scope: dict[str, Any] = watcher.scope
+        self.protocol = watcher.proto
+        self._watcher = watcher
+        self.started = time.monotonic()
+        self.is_gone = False
+        self.is_watched = False
+        self.body: ClientBody | None = None  # there is none, or nobody has looked yet
+        self.download: Download | None = None  # once the answer is more than can be handed over whole
+        self._lock = Lock()
+        self._attached: Abortable | None = None
+        self._status: int | None = None
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._is_started = False
+        self._is_ended = False
+        self._is_last = False  # of its connection
+
+    def may_be_watched(self) -> bool:
+        """No more of a body will come, so that Granian can be asked for the client's leaving."""
+        if self.body is not None:
+            return self.body.is_done and not self.body.is_spent
+        framing = (b"content-length", b"transfer-encoding")  # in the queue, nobody has looked yet
+        return self.scope["http_version"] != "2" and not any(name in framing for name, _ in self.scope["headers"])
+
+    @property
+    def is_paused(self) -> bool:
+        """Its client may have to wait until its backend reads on; once it is answered, nobody waits for that."""
+        return self.body is not None and self.body.is_paused and not self._is_started
+
+    # The client left: called by Granian's thread, or the loop's. `attach` and `detach` are called by the worker thread.
+
+    def attach(self, target: Abortable) -> None:
+        with self._lock:
+            self._attached = target
+            gone = self.is_gone
+        if gone:  # by the worker itself, to which it belongs: no lock needed
+            target.abort()
+
+    def detach(self) -> None:
+        with self._lock:
+            self._attached = None
+
+    def disconnect(self) -> None:
+        """Wake the worker if it waits for a backend. The lock is held so that what is attached is still this call's."""
+        with self._lock:
+            self.is_gone = True
+            if self._attached is not None:
+                self._attached.abort()
+
+    def cut(self) -> None:
+        """End the client's connection so that it cannot take what it got for the whole answer.
+
+        hyper would end a chunked body properly, and Granian has no way to tell it not to, so the socket is shut down.
+        An HTTP/2 client loses its other streams too.
+        """
+        accepted.cut(self.addresses)
+
+    @property
+    def addresses(self) -> tuple[accepted.Address, accepted.Address]:
+        return self.scope["client"], self.scope["server"]
+
+    @property
+    def source(self) -> str:
+        """Whose share of the worker threads it uses; "" has no limit."""
+        return self.bridge.source_of(self.scope["client"][0])
+
+    # The thread that it belongs to.
+
+    @property
+    def method(self) -> str:
+        return str(self.scope["method"])
+
+    def run(self) -> None:
+        """In a worker thread: connect and leave the waiting to the express way, or do it all. Never raises."""
+        self.bridge.safely(Call._go_on, self)
+
+    def _go_on(self) -> None:
+        if self.download is not None or not self.bridge.connect(self):
+            self.answer(self.bridge.patience)
+
+    def answer(self, patience: float = 0.0) -> None:
+        """Answer, or go on with the answer. Waits at most so long for the client to read on; the call is parked then,
+        and maybe somebody else's. Never raises."""
+        is_over = True
+        try:
+            is_over = self._run(patience)
+        except ClientGone:
+            if self._is_started and not self.is_gone:  # slow; else there is nobody to be cut, or nothing was sent
+                self.cut()
+        except Exception:
+            self._fail()
+        finally:
+            if is_over:
+                self._end()
+        if not is_over:
+            self.bridge.park(self)
+
+    def abandon(self, why: type[ClientGone] = ClientGone) -> None:
+        """End a download that is parked, or about to go on. Neither blocks nor raises."""
+        try:
+            assert self.download is not None
+            self.download.close(why)
+        except Exception:
+            log.exception("closing an answer failed")
+        finally:
+            self._end()
+
+    def _fail(self) -> None:
+        """After a surprise; the app's own errors are answered by the app. Never raises."""
+        if self._is_ended:
+            log.exception("failed after the answer")
+            return
+        if self._is_started:  # after the head, cutting is all that is left
+            log.debug("request cut", exc_info=True)
+            self.cut()
+            return
+        log.exception("request failed")
+        self._status, self._headers = 500, [SERVER_LINE]
+        with contextlib.suppress(Exception):
+            self._emit_last(b"")
+
+    def _end(self) -> None:
+        self.forwarding = None  # it refers to us: garbage of the slow kind otherwise
+        if self.download is not None:
+            self.download = None  # as well
+            self.bridge.end_download(self)
+        self.bridge.finish(self)
+        self._watcher.done()
+
+    def _run(self, patience: float) -> bool:
+        """False if the client has to read something first."""
+        if self.download is None:
+            if self.forwarding is not None:
+                self._pass_on(self.forwarding.run())
+            else:
+                self._stream(self.bridge.app(self._environ(), self.start_response))
+        if self.download is not None and not self._send_on(self.download, patience):
+            return False
+        if self.body is not None and not (self.body.is_done or self.is_gone):
+            self._end_early(self.body)
+        return True
+
+    def _pass_on(self, answer: Answer) -> None:
+        self._status, self._headers = answer.status, answer.lines
+        if isinstance(answer.body, bytes):
+            self._emit_last(answer.body)
+        else:
+            self._stream(answer.body)
+
+    def _stream(self, chunks: Iterable[bytes]) -> None:
+        self.download = Download(self.bridge, chunks, self._length(), is_http2=self.scope["http_version"] == "2")
+        self.bridge.begin_download(self)
+
+    def _send_on(self, download: Download, patience: float) -> bool:
+        """False if the client has to read what it has first; True at the end, or if it has left."""
+        is_over = True
+        try:
+            while not self.is_gone:
+                if not download.has_room(patience):
+                    is_over = False
+                    return False
+                piece = download.next_piece()
+                if piece is None:
+                    if not self._is_ended:
+                        self._emit_last(b"")
+                    return True
+                if not self._is_started and self._is_whole(piece):
+                    self._emit_last(piece)  # else hyper may close while the rest of a refused body is still coming
+                elif not self._is_ended:  # else the app has something to do after its last piece
+                    download.sent(len(piece), self._emit(piece))
+            return True
+        finally:
+            if is_over:
+                download.close()
+
+    def _length(self) -> int | None:
+        """Bytes of the body, if its head tells."""
+        lengths = [value for name, value in self._headers if name == b"content-length"]
+        with contextlib.suppress(ValueError):  # an app may say anything
+            return parse_content_length(lengths[0]) if lengths else None
+        return None
+
+    def _is_whole(self, chunk: bytes) -> bool:
+        """If it is all of the body."""
+        return isinstance(chunk, bytes) and (b"content-length", b"%d" % len(chunk)) in self._headers
+
+    def _end_early(self, body: ClientBody) -> None:
+        """The answer came before the end of the request. Read on for a while before closing: to close on a client that
+        still sends would reset the connection, and it might never see the answer (RFC 9112 section 9.6)."""
+        body.patience = math.inf  # from now on only these seconds count
+        with contextlib.suppress(BalancerError):  # it left, or says no more
+            if body.is_too_slow:  # it has had its time
+                self._linger(body, FLUSH_SECONDS)
+            elif self.bridge.lingering.acquire(blocking=False):
+                try:
+                    self._linger(body, LINGER_SECONDS)
+                finally:
+                    self.bridge.lingering.release()
+        # HTTP/2 ends the stream alone.
+        if not (body.is_done or self.is_gone) and self.scope["http_version"] != "2":
+            self.cut()
+
+    def _linger(self, body: ClientBody, seconds: float) -> None:
+        received, deadline = 0, time.monotonic() + seconds
+        while received < LINGER_BYTES and not body.is_done and (left := deadline - time.monotonic()) > 0:
+            received += sum(map(len, self.receive(left)))
+
+    def refuse(self) -> None:
+        """Answer that there is no room, in the calling thread. Neither blocks nor raises."""
+        if self.download is not None:  # too late for an answer
+            if not self.is_gone:
+                self.cut()
+            self.abandon()
+            return
+        try:
+            self._is_last = not self.may_be_watched()  # nobody will read the rest of its body
+            if self.forwarding is not None:
+                self._pass_on(self.forwarding.refuse())
+            else:
+                self.start_response("503 Service Unavailable", [("retry-after", "1"), ("content-length", "0")])
+                self._emit_last(b"")
+        except Exception:
+            self._fail()
+        finally:
+            self._end()
+
+    def start_response(
+        self, status: str, headers: list[tuple[str, str]], exc_info: Any = None
+    ) -> Callable[[bytes], object]:
+        if exc_info is not None and self._is_started:
+            raise exc_info[1].with_traceback(exc_info[2])
+        self._status = int(status[:3])
+        self._headers = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers]
+        if not any(name == b"server" for name, _ in self._headers):
+            self._headers.append(SERVER_LINE)
+        return self._write
+
+    def _write(self, chunk: bytes) -> None:
+        """What PEP 3333 has for apps that cannot do without. Blocks while the client is slow."""
+        if not is_done_within(self._emit(chunk), self.bridge.idle_timeout):
+            raise ClientStalled("the client read nothing in time")
+
+    def _start(self) -> None:
+        if self._status is None:
+            raise RuntimeError("the app has not called start_response")
+        # hyper closes after it (RFC 9112 section 9.6). HTTP/2 has no such field, but GOAWAY.
+        is_last = self._is_last or self.bridge.is_draining or (self.body is not None and self.body.is_too_slow)
+        if is_last and self.scope["http_version"] != "2":
+            self._headers.append((b"connection", b"close"))
+        self._is_started = True
+        self.protocol.send({"type": "http.response.start", "status": self._status, "headers": self._headers})
+
+    def _emit(self, chunk: bytes) -> Any:
+        """Send a piece; an empty first one sends the head alone. Returns Granian's promise, None if there is none."""
+        if not self._is_started:
+            self._start()
+        elif not chunk:
+            return None
+        return self.protocol.send({"type": "http.response.body", "body": chunk, "more_body": True})
+
+    def _emit_last(self, chunk: bytes) -> None:
+        if not self._is_started:
+            self._start()
+        self.protocol.send({"type": "http.response.body", "body": chunk, "more_body": False})
+        self._is_ended = True
+
+    def receive(self, timeout: float | None = None) -> list[bytes]:
+        """What has come of the request body, [] at its end. Raises ClientGone, ClientTooSlow."""
+        if self.body is None:
+            return []
+        try:
+            return self.body.receive(timeout)
+        except ClientGone:
+            self.is_gone = True
+            raise
+
+    # The request.
+
+    def incoming(self, heads: RequestHeads) -> Incoming:
+        """For a `Forwarding`."""
+        scope = self.scope
+        made = Incoming(
+            heads,
+            scope["method"],
+            self._path(),
+            self._target(),
+            VERSIONS.get(scope["http_version"], "1.1"),
+            scope["scheme"],
+            scope["client"][0],
+            scope["headers"],
+        )
+        made.client = self
+        if not made.head.is_bodiless:
+            fields = made.head.fields
+            made.is_ended = self._note_body(made.length, b"transfer-encoding" in fields, b"expect" in fields)
+            made.stream = RequestBody(self.receive)
+        return made
+
+    def _note_body(self, length: str, is_chunked: bool, is_expected: bool = False) -> bool:
+        """If there may be a `body`. True if it has no length, and Granian will tell its end."""
+        is_http2 = self.scope["http_version"] == "2"  # there only the end tells whether there is a body
+        known: int | None = None
+        if length:
+            with contextlib.suppress(ValueError):  # who reads it refuses what is not a number
+                known = parse_content_length(length.encode("latin-1"))
+        if length or is_chunked or is_http2:
+            self.body = ClientBody(
+                *(self.protocol, self.bridge, self.scope["client"], known), is_http2=is_http2, is_expected=is_expected
+            )
+        return self.body is not None and not length
+
+    def _path(self) -> str:
+        raw_path: bytes = self.scope["raw_path"]
+        return (unquote_to_bytes(raw_path) if b"%" in raw_path else raw_path).decode("latin-1")
+
+    def _target(self) -> bytes:
+        raw_path: bytes = self.scope["raw_path"]
+        query: bytes = self.scope["query_string"]
+        return b"%s?%s" % (raw_path, query) if query else raw_path
+
+    def _environ(self) -> WSGIEnvironment:
+        scope = self.scope
+        environ: WSGIEnvironment = {
+            "REQUEST_METHOD": scope["method"],
+            "SCRIPT_NAME": "",
+            "PATH_INFO": self._path(),
+            "QUERY_STRING": scope["query_string"].decode("latin-1"),
+            "REQUEST_URI": self._target().decode("latin-1"),
+            "SERVER_PROTOCOL": "HTTP/" + VERSIONS.get(scope["http_version"], "1.1"),
+            "SERVER_NAME": scope["server"][0],
+            "SERVER_PORT": scope["server"][1],
+            "REMOTE_ADDR": scope["client"][0],
+            "REMOTE_PORT": scope["client"][1],
+            "wsgi.version": (1, 0),
+            "wsgi.url_scheme": scope["scheme"],
+            "wsgi.input": RequestBody(self.receive),
+            "wsgi.errors": sys.stderr,
+            "wsgi.multithread": True,
+            "wsgi.multiprocess": False,
+            "wsgi.run_once": False,
+            HEADER_LINES: scope["headers"],
+            CLIENT: self,
+        }
+        add_headers(environ, scope["headers"])
+        if self._note_body(environ.get("CONTENT_LENGTH", ""), "HTTP_TRANSFER_ENCODING" in environ):
+            environ["wsgi.input_terminated"] = True
+        return environ

@@ -1,0 +1,191 @@
+"""The body of a request as Granian gives it: how much there is, what has come, and how long to wait for the rest."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from balancer.edge.accepted import Address
+from balancer.edge.listener import Clients
+from balancer.edge.promise import is_done, result_of, wait_for
+from balancer.errors import ClientGone, ClientTooSlow
+
+GRACE_SECONDS = 5.0  # what a client may keep us waiting for its body before `min_body_rate` counts
+AHEAD_BYTES = 4 * 65536  # of a request body that is asked for, and handed on, at the same time
+# Bytes that all requests in flight share, so that with many of them each has less: what is asked for ahead, and small
+# bodies that are kept until the answer comes, without a thread, of which there are only so many.
+AHEAD_IN_ALL, SMALL_IN_ALL = 8 * 1024 * 1024, 32 * 1024 * 1024
+FRAME_BYTES, READ_BYTES = 16384, 65536  # what hyper gives at a time at most, by default, in HTTP/2 and before
+MOST_PIECES = 64  # that are handed on together
+MOST_SMALL_PIECES = 16  # in which a small body may come without a thread that waits for it
+
+
+def patience_left(before: float, waited: float, size: int, rate: int, idle: float) -> float:
+    """Seconds, after so many `waited` and `size` bytes: each pays for 1/`rate`, and no more than `idle` are saved."""
+    return min(max(0.0, before - waited) + size / rate, max(idle, GRACE_SECONDS))
+
+
+class ClientBody:
+    """Used by one thread at a time: Granian's while a small body comes in, then a worker.
+
+    `is_here`: all of it has come, so that `receive` will not wait. `is_done`: all of it has been received.
+    `is_too_slow`: it was given up. `is_spent`: to be asked for more, Granian would say that the
+    client has left. `is_paused`: what came last is on its way to the backend, and the client may have to wait for that.
+    `patience`: seconds that we still wait for it, as `min_body_rate` has it.
+    """
+
+    __slots__ = (
+        *("_protocol", "_bridge", "_client", "_is_http2", "_is_expected", "_left", "_largest", "_asked", "patience"),
+        *("is_here", "is_done", "is_spent", "is_too_slow", "is_paused"),
+    )
+
+    def __init__(
+        self,
+        protocol: Any,
+        bridge: Clients,
+        client: Address,
+        length: int | None,
+        *,
+        is_http2: bool,
+        is_expected: bool = False,
+    ) -> None:
+        """`length` in bytes, None if only its end will tell; `is_expected`: the client waits for 100 (Continue)."""
+        self._protocol = protocol
+        self._bridge = bridge
+        self._client = client
+        self._is_http2 = is_http2
+        self._is_expected = is_expected
+        self._left = length
+        self._largest = 0  # bytes of a piece, so far
+        self._asked: list[Any] = []  # for pieces that have not been taken yet, in their order
+        self.patience = GRACE_SECONDS
+        self.is_here = False
+        self.is_done = length == 0 and not is_http2  # there, only the end of the stream tells that this is true
+        self.is_spent = False
+        self.is_too_slow = False
+        self.is_paused = False
+
+    def is_small(self, most: int) -> bool:
+        """True if at most `most` bytes follow, or in HTTP/2 perhaps none, and the client waits for no word of ours
+        before it sends them."""
+        if self._left is None:
+            return self._is_http2
+        return self._left <= most and not self._is_expected
+
+    def missing(self) -> Any:
+        """What it still waits for, as Granian's promise. None if there is nothing to wait for: it `is_here` then, or it
+        is one for a worker thread."""
+        left, asked = self._left, self._asked
+        for number in range(MOST_SMALL_PIECES):
+            if number == len(asked):
+                asked.append(self._protocol.receive())
+            if not is_done(asked[number]):
+                return asked[number]
+            message = result_of(asked[number])
+            if message["type"] != "http.request":
+                return None
+            if left is None:
+                self.is_here = not (message["body"] or message["more_body"])
+                return None
+            left -= len(message["body"])
+            if self._is_end(left, message):
+                self.is_here = True
+                return None
+        return None
+
+    def receive(self, timeout: float | None = None) -> list[bytes]:
+        """What has come, at least one piece, [] at its end. Raises ClientGone, ClientTooSlow."""
+        pieces: list[bytes] = []
+        size = 0
+        self.is_paused = False
+        while not self.is_done and (
+            not pieces
+            or self._left == 0  # the last of them waits for the end of its stream, see `_is_end`
+            or (len(pieces) < MOST_PIECES and self._is_here(self._bridge.ahead_bytes - size))
+        ):
+            piece = self._receive_piece(timeout)
+            if piece:
+                pieces.append(piece)
+                size += len(piece)
+        self.is_paused = not self.is_done
+        return pieces
+
+    def _is_here(self, most: int) -> bool:
+        """True if the next piece has come, and has no more than so many bytes."""
+        asked = self._asked
+        return bool(asked) and is_done(asked[0]) and len(result_of(asked[0]).get("body", b"")) <= most
+
+    def _is_end(self, left: int | None, message: Any) -> bool:
+        """True if `message` is the last one, after which so many bytes are missing.
+
+        In HTTP/2 the stream has an end of its own, and more may come before it than Content-Length said: such a
+        request is malformed and must not go on (RFC 9113 section 8.1.1). hyper sees to it, but only when it comes.
+        """
+        return not message["more_body"] or (left == 0 and not self._is_http2)
+
+    def _receive_piece(self, timeout: float | None) -> bytes:
+        self._ask()
+        message = self._receive_message(timeout)
+        if message["type"] != "http.request":
+            raise ClientGone("the client left before its request was complete")
+        body: bytes = message["body"]
+        if len(body) > self._largest:
+            self._largest = len(body)
+        if self._left is not None:
+            self._left -= len(body)
+        if self._is_end(self._left, message):
+            self.is_spent = bool(self._asked)  # asked beyond the end, which was not to be
+            self.is_done = True
+        else:
+            self._ask()
+        return body
+
+    def _ask(self) -> None:
+        """For the next pieces, together: each that is waited for by itself costs three switches between threads.
+
+        For no more than there must be: to who asks beyond the end, Granian says from then on that the client has left.
+        """
+        wanted, left = 1, self._left
+        if left is not None and left > FRAME_BYTES:
+            size = max(self._largest, FRAME_BYTES if self._is_http2 else self._bridge.most_read)
+            wanted = math.ceil(min(left, self._bridge.ahead_bytes) / size)
+        if len(self._asked) <= wanted // 2:
+            for _ in range(wanted - len(self._asked)):
+                self._asked.append(self._protocol.receive())
+
+    def _receive_message(self, timeout: float | None) -> Any:
+        """Granian's next message. Raises ClientTooSlow after `timeout`, or `idle_timeout`, or below `min_body_rate`.
+
+        Only time spent waiting here counts, so that a slow backend, for which the client has to pause, does not. Each
+        byte pays for 1/rate seconds of waiting, which are saved up to `idle_timeout`: a client that was fast may pause,
+        one that was fast once may not trickle for ever.
+        """
+        rate, idle = self._bridge.min_body_rate, self._bridge.idle_timeout
+        longest = timeout or idle
+        limit = min(longest, self.patience) if rate else longest
+        started = time.monotonic()
+        while True:
+            try:
+                message = wait_for(self._asked[0], limit)
+                break
+            except ClientGone:
+                if timeout is None and self._is_held_up():
+                    started = time.monotonic()  # none of this was the client's doing
+                    continue
+                self.is_too_slow = True
+                raise ClientTooSlow(
+                    f"the request body came at less than {rate} bytes/s"
+                    if limit < longest
+                    else f"nothing came of the request body for {longest:g} s"
+                ) from None
+        del self._asked[0]
+        if rate:
+            waited, size = time.monotonic() - started, len(message.get("body", b""))
+            self.patience = patience_left(self.patience, waited, size, rate, idle)
+        return message
+
+    def _is_held_up(self) -> bool:
+        """The streams of an HTTP/2 connection share a window (RFC 9113 section 5.2): one for whose backend the client
+        has to pause may have used it up, and then no other can send."""
+        return self._is_http2 and self._bridge.has_paused(self._client)

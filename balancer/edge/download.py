@@ -1,0 +1,126 @@
+"""An answer that goes to its client in pieces, each when there is room for it: how large they are, how long we wait.
+
+Granian keeps four pieces beside the one that hyper has, and says of the sixth when there is room for it. So what a
+client can make us hold is six pieces of each of its answers. They are the smaller, the more answers are under way. The
+last six are together no larger than an answer that goes whole, for of either nobody tells us whether it was read; so
+are the first six in HTTP/2, where a client may ask for many answers and read none.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from balancer.edge.clientbody import GRACE_SECONDS, patience_left
+from balancer.edge.listener import Clients
+from balancer.edge.promise import is_done, is_done_within
+from balancer.errors import ClientGone
+from balancer.forwarding.answer import ResponseStream
+from balancer.forwarding.forwarding import WHOLE_STREAM
+
+BRIEF_SECONDS = 0.05  # a worker waits so long for its client; then it leaves the call to whoever hears of it
+WHOLE = 131072  # bytes of an answer that is handed over whole, before HTTP/2, where hyper has one of them at a time
+UNREAD_PIECES = 6  # of an answer can be handed over while nothing of it was read
+# Bytes of a piece: at least, at most, at most if we cannot know the last ones, and of one piece of each answer in all.
+LEAST_PIECE, LARGEST_PIECE, LARGEST_ENDLESS, PIECES = 8192, 131072, 32768, 4 * 1024 * 1024
+
+
+class Download:
+    """Used by one thread at a time: whoever has its call.
+
+    `promise`: of the newest piece, while the client has no room for it.
+    """
+
+    __slots__ = (
+        *("_bridge", "_chunks", "_iterator", "_stream", "_whole", "_is_http2", "_left", "_chunk", "_at", "_pieces"),
+        *("promise", "_since", "_patience"),
+    )
+
+    def __init__(self, bridge: Clients, chunks: Iterable[bytes], length: int | None, *, is_http2: bool) -> None:
+        """`length` in bytes, if it is known."""
+        self._bridge = bridge
+        self._chunks = chunks
+        self._iterator = iter(chunks)
+        self._stream = chunks if isinstance(chunks, ResponseStream) else None
+        self._whole = WHOLE_STREAM if is_http2 else WHOLE
+        self._is_http2 = is_http2
+        self._left = length
+        self._chunk = b""  # of which `_at` bytes are sent
+        self._at = 0
+        self._pieces = 0
+        self.promise: Any = None
+        self._since = 0.0  # of time.monotonic(): we wait for `promise` from then on
+        self._patience = GRACE_SECONDS  # for which we still wait, as `min_body_rate` has it
+
+    @property
+    def is_here(self) -> bool:
+        """No piece has to be waited for, so that any thread may go on with it."""
+        return self._stream is not None and self._stream.is_here
+
+    def next_piece(self) -> bytes | None:
+        """None at the end."""
+        most = self._most()
+        if self._stream is not None:
+            self._stream.most = most
+            return next(self._stream, None)
+        if self._at == len(self._chunk):
+            chunk = next(self._iterator, None)
+            if chunk is None or len(chunk) <= (most if self._pieces else self._whole):
+                return chunk
+            self._chunk, self._at = chunk, 0
+        piece = self._chunk[self._at : self._at + most]
+        self._at += len(piece)
+        return piece
+
+    def _most(self) -> int:
+        """Bytes of the next piece."""
+        small = self._whole // UNREAD_PIECES
+        if self._is_http2 and self._pieces < UNREAD_PIECES:
+            return small
+        size = max(LEAST_PIECE, PIECES // max(1, self._bridge.downloads))
+        return min(size, LARGEST_ENDLESS if self._left is None else max(small, self._left - self._whole), LARGEST_PIECE)
+
+    def sent(self, size: int, promise: Any) -> None:
+        """A piece was handed over. Only time spent waiting for the client counts, as with `ClientBody`."""
+        self._pieces += 1
+        if self._left is not None:
+            self._left -= size
+        self._count(0.0, size)
+        if not is_done(promise):
+            self.promise = promise
+            self._since = time.monotonic()
+
+    def has_room(self, seconds: float) -> bool:
+        """True if another piece may follow; waits at most so many seconds for it."""
+        if self.promise is not None:
+            if not is_done_within(self.promise, min(seconds, self._limit())):
+                return False
+            self.note_room()
+        return True
+
+    def note_room(self) -> None:
+        """The client has read on."""
+        self.promise = None
+        self._count(time.monotonic() - self._since, 0)
+
+    def _count(self, waited: float, size: int) -> None:
+        rate = self._bridge.min_body_rate
+        if rate:
+            self._patience = patience_left(self._patience, waited, size, rate, self._bridge.idle_timeout)
+
+    @property
+    def deadline(self) -> float:
+        """Of time.monotonic(): the client must have read on by then."""
+        return self._since + self._limit()
+
+    def _limit(self) -> float:
+        idle = self._bridge.idle_timeout
+        return min(idle, self._patience) if self._bridge.min_body_rate else idle
+
+    def close(self, why: type[ClientGone] = ClientGone) -> None:
+        """Idempotent for what we forward. Before the end, `why` is recorded."""
+        if self._stream is not None:
+            self._stream.close(why)
+        elif (close := getattr(self._chunks, "close", None)) is not None:
+            close()

@@ -1,0 +1,166 @@
+"""Requests that need no thread while their backend works.
+
+A request with a small head, without a body or with a small one that comes promptly (`Bridge` waits for it), is sent on
+by the thread that brings it if a plain connection to its backend is kept, else by a worker thread that opens one. One
+thread waits for the answers of all of them and passes on those that come whole. Whatever takes longer goes on in a
+worker thread from where it stands: the queue, a long or late answer, a failure, a retry. So the usual request costs two
+switches between threads less, and a thousand waiting for slow backends cost no thread at all.
+
+Needs epoll, so Linux; elsewhere every request has its worker thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import time
+from contextlib import suppress
+from threading import Thread
+
+from balancer.edge.call import Call
+from balancer.edge.workers import WorkerPool
+from balancer.errors import InvalidResponse
+from balancer.upstream.sent import Sent
+from balancer.upstream.transport import BackendAdapter
+
+log = logging.getLogger("balancer.server")
+
+LOOK_SECONDS = 0.05  # at most between two looks for answers that are overdue
+
+
+class Express:
+    """Call `take` from any thread; `start` and `stop` once each.
+
+    `_waiting` has the call per descriptor of its backend connection. Who brings a call puts it in and then arms the
+    descriptor, for one event; whoever takes it out goes on with it: the express thread, or the one that brought it if
+    arming fails. Each is one step that needs no lock, and so a call belongs to one thread at any time.
+    """
+
+    def __init__(self, adapter: BackendAdapter, workers: WorkerPool) -> None:
+        self._adapter = adapter
+        self._workers = workers
+        self._waiting: dict[int, Call] = {}
+        self._epoll = select.epoll()
+        self._wake = os.eventfd(0)
+        self._stopping = False
+        self._next_look = 0.0  # of time.monotonic()
+        self._thread = Thread(target=self._run, name="express", daemon=True)
+
+    def start(self) -> None:
+        self._epoll.register(self._wake, select.EPOLLIN)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop and join. Calls that still wait are dropped: by now their clients have been cut off."""
+        self._stopping = True
+        if self._thread.is_alive():
+            os.eventfd_write(self._wake, 1)
+            self._thread.join()
+        self._epoll.close()
+        os.close(self._wake)
+
+    def take(self, call: Call) -> bool:
+        """Send the request on, if that needs no waiting. False if a worker thread has to go on with it, as with any
+        OPTIONS, which may end here (`Max-Forwards`)."""
+        forwarding, body = call.forwarding, call.body
+        if forwarding is None or call.method == "OPTIONS" or not (body is None or body.is_done or body.is_here):
+            return False
+        if not forwarding.begin():
+            return False
+        return self._wait_for(call)
+
+    def connect(self, call: Call) -> bool:
+        """Called by a worker thread with what `take` left to it: if only a connection was missing, open one and send
+        the request on. False if the thread has to go on with it."""
+        forwarding = call.forwarding
+        return forwarding is not None and forwarding.connect() and self._wait_for(call)
+
+    def _wait_for(self, call: Call) -> bool:
+        """From here on the call may belong to the express thread. False if it is still ours."""
+        sent = self._sent(call)
+        if sent.rest:
+            return False
+        descriptor = sent.connection.sock.fileno()
+        self._waiting[descriptor] = call
+        try:
+            self._arm(sent, descriptor)
+        except (OSError, ValueError):  # the kernel watches no more descriptors for us, or we have stopped
+            return not self._claim(descriptor, call)  # else it was found overdue
+        return True
+
+    def _arm(self, sent: Sent, descriptor: int) -> None:
+        events = select.EPOLLIN | select.EPOLLONESHOT
+        if sent.connection.is_watched:
+            self._epoll.modify(descriptor, events)
+        else:
+            self._epoll.register(descriptor, events)
+            sent.connection.is_watched = True
+
+    def _claim(self, descriptor: int, call: Call) -> bool:
+        """Take the call out; False if somebody has. The descriptor may be another connection's by now: a worker goes on
+        with what waits there, since nobody else would."""
+        taken = self._waiting.pop(descriptor, None)
+        if taken is not None and taken is not call:
+            self._hand_over(taken)
+        return taken is call
+
+    # The express thread.
+
+    def run_once(self) -> None:
+        """Pass on what has come, and whoever has waited for too long."""
+        self._pass_on_answers()
+        now = time.monotonic()
+        if now >= self._next_look:
+            self._next_look = now + LOOK_SECONDS
+            self._expire(now)
+
+    def _run(self) -> None:
+        while not self._stopping:
+            try:
+                self.run_once()
+            except Exception:  # the thread must outlive any surprise, or every request would hang
+                log.exception("express thread: a round failed")
+
+    def _pass_on_answers(self) -> None:
+        for descriptor, _ in self._epoll.poll(LOOK_SECONDS):
+            call = self._waiting.pop(descriptor, None)
+            if call is None:
+                continue
+            try:
+                self._look(call)
+            except Exception:  # the others of this round must not wait for their time-out
+                log.exception("passing on an answer failed")
+
+    def _look(self, call: Call) -> None:
+        sent = self._sent(call)
+        try:
+            is_whole = self._adapter.look(sent, call.bridge.most_held)
+        except Exception:  # no call may be lost: its client would wait for ever
+            log.exception("looking at an answer failed")
+            sent.failure = InvalidResponse(f"{sent.connection.origin.url}: its answer could not be read")
+            is_whole = False
+        if is_whole:
+            call.answer()
+        else:
+            self._hand_over(call)
+
+    def _sent(self, call: Call) -> Sent:
+        assert call.forwarding is not None and call.forwarding.sent is not None
+        return call.forwarding.sent
+
+    def _hand_over(self, call: Call) -> None:
+        if not self._workers.submit(call, False, is_under_way=True):
+            call.refuse()
+
+    def _expire(self, now: float) -> None:
+        for descriptor, call in self._waiting.copy().items():
+            if self._is_overdue(call, now) and self._claim(descriptor, call):
+                with suppress(OSError):  # not armed yet
+                    self._epoll.unregister(descriptor)
+                self._sent(call).expire()
+                self._hand_over(call)
+
+    def _is_overdue(self, call: Call, now: float) -> bool:
+        forwarding = call.forwarding
+        return forwarding is not None and forwarding.sent is not None and forwarding.sent.deadline <= now

@@ -1,0 +1,59 @@
+"""What a request knows of the listener that brought it: `Bridge` is one, and tests have others."""
+
+from __future__ import annotations
+
+from threading import BoundedSemaphore
+from typing import TYPE_CHECKING, Any, Protocol
+
+from balancer.edge.accepted import Address
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIApplication
+
+
+class Clients(Protocol):
+    """How long its clients may take, and how much of what they send or do not read may be held.
+
+    `most_read`: bytes of a body that hyper gives at a time. `ahead_bytes`: of one body, what may be asked for before it
+    is needed. `downloads`: answers under way in pieces.
+    """
+
+    idle_timeout: float
+    min_body_rate: int
+    most_read: int
+
+    @property
+    def ahead_bytes(self) -> int: ...
+
+    @property
+    def downloads(self) -> int: ...
+
+    def has_paused(self, client: Address) -> bool: ...
+
+
+class Listener(Clients, Protocol):
+    """What a Call asks of it. Each `call` is a Call, which this module does not know.
+
+    `patience`: seconds for which a worker waits for its client before it parks the call. `most_held`: bytes of an
+    answer that may be taken in whole.
+    """
+
+    app: WSGIApplication
+    is_draining: bool
+    lingering: BoundedSemaphore
+    patience: float
+    most_held: int
+
+    def safely(self, step: Any, call: Any) -> None: ...
+
+    def connect(self, call: Any) -> bool: ...
+
+    def park(self, call: Any) -> None: ...
+
+    def begin_download(self, call: Any) -> None: ...
+
+    def end_download(self, call: Any) -> None: ...
+
+    def finish(self, call: Any) -> None: ...
+
+    def source_of(self, host: str) -> str: ...

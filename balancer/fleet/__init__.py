@@ -1,0 +1,1 @@
+"""Which backends exist, and are they well."""

@@ -1,0 +1,161 @@
+"""Active health checks: one thread drives the checks of all backends side by side.
+
+Each check is `GET health_path` on a fresh connection (a kept one would not notice a full accept queue), with a short
+time-out. 200 to 399 is good; redirects are not followed. While a check contradicts what is believed of a backend, or
+nothing is known yet, the next one comes sooner, so that failover and recovery stay under a second.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import ssl
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event, Thread
+
+from balancer.balancing.backends import Backend, LastCheck
+from balancer.balancing.pool import BackendPool
+from balancer.errors import BackendError, OutOfDescriptors
+from balancer.protocol.messages import Line
+from balancer.protocol.origin import Origin
+from balancer.upstream.outgoing import OutgoingRequest
+from balancer.upstream.transport import BackendAdapter, Timeouts
+
+log = logging.getLogger("balancer.health")
+
+GOOD_STATUSES = range(200, 400)
+JITTER = 0.1  # share of the interval, so that many balancers do not check in step
+TRANSITION_SPEEDUP = 5  # checks per interval while a change is in the air
+ROUND_SECONDS = 1.0  # at most between two rounds, however rare the checks: `on_round` lets time pass elsewhere
+MAX_PROBES = 64  # checks at the same time; one that hangs holds one of these until its time-out
+
+
+class Probe:
+    """One `GET health_path` to a backend."""
+
+    def __init__(self, path: str, timeout: float, *, tls: ssl.SSLContext | None = None) -> None:
+        self._target = path.encode("ascii")
+        self._adapter = BackendAdapter(Timeouts(connect=timeout, response=timeout, idle=timeout), max_idle=0, tls=tls)
+
+    def check(self, origin: Origin) -> LastCheck:
+        """Ask once; what went wrong is `error`. Raises OutOfDescriptors alone."""
+        started = time.monotonic()
+        status: int | None = None
+        error: str | None = None
+        try:
+            status = self._status(origin)
+            if status not in GOOD_STATUSES:
+                error = f"health check answered {status}"
+        except BackendError as failure:
+            error = f"health check failed: {failure}"
+        return LastCheck(time.time(), time.monotonic() - started, status, error)
+
+    def _status(self, origin: Origin) -> int:
+        lines: list[Line] = [
+            (b"host", origin.authority.encode("ascii")),
+            (b"user-agent", b"load-balancer-health"),
+            (b"connection", b"close"),
+        ]
+        response = self._adapter.exchange(OutgoingRequest("GET", self._target, lines), origin)
+        response.body.close()
+        return response.status_code
+
+
+class HealthChecker:
+    """Runs the probes and tells the pool. `start` and `stop` once each; `wake` from any thread.
+
+    `_due` belongs to the health thread alone. `_probing` holds the ids being probed: the health thread adds, the
+    probe's own thread takes out again, each one step that needs no lock. `_nudge` wakes the health thread early.
+    """
+
+    def __init__(
+        self,
+        pool: BackendPool,
+        probe: Probe,
+        *,
+        interval: float = 0.5,
+        on_round: Callable[[], None] | None = None,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._pool = pool
+        self._probe = probe
+        self._interval = interval
+        self._on_round = on_round
+        self._rng = rng or random.Random()
+        self._due: dict[str, float] = {}
+        self._probing: set[str] = set()
+        self._nudge = Event()
+        self._stopping = False
+        self._probes = ThreadPoolExecutor(MAX_PROBES, thread_name_prefix="health-probe")
+        self._thread = Thread(target=self._run, name="health", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop and join; probes under way end within their time-out."""
+        self._stopping = True
+        self._nudge.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._probes.shutdown(wait=True, cancel_futures=True)
+
+    def use(self, probe: Probe, interval: float) -> None:
+        """Other checks from now on; one under way still counts."""
+        self._probe, self._interval = probe, interval
+        self.wake()
+
+    def wake(self) -> None:
+        """Look at the backends now: one was added, or the data path saw one refuse."""
+        self._nudge.set()
+
+    def check_once(self, backend: Backend) -> None:
+        """Probe one backend now and record the result."""
+        try:
+            origin = backend.origin
+            self._pool.record_check(backend, self._probe.check(origin), origin)
+        except OutOfDescriptors as error:  # says nothing about the backend
+            log.error("cannot check %s: %s", backend.id, error)
+        except Exception:  # a surprise must be seen, and the backend be probed again
+            log.exception("health check of %s failed", backend.id)
+        finally:
+            self._probing.discard(backend.id)
+            if backend.health.is_in_transition:
+                self._nudge.set()
+
+    def _run(self) -> None:
+        while not self._stopping:
+            try:
+                wait = self._round()
+            except Exception as error:  # the thread must outlive any surprise, or failover would silently end
+                if isinstance(error, RuntimeError) and "shutdown" in str(error):
+                    return  # no thread may start any more: the process ends, and another server has not stopped us
+                log.exception("health round failed")
+                wait = self._interval
+            self._nudge.wait(wait)
+            self._nudge.clear()
+
+    def _round(self) -> float:
+        """Start the probes that are due; returns seconds until the next one is."""
+        now = time.monotonic()
+        backends = [backend for backend in self._pool.backends() if backend.admin_state != "maint"]
+        self._due = {backend.id: self._due.get(backend.id, now) for backend in backends}
+        for backend in backends:
+            soonest = self._pace(backend)
+            due = min(self._due[backend.id], now + soonest)
+            if due <= now and backend.id not in self._probing:
+                self._probing.add(backend.id)
+                self._probes.submit(self.check_once, backend)
+                due = now + soonest
+            self._due[backend.id] = due
+        if self._on_round is not None:
+            self._on_round()
+        next_due = min(self._due.values(), default=now + self._interval)
+        return max(0.01, min(next_due - now, ROUND_SECONDS))
+
+    def _pace(self, backend: Backend) -> float:
+        """Seconds to the next check of this backend."""
+        spread = 1 + self._rng.uniform(-JITTER, JITTER)
+        return self._interval * spread / (TRANSITION_SPEEDUP if backend.health.is_in_transition else 1)

@@ -1,0 +1,1 @@
+"""One request on its way from its client to a backend and back."""

@@ -1,0 +1,122 @@
+"""What goes to the client: an answer whole or in pieces, and the balancer's own answers.
+
+A small answer that came whole is handed on whole. Anything else is streamed, and its `ResponseStream` sees to it on
+every ending that the backend's connection is kept or closed, and that the request is finished.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from http import HTTPStatus
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from balancer.errors import BackendError, BalancerError, ClientGone
+from balancer.protocol.messages import ALLOWED, SERVER_LINE, Line
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse
+
+    from balancer.upstream.response import Body
+
+
+class Answer(NamedTuple):
+    """To the client. A body in pieces is closed whatever happens, and takes care of its backend then."""
+
+    status: int
+    reason: str
+    lines: list[Line]  # names in lower case
+    body: bytes | ResponseStream
+
+    def begin(self, start_response: StartResponse) -> Iterable[bytes]:
+        """As WSGI wants it: text, and a body to iterate over."""
+        lines = [line for line in self.lines if line is not SERVER_LINE]  # another server names itself
+        headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in lines]
+        try:
+            start_response(f"{self.status} {self.reason}", headers)
+        except BaseException:  # it refuses a header line
+            if not isinstance(self.body, bytes):
+                self.body.close()
+            raise
+        return [self.body] if isinstance(self.body, bytes) else self.body
+
+
+def refusal(error: BalancerError, balancer_id: str, request_id: str) -> Answer:
+    """To a request that got no answer from a backend."""
+    # Nobody reads what a client that left is told.
+    status = HTTPStatus.BAD_REQUEST if isinstance(error, ClientGone) else HTTPStatus(error.status)
+    told = {"error": error.public or str(error), "load_balancer_id": balancer_id, "request_id": request_id}
+    body = json.dumps(told).encode()
+    lines = [SERVER_LINE, (b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    return Answer(status.value, status.phrase, [*lines, *error.headers], body)
+
+
+def to_options() -> Answer:
+    """To an OPTIONS that may be forwarded no further (RFC 9110 section 7.6.2)."""
+    return Answer(200, "OK", [SERVER_LINE, (b"allow", ALLOWED), (b"content-length", b"0")], b"")
+
+
+class Ending(Protocol):
+    """What a response body that comes in pieces tells of its request, and asks of it."""
+
+    def is_client_gone(self) -> bool: ...
+
+    def count_out(self, size: int) -> None: ...
+
+    def finish(self, status: int, *, reason: str | None = None, complete: bool = True, failure: str = "") -> None: ...
+
+
+class ResponseStream:
+    """A response body on its way to the client, as WSGI wants it: iterate, then `close` whatever happened.
+
+
+    A piece has at most `most` bytes, if that is set; it may be changed before each.
+    """
+
+    __slots__ = ("_ending", "_body", "_status", "most", "_is_flushed", "_is_finished")
+
+    def __init__(self, ending: Ending, body: Body, status: int) -> None:
+        self._ending = ending
+        self._body = body
+        self._status = status
+        self.most: int | None = None
+        self._is_flushed = bool(body.buffered)
+        self._is_finished = False
+
+    @property
+    def is_here(self) -> bool:
+        """No piece has to be waited for."""
+        return self._body.is_complete
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        if not self._is_flushed:  # our server sends the head when it sees this; any other server does nothing
+            self._is_flushed = True
+            return b""
+        if self._is_finished:
+            raise StopIteration
+        try:
+            chunk = self._body.read_chunk(self.most)
+        except BackendError as error:
+            if self._ending.is_client_gone():
+                self.close()
+            else:
+                self._finish(error.reason, complete=False, failure=str(error))
+            raise
+        self._ending.count_out(len(chunk))
+        if self._body.is_complete and not self._body.buffered:  # counted before the client can see the end
+            self._finish()
+        return chunk
+
+    def close(self, why: type[ClientGone] = ClientGone) -> None:
+        """Idempotent. Before the end it means that the client left: the backend connection is closed at once."""
+        if not self._is_finished:
+            self._status = why.status
+            self._finish(why.reason, complete=False)
+
+    def _finish(self, reason: str | None = None, *, complete: bool = True, failure: str = "") -> None:
+        self._is_finished = True
+        self._body.close()
+        self._ending.finish(self._status, reason=reason, complete=complete, failure=failure)

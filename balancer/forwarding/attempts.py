@@ -1,0 +1,237 @@
+"""A request's attempts: a place on a backend for each, when another one follows, and who is to blame.
+
+What may be repeated goes to another backend, as long as `retries`, the retry budget and `request_timeout` allow. This
+is the only place where that is decided, but for the one more try that `transport` gives a kept connection that died.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from balancer.errors import BackendError, ClientError, ClientGone, ConnectFailed, NoRoom, Unavailable
+from balancer.forwarding.stage import Stage
+from balancer.observe.exchange import Attempt, Exchange
+from balancer.protocol.client import has_left
+
+if TYPE_CHECKING:
+    from balancer.balancing.pool import Lease
+    from balancer.forwarding.route import Route, RouteOptions
+    from balancer.upstream.outgoing import OutgoingRequest
+    from balancer.upstream.response import BackendResponse
+    from balancer.upstream.sent import Sent
+
+# Full jitter before a retry, as Envoy has it: up to 25 ms, then up to 75 ms, never more than 250 ms.
+BACKOFF_SECONDS = 0.025
+MAX_BACKOFF_SECONDS = 0.25
+EJECTING_STATUSES = frozenset({502, 503, 504})  # answers that say that the backend cannot work; passed on all the same
+BUDGET_USED_UP = "the retry budget is used up"
+
+
+def no_thread(options: RouteOptions) -> NoRoom:
+    return NoRoom(f"no thread became free within {options.request_timeout:g} s")
+
+
+class Attempts:
+    """Gets one request to a backend: `lease_now` and `send_now` as far as nothing has to be waited for, then `arrived`
+    or `exchange`; `give_back` at the end.
+
+    Notes in `record` what was tried; `started` is of time.perf_counter(). Used by one thread at a time.
+    """
+
+    __slots__ = ("_route", "_options", "_request", "_record", "_started", "_lease", "_failure")
+
+    def __init__(self, route: Route, request: OutgoingRequest, record: Exchange, started: float) -> None:
+        self._route = route
+        self._options = route.options
+        self._request = request
+        self._record = record
+        self._started = started
+        self._lease: Lease | None = None  # of the last attempt, or for the next one
+        self._failure: BackendError | None = None  # of what `send_now` tried
+
+    def lease_now(self) -> bool:
+        """Take a place on a backend if there is one; False if it has to be waited for."""
+        lease = self._route.pool.lease_now(self._request)
+        if lease is None:
+            return False
+        self._lease = lease
+        self._record.backend = lease.backend.id
+        return True
+
+    def send_now(self, may_connect: bool) -> Sent | None:
+        """Send to the leased backend if that needs no waiting, or if it `may_connect` no more than a connect does.
+
+        None if it could not be. Raises BackendError if this attempt has failed, NoRoom, Unavailable, ClientGone.
+        """
+        if may_connect:  # a worker thread, for which it may have had to wait
+            self._check_time()
+        lease = self._lease
+        assert lease is not None
+        attempt = Attempt(lease.choice, at=time.perf_counter() - self._started)
+        try:
+            sent = self._route.adapter.begin(self._request, lease.choice.origin, may_connect)
+        except BackendError as error:
+            self._record.attempts.append(attempt)
+            self._failed(attempt, lease, error)
+            self._failure = error.to_keep()
+            raise
+        except Unavailable:
+            self._record.backend = None
+            raise
+        if sent is not None:
+            self._record.attempts.append(attempt)
+        return sent
+
+    def _check_time(self) -> None:
+        """Raises NoRoom if nothing was sent yet and the time is over: no backend is to blame for that."""
+        if time.monotonic() >= self._request.deadline:
+            self._record.backend = None
+            raise no_thread(self._options)
+
+    def arrived(self, sent: Sent) -> BackendResponse:
+        """The response to what `send_now` has sent: it is here, so nothing can fail any more."""
+        response = sent.response
+        assert response is not None
+        attempt = self._record.attempts[-1]
+        attempt.outcome = str(response.status_code)
+        self._note_times(attempt)
+        return response
+
+    def exchange(self, stage: Stage, sent: Sent | None) -> BackendResponse:
+        """Go on from `stage` until a backend has answered, another one for each attempt.
+
+        Raises what the last attempt raised; Unavailable if there was none; ClientGone, ClientError.
+        """
+        if stage < Stage.SENT:
+            self._check_time()
+        failure, self._failure = self._failure, None
+        while True:
+            if failure is not None:
+                self._record.not_retried = self._why_final(failure)
+                if self._record.not_retried is not None:
+                    raise failure
+                self._back_off(failure)
+            if failure is not None or stage < Stage.LEASED:
+                self._lease_backend(failure)
+            try:
+                return self._attempt(sent if failure is None else None)
+            except BackendError as error:
+                failure = error.to_keep()
+
+    # Whether there is another one.
+
+    def _why_final(self, error: BackendError) -> str | None:
+        """Why there is no further attempt, in words; None if there is one.
+
+        Nothing was sent and the body is untouched: any method. Otherwise only what may be repeated; never too late.
+        """
+        tries, options, request = len(self._record.attempts), self._options, self._request
+        if tries > options.retries:
+            return f"tried {tries} times"
+        if time.monotonic() >= request.deadline:
+            return f"request_timeout of {options.request_timeout:g} s is over"
+        if not (isinstance(error, ConnectFailed) or request.is_retriable):
+            # Not the request's own: a client may make up a method as long as a head.
+            return f"{self._record.method} may have had its effect" if request.is_replayable else "the body is gone"
+        return None
+
+    def _back_off(self, failure: BackendError) -> None:
+        """Not after a refused connect: a closed port has no load to be spared, and another backend is asked next."""
+        if isinstance(failure, ConnectFailed) and failure.refused:
+            return
+        most = BACKOFF_SECONDS * (2 ** len(self._record.attempts) - 1)
+        time.sleep(self._route.rng.uniform(0, min(MAX_BACKOFF_SECONDS, most)))
+
+    def _lease_backend(self, failure: BackendError | None) -> None:
+        """A place for the next attempt. Raises `failure`, if there was one, when there is none, or no budget for it."""
+        record, request, budget = self._record, self._request, self._route.budget
+        if failure is not None and not budget.is_left(*self._shares()):  # nor wait for a place in vain
+            raise self._final(failure, BUDGET_USED_UP)
+        tried = [attempt.backend for attempt in record.attempts]
+        started = time.perf_counter()
+        try:
+            lease = self._route.pool.lease(request, tried, watcher=request.watcher, deadline=request.deadline)
+        except Unavailable as unavailable:
+            record.queued += time.perf_counter() - started
+            if has_left(request.watcher):
+                raise ClientGone("the client left while it waited for a backend") from None
+            if failure is not None:  # what went wrong says more than that nobody else is left
+                raise self._final(failure, str(unavailable)) from None
+            raise
+        if failure is not None and not budget.spend(*self._shares()):
+            lease.release()
+            raise self._final(failure, BUDGET_USED_UP)
+        self._lease = lease
+        record.queued += lease.queued
+        record.backend = lease.backend.id
+
+    def _shares(self) -> tuple[float, int]:
+        return self._options.retry_budget, self._options.retry_budget_minimum
+
+    def _final(self, failure: BackendError, why: str) -> BackendError:
+        self._record.not_retried = why
+        return failure
+
+    # One of them.
+
+    def _attempt(self, sent: Sent | None) -> BackendResponse:
+        """On the leased backend; what is `sent` already is only waited for."""
+        lease, request, attempts = self._lease, self._request, self._record.attempts
+        assert lease is not None
+        if sent is None:
+            attempts.append(Attempt(lease.choice, at=time.perf_counter() - self._started))
+        attempt = attempts[-1]
+        try:
+            response = self._route.adapter.exchange(request, lease.choice.origin, sent)
+        except Unavailable:  # it reached no backend, and none is at fault
+            lease.release()
+            attempts.pop()
+            self._record.backend = attempts[-1].backend if attempts else None
+            raise
+        except (ClientError, ClientGone) as error:  # while the body was streamed; `give_back` gives the place back
+            attempt.outcome, attempt.error = error.reason, str(error)
+            self._note_times(attempt)
+            raise
+        except BackendError as error:
+            self._failed(attempt, lease, error)
+            raise
+        attempt.outcome = str(response.status_code)
+        self._note_times(attempt)
+        return response
+
+    def _failed(self, attempt: Attempt, lease: Lease, error: BackendError) -> None:
+        """Raises ClientGone if the backend is not to blame."""
+        self._note_times(attempt)
+        if has_left(self._request.watcher):
+            raise ClientGone("the client left while the backend was working") from None
+        attempt.outcome, attempt.error = error.reason, str(error)
+        if isinstance(error, ConnectFailed) and error.refused:
+            self._route.pool.record_refused(lease.backend, str(error), lease.choice.origin)
+            self._route.on_refused()
+        lease.release(failure="" if getattr(error, "stale", False) else str(error))
+
+    def _note_times(self, attempt: Attempt) -> None:
+        attempt.seconds = time.perf_counter() - self._started - attempt.at
+        attempt.connect, attempt.resent = self._request.connect_seconds, self._request.is_resent
+
+    # The last one's place.
+
+    def answered(self, status: int) -> None:
+        """The response has begun, but its body may take long."""
+        if self._lease is not None:
+            self._lease.answered(self._record.attempts[-1].seconds, status not in EJECTING_STATUSES)
+
+    def give_back(self, status: int, reason: str | None, failure: str) -> None:
+        """At the end of the request, as `Forwarding.finish` has it. Does nothing if no backend is left with a place."""
+        lease = self._lease
+        if lease is None:
+            return
+        if failure:
+            lease.release(failure=failure)
+        elif reason is not None:  # our own answer, or nobody can tell
+            lease.release()
+        elif status in EJECTING_STATUSES:
+            lease.release(failure=f"answered {status}")
+        else:
+            lease.release(self._record.attempts[-1].seconds)

@@ -1,0 +1,146 @@
+"""The access log: one line for each request that was forwarded or refused, as text or as JSON.
+
+Requests only leave what a line is made of; the writer's thread makes it. Everything that comes from a request is quoted
+as JSON quotes it, in ASCII alone, so that no request can forge a line or talk to a terminal. The query is left out: it
+may hold secrets. Times are in seconds:
+
+    received    until the request, with a small body, was here
+    queued      waiting for a place on a backend
+    connect     for a new connection of the last attempt, null if a kept one was used
+    first_byte  from the start of the last attempt to its response head
+    transfer    from there to the end of the answer
+    total       all of it, with earlier attempts and the pauses between them
+
+`reason` says why no whole answer of a backend reached the client, in the words of RFC 9209 section 2.3.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import Literal
+
+from balancer.observe.exchange import Exchange
+from balancer.observe.logwriter import LogWriter
+from balancer.protocol.incoming import Incoming
+from balancer.protocol.messages import Network, client_address
+
+AGENT_LOGGED = 300  # bytes; lines wait in a queue, and nobody must be able to fill the memory with it
+CLIENTS_LOGGED = 1000  # bytes of X-Forwarded-For, from its end
+
+_quote = json.JSONEncoder().encode
+
+Format = Callable[[Exchange, str | None, str, bytes | None], str]  # exchange, client, protocol, user agent
+
+
+class AccessLog:
+    """`use` may be called at any time, `add` only while it `is_on`; the writer locks itself."""
+
+    def __init__(self, writer: LogWriter) -> None:
+        self._add = writer.add
+        self.is_on = False
+        self._format: Format = as_text
+        self._trusted: Sequence[Network] = ()
+
+    def use(self, format_name: Literal["text", "json"] | None, trusted: Sequence[Network] = ()) -> None:
+        """From now on lines of this format, none for None; claims of `trusted` peers are believed."""
+        self._format, self._trusted = as_json if format_name == "json" else as_text, trusted
+        self.is_on = format_name is not None
+
+    def add(self, exchange: Exchange, incoming: Incoming) -> None:
+        """`exchange` is finished: nothing changes it any more."""
+        agent, forwarded_for = None, b""
+        for name, value in incoming.lines:
+            if name == b"user-agent":
+                agent = value[:AGENT_LOGGED]
+            elif name == b"x-forwarded-for":
+                forwarded_for = b"%s,%s" % (forwarded_for, value)
+        asked = (incoming.peer, forwarded_for[-CLIENTS_LOGGED:], incoming.version, agent)
+        self._add(partial(_line, exchange, asked, self._format, self._trusted))  # as they are now, not when it is made
+
+
+def _line(
+    exchange: Exchange, asked: tuple[str, bytes, str, bytes | None], format_: Format, trusted: Sequence[Network]
+) -> str:
+    peer, clients, version, agent = asked
+    client = None if peer == "unknown" else client_address(peer, clients.decode("latin-1"), trusted)
+    return format_(exchange, client, f"HTTP/{version}", agent)
+
+
+# Both formats are written out, because a line costs half as much that way as through a dictionary. Quoted is what a
+# client can choose freely; ids, reasons and outcomes are tokens.
+
+
+def as_text(exchange: Exchange, client: str | None, protocol: str, agent: bytes | None) -> str:
+    """Time, client, request line and status; then names with values. `-` for what is not there."""
+    received, connect, first_byte, transfer = phases(exchange)
+    attempts = ",".join([f"{a.backend}:{a.outcome or '-'}:{a.seconds:.6f}" for a in exchange.attempts])
+    return (
+        f"{timestamp(exchange.timestamp)} {client or '-'} "
+        f"{_quote(f'{exchange.method} {path_of(exchange)} {protocol}')} {exchange.status} "
+        f"backend={exchange.backend or '-'} reason={exchange.reason or '-'} total={exchange.seconds:.6f} "
+        f"received={_or(received, '-')} queued={exchange.queued:.6f} connect={_or(connect, '-')} "
+        f"first_byte={_or(first_byte, '-')} transfer={_or(transfer, '-')} in={exchange.bytes_in} "
+        f"out={exchange.bytes_out} attempts={attempts or '-'} id={exchange.request_id} "
+        f"trace={exchange.trace_id or '-'} agent={'-' if agent is None else _quote(as_unicode(agent))}"
+    )
+
+
+def as_json(exchange: Exchange, client: str | None, protocol: str, agent: bytes | None) -> str:
+    """One object. Null for what is not there."""
+    received, connect, first_byte, transfer = phases(exchange)
+    attempts = ",".join(
+        [f'{{"backend":"{a.backend}","outcome":"{a.outcome}","seconds":{a.seconds:.6f}}}' for a in exchange.attempts]
+    )
+    return (
+        f'{{"time":"{timestamp(exchange.timestamp)}","request_id":"{exchange.request_id}",'
+        f'"trace_id":{_or_null(exchange.trace_id)},"client":{_or_null(client)},"method":{_quote(exchange.method)},'
+        f'"path":{_quote(path_of(exchange))},"protocol":{_quote(protocol)},"status":{exchange.status},'
+        f'"complete":{"true" if exchange.complete else "false"},"reason":{_or_null(exchange.reason)},'
+        f'"backend":{_or_null(exchange.backend)},"bytes_in":{exchange.bytes_in},"bytes_out":{exchange.bytes_out},'
+        f'"total":{exchange.seconds:.6f},"received":{_or(received, "null")},"queued":{exchange.queued:.6f},'
+        f'"connect":{_or(connect, "null")},"first_byte":{_or(first_byte, "null")},'
+        f'"transfer":{_or(transfer, "null")},"attempts":[{attempts}],'
+        f'"user_agent":{"null" if agent is None else _quote(as_unicode(agent))}}}'
+    )
+
+
+def phases(exchange: Exchange) -> tuple[float | None, float | None, float | None, float | None]:
+    """received, connect, first_byte and transfer, as the module explains them."""
+    if not exchange.attempts:
+        return None, None, None, None
+    received, last, first_byte = exchange.attempts[0].at - exchange.queued, exchange.attempts[-1], exchange.first_byte
+    transfer = None if first_byte is None else max(0.0, exchange.seconds - last.at - first_byte)
+    return max(0.0, received), last.connect, first_byte, transfer
+
+
+def _or(seconds: float | None, nothing: str) -> str:
+    return nothing if seconds is None else f"{seconds:.6f}"
+
+
+def _or_null(text: str | None) -> str:
+    return "null" if text is None else _quote(text)
+
+
+def path_of(exchange: Exchange) -> str:
+    """WSGI gives bytes as Latin-1."""
+    path = exchange.path
+    return path if path.isascii() else as_unicode(path.encode("latin-1", "replace"))
+
+
+def timestamp(seconds: float) -> str:
+    """ISO 8601 in UTC, with milliseconds."""
+    whole = int(seconds)
+    return f"{_to_the_second(whole)}.{int((seconds - whole) * 1000):03d}Z"
+
+
+@lru_cache(maxsize=4)
+def _to_the_second(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+
+
+def as_unicode(sent: bytes) -> str:
+    """UTF-8 is what bytes most often are; others are shown as such."""
+    return sent.decode("utf-8", "backslashreplace")

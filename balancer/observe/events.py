@@ -1,0 +1,79 @@
+"""What an operator wants to know of afterwards: health transitions, admin actions, changes of the configuration."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from threading import Lock
+from typing import Any, Literal, get_args
+
+from balancer.balancing.changes import ChangeKind, Severity
+from balancer.protocol.texts import shown
+
+EVENTS_KEPT, MESSAGE_KEPT = 500, 1000  # bytes of each: a reload may have much to say; 600 kB in all
+EventKind = ChangeKind | Literal["statistics_reset", "write_refused", "config_reloaded", "config_refused", "draining"]
+REFUSED: EventKind = "write_refused"  # the one kind of event that anybody can cause
+EVENT_KINDS: tuple[EventKind, ...] = tuple(kind for kinds in get_args(EventKind) for kind in get_args(kinds))
+
+
+class Events:
+    """The newest events with a rising `seq`, so that a reader asks only for what is new.
+
+    `_lock` guards all three: `_seq`, `_events`, `_counts`.
+    """
+
+    def __init__(self, wall_clock: Callable[[], float] = time.time) -> None:
+        self._lock = Lock()
+        self._wall_clock = wall_clock
+        self._seq = 0
+        self._counts: dict[str, int] = dict.fromkeys(EVENT_KINDS, 0)
+        # Each with its message for readers without a token.
+        self._events: deque[tuple[dict[str, Any], str]] = deque(maxlen=EVENTS_KEPT)
+
+    def add(
+        self,
+        kind: EventKind,
+        backend: str | None,
+        message: str,
+        severity: Severity = "info",
+        *,
+        public: str | None = None,
+    ) -> None:
+        """`public` is the message for readers without a token, where that must be another one.
+
+        Refused writes that follow each other become one event with a `count`, or any page could flood the log.
+        """
+        message = shown(message, MESSAGE_KEPT)
+        public = message if public is None else shown(public, MESSAGE_KEPT)
+        with self._lock:
+            self._seq += 1
+            self._counts[kind] = self._counts.get(kind, 0) + 1
+            count = 1
+            if kind == REFUSED and self._events and self._events[-1][0]["kind"] == REFUSED:
+                count += self._events.pop()[0]["count"]
+            event = {
+                "seq": self._seq,
+                "timestamp": self._wall_clock(),
+                "kind": kind,
+                "backend": backend or None,
+                "message": message,
+                "severity": severity,
+                "count": count,
+            }
+            self._events.append((event, public))
+
+    def since(self, seq: int, whole: bool = True) -> tuple[list[dict[str, Any]], int]:
+        """(events with a higher `seq`, oldest first; the newest `seq`). `whole` is for readers with a token."""
+        with self._lock:
+            newer, latest = [(event, public) for event, public in self._events if event["seq"] > seq], self._seq
+        return [event if whole else event | {"message": public} for event, public in newer], latest
+
+    def counts(self) -> dict[str, int]:
+        """How many of each kind there have been, also those that are no longer kept."""
+        with self._lock:
+            return self._counts.copy()
+
+    @property
+    def latest(self) -> int:
+        return self._seq

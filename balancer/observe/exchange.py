@@ -1,0 +1,117 @@
+"""A finished request as it is recorded: what was tried for it, and how it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from balancer.balancing.backends import Choice
+
+# Characters that are kept: about 1,200 requests are, and each may have a path as long as its head may be. So one takes
+# 5 kB at most, and of each attempt 1 kB, 50 bytes for each candidate and 100 for each that was none (`EXPLAINED`).
+PATH_KEPT = 1000
+METHOD_KEPT = 32
+PATH_SHOWN = 200  # characters of a path that are shown; the query is not even kept, it may hold secrets
+
+
+def later(default: Any) -> Any:
+    """A field that is seldom set, and not when the object is made: until then it costs nothing."""
+    return field(default=default, init=False)
+
+
+@dataclass
+class Attempt:
+    """One try on one backend. `seconds` until the response head was here or the attempt had failed."""
+
+    choice: Choice
+    at: float  # seconds from the start of the request to that of the attempt
+    outcome: str = later("")  # a status, or the reason why there is none
+    seconds: float = later(0.0)
+    connect: float | None = later(None)  # seconds for a new connection, None if a kept one was used
+    error: str | None = later(None)  # in words, for the operator
+    resent: bool = later(False)  # once more on a fresh connection, because the kept one had died
+
+    @property
+    def backend(self) -> str:
+        return self.choice.backend.id
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "backend": self.backend,
+            "outcome": self.outcome,
+            "error": self.error,
+            "at": self.at,
+            "seconds": self.seconds,
+            "connect": self.connect,
+            "resent": self.resent,
+        }
+
+
+@dataclass
+class Exchange:
+    """A finished request as it is recorded. Times in seconds; bytes are of the bodies.
+
+    `status` is what the client saw, 499 if it had left; `reason` says why, if no backend's answer went through whole.
+    """
+
+    timestamp: float
+    method: str
+    path: str
+    request_id: str
+    attempts: list[Attempt] = field(default_factory=list, init=False)
+    backend: str | None = later(None)
+    status: int = later(0)
+    seconds: float = later(0.0)
+    queued: float = later(0.0)  # waited for a place on a backend
+    bytes_in: int = later(0)
+    bytes_out: int = later(0)
+    complete: bool = later(True)
+    reason: str | None = later(None)
+    trace_id: str | None = later(None)  # of the client's `traceparent`
+    not_retried: str | None = later(None)  # why the last failure was final, in words
+    error: str | None = later(None)  # of our own answer, in words for the operator
+    excluded: Mapping[str, str] | None = later(None)  # why no backend could take it, if that was the cause
+
+    @property
+    def failed(self) -> bool:
+        return not self.complete or self.status >= 500
+
+    @property
+    def aborted(self) -> bool:
+        return self.status == 499 and not self.complete  # not if a backend answered 499 itself
+
+    @property
+    def first_byte(self) -> float | None:
+        """Seconds until the last attempt had its response head, None if it got none."""
+        attempt = self.attempts[-1] if self.attempts else None
+        return attempt.seconds if attempt is not None and attempt.outcome.isdecimal() else None
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "timestamp": self.timestamp,
+            "server_id": self.backend,
+            "response_time": self.seconds,
+            "status": self.status,
+            "method": self.method,
+            "path": self.path[:PATH_SHOWN],
+            "request_id": self.request_id,
+            "trace_id": self.trace_id,
+            "queued": self.queued,
+            "first_byte": self.first_byte,
+            "bytes_in": self.bytes_in,
+            "bytes_out": self.bytes_out,
+            "attempts": len(self.attempts),
+            "tried": [attempt.describe() for attempt in self.attempts],
+            "reason": self.reason,
+            "not_retried": self.not_retried,
+            "complete": self.complete,
+        }
+
+    def explain(self) -> dict[str, Any]:
+        """`describe` with why each attempt went to its backend."""
+        tried = [attempt.describe() | attempt.choice.describe() for attempt in self.attempts]
+        algorithm = self.attempts[-1].choice.algorithm if self.attempts else None
+        more = {"algorithm": algorithm, "error": self.error, "excluded": dict(self.excluded or {})}
+        return self.describe() | more | {"tried": tried}

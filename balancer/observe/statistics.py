@@ -1,0 +1,235 @@
+"""Counters, latency histograms, and the bounded rings of recent requests.
+
+A request is recorded once, when its answer is complete or has failed, under one lock, so that at any moment
+total = successful + failed, and a request is counted for the backend that answered or was tried last, or for none.
+Failed means that the client got no complete answer, or one of 500 and above.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain, islice
+from threading import Lock
+from typing import Any
+
+from balancer.balancing.tally import FORMER_KEPT
+from balancer.observe.exchange import Exchange
+from balancer.observe.histogram import Histogram
+from balancer.observe.rate import Rate
+from balancer.observe.totals import Totals
+
+# Finished requests that `/requests/<id>` can still explain: all of the newest, and the first of each second for longer.
+# To keep every one of thousands would cost each of them a tenth of its time: what is kept does not stay in the cache.
+RECENT_KEPT = 100
+SAMPLED_KEPT, SAMPLED_PER_SECOND = 900, 100
+TROUBLED_KEPT = 200  # those that failed or were tried more than once stay longer: they are the ones people ask about
+CODE_CLASSES = ("1xx", "2xx", "3xx", "4xx", "5xx")
+
+
+class Counters:
+    """Totals of the whole balancer or of one backend. Not locked; the owner's lock guards it."""
+
+    __slots__ = ("failed", "aborted", "seconds", "statuses", "latency")
+
+    def __init__(self) -> None:
+        self.failed = self.aborted = 0
+        self.seconds = 0.0
+        self.statuses: defaultdict[int, int] = defaultdict(int)  # of those that were not aborted
+        self.latency = Histogram()
+
+    @property
+    def total(self) -> int:
+        return self.latency.total
+
+    def __iadd__(self, other: Counters) -> Counters:
+        self.failed += other.failed
+        self.aborted += other.aborted
+        self.seconds += other.seconds
+        for status, count in other.statuses.items():
+            self.statuses[status] += count
+        self.latency += other.latency
+        return self
+
+    def copy(self) -> Counters:
+        copied = Counters()
+        copied += self
+        return copied
+
+    def add(self, exchange: Exchange) -> bool:
+        """True if it failed."""
+        self.seconds += exchange.seconds
+        self.latency.add(exchange.seconds)
+        failed = exchange.failed
+        if failed and exchange.aborted:
+            self.aborted += 1
+        else:
+            self.statuses[exchange.status] += 1
+        self.failed += failed
+        return failed
+
+    def codes(self) -> dict[str, int]:
+        found = dict.fromkeys(CODE_CLASSES, 0)
+        for status, count in self.statuses.items():
+            found[CODE_CLASSES[min(status // 100, 5) - 1]] += count  # above 599 is as good as 5xx (RFC 9110 section 15)
+        return found
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "total_requests": self.total,
+            "successful_requests": self.total - self.failed,
+            "failed_requests": self.failed,
+            "aborted_requests": self.aborted,
+            "avg_response_time": self.seconds / self.total if self.total else 0.0,
+            "latency": self.latency.summary(),
+            "codes": self.codes(),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Lifetime:
+    """Copies of counts that only ever grow: per backend id, or None for no backend; and the gauge `active`."""
+
+    active: int
+    retries: int
+    counters: dict[str | None, Counters]
+    totals: Totals
+
+
+class Statistics:
+    """What happened since the start or the last reset, and since the start of the process.
+
+    `_lock` guards everything: `_counters` (per backend id, or None for no backend), `_forgotten` (of former backends),
+    `_before` (what resets and removals took out of `_counters`), `_totals`, `_recent`, `_sampled`, `_to_sample`,
+    `_troubled`, `_arrivals`, `_retries`, `_retries_before`, `_active` and `_start_time`.
+    """
+
+    def __init__(
+        self, *, clock: Callable[[], float] = time.monotonic, wall_clock: Callable[[], float] = time.time
+    ) -> None:
+        self._lock = Lock()
+        self._wall_clock = wall_clock
+        self._active = 0
+        self._to_sample = 0  # of this second
+        self._arrivals = Rate(clock)
+        self._counters: dict[str | None, Counters] = {}
+        self._before: dict[str | None, Counters] = {}
+        self._totals = Totals()
+        self._retries = self._retries_before = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        for backend_id, counters in self._counters.items():
+            self._keep(backend_id, counters)
+        self._start_time = self._wall_clock()
+        self._counters = {None: Counters()}
+        self._forgotten = Counters()
+        self._retries_before += self._retries
+        self._retries = 0
+        self._recent: deque[Exchange] = deque(maxlen=RECENT_KEPT)
+        self._sampled: deque[Exchange] = deque(maxlen=SAMPLED_KEPT)
+        self._troubled: deque[Exchange] = deque(maxlen=TROUBLED_KEPT)
+
+    def begin(self) -> None:
+        """A request has arrived; exactly one `record` follows."""
+        with self._lock:
+            self._active += 1
+            if self._arrivals.add():
+                self._to_sample = SAMPLED_PER_SECOND
+
+    def record(self, exchange: Exchange) -> None:
+        """A request has ended, one way or another."""
+        with self._lock:
+            self._active -= 1
+            counters = self._counters.get(exchange.backend)
+            if counters is None:
+                counters = self._counters[exchange.backend] = Counters()
+            failed = counters.add(exchange)
+            self._totals.add(exchange)
+            self._recent.append(exchange)
+            if self._to_sample:
+                self._to_sample -= 1
+                self._sampled.append(exchange)
+            if failed or len(exchange.attempts) > 1:
+                self._troubled.append(exchange)
+
+    def find(self, request_id: str) -> Exchange | None:
+        """The newest finished request of this id that is still kept; clients may send the same id twice."""
+        with self._lock:
+            for exchange in chain(reversed(self._recent), reversed(self._sampled), reversed(self._troubled)):
+                if exchange.request_id == request_id:
+                    return exchange
+        return None
+
+    def recent_requests(self) -> int:
+        """How many have arrived in the last KEPT_SECONDS of a Rate."""
+        with self._lock:
+            return self._arrivals.recent()
+
+    def retried(self) -> None:
+        """A request is tried once more."""
+        with self._lock:
+            self._retries += 1
+
+    def forget(self, backend_id: str) -> None:
+        """A backend was removed: its requests stay in the total, and a later backend of that id starts at 0."""
+        with self._lock:
+            former = self._counters.pop(backend_id, None)
+            if former is not None:
+                self._forgotten += former
+                self._keep(backend_id, former)
+
+    def _keep(self, backend_id: str | None, counters: Counters) -> None:
+        """For `lifetime`. Who has been gone the longest counts for nobody in particular when there are too many."""
+        total = self._before.pop(backend_id, None) or Counters()
+        total += counters
+        self._before[backend_id] = total
+        if len(self._before) > FORMER_KEPT:
+            oldest = next(key for key in self._before if key is not None)
+            nobody = self._before.setdefault(None, Counters())
+            nobody += self._before.pop(oldest)
+            self._totals.forget(oldest)
+
+    def reset(self) -> None:
+        """Zero everything but what is in flight."""
+        with self._lock:
+            self._clear()
+
+    def lifetime(self) -> Lifetime:
+        """Counts since the start of the process, whatever was reset or removed; for differences over time."""
+        with self._lock:
+            active, retries, totals = self._active, self._retries_before + self._retries, self._totals.copy()
+            total = {backend_id: counters.copy() for backend_id, counters in self._before.items()}
+            current = [(backend_id, counters.copy()) for backend_id, counters in self._counters.items()]
+        for backend_id, counters in current:
+            if backend_id in total:
+                total[backend_id] += counters
+            else:
+                total[backend_id] = counters
+        return Lifetime(active, retries, total, totals)
+
+    def snapshot(
+        self, recent: int = 20
+    ) -> tuple[dict[str, Any], dict[str | None, dict[str, Any]], list[dict[str, Any]]]:
+        """(whole, per backend id or None, newest `recent` requests first), all of one moment."""
+        with self._lock:
+            nobody = self._forgotten.copy()
+            nobody += self._counters[None]
+            counted = self._counters | {None: nobody}
+            total = Counters()
+            for counters in counted.values():
+                total += counters
+            whole = total.describe() | {
+                "start_time": self._start_time,
+                "active_requests": self._active,
+                "retries": self._retries,
+                "requests_per_second": self._arrivals.per_second(),
+            }
+            backends = {key: counters.describe() for key, counters in counted.items()}
+            newest = list(islice(reversed(self._recent), recent))
+        return whole, backends, [exchange.describe() for exchange in newest]
+
+
+NO_REQUESTS = Counters().describe()  # what `/status` shows for a backend that has had none

@@ -1,0 +1,117 @@
+"""Counts of finished requests by label, since the start of the process: what `/metrics` shows beside the statistics.
+
+They never fall: neither a reset nor the removal of a backend touches them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from balancer.errors import (
+    BodyTruncated,
+    ConnectFailed,
+    ConnectionLost,
+    ConnectTimedOut,
+    InvalidResponse,
+    ResponseTimedOut,
+)
+from balancer.observe.exchange import Exchange
+from balancer.observe.histogram import Histogram
+from balancer.protocol.messages import METHODS
+
+_KNOWN = frozenset(METHODS)
+OTHER = "other"  # every method that is not one of those: a client may make up any number of them
+NO_ANSWER = "none"  # the code of an attempt that got no status
+# Outcomes of attempts that got no connection at all, and reasons why an answer that had begun broke off.
+UNCONNECTED = frozenset({ConnectFailed.reason, ConnectFailed("", refused=True).reason, ConnectTimedOut.reason})
+BROKEN_OFF = frozenset(error.reason for error in (BodyTruncated, ConnectionLost, InvalidResponse, ResponseTimedOut))
+
+
+class BackendTotals:
+    """Attempts on one backend. Not locked; the owner's lock guards it."""
+
+    __slots__ = ("outcomes", "broken")
+
+    def __init__(self) -> None:
+        self.outcomes: defaultdict[tuple[str, bool], int] = defaultdict(int)  # by outcome, and if on a kept connection
+        self.broken: defaultdict[str, int] = defaultdict(int)  # by reason, after the response head
+
+    def copy(self) -> BackendTotals:
+        copied = BackendTotals()
+        copied.outcomes, copied.broken = self.outcomes.copy(), self.broken.copy()
+        return copied
+
+    def codes(self) -> dict[str, int]:
+        """Attempts by status, NO_ANSWER for those without."""
+        found: defaultdict[str, int] = defaultdict(int)
+        for (outcome, _), count in self.outcomes.items():
+            found[outcome if outcome.isdecimal() else NO_ANSWER] += count
+        return found
+
+    def failures(self) -> dict[str, int]:
+        """Failed attempts by reason. One whose client left is none: it has no outcome."""
+        found = self.broken.copy()
+        for (outcome, _), count in self.outcomes.items():
+            if outcome and not outcome.isdecimal():
+                found[outcome] += count
+        return found
+
+    @property
+    def opened(self) -> int:
+        """Attempts on a new connection."""
+        return sum(n for (outcome, is_kept), n in self.outcomes.items() if not is_kept and outcome not in UNCONNECTED)
+
+    @property
+    def reused(self) -> int:
+        """Attempts on a kept connection."""
+        return sum(n for (_, is_kept), n in self.outcomes.items() if is_kept)
+
+
+class Totals:
+    """All requests. Not locked; the owner's lock guards it."""
+
+    __slots__ = ("answers", "errors", "retries", "backends", "bytes_in", "bytes_out", "waits", "waited")
+
+    def __init__(self) -> None:
+        self.answers: defaultdict[tuple[int, str], int] = defaultdict(int)  # by status and method
+        self.errors: defaultdict[str, int] = defaultdict(int)  # by reason
+        self.retries: defaultdict[str, int] = defaultdict(int)  # by what had failed before
+        self.backends: defaultdict[str, BackendTotals] = defaultdict(BackendTotals)
+        self.bytes_in = self.bytes_out = 0
+        self.waits = Histogram()  # of the requests that had to wait for a place
+        self.waited = 0.0  # seconds
+
+    def add(self, exchange: Exchange) -> None:
+        method, attempts = exchange.method, exchange.attempts
+        self.answers[exchange.status, method if method in _KNOWN else OTHER] += 1
+        self.bytes_in += exchange.bytes_in
+        self.bytes_out += exchange.bytes_out
+        for attempt in attempts:  # without a call: every request comes here
+            self.backends[attempt.choice.backend.id].outcomes[attempt.outcome, attempt.connect is None] += 1
+        if exchange.queued:
+            self.waits.add(exchange.queued)
+            self.waited += exchange.queued
+        if exchange.reason is not None or len(attempts) > 1:
+            self._add_trouble(exchange)
+
+    def _add_trouble(self, exchange: Exchange) -> None:
+        reason, attempts = exchange.reason, exchange.attempts
+        for attempt in attempts[:-1]:
+            self.retries[attempt.outcome] += 1
+        if reason is None:
+            return
+        self.errors[reason] += 1
+        if reason in BROKEN_OFF and attempts and attempts[-1].outcome.isdecimal():
+            self.backends[attempts[-1].backend].broken[reason] += 1
+
+    def copy(self) -> Totals:
+        copied = Totals()
+        copied.answers, copied.errors, copied.retries = self.answers.copy(), self.errors.copy(), self.retries.copy()
+        copied.backends.update((backend, totals.copy()) for backend, totals in self.backends.items())
+        copied.bytes_in, copied.bytes_out = self.bytes_in, self.bytes_out
+        copied.waits, copied.waited = self.waits.copy(), self.waited
+        return copied
+
+    def forget(self, backend: str) -> None:
+        """For good: it has been gone for so long that it will not come back."""
+        self.backends.pop(backend, None)

@@ -1,0 +1,1 @@
+"""Rules and values of HTTP. No I/O, no state of a connection: functions and what they are about."""

@@ -1,0 +1,208 @@
+"""Requests as they come in, and their bodies: from our own server as they are, from any other through WSGI.
+
+Our own server puts into environ what PEP 3333 has no place for; under any other, `Incoming.of` makes do without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+from urllib.parse import quote_from_bytes
+
+from balancer.errors import BodyTooLarge, ClientError, ClientGone
+from balancer.protocol.client import Watcher
+from balancer.protocol.messages import Line, parse_content_length
+from balancer.protocol.requestheads import RequestHead, RequestHeads
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import InputStream, WSGIEnvironment
+
+# What our own server puts into environ beyond PEP 3333; under any other server they are missing.
+HEADER_LINES = "balancer.header_lines"  # list of (lower-case name, value) as received, in bytes
+CLIENT = "balancer.client"  # a connection.Watcher: aborts what is attached when the client leaves
+READ_SIZE = 65536
+
+
+class Incoming:
+    """A request as it came, whichever server brought it. `target` is raw; header lines have lower-case names.
+
+    `length` is Content-Length as it was sent, "" without one; `is_ended` says that the server tells where a body
+    without a length ends. `client` is None if the server cannot tell when clients leave.
+    """
+
+    __slots__ = (
+        *("method", "path", "target", "version", "peer", "lines", "head"),
+        *("length", "is_ended", "stream", "client"),
+    )
+
+    def __init__(
+        self,
+        heads: RequestHeads,
+        method: str,
+        path: str,
+        target: bytes,
+        version: str,
+        scheme: str,
+        peer: str,
+        lines: Sequence[Line],
+    ) -> None:
+        self.method = method
+        self.path = path
+        self.target = target
+        self.version = version
+        self.peer = peer
+        self.lines = lines
+        self.head: RequestHead = heads.of(lines, peer, scheme, version)
+        self.length = self.head.length
+        self.is_ended = False
+        self.stream: InputStream | None = None
+        self.client: Watcher | None = None
+
+    @classmethod
+    def of(cls, environ: WSGIEnvironment, heads: RequestHeads) -> Incoming:
+        """From what WSGI gives, which is all there is under another server than our own."""
+        version = environ["SERVER_PROTOCOL"].removeprefix("HTTP/")
+        made = cls(
+            heads,
+            environ["REQUEST_METHOD"],
+            environ["PATH_INFO"],
+            raw_target(environ),
+            version,
+            environ["wsgi.url_scheme"],
+            environ.get("REMOTE_ADDR") or "unknown",
+            header_lines(environ),
+        )
+        made.length = environ.get("CONTENT_LENGTH") or ""
+        made.is_ended = bool(environ.get("wsgi.input_terminated"))
+        made.stream = environ["wsgi.input"]
+        made.client = environ.get(CLIENT)
+        return made
+
+    def values(self, name: bytes) -> Sequence[bytes]:
+        """Of a field that means something to a gateway, one for each line."""
+        return self.head.fields.get(name, ())
+
+    def content_length(self) -> int | None:
+        """Bytes of the body, None if there is no Content-Length. Raises ClientError (RFC 9112 section 6.3)."""
+        if not self.length:
+            return None
+        if self.values(b"transfer-encoding"):
+            raise ClientError("the request has both Content-Length and Transfer-Encoding")
+        try:
+            return parse_content_length(self.length.encode("latin-1"))
+        except ValueError as error:
+            raise ClientError(str(error)) from None
+
+    def may_have_body(self) -> bool:
+        """Without Content-Length: chunked in HTTP/1.1; in HTTP/2 the end of the stream tells (RFC 9113 section 8.1)."""
+        return self.is_ended and (self.version == "2" or bool(self.values(b"transfer-encoding")))
+
+    def read(self, length: int | None, limit: int | None) -> Iterator[list[bytes]]:
+        """The body in pieces, those together that are here together.
+
+        Raises ClientGone if it ends early, BodyTooLarge past `limit` bytes.
+        """
+        received = 0
+        while pieces := self._next(length, received):
+            received += sum(map(len, pieces))
+            if limit is not None and received > limit:
+                raise BodyTooLarge(f"the request body has more than {limit} bytes")
+            yield pieces
+            if received == length:
+                return
+        if length:
+            raise ClientGone(f"the client sent {received} of {length} bytes")
+
+    def _next(self, length: int | None, received: int) -> list[bytes]:
+        """[] at the end. Another server than ours is not asked for more than there is: it might wait for it for ever
+        (PEP 3333)."""
+        assert self.stream is not None  # there is none only for an empty body
+        if isinstance(self.stream, RequestBody):
+            return self.stream.receive()
+        data = self.stream.read(READ_SIZE if length is None else min(READ_SIZE, length - received))
+        return [data] if data else []
+
+
+def header_lines(environ: WSGIEnvironment) -> list[Line]:
+    """Header lines as received; under a server that does not give them, what WSGI left of them."""
+    lines: list[Line] | None = environ.get(HEADER_LINES)
+    if lines is None:
+        lines = [
+            (key[5:].replace("_", "-").lower().encode("latin-1"), value.encode("latin-1"))
+            for key, value in environ.items()
+            if key.startswith("HTTP_")
+        ]
+        if environ.get("CONTENT_TYPE"):
+            lines.append((b"content-type", environ["CONTENT_TYPE"].encode("latin-1")))
+    return lines
+
+
+def raw_target(environ: WSGIEnvironment) -> bytes:
+    """The request target byte for byte; under a server that does not give it, the path is quoted again."""
+    target: str = environ.get("REQUEST_URI") or environ.get("RAW_URI") or ""
+    if target.startswith("/") or target == "*":
+        return target.encode("latin-1")
+    path = quote_from_bytes(environ["PATH_INFO"].encode("latin-1"), safe="/:@!$&'()*+,;=~-._")
+    query = environ.get("QUERY_STRING", "")
+    return f"{path}?{query}".encode("latin-1") if query else path.encode("latin-1")
+
+
+class RequestBody:
+    """`wsgi.input` over `receive`, which gives the next pieces, [] at the end: waits only for what is asked for.
+
+    Use either that or the methods of `wsgi.input`.
+    """
+
+    def __init__(self, receive: Callable[[], list[bytes]]) -> None:
+        self.receive = receive
+        self._pending: bytes | memoryview = b""
+
+    def read(self, size: int = -1) -> bytes:
+        """At most `size` bytes, fewer if fewer are here; all of the body if `size` is negative."""
+        if size is None or size < 0:
+            return b"".join(iter(lambda: self.read(65536), b""))
+        if not self._pending:
+            piece = b"".join(self.receive())
+            if len(piece) <= size:
+                return piece
+            self._pending = memoryview(piece)  # each byte of it is copied once, however small the parts
+        data, self._pending = bytes(self._pending[:size]), self._pending[size:]
+        return data
+
+    def readline(self, size: int = -1) -> bytes:
+        """Up to and with the next line feed, as PEP 3333 asks."""
+        line = b""
+        while not line.endswith(b"\n") and (size < 0 or len(line) < size):
+            piece = self.read(65536 if size < 0 else size - len(line))
+            if not piece:
+                break
+            end = piece.find(b"\n") + 1
+            if end:
+                self._pending = piece[end:] + self._pending
+                piece = piece[:end]
+            line += piece
+        return line
+
+    def readlines(self, hint: int = -1) -> list[bytes]:
+        return list(self)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self.readline, b"")
+
+
+def _environ_key(name: bytes) -> str:
+    """The WSGI name of a header, "" if it must not have one: with `_` it could pass for another."""
+    if b"_" in name:
+        return ""
+    key = name.decode("latin-1").upper().replace("-", "_")
+    return key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else "HTTP_" + key
+
+
+def add_headers(environ: WSGIEnvironment, lines: Iterable[tuple[bytes, bytes]]) -> None:
+    for name, value in lines:
+        key = _environ_key(name)
+        text = value.decode("latin-1")
+        if key in environ:
+            environ[key] += ("; " if key == "HTTP_COOKIE" else ",") + text
+        elif key:
+            environ[key] = text

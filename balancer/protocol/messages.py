@@ -1,0 +1,400 @@
+"""Header rules of a gateway: pure functions on header lines, no I/O.
+
+Facts this module rests on:
+- A header section is an ordered list of lines. Lines of one name keep their order and are never merged, because
+  `Set-Cookie` cannot be (RFC 9110 section 5.3). So the type is a list of pairs of bytes, not a mapping.
+- Names are compared in lower case (section 5.1).
+- Hop-by-hop fields belong to one connection. They go first, in both directions; what we add comes after, or a client
+  could nominate our own fields in `Connection` and have them removed (section 7.6.1).
+- Everything a client says about where it comes from, or what it was after, is a claim until its address is in
+  `trusted_proxies`: applications believe it, and who was to tell them apart from what a proxy has set?
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import count
+from secrets import token_hex
+from urllib.parse import unquote
+
+from balancer.errors import ClientError, CodingUnsupported, LoopDetected, TooManyHeaders
+from balancer.protocol.tables import Table
+
+Line = tuple[bytes, bytes]
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+# RFC 9110 section 7.6.1, plus the fields that are for one hop by their own definition (sections 10.1.4, 11.7, 6.6.2).
+HOP_BY_HOP = frozenset(
+    {
+        b"connection",
+        b"proxy-connection",
+        b"keep-alive",
+        b"te",
+        b"transfer-encoding",
+        b"upgrade",
+        b"trailer",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+    }
+)
+# Not for the backend: `Expect` is answered by our server (section 10.1.1), `Proxy` is CVE-2016-5385 (httpoxy), the
+# framing is made anew (section 8.6), and the request id is set by us.
+_NOT_FORWARDED = HOP_BY_HOP | {b"expect", b"proxy", b"content-length", b"x-request-id"}
+# What a proxy tells of the client and of what it asked for, and what applications believe: all that begins like this,
+_CLAIMED = (b"x-forwarded-", b"x-original-", b"x-envoy-original-", b"x-ssl-", b"ssl-client-", b"client-cert")
+# and the rest by name: the standard's own, addresses, targets and hosts, schemes and TLS.
+_CLAIMS = frozenset(
+    {
+        *(b"forwarded", b"x-real-ip", b"client-ip", b"x-client-ip", b"true-client-ip", b"x-true-client-ip"),
+        *(b"x-cluster-client-ip", b"x-originating-ip", b"x-remote-ip", b"x-remote-addr", b"x-proxyuser-ip"),
+        *(b"proxy-client-ip", b"wl-proxy-client-ip", b"cf-connecting-ip", b"cf-connecting-ipv6", b"fastly-client-ip"),
+        *(b"fly-client-ip", b"do-connecting-ip", b"x-azure-clientip", b"x-azure-socketip", b"x-appengine-user-ip"),
+        *(b"x-nf-client-connection-ip", b"cloudfront-viewer-address", b"x-envoy-external-address", b"x-envoy-internal"),
+        *(b"x-rewrite-url", b"x-http-destinationurl", b"x-host", b"x-http-host-override", b"x-forwarded"),
+        *(b"x-scheme", b"x-url-scheme", b"front-end-https", b"cf-visitor", b"cloudfront-forwarded-proto", b"x-ssl"),
+        *(b"x-arr-ssl", b"x-arr-clientcert", b"x-client-cert"),
+    }
+)
+# Of these, what we tell ourselves, which is added to what a trusted proxy has told.
+_ADDED_TO = frozenset({b"forwarded", b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host"})
+_PASSED_ON = frozenset({b"via", b"max-forwards", b"traceparent", b"tracestate", b"service-worker"})
+_NOTABLE = _NOT_FORWARDED | _PASSED_ON | {b"host"}
+NAMES_ROOM, NAME_BYTES = 65536, 150  # for names seen before, and of each beside its own bytes
+# `Alt-Svc` names another way to the backend's own origin, which is not ours (RFC 7838 section 2.1).
+_NOT_RETURNED = HOP_BY_HOP | {b"alt-svc", b"x-request-id", b"x-served-by"}
+# What `Connection` may not take away: without it the message means something else.
+_NEVER_NOMINATED = frozenset({b"host", b"content-length"})
+NONE: frozenset[bytes] = frozenset()
+# For an answer that names no server: ours would name itself otherwise, which is only a part of it.
+SERVER_LINE: Line = (b"server", b"load-balancer")
+
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")  # those that we know; others pass, but for
+REFUSED_METHODS = frozenset({"CONNECT", "TRACE"})  # these: not for a gateway (RFC 9110 sections 9.3.6 and 9.3.8)
+ALLOWED = ", ".join(METHODS).encode()  # as in `Allow`
+IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})  # RFC 9110 section 9.2.2; TRACE is refused
+BODILESS_STATUSES = frozenset({204, 304})  # RFC 9112 section 6.3, rule 1
+
+_DIGITS = re.compile(rb"[0-9]{1,18}\Z")
+# reg-name, IPv4 or bracketed IPv6, optional port (RFC 3986 section 3.2.2); no user info, no spaces.
+_HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9\-._~!$&'()*+,;=%]+)(?::[0-9]{0,5})?\Z")
+_VISIBLE = bytes(range(0x21, 0x7F))
+# A path that means the same to every reader of URLs: no dots, backslashes, escapes, or host.
+_PLAIN_PATH = re.compile(rb"(?:/[A-Za-z0-9_~-]+)+/?\Z")
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:+/=@-]{1,128}\Z")
+
+# W3C Trace Context, section 3.2.2: version, trace id, parent id, flags; later versions may say more after that.
+_TRACE_PARENT = re.compile(
+    rb"(?:00-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
+    rb"|(?!00|ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-[\x21-\x7e]*)?)\Z"
+)
+
+_process_id = token_hex(6).encode()
+_serial = count(1)
+
+
+class HeaderLines(Mapping[str, str]):
+    """Header lines that also read as a mapping, as `requests` expects of `headers`.
+
+    `lines` is the truth: pairs of bytes in wire order, repeated names kept. The mapping view joins repeated lines with
+    a comma, which is right for every field but `Set-Cookie`; use `lines` to forward.
+    """
+
+    __slots__ = ("lines",)
+
+    def __init__(self, lines: Sequence[Line]) -> None:
+        self.lines = lines
+
+    def __getitem__(self, name: str) -> str:
+        wanted = name.lower().encode("latin-1", "replace")
+        values = [value for key, value in self.lines if key.lower() == wanted]
+        if not values:
+            raise KeyError(name)
+        return b", ".join(values).decode("latin-1")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys(key.lower().decode("latin-1") for key, _ in self.lines))
+
+    def __len__(self) -> int:
+        return len({key.lower() for key, _ in self.lines})
+
+
+def parse_content_length(value: bytes) -> int:
+    """Length in bytes. Digits only: `int()` would take `+5`, `1_0`, blanks and digits of other scripts.
+
+    Raises ValueError for anything else (RFC 9110 section 8.6).
+    """
+    if not is_content_length(value):
+        raise ValueError(f"Content-Length {value[:40]!r} is not a number")
+    return int(value)
+
+
+def is_content_length(value: bytes) -> bool:
+    return _DIGITS.match(value) is not None
+
+
+def is_claim(name: bytes) -> bool:
+    """Whether this field says where a request comes from, or what it was after before a proxy changed it."""
+    return name in _CLAIMS or name.startswith(_CLAIMED)
+
+
+def _is_plain(name: bytes) -> bool:
+    """Whether this field goes on as it is. None with `_` does: WSGI and CGI fold that onto `-`, so that X_Forwarded_For
+    would arrive as X-Forwarded-For."""
+    return not (name in _NOTABLE or b"_" in name or is_claim(name))
+
+
+_plain = Table(_is_plain, NAMES_ROOM, lambda name, is_plain: NAME_BYTES + len(name) if len(name) <= 64 else 0)
+
+
+def notable(lines: Iterable[Line]) -> dict[bytes, list[bytes]]:
+    """Values by name, one for each line, of what does not just go on: one or two of ten lines, mostly."""
+    found: dict[bytes, list[bytes]] = {}
+    for name, value in lines:
+        if not _plain[name]:
+            found.setdefault(name, []).append(value)
+    return found
+
+
+def nominated(lines: Iterable[Line]) -> frozenset[bytes]:
+    """Names listed in all `Connection` lines, in lower case (RFC 9110 section 7.6.1)."""
+    names = NONE
+    for name, value in lines:
+        if name == b"connection":
+            names = names | options_of(value) if names else options_of(value)
+    return names
+
+
+def options_of(value: bytes) -> frozenset[bytes]:
+    """Names in one `Connection` line."""
+    return _usual_options(value) if len(value) <= 64 else _options(value)  # bounded: anybody may send anything
+
+
+def _options(value: bytes) -> frozenset[bytes]:
+    return frozenset(item.strip().lower() for item in value.split(b",")) - _NEVER_NOMINATED
+
+
+_usual_options = lru_cache(maxsize=256)(_options)  # `keep-alive` and `close`, mostly; 1 MB if all are 32 of a letter
+
+
+def check_target(method: str, target: bytes) -> None:
+    """Origin-form or asterisk-form in visible ASCII, nothing else. Raises ClientError (RFC 9112 section 3.2)."""
+    is_of_form = target.startswith(b"/") or (target == b"*" and method == "OPTIONS")
+    if not is_of_form or target.translate(None, _VISIBLE):
+        raise ClientError("the request target must be a path")
+
+
+def check_count(lines: Sequence[Line], most: int) -> None:
+    """Raises TooManyHeaders (RFC 6585 section 5)."""
+    if len(lines) > most:
+        raise TooManyHeaders(f"{len(lines)} header lines, at most {most} are accepted")
+
+
+def check_host(hosts: Sequence[bytes], http_version: str) -> None:
+    """Refuse what hyper lets through: no Host, more than one, or one that is no host name.
+
+    Raises ClientError (RFC 9112 section 3.2).
+    """
+    if len(hosts) > 1:
+        raise ClientError(f"the request has {len(hosts)} Host lines, expected one")
+    host = hosts[0] if hosts else b""
+    if not host:
+        if http_version != "1.0":
+            raise ClientError("the request has no Host header")
+    elif not _HOST.match(host):
+        raise ClientError("the Host header is not a host name")
+
+
+def check_codings(values: Sequence[bytes]) -> None:
+    """A body may be chunked, once; any other coding would be lost when it is framed anew (RFC 9112 section 6.1).
+
+    `values` of Transfer-Encoding. Raises CodingUnsupported for another coding, ClientError for chunked twice.
+    """
+    if not values or (len(values) == 1 and values[0] == b"chunked"):
+        return
+    codings = [item.strip().lower() for item in b",".join(values).split(b",")]
+    if codings == [b"chunked"]:
+        return
+    if set(codings) == {b"chunked"}:
+        raise ClientError("the request body is chunked twice")
+    raise CodingUnsupported("a Transfer-Encoding other than chunked is not supported")
+
+
+def max_forwards(values: Sequence[bytes]) -> int | None:
+    """How many more steps an OPTIONS may go, None if nothing says so (RFC 9110 section 7.6.2)."""
+    return min((int(value) for value in values if _DIGITS.match(value)), default=None)
+
+
+def count_down(lines: Iterable[Line]) -> list[Line]:
+    """Take this step off `Max-Forwards`."""
+    return [
+        (name, b"%d" % max(0, int(value) - 1)) if name == b"max-forwards" and _DIGITS.match(value) else (name, value)
+        for name, value in lines
+    ]
+
+
+def request_id(given: Sequence[bytes]) -> bytes:
+    """The client's X-Request-ID if it is one sane line, else a new one: unique in this process and across restarts."""
+    if len(given) == 1 and _REQUEST_ID.match(given[0]):
+        return given[0]
+    return b"%s-%x" % (_process_id, next(_serial))
+
+
+def trace_id(given: Sequence[bytes]) -> str | None:
+    """The trace id of the one valid `traceparent`; None if there is none (W3C Trace Context, section 3.2)."""
+    match = _TRACE_PARENT.match(given[0]) if len(given) == 1 else None
+    return (match[1] or match[2]).decode("ascii") if match else None
+
+
+def client_address(peer: str, forwarded_for: str, trusted: Sequence[Network]) -> str:
+    """Who sent the request: the nearest address that is not a trusted proxy's.
+
+    `forwarded_for` is the value of `X-Forwarded-For`, each proxy's client after the one before.
+    """
+    address = peer
+    if not (forwarded_for and trusted):
+        return peer
+    for claim in reversed(forwarded_for.split(",")):
+        if not is_in_networks(address, trusted):
+            break
+        try:
+            # Less an IPv6 zone, which may be any text and is written into logs.
+            address = str(ipaddress.ip_address(claim.strip().partition("%")[0]))
+        except ValueError:  # a name, a port, or made up
+            break
+    return address
+
+
+def request_lines(
+    lines: Sequence[Line],
+    found: Mapping[bytes, Sequence[bytes]],
+    *,
+    peer: str,
+    scheme: str,
+    http_version: str,
+    pseudonym: bytes,
+    trusted: Sequence[Network] = (),
+) -> list[Line]:
+    """Header lines for the backend, without framing fields and X-Request-ID; `Host` first.
+
+    `found` are the `notable` ones of `lines`; `peer` is the address of the TCP connection; `pseudonym` our name in
+    `Via`. Raises LoopDetected if the request has passed through us before.
+    """
+    if http_version == "2":
+        lines = join_cookies(lines)
+    # HTTP/1.0 without Host: the field is required in what we send, it may be empty (RFC 9112 section 3.2).
+    host = found[b"host"][0] if b"host" in found else b""
+    kept = [line for line in lines if _plain[line[0]]]
+    told: dict[bytes, bytes] = {}  # by a trusted proxy, of what we tell too
+    if len(found) > 1 or b"host" not in found:  # more than Host, which is all that most requests have
+        kept, claims = _notable_lines(kept, found, pseudonym)
+        if claims and is_in_networks(peer, trusted):
+            kept += [(name, value) for name, values in claims.items() if name not in _ADDED_TO for value in values]
+            told = {name: b", ".join(values) for name, values in claims.items() if name in _ADDED_TO}
+    address, protocol = _address(peer), scheme.encode()
+    if b"forwarded" in told:
+        kept.append((b"forwarded", told[b"forwarded"] + b", " + _forwarded(address, host, scheme)))
+    forwarded_for = told.get(b"x-forwarded-for")
+    return [
+        (b"host", host),
+        *kept,
+        (b"x-forwarded-for", address if forwarded_for is None else forwarded_for + b", " + address),
+        (b"x-forwarded-proto", told.get(b"x-forwarded-proto", protocol)),
+        (b"x-forwarded-host", told.get(b"x-forwarded-host", host)),
+        (b"via", b"%s %s" % (http_version.encode(), pseudonym)),
+    ]
+
+
+def _notable_lines(
+    kept: list[Line], found: Mapping[bytes, Sequence[bytes]], pseudonym: bytes
+) -> tuple[list[Line], dict[bytes, Sequence[bytes]]]:
+    """(lines that go on, what the client claims), less what its `Connection` names."""
+    if any(pseudonym in value for value in found.get(b"via", ())):
+        raise LoopDetected("the request has already passed through this load balancer")
+    kept += [(name, value) for name, values in found.items() if name in _PASSED_ON for value in values]
+    options = frozenset[bytes]().union(*(options_of(value) for value in found.get(b"connection", ())))
+    if not options <= HOP_BY_HOP:
+        kept = [line for line in kept if line[0] not in options]
+    return kept, {name: values for name, values in found.items() if is_claim(name) and name not in options}
+
+
+@lru_cache(maxsize=1024)  # 0.3 MB
+def _address(peer: str) -> bytes:
+    """Without an IPv6 zone, which means nothing to anyone else."""
+    return peer.partition("%")[0].encode("ascii", "replace")
+
+
+def join_cookies(lines: Sequence[Line]) -> Sequence[Line]:
+    """HTTP/2 may split `Cookie` over several lines; HTTP/1.1 must get one (RFC 9113 section 8.2.3)."""
+    crumbs = [value for name, value in lines if name == b"cookie"]
+    if len(crumbs) < 2:
+        return lines
+    return [line for line in lines if line[0] != b"cookie"] + [(b"cookie", b"; ".join(crumbs))]
+
+
+def response_lines(lines: Sequence[Line], status: int, options: frozenset[bytes]) -> list[Line]:
+    """Header lines for the client: everything that is not for the connection to the backend only, and SERVER_LINE.
+
+    `lines` have lower-case names; `options` are what `nominated` found in them.
+    """
+    drop = _NOT_RETURNED if options <= _NOT_RETURNED else _NOT_RETURNED | options
+    if status == 204:  # RFC 9110 section 8.6
+        drop |= {b"content-length"}
+    kept = [line for line in lines if line[0] not in drop]
+    if not any(name == b"server" for name, _ in kept):
+        kept.append(SERVER_LINE)
+    return kept
+
+
+def scope_of(target: bytes) -> str:
+    """The folder of the script that is asked for: how far it reaches as a service worker, unless its answer says more
+    (W3C Service Workers, section "Service Worker Script Response")."""
+    return unquote(target.partition(b"?")[0].rpartition(b"/")[0], "latin-1") + "/"
+
+
+def narrowed(lines: Iterable[Line], is_too_wide: Callable[[str], bool]) -> list[Line]:
+    """Without a `Service-Worker-Allowed` that is too wide. It is a URL, so what is no plain path may be everything."""
+    return [
+        (name, value)
+        for name, value in lines
+        if name != b"service-worker-allowed"
+        or not is_too_wide(value.decode("ascii") if _PLAIN_PATH.match(value) else "")
+    ]
+
+
+def is_loopback(address: str) -> bool:
+    """Of this machine; an IPv4-mapped IPv6 address counts as IPv4."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return address == "localhost"
+    return bool((getattr(parsed, "ipv4_mapped", None) or parsed).is_loopback)
+
+
+def is_in_networks(address: str, networks: Sequence[Network]) -> bool:
+    """True if `address` parses and lies in one of `networks`; an IPv4-mapped IPv6 address counts as IPv4."""
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return False
+    mapped = getattr(parsed, "ipv4_mapped", None)
+    return any((mapped or parsed) in network for network in networks)
+
+
+def network_of(address: str) -> str:
+    """Whoever has one IPv6 address has as many as its /64 holds (RFC 6177); an IPv4 address stands for itself."""
+    if ":" not in address:
+        return address
+    try:
+        parsed = ipaddress.IPv6Address(address.partition("%")[0])
+    except ValueError:
+        return address
+    return str(parsed.ipv4_mapped or ipaddress.IPv6Address(int(parsed) >> 64 << 64))
+
+
+def _forwarded(address: bytes, host: bytes, scheme: str) -> bytes:
+    """One element of `Forwarded` (RFC 7239 section 4); an IPv6 address is bracketed and quoted (section 6)."""
+    node = b'"[%s]"' % address if b":" in address else address
+    return b'for=%s;host="%s";proto=%s' % (node, host, scheme.encode())

@@ -1,0 +1,138 @@
+"""One socket to a backend, in blocking mode, and the time limits the kernel keeps for it."""
+
+from __future__ import annotations
+
+import select
+import socket
+import ssl
+import struct
+import sys
+
+from balancer.errors import ConnectionLost, ResponseTimedOut
+from balancer.protocol.origin import Origin
+
+DONTWAIT = int(getattr(socket, "MSG_DONTWAIT", 0))
+_PEEK = int(getattr(socket, "MSG_PEEK", 0)) | DONTWAIT
+# struct tcp_info of linux/tcp.h, unchanged since 4.2: the state, and the bytes received.
+_HAS_TCP_INFO = sys.platform == "linux"
+_TCP_INFO = int(getattr(socket, "TCP_INFO", 0))
+_ESTABLISHED, _RECEIVED_AT, _INFO_SIZE = 1, 128, 136
+_received = struct.Struct("@Q").unpack_from
+# Bytes per receive: 128 KiB of body and a head. Each piece is handed on by a switch of threads, so larger is cheaper;
+# and a slow client has up to six of them in flight, so larger is more memory: `download` says how much is asked for.
+CHUNK = 135168
+FIRST = 33792  # of an answer, 32 KiB of body and a head: nobody knows yet how fast its client reads
+CLOSE_ENOUGH = 0.99  # of a time limit
+
+
+class Connection:
+    """Receives and sends with a time-out set by SO_RCVTIMEO: Python's own time-outs poll before every receive."""
+
+    __slots__ = ("sock", "origin", "idle_since", "is_reused", "is_watched", "is_tls", "_timeout", "_received")
+
+    def __init__(self, sock: socket.socket, origin: Origin) -> None:
+        self.sock = sock
+        self.origin = origin
+        self.idle_since = 0.0
+        self.is_reused = False
+        self.is_watched = False  # by `express`
+        self._timeout = 0.0
+        self._received = 0  # bytes
+        self.is_tls = isinstance(sock, ssl.SSLSocket)
+
+    def set_timeout(self, seconds: float) -> None:
+        """For sends and receives from now on. What is left of a limit is hardly less at each step of a request: that is
+        not worth two system calls."""
+        if seconds == self._timeout or self._timeout * CLOSE_ENOUGH <= seconds < self._timeout:
+            return
+        self._timeout = seconds
+        if self.is_tls:  # the ssl module retries a receive that the kernel timed out, so Python must do the timing
+            self.sock.settimeout(seconds)
+            return
+        if sys.platform == "win32":
+            value = struct.pack("@L", int(seconds * 1000))
+        else:
+            value = struct.pack("@ll", int(seconds), int(seconds % 1 * 1_000_000))
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
+
+    def receive(self, most: int = CHUNK) -> bytes:
+        """Up to `most` bytes, b"" at EOF. Raises ResponseTimedOut, ConnectionLost."""
+        try:
+            data = self.sock.recv(most)
+        except (TimeoutError, BlockingIOError):
+            raise ResponseTimedOut(f"{self.origin.url} sent nothing for {self._timeout:g} s") from None
+        except OSError as error:
+            raise ConnectionLost(f"{self.origin.url}: {error.strerror or error}") from error
+        self._received += len(data)
+        return data
+
+    def receive_now(self, most: int = CHUNK) -> bytes | None:
+        """What is here already, None if nothing is. Raises ConnectionLost."""
+        if not DONTWAIT or self.is_tls:
+            return self._receive_readable(most)
+        try:
+            data = self.sock.recv(most, DONTWAIT)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            raise ConnectionLost(f"{self.origin.url}: {error.strerror or error}") from error
+        self._received += len(data)
+        return data
+
+    def _receive_readable(self, most: int) -> bytes | None:
+        if not self.is_tls:  # Windows
+            return self.receive(most) if self.has_input() else None
+        # A readable TLS socket may hold a session ticket only, and no byte for us.
+        self.sock.settimeout(0)
+        try:
+            return self.sock.recv(most)
+        except (ssl.SSLWantReadError, BlockingIOError):
+            return None
+        except OSError as error:
+            raise ConnectionLost(f"{self.origin.url}: {error.strerror or error}") from error
+        finally:
+            self.sock.settimeout(self._timeout)
+
+    def has_input(self) -> bool:
+        """True if a receive would not block: while idle, that means EOF, an alert, or bytes nobody asked for."""
+        if not _HAS_TCP_INFO or self.is_tls:
+            return self._peek()
+        # Asks the kernel instead of the socket: a system call that receives lets the interpreter lock go, and with it
+        # comes a switch of threads.
+        info = self.sock.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, _INFO_SIZE)
+        try:
+            if info[0] == _ESTABLISHED and _received(info, _RECEIVED_AT)[0] == self._received:
+                return False
+        except (IndexError, struct.error):  # a kernel that tells less, as that of a sandbox may
+            pass
+        return self._peek()
+
+    def _peek(self) -> bool:
+        if self.is_tls or not DONTWAIT:  # neither can peek without blocking
+            return self._is_readable()
+        try:
+            self.sock.recv(1, _PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        return True
+
+    def _is_readable(self) -> bool:
+        if sys.platform == "win32":
+            return bool(select.select([self.sock], [], [], 0)[0])
+        poller = select.poll()  # not select(): it cannot take descriptors above 1023, and those are common here
+        poller.register(self.sock, select.POLLIN)
+        return bool(poller.poll(0))
+
+    def abort(self) -> None:
+        """Wake whoever blocks on this socket, from any thread. The owner still has to close it."""
+        try:
+            # Not SSLSocket's own: it would turn the socket into a plain one under the thread that uses it.
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+        except OSError:
+            pass  # already down
+
+    def close(self) -> None:
+        self.sock.close()

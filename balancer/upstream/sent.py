@@ -1,0 +1,120 @@
+"""A request on its way to a backend: what has gone out of it, and what has come back."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+
+from balancer.errors import BackendError, ResponseTimedOut
+from balancer.upstream.connection import DONTWAIT, Connection
+from balancer.upstream.outgoing import OutgoingRequest
+from balancer.upstream.response import BackendResponse, ResponseHead
+
+_HAS_SENDMSG = hasattr(socket.socket, "sendmsg")  # Windows has none
+
+
+class Sent:
+    """A request that is on its way, and what has come back so far."""
+
+    __slots__ = ("connection", "request", "_head", "deadline", "rest", "is_whole", "is_clean", "response", "failure")
+
+    def __init__(self, connection: Connection, request: OutgoingRequest, deadline: float) -> None:
+        self.connection = connection
+        self.request = request
+        self._head: ResponseHead | None = None
+        self.deadline = deadline  # of time.monotonic(), for the response head
+        self.rest = b""  # what is still to be sent
+        self.is_whole = False  # all of the request was sent
+        self.is_clean = True  # nothing followed the response
+        self.response: BackendResponse | None = None
+        self.failure: BackendError | None = None
+
+    @property
+    def is_answered(self) -> bool:
+        """The response head is here, maybe more, and nothing has gone wrong."""
+        return self.response is not None and self.failure is None
+
+    @property
+    def head(self) -> ResponseHead:
+        """As far as it is here. Most responses never need one."""
+        if self._head is None:
+            self._head = ResponseHead()
+        return self._head
+
+    def write(self, head: bytes) -> None:
+        """Send the request, which begins with `head`.
+
+        If a streamed body is refused before its end (413, 401), stop. A broken pipe is not final: the answer may be
+        here already.
+        """
+        request = self.request
+        if request.body is None:
+            self.is_whole = self._write(head)
+        elif isinstance(request.body, bytes):
+            self.is_whole = self._write(head, request.body)
+        else:
+            self.is_whole = self._write(head) and self._write_stream(request.body, request.content_length is None)
+
+    def write_now(self, data: bytes) -> None:
+        """Send as much of the request as goes without waiting, and leave the `rest`."""
+        try:
+            size = self.connection.sock.send(data, DONTWAIT)
+        except BlockingIOError:
+            size = 0
+        except OSError:
+            return  # as in `_write`
+        self.rest = data[size:]
+        self.is_whole = not self.rest
+
+    def write_rest(self) -> None:
+        rest, self.rest = self.rest, b""
+        self.is_whole = self._write(rest)
+
+    def expire(self) -> None:
+        """The response head has not come in time."""
+        self.failure = ResponseTimedOut(f"{self.connection.origin.url} sent no complete response head in time")
+
+    def close(self) -> None:
+        """The connection is of no use to anybody any more."""
+        if self.request.watcher is not None:
+            self.request.watcher.detach()
+        if self._head is not None:
+            self._head.end()
+        self.connection.close()
+
+    def _write(self, *parts: bytes) -> bool:
+        connection, done = self.connection, 0
+        try:
+            if len(parts) > 1 and _HAS_SENDMSG and not connection.is_tls:
+                done = connection.sock.sendmsg(parts)  # not one by one: the backend would wake up for each
+                if done == sum(map(len, parts)):
+                    return True
+            connection.sock.sendall(parts[0] if len(parts) == 1 else b"".join(parts)[done:])
+        except (TimeoutError, BlockingIOError):
+            raise ResponseTimedOut(f"{self.connection.origin.url} stopped reading the request") from None
+        except OSError:
+            return False
+        return True
+
+    def _write_stream(self, chunks: Iterator[bytes | list[bytes]], chunked: bool) -> bool:
+        for chunk in chunks:
+            pieces = chunk if isinstance(chunk, list) else [chunk]
+            if chunked and (size := sum(map(len, pieces))):
+                pieces = [b"%x\r\n" % size, *pieces, b"\r\n"]
+            if not self._write(*pieces):
+                return False
+            if not self.head.has_head and self._is_refused():
+                return False
+        return self._write(b"0\r\n\r\n") if chunked else True
+
+    def _is_refused(self) -> bool:
+        """True if the backend hung up or answered early; an interim response and a success are no reason to stop."""
+        if not self.connection.has_input():  # cheaper than to try
+            return False
+        data = self.connection.receive_now()
+        if data is None:
+            return False
+        self.head.size += len(data)
+        if data and not self.head.feed(data):
+            self.is_clean = False
+        return not data or self.head.status >= 300

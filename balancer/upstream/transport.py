@@ -1,0 +1,323 @@
+"""The way to the backends: a `requests` Transport Adapter made for a reverse proxy.
+
+It keeps the contract of `requests` (PreparedRequest in, Response out, its exceptions) and leaves out what a session
+adds and a proxy must not have: a cookie jar shared by all clients, proxies and .netrc from the environment, redirects,
+rewritten paths, decompression. Header lines go out and come back in order and byte for byte.
+
+Connections are kept alive per backend and reused last in, first out. Before reuse a socket is checked for EOF; one
+that has been idle longer than `pool_idle_timeout` is closed (keep that below the backend's own keep-alive time-out).
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import ssl
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from threading import Lock
+
+from requests import PreparedRequest, Response
+from requests.adapters import BaseAdapter
+
+from balancer.errors import (
+    BackendError,
+    ConnectFailed,
+    ConnectionLost,
+    ConnectTimedOut,
+    OutOfDescriptors,
+)
+from balancer.protocol.client import has_left
+from balancer.protocol.origin import Origin
+from balancer.protocol.responseheads import parse_plain
+from balancer.upstream.connection import FIRST, Connection
+from balancer.upstream.outgoing import OutgoingRequest, as_outgoing, origin_of
+from balancer.upstream.response import (
+    BackendResponse,
+    ResponseBody,
+    WholeBody,
+    lost,
+    receive_head,
+    take_head_data,
+)
+from balancer.upstream.sent import Sent
+
+MAX_IDLE_PER_BACKEND = 1024  # idle sockets kept; above that they are closed after use
+SMALL_BODY = 131072  # bytes of an answer that is passed on in one piece if all of it is here
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """Seconds. `response` is until the response head is complete, `idle` between two pieces of either body."""
+
+    connect: float = 3.0
+    response: float = 30.0
+    idle: float = 60.0
+
+
+class BackendAdapter(BaseAdapter):
+    """Sends requests to backends over pooled connections. Thread-safe.
+
+    `_lock` guards `_idle`: per origin, the idle connections, the newest last. Sockets are opened, checked and closed
+    outside it. `timeouts` and `pool_idle_timeout` may be replaced at any time.
+    """
+
+    def __init__(
+        self,
+        timeouts: Timeouts | None = None,
+        *,
+        pool_idle_timeout: float = 4.0,
+        max_idle: int = MAX_IDLE_PER_BACKEND,
+        tls: ssl.SSLContext | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__()
+        self.timeouts = timeouts or Timeouts()
+        self.pool_idle_timeout = pool_idle_timeout
+        self._max_idle = max_idle
+        self._tls = tls
+        self._clock = clock
+        self._lock = Lock()
+        self._idle: dict[Origin, deque[Connection]] = {}
+
+    def send(
+        self,
+        request: PreparedRequest,
+        stream: bool = True,
+        timeout: None | float | tuple[float, float] | tuple[float, None] = None,
+        verify: bool | str = True,
+        cert: None | bytes | str | tuple[bytes | str, bytes | str] = None,
+        proxies: Mapping[str, str] | None = None,
+    ) -> Response:
+        """The interface of `requests`. The body is always streamed; verification is set by the TLS context."""
+        return self.exchange(as_outgoing(request), origin_of(request))
+
+    def exchange(self, request: OutgoingRequest, origin: Origin, sent: Sent | None = None) -> BackendResponse:
+        """Send `request` to `origin`, unless `begin` has, and return when the response head is here.
+
+        Raises ConnectFailed and ConnectTimedOut (nothing was sent), ConnectionLost, ResponseTimedOut, InvalidResponse;
+        whatever the request's body iterator raises comes through. A reused connection that died before any byte of a
+        response gets one more try on a fresh one, for idempotent methods with a replayable body only.
+        """
+        request.is_resent = False
+        if sent is None:
+            request.connect_seconds = None
+            sent = self._send(self._take(origin) or self._connect(origin, request), request)
+        try:
+            return self._receive(sent)
+        except ConnectionLost as error:
+            if not (error.stale and request.is_retriable) or has_left(request.watcher):
+                raise
+        request.is_resent = True
+        return self._receive(self._send(self._connect(origin, request), request))
+
+    def begin(self, request: OutgoingRequest, origin: Origin, may_connect: bool = False) -> Sent | None:
+        """Send a request that is here whole on a kept connection or, if it `may_connect`, on a new one, as far as that
+        needs no further waiting. None if neither will do. Raises as `exchange` until it is sent."""
+        if origin.scheme != "http":
+            return None
+        connection = self._take(origin)
+        if connection is None:
+            if not may_connect:
+                return None
+            connection = self._connect(origin, request)
+        return self._send(connection, request, is_patient=False)
+
+    def look(self, sent: Sent, most: int = SMALL_BODY) -> bool:
+        """Take in what has come, without waiting. True if that is the whole response, and its body has no more than
+        FIRST or `most` bytes; `exchange` then returns it at once, or waits for the rest, or raises what went wrong."""
+        try:
+            data = self._receive_now(sent)
+            if data is None:
+                return False
+            sent.response = self._whole(sent, data)
+            return sent.response is not None or self._look_closer(sent, data, most)
+        except BackendError as error:
+            sent.failure = error.to_keep()
+            return False
+
+    def _receive_now(self, sent: Sent) -> bytes | None:
+        try:
+            return sent.connection.receive_now(FIRST)
+        except ConnectionLost as error:
+            raise lost(sent.connection, sent.head, str(error)) from error
+
+    def _whole(self, sent: Sent, data: bytes) -> BackendResponse | None:
+        """The response, if it has the usual shape and `data` is all of it: by far the most are so."""
+        plain, request = parse_plain(data), sent.request
+        if plain is None or plain.whole != len(data) or request.method == "HEAD" or not sent.is_whole or sent._head:
+            return None
+        if request.watcher is not None:
+            request.watcher.detach()
+        self.give_back(sent.connection)
+        return BackendResponse(plain, WholeBody(data[plain.size :]), request)
+
+    def _look_closer(self, sent: Sent, data: bytes, most: int) -> bool:
+        sent.is_clean = take_head_data(sent.connection, sent.head, data)
+        if not sent.head.has_head:
+            return False
+        sent.response = self._respond(sent)
+        body = sent.response.body
+        assert isinstance(body, ResponseBody)
+        if not body.is_complete:
+            body.take_in(most)
+            if body.is_complete:
+                body.close()
+        return body.is_complete
+
+    def _send(self, connection: Connection, request: OutgoingRequest, is_patient: bool = True) -> Sent:
+        """Send the request; if not `is_patient`, what goes without waiting."""
+        timeouts, now = self.timeouts, time.monotonic()
+        if request.is_replayable:
+            sent = Sent(connection, request, min(now + timeouts.response, request.deadline))
+            seconds = timeouts.response
+        else:  # a streamed body may take as long as it needs to come; there is only one attempt with it anyway
+            sent = Sent(connection, request, now + timeouts.response)
+            seconds = timeouts.idle
+        if request.watcher is not None:
+            request.watcher.attach(connection)
+        try:
+            connection.set_timeout(seconds)
+            head = request.head()
+            if is_patient:
+                sent.write(head)
+            else:
+                sent.write_now(head + request.body if request.body else head)
+        except BaseException:
+            sent.close()
+            raise
+        return sent
+
+    def _receive(self, sent: Sent) -> BackendResponse:
+        try:
+            if sent.failure is not None:
+                raise sent.failure
+            if sent.rest:
+                sent.write_rest()
+            if sent.response is None:
+                clean = receive_head(sent.connection, sent.head, self._seconds_left(sent))
+                sent.is_clean = sent.is_clean and clean
+                sent.response = self._respond(sent)
+        except BaseException:
+            sent.close()
+            raise
+        return sent.response
+
+    def _respond(self, sent: Sent) -> BackendResponse:
+        """The head is here. Gives the connection back at once if the body is here too."""
+        request, connection = sent.request, sent.connection
+        body = ResponseBody(
+            connection,
+            sent.head,
+            is_head_request=request.method == "HEAD",
+            give_back=self.give_back,
+            watcher=request.watcher,
+        )
+        if not (sent.is_whole and sent.is_clean):
+            body.refuse_reuse()
+        if body.is_complete:
+            body.close()
+        else:
+            connection.set_timeout(self.timeouts.idle)
+        return BackendResponse(sent.head, body, request)
+
+    def _seconds_left(self, sent: Sent) -> float:
+        """For the rest of the response head. A streamed body took its own time to be sent."""
+        if not sent.request.is_replayable:
+            return self.timeouts.response
+        return max(0.001, sent.deadline - time.monotonic())
+
+    def _connect(self, origin: Origin, request: OutgoingRequest) -> Connection:
+        started = time.monotonic()
+        try:
+            return self._open(origin, max(0.001, min(self.timeouts.connect, request.deadline - started)))
+        finally:
+            request.connect_seconds = time.monotonic() - started
+
+    def _open(self, origin: Origin, seconds: float) -> Connection:
+        try:
+            sock = socket.create_connection((origin.host, origin.port), seconds)
+        except TimeoutError:
+            raise ConnectTimedOut(f"{origin.url} did not accept within {seconds:.3g} s") from None
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise OutOfDescriptors("the load balancer may open no more connections, raise its file limit") from None
+            refused = isinstance(error, ConnectionRefusedError)
+            raise ConnectFailed(f"{origin.url}: {error.strerror or error}", refused=refused) from error
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if origin.scheme == "https":
+                sock = self._wrap(sock, origin, seconds)
+            else:
+                sock.settimeout(None)
+        except BaseException:
+            sock.close()
+            raise
+        return Connection(sock, origin)
+
+    def _wrap(self, sock: socket.socket, origin: Origin, seconds: float) -> ssl.SSLSocket:
+        if self._tls is None:
+            self._tls = ssl.create_default_context()
+        try:
+            return self._tls.wrap_socket(sock, server_hostname=origin.host)
+        except TimeoutError:
+            raise ConnectTimedOut(f"{origin.url}: no TLS handshake within {seconds:.3g} s") from None
+        except (OSError, ValueError) as error:
+            raise ConnectFailed(f"{origin.url}: TLS: {error}") from error
+
+    # The pool.
+
+    def _take(self, origin: Origin) -> Connection | None:
+        """The most recently used idle connection that is still good; closes those that are not."""
+        oldest = self._clock() - self.pool_idle_timeout
+        while True:
+            with self._lock:
+                idle = self._idle.get(origin)
+                if not idle:
+                    return None
+                connection = idle.pop()
+            if connection.idle_since >= oldest and not connection.has_input():
+                connection.is_reused = True
+                return connection
+            connection.close()
+
+    def give_back(self, connection: Connection) -> None:
+        """Keep a connection whose last response was read to its end."""
+        connection.idle_since = self._clock()
+        with self._lock:
+            idle = self._idle.get(connection.origin)
+            if idle is None:
+                idle = self._idle[connection.origin] = deque()
+            kept = len(idle) < self._max_idle
+            if kept:
+                idle.append(connection)
+        if not kept:
+            connection.close()
+
+    def idle(self) -> dict[str, int]:
+        """Kept connections per URL of an origin."""
+        with self._lock:
+            return {origin.url: len(idle) for origin, idle in self._idle.items()}
+
+    def close_idle(self) -> None:
+        """Close what has been idle too long."""
+        oldest = self._clock() - self.pool_idle_timeout
+        expired: list[Connection] = []
+        with self._lock:
+            for origin, idle in list(self._idle.items()):
+                while idle and idle[0].idle_since < oldest:
+                    expired.append(idle.popleft())
+                if not idle:
+                    del self._idle[origin]
+        for connection in expired:
+            connection.close()
+
+    def close(self) -> None:
+        """Close all idle connections; those in use are closed by their owners."""
+        with self._lock:
+            pools, self._idle = self._idle, {}
+        for idle in pools.values():
+            for connection in idle:
+                connection.close()
