@@ -1,17 +1,19 @@
-"""What stands behind the contenders: one fast backend on some ports, or slow ones of several kinds."""
+"""What stands behind the contenders: one fast backend on some ports, or slow ones of several kinds. And the meter that
+reads, before and after a measurement, what everybody who took part spent."""
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from contenders import BODY, FILES, HERE, STUB_STATUS_PATH, UPLOAD_PATH, write_nginx
-from loads import WAIT_PATH
-from processes import Service, await_answer, free_ports, get, running
+from processes import Service, await_answer, free_ports, get, machine_busy_seconds, running
 
 BACKEND_COUNT = 3
 
@@ -29,25 +31,21 @@ class Backends:
 def fast_backends() -> Iterator[Backends]:
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         directory, ports = Path(name), free_ports(BACKEND_COUNT)
-        with running("the nginx backend", fast_backend_command(directory, ports), directory) as service:
+        with running("the fast backend", fast_backend_command(directory, ports), directory) as service:
             await_answer(service, ports[-1], "/", BODY)
             yield Backends(service, ports, ports[:1])
 
 
 @contextmanager
-def delay_backends(*specifications: str) -> Iterator[Backends]:
-    """One backend per specification (see delay_backend.py), without the port."""
+def slow_backends(*specifications: str) -> Iterator[Backends]:
+    """One backend per specification (see slow_backend.py), without the port."""
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
-        directory, ports = Path(name), free_ports(len(specifications))
+        ports = free_ports(len(specifications))
         arguments = [f"{port}:{text}" for port, text in zip(ports, specifications, strict=True)]
-        command = [sys.executable, str(HERE / "delay_backend.py"), *arguments]
-        with running("the slow backend", command, directory) as service:
-            await_answer(service, ports[-1], WAIT_PATH, BODY)
+        command = [sys.executable, str(HERE / "slow_backend.py"), *arguments]
+        with running("the slow backend", command, Path(name)) as service:
+            await_answer(service, ports[-1], "/", BODY)
             yield Backends(service, ports, ports)
-
-
-def count_requests(backends: Backends) -> int:
-    return sum(count_at(port) for port in backends.counters)
 
 
 def count_at(port: int) -> int:
@@ -55,7 +53,7 @@ def count_at(port: int) -> int:
     return int(get(port, STUB_STATUS_PATH)[1].splitlines()[2].split()[2])
 
 
-def fast_backend_command(directory: Path, ports: Iterable[int]) -> list[str]:
+def fast_backend_command(directory: Path, ports: list[int]) -> list[str]:
     """One nginx worker that answers at once on each port, and counts what it was asked.
 
     An upload is answered when it has been read whole: `mirror` reads it before the static module refuses the POST.
@@ -81,3 +79,25 @@ def fast_backend_command(directory: Path, ports: Iterable[int]) -> list[str]:
         location = {STUB_STATUS_PATH} {{ stub_status; }}
     }}""",
     )
+
+
+@dataclass(frozen=True)
+class Meter:
+    """Readings that only ever rise; two of them make a measurement."""
+
+    contender_cpu: float
+    known_cpu: float  # of contender, backend, this script and its finished children: wrk
+    machine_cpu: float
+    backend_requests: int
+    at: float  # seconds
+
+    @classmethod
+    def read(cls, service: Service | None, backends: Backends) -> Meter:
+        cpu = service.cpu_seconds() if service else 0.0
+        known = cpu + backends.service.cpu_seconds() + sum(os.times()[:4])
+        return cls(cpu, known, machine_busy_seconds(), sum(map(count_at, backends.counters)), time.monotonic())
+
+    def others_percent(self, before: Meter) -> float:
+        """Of the machine's CPU time since then, what neither contender, backend nor generator spent."""
+        others = (self.machine_cpu - before.machine_cpu) - (self.known_cpu - before.known_cpu)
+        return 100 * max(0.0, others) / ((self.at - before.at) * (os.cpu_count() or 1))

@@ -1,4 +1,4 @@
-"""Who is measured: one row per contender, and how each is configured."""
+"""Who is measured, and how each is configured. Why so, and what was tried: README.md, "Contenders"."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ import random
 import resource
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from processes import ALL_CPUS, CONTENDER_CPUS
+from processes import ALL_CPUS, CONTENDER_CPUS, Service, await_answer, free_ports, running
 
 HERE = Path(__file__).resolve().parent
 BALANCER = HERE.parent / "load_balancer.py"
+OURS, BASELINE = "balancer", "baseline"
 BODY = json.dumps({"message": "Request processed", "server_id": "bench", "value": 42}).encode() + b"\n"
-STUB_STATUS_PATH = "/bench-stub-status"
-UPLOAD_PATH = "/upload"
+STUB_STATUS_PATH, UPLOAD_PATH, WAIT_PATH = "/bench-stub-status", "/upload", "/wait"
 FILES = {"/64k": random.Random(1).randbytes(64 << 10), "/10m": random.Random(2).randbytes(10 << 20)}
 # Enough for 1,000 clients and as many backend connections, in any proxy that asks for a number.
 MAX_CONNECTIONS = 4096
@@ -46,9 +48,8 @@ class Place:
 @dataclass(frozen=True)
 class Contender:
     name: str
-    about: str
     command: Callable[[Place], list[str]]  # may write configuration into the place's directory
-    programs: tuple[str, ...] = ()
+    program: str | None = None  # that must be installed
     cpus: frozenset[int] = CONTENDER_CPUS
 
 
@@ -59,17 +60,14 @@ def balancer_command(place: Place) -> list[str]:
 
 
 def baseline_command(place: Place) -> list[str]:
-    backends = [f"--backend={url}" for url in place.urls]
-    return [sys.executable, str(HERE / "baseline.py"), f"--port={place.port}", *backends]
+    return [sys.executable, str(HERE / "baseline.py"), str(place.port), *place.urls]
 
 
 def aiohttp_command(place: Place) -> list[str]:
-    backends = [f"--backend={url}" for url in place.urls]
-    return [sys.executable, str(HERE / "aiohttp_proxy.py"), f"--port={place.port}", *backends]
+    return [sys.executable, str(HERE / "aiohttp_proxy.py"), str(place.port), *place.urls]
 
 
 def nginx_command(place: Place) -> list[str]:
-    # The buffers: its own of 4k take 16 receives for an answer of 64 KiB, and nearly twice the CPU time.
     servers = " ".join(f"server 127.0.0.1:{port};" for port in place.backends)
     method = f"{place.method};" if place.method else ""
     return write_nginx(
@@ -98,8 +96,7 @@ def nginx_command(place: Place) -> list[str]:
 
 def haproxy_command(place: Place) -> list[str]:
     # The two ratios: by default it stops keeping backend connections once a fifth of its sockets is in use, which
-    # 1,000 clients reach, and a proxy that connects for each request is not what is to be compared. The checks are as
-    # ours are by default. tune.bufsize of 32k to 132k and splicing were tried: a gain with 10 MiB, a loss with 64 KiB.
+    # 1,000 clients reach, and a proxy that connects for each request is not what is to be compared.
     servers = "\n".join(
         f"    server backend_{i} 127.0.0.1:{port} check inter 500ms fastinter 100ms fall 2 rise 1"
         for i, port in enumerate(place.backends, 1)
@@ -131,8 +128,6 @@ backend out
 
 
 def caddy_command(place: Place) -> list[str]:
-    # read_buffer and write_buffer of 64 KiB were tried: a gain with 10 MiB, a loss with 64 KiB. Before 2.8 it cannot be
-    # told after how many checks a backend is down or up: it is one.
     config = place.directory / "Caddyfile"
     backends = " ".join(f"127.0.0.1:{port}" for port in place.backends)
     config.write_text(
@@ -166,30 +161,31 @@ http://:{place.port} {{
 CONTENDERS = {
     contender.name: contender
     for contender in (
-        Contender("balancer", "this balancer, default settings; it takes one CPU by itself", balancer_command),
-        Contender(
-            "baseline",
-            "Flask development server and requests.request per request, as people run it: on all CPUs",
-            baseline_command,
-            cpus=ALL_CPUS,
-        ),
-        Contender("aiohttp", "aiohttp server and client on uvloop, no features, one CPU", aiohttp_command),
-        Contender("nginx", "nginx, one worker on one CPU, upstream keep-alive", nginx_command, ("nginx",)),
-        Contender("haproxy", "HAProxy, one thread on one CPU, health checks on", haproxy_command, ("haproxy",)),
-        Contender("caddy", "Caddy, GOMAXPROCS=1 on one CPU, health checks on", caddy_command, ("caddy",)),
+        Contender(OURS, balancer_command),  # pins itself, as it does by default
+        Contender(BASELINE, baseline_command, cpus=ALL_CPUS),  # as people run it
+        Contender("aiohttp", aiohttp_command),
+        Contender("nginx", nginx_command, "nginx"),
+        Contender("haproxy", haproxy_command, "haproxy"),
+        Contender("caddy", caddy_command, "caddy"),
     )
 }
 
 
-def chosen(names: Iterable[str]) -> list[Contender]:
-    return [CONTENDERS[name] for name in names]
+@contextmanager
+def started(
+    contender: Contender, backends: list[int], path: str, expected: bytes, send: bytes | None = None, method: str = ""
+) -> Iterator[tuple[Service, Place]]:
+    """A contender before these backends, for the length of the with block; it has answered rightly (`await_answer`)."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        place = Place(free_ports(1)[0], backends, Path(name), method)
+        with running(contender.name, contender.command(place), place.directory, contender.cpus) as service:
+            await_answer(service, place.port, path, expected, send)
+            yield service, place
 
 
 def write_nginx(directory: Path, servers: str) -> list[str]:
-    temp_paths = "\n".join(
-        f"    {module}_temp_path {directory}/{module};"
-        for module in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    )
+    modules = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    temp_paths = "\n".join(f"    {module}_temp_path {directory}/{module};" for module in modules)
     config = directory / "nginx.conf"
     config.write_text(
         f"""{nginx_user()}daemon off;

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from contenders import BODY, FILES, UPLOAD_PATH
+from contenders import BODY, FILES, UPLOAD_PATH, WAIT_PATH
 
 WAIT_SECONDS = 0.2
-WAIT_PATH = "/wait"
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ DONE = """
 done = function(summary, latency)
   local e = summary.errors
   io.stderr:write(string.format(
-    '{"requests": %d, "seconds": %f, "status": %d, "socket": %d, "p50_ms": %f, "p99_ms": %f}',
+    '{"requests": %d, "seconds": %f, "status": %d, "socket": %d, "p50 ms": %f, "p99 ms": %f}',
     summary.requests, summary.duration / 1e6, e.status, e.connect + e.read + e.write + e.timeout,
     latency:percentile(50) / 1e3, latency:percentile(99) / 1e3))
 end
@@ -52,10 +51,8 @@ SMALL = "small JSON answer"
 LOADS = {
     load.name: load
     for load in (
-        *(
-            Load(f"small-{count}", f"{SMALL}, {count} connection{'s' if count > 1 else ''}", count)
-            for count in (1, 32, 256, 1000)
-        ),
+        Load("small-1", f"{SMALL}, 1 connection", 1),
+        *(Load(f"small-{count}", f"{SMALL}, {count} connections", count) for count in (32, 256, 1000)),
         Load("headers-32", f"{SMALL}, 20 more request headers, 32 connections", 32, headers=20),
         Load("wait-1000", f"{SMALL} after {WAIT_SECONDS:g} s, 1000 connections", 1000, path=WAIT_PATH, waits=True),
         Load("down-64k", "64 KiB down, 32 connections", 32, path="/64k"),

@@ -11,15 +11,13 @@ import asyncio
 import gc
 import math
 import random
-import socket
 import time
-from collections import deque
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import uvloop
 from processes import raised_file_limit
+from results import Figures
 
 TICK_SECONDS = 0.001  # due requests are looked for this often
 DIRECT_RATE = 100.0  # requests/s past a contender, to tell when the machine stood still
@@ -37,146 +35,6 @@ class Shot:
     was_held: bool = False
 
 
-class Wire(asyncio.Protocol):
-    """One kept connection with at most one request in flight."""
-
-    def __init__(self, target: Target) -> None:
-        self._target = target
-        self._data = bytearray()
-        self._length = -1
-        self.shot: Shot | None = None
-        self.transport: Any = None
-
-    def connection_made(self, transport: Any) -> None:
-        self.transport = transport
-        with suppress(OSError):
-            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-    def data_received(self, data: bytes) -> None:
-        self._data += data
-        if self._length < 0:
-            end = self._data.find(b"\r\n\r\n")
-            if end < 0:
-                return
-            head = bytes(self._data[:end]).lower()
-            _, _, rest = head.partition(b"\r\ncontent-length:")
-            # Every answer of the benchmark's backends, and every refusal of a contender, has a length or ends it all.
-            self._length = end + 4 + int(rest.split(b"\r\n")[0]) if rest else 1 << 62
-        if len(self._data) >= self._length:
-            self._finish(self._data.startswith(b"HTTP/1.1 200"))
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self._target.lost(self)
-        if self.shot is not None:
-            self._finish(False)
-
-    def _finish(self, is_good: bool) -> None:
-        shot, self.shot = self.shot, None
-        self._data.clear()
-        self._length = -1
-        if shot is not None:
-            self._target.finished(self, shot, is_good)
-
-
-class Target:
-    """A port under fire, and the connections to it; the one used last is used next."""
-
-    def __init__(self, port: int, path: str, due: list[float], started: float, most: int) -> None:
-        self.shots = [Shot(seconds) for seconds in due]
-        self._port = port
-        self._request = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode()
-        self._started = started
-        self._most = most
-        self._next = 0
-        self._open = 0
-        self._idle: list[Wire] = []  # empty while something is held
-        self._held: deque[Shot] = deque()
-        self._wires: set[Wire] = set()  # all that are open
-        self._loop = asyncio.get_running_loop()
-        self._left = len(due)
-        self._tasks: set[asyncio.Task[None]] = set()
-        self.done = asyncio.Event()
-
-    @property
-    def has_more(self) -> bool:
-        return self._next < len(self.shots)
-
-    def fire_due(self) -> None:
-        now = time.monotonic() - self._started
-        while self.has_more and self.shots[self._next].due <= now:
-            shot = self.shots[self._next]
-            self._next += 1
-            if self._idle:
-                self._send(self._idle.pop(), shot)
-            elif self._open < self._most:
-                self._open_for(shot)
-            else:
-                shot.was_held = True
-                self._held.append(shot)
-
-    def _open_for(self, shot: Shot) -> None:
-        self._open += 1
-        task = self._loop.create_task(self._connect(shot))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _connect(self, shot: Shot) -> None:
-        try:
-            _, wire = await self._loop.create_connection(lambda: Wire(self), "127.0.0.1", self._port)
-        except OSError:
-            self._end(shot, False)
-            self._closed()
-        else:
-            self._wires.add(wire)
-            self._send(wire, shot)
-
-    def _send(self, wire: Wire, shot: Shot) -> None:
-        wire.shot = shot
-        wire.transport.write(self._request)
-
-    def lost(self, wire: Wire) -> None:
-        self._wires.discard(wire)
-        if wire in self._idle:
-            self._idle.remove(wire)
-        self._closed()
-
-    def _closed(self) -> None:
-        self._open -= 1
-        if self._held:
-            self._open_for(self._held.popleft())
-
-    def finished(self, wire: Wire, shot: Shot, is_good: bool) -> None:
-        self._end(shot, is_good)
-        if not is_good or wire.transport.is_closing():
-            wire.transport.close()
-        elif self._held:
-            self._send(wire, self._held.popleft())
-        else:
-            self._idle.append(wire)
-
-    def _end(self, shot: Shot, is_good: bool) -> None:
-        shot.latency = time.monotonic() - self._started - shot.due
-        shot.is_good = is_good
-        self._left -= 1
-        if not self._left:
-            self.done.set()
-
-    async def close(self) -> None:
-        """What is not answered by now counts as failed after all this time."""
-        now = time.monotonic() - self._started
-        self._held.clear()
-        for task in self._tasks:
-            task.cancel()
-        for wire in self._wires:
-            wire.shot = None
-            wire.transport.abort()
-        while self._wires:  # each is told of its end
-            await asyncio.sleep(TICK_SECONDS)
-        for shot in self.shots:
-            if shot.latency == math.inf:
-                shot.latency = now - shot.due
-
-
 @dataclass(frozen=True)
 class Aim:
     port: int
@@ -184,18 +42,107 @@ class Aim:
     due: list[float]  # seconds from the start, ascending
 
 
+class Wire(asyncio.Protocol):
+    """One kept connection with at most one request in flight."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+        self._length = -1
+        self._answer: asyncio.Future[bool] | None = None  # None between requests
+        self.transport: Any = None
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def ask(self, request: bytes) -> asyncio.Future[bool]:
+        """Whether the answer is a good one."""
+        self._answer = asyncio.get_running_loop().create_future()
+        self.transport.write(request)
+        return self._answer
+
+    def data_received(self, data: bytes) -> None:
+        self._data += data
+        if self._length < 0 and (end := self._data.find(b"\r\n\r\n")) >= 0:
+            rest = bytes(self._data[:end]).lower().partition(b"\r\ncontent-length:")[2]
+            # Every answer of the benchmark's backends, and every refusal of a contender, has a length or ends it all.
+            self._length = end + 4 + int(rest.split(b"\r\n")[0]) if rest else 1 << 62
+        if 0 <= self._length <= len(self._data):
+            self._finish(self._data.startswith(b"HTTP/1.1 200"))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._finish(False)
+
+    def _finish(self, is_good: bool) -> None:
+        answer, self._answer, self._length = self._answer, None, -1
+        self._data.clear()
+        if answer is not None and not answer.done():
+            answer.set_result(is_good)
+
+
+class Target:
+    """A port under fire, and the connections to it; the one used last is used next."""
+
+    def __init__(self, aim: Aim, started: float, most: int) -> None:
+        self.shots = [Shot(seconds) for seconds in aim.due]
+        self.tasks: set[asyncio.Task[None]] = set()  # a request each
+        self._aim = aim
+        self._request = f"GET {aim.path} HTTP/1.1\r\nHost: 127.0.0.1:{aim.port}\r\n\r\n".encode()
+        self._started = started
+        self._fired = 0
+        self._free = asyncio.Semaphore(most)
+        self._idle: list[Wire] = []
+
+    def fire_due(self) -> bool:
+        """Whether more is to come."""
+        now = time.monotonic() - self._started
+        while self._fired < len(self.shots) and self.shots[self._fired].due <= now:
+            task = asyncio.create_task(self._fire(self.shots[self._fired]))
+            self._fired += 1
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
+        return self._fired < len(self.shots)
+
+    async def _fire(self, shot: Shot) -> None:
+        shot.was_held = self._free.locked()
+        wire: Wire | None = None
+        try:
+            async with self._free:
+                wire = await self._wire()
+                shot.is_good = await wire.ask(self._request)
+                if shot.is_good:
+                    self._idle.append(wire)
+        except OSError:
+            pass  # refused
+        finally:
+            shot.latency = time.monotonic() - self._started - shot.due
+            if wire and not shot.is_good:
+                wire.transport.abort()
+
+    async def _wire(self) -> Wire:
+        while self._idle:
+            if not (wire := self._idle.pop()).transport.is_closing():
+                return wire
+        return (await asyncio.get_running_loop().create_connection(Wire, "127.0.0.1", self._aim.port))[1]
+
+    async def close(self) -> None:
+        """What is not answered by now has failed after all this time."""
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+        for wire in self._idle:
+            wire.transport.abort()
+
+
 async def _fire(aims: list[Aim], patience: float, most: int) -> list[list[Shot]]:
     started = time.monotonic() + 0.05
-    targets = [Target(aim.port, aim.path, aim.due, started, most) for aim in aims]
-    while any(target.has_more for target in targets):
-        for target in targets:
-            target.fire_due()
+    targets = [Target(aim, started, most) for aim in aims]
+    while any([target.fire_due() for target in targets]):
         await asyncio.sleep(TICK_SECONDS)
-    with suppress(TimeoutError):
-        async with asyncio.timeout(patience):
-            await asyncio.gather(*(target.done.wait() for target in targets))
+    if tasks := [task for target in targets for task in target.tasks]:
+        await asyncio.wait(tasks, timeout=patience)
     for target in targets:
         await target.close()
+    await asyncio.sleep(TICK_SECONDS)  # each connection is told of its end
     return [target.shots for target in targets]
 
 
@@ -223,26 +170,22 @@ def poisson(rate: float, seconds: float, seed: int) -> list[float]:
     return due
 
 
-def figures(shots: list[Shot], failed_seconds: float = 0.0) -> dict[str, Any]:
-    """What both kinds of open-loop runs tell: how many, how many failed, how many left late because the generator had
-    no connection free (they count as slow, not as failed), and percentiles in milliseconds, with a failed request
-    counted as slow as this at least."""
-    times = [(shot.latency if shot.is_good else max(shot.latency, failed_seconds)) * 1e3 for shot in shots]
-    return {
+def figures(shots: list[Shot], failed_seconds: float = 0.0) -> Figures:
+    """What both kinds of open-loop runs tell. Held requests count as slow and not as failed; failed ones as slow as
+    this at least."""
+    times = sorted((shot.latency if shot.is_good else max(shot.latency, failed_seconds)) * 1e3 for shot in shots)
+    found: Figures = {
         "requests": len(shots),
         "failed": sum(not shot.is_good for shot in shots),
         "held": sum(shot.was_held for shot in shots),
-        "p50": percentile(times, 0.50),
-        "p99": percentile(times, 0.99),
-        "p999": percentile(times, 0.999),
     }
+    return found | {f"p{share} ms": percentile(times, share / 100) for share in (50, 99, 99.9)}
 
 
 def worst_ms(shots: list[Shot]) -> float:
     return max(shot.latency for shot in shots) * 1e3
 
 
-def percentile(values: list[float], share: float) -> float:
-    """Nearest rank. `values` need not be sorted; never empty."""
-    ordered = sorted(values)
+def percentile(ordered: list[float], share: float) -> float:
+    """Nearest rank; of one value at least."""
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]

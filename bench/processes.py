@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 TICK_SECONDS = 1 / os.sysconf("SC_CLK_TCK")
@@ -31,16 +30,6 @@ LEFT_OUT_NAMES = {"ALGORITHM", "http_proxy", "https_proxy", "all_proxy", "HTTP_P
 
 class BenchError(Exception):
     """Something that keeps the benchmark from measuring; the message is one line for the user."""
-
-
-@dataclass(frozen=True)
-class ProcessStat:
-    """The fields of /proc/<pid>/stat that the benchmark needs."""
-
-    pid: int
-    parent: int
-    session: int
-    cpu_ticks: int  # user + system, own and of children already reaped
 
 
 class Service:
@@ -72,17 +61,18 @@ class Service:
                 print(f"bench: {self.name} had to be killed: it did not end on SIGTERM", file=sys.stderr)
 
     def cpu_seconds(self) -> float:
-        return sum(stat.cpu_ticks for stat in family(self.pid)) * TICK_SECONDS
+        """User + system of all its processes and of their children already reaped."""
+        return sum(ticks for _, ticks in family(self.pid)) * TICK_SECONDS
 
     def memory_bytes(self, field: str = "VmRSS") -> int:
         """Sum of VmRSS (now) or VmHWM (peak) of all its processes; shared pages count once per process."""
-        return sum(memory_field(stat.pid, field) for stat in family(self.pid))
+        return sum(memory_field(pid, field) for pid, _ in family(self.pid))
 
     def forget_memory_peak(self) -> None:
         """Restart VmHWM from the present size. Where the kernel cannot, the peak of the start-up stays in it."""
-        for stat in family(self.pid):
+        for pid, _ in family(self.pid):
             with contextlib.suppress(OSError):
-                Path(f"/proc/{stat.pid}/clear_refs").write_text("5")
+                Path(f"/proc/{pid}/clear_refs").write_text("5")
 
     def last_words(self) -> str:
         lines = self.log.read_text(errors="replace").strip().splitlines()
@@ -153,6 +143,11 @@ def wait_until(condition: Callable[[], bool], timeout: float) -> bool:
     return True
 
 
+def progress(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
 def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on now. They are tried in random order: others may be looking at the same time."""
     found: list[int] = []
@@ -182,29 +177,14 @@ def raised_file_limit() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
-def family(root: int) -> list[ProcessStat]:
-    """The process, its living descendants, and whatever of its session lost its parent."""
-    everyone = list(all_processes())
-    members = {root}
-    while True:
-        found = {s.pid for s in everyone if s.pid in members or s.parent in members or s.session == root}
-        if found <= members:
-            return [stat for stat in everyone if stat.pid in members]
-        members |= found
-
-
-def all_processes() -> Iterator[ProcessStat]:
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            with contextlib.suppress(OSError):  # it ended since the listing
-                yield parse_stat(Path(f"/proc/{entry}/stat").read_text(errors="replace"))
-
-
-def parse_stat(line: str) -> ProcessStat:
-    """Fields are counted from behind the name, which may itself hold blanks and brackets (proc(5))."""
-    pid = int(line.split(" ", 1)[0])
-    fields = line.rpartition(")")[2].split()
-    return ProcessStat(pid, int(fields[1]), int(fields[3]), sum(int(ticks) for ticks in fields[11:15]))
+def family(session: int) -> Iterator[tuple[int, int]]:
+    """Id and CPU ticks of every process of a session, of which nobody leaves it. Fields are counted from behind the
+    name, which may itself hold blanks and brackets (proc(5))."""
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):  # it ended since the listing
+            fields = Path(f"/proc/{entry}/stat").read_text(errors="replace").rpartition(")")[2].split()
+            if int(fields[3]) == session:
+                yield int(entry), sum(map(int, fields[11:15]))
 
 
 def memory_field(pid: int, field: str) -> int:
@@ -217,7 +197,6 @@ def memory_field(pid: int, field: str) -> int:
 
 def machine_busy_seconds() -> float:
     """CPU time of the whole machine spent on anything, time stolen by its host included."""
-    user, nice, system, _idle, _iowait, irq, softirq, steal = map(
-        int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
-    )
+    first = Path("/proc/stat").read_text().partition("\n")[0]
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, first.split()[1:9])
     return (user + nice + system + irq + softirq + steal) * TICK_SECONDS
