@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from contenders import BODY, FILES, HERE, STUB_STATUS_PATH, UPLOAD_PATH, write_nginx
-from processes import Service, await_answer, free_ports, get, machine_busy_seconds, running
+from contenders import BODY, FILES, HERE, STUB_STATUS_PATH, Place, nginx
+from processes import TICK_SECONDS, Service, await_answer, free_ports, get, running
 
 BACKEND_COUNT = 3
 
@@ -29,11 +29,16 @@ class Backends:
 
 @contextmanager
 def fast_backends() -> Iterator[Backends]:
+    """One nginx worker."""
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
-        directory, ports = Path(name), free_ports(BACKEND_COUNT)
-        with running("the fast backend", fast_backend_command(directory, ports), directory) as service:
-            await_answer(service, ports[-1], "/", BODY)
-            yield Backends(service, ports, ports[:1])
+        place = Place(0, free_ports(BACKEND_COUNT), Path(name))
+        for path, content in FILES.items():
+            (place.directory / path.strip("/")).write_bytes(content)
+        listen, body = place.listed("listen 127.0.0.1:{1} backlog=4096; "), BODY.decode().replace("\n", "\\n")
+        command = nginx(place, "nginx-backend.conf", listen=listen, body=body, root=place.directory)
+        with running("the fast backend", command, place.directory) as service:
+            await_answer(service, place.backends[-1], "/", BODY)
+            yield Backends(service, place.backends, place.backends[:1])
 
 
 @contextmanager
@@ -53,34 +58,6 @@ def count_at(port: int) -> int:
     return int(get(port, STUB_STATUS_PATH)[1].splitlines()[2].split()[2])
 
 
-def fast_backend_command(directory: Path, ports: list[int]) -> list[str]:
-    """One nginx worker that answers at once on each port, and counts what it was asked.
-
-    An upload is answered when it has been read whole: `mirror` reads it before the static module refuses the POST.
-    """
-    for path, content in FILES.items():
-        (directory / path.strip("/")).write_bytes(content)
-    listen = " ".join(f"listen 127.0.0.1:{port} backlog=4096;" for port in ports)
-    files = "\n".join(f"        location = {path} {{ }}" for path in FILES)
-    body = BODY.decode().replace('"', '\\"').replace("\n", "\\n")
-    return write_nginx(
-        directory,
-        f"""
-    server {{
-        {listen}
-        default_type application/json;
-        root {directory};
-        client_max_body_size 0;
-        client_body_buffer_size {max(map(len, FILES.values()))};
-        location / {{ return 200 "{body}"; }}
-        location = {UPLOAD_PATH} {{ mirror /sink; error_page 404 405 =200 /done; }}
-        location = /sink {{ internal; return 204; }}
-{files}
-        location = {STUB_STATUS_PATH} {{ stub_status; }}
-    }}""",
-    )
-
-
 @dataclass(frozen=True)
 class Meter:
     """Readings that only ever rise; two of them make a measurement."""
@@ -92,10 +69,13 @@ class Meter:
     at: float  # seconds
 
     @classmethod
-    def read(cls, service: Service | None, backends: Backends) -> Meter:
-        cpu = service.cpu_seconds() if service else 0.0
+    def read(cls, service: Service, backends: Backends) -> Meter:
+        cpu = service.cpu_seconds()
         known = cpu + backends.service.cpu_seconds() + sum(os.times()[:4])
-        return cls(cpu, known, machine_busy_seconds(), sum(map(count_at, backends.counters)), time.monotonic())
+        # Of the whole machine on anything: user, nice, system, irq, softirq, and what its host stole (proc(5)).
+        fields = Path("/proc/stat").read_text().split()
+        machine = sum(int(fields[index]) for index in (1, 2, 3, 6, 7, 8)) * TICK_SECONDS
+        return cls(cpu, known, machine, sum(map(count_at, backends.counters)), time.monotonic())
 
     def others_percent(self, before: Meter) -> float:
         """Of the machine's CPU time since then, what neither contender, backend nor generator spent."""

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import timeit
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,7 @@ from contenders import HERE, find_program
 STEPS = 1_000
 REPEATS = 300
 # How each program is asked for its version.
-PROGRAMS = {
-    "nginx": ["nginx", "-v"],
-    "HAProxy": ["haproxy", "-v"],
-    "Caddy": ["caddy", "version"],
-    "wrk": ["wrk", "-v"],
-}
+PROGRAMS = {"nginx": "nginx -v", "HAProxy": "haproxy -v", "Caddy": "caddy version", "wrk": "wrk -v"}
 PACKAGES = ("Granian", "aiohttp", "uvloop", "Flask", "Werkzeug", "requests")
 
 
@@ -56,7 +52,7 @@ def pace(facts: dict[str, Any]) -> str:
 
 def versions() -> dict[str, str]:
     """Of what is installed here of the programs and packages that take part."""
-    found = {name: program_version(*command) for name, command in PROGRAMS.items()}
+    found = {name: program_version(*command.split()) for name, command in PROGRAMS.items()}
     for name in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
@@ -76,11 +72,9 @@ def program_version(name: str, option: str) -> str | None:
 def commit() -> str:
     """With `-dirty` when a file under version control was changed since."""
     command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
+    with suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return "unknown"
 
 
 def interpreter() -> dict[str, Any]:
@@ -99,9 +93,7 @@ def build_of(prefix: str, configured: str) -> tuple[str, bool]:
     if "--enable-optimizations" in configured:
         return "built with profile-guided optimisation", True
     if prefix == "/usr":
-        with suppress(OSError):
-            return f"the package of {platform.freedesktop_os_release()['PRETTY_NAME']}", True
-        return "the package of the distribution", True
+        return f"the package of {platform.freedesktop_os_release()['PRETTY_NAME']}", True
     return "built without profile-guided optimisation", False
 
 
@@ -129,9 +121,4 @@ def steps(count: int) -> int:
 
 def step_ns() -> float:
     """Nanoseconds for a step, of the best of many repeats: a busy machine cannot make it less."""
-    best = float("inf")
-    for _ in range(REPEATS):
-        started = time.perf_counter_ns()
-        steps(STEPS)
-        best = min(best, (time.perf_counter_ns() - started) / STEPS)
-    return best
+    return min(timeit.repeat(lambda: steps(STEPS), repeat=REPEATS, number=1)) * 1e9 / STEPS

@@ -11,12 +11,13 @@ import asyncio
 import gc
 import math
 import random
+import resource
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import uvloop
-from processes import raised_file_limit
+from processes import raise_file_limit
 from results import Figures
 
 TICK_SECONDS = 0.001  # due requests are looked for this often
@@ -151,10 +152,12 @@ def fire(aims: list[Aim], patience: float = 10.0, most: int = MAX_CONNECTIONS) -
     `most`: connections to one target at a time."""
     gc.collect()
     gc.disable()  # a pause of ours would be taken for one of the contender's
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # raised for a time only: contenders keep what they are given
+    raise_file_limit()
     try:
-        with raised_file_limit():
-            return uvloop.run(_fire(aims, patience, most))
+        return uvloop.run(_fire(aims, patience, most))
     finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
         gc.enable()
 
 

@@ -37,14 +37,13 @@ class Service:
 
     def __init__(self, name: str, process: subprocess.Popen[bytes], log: Path) -> None:
         self.name = name
-        self.pid = process.pid
-        self.log = log
         self.usage: resource.struct_rusage | None = None  # of its whole life and its children, once stopped cleanly
         self._process = process
+        self._log = log
 
     def exited(self) -> bool:
         # WNOWAIT: whoever reaps the process gets its resource usage, and that is stop().
-        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def stop(self) -> None:
         """Ask the group to end, then make sure. The unreaped leader keeps the group id ours until the last line."""
@@ -54,33 +53,45 @@ class Service:
             in_time = wait_until(self.exited, STOP_TIMEOUT_SECONDS)
         finally:
             self._signal_group(signal.SIGKILL)
-            _, status, usage = os.wait4(self.pid, 0)
+            _, status, usage = os.wait4(self._process.pid, 0)
             self._process.returncode = os.waitstatus_to_exitcode(status)
             self.usage = usage if in_time else None
             if not in_time:
                 print(f"bench: {self.name} had to be killed: it did not end on SIGTERM", file=sys.stderr)
 
+    def _signal_group(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+
     def cpu_seconds(self) -> float:
         """User + system of all its processes and of their children already reaped."""
-        return sum(ticks for _, ticks in family(self.pid)) * TICK_SECONDS
+        return sum(ticks for _, ticks in self._family()) * TICK_SECONDS
 
     def memory_bytes(self, field: str = "VmRSS") -> int:
         """Sum of VmRSS (now) or VmHWM (peak) of all its processes; shared pages count once per process."""
-        return sum(memory_field(pid, field) for pid, _ in family(self.pid))
+        total = 0
+        for directory, _ in self._family():
+            with contextlib.suppress(OSError, IndexError):  # it ended since the listing
+                total += int((directory / "status").read_text(errors="replace").split(f"\n{field}:")[1].split()[0])
+        return total * 1024
 
     def forget_memory_peak(self) -> None:
         """Restart VmHWM from the present size. Where the kernel cannot, the peak of the start-up stays in it."""
-        for pid, _ in family(self.pid):
+        for directory, _ in self._family():
             with contextlib.suppress(OSError):
-                Path(f"/proc/{pid}/clear_refs").write_text("5")
+                (directory / "clear_refs").write_text("5")
+
+    def _family(self) -> Iterator[tuple[Path, int]]:
+        """What /proc has of every process of its session, which nobody leaves, and the CPU ticks of each. Fields are
+        counted from behind the name, which may itself hold blanks and brackets (proc(5))."""
+        for directory in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it ended since the listing
+                fields = (directory / "stat").read_text(errors="replace").rpartition(")")[2].split()
+                if int(fields[3]) == self._process.pid:
+                    yield directory, sum(map(int, fields[11:15]))
 
     def last_words(self) -> str:
-        lines = self.log.read_text(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "it printed nothing"
-
-    def _signal_group(self, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, number)
+        return (self._log.read_text(errors="replace").strip().splitlines() or ["it printed nothing"])[-1]
 
 
 @contextlib.contextmanager
@@ -91,7 +102,7 @@ def running(name: str, command: list[str], directory: Path, cpus: frozenset[int]
         process = subprocess.Popen(
             command,
             cwd=directory,
-            env=clean_environment(),
+            env={k: v for k, v in os.environ.items() if k not in LEFT_OUT_NAMES and not k.startswith("LB_")},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -103,10 +114,6 @@ def running(name: str, command: list[str], directory: Path, cpus: frozenset[int]
         yield service
     finally:
         service.stop()
-
-
-def clean_environment() -> dict[str, str]:
-    return {k: v for k, v in os.environ.items() if k not in LEFT_OUT_NAMES and not k.startswith("LB_")}
 
 
 def await_answer(service: Service, port: int, path: str, body: bytes, send: bytes | None = None) -> None:
@@ -125,13 +132,10 @@ def await_answer(service: Service, port: int, path: str, body: bytes, send: byte
 
 
 def get(port: int, path: str, send: bytes | None = None) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-    try:
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=5)) as connection:
         connection.request("GET" if send is None else "POST", path, send)
         answer = connection.getresponse()
         return answer.status, answer.read()
-    finally:
-        connection.close()
 
 
 def wait_until(condition: Callable[[], bool], timeout: float) -> bool:
@@ -162,41 +166,5 @@ def free_ports(count: int) -> list[int]:
 
 def raise_file_limit() -> None:
     """Two sockets for each of 1,000 connections do not fit in the usual soft limit of 1,024 files."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-@contextlib.contextmanager
-def raised_file_limit() -> Iterator[None]:
-    """Only for a time: a contender must manage with the limit it was given."""
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    raise_file_limit()
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
-
-
-def family(session: int) -> Iterator[tuple[int, int]]:
-    """Id and CPU ticks of every process of a session, of which nobody leaves it. Fields are counted from behind the
-    name, which may itself hold blanks and brackets (proc(5))."""
-    for entry in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):  # it ended since the listing
-            fields = Path(f"/proc/{entry}/stat").read_text(errors="replace").rpartition(")")[2].split()
-            if int(fields[3]) == session:
-                yield int(entry), sum(map(int, fields[11:15]))
-
-
-def memory_field(pid: int, field: str) -> int:
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines():
-            if line.startswith(field + ":"):
-                return int(line.split()[1]) * 1024
-    return 0
-
-
-def machine_busy_seconds() -> float:
-    """CPU time of the whole machine spent on anything, time stolen by its host included."""
-    first = Path("/proc/stat").read_text().partition("\n")[0]
-    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, first.split()[1:9])
-    return (user + nice + system + irq + softirq + steal) * TICK_SECONDS

@@ -44,12 +44,9 @@ class Table:
 
 
 # By part: the columns that say whose row it is, then those of figures with the digits of a median; a count needs none.
-WHOSE: dict[str, dict[str, Callable[[Row], str]]] = {
-    "speed": {"contender": lambda row: row.contender, "load": lambda row: row.load},
-    "latency": {"contender": lambda row: row.contender},
-    "stalls": {"contender": lambda row: row.contender},
-    "choice": {"method": lambda row: f"{row.contender} {row.method}"},
-    "simulation": {"method": lambda row: row.method},
+WHOSE = {
+    **{"speed": ["contender", "load"], "latency": ["contender"], "stalls": ["contender"]},
+    **{"choice": ["contender", "method"], "simulation": ["method"]},
 }
 SIMULATION = {
     "requests": 0, "failed": 0, "p50 ms": 1, f"p99 ms{RANGE}": 0, f"p99.9 ms{RANGE}": 0,
@@ -97,7 +94,7 @@ def table(runs: list[Run], part: str) -> Table:
     if part in ("choice", "simulation"):
         rows = by_p99(rows)
     whose, columns = WHOSE[part], COLUMNS[part]
-    lines = [[*(text(row) for text in whose.values()), *(cell(row, *one) for one in columns.items())] for row in rows]
+    lines = [[*(getattr(row, name) for name in whose), *(cell(row, *one) for one in columns.items())] for row in rows]
     return Table([*whose, *columns], lines, len(whose))
 
 
@@ -132,10 +129,8 @@ def about_runs(runs: list[Run]) -> str:
 
 def about_run(run: Run) -> str:
     facts, others = run.machine, max((row.high("others %") for row in run.rows), default=0.0)
-    return (
-        f"- {'; '.join(covers(run))}: {facts['date']}, commit {facts['commit']}, others at most {others:.1f}%, "
-        f"{pace(facts)}; `{run.options['command']}`"
-    )
+    when = f"{facts['date']}, commit {facts['commit']}, others at most {others:.1f}%, {pace(facts)}"
+    return f"- {'; '.join(covers(run))}: {when}; `{run.options['command']}`"
 
 
 def covers(run: Run) -> Iterator[str]:

@@ -17,18 +17,14 @@ STALL_SECONDS = 0.050  # answers later than this are a stall
 DIRECT_LATE_SECONDS = STALL_SECONDS / 2  # later than this past the contender, and it is not to blame
 # By part: a figure over that of another contender under the same load in the same round, as a slow minute hits both.
 # Where `is_over`, the other's stands above the line.
-RATIOS: dict[str, tuple[tuple[str, str, str, bool], ...]] = {
-    "speed": (
-        ("ours/this", "CPU us/req", OURS, True),
-        ("baseline/this", "CPU us/req", BASELINE, True),
-        ("added p50 ms, this/caddy", "added p50 ms", "caddy", False),
-        ("added p99 ms, this/caddy", "added p99 ms", "caddy", False),
-    ),
-    "choice": (
-        ("p99 ms, this/nginx", "p99 ms", "nginx", False),
-        ("p99 ms, this/haproxy", "p99 ms", "haproxy", False),
-    ),
-}
+RATIOS = (
+    ("speed", "ours/this", "CPU us/req", OURS, True),
+    ("speed", "baseline/this", "CPU us/req", BASELINE, True),
+    ("speed", "added p50 ms, this/caddy", "added p50 ms", "caddy", False),
+    ("speed", "added p99 ms, this/caddy", "added p99 ms", "caddy", False),
+    ("choice", "p99 ms, this/nginx", "p99 ms", "nginx", False),
+    ("choice", "p99 ms, this/haproxy", "p99 ms", "haproxy", False),
+)
 
 # By name, which is the heading of its column. A whole number is a count and adds up over the rounds; of the others
 # there is a median and a spread; None: there is none.
@@ -98,7 +94,7 @@ def summarise(own: list[Sample], samples: list[Sample]) -> dict[str, int | Sprea
         counts = [value for value in values if isinstance(value, int)]
         found[name] = sum(counts) if counts else Spread.of(values)
     beside = [sample for sample in samples if (sample.part, sample.load) == (own[0].part, own[0].load)]
-    for name, figure, other, is_over in RATIOS.get(own[0].part, ()):
+    for name, figure, other, is_over in (ratio[1:] for ratio in RATIOS if ratio[0] == own[0].part):
         theirs = {sample.round: sample.figures.get(figure) for sample in beside if sample.contender == other}
         pairs = [(sample.figures.get(figure), theirs.get(sample.round)) for sample in own]
         known = [pair[::-1] if is_over else pair for pair in pairs]

@@ -34,28 +34,27 @@ FULL = {"rounds": 5, "seconds": 5, "choice_seconds": 30, "stall_seconds": 60, "l
 QUICK_STALLS = (OURS, "nginx", "haproxy", "caddy")
 # Beside the measured seconds: start, warm-up, waiting for the last answers, stop.
 SPEED_OVERHEAD, STALL_OVERHEAD, CHOICE_OVERHEAD, SIMULATION = 3.2, 4.0, 3.0, 6.0
+RENDER = "only renew docs/performance.md, from files of runs; what was measured again is taken from the later file"
+PYTHON = (
+    "interpreter of all Python contenders, for which run.sh makes an environment of its own (bench/.venv); default: "
+    "/usr/bin/python3, if it is 3.11 or newer"
+)
 
 
 def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--full", action="store_true", help="the long run, for the documentation")
-    add("--parts", type=some_of(PARTS), metavar="NAME[,NAME...]", help=f"of {', '.join(PARTS)}")
-    add("--contenders", type=some_of(CONTENDERS), metavar="...", help=f"of {', '.join(CONTENDERS)}")
-    add("--loads", type=some_of(LOADS), metavar="...", help=f"of {', '.join(LOADS)}; or all")
+    for name, known in (("--parts", PARTS), ("--contenders", CONTENDERS), ("--loads", LOADS)):
+        add(name, type=some_of(list(known)), metavar="NAME[,NAME...]", help=f"of {', '.join(known)}; or all")
     add("--rounds", type=positive, help="of the loads and of the choice; default 2; 5 with --full")
     add("--seconds", type=positive, help="of load per contender, load and round; default 1; 5 if --full")
     add("--stall-seconds", type=positive, help="of the search for stalls, per contender; default 60")
     add("--choice-seconds", type=positive, help="per way to choose and round; default 12; 30 if --full")
     add("--json", type=Path, default=HERE / "results.json", metavar="FILE", help="default bench/results.json")
     add("--docs", action="store_true", help="renew docs/performance.md too (--full does)")
-    render = "only renew docs/performance.md, from the JSON files of runs; what was measured again: from the later file"
-    add("--render", type=Path, nargs="+", metavar="FILE", help=render)
-    python = (
-        "interpreter of all Python contenders, for which run.sh makes an environment of its own (bench/.venv); "
-        "default: /usr/bin/python3, if it is 3.11 or newer"
-    )
-    add("--python", metavar="PROGRAM", help=python)
+    add("--render", type=Path, nargs="+", metavar="FILE", help=RENDER)
+    add("--python", metavar="PROGRAM", help=PYTHON)
     add("--require-ratio", type=float, metavar="R", help=f"exit 1 unless the {OURS} reaches 1/R of the {BASELINE}")
     add("--transfer", type=size, metavar="SIZE", help="check memory with a body of this size, such as 1GiB")
     add("--max-growth", type=size, default="32MiB", metavar="SIZE", help="allowed by --transfer (default 32MiB)")
@@ -87,9 +86,7 @@ def size(text: str) -> int:
         raise argparse.ArgumentTypeError(f"not a size: {text!r} (for example 1GiB)") from None
 
 
-def some_of(known: Iterable[str]) -> Callable[[str], list[str]]:
-    names = list(known)
-
+def some_of(names: list[str]) -> Callable[[str], list[str]]:
     def parse(text: str) -> list[str]:
         chosen = names if text == "all" else [name.strip() for name in text.split(",")]
         if unknown := sorted(set(chosen) - set(names)):
@@ -135,6 +132,11 @@ def contenders(options: argparse.Namespace) -> list[Contender]:
     return [CONTENDERS[name] for name in options.contenders]
 
 
+def searched(options: argparse.Namespace) -> list[Contender]:
+    """For stalls."""
+    return [one for one in contenders(options) if options.full or one.name in QUICK_STALLS]
+
+
 def run_checks(options: argparse.Namespace) -> int:
     from checks import check_concurrency, check_transfer  # --help and --render need no installed package
 
@@ -150,8 +152,8 @@ def run_checks(options: argparse.Namespace) -> int:
 def run_parts(options: argparse.Namespace) -> int:
     said = {"seconds": options.seconds, "choice_seconds": options.choice_seconds}
     run = Run(machine(), {"command": " ".join(["./bench/run.sh", *sys.argv[1:]]), **said})
-    seconds = expected_seconds(options)
-    length = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} minutes"
+    minutes = expected_seconds(options) / 60
+    length = f"{minutes:.0f} minutes" if minutes > 1.5 else f"{minutes * 60:.0f} s"
     print(f"{about(run.machine)}, {pace(run.machine)}\nThis takes about {length}", flush=True)
     warn([run])  # of a slow interpreter, before the time is spent
     for part in options.parts:
@@ -175,11 +177,6 @@ def expected_seconds(options: argparse.Namespace) -> float:
         "quality": options.rounds * (SIMULATION + ways * (options.choice_seconds + CHOICE_OVERHEAD)),
     }
     return sum(parts[part] for part in options.parts)
-
-
-def searched(options: argparse.Namespace) -> list[Contender]:
-    """For stalls."""
-    return [one for one in contenders(options) if options.full or one.name in QUICK_STALLS]
 
 
 def measure(part: str, options: argparse.Namespace, run: Run) -> None:
@@ -230,10 +227,11 @@ def write_docs(runs: list[Run]) -> None:
 
 
 def fail(reasons: Iterable[str]) -> int:
-    told = list(reasons)
-    for reason in told:
+    code = 0
+    for reason in reasons:
+        code = 1
         print(f"FAILED: {reason}", file=sys.stderr)
-    return 1 if told else 0
+    return code
 
 
 if __name__ == "__main__":

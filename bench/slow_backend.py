@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 
 import httptools
 import uvloop
-from contenders import BODY, STUB_STATUS_PATH, WAIT_PATH
+from contenders import BODY
 from processes import raise_file_limit
 
 FIRST_STALL_SECONDS = 4.0  # after the restart
@@ -113,12 +113,11 @@ class Client(asyncio.Protocol):
     def on_message_complete(self) -> None:
         backend, now = self._backend, self._loop.time()
         match self._path.strip("/").split("/"):
-            case _ if self._path == WAIT_PATH:
-                backend.requests += 1
-                backend.open += 1
+            case ["wait"]:
+                backend.requests, backend.open = backend.requests + 1, backend.open + 1
                 backend.peak = max(backend.peak, backend.open)
                 self._loop.call_at(backend.due(now), self._end_wait)
-            case _ if self._path == STUB_STATUS_PATH:  # as nginx words it
+            case ["bench-stub-status"]:  # as nginx words it
                 self._answer(b"\n\n %d %d %d\n" % ((backend.requests,) * 3))
             case ["health"]:
                 self._loop.call_at(backend.after(now, 0.0), self._answer, b"{}")

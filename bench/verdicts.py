@@ -12,22 +12,18 @@ NOISY_PERCENT = 10.0  # of the machine: above it, what else runs on it may show 
 LOST_PERCENT = 1.0  # requests still open when the clock stops may be missing on either side, no more
 EQUAL_PACE = 1.05  # runs on machines whose speeds differ by no more than this may be compared
 # Load and contender, the name of a ratio there, how much it may be at most, and of what.
+CPU, ADDED, P99 = "CPU per request, ", "latency added at one connection, ", "p99 with unequal backends"
 GOALS = (
-    *(
-        (f"CPU per request, {load}", load, other, "ours/this", most, f"{other}'s")
-        for other, load, most in (
-            ("caddy", "small-32", 1.0),
-            ("caddy", "small-256", 0.6),
-            ("caddy", "small-1000", 0.6),
-            ("nginx", "small-1000", 1.5),
-            (BASELINE, "small-32", 0.04),
-            (BASELINE, "small-1000", 0.04),
-        )
-    ),
-    ("latency added at one connection, p50", "small-1", OURS, "added p50 ms, this/caddy", 2.0, "caddy's"),
-    ("latency added at one connection, p99", "small-1", OURS, "added p99 ms, this/caddy", 2.0, "caddy's"),
-    ("p99 with unequal backends", "", OURS, "p99 ms, this/nginx", 1.0, "nginx's"),
-    ("p99 with unequal backends", "", OURS, "p99 ms, this/haproxy", 1.0, "haproxy's"),
+    (f"{CPU}small-32", "small-32", "caddy", "ours/this", 1.0, "caddy's"),
+    (f"{CPU}small-256", "small-256", "caddy", "ours/this", 0.6, "caddy's"),
+    (f"{CPU}small-1000", "small-1000", "caddy", "ours/this", 0.6, "caddy's"),
+    (f"{CPU}small-1000", "small-1000", "nginx", "ours/this", 1.5, "nginx's"),
+    (f"{CPU}small-32", "small-32", BASELINE, "ours/this", 0.04, "baseline's"),
+    (f"{CPU}small-1000", "small-1000", BASELINE, "ours/this", 0.04, "baseline's"),
+    (f"{ADDED}p50", "small-1", OURS, "added p50 ms, this/caddy", 2.0, "caddy's"),
+    (f"{ADDED}p99", "small-1", OURS, "added p99 ms, this/caddy", 2.0, "caddy's"),
+    (P99, "", OURS, "p99 ms, this/nginx", 1.0, "nginx's"),
+    (P99, "", OURS, "p99 ms, this/haproxy", 1.0, "haproxy's"),
 )
 
 

@@ -41,7 +41,7 @@ from slow_backend import FIRST_STALL_SECONDS, Backend, blocks, parse  # noqa: E4
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [PYTHON, str(ROOT / "bench" / "run.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=170)
 
 
 @pytest.fixture(scope="module")
