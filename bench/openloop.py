@@ -13,6 +13,7 @@ import math
 import random
 import resource
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,20 +47,16 @@ class Aim:
 class Wire(asyncio.Protocol):
     """One kept connection with at most one request in flight."""
 
-    def __init__(self) -> None:
+    def __init__(self, target: Target) -> None:
+        self._target = target
         self._data = bytearray()
         self._length = -1
-        self._answer: asyncio.Future[bool] | None = None  # None between requests
+        self.shot: Shot | None = None
         self.transport: Any = None
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
-
-    def ask(self, request: bytes) -> asyncio.Future[bool]:
-        """Whether the answer is a good one."""
-        self._answer = asyncio.get_running_loop().create_future()
-        self.transport.write(request)
-        return self._answer
+        self._target.wires.add(self)
 
     def data_received(self, data: bytes) -> None:
         self._data += data
@@ -68,70 +65,102 @@ class Wire(asyncio.Protocol):
             # Every answer of the benchmark's backends, and every refusal of a contender, has a length or ends it all.
             self._length = end + 4 + int(rest.split(b"\r\n")[0]) if rest else 1 << 62
         if 0 <= self._length <= len(self._data):
-            self._finish(self._data.startswith(b"HTTP/1.1 200"))
+            is_good = self._data.startswith(b"HTTP/1.1 200")
+            self._data.clear()
+            self._length = -1
+            self._target.answered(self, is_good)
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._finish(False)
-
-    def _finish(self, is_good: bool) -> None:
-        answer, self._answer, self._length = self._answer, None, -1
-        self._data.clear()
-        if answer is not None and not answer.done():
-            answer.set_result(is_good)
+        self._target.lost(self)
 
 
 class Target:
-    """A port under fire, and the connections to it; the one used last is used next."""
+    """A port under fire, and the connections to it; the one used last is used next. Callbacks, and no task for each
+    request: the generator shares the machine with what it measures."""
 
     def __init__(self, aim: Aim, started: float, most: int) -> None:
         self.shots = [Shot(seconds) for seconds in aim.due]
-        self.tasks: set[asyncio.Task[None]] = set()  # a request each
+        self.left = len(self.shots)
+        self.wires: set[Wire] = set()  # all that are open
         self._aim = aim
         self._request = f"GET {aim.path} HTTP/1.1\r\nHost: 127.0.0.1:{aim.port}\r\n\r\n".encode()
         self._started = started
-        self._fired = 0
-        self._free = asyncio.Semaphore(most)
+        self._most = most
+        self._coming = deque(self.shots)
+        self._due: deque[Shot] = deque()
         self._idle: list[Wire] = []
+        self._tasks: set[asyncio.Task[None]] = set()  # that connect
 
     def fire_due(self) -> bool:
         """Whether more is to come."""
-        now = time.monotonic() - self._started
-        while self._fired < len(self.shots) and self.shots[self._fired].due <= now:
-            task = asyncio.create_task(self._fire(self.shots[self._fired]))
-            self._fired += 1
-            self.tasks.add(task)
-            task.add_done_callback(self.tasks.discard)
-        return self._fired < len(self.shots)
+        now = self._now()
+        while self._coming and self._coming[0].due <= now:
+            shot = self._coming.popleft()
+            self._due.append(shot)
+            self._send_due()
+            shot.was_held = bool(self._due)  # and it is the last of them
+        return bool(self._coming)
 
-    async def _fire(self, shot: Shot) -> None:
-        shot.was_held = self._free.locked()
-        wire: Wire | None = None
+    def _now(self) -> float:
+        return time.monotonic() - self._started
+
+    def _send_due(self) -> None:
+        while self._due and self._idle:
+            self._send(self._idle.pop(), self._due.popleft())
+        while self._due and len(self.wires) + len(self._tasks) < self._most:
+            self._tasks.add(asyncio.create_task(self._connect(self._due.popleft())))
+
+    def _send(self, wire: Wire, shot: Shot) -> None:
+        if wire.transport.is_closing():  # the other side has hung up since
+            self._end(shot, False)
+        else:
+            wire.shot = shot
+            wire.transport.write(self._request)
+
+    async def _connect(self, shot: Shot) -> None:
+        loop = asyncio.get_running_loop()
         try:
-            async with self._free:
-                wire = await self._wire()
-                shot.is_good = await wire.ask(self._request)
-                if shot.is_good:
-                    self._idle.append(wire)
+            _, wire = await loop.create_connection(lambda: Wire(self), "127.0.0.1", self._aim.port)
+            self._send(wire, shot)
         except OSError:
-            pass  # refused
+            self._end(shot, False)
         finally:
-            shot.latency = time.monotonic() - self._started - shot.due
-            if wire and not shot.is_good:
-                wire.transport.abort()
+            self._tasks.discard(asyncio.current_task())
+            self._send_due()
 
-    async def _wire(self) -> Wire:
-        while self._idle:
-            if not (wire := self._idle.pop()).transport.is_closing():
-                return wire
-        return (await asyncio.get_running_loop().create_connection(Wire, "127.0.0.1", self._aim.port))[1]
+    def answered(self, wire: Wire, is_good: bool) -> None:
+        shot, wire.shot = wire.shot, None
+        if shot is not None:
+            self._end(shot, is_good)
+        if is_good and not wire.transport.is_closing():
+            self._idle.append(wire)
+            self._send_due()
+        else:
+            wire.transport.abort()
+
+    def lost(self, wire: Wire) -> None:
+        self.wires.discard(wire)
+        if wire in self._idle:
+            self._idle.remove(wire)
+        if wire.shot is not None:
+            self._end(wire.shot, False)
+        self._send_due()
+
+    def _end(self, shot: Shot, is_good: bool) -> None:
+        shot.latency, shot.is_good = self._now() - shot.due, is_good
+        self.left -= 1
 
     async def close(self) -> None:
         """What is not answered by now has failed after all this time."""
-        for task in self.tasks:
+        self._due.clear()
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self.tasks, return_exceptions=True)
-        for wire in self._idle:
+        for wire in self.wires:
             wire.transport.abort()
+        while self.wires or self._tasks:  # each is told of its end
+            await asyncio.sleep(TICK_SECONDS)
+        for shot in self.shots:
+            shot.latency = min(shot.latency, self._now() - shot.due)
 
 
 async def _fire(aims: list[Aim], patience: float, most: int) -> list[list[Shot]]:
@@ -139,11 +168,11 @@ async def _fire(aims: list[Aim], patience: float, most: int) -> list[list[Shot]]
     targets = [Target(aim, started, most) for aim in aims]
     while any([target.fire_due() for target in targets]):
         await asyncio.sleep(TICK_SECONDS)
-    if tasks := [task for target in targets for task in target.tasks]:
-        await asyncio.wait(tasks, timeout=patience)
+    deadline = time.monotonic() + patience
+    while any(target.left for target in targets) and time.monotonic() < deadline:
+        await asyncio.sleep(TICK_SECONDS)
     for target in targets:
         await target.close()
-    await asyncio.sleep(TICK_SECONDS)  # each connection is told of its end
     return [target.shots for target in targets]
 
 
