@@ -1,17 +1,19 @@
-"""What stands behind the contenders: one fast backend on some ports, or slow ones of several kinds."""
+"""What stands behind the contenders: one fast backend on some ports, or slow ones of several kinds. And the meter that
+reads, before and after a measurement, what everybody who took part spent."""
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from contenders import BODY, FILES, HERE, STUB_STATUS_PATH, UPLOAD_PATH, write_nginx
-from loads import WAIT_PATH
-from processes import Service, await_answer, free_ports, get, running
+from contenders import BODY, FILES, HERE, STUB_STATUS_PATH, Place, nginx
+from processes import TICK_SECONDS, Service, await_answer, free_ports, get, running
 
 BACKEND_COUNT = 3
 
@@ -27,27 +29,28 @@ class Backends:
 
 @contextmanager
 def fast_backends() -> Iterator[Backends]:
+    """One nginx worker."""
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
-        directory, ports = Path(name), free_ports(BACKEND_COUNT)
-        with running("the nginx backend", fast_backend_command(directory, ports), directory) as service:
-            await_answer(service, ports[-1], "/", BODY)
-            yield Backends(service, ports, ports[:1])
+        place = Place(0, free_ports(BACKEND_COUNT), Path(name))
+        for path, content in FILES.items():
+            (place.directory / path.strip("/")).write_bytes(content)
+        listen, body = place.listed("listen 127.0.0.1:{1} backlog=4096; "), BODY.decode().replace("\n", "\\n")
+        command = nginx(place, "nginx-backend.conf", listen=listen, body=body, root=place.directory)
+        with running("the fast backend", command, place.directory) as service:
+            await_answer(service, place.backends[-1], "/", BODY)
+            yield Backends(service, place.backends, place.backends[:1])
 
 
 @contextmanager
-def delay_backends(*specifications: str) -> Iterator[Backends]:
-    """One backend per specification (see delay_backend.py), without the port."""
+def slow_backends(*specifications: str) -> Iterator[Backends]:
+    """One backend per specification (see slow_backend.py), without the port."""
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
-        directory, ports = Path(name), free_ports(len(specifications))
+        ports = free_ports(len(specifications))
         arguments = [f"{port}:{text}" for port, text in zip(ports, specifications, strict=True)]
-        command = [sys.executable, str(HERE / "delay_backend.py"), *arguments]
-        with running("the slow backend", command, directory) as service:
-            await_answer(service, ports[-1], WAIT_PATH, BODY)
+        command = [sys.executable, str(HERE / "slow_backend.py"), *arguments]
+        with running("the slow backend", command, Path(name)) as service:
+            await_answer(service, ports[-1], "/", BODY)
             yield Backends(service, ports, ports)
-
-
-def count_requests(backends: Backends) -> int:
-    return sum(count_at(port) for port in backends.counters)
 
 
 def count_at(port: int) -> int:
@@ -55,29 +58,26 @@ def count_at(port: int) -> int:
     return int(get(port, STUB_STATUS_PATH)[1].splitlines()[2].split()[2])
 
 
-def fast_backend_command(directory: Path, ports: Iterable[int]) -> list[str]:
-    """One nginx worker that answers at once on each port, and counts what it was asked.
+@dataclass(frozen=True)
+class Meter:
+    """Readings that only ever rise; two of them make a measurement."""
 
-    An upload is answered when it has been read whole: `mirror` reads it before the static module refuses the POST.
-    """
-    for path, content in FILES.items():
-        (directory / path.strip("/")).write_bytes(content)
-    listen = " ".join(f"listen 127.0.0.1:{port} backlog=4096;" for port in ports)
-    files = "\n".join(f"        location = {path} {{ }}" for path in FILES)
-    body = BODY.decode().replace('"', '\\"').replace("\n", "\\n")
-    return write_nginx(
-        directory,
-        f"""
-    server {{
-        {listen}
-        default_type application/json;
-        root {directory};
-        client_max_body_size 0;
-        client_body_buffer_size {max(map(len, FILES.values()))};
-        location / {{ return 200 "{body}"; }}
-        location = {UPLOAD_PATH} {{ mirror /sink; error_page 404 405 =200 /done; }}
-        location = /sink {{ internal; return 204; }}
-{files}
-        location = {STUB_STATUS_PATH} {{ stub_status; }}
-    }}""",
-    )
+    contender_cpu: float
+    known_cpu: float  # of contender, backend, this script and its finished children: wrk
+    machine_cpu: float
+    backend_requests: int
+    at: float  # seconds
+
+    @classmethod
+    def read(cls, service: Service, backends: Backends) -> Meter:
+        cpu = service.cpu_seconds()
+        known = cpu + backends.service.cpu_seconds() + sum(os.times()[:4])
+        # Of the whole machine on anything: user, nice, system, irq, softirq, and what its host stole (proc(5)).
+        fields = Path("/proc/stat").read_text().split()
+        machine = sum(int(fields[index]) for index in (1, 2, 3, 6, 7, 8)) * TICK_SECONDS
+        return cls(cpu, known, machine, sum(map(count_at, backends.counters)), time.monotonic())
+
+    def others_percent(self, before: Meter) -> float:
+        """Of the machine's CPU time since then, what neither contender, backend nor generator spent."""
+        others = (self.machine_cpu - before.machine_cpu) - (self.known_cpu - before.known_cpu)
+        return 100 * max(0.0, others) / ((self.at - before.at) * (os.cpu_count() or 1))

@@ -1,4 +1,4 @@
-"""Who is measured: one row per contender, and how each is configured."""
+"""Who is measured; how each is configured is in config/, and why so in README.md, "Contenders"."""
 
 from __future__ import annotations
 
@@ -10,22 +10,19 @@ import random
 import resource
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from processes import ALL_CPUS, CONTENDER_CPUS
+from processes import ALL_CPUS, CONTENDER_CPUS, Service, await_answer, free_ports, running
 
 HERE = Path(__file__).resolve().parent
-BALANCER = HERE.parent / "load_balancer.py"
+OURS, BASELINE = "balancer", "baseline"
 BODY = json.dumps({"message": "Request processed", "server_id": "bench", "value": 42}).encode() + b"\n"
-STUB_STATUS_PATH = "/bench-stub-status"
-UPLOAD_PATH = "/upload"
+STUB_STATUS_PATH, UPLOAD_PATH, WAIT_PATH = "/bench-stub-status", "/upload", "/wait"
 FILES = {"/64k": random.Random(1).randbytes(64 << 10), "/10m": random.Random(2).randbytes(10 << 20)}
-# Enough for 1,000 clients and as many backend connections, in any proxy that asks for a number.
-MAX_CONNECTIONS = 4096
-# Every contender may keep a connection for ever; nginx would otherwise close it after 1,000 requests.
-MANY_REQUESTS = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -38,181 +35,88 @@ class Place:
     directory: Path
     method: str = ""
 
-    @property
-    def urls(self) -> list[str]:
-        return [f"http://127.0.0.1:{port}" for port in self.backends]
+    def write(self, name: str, template: str, **values: object) -> str:
+        """The path of a file in the directory: a template of config/ with `@NAME@` replaced by values."""
+        text = (HERE / "config" / template).read_text()
+        for key, value in (values | {"port": self.port}).items():
+            text = text.replace(f"@{key.upper()}@", str(value))
+        (self.directory / name).write_text(text)
+        return str(self.directory / name)
+
+    def listed(self, each: str) -> str:
+        """All backends, each in the words of the format."""
+        return "".join(each.format(number, port) for number, port in enumerate(self.backends, 1))
+
+
+def balancer_command(place: Place) -> list[str]:
+    backends = place.listed(" --backend=backend_{}=http://127.0.0.1:{}@1").split()
+    method = [f"--algorithm={place.method}"] if place.method else []
+    program = str(HERE.parent / "load_balancer.py")
+    return [sys.executable, program, "--host=127.0.0.1", f"--port={place.port}", *backends, *method]
+
+
+def python_command(program: str) -> Callable[[Place], list[str]]:
+    return lambda place: [
+        *(sys.executable, str(HERE / program), str(place.port)),
+        *place.listed(" http://127.0.0.1:{1}").split(),
+    ]
+
+
+def nginx_command(place: Place) -> list[str]:
+    method, backends = f"{place.method};" if place.method else "", place.listed("server 127.0.0.1:{1}; ")
+    return nginx(place, "nginx-proxy.conf", method=method, backends=backends)
+
+
+def nginx(place: Place, servers: str, **values: object) -> list[str]:
+    # Only root may name a user, and only root must: its workers would otherwise change to `nobody`.
+    user = f"user {pwd.getpwuid(0).pw_name} {grp.getgrgid(os.getegid()).gr_name};" if os.geteuid() == 0 else ""
+    place.write("servers.conf", servers, **values)
+    config = place.write("nginx.conf", "nginx.conf", user=user, files=resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    return [find_program("nginx") or "nginx", "-p", str(place.directory), "-e", "stderr", "-c", config]
+
+
+def haproxy_command(place: Place) -> list[str]:
+    backends = place.listed("    server backend_{} 127.0.0.1:{}\n")
+    config = place.write("haproxy.cfg", "haproxy.cfg", method=place.method or "roundrobin", backends=backends)
+    return [find_program("haproxy") or "haproxy", "-db", "-f", config]
+
+
+def caddy_command(place: Place) -> list[str]:
+    backends = place.listed("127.0.0.1:{1} ")
+    config = place.write("Caddyfile", "Caddyfile", method=place.method or "round_robin", backends=backends)
+    environment = [f"HOME={place.directory}", f"XDG_DATA_HOME={place.directory}", "GOMAXPROCS=1"]
+    return ["env", *environment, find_program("caddy") or "caddy", "run", "--config", config, "--adapter", "caddyfile"]
 
 
 @dataclass(frozen=True)
 class Contender:
     name: str
-    about: str
     command: Callable[[Place], list[str]]  # may write configuration into the place's directory
-    programs: tuple[str, ...] = ()
+    program: str | None = None  # that must be installed
     cpus: frozenset[int] = CONTENDER_CPUS
 
 
-def balancer_command(place: Place) -> list[str]:
-    backends = [f"--backend=backend_{i}={url}@1" for i, url in enumerate(place.urls, 1)]
-    method = [f"--algorithm={place.method}"] if place.method else []
-    return [sys.executable, str(BALANCER), "--host=127.0.0.1", f"--port={place.port}", *backends, *method]
+EVERYBODY = (
+    Contender(OURS, balancer_command),  # pins itself, as it does by default
+    Contender(BASELINE, python_command("baseline.py"), cpus=ALL_CPUS),  # as people run it
+    Contender("aiohttp", python_command("aiohttp_proxy.py")),
+    Contender("nginx", nginx_command, "nginx"),
+    Contender("haproxy", haproxy_command, "haproxy"),
+    Contender("caddy", caddy_command, "caddy"),
+)
+CONTENDERS = {contender.name: contender for contender in EVERYBODY}
 
 
-def baseline_command(place: Place) -> list[str]:
-    backends = [f"--backend={url}" for url in place.urls]
-    return [sys.executable, str(HERE / "baseline.py"), f"--port={place.port}", *backends]
-
-
-def aiohttp_command(place: Place) -> list[str]:
-    backends = [f"--backend={url}" for url in place.urls]
-    return [sys.executable, str(HERE / "aiohttp_proxy.py"), f"--port={place.port}", *backends]
-
-
-def nginx_command(place: Place) -> list[str]:
-    # The buffers: its own of 4k take 16 receives for an answer of 64 KiB, and nearly twice the CPU time.
-    servers = " ".join(f"server 127.0.0.1:{port};" for port in place.backends)
-    method = f"{place.method};" if place.method else ""
-    return write_nginx(
-        place.directory,
-        f"""
-    upstream backends {{ {method} {servers} keepalive {MAX_CONNECTIONS // 4}; keepalive_requests {MANY_REQUESTS}; }}
-    server {{
-        listen 127.0.0.1:{place.port} backlog=4096;
-        client_max_body_size 0;
-        location / {{
-            proxy_pass http://backends;
-            proxy_http_version 1.1;
-            proxy_set_header Host $http_host;
-            proxy_set_header Connection "";
-            proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
-            proxy_request_buffering off;
-            proxy_max_temp_file_size 0;
-            proxy_buffer_size 64k;
-            proxy_buffers 8 64k;
-            proxy_busy_buffers_size 128k;
-            client_body_buffer_size 128k;
-        }}
-    }}""",
-    )
-
-
-def haproxy_command(place: Place) -> list[str]:
-    # The two ratios: by default it stops keeping backend connections once a fifth of its sockets is in use, which
-    # 1,000 clients reach, and a proxy that connects for each request is not what is to be compared. The checks are as
-    # ours are by default. tune.bufsize of 32k to 132k and splicing were tried: a gain with 10 MiB, a loss with 64 KiB.
-    servers = "\n".join(
-        f"    server backend_{i} 127.0.0.1:{port} check inter 500ms fastinter 100ms fall 2 rise 1"
-        for i, port in enumerate(place.backends, 1)
-    )
-    config = place.directory / "haproxy.cfg"
-    config.write_text(
-        f"""global
-    nbthread 1
-    maxconn {MAX_CONNECTIONS}
-    tune.pool-low-fd-ratio 80
-    tune.pool-high-fd-ratio 90
-defaults
-    mode http
-    timeout connect 3s
-    timeout client 60s
-    timeout server 60s
-    timeout check 400ms
-    option forwardfor
-frontend in
-    bind 127.0.0.1:{place.port} backlog 4096
-    default_backend out
-backend out
-    balance {place.method or "roundrobin"}
-    option httpchk GET /health
-{servers}
-"""
-    )
-    return [find_program("haproxy") or "haproxy", "-db", "-f", str(config)]
-
-
-def caddy_command(place: Place) -> list[str]:
-    # read_buffer and write_buffer of 64 KiB were tried: a gain with 10 MiB, a loss with 64 KiB. Before 2.8 it cannot be
-    # told after how many checks a backend is down or up: it is one.
-    config = place.directory / "Caddyfile"
-    backends = " ".join(f"127.0.0.1:{port}" for port in place.backends)
-    config.write_text(
-        f"""{{
-    admin off
-    auto_https off
-    log {{
-        level ERROR
-    }}
-}}
-http://:{place.port} {{
-    bind 127.0.0.1
-    reverse_proxy {backends} {{
-        lb_policy {place.method or "round_robin"}
-        health_uri /health
-        health_interval 500ms
-        health_timeout 400ms
-        transport http {{
-            keepalive_idle_conns {MAX_CONNECTIONS}
-            keepalive_idle_conns_per_host {MAX_CONNECTIONS}
-        }}
-    }}
-}}
-"""
-    )
-    environment = [f"HOME={place.directory}", f"XDG_DATA_HOME={place.directory}", "GOMAXPROCS=1"]
-    program = find_program("caddy") or "caddy"
-    return ["env", *environment, program, "run", "--config", str(config), "--adapter", "caddyfile"]
-
-
-CONTENDERS = {
-    contender.name: contender
-    for contender in (
-        Contender("balancer", "this balancer, default settings; it takes one CPU by itself", balancer_command),
-        Contender(
-            "baseline",
-            "Flask development server and requests.request per request, as people run it: on all CPUs",
-            baseline_command,
-            cpus=ALL_CPUS,
-        ),
-        Contender("aiohttp", "aiohttp server and client on uvloop, no features, one CPU", aiohttp_command),
-        Contender("nginx", "nginx, one worker on one CPU, upstream keep-alive", nginx_command, ("nginx",)),
-        Contender("haproxy", "HAProxy, one thread on one CPU, health checks on", haproxy_command, ("haproxy",)),
-        Contender("caddy", "Caddy, GOMAXPROCS=1 on one CPU, health checks on", caddy_command, ("caddy",)),
-    )
-}
-
-
-def chosen(names: Iterable[str]) -> list[Contender]:
-    return [CONTENDERS[name] for name in names]
-
-
-def write_nginx(directory: Path, servers: str) -> list[str]:
-    temp_paths = "\n".join(
-        f"    {module}_temp_path {directory}/{module};"
-        for module in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    )
-    config = directory / "nginx.conf"
-    config.write_text(
-        f"""{nginx_user()}daemon off;
-worker_processes 1;
-worker_rlimit_nofile {resource.getrlimit(resource.RLIMIT_NOFILE)[1]};
-pid {directory}/nginx.pid;
-error_log stderr;
-events {{ worker_connections {4 * MAX_CONNECTIONS}; }}
-http {{
-    access_log off;
-    keepalive_requests {MANY_REQUESTS};
-{temp_paths}{servers}
-}}
-"""
-    )
-    return [find_program("nginx") or "nginx", "-p", str(directory), "-e", "stderr", "-c", str(config)]
-
-
-def nginx_user() -> str:
-    """Only root may name a user, and only root must: its workers would otherwise change to `nobody`."""
-    if os.geteuid() != 0:
-        return ""
-    return f"user {pwd.getpwuid(0).pw_name} {grp.getgrgid(os.getegid()).gr_name};\n"
+@contextmanager
+def started(
+    contender: Contender, backends: list[int], path: str, expected: bytes, send: bytes | None = None, method: str = ""
+) -> Iterator[tuple[Service, Place]]:
+    """A contender before these backends, for the length of the with block; it has answered rightly (`await_answer`)."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        place = Place(free_ports(1)[0], backends, Path(name), method)
+        with running(contender.name, contender.command(place), place.directory, contender.cpus) as service:
+            await_answer(service, place.port, path, expected, send)
+            yield service, place
 
 
 def find_program(name: str) -> str | None:

@@ -17,7 +17,6 @@ import gc
 import itertools
 import json
 import socket
-import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
@@ -26,8 +25,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]  # its other modules import each other by their plain names
+
+from backends import slow_backends  # noqa: E402
+from contenders import BODY  # noqa: E402
 
 from balancer.balancing.backends import LastCheck  # noqa: E402
 from balancer.config.settings import BackendSettings, Settings  # noqa: E402
@@ -43,7 +45,6 @@ WARMUP_REQUESTS = 200  # the newest requests are full then and the sample of thi
 MEASURED_REQUESTS = 10
 MOST_POLLS = 200  # of 50 ms each; one is enough unless the machine is busy
 _serial = itertools.count()
-BODY = b'{"message": "Request processed", "server_id": "bench", "value": 42}\n'
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class SameThread:
 
 def measure_all(kinds: Iterable[str] = KINDS, wrap: Callable[[Bridge], None] = lambda bridge: None) -> dict[str, Cost]:
     """Counts by kind of request. `wrap` may change the bridge first."""
-    with backend() as port, balancer(port) as bridge:
+    with slow_backends("0") as backends, balancer(backends.ports[0]) as bridge:
         wrap(bridge)
         return {name: measure(bridge, KINDS[name]) for name in kinds}
 
@@ -248,41 +249,6 @@ def balancer(port: int) -> Iterator[Bridge]:
         parts.adapter.close()
 
 
-# The backend: a process of its own, so that nothing of it is counted.
-
-
-@contextlib.contextmanager
-def backend() -> Iterator[int]:
-    command = [sys.executable, __file__, "--serve"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        try:
-            yield int(process.stdout.readline())
-        finally:
-            process.kill()
-
-
-def serve() -> None:
-    """One connection at a time, one answer per request, each in one piece. Prints its port first."""
-    answer = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(BODY), BODY)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        print(listener.getsockname()[1], flush=True)
-        while True:
-            connection, _ = listener.accept()
-            with connection, connection.makefile("rb") as stream, contextlib.suppress(OSError):
-                while read_request(stream):
-                    connection.sendall(answer)
-
-
-def read_request(stream: Any) -> bool:
-    length, line = 0, stream.readline()
-    while line not in (b"", b"\r\n"):
-        if line.lower().startswith(b"content-length:"):
-            length = int(line.split(b":")[1])
-        line = stream.readline()
-    return line != b"" and len(stream.read(length)) == length
-
-
 # The budget.
 
 
@@ -314,10 +280,7 @@ def renew(measured: dict[str, Cost]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--renew", action="store_true", help="accept the counts of now as the budget")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.serve:
-        serve()
     measured = measure_all()
     budget = read_budget().get(VERSION, {})
     for kind, cost in measured.items():

@@ -11,8 +11,9 @@ import subprocess
 import sys
 import sysconfig
 import time
+import timeit
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +22,8 @@ from contenders import HERE, find_program
 STEPS = 1_000
 REPEATS = 300
 # How each program is asked for its version.
-PROGRAMS = {
-    "nginx": ["nginx", "-v"],
-    "HAProxy": ["haproxy", "-v"],
-    "Caddy": ["caddy", "version"],
-    "wrk": ["wrk", "-v"],
-}
-PACKAGES = {
-    "Granian": "granian",
-    "aiohttp": "aiohttp",
-    "uvloop": "uvloop",
-    "Flask": "flask",
-    "Werkzeug": "werkzeug",
-    "requests": "requests",
-}
-
-
-@dataclass(frozen=True)
-class Interpreter:
-    version: str
-    build: str
-    is_optimised: bool
-    step_ns: float  # see `step_ns`
-
-    def __str__(self) -> str:
-        return f"Python {self.version}, {self.build}"
+PROGRAMS = {"nginx": "nginx -v", "HAProxy": "haproxy -v", "Caddy": "caddy version", "wrk": "wrk -v"}
+PACKAGES = ("Granian", "aiohttp", "uvloop", "Flask", "Werkzeug", "requests")
 
 
 def machine() -> dict[str, Any]:
@@ -56,18 +34,16 @@ def machine() -> dict[str, Any]:
         "cpu": models[0].partition(":")[2].strip() if models else platform.machine(),
         "cpus": os.cpu_count(),
         "kernel": platform.release(),
-        "python": asdict(interpreter()),
+        "python": interpreter(),
         "versions": versions(),
-        "load_average": os.getloadavg()[0],
     }
 
 
 def about(facts: dict[str, Any]) -> str:
     """What `machine` found, in words, but for what differs from minute to minute."""
-    python = Interpreter(**facts["python"])
-    place = f"{facts['cpus']} x {facts['cpu']}, Linux {facts['kernel']}; all Python contenders on {python}"
-    measured = ", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items())
-    return f"{place}; {measured}" if measured else place
+    python = f"Python {facts['python']['version']}, {facts['python']['build']}"
+    measured = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    return f"{facts['cpus']} x {facts['cpu']}, Linux {facts['kernel']}; all Python contenders on {python}; {measured}"
 
 
 def pace(facts: dict[str, Any]) -> str:
@@ -76,10 +52,10 @@ def pace(facts: dict[str, Any]) -> str:
 
 def versions() -> dict[str, str]:
     """Of what is installed here of the programs and packages that take part."""
-    found = {name: program_version(*command) for name, command in PROGRAMS.items()}
-    for name, package in PACKAGES.items():
+    found = {name: program_version(*command.split()) for name, command in PROGRAMS.items()}
+    for name in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(package)
+            found[name] = importlib.metadata.version(name)
     return {name: version for name, version in found.items() if version}
 
 
@@ -96,16 +72,15 @@ def program_version(name: str, option: str) -> str | None:
 def commit() -> str:
     """With `-dirty` when a file under version control was changed since."""
     command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
+    with suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return "unknown"
 
 
-def interpreter() -> Interpreter:
+def interpreter() -> dict[str, Any]:
     build, is_optimised = build_of(sys.base_prefix, sysconfig.get_config_var("CONFIG_ARGS") or "")
-    return Interpreter(platform.python_version(), build, is_optimised, step_ns())
+    version = platform.python_version()
+    return {"version": version, "build": build, "is_optimised": is_optimised, "step_ns": round(step_ns(), 3)}
 
 
 def build_of(prefix: str, configured: str) -> tuple[str, bool]:
@@ -118,15 +93,8 @@ def build_of(prefix: str, configured: str) -> tuple[str, bool]:
     if "--enable-optimizations" in configured:
         return "built with profile-guided optimisation", True
     if prefix == "/usr":
-        return f"the package of {distribution()}", True
+        return f"the package of {platform.freedesktop_os_release()['PRETTY_NAME']}", True
     return "built without profile-guided optimisation", False
-
-
-def distribution() -> str:
-    try:
-        return platform.freedesktop_os_release()["PRETTY_NAME"]
-    except (OSError, KeyError):
-        return "the distribution"
 
 
 @dataclass(slots=True)
@@ -153,9 +121,4 @@ def steps(count: int) -> int:
 
 def step_ns() -> float:
     """Nanoseconds for a step, of the best of many repeats: a busy machine cannot make it less."""
-    best = float("inf")
-    for _ in range(REPEATS):
-        started = time.perf_counter_ns()
-        steps(STEPS)
-        best = min(best, (time.perf_counter_ns() - started) / STEPS)
-    return best
+    return min(timeit.repeat(lambda: steps(STEPS), repeat=REPEATS, number=1)) * 1e9 / STEPS

@@ -13,11 +13,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 TICK_SECONDS = 1 / os.sysconf("SC_CLK_TCK")
-START_TIMEOUT_SECONDS = 20.0
+START_TIMEOUT_SECONDS = 60.0
 STOP_TIMEOUT_SECONDS = 10.0
 # Below Linux's default range for outgoing connections, so that no client socket takes a port before its server does.
 PORTS = range(20000, 32000)
@@ -33,29 +32,18 @@ class BenchError(Exception):
     """Something that keeps the benchmark from measuring; the message is one line for the user."""
 
 
-@dataclass(frozen=True)
-class ProcessStat:
-    """The fields of /proc/<pid>/stat that the benchmark needs."""
-
-    pid: int
-    parent: int
-    session: int
-    cpu_ticks: int  # user + system, own and of children already reaped
-
-
 class Service:
     """A started process and everything below it."""
 
     def __init__(self, name: str, process: subprocess.Popen[bytes], log: Path) -> None:
         self.name = name
-        self.pid = process.pid
-        self.log = log
         self.usage: resource.struct_rusage | None = None  # of its whole life and its children, once stopped cleanly
         self._process = process
+        self._log = log
 
     def exited(self) -> bool:
         # WNOWAIT: whoever reaps the process gets its resource usage, and that is stop().
-        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def stop(self) -> None:
         """Ask the group to end, then make sure. The unreaped leader keeps the group id ours until the last line."""
@@ -65,32 +53,45 @@ class Service:
             in_time = wait_until(self.exited, STOP_TIMEOUT_SECONDS)
         finally:
             self._signal_group(signal.SIGKILL)
-            _, status, usage = os.wait4(self.pid, 0)
+            _, status, usage = os.wait4(self._process.pid, 0)
             self._process.returncode = os.waitstatus_to_exitcode(status)
             self.usage = usage if in_time else None
             if not in_time:
                 print(f"bench: {self.name} had to be killed: it did not end on SIGTERM", file=sys.stderr)
 
+    def _signal_group(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+
     def cpu_seconds(self) -> float:
-        return sum(stat.cpu_ticks for stat in family(self.pid)) * TICK_SECONDS
+        """User + system of all its processes and of their children already reaped."""
+        return sum(ticks for _, ticks in self._family()) * TICK_SECONDS
 
     def memory_bytes(self, field: str = "VmRSS") -> int:
         """Sum of VmRSS (now) or VmHWM (peak) of all its processes; shared pages count once per process."""
-        return sum(memory_field(stat.pid, field) for stat in family(self.pid))
+        total = 0
+        for directory, _ in self._family():
+            with contextlib.suppress(OSError, IndexError):  # it ended since the listing
+                total += int((directory / "status").read_text(errors="replace").split(f"\n{field}:")[1].split()[0])
+        return total * 1024
 
     def forget_memory_peak(self) -> None:
         """Restart VmHWM from the present size. Where the kernel cannot, the peak of the start-up stays in it."""
-        for stat in family(self.pid):
+        for directory, _ in self._family():
             with contextlib.suppress(OSError):
-                Path(f"/proc/{stat.pid}/clear_refs").write_text("5")
+                (directory / "clear_refs").write_text("5")
+
+    def _family(self) -> Iterator[tuple[Path, int]]:
+        """What /proc has of every process of its session, which nobody leaves, and the CPU ticks of each. Fields are
+        counted from behind the name, which may itself hold blanks and brackets (proc(5))."""
+        for directory in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it ended since the listing
+                fields = (directory / "stat").read_text(errors="replace").rpartition(")")[2].split()
+                if int(fields[3]) == self._process.pid:
+                    yield directory, sum(map(int, fields[11:15]))
 
     def last_words(self) -> str:
-        lines = self.log.read_text(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "it printed nothing"
-
-    def _signal_group(self, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, number)
+        return (self._log.read_text(errors="replace").strip().splitlines() or ["it printed nothing"])[-1]
 
 
 @contextlib.contextmanager
@@ -101,7 +102,7 @@ def running(name: str, command: list[str], directory: Path, cpus: frozenset[int]
         process = subprocess.Popen(
             command,
             cwd=directory,
-            env=clean_environment(),
+            env={k: v for k, v in os.environ.items() if k not in LEFT_OUT_NAMES and not k.startswith("LB_")},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -113,10 +114,6 @@ def running(name: str, command: list[str], directory: Path, cpus: frozenset[int]
         yield service
     finally:
         service.stop()
-
-
-def clean_environment() -> dict[str, str]:
-    return {k: v for k, v in os.environ.items() if k not in LEFT_OUT_NAMES and not k.startswith("LB_")}
 
 
 def await_answer(service: Service, port: int, path: str, body: bytes, send: bytes | None = None) -> None:
@@ -135,13 +132,10 @@ def await_answer(service: Service, port: int, path: str, body: bytes, send: byte
 
 
 def get(port: int, path: str, send: bytes | None = None) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-    try:
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=5)) as connection:
         connection.request("GET" if send is None else "POST", path, send)
         answer = connection.getresponse()
         return answer.status, answer.read()
-    finally:
-        connection.close()
 
 
 def wait_until(condition: Callable[[], bool], timeout: float) -> bool:
@@ -151,6 +145,11 @@ def wait_until(condition: Callable[[], bool], timeout: float) -> bool:
             return False
         time.sleep(0.02)
     return True
+
+
+def progress(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def free_ports(count: int) -> list[int]:
@@ -167,57 +166,5 @@ def free_ports(count: int) -> list[int]:
 
 def raise_file_limit() -> None:
     """Two sockets for each of 1,000 connections do not fit in the usual soft limit of 1,024 files."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-@contextlib.contextmanager
-def raised_file_limit() -> Iterator[None]:
-    """Only for a time: a contender must manage with the limit it was given."""
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    raise_file_limit()
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
-
-
-def family(root: int) -> list[ProcessStat]:
-    """The process, its living descendants, and whatever of its session lost its parent."""
-    everyone = list(all_processes())
-    members = {root}
-    while True:
-        found = {s.pid for s in everyone if s.pid in members or s.parent in members or s.session == root}
-        if found <= members:
-            return [stat for stat in everyone if stat.pid in members]
-        members |= found
-
-
-def all_processes() -> Iterator[ProcessStat]:
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            with contextlib.suppress(OSError):  # it ended since the listing
-                yield parse_stat(Path(f"/proc/{entry}/stat").read_text(errors="replace"))
-
-
-def parse_stat(line: str) -> ProcessStat:
-    """Fields are counted from behind the name, which may itself hold blanks and brackets (proc(5))."""
-    pid = int(line.split(" ", 1)[0])
-    fields = line.rpartition(")")[2].split()
-    return ProcessStat(pid, int(fields[1]), int(fields[3]), sum(int(ticks) for ticks in fields[11:15]))
-
-
-def memory_field(pid: int, field: str) -> int:
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines():
-            if line.startswith(field + ":"):
-                return int(line.split()[1]) * 1024
-    return 0
-
-
-def machine_busy_seconds() -> float:
-    """CPU time of the whole machine spent on anything, time stolen by its host included."""
-    user, nice, system, _idle, _iowait, irq, softirq, steal = map(
-        int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
-    )
-    return (user + nice + system + irq + softirq + steal) * TICK_SECONDS

@@ -12,20 +12,13 @@ from __future__ import annotations
 import heapq
 import random
 import sys
-import tempfile
-from dataclasses import replace
-from pathlib import Path
 
-from backends import Backends, count_at, delay_backends
-from contenders import BODY, CONTENDERS, HERE, Place
-from delay_backend import parse
-from loads import WAIT_PATH
-from meter import read_meter
+from backends import Backends, Meter, count_at, slow_backends
+from contenders import BODY, CONTENDERS, HERE, OURS, WAIT_PATH, started
 from openloop import DIRECT_RATE, Aim, Shot, figures, fire, poisson, steady, worst_ms
-from processes import await_answer, free_ports, get, running
-from report import OURS
-from results import ChoiceRun
-from speed import progress
+from processes import get, progress
+from results import Figures, Sample
+from slow_backend import parse
 
 sys.path.insert(0, str(HERE.parent))
 
@@ -39,60 +32,52 @@ SLOTS = 8
 SLOW_FACTOR = 5
 STALL_EVERY_SECONDS = 15.0
 STALL_SECONDS = 2.0
-LOAD_SHARE = 0.6
+RATE = 0.6 * SLOTS / FAST_SECONDS * (1 + 1 / SLOW_FACTOR + 1 - STALL_SECONDS / STALL_EVERY_SECONDS)
 WARMUP_SECONDS = 2.0
+SIMULATED_SECONDS = 300.0
 FAILED_SECONDS = 10.0  # what a failed request counts as: a quick 503 is no fast answer
-SPECIFICATIONS = (
-    f"{FAST_SECONDS:g}:{SLOTS}",
-    f"{FAST_SECONDS * SLOW_FACTOR:g}:{SLOTS}",
-    f"{FAST_SECONDS:g}:{SLOTS}:{STALL_EVERY_SECONDS:g}:{STALL_SECONDS:g}",
-)
+SPECIFICATIONS = {
+    "fast": f"{FAST_SECONDS:g}:{SLOTS}",
+    "slow": f"{FAST_SECONDS * SLOW_FACTOR:g}:{SLOTS}",
+    "stalling": f"{FAST_SECONDS:g}:{SLOTS}:{STALL_EVERY_SECONDS:g}:{STALL_SECONDS:g}",
+}
+AT_ONCE = "0"  # the backend that requests past the contender go to
 OTHERS = (("nginx", "least_conn"), ("haproxy", "leastconn"), ("caddy", "least_conn"))
 # They look at neither load nor time, so that the queue at the slow backend grows for as long as the run is: measured
 # with --full only, otherwise simulated.
 BLIND_STRATEGIES = ("round_robin", "weighted")
-AT_ONCE = "0"  # the backend that requests past the contender go to
 
 
-def capacity() -> float:
-    """Requests/s that the three can do together."""
-    fast = SLOTS / FAST_SECONDS
-    return fast + fast / SLOW_FACTOR + fast * (1 - STALL_SECONDS / STALL_EVERY_SECONDS)
-
-
-def methods(contenders: list[str], quick: bool) -> list[tuple[str, str]]:
-    own = [(OURS, name) for name in REGISTRY if not quick or name not in BLIND_STRATEGIES]
+def methods(contenders: list[str], is_full: bool) -> list[tuple[str, str]]:
+    own = [(OURS, name) for name in REGISTRY if is_full or name not in BLIND_STRATEGIES]
     return [(who, method) for who, method in (*own, *OTHERS) if who in contenders]
 
 
-def measure_quality(rounds: int, seconds: float, chosen: list[tuple[str, str]]) -> list[ChoiceRun]:
-    runs = []
-    with delay_backends(*SPECIFICATIONS, AT_ONCE) as backends:
+def measure_quality(rounds: int, seconds: float, chosen: list[tuple[str, str]]) -> list[Sample]:
+    samples = []
+    with slow_backends(*SPECIFICATIONS.values(), AT_ONCE) as backends:
         for number in range(rounds):
             shift = number % len(chosen)
-            for contender, method in chosen[shift:] + chosen[:shift]:
-                progress(f"round {number + 1}/{rounds}: {contender} {method} on unequal backends for {seconds:g} s")
-                runs.append(measure_one(number, contender, method, backends, seconds))
+            for name, method in chosen[shift:] + chosen[:shift]:
+                progress(f"round {number + 1}/{rounds}: {name} {method} on unequal backends for {seconds:g} s")
+                figures = measure(number, name, method, backends, seconds)
+                samples.append(Sample("choice", "", name, method, number, figures))
     progress("")
-    return runs
+    return samples
 
 
-def measure_one(number: int, name: str, method: str, backends: Backends, seconds: float) -> ChoiceRun:
-    contender, rate = CONTENDERS[name], LOAD_SHARE * capacity()
+def measure(number: int, name: str, method: str, backends: Backends, seconds: float) -> Figures:
     *ports, at_once = backends.ports
-    with tempfile.TemporaryDirectory(prefix="bench-") as directory:
-        place = Place(free_ports(1)[0], ports, Path(directory), method)
-        with running(contender.name, contender.command(place), place.directory, contender.cpus) as service:
-            await_answer(service, place.port, WAIT_PATH, BODY)
-            restart(ports)
-            fire([Aim(place.port, WAIT_PATH, poisson(rate, WARMUP_SECONDS, seed=0))])
-            restart(ports)
-            before, counts = read_meter(service, backends), [count_at(port) for port in ports]
-            traffic = Aim(place.port, WAIT_PATH, poisson(rate, seconds, seed=number + 1))
-            shots, direct = fire([traffic, Aim(at_once, WAIT_PATH, steady(DIRECT_RATE, seconds))], FAILED_SECONDS)
-            others = read_meter(service, backends).others_share(before)
-            counts = [count_at(port) - count for port, count in zip(ports, counts, strict=True)]
-    return replace(summarise(number, name, method, shots, counts, others), direct_worst=worst_ms(direct))
+    with started(CONTENDERS[name], ports, WAIT_PATH, BODY, method=method) as (service, place):
+        restart(ports)
+        fire([Aim(place.port, WAIT_PATH, poisson(RATE, WARMUP_SECONDS, seed=0))])
+        restart(ports)
+        before, counts = Meter.read(service, backends), [count_at(port) for port in ports]
+        traffic = Aim(place.port, WAIT_PATH, poisson(RATE, seconds, seed=number + 1))
+        shots, direct = fire([traffic, Aim(at_once, WAIT_PATH, steady(DIRECT_RATE, seconds))], FAILED_SECONDS)
+        others = Meter.read(service, backends).others_percent(before)
+        counts = [count_at(port) - count for port, count in zip(ports, counts, strict=True)]
+    return summarise(shots, counts) | {"worst direct ms": worst_ms(direct), "others %": others}
 
 
 def restart(ports: list[int]) -> None:
@@ -100,32 +85,25 @@ def restart(ports: list[int]) -> None:
         get(port, "/restart")
 
 
-def summarise(
-    number: int, contender: str, method: str, shots: list[Shot], counts: list[int], others: float
-) -> ChoiceRun:
-    shares = [count / max(1, sum(counts)) for count in counts]
-    return ChoiceRun(number, contender, method, **figures(shots, FAILED_SECONDS), shares=shares, others_share=others)
+def summarise(shots: list[Shot], counts: list[int]) -> Figures:
+    shares = [100 * count / max(1, sum(counts)) for count in counts]
+    return figures(shots, FAILED_SECONDS) | {f"to {kind} %": s for kind, s in zip(SPECIFICATIONS, shares, strict=True)}
 
 
-# Simulated.
-
-SIMULATED = "simulated"
-SIMULATED_SECONDS = 300.0
-
-
-def simulate_all(rounds: int) -> list[ChoiceRun]:
-    return [simulate(number, name, SIMULATED_SECONDS) for number in range(rounds) for name in REGISTRY]
+def simulate_all(rounds: int) -> list[Sample]:
+    every = [(number, name) for number in range(rounds) for name in REGISTRY]
+    return [Sample("simulation", "", "simulated", name, n, simulate(n, name, SIMULATED_SECONDS)) for n, name in every]
 
 
-def simulate(number: int, name: str, seconds: float) -> ChoiceRun:
+def simulate(number: int, name: str, seconds: float) -> Figures:
     """One strategy under the traffic of round `number`."""
     now = 0.0
     pool = BackendPool(create(name, clock=lambda: now, rng=random.Random(number)), clock=lambda: now)
-    backends = {str(index): parse(text) for index, text in enumerate(SPECIFICATIONS)}
+    backends = {kind: parse(text) for kind, text in SPECIFICATIONS.items()}
     for backend_id, backend in backends.items():
         backend.restart(now)
         pool.record_check(pool.add(backend_id, Origin("http", "127.0.0.1", 1)), LastCheck(now, 0.0, 200, None))
-    shots = [Shot(due) for due in poisson(LOAD_SHARE * capacity(), seconds, seed=number + 1)]
+    shots = [Shot(due) for due in poisson(RATE, seconds, seed=number + 1)]
     running: list[tuple[float, int, Lease]] = []  # by the time of the answer
     for index, shot in enumerate(shots):
         while running and running[0][0] <= shot.due:
@@ -133,8 +111,9 @@ def simulate(number: int, name: str, seconds: float) -> ChoiceRun:
             lease.release(shots[ended].latency)
         now = shot.due
         lease = pool.lease(None)
-        backends[lease.backend.id].requests += 1
-        answered = backends[lease.backend.id].due(now)
+        chosen = backends[lease.backend.id]
+        chosen.requests += 1
+        answered = chosen.due(now)
         shot.latency, shot.is_good = answered - now, True
         heapq.heappush(running, (answered, index, lease))
-    return summarise(number, SIMULATED, name, shots, [backend.requests for backend in backends.values()], 0.0)
+    return summarise(shots, [backend.requests for backend in backends.values()])

@@ -1,171 +1,165 @@
-"""What runs found: the samples of each, their JSON document, and how the files of several runs become one."""
+"""What runs found: samples of every round, their medians and spreads, and how the files of several runs become one."""
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
+import statistics
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from contenders import BASELINE, OURS
 from processes import BenchError
 
 STALL_SECONDS = 0.050  # answers later than this are a stall
 DIRECT_LATE_SECONDS = STALL_SECONDS / 2  # later than this past the contender, and it is not to blame
+# By part: a figure over that of another contender under the same load in the same round, as a slow minute hits both.
+# Where `is_over`, the other's stands above the line.
+RATIOS = (
+    ("speed", "ours/this", "CPU us/req", OURS, True),
+    ("speed", "baseline/this", "CPU us/req", BASELINE, True),
+    ("speed", "added p50 ms, this/caddy", "added p50 ms", "caddy", False),
+    ("speed", "added p99 ms, this/caddy", "added p99 ms", "caddy", False),
+    ("choice", "p99 ms, this/nginx", "p99 ms", "nginx", False),
+    ("choice", "p99 ms, this/haproxy", "p99 ms", "haproxy", False),
+)
+
+# By name, which is the heading of its column. A whole number is a count and adds up over the rounds; of the others
+# there is a median and a spread; None: there is none.
+Figures = dict[str, int | float | None]
+
+
+class Spread(NamedTuple):
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Iterable[float | None]) -> Spread | None:
+        known = [value for value in values if value is not None]
+        found = (statistics.median(known), min(known), max(known)) if known else ()
+        return cls(*(float(f"{value:.9g}") for value in found)) if found else None
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One contender under one load in one round."""
+    """What one contender did in one round. Contenders compare within a load; `method`: how it was to choose."""
 
-    round: int
-    contender: str
+    part: str  # speed, stalls, choice or simulation
     load: str
-    requests: int  # answers of any status
-    errors: int  # answers of 400 and above, and socket errors and timeouts
-    seconds: float
-    requests_per_second: float  # good answers only
-    cpu_us_per_request: float | None  # good answers, and requests that wrk's end cut off after the work was done
-    switches_per_request: float | None  # of the contender's whole life, warm-up included
-    p50_ms: float | None  # None without one answer
-    p99_ms: float | None
-    peak_rss_bytes: int
-    forwarded_share: float  # requests the backends saw per answer; below 1 somebody else answered
-    others_share: float  # of the machine's CPU time, spent by neither contender, backend nor wrk
-
-
-@dataclass(frozen=True)
-class StallRun:
-    """One contender at half of the rate it could do, open loop. Times in milliseconds, None: not recorded."""
-
-    contender: str
-    rate: float
-    seconds: float
-    requests: int
-    failed: int
-    p50: float
-    p99: float
-    p999: float
-    worst: float
-    stalls: int  # times at which answers were late by more than the limit
-    own_stalls: int  # those during which requests sent past the contender, to the backend itself, were not late
-    direct_worst: float
-    others_share: float
-    held: int | None = None  # left late: the generator had no connection free
-
-
-@dataclass(frozen=True)
-class ChoiceRun:
-    """One way to choose among unequal backends, in one round. Times in milliseconds; a failed request is a slow one.
-    None: not recorded, or simulated."""
-
-    round: int
     contender: str
     method: str
-    requests: int
-    failed: int
-    p50: float
-    p99: float
-    p999: float
-    shares: list[float]  # of the requests, per backend
-    others_share: float
-    held: int | None = None  # as in StallRun
-    direct_worst: float | None = None  # of requests past the contender, to a backend that answers at once
+    round: int
+    figures: Figures
 
 
-@dataclass
+@dataclass(frozen=True)
+class Row:
+    """All rounds of one contender under one load, or of one way to choose."""
+
+    part: str
+    load: str
+    contender: str
+    method: str
+    rounds: int
+    figures: dict[str, int | Spread]
+
+    def spread(self, name: str) -> Spread | None:
+        found = self.figures.get(name)
+        return found if isinstance(found, Spread) else None
+
+    def count(self, name: str) -> int:
+        found = self.figures.get(name)
+        return found if isinstance(found, int) else 0
+
+    def high(self, name: str) -> float:
+        found = self.spread(name)
+        return found.high if found else 0.0
+
+
+def rows_of(samples: list[Sample]) -> list[Row]:
+    """In the order of the samples."""
+    groups: dict[tuple[str, str, str, str], list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault((sample.part, sample.load, sample.contender, sample.method), []).append(sample)
+    return [Row(*key, len(own), summarise(own, samples)) for key, own in groups.items()]
+
+
+def summarise(own: list[Sample], samples: list[Sample]) -> dict[str, int | Spread]:
+    found: dict[str, int | Spread | None] = {}
+    for name in own[0].figures:
+        values = [sample.figures.get(name) for sample in own]
+        counts = [value for value in values if isinstance(value, int)]
+        found[name] = sum(counts) if counts else Spread.of(values)
+    beside = [sample for sample in samples if (sample.part, sample.load) == (own[0].part, own[0].load)]
+    for name, figure, other, is_over in (ratio[1:] for ratio in RATIOS if ratio[0] == own[0].part):
+        theirs = {sample.round: sample.figures.get(figure) for sample in beside if sample.contender == other}
+        pairs = [(sample.figures.get(figure), theirs.get(sample.round)) for sample in own]
+        known = [pair[::-1] if is_over else pair for pair in pairs]
+        found[name] = Spread.of(top / below for top, below in known if top is not None and below and below > 0)
+    return {name: figure for name, figure in found.items() if figure is not None}
+
+
+@dataclass(frozen=True)
 class Run:
-    """One call of the benchmark."""
+    """One call of the benchmark: on what (`machine`), and how it was called."""
 
-    machine: dict[str, Any] = field(default_factory=dict)
-    options: dict[str, Any] = field(default_factory=dict)
-    samples: list[Sample] = field(default_factory=list)
-    stalls: list[StallRun] = field(default_factory=list)
-    choices: list[ChoiceRun] = field(default_factory=list)
-    simulated: list[ChoiceRun] = field(default_factory=list)
-
-    @property
-    def others_shares(self) -> list[float]:
-        """Of everything measured, what unrelated programs took of the machine."""
-        measured: list[Sample | StallRun | ChoiceRun] = [*self.samples, *self.stalls, *self.choices]
-        return [one.others_share for one in measured]
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Run:
-        return cls(
-            content["machine"],
-            content["options"],
-            [Sample(**sample) for sample in content["samples"]],
-            [StallRun(**run) for run in content["stalls"]],
-            [ChoiceRun(**run) for run in content["choices"]],
-            [ChoiceRun(**run) for run in content["simulated"]],
-        )
+    machine: dict[str, Any]
+    options: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
 
 
-@dataclass
-class Results:
-    """Runs of which no two measured the same (see `combine`)."""
+def rows_in(runs: list[Run], part: str) -> list[Row]:
+    return [row for run in runs for row in run.rows if row.part == part]
 
-    runs: list[Run]
 
-    @property
-    def samples(self) -> list[Sample]:
-        return [sample for run in self.runs for sample in run.samples]
-
-    @property
-    def stalls(self) -> list[StallRun]:
-        return [stall for run in self.runs for stall in run.stalls]
-
-    @property
-    def choices(self) -> list[ChoiceRun]:
-        return [choice for run in self.runs for choice in run.choices]
-
-    @property
-    def simulated(self) -> list[ChoiceRun]:
-        return [choice for run in self.runs for choice in run.simulated]
-
-    def as_json(self) -> dict[str, Any]:
-        return {"runs": [asdict(run) for run in self.runs]}
+def as_text(runs: list[Run]) -> str:
+    """JSON with a row per line."""
+    texts = []
+    for run in runs:
+        about = [f'   "{name}": {json.dumps(getattr(run, name))}' for name in ("machine", "options")]
+        rows = ",\n".join(f"    {json.dumps(asdict(row))}" for row in run.rows)
+        texts.append("  {\n" + ",\n".join([*about, f'   "rows": [\n{rows}\n   ]']) + "\n  }")
+    return '{\n "runs": [\n' + ",\n".join(texts) + "\n ]\n}\n"
 
 
 def read(path: Path) -> list[Run]:
     """Raises BenchError for a file that is none of ours."""
     try:
-        return [Run.from_json(run) for run in json.loads(path.read_text())["runs"]]
+        runs = json.loads(path.read_text())["runs"]
+        return [Run(run["machine"], run["options"], [to_row(**row) for row in run["rows"]]) for run in runs]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BenchError(f"{path} holds no results of this benchmark: {error!r}") from None
 
 
-# What belongs together, and is taken whole from the last run that measured it: ratios are of one round of one run.
-KEYS: dict[str, Callable[[Any], object]] = {
-    "samples": lambda sample: sample.load,
-    "stalls": lambda run: run.contender,
-    "choices": lambda run: (run.contender, run.method),
-    "simulated": lambda run: run.method,
-}
+def to_row(figures: dict[str, Any], **about: Any) -> Row:
+    return Row(**about, figures={name: one if isinstance(one, int) else Spread(*one) for name, one in figures.items()})
 
 
-def combine(runs: list[Run]) -> Results:
-    """The runs as one; what was measured again comes from the later run. Raises BenchError if a contender would be
-    lost that way."""
+def combine(runs: list[Run]) -> list[Run]:
+    """What was measured again is taken from the later run: a load with all its contenders, for ratios are of one run.
+    Raises BenchError if a contender would be lost that way."""
     for earlier, later in itertools.combinations(runs, 2):
         refuse_loss(earlier, later)
-    taken: dict[str, set[object]] = {name: set() for name in KEYS}
+    taken: set[object] = set()
     kept = []
     for run in reversed(runs):
-        own: dict[str, Any] = {}
-        for name, key in KEYS.items():
-            own[name] = [one for one in getattr(run, name) if key(one) not in taken[name]]
-            taken[name] |= {key(one) for one in own[name]}
-        if any(own.values()):
-            kept.append(replace(run, **own))
-    return Results(kept[::-1])
+        rows = [row for row in run.rows if what(row) not in taken]
+        taken |= set(map(what, rows))
+        if rows:
+            kept.append(replace(run, rows=rows))
+    return kept[::-1]
+
+
+def what(row: Row) -> object:
+    return row.load or (row.part, row.contender, row.method)
 
 
 def refuse_loss(earlier: Run, later: Run) -> None:
-    for load in {sample.load for sample in later.samples}:
-        before, after = ({s.contender for s in run.samples if s.load == load} for run in (earlier, later))
+    for load in {row.load for row in later.rows if row.load}:
+        before, after = ({row.contender for row in run.rows if row.load == load} for run in (earlier, later))
         if lost := sorted(before - after):
             raise BenchError(
                 f"{load} was measured again without {', '.join(lost)}, and only contenders of one run compare: measure "

@@ -1,7 +1,7 @@
 """This balancer beside others: CPU per request, speed, latency, memory, and how well it chooses. Linux only.
 
 ./bench/run.sh                                 11 minutes: installs what is missing, tables, bench/results.json
-./bench/run.sh --full                          70 minutes: everything; renews docs/performance.md and its plots
+./bench/run.sh --full                          70 minutes: everything; renews docs/performance.md and its plot
 ./bench/run.sh --parts speed --loads small-32,small-256 --rounds 5 --seconds 10 --contenders balancer,baseline
 ./bench/run.sh --render bench/results.json     seconds: renews the documentation from files, without measuring
 ./bench/run.sh --transfer 1GiB                 that many bytes up and down; growth of the balancer's memory
@@ -13,33 +13,95 @@ Every run begins with how long it will take. bench/README.md shows how to measur
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import FrameType
 
-import arguments
-import documents
-import environment
-import report
-from checks import check_concurrency, check_transfer, parse_size
-from contenders import BALANCER, CONTENDERS, chosen, find_program
+import render
+from contenders import BASELINE, CONTENDERS, HERE, OURS, Contender, find_program
+from loads import LOADS, QUICK
 from machine import about, machine, pace
 from processes import BENCH_CPUS, BenchError
-from report import OURS
-from results import Results, Run, combine, read
+from results import Run, as_text, combine, read, rows_in, rows_of
+from verdicts import missed_ratio, warnings
+
+PARTS = ("speed", "stalls", "quality")
+SHORT = {"rounds": 2, "seconds": 1, "choice_seconds": 12, "stall_seconds": 60, "loads": list(QUICK)}
+FULL = {"rounds": 5, "seconds": 5, "choice_seconds": 30, "stall_seconds": 60, "loads": list(LOADS)}
+QUICK_STALLS = (OURS, "nginx", "haproxy", "caddy")
+# Beside the measured seconds: start, warm-up, waiting for the last answers, stop.
+SPEED_OVERHEAD, STALL_OVERHEAD, CHOICE_OVERHEAD, SIMULATION = 3.2, 4.0, 3.0, 6.0
+RENDER = "only renew docs/performance.md, from files of runs; what was measured again is taken from the later file"
+PYTHON = (
+    "interpreter of all Python contenders, for which run.sh makes an environment of its own (bench/.venv); default: "
+    "/usr/bin/python3, if it is 3.11 or newer"
+)
+
+
+def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--full", action="store_true", help="the long run, for the documentation")
+    for name, known in (("--parts", PARTS), ("--contenders", CONTENDERS), ("--loads", LOADS)):
+        add(name, type=some_of(list(known)), metavar="NAME[,NAME...]", help=f"of {', '.join(known)}; or all")
+    add("--rounds", type=positive, help="of the loads and of the choice; default 2; 5 with --full")
+    add("--seconds", type=positive, help="of load per contender, load and round; default 1; 5 if --full")
+    add("--stall-seconds", type=positive, help="of the search for stalls, per contender; default 60")
+    add("--choice-seconds", type=positive, help="per way to choose and round; default 12; 30 if --full")
+    add("--json", type=Path, default=HERE / "results.json", metavar="FILE", help="default bench/results.json")
+    add("--docs", action="store_true", help="renew docs/performance.md too (--full does)")
+    add("--render", type=Path, nargs="+", metavar="FILE", help=RENDER)
+    add("--python", metavar="PROGRAM", help=PYTHON)
+    add("--require-ratio", type=float, metavar="R", help=f"exit 1 unless the {OURS} reaches 1/R of the {BASELINE}")
+    add("--transfer", type=size, metavar="SIZE", help="check memory with a body of this size, such as 1GiB")
+    add("--max-growth", type=size, default="32MiB", metavar="SIZE", help="allowed by --transfer (default 32MiB)")
+    add("--concurrent", type=positive, metavar="N", help="check N requests in flight at once")
+    add("--delay", type=float, default=0.2, help="seconds a backend takes then (default 0.2)")
+    options = parser.parse_args(given)
+    everybody = [OURS] if options.transfer or options.concurrent else list(CONTENDERS)
+    defaults = {"parts": list(PARTS), "contenders": everybody, **(FULL if options.full else SHORT)}
+    for name in (name for name in defaults if getattr(options, name) is None):
+        setattr(options, name, defaults[name])
+    if options.require_ratio and not {OURS, BASELINE} <= set(options.contenders):
+        parser.error(f"--require-ratio needs the contenders {OURS} and {BASELINE}")
+    return options
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def size(text: str) -> int:
+    """`1GiB`, `32MiB`, `4096`."""
+    units = {"GiB": 1 << 30, "MiB": 1 << 20, "KiB": 1 << 10}
+    number, unit = (text[:-3], units[text[-3:]]) if text[-3:] in units else (text, 1)
+    try:
+        return int(float(number) * unit)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"not a size: {text!r} (for example 1GiB)") from None
+
+
+def some_of(names: list[str]) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        chosen = names if text == "all" else [name.strip() for name in text.split(",")]
+        if unknown := sorted(set(chosen) - set(names)):
+            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: expected some of {', '.join(names)}")
+        return list(dict.fromkeys(chosen))
+
+    return parse
 
 
 def main() -> int:
-    options = arguments.parse(__doc__)
+    options = parse()
     signal.signal(signal.SIGTERM, leave)
     try:
         if options.render:
-            return render(options.render)
-        if options.python:
-            environment.enter(options.python)
+            return render_files(options.render)
         check_requirements(options)
         os.sched_setaffinity(0, BENCH_CPUS)
         return run_checks(options) if options.transfer or options.concurrent else run_parts(options)
@@ -57,85 +119,119 @@ def leave(number: int, frame: FrameType | None) -> None:
 
 
 def check_requirements(options: argparse.Namespace) -> None:
-    if sys.platform != "linux":
-        raise BenchError("Linux only: processes are measured from /proc")
-    programs = {program for name in options.contenders for program in CONTENDERS[name].programs}
+    wanted = {one.program for one in contenders(options) if one.program}
     if not (options.transfer or options.concurrent):
-        programs |= {"nginx", "wrk"}
-    if missing := sorted(program for program in programs if not find_program(program)):
+        wanted |= {"nginx", "wrk"}
+    if missing := sorted(program for program in wanted if not find_program(program)):
         raise BenchError(f"not installed: {', '.join(missing)}; bench/run.sh installs them on Debian")
-    modules = ["flask", "requests", *(["aiohttp"] if "aiohttp" in options.contenders else [])]
-    if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
-        raise BenchError(f"missing here: {', '.join(missing)}; pip install -r bench/requirements.txt")
-    if OURS in options.contenders and not BALANCER.exists():
-        raise BenchError(f"{BALANCER} is missing")
     if not options.json.parent.is_dir():
         raise BenchError(f"--json {options.json}: {options.json.parent} is no directory")
 
 
+def contenders(options: argparse.Namespace) -> list[Contender]:
+    return [CONTENDERS[name] for name in options.contenders]
+
+
+def searched(options: argparse.Namespace) -> list[Contender]:
+    """For stalls."""
+    return [one for one in contenders(options) if options.full or one.name in QUICK_STALLS]
+
+
 def run_checks(options: argparse.Namespace) -> int:
+    from checks import check_concurrency, check_transfer  # --help and --render need no installed package
+
     faults = []
-    for contender in chosen(options.contenders):
+    for contender in contenders(options):
         if options.transfer:
-            faults += check_transfer(contender, parse_size(options.transfer), parse_size(options.max_growth))
+            faults += check_transfer(contender, options.transfer, options.max_growth)
         if options.concurrent:
             faults += check_concurrency(contender, options.concurrent, options.delay)
     return fail(faults)
 
 
 def run_parts(options: argparse.Namespace) -> int:
-    from parts import PARTS, expected_seconds  # they run our strategies: --help needs no installed package
-
-    run = Run(machine(), describe(options))
-    results = Results([run])
-    print(
-        f"{about(run.machine)}, {pace(run.machine)}\nThis takes about {minutes(expected_seconds(options))}", flush=True
-    )
-    warn(results)  # of a slow interpreter, before the time is spent
+    said = {"seconds": options.seconds, "choice_seconds": options.choice_seconds}
+    run = Run(machine(), {"command": " ".join(["./bench/run.sh", *sys.argv[1:]]), **said})
+    minutes = expected_seconds(options) / 60
+    length = f"{minutes:.0f} minutes" if minutes > 1.5 else f"{minutes * 60:.0f} s"
+    print(f"{about(run.machine)}, {pace(run.machine)}\nThis takes about {length}", flush=True)
+    warn([run])  # of a slow interpreter, before the time is spent
     for part in options.parts:
-        PARTS[part](options, run)
-        options.json.write_text(documents.as_text(results))  # after each, for an interrupted run to leave something
+        measure(part, options, run)
+        options.json.write_text(as_text([run]))  # after each, for an interrupted run to leave something
     print(f"written: {options.json}")
-    warn(results)
+    warn([run])
     if options.full or options.docs:
-        write_documents(results)
-    return fail(report.missed_ratio(run.samples, options.require_ratio) if options.require_ratio else [])
+        write_docs([run])
+    return fail(missed_ratio([run], options.require_ratio) if options.require_ratio else [])
 
 
-def minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} minutes"
+def expected_seconds(options: argparse.Namespace) -> float:
+    from quality import methods
+
+    ways = len(methods(options.contenders, options.full))
+    runs = len(options.loads) * len(options.contenders)
+    parts: dict[str, float] = {
+        "speed": options.rounds * runs * (options.seconds + SPEED_OVERHEAD),
+        "stalls": len(searched(options)) * (options.stall_seconds + STALL_OVERHEAD),
+        "quality": options.rounds * (SIMULATION + ways * (options.choice_seconds + CHOICE_OVERHEAD)),
+    }
+    return sum(parts[part] for part in options.parts)
 
 
-def describe(options: argparse.Namespace) -> dict[str, object]:
-    said = {name: value for name, value in vars(options).items() if isinstance(value, int | str | list)}
-    about = {name: CONTENDERS[name].about for name in options.contenders}
-    return said | {"command": " ".join(["./bench/run.sh", *sys.argv[1:]]), "about": about}
+def measure(part: str, options: argparse.Namespace, run: Run) -> None:
+    """Add what it finds to the run, and print its tables."""
+    from quality import measure_quality, methods, simulate_all
+    from speed import measure_all
+    from stalls import measure_stalls
+
+    if part == "speed":
+        loads = [LOADS[name] for name in options.loads]
+        run.rows.extend(rows_of(measure_all(options.rounds, options.seconds, loads, contenders(options))))
+        show("Speed and cost", render.table([run], "speed"))
+        show("CPU per request", render.summary_table([run]))
+        show("Latency added at one connection", render.table([run], "latency"))
+    elif part == "stalls":
+        run.rows.extend(rows_of(measure_stalls(searched(options), options.stall_seconds)))
+        show("Stalls at half load", render.table([run], "stalls"))
+    else:
+        run.rows.extend(rows_of(simulate_all(options.rounds)))
+        show("Unequal backends, simulated", render.table([run], "simulation"))
+        ways = methods(options.contenders, options.full)
+        run.rows.extend(rows_of(measure_quality(options.rounds, options.choice_seconds, ways)))
+        show("Unequal backends", render.table([run], "choice"))
 
 
-def render(files: list[Path]) -> int:
-    results = combine([run for path in files for run in read(path)])
-    warn(results)
-    measured = {"speed": results.samples, "stalls": results.stalls, "quality": results.choices}
-    if empty := [part for part, found in measured.items() if not found]:
+def show(title: str, table: render.Table) -> None:
+    if table.rows:
+        print(f"\n{title}\n\n{table.text()}", flush=True)
+
+
+def render_files(files: list[Path]) -> int:
+    runs = combine([run for path in files for run in read(path)])
+    warn(runs)
+    if empty := [part for part in ("speed", "stalls", "choice") if not rows_in(runs, part)]:
         print(f"warning: none of the files has {', '.join(empty)}; the page says nothing there")
-    return write_documents(results)
-
-
-def warn(results: Results) -> None:
-    for warning in report.warnings(results):
-        print(f"warning: {warning}")
-
-
-def write_documents(results: Results) -> int:
-    for path in documents.write(results):
-        print(f"written: {path}")
+    write_docs(runs)
     return 0
 
 
-def fail(reasons: list[str]) -> int:
+def warn(runs: list[Run]) -> None:
+    for warning in warnings(runs):
+        print(f"warning: {warning}")
+
+
+def write_docs(runs: list[Run]) -> None:
+    for path in render.write_docs(runs):
+        print(f"written: {path}")
+
+
+def fail(reasons: Iterable[str]) -> int:
+    code = 0
     for reason in reasons:
+        code = 1
         print(f"FAILED: {reason}", file=sys.stderr)
-    return 1 if reasons else 0
+    return code
 
 
 if __name__ == "__main__":

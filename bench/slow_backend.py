@@ -1,143 +1,191 @@
-"""A backend for the checks of behaviour: slow answers by the thousand, and bodies of any size, never held whole.
+"""Backends that take their time: each argument is one of them, `PORT:SECONDS[:SLOTS[:STALL_EVERY:STALL_SECONDS]]`.
 
-GET /delay/<seconds>           answers after that time
-GET /download/<bytes>          a body of that many bytes, with Content-Length
+SECONDS is what one `GET /wait` takes. With SLOTS that is the mean of an exponential distribution, and no more of them
+than that are worked on at a time; the others wait, first come first served. Every STALL_EVERY seconds the backend stops
+for STALL_SECONDS, as in a garbage collection: it reads, works on nothing, and answers neither /wait nor /health.
+
+GET /peak                      the most /wait requests that were open at one time
+GET /restart                   sets clock and chance back, so that every contender meets the same backends
+GET /download/<bytes>          a body of that many bytes, never held whole, with Content-Length
 GET /download/<bytes>/chunked  the same, chunked
-PUT /upload                    reads the body, answers its length and checksum
-GET /peak                      the most /delay requests that were open at one time
-anything else                  the body that the benchmark's fast backend gives
+PUT /upload                    answers length and checksum of the body
+anything else                  the body that the benchmark's fast backend gives, at once
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
+import heapq
 import json
+import math
 import random
+import sys
 import zlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
+import httptools
+import uvloop
 from contenders import BODY
 from processes import raise_file_limit
 
+FIRST_STALL_SECONDS = 4.0  # after the restart
+SEED = 7
 # Odd length and random content: a lost, repeated or swapped piece changes the checksum of the whole.
 BLOCK = random.Random(1).randbytes(65521)
-READ_SIZE = 1 << 16
+
+
+@dataclass
+class Backend:
+    """One port. When an answer is due is settled when its request comes, so that a busy machine may delay this answer
+    but not those behind it: the capacity stays what it is."""
+
+    seconds: float
+    slots: int = 0  # 0: as many as come
+    stall_every: float = 0.0
+    stall_seconds: float = 0.0
+    requests: int = 0  # to /wait
+    open: int = 0  # of those, and the most at one time
+    peak: int = 0
+    _free_at: list[float] = field(default_factory=list)  # when each slot has done what it was given; a heap
+    _chance: random.Random = field(default_factory=lambda: random.Random(SEED))
+    _started: float = 0.0
+
+    def restart(self, now: float) -> None:
+        self._chance.seed(SEED)
+        self._started = now
+        self._free_at = [now] * self.slots
+
+    def due(self, now: float) -> float:
+        """When a request that comes now will be answered."""
+        if not self._free_at:
+            return self.after(now, self.seconds)
+        start = max(now, self._free_at[0])
+        end = self.after(start, self._chance.expovariate(1 / self.seconds))
+        heapq.heapreplace(self._free_at, end)
+        return end
+
+    def after(self, start: float, work: float) -> float:
+        """When work begun at `start` is done: it rests while the backend stalls."""
+        if not self.stall_every:
+            return start + work
+        first = self._started + FIRST_STALL_SECONDS
+        while True:
+            past = max(0, math.floor((start - first) / self.stall_every))
+            stall = first + past * self.stall_every
+            if stall <= start < stall + self.stall_seconds:
+                start = stall + self.stall_seconds
+            coming = stall if start < stall else stall + self.stall_every
+            if start + work <= coming:
+                return start + work
+            work -= coming - start
+            start = coming
+
+
+class Client(asyncio.Protocol):
+    """One connection; its requests come one after the other."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._parser = httptools.HttpRequestParser(self)
+        self._loop = asyncio.get_running_loop()
+        self._pieces: Iterator[bytes] = iter(())  # of a download, those that are still to be sent
+        self._is_paused = False
+        self._transport: asyncio.Transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]
+
+    def data_received(self, data: bytes) -> None:
+        self._parser.feed_data(data)
+
+    # Called by the parser.
+
+    def on_message_begin(self) -> None:
+        self._path, self._length, self._checksum = "", 0, 0
+
+    def on_url(self, piece: bytes) -> None:
+        self._path += piece.decode("latin-1")
+
+    def on_body(self, piece: bytes) -> None:
+        self._length, self._checksum = self._length + len(piece), zlib.crc32(piece, self._checksum)
+
+    def on_message_complete(self) -> None:
+        backend, now = self._backend, self._loop.time()
+        match self._path.strip("/").split("/"):
+            case ["wait"]:
+                backend.requests, backend.open = backend.requests + 1, backend.open + 1
+                backend.peak = max(backend.peak, backend.open)
+                self._loop.call_at(backend.due(now), self._end_wait)
+            case ["bench-stub-status"]:  # as nginx words it
+                self._answer(b"\n\n %d %d %d\n" % ((backend.requests,) * 3))
+            case ["health"]:
+                self._loop.call_at(backend.after(now, 0.0), self._answer, b"{}")
+            case ["restart"]:
+                backend.restart(now)
+                self._answer(b"{}")
+            case ["peak"]:
+                self._answer(b"%d" % backend.peak)
+            case ["upload"]:
+                self._answer(json.dumps([self._length, self._checksum]).encode())
+            case ["download", size, *chunked]:
+                self._pieces = download(int(size), bool(chunked))
+                self.resume_writing()
+            case _:
+                self._answer(BODY)
+
+    def _end_wait(self) -> None:
+        self._backend.open -= 1
+        self._answer(BODY)
+
+    def _answer(self, body: bytes) -> None:
+        if not self._transport.is_closing():
+            self._transport.write(head(b"Content-Length: %d" % len(body)) + body)
+
+    # Called by the event loop, while a download is faster than its reader.
+
+    def pause_writing(self) -> None:
+        self._is_paused = True
+
+    def resume_writing(self) -> None:
+        self._is_paused = False
+        while not (self._is_paused or self._transport.is_closing()) and (piece := next(self._pieces, None)):
+            self._transport.write(piece)
+
+
+def head(framing: bytes) -> bytes:
+    return b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n%s\r\n\r\n" % framing
+
+
+def download(size: int, is_chunked: bool) -> Iterator[bytes]:
+    yield head(b"Transfer-Encoding: chunked" if is_chunked else b"Content-Length: %d" % size)
+    for block in blocks(size):
+        yield b"%x\r\n%s\r\n" % (len(block), block) if is_chunked else block
+    if is_chunked:
+        yield b"0\r\n\r\n"
 
 
 def blocks(size: int) -> Iterator[bytes]:
-    whole, rest = divmod(size, len(BLOCK))
-    for _ in range(whole):
-        yield BLOCK
-    if rest:
-        yield BLOCK[:rest]
+    for start in range(0, size, len(BLOCK)):
+        yield BLOCK[: size - start]
 
 
-class SlowBackend:
-    def __init__(self) -> None:
-        self._delayed = 0
-        self._peak = 0
-
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while head := await read_head(reader):
-                await self._answer(*head, reader, writer)
-        except (ConnectionError, asyncio.IncompleteReadError):
-            pass  # the other side went away; there is nobody to tell
-        finally:
-            writer.close()
-
-    async def _answer(
-        self, path: str, headers: dict[str, str], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        length, checksum = 0, 0
-        if headers.get("expect", "").lower() == "100-continue":
-            writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        async for piece in read_body(reader, headers):
-            length, checksum = length + len(piece), zlib.crc32(piece, checksum)
-        match path.strip("/").split("/"):
-            case ["delay", seconds]:
-                await self._delay(float(seconds))
-                write_small(writer, BODY)
-            case ["download", size]:
-                await write_download(writer, int(size), chunked=False)
-            case ["download", size, "chunked"]:
-                await write_download(writer, int(size), chunked=True)
-            case ["upload"]:
-                write_small(writer, json.dumps({"length": length, "checksum": checksum}).encode())
-            case ["peak"]:
-                write_small(writer, json.dumps(self._peak).encode())
-            case _:
-                write_small(writer, BODY)
-        await writer.drain()
-
-    async def _delay(self, seconds: float) -> None:
-        self._delayed += 1
-        self._peak = max(self._peak, self._delayed)
-        try:
-            await asyncio.sleep(seconds)
-        finally:
-            self._delayed -= 1
+def parse(text: str) -> Backend:
+    """`SECONDS[:SLOTS[:STALL_EVERY:STALL_SECONDS]]`"""
+    seconds, slots, every, stall = (*text.split(":"), "0", "0", "0")[:4]
+    return Backend(float(seconds), int(slots), float(every), float(stall))
 
 
-async def read_head(reader: asyncio.StreamReader) -> tuple[str, dict[str, str]] | None:
-    """The path and the headers of the next request; None when the client has no more."""
-    try:
-        lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-    except asyncio.IncompleteReadError:
-        return None
-    fields = (line.partition(":") for line in lines[1:] if line)
-    return lines[0].split(" ")[1], {name.lower(): value.strip() for name, _, value in fields}
-
-
-async def read_body(reader: asyncio.StreamReader, headers: dict[str, str]) -> AsyncIterator[bytes]:
-    if headers.get("transfer-encoding", "").lower() != "chunked":
-        async for piece in read_exactly(reader, int(headers.get("content-length", "0"))):
-            yield piece
-        return
-    while size := int((await reader.readline()).split(b";")[0], 16):
-        async for piece in read_exactly(reader, size):
-            yield piece
-        await reader.readline()
-    while (await reader.readline()).strip():
-        pass  # trailers
-
-
-async def read_exactly(reader: asyncio.StreamReader, size: int) -> AsyncIterator[bytes]:
-    while size:
-        piece = await reader.read(min(size, READ_SIZE))
-        if not piece:
-            raise asyncio.IncompleteReadError(b"", size)
-        size -= len(piece)
-        yield piece
-
-
-def write_small(writer: asyncio.StreamWriter, body: bytes) -> None:
-    writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-
-
-async def write_download(writer: asyncio.StreamWriter, size: int, chunked: bool) -> None:
-    framing = b"Transfer-Encoding: chunked" if chunked else b"Content-Length: %d" % size
-    writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/octet-stream\r\n" + framing + b"\r\n\r\n")
-    for block in blocks(size):
-        writer.write(b"%x\r\n" % len(block) + block + b"\r\n" if chunked else block)
-        await writer.drain()
-    if chunked:
-        writer.write(b"0\r\n\r\n")
-
-
-async def serve_ports(ports: list[int]) -> None:
-    backend = SlowBackend()
-    servers = [await asyncio.start_server(backend.serve, "127.0.0.1", port, backlog=4096) for port in ports]
+async def serve(arguments: list[str]) -> None:
+    loop, servers = asyncio.get_running_loop(), []
+    for argument in arguments:
+        port, _, text = argument.partition(":")
+        backend = parse(text)
+        backend.restart(loop.time())
+        servers.append(await loop.create_server(lambda own=backend: Client(own), "127.0.0.1", int(port), backlog=4096))  # type: ignore[misc]
     await asyncio.gather(*(server.serve_forever() for server in servers))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Backend of the benchmark's checks of behaviour.")
-    parser.add_argument("ports", type=int, nargs="+")
-    raise_file_limit()
-    asyncio.run(serve_ports(parser.parse_args().ports))
-
-
 if __name__ == "__main__":
-    main()
+    raise_file_limit()
+    uvloop.run(serve(sys.argv[1:]))

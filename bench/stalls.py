@@ -6,17 +6,13 @@ or the machine stood still, and the contender is not to blame.
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
-from backends import Backends, fast_backends
-from contenders import BODY, Contender, Place
+from backends import Backends, Meter, fast_backends
+from contenders import BODY, Contender, started
 from loads import Load
-from meter import read_meter
 from openloop import DIRECT_RATE, Aim, Shot, figures, fire, steady, worst_ms
-from processes import await_answer, free_ports, running
-from results import DIRECT_LATE_SECONDS, STALL_SECONDS, StallRun
-from speed import progress, run_wrk
+from processes import progress
+from results import DIRECT_LATE_SECONDS, STALL_SECONDS, Figures, Sample
+from speed import run_wrk
 
 MAX_RATE = 10_000.0  # what the generator sends at without being late itself
 CAPACITY_LOAD = Load("capacity", "what it can do", 32)
@@ -25,51 +21,34 @@ WARMUP_SECONDS = 1.0
 Window = tuple[float, float]
 
 
-def measure_stalls(chosen: list[Contender], seconds: float) -> list[StallRun]:
-    runs = []
+def measure_stalls(chosen: list[Contender], seconds: float) -> list[Sample]:
+    samples = []
     with fast_backends() as backends:
         for contender in chosen:
             progress(f"{contender.name} at half load for {seconds:g} s")
-            runs.append(measure_one(contender, backends, seconds))
+            samples.append(Sample("stalls", "", contender.name, "", 0, measure(contender, backends, seconds)))
     progress("")
-    return runs
+    return samples
 
 
-def measure_one(contender: Contender, backends: Backends, seconds: float) -> StallRun:
+def measure(contender: Contender, backends: Backends, seconds: float) -> Figures:
     path = CAPACITY_LOAD.path
-    with tempfile.TemporaryDirectory(prefix="bench-") as name:
-        place = Place(free_ports(1)[0], backends.ports, Path(name))
-        with running(contender.name, contender.command(place), place.directory, contender.cpus) as service:
-            await_answer(service, place.port, path, BODY)
-            result = run_wrk(place, CAPACITY_LOAD, CAPACITY_SECONDS)
-            rate = min(MAX_RATE, result["requests"] / result["seconds"] / 2)
-            fire([Aim(place.port, path, steady(rate, WARMUP_SECONDS))])
-            before = read_meter(service, backends)
-            ours, direct = fire(
-                [
-                    Aim(place.port, path, steady(rate, seconds)),
-                    Aim(backends.ports[0], path, steady(DIRECT_RATE, seconds)),
-                ]
-            )
-            others = read_meter(service, backends).others_share(before)
-    return summarise(contender.name, rate, seconds, ours, direct, others)
+    with started(contender, backends.ports, path, BODY) as (service, place):
+        result = run_wrk(place.port, CAPACITY_LOAD, CAPACITY_SECONDS)
+        rate = min(MAX_RATE, result["requests"] / result["seconds"] / 2)
+        fire([Aim(place.port, path, steady(rate, WARMUP_SECONDS))])
+        before = Meter.read(service, backends)
+        direct = Aim(backends.ports[0], path, steady(DIRECT_RATE, seconds))
+        found = summarise(*fire([Aim(place.port, path, steady(rate, seconds)), direct]))
+        others = Meter.read(service, backends).others_percent(before)
+    return {"requests/s": rate, "seconds": float(seconds)} | found | {"others %": others}
 
 
-def summarise(
-    name: str, rate: float, seconds: float, ours: list[Shot], direct: list[Shot], others_share: float
-) -> StallRun:
-    windows = late_windows(ours)
-    return StallRun(
-        name,
-        rate,
-        seconds,
-        **figures(ours),
-        worst=worst_ms(ours),
-        stalls=len(windows),
-        own_stalls=sum(not was_direct_late(window, direct) for window in windows),
-        direct_worst=worst_ms(direct),
-        others_share=others_share,
-    )
+def summarise(shots: list[Shot], direct: list[Shot]) -> Figures:
+    windows = late_windows(shots)
+    own = sum(not was_direct_late(window, direct) for window in windows)
+    stalls: Figures = {"stalls": len(windows), "of its own": own}
+    return figures(shots) | stalls | {"worst ms": worst_ms(shots), "worst direct ms": worst_ms(direct)}
 
 
 def late_windows(shots: list[Shot]) -> list[Window]:
@@ -87,7 +66,7 @@ def late_windows(shots: list[Shot]) -> list[Window]:
 
 
 def was_direct_late(window: Window, direct: list[Shot]) -> bool:
+    """By more than the limit, while a window was open."""
     start, end = window
-    return any(
-        shot.latency > DIRECT_LATE_SECONDS and shot.due <= end and start <= shot.due + shot.latency for shot in direct
-    )
+    late = [shot for shot in direct if shot.latency > DIRECT_LATE_SECONDS]
+    return any(shot.due <= end and start <= shot.due + shot.latency for shot in late)
