@@ -304,7 +304,7 @@ def test_a_reload_of_the_page_keeps_the_past(demo: Demo) -> None:
     assert all(point["at"] > newest for point in newer)
 
 
-def test_requests_in_flight_show_and_a_reset_clears(balancer: BalancerProcess, backend: ScriptedBackend) -> None:
+def test_requests_in_flight_show_and_a_reset_clears(patient: BalancerProcess, backend: ScriptedBackend) -> None:
     release = threading.Event()
 
     def script(sock: Any, request: Any) -> None:
@@ -313,20 +313,20 @@ def test_requests_in_flight_show_and_a_reset_clears(balancer: BalancerProcess, b
 
     backend.script = script
     with ThreadPoolExecutor(1) as client:
-        answer = client.submit(fetch, f"{balancer.url}/slow")
+        answer = client.submit(fetch, f"{patient.url}/slow")
         try:
 
             def seen() -> bool:
-                points = fetch_json(f"{balancer.url}/history")["points"]
+                points = fetch_json(f"{patient.url}/history")["points"]
                 return any(p["in_flight"] == 1 and p["backends"]["only"]["in_flight"] == 1 for p in points)
 
             wait_until(seen, 5, "the request in flight is in a slot")
         finally:
             release.set()
         assert answer.result()[0] == 200
-    newest = fetch_json(f"{balancer.url}/history")["points"][-1]["at"]
-    assert fetch(f"{balancer.url}/reset", {})[0] == 200
-    assert [p for p in fetch_json(f"{balancer.url}/history")["points"] if p["at"] <= newest] == []
+    newest = fetch_json(f"{patient.url}/history")["points"][-1]["at"]
+    assert fetch(f"{patient.url}/reset", {})[0] == 200
+    assert [p for p in fetch_json(f"{patient.url}/history")["points"] if p["at"] <= newest] == []
 
 
 @pytest.mark.parametrize("query", ["step=2", "step=0", "step=x", "step=-1", "since=-1", "since=1.5", "since=x"])

@@ -47,13 +47,13 @@ def test_many_clients_that_leave_their_uploads_cost_little(balancer: BalancerPro
     assert fetch(balancer.url)[0] == 200
 
 
-def test_a_chunked_control_body_is_not_cut_but_refused(balancer: BalancerProcess) -> None:
+def test_a_chunked_control_body_is_not_cut_but_refused(patient: BalancerProcess) -> None:
     """Valid JSON, blanks up to the limit, then garbage: it was accepted."""
     body = b'{"algorithm": "round_robin"}' + b" " * 70_000 + b"garbage"
     head = b"POST /algorithm HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Type: application/json\r\n"
     framed = b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
-    assert exchange(balancer.port, head + framed).startswith(b"HTTP/1.1 413 ")
-    assert balancer.status()["algorithm"] == "weighted"
+    assert exchange(patient.port, head + framed).startswith(b"HTTP/1.1 413 ")
+    assert patient.status()["algorithm"] == "weighted"
 
 
 def test_errors_name_no_inside_address_to_clients(balancer: BalancerProcess, backend: ScriptedBackend) -> None:

@@ -365,6 +365,6 @@ def test_a_later_backend_of_the_same_name_starts_at_zero() -> None:
     assert Client(app).get("/x").status_code == 504
     assert proxy.route.pool.backends() == []
     pool.add("a", Origin("http", "127.0.0.1", 1))
-    told = Client(app).get("/status").get_json()
+    told = Client(app).get("/status", environ_base={"REMOTE_ADDR": "127.0.0.1"}).get_json()
     assert told["backend_servers"][0]["total_requests"] == 0
     assert told["statistics"]["total_requests"] == told["statistics"]["unassigned_requests"] == 1
