@@ -72,7 +72,7 @@ def test_tricklers_get_408_and_do_not_hold_threads(
     start: Callable[..., BalancerProcess], scripted: WireBackend
 ) -> None:
     """They have all the threads and another request waits: without the limit, for as long as bytes come."""
-    balancer = start("--max-threads=50", "--max-queued=10", "--trusted-proxies=127.0.0.1")  # may have all threads
+    balancer = start("--max-threads=50", "--max-queued=10", "--trusted-proxies=127.0.0.1", "--control-reads=open")
     uploads = [FRAMINGS[number % len(FRAMINGS)] for number in range(50)]
     with ExitStack() as stack:
         sockets = [stack.enter_context(connect(balancer.port)) for _ in uploads]
