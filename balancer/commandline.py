@@ -21,6 +21,7 @@ from balancer.config.settings import Settings
 from balancer.edge import server
 from balancer.errors import SettingsError
 from balancer.observe.logwriter import LogHandler
+from balancer.protocol.texts import printable
 from balancer.wiring import create_app
 
 log = logging.getLogger("balancer")
@@ -83,10 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             configuration.file, configuration.read = file, lambda: settings.load(parsed, file=file)
         return run(app)
     except SettingsError as error:
-        print(f"load_balancer.py: {error}", file=sys.stderr)
+        print(f"load_balancer.py: {printable(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"load_balancer.py: {error}", file=sys.stderr)
+        print(f"load_balancer.py: {printable(str(error))}", file=sys.stderr)
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # else Python tries once more at its end
         return 1
 
@@ -100,6 +101,7 @@ def run(app: Flask) -> int:
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         handlers=[LogHandler(balancer.control.log)],
     )
+    logging.getLogger("_granian").setLevel(logging.WARNING)  # it tells of every client that leaves
     listeners = balancer.listen(app.wsgi_app)
     server.pin(server.cpus(config.cpu_affinity))
     _warn(settings.advice(config))
@@ -126,7 +128,7 @@ def run(app: Flask) -> int:
 
 def _warn(lines: list[str]) -> None:
     for line in lines:
-        print(f"load_balancer.py: warning: {line}", file=sys.stderr)
+        print(f"load_balancer.py: warning: {printable(line)}", file=sys.stderr)
 
 
 def _client_limit(config: Settings) -> int:

@@ -5,6 +5,7 @@ They tell who runs, and hold a token. Whoever could put a link in their place wo
 
 import errno
 import os
+import stat
 from pathlib import Path
 from typing import IO
 
@@ -40,10 +41,11 @@ def write_private(path: Path, text: str) -> None:
 
 
 def read_private(path: Path) -> str:
-    """The text; empty if there is no such file, or a link in its place."""
+    """The text; empty if there is no such file, or something else in its place: a link, a folder, a pipe."""
     try:
-        with os.fdopen(os.open(path, os.O_RDONLY | NO_FOLLOW), "rb") as file:
-            return file.read().decode("ascii", "replace")
+        descriptor = os.open(path, os.O_RDONLY | NO_FOLLOW | getattr(os, "O_NONBLOCK", 0))  # a pipe would wait
+        with os.fdopen(descriptor, "rb") as file:
+            return file.read().decode("ascii", "replace") if stat.S_ISREG(os.fstat(descriptor).st_mode) else ""
     except OSError:
         return ""
 

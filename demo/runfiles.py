@@ -84,4 +84,12 @@ def is_older(pid: int, path: Path) -> bool:
 def remove_pid(path: Path, pid: int | None) -> None:
     """Remove the file of process `pid`, unless it names another one by now: the one started in its place."""
     if read_pid(path) in (pid, None):
+        remove_file(path)
+
+
+def remove_file(path: Path) -> None:
+    """A folder of that name must not keep us from the rest."""
+    try:
         path.unlink(missing_ok=True)
+    except OSError as error:
+        say(f"{path} could not be removed: {error.strerror}")

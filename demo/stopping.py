@@ -9,7 +9,7 @@ from demo.access import withdraw_access
 from demo.console import say
 from demo.places import RUN
 from demo.processes import signals_to
-from demo.runfiles import read_pid
+from demo.runfiles import read_pid, remove_file
 from demo.running import STOP_SECONDS
 from demo.signals import pause
 
@@ -36,7 +36,7 @@ def stop_by_file(path: Path) -> str | None:
     if pid is not None:
         with signals_to(pid) as send:
             end_process(path, pid, send)
-    path.unlink(missing_ok=True)
+    remove_file(path)
     return path.stem.rpartition("-")[0] if pid is not None else None
 
 

@@ -6,11 +6,14 @@ What a browser adds to requests is written out here; tests/test_dashboard_access
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,7 @@ from werkzeug.test import Client, TestResponse
 from wire import post
 
 from balancer.config.settings import BackendSettings, Settings, load
+from balancer.control import neighbours
 from balancer.control.access import GUESS_SECONDS, GUESSERS_KEPT, GUESSES, Guesses, first_segment
 from balancer.wiring import create_app
 
@@ -311,6 +315,9 @@ def test_a_head_is_a_read() -> None:
         ("/x/", "/x/"),
         ("/", "/"),
         ("//SECRET", "//\u2026"),
+        ("/a;token=SECRET", "/a;\u2026"),
+        ("/a?SECRET", "/a?\u2026"),
+        ("/a\\SECRET", "/a\\\u2026"),
         ("*", "*"),
         ("", ""),
     ],
@@ -414,7 +421,8 @@ def test_guesses_are_slowed_and_tell_nothing(guarded: Flask, clock: Clock) -> No
 def test_guesses_of_a_sandboxed_frame_do_not_lock_this_machine_out(guarded: Flask) -> None:
     for _ in range(GUESSES):
         assert guess(guarded, "wrong", Origin="null").status_code == 401
-    assert guess(guarded, TOKEN, Origin="null").status_code == 429
+    assert guess(guarded, "wrong", Origin="null").status_code == guess(guarded, TOKEN, Origin="null").status_code == 429
+    assert guess(guarded, PAGE_TOKEN, Origin="null").status_code == 200  # nor out the page from disk
     assert guess(guarded, TOKEN).status_code == guess(guarded, TOKEN, Origin="http://localhost").status_code == 200
     for _ in range(GUESSES):
         assert guess(guarded, "wrong", Origin=FOREIGN).status_code == 403
@@ -672,14 +680,15 @@ http {{
 """
 
 
-@pytest.mark.parametrize("more", ["", "proxy_http_version 1.1; proxy_set_header X-Forwarded-For $remote_addr;"])
-def test_behind_nginx_nobody_is_local(tmp_path: Path, balancer: BalancerProcess, more: str) -> None:
+@contextmanager
+def nginx_before(folder: Path, balancer: BalancerProcess, more: str) -> Iterator[str]:
+    """Its URL."""
     nginx = shutil.which("nginx")
     assert nginx is not None, "apt-get install nginx-light"
     port = free_port()
-    file = tmp_path / "nginx.conf"
+    file = folder / "nginx.conf"
     file.write_text(NGINX.format(port=port, url=balancer.url, more=more), encoding="utf-8")
-    process = subprocess.Popen([nginx, "-p", str(tmp_path), "-c", str(file)], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([nginx, "-p", str(folder), "-c", str(file)], stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
 
     def answers() -> bool:
@@ -690,14 +699,39 @@ def test_behind_nginx_nobody_is_local(tmp_path: Path, balancer: BalancerProcess,
 
     try:
         wait_until(answers, what="nginx listens")
+        yield url
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def test_a_proxy_that_hides_itself_has_another_user(tmp_path: Path, balancer: BalancerProcess) -> None:
+    """As nginx does from 1.29.7 on without a word of its owner: HTTP/1.1, no header of its own, our Host."""
+    hidden = 'proxy_http_version 1.1; proxy_set_header Connection "";'
+    with nginx_before(tmp_path, balancer, hidden) as url:
+        new = {"id": "b", "url": "http://169.254.169.254"}
+        # Started by root its workers are somebody else; else they are ourselves, and nobody can tell.
+        assert fetch(f"{url}/backends", new)[0] == (401 if os.geteuid() == 0 else 201)
+        assert fetch(f"{balancer.url}/backends/b", method="DELETE")[0] == (404 if os.geteuid() == 0 else 200)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_whose_socket_it_is_is_told(host: str) -> None:
+    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
+        with socket.create_connection(listener.getsockname()[:2]) as client:
+            port = str(client.getsockname()[1])
+            assert neighbours.owner(host, port) == os.geteuid() and neighbours.is_ours(host, port)
+    assert neighbours.owner(host, "x") is neighbours.owner("nobody", "1") is None
+
+
+@pytest.mark.parametrize("more", ["", "proxy_http_version 1.1; proxy_set_header X-Forwarded-For $remote_addr;"])
+def test_behind_nginx_nobody_is_local(tmp_path: Path, balancer: BalancerProcess, more: str) -> None:
+    with nginx_before(tmp_path, balancer, more) as url:
         new = {"id": "b", "url": "http://169.254.169.254"}
         assert fetch(f"{url}/backends", new)[0] == fetch(f"{url}/status")[0] == 401
         assert fetch(f"{url}/status", **bearer(PAGE_TOKEN))[0] == 200
         assert fetch(f"{url}/backends", new, **bearer(PAGE_TOKEN))[0] == 201
         assert fetch(f"{url}/backends/b", method="DELETE", **bearer(PAGE_TOKEN))[0] == 200
-    finally:
-        process.terminate()
-        process.wait(10)
 
 
 # Service workers: the page of a backend may register one, and its scope must not cover the control API.

@@ -24,6 +24,7 @@ from balancer.edge.bridge import WATCH_AFTER_SECONDS, Bridge
 from balancer.edge.call import Call
 from balancer.edge.clientbody import GRACE_SECONDS as BODY_GRACE_SECONDS
 from balancer.edge.workers import WorkerPool
+from balancer.upstream.tcpinfo import delivered
 
 MIB = 1024 * 1024
 
@@ -478,6 +479,46 @@ def test_a_connection_may_stay_for_longer_once_it_was_used() -> None:
             clock.now += 10
             list(unused.close(lambda client: False))
             assert sock.recv(1) == b""
+
+
+def test_a_client_that_reads_on_stays_however_long_its_last_request_is_ago() -> None:
+    """50 answers of 16,000 bytes, read at 5,000 bytes/s, were cut after 75 s and recorded as whole."""
+    clock = Clock()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        unused = accepted.Unused(listener.getsockname()[1], 10.0, clock)
+        with connect(listener.getsockname()[1]) as sock, listener.accept()[0] as taken:
+            own = sock.getsockname()
+            list(unused.close(lambda client: client == (own[0], str(own[1]))))
+            for _ in range(3):
+                before = delivered(taken)
+                taken.sendall(bytes(20_000))
+                wait_until(lambda: delivered(taken) == before + 20_000)  # noqa: B023
+                clock.now += 70
+                list(unused.close(lambda client: False))
+                assert len(read_exactly(sock, 20_000)) == 20_000
+            for _ in range(2):  # what a PING brings its answer takes away again
+                sock.sendall(bytes(20_000))
+                assert len(read_exactly(taken, 20_000)) == 20_000
+                taken.sendall(bytes(20_000))
+                assert len(read_exactly(sock, 20_000)) == 20_000
+                clock.now += 40
+                list(unused.close(lambda client: False))
+            assert sock.recv(1) == b""
+
+
+def read_exactly(sock: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size and (piece := sock.recv(size - len(data))):
+        data += piece
+    return data
+
+
+def test_a_body_in_tiny_pieces_is_ended(balancer: BalancerProcess, backend: WireBackend) -> None:
+    """A moment's sending kept a thread and a CPU busy for minutes, after the client had left."""
+    head = b"POST / HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n"
+    status, lines, body = split_response(exchange(balancer.port, head + b"1\r\nx\r\n" * 200_000))
+    assert status == 408 and (b"connection", b"close") in lines and b"pieces of less than" in body
+    wait_until(lambda: active(balancer) == 0)
 
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"

@@ -267,3 +267,24 @@ def test_two_signals_end_it_once(idle: BalancerProcess) -> None:
     idle.send(signal.SIGINT)
     assert idle.wait() == 130
     assert "Traceback" not in idle.output
+
+
+@pytest.mark.parametrize("name", ["LB_CONFIG", "LB_ADMIN_TOKEN_FILE"])
+def test_what_a_path_contains_forges_no_line(name: str, tmp_path: Path) -> None:
+    done = run("--check-config", env={name: f"{tmp_path}/a\nFORGED\x1b[31m"})
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and r"a\x0aFORGED\x1b[31m" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["LB_ADMIN_TOKEN", "LB_PAGE_TOKEN"])
+@pytest.mark.parametrize("value", ["", "                    "], ids=["empty", "blank"])
+def test_a_token_that_is_set_but_empty_is_refused(name: str, value: str) -> None:
+    """A command that was to bring it had failed, and the API stood open without a word."""
+    done = run("--check-config", env={name: value})
+    assert done.returncode == 2
+    assert f"{name} is empty" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_secret_without_end_is_refused() -> None:
+    done = run("--check-config", env={"LB_ADMIN_TOKEN_FILE": "/dev/zero"})
+    assert done.returncode == 2 and "more than 65536 bytes" in done.stderr

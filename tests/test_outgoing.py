@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from balancer.errors import BalancerError, ClientError, CodingUnsupported, LoopDetected, TooManyHeaders
+from balancer.protocol import requestheads
 from balancer.protocol.messages import Line
 from balancer.protocol.requestheads import RequestHead, RequestHeads
-from balancer.upstream import outgoing
 from balancer.upstream.outgoing import OutgoingRequest
 
 OURS = b"lb-1.0123abcd"
@@ -69,9 +69,9 @@ def test_one_section_that_comes_again_is_kept_for_each_peer() -> None:
         [HOST, (b"transfer-encoding", b"gzip")],
         [HOST, (b"x-request-id", b"id-1")],
         [HOST, (b"traceparent", TRACE)],
-        [HOST, (b"accept", b"x" * outgoing.LARGEST_HEAD)],
-        [HOST, (b"x-forwarded-for", b"x" * outgoing.LARGEST_HEAD)],  # which no backend gets to see
-        [HOST, (b"x_y", b"x" * outgoing.LARGEST_HEAD)],
+        [HOST, (b"accept", b"x" * requestheads.LARGEST_HEAD)],
+        [HOST, (b"x-forwarded-for", b"x" * requestheads.LARGEST_HEAD)],  # which no backend gets to see
+        [HOST, (b"x_y", b"x" * requestheads.LARGEST_HEAD)],
     ],
 )
 def test_what_will_not_come_again_or_is_too_long_is_not_kept(lines: list[Line]) -> None:
@@ -90,7 +90,7 @@ def test_what_is_kept_takes_no_more_than_its_room_however_it_is_cut_up() -> None
                 for _ in range(2):
                     lines = [(bytes(bytearray(name)), b"%d" % n) for n in range(10) for name in line]
                     shared.of([HOST, (b"x", b"%d" % number), *lines], "::1", "http", "1.1")
-            assert 0.3 * outgoing.HEADS_ROOM < tracemalloc.get_traced_memory()[1] < 1.2 * outgoing.HEADS_ROOM
+            assert 0.3 * requestheads.HEADS_ROOM < tracemalloc.get_traced_memory()[1] < 1.2 * requestheads.HEADS_ROOM
         finally:
             tracemalloc.stop()
 

@@ -172,7 +172,9 @@ def test_clients_that_left_do_not_hold_up_the_end(scripted: ScriptedBackend) -> 
 
 def test_an_http2_connection_without_a_request_does_not_live_for_ever() -> None:
     """`max_clients` of them shut the balancer; PINGs kept it open. The limit is 75 s, so it is made short here."""
-    short = "import balancer.edge.accepted, load_balancer; balancer.edge.accepted.IDLE_SECONDS = 1.0; load_balancer.main()"
+    short = (
+        "import balancer.edge.accepted, load_balancer; balancer.edge.accepted.IDLE_SECONDS = 1.0; load_balancer.main()"
+    )
     port = free_port()
     arguments = ["--port", str(port), "--backend=http://127.0.0.1:1", "--header-timeout=1"]
     process = Process([PYTHON, "-c", short, *arguments])

@@ -687,6 +687,17 @@ def test_stop_does_not_believe_a_link(demo: Demo, tmp_path: Path) -> None:
     demo.assert_nothing_left()
 
 
+def test_stop_is_not_kept_by_what_is_no_file(bare: Demo) -> None:
+    """It waited for ever for a writer of the pipe, deaf to every signal, and a folder ended it."""
+    run = bare.tree / "run"
+    run.mkdir(mode=0o700, exist_ok=True)
+    os.mkfifo(run / "a-1.pid")
+    (run / "b-2.pid").mkdir()
+    stop = bare.start("stop")
+    assert stop.end() == 0 and "Nothing to stop" in stop.out
+    assert not (run / "a-1.pid").exists() and "b-2.pid could not be removed" in stop.out
+
+
 def test_what_a_log_says_gives_the_terminal_no_orders(capsys: pytest.CaptureFixture[str]) -> None:
     say("a\x1b[31m\x9b2Jb\nforged")
     assert capsys.readouterr().out == "a\\x1b[31m\\x9b2Jb\\x0aforged\n"

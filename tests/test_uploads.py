@@ -15,7 +15,7 @@ from wire import WireBackend, read_response, request
 
 from balancer.edge.bridge import WATCH_AFTER_SECONDS, Bridge
 from balancer.edge.call import Call
-from balancer.edge.clientbody import AHEAD_BYTES, AHEAD_IN_ALL, MOST_PIECES
+from balancer.edge.clientbody import AHEAD_BYTES, AHEAD_IN_ALL, CONNECTION_WINDOW, MOST_PIECES, STREAM_WINDOW
 from balancer.edge.workers import WorkerPool
 from balancer.errors import ClientGone, ClientTooSlow
 from balancer.protocol.incoming import RequestBody
@@ -171,9 +171,10 @@ def paused(bridge: Bridge, version: str = "2") -> Upload:
 
 
 def test_a_client_that_may_not_send_is_not_slow() -> None:
-    """RFC 9113 section 5.2: another stream of its connection waits for its backend, and may have used up the window."""
+    """RFC 9113 section 5.2: others of its connection wait for their backends, and may have used up the window."""
     bridge = bridge_of(min_body_rate=1)
-    other, upload = paused(bridge), Upload(1, "2", bridge=bridge)
+    other, *_ = [paused(bridge) for _ in range(CONNECTION_WINDOW // STREAM_WINDOW)]
+    upload = Upload(1, "2", bridge=bridge)
     upload.body.patience = 0.01
     with ThreadPoolExecutor(2) as threads:
         received = threads.submit(upload.call.receive)
@@ -183,6 +184,18 @@ def test_a_client_that_may_not_send_is_not_slow() -> None:
             received.result(5)
         other.asked[1].keep(piece(b"b"))
         go_on.result(5)
+
+
+def test_nobody_is_excused_for_longer_than_the_others_may_take() -> None:
+    """Each new upload that stood still gave all others of its connection their time again."""
+    bridge = bridge_of(min_body_rate=1)
+    bridge.idle_timeout = 0.2
+    for _ in range(CONNECTION_WINDOW // STREAM_WINDOW):
+        paused(bridge)
+    upload = Upload(1, "2", bridge=bridge)
+    upload.body.patience = 0.01
+    with pytest.raises(ClientTooSlow):
+        upload.call.receive()
 
 
 @pytest.mark.parametrize("version", ["1.1", "2"])

@@ -16,6 +16,7 @@ from balancer.errors import SettingsError
 # Names that are not LB_ + NAME: those of the earlier program. They count less than the regular ones.
 LEGACY = {"ALGORITHM": "algorithm"}
 SECRET_FILES = {"LB_ADMIN_TOKEN_FILE": "admin_token", "LB_PAGE_TOKEN_FILE": "page_token"}
+MAX_SECRET = 65536  # bytes of a secret's file: a device may have no end
 NO_SETTINGS = ("LB_CONFIG", "LB_URL")  # the configuration file; where test_client.py looks for the balancer
 TEST_CLIENT = "LB_TEST_"
 # What Kubernetes tells every container of a Service called `lb` or `lb-...`, as Docker does of linked containers:
@@ -27,16 +28,25 @@ SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://.+")  # in LB_PORT, which is a s
 def read(environ: Mapping[str, str], settings: Collection[str]) -> dict[str, str]:
     """The values of these settings. Raises SettingsError for a secret's file that cannot be read.
 
-    Blanks around a value are not part of it: cmd.exe leaves them. An empty value counts as not set.
+    Blanks around a value are not part of it: cmd.exe leaves them. An empty value counts as not set, but for a token: a
+    command that was to bring one may have failed, and nothing would be protected.
     """
     given = {name: value.strip() for name, value in environ.items() if value.strip() and not _is_service(name, value)}
     found = {setting: given[name] for name, setting in (LEGACY | _names(settings)).items() if name in given}
     for name, setting in SECRET_FILES.items():
-        if path := given.get(name):
+        variable = name.removesuffix("_FILE")
+        path = given.get(name)
+        if path is None and environ.get(variable, "-").strip() == "":
+            raise SettingsError(f"{variable} is empty, so nothing would be protected; expected a token, or unset it")
+        if path is not None:
             try:
-                found[setting] = Path(path).read_text(encoding="utf-8").strip()
-            except (OSError, UnicodeDecodeError) as error:
+                with Path(path).open("rb") as file:
+                    secret = file.read(MAX_SECRET + 1)
+                found[setting] = secret.decode().strip()
+            except (OSError, ValueError) as error:
                 raise SettingsError(f"{name}={path}: {getattr(error, 'strerror', None) or error}") from None
+            if len(secret) > MAX_SECRET:
+                raise SettingsError(f"{name}={path}: more than {MAX_SECRET} bytes, expected a token")
     return found
 
 

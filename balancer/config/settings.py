@@ -336,6 +336,8 @@ def advice(config: Settings) -> list[str]:
     can_read = config.control_reads == "open" or config.admin_token or config.page_token
     if not can_read and not is_loopback(config.host):
         lines.append(f"host {config.host} without a token: the control API only answers probes, set LB_ADMIN_TOKEN")
+    if config.control_reads == "token" and not (config.admin_token or config.page_token):
+        lines.append('control_reads = "token" without a token: nobody can read, set LB_ADMIN_TOKEN')
     return lines
 
 

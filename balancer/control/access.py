@@ -18,6 +18,7 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import math
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
@@ -29,11 +30,13 @@ from urllib.parse import urlsplit
 from flask import g, request
 
 from balancer.control.inputs import received
+from balancer.control.neighbours import is_ours
 from balancer.control.problems import ApiError
 from balancer.protocol.incoming import header_lines
-from balancer.protocol.messages import Network, client_address, is_loopback
+from balancer.protocol.messages import Network, client_address, is_claim, is_loopback
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+SIGNS_OF_A_PROXY = frozenset({b"via", b"cdn-loop", b"cf-ray"})  # beside all that a proxy claims of its client
 CHALLENGE = {"WWW-Authenticate": 'Bearer realm="load balancer"'}  # RFC 6750 section 3
 SHOWN = 100  # characters of what somebody sent, in an answer or an event
 
@@ -123,6 +126,8 @@ class Access:
         sent = given.encode("latin-1", "replace")
         known = [token.encode() for token in (self.admin_token, self.page_token) if token is not None]
         is_right = any([hmac.compare_digest(sent, token) for token in known])  # a list: all of them, every time
+        if origin == "null" and self.page_token is not None and hmac.compare_digest(sent, self.page_token.encode()):
+            return True  # not braked, or any sandboxed frame could lock the page from disk out
         wait = math.ceil(self.guesses.wait((self._sender(), origin == "null"), is_right))
         if wait:
             raise ApiError(429, f"too many wrong tokens from here, wait {wait} s", {"Retry-After": str(wait)})
@@ -150,7 +155,7 @@ class Access:
             return "pages of backends have the same origin as the dashboard"
         if not is_write and self.reads is not None:
             return 'control_reads is "token"' if self.reads == "token" else None
-        return self._why_not_local()
+        return self._why_not_local() or (_why_not_ours() if is_write else None)
 
     def _why_not_local(self) -> str | None:
         """Why the request may come from another machine or from a page of another site, None if it cannot."""
@@ -178,9 +183,11 @@ def is_authorized() -> bool:
 
 
 def first_segment(path: str) -> str:
-    """Of a path, for readers without a token: what follows may be a secret, as in `/reset-password/SECRET`."""
-    end = path.find("/", 1) + 1
-    return path if end in (0, len(path)) else f"{path[:end]}\u2026"
+    """Of a path, for readers without a token: what follows may be a secret, as in `/reset-password/SECRET`, or what an
+    application takes for parameters."""
+    found = re.match(r"/?[^/;?#\\]*[/;?#\\]?", path)
+    shown = found[0] if found else ""
+    return path if shown == path else f"{shown}\u2026"
 
 
 def _is_browser() -> bool:
@@ -188,12 +195,19 @@ def _is_browser() -> bool:
 
 
 def _sign_of_a_proxy() -> str | None:
-    """The name of what only a proxy sends. HTTP/1.0 is what nginx speaks unless it is told otherwise, and what
-    hardly any program does."""
+    """The name of what only a proxy sends. HTTP/1.0 is what nginx before 1.29.7 speaks unless it is told otherwise, and
+    what hardly any program does."""
     for name, _ in header_lines(request.environ):
-        if name in (b"via", b"forwarded", b"x-real-ip") or name.startswith(b"x-forwarded-"):
+        folded = name.replace(b"_", b"-")
+        if folded in SIGNS_OF_A_PROXY or is_claim(folded):
             return name.decode("latin-1")[:SHOWN]
     return "HTTP/1.0" if request.environ["SERVER_PROTOCOL"] == "HTTP/1.0" else None
+
+
+def _why_not_ours() -> str | None:
+    """For writes, which do more harm: a proxy that adds nothing and rewrites Host still has a user of its own."""
+    client = request.environ.get("REMOTE_ADDR") or "", request.environ.get("REMOTE_PORT") or ""
+    return None if is_ours(*client) else "another user of this machine sent this, maybe for somebody else"
 
 
 def _check_content_type() -> None:

@@ -14,10 +14,14 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from threading import Lock
+from typing import NamedTuple
+
+from balancer.upstream.tcpinfo import delivered
 
 Address = tuple[str, str]  # host and port, as Granian gives them
 
 IDLE_SECONDS = 75.0  # nginx's keepalive_timeout; hyper itself ends idle HTTP/1.1 connections, but not HTTP/2 ones
+LEAST_RATE = 240  # bytes/s, the default of `min_body_rate`: who reads less does not count as reading
 SLICE = 64  # descriptors, about half a millisecond: whoever forwards requests waits for the interpreter meanwhile
 
 _passing = Lock()  # held during a pass; `_waiting` needs none, each step on it is one operation
@@ -43,25 +47,34 @@ def cut_all(pairs: Iterable[tuple[Address, Address]]) -> None:
                 connection.shutdown(socket.SHUT_RDWR)
 
 
+class _Seen(NamedTuple):
+    """When a connection was last in use, or first seen; how many seconds after that it may stay; and what its client
+    had taken by then."""
+
+    at: float
+    seconds: float
+    taken: int
+
+
 class Unused:
     """Connections to our `port` that hold a place and do not use it; the passes over all that are open find them.
 
     Only requests count as use, of which hyper has the whole head: a head that never ends, or PINGs, may come for ever.
+    So does reading: answers that were handed over whole may take their client longer than IDLE_SECONDS.
 
-    `_known` has, of each connection that was open at the last pass, when it was seen in use, or first seen at all, and
-    how many seconds after that it may stay.
+    `_known` has what was seen of each connection that was open at the last pass.
     """
 
     def __init__(self, port: int, header_timeout: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._port = port
         self._header_timeout = header_timeout
         self._clock = clock
-        self._known: dict[tuple[Address, int], tuple[float, float]] = {}
+        self._known: dict[tuple[Address, int], _Seen] = {}
 
     def close(self, is_used: Callable[[Address], bool]) -> Iterator[None]:
         """One pass, a SLICE at each step. Shut down what has had no request for `header_timeout`, or for IDLE_SECONDS
         if it had one before. `is_used` says of a client whether it has one, or had one since the pass before."""
-        open_now: dict[tuple[Address, int], tuple[float, float]] = {}
+        open_now: dict[tuple[Address, int], _Seen] = {}
         descriptors = _descriptors()
         for start in range(0, len(descriptors), SLICE):
             for connection in _sockets(descriptors[start : start + SLICE]):
@@ -74,7 +87,7 @@ class Unused:
         self,
         connection: socket.socket,
         is_used: Callable[[Address], bool],
-        open_now: dict[tuple[Address, int], tuple[float, float]],
+        open_now: dict[tuple[Address, int], _Seen],
     ) -> None:
         if connection.getsockname()[1] != self._port:
             return
@@ -82,9 +95,13 @@ class Unused:
         client = host, str(port)
         key = client, os.fstat(connection.fileno()).st_ino  # which the next one from the same port does not share
         now = self._clock()
-        known = self._known.get(key, (now, self._header_timeout))
-        open_now[key] = since, seconds = (now, IDLE_SECONDS) if is_used(client) else known
-        if now - since >= seconds:
+        taken = delivered(connection)
+        seen = self._known.get(key) or _Seen(now, self._header_timeout, taken)
+        is_reading = seen.seconds == IDLE_SECONDS and taken - seen.taken > LEAST_RATE * (now - seen.at)
+        if is_used(client) or is_reading:
+            seen = _Seen(now, IDLE_SECONDS, taken)
+        open_now[key] = seen
+        if now - seen.at >= seen.seconds:
             connection.shutdown(socket.SHUT_RDWR)
 
 

@@ -212,9 +212,9 @@ class Bridge:
     def active(self) -> int:
         return len(self._calls)
 
-    def has_paused(self, client: accepted.Address) -> bool:
-        """True if a request body of this connection waits for its backend."""
-        return any(call.is_paused for call in list(self._calls) if call.scope["client"] == client)
+    def paused(self, client: accepted.Address) -> int:
+        """How many request bodies of this connection wait for their backends."""
+        return sum(call.is_paused for call in list(self._calls) if call.scope["client"] == client)
 
     @property
     def ahead_bytes(self) -> int:

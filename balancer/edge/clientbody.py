@@ -17,6 +17,14 @@ AHEAD_BYTES = 4 * 65536  # of a request body that is asked for, and handed on, a
 # bodies that are kept until the answer comes, without a thread, of which there are only so many.
 AHEAD_IN_ALL, SMALL_IN_ALL = 8 * 1024 * 1024, 32 * 1024 * 1024
 FRAME_BYTES, READ_BYTES = 16384, 65536  # what hyper gives at a time at most, by default, in HTTP/2 and before
+# Of one HTTP/2 connection: the bytes that may be unread, of one stream and of all. What a client can make us hold
+# follows from the latter twice: h2 takes as much as half of it again for keeping account of frames of a few bytes, and
+# ends the connection beyond that. So 16 uploads whose backends do not read stop the others of their connection, which
+# get more time for that; Envoy advises these two for the edge.
+STREAM_WINDOW, CONNECTION_WINDOW = 64 * 1024, 1024 * 1024
+# A piece costs a switch of threads, however small it is. Of those below SMALL_PIECE bytes a body may have so many, and
+# so many more for each second: else a client could send in a moment what keeps us busy for minutes after it has left.
+SMALL_PIECE, SMALL_PIECES, SMALL_PIECES_PER_SECOND = 64, 5000, 100
 MOST_PIECES = 64  # that are handed on together
 MOST_SMALL_PIECES = 16  # in which a small body may come without a thread that waits for it
 
@@ -37,7 +45,7 @@ class ClientBody:
 
     __slots__ = (
         *("_protocol", "_bridge", "_client", "_is_http2", "_is_expected", "_left", "_largest", "_asked", "patience"),
-        *("is_here", "is_done", "is_spent", "is_too_slow", "is_paused"),
+        *("is_here", "is_done", "is_spent", "is_too_slow", "is_paused", "_excused", "_small", "_first_small"),
     )
 
     def __init__(
@@ -65,6 +73,8 @@ class ClientBody:
         self.is_spent = False
         self.is_too_slow = False
         self.is_paused = False
+        self._excused = 0.0  # seconds of waiting that were not the client's doing
+        self._small, self._first_small = 0, 0.0  # pieces, and when the first of them came
 
     def is_small(self, most: int) -> bool:
         """True if at most `most` bytes follow, or in HTTP/2 perhaps none, and the client waits for no word of ours
@@ -134,6 +144,8 @@ class ClientBody:
             self._largest = len(body)
         if self._left is not None:
             self._left -= len(body)
+        if len(body) < SMALL_PIECE:
+            self._count_small()
         if self._is_end(self._left, message):
             self.is_spent = bool(self._asked)  # asked beyond the end, which was not to be
             self.is_done = True
@@ -171,7 +183,9 @@ class ClientBody:
                 break
             except ClientGone:
                 if timeout is None and self._is_held_up():
-                    started = time.monotonic()  # none of this was the client's doing
+                    now = time.monotonic()
+                    self._excused += now - started
+                    started = now
                     continue
                 self.is_too_slow = True
                 raise ClientTooSlow(
@@ -186,6 +200,18 @@ class ClientBody:
         return message
 
     def _is_held_up(self) -> bool:
-        """The streams of an HTTP/2 connection share a window (RFC 9113 section 5.2): one for whose backend the client
-        has to pause may have used it up, and then no other can send."""
-        return self._is_http2 and self._bridge.has_paused(self._client)
+        """The streams of an HTTP/2 connection share a window (RFC 9113 section 5.2): those for whose backends the
+        client has to pause may have used it up, and then no other can send. They end within `idle_timeout`, so nobody
+        is excused for longer."""
+        if not self._is_http2 or self._excused > self._bridge.idle_timeout:
+            return False
+        return self._bridge.paused(self._client) * STREAM_WINDOW >= CONNECTION_WINDOW
+
+    def _count_small(self) -> None:
+        """Raises ClientTooSlow: what comes in so many pieces is not worth the work."""
+        now = time.monotonic()
+        self._first_small = self._first_small or now
+        self._small += 1
+        if self._small > SMALL_PIECES + SMALL_PIECES_PER_SECOND * (now - self._first_small):
+            self.is_too_slow = True
+            raise ClientTooSlow(f"the request body came in {self._small} pieces of less than {SMALL_PIECE} bytes")

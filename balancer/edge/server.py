@@ -25,7 +25,7 @@ from granian.http import HTTP1Settings, HTTP2Settings
 
 from balancer.edge import accepted
 from balancer.edge.bridge import Bridge
-from balancer.edge.clientbody import READ_BYTES
+from balancer.edge.clientbody import CONNECTION_WINDOW, READ_BYTES, STREAM_WINDOW
 from balancer.edge.signals import Signals
 from balancer.errors import SettingsError
 
@@ -34,13 +34,8 @@ log = logging.getLogger("balancer.server")
 _native: Any = granian._granian  # its type stub does not match what it takes
 
 BACKLOG = 4096  # connections the kernel holds while all is busy; it caps this at somaxconn
-# Of one HTTP/2 connection: how many streams, and the bytes that may be unread, of one stream and of all. What a client
-# can make us hold follows from the latter twice: h2 takes as much as half of it again for keeping account of frames of
-# a few bytes, and ends the connection beyond that. So 16 uploads whose backends do not read stop the others of their
-# connection, which get more time for that (`clientbody`); Envoy advises these two for the edge.
+# Of one HTTP/2 connection; `clientbody` says what may be unread of it.
 STREAMS = 200
-STREAM_WINDOW = 64 * 1024
-CONNECTION_WINDOW = 1024 * 1024
 SEND_BUFFER = 32768  # bytes that h2 takes of each answer when a client opens its windows and does not read
 INTERRUPT_DRAIN_SECONDS = 1.0  # Ctrl-C: somebody is waiting
 STOP_SECONDS = 2.0  # for worker threads to end once nothing is in flight

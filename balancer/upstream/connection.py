@@ -10,14 +10,10 @@ import sys
 
 from balancer.errors import ConnectionLost, ResponseTimedOut
 from balancer.protocol.origin import Origin
+from balancer.upstream.tcpinfo import ESTABLISHED, IS_TOLD, OPTION, RECEIVED_AT, SIZE, count_at
 
 DONTWAIT = int(getattr(socket, "MSG_DONTWAIT", 0))
 _PEEK = int(getattr(socket, "MSG_PEEK", 0)) | DONTWAIT
-# struct tcp_info of linux/tcp.h, unchanged since 4.2: the state, and the bytes received.
-_HAS_TCP_INFO = sys.platform == "linux"
-_TCP_INFO = int(getattr(socket, "TCP_INFO", 0))
-_ESTABLISHED, _RECEIVED_AT, _INFO_SIZE = 1, 128, 136
-_received = struct.Struct("@Q").unpack_from
 # Bytes per receive: 128 KiB of body and a head. Each piece is handed on by a switch of threads, so larger is cheaper;
 # and a slow client has up to six of them in flight, so larger is more memory: `download` says how much is asked for.
 CHUNK = 135168
@@ -96,13 +92,13 @@ class Connection:
 
     def has_input(self) -> bool:
         """True if a receive would not block: while idle, that means EOF, an alert, or bytes nobody asked for."""
-        if not _HAS_TCP_INFO or self.is_tls:
+        if not IS_TOLD or self.is_tls:
             return self._peek()
         # Asks the kernel instead of the socket: a system call that receives lets the interpreter lock go, and with it
         # comes a switch of threads.
-        info = self.sock.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, _INFO_SIZE)
+        info = self.sock.getsockopt(socket.IPPROTO_TCP, OPTION, SIZE)
         try:
-            if info[0] == _ESTABLISHED and _received(info, _RECEIVED_AT)[0] == self._received:
+            if info[0] == ESTABLISHED and count_at(info, RECEIVED_AT)[0] == self._received:
                 return False
         except (IndexError, struct.error):  # a kernel that tells less, as that of a sandbox may
             pass

@@ -1,0 +1,40 @@
+"""Who is at the other end of a connection from this machine: the user that owns the socket there."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from pathlib import Path
+
+TABLES = {4: Path("/proc/net/tcp"), 6: Path("/proc/net/tcp6")}
+ADDRESS, USER = 1, 7  # columns: the local end in hexadecimal, and who owns it
+
+
+def is_ours(host: str, port: str) -> bool:
+    """Whether the client at this address of this machine runs as our own user. True where nobody can tell.
+
+    A proxy that adds nothing to what it forwards looks like any program, but mostly runs as a user of its own.
+    """
+    user = owner(host, port)
+    return user is None or user == os.geteuid()
+
+
+def owner(host: str, port: str) -> int | None:
+    """The id of the user, None if the kernel does not tell (proc(5), /proc/net/tcp)."""
+    try:
+        wanted = f"{_hexadecimal(host)}:{int(port):04X}"
+        with TABLES[ipaddress.ip_address(host).version].open(encoding="ascii") as table:
+            for line in table:
+                columns = line.split()
+                if columns[ADDRESS] == wanted:
+                    return int(columns[USER])
+    except (OSError, ValueError, IndexError):
+        return None
+    return None
+
+
+def _hexadecimal(host: str) -> str:
+    """As that table has it: words of four bytes in the machine's own order."""
+    packed = ipaddress.ip_address(host).packed
+    words = [packed[start : start + 4] for start in range(0, len(packed), 4)]
+    return "".join(word[::-1].hex().upper() for word in words)
