@@ -24,7 +24,7 @@ from balancer.edge.bridge import WATCH_AFTER_SECONDS, Bridge
 from balancer.edge.call import Call
 from balancer.edge.clientbody import GRACE_SECONDS as BODY_GRACE_SECONDS
 from balancer.edge.workers import WorkerPool
-from balancer.upstream.tcpinfo import delivered
+from balancer.upstream.tcpinfo import traffic
 
 MIB = 1024 * 1024
 
@@ -490,9 +490,9 @@ def test_a_client_that_reads_on_stays_however_long_its_last_request_is_ago() -> 
             own = sock.getsockname()
             list(unused.close(lambda client: client == (own[0], str(own[1]))))
             for _ in range(3):
-                before = delivered(taken)
+                before = traffic(taken)[0]
                 taken.sendall(bytes(20_000))
-                wait_until(lambda: delivered(taken) == before + 20_000)  # noqa: B023
+                wait_until(lambda: traffic(taken)[0] == before + 20_000)  # noqa: B023
                 clock.now += 70
                 list(unused.close(lambda client: False))
                 assert len(read_exactly(sock, 20_000)) == 20_000
@@ -504,6 +504,26 @@ def test_a_client_that_reads_on_stays_however_long_its_last_request_is_ago() -> 
                 clock.now += 40
                 list(unused.close(lambda client: False))
             assert sock.recv(1) == b""
+
+
+@pytest.mark.parametrize("unread", [200 * 16_000, 10 * 16_000])
+def test_who_does_not_read_what_was_handed_over_is_cut_whatever_else_comes(unread: int) -> None:
+    """Whole answers of HTTP/2, with the windows shut: a request now and then kept megabytes of each connection."""
+    clock = Clock()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        unused = accepted.Unused(listener.getsockname()[1], 10.0, clock)
+        with connect(listener.getsockname()[1]) as sock, listener.accept()[0] as taken:
+            own = sock.getsockname()[0], str(sock.getsockname()[1])
+            for handed in (unread, 0, 0, 0, 0, 0, 0):
+                if is_readable(sock, 0):
+                    break
+                sock.sendall(PINGED * 100)
+                assert len(read_exactly(taken, len(PINGED) * 100)) == len(PINGED) * 100
+                taken.sendall(PINGED * 100)
+                assert len(read_exactly(sock, len(PINGED) * 100)) == len(PINGED) * 100
+                list(unused.close(lambda client: True, {own: handed}, 60.0))
+                clock.now += 12
+            assert is_readable(sock, 0) is (unread > accepted.MOST_OWED)
 
 
 def read_exactly(sock: socket.socket, size: int) -> bytes:

@@ -10,6 +10,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import count
 from typing import Any
 
 import pytest
@@ -563,6 +564,26 @@ def test_the_dashboard_that_nobody_reads_is_ended(start: Callable[..., BalancerP
         assert exchange(balancer.port, get(b"/livez")).startswith(b"HTTP/1.1 200 ")
         h2.read_to_end()
         assert h2.is_closed
+
+
+def test_whole_answers_that_nobody_reads_are_ended(
+    start: Callable[..., BalancerProcess], scripted: WireBackend
+) -> None:
+    """They count as done, and neither PINGs nor a request now and then keep their connection."""
+    scripted.script = answering(bytes(16_000))
+    balancer = start("--idle-timeout=1", "--header-timeout=1")
+    with ExitStack() as stack:
+        (h2,) = ask_http2(stack, balancer, b"/whole", 100)
+        looks = count()
+
+        def is_closed() -> bool:
+            h2.ping()
+            if (number := next(looks)) % 100 == 99:
+                h2.request(1001 + 2 * number, (b":path", b"/livez"), method=b"HEAD")
+            h2.sync()
+            return h2.is_closed
+
+        wait_until(is_closed, 20, "the connection is cut")
 
 
 def test_an_answer_that_is_read_too_slowly_is_cut(start: Callable[..., BalancerProcess], scripted: WireBackend) -> None:

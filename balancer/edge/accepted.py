@@ -9,19 +9,21 @@ On Windows nothing is found.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from threading import Lock
 from typing import NamedTuple
 
-from balancer.upstream.tcpinfo import delivered
+from balancer.upstream.tcpinfo import traffic
 
 Address = tuple[str, str]  # host and port, as Granian gives them
 
 IDLE_SECONDS = 75.0  # nginx's keepalive_timeout; hyper itself ends idle HTTP/1.1 connections, but not HTTP/2 ones
 LEAST_RATE = 240  # bytes/s, the default of `min_body_rate`: who reads less does not count as reading
+MOST_OWED = 262_144  # bytes of answers that a client may leave unread for as long as it likes
 SLICE = 64  # descriptors, about half a millisecond: whoever forwards requests waits for the interpreter meanwhile
 
 _passing = Lock()  # held during a pass; `_waiting` needs none, each step on it is one operation
@@ -48,19 +50,22 @@ def cut_all(pairs: Iterable[tuple[Address, Address]]) -> None:
 
 
 class _Seen(NamedTuple):
-    """When a connection was last in use, or first seen; how many seconds after that it may stay; and what its client
-    had taken by then."""
+    """Of one connection, at a pass over all."""
 
-    at: float
-    seconds: float
-    taken: int
+    used_at: float  # or when it was first seen
+    seconds: float  # for which it may stay after that
+    acked: int  # bytes that its client has acknowledged
+    owed: int  # bytes of whole answers that it may not have read yet
+    taken: int  # bytes beyond those that it has sent itself, at
+    read_at: float  # which time it was last seen to read
 
 
 class Unused:
     """Connections to our `port` that hold a place and do not use it; the passes over all that are open find them.
 
     Only requests count as use, of which hyper has the whole head: a head that never ends, or PINGs, may come for ever.
-    So does reading: answers that were handed over whole may take their client longer than IDLE_SECONDS.
+    So does reading: answers that were handed over whole may take their client longer than IDLE_SECONDS. Who is handed
+    more than MOST_OWED and does not read is closed on, whatever else it sends: hyper keeps all of that.
 
     `_known` has what was seen of each connection that was open at the last pass.
     """
@@ -71,15 +76,25 @@ class Unused:
         self._clock = clock
         self._known: dict[tuple[Address, int], _Seen] = {}
 
-    def close(self, is_used: Callable[[Address], bool]) -> Iterator[None]:
+    def close(
+        self,
+        is_used: Callable[[Address], bool],
+        handed: Mapping[Address, int] = {},  # noqa: B006
+        idle_timeout: float = math.inf,
+    ) -> Iterator[None]:
         """One pass, a SLICE at each step. Shut down what has had no request for `header_timeout`, or for IDLE_SECONDS
-        if it had one before. `is_used` says of a client whether it has one, or had one since the pass before."""
+        if it had one before, and what has not read for `idle_timeout` though it should.
+
+        `is_used` says of a client whether it has a request, or had one since the pass before; `handed` are the bytes
+        that were handed over for it since then.
+        """
         open_now: dict[tuple[Address, int], _Seen] = {}
         descriptors = _descriptors()
         for start in range(0, len(descriptors), SLICE):
             for connection in _sockets(descriptors[start : start + SLICE]):
                 with contextlib.suppress(OSError):  # not connected, or no more
-                    self._look(connection, is_used, open_now)
+                    if connection.getsockname()[1] == self._port:
+                        self._look(connection, is_used, handed, idle_timeout, open_now)
             yield
         self._known = open_now
 
@@ -87,21 +102,26 @@ class Unused:
         self,
         connection: socket.socket,
         is_used: Callable[[Address], bool],
+        handed: Mapping[Address, int],
+        idle_timeout: float,
         open_now: dict[tuple[Address, int], _Seen],
     ) -> None:
-        if connection.getsockname()[1] != self._port:
-            return
         host, port = connection.getpeername()[:2]
-        client = host, str(port)
+        client, now = (host, str(port)), self._clock()
         key = client, os.fstat(connection.fileno()).st_ino  # which the next one from the same port does not share
-        now = self._clock()
-        taken = delivered(connection)
-        seen = self._known.get(key) or _Seen(now, self._header_timeout, taken)
-        is_reading = seen.seconds == IDLE_SECONDS and taken - seen.taken > LEAST_RATE * (now - seen.at)
-        if is_used(client) or is_reading:
-            seen = _Seen(now, IDLE_SECONDS, taken)
-        open_now[key] = seen
-        if now - seen.at >= seen.seconds:
+        acked, received = traffic(connection)
+        taken = acked - received  # what a PING brings, its answer takes away again
+        used_at, seconds, acked_before, owed, taken_before, read_at = self._known.get(
+            key, _Seen(now, self._header_timeout, 0, 0, taken, now)
+        )
+        owed = max(0, owed + handed.get(client, 0) - (acked - acked_before))
+        has_read = taken - taken_before > LEAST_RATE * (now - read_at)
+        if is_used(client) or (has_read and seconds == IDLE_SECONDS):
+            used_at, seconds = now, IDLE_SECONDS
+        if has_read or owed <= MOST_OWED:
+            taken_before, read_at = taken, now
+        open_now[key] = _Seen(used_at, seconds, acked, owed, taken_before, read_at)
+        if now - used_at >= seconds or now - read_at >= idle_timeout:
             connection.shutdown(socket.SHUT_RDWR)
 
 

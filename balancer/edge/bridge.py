@@ -53,7 +53,7 @@ class Bridge:
     looks at a copy; each of these is one step that needs no lock. `_collecting` holds those whose small body is coming
     in, `_parked` those whose client has to read first, with the time by which it must have: whoever takes one out goes
     on with it. `_downloads` holds all that are answered in pieces. `_begun` has who sent a request since the loop
-    thread last replaced it.
+    thread last replaced it, `_handed` how many bytes who was handed since then.
     """
 
     def __init__(
@@ -80,6 +80,7 @@ class Bridge:
         self._calls: dict[Call, None] = {}
         self._collecting: dict[Call, None] = {}
         self._begun: dict[accepted.Address, None] = {}
+        self._handed: dict[accepted.Address, int] = {}
         self._parked: dict[Call, float] = {}
         self._downloads: dict[Call, None] = {}
         # Bytes of an answer that may be taken in whole, and seconds that a worker waits for its client before it parks
@@ -232,6 +233,16 @@ class Bridge:
         begun, self._begun = self._begun, {}
         known = begun.keys() | {call.scope["client"] for call in list(self._calls)}
         return lambda client: client in known or client in self._begun
+
+    def hand_over(self, client: accepted.Address, size: int) -> None:
+        """So many bytes of an answer went to hyper, for a client of HTTP/2, which may leave many unread. Two at once
+        may count as one, to the client's good."""
+        self._handed[client] = self._handed.get(client, 0) + size
+
+    def handed(self) -> dict[accepted.Address, int]:
+        """What was handed over since this was last asked for."""
+        handed, self._handed = self._handed, {}
+        return handed
 
     # Noticing that a client has left: the loop thread begins it, Granian's ends it.
 

@@ -38,6 +38,7 @@ log = logging.getLogger("balancer.server")
 LINGER_SECONDS = 2.0  # and LINGER_BYTES: what is read and dropped after an answer that came before the request's end
 LINGER_BYTES = 16 * 1024 * 1024
 FLUSH_SECONDS = 0.25  # for an answer to be written, of which Granian says nothing, before its connection is cut
+PACKED_HEAD = 4096  # bytes of a head that HPACK may make small from what it has seen (RFC 7541 section 4.2)
 VERSIONS = {"1": "1.0", "1.1": "1.1", "2": "2"}  # Granian calls HTTP/1.0 "1"
 
 
@@ -325,6 +326,10 @@ class Call:
         if is_last and self.scope["http_version"] != "2":
             self._headers.append((b"connection", b"close"))
         self._is_started = True
+        if self.scope["http_version"] == "2":
+            size = sum(len(name) + len(value) for name, value in self._headers)
+            if size > PACKED_HEAD:
+                self.bridge.hand_over(self.scope["client"], size)
         self.protocol.send({"type": "http.response.start", "status": self._status, "headers": self._headers})
 
     def _emit(self, chunk: bytes) -> Any:
@@ -333,13 +338,18 @@ class Call:
             self._start()
         elif not chunk:
             return None
-        return self.protocol.send({"type": "http.response.body", "body": chunk, "more_body": True})
+        return self._hand_over(chunk, more=True)
 
     def _emit_last(self, chunk: bytes) -> None:
         if not self._is_started:
             self._start()
-        self.protocol.send({"type": "http.response.body", "body": chunk, "more_body": False})
+        self._hand_over(chunk, more=False)
         self._is_ended = True
+
+    def _hand_over(self, chunk: bytes, *, more: bool) -> Any:
+        if self.scope["http_version"] == "2":  # before, hyper has one answer of a connection at a time
+            self.bridge.hand_over(self.scope["client"], len(chunk))
+        return self.protocol.send({"type": "http.response.body", "body": chunk, "more_body": more})
 
     def receive(self, timeout: float | None = None) -> list[bytes]:
         """What has come of the request body, [] at its end. Raises ClientGone, ClientTooSlow."""

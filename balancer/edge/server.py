@@ -278,7 +278,7 @@ async def _close_unused(ports: list[int], bridges: list[Bridge], seconds: float)
         await asyncio.sleep(min(seconds / 2, PASS_SECONDS))
         for unused, bridge in places:
             try:
-                for _ in unused.close(bridge.used()):
+                for _ in unused.close(bridge.used(), bridge.handed(), bridge.idle_timeout):
                     await asyncio.sleep(SLICE_PAUSE_SECONDS)
             except Exception:  # it must go on, or unused connections would pile up
                 log.exception("closing unused connections failed")

@@ -15,10 +15,7 @@ ACKED_AT, RECEIVED_AT = 120, 128  # bytes that the peer has acknowledged, and by
 count_at = struct.Struct("@Q").unpack_from
 
 
-def delivered(connection: socket.socket) -> int:
-    """Bytes that the peer has taken beyond those that it has sent: what a PING brings and its answer takes away again
-    counts for nothing. 0 where the kernel does not tell."""
-    if not IS_TOLD:
-        return 0
-    info = connection.getsockopt(socket.IPPROTO_TCP, OPTION, SIZE)
-    return 0 if len(info) < SIZE else count_at(info, ACKED_AT)[0] - count_at(info, RECEIVED_AT)[0]
+def traffic(connection: socket.socket) -> tuple[int, int]:
+    """(bytes that the peer has acknowledged, bytes that it has sent); zeros where the kernel does not tell."""
+    info = connection.getsockopt(socket.IPPROTO_TCP, OPTION, SIZE) if IS_TOLD else b""
+    return (0, 0) if len(info) < SIZE else (count_at(info, ACKED_AT)[0], count_at(info, RECEIVED_AT)[0])
