@@ -187,6 +187,17 @@ class BalancerProcess(Process):
         wait_until(lambda: self.backend(backend_id)["healthy"] is healthy, timeout, f"{backend_id} healthy={healthy}")
 
 
+def active(balancer: BalancerProcess) -> int:
+    found: int = balancer.status()["statistics"]["active_requests"]
+    return found
+
+
+def newest(balancer: BalancerProcess) -> dict[str, Any]:
+    wait_until(lambda: active(balancer) == 0, what="no request is in flight")
+    found: dict[str, Any] = balancer.status(1)["recent_requests"][0]
+    return found
+
+
 @dataclass
 class DemoBackend:
     """`backend_server.py` on a port of its own; can be killed and started again."""

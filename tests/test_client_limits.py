@@ -12,10 +12,21 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
-from support import BalancerProcess, connect, exchange, fetch, free_port, get, read_all, split_response, wait_until
+from support import (
+    BalancerProcess,
+    active,
+    connect,
+    exchange,
+    fetch,
+    free_port,
+    get,
+    newest,
+    read_all,
+    split_response,
+    wait_until,
+)
 from test_http2 import CONTINUATION, DATA, FRAME, HEADERS, PING, SETTINGS, Client, client, frame
 from wire import WireBackend, post, read_response, request, resident_bytes
 
@@ -27,17 +38,6 @@ from balancer.edge.workers import WorkerPool
 from balancer.upstream.tcpinfo import traffic
 
 MIB = 1024 * 1024
-
-
-def active(balancer: BalancerProcess) -> int:
-    found: int = balancer.status()["statistics"]["active_requests"]
-    return found
-
-
-def newest(balancer: BalancerProcess) -> dict[str, Any]:
-    wait_until(lambda: active(balancer) == 0, what="no request is in flight")
-    found: dict[str, Any] = balancer.status(1)["recent_requests"][0]
-    return found
 
 
 # Uploads that trickle: `min_body_rate`.
@@ -579,7 +579,7 @@ class Place:
 @pytest.fixture
 def call() -> Call:
     bridge = Bridge(lambda environ, start_response: [b""], WorkerPool(1, 0, 1.0))
-    return Call(bridge, SimpleNamespace(scope={}, proto=None))
+    return Call(bridge, SimpleNamespace(scope={"http_version": "1.1"}, proto=None))
 
 
 def test_what_a_request_waits_for_is_aborted_when_its_client_leaves(call: Call) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from stub_granian import GONE, Client, Promise
-from support import BalancerProcess, connect, exchange, get, wait_until
+from support import BalancerProcess, active, connect, exchange, get, newest, wait_until
 from test_http2 import Client as Http2Client
 from wire import WireBackend, post, read_response, request, wait_closed
 
@@ -392,17 +392,6 @@ def test_the_more_downloads_the_smaller_their_pieces(bridge: Bridge, monkeypatch
 
 
 # With real clients and backends.
-
-
-def active(balancer: BalancerProcess) -> int:
-    found: int = balancer.status()["statistics"]["active_requests"]
-    return found
-
-
-def newest(balancer: BalancerProcess) -> dict[str, Any]:
-    wait_until(lambda: active(balancer) == 0, what="no request is in flight")
-    found: dict[str, Any] = balancer.status(1)["recent_requests"][0]
-    return found
 
 
 def threads(balancer: BalancerProcess) -> int:

@@ -6,7 +6,7 @@ this machine comes from anywhere. So whoever is not known to be a program on thi
 
     who                                     reads                       writes
     anybody with the admin or page token    yes                         yes
-    a local caller that is no browser       yes, unless `control_reads` unless there is an admin token
+    a local caller that is no browser       yes, unless `control_reads` of our own user, without an admin token
     a page of our own origin, local         the same                    unless there is any token
     a page of `cors_origins`                as the caller that it is    the same
     `Origin: null`, any other origin        no                          no, the latter not even with a token
@@ -108,7 +108,7 @@ class Access:
 
     def may_write(self) -> bool:
         """Whether who sent this request could write too, if it had a token that exists."""
-        return self.has_tokens or self._why_not_local() is None
+        return self.has_tokens or (self._why_not_local() or _why_not_ours()) is None
 
     def _check_site(self, origin: str | None, is_write: bool) -> None:
         """Pages of other sites: a token does not make them ours."""
@@ -124,10 +124,12 @@ class Access:
         if not self.has_tokens or scheme.lower() != "bearer":  # case-insensitive by RFC 9110 section 11.1
             return False
         sent = given.encode("latin-1", "replace")
-        known = [token.encode() for token in (self.admin_token, self.page_token) if token is not None]
-        is_right = any([hmac.compare_digest(sent, token) for token in known])  # a list: all of them, every time
-        if origin == "null" and self.page_token is not None and hmac.compare_digest(sent, self.page_token.encode()):
-            return True  # not braked, or any sandboxed frame could lock the page from disk out
+        tokens = (self.admin_token, self.page_token)
+        # Both, every time.
+        is_admin, is_page = (token is not None and hmac.compare_digest(sent, token.encode()) for token in tokens)
+        is_right = is_admin or is_page
+        if is_page and origin == "null":  # not braked, or any sandboxed frame could lock the page from disk out
+            return True
         wait = math.ceil(self.guesses.wait((self._sender(), origin == "null"), is_right))
         if wait:
             raise ApiError(429, f"too many wrong tokens from here, wait {wait} s", {"Retry-After": str(wait)})

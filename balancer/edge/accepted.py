@@ -79,7 +79,7 @@ class Unused:
     def close(
         self,
         is_used: Callable[[Address], bool],
-        handed: Mapping[Address, int] = {},  # noqa: B006
+        handed: Mapping[Address, int] | None = None,
         idle_timeout: float = math.inf,
     ) -> Iterator[None]:
         """One pass, a SLICE at each step. Shut down what has had no request for `header_timeout`, or for IDLE_SECONDS
@@ -94,7 +94,7 @@ class Unused:
             for connection in _sockets(descriptors[start : start + SLICE]):
                 with contextlib.suppress(OSError):  # not connected, or no more
                     if connection.getsockname()[1] == self._port:
-                        self._look(connection, is_used, handed, idle_timeout, open_now)
+                        self._look(connection, is_used, handed or {}, idle_timeout, open_now)
             yield
         self._known = open_now
 

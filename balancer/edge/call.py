@@ -58,6 +58,7 @@ class Call:
         "bridge",
         "forwarding",
         "scope",
+        "is_http2",
         "protocol",
         "_watcher",
         "started",
@@ -78,6 +79,7 @@ class Call:
         self.bridge = bridge
         self.forwarding: Forwarding | None = None  # else the app answers
         self.scope: dict[str, Any] = watcher.scope
+        self.is_http2 = self.scope["http_version"] == "2"
         self.protocol = watcher.proto
         self._watcher = watcher
         self.started = time.monotonic()
@@ -98,7 +100,7 @@ class Call:
         if self.body is not None:
             return self.body.is_done and not self.body.is_spent
         framing = (b"content-length", b"transfer-encoding")  # in the queue, nobody has looked yet
-        return self.scope["http_version"] != "2" and not any(name in framing for name, _ in self.scope["headers"])
+        return not self.is_http2 and not any(name in framing for name, _ in self.scope["headers"])
 
     @property
     def is_paused(self) -> bool:
@@ -226,7 +228,7 @@ class Call:
             self._stream(answer.body)
 
     def _stream(self, chunks: Iterable[bytes]) -> None:
-        self.download = Download(self.bridge, chunks, self._length(), is_http2=self.scope["http_version"] == "2")
+        self.download = Download(self.bridge, chunks, self._length(), is_http2=self.is_http2)
         self.bridge.begin_download(self)
 
     def _send_on(self, download: Download, patience: float) -> bool:
@@ -275,7 +277,7 @@ class Call:
                 finally:
                     self.bridge.lingering.release()
         # HTTP/2 ends the stream alone.
-        if not (body.is_done or self.is_gone) and self.scope["http_version"] != "2":
+        if not (body.is_done or self.is_gone or self.is_http2):
             self.cut()
 
     def _linger(self, body: ClientBody, seconds: float) -> None:
@@ -323,10 +325,10 @@ class Call:
             raise RuntimeError("the app has not called start_response")
         # hyper closes after it (RFC 9112 section 9.6). HTTP/2 has no such field, but GOAWAY.
         is_last = self._is_last or self.bridge.is_draining or (self.body is not None and self.body.is_too_slow)
-        if is_last and self.scope["http_version"] != "2":
+        if is_last and not self.is_http2:
             self._headers.append((b"connection", b"close"))
         self._is_started = True
-        if self.scope["http_version"] == "2":
+        if self.is_http2:
             size = sum(len(name) + len(value) for name, value in self._headers)
             if size > PACKED_HEAD:
                 self.bridge.hand_over(self.scope["client"], size)
@@ -347,7 +349,7 @@ class Call:
         self._is_ended = True
 
     def _hand_over(self, chunk: bytes, *, more: bool) -> Any:
-        if self.scope["http_version"] == "2":  # before, hyper has one answer of a connection at a time
+        if self.is_http2:  # before, hyper has one answer of a connection at a time
             self.bridge.hand_over(self.scope["client"], len(chunk))
         return self.protocol.send({"type": "http.response.body", "body": chunk, "more_body": more})
 
@@ -385,14 +387,15 @@ class Call:
 
     def _note_body(self, length: str, is_chunked: bool, is_expected: bool = False) -> bool:
         """If there may be a `body`. True if it has no length, and Granian will tell its end."""
-        is_http2 = self.scope["http_version"] == "2"  # there only the end tells whether there is a body
         known: int | None = None
         if length:
             with contextlib.suppress(ValueError):  # who reads it refuses what is not a number
                 known = parse_content_length(length.encode("latin-1"))
-        if length or is_chunked or is_http2:
+        if length or is_chunked or self.is_http2:  # in HTTP/2 only the end tells whether there is a body
             self.body = ClientBody(
-                *(self.protocol, self.bridge, self.scope["client"], known), is_http2=is_http2, is_expected=is_expected
+                *(self.protocol, self.bridge, self.scope["client"], known),
+                is_http2=self.is_http2,
+                is_expected=is_expected,
             )
         return self.body is not None and not length
 
