@@ -32,7 +32,7 @@ from balancer.edge.bridge import Bridge
 from balancer.edge.call import Call
 from balancer.edge.workers import WorkerPool
 from balancer.errors import SettingsError
-from balancer.protocol.incoming import CLIENT
+from balancer.protocol.request import CLIENT
 
 MAX_BODY = 1024 * 1024  # bytes; above it the answer is 413
 MAX_SECONDS = 60.0  # longest delay that can be asked for, by setting or by fault

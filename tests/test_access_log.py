@@ -42,7 +42,7 @@ from support import (
 from balancer.observe.accesslog import AGENT_LOGGED, AccessLog, timestamp
 from balancer.observe.exchange import METHOD_KEPT, PATH_KEPT, Exchange
 from balancer.observe.logwriter import LogWriter
-from balancer.protocol.incoming import Incoming
+from balancer.protocol.request import Request
 from balancer.protocol.requestheads import RequestHeads
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -273,10 +273,10 @@ def make_line(is_json: bool, exchange: Exchange, *lines: tuple[bytes, bytes], pe
         def add(self, line: Any) -> None:
             made.append(line())
 
-    incoming = Incoming(RequestHeads(), "GET", "/", b"/", "1.1", "http", peer, lines)
+    request = Request(RequestHeads(), "GET", "/", b"/", "1.1", "http", peer, lines)
     access_log = AccessLog(Kept(None))
     access_log.use("json" if is_json else "text")
-    access_log.add(exchange, incoming)
+    access_log.add(exchange, request)
     (line,) = made
     assert isinstance(line, str)
     return line

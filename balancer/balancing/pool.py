@@ -25,6 +25,7 @@ from balancer.balancing.tally import Tally
 from balancer.errors import NoRoom, Unavailable
 from balancer.protocol.client import Watcher
 from balancer.protocol.origin import Origin
+from balancer.protocol.request import Request
 
 if TYPE_CHECKING:
     from balancer.balancing.strategies import Strategy
@@ -112,7 +113,7 @@ class BackendPool:
 
     def lease(
         self,
-        request: Any,
+        request: Request,
         exclude: Collection[str] = (),
         *,
         watcher: Watcher | None = None,
@@ -131,12 +132,12 @@ class BackendPool:
             limit = self._judge.options.queue_timeout
         return self._wait(waiter, watcher, limit if deadline is None else min(limit, deadline - self._clock()))
 
-    def lease_now(self, request: Any) -> Lease | None:
+    def lease_now(self, request: Request) -> Lease | None:
         """A first lease if that needs no waiting."""
         with self._lock:
             return self._choose(request, ())
 
-    def _choose(self, request: Any, exclude: Collection[str]) -> Lease | None:
+    def _choose(self, request: Request, exclude: Collection[str]) -> Lease | None:
         current = self._candidates
         candidates: Sequence[Backend] = current.ready
         excluded = current.absent
@@ -163,7 +164,7 @@ class BackendPool:
             lease.is_answered = True  # nobody wants to know how long that takes
         return lease
 
-    def _line_up(self, request: Any, exclude: Collection[str]) -> Waiter[Lease]:
+    def _line_up(self, request: Request, exclude: Collection[str]) -> Waiter[Lease]:
         """A place in the queue, if there is any and waiting can help."""
         if len(self._line) < self._judge.options.queue_limit and self._candidates.is_worth_waiting(exclude):
             return self._line.join(request, exclude)

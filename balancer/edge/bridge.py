@@ -106,7 +106,7 @@ class Bridge:
     def _hand_on(self, call: Call) -> None:
         is_control = self._is_control(call.scope["path"])
         if self.proxy is not None and not is_control:
-            call.forwarding = self.proxy.forward(call.incoming(self.proxy.heads))
+            call.forwarding = self.proxy.forward(call.request(self.proxy.heads))
             if self.express is not None:
                 self._collect(call)
                 return

@@ -22,8 +22,8 @@ from balancer.edge.download import Download
 from balancer.edge.listener import Listener
 from balancer.edge.promise import is_done_within
 from balancer.errors import BalancerError, ClientGone, ClientStalled
-from balancer.protocol.incoming import CLIENT, HEADER_LINES, Incoming, RequestBody, add_headers
 from balancer.protocol.messages import SERVER_LINE, parse_content_length
+from balancer.protocol.request import CLIENT, HEADER_LINES, Request, RequestBody, add_headers
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -365,10 +365,10 @@ class Call:
 
     # The request.
 
-    def incoming(self, heads: RequestHeads) -> Incoming:
+    def request(self, heads: RequestHeads) -> Request:
         """For a `Forwarding`."""
         scope = self.scope
-        made = Incoming(
+        made = Request(
             heads,
             scope["method"],
             self._path(),

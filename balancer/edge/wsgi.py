@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from balancer.forwarding.forwarding import Forwarding
 from balancer.forwarding.route import Route
-from balancer.protocol.incoming import Incoming
+from balancer.protocol.request import Request
 from balancer.protocol.requestheads import RequestHeads
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ class ReverseProxy:
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         if self.is_control(environ["PATH_INFO"]):
             return self._control_app(environ, start_response)
-        return self.forward(Incoming.of(environ, self.heads)).run().begin(start_response)
+        return self.forward(Request.of(environ, self.heads)).run().begin(start_response)
 
-    def forward(self, incoming: Incoming) -> Forwarding:
+    def forward(self, request: Request) -> Forwarding:
         """A request that is not for the control API, counted from now on: `run` or `refuse` must follow."""
-        return Forwarding(self.route, incoming)
+        return Forwarding(self.route, request)

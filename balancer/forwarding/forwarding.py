@@ -42,7 +42,7 @@ from balancer.protocol.messages import (
 from balancer.upstream.outgoing import OutgoingRequest
 
 if TYPE_CHECKING:
-    from balancer.protocol.incoming import Incoming
+    from balancer.protocol.request import Request
     from balancer.upstream.response import BackendResponse
     from balancer.upstream.sent import Sent
 
@@ -60,21 +60,21 @@ class Forwarding:
     """
 
     __slots__ = (
-        *("_route", "_options", "_incoming", "_started", "_own", "_record"),
+        *("_route", "_options", "_request", "_started", "_own", "_record"),
         *("stage", "_attempts", "sent", "_decision"),
     )
 
-    def __init__(self, route: Route, incoming: Incoming) -> None:
+    def __init__(self, route: Route, request: Request) -> None:
         self._route = route
         self._options = route.options
-        self._incoming = incoming
+        self._request = request
         self._started = time.perf_counter()
-        identifier = request_id(incoming.head.fields.get(b"x-request-id", ()))
+        identifier = request_id(request.head.fields.get(b"x-request-id", ()))
         self._own: Line = (b"x-request-id", identifier)
         self._record = Exchange(
             timestamp=time.time(),
-            method=incoming.method[:METHOD_KEPT],
-            path=incoming.path[:PATH_KEPT],
+            method=request.method[:METHOD_KEPT],
+            path=request.path[:PATH_KEPT],
             request_id=identifier.decode("ascii"),
         )
         self.stage = Stage.FOUND
@@ -151,53 +151,53 @@ class Forwarding:
 
     def _admit(self) -> None:
         """By its head alone: no body is read for what is refused here. Raises ClientError."""
-        incoming = self._incoming
-        method, head = incoming.method, incoming.head
+        request = self._request
+        method, head = request.method, request.head
         if method in REFUSED_METHODS:
             raise MethodRefused(f"{method} is not supported", ALLOWED)
-        check_target(method, incoming.target)
+        check_target(method, request.target)
         if head.refusal is not None:
             raise head.refusal
-        if head.is_worker_script and self._route.covers_control(scope_of(incoming.target)):
+        if head.is_worker_script and self._route.covers_control(scope_of(request.target)):
             raise WorkerRefused(
                 "a service worker from here could take over the control API; "
                 "serve its script from a folder of its own, or set control_port"
             )
         self._record.trace_id = head.trace_id
         self.stage = Stage.ADMITTED
-        if method == "OPTIONS" and max_forwards(incoming.values(b"max-forwards")) == 0:
+        if method == "OPTIONS" and max_forwards(request.values(b"max-forwards")) == 0:
             self._decision = to_options()
 
     def _build(self, waited: float = 0.0) -> None:
         """The request for a backend. Reads a small body; `waited` are seconds for a thread. Raises as the body does."""
-        incoming = self._incoming
-        if incoming.method == "OPTIONS":
-            request = OutgoingRequest("OPTIONS", incoming.target, [*count_down(incoming.head.lines), self._own])
+        request = self._request
+        if request.method == "OPTIONS":
+            outgoing = OutgoingRequest("OPTIONS", request.target, [*count_down(request.head.lines), self._own])
         else:
-            request = OutgoingRequest(incoming.method, incoming.target, (self._own,), incoming.head)
-        request.watcher = incoming.client
-        if incoming.length or incoming.is_ended:
-            self._add_body(request)
-        request.deadline = time.monotonic() + self._options.request_timeout - waited
-        self._attempts = Attempts(self._route, request, self._record, self._started)
+            outgoing = OutgoingRequest(request.method, request.target, (self._own,), request.head)
+        outgoing.watcher = request.client
+        if request.length or request.is_ended:
+            self._add_body(outgoing)
+        outgoing.deadline = time.monotonic() + self._options.request_timeout - waited
+        self._attempts = Attempts(self._route, request, outgoing, self._record, self._started)
         self.stage = Stage.BUILT
 
-    def _add_body(self, request: OutgoingRequest) -> None:
-        incoming, limit = self._incoming, self._options.max_request_body
-        length = incoming.content_length()
+    def _add_body(self, outgoing: OutgoingRequest) -> None:
+        request, limit = self._request, self._options.max_request_body
+        length = request.content_length()
         if length is not None:
             if limit is not None and length > limit:
                 raise BodyTooLarge(f"the request body has {length} bytes, at most {limit} are accepted")
-            chunks = incoming.read(length, None)
+            chunks = request.read(length, None)
             is_small = length <= REPLAY_LIMIT
-            request.body = b"".join(chain.from_iterable(chunks)) if is_small else self._counted(chunks)
-            request.content_length = length
+            outgoing.body = b"".join(chain.from_iterable(chunks)) if is_small else self._counted(chunks)
+            outgoing.content_length = length
             if is_small:
                 self._record.bytes_in = length
-        elif incoming.may_have_body():
-            chunks = incoming.read(None, limit)
+        elif request.may_have_body():
+            chunks = request.read(None, limit)
             first = next(chunks, None)  # none: there is no body after all
-            request.body = self._counted(chain([first], chunks)) if first else None
+            outgoing.body = self._counted(chain([first], chunks)) if first else None
 
     def _counted(self, chunks: Iterable[list[bytes]]) -> Iterator[list[bytes]]:
         for pieces in chunks:
@@ -209,9 +209,9 @@ class Forwarding:
     def _answer(self, response: BackendResponse) -> Answer:
         status, body = response.status_code, response.body
         lines = self._with_own(response.head.onward)
-        if self._incoming.head.is_worker_script:
+        if self._request.head.is_worker_script:
             lines = narrowed(lines, self._route.covers_control)
-        if body.is_complete and (self._incoming.version != "2" or len(body.buffered) <= WHOLE_STREAM):
+        if body.is_complete and (self._request.version != "2" or len(body.buffered) <= WHOLE_STREAM):
             data = body.read_chunk()
             self._record.bytes_out = len(data)
             self.finish(status)
@@ -240,7 +240,7 @@ class Forwarding:
     # What a `ResponseStream` needs.
 
     def is_client_gone(self) -> bool:
-        return has_left(self._incoming.client)
+        return has_left(self._request.client)
 
     def count_out(self, size: int) -> None:
         self._record.bytes_out += size
@@ -262,7 +262,7 @@ class Forwarding:
             self._route.statistics.record(record)
             access_log = self._route.access_log
             if access_log.is_on:
-                access_log.add(record, self._incoming)
+                access_log.add(record, self._request)
         finally:
             if stage >= Stage.BUILT:
                 self._attempts.give_back(status, reason, failure)

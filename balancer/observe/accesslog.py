@@ -24,8 +24,8 @@ from typing import Literal
 
 from balancer.observe.exchange import Exchange
 from balancer.observe.logwriter import LogWriter
-from balancer.protocol.incoming import Incoming
 from balancer.protocol.messages import Network, client_address
+from balancer.protocol.request import Request
 
 AGENT_LOGGED = 300  # bytes; lines wait in a queue, and nobody must be able to fill the memory with it
 CLIENTS_LOGGED = 1000  # bytes of X-Forwarded-For, from its end
@@ -49,15 +49,15 @@ class AccessLog:
         self._format, self._trusted = as_json if format_name == "json" else as_text, trusted
         self.is_on = format_name is not None
 
-    def add(self, exchange: Exchange, incoming: Incoming) -> None:
+    def add(self, exchange: Exchange, request: Request) -> None:
         """`exchange` is finished: nothing changes it any more."""
         agent, forwarded_for = None, b""
-        for name, value in incoming.lines:
+        for name, value in request.lines:
             if name == b"user-agent":
                 agent = value[:AGENT_LOGGED]
             elif name == b"x-forwarded-for":
                 forwarded_for = b"%s,%s" % (forwarded_for, value)
-        asked = (incoming.peer, forwarded_for[-CLIENTS_LOGGED:], incoming.version, agent)
+        asked = (request.peer, forwarded_for[-CLIENTS_LOGGED:], request.version, agent)
         self._add(partial(_line, exchange, asked, self._format, self._trusted))  # as they are now, not when it is made
 
 
