@@ -7,7 +7,8 @@ import logging
 import select
 import socket
 import ssl
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from balancer.config.reload import Configuration, Plan
@@ -20,7 +21,8 @@ from balancer.edge.workers import WorkerPool
 from balancer.edge.wsgi import ReverseProxy
 from balancer.errors import SettingsError
 from balancer.fleet.health import HealthChecker
-from balancer.options import pool_options, probe, route_options, set_access_log, timeouts
+from balancer.forwarding.route import Routes
+from balancer.options import pool_options, probe, timeouts
 from balancer.protocol.requestheads import RequestHeads
 from balancer.upstream.transport import BackendAdapter
 
@@ -41,6 +43,7 @@ class Balancer:
     health: HealthChecker
     adapter: BackendAdapter
     tls: ssl.SSLContext | None
+    routes: Callable[[Settings], Routes]
     bridges: list[Bridge] = field(default_factory=list)
     express: Express | None = None
 
@@ -131,15 +134,14 @@ class Balancer:
     def _apply(self, config: Settings, plan: Plan) -> None:
         """From here on new requests see the new settings.
 
-        Those under way keep their Route and RequestHeads; all else they look up at each step anew.
+        Those under way keep their Route and RequestHead; all else they look up at each step anew.
         """
         plan.pool.options = pool_options(config)
         self.control.pool.apply(plan.pool)
         self.adapter.timeouts = timeouts(config)
         self.adapter.pool_idle_timeout = config.pool_idle_timeout
         self.health.use(probe(config, self.tls), config.health_interval)
-        self.proxy.route = replace(self.proxy.route, options=route_options(config))
-        set_access_log(self.proxy.route.access_log, config)
+        self.proxy.routes = self.routes(config)
         self.proxy.heads = RequestHeads(self.proxy.heads.pseudonym, config.networks, config.max_header_count)
         self.control.access.trusted = config.networks
         for bridge in self.bridges:

@@ -12,7 +12,6 @@ from balancer.control.access import Access
 from balancer.errors import SettingsError
 from balancer.fleet.health import Probe
 from balancer.forwarding.route import RouteOptions
-from balancer.observe.accesslog import AccessLog
 from balancer.protocol.messages import is_loopback
 from balancer.upstream.transport import Timeouts
 
@@ -41,7 +40,6 @@ def pool_options(config: Settings) -> PoolOptions:
 def route_options(config: Settings) -> RouteOptions:
     return RouteOptions(
         balancer_id=config.id,
-        expose_backend=config.expose_backend,
         max_request_body=config.max_request_body,
         retries=config.retries,
         retry_budget=config.retry_budget,
@@ -56,10 +54,6 @@ def timeouts(config: Settings) -> Timeouts:
 
 def probe(config: Settings, tls: ssl.SSLContext | None) -> Probe:
     return Probe(config.health_path, config.health_timeout, tls=tls)
-
-
-def set_access_log(log: AccessLog, config: Settings) -> None:
-    log.use(config.access_log_format if config.access_log else None, config.networks)
 
 
 def access(config: Settings) -> Access:

@@ -7,7 +7,7 @@ import logging
 import secrets
 import ssl
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,15 +24,19 @@ from balancer.control import api
 from balancer.control.control import Control
 from balancer.control.metrics import Metrics, Sources
 from balancer.edge.wsgi import ReverseProxy
+from balancer.filters.maxforwards import MaxForwards
+from balancer.filters.servedby import ServedBy
+from balancer.filters.serviceworkers import ServiceWorkers
 from balancer.fleet.health import HealthChecker
+from balancer.forwarding.filter import Filter
 from balancer.forwarding.retrybudget import RetryBudget
-from balancer.forwarding.route import Route
+from balancer.forwarding.route import Route, Routes
 from balancer.observe.accesslog import AccessLog
 from balancer.observe.events import Events
 from balancer.observe.history import History, Reading
 from balancer.observe.logwriter import LogWriter, standard_output
 from balancer.observe.statistics import Statistics
-from balancer.options import access, pool_options, probe, route_options, set_access_log, timeouts, tls_context
+from balancer.options import access, pool_options, probe, route_options, timeouts, tls_context
 from balancer.protocol.requestheads import RequestHeads
 from balancer.upstream.transport import BackendAdapter
 
@@ -46,11 +50,14 @@ _PAGES = [place / "dashboard.html" for place in _PLACES]
 DASHBOARD = next((page for page in _PAGES if page.exists()), _PAGES[0])
 
 
-def create_app(config: Settings | None = None, sources: Mapping[str, str] | None = None) -> Flask:
+def create_app(
+    config: Settings | None = None, sources: Mapping[str, str] | None = None, filters: Sequence[Filter] = ()
+) -> Flask:
     """A Flask app whose `wsgi_app` forwards everything but the control paths.
 
     The Balancer is `app.extensions["balancer"]`; nothing runs until its `start`. `sources` says where each setting came
-    from. Raises SettingsError for an unknown algorithm or an unreadable CA file.
+    from; `filters` are asked about each request that is to be forwarded, in their order. Raises SettingsError for an
+    unknown algorithm or an unreadable CA file.
     """
     strategies.load_entry_points()
     configuration = Configuration(config or Settings(), sources)
@@ -80,9 +87,10 @@ def create_app(config: Settings | None = None, sources: Mapping[str, str] | None
     control.metrics = Metrics(_sources(control, adapter))
     api.install(app, control)
     control_app = app.wsgi_app
-    proxy = _proxy(control_app, control, adapter, health)
+    routes = _routes(control, adapter, health, filters)
+    proxy = _proxy(control_app, control, routes(config))
     app.wsgi_app = proxy  # type: ignore[method-assign]
-    balancer = Balancer(configuration, control, proxy, control_app, health, adapter, tls)
+    balancer = Balancer(configuration, control, proxy, control_app, health, adapter, tls, routes)
     control.reload = balancer.reload
     app.extensions["balancer"] = balancer
     _follow(pool, statistics, events, health)
@@ -109,28 +117,41 @@ def _health(config: Settings, pool: BackendPool, adapter: BackendAdapter, tls: s
     return HealthChecker(pool, probe(config, tls), interval=config.health_interval, on_round=on_round)
 
 
-def _proxy(
-    control_app: WSGIApplication, control: Control, adapter: BackendAdapter, health: HealthChecker
-) -> ReverseProxy:
-    config = control.configuration.settings
-    has_own_port, prefix = config.control_port is not None, config.control_prefix
-    # The pseudonym is this very process: two balancers of one name in a chain are not a loop.
-    pseudonym = f"{config.id}.{secrets.token_hex(4)}".encode("ascii")
-    access_log = AccessLog(control.log)
-    set_access_log(access_log, config)
-    return ReverseProxy(
-        control_app,
-        (lambda path: False) if has_own_port else api.is_control_path(prefix),
-        route=Route(
+def _routes(
+    control: Control, adapter: BackendAdapter, health: HealthChecker, filters: Sequence[Filter]
+) -> Callable[[Settings], Routes]:
+    """What makes the routes that settings ask for, at the start and at every reload."""
+    started_with = control.configuration.settings
+    budget, access_log = RetryBudget(control.statistics), AccessLog(control.log)
+    rare: list[Filter] = [MaxForwards()]
+    if started_with.control_port is None:  # else the control API is no neighbour of what is forwarded
+        rare.append(ServiceWorkers(api.covers_control_path(started_with.control_prefix)))
+
+    def routes(config: Settings) -> Routes:
+        usual = [*([ServedBy()] if config.expose_backend else []), *filters]
+        access_log.use(config.access_log_format if config.access_log else None, config.networks)
+        route = Route(
             control.pool,
             adapter,
             control.statistics,
-            RetryBudget(control.statistics),
+            budget,
             route_options(config),
-            access_log,
             on_refused=health.wake,
-            covers_control=(lambda scope: False) if has_own_port else api.covers_control_path(prefix),
-        ),
+            done=(access_log.done,) if access_log.is_on else (),
+        )
+        return Routes(usual=route.with_filters(usual), rare=route.with_filters([*rare, *usual]))
+
+    return routes
+
+
+def _proxy(control_app: WSGIApplication, control: Control, routes: Routes) -> ReverseProxy:
+    config = control.configuration.settings
+    # The pseudonym is this very process: two balancers of one name in a chain are not a loop.
+    pseudonym = f"{config.id}.{secrets.token_hex(4)}".encode("ascii")
+    return ReverseProxy(
+        control_app,
+        (lambda path: False) if config.control_port is not None else api.is_control_path(config.control_prefix),
+        routes=routes,
         heads=RequestHeads(pseudonym, config.networks, config.max_header_count),
     )
 

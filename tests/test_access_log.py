@@ -276,7 +276,7 @@ def make_line(is_json: bool, exchange: Exchange, *lines: tuple[bytes, bytes], pe
     request = Request(RequestHeads(), "GET", "/", b"/", "1.1", "http", peer, lines)
     access_log = AccessLog(Kept(None))
     access_log.use("json" if is_json else "text")
-    access_log.add(exchange, request)
+    access_log.done(request, exchange)
     (line,) = made
     assert isinstance(line, str)
     return line

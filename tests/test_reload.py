@@ -113,7 +113,7 @@ def test_settings_of_every_part_are_applied() -> None:
     )
     assert len(answer["changes"]) == 9 and answer["needs_restart"] == []
     balancer = wired.balancer
-    assert (balancer.proxy.route.options.retries, balancer.proxy.route.options.expose_backend) == (0, True)
+    assert (balancer.proxy.routes.usual.options.retries, len(balancer.proxy.routes.usual.answer)) == (0, 1)
     assert (balancer.adapter.timeouts.connect, balancer.adapter.pool_idle_timeout) == (1.5, 2)
     assert balancer.health._interval == 9
     assert wired.pool.algorithm == "round_robin"
@@ -147,13 +147,15 @@ def held(balancer: Balancer) -> list[Any]:
         balancer.bridges.append(Bridge(balancer.control_app, WorkerPool(1, 1, 1.0)))
         balancer._apply(balancer.settings, balancer.configuration.reload(balancer.control.pool, lambda *_: None))
     bridge, health, adapter = balancer.bridges[0], balancer.health, balancer.adapter
+    route = balancer.proxy.routes.usual
     return [
-        balancer.proxy.route.options, balancer.proxy.heads.trusted, balancer.proxy.heads.max_lines,
+        route.options, len(route.answer), route.response_heads.rules, balancer.proxy.heads.rules,
+        balancer.proxy.heads.trusted, balancer.proxy.heads.max_lines,
         balancer.control.pool._judge.options,
         balancer.control.pool.algorithm, adapter.timeouts,
         adapter.pool_idle_timeout, health._interval, health._probe._target, health._probe._adapter.timeouts,
         bridge.idle_timeout, bridge.min_body_rate, logging.getLogger().level,
-        balancer.proxy.route.access_log.is_on and balancer.proxy.route.access_log._format,
+        [done.__self__._format for done in route.done],
     ]  # fmt: skip
 
 
@@ -186,7 +188,7 @@ def test_a_dry_run_answers_and_does_nothing() -> None:
     assert answer["applied"] is False and whats(answer) == ["retries", "backends.a.weight"]
     assert answer["shares"] == {"a": 0.75, "b": 0.25}
     assert wired.weights() == {"a": 1, "b": 1} and wired.events() == before
-    assert wired.balancer.proxy.route.options.retries == 2
+    assert wired.balancer.proxy.routes.usual.options.retries == 2
     with pytest.raises(SettingsError):
         wired.reload(dry_run=True, algorithm="x")
     assert wired.balancer.configuration.summary()["last_error"] is None

@@ -226,7 +226,7 @@ class Bridge:
     def small_body(self) -> int:
         """Bytes of a body that needs no thread."""
         assert self.proxy is not None
-        return min(self.proxy.route.small_body, SMALL_IN_ALL // max(self.active, 1))
+        return min(self.proxy.routes.usual.small_body, SMALL_IN_ALL // max(self.active, 1))
 
     def used(self) -> Callable[[accepted.Address], bool]:
         """What tells of a client whether it has a request in flight, or had one since `used` was last asked for."""

@@ -146,10 +146,6 @@ class Call:
 
     # The thread that it belongs to.
 
-    @property
-    def method(self) -> str:
-        return str(self.scope["method"])
-
     def run(self) -> None:
         """In a worker thread: connect and leave the waiting to the express way, or do it all. Never raises."""
         self.bridge.safely(Call._go_on, self)

@@ -40,13 +40,12 @@ class Attempts:
     Notes in `record` what was tried; `started` is of time.perf_counter(). Used by one thread at a time.
     """
 
-    __slots__ = ("_route", "_options", "_request", "_outgoing", "_record", "_started", "_lease", "_failure")
+    __slots__ = ("_route", "_request", "_outgoing", "_record", "_started", "_lease", "_failure")
 
     def __init__(
         self, route: Route, request: Request, outgoing: OutgoingRequest, record: Exchange, started: float
     ) -> None:
         self._route = route
-        self._options = route.options
         self._request = request
         self._outgoing = outgoing
         self._record = record
@@ -91,7 +90,7 @@ class Attempts:
         """Raises NoRoom if nothing was sent yet and the time is over: no backend is to blame for that."""
         if time.monotonic() >= self._outgoing.deadline:
             self._record.backend = None
-            raise no_thread(self._options)
+            raise no_thread(self._route.options)
 
     def arrived(self, sent: Sent) -> BackendResponse:
         """The response to what `send_now` has sent: it is here, so nothing can fail any more."""
@@ -130,7 +129,7 @@ class Attempts:
 
         Nothing was sent and the body is untouched: any method. Otherwise only what may be repeated; never too late.
         """
-        tries, options, outgoing = len(self._record.attempts), self._options, self._outgoing
+        tries, options, outgoing = len(self._record.attempts), self._route.options, self._outgoing
         if tries > options.retries:
             return f"tried {tries} times"
         if time.monotonic() >= outgoing.deadline:
@@ -171,7 +170,7 @@ class Attempts:
         record.backend = lease.backend.id
 
     def _shares(self) -> tuple[float, int]:
-        return self._options.retry_budget, self._options.retry_budget_minimum
+        return self._route.options.retry_budget, self._route.options.retry_budget_minimum
 
     def _final(self, failure: BackendError, why: str) -> BackendError:
         self._record.not_retried = why

@@ -36,7 +36,7 @@ Format = Callable[[Exchange, str | None, str, bytes | None], str]  # exchange, c
 
 
 class AccessLog:
-    """`use` may be called at any time, `add` only while it `is_on`; the writer locks itself."""
+    """`use` may be called at any time; the writer locks itself."""
 
     def __init__(self, writer: LogWriter) -> None:
         self._add = writer.add
@@ -49,8 +49,10 @@ class AccessLog:
         self._format, self._trusted = as_json if format_name == "json" else as_text, trusted
         self.is_on = format_name is not None
 
-    def add(self, exchange: Exchange, request: Request) -> None:
+    def done(self, request: Request, exchange: Exchange) -> None:
         """`exchange` is finished: nothing changes it any more."""
+        if not self.is_on:  # any more: it was when this request began
+            return
         agent, forwarded_for = None, b""
         for name, value in request.lines:
             if name == b"user-agent":

@@ -342,10 +342,12 @@ def response_lines(lines: Sequence[Line], status: int, options: frozenset[bytes]
     drop = _NOT_RETURNED if options <= _NOT_RETURNED else _NOT_RETURNED | options
     if status == 204:  # RFC 9110 section 8.6
         drop |= {b"content-length"}
-    kept = [line for line in lines if line[0] not in drop]
-    if not any(name == b"server" for name, _ in kept):
-        kept.append(SERVER_LINE)
-    return kept
+    return named([line for line in lines if line[0] not in drop])
+
+
+def named(lines: list[Line]) -> list[Line]:
+    """With a `Server`: if these have none, ours."""
+    return lines if any(name == b"server" for name, _ in lines) else [*lines, SERVER_LINE]
 
 
 def scope_of(target: bytes) -> str:
