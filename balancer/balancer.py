@@ -142,7 +142,9 @@ class Balancer:
         self.adapter.pool_idle_timeout = config.pool_idle_timeout
         self.health.use(probe(config, self.tls), config.health_interval)
         self.proxy.routes = self.routes(config)
-        self.proxy.heads = RequestHeads(self.proxy.heads.pseudonym, config.networks, config.max_header_count)
+        self.proxy.heads = RequestHeads(
+            self.proxy.heads.pseudonym, config.networks, config.max_header_count, config.request_headers
+        )
         self.control.access.trusted = config.networks
         for bridge in self.bridges:
             bridge.idle_timeout = config.idle_timeout

@@ -38,6 +38,7 @@ from balancer.observe.logwriter import LogWriter, standard_output
 from balancer.observe.statistics import Statistics
 from balancer.options import access, pool_options, probe, route_options, timeouts, tls_context
 from balancer.protocol.requestheads import RequestHeads
+from balancer.protocol.responseheads import ResponseHeads
 from balancer.upstream.transport import BackendAdapter
 
 if TYPE_CHECKING:
@@ -137,6 +138,7 @@ def _routes(
             budget,
             route_options(config),
             on_refused=health.wake,
+            response_heads=ResponseHeads(config.response_headers),
             done=(access_log.done,) if access_log.is_on else (),
         )
         return Routes(usual=route.with_filters(usual), rare=route.with_filters([*rare, *usual]))
@@ -152,7 +154,7 @@ def _proxy(control_app: WSGIApplication, control: Control, routes: Routes) -> Re
         control_app,
         (lambda path: False) if config.control_port is not None else api.is_control_path(config.control_prefix),
         routes=routes,
-        heads=RequestHeads(pseudonym, config.networks, config.max_header_count),
+        heads=RequestHeads(pseudonym, config.networks, config.max_header_count, config.request_headers),
     )
 
 

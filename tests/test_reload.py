@@ -127,7 +127,7 @@ def test_every_setting_is_either_applied_or_said_to_need_a_restart(name: str) ->
     other = {
         "algorithm": "round_robin", "health_path": "/other", "trusted_proxies": ("10.0.0.0/8",),
         "latency_ejection": "shadow", "log_level": "error", "health_rise": 3, "latency_ejection_factor": 2.0,
-        "access_log_format": "json",
+        "access_log_format": "json", "request_headers": {"set": {"a": "1"}}, "response_headers": {"remove": ["a"]},
     }  # fmt: skip
     default = Settings.model_fields[name].default
     if name not in other:

@@ -88,6 +88,8 @@ VALUES = {
     "trusted_proxies": "::1",
     "cors_origins": "https://ops.example",
     "control_reads": "open",
+    "request_headers": '{ set = { X-Team = "a" } }',
+    "response_headers": '{ remove = ["Server"] }',
 }
 
 
