@@ -80,8 +80,8 @@ def test_what_is_taken_is_what_llhttp_understands(status: bytes, lines: list[byt
     if plain is None:
         return
     other = by_llhttp(data)
-    assert (plain.status, plain.reason, list(plain.lines), plain.options, list(plain.onward)) == (
-        other.status, other.reason, other.lines, other.options, other.onward,
+    assert (plain.status, plain.reason, list(plain.lines), plain.options, list(plain.for_client)) == (
+        other.status, other.reason, other.lines, other.options, other.for_client,
     )  # fmt: skip
     head = ResponseHead()
     head.feed(data)

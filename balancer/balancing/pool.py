@@ -161,7 +161,7 @@ class BackendPool:
         if self._is_timed:
             backend.speed.ask(self._clock())
         else:
-            lease.is_answered = True  # nobody wants to know how long that takes
+            lease.is_answered = True  # its time is of no use to the strategy, nor to ejections
         return lease
 
     def _line_up(self, request: Request, exclude: Collection[str]) -> Waiter[Lease]:
@@ -318,7 +318,7 @@ class BackendPool:
         self._strategy.backends_changed()
 
     def _settle(self) -> None:
-        """After any change: who can be served now is."""
+        """After any change: serve the waiters for whom there is room now."""
         self._is_timed = self._strategy.uses_times or self._judge.options.ejection.latency != "off"
         self._candidates.refresh(self._judge.options.panic_threshold if self._had_first_round else 0.0)
         self._line.serve(self._choose)

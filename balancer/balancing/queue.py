@@ -1,7 +1,7 @@
 """Waiting for a place on a backend when all are full: one bounded queue, first come, first served.
 
 A waiter may be ahead of others and still not be served first: one that has already tried the only backend with room
-cannot use it. So nobody is ever passed over who could have been served.
+cannot use it. Such a waiter is passed over, and keeps its place; no other is.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class WaitingLine(Generic[Place]):
                 waiter.place = choose(waiter.request, waiter.exclude)
                 if waiter.place is not None:
                     served.append(waiter)
-                elif not waiter.exclude:  # who excludes nobody finds nobody, so nobody behind does
+                elif not waiter.exclude:  # it takes any backend and finds none, so those behind it find none either
                     break
         finally:  # also if a strategy fails: a place that was given must be used
             for waiter in served:

@@ -49,7 +49,7 @@ def whole(status: int, body: bytes = b"", *lines: Line) -> Answer:
 
 def refusal(error: BalancerError, balancer_id: str, request_id: str) -> Answer:
     """To a request that got no answer from a backend."""
-    # Nobody reads what a client that left is told.
+    # A client that left reads no answer; 499 is for records alone.
     status = HTTPStatus.BAD_REQUEST if isinstance(error, ClientGone) else error.status
     told = {"error": error.public or str(error), "load_balancer_id": balancer_id, "request_id": request_id}
     return whole(status, json.dumps(told).encode(), (b"content-type", b"application/json"), *error.headers)

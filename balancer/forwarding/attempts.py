@@ -159,7 +159,7 @@ class Attempts:
             record.queued += time.perf_counter() - started
             if has_left(request.client):
                 raise ClientGone("the client left while it waited for a backend") from None
-            if failure is not None:  # what went wrong says more than that nobody else is left
+            if failure is not None:  # what went wrong says more than that no other backend is left
                 raise self._final(failure, str(unavailable)) from None
             raise
         if failure is not None and not budget.spend(*self._shares()):
@@ -232,7 +232,7 @@ class Attempts:
             return
         if failure:
             lease.release(failure=failure)
-        elif reason is not None:  # our own answer, or nobody can tell
+        elif reason is not None:  # our own answer, or it says nothing about the backend
             lease.release()
         elif status in EJECTING_STATUSES:
             lease.release(failure=f"answered {status}")

@@ -198,7 +198,7 @@ class Forwarding:
 
     def _answer(self, response: BackendResponse) -> Answer:
         status, body = response.status_code, response.body
-        lines = [*response.head.onward, self._own]
+        lines = [*response.head.for_client, self._own]
         if self._route.answer:
             self._record.status = status
             try:

@@ -1,7 +1,7 @@
 """What follows from the header section of a request, worked out once.
 
-Clients send the same header section over and over: whoever keeps a connection does with each request. So what follows
-from one is looked up from then on.
+A client that keeps its connection sends the same header section with each request. So what follows from one is looked
+up from then on.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from balancer.protocol.messages import (
     check_codings,
     check_count,
     check_host,
-    notable,
     request_lines,
+    special_fields,
     trace_id,
 )
 from balancer.protocol.tables import Table
@@ -45,7 +45,7 @@ class RequestHead:
         self, received: Received, pseudonym: bytes, trusted: Sequence[Network], max_lines: int, rules: HeaderRules
     ) -> None:
         lines, peer, scheme, version = received
-        self.fields = notable(lines[:MOST_LINES])  # values by name, one for each line
+        self.fields = special_fields(lines[:MOST_LINES])  # values by name, one for each line
         self.length = b",".join(self.fields.get(b"content-length", ())).decode("latin-1")  # as sent, "" without one
         # HTTP/2 tells only at its end whether there is a body.
         self.is_bodiless = not self.length and b"transfer-encoding" not in self.fields and version != "2"

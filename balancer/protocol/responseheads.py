@@ -47,7 +47,7 @@ class PlainHead:
     options: frozenset[bytes]  # of `Connection`
     length: int | None  # Content-Length
     size: int  # bytes of the head, the empty line included
-    onward: tuple[Line, ...]  # the lines for the client
+    for_client: tuple[Line, ...]  # the lines for the client
     whole: int | None  # bytes of the response, unless to HEAD, if the connection can be kept after so many of them
 
 
@@ -93,7 +93,7 @@ class ResponseHeads:
         end = data.find(b"\r\n\r\n", 0, MAX_HEAD)
         return self._table[data[:end]] if end > 0 else None
 
-    def onward(self, lines: Sequence[Line], status: int, options: frozenset[bytes]) -> list[Line]:
+    def for_client(self, lines: Sequence[Line], status: int, options: frozenset[bytes]) -> list[Line]:
         """The lines for the client; `options` are those of `Connection`."""
         return self.ruled(response_lines(lines, status, options))
 
@@ -127,7 +127,7 @@ class ResponseHeads:
             options,
             length,
             size,
-            onward=tuple(self.onward(lines, status[0], options)),
+            for_client=tuple(self.for_client(lines, status[0], options)),
             whole=size + (length or 0) if can_be_kept else None,
         )
 

@@ -104,11 +104,11 @@ class ResponseHead:
             self.pieces.append(data[plain.size :])
 
     @property
-    def onward(self) -> Sequence[Line]:
+    def for_client(self) -> Sequence[Line]:
         """The lines for the client."""
         if self.plain is not None:
-            return self.plain.onward
-        return self._heads.onward(self.lines, self.status, self.options)
+            return self.plain.for_client
+        return self._heads.for_client(self.lines, self.status, self.options)
 
     def is_large(self) -> bool:
         return sum(len(name) + len(value) + len(b": \r\n") for name, value in self.lines) > MAX_HEAD
@@ -164,7 +164,8 @@ class ResponseHead:
             self.reason = ""
 
     def end(self) -> None:
-        """No more of it will be parsed: the parser refers to us and we to it, and that is garbage of the slow kind."""
+        """No more of it will be parsed. The parser and this object refer to each other: only the garbage collector would
+        free them."""
         self._parser = None
 
     def take(self) -> bytes:
