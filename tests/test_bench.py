@@ -27,11 +27,9 @@ import render  # noqa: E402
 import results  # noqa: E402
 import run as command  # noqa: E402
 import speed  # noqa: E402
-import stalls  # noqa: E402
 import verdicts  # noqa: E402
 from backends import Backends, count_at, fast_backends, slow_backends  # noqa: E402
 from contenders import BODY, OURS, UPLOAD_PATH, WAIT_PATH  # noqa: E402
-from loads import LOADS  # noqa: E402
 from processes import BenchError, get  # noqa: E402
 from results import Figures, Run, Sample, Spread, combine, rows_of  # noqa: E402
 from slow_backend import FIRST_STALL_SECONDS, Backend, blocks, parse  # noqa: E402
@@ -243,7 +241,7 @@ def test_a_pause_is_felt_by_every_request_that_was_due_in_it() -> None:
     waited = [shot for shot in shots if shot.latency > 0.1]
     assert len(waited) >= 70  # 80 were due in its first 0.4 s; a closed loop would have seen one
     assert 0.45 <= max(shot.latency for shot in shots)
-    assert len(stalls.late_windows(shots)) >= 1
+    assert len(openloop.late_windows(shots)) >= 1
 
 
 def test_what_is_never_answered_has_failed_after_the_time_it_was_given() -> None:
@@ -300,7 +298,7 @@ def shots(*pairs: tuple[float, float]) -> list[openloop.Shot]:
 
 def test_late_answers_that_overlap_are_one_stall() -> None:
     late = shots((0.0, 0.01), (1.0, 0.5), (1.1, 0.4), (1.4, 0.2), (1.5, 0.01), (3.0, 0.06))
-    assert stalls.late_windows(late) == [pytest.approx((1.0, 1.6)), pytest.approx((3.0, 3.06))]
+    assert openloop.late_windows(late) == [pytest.approx((1.0, 1.6)), pytest.approx((3.0, 3.06))]
 
 
 @pytest.mark.parametrize(
@@ -308,7 +306,7 @@ def test_late_answers_that_overlap_are_one_stall() -> None:
     [(shots((1.0, 0.001), (1.3, 0.001)), 1), (shots((1.2, 0.2)), 0), (shots((0.1, 0.2), (2.0, 0.2)), 1)],
 )
 def test_a_stall_is_its_own_unless_the_direct_way_was_late_too(direct: list[openloop.Shot], own: int) -> None:
-    found = stalls.summarise(shots((0.5, 0.001), (1.0, 0.5)), direct)
+    found = openloop.summarise(shots((0.5, 0.001), (1.0, 0.5)), direct)
     assert (found["stalls"], found["of its own"]) == (1, own)
 
 
@@ -566,7 +564,7 @@ def test_the_version_of_a_program_is_the_first_thing_that_looks_like_one(
 
 
 def test_all_loads_need_not_be_named() -> None:
-    assert command.parse(["--loads=all"]).loads == list(LOADS)
+    assert command.parse(["--loads=all"]).loads == list(speed.LOADS)
 
 
 def test_stalls_are_looked_for_a_minute_everywhere_and_every_text_says_how_long_a_run_takes() -> None:
