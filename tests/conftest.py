@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator
 import pytest
 from hypothesis import settings
 from stub_balancer import StubBalancer
-from support import BalancerProcess, Demo, start_demo
+from support import Balancer, BalancerProcess, Demo, start_demo
 from wire import WireBackend
+
+pytest_plugins = ["balancer.testing"]  # which pytest finds by itself where the package is installed
 
 # In the background of a shell, or under nohup, these are ignored, and every process started here would inherit that.
 for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
@@ -57,9 +59,9 @@ def scripted() -> Iterator[WireBackend]:
 
 
 @pytest.fixture(scope="module")
-def scripted_balancer(scripted: WireBackend) -> Iterator[BalancerProcess]:
+def scripted_balancer(scripted: WireBackend) -> Iterator[Balancer]:
     """A balancer in front of the scripted backend alone, with short time limits."""
-    balancer = BalancerProcess(
+    balancer = Balancer(
         f"--backend=only={scripted.url}",
         "--response-timeout=1",
         "--idle-timeout=2",
@@ -74,7 +76,7 @@ def scripted_balancer(scripted: WireBackend) -> Iterator[BalancerProcess]:
 
 
 @pytest.fixture
-def backend(scripted: WireBackend, scripted_balancer: BalancerProcess) -> WireBackend:
+def backend(scripted: WireBackend, scripted_balancer: Balancer) -> WireBackend:
     """The scripted backend, answering 200 again and believed to be up."""
     scripted.reset()
     scripted_balancer.wait_healthy("only")
@@ -82,19 +84,19 @@ def backend(scripted: WireBackend, scripted_balancer: BalancerProcess) -> WireBa
 
 
 @pytest.fixture
-def balancer(scripted_balancer: BalancerProcess, backend: WireBackend) -> BalancerProcess:
+def balancer(scripted_balancer: Balancer, backend: WireBackend) -> Balancer:
     return scripted_balancer
 
 
 @pytest.fixture(scope="module")
-def patient_balancer(scripted: WireBackend) -> Iterator[BalancerProcess]:
-    balancer = BalancerProcess(f"--backend=only={scripted.url}", "--response-timeout=60", "--idle-timeout=60")
+def patient_balancer(scripted: WireBackend) -> Iterator[Balancer]:
+    balancer = Balancer(f"--backend=only={scripted.url}", "--response-timeout=60", "--idle-timeout=60")
     yield balancer
     balancer.stop()
 
 
 @pytest.fixture
-def patient(patient_balancer: BalancerProcess, backend: WireBackend) -> BalancerProcess:
+def patient(patient_balancer: Balancer, backend: WireBackend) -> Balancer:
     """A balancer in front of the same backend that ends nothing by a time limit: what ends has another reason."""
     patient_balancer.wait_healthy("only")
     return patient_balancer

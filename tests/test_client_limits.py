@@ -429,7 +429,7 @@ def test_a_pass_over_many_connections_lets_others_run_in_between() -> None:
         for _ in clients:
             stack.enter_context(listener.accept()[0])
         opened = len(os.listdir("/proc/self/fd"))
-        unused = accepted.Unused(port, 0.0)
+        unused = accepted.Unused(("127.0.0.1", port), 0.0)
 
         def are_all_closed() -> bool:
             steps = 0
@@ -452,7 +452,7 @@ class Clock:
 def test_a_port_that_is_used_again_is_another_connection() -> None:
     clock = Clock()
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        unused = accepted.Unused(listener.getsockname()[1], 10.0, clock)
+        unused = accepted.Unused(listener.getsockname(), 10.0, clock)
         source = free_port()
         for _ in range(2):
             with socket.create_connection(listener.getsockname(), 5, ("127.0.0.1", source)) as sock:
@@ -468,7 +468,7 @@ def test_a_port_that_is_used_again_is_another_connection() -> None:
 def test_a_connection_may_stay_for_longer_once_it_was_used() -> None:
     clock = Clock()
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        unused = accepted.Unused(listener.getsockname()[1], 10.0, clock)
+        unused = accepted.Unused(listener.getsockname(), 10.0, clock)
         with connect(listener.getsockname()[1]) as sock, listener.accept()[0]:
             own = sock.getsockname()
             list(unused.close(lambda client: client == (own[0], str(own[1]))))
@@ -485,7 +485,7 @@ def test_a_client_that_reads_on_stays_however_long_its_last_request_is_ago() -> 
     """50 answers of 16,000 bytes, read at 5,000 bytes/s, were cut after 75 s and recorded as whole."""
     clock = Clock()
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        unused = accepted.Unused(listener.getsockname()[1], 10.0, clock)
+        unused = accepted.Unused(listener.getsockname(), 10.0, clock)
         with connect(listener.getsockname()[1]) as sock, listener.accept()[0] as taken:
             own = sock.getsockname()
             list(unused.close(lambda client: client == (own[0], str(own[1]))))
@@ -511,7 +511,7 @@ def test_who_does_not_read_what_was_handed_over_is_cut_whatever_else_comes(unrea
     """Whole answers of HTTP/2, with the windows shut: a request now and then kept megabytes of each connection."""
     clock = Clock()
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        unused = accepted.Unused(listener.getsockname()[1], 10.0, clock)
+        unused = accepted.Unused(listener.getsockname(), 10.0, clock)
         with connect(listener.getsockname()[1]) as sock, listener.accept()[0] as taken:
             own = sock.getsockname()[0], str(sock.getsockname()[1])
             for handed in (unread, 0, 0, 0, 0, 0, 0):

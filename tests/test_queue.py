@@ -20,9 +20,9 @@ from balancer.balancing.strategies import create
 from balancer.config.settings import BackendSettings, Settings
 from balancer.edge.workers import WorkerPool
 from balancer.errors import Unavailable
+from balancer.loadbalancer import create_app
 from balancer.protocol.client import Abortable
 from balancer.protocol.origin import Origin
-from balancer.wiring import create_app
 
 ORIGIN = Origin("http", "127.0.0.1", 5001)
 GOOD = LastCheck(at=1.0, duration=0.001, status=200, error=None)

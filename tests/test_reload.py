@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 from support import BalancerProcess, RawRequest, ScriptedBackend, fetch, fetch_json, ok, wait_until
 
-from balancer.balancer import Balancer
 from balancer.balancing import strategies
 from balancer.config import settings
 from balancer.config.reload import NEEDS_RESTART
@@ -23,7 +22,7 @@ from balancer.config.settings import Settings
 from balancer.edge.bridge import Bridge
 from balancer.edge.workers import WorkerPool
 from balancer.errors import SettingsError
-from balancer.wiring import create_app
+from balancer.loadbalancer import LoadBalancer, create_app
 
 A, B, C = ({"id": name, "url": f"http://127.0.0.1:{port}"} for name, port in (("a", 1), ("b", 2), ("c", 3)))
 
@@ -33,7 +32,7 @@ class Wired:
 
     def __init__(self, **start: Any) -> None:
         self.wanted: Settings | SettingsError = Settings(**start)
-        self.balancer: Balancer = create_app(self.wanted).extensions["balancer"]
+        self.balancer: LoadBalancer = create_app(self.wanted).extensions["balancer"]
         self.balancer.configuration.read = self._read
         self.pool = self.balancer.control.pool
 
@@ -141,7 +140,7 @@ def test_every_setting_is_either_applied_or_said_to_need_a_restart(name: str) ->
     assert held(wired.balancer) != before, f"{name} is not applied"
 
 
-def held(balancer: Balancer) -> list[Any]:
+def held(balancer: LoadBalancer) -> list[Any]:
     """Everything outside the configuration that a setting was copied to."""
     if not balancer.bridges:
         balancer.bridges.append(Bridge(balancer.control_app, WorkerPool(1, 1, 1.0)))
