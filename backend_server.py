@@ -27,9 +27,11 @@ from flask_cors import CORS
 from werkzeug.exceptions import BadRequest, Forbidden, HTTPException, RequestEntityTooLarge, UnsupportedMediaType
 
 from balancer import __version__
+from balancer.config.settings import Settings as BalancerSettings
 from balancer.edge import server
 from balancer.edge.bridge import Bridge
 from balancer.edge.call import Call
+from balancer.edge.listener import ClientLimits
 from balancer.edge.workers import WorkerPool
 from balancer.errors import SettingsError
 from balancer.protocol.incoming import CLIENT
@@ -499,9 +501,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     where = f"[{settings.host}]" if ":" in settings.host else settings.host
     print(f"{settings.server_id} listens on http://{where}:{settings.port} (delay {settings.delay:g} s)", flush=True)
     state = BackendState(settings)
-    bridge = Bridge(create_app(settings, state), WorkerPool(THREADS, THREADS, idle_timeout=30))
+    workers = WorkerPool(THREADS, THREADS, idle_timeout=30)
+    edge = BalancerSettings()  # by default
+    bridge = Bridge(create_app(settings, state), workers, edge.options(ClientLimits))
     # When it is to stop nobody waits any longer, so the requests in hand end at once.
-    return server.serve([(bridge, listener)], server.ServerOptions(), on_drain=lambda _: state.stop())
+    return server.serve([(bridge, listener)], edge.options(server.ServerOptions), on_drain=lambda _: state.stop())
 
 
 if __name__ == "__main__":

@@ -6,23 +6,26 @@ import contextlib
 import logging
 import select
 import socket
-import ssl
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from balancer.balancing.judge import PoolOptions
 from balancer.config.reload import Configuration, Plan
 from balancer.config.settings import Settings
+from balancer.control.access import AccessOptions
 from balancer.control.control import Control
 from balancer.edge import server
 from balancer.edge.bridge import Bridge
 from balancer.edge.express import Express
+from balancer.edge.listener import ClientLimits
 from balancer.edge.workers import WorkerPool
 from balancer.edge.wsgi import ReverseProxy
 from balancer.errors import SettingsError
-from balancer.fleet.health import HealthChecker
-from balancer.options import pool_options, probe, route_options, set_access_log, timeouts
+from balancer.fleet.health import HealthChecker, HealthOptions
+from balancer.forwarding.route import RouteOptions
+from balancer.observe.accesslog import LogOptions
 from balancer.protocol.requestheads import RequestHeads
-from balancer.upstream.transport import BackendAdapter
+from balancer.upstream.transport import BackendAdapter, Timeouts
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
@@ -40,7 +43,6 @@ class Balancer:
     control_app: WSGIApplication
     health: HealthChecker
     adapter: BackendAdapter
-    tls: ssl.SSLContext | None
     bridges: list[Bridge] = field(default_factory=list)
     express: Express | None = None
 
@@ -61,8 +63,7 @@ class Balancer:
         bridge = Bridge(
             app,
             workers,
-            idle_timeout=config.idle_timeout,
-            min_body_rate=config.min_body_rate,
+            config.options(ClientLimits),
             is_control=self.proxy.is_control,
             # A WSGI middleware around the proxy must see every request, so there is no way past it then.
             proxy=self.proxy if app is self.proxy else None,
@@ -70,17 +71,10 @@ class Balancer:
         )
         listeners = [(bridge, server.listen(config.host, config.port))]
         if config.control_port is not None:
-            control = Bridge(
-                self.control_app,
-                workers,
-                idle_timeout=config.idle_timeout,
-                min_body_rate=config.min_body_rate,
-                is_control=lambda path: True,
-            )
+            limits = config.options(ClientLimits)
+            control = Bridge(self.control_app, workers, limits, is_control=lambda path: True)
             listeners.append((control, server.listen(config.host, config.control_port)))
         self.bridges = [bridge for bridge, _ in listeners]
-        for each in self.bridges:
-            each.trusted = config.networks
         return listeners
 
     def start(self) -> None:
@@ -133,17 +127,14 @@ class Balancer:
 
         Those under way keep their Route and RequestHeads; all else they look up at each step anew.
         """
-        plan.pool.options = pool_options(config)
+        plan.pool.options = config.options(PoolOptions)
         self.control.pool.apply(plan.pool)
-        self.adapter.timeouts = timeouts(config)
-        self.adapter.pool_idle_timeout = config.pool_idle_timeout
-        self.health.use(probe(config, self.tls), config.health_interval)
-        self.proxy.route = replace(self.proxy.route, options=route_options(config))
-        set_access_log(self.proxy.route.access_log, config)
+        self.adapter.timeouts = config.options(Timeouts)
+        self.health.use(config.options(HealthOptions))
+        self.proxy.route = replace(self.proxy.route, options=config.options(RouteOptions))
+        self.proxy.route.access_log.options = config.options(LogOptions)
         self.proxy.heads = RequestHeads(self.proxy.heads.pseudonym, config.networks, config.max_header_count)
-        self.control.access.trusted = config.networks
+        self.control.access.options = config.options(AccessOptions)
         for bridge in self.bridges:
-            bridge.idle_timeout = config.idle_timeout
-            bridge.min_body_rate = config.min_body_rate
-            bridge.trusted = config.networks
+            bridge.limits = config.options(ClientLimits)
         logging.getLogger().setLevel(config.log_level.upper())

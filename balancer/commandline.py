@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -109,16 +110,9 @@ def run(app: Flask) -> int:
     where = ", ".join(f"{name} {_url(listener)}" for name, (_, listener) in zip(names, listeners, strict=False))
     with contextlib.suppress(OSError):  # a full disk, or nobody reads: no reason not to serve
         print(f"{config.id}: {where}", flush=True)
-    options = server.ServerOptions(
-        max_clients=_client_limit(config),
-        header_timeout=config.header_timeout,
-        max_header_bytes=config.max_header_bytes,
-        drain_timeout=config.drain_timeout,
-        shutdown_delay=config.shutdown_delay,
-    )
     return server.serve(
         listeners,
-        options,
+        replace(config.options(server.ServerOptions), max_clients=_client_limit(config)),
         on_start=balancer.start,
         on_drain=balancer.drain,
         on_stop=balancer.stop,

@@ -235,8 +235,10 @@ def test_a_second_signal_ends_a_long_request(
 # A server whose reload takes as long as a file exists.
 RELOADING = """
 import logging, os, sys, threading
+from balancer.config.settings import Settings
 from balancer.edge import server
 from balancer.edge.bridge import Bridge
+from balancer.edge.listener import ClientLimits
 from balancer.edge.workers import WorkerPool
 
 logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
@@ -256,7 +258,9 @@ def reload():
 
 listener = server.listen("127.0.0.1", 0)
 print("port", listener.getsockname()[1], flush=True)
-sys.exit(server.serve([(Bridge(app, WorkerPool(4, 4, 1)), listener)], server.ServerOptions(), on_hangup=reload))
+options = Settings().options
+bridge = Bridge(app, WorkerPool(4, 4, 1), options(ClientLimits))
+sys.exit(server.serve([(bridge, listener)], options(server.ServerOptions), on_hangup=reload))
 """
 
 # SIGHUP.

@@ -5,15 +5,24 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from support import another_value
 
-from balancer.config.settings import SECRETS, BackendSettings, Settings, add_arguments, describe, load
+from balancer.balancing.judge import PoolOptions
+from balancer.config.settings import SECRETS, BackendSettings, Settings, add_arguments, describe, load, show
+from balancer.control.access import AccessOptions
+from balancer.edge.listener import ClientLimits
+from balancer.edge.server import ServerOptions
 from balancer.errors import SettingsError
+from balancer.fleet.health import HealthOptions
+from balancer.forwarding.route import RouteOptions
+from balancer.observe.accesslog import LogOptions
+from balancer.upstream.transport import Timeouts
 
 
 def settings(
@@ -78,26 +87,27 @@ def test_flag_over_environment_over_file_over_default(
     assert source != "file" or sources["port"] == f"file {tmp_path / 'balancer.toml'}"
 
 
-# A value for each setting that has none by default.
-VALUES = {
-    "control_port": "9100",
-    "control_prefix": "/lb",
-    "request_timeout": "1",
-    "max_request_body": "1",
-    "ca_file": "ca.pem",
-    "trusted_proxies": "::1",
-    "cors_origins": "https://ops.example",
-    "control_reads": "open",
-}
-
-
 @pytest.mark.parametrize("name", [name for name in Settings.model_fields if name not in {"backends", *SECRETS}])
 def test_every_setting_has_a_flag_and_a_variable_of_its_name(name: str) -> None:
-    value = VALUES.get(name) or str(Settings.model_fields[name].default)
+    value = show(another_value(name))
     by_flag, flag_sources = settings(f"--{name.replace('_', '-')}={value}")
     by_variable, variable_sources = settings(env={f"LB_{name.upper()}": value})
     assert by_flag == by_variable
     assert (flag_sources[name], variable_sources[name]) == ("flag", "environment")
+
+
+PARTS = [AccessOptions, ClientLimits, HealthOptions, LogOptions, PoolOptions, RouteOptions, ServerOptions, Timeouts]
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_what_a_part_gets_of_the_settings_has_their_types(kind: type[Any]) -> None:
+    types = get_type_hints(Settings) | {
+        name: get_type_hints(value.fget)["return"]
+        for name, value in vars(Settings).items()
+        if isinstance(value, property)
+    }
+    for name, its_type in get_type_hints(kind).items():
+        assert its_type == types[name], name
 
 
 def test_every_setting_has_a_meaning_in_the_help() -> None:

@@ -50,13 +50,13 @@ LAST_RESORT_SECONDS = 1.0  # for connections to end once no request is in flight
 
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
-    """What the server needs of the settings; `settings.Settings` says what each one means."""
+    """What the server needs of the settings, by their names."""
 
-    max_clients: int = 10000
-    header_timeout: float = 10.0
-    max_header_bytes: int = 65536
-    drain_timeout: float = 30.0
-    shutdown_delay: float = 0.0
+    max_clients: int
+    header_timeout: float
+    max_header_bytes: int
+    drain_timeout: float
+    shutdown_delay: float
 
 
 class _AtOnce:
@@ -278,7 +278,7 @@ async def _close_unused(ports: list[int], bridges: list[Bridge], seconds: float)
         await asyncio.sleep(min(seconds / 2, PASS_SECONDS))
         for unused, bridge in places:
             try:
-                for _ in unused.close(bridge.used(), bridge.handed(), bridge.idle_timeout):
+                for _ in unused.close(bridge.used(), bridge.handed(), bridge.limits.idle_timeout):
                     await asyncio.sleep(SLICE_PAUSE_SECONDS)
             except Exception:  # it must go on, or unused connections would pile up
                 log.exception("closing unused connections failed")
