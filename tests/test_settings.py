@@ -210,7 +210,7 @@ def test_backends_are_tables_or_short_forms_in_a_file(tmp_path: Path) -> None:
         ("a b=http://h", "a b"),
         ("a/b=http://h", "a/b"),
         ("x" * 65 + "=http://h", "id"),
-        ("http://h@" + "9" * 5000, "backends"),
+        ("http://h@" + "9" * 5000, "url"),
     ],
     ids=lambda text: ascii(text)[:40],
 )
@@ -321,7 +321,8 @@ def test_a_value_of_the_wrong_type_in_a_file_is_refused(tmp_path: Path, line: st
         ("port = 65536", "port = 65536 (file): expected a whole number from 0 to 65535"),
         ("port = true", "port = true (file): expected a whole number from 0 to 65535"),
         ("control_port = 0", "control_port = 0 (file): expected a whole number from 1 to 65535"),
-        ("health_timeout = '5s'", "health_timeout = '5s' (file): expected a number of seconds above 0, up to 86400"),
+        ("health_timeout = '5s'", "health_timeout = '5s' (file): expected a number of seconds from 0.001 to 86400"),
+        ("health_interval = 1e-9", "health_interval = 1e-09 (file): expected a number of seconds from 0.001 to 86400"),
         ("drain_timeout = nan", "drain_timeout = nan (file): expected a number of seconds from 0 to 86400"),
         ("retry_budget = 2", "retry_budget = 2 (file): expected a number from 0 to 1"),
         ("max_request_body = '1GB'", "max_request_body = '1GB' (file): expected a whole number of bytes, 0 or more"),
@@ -339,6 +340,12 @@ def test_a_value_of_the_wrong_type_in_a_file_is_refused(tmp_path: Path, line: st
 )
 def test_a_refusal_says_what_is_accepted(tmp_path: Path, line: str, said: str) -> None:
     assert said in refusal(toml=line, tmp_path=tmp_path).replace(str(tmp_path / "balancer.toml"), "").replace(" )", ")")
+
+
+def test_a_wrong_backend_is_named_as_it_was_written() -> None:
+    told = "url = 'junk' ({}): backend URL 'junk': expected http://HOST:PORT or https://HOST:PORT"
+    assert refusal("--backend=http://x", "--backend=junk") == f"--backend 2: {told.format('flag')}"
+    assert refusal(env={"LB_BACKENDS": "junk"}) == f"backend 1 of LB_BACKENDS: {told.format('environment')}"
 
 
 @pytest.mark.parametrize("name", [name for name in Settings.model_fields if name not in SECRETS])

@@ -48,7 +48,7 @@ RESTART = "needs a restart"
 Fixed = Annotated[T, RESTART]  # bound to sockets, threads or paths at the start; a reload changes whatever is not Fixed
 
 # What a setting counts in stands in its schema.
-Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False, json_schema_extra={"unit": "seconds"})]
+Seconds = Annotated[float, Field(ge=0.001, le=86400, allow_inf_nan=False, json_schema_extra={"unit": "seconds"})]
 SecondsOrZero = Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False, json_schema_extra={"unit": "seconds"})]
 Bytes = Annotated[int, Field(json_schema_extra={"unit": "bytes"})]
 BytesPerSecond = Annotated[int, Field(ge=0, le=1_000_000_000, json_schema_extra={"unit": "bytes/s"})]
@@ -58,6 +58,7 @@ Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 MaxConnections = Annotated[int, Field(ge=1, le=MAX_CONNECTIONS)]
 
 SHORTEST_TOKEN = 16  # characters: fewer can be guessed
+SHORT_FORMS = {"flag": "--backend {}", "environment": "backend {} of LB_BACKENDS"}  # where backends are told by number
 MAX_FILE = 1_048_576  # bytes of a configuration file: room for ten thousand backends
 
 
@@ -423,6 +424,8 @@ def _explain(detail: Mapping[str, Any], sources: Mapping[str, str]) -> str:
     if not path:  # two settings that do not go together
         return wording.complaint(detail, Settings)
     name, where = str(path[0]), ".".join(str(part) for part in path)
+    if name == "backends" and len(path) > 1 and sources[name] in SHORT_FORMS:
+        where = f"{SHORT_FORMS[sources[name]].format(path[1] + 1)}: {path[2]}"
     if detail["type"] == "extra_forbidden":
         return f"unknown setting {where!r} ({sources.get(name, 'unknown')}); see --help"
     told = f"({sources[name]}): {wording.complaint(detail, Settings)}"

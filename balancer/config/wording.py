@@ -78,7 +78,5 @@ def _expected(schema: Schema) -> str:
 
 
 def _range(schema: Schema) -> str:
-    least, most = schema.get("minimum"), schema.get("maximum")
-    if most is None:
-        return f", {least} or more"
-    return f" above {schema['exclusiveMinimum']}, up to {most}" if least is None else f" from {least} to {most}"
+    least, most = schema["minimum"], schema.get("maximum")
+    return f", {least} or more" if most is None else f" from {least} to {most}"
