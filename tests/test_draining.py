@@ -235,7 +235,10 @@ def test_a_second_signal_ends_a_long_request(
 # A server whose reload takes as long as a file exists.
 RELOADING = """
 import logging, os, sys, threading
+from balancer.config.settings import Settings
 from balancer.edge.bridge import Bridge
+from balancer.edge.granian import PortOptions
+from balancer.edge.listener import ClientLimits
 from balancer.edge.port import Port, listen
 from balancer.edge.process import serve
 from balancer.edge.server import Server
@@ -256,9 +259,11 @@ def reload():
         threading.Event().wait(0.01)
     print("reload ends", flush=True)
 
-port = Port(Bridge(app, WorkerPool(4, 4, 1)), listen("127.0.0.1", 0))
+options = Settings().options
+bridge = Bridge(app, WorkerPool(4, 4, 1), options(ClientLimits))
+port = Port(bridge, listen("127.0.0.1", 0), options(PortOptions))
 print("port", port.address[1], flush=True)
-sys.exit(serve(Server([port]), on_hangup=reload))
+sys.exit(serve(Server([port]), drain_timeout=30, shutdown_delay=0, on_hangup=reload))
 """
 
 # SIGHUP.

@@ -23,11 +23,11 @@ SLICE_PAUSE_SECONDS = 0.005  # between two slices of a pass
 class Port:
     """`start`, `stop` and `close` once each, in this order, the first two in the event loop's thread."""
 
-    def __init__(self, bridge: Bridge, listener: socket.socket, options: PortOptions | None = None) -> None:
+    def __init__(self, bridge: Bridge, listener: socket.socket, options: PortOptions) -> None:
         self.bridge = bridge
         self.address: accepted.Local = listener.getsockname()[:2]
         self._listener = listener
-        self._options = options or PortOptions()
+        self._options = options
         self._worker: Worker | None = None
         self._watches: list[asyncio.Task[Any]] = []
 
@@ -62,7 +62,7 @@ class Port:
         while True:
             await asyncio.sleep(min(seconds / 2, PASS_SECONDS))
             try:
-                for _ in unused.close(bridge.used(), bridge.handed(), bridge.idle_timeout):
+                for _ in unused.close(bridge.used(), bridge.handed(), bridge.limits.idle_timeout):
                     await asyncio.sleep(SLICE_PAUSE_SECONDS)
             except Exception:  # it must go on, or unused connections would pile up
                 log.exception("closing unused connections failed")
