@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import pytest
 from hypothesis import settings
@@ -20,6 +21,8 @@ pytest_plugins = ["balancer.testing"]  # which pytest finds by itself where the 
 for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(_number) == signal.SIG_IGN:
         signal.signal(_number, _handler)
+
+Started = TypeVar("Started", Balancer, BalancerProcess)
 
 # A slow machine is no finding; pytest's own time-out ends what hangs.
 settings.register_profile("tests", deadline=None)
@@ -102,20 +105,30 @@ def patient(patient_balancer: Balancer, backend: WireBackend) -> Balancer:
     return patient_balancer
 
 
-@pytest.fixture
-def start(scripted: WireBackend) -> Iterator[Callable[..., BalancerProcess]]:
-    """Starts balancers in front of the scripted backend, with default limits."""
-    started: list[BalancerProcess] = []
+def _starter(kind: Callable[..., Started], scripted: WireBackend) -> Iterator[Callable[..., Started]]:
+    started: list[Started] = []
     scripted.reset()
 
-    def begin(*arguments: str, **options: bool) -> BalancerProcess:
+    def begin(*arguments: str, **options: bool) -> Started:
         flags = (f"--backend=only={scripted.url}", "--health-timeout=5", *arguments)
-        started.append(BalancerProcess(*flags, **options))
+        started.append(kind(*flags, **options))
         return started[-1]
 
     yield begin
     for balancer in started:
         balancer.stop()
+
+
+@pytest.fixture
+def start(scripted: WireBackend) -> Iterator[Callable[..., Balancer]]:
+    """Starts balancers in front of the scripted backend, with default limits."""
+    yield from _starter(Balancer, scripted)
+
+
+@pytest.fixture
+def start_process(scripted: WireBackend) -> Iterator[Callable[..., BalancerProcess]]:
+    """The same for what is about the process: its signals, output, memory or threads."""
+    yield from _starter(BalancerProcess, scripted)
 
 
 @pytest.fixture
