@@ -220,7 +220,7 @@ class Forwarding:
             if isinstance(decision, Unavailable):
                 record.excluded = dict(islice(decision.excluded.items(), EXPLAINED))
             reason, complete = decision.reason, not isinstance(decision, ClientGone)
-            decision = refusal(decision, self._route.options.balancer_id, record.request_id)
+            decision = refusal(decision, self._route.options.id, record.request_id)
         lines = [*self._route.response_heads.ruled(decision.lines), self._own]
         try:
             lines = self._filtered(lines)
