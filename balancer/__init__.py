@@ -7,9 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from balancer.edge.process import serve_app
     from balancer.errors import SettingsError
-    from balancer.loadbalancer import LoadBalancer
+    from balancer.loadbalancer import LoadBalancer, serve_app
     from balancer.strategies import Strategy, strategy
 
 __version__ = "0.1.0"
@@ -19,7 +18,7 @@ _HOMES = {
     "LoadBalancer": "balancer.loadbalancer",
     "SettingsError": "balancer.errors",
     "Strategy": "balancer.strategies",
-    "serve_app": "balancer.edge.process",
+    "serve_app": "balancer.loadbalancer",
     "strategy": "balancer.strategies",
 }
 

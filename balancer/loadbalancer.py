@@ -10,31 +10,38 @@ import atexit
 import contextlib
 import logging
 import select
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import replace
 from threading import Thread
 from typing import TYPE_CHECKING, Any, Self
 
 from balancer import wiring
+from balancer.balancing.judge import PoolOptions
 from balancer.balancing.pool import BackendPool
 from balancer.config import settings
 from balancer.config.reload import Plan
 from balancer.config.settings import BackendSettings, Settings
+from balancer.control.access import AccessOptions
 from balancer.edge import process
 from balancer.edge.bridge import Bridge
 from balancer.edge.express import Express
 from balancer.edge.granian import PortOptions
+from balancer.edge.listener import ClientLimits
 from balancer.edge.port import Port, listen
 from balancer.edge.server import Server
 from balancer.edge.workers import WorkerPool
 from balancer.errors import SettingsError
-from balancer.options import pool_options, probe, route_options, set_access_log, timeouts
+from balancer.fleet.health import HealthOptions
+from balancer.forwarding.route import RouteOptions
+from balancer.observe.accesslog import LogOptions
 from balancer.protocol.requestheads import RequestHeads
+from balancer.upstream.transport import Timeouts
 
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from _typeshed.wsgi import WSGIApplication
     from flask import Flask
 
 log = logging.getLogger("balancer")
@@ -67,7 +74,7 @@ class LoadBalancer:
         parts = wiring.make(config, sources)
         self.app, self.control_app, self.proxy = parts.app, parts.control_app, parts.proxy
         self.configuration, self.control = parts.configuration, parts.control
-        self.health, self.adapter, self.tls = parts.health, parts.adapter, parts.tls
+        self.health, self.adapter = parts.health, parts.adapter
         self.control.reload = self.reload
         self.app.extensions["balancer"] = self
         self.express: Express | None = None
@@ -185,7 +192,7 @@ class LoadBalancer:
             except SettingsError:
                 listeners[0].close()
                 raise
-        options = PortOptions(_client_limit(config), config.header_timeout, config.max_header_bytes)
+        options = replace(config.options(PortOptions), max_clients=_client_limit(config))
         self.bridges = self.make_bridges()
         ports = [Port(bridge, listener, options) for bridge, listener in zip(self.bridges, listeners, strict=True)]
         self._server = Server(ports, on_start=self.start_parts, on_drain=self.drain, on_stop=self.stop_parts)
@@ -193,6 +200,7 @@ class LoadBalancer:
     def make_bridges(self) -> list[Bridge]:
         """The main one, and the control API's if it has a port of its own; both share the threads."""
         config = self.settings
+        limits = config.options(ClientLimits)
         workers = WorkerPool(config.max_threads, config.max_queued, config.thread_idle_timeout)
         self.control.queued = lambda: workers.queued
         if hasattr(select, "epoll"):
@@ -202,8 +210,7 @@ class LoadBalancer:
             Bridge(
                 self.app.wsgi_app,
                 workers,
-                idle_timeout=config.idle_timeout,
-                min_body_rate=config.min_body_rate,
+                limits,
                 is_control=self.proxy.is_control,
                 # A WSGI middleware around the proxy must see every request, so there is no way past it then.
                 proxy=None if is_wrapped else self.proxy,
@@ -211,17 +218,7 @@ class LoadBalancer:
             )
         ]
         if config.control_port is not None:
-            bridges.append(
-                Bridge(
-                    self.control_app,
-                    workers,
-                    idle_timeout=config.idle_timeout,
-                    min_body_rate=config.min_body_rate,
-                    is_control=lambda path: True,
-                )
-            )
-        for bridge in bridges:
-            bridge.trusted = config.networks
+            bridges.append(Bridge(self.control_app, workers, limits, is_control=lambda path: True))
         return bridges
 
     def start_parts(self) -> None:
@@ -275,19 +272,16 @@ class LoadBalancer:
 
         Those under way keep their Route and RequestHeads; all else they look up at each step anew.
         """
-        plan.pool.options = pool_options(config)
+        plan.pool.options = config.options(PoolOptions)
         self.control.pool.apply(plan.pool)
-        self.adapter.timeouts = timeouts(config)
-        self.adapter.pool_idle_timeout = config.pool_idle_timeout
-        self.health.use(probe(config, self.tls), config.health_interval)
-        self.proxy.route = replace(self.proxy.route, options=route_options(config))
-        set_access_log(self.proxy.route.access_log, config)
+        self.adapter.timeouts = config.options(Timeouts)
+        self.health.use(config.options(HealthOptions))
+        self.proxy.route = replace(self.proxy.route, options=config.options(RouteOptions))
+        self.proxy.route.access_log.options = config.options(LogOptions)
         self.proxy.heads = RequestHeads(self.proxy.heads.pseudonym, config.networks, config.max_header_count)
-        self.control.access.trusted = config.networks
+        self.control.access.options = config.options(AccessOptions)
         for bridge in self.bridges:
-            bridge.idle_timeout = config.idle_timeout
-            bridge.min_body_rate = config.min_body_rate
-            bridge.trusted = config.networks
+            bridge.limits = config.options(ClientLimits)
         logging.getLogger().setLevel(config.log_level.upper())
 
 
@@ -308,6 +302,33 @@ def started_app() -> Flask:
     balancer.start_parts()
     atexit.register(balancer.stop_parts)
     return balancer.app
+
+
+def serve_app(
+    app: WSGIApplication,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    threads: int = 512,
+    on_listen: Callable[[str], None] = lambda url: print(f"listening on {url}", flush=True),
+    on_drain: Callable[[], None] = lambda: None,
+) -> int:
+    """Serve a WSGI app over HTTP/1.1 and HTTP/2 until a signal, as a process of its own; returns the exit code.
+
+    So many requests at once have a thread each, as many more wait. `on_listen` gets the URL. `on_drain` runs when a
+    signal has come: requests that wait for something of the app's own should end then. Raises SettingsError if it
+    cannot listen. `environ["balancer.client"].is_gone` says whether the client of a request has left.
+    """
+    config = Settings()  # by default
+    workers = WorkerPool(threads, threads, config.thread_idle_timeout)
+    bridge = Bridge(app, workers, config.options(ClientLimits))
+    served = Port(bridge, listen(host, port), config.options(PortOptions))
+    on_listen(served.url)
+    return process.serve(
+        Server([served], on_drain=lambda text: on_drain()),
+        drain_timeout=config.drain_timeout,
+        shutdown_delay=config.shutdown_delay,
+    )
 
 
 def _client_limit(config: Settings) -> int:

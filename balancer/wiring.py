@@ -15,24 +15,26 @@ from flask import Flask
 
 from balancer.balancing import strategies
 from balancer.balancing.changes import Change
+from balancer.balancing.judge import PoolOptions
 from balancer.balancing.pool import BackendPool, PoolChanges
 from balancer.config.reload import Configuration, make_backend
 from balancer.config.settings import Settings
 from balancer.control import api
+from balancer.control.access import Access, AccessOptions
 from balancer.control.control import Control
 from balancer.control.metrics import Metrics, Sources
 from balancer.edge.wsgi import ReverseProxy
-from balancer.fleet.health import HealthChecker
+from balancer.errors import SettingsError
+from balancer.fleet.health import HealthChecker, HealthOptions
 from balancer.forwarding.retrybudget import RetryBudget
-from balancer.forwarding.route import Route
-from balancer.observe.accesslog import AccessLog
+from balancer.forwarding.route import Route, RouteOptions
+from balancer.observe.accesslog import AccessLog, LogOptions
 from balancer.observe.events import Events
 from balancer.observe.history import History, Reading
 from balancer.observe.logwriter import LogWriter, standard_output
 from balancer.observe.statistics import Statistics
-from balancer.options import access, pool_options, probe, route_options, set_access_log, timeouts, tls_context
 from balancer.protocol.requestheads import RequestHeads
-from balancer.upstream.transport import BackendAdapter
+from balancer.upstream.transport import BackendAdapter, Timeouts
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
@@ -55,7 +57,6 @@ class Parts:
     control: Control
     health: HealthChecker
     adapter: BackendAdapter
-    tls: ssl.SSLContext | None
 
 
 def make(config: Settings, sources: Mapping[str, str] | None) -> Parts:
@@ -64,9 +65,9 @@ def make(config: Settings, sources: Mapping[str, str] | None) -> Parts:
     strategies.load_entry_points()
     configuration = Configuration(config, sources)
     statistics, events = Statistics(), Events()
-    pool = BackendPool(strategies.create(config.algorithm), pool_options(config))
-    tls = tls_context(config.ca_file)
-    adapter = BackendAdapter(timeouts(config), pool_idle_timeout=config.pool_idle_timeout, tls=tls)
+    pool = BackendPool(strategies.create(config.algorithm), config.options(PoolOptions))
+    tls = _tls_context(config.ca_file)
+    adapter = BackendAdapter(config.options(Timeouts), tls=tls)
     health = _health(config, pool, adapter, tls)
     backends = [make_backend(backend, configuration.sources["backends"]) for backend in config.backends]
     pool.apply(PoolChanges(add=backends))
@@ -82,7 +83,7 @@ def make(config: Settings, sources: Mapping[str, str] | None) -> Parts:
         writer,
         DASHBOARD,
         configuration,
-        access(config),
+        Access(config.options(AccessOptions)),
         config.control_prefix,
     )
     control.metrics = Metrics(_sources(control, adapter))
@@ -91,7 +92,17 @@ def make(config: Settings, sources: Mapping[str, str] | None) -> Parts:
     proxy = _proxy(control_app, control, adapter, health)
     app.wsgi_app = proxy  # type: ignore[method-assign]
     _follow(pool, statistics, events, health)
-    return Parts(app, control_app, proxy, configuration, control, health, adapter, tls)
+    return Parts(app, control_app, proxy, configuration, control, health, adapter)
+
+
+def _tls_context(ca_file: Path | None) -> ssl.SSLContext | None:
+    """None for the system's CAs, which are loaded when the first https backend needs them."""
+    if ca_file is None:
+        return None
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except (OSError, ssl.SSLError) as error:
+        raise SettingsError(f"ca_file {str(ca_file)!r}: {error.strerror or error}; expected a PEM file") from None
 
 
 def _health(config: Settings, pool: BackendPool, adapter: BackendAdapter, tls: ssl.SSLContext | None) -> HealthChecker:
@@ -99,7 +110,7 @@ def _health(config: Settings, pool: BackendPool, adapter: BackendAdapter, tls: s
         adapter.close_idle()
         pool.sweep()
 
-    return HealthChecker(pool, probe(config, tls), interval=config.health_interval, on_round=on_round)
+    return HealthChecker(pool, config.options(HealthOptions), tls=tls, on_round=on_round)
 
 
 def _proxy(
@@ -109,8 +120,6 @@ def _proxy(
     has_own_port, prefix = config.control_port is not None, config.control_prefix
     # The pseudonym is this very process: two balancers of one name in a chain are not a loop.
     pseudonym = f"{config.id}.{secrets.token_hex(4)}".encode("ascii")
-    access_log = AccessLog(control.log)
-    set_access_log(access_log, config)
     return ReverseProxy(
         control_app,
         (lambda path: False) if has_own_port else api.is_control_path(prefix),
@@ -119,8 +128,8 @@ def _proxy(
             adapter,
             control.statistics,
             RetryBudget(control.statistics),
-            route_options(config),
-            access_log,
+            config.options(RouteOptions),
+            AccessLog(control.log, config.options(LogOptions)),
             on_refused=health.wake,
             covers_control=(lambda scope: False) if has_own_port else api.covers_control_path(prefix),
         ),

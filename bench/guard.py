@@ -35,6 +35,7 @@ from balancer.balancing.backends import LastCheck  # noqa: E402
 from balancer.config.settings import BackendSettings, Settings  # noqa: E402
 from balancer.edge.bridge import Bridge  # noqa: E402
 from balancer.edge.express import Express  # noqa: E402
+from balancer.edge.listener import ClientLimits  # noqa: E402
 from balancer.loadbalancer import create_app  # noqa: E402
 
 BUDGET = Path(__file__).with_name("budget.json")
@@ -234,16 +235,20 @@ def count_bytes(one: Callable[[], None]) -> int:
 
 @contextlib.contextmanager
 def balancer(port: int) -> Iterator[Bridge]:
-    """The app with default settings and one backend that is up; no health checks, no other threads."""
-    settings = Settings(backends=(BackendSettings(id="only", url=f"http://127.0.0.1:{port}"),))
+    """The app with default settings, but `min_body_rate`, and one backend that is up; no health checks, no threads."""
+    backend = BackendSettings(id="only", url=f"http://127.0.0.1:{port}")
+    settings = Settings(backends=(backend,), min_body_rate=0)
     app = create_app(settings)
     parts = app.extensions["balancer"]
     for each in parts.proxy.route.pool.backends():
         parts.proxy.route.pool.record_check(each, LastCheck(0.0, 0.0, 200, None))
     workers: Any = SameThread()
     express = Express(parts.adapter, workers)
+    limits = settings.options(ClientLimits)
     try:
-        yield Bridge(app.wsgi_app, workers, is_control=parts.proxy.is_control, proxy=parts.proxy, express=express)
+        yield Bridge(
+            app.wsgi_app, workers, limits, is_control=parts.proxy.is_control, proxy=parts.proxy, express=express
+        )
     finally:
         express.stop()
         parts.adapter.close()

@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+from pydantic import ValidationError
 
 from balancer.balancing.backends import Backend, Choice
 from balancer.commandline import parse_arguments
@@ -68,6 +70,24 @@ def fetch(url: str, body: Any = None, method: str | None = None, **headers: str)
 
 def fetch_json(url: str, body: Any = None, method: str | None = None, **headers: str) -> Any:
     return json.loads(fetch(url, body, method, **headers)[2])
+
+
+def options(kind: Any, **settings: Any) -> Any:
+    """What a part gets of the default settings but for these."""
+    return Settings(**settings).options(kind)
+
+
+def another_value(name: str) -> Any:
+    """Not the default of this setting, but valid."""
+    texts = {"cors_origins": ("https://ops.example",), "trusted_proxies": ("10.0.0.0/8",), "cpu_affinity": "none"}
+    texts |= {"algorithm": "round_robin", "health_path": "/other", "control_prefix": "/lb", "ca_file": "ca.pem"}
+    field = Settings.model_fields[name]
+    choices = [choice for part in (field.annotation, *get_args(field.annotation)) for choice in get_args(part)]
+    for value in (texts.get(name), not field.default, *choices, 7, 0.25, "a-text-of-16-chars", 8192):
+        with suppress(ValidationError):
+            if value is not None and getattr(Settings(**{name: value}), name) not in (field.default, None):
+                return value
+    raise AssertionError(f"no other value is known for {name}")
 
 
 def make_choice(backend_id: str) -> Choice:

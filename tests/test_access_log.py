@@ -35,11 +35,12 @@ from support import (
     make_attempt,
     make_exchange,
     ok,
+    options,
     start_demo,
     wait_until,
 )
 
-from balancer.observe.accesslog import AGENT_LOGGED, AccessLog, timestamp
+from balancer.observe.accesslog import AGENT_LOGGED, AccessLog, LogOptions, timestamp
 from balancer.observe.exchange import METHOD_KEPT, PATH_KEPT, Exchange
 from balancer.observe.logwriter import LogWriter
 from balancer.protocol.incoming import Incoming
@@ -274,8 +275,8 @@ def make_line(is_json: bool, exchange: Exchange, *lines: tuple[bytes, bytes], pe
             made.append(line())
 
     incoming = Incoming(RequestHeads(), "GET", "/", b"/", "1.1", "http", peer, lines)
-    access_log = AccessLog(Kept(None))
-    access_log.use("json" if is_json else "text")
+    format_name = "json" if is_json else "text"
+    access_log = AccessLog(Kept(None), options(LogOptions, access_log_format=format_name))
     access_log.add(exchange, incoming)
     (line,) = made
     assert isinstance(line, str)

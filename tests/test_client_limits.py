@@ -24,6 +24,7 @@ from support import (
     free_port,
     get,
     newest,
+    options,
     read_all,
     split_response,
     wait_until,
@@ -35,6 +36,7 @@ from balancer.edge import accepted
 from balancer.edge.bridge import WATCH_AFTER_SECONDS, Bridge
 from balancer.edge.call import Call
 from balancer.edge.clientbody import GRACE_SECONDS as BODY_GRACE_SECONDS
+from balancer.edge.listener import ClientLimits
 from balancer.edge.workers import WorkerPool
 from balancer.upstream.tcpinfo import traffic
 
@@ -577,7 +579,7 @@ class Place:
 
 @pytest.fixture
 def call() -> Call:
-    bridge = Bridge(lambda environ, start_response: [b""], WorkerPool(1, 0, 1.0))
+    bridge = Bridge(lambda environ, start_response: [b""], WorkerPool(1, 0, 1.0), options(ClientLimits))
     return Call(bridge, SimpleNamespace(scope={"http_version": "1.1"}, proto=None))
 
 

@@ -10,12 +10,13 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
 import pytest
 from stub_granian import GONE, Client, Promise
-from support import Balancer, BalancerProcess, active, connect, exchange, get, newest, wait_until
+from support import Balancer, BalancerProcess, active, connect, exchange, get, newest, options, wait_until
 from test_http2 import Client as Http2Client
 from wire import WireBackend, post, read_response, request, wait_closed
 
@@ -23,6 +24,7 @@ from balancer.edge import download
 from balancer.edge.bridge import Bridge
 from balancer.edge.clientbody import GRACE_SECONDS
 from balancer.edge.download import LARGEST_ENDLESS, LEAST_PIECE, UNREAD_PIECES, WHOLE, Download
+from balancer.edge.listener import ClientLimits
 from balancer.edge.workers import WorkerPool
 from balancer.forwarding.forwarding import WHOLE_STREAM
 
@@ -79,10 +81,10 @@ class Pieces:
 class Desk:
     """A bridge with one worker thread, and an app that answers `pieces`."""
 
-    def __init__(self, pieces: list[bytes], room: int, **options: Any) -> None:
+    def __init__(self, pieces: list[bytes], room: int, **settings: Any) -> None:
         self.pieces = Pieces(pieces)
         self.pool = WorkerPool(1, 10, 30.0)
-        self.bridge = Bridge(self._app, self.pool, **options)  # type: ignore[arg-type]
+        self.bridge = Bridge(self._app, self.pool, options(ClientLimits, **{"min_body_rate": 0} | settings))  # type: ignore[arg-type]
         self.client = Reader(room)
         self.bridge.accept(self.client)
 
@@ -108,8 +110,8 @@ class Desk:
 def desk(request: pytest.FixtureRequest) -> Iterator[Callable[..., Desk]]:
     made: list[Desk] = []
 
-    def begin(*arguments: Any, **options: Any) -> Desk:
-        made.append(Desk(*arguments, **options))
+    def begin(*arguments: Any, **settings: Any) -> Desk:
+        made.append(Desk(*arguments, **settings))
         return made[-1]
 
     yield begin
@@ -311,7 +313,7 @@ def begun(bridge: Bridge, length: int | None = None, *, is_http2: bool = False) 
 
 @pytest.fixture
 def bridge() -> Bridge:
-    return Bridge(lambda environ, start_response: [b""], WorkerPool(1, 0, 1.0), idle_timeout=60.0, min_body_rate=240)
+    return Bridge(lambda environ, start_response: [b""], WorkerPool(1, 0, 1.0), options(ClientLimits))
 
 
 def test_each_byte_pays_for_its_time_and_no_more_is_saved_than_idle_timeout(bridge: Bridge, clock: list[float]) -> None:
@@ -341,7 +343,7 @@ def test_a_reader_below_the_rate_is_ended(bridge: Bridge, clock: list[float], ra
 
 
 def test_without_a_rate_only_idle_timeout_counts(bridge: Bridge, clock: list[float]) -> None:
-    bridge.min_body_rate = 0
+    bridge.limits = replace(bridge.limits, min_body_rate=0)
     made = begun(bridge)
     made.sent(1, Promise())
     assert made.deadline == clock[0] + 60

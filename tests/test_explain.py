@@ -18,12 +18,14 @@ from support import (
     free_port,
     get,
     ok,
+    options,
     split_response,
     wait_until,
 )
 from wire import hang_up
 
 from balancer.balancing.backends import EXPLAINED, Backend, LastCheck
+from balancer.balancing.judge import PoolOptions
 from balancer.balancing.pool import BackendPool
 from balancer.balancing.strategies import REGISTRY, create
 from balancer.protocol.origin import Origin
@@ -217,7 +219,7 @@ def test_a_retry_without_budget_does_not_wait_for_a_place() -> None:
 
 def test_of_hundreds_of_backends_a_record_explains_the_first_and_the_chosen_one() -> None:
     """Thousands of records are kept: each would take 100 kB with a thousand backends."""
-    pool = BackendPool(create("least_connections"))
+    pool = BackendPool(create("least_connections"), options(PoolOptions))
     for number in range(300):
         added = pool.add(f"b{number}", Origin("http", "127.0.0.1", 1 + number))
         pool.record_check(added, LastCheck(0.0, 0.0, 200 if number % 2 else None, None if number % 2 else "down"))

@@ -24,6 +24,7 @@ from support import (
     free_port,
     get,
     ok,
+    options,
     read_all,
     split_response,
     wait_until,
@@ -38,7 +39,7 @@ from balancer.edge.workers import WorkerPool
 from balancer.loadbalancer import LoadBalancer, create_app
 from balancer.protocol.origin import Origin
 from balancer.upstream.connection import Connection
-from balancer.upstream.transport import BackendAdapter, OutgoingRequest
+from balancer.upstream.transport import BackendAdapter, OutgoingRequest, Timeouts
 from bench import guard
 
 
@@ -206,7 +207,7 @@ class Narrow:
 def test_a_request_that_goes_out_in_part_is_finished_by_a_thread(room: int) -> None:
     """`begin` sends what the socket takes at once, `exchange` the rest."""
     body = os.urandom(1_000_000)
-    adapter, backend = BackendAdapter(), ScriptedBackend()
+    adapter, backend = BackendAdapter(options(Timeouts)), ScriptedBackend()
     origin = Origin.parse(backend.url)
     try:
         adapter.exchange(OutgoingRequest("GET", b"/", [(b"host", b"a")]), origin)
@@ -364,10 +365,10 @@ def test_a_middleware_around_the_app_sees_every_request(wrap: bool) -> None:
 def test_it_stops_and_leaves_nothing() -> None:
     threads, descriptors = threading.active_count(), len(os.listdir("/proc/self/fd"))
     for _ in range(20):
-        express = Express(BackendAdapter(), WorkerPool(1, 1, 1.0))
+        express = Express(BackendAdapter(options(Timeouts)), WorkerPool(1, 1, 1.0))
         express.start()
         express.stop()
-    unstarted = Express(BackendAdapter(), WorkerPool(1, 1, 1.0))
+    unstarted = Express(BackendAdapter(options(Timeouts)), WorkerPool(1, 1, 1.0))
     unstarted.stop()
     assert threading.active_count() <= threads  # of earlier tests, some may end meanwhile
     assert len(os.listdir("/proc/self/fd")) <= descriptors
@@ -493,7 +494,7 @@ class SentCall:
 def test_a_call_that_is_overdue_before_it_is_armed_is_not_lost() -> None:
     """The thread that brings it is between its two steps."""
     workers, call = Handed(), SentCall(0.0)
-    express = Express(BackendAdapter(), workers)
+    express = Express(BackendAdapter(options(Timeouts)), workers)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         express._waiting[listener.fileno()] = call  # type: ignore[assignment]
         express.run_once()
@@ -515,7 +516,7 @@ def test_a_descriptor_that_is_used_again_loses_no_call() -> None:
                 assert self._wait_for(following)  # type: ignore[arg-type]
             super()._arm(sent, descriptor)
 
-    express = Interrupted(BackendAdapter(), workers)
+    express = Interrupted(BackendAdapter(options(Timeouts)), workers)
     with ExitStack() as listeners:
         overdue.connection.sock = listeners.enter_context(socket.create_server(("127.0.0.1", 0)))
         assert express._wait_for(overdue)  # type: ignore[arg-type]
@@ -529,7 +530,7 @@ def test_a_surprise_with_one_answer_holds_up_no_other(caplog: pytest.LogCaptureF
         def _look(self, call: Any) -> None:
             raise RuntimeError("surprise")
 
-    express = Surprised(BackendAdapter(), Handed())
+    express = Surprised(BackendAdapter(options(Timeouts)), Handed())
     with ExitStack() as stack:
         for _ in range(3):
             ours, peer = (stack.enter_context(sock) for sock in socket.socketpair())

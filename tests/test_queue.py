@@ -10,10 +10,20 @@ from threading import Event, Thread
 from typing import Any
 
 import pytest
-from support import Balancer, ScriptedBackend, connect, exchange, fetch, get, ok, split_response, wait_until
+from support import (
+    Balancer,
+    ScriptedBackend,
+    connect,
+    exchange,
+    fetch,
+    get,
+    ok,
+    options,
+    split_response,
+    wait_until,
+)
 
 from balancer.balancing.backends import LastCheck
-from balancer.balancing.ejection import EjectionRules
 from balancer.balancing.judge import PoolOptions
 from balancer.balancing.pool import BackendPool, Lease, PoolChanges
 from balancer.balancing.strategies import create
@@ -45,9 +55,9 @@ class Client:
         self.target.abort()
 
 
-def make_pool(names: str = "a", limit: int | None = 1, **options: Any) -> BackendPool:
-    rules = EjectionRules(after=options.pop("eject", 0))
-    pool = BackendPool(create("round_robin"), PoolOptions(ejection=rules, **{"queue_timeout": 30.0} | options))
+def make_pool(names: str = "a", limit: int | None = 1, **settings: Any) -> BackendPool:
+    settings = {"queue_timeout": 30.0, "eject_after": 0} | settings
+    pool = BackendPool(create("round_robin"), options(PoolOptions, **settings))
     for name in names:
         pool.record_check(pool.add(name, ORIGIN, max_connections=limit), GOOD)
     return pool
@@ -268,7 +278,7 @@ def test_requests_that_come_before_the_first_check_wait_for_it() -> None:
 
 def test_a_removal_serves_who_waits_if_it_makes_room_elsewhere(threads: ThreadPoolExecutor) -> None:
     """`b` is ejected, which counts for nothing when nobody else is left."""
-    pool = make_pool("ab", eject=1)
+    pool = make_pool("ab", eject_after=1)
     pool.lease(None, ["a"]).release(failure="test")
     pool.lease(None)
     (future,) = queue_up(pool, threads, 1)

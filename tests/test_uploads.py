@@ -6,16 +6,18 @@ import random
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
 from threading import Event
 
 import pytest
 from stub_granian import GONE, Client, piece
-from support import Balancer, RawRequest, connect, ok, wait_until
+from support import Balancer, RawRequest, connect, ok, options, wait_until
 from wire import WireBackend, read_response, request
 
 from balancer.edge.bridge import WATCH_AFTER_SECONDS, Bridge
 from balancer.edge.call import Call
 from balancer.edge.clientbody import AHEAD_BYTES, AHEAD_IN_ALL, CONNECTION_WINDOW, MOST_PIECES, STREAM_WINDOW
+from balancer.edge.listener import ClientLimits
 from balancer.edge.workers import WorkerPool
 from balancer.errors import ClientGone, ClientTooSlow
 from balancer.protocol.incoming import RequestBody
@@ -30,7 +32,9 @@ def size_of(pieces: list[bytes]) -> int:
 
 
 def bridge_of(min_body_rate: int = 0) -> Bridge:
-    return Bridge(lambda environ, start: [b""], WorkerPool(1, 0, 1.0), min_body_rate=min_body_rate)
+    return Bridge(
+        lambda environ, start: [b""], WorkerPool(1, 0, 1.0), options(ClientLimits, min_body_rate=min_body_rate)
+    )
 
 
 class Upload(Client):
@@ -189,7 +193,7 @@ def test_a_client_that_may_not_send_is_not_slow() -> None:
 def test_nobody_is_excused_for_longer_than_the_others_may_take() -> None:
     """Each new upload that stood still gave all others of its connection their time again."""
     bridge = bridge_of(min_body_rate=1)
-    bridge.idle_timeout = 0.2
+    bridge.limits = replace(bridge.limits, idle_timeout=0.2)
     for _ in range(CONNECTION_WINDOW // STREAM_WINDOW):
         paused(bridge)
     upload = Upload(1, "2", bridge=bridge)

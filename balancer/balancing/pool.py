@@ -77,7 +77,7 @@ class BackendPool:
     def __init__(
         self,
         strategy: Strategy,
-        options: PoolOptions | None = None,
+        options: PoolOptions,
         *,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
@@ -95,7 +95,7 @@ class BackendPool:
         self._roster = Roster(self._reweighed, self._note, clock, wall_clock)
         self._backends: Mapping[str, Backend] = self._roster.backends
         judging = (self._note, clock, wall_clock, rng or random.Random())
-        self._judge = Judge(self._backends, options or PoolOptions(), *judging)
+        self._judge = Judge(self._backends, options, *judging)
         self._candidates = Candidates(self._backends, self._note)
 
     def __repr__(self) -> str:
@@ -165,7 +165,7 @@ class BackendPool:
 
     def _line_up(self, request: Any, exclude: Collection[str]) -> Waiter[Lease]:
         """A place in the queue, if there is any and waiting can help."""
-        if len(self._line) < self._judge.options.queue_limit and self._candidates.is_worth_waiting(exclude):
+        if len(self._line) < self._judge.options.queue_places and self._candidates.is_worth_waiting(exclude):
             return self._line.join(request, exclude)
         raise self._refusal(exclude, f", and {len(self._line)} requests are waiting already" if self._line else "")
 
@@ -318,7 +318,7 @@ class BackendPool:
 
     def _settle(self) -> None:
         """After any change: who can be served now is."""
-        self._is_timed = self._strategy.uses_times or self._judge.options.ejection.latency != "off"
+        self._is_timed = self._strategy.uses_times or self._judge.options.latency_ejection != "off"
         self._candidates.refresh(self._judge.options.panic_threshold if self._had_first_round else 0.0)
         self._line.serve(self._choose)
         if self._line and not self._candidates.is_worth_waiting(()):
@@ -363,7 +363,7 @@ class BackendPool:
         with self._lock:
             shares = self._strategy.expected_shares(self._candidates.ready)
             now, wall = self._clock(), self._wall_clock()
-            limits = {"fall": self._judge.options.fall, "rise": self._judge.options.rise}
+            limits = {"fall": self._judge.options.health_fall, "rise": self._judge.options.health_rise}
             return [
                 {
                     **backend.describe(now, wall, limits),

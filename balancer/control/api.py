@@ -57,7 +57,7 @@ def install(app: Flask, control: Control) -> None:
     # For every answer, also where no route is: an unknown path, or a method that a path has not.
     app.before_request(_admit)
     app.after_request(_protect)  # after what flask-cors does, for the last one comes first
-    origins = sorted(control.access.origins | ({"null"} if control.access.has_tokens else set()))
+    origins = [*control.access.options.cors_origins, *(["null"] if control.access.has_tokens else [])]
     CORS(
         app,
         origins=[re.compile(re.escape(origin) + r"\Z") for origin in origins],  # as text: `[` would make it a pattern

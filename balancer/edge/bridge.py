@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from threading import BoundedSemaphore
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +23,13 @@ from balancer.edge import accepted
 from balancer.edge.call import Call
 from balancer.edge.clientbody import AHEAD_BYTES, AHEAD_IN_ALL, READ_BYTES, SMALL_IN_ALL
 from balancer.edge.download import BRIEF_SECONDS
+from balancer.edge.listener import ClientLimits
 from balancer.edge.promise import result_of, when_done
 from balancer.edge.workers import WorkerPool
 from balancer.errors import ClientStalled
 from balancer.forwarding.forwarding import WHOLE_STREAM
 from balancer.forwarding.stage import Stage
-from balancer.protocol.messages import Network, is_in_networks, network_of
+from balancer.protocol.messages import is_in_networks, network_of
 from balancer.upstream.transport import SMALL_BODY
 
 if TYPE_CHECKING:
@@ -60,17 +61,15 @@ class Bridge:
         self,
         app: WSGIApplication,
         pool: WorkerPool,
+        limits: ClientLimits,
         *,
-        idle_timeout: float = 60.0,
-        min_body_rate: int = 0,
         is_control: Callable[[str], bool] = lambda path: False,
         proxy: ReverseProxy | None = None,
         express: Express | None = None,
     ) -> None:
         self.app = app
         self.pool = pool
-        self.idle_timeout = idle_timeout
-        self.min_body_rate = min_body_rate
+        self.limits = limits  # may be replaced at any time
         self.is_draining = False  # set by the server: each answer asks its client to close
         self._is_control = is_control
         self.proxy = proxy
@@ -86,7 +85,6 @@ class Bridge:
         # Bytes of an answer that may be taken in whole, and seconds that a worker waits for its client before it parks
         # the call: less with many downloads under way.
         self.most_held, self.patience = SMALL_BODY, BRIEF_SECONDS
-        self.trusted: Sequence[Network] = ()  # proxies in front of us, each with many clients behind it
 
     def accept(self, watcher: Any) -> None:
         """One request: Granian calls this in its own thread and it must not block."""
@@ -205,7 +203,7 @@ class Bridge:
     def source_of(self, host: str) -> str:
         """Whose requests share the worker threads: an address, in IPv6 the network that one customer has. "" for a
         proxy that is trusted."""
-        if self.trusted and is_in_networks(host, self.trusted):
+        if self.limits.networks and is_in_networks(host, self.limits.networks):
             return ""
         return network_of(host)
 

@@ -317,7 +317,7 @@ class Call:
 
     def _write(self, chunk: bytes) -> None:
         """What PEP 3333 has for apps that cannot do without. Blocks while the client is slow."""
-        if not is_done_within(self._emit(chunk), self.bridge.idle_timeout):
+        if not is_done_within(self._emit(chunk), self.bridge.limits.idle_timeout):
             raise ClientStalled("the client read nothing in time")
 
     def _start(self) -> None:

@@ -173,7 +173,7 @@ class ClientBody:
         byte pays for 1/rate seconds of waiting, which are saved up to `idle_timeout`: a client that was fast may pause,
         one that was fast once may not trickle for ever.
         """
-        rate, idle = self._bridge.min_body_rate, self._bridge.idle_timeout
+        rate, idle = self._bridge.limits.min_body_rate, self._bridge.limits.idle_timeout
         longest = timeout or idle
         limit = min(longest, self.patience) if rate else longest
         started = time.monotonic()
@@ -203,7 +203,7 @@ class ClientBody:
         """The streams of an HTTP/2 connection share a window (RFC 9113 section 5.2): those for whose backends the
         client has to pause may have used it up, and then no other can send. They end within `idle_timeout`, so nobody
         is excused for longer."""
-        if not self._is_http2 or self._excused > self._bridge.idle_timeout:
+        if not self._is_http2 or self._excused > self._bridge.limits.idle_timeout:
             return False
         return self._bridge.paused(self._client) * STREAM_WINDOW >= CONNECTION_WINDOW
 

@@ -105,9 +105,10 @@ class Download:
         self._count(time.monotonic() - self._since, 0)
 
     def _count(self, waited: float, size: int) -> None:
-        rate = self._bridge.min_body_rate
-        if rate:
-            self._patience = patience_left(self._patience, waited, size, rate, self._bridge.idle_timeout)
+        limits = self._bridge.limits
+        if limits.min_body_rate:
+            rate, idle = limits.min_body_rate, limits.idle_timeout
+            self._patience = patience_left(self._patience, waited, size, rate, idle)
 
     @property
     def deadline(self) -> float:
@@ -115,8 +116,8 @@ class Download:
         return self._since + self._limit()
 
     def _limit(self) -> float:
-        idle = self._bridge.idle_timeout
-        return min(idle, self._patience) if self._bridge.min_body_rate else idle
+        limits = self._bridge.limits
+        return min(limits.idle_timeout, self._patience) if limits.min_body_rate else limits.idle_timeout
 
     def close(self, why: type[ClientGone] = ClientGone) -> None:
         """Idempotent for what we forward. Before the end, `why` is recorded."""

@@ -34,11 +34,11 @@ SEND_BUFFER = 32768  # bytes that h2 takes of each answer when a client opens it
 
 @dataclass(frozen=True, slots=True)
 class PortOptions:
-    """What clients may take; `settings.Settings` says what each one means."""
+    """What clients may take, by the names of the settings."""
 
-    max_clients: int = 10000
-    header_timeout: float = 10.0
-    max_header_bytes: int = 65536
+    max_clients: int
+    header_timeout: float
+    max_header_bytes: int
 
 
 class _AtOnce:

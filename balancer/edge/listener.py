@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from threading import BoundedSemaphore
 from typing import TYPE_CHECKING, Any, Protocol
 
 from balancer.edge.accepted import Address
+from balancer.protocol.messages import Network
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
+
+
+@dataclass(frozen=True, slots=True)
+class ClientLimits:
+    """What clients are held to, by the names of the settings. `networks` of proxies have many clients behind each."""
+
+    idle_timeout: float
+    min_body_rate: int
+    networks: tuple[Network, ...]
 
 
 class Clients(Protocol):
@@ -18,8 +29,7 @@ class Clients(Protocol):
     is needed. `downloads`: answers under way in pieces.
     """
 
-    idle_timeout: float
-    min_body_rate: int
+    limits: ClientLimits
     most_read: int
 
     @property

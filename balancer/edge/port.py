@@ -23,11 +23,11 @@ SLICE_PAUSE_SECONDS = 0.005  # between two slices of a pass
 class Port:
     """`start`, `stop` and `close` once each, in this order, the first two in the event loop's thread."""
 
-    def __init__(self, bridge: Bridge, listener: socket.socket, options: PortOptions | None = None) -> None:
+    def __init__(self, bridge: Bridge, listener: socket.socket, options: PortOptions) -> None:
         self.bridge = bridge
         self.address: accepted.Local = listener.getsockname()[:2]
         self._listener = listener
-        self._options = options or PortOptions()
+        self._options = options
         self._worker: Worker | None = None
         self._watches: list[asyncio.Task[Any]] = []
 
@@ -37,12 +37,14 @@ class Port:
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def start(self) -> None:
-        self._worker = Worker(self.bridge, self._listener, self._options)
+        # A copy: the port stays ours, whichever worker serves it.
+        self._worker = Worker(self.bridge, self._listener.dup(), self._options)
         self._watches = [asyncio.create_task(watch) for watch in (self.bridge.watch(), self._close_unused())]
 
     def stop(self) -> asyncio.Future[None]:
         """Accept no more; what it returns is done when all connections have ended."""
         assert self._worker is not None
+        self._listener.close()
         self._worker.stop()
         return self._worker.stopped
 
@@ -53,7 +55,7 @@ class Port:
     def close(self) -> None:
         for watch in self._watches:
             watch.cancel()
-        self._listener.close()  # Granian has it, unless `start` was never called
+        self._listener.close()
 
     async def _close_unused(self) -> None:
         """hyper limits the time for a request head in HTTP/1 only, and only once it knows that it is that."""
@@ -62,7 +64,7 @@ class Port:
         while True:
             await asyncio.sleep(min(seconds / 2, PASS_SECONDS))
             try:
-                for _ in unused.close(bridge.used(), bridge.handed(), bridge.idle_timeout):
+                for _ in unused.close(bridge.used(), bridge.handed(), bridge.limits.idle_timeout):
                     await asyncio.sleep(SLICE_PAUSE_SECONDS)
             except Exception:  # it must go on, or unused connections would pile up
                 log.exception("closing unused connections failed")

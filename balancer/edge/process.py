@@ -10,21 +10,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-from balancer.edge.bridge import Bridge
-from balancer.edge.port import Port, listen
 from balancer.edge.server import STOP_SECONDS, Server
 from balancer.edge.signals import Signals
-from balancer.edge.workers import WorkerPool
 from balancer.errors import SettingsError
 
-if TYPE_CHECKING:
-    from _typeshed.wsgi import WSGIApplication
-
-DRAIN_SECONDS = 30.0
 INTERRUPT_DRAIN_SECONDS = 1.0  # Ctrl-C: somebody is waiting
-THREAD_IDLE_SECONDS = 30.0
 # Container objects made and not freed again between two looks of the garbage collector, 700 by default. A plain GET has
 # about 20 while it is in flight and leaves no cycles, so that looking more often finds nothing.
 GC_THRESHOLD = 20_000
@@ -77,8 +68,8 @@ def descriptor_limit() -> int:
 def serve(
     server: Server,
     *,
-    drain_timeout: float = DRAIN_SECONDS,
-    shutdown_delay: float = 0.0,
+    drain_timeout: float,
+    shutdown_delay: float,
     on_hangup: Callable[[], None] | None = None,
 ) -> int:
     """Serve until SIGTERM (finish what is in flight, exit code 0) or SIGINT (quickly, 130); a second signal cuts off.
@@ -111,24 +102,3 @@ async def _serve(
         task.cancel()
     signals.join(STOP_SECONDS)
     return 130 if quick else 0, ended
-
-
-def serve_app(
-    app: WSGIApplication,
-    *,
-    host: str = "127.0.0.1",
-    port: int = 0,
-    threads: int = 512,
-    on_listen: Callable[[str], None] = lambda url: print(f"listening on {url}", flush=True),
-    on_drain: Callable[[], None] = lambda: None,
-) -> int:
-    """Serve a WSGI app over HTTP/1.1 and HTTP/2 until a signal, as a process of its own; `serve` says what it returns.
-
-    So many requests at once have a thread each, as many more wait. `on_listen` gets the URL. `on_drain` runs when a
-    signal has come: requests that wait for something of the app's own should end then. Raises SettingsError if it
-    cannot listen. `environ["balancer.client"].is_gone` says whether the client of a request has left.
-    """
-    bridge = Bridge(app, WorkerPool(threads, threads, THREAD_IDLE_SECONDS))
-    served = Port(bridge, listen(host, port))
-    on_listen(served.url)
-    return serve(Server([served], on_drain=lambda text: on_drain()))

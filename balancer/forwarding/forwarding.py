@@ -232,7 +232,7 @@ class Forwarding:
             if isinstance(decision, Unavailable):
                 self._record.excluded = dict(islice(decision.excluded.items(), EXPLAINED))
             self.finish(decision.status, reason=decision.reason, complete=not isinstance(decision, ClientGone))
-            decision = refusal(decision, self._options.balancer_id, self._record.request_id)
+            decision = refusal(decision, self._options.id, self._record.request_id)
         else:
             self.finish(decision.status)
         return decision._replace(lines=self._with_own(decision.lines))
@@ -261,7 +261,7 @@ class Forwarding:
         try:
             self._route.statistics.record(record)
             access_log = self._route.access_log
-            if access_log.is_on:
+            if access_log.options.access_log:
                 access_log.add(record, self._incoming)
         finally:
             if stage >= Stage.BUILT:

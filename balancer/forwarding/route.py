@@ -17,15 +17,15 @@ REPLAY_LIMIT = 65536  # bytes: a request body up to this size is read first, so 
 
 @dataclass(frozen=True, slots=True)
 class RouteOptions:
-    """What a request's way needs of the settings; `settings.Settings` says what each one means."""
+    """What a request's way needs of the settings, by their names."""
 
-    balancer_id: str = "lb-1"
-    expose_backend: bool = False
-    max_request_body: int | None = None
-    retries: int = 2
-    retry_budget: float = 0.2
-    retry_budget_minimum: int = 10
-    request_timeout: float = 60.0
+    id: str
+    expose_backend: bool
+    max_request_body: int | None
+    retries: int
+    retry_budget: float
+    retry_budget_minimum: int
+    request_timeout: float
 
 
 @dataclass(frozen=True, slots=True)

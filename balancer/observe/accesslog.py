@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Literal
 
@@ -35,19 +36,21 @@ _quote = json.JSONEncoder().encode
 Format = Callable[[Exchange, str | None, str, bytes | None], str]  # exchange, client, protocol, user agent
 
 
+@dataclass(frozen=True, slots=True)
+class LogOptions:
+    """What the access log needs of the settings, by their names."""
+
+    access_log: bool
+    access_log_format: Literal["text", "json"]
+    networks: tuple[Network, ...]
+
+
 class AccessLog:
-    """`use` may be called at any time, `add` only while it `is_on`; the writer locks itself."""
+    """`options` may be replaced at any time; `add` is called only if `access_log` is set. The writer locks itself."""
 
-    def __init__(self, writer: LogWriter) -> None:
+    def __init__(self, writer: LogWriter, options: LogOptions) -> None:
         self._add = writer.add
-        self.is_on = False
-        self._format: Format = as_text
-        self._trusted: Sequence[Network] = ()
-
-    def use(self, format_name: Literal["text", "json"] | None, trusted: Sequence[Network] = ()) -> None:
-        """From now on lines of this format, none for None; claims of `trusted` peers are believed."""
-        self._format, self._trusted = as_json if format_name == "json" else as_text, trusted
-        self.is_on = format_name is not None
+        self.options = options
 
     def add(self, exchange: Exchange, incoming: Incoming) -> None:
         """`exchange` is finished: nothing changes it any more."""
@@ -58,15 +61,13 @@ class AccessLog:
             elif name == b"x-forwarded-for":
                 forwarded_for = b"%s,%s" % (forwarded_for, value)
         asked = (incoming.peer, forwarded_for[-CLIENTS_LOGGED:], incoming.version, agent)
-        self._add(partial(_line, exchange, asked, self._format, self._trusted))  # as they are now, not when it is made
+        self._add(partial(_line, exchange, asked, self.options))  # as they are now, not when it is made
 
 
-def _line(
-    exchange: Exchange, asked: tuple[str, bytes, str, bytes | None], format_: Format, trusted: Sequence[Network]
-) -> str:
+def _line(exchange: Exchange, asked: tuple[str, bytes, str, bytes | None], options: LogOptions) -> str:
     peer, clients, version, agent = asked
-    client = None if peer == "unknown" else client_address(peer, clients.decode("latin-1"), trusted)
-    return format_(exchange, client, f"HTTP/{version}", agent)
+    client = None if peer == "unknown" else client_address(peer, clients.decode("latin-1"), options.networks)
+    return FORMATS[options.access_log_format](exchange, client, f"HTTP/{version}", agent)
 
 
 # Both formats are written out, because a line costs half as much that way as through a dictionary. Quoted is what a
@@ -105,6 +106,9 @@ def as_json(exchange: Exchange, client: str | None, protocol: str, agent: bytes 
         f'"transfer":{_or(transfer, "null")},"attempts":[{attempts}],'
         f'"user_agent":{"null" if agent is None else _quote(as_unicode(agent))}}}'
     )
+
+
+FORMATS: dict[str, Format] = {"text": as_text, "json": as_json}
 
 
 def phases(exchange: Exchange) -> tuple[float | None, float | None, float | None, float | None]:

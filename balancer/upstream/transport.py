@@ -50,32 +50,31 @@ SMALL_BODY = 131072  # bytes of an answer that is passed on in one piece if all 
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """Seconds. `response` is until the response head is complete, `idle` between two pieces of either body."""
+    """Seconds, by the names of the settings."""
 
-    connect: float = 3.0
-    response: float = 30.0
-    idle: float = 60.0
+    connect_timeout: float
+    response_timeout: float
+    idle_timeout: float
+    pool_idle_timeout: float
 
 
 class BackendAdapter(BaseAdapter):
     """Sends requests to backends over pooled connections. Thread-safe.
 
     `_lock` guards `_idle`: per origin, the idle connections, the newest last. Sockets are opened, checked and closed
-    outside it. `timeouts` and `pool_idle_timeout` may be replaced at any time.
+    outside it. `timeouts` may be replaced at any time.
     """
 
     def __init__(
         self,
-        timeouts: Timeouts | None = None,
+        timeouts: Timeouts,
         *,
-        pool_idle_timeout: float = 4.0,
         max_idle: int = MAX_IDLE_PER_BACKEND,
         tls: ssl.SSLContext | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__()
-        self.timeouts = timeouts or Timeouts()
-        self.pool_idle_timeout = pool_idle_timeout
+        self.timeouts = timeouts
         self._max_idle = max_idle
         self._tls = tls
         self._clock = clock
@@ -171,11 +170,11 @@ class BackendAdapter(BaseAdapter):
         """Send the request; if not `is_patient`, what goes without waiting."""
         timeouts, now = self.timeouts, time.monotonic()
         if request.is_replayable:
-            sent = Sent(connection, request, min(now + timeouts.response, request.deadline))
-            seconds = timeouts.response
+            sent = Sent(connection, request, min(now + timeouts.response_timeout, request.deadline))
+            seconds = timeouts.response_timeout
         else:  # a streamed body may take as long as it needs to come; there is only one attempt with it anyway
-            sent = Sent(connection, request, now + timeouts.response)
-            seconds = timeouts.idle
+            sent = Sent(connection, request, now + timeouts.response_timeout)
+            seconds = timeouts.idle_timeout
         if request.watcher is not None:
             request.watcher.attach(connection)
         try:
@@ -221,19 +220,19 @@ class BackendAdapter(BaseAdapter):
         if body.is_complete:
             body.close()
         else:
-            connection.set_timeout(self.timeouts.idle)
+            connection.set_timeout(self.timeouts.idle_timeout)
         return BackendResponse(sent.head, body, request)
 
     def _seconds_left(self, sent: Sent) -> float:
         """For the rest of the response head. A streamed body took its own time to be sent."""
         if not sent.request.is_replayable:
-            return self.timeouts.response
+            return self.timeouts.response_timeout
         return max(0.001, sent.deadline - time.monotonic())
 
     def _connect(self, origin: Origin, request: OutgoingRequest) -> Connection:
         started = time.monotonic()
         try:
-            return self._open(origin, max(0.001, min(self.timeouts.connect, request.deadline - started)))
+            return self._open(origin, max(0.001, min(self.timeouts.connect_timeout, request.deadline - started)))
         finally:
             request.connect_seconds = time.monotonic() - started
 
@@ -272,7 +271,7 @@ class BackendAdapter(BaseAdapter):
 
     def _take(self, origin: Origin) -> Connection | None:
         """The most recently used idle connection that is still good; closes those that are not."""
-        oldest = self._clock() - self.pool_idle_timeout
+        oldest = self._clock() - self.timeouts.pool_idle_timeout
         while True:
             with self._lock:
                 idle = self._idle.get(origin)
@@ -304,7 +303,7 @@ class BackendAdapter(BaseAdapter):
 
     def close_idle(self) -> None:
         """Close what has been idle too long."""
-        oldest = self._clock() - self.pool_idle_timeout
+        oldest = self._clock() - self.timeouts.pool_idle_timeout
         expired: list[Connection] = []
         with self._lock:
             for origin, idle in list(self._idle.items()):
