@@ -54,8 +54,8 @@ class LoadBalancer:
 
     Each of `backends` is a URL, `[ID=]URL[@WEIGHT]`, a dict or a BackendSettings. Every setting can be given by name;
     the others have their defaults, but `port`, which is any free one. Neither a file nor the environment is read.
-    `config` are settings that are checked already, `sources` where each came from. `filters` are asked about each
-    request that is to be forwarded, in their order. Raises SettingsError, in one line.
+    `config` are settings that are checked already, `sources` where each came from. `filters` are asked in their order.
+    Raises SettingsError, in one line.
 
     `app` is the Flask app of the control API, whose `wsgi_app` forwards everything else.
     """
@@ -75,7 +75,8 @@ class LoadBalancer:
         parts = wiring.make(config, sources, filters)
         self.app, self.control_app, self.proxy = parts.app, parts.control_app, parts.proxy
         self.configuration, self.control = parts.configuration, parts.control
-        self.health, self.adapter, self.routes = parts.health, parts.adapter, parts.routes
+        self.health, self.adapter = parts.health, parts.adapter
+        self._make_routes = parts.routes
         self.control.reload = self.reload
         self.app.extensions["balancer"] = self
         self.express: Express | None = None
@@ -277,7 +278,7 @@ class LoadBalancer:
         self.control.pool.apply(plan.pool)
         self.adapter.timeouts = config.options(Timeouts)
         self.health.use(config.options(HealthOptions))
-        self.proxy.routes = self.routes(config)
+        self.proxy.routes = self._make_routes(config)
         self.proxy.heads = RequestHeads(
             self.proxy.heads.pseudonym, config.networks, config.max_header_count, config.request_headers
         )

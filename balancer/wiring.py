@@ -62,12 +62,12 @@ class Parts:
     control: Control
     health: HealthChecker
     adapter: BackendAdapter
-    routes: Callable[[Settings], Routes]
+    routes: Callable[[Settings], Routes]  # as settings have them
 
 
 def make(config: Settings, sources: Mapping[str, str] | None, filters: Sequence[Filter]) -> Parts:
-    """`sources` says where each setting came from; `filters` are asked about each request that is to be forwarded, in
-    their order. Raises SettingsError for an unknown algorithm or an unreadable CA file."""
+    """`sources` says where each setting came from. Raises SettingsError for an unknown algorithm or an unreadable CA
+    file."""
     strategies.load_entry_points()
     configuration = Configuration(config, sources)
     statistics, events = Statistics(), Events()
@@ -124,8 +124,8 @@ def _routes(
     control: Control, adapter: BackendAdapter, health: HealthChecker, filters: Sequence[Filter]
 ) -> Callable[[Settings], Routes]:
     """What makes the routes that settings ask for, at the start and at every reload."""
-    started_with = control.configuration.settings
-    budget, access_log = RetryBudget(control.statistics), AccessLog(control.log, started_with.options(LogOptions))
+    started_with, budget = control.configuration.settings, RetryBudget(control.statistics)
+    access_log = AccessLog(control.log, started_with.options(LogOptions))
     rare: list[Filter] = [MaxForwards()]
     if started_with.control_port is None:  # else the control API is no neighbour of what is forwarded
         rare.append(ServiceWorkers(api.covers_control_path(started_with.control_prefix)))
