@@ -9,7 +9,7 @@ import socket
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from balancer.balancing.judge import PoolOptions
+from balancer.balancing.options import PoolOptions
 from balancer.config.reload import Configuration, Plan
 from balancer.config.settings import Settings
 from balancer.control.access import AccessOptions

@@ -16,7 +16,7 @@ from flask import Flask
 from balancer.balancer import Balancer
 from balancer.balancing import strategies
 from balancer.balancing.changes import Change
-from balancer.balancing.judge import PoolOptions
+from balancer.balancing.options import PoolOptions
 from balancer.balancing.pool import BackendPool, PoolChanges
 from balancer.config import settings
 from balancer.config.reload import Configuration, make_backend

@@ -28,7 +28,7 @@ PATH_KEPT = 200  # characters of a refused path
 
 # The routes are nested in it, so that its hooks below hold for all of them and for nothing else.
 blueprint = Blueprint("control", __name__)
-for part in (monitoring, administration, dashboard):
+for part in (monitoring, administration, dashboard, openapi):
     blueprint.register_blueprint(part.blueprint)
 
 

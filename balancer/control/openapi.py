@@ -5,9 +5,18 @@
 
 from __future__ import annotations
 
+from flask import Blueprint, Response, jsonify
+
 from balancer import __version__
-from balancer.control import schemas
-from balancer.control.schemas import Schema
+from balancer.balancing.backends import BackendView
+from balancer.config.reload import PlanView, SettingsView
+from balancer.control.administration import AlgorithmChanged, Algorithms, BackendRemoved, Backends, Message
+from balancer.control.control import current_control
+from balancer.control.inputs import AlgorithmChange, BackendChange, BackendCreate, Body, Nothing
+from balancer.control.monitoring import Alive, EventsView, HistoryView, Readiness, Status
+from balancer.control.problems import Error
+from balancer.control.schemas import SCHEMAS, Schema, ref
+from balancer.observe.exchange import ExplainedView
 
 
 def _json(schema: Schema, description: str, media_type: str = "application/json") -> Schema:
@@ -19,7 +28,7 @@ def _operation(
     summary: str,
     answers: dict[str, Schema],
     *,
-    body: str | None = None,
+    body: type[Body] | None = None,
     optional_body: bool = False,
     query: dict[str, Schema] | None = None,
     errors: str = "application/problem+json",
@@ -27,10 +36,10 @@ def _operation(
     operation: Schema = {
         "operationId": identifier,
         "summary": summary,
-        "responses": answers | {"4XX": _json(schemas.ref("Error"), "refused; `error` says why", errors)},
+        "responses": answers | {"4XX": _json(ref(Error), "refused; `error` says why", errors)},
     }
     if body is not None:
-        content = {"application/json": {"schema": schemas.ref(body)}}
+        content = {"application/json": {"schema": ref(body)}}
         operation["requestBody"] = {"required": not optional_body, "content": content}
     if query:
         operation["parameters"] = [{"name": name, "in": "query", "schema": query[name]} for name in query]
@@ -38,38 +47,41 @@ def _operation(
 
 
 _LEGACY = "application/json"
+TEXT: Schema = {"type": "string"}
+
+blueprint = Blueprint("openapi", __name__)
 
 PATHS: dict[str, Schema] = {
     "/status": {
         "get": _operation(
             "getStatus",
             "Everything at one moment. Times in seconds, points in time as epoch seconds.",
-            {"200": _json(schemas.ref("Status"), "the state")},
+            {"200": _json(ref(Status), "the state")},
             query={"recent": {"type": "integer", "minimum": 0, "maximum": 100, "default": 20}},
             errors=_LEGACY,
         )
     },
-    "/health": {"get": _operation("getHealth", "Alive.", {"200": _json(schemas.HEALTHY, "alive")}, errors=_LEGACY)},
-    "/livez": {"get": _operation("getLiveness", "Alive.", {"200": _json(schemas.HEALTHY, "alive")})},
+    "/health": {"get": _operation("getHealth", "Alive.", {"200": _json(ref(Alive), "alive")}, errors=_LEGACY)},
+    "/livez": {"get": _operation("getLiveness", "Alive.", {"200": _json(ref(Alive), "alive")})},
     "/readyz": {
         "get": _operation(
             "getReadiness",
             "Ready for traffic: first health round done, not draining.",
-            {"200": _json(schemas.READY, "ready"), "503": _json(schemas.READY, "not ready")},
+            {"200": _json(ref(Readiness), "ready"), "503": _json(ref(Readiness), "not ready")},
         )
     },
     "/algorithm": {
         "get": _operation(
             "getAlgorithm",
             "The algorithm in use and all there are.",
-            {"200": _json(schemas.ALGORITHMS, "the algorithms")},
+            {"200": _json(ref(Algorithms), "the algorithms")},
             errors=_LEGACY,
         ),
         "post": _operation(
             "setAlgorithm",
             "Switch; exact from the next request on.",
-            {"200": _json(schemas.SWITCHED, "switched")},
-            body="AlgorithmChange",
+            {"200": _json(ref(AlgorithmChanged), "switched")},
+            body=AlgorithmChange,
             errors=_LEGACY,
         ),
     },
@@ -77,60 +89,60 @@ PATHS: dict[str, Schema] = {
         "post": _operation(
             "resetStatistics",
             "Zero statistics, history and recent requests.",
-            {"200": _json(schemas.ref("Message"), "done")},
-            body="Nothing",
+            {"200": _json(ref(Message), "done")},
+            body=Nothing,
             optional_body=True,
             errors=_LEGACY,
         )
     },
     "/backends": {
-        "get": _operation("listBackends", "All backends.", {"200": _json(schemas.BACKENDS, "the backends")}),
+        "get": _operation("listBackends", "All backends.", {"200": _json(ref(Backends), "the backends")}),
         "post": _operation(
             "addBackend",
             "Add a backend; it gets requests after its first good check.",
-            {"201": _json(schemas.ref("Backend"), "added")},
-            body="BackendCreate",
+            {"201": _json(ref(BackendView), "added")},
+            body=BackendCreate,
         ),
     },
     "/backends/{backend_id}": {
-        "parameters": [{"name": "backend_id", "in": "path", "required": True, "schema": schemas.TEXT}],
-        "get": _operation("getBackend", "One backend.", {"200": _json(schemas.ref("Backend"), "the backend")}),
+        "parameters": [{"name": "backend_id", "in": "path", "required": True, "schema": TEXT}],
+        "get": _operation("getBackend", "One backend.", {"200": _json(ref(BackendView), "the backend")}),
         "patch": _operation(
             "changeBackend",
             "Change weight, max_connections or admin_state.",
-            {"200": _json(schemas.ref("Backend"), "changed")},
-            body="BackendChange",
+            {"200": _json(ref(BackendView), "changed")},
+            body=BackendChange,
         ),
         "delete": _operation(
             "removeBackend",
             "Remove: no new requests, gone when the last one in flight has ended.",
             {
-                "200": _json(schemas.REMOVED, "removed"),
-                "202": _json(schemas.REMOVED, "removed when its requests have ended"),
+                "200": _json(ref(BackendRemoved), "removed"),
+                "202": _json(ref(BackendRemoved), "removed when its requests have ended"),
             },
         ),
     },
     "/requests/{request_id}": {
-        "parameters": [{"name": "request_id", "in": "path", "required": True, "schema": schemas.TEXT}],
+        "parameters": [{"name": "request_id", "in": "path", "required": True, "schema": TEXT}],
         "get": _operation(
             "explainRequest",
             "Why a finished request went where it went: candidates, who was excluded and why, scores, attempts.",
-            {"200": _json(schemas.EXPLAINED, "the request")},
+            {"200": _json(ref(ExplainedView), "the request")},
         ),
     },
     "/config": {
         "get": _operation(
             "getConfiguration",
             "Every setting, where it came from, and whether a reload can change it.",
-            {"200": _json(schemas.SETTINGS, "the settings")},
+            {"200": _json(ref(SettingsView), "the settings")},
         )
     },
     "/reload": {
         "post": _operation(
             "reloadConfiguration",
             "Read the configuration file again and apply what changed in it; a bad file changes nothing.",
-            {"200": _json(schemas.RELOADED, "what changed, or with `dry_run` what would")},
-            body="Nothing",
+            {"200": _json(ref(PlanView), "what changed, or with `dry_run` what would")},
+            body=Nothing,
             optional_body=True,
             query={"dry_run": {"type": "integer", "minimum": 0, "maximum": 1, "default": 0}},
         )
@@ -139,7 +151,7 @@ PATHS: dict[str, Schema] = {
         "get": _operation(
             "getEvents",
             "Health transitions and admin actions newer than `since`, the newest 500 are kept.",
-            {"200": _json(schemas.EVENTS, "the events")},
+            {"200": _json(ref(EventsView), "the events")},
             query={"since": {"type": "integer", "minimum": 0, "default": 0}},
         )
     },
@@ -148,7 +160,7 @@ PATHS: dict[str, Schema] = {
             "getMetrics",
             "Metrics for Prometheus, or OpenMetrics for who asks for that. Counters count since the start of the "
             "process.",
-            {"200": _json(schemas.TEXT, "the metrics", "text/plain")},
+            {"200": _json(TEXT, "the metrics", "text/plain")},
             query={"name[]": {"type": "string", "description": "this metric alone"}},
         )
     },
@@ -158,7 +170,7 @@ PATHS: dict[str, Schema] = {
             "What happened in each of the last 300 seconds, or 360 times ten seconds, oldest first. A slot starts at "
             "`at` and is told when it is over. One in which nobody looked (the machine slept) is missing. `in_flight` "
             "and `waiting` are the most at any look, one a second; idle backends are left out.",
-            {"200": _json(schemas.HISTORY, "the slots after `since`")},
+            {"200": _json(ref(HistoryView), "the slots after `since`")},
             query={
                 "step": {"type": "integer", "enum": [1, 10], "default": 1},
                 "since": {"type": "integer", "minimum": 0, "default": 0},
@@ -169,14 +181,20 @@ PATHS: dict[str, Schema] = {
         "get": _operation("getOpenApi", "This description.", {"200": _json({"type": "object"}, "OpenAPI 3.1")})
     },
     "/dashboard": {
-        "get": _operation("getDashboard", "The dashboard.", {"200": _json(schemas.TEXT, "the page", "text/html")}),
+        "get": _operation("getDashboard", "The dashboard.", {"200": _json(TEXT, "the page", "text/html")}),
     },
 }
 
 
+@blueprint.get("/openapi.json")
+def describe_api() -> Response:
+    control = current_control()
+    return jsonify(document(control.prefix, control.access.has_tokens))
+
+
 def document(prefix: str = "", protected: bool = False) -> Schema:
     """The whole description. `prefix` is `control_prefix`; `protected` if there is a token."""
-    components: Schema = {"schemas": schemas.SCHEMAS}
+    components: Schema = {"schemas": SCHEMAS}
     result: Schema = {
         "openapi": "3.1.0",
         "info": {"title": "Load balancer control API", "version": __version__},
