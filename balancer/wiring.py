@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
 import secrets
 import ssl
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flask import Flask
 
-from balancer.balancer import Balancer
 from balancer.balancing import strategies
 from balancer.balancing.changes import Change
 from balancer.balancing.options import PoolOptions
 from balancer.balancing.pool import BackendPool, PoolChanges
-from balancer.config import settings
 from balancer.config.reload import Configuration, make_backend
 from balancer.config.settings import Settings
 from balancer.control import api
@@ -48,15 +46,24 @@ _PAGES = [place / "dashboard.html" for place in _PLACES]
 DASHBOARD = next((page for page in _PAGES if page.exists()), _PAGES[0])
 
 
-def create_app(config: Settings | None = None, sources: Mapping[str, str] | None = None) -> Flask:
-    """A Flask app whose `wsgi_app` forwards everything but the control paths.
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a LoadBalancer starts and stops. `control_app` is the control API alone."""
 
-    The Balancer is `app.extensions["balancer"]`; nothing runs until its `start`. `sources` says where each setting came
-    from. Raises SettingsError for an unknown algorithm or an unreadable CA file.
-    """
+    app: Flask
+    control_app: WSGIApplication
+    proxy: ReverseProxy
+    configuration: Configuration
+    control: Control
+    health: HealthChecker
+    adapter: BackendAdapter
+
+
+def make(config: Settings, sources: Mapping[str, str] | None) -> Parts:
+    """`sources` says where each setting came from. Raises SettingsError for an unknown algorithm or an unreadable CA
+    file."""
     strategies.load_entry_points()
-    configuration = Configuration(config or Settings(), sources)
-    config = configuration.settings
+    configuration = Configuration(config, sources)
     statistics, events = Statistics(), Events()
     pool = BackendPool(strategies.create(config.algorithm), config.options(PoolOptions))
     tls = _tls_context(config.ca_file)
@@ -84,23 +91,8 @@ def create_app(config: Settings | None = None, sources: Mapping[str, str] | None
     control_app = app.wsgi_app
     proxy = _proxy(control_app, control, adapter, health)
     app.wsgi_app = proxy  # type: ignore[method-assign]
-    balancer = Balancer(configuration, control, proxy, control_app, health, adapter)
-    control.reload = balancer.reload
-    app.extensions["balancer"] = balancer
     _follow(pool, statistics, events, health)
-    return app
-
-
-def started_app() -> Flask:
-    """The app as the environment says, for other WSGI servers; it stops when the process ends. Raises SettingsError."""
-    config, sources = settings.load({})
-    for warning in [*settings.warnings(), *settings.advice(config)]:
-        log.warning(warning)
-    app = create_app(config, sources)
-    balancer: Balancer = app.extensions["balancer"]
-    balancer.start()
-    atexit.register(balancer.stop)
-    return app
+    return Parts(app, control_app, proxy, configuration, control, health, adapter)
 
 
 def _tls_context(ca_file: Path | None) -> ssl.SSLContext | None:

@@ -36,7 +36,7 @@ from balancer.config.settings import BackendSettings, Settings  # noqa: E402
 from balancer.edge.bridge import Bridge  # noqa: E402
 from balancer.edge.express import Express  # noqa: E402
 from balancer.edge.listener import ClientLimits  # noqa: E402
-from balancer.wiring import create_app  # noqa: E402
+from balancer.loadbalancer import create_app  # noqa: E402
 
 BUDGET = Path(__file__).with_name("budget.json")
 VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"

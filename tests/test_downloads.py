@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from stub_granian import GONE, Client, Promise
-from support import BalancerProcess, active, connect, exchange, get, newest, options, wait_until
+from support import Balancer, BalancerProcess, active, connect, exchange, get, newest, options, wait_until
 from test_http2 import Client as Http2Client
 from wire import WireBackend, post, read_response, request, wait_closed
 
@@ -444,7 +444,7 @@ class Thrifty(Http2Client):
 
 
 @contextmanager
-def thrifty(balancer: BalancerProcess) -> Iterator[Thrifty]:
+def thrifty(balancer: Balancer) -> Iterator[Thrifty]:
     with connect(balancer.port) as sock:
         client = Thrifty(sock)
         try:
@@ -453,7 +453,7 @@ def thrifty(balancer: BalancerProcess) -> Iterator[Thrifty]:
             client.close()
 
 
-def ask_http1(stack: ExitStack, balancer: BalancerProcess, target: bytes, count: int) -> list[socket.socket]:
+def ask_http1(stack: ExitStack, balancer: Balancer, target: bytes, count: int) -> list[socket.socket]:
     """So many connections with an answer each that nobody reads."""
     made = []
     for _ in range(count):
@@ -465,7 +465,7 @@ def ask_http1(stack: ExitStack, balancer: BalancerProcess, target: bytes, count:
     return made
 
 
-def ask_http2(stack: ExitStack, balancer: BalancerProcess, target: bytes, count: int) -> list[Thrifty]:
+def ask_http2(stack: ExitStack, balancer: Balancer, target: bytes, count: int) -> list[Thrifty]:
     """The same on one connection."""
     client = stack.enter_context(thrifty(balancer))
     for number in range(count):
@@ -475,11 +475,11 @@ def ask_http2(stack: ExitStack, balancer: BalancerProcess, target: bytes, count:
 
 @pytest.mark.parametrize("ask", [ask_http1, ask_http2])
 def test_unread_downloads_hold_no_thread(
-    start: Callable[..., BalancerProcess], scripted: WireBackend, ask: Callable[..., Any]
+    start_process: Callable[..., BalancerProcess], scripted: WireBackend, ask: Callable[..., Any]
 ) -> None:
     """Many more of them than there are threads; others are answered, by threads too."""
     scripted.script = answering(b"")
-    balancer = start("--max-threads=8", "--max-queued=100", "--thread-idle-timeout=1")
+    balancer = start_process("--max-threads=8", "--max-queued=100", "--thread-idle-timeout=1")
     before = threads(balancer)
     with ExitStack() as stack:
         held = ask(stack, balancer, b"/endless", 60)
@@ -498,7 +498,7 @@ def test_unread_downloads_hold_no_thread(
 @pytest.mark.parametrize("is_chunked", [False, True])
 @pytest.mark.parametrize("size", [120_000, 12_000_000])
 def test_a_reader_that_pauses_gets_all_of_it(
-    start: Callable[..., BalancerProcess], scripted: WireBackend, size: int, is_chunked: bool
+    start: Callable[..., Balancer], scripted: WireBackend, size: int, is_chunked: bool
 ) -> None:
     body = content(size)
     scripted.script = answering(body, is_chunked=is_chunked)
@@ -523,7 +523,7 @@ def test_a_reader_that_pauses_gets_all_of_it(
 
 @pytest.mark.parametrize("target", [b"/endless", b"/"])
 def test_an_http2_answer_that_nobody_reads_is_in_flight_until_idle_timeout(
-    start: Callable[..., BalancerProcess], scripted: WireBackend, target: bytes
+    start: Callable[..., Balancer], scripted: WireBackend, target: bytes
 ) -> None:
     """Also one of 128 KB, which came whole; PINGs are no sign of reading."""
     scripted.script = answering(bytes(130_000))
@@ -547,7 +547,7 @@ def test_an_http2_answer_that_nobody_reads_is_in_flight_until_idle_timeout(
     assert balancer.backend("only")["health"]["consecutive_failures"] == 0
 
 
-def test_the_dashboard_that_nobody_reads_is_ended(start: Callable[..., BalancerProcess]) -> None:
+def test_the_dashboard_that_nobody_reads_is_ended(start: Callable[..., Balancer]) -> None:
     """It needs no backend, and no thread."""
     balancer = start("--idle-timeout=1", "--max-threads=4", "--thread-idle-timeout=1")
     with ExitStack() as stack:
@@ -557,9 +557,7 @@ def test_the_dashboard_that_nobody_reads_is_ended(start: Callable[..., BalancerP
         assert h2.is_closed
 
 
-def test_whole_answers_that_nobody_reads_are_ended(
-    start: Callable[..., BalancerProcess], scripted: WireBackend
-) -> None:
+def test_whole_answers_that_nobody_reads_are_ended(start: Callable[..., Balancer], scripted: WireBackend) -> None:
     """They count as done, and neither PINGs nor a request now and then keep their connection."""
     scripted.script = answering(bytes(16_000))
     balancer = start("--idle-timeout=1", "--header-timeout=1")
@@ -577,7 +575,7 @@ def test_whole_answers_that_nobody_reads_are_ended(
         wait_until(is_closed, 20, "the connection is cut")
 
 
-def test_an_answer_that_is_read_too_slowly_is_cut(start: Callable[..., BalancerProcess], scripted: WireBackend) -> None:
+def test_an_answer_that_is_read_too_slowly_is_cut(start: Callable[..., Balancer], scripted: WireBackend) -> None:
     """Well within every `idle_timeout`, at 40,000 bytes/s where 1,000,000 are asked for."""
     scripted.script = answering(b"")
     balancer = start("--min-body-rate=1000000", "--idle-timeout=5")
@@ -602,9 +600,7 @@ def test_an_answer_that_is_read_too_slowly_is_cut(start: Callable[..., BalancerP
     assert record["response_time"] > GRACE_SECONDS
 
 
-def test_an_event_stream_may_be_as_slow_as_it_likes(
-    start: Callable[..., BalancerProcess], scripted: WireBackend
-) -> None:
+def test_an_event_stream_may_be_as_slow_as_it_likes(start: Callable[..., Balancer], scripted: WireBackend) -> None:
     """At 10 bytes/s, for longer than the grace: its client reads all there is."""
     ended = threading.Event()
 
@@ -622,7 +618,7 @@ def test_an_event_stream_may_be_as_slow_as_it_likes(
 
 
 def test_a_backend_that_dies_while_nobody_reads_cuts_the_answer(
-    start: Callable[..., BalancerProcess], scripted: WireBackend
+    start: Callable[..., Balancer], scripted: WireBackend
 ) -> None:
     go = threading.Event()
 
@@ -646,9 +642,11 @@ def test_a_backend_that_dies_while_nobody_reads_cuts_the_answer(
     assert (record["reason"], record["complete"]) == ("http_response_incomplete", False)
 
 
-def test_the_end_cuts_off_what_nobody_reads(start: Callable[..., BalancerProcess], scripted: WireBackend) -> None:
+def test_the_end_cuts_off_what_nobody_reads(
+    start_process: Callable[..., BalancerProcess], scripted: WireBackend
+) -> None:
     scripted.script = answering(b"")
-    balancer = start("--drain-timeout=1")
+    balancer = start_process("--drain-timeout=1")
     with ExitStack() as stack:
         (sock,) = ask_http1(stack, balancer, b"/endless", 1)
         (h2,) = ask_http2(stack, balancer, b"/endless", 10)
@@ -662,10 +660,10 @@ def test_the_end_cuts_off_what_nobody_reads(start: Callable[..., BalancerProcess
 
 
 def test_the_end_lets_a_reader_that_reads_on_finish(
-    start: Callable[..., BalancerProcess], scripted: WireBackend
+    start_process: Callable[..., BalancerProcess], scripted: WireBackend
 ) -> None:
     scripted.script = answering(content(8_000_000))
-    balancer = start()
+    balancer = start_process()
     with ExitStack() as stack:
         (h2,) = ask_http2(stack, balancer, b"/", 1)
         wait_until(lambda: active(balancer) == 1)
@@ -680,7 +678,7 @@ def test_the_end_lets_a_reader_that_reads_on_finish(
 
 
 def test_slow_uploads_from_one_address_leave_threads_for_others(
-    start: Callable[..., BalancerProcess], scripted: WireBackend
+    start: Callable[..., Balancer], scripted: WireBackend
 ) -> None:
     """Each just above `min_body_rate`, so that they may go on for ever."""
     scripted.script = answering(b"")

@@ -31,16 +31,15 @@ from support import (
 )
 from wire import hang_up, post, read_response, request
 
-from balancer.balancer import Balancer
 from balancer.balancing.backends import LastCheck
 from balancer.config.settings import BackendSettings, Settings
 from balancer.edge.bridge import WATCH_AFTER_SECONDS
 from balancer.edge.express import Express
 from balancer.edge.workers import WorkerPool
+from balancer.loadbalancer import LoadBalancer, create_app
 from balancer.protocol.origin import Origin
 from balancer.upstream.connection import Connection
 from balancer.upstream.transport import BackendAdapter, OutgoingRequest, Timeouts
-from balancer.wiring import create_app
 from bench import guard
 
 
@@ -338,15 +337,14 @@ def test_requests_that_wait_on_the_express_way_are_finished_when_it_stops(
 # In this process.
 
 
-def wire(wrap: bool) -> tuple[Balancer, Any]:
+def wire(wrap: bool) -> tuple[LoadBalancer, Any]:
     backends = tuple(BackendSettings(id=name, url=f"http://127.0.0.1:{free_port()}") for name in "abc")
     app = create_app(Settings(port=0, backends=backends))
-    balancer: Balancer = app.extensions["balancer"]
+    balancer: LoadBalancer = app.extensions["balancer"]
     if wrap:
         inner = app.wsgi_app
         app.wsgi_app = lambda environ, start_response: inner(environ, start_response)  # type: ignore[method-assign]
-    ((bridge, listener),) = balancer.listen(app.wsgi_app)
-    listener.close()
+    (bridge,) = balancer.make_bridges()
     return balancer, bridge
 
 
@@ -354,8 +352,8 @@ def wire(wrap: bool) -> tuple[Balancer, Any]:
 def test_a_middleware_around_the_app_sees_every_request(wrap: bool) -> None:
     balancer, bridge = wire(wrap)
     assert (bridge.proxy is None) == wrap
-    balancer.start()
-    balancer.stop()
+    balancer.start_parts()
+    balancer.stop_parts()
 
 
 def test_it_stops_and_leaves_nothing() -> None:
@@ -371,22 +369,22 @@ def test_it_stops_and_leaves_nothing() -> None:
 
 
 @pytest.fixture
-def parts() -> Iterator[tuple[Balancer, Any]]:
+def parts() -> Iterator[tuple[LoadBalancer, Any]]:
     """A wired balancer whose three backends are believed to be up, and its bridge; nothing runs."""
     balancer, bridge = wire(wrap=False)
     for backend in balancer.control.pool.backends():
         balancer.control.pool.record_check(backend, LastCheck(1.0, 0.001, 200, None))
     yield balancer, bridge
     bridge.pool.stop(5)
-    balancer.stop()
+    balancer.stop_parts()
 
 
-def states(balancer: Balancer) -> list[tuple[str, int, int]]:
+def states(balancer: LoadBalancer) -> list[tuple[str, int, int]]:
     shown = balancer.control.pool.snapshot()
     return [(b["state"], b["active_connections"], b["ejection"]["consecutive_failures"]) for b in shown]
 
 
-def test_a_backend_is_not_blamed_when_the_balancer_has_no_thread(parts: tuple[Balancer, Any]) -> None:
+def test_a_backend_is_not_blamed_when_the_balancer_has_no_thread(parts: tuple[LoadBalancer, Any]) -> None:
     balancer, bridge = parts
     bridge.pool.stop(1)  # takes nothing any more
     for _ in range(20):
@@ -401,7 +399,7 @@ def surprise(call: Any) -> bool:
 
 
 def test_a_surprise_on_the_way_in_is_answered_and_forgotten(
-    parts: tuple[Balancer, Any], caplog: pytest.LogCaptureFixture
+    parts: tuple[LoadBalancer, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     balancer, bridge = parts
     bridge.express.take = surprise
@@ -415,7 +413,7 @@ def test_a_surprise_on_the_way_in_is_answered_and_forgotten(
     assert balancer.control.statistics.snapshot()[0]["active_requests"] == 0
 
 
-def test_a_surprise_while_a_worker_connects_is_answered_and_forgotten(parts: tuple[Balancer, Any]) -> None:
+def test_a_surprise_while_a_worker_connects_is_answered_and_forgotten(parts: tuple[LoadBalancer, Any]) -> None:
     balancer, bridge = parts
     bridge.express.connect = surprise
     client = Client()
@@ -425,7 +423,7 @@ def test_a_surprise_while_a_worker_connects_is_answered_and_forgotten(parts: tup
     assert states(balancer) == [("up", 0, 0)] * 3
 
 
-def test_a_surprise_after_a_body_has_come_is_answered_and_forgotten(parts: tuple[Balancer, Any]) -> None:
+def test_a_surprise_after_a_body_has_come_is_answered_and_forgotten(parts: tuple[LoadBalancer, Any]) -> None:
     _, bridge = parts
     bridge.express.take = surprise
     client = Client(guard.Kind("POST", b"x"))
@@ -436,7 +434,7 @@ def test_a_surprise_after_a_body_has_come_is_answered_and_forgotten(parts: tuple
 
 
 def test_the_watch_for_leaving_clients_outlives_a_surprise(
-    parts: tuple[Balancer, Any], caplog: pytest.LogCaptureFixture
+    parts: tuple[LoadBalancer, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     _, bridge = parts
     bridge.express.take = lambda call: True  # and never answers it

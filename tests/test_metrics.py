@@ -40,12 +40,12 @@ from balancer.balancing.strategies import create
 from balancer.balancing.tally import Tally
 from balancer.config.settings import BackendSettings, Settings
 from balancer.control.metrics import BACKEND_REASONS, BUCKETS, QUEUE_BUCKETS, REASONS, STATES
+from balancer.loadbalancer import create_app
 from balancer.observe.events import EVENT_KINDS
 from balancer.observe.exchange import Attempt
 from balancer.observe.histogram import BOUNDS, ROUND_BOUNDS
 from balancer.observe.statistics import Statistics
 from balancer.protocol.origin import Origin
-from balancer.wiring import create_app
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 

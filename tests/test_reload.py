@@ -25,7 +25,6 @@ from support import (
     wait_until,
 )
 
-from balancer.balancer import Balancer
 from balancer.balancing import strategies
 from balancer.config import settings
 from balancer.config.settings import NEEDS_RESTART, Settings
@@ -33,7 +32,7 @@ from balancer.edge.bridge import Bridge
 from balancer.edge.listener import ClientLimits
 from balancer.edge.workers import WorkerPool
 from balancer.errors import SettingsError
-from balancer.wiring import create_app
+from balancer.loadbalancer import LoadBalancer, create_app
 
 A, B, C = ({"id": name, "url": f"http://127.0.0.1:{port}"} for name, port in (("a", 1), ("b", 2), ("c", 3)))
 
@@ -43,7 +42,7 @@ class Wired:
 
     def __init__(self, **start: Any) -> None:
         self.wanted: Settings | SettingsError = Settings(**start)
-        self.balancer: Balancer = create_app(self.wanted).extensions["balancer"]
+        self.balancer: LoadBalancer = create_app(self.wanted).extensions["balancer"]
         self.balancer.configuration.read = self._read
         self.pool = self.balancer.control.pool
 
@@ -147,7 +146,7 @@ def test_every_setting_is_either_applied_or_said_to_need_a_restart(name: str) ->
         assert held(balancer) != before, f"{name} is not applied"
 
 
-def held(balancer: Balancer) -> list[Any]:
+def held(balancer: LoadBalancer) -> list[Any]:
     """What the running parts have of the settings."""
     proxy, control = balancer.proxy, balancer.control
     return [

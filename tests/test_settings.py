@@ -16,8 +16,8 @@ from support import another_value
 from balancer.balancing.options import PoolOptions
 from balancer.config.settings import SECRETS, BackendSettings, Settings, add_arguments, describe, load, show
 from balancer.control.access import AccessOptions
+from balancer.edge.granian import PortOptions
 from balancer.edge.listener import ClientLimits
-from balancer.edge.server import ServerOptions
 from balancer.errors import SettingsError
 from balancer.fleet.health import HealthOptions
 from balancer.forwarding.route import RouteOptions
@@ -96,7 +96,7 @@ def test_every_setting_has_a_flag_and_a_variable_of_its_name(name: str) -> None:
     assert (flag_sources[name], variable_sources[name]) == ("flag", "environment")
 
 
-PARTS = [AccessOptions, ClientLimits, HealthOptions, LogOptions, PoolOptions, RouteOptions, ServerOptions, Timeouts]
+PARTS = [AccessOptions, ClientLimits, HealthOptions, LogOptions, PoolOptions, RouteOptions, PortOptions, Timeouts]
 
 
 @pytest.mark.parametrize("kind", PARTS)

@@ -17,6 +17,7 @@ from balancer.balancing.backends import LastCheck
 from balancer.config.settings import BackendSettings, Settings
 from balancer.errors import ResponseTimedOut
 from balancer.forwarding.retrybudget import RetryBudget
+from balancer.loadbalancer import create_app
 from balancer.observe.events import EVENTS_KEPT, Events
 from balancer.observe.exchange import PATH_SHOWN, Exchange
 from balancer.observe.histogram import BOUNDS, Histogram
@@ -31,7 +32,6 @@ from balancer.observe.statistics import (
     Statistics,
 )
 from balancer.protocol.origin import Origin
-from balancer.wiring import create_app
 
 
 @pytest.fixture

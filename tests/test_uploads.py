@@ -11,7 +11,7 @@ from threading import Event
 
 import pytest
 from stub_granian import GONE, Client, piece
-from support import BalancerProcess, RawRequest, connect, ok, options, wait_until
+from support import Balancer, RawRequest, connect, ok, options, wait_until
 from wire import WireBackend, read_response, request
 
 from balancer.edge.bridge import WATCH_AFTER_SECONDS, Bridge
@@ -272,8 +272,8 @@ def backend() -> Iterator[WireBackend]:
 
 
 @pytest.fixture(scope="module")
-def balancer(backend: WireBackend) -> Iterator[BalancerProcess]:
-    balancer = BalancerProcess(f"--backend=only={backend.url}")
+def balancer(backend: WireBackend) -> Iterator[Balancer]:
+    balancer = Balancer(f"--backend=only={backend.url}")
     yield balancer
     balancer.stop()
 
@@ -281,7 +281,7 @@ def balancer(backend: WireBackend) -> Iterator[BalancerProcess]:
 @pytest.mark.parametrize("size", [1, 65536, 65537, 1_000_000])
 @pytest.mark.parametrize("chunked", [True, False])
 def test_a_client_that_waits_for_its_answer_does_not_seem_to_have_left(
-    balancer: BalancerProcess, backend: WireBackend, chunked: bool, size: int
+    balancer: Balancer, backend: WireBackend, chunked: bool, size: int
 ) -> None:
     """The answer comes when clients are watched already. To who asked beyond the end, Granian says they have left."""
     backend.reset()
@@ -303,7 +303,7 @@ def test_a_client_that_waits_for_its_answer_does_not_seem_to_have_left(
 @pytest.mark.parametrize("largest", [10, 5_000, 200_000])
 @pytest.mark.parametrize("chunked", [True, False])
 def test_pieces_of_any_size_arrive_as_they_were_sent(
-    balancer: BalancerProcess, backend: WireBackend, chunked: bool, largest: int
+    balancer: Balancer, backend: WireBackend, chunked: bool, largest: int
 ) -> None:
     backend.reset()
     rng = random.Random(largest)

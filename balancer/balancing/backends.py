@@ -26,7 +26,7 @@ from balancer.protocol.origin import Origin
 AdminState = Literal["ready", "drain", "maint"]
 HealthStatus = Literal["unknown", "up", "down"]
 State = Literal[HealthStatus, "ejected", "trial", "drain", "drained", "maint"]
-Source = Literal["default", "file", "environment", "flag", "api"]
+Source = Literal["default", "file", "environment", "flag", "program", "api"]
 
 ID_PATTERN = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}"  # also one step of a URL path, so not "." or ".."
 MAX_CONNECTIONS = 1_000_000

@@ -346,8 +346,18 @@ def load(
         for name, value in given.items():
             values[name] = _split(name, value)
             sources[name] = f"file {file}" if source == "file" else source
+    return _checked(values, sources), sources
+
+
+def given(values: Mapping[str, Any]) -> tuple[Settings, dict[str, str]]:
+    """The same for a program that names settings itself: neither a file nor the environment is read."""
+    sources = dict.fromkeys(Settings.model_fields, "default") | dict.fromkeys(values, "program")
+    return _checked({name: _split(name, value) for name, value in values.items()}, sources), sources
+
+
+def _checked(values: Mapping[str, Any], sources: Mapping[str, str]) -> Settings:
     try:
-        return Settings.model_validate(values), sources
+        return Settings.model_validate(values)
     except ValidationError as error:
         raise SettingsError("; ".join(_explain(detail, sources) for detail in error.errors())) from None
 

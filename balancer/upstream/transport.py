@@ -201,6 +201,7 @@ class BackendAdapter(BaseAdapter):
                 sent.response = self._respond(sent)
         except BaseException:
             sent.close()
+            sent.failure = None  # raised, it refers to `sent` as well: garbage of the slow kind otherwise
             raise
         return sent.response
 
