@@ -73,11 +73,10 @@ class LoadBalancer:
         if config is None:
             listed = backends if isinstance(backends, str) else list(backends)
             config, sources = settings.given({"port": 0, "backends": listed, **values})
-        parts = wiring.make(config, sources)
+        parts = wiring.make(config, sources, self.reload)
         self.app, self.control_app, self.proxy = parts.app, parts.control_app, parts.proxy
-        self.configuration, self.control = parts.configuration, parts.control
-        self.health, self.adapter = parts.health, parts.adapter
-        self.control.reload = self.reload
+        self.control, self.health, self.workers = parts.control, parts.health, parts.workers
+        self.configuration, self.adapter = parts.control.configuration, parts.control.adapter
         self.app.extensions["balancer"] = self
         self.express: Express | None = None
         self.bridges: list[Bridge] = []
@@ -203,15 +202,13 @@ class LoadBalancer:
         """The main one, and the control API's if it has a port of its own; both share the threads."""
         config = self.settings
         limits = config.options(ClientLimits)
-        workers = WorkerPool(config.max_threads, config.max_queued, config.thread_idle_timeout)
-        self.control.queued = lambda: workers.queued
         if hasattr(select, "epoll"):
-            self.express = Express(self.adapter, workers)
+            self.express = Express(self.adapter, self.workers)
         is_wrapped = self.app.wsgi_app is not self.proxy
         bridges = [
             Bridge(
                 self.app.wsgi_app,
-                workers,
+                self.workers,
                 limits,
                 is_control=self.proxy.is_control,
                 # A WSGI middleware around the proxy must see every request, so there is no way past it then.
@@ -220,7 +217,7 @@ class LoadBalancer:
             )
         ]
         if config.control_port is not None:
-            bridges.append(Bridge(self.control_app, workers, limits, is_control=lambda path: True))
+            bridges.append(Bridge(self.control_app, self.workers, limits, is_control=lambda path: True))
         return bridges
 
     def start_parts(self) -> None:

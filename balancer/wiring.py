@@ -6,7 +6,7 @@ import logging
 import secrets
 import ssl
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,12 +17,12 @@ from balancer.balancing import strategies
 from balancer.balancing.changes import Change
 from balancer.balancing.options import PoolOptions
 from balancer.balancing.pool import BackendPool, PoolChanges
-from balancer.config.reload import Configuration, make_backend
+from balancer.config.reload import Configuration, Plan, make_backend
 from balancer.config.settings import Settings
 from balancer.control import api
 from balancer.control.access import Access, AccessOptions
 from balancer.control.control import Control
-from balancer.control.metrics import Metrics, Sources
+from balancer.edge.workers import WorkerPool
 from balancer.edge.wsgi import ReverseProxy
 from balancer.errors import SettingsError
 from balancer.fleet.health import HealthChecker, HealthOptions
@@ -53,13 +53,12 @@ class Parts:
     app: Flask
     control_app: WSGIApplication
     proxy: ReverseProxy
-    configuration: Configuration
     control: Control
     health: HealthChecker
-    adapter: BackendAdapter
+    workers: WorkerPool
 
 
-def make(config: Settings, sources: Mapping[str, str] | None) -> Parts:
+def make(config: Settings, sources: Mapping[str, str] | None, reload: Callable[[bool], Plan]) -> Parts:
     """`sources` says where each setting came from. Raises SettingsError for an unknown algorithm or an unreadable CA
     file."""
     strategies.load_entry_points()
@@ -74,25 +73,19 @@ def make(config: Settings, sources: Mapping[str, str] | None) -> Parts:
 
     app = Flask(__name__, static_folder=None)
     history, writer = History(lambda: _look(statistics, pool)), LogWriter(standard_output())
+    workers = WorkerPool(config.max_threads, config.max_queued, config.thread_idle_timeout)
+    access = Access(config.options(AccessOptions))
     control = Control(
-        config.id,
-        pool,
-        statistics,
-        events,
-        history,
-        writer,
-        DASHBOARD,
-        configuration,
-        Access(config.options(AccessOptions)),
-        config.control_prefix,
+        *(pool, statistics, events, history, writer, DASHBOARD, configuration, access, adapter),
+        queued=lambda: workers.queued,
+        reload=reload,
     )
-    control.metrics = Metrics(_sources(control, adapter))
     api.install(app, control)
     control_app = app.wsgi_app
-    proxy = _proxy(control_app, control, adapter, health)
+    proxy = _proxy(control_app, control, health)
     app.wsgi_app = proxy  # type: ignore[method-assign]
     _follow(pool, statistics, events, health)
-    return Parts(app, control_app, proxy, configuration, control, health, adapter)
+    return Parts(app, control_app, proxy, control, health, workers)
 
 
 def _tls_context(ca_file: Path | None) -> ssl.SSLContext | None:
@@ -113,10 +106,8 @@ def _health(config: Settings, pool: BackendPool, adapter: BackendAdapter, tls: s
     return HealthChecker(pool, config.options(HealthOptions), tls=tls, on_round=on_round)
 
 
-def _proxy(
-    control_app: WSGIApplication, control: Control, adapter: BackendAdapter, health: HealthChecker
-) -> ReverseProxy:
-    config = control.configuration.settings
+def _proxy(control_app: WSGIApplication, control: Control, health: HealthChecker) -> ReverseProxy:
+    config = control.settings
     has_own_port, prefix = config.control_port is not None, config.control_prefix
     # The pseudonym is this very process: two balancers of one name in a chain are not a loop.
     pseudonym = f"{config.id}.{secrets.token_hex(4)}".encode("ascii")
@@ -125,7 +116,7 @@ def _proxy(
         (lambda path: False) if has_own_port else api.is_control_path(prefix),
         route=Route(
             control.pool,
-            adapter,
+            control.adapter,
             control.statistics,
             RetryBudget(control.statistics),
             config.options(RouteOptions),
@@ -134,20 +125,6 @@ def _proxy(
             covers_control=(lambda scope: False) if has_own_port else api.covers_control_path(prefix),
         ),
         heads=RequestHeads(pseudonym, config.networks, config.max_header_count),
-    )
-
-
-def _sources(control: Control, adapter: BackendAdapter) -> Sources:
-    return Sources(
-        balancer_id=control.balancer_id,
-        pool=control.pool,
-        statistics=control.statistics,
-        events=control.events,
-        adapter=adapter,
-        configuration=control.configuration,
-        lifecycle=lambda: control.lifecycle,
-        queued=lambda: control.queued(),
-        log=control.log,
     )
 
 

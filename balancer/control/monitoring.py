@@ -20,6 +20,7 @@ from balancer.config.reload import ConfigView
 from balancer.control.access import first_segment, is_authorized
 from balancer.control.control import Lifecycle, current_control
 from balancer.control.inputs import whole_number
+from balancer.control.metrics import current_metrics
 from balancer.control.problems import ApiError
 from balancer.observe.events import Event
 from balancer.observe.exchange import FinishedView, RecentView
@@ -114,7 +115,7 @@ def status() -> Response:
         Status(
             schema_version=SCHEMA_VERSION,
             version=__version__,
-            load_balancer_id=control.balancer_id,
+            load_balancer_id=control.settings.id,
             algorithm=control.pool.algorithm,
             lifecycle=control.lifecycle,
             now=time.time(),
@@ -143,7 +144,7 @@ def _capabilities() -> Capabilities:
         "token_required": access.has_tokens,
         "authorized": is_authorized(),
         "reload": current_control().configuration.file is not None,
-        "traffic": current_control().configuration.settings.control_port is None,  # a port of its own forwards nothing
+        "traffic": current_control().settings.control_port is None,  # a port of its own forwards nothing
         "algorithms": strategies.describe(),
     }
 
@@ -151,7 +152,7 @@ def _capabilities() -> Capabilities:
 @blueprint.get("/health")
 @blueprint.get("/livez")
 def health() -> Response:
-    return jsonify(Alive(status="healthy", load_balancer_id=current_control().balancer_id))
+    return jsonify(Alive(status="healthy", load_balancer_id=current_control().settings.id))
 
 
 @blueprint.get("/readyz")
@@ -186,7 +187,7 @@ def events() -> Response:
 @blueprint.get("/metrics")
 def metrics() -> Response:
     environ = request.environ | {"REQUEST_METHOD": "GET"}  # its own app does not know HEAD; Flask drops the body
-    return cast(Response, Response.from_app(current_control().metrics.app, environ, buffered=True))
+    return cast(Response, Response.from_app(current_metrics().app, environ, buffered=True))
 
 
 @blueprint.get("/history")
