@@ -10,7 +10,7 @@ import atexit
 import contextlib
 import logging
 import select
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import replace
 from threading import Thread
@@ -33,8 +33,7 @@ from balancer.edge.server import Server
 from balancer.edge.workers import WorkerPool
 from balancer.errors import SettingsError
 from balancer.fleet.health import HealthOptions
-from balancer.forwarding.route import RouteOptions
-from balancer.observe.accesslog import LogOptions
+from balancer.forwarding.filter import Filter
 from balancer.observe.events import Event
 from balancer.observe.exchange import ExplainedView
 from balancer.protocol.requestheads import RequestHeads
@@ -57,7 +56,8 @@ class LoadBalancer:
 
     Each of `backends` is a URL, `[ID=]URL[@WEIGHT]`, a dict or a BackendSettings. Every setting can be given by name;
     the others have their defaults, but `port`, which is any free one. Neither a file nor the environment is read.
-    `config` are settings that are checked already, `sources` where each came from. Raises SettingsError, in one line.
+    `config` are settings that are checked already, `sources` where each came from. `filters` are asked about each
+    request that is to be forwarded, in their order. Raises SettingsError, in one line.
 
     `app` is the Flask app of the control API, whose `wsgi_app` forwards everything else.
     """
@@ -68,14 +68,15 @@ class LoadBalancer:
         *,
         config: Settings | None = None,
         sources: Mapping[str, str] | None = None,
+        filters: Sequence[Filter] = (),
         **values: Any,
     ) -> None:
         if config is None:
             listed = backends if isinstance(backends, str) else list(backends)
             config, sources = settings.given({"port": 0, "backends": listed, **values})
-        parts = wiring.make(config, sources, self.reload)
+        parts = wiring.make(config, sources, filters, self.reload)
         self.app, self.control_app, self.proxy = parts.app, parts.control_app, parts.proxy
-        self.control, self.health, self.workers = parts.control, parts.health, parts.workers
+        self.control, self.health, self.workers, self.routes = parts.control, parts.health, parts.workers, parts.routes
         self.configuration, self.adapter = parts.control.configuration, parts.control.adapter
         self.app.extensions["balancer"] = self
         self.express: Express | None = None
@@ -269,27 +270,30 @@ class LoadBalancer:
     def _apply(self, config: Settings, plan: Plan) -> None:
         """From here on new requests see the new settings.
 
-        Those under way keep their Route and RequestHeads; all else they look up at each step anew.
+        Those under way keep their Route and RequestHead; all else they look up at each step anew.
         """
         plan.pool.options = config.options(PoolOptions)
         self.control.pool.apply(plan.pool)
         self.adapter.timeouts = config.options(Timeouts)
         self.health.use(config.options(HealthOptions))
-        self.proxy.route = replace(self.proxy.route, options=config.options(RouteOptions))
-        self.proxy.route.access_log.options = config.options(LogOptions)
-        self.proxy.heads = RequestHeads(self.proxy.heads.pseudonym, config.networks, config.max_header_count)
+        self.proxy.routes = self.routes(config)
+        self.proxy.heads = RequestHeads(
+            self.proxy.heads.pseudonym, config.networks, config.max_header_count, config.request_headers
+        )
         self.control.access.options = config.options(AccessOptions)
         for bridge in self.bridges:
             bridge.limits = config.options(ClientLimits)
         logging.getLogger().setLevel(config.log_level.upper())
 
 
-def create_app(config: Settings | None = None, sources: Mapping[str, str] | None = None) -> Flask:
+def create_app(
+    config: Settings | None = None, sources: Mapping[str, str] | None = None, filters: Sequence[Filter] = ()
+) -> Flask:
     """A Flask app whose `wsgi_app` forwards everything but the control paths.
 
     Its LoadBalancer is `app.extensions["balancer"]`; nothing runs until that starts. Raises SettingsError.
     """
-    return LoadBalancer(config=config or Settings(), sources=sources).app
+    return LoadBalancer(config=config or Settings(), sources=sources, filters=filters).app
 
 
 def started_app() -> Flask:

@@ -6,7 +6,7 @@ import logging
 import secrets
 import ssl
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,15 +25,20 @@ from balancer.control.control import Control
 from balancer.edge.workers import WorkerPool
 from balancer.edge.wsgi import ReverseProxy
 from balancer.errors import SettingsError
+from balancer.filters.maxforwards import MaxForwards
+from balancer.filters.servedby import ServedBy
+from balancer.filters.serviceworkers import ServiceWorkers
 from balancer.fleet.health import HealthChecker, HealthOptions
+from balancer.forwarding.filter import Filter
 from balancer.forwarding.retrybudget import RetryBudget
-from balancer.forwarding.route import Route, RouteOptions
+from balancer.forwarding.route import Route, RouteOptions, Routes
 from balancer.observe.accesslog import AccessLog, LogOptions
 from balancer.observe.events import Events
 from balancer.observe.history import History, Reading
 from balancer.observe.logwriter import LogWriter, standard_output
 from balancer.observe.statistics import Statistics
 from balancer.protocol.requestheads import RequestHeads
+from balancer.protocol.responseheads import ResponseHeads
 from balancer.upstream.transport import BackendAdapter, Timeouts
 
 if TYPE_CHECKING:
@@ -56,11 +61,14 @@ class Parts:
     control: Control
     health: HealthChecker
     workers: WorkerPool
+    routes: Callable[[Settings], Routes]
 
 
-def make(config: Settings, sources: Mapping[str, str] | None, reload: Callable[[bool], Plan]) -> Parts:
-    """`sources` says where each setting came from. Raises SettingsError for an unknown algorithm or an unreadable CA
-    file."""
+def make(
+    config: Settings, sources: Mapping[str, str] | None, filters: Sequence[Filter], reload: Callable[[bool], Plan]
+) -> Parts:
+    """`sources` says where each setting came from; `filters` are asked about each request that is to be forwarded, in
+    their order. Raises SettingsError for an unknown algorithm or an unreadable CA file."""
     strategies.load_entry_points()
     configuration = Configuration(config, sources)
     statistics, events = Statistics(), Events()
@@ -82,10 +90,11 @@ def make(config: Settings, sources: Mapping[str, str] | None, reload: Callable[[
     )
     api.install(app, control)
     control_app = app.wsgi_app
-    proxy = _proxy(control_app, control, health)
+    routes = _routes(control, health, filters)
+    proxy = _proxy(control_app, control, routes(config))
     app.wsgi_app = proxy  # type: ignore[method-assign]
     _follow(pool, statistics, events, health)
-    return Parts(app, control_app, proxy, control, health, workers)
+    return Parts(app, control_app, proxy, control, health, workers, routes)
 
 
 def _tls_context(ca_file: Path | None) -> ssl.SSLContext | None:
@@ -106,25 +115,41 @@ def _health(config: Settings, pool: BackendPool, adapter: BackendAdapter, tls: s
     return HealthChecker(pool, config.options(HealthOptions), tls=tls, on_round=on_round)
 
 
-def _proxy(control_app: WSGIApplication, control: Control, health: HealthChecker) -> ReverseProxy:
+def _routes(control: Control, health: HealthChecker, filters: Sequence[Filter]) -> Callable[[Settings], Routes]:
+    """What makes the routes that settings ask for, at the start and at every reload."""
+    started_with = control.settings
+    budget, access_log = RetryBudget(control.statistics), AccessLog(control.log, started_with.options(LogOptions))
+    rare: list[Filter] = [MaxForwards()]
+    if started_with.control_port is None:  # else the control API is no neighbour of what is forwarded
+        rare.append(ServiceWorkers(api.covers_control_path(started_with.control_prefix)))
+
+    def routes(config: Settings) -> Routes:
+        usual = [*([ServedBy()] if config.expose_backend else []), *filters]
+        access_log.options = config.options(LogOptions)
+        route = Route(
+            control.pool,
+            control.adapter,
+            control.statistics,
+            budget,
+            config.options(RouteOptions),
+            on_refused=health.wake,
+            response_heads=ResponseHeads(config.response_headers),
+            done=(access_log.done,) if config.access_log else (),
+        )
+        return Routes(usual=route.with_filters(usual), rare=route.with_filters([*rare, *usual]))
+
+    return routes
+
+
+def _proxy(control_app: WSGIApplication, control: Control, routes: Routes) -> ReverseProxy:
     config = control.settings
-    has_own_port, prefix = config.control_port is not None, config.control_prefix
     # The pseudonym is this very process: two balancers of one name in a chain are not a loop.
     pseudonym = f"{config.id}.{secrets.token_hex(4)}".encode("ascii")
     return ReverseProxy(
         control_app,
-        (lambda path: False) if has_own_port else api.is_control_path(prefix),
-        route=Route(
-            control.pool,
-            control.adapter,
-            control.statistics,
-            RetryBudget(control.statistics),
-            config.options(RouteOptions),
-            AccessLog(control.log, config.options(LogOptions)),
-            on_refused=health.wake,
-            covers_control=(lambda scope: False) if has_own_port else api.covers_control_path(prefix),
-        ),
-        heads=RequestHeads(pseudonym, config.networks, config.max_header_count),
+        (lambda path: False) if config.control_port is not None else api.is_control_path(config.control_prefix),
+        routes=routes,
+        heads=RequestHeads(pseudonym, config.networks, config.max_header_count, config.request_headers),
     )
 
 

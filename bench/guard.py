@@ -152,9 +152,11 @@ class SameThread:
 # Counting.
 
 
-def measure_all(kinds: Iterable[str] = KINDS, wrap: Callable[[Bridge], None] = lambda bridge: None) -> dict[str, Cost]:
-    """Counts by kind of request. `wrap` may change the bridge first."""
-    with slow_backends("0") as backends, balancer(backends.ports[0]) as bridge:
+def measure_all(
+    kinds: Iterable[str] = KINDS, wrap: Callable[[Bridge], None] = lambda bridge: None, **changes: Any
+) -> dict[str, Cost]:
+    """Counts by kind of request, with `changes` of the settings. `wrap` may change the bridge first."""
+    with slow_backends("0") as backends, balancer(backends.ports[0], **changes) as bridge:
         wrap(bridge)
         return {name: measure(bridge, KINDS[name]) for name in kinds}
 
@@ -234,14 +236,15 @@ def count_bytes(one: Callable[[], None]) -> int:
 
 
 @contextlib.contextmanager
-def balancer(port: int) -> Iterator[Bridge]:
-    """The app with default settings, but `min_body_rate`, and one backend that is up; no health checks, no threads."""
-    backend = BackendSettings(id="only", url=f"http://127.0.0.1:{port}")
-    settings = Settings(backends=(backend,), min_body_rate=0)
+def balancer(port: int, **changes: Any) -> Iterator[Bridge]:
+    """The app with default settings but for `changes`; one backend, which is up; no health checks, no other threads."""
+    settings = Settings(
+        backends=(BackendSettings(id="only", url=f"http://127.0.0.1:{port}"),), **{"min_body_rate": 0, **changes}
+    )
     app = create_app(settings)
     parts = app.extensions["balancer"]
-    for each in parts.proxy.route.pool.backends():
-        parts.proxy.route.pool.record_check(each, LastCheck(0.0, 0.0, 200, None))
+    for each in parts.control.pool.backends():
+        parts.control.pool.record_check(each, LastCheck(0.0, 0.0, 200, None))
     workers: Any = SameThread()
     express = Express(parts.adapter, workers)
     limits = settings.options(ClientLimits)

@@ -43,7 +43,7 @@ from support import (
 from balancer.observe.accesslog import AGENT_LOGGED, AccessLog, LogOptions, timestamp
 from balancer.observe.exchange import METHOD_KEPT, PATH_KEPT, Exchange
 from balancer.observe.logwriter import LogWriter
-from balancer.protocol.incoming import Incoming
+from balancer.protocol.request import Request
 from balancer.protocol.requestheads import RequestHeads
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -274,10 +274,10 @@ def make_line(is_json: bool, exchange: Exchange, *lines: tuple[bytes, bytes], pe
         def add(self, line: Any) -> None:
             made.append(line())
 
-    incoming = Incoming(RequestHeads(), "GET", "/", b"/", "1.1", "http", peer, lines)
-    format_name = "json" if is_json else "text"
-    access_log = AccessLog(Kept(None), options(LogOptions, access_log_format=format_name))
-    access_log.add(exchange, incoming)
+    request = Request(RequestHeads(), "GET", "/", b"/", "1.1", "http", peer, lines)
+    options_ = options(LogOptions, access_log=True, access_log_format="json" if is_json else "text")
+    access_log = AccessLog(Kept(None), options_)
+    access_log.done(request, exchange)
     (line,) = made
     assert isinstance(line, str)
     return line

@@ -20,7 +20,7 @@ DEMO = sorted((ROOT / "demo").glob("*.py"))
 PROGRAMS = [ROOT / name for name in ("load_balancer.py", "backend_server.py", "start_all.py", "test_client.py")]
 MOST_IN_THE_ROOT = 9
 # What a request passes through, or is told of: it works without a web framework, a server of ours or settings.
-DATA_PATH = ("protocol", "balancing", "upstream", "observe", "forwarding")
+DATA_PATH = ("protocol", "balancing", "upstream", "observe", "forwarding", "filters")
 
 
 def imports(node: ast.AST) -> Iterator[str]:

@@ -122,7 +122,7 @@ def test_settings_of_every_part_are_applied() -> None:
     )
     assert len(answer["changes"]) == 9 and answer["needs_restart"] == []
     balancer = wired.balancer
-    assert (balancer.proxy.route.options.retries, balancer.proxy.route.options.expose_backend) == (0, True)
+    assert (balancer.proxy.routes.usual.options.retries, len(balancer.proxy.routes.usual.answer)) == (0, 1)
     assert (balancer.adapter.timeouts.connect_timeout, balancer.adapter.timeouts.pool_idle_timeout) == (1.5, 2)
     assert balancer.health.options.health_interval == 9
     assert wired.pool.algorithm == "round_robin"
@@ -133,12 +133,13 @@ def test_settings_of_every_part_are_applied() -> None:
 @pytest.mark.parametrize("name", sorted(set(Settings.model_fields) - {"backends", "allow_file_origin"}))
 def test_every_setting_is_either_applied_or_said_to_need_a_restart(name: str) -> None:
     """Whatever holds its own copy of a setting that can be reloaded must get the new one."""
-    wired = Wired(backends=[A])
+    base: dict[str, Any] = {"backends": [A], "access_log": name == "access_log_format"}  # without it there is no format
+    wired = Wired(**base)
     balancer = wired.balancer
     balancer.bridges.append(Bridge(balancer.control_app, WorkerPool(1, 1, 1.0), options(ClientLimits)))
-    wired.reload(backends=[A])  # nobody has set the log level before
+    wired.reload(**base)  # nobody has set the log level before
     before = held(balancer)
-    answer = wired.reload(backends=[A], **{name: another_value(name)})
+    answer = wired.reload(**base | {name: another_value(name)})
     if name in NEEDS_RESTART:
         assert (answer["needs_restart"], answer["changes"], held(balancer)) == ([name], [], before)
     else:
@@ -148,9 +149,10 @@ def test_every_setting_is_either_applied_or_said_to_need_a_restart(name: str) ->
 
 def held(balancer: LoadBalancer) -> list[Any]:
     """What the running parts have of the settings."""
-    proxy, control = balancer.proxy, balancer.control
+    proxy, control, route = balancer.proxy, balancer.control, balancer.proxy.routes.usual
     return [
-        proxy.route.options, proxy.heads.trusted, proxy.heads.max_lines, proxy.route.access_log.options,
+        route.options, len(route.answer), route.response_heads.rules, [done.__self__.options for done in route.done],
+        proxy.heads.rules, proxy.heads.trusted, proxy.heads.max_lines,
         control.pool._judge.options, control.pool.algorithm, control.access.options, balancer.adapter.timeouts,
         balancer.health.options, balancer.bridges[0].limits, logging.getLogger().level,
     ]  # fmt: skip
@@ -185,7 +187,7 @@ def test_a_dry_run_answers_and_does_nothing() -> None:
     assert answer["applied"] is False and whats(answer) == ["retries", "backends.a.weight"]
     assert answer["shares"] == {"a": 0.75, "b": 0.25}
     assert wired.weights() == {"a": 1, "b": 1} and wired.events() == before
-    assert wired.balancer.proxy.route.options.retries == 2
+    assert wired.balancer.proxy.routes.usual.options.retries == 2
     with pytest.raises(SettingsError):
         wired.reload(dry_run=True, algorithm="x")
     assert wired.balancer.configuration.summary()["last_error"] is None

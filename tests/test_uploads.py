@@ -20,7 +20,7 @@ from balancer.edge.clientbody import AHEAD_BYTES, AHEAD_IN_ALL, CONNECTION_WINDO
 from balancer.edge.listener import ClientLimits
 from balancer.edge.workers import WorkerPool
 from balancer.errors import ClientGone, ClientTooSlow
-from balancer.protocol.incoming import RequestBody
+from balancer.protocol.request import RequestBody
 from balancer.protocol.requestheads import RequestHeads
 from bench import guard
 
@@ -47,7 +47,7 @@ class Upload(Client):
         framing = (b"transfer-encoding", b"chunked") if length is None else (b"content-length", b"%d" % length)
         self.scope |= {"http_version": version, "headers": [(b"host", b"a"), framing]}
         self.call = Call(bridge or bridge_of(min_body_rate), self)
-        self.call.incoming(RequestHeads())  # notes how long the body is
+        self.call.request(RequestHeads())  # notes how long the body is
         assert self.call.body is not None
         self.body = self.call.body
 

@@ -78,7 +78,7 @@ class Judge:
         return False
 
     def _eject(self, backend: Backend, reason: str) -> bool:
-        """Unless too much of the pool is out already, or nobody else would be left."""
+        """Unless too much of the pool is out already, or no other backend would be left."""
         wanted = [other for other in self._backends.values() if other.is_wanted]
         others = [other for other in wanted if other is not backend]
         out = sum(other.ejection.status != "none" for other in others)  # one on trial is no help yet
@@ -99,7 +99,7 @@ class Judge:
         self._note("backend_returned", backend.id, reason, "info")
 
     def _start_slowly(self, backend: Backend) -> None:
-        """It has been away: nobody knows whether it can bear its full share at once."""
+        """It has been away, and may not bear its full share at once."""
         if self.options.slow_start > 0:
             backend.slow_start.began_at = self._clock()
 

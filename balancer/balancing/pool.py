@@ -26,6 +26,7 @@ from balancer.balancing.tally import Tally
 from balancer.errors import NoRoom, Unavailable
 from balancer.protocol.client import Watcher
 from balancer.protocol.origin import Origin
+from balancer.protocol.request import Request
 
 if TYPE_CHECKING:
     from balancer.balancing.strategies import Strategy
@@ -113,7 +114,7 @@ class BackendPool:
 
     def lease(
         self,
-        request: Any,
+        request: Request,
         exclude: Collection[str] = (),
         *,
         watcher: Watcher | None = None,
@@ -132,12 +133,12 @@ class BackendPool:
             limit = self._judge.options.queue_timeout
         return self._wait(waiter, watcher, limit if deadline is None else min(limit, deadline - self._clock()))
 
-    def lease_now(self, request: Any) -> Lease | None:
+    def lease_now(self, request: Request) -> Lease | None:
         """A first lease if that needs no waiting."""
         with self._lock:
             return self._choose(request, ())
 
-    def _choose(self, request: Any, exclude: Collection[str]) -> Lease | None:
+    def _choose(self, request: Request, exclude: Collection[str]) -> Lease | None:
         current = self._candidates
         candidates: Sequence[Backend] = current.ready
         excluded = current.absent
@@ -161,10 +162,10 @@ class BackendPool:
         if self._is_timed:
             backend.speed.ask(self._clock())
         else:
-            lease.is_answered = True  # nobody wants to know how long that takes
+            lease.is_answered = True  # its time is of no use to the strategy, nor to ejections
         return lease
 
-    def _line_up(self, request: Any, exclude: Collection[str]) -> Waiter[Lease]:
+    def _line_up(self, request: Request, exclude: Collection[str]) -> Waiter[Lease]:
         """A place in the queue, if there is any and waiting can help."""
         if len(self._line) < self._judge.options.queue_places and self._candidates.is_worth_waiting(exclude):
             return self._line.join(request, exclude)
@@ -318,7 +319,7 @@ class BackendPool:
         self._strategy.backends_changed()
 
     def _settle(self) -> None:
-        """After any change: who can be served now is."""
+        """After any change: serve the waiters for whom there is room now."""
         self._is_timed = self._strategy.uses_times or self._judge.options.latency_ejection != "off"
         self._candidates.refresh(self._judge.options.panic_threshold if self._had_first_round else 0.0)
         self._line.serve(self._choose)

@@ -21,6 +21,7 @@ from typing_extensions import TypedDict
 
 from balancer.balancing.backends import Backend
 from balancer.errors import SettingsError
+from balancer.protocol.request import Request
 
 ENTRY_POINT_GROUP = "load_balancer.strategies"
 UNMEASURED_SECONDS = 1.0  # what a backend without a sample counts as once it is busy; Linkerd starts there too
@@ -37,8 +38,8 @@ class Strategy:
         self.clock = clock
         self.rng = rng or random.Random()
 
-    def select(self, candidates: Sequence[Backend], request: Any) -> Backend:
-        """One of `candidates`. `request` has `method`, `target` and `headers` of the outgoing request."""
+    def select(self, candidates: Sequence[Backend], request: Request) -> Backend:
+        """One of `candidates`, for this request."""
         raise NotImplementedError
 
     def scores(self, candidates: Sequence[Backend]) -> Sequence[float] | None:
@@ -162,7 +163,7 @@ class RoundRobin(TakingTurns):
     def backends_changed(self) -> None:
         self._turns = SmoothTurns(lambda candidates: [1] * len(candidates))
 
-    def select(self, candidates: Sequence[Backend], request: Any) -> Backend:
+    def select(self, candidates: Sequence[Backend], request: Request) -> Backend:
         return self._turns.next(candidates)
 
     def expected_shares(self, ready: Sequence[Backend]) -> Mapping[str, float] | None:
@@ -176,7 +177,7 @@ class Weighted(TakingTurns):
 
     uses_times = False
 
-    def select(self, candidates: Sequence[Backend], request: Any) -> Backend:
+    def select(self, candidates: Sequence[Backend], request: Request) -> Backend:
         return self._turns.next(candidates)
 
     def expected_shares(self, ready: Sequence[Backend]) -> Mapping[str, float] | None:
@@ -194,7 +195,7 @@ class LeastConnections(TakingTurns):
     def scores(self, candidates: Sequence[Backend]) -> Sequence[float]:
         return [backend.active / backend.weight for backend in candidates]
 
-    def select(self, candidates: Sequence[Backend], request: Any) -> Backend:
+    def select(self, candidates: Sequence[Backend], request: Request) -> Backend:
         least = candidates[0]
         tied = [least]
         for backend in candidates[1:]:
@@ -215,7 +216,7 @@ class PowerOfTwo(Strategy):
 
     uses_times = False
 
-    def select(self, candidates: Sequence[Backend], request: Any) -> Backend:
+    def select(self, candidates: Sequence[Backend], request: Request) -> Backend:
         first = self._draw(candidates)
         rest = [backend for backend in candidates if backend is not first]
         if not rest:
@@ -251,7 +252,7 @@ class ExpectedSoonest(TakingTurns):
             for backend in candidates
         ]
 
-    def select(self, candidates: Sequence[Backend], request: Any) -> Backend:
+    def select(self, candidates: Sequence[Backend], request: Request) -> Backend:
         scores = self.scores(candidates)
         lowest = min(scores)
         tied = [backend for backend, score in zip(candidates, scores, strict=True) if score == lowest]

@@ -16,6 +16,7 @@ import re
 import stat
 import tomllib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_origin
 
@@ -35,6 +36,8 @@ from balancer.balancing.backends import MAX_CONNECTIONS, MAX_WEIGHT
 from balancer.balancing.options import LatencyMode
 from balancer.config import environment, wording
 from balancer.errors import SettingsError
+from balancer.protocol import headerrules
+from balancer.protocol.headerrules import NO_RULES, HeaderRules
 from balancer.protocol.messages import Network, is_loopback
 from balancer.protocol.origin import Origin
 
@@ -60,6 +63,22 @@ MaxConnections = Annotated[int, Field(ge=1, le=MAX_CONNECTIONS)]
 SHORTEST_TOKEN = 16  # characters: fewer can be guessed
 SHORT_FORMS = {"flag": "--backend {}", "environment": "backend {} of LB_BACKENDS"}  # where backends are told by number
 MAX_FILE = 1_048_576  # bytes of a configuration file: room for ten thousand backends
+
+
+def _header_rules(kept: Mapping[bytes, str], given: Any) -> HeaderRules:
+    """In flags and the environment they are the text that stands in the file."""
+    if isinstance(given, HeaderRules):
+        return given
+    try:
+        return HeaderRules.parse(tomllib.loads(f"it = {given}")["it"] if isinstance(given, str) else given, kept)
+    except (ValueError, RecursionError):  # no TOML; or brackets without end
+        raise ValueError(f"expected {headerrules.SHAPE}") from None
+    except SettingsError as error:
+        raise ValueError(str(error)) from None
+
+
+RequestRules = Annotated[HeaderRules, BeforeValidator(partial(_header_rules, headerrules.OF_REQUESTS))]
+ResponseRules = Annotated[HeaderRules, BeforeValidator(partial(_header_rules, headerrules.OF_RESPONSES))]
 
 
 class BackendSettings(BaseModel):
@@ -141,6 +160,12 @@ class Settings(BaseModel):
     ca_file: Fixed[Path | None] = Field(None, description="PEM file of CAs for https backends, instead of the system's")
     trusted_proxies: tuple[str, ...] = Field((), description="networks whose X-Forwarded-* and Forwarded are believed")
     expose_backend: bool = Field(False, description="add X-Served-By with the backend's id to answers")
+    request_headers: RequestRules = Field(
+        NO_RULES, description='changes of what backends get, as { set = { X-Team = "a" }, remove = ["X-Debug"] }'
+    )
+    response_headers: ResponseRules = Field(
+        NO_RULES, description='changes of what clients get, as { add = { Cache-Control = "no-store" } }'
+    )
 
     # Health checks.
     health_path: str = Field("/health", pattern=wording.PATH, description="path asked by the health checks")
@@ -324,7 +349,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def default_of(name: str) -> str:
     """A setting's default with its unit, as `--help` and the documentation show it."""
     field = Settings.model_fields[name]
-    if field.default in (None, "", ()):
+    if field.default in (None, "", (), NO_RULES):
         return "none"
     extra = field.json_schema_extra
     unit = str(extra["unit"]) if isinstance(extra, dict) else ""
@@ -395,9 +420,14 @@ def show(value: Any) -> str:
 
 def describe(settings: Settings, sources: Mapping[str, str]) -> str:
     """A line per setting: name, value, source."""
-    rows = [(name, show(getattr(settings, name)), sources[name]) for name in Settings.model_fields]
+    rows = [(name, _whole(getattr(settings, name)), sources[name]) for name in Settings.model_fields]
     wide = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return "\n".join(f"{name:{wide[0]}}  {value:{min(wide[1], 40)}}  {source}" for name, value, source in rows)
+
+
+def _whole(value: Any) -> str:
+    """As `show`, with the values of header rules: whoever can ask for this can read them anyway."""
+    return value.written() if isinstance(value, HeaderRules) and value else show(value)
 
 
 def _from_file(file: Path | None) -> dict[str, Any]:
@@ -439,7 +469,8 @@ def _explain(detail: Mapping[str, Any], sources: Mapping[str, str]) -> str:
     if detail["type"] == "extra_forbidden":
         return f"unknown setting {where!r} ({sources.get(name, 'unknown')}); see --help"
     told = f"({sources[name]}): {wording.complaint(detail, Settings)}"
-    if detail["type"] == "missing" or (where == "backends" and detail["type"] == "value_error"):  # no value, or all
+    is_all = where in ("backends", "request_headers", "response_headers") and detail["type"] == "value_error"
+    if detail["type"] == "missing" or is_all:  # no value, or more than a line holds, maybe a secret
         return f"{where} {told}"
     value = "(hidden)" if name in SECRETS else wording.shown(detail["input"], hide=name == "backends")
     return f"{where} = {value} {told}"

@@ -33,8 +33,8 @@ from pydantic import SecretStr
 from balancer.control.inputs import received
 from balancer.control.neighbours import is_ours
 from balancer.control.problems import ApiError
-from balancer.protocol.incoming import header_lines
 from balancer.protocol.messages import Network, client_address, is_claim, is_loopback
+from balancer.protocol.request import header_lines
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 SIGNS_OF_A_PROXY = frozenset({b"via", b"cdn-loop", b"cf-ray"})  # beside all that a proxy claims of its client

@@ -19,8 +19,8 @@ from balancer.control.inputs import MAX_BODY
 from balancer.control.metrics import Metrics, current_metrics
 from balancer.control.problems import ApiError
 from balancer.observe.events import REFUSED
-from balancer.protocol.incoming import header_lines, raw_target
 from balancer.protocol.messages import check_host, check_target
+from balancer.protocol.request import header_lines, raw_target
 
 READS = frozenset({"GET", "HEAD"})
 # Open to all: probes tell nothing but that it is alive, and the page has to be there to ask for a token.

@@ -104,7 +104,7 @@ class Bridge:
     def _hand_on(self, call: Call) -> None:
         is_control = self._is_control(call.scope["path"])
         if self.proxy is not None and not is_control:
-            call.forwarding = self.proxy.forward(call.incoming(self.proxy.heads))
+            call.forwarding = self.proxy.forward(call.request(self.proxy.heads))
             if self.express is not None:
                 self._collect(call)
                 return
@@ -224,7 +224,7 @@ class Bridge:
     def small_body(self) -> int:
         """Bytes of a body that needs no thread."""
         assert self.proxy is not None
-        return min(self.proxy.route.small_body, SMALL_IN_ALL // max(self.active, 1))
+        return min(self.proxy.routes.usual.small_body, SMALL_IN_ALL // max(self.active, 1))
 
     def used(self) -> Callable[[accepted.Address], bool]:
         """What tells of a client whether it has a request in flight, or had one since `used` was last asked for."""

@@ -22,8 +22,8 @@ from balancer.edge.download import Download
 from balancer.edge.listener import Listener
 from balancer.edge.promise import is_done_within
 from balancer.errors import BalancerError, ClientGone, ClientStalled
-from balancer.protocol.incoming import CLIENT, HEADER_LINES, Incoming, RequestBody, add_headers
 from balancer.protocol.messages import SERVER_LINE, parse_content_length
+from balancer.protocol.request import CLIENT, HEADER_LINES, Request, RequestBody, add_headers
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -145,10 +145,6 @@ class Call:
         return self.bridge.source_of(self.scope["client"][0])
 
     # The thread that it belongs to.
-
-    @property
-    def method(self) -> str:
-        return str(self.scope["method"])
 
     def run(self) -> None:
         """In a worker thread: connect and leave the waiting to the express way, or do it all. Never raises."""
@@ -365,10 +361,10 @@ class Call:
 
     # The request.
 
-    def incoming(self, heads: RequestHeads) -> Incoming:
+    def request(self, heads: RequestHeads) -> Request:
         """For a `Forwarding`."""
         scope = self.scope
-        made = Incoming(
+        made = Request(
             heads,
             scope["method"],
             self._path(),

@@ -61,10 +61,9 @@ class Express:
         os.close(self._wake)
 
     def take(self, call: Call) -> bool:
-        """Send the request on, if that needs no waiting. False if a worker thread has to go on with it, as with any
-        OPTIONS, which may end here (`Max-Forwards`)."""
+        """Send the request on, if that needs no waiting. False if a worker thread has to go on with it."""
         forwarding, body = call.forwarding, call.body
-        if forwarding is None or call.method == "OPTIONS" or not (body is None or body.is_done or body.is_here):
+        if forwarding is None or not (body is None or body.is_done or body.is_here):
             return False
         if not forwarding.begin():
             return False

@@ -17,6 +17,7 @@ from balancer.protocol.client import has_left
 if TYPE_CHECKING:
     from balancer.balancing.pool import Lease
     from balancer.forwarding.route import Route, RouteOptions
+    from balancer.protocol.request import Request
     from balancer.upstream.outgoing import OutgoingRequest
     from balancer.upstream.response import BackendResponse
     from balancer.upstream.sent import Sent
@@ -39,12 +40,14 @@ class Attempts:
     Notes in `record` what was tried; `started` is of time.perf_counter(). Used by one thread at a time.
     """
 
-    __slots__ = ("_route", "_options", "_request", "_record", "_started", "_lease", "_failure")
+    __slots__ = ("_route", "_request", "_outgoing", "_record", "_started", "_lease", "_failure")
 
-    def __init__(self, route: Route, request: OutgoingRequest, record: Exchange, started: float) -> None:
+    def __init__(
+        self, route: Route, request: Request, outgoing: OutgoingRequest, record: Exchange, started: float
+    ) -> None:
         self._route = route
-        self._options = route.options
         self._request = request
+        self._outgoing = outgoing
         self._record = record
         self._started = started
         self._lease: Lease | None = None  # of the last attempt, or for the next one
@@ -70,7 +73,7 @@ class Attempts:
         assert lease is not None
         attempt = Attempt(lease.choice, at=time.perf_counter() - self._started)
         try:
-            sent = self._route.adapter.begin(self._request, lease.choice.origin, may_connect)
+            sent = self._route.adapter.begin(self._outgoing, lease.choice.origin, may_connect)
         except BackendError as error:
             self._record.attempts.append(attempt)
             self._failed(attempt, lease, error)
@@ -85,9 +88,9 @@ class Attempts:
 
     def _check_time(self) -> None:
         """Raises NoRoom if nothing was sent yet and the time is over: no backend is to blame for that."""
-        if time.monotonic() >= self._request.deadline:
+        if time.monotonic() >= self._outgoing.deadline:
             self._record.backend = None
-            raise no_thread(self._options)
+            raise no_thread(self._route.options)
 
     def arrived(self, sent: Sent) -> BackendResponse:
         """The response to what `send_now` has sent: it is here, so nothing can fail any more."""
@@ -126,14 +129,14 @@ class Attempts:
 
         Nothing was sent and the body is untouched: any method. Otherwise only what may be repeated; never too late.
         """
-        tries, options, request = len(self._record.attempts), self._options, self._request
+        tries, options, outgoing = len(self._record.attempts), self._route.options, self._outgoing
         if tries > options.retries:
             return f"tried {tries} times"
-        if time.monotonic() >= request.deadline:
+        if time.monotonic() >= outgoing.deadline:
             return f"request_timeout of {options.request_timeout:g} s is over"
-        if not (isinstance(error, ConnectFailed) or request.is_retriable):
+        if not (isinstance(error, ConnectFailed) or outgoing.is_retriable):
             # Not the request's own: a client may make up a method as long as a head.
-            return f"{self._record.method} may have had its effect" if request.is_replayable else "the body is gone"
+            return f"{self._record.method} may have had its effect" if outgoing.is_replayable else "the body is gone"
         return None
 
     def _back_off(self, failure: BackendError) -> None:
@@ -151,12 +154,12 @@ class Attempts:
         tried = [attempt.backend for attempt in record.attempts]
         started = time.perf_counter()
         try:
-            lease = self._route.pool.lease(request, tried, watcher=request.watcher, deadline=request.deadline)
+            lease = self._route.pool.lease(request, tried, watcher=request.client, deadline=self._outgoing.deadline)
         except Unavailable as unavailable:
             record.queued += time.perf_counter() - started
-            if has_left(request.watcher):
+            if has_left(request.client):
                 raise ClientGone("the client left while it waited for a backend") from None
-            if failure is not None:  # what went wrong says more than that nobody else is left
+            if failure is not None:  # what went wrong says more than that no other backend is left
                 raise self._final(failure, str(unavailable)) from None
             raise
         if failure is not None and not budget.spend(*self._shares()):
@@ -167,7 +170,7 @@ class Attempts:
         record.backend = lease.backend.id
 
     def _shares(self) -> tuple[float, int]:
-        return self._options.retry_budget, self._options.retry_budget_minimum
+        return self._route.options.retry_budget, self._route.options.retry_budget_minimum
 
     def _final(self, failure: BackendError, why: str) -> BackendError:
         self._record.not_retried = why
@@ -177,13 +180,13 @@ class Attempts:
 
     def _attempt(self, sent: Sent | None) -> BackendResponse:
         """On the leased backend; what is `sent` already is only waited for."""
-        lease, request, attempts = self._lease, self._request, self._record.attempts
+        lease, outgoing, attempts = self._lease, self._outgoing, self._record.attempts
         assert lease is not None
         if sent is None:
             attempts.append(Attempt(lease.choice, at=time.perf_counter() - self._started))
         attempt = attempts[-1]
         try:
-            response = self._route.adapter.exchange(request, lease.choice.origin, sent)
+            response = self._route.adapter.exchange(outgoing, lease.choice.origin, sent)
         except Unavailable:  # it reached no backend, and none is at fault
             lease.release()
             attempts.pop()
@@ -203,7 +206,7 @@ class Attempts:
     def _failed(self, attempt: Attempt, lease: Lease, error: BackendError) -> None:
         """Raises ClientGone if the backend is not to blame."""
         self._note_times(attempt)
-        if has_left(self._request.watcher):
+        if has_left(self._request.client):
             raise ClientGone("the client left while the backend was working") from None
         attempt.outcome, attempt.error = error.reason, str(error)
         if isinstance(error, ConnectFailed) and error.refused:
@@ -213,7 +216,7 @@ class Attempts:
 
     def _note_times(self, attempt: Attempt) -> None:
         attempt.seconds = time.perf_counter() - self._started - attempt.at
-        attempt.connect, attempt.resent = self._request.connect_seconds, self._request.is_resent
+        attempt.connect, attempt.resent = self._outgoing.connect_seconds, self._outgoing.is_resent
 
     # The last one's place.
 
@@ -229,7 +232,7 @@ class Attempts:
             return
         if failure:
             lease.release(failure=failure)
-        elif reason is not None:  # our own answer, or nobody can tell
+        elif reason is not None:  # our own answer, or it says nothing about the backend
             lease.release()
         elif status in EJECTING_STATUSES:
             lease.release(failure=f"answered {status}")

@@ -20,9 +20,8 @@ from balancer.errors import (
     MethodRefused,
     NoRoom,
     Unavailable,
-    WorkerRefused,
 )
-from balancer.forwarding.answer import Answer, ResponseStream, refusal, to_options
+from balancer.forwarding.answer import Answer, ResponseStream, refusal
 from balancer.forwarding.attempts import Attempts, no_thread
 from balancer.forwarding.route import REPLAY_LIMIT, Route
 from balancer.forwarding.stage import Stage
@@ -33,16 +32,12 @@ from balancer.protocol.messages import (
     REFUSED_METHODS,
     Line,
     check_target,
-    count_down,
-    max_forwards,
-    narrowed,
     request_id,
-    scope_of,
 )
 from balancer.upstream.outgoing import OutgoingRequest
 
 if TYPE_CHECKING:
-    from balancer.protocol.incoming import Incoming
+    from balancer.protocol.request import Request
     from balancer.upstream.response import BackendResponse
     from balancer.upstream.sent import Sent
 
@@ -60,22 +55,18 @@ class Forwarding:
     """
 
     __slots__ = (
-        *("_route", "_options", "_incoming", "_started", "_own", "_record"),
+        *("_route", "_request", "_started", "_own", "_record"),
         *("stage", "_attempts", "sent", "_decision"),
     )
 
-    def __init__(self, route: Route, incoming: Incoming) -> None:
+    def __init__(self, route: Route, request: Request) -> None:
         self._route = route
-        self._options = route.options
-        self._incoming = incoming
+        self._request = request
         self._started = time.perf_counter()
-        identifier = request_id(incoming.head.fields.get(b"x-request-id", ()))
+        identifier = request_id(request.head.fields.get(b"x-request-id", ()))
         self._own: Line = (b"x-request-id", identifier)
         self._record = Exchange(
-            timestamp=time.time(),
-            method=incoming.method[:METHOD_KEPT],
-            path=incoming.path[:PATH_KEPT],
-            request_id=identifier.decode("ascii"),
+            time.time(), request.method[:METHOD_KEPT], request.path[:PATH_KEPT], identifier.decode("ascii")
         )
         self.stage = Stage.FOUND
         self._attempts: Attempts  # from BUILT on
@@ -90,8 +81,8 @@ class Forwarding:
                 return self._answer(self._attempts.arrived(self.sent))
             # Seconds for a thread; what is built already did not have to wait for one.
             waited = time.perf_counter() - self._started if self.stage < Stage.BUILT else 0.0
-            if waited > self._options.request_timeout:
-                raise no_thread(self._options)
+            if waited > self._route.options.request_timeout:
+                raise no_thread(self._route.options)
             if self._decision is None and self.stage < Stage.ADMITTED:
                 self._admit()
             if self._decision is None and self.stage < Stage.BUILT:
@@ -113,6 +104,8 @@ class Forwarding:
         """
         try:
             if not may_connect:
+                if self._route.waits:
+                    return False
                 self._admit()
                 if self._decision is not None:
                     return False
@@ -151,53 +144,50 @@ class Forwarding:
 
     def _admit(self) -> None:
         """By its head alone: no body is read for what is refused here. Raises ClientError."""
-        incoming = self._incoming
-        method, head = incoming.method, incoming.head
+        request = self._request
+        method, head = request.method, request.head
         if method in REFUSED_METHODS:
             raise MethodRefused(f"{method} is not supported", ALLOWED)
-        check_target(method, incoming.target)
+        check_target(method, request.target)
         if head.refusal is not None:
             raise head.refusal
-        if head.is_worker_script and self._route.covers_control(scope_of(incoming.target)):
-            raise WorkerRefused(
-                "a service worker from here could take over the control API; "
-                "serve its script from a folder of its own, or set control_port"
-            )
         self._record.trace_id = head.trace_id
+        for admit in self._route.admit:
+            self._decision = admit(request)
+            if self._decision is not None:
+                return
         self.stage = Stage.ADMITTED
-        if method == "OPTIONS" and max_forwards(incoming.values(b"max-forwards")) == 0:
-            self._decision = to_options()
 
     def _build(self, waited: float = 0.0) -> None:
         """The request for a backend. Reads a small body; `waited` are seconds for a thread. Raises as the body does."""
-        incoming = self._incoming
-        if incoming.method == "OPTIONS":
-            request = OutgoingRequest("OPTIONS", incoming.target, [*count_down(incoming.head.lines), self._own])
-        else:
-            request = OutgoingRequest(incoming.method, incoming.target, (self._own,), incoming.head)
-        request.watcher = incoming.client
-        if incoming.length or incoming.is_ended:
-            self._add_body(request)
-        request.deadline = time.monotonic() + self._options.request_timeout - waited
-        self._attempts = Attempts(self._route, request, self._record, self._started)
+        request = self._request
+        outgoing = OutgoingRequest(request.method, request.target, (self._own,), request.head)
+        outgoing.watcher = request.client
+        outgoing.heads = self._route.response_heads
+        if request.length or request.is_ended:
+            self._add_body(outgoing)
+        for send in self._route.send:
+            send(request, outgoing)
+        outgoing.deadline = time.monotonic() + self._route.options.request_timeout - waited
+        self._attempts = Attempts(self._route, request, outgoing, self._record, self._started)
         self.stage = Stage.BUILT
 
-    def _add_body(self, request: OutgoingRequest) -> None:
-        incoming, limit = self._incoming, self._options.max_request_body
-        length = incoming.content_length()
+    def _add_body(self, outgoing: OutgoingRequest) -> None:
+        request, limit = self._request, self._route.options.max_request_body
+        length = request.content_length()
         if length is not None:
             if limit is not None and length > limit:
                 raise BodyTooLarge(f"the request body has {length} bytes, at most {limit} are accepted")
-            chunks = incoming.read(length, None)
+            chunks = request.read(length, None)
             is_small = length <= REPLAY_LIMIT
-            request.body = b"".join(chain.from_iterable(chunks)) if is_small else self._counted(chunks)
-            request.content_length = length
+            outgoing.body = b"".join(chain.from_iterable(chunks)) if is_small else self._counted(chunks)
+            outgoing.content_length = length
             if is_small:
                 self._record.bytes_in = length
-        elif incoming.may_have_body():
-            chunks = incoming.read(None, limit)
+        elif request.may_have_body():
+            chunks = request.read(None, limit)
             first = next(chunks, None)  # none: there is no body after all
-            request.body = self._counted(chain([first], chunks)) if first else None
+            outgoing.body = self._counted(chain([first], chunks)) if first else None
 
     def _counted(self, chunks: Iterable[list[bytes]]) -> Iterator[list[bytes]]:
         for pieces in chunks:
@@ -208,10 +198,15 @@ class Forwarding:
 
     def _answer(self, response: BackendResponse) -> Answer:
         status, body = response.status_code, response.body
-        lines = self._with_own(response.head.onward)
-        if self._incoming.head.is_worker_script:
-            lines = narrowed(lines, self._route.covers_control)
-        if body.is_complete and (self._incoming.version != "2" or len(body.buffered) <= WHOLE_STREAM):
+        lines = [*response.head.for_client, self._own]
+        if self._route.answer:
+            self._record.status = status
+            try:
+                lines = self._filtered(lines)
+            except BaseException:
+                body.close()
+                raise
+        if body.is_complete and (self._request.version != "2" or len(body.buffered) <= WHOLE_STREAM):
             data = body.read_chunk()
             self._record.bytes_out = len(data)
             self.finish(status)
@@ -219,28 +214,33 @@ class Forwarding:
         self._attempts.answered(status)
         return Answer(status, response.reason, lines, ResponseStream(self, body, status))
 
-    def _with_own(self, lines: Iterable[Line]) -> list[Line]:
-        own = [*lines, self._own]
-        if self._options.expose_backend and self._record.backend is not None:
-            own.append((b"x-served-by", self._record.backend.encode("ascii")))
-        return own
-
     def _decided(self, decision: Answer | BalancerError) -> Answer:
         """The balancer's own answer to a request that got none from a backend, with the lines that each answer gets."""
+        record, reason, complete = self._record, None, True
+        record.status = decision.status
         if isinstance(decision, BalancerError):
-            self._record.error = str(decision)
+            record.error = str(decision)
             if isinstance(decision, Unavailable):
-                self._record.excluded = dict(islice(decision.excluded.items(), EXPLAINED))
-            self.finish(decision.status, reason=decision.reason, complete=not isinstance(decision, ClientGone))
-            decision = refusal(decision, self._options.id, self._record.request_id)
-        else:
-            self.finish(decision.status)
-        return decision._replace(lines=self._with_own(decision.lines))
+                record.excluded = dict(islice(decision.excluded.items(), EXPLAINED))
+            reason, complete = decision.reason, not isinstance(decision, ClientGone)
+            decision = refusal(decision, self._route.options.id, record.request_id)
+        lines = [*self._route.response_heads.ruled(decision.lines), self._own]
+        try:
+            lines = self._filtered(lines)
+        except Exception:  # a filter's surprise must not keep the answer back
+            log.exception("request %s failed", record.request_id)
+        self.finish(record.status, reason=reason, complete=complete)
+        return decision._replace(lines=lines)
+
+    def _filtered(self, lines: list[Line]) -> list[Line]:
+        for answer in self._route.answer:
+            lines = [*answer(self._request, self._record, lines)]
+        return lines
 
     # What a `ResponseStream` needs.
 
     def is_client_gone(self) -> bool:
-        return has_left(self._incoming.client)
+        return has_left(self._request.client)
 
     def count_out(self, size: int) -> None:
         self._record.bytes_out += size
@@ -250,9 +250,10 @@ class Forwarding:
 
         `status` is what the client sees; `failure` in words if the backend broke off its answer.
         """
-        if self.stage is Stage.FINISHED:
+        stage = self.stage
+        if stage is Stage.FINISHED:
             return
-        stage, self.stage = self.stage, Stage.FINISHED
+        self.stage = Stage.FINISHED
         record = self._record
         record.status = status
         record.reason = reason
@@ -260,9 +261,10 @@ class Forwarding:
         record.seconds = time.perf_counter() - self._started
         try:
             self._route.statistics.record(record)
-            access_log = self._route.access_log
-            if access_log.options.access_log:
-                access_log.add(record, self._incoming)
+            for done in self._route.done:
+                done(self._request, record)
+        except Exception:  # too late to answer anything else
+            log.exception("the end of request %s failed", record.request_id)
         finally:
             if stage >= Stage.BUILT:
                 self._attempts.give_back(status, reason, failure)

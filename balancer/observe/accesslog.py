@@ -25,8 +25,8 @@ from typing import Literal
 
 from balancer.observe.exchange import Exchange
 from balancer.observe.logwriter import LogWriter
-from balancer.protocol.incoming import Incoming
 from balancer.protocol.messages import Network, client_address
+from balancer.protocol.request import Request
 
 AGENT_LOGGED = 300  # bytes; lines wait in a queue, and nobody must be able to fill the memory with it
 CLIENTS_LOGGED = 1000  # bytes of X-Forwarded-For, from its end
@@ -46,21 +46,23 @@ class LogOptions:
 
 
 class AccessLog:
-    """`options` may be replaced at any time; `add` is called only if `access_log` is set. The writer locks itself."""
+    """`options` may be replaced at any time. The writer locks itself."""
 
     def __init__(self, writer: LogWriter, options: LogOptions) -> None:
         self._add = writer.add
         self.options = options
 
-    def add(self, exchange: Exchange, incoming: Incoming) -> None:
+    def done(self, request: Request, exchange: Exchange) -> None:
         """`exchange` is finished: nothing changes it any more."""
+        if not self.options.access_log:  # any more: it was when this request began
+            return
         agent, forwarded_for = None, b""
-        for name, value in incoming.lines:
+        for name, value in request.lines:
             if name == b"user-agent":
                 agent = value[:AGENT_LOGGED]
             elif name == b"x-forwarded-for":
                 forwarded_for = b"%s,%s" % (forwarded_for, value)
-        asked = (incoming.peer, forwarded_for[-CLIENTS_LOGGED:], incoming.version, agent)
+        asked = (request.peer, forwarded_for[-CLIENTS_LOGGED:], request.version, agent)
         self._add(partial(_line, exchange, asked, self.options))  # as they are now, not when it is made
 
 

@@ -1,7 +1,7 @@
 """What follows from the header section of a request, worked out once.
 
-Clients send the same header section over and over: whoever keeps a connection does with each request. So what follows
-from one is looked up from then on.
+A client that keeps its connection sends the same header section with each request. So what follows from one is looked
+up from then on.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from functools import partial
 from itertools import chain
 
 from balancer.errors import BalancerError
+from balancer.protocol.headerrules import NO_RULES, HeaderRules
 from balancer.protocol.messages import (
     Line,
     Network,
     check_codings,
     check_count,
     check_host,
-    notable,
     request_lines,
+    special_fields,
     trace_id,
 )
 from balancer.protocol.tables import Table
@@ -28,6 +29,7 @@ from balancer.protocol.tables import Table
 HEADS_ROOM, LARGEST_HEAD = 2 * 1024 * 1024, 8192
 LINE_BYTES, HEAD_BYTES = 200, 1200
 MOST_LINES = 100  # of a header section; more, which HTTP/2 may bring, are not even looked at
+_RARE = frozenset({b"service-worker", b"max-forwards"})
 _EACH_TIME_NEW = frozenset({b"x-request-id", b"traceparent"})  # to keep a section that has one would be in vain
 
 # What a RequestHead depends on: header lines as received, peer, scheme, HTTP version.
@@ -37,33 +39,34 @@ Received = tuple[tuple[Line, ...], str, str, str]
 class RequestHead:
     """What follows from the header section of a request. One may serve many requests, so it never changes."""
 
-    __slots__ = ("lines", "raw", "fields", "length", "is_bodiless", "trace_id", "is_worker_script", "refusal")
+    __slots__ = ("lines", "raw", "fields", "length", "is_bodiless", "trace_id", "is_rare", "refusal")
 
-    def __init__(self, received: Received, pseudonym: bytes, trusted: Sequence[Network], max_lines: int) -> None:
+    def __init__(
+        self, received: Received, pseudonym: bytes, trusted: Sequence[Network], max_lines: int, rules: HeaderRules
+    ) -> None:
         lines, peer, scheme, version = received
-        self.fields = notable(lines[:MOST_LINES])  # values by name, one for each line
+        self.fields = special_fields(lines[:MOST_LINES])  # values by name, one for each line
         self.length = b",".join(self.fields.get(b"content-length", ())).decode("latin-1")  # as sent, "" without one
         # HTTP/2 tells only at its end whether there is a body.
         self.is_bodiless = not self.length and b"transfer-encoding" not in self.fields and version != "2"
         self.trace_id = self._trace_id()
-        self.is_worker_script = b"service-worker" in self.fields
+        self.is_rare = not self.fields.keys().isdisjoint(_RARE)  # what few clients send, and some filters look at
         self.refusal: BalancerError | None = None
         self.lines: tuple[Line, ...] = ()  # for the backend, without framing fields and X-Request-ID
         try:
             check_count(lines, max_lines)
             check_host(self.fields.get(b"host", ()), version)
             check_codings(self.fields.get(b"transfer-encoding", ()))
-            self.lines = tuple(
-                request_lines(
-                    lines,
-                    self.fields,
-                    peer=peer,
-                    scheme=scheme,
-                    http_version=version,
-                    pseudonym=pseudonym,
-                    trusted=trusted,
-                )
+            made = request_lines(
+                lines,
+                self.fields,
+                peer=peer,
+                scheme=scheme,
+                http_version=version,
+                pseudonym=pseudonym,
+                trusted=trusted,
             )
+            self.lines = tuple(rules.applied(made) if rules else made)
         except BalancerError as error:
             self.refusal = error.to_keep()
         self.raw = on_the_wire(self.lines)
@@ -77,28 +80,32 @@ class RequestHead:
         return found
 
 
-def _weigh(received: Received, head: RequestHead) -> int:
-    """0 if it will hardly come again, or takes too much; what goes to the backend may be much less than what came."""
-    if head.refusal is not None or not head.fields.keys().isdisjoint(_EACH_TIME_NEW):
-        return 0
-    lines = received[0]
-    size = HEAD_BYTES + LINE_BYTES * len(lines) + 2 * sum(map(len, chain.from_iterable(lines)))
-    return size if size <= LARGEST_HEAD else 0
-
-
 class RequestHeads:
     """Looks up, or works out, what follows from a header section. Any thread may call.
 
     `pseudonym` is our name in `Via`; claims of peers in `trusted` networks are believed; sections of more than
-    `max_lines` are refused.
+    `max_lines` are refused; `rules` change what goes to backends.
     """
 
     def __init__(
-        self, pseudonym: bytes = b"lb-1", trusted: Sequence[Network] = (), max_lines: int = MOST_LINES
+        self,
+        pseudonym: bytes = b"lb-1",
+        trusted: Sequence[Network] = (),
+        max_lines: int = MOST_LINES,
+        rules: HeaderRules = NO_RULES,
     ) -> None:
-        self.pseudonym, self.trusted, self.max_lines = pseudonym, trusted, max_lines
-        self._work_out = partial(RequestHead, pseudonym=pseudonym, trusted=trusted, max_lines=max_lines)
-        self._table: Table[Received, RequestHead] = Table(self._work_out, HEADS_ROOM, _weigh)
+        self.pseudonym, self.trusted, self.max_lines, self.rules = pseudonym, trusted, max_lines, rules
+        self._work_out = partial(RequestHead, pseudonym=pseudonym, trusted=trusted, max_lines=max_lines, rules=rules)
+        self._size_of_rules = rules.size
+        self._table: Table[Received, RequestHead] = Table(self._work_out, HEADS_ROOM, self._weigh)
+
+    def _weigh(self, received: Received, head: RequestHead) -> int:
+        """0 if it will hardly come again, or takes too much; what goes to the backend may be much less than it."""
+        if head.refusal is not None or not head.fields.keys().isdisjoint(_EACH_TIME_NEW):
+            return 0
+        lines = received[0]
+        size = HEAD_BYTES + LINE_BYTES * len(lines) + 2 * sum(map(len, chain.from_iterable(lines)))
+        return size + self._size_of_rules if size <= LARGEST_HEAD else 0
 
     def of(self, lines: Sequence[Line], peer: str, scheme: str, version: str) -> RequestHead:
         received = (tuple(lines), peer, scheme, version)

@@ -9,13 +9,10 @@ from typing import Any
 from requests import PreparedRequest
 
 from balancer.protocol.client import Watcher
-from balancer.protocol.messages import (
-    IDEMPOTENT,
-    HeaderLines,
-    Line,
-)
+from balancer.protocol.messages import IDEMPOTENT, HeaderLines, Line
 from balancer.protocol.origin import Origin
 from balancer.protocol.requestheads import RequestHead, on_the_wire
+from balancer.protocol.responseheads import UNRULED, ResponseHeads
 
 
 class OutgoingRequest(PreparedRequest):
@@ -37,6 +34,7 @@ class OutgoingRequest(PreparedRequest):
     watcher: Watcher | None = None
     deadline = math.inf  # of time.monotonic(), for all attempts together
     connect_seconds: float | None = None  # what the last attempt spent on a new connection, None for a kept one
+    heads: ResponseHeads = UNRULED  # by whose rules it is answered
     is_resent = False  # the last attempt's kept connection had died, so it was sent once more on a fresh one
 
     def __init__(self, method: str, target: bytes, own: Sequence[Line], shared: RequestHead | None = None) -> None:
@@ -49,6 +47,10 @@ class OutgoingRequest(PreparedRequest):
     @property
     def lines(self) -> list[Line]:
         return [*self.shared.lines, *self.own] if self.shared is not None else [*self.own]
+
+    @lines.setter
+    def lines(self, lines: Sequence[Line]) -> None:
+        self.own, self.shared = lines, None
 
     @property
     def headers(self) -> HeaderLines:  # type: ignore[override]

@@ -23,9 +23,8 @@ from balancer.protocol.messages import (
     Line,
     nominated,
     parse_content_length,
-    response_lines,
 )
-from balancer.protocol.responseheads import MAX_HEAD, PlainHead, parse_plain
+from balancer.protocol.responseheads import MAX_HEAD, UNRULED, PlainHead, ResponseHeads
 from balancer.protocol.texts import shown
 from balancer.upstream.connection import CHUNK, FIRST, Connection
 
@@ -67,11 +66,12 @@ class ResponseHead:
     """A response head as it comes in: status, reason, header lines, and the body bytes that came with it."""
 
     __slots__ = (
-        *("_parser", "status", "reason", "lines", "plain", "_collected", "options", "pieces", "size"),
+        *("_heads", "_parser", "status", "reason", "lines", "plain", "_collected", "options", "pieces", "size"),
         *("has_head", "has_end", "keeps_alive"),
     )
 
-    def __init__(self) -> None:
+    def __init__(self, heads: ResponseHeads = UNRULED) -> None:
+        self._heads = heads
         self._parser: httptools.HttpResponseParser | None = None
         self.status = 0
         self.reason = ""
@@ -88,7 +88,7 @@ class ResponseHead:
     def feed(self, data: bytes) -> bool:
         """Parse. Returns False if bytes followed the end of the response. Raises InvalidResponse."""
         if self._parser is None:
-            plain = parse_plain(data)
+            plain = self._heads.plain(data)
             if plain is not None:
                 self._take(plain, data)
                 return True
@@ -104,9 +104,11 @@ class ResponseHead:
             self.pieces.append(data[plain.size :])
 
     @property
-    def onward(self) -> Sequence[Line]:
+    def for_client(self) -> Sequence[Line]:
         """The lines for the client."""
-        return self.plain.onward if self.plain is not None else response_lines(self.lines, self.status, self.options)
+        if self.plain is not None:
+            return self.plain.for_client
+        return self._heads.for_client(self.lines, self.status, self.options)
 
     def is_large(self) -> bool:
         return sum(len(name) + len(value) + len(b": \r\n") for name, value in self.lines) > MAX_HEAD
@@ -162,7 +164,8 @@ class ResponseHead:
             self.reason = ""
 
     def end(self) -> None:
-        """No more of it will be parsed: the parser refers to us and we to it, and that is garbage of the slow kind."""
+        """No more of it will be parsed. The parser and this object refer to each other: only the garbage collector
+        would free them."""
         self._parser = None
 
     def take(self) -> bytes:

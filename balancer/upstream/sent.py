@@ -38,7 +38,7 @@ class Sent:
     def head(self) -> ResponseHead:
         """As far as it is here. Most responses never need one."""
         if self._head is None:
-            self._head = ResponseHead()
+            self._head = ResponseHead(self.request.heads)
         return self._head
 
     def write(self, head: bytes) -> None:

@@ -31,7 +31,6 @@ from balancer.errors import (
 )
 from balancer.protocol.client import has_left
 from balancer.protocol.origin import Origin
-from balancer.protocol.responseheads import parse_plain
 from balancer.upstream.connection import FIRST, Connection
 from balancer.upstream.outgoing import OutgoingRequest, as_outgoing, origin_of
 from balancer.upstream.response import (
@@ -145,7 +144,8 @@ class BackendAdapter(BaseAdapter):
 
     def _whole(self, sent: Sent, data: bytes) -> BackendResponse | None:
         """The response, if it has the usual shape and `data` is all of it: by far the most are so."""
-        plain, request = parse_plain(data), sent.request
+        request = sent.request
+        plain = request.heads.plain(data)
         if plain is None or plain.whole != len(data) or request.method == "HEAD" or not sent.is_whole or sent._head:
             return None
         if request.watcher is not None:
