@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -43,7 +44,7 @@ class Recorded:
         return self.history.look()
 
     def points(self, step: int = 1, since: int = 0) -> list[dict[str, Any]]:
-        return self.history.since(step, since)
+        return [asdict(slot) for slot in self.history.since(step, since)]
 
     def told(self, step: int = 1) -> list[tuple[int, int]]:
         return [(point["at"], point["requests"]) for point in self.points(step)]

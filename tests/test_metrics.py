@@ -35,7 +35,7 @@ from support import (
 )
 
 from balancer.balancing.backends import LastCheck
-from balancer.balancing.judge import PoolOptions
+from balancer.balancing.options import PoolOptions
 from balancer.balancing.pool import BackendPool
 from balancer.balancing.strategies import create
 from balancer.balancing.tally import Tally
