@@ -24,9 +24,7 @@ from support import (
     PYTHON,
     ROOT,
     BalancerProcess,
-    Demo,
     RawRequest,
-    ScriptedBackend,
     exchange,
     fetch,
     fetch_json,
@@ -36,9 +34,9 @@ from support import (
     make_exchange,
     ok,
     options,
-    start_demo,
     wait_until,
 )
+from wire import WireBackend
 
 from balancer.observe.accesslog import AGENT_LOGGED, AccessLog, LogOptions, timestamp
 from balancer.observe.exchange import METHOD_KEPT, PATH_KEPT, Exchange
@@ -56,16 +54,15 @@ def json_lines(process: BalancerProcess) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def demo() -> Iterator[Demo]:
-    started = start_demo(
-        "--access-log", "--access-log-format=json", "--trusted-proxies=127.0.0.0/8", "--control-reads=open"
-    )
-    yield started
-    started.stop()
+def logging(scripted: WireBackend) -> Iterator[BalancerProcess]:
+    flags = ("--access-log", "--access-log-format=json", "--trusted-proxies=127.0.0.0/8", "--control-reads=open")
+    balancer = BalancerProcess(f"--backend=only={scripted.url}", "--expose-backend", *flags)
+    yield balancer
+    balancer.stop()
 
 
-def line_of(demo: Demo, path: str) -> dict[str, Any]:
-    found = wait_until(lambda: [line for line in json_lines(demo.balancer) if line["path"] == path], 5, path)
+def line_of(logging: BalancerProcess, path: str) -> dict[str, Any]:
+    found = wait_until(lambda: [line for line in json_lines(logging) if line["path"] == path], what=path)
     assert len(found) == 1
     line: dict[str, Any] = found[0]
     return line
@@ -74,12 +71,12 @@ def line_of(demo: Demo, path: str) -> dict[str, Any]:
 # What a line tells.
 
 
-def test_a_line_tells_what_the_status_tells(demo: Demo) -> None:
+def test_a_line_tells_what_the_status_tells(logging: BalancerProcess) -> None:
     status, headers, body = fetch(
-        f"{demo.url}/api/process/told?secret=1", b"x" * 500, User_Agent="test/1", Traceparent=TRACEPARENT
+        f"{logging.url}/api/process/told?secret=1", b"x" * 500, User_Agent="test/1", Traceparent=TRACEPARENT
     )
-    line = line_of(demo, "/api/process/told")
-    recent = next(r for r in demo.balancer.status()["recent_requests"] if r["request_id"] == line["request_id"])
+    line = line_of(logging, "/api/process/told")
+    recent = next(r for r in logging.status()["recent_requests"] if r["request_id"] == line["request_id"])
     assert line["request_id"] == headers["x-request-id"] == recent["request_id"]
     assert line["trace_id"] == recent["trace_id"] == TRACE
     assert (line["method"], line["protocol"], line["status"], line["complete"]) == ("POST", "HTTP/1.1", status, True)
@@ -92,31 +89,31 @@ def test_a_line_tells_what_the_status_tells(demo: Demo) -> None:
     assert "secret" not in json.dumps(line)
 
 
-def test_the_phases_add_up(demo: Demo) -> None:
+def test_the_phases_add_up(logging: BalancerProcess) -> None:
     for number in range(5):
-        fetch(f"{demo.url}/api/process/phases-{number}")
+        fetch(f"{logging.url}/api/process/phases-{number}")
     for number in range(5):
-        line = line_of(demo, f"/api/process/phases-{number}")
+        line = line_of(logging, f"/api/process/phases-{number}")
         phases = [line["received"], line["queued"], line["first_byte"], line["transfer"]]
         assert all(phase >= 0 for phase in phases)
         assert sum(phases) == pytest.approx(line["total"], abs=5e-6)
         assert line["connect"] is None or 0 < line["connect"] <= line["first_byte"]
 
 
-def test_the_client_is_the_one_a_trusted_proxy_names(demo: Demo) -> None:
-    fetch(f"{demo.url}/behind", X_Forwarded_For="203.0.113.9, 198.51.100.7, 127.0.0.3")
-    assert line_of(demo, "/behind")["client"] == "198.51.100.7"
+def test_the_client_is_the_one_a_trusted_proxy_names(logging: BalancerProcess) -> None:
+    fetch(f"{logging.url}/behind", X_Forwarded_For="203.0.113.9, 198.51.100.7, 127.0.0.3")
+    assert line_of(logging, "/behind")["client"] == "198.51.100.7"
 
 
-def test_control_requests_are_no_traffic(demo: Demo) -> None:
-    fetch(f"{demo.url}/events")
-    fetch(f"{demo.url}/marker")
-    line_of(demo, "/marker")
-    assert "/events" not in [line["path"] for line in json_lines(demo.balancer)]
+def test_control_requests_are_no_traffic(logging: BalancerProcess) -> None:
+    fetch(f"{logging.url}/events")
+    fetch(f"{logging.url}/marker")
+    line_of(logging, "/marker")
+    assert "/events" not in [line["path"] for line in json_lines(logging)]
 
 
 def test_a_retry_shows_each_attempt_and_a_failure_its_reason() -> None:
-    backend = ScriptedBackend()
+    backend = WireBackend()
     flags = ("--access-log", "--access-log-format=json", "--panic-threshold=1", "--algorithm=round_robin")
     balancer = BalancerProcess(
         f"--backend=gone=http://127.0.0.1:{free_port()}", f"--backend=good={backend.url}", *flags
@@ -146,7 +143,7 @@ def test_a_retry_shows_each_attempt_and_a_failure_its_reason() -> None:
 
 
 def test_a_line_of_text_has_the_same(tmp_path: Path) -> None:
-    backend = ScriptedBackend()
+    backend = WireBackend()
     balancer = BalancerProcess(f"--backend=only={backend.url}", "--access-log")
     try:
         fetch(f"{balancer.url}/some/path?secret=1", User_Agent='a "quoted" agent', Traceparent=TRACEPARENT)
@@ -168,7 +165,7 @@ def test_a_line_of_text_has_the_same(tmp_path: Path) -> None:
 
 
 def test_it_is_off_unless_asked_for() -> None:
-    backend = ScriptedBackend()
+    backend = WireBackend()
     balancer = BalancerProcess(f"--backend=only={backend.url}")
     try:
         assert fetch(f"{balancer.url}/quiet")[0] == 200
@@ -179,7 +176,7 @@ def test_it_is_off_unless_asked_for() -> None:
 
 
 def test_a_reload_switches_it(tmp_path: Path) -> None:
-    backend = ScriptedBackend()
+    backend = WireBackend()
     file = tmp_path / "balancer.toml"
     settings = f'[[backends]]\nid = "only"\nurl = "{backend.url}"\n'
     file.write_text(settings)
@@ -198,7 +195,7 @@ def test_a_reload_switches_it(tmp_path: Path) -> None:
 
 def test_a_reload_turns_it_off_in_mid_request(tmp_path: Path) -> None:
     """Of what ends without a log nothing is logged; to the clients it makes no difference."""
-    backend, go_on = ScriptedBackend(), threading.Event()
+    backend, go_on = WireBackend(), threading.Event()
 
     def script(sock: socket.socket, asked: RawRequest) -> None:
         first, rest = {b"/head": (b"", ok(b"whole")), b"/body": (ok(b"whole")[:-2], b"le")}.get(
@@ -247,7 +244,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_no_request_forges_a_line_or_talks_to_the_terminal(form: str) -> None:
-    backend = ScriptedBackend()
+    backend = WireBackend()
     flags = ("--access-log", f"--access-log-format={form}", "--log-level=error")
     balancer = BalancerProcess(f"--backend=only={backend.url}", *flags)
     try:
@@ -305,9 +302,9 @@ def test_what_is_long_is_cut() -> None:
     assert told["client"] is None
 
 
-def test_a_long_path_and_method_are_cut_before_they_are_kept(demo: Demo) -> None:
-    exchange(demo.balancer.port, get(b"/long" + b"x" * 9000, method=b"M" * 900))
-    line = line_of(demo, "/long" + "x" * (PATH_KEPT - 5))
+def test_a_long_path_and_method_are_cut_before_they_are_kept(logging: BalancerProcess) -> None:
+    exchange(logging.port, get(b"/long" + b"x" * 9000, method=b"M" * 900))
+    line = line_of(logging, "/long" + "x" * (PATH_KEPT - 5))
     assert line["method"] == "M" * METHOD_KEPT
 
 
@@ -340,7 +337,7 @@ def test_the_phases_of_a_request_with_a_pause_between_attempts() -> None:
 @contextmanager
 def serving(stdout: Any, *flags: str, **options: Any) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """A balancer with an access log whose output goes to `stdout`; in front of one backend."""
-    backend, port = ScriptedBackend(), free_port()
+    backend, port = WireBackend(), free_port()
     command = [PYTHON, str(ROOT / "load_balancer.py"), f"--port={port}", f"--backend=only={backend.url}"]
     process = subprocess.Popen(
         [*command, "--access-log", *flags], stdout=stdout, stderr=subprocess.PIPE, cwd=ROOT, **options

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fleet import Demo, start_demo
 from playwright.sync_api import expect
-from support import PAGE_TOKEN, BalancerProcess, Demo, ScriptedBackend, start_demo, wait_until
+from support import PAGE_TOKEN, Balancer, wait_until
+from wire import WireBackend
 
 from tests.dashboard_stub import (
     Json,
@@ -681,11 +683,11 @@ def test_real_balancer_explains_drains_and_keeps_the_past(shared: Demo, tab: Tab
     wait_until(lambda: (area.get_attribute("d") or "").count("L") > 2)
 
 
-def test_real_balancer_reloads_its_configuration(tmp_path: Path, scripted: ScriptedBackend, tab: Tab) -> None:
+def test_real_balancer_reloads_its_configuration(tmp_path: Path, scripted: WireBackend, tab: Tab) -> None:
     file = tmp_path / "balancer.toml"
     lines = f'[[backends]]\nid = "one"\nurl = "{scripted.url}"\nweight = '
     file.write_text(f"{lines}1\n", encoding="utf-8")
-    balancer = BalancerProcess(f"--config={file}")
+    balancer = Balancer(f"--config={file}")
     try:
         tab.page.goto(f"{balancer.url}/dashboard")
         tab.is_live()

@@ -18,8 +18,8 @@ import pytest
 from support import (
     PYTHON,
     ROOT,
+    BackendProcess,
     BalancerProcess,
-    DemoBackend,
     Process,
     RawRequest,
     connect,
@@ -348,11 +348,9 @@ def test_hangup_while_it_starts_waits_until_it_has_started(tmp_path: Path, has_f
 
 
 def test_hangup_ends_what_has_nothing_to_reload() -> None:
-    backend = DemoBackend("alone")
-    backend.start()
+    backend = BackendProcess("alone")
     try:
-        assert backend.process is not None
-        backend.process.send(signal.SIGHUP)
-        assert backend.process.wait(10) == 0
+        backend.send(signal.SIGHUP)
+        assert backend.wait() == 0
     finally:
         backend.stop()

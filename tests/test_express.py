@@ -18,7 +18,6 @@ from stub_granian import Client, piece
 from support import (
     Balancer,
     BalancerProcess,
-    ScriptedBackend,
     connect,
     fetch,
     free_port,
@@ -29,7 +28,7 @@ from support import (
     split_response,
     wait_until,
 )
-from wire import hang_up, post, read_response, request
+from wire import WireBackend, hang_up, post, read_response, request
 
 from balancer.balancing.backends import LastCheck
 from balancer.config.settings import BackendSettings, Settings
@@ -47,7 +46,7 @@ from bench import guard
 def started(request: pytest.FixtureRequest) -> Iterator[Balancer]:
     """Two backends `a` and `b`, each with a kept connection; a second to answer, unless a test sets another time."""
     seconds = getattr(request, "param", 1)
-    made = {name: ScriptedBackend() for name in "ab"}
+    made = {name: WireBackend() for name in "ab"}
     balancer = Balancer(
         *(f"--backend={name}={backend.url}" for name, backend in made.items()),
         "--algorithm=round_robin", f"--response-timeout={seconds}", "--pool-idle-timeout=30", "--thread-idle-timeout=1",
@@ -60,9 +59,9 @@ def started(request: pytest.FixtureRequest) -> Iterator[Balancer]:
 
 
 @pytest.fixture
-def backends(started: Balancer) -> dict[str, ScriptedBackend]:
+def backends(started: Balancer) -> dict[str, WireBackend]:
     """Both have answered once, so a request without a body finds a kept connection."""
-    made: dict[str, ScriptedBackend] = started.backends  # type: ignore[attr-defined]
+    made: dict[str, WireBackend] = started.backends  # type: ignore[attr-defined]
     for _ in range(4):
         assert fetch(f"{started.url}/warm")[0] == 200
     for backend in made.values():
@@ -70,12 +69,12 @@ def backends(started: Balancer) -> dict[str, ScriptedBackend]:
     return made
 
 
-def script_all(backends: dict[str, ScriptedBackend], script: Any) -> None:
+def script_all(backends: dict[str, WireBackend], script: Any) -> None:
     for backend in backends.values():
         backend.script = script
 
 
-def script_once(backends: dict[str, ScriptedBackend], first: Any, then: bytes) -> None:
+def script_once(backends: dict[str, WireBackend], first: Any, then: bytes) -> None:
     """Whichever is asked first does as `first` says; from then on both answer `then`."""
 
     def script(sock: socket.socket, request: Any) -> None:
@@ -88,7 +87,7 @@ def script_once(backends: dict[str, ScriptedBackend], first: Any, then: bytes) -
 @pytest.mark.parametrize("body", [None, b"x", bytes(65536)])
 def test_requests_in_flight_need_no_threads(body: bytes | None) -> None:
     go, count = threading.Event(), 100
-    backend = ScriptedBackend()
+    backend = WireBackend()
     balancer = BalancerProcess(
         f"--backend={backend.url}", "--thread-idle-timeout=1", "--pool-idle-timeout=60", "--response-timeout=30"
     )
@@ -136,7 +135,7 @@ def test_requests_in_flight_need_no_threads(body: bytes | None) -> None:
 
 
 def test_an_answer_that_does_not_come_is_given_up_and_asked_for_elsewhere(
-    started: Balancer, backends: dict[str, ScriptedBackend]
+    started: Balancer, backends: dict[str, WireBackend]
 ) -> None:
     script_once(backends, lambda sock, request: None, b"second")
     assert fetch(f"{started.url}/x", X_Request_ID="late-1")[2] == b"second"
@@ -147,7 +146,7 @@ def test_an_answer_that_does_not_come_is_given_up_and_asked_for_elsewhere(
 
 @pytest.mark.parametrize("pause", [0.0, 3 * WATCH_AFTER_SECONDS])
 def test_a_small_body_may_come_in_pieces_and_late(
-    started: Balancer, backends: dict[str, ScriptedBackend], pause: float
+    started: Balancer, backends: dict[str, WireBackend], pause: float
 ) -> None:
     body = os.urandom(60_000)
     with connect(started.port) as client, client.makefile("rb") as stream:
@@ -160,9 +159,7 @@ def test_a_small_body_may_come_in_pieces_and_late(
     assert [one.body for backend in backends.values() for one in backend.requests] == [body] * 3
 
 
-def test_a_small_body_of_many_pieces_is_one_for_a_thread(
-    started: Balancer, backends: dict[str, ScriptedBackend]
-) -> None:
+def test_a_small_body_of_many_pieces_is_one_for_a_thread(started: Balancer, backends: dict[str, WireBackend]) -> None:
     body = os.urandom(100)
     with connect(started.port) as client, client.makefile("rb") as stream:
         client.sendall(post(b"Content-Length: 100"))
@@ -175,7 +172,7 @@ def test_a_small_body_of_many_pieces_is_one_for_a_thread(
 
 @pytest.mark.parametrize("pause", [0.0, 3 * WATCH_AFTER_SECONDS])
 def test_a_client_that_leaves_in_a_small_body_troubles_no_backend(
-    started: Balancer, backends: dict[str, ScriptedBackend], pause: float
+    started: Balancer, backends: dict[str, WireBackend], pause: float
 ) -> None:
     with connect(started.port) as client:
         client.sendall(post(b"Content-Length: 10", body=b"12345"))
@@ -207,7 +204,7 @@ class Narrow:
 def test_a_request_that_goes_out_in_part_is_finished_by_a_thread(room: int) -> None:
     """`begin` sends what the socket takes at once, `exchange` the rest."""
     body = os.urandom(1_000_000)
-    adapter, backend = BackendAdapter(options(Timeouts)), ScriptedBackend()
+    adapter, backend = BackendAdapter(options(Timeouts)), WireBackend()
     origin = Origin.parse(backend.url)
     try:
         adapter.exchange(OutgoingRequest("GET", b"/", [(b"host", b"a")]), origin)
@@ -227,7 +224,7 @@ def test_a_request_that_goes_out_in_part_is_finished_by_a_thread(room: int) -> N
 
 @pytest.mark.parametrize("reset", [False, True])
 def test_a_kept_connection_that_dies_under_the_request_is_replaced(
-    started: Balancer, backends: dict[str, ScriptedBackend], reset: bool
+    started: Balancer, backends: dict[str, WireBackend], reset: bool
 ) -> None:
     script_once(backends, lambda sock, request: hang_up(sock, reset=reset), b"again")
     assert fetch(f"{started.url}/x")[::2] == (200, b"again")
@@ -235,7 +232,7 @@ def test_a_kept_connection_that_dies_under_the_request_is_replaced(
 
 
 def test_a_post_whose_kept_connection_died_is_not_sent_again(
-    started: Balancer, backends: dict[str, ScriptedBackend]
+    started: Balancer, backends: dict[str, WireBackend]
 ) -> None:
     script_all(backends, lambda sock, request: hang_up(sock))
     assert fetch(f"{started.url}/x", method="POST")[0] == 502
@@ -249,7 +246,7 @@ def break_off(sock: socket.socket, request: Any) -> None:
 
 
 def test_an_answer_that_breaks_off_with_its_head_is_asked_for_elsewhere(
-    started: Balancer, backends: dict[str, ScriptedBackend]
+    started: Balancer, backends: dict[str, WireBackend]
 ) -> None:
     script_once(backends, break_off, b"second")
     assert fetch(f"{started.url}/x", X_Request_ID="broken-1")[::2] == (200, b"second")
@@ -259,7 +256,7 @@ def test_an_answer_that_breaks_off_with_its_head_is_asked_for_elsewhere(
 
 
 def test_a_post_whose_answer_breaks_off_with_its_head_is_a_502(
-    started: Balancer, backends: dict[str, ScriptedBackend]
+    started: Balancer, backends: dict[str, WireBackend]
 ) -> None:
     script_all(backends, break_off)
     assert fetch(f"{started.url}/x", method="POST", X_Request_ID="broken-2")[0] == 502
@@ -271,7 +268,7 @@ def test_a_post_whose_answer_breaks_off_with_its_head_is_a_502(
 @pytest.mark.parametrize("size", [0, 1, 65536, 3_000_000])
 @pytest.mark.parametrize("pieces", [1, 7])
 def test_answers_of_any_size_and_in_any_pieces_come_through_whole(
-    started: Balancer, backends: dict[str, ScriptedBackend], size: int, pieces: int
+    started: Balancer, backends: dict[str, WireBackend], size: int, pieces: int
 ) -> None:
     data = ok(os.urandom(size), b"X-Check: yes")
     pause = threading.Event()
@@ -288,7 +285,7 @@ def test_answers_of_any_size_and_in_any_pieces_come_through_whole(
 
 
 def test_a_client_that_leaves_takes_its_backend_connection_with_it(
-    started: Balancer, backends: dict[str, ScriptedBackend]
+    started: Balancer, backends: dict[str, WireBackend]
 ) -> None:
     ended = threading.Event()
 
@@ -307,7 +304,7 @@ def test_a_client_that_leaves_takes_its_backend_connection_with_it(
 
 
 def test_pipelined_and_kept_alive_requests_get_their_own_answers(
-    started: Balancer, backends: dict[str, ScriptedBackend]
+    started: Balancer, backends: dict[str, WireBackend]
 ) -> None:
     script_all(backends, lambda sock, request: sock.sendall(ok(request.target)))
     with ExitStack() as stack:
@@ -321,7 +318,7 @@ def test_pipelined_and_kept_alive_requests_get_their_own_answers(
 
 
 def test_requests_that_wait_on_the_express_way_are_finished_when_it_stops(
-    started: Balancer, backends: dict[str, ScriptedBackend]
+    started: Balancer, backends: dict[str, WireBackend]
 ) -> None:
     go = threading.Event()
 
@@ -545,7 +542,7 @@ def test_a_surprise_with_one_answer_holds_up_no_other(caplog: pytest.LogCaptureF
 
 @pytest.mark.parametrize("started", [3], indirect=True)
 def test_the_rest_of_a_head_gets_only_what_is_left_of_its_time(
-    started: Balancer, backends: dict[str, ScriptedBackend]
+    started: Balancer, backends: dict[str, WireBackend]
 ) -> None:
     pause = threading.Event()
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
 import pytest
+from fleet import Demo
 from hypothesis import given
 from hypothesis import strategies as st
-from support import Balancer, Clock, Demo, ScriptedBackend, fetch, fetch_json, make_exchange, wait_until
+from support import Balancer, BalancerProcess, Clock, fetch, fetch_json, make_exchange, wait_until
+from wire import WireBackend
 
 from balancer.observe.history import SLOTS, History, Reading
 from balancer.observe.statistics import Statistics
@@ -305,7 +308,7 @@ def test_a_reload_of_the_page_keeps_the_past(demo: Demo) -> None:
     assert all(point["at"] > newest for point in newer)
 
 
-def test_requests_in_flight_show_and_a_reset_clears(patient: Balancer, backend: ScriptedBackend) -> None:
+def test_requests_in_flight_show_and_a_reset_clears(patient: Balancer, backend: WireBackend) -> None:
     release = threading.Event()
 
     def script(sock: Any, request: Any) -> None:
@@ -336,21 +339,24 @@ def test_a_bad_query_is_refused_in_words(balancer: Balancer, query: str) -> None
     assert status == 400 and query.partition("=")[0].encode() in body
 
 
-def test_a_process_that_was_stopped_for_a_while_has_a_gap_and_loses_nothing(demo: Demo) -> None:
+def test_a_process_that_was_stopped_for_a_while_has_a_gap_and_loses_nothing(
+    start_process: Callable[..., BalancerProcess],
+) -> None:
+    process = start_process()
     for _ in range(6):
-        fetch(f"{demo.url}/api/process")
-    demo.balancer.send(signal.SIGSTOP)
+        fetch(f"{process.url}/api/process")
+    process.send(signal.SIGSTOP)
     stopped = time.time()
     try:
         wait_until(lambda: time.time() > stopped + 3.2, 5, "the pause is over")
     finally:
-        demo.balancer.send(signal.SIGCONT)
+        process.send(signal.SIGCONT)
     resumed = time.time()
     for _ in range(6):
-        fetch(f"{demo.url}/api/process")
+        fetch(f"{process.url}/api/process")
 
     def past() -> Any:
-        points = fetch_json(f"{demo.url}/history")["points"]
+        points = fetch_json(f"{process.url}/history")["points"]
         return points if sum(point["requests"] for point in points) >= 12 else None
 
     points = wait_until(past, 5, "all requests are history")

@@ -16,18 +16,7 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from support import (
-    Balancer,
-    BalancerProcess,
-    ScriptedBackend,
-    connect,
-    exchange,
-    free_port,
-    get,
-    ok,
-    split_response,
-    wait_until,
-)
+from support import Balancer, BalancerProcess, connect, exchange, free_port, get, ok, split_response, wait_until
 from wire import (
     CHUNKED_ABC,
     Broken,
@@ -119,7 +108,7 @@ def forwarded(balancer: Balancer, backend: WireBackend, *lines: bytes, target: b
     return backend.requests[-1]
 
 
-def returned(balancer: Balancer, backend: ScriptedBackend, *lines: bytes) -> list[tuple[bytes, bytes]]:
+def returned(balancer: Balancer, backend: WireBackend, *lines: bytes) -> list[tuple[bytes, bytes]]:
     """The header lines of an answer as the client got them."""
     backend.answer(ok(b"ok", *lines))
     return ask(balancer.port, request())[1]

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from support import PYTHON, ROOT, ScriptedBackend, connect, fetch, fetch_json, free_port, get, ok, read_all, wait_until
+from support import PYTHON, ROOT, connect, fetch, fetch_json, free_port, get, ok, read_all, wait_until
 from wire import WireBackend
 
 import balancer
@@ -25,8 +25,8 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0"  # and empty SET
 
 
 @pytest.fixture
-def second() -> Iterator[ScriptedBackend]:
-    backend = ScriptedBackend()
+def second() -> Iterator[WireBackend]:
+    backend = WireBackend()
     yield backend
     backend.close()
 
@@ -127,7 +127,7 @@ def test_it_starts_once() -> None:
         never.start()
 
 
-def test_several_at_once_in_one_thread_and_in_others(scripted: WireBackend, second: ScriptedBackend) -> None:
+def test_several_at_once_in_one_thread_and_in_others(scripted: WireBackend, second: WireBackend) -> None:
     scripted.reset()
     second.script = lambda sock, request: sock.sendall(ok(b"second"))
     with LoadBalancer([scripted.url]) as one, LoadBalancer([second.url]) as other:
@@ -203,7 +203,7 @@ CLIENTS: dict[str, tuple[bytes, Callable[[socket.socket, object], None]]] = {
 
 
 @pytest.mark.parametrize("kind", CLIENTS)
-def test_it_ends_whole_whatever_a_client_does(second: ScriptedBackend, kind: str) -> None:
+def test_it_ends_whole_whatever_a_client_does(second: WireBackend, kind: str) -> None:
     sent, second.script = CLIENTS[kind]
     before = held()
     lb = LoadBalancer([second.url]).start()
@@ -219,7 +219,7 @@ def test_it_ends_whole_whatever_a_client_does(second: ScriptedBackend, kind: str
     nothing_is_left(before)
 
 
-def test_what_is_in_flight_is_finished(second: ScriptedBackend) -> None:
+def test_what_is_in_flight_is_finished(second: WireBackend) -> None:
     go = threading.Event()
     answers: list[bytes] = []
 

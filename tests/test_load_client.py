@@ -23,8 +23,10 @@ from typing import Any
 
 import jsonschema
 import pytest
+from fleet import Demo
 from stub_balancer import LIMIT, SCRIPT, Json, StubBalancer, environment, one_line, run, run_json, started
-from support import ROOT, Demo, ScriptedBackend, free_port, wait_until
+from support import ROOT, free_port, wait_until
+from wire import WireBackend
 
 from loadtest import problems
 from loadtest.flags import build_parser
@@ -282,7 +284,7 @@ RESET = b"\x01\x00\x00\x00\x00\x00\x00\x00"  # struct linger: on, 0 s
     ],
 )
 def test_each_kind_of_failure_has_its_name(
-    scripted: ScriptedBackend, answer: bytes, reset: bool, expected: tuple[str, str]
+    scripted: WireBackend, answer: bytes, reset: bool, expected: tuple[str, str]
 ) -> None:
     def script(sock: socket.socket, _request: Any) -> None:
         sock.sendall(answer)
@@ -429,7 +431,7 @@ def test_comparing_says_why_shares_are_not_judged(stub: StubBalancer) -> None:
     assert "expects no certain shares" in result.stdout
 
 
-def test_any_http_server_can_be_loaded(scripted: ScriptedBackend) -> None:
+def test_any_http_server_can_be_loaded(scripted: WireBackend) -> None:
     scripted.reset()
     result = run(f"{scripted.url}/x", "--no-preflight", "-n", "5", *ONE_BY_ONE)
     assert result.returncode == 0

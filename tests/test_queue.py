@@ -10,18 +10,8 @@ from threading import Event, Thread
 from typing import Any
 
 import pytest
-from support import (
-    Balancer,
-    ScriptedBackend,
-    connect,
-    exchange,
-    fetch,
-    get,
-    ok,
-    options,
-    split_response,
-    wait_until,
-)
+from support import Balancer, connect, exchange, fetch, get, ok, options, split_response, wait_until
+from wire import WireBackend
 
 from balancer.balancing.backends import LastCheck
 from balancer.balancing.options import PoolOptions
@@ -204,7 +194,7 @@ def test_a_storm_of_waiting_and_leaving_ends_with_nothing_held(threads: ThreadPo
 class Held:
     """A scripted backend that answers when the test lets it."""
 
-    def __init__(self, backend: ScriptedBackend) -> None:
+    def __init__(self, backend: WireBackend) -> None:
         self.go = Event()
         self.backend = backend
         backend.reset()
@@ -216,7 +206,7 @@ class Held:
 
 
 @pytest.fixture(scope="module")
-def limited(scripted: ScriptedBackend) -> Iterator[Balancer]:
+def limited(scripted: WireBackend) -> Iterator[Balancer]:
     """One backend with room for one request, a queue for two."""
     balancer = Balancer(f"--backend=only={scripted.url}", "--queue-limit=2", "--queue-timeout=20")
     fetch(f"{balancer.url}/backends/only", {"max_connections": 1}, "PATCH")
@@ -225,7 +215,7 @@ def limited(scripted: ScriptedBackend) -> Iterator[Balancer]:
 
 
 def test_requests_wait_in_order_and_the_one_too_many_is_told_when_to_come_again(
-    limited: Balancer, scripted: ScriptedBackend, threads: ThreadPoolExecutor
+    limited: Balancer, scripted: WireBackend, threads: ThreadPoolExecutor
 ) -> None:
     held = Held(scripted)
     first = threads.submit(fetch, f"{limited.url}/first")
@@ -244,7 +234,7 @@ def test_requests_wait_in_order_and_the_one_too_many_is_told_when_to_come_again(
 
 
 def test_a_client_that_leaves_the_queue_never_reaches_the_backend(
-    limited: Balancer, scripted: ScriptedBackend, threads: ThreadPoolExecutor
+    limited: Balancer, scripted: WireBackend, threads: ThreadPoolExecutor
 ) -> None:
     held = Held(scripted)
     first = threads.submit(fetch, f"{limited.url}/first")
@@ -267,7 +257,7 @@ def test_a_client_that_leaves_the_queue_never_reaches_the_backend(
 
 
 def test_requests_that_come_before_the_first_check_wait_for_it() -> None:
-    backend = ScriptedBackend()
+    backend = WireBackend()
     balancer = Balancer(f"--backend=a={backend.url}", wait_ready=False)
     try:
         assert fetch(f"{balancer.url}/x")[0] == 200
