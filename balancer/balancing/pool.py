@@ -23,7 +23,7 @@ from balancer.balancing.queue import Waiter, WaitingLine
 from balancer.balancing.roster import Roster, RosterChanges
 from balancer.balancing.tally import Tally
 from balancer.errors import NoRoom, Unavailable
-from balancer.protocol.client import Watcher
+from balancer.protocol.client import UNWATCHED, Client
 from balancer.protocol.origin import Origin
 
 if TYPE_CHECKING:
@@ -115,13 +115,13 @@ class BackendPool:
         request: Any,
         exclude: Collection[str] = (),
         *,
-        watcher: Watcher | None = None,
+        client: Client = UNWATCHED,
         deadline: float | None = None,
     ) -> Lease:
         """Choose and count in one step; wait in the queue if all backends are full.
 
         `exclude` are ids already tried for this request; they are not asked again. `deadline` is of the pool's clock;
-        `watcher` ends the wait when the client leaves. Raises Unavailable with the cause in words.
+        `client` ends the wait when the client leaves. Raises Unavailable with the cause in words.
         """
         with self._lock:
             lease = self._choose(request, exclude)
@@ -129,7 +129,7 @@ class BackendPool:
                 return lease
             waiter = self._line_up(request, exclude)
             limit = self._judge.options.queue_timeout
-        return self._wait(waiter, watcher, limit if deadline is None else min(limit, deadline - self._clock()))
+        return self._wait(waiter, client, limit if deadline is None else min(limit, deadline - self._clock()))
 
     def lease_now(self, request: Any) -> Lease | None:
         """A first lease if that needs no waiting."""
@@ -175,13 +175,11 @@ class BackendPool:
             return Unavailable(self._candidates.why_none(exclude), excluded)
         return NoRoom(f"every backend is full or not checked yet{about_waiting}", excluded)
 
-    def _wait(self, waiter: Waiter[Lease], watcher: Watcher | None, seconds: float) -> Lease:
+    def _wait(self, waiter: Waiter[Lease], client: Client, seconds: float) -> Lease:
         started = self._clock()
-        if watcher is not None:
-            watcher.attach(waiter)
+        client.attach(waiter)
         waiter.wait(seconds)
-        if watcher is not None:
-            watcher.detach()
+        client.detach()
         with self._lock:
             lease = self._line.leave(waiter)
             if lease is None:

@@ -43,7 +43,7 @@ VERSIONS = {"1": "1.0", "1.1": "1.1", "2": "2"}  # Granian calls HTTP/1.0 "1"
 
 
 class Call:
-    """One request, from hyper and back: answered by its `forwarding`, or by the app. Also the `Watcher` of what is
+    """One request, from hyper and back: answered by its `forwarding`, or by the app. Also the `Client` of what is
     waited for on its behalf.
 
     It belongs to one thread at a time: Granian's that brings it, then maybe a worker, the express thread, a worker

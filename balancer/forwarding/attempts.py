@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from balancer.errors import BackendError, ClientError, ClientGone, ConnectFailed, NoRoom, Unavailable
 from balancer.forwarding.stage import Stage
 from balancer.observe.exchange import Attempt, Exchange
-from balancer.protocol.client import has_left
 
 if TYPE_CHECKING:
     from balancer.balancing.pool import Lease
@@ -151,10 +150,10 @@ class Attempts:
         tried = [attempt.backend for attempt in record.attempts]
         started = time.perf_counter()
         try:
-            lease = self._route.pool.lease(request, tried, watcher=request.watcher, deadline=request.deadline)
+            lease = self._route.pool.lease(request, tried, client=request.client, deadline=request.deadline)
         except Unavailable as unavailable:
             record.queued += time.perf_counter() - started
-            if has_left(request.watcher):
+            if request.client.is_gone:
                 raise ClientGone("the client left while it waited for a backend") from None
             if failure is not None:  # what went wrong says more than that nobody else is left
                 raise self._final(failure, str(unavailable)) from None
@@ -203,7 +202,7 @@ class Attempts:
     def _failed(self, attempt: Attempt, lease: Lease, error: BackendError) -> None:
         """Raises ClientGone if the backend is not to blame."""
         self._note_times(attempt)
-        if has_left(self._request.watcher):
+        if self._request.client.is_gone:
             raise ClientGone("the client left while the backend was working") from None
         attempt.outcome, attempt.error = error.reason, str(error)
         if isinstance(error, ConnectFailed) and error.refused:

@@ -27,7 +27,6 @@ from balancer.forwarding.attempts import Attempts, no_thread
 from balancer.forwarding.route import REPLAY_LIMIT, Route
 from balancer.forwarding.stage import Stage
 from balancer.observe.exchange import METHOD_KEPT, PATH_KEPT, Exchange
-from balancer.protocol.client import has_left
 from balancer.protocol.messages import (
     ALLOWED,
     REFUSED_METHODS,
@@ -175,7 +174,7 @@ class Forwarding:
             request = OutgoingRequest("OPTIONS", incoming.target, [*count_down(incoming.head.lines), self._own])
         else:
             request = OutgoingRequest(incoming.method, incoming.target, (self._own,), incoming.head)
-        request.watcher = incoming.client
+        request.client = incoming.client
         if incoming.length or incoming.is_ended:
             self._add_body(request)
         request.deadline = time.monotonic() + self._options.request_timeout - waited
@@ -240,7 +239,7 @@ class Forwarding:
     # What a `ResponseStream` needs.
 
     def is_client_gone(self) -> bool:
-        return has_left(self._incoming.client)
+        return self._incoming.client.is_gone
 
     def count_out(self, size: int) -> None:
         self._record.bytes_out += size

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote_from_bytes
 
 from balancer.errors import BodyTooLarge, ClientError, ClientGone
-from balancer.protocol.client import Watcher
+from balancer.protocol.client import UNWATCHED, Client
 from balancer.protocol.messages import Line, parse_content_length
 from balancer.protocol.requestheads import RequestHead, RequestHeads
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # What our own server puts into environ beyond PEP 3333; under any other server they are missing.
 HEADER_LINES = "balancer.header_lines"  # list of (lower-case name, value) as received, in bytes
-CLIENT = "balancer.client"  # a connection.Watcher: aborts what is attached when the client leaves
+CLIENT = "balancer.client"  # its `protocol.client.Client`
 READ_SIZE = 65536
 
 
@@ -27,7 +27,7 @@ class Incoming:
     """A request as it came, whichever server brought it. `target` is raw; header lines have lower-case names.
 
     `length` is Content-Length as it was sent, "" without one; `is_ended` says that the server tells where a body
-    without a length ends. `client` is None if the server cannot tell when clients leave.
+    without a length ends.
     """
 
     __slots__ = (
@@ -56,7 +56,7 @@ class Incoming:
         self.length = self.head.length
         self.is_ended = False
         self.stream: InputStream | None = None
-        self.client: Watcher | None = None
+        self.client: Client = UNWATCHED
 
     @classmethod
     def of(cls, environ: WSGIEnvironment, heads: RequestHeads) -> Incoming:
@@ -75,7 +75,7 @@ class Incoming:
         made.length = environ.get("CONTENT_LENGTH") or ""
         made.is_ended = bool(environ.get("wsgi.input_terminated"))
         made.stream = environ["wsgi.input"]
-        made.client = environ.get(CLIENT)
+        made.client = environ.get(CLIENT, UNWATCHED)
         return made
 
     def values(self, name: bytes) -> Sequence[bytes]:

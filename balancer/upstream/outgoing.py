@@ -8,7 +8,7 @@ from typing import Any
 
 from requests import PreparedRequest
 
-from balancer.protocol.client import Watcher
+from balancer.protocol.client import UNWATCHED, Client
 from balancer.protocol.messages import (
     IDEMPOTENT,
     HeaderLines,
@@ -34,7 +34,7 @@ class OutgoingRequest(PreparedRequest):
     _cookies = None
     _body_position = None
     content_length: int | None = None
-    watcher: Watcher | None = None
+    client: Client = UNWATCHED
     deadline = math.inf  # of time.monotonic(), for all attempts together
     connect_seconds: float | None = None  # what the last attempt spent on a new connection, None for a kept one
     is_resent = False  # the last attempt's kept connection had died, so it was sent once more on a fresh one

@@ -15,7 +15,7 @@ from requests import PreparedRequest, Response
 from requests.cookies import RequestsCookieJar
 
 from balancer.errors import BodyTruncated, ConnectionLost, InvalidResponse, ResponseTimedOut
-from balancer.protocol.client import Watcher
+from balancer.protocol.client import UNWATCHED, Client
 from balancer.protocol.messages import (
     BODILESS_STATUSES,
     NONE,
@@ -277,7 +277,7 @@ class ResponseBody(Body):
         "_is_chunked",
         "_framing_bytes",
         "_pending",
-        "_watcher",
+        "_client",
         "_can_reuse",
         "is_complete",
     )
@@ -289,12 +289,12 @@ class ResponseBody(Body):
         *,
         is_head_request: bool,
         give_back: Callable[[Connection], None],
-        watcher: Watcher | None = None,
+        client: Client = UNWATCHED,
     ) -> None:
         self._give_back = give_back
         self._connection: Connection | None = connection
         self._head = head
-        self._watcher = watcher
+        self._client = client
         self._can_reuse = head.keeps_alive
         # RFC 9112 section 6.3: no body, else chunked, else so many bytes, else until EOF.
         self._left, self._is_chunked = _framing(head)  # also where there is no body: what it says is passed on
@@ -375,8 +375,7 @@ class ResponseBody(Body):
         if connection is None:
             return
         self._head.end()
-        if self._watcher is not None:
-            self._watcher.detach()
+        self._client.detach()
         if self.is_complete and self._can_reuse:
             self._give_back(connection)
         else:

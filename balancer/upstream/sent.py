@@ -76,8 +76,7 @@ class Sent:
 
     def close(self) -> None:
         """The connection is of no use to anybody any more."""
-        if self.request.watcher is not None:
-            self.request.watcher.detach()
+        self.request.client.detach()
         if self._head is not None:
             self._head.end()
         self.connection.close()

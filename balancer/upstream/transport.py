@@ -29,7 +29,6 @@ from balancer.errors import (
     ConnectTimedOut,
     OutOfDescriptors,
 )
-from balancer.protocol.client import has_left
 from balancer.protocol.origin import Origin
 from balancer.protocol.responseheads import parse_plain
 from balancer.upstream.connection import FIRST, Connection
@@ -108,7 +107,7 @@ class BackendAdapter(BaseAdapter):
         try:
             return self._receive(sent)
         except ConnectionLost as error:
-            if not (error.stale and request.is_retriable) or has_left(request.watcher):
+            if not (error.stale and request.is_retriable) or request.client.is_gone:
                 raise
         request.is_resent = True
         return self._receive(self._send(self._connect(origin, request), request))
@@ -149,8 +148,7 @@ class BackendAdapter(BaseAdapter):
         plain, request = parse_plain(data), sent.request
         if plain is None or plain.whole != len(data) or request.method == "HEAD" or not sent.is_whole or sent._head:
             return None
-        if request.watcher is not None:
-            request.watcher.detach()
+        request.client.detach()
         self.give_back(sent.connection)
         return BackendResponse(plain, WholeBody(data[plain.size :]), request)
 
@@ -176,8 +174,7 @@ class BackendAdapter(BaseAdapter):
         else:  # a streamed body may take as long as it needs to come; there is only one attempt with it anyway
             sent = Sent(connection, request, now + timeouts.response)
             seconds = timeouts.idle
-        if request.watcher is not None:
-            request.watcher.attach(connection)
+        request.client.attach(connection)
         try:
             connection.set_timeout(seconds)
             head = request.head()
@@ -213,7 +210,7 @@ class BackendAdapter(BaseAdapter):
             sent.head,
             is_head_request=request.method == "HEAD",
             give_back=self.give_back,
-            watcher=request.watcher,
+            client=request.client,
         )
         if not (sent.is_whole and sent.is_clean):
             body.refuse_reuse()
