@@ -61,14 +61,10 @@ class Express:
         os.close(self._wake)
 
     def take(self, call: Call) -> bool:
-        """Send the request on, if that needs no waiting. False if a worker thread has to go on with it, as with any
-        OPTIONS, which may end here (`Max-Forwards`)."""
+        """Send the request on, if that needs no waiting. False if a worker thread has to go on with it."""
         forwarding, body = call.forwarding, call.body
-        if forwarding is None or call.method == "OPTIONS" or not (body is None or body.is_done or body.is_here):
-            return False
-        if not forwarding.begin():
-            return False
-        return self._wait_for(call)
+        is_here = body is None or body.is_done or body.is_here
+        return is_here and forwarding is not None and forwarding.begin() and self._wait_for(call)
 
     def connect(self, call: Call) -> bool:
         """Called by a worker thread with what `take` left to it: if only a connection was missing, open one and send
@@ -135,7 +131,7 @@ class Express:
     def _look(self, call: Call) -> None:
         sent = self._sent(call)
         try:
-            is_whole = self._adapter.look(sent, call.bridge.most_held)
+            is_whole = self._adapter.look(sent, call.listener.most_held)
         except Exception:  # no call may be lost: its client would wait for ever
             log.exception("looking at an answer failed")
             sent.failure = InvalidResponse(f"{sent.connection.origin.url}: its answer could not be read")

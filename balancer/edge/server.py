@@ -25,7 +25,7 @@ from granian.http import HTTP1Settings, HTTP2Settings
 
 from balancer.edge import accepted
 from balancer.edge.bridge import Bridge
-from balancer.edge.clientbody import CONNECTION_WINDOW, READ_BYTES, STREAM_WINDOW
+from balancer.edge.listener import CONNECTION_WINDOW, READ_BYTES, STREAM_WINDOW
 from balancer.edge.signals import Signals
 from balancer.errors import SettingsError
 

@@ -33,7 +33,6 @@ from balancer.protocol.messages import (
     Line,
     check_target,
     count_down,
-    max_forwards,
     narrowed,
     request_id,
     scope_of,
@@ -113,10 +112,8 @@ class Forwarding:
         try:
             if not may_connect:
                 self._admit()
-                if self._decision is not None:
-                    return False
                 self._build()
-                if not self._attempts.lease_now():
+                if self._decision is not None or not self._attempts.lease_now():
                     return False
                 self.stage = Stage.LEASED
             self.sent = self._attempts.send_now(may_connect)
@@ -164,18 +161,20 @@ class Forwarding:
             )
         self._record.trace_id = head.trace_id
         self.stage = Stage.ADMITTED
-        if method == "OPTIONS" and max_forwards(incoming.values(b"max-forwards")) == 0:
-            self._decision = to_options()
 
     def _build(self, waited: float = 0.0) -> None:
         """The request for a backend. Reads a small body; `waited` are seconds for a thread. Raises as the body does."""
         incoming = self._incoming
         if incoming.method == "OPTIONS":
-            request = OutgoingRequest("OPTIONS", incoming.target, [*count_down(incoming.head.lines), self._own])
+            lines = count_down(incoming.head.lines)
+            if lines is None:
+                self._decision = to_options()
+                return
+            request = OutgoingRequest("OPTIONS", incoming.target, [*lines, self._own])
         else:
             request = OutgoingRequest(incoming.method, incoming.target, (self._own,), incoming.head)
         request.client = incoming.client
-        if incoming.length or incoming.is_ended:
+        if not incoming.head.is_bodiless:
             self._add_body(request)
         request.deadline = time.monotonic() + self._options.request_timeout - waited
         self._attempts = Attempts(self._route, request, self._record, self._started)
@@ -183,7 +182,7 @@ class Forwarding:
 
     def _add_body(self, request: OutgoingRequest) -> None:
         incoming, limit = self._incoming, self._options.max_request_body
-        length = incoming.content_length()
+        length = incoming.head.length
         if length is not None:
             if limit is not None and length > limit:
                 raise BodyTooLarge(f"the request body has {length} bytes, at most {limit} are accepted")
@@ -193,7 +192,7 @@ class Forwarding:
             request.content_length = length
             if is_small:
                 self._record.bytes_in = length
-        elif incoming.may_have_body():
+        elif incoming.is_ended:
             chunks = incoming.read(None, limit)
             first = next(chunks, None)  # none: there is no body after all
             request.body = self._counted(chain([first], chunks)) if first else None

@@ -222,17 +222,29 @@ def check_codings(values: Sequence[bytes]) -> None:
     raise CodingUnsupported("a Transfer-Encoding other than chunked is not supported")
 
 
-def max_forwards(values: Sequence[bytes]) -> int | None:
-    """How many more steps an OPTIONS may go, None if nothing says so (RFC 9110 section 7.6.2)."""
-    return min((int(value) for value in values if _DIGITS.match(value)), default=None)
+def body_length(lengths: Sequence[bytes], codings: Sequence[bytes]) -> int | None:
+    """Bytes of a request body by its Content-Length, None without one. Raises ClientError (RFC 9112 section 6.3)."""
+    if not lengths:
+        return None
+    if codings:
+        raise ClientError("the request has both Content-Length and Transfer-Encoding")
+    try:
+        return parse_content_length(b",".join(lengths))
+    except ValueError as error:
+        raise ClientError(str(error)) from None
 
 
-def count_down(lines: Iterable[Line]) -> list[Line]:
-    """Take this step off `Max-Forwards`."""
-    return [
-        (name, b"%d" % max(0, int(value) - 1)) if name == b"max-forwards" and _DIGITS.match(value) else (name, value)
-        for name, value in lines
-    ]
+def count_down(lines: Iterable[Line]) -> list[Line] | None:
+    """The lines of an OPTIONS with this step taken off `Max-Forwards`; None if it may go no further (RFC 9110 section
+    7.6.2)."""
+    counted = []
+    for name, value in lines:
+        if name == b"max-forwards" and _DIGITS.match(value):
+            if int(value) == 0:
+                return None
+            value = b"%d" % (int(value) - 1)
+        counted.append((name, value))
+    return counted
 
 
 def request_id(given: Sequence[bytes]) -> bytes:

@@ -14,6 +14,7 @@ from balancer.errors import BalancerError
 from balancer.protocol.messages import (
     Line,
     Network,
+    body_length,
     check_codings,
     check_count,
     check_host,
@@ -42,17 +43,19 @@ class RequestHead:
     def __init__(self, received: Received, pseudonym: bytes, trusted: Sequence[Network], max_lines: int) -> None:
         lines, peer, scheme, version = received
         self.fields = notable(lines[:MOST_LINES])  # values by name, one for each line
-        self.length = b",".join(self.fields.get(b"content-length", ())).decode("latin-1")  # as sent, "" without one
-        # HTTP/2 tells only at its end whether there is a body.
-        self.is_bodiless = not self.length and b"transfer-encoding" not in self.fields and version != "2"
+        self.length: int | None = None  # of the body in bytes, if it is told
+        # HTTP/2 tells only at its end whether there is a body (RFC 9113 section 8.1).
+        self.is_bodiless = version != "2" and self.fields.keys().isdisjoint((b"content-length", b"transfer-encoding"))
         self.trace_id = self._trace_id()
         self.is_worker_script = b"service-worker" in self.fields
         self.refusal: BalancerError | None = None
         self.lines: tuple[Line, ...] = ()  # for the backend, without framing fields and X-Request-ID
         try:
             check_count(lines, max_lines)
+            codings = self.fields.get(b"transfer-encoding", ())
+            self.length = body_length(self.fields.get(b"content-length", ()), codings)
             check_host(self.fields.get(b"host", ()), version)
-            check_codings(self.fields.get(b"transfer-encoding", ()))
+            check_codings(codings)
             self.lines = tuple(
                 request_lines(
                     lines,
