@@ -206,7 +206,7 @@ class Forwarding:
 
     def _answer(self, response: BackendResponse) -> Answer:
         status, body = response.status_code, response.body
-        lines = self._with_own(response.head.onward)
+        lines = self._with_own(response.head.for_client)
         if self._incoming.head.is_worker_script:
             lines = narrowed(lines, self._route.covers_control)
         if body.is_complete and (self._incoming.version != "2" or len(body.buffered) <= WHOLE_STREAM):

@@ -7,7 +7,6 @@ from one is looked up from then on.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from itertools import chain
 
 from balancer.errors import BalancerError
@@ -18,7 +17,7 @@ from balancer.protocol.messages import (
     check_codings,
     check_count,
     check_host,
-    notable,
+    is_plain,
     request_lines,
     trace_id,
 )
@@ -29,10 +28,11 @@ from balancer.protocol.tables import Table
 HEADS_ROOM, LARGEST_HEAD = 2 * 1024 * 1024, 8192
 LINE_BYTES, HEAD_BYTES = 200, 1200
 MOST_LINES = 100  # of a header section; more, which HTTP/2 may bring, are not even looked at
+NAMES_ROOM, NAME_BYTES, LONGEST_NAME = 65536, 150, 64  # for field names, of each beside its own bytes, and to be kept
 _EACH_TIME_NEW = frozenset({b"x-request-id", b"traceparent"})  # to keep a section that has one would be in vain
 
 # What a RequestHead depends on: header lines as received, peer, scheme, HTTP version.
-Received = tuple[tuple[Line, ...], str, str, str]
+Section = tuple[tuple[Line, ...], str, str, str]
 
 
 class RequestHead:
@@ -40,9 +40,9 @@ class RequestHead:
 
     __slots__ = ("lines", "raw", "fields", "length", "is_bodiless", "trace_id", "is_worker_script", "refusal")
 
-    def __init__(self, received: Received, pseudonym: bytes, trusted: Sequence[Network], max_lines: int) -> None:
-        lines, peer, scheme, version = received
-        self.fields = notable(lines[:MOST_LINES])  # values by name, one for each line
+    def __init__(self, section: Section, heads: RequestHeads) -> None:
+        lines, peer, scheme, version = section
+        self.fields = heads.fields(lines[:MOST_LINES])  # values by name, one for each line, of what is not plain
         self.length: int | None = None  # of the body in bytes, if it is told
         # HTTP/2 tells only at its end whether there is a body (RFC 9113 section 8.1).
         self.is_bodiless = version != "2" and self.fields.keys().isdisjoint((b"content-length", b"transfer-encoding"))
@@ -51,7 +51,7 @@ class RequestHead:
         self.refusal: BalancerError | None = None
         self.lines: tuple[Line, ...] = ()  # for the backend, without framing fields and X-Request-ID
         try:
-            check_count(lines, max_lines)
+            check_count(lines, heads.max_lines)
             codings = self.fields.get(b"transfer-encoding", ())
             self.length = body_length(self.fields.get(b"content-length", ()), codings)
             check_host(self.fields.get(b"host", ()), version)
@@ -63,8 +63,8 @@ class RequestHead:
                     peer=peer,
                     scheme=scheme,
                     http_version=version,
-                    pseudonym=pseudonym,
-                    trusted=trusted,
+                    pseudonym=heads.pseudonym,
+                    trusted=heads.trusted,
                 )
             )
         except BalancerError as error:
@@ -72,21 +72,24 @@ class RequestHead:
         self.raw = on_the_wire(self.lines)
 
     def _trace_id(self) -> str | None:
-        """Takes out what is not valid: `tracestate` means nothing alone (W3C Trace Context, section 3.3)."""
+        """What is not valid does not go on, nor does `tracestate` without it (W3C Trace Context, section 3.3)."""
         found = trace_id(self.fields.get(b"traceparent", ()))
         if found is None:
-            self.fields.pop(b"traceparent", None)
-            self.fields.pop(b"tracestate", None)
+            self.fields |= {name: [] for name in (b"traceparent", b"tracestate") if name in self.fields}
         return found
 
 
-def _weigh(received: Received, head: RequestHead) -> int:
+def _weigh(section: Section, head: RequestHead) -> int:
     """0 if it will hardly come again, or takes too much; what goes to the backend may be much less than what came."""
     if head.refusal is not None or not head.fields.keys().isdisjoint(_EACH_TIME_NEW):
         return 0
-    lines = received[0]
+    lines = section[0]
     size = HEAD_BYTES + LINE_BYTES * len(lines) + 2 * sum(map(len, chain.from_iterable(lines)))
     return size if size <= LARGEST_HEAD else 0
+
+
+def _weigh_name(name: bytes, is_plain: bool) -> int:
+    return NAME_BYTES + len(name) if len(name) <= LONGEST_NAME else 0
 
 
 class RequestHeads:
@@ -100,12 +103,23 @@ class RequestHeads:
         self, pseudonym: bytes = b"lb-1", trusted: Sequence[Network] = (), max_lines: int = MOST_LINES
     ) -> None:
         self.pseudonym, self.trusted, self.max_lines = pseudonym, trusted, max_lines
-        self._work_out = partial(RequestHead, pseudonym=pseudonym, trusted=trusted, max_lines=max_lines)
-        self._table: Table[Received, RequestHead] = Table(self._work_out, HEADS_ROOM, _weigh)
+        self._are_plain = Table(is_plain, NAMES_ROOM, _weigh_name)
+        self._table: Table[Section, RequestHead] = Table(self._work_out, HEADS_ROOM, _weigh)
 
     def of(self, lines: Sequence[Line], peer: str, scheme: str, version: str) -> RequestHead:
-        received = (tuple(lines), peer, scheme, version)
-        return self._table[received] if len(lines) <= self.max_lines else self._work_out(received)
+        section = (tuple(lines), peer, scheme, version)
+        return self._table[section] if len(lines) <= self.max_lines else self._work_out(section)
+
+    def fields(self, lines: Sequence[Line]) -> dict[bytes, list[bytes]]:
+        """Values by name, one for each line, of what does not just go on: one or two of ten lines, mostly."""
+        found: dict[bytes, list[bytes]] = {}
+        for name, value in lines:
+            if not self._are_plain[name]:
+                found.setdefault(name, []).append(value)
+        return found
+
+    def _work_out(self, section: Section) -> RequestHead:
+        return RequestHead(section, self)
 
 
 def on_the_wire(lines: Sequence[Line]) -> bytes:

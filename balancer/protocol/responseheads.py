@@ -37,7 +37,7 @@ class PlainHead:
     options: frozenset[bytes]  # of `Connection`
     length: int | None  # Content-Length
     size: int  # bytes of the head, the empty line included
-    onward: tuple[Line, ...]  # the lines for the client
+    for_client: tuple[Line, ...]  # the lines that go on
     whole: int | None  # bytes of the response, unless to HEAD, if the connection can be kept after so many of them
 
 
@@ -60,41 +60,6 @@ def _weigh_line(line: bytes, parsed: object) -> int:
     return LINE_BYTES + 2 * len(line) if len(line) <= LONGEST_LINE else 0
 
 
-_statuses = Table(_parse_status, STATUSES_ROOM, _weigh_line)
-_lines = Table(_parse_line, LINES_ROOM, _weigh_line)
-
-
-def _parse_head(data: bytes) -> PlainHead | None:
-    first, *rest = data.split(b"\r\n")
-    status = _statuses[first]
-    if status is None:
-        return None
-    lines: list[Line] = []
-    options, length = NONE, None
-    for raw in rest:
-        line = _lines[raw]
-        if line is None:
-            return None
-        lines.append(line)
-        if line[0] == b"connection":
-            options |= options_of(line[1])
-        elif line[0] == b"content-length":
-            if length is not None:
-                return None
-            length = int(line[1])
-    size = len(data) + len(b"\r\n\r\n")
-    can_be_kept = length is not None and status[0] not in BODILESS_STATUSES and b"close" not in options
-    return PlainHead(
-        *status,
-        tuple(lines),
-        options,
-        length,
-        size,
-        onward=tuple(response_lines(lines, status[0], options)),
-        whole=size + (length or 0) if can_be_kept else None,
-    )
-
-
 def _weigh_head(data: bytes, head: PlainHead | None) -> int:
     """Its lines may be in no other table any more."""
     if len(data) > LONGEST_HEAD:
@@ -102,10 +67,45 @@ def _weigh_head(data: bytes, head: PlainHead | None) -> int:
     return HEAD_BYTES + 2 * len(data) + LINE_BYTES * (len(head.lines) if head is not None else 0)
 
 
-_heads = Table(_parse_head, HEADS_ROOM, _weigh_head)
+class ResponseHeads:
+    """Looks up, or parses, heads of the usual shape. Any thread may call."""
 
+    def __init__(self) -> None:
+        self._statuses = Table(_parse_status, STATUSES_ROOM, _weigh_line)
+        self._lines = Table(_parse_line, LINES_ROOM, _weigh_line)
+        self._heads = Table(self._parse_head, HEADS_ROOM, _weigh_head)
 
-def parse_plain(data: bytes) -> PlainHead | None:
-    """The head at the start of `data`, None if it is not whole or not plain."""
-    end = data.find(b"\r\n\r\n", 0, MAX_HEAD)
-    return _heads[data[:end]] if end > 0 else None
+    def parse(self, data: bytes) -> PlainHead | None:
+        """The head at the start of `data`, None if it is not whole or not plain."""
+        end = data.find(b"\r\n\r\n", 0, MAX_HEAD)
+        return self._heads[data[:end]] if end > 0 else None
+
+    def _parse_head(self, data: bytes) -> PlainHead | None:
+        first, *rest = data.split(b"\r\n")
+        status = self._statuses[first]
+        if status is None:
+            return None
+        lines: list[Line] = []
+        options, length = NONE, None
+        for raw in rest:
+            line = self._lines[raw]
+            if line is None:
+                return None
+            lines.append(line)
+            if line[0] == b"connection":
+                options |= options_of(line[1])
+            elif line[0] == b"content-length":
+                if length is not None:
+                    return None
+                length = int(line[1])
+        size = len(data) + len(b"\r\n\r\n")
+        can_be_kept = length is not None and status[0] not in BODILESS_STATUSES and b"close" not in options
+        return PlainHead(
+            *status,
+            tuple(lines),
+            options,
+            length,
+            size,
+            for_client=tuple(response_lines(lines, status[0], options)),
+            whole=size + (length or 0) if can_be_kept else None,
+        )

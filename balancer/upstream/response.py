@@ -1,7 +1,7 @@
 """Responses of backends: parsing the head, framing the body, and deciding whether the connection may be used again.
 
-A head of the usual shape is parsed by `heads`, everything else and chunked bodies by llhttp (Node's parser, through
-httptools). A body of known length is counted here.
+A head of the usual shape is parsed by `responseheads`, everything else and chunked bodies by llhttp (Node's parser,
+through httptools). A body of known length is counted here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from balancer.protocol.messages import (
     parse_content_length,
     response_lines,
 )
-from balancer.protocol.responseheads import MAX_HEAD, PlainHead, parse_plain
+from balancer.protocol.responseheads import MAX_HEAD, PlainHead, ResponseHeads
 from balancer.protocol.texts import shown
 from balancer.upstream.connection import CHUNK, FIRST, Connection
 
@@ -67,11 +67,12 @@ class ResponseHead:
     """A response head as it comes in: status, reason, header lines, and the body bytes that came with it."""
 
     __slots__ = (
-        *("_parser", "status", "reason", "lines", "plain", "_collected", "options", "pieces", "size"),
+        *("_heads", "_parser", "status", "reason", "lines", "plain", "_collected", "options", "pieces", "size"),
         *("has_head", "has_end", "keeps_alive"),
     )
 
-    def __init__(self) -> None:
+    def __init__(self, heads: ResponseHeads) -> None:
+        self._heads = heads
         self._parser: httptools.HttpResponseParser | None = None
         self.status = 0
         self.reason = ""
@@ -88,7 +89,7 @@ class ResponseHead:
     def feed(self, data: bytes) -> bool:
         """Parse. Returns False if bytes followed the end of the response. Raises InvalidResponse."""
         if self._parser is None:
-            plain = parse_plain(data)
+            plain = self._heads.parse(data)
             if plain is not None:
                 self._take(plain, data)
                 return True
@@ -104,9 +105,11 @@ class ResponseHead:
             self.pieces.append(data[plain.size :])
 
     @property
-    def onward(self) -> Sequence[Line]:
-        """The lines for the client."""
-        return self.plain.onward if self.plain is not None else response_lines(self.lines, self.status, self.options)
+    def for_client(self) -> Sequence[Line]:
+        """The lines that go on."""
+        if self.plain is not None:
+            return self.plain.for_client
+        return response_lines(self.lines, self.status, self.options)
 
     def is_large(self) -> bool:
         return sum(len(name) + len(value) + len(b": \r\n") for name, value in self.lines) > MAX_HEAD

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Iterator
 
 from balancer.errors import BackendError, ResponseTimedOut
+from balancer.protocol.responseheads import ResponseHeads
 from balancer.upstream.connection import DONTWAIT, Connection
 from balancer.upstream.outgoing import OutgoingRequest
 from balancer.upstream.response import BackendResponse, ResponseHead
@@ -16,11 +17,23 @@ _HAS_SENDMSG = hasattr(socket.socket, "sendmsg")  # Windows has none
 class Sent:
     """A request that is on its way, and what has come back so far."""
 
-    __slots__ = ("connection", "request", "_head", "deadline", "rest", "is_whole", "is_clean", "response", "failure")
+    __slots__ = (
+        "connection",
+        "request",
+        "_heads",
+        "_head",
+        "deadline",
+        "rest",
+        "is_whole",
+        "is_clean",
+        "response",
+        "failure",
+    )
 
-    def __init__(self, connection: Connection, request: OutgoingRequest, deadline: float) -> None:
+    def __init__(self, connection: Connection, request: OutgoingRequest, heads: ResponseHeads, deadline: float) -> None:
         self.connection = connection
         self.request = request
+        self._heads = heads
         self._head: ResponseHead | None = None
         self.deadline = deadline  # of time.monotonic(), for the response head
         self.rest = b""  # what is still to be sent
@@ -38,7 +51,7 @@ class Sent:
     def head(self) -> ResponseHead:
         """As far as it is here. Most responses never need one."""
         if self._head is None:
-            self._head = ResponseHead()
+            self._head = ResponseHead(self._heads)
         return self._head
 
     def write(self, head: bytes) -> None:

@@ -30,7 +30,7 @@ from balancer.errors import (
     OutOfDescriptors,
 )
 from balancer.protocol.origin import Origin
-from balancer.protocol.responseheads import parse_plain
+from balancer.protocol.responseheads import ResponseHeads
 from balancer.upstream.connection import FIRST, Connection
 from balancer.upstream.outgoing import OutgoingRequest, as_outgoing, origin_of
 from balancer.upstream.response import (
@@ -78,6 +78,7 @@ class BackendAdapter(BaseAdapter):
         self._max_idle = max_idle
         self._tls = tls
         self._clock = clock
+        self._heads = ResponseHeads()
         self._lock = Lock()
         self._idle: dict[Origin, deque[Connection]] = {}
 
@@ -145,7 +146,7 @@ class BackendAdapter(BaseAdapter):
 
     def _whole(self, sent: Sent, data: bytes) -> BackendResponse | None:
         """The response, if it has the usual shape and `data` is all of it: by far the most are so."""
-        plain, request = parse_plain(data), sent.request
+        plain, request = self._heads.parse(data), sent.request
         if plain is None or plain.whole != len(data) or request.method == "HEAD" or not sent.is_whole or sent._head:
             return None
         request.client.detach()
@@ -169,10 +170,10 @@ class BackendAdapter(BaseAdapter):
         """Send the request; if not `is_patient`, what goes without waiting."""
         timeouts, now = self.timeouts, time.monotonic()
         if request.is_replayable:
-            sent = Sent(connection, request, min(now + timeouts.response, request.deadline))
+            sent = Sent(connection, request, self._heads, min(now + timeouts.response, request.deadline))
             seconds = timeouts.response
         else:  # a streamed body may take as long as it needs to come; there is only one attempt with it anyway
-            sent = Sent(connection, request, now + timeouts.response)
+            sent = Sent(connection, request, self._heads, now + timeouts.response)
             seconds = timeouts.idle
         request.client.attach(connection)
         try:
