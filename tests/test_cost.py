@@ -16,7 +16,7 @@ from wire import WireBackend
 from balancer.edge.bridge import Bridge
 from bench import guard, way
 
-MOST_RETURNS = 35
+MOST_RETURNS = 15
 
 
 @pytest.fixture(scope="module")

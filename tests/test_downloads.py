@@ -387,7 +387,7 @@ def test_of_an_unknown_length_each_could_be_the_last(bridge: Bridge) -> None:
 
 
 def test_the_more_downloads_the_smaller_their_pieces(bridge: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Bridge, "downloads", 1000)
+    monkeypatch.setattr(bridge, "downloads", range(1000))
     assert max(sizes(bridge, 2 * MIB, is_http2=False)[:-UNREAD_PIECES]) == LEAST_PIECE
 
 

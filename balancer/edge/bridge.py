@@ -77,9 +77,10 @@ class Bridge(Listener):
             if is_control or self.proxy is None:
                 self._submit(call)
                 return
-            call.forwarding = self.proxy.forward(call.incoming(self.proxy.heads))
-            if call.body is not None or self.express is None or not self.express.take(call):
-                self._hand_on(call)
+            forwarding = call.forwarding = self.proxy.forward(call.incoming(self.proxy.heads))
+            if call.body is None and self.express is not None and forwarding.start() and self.express.wait_for(call):
+                return
+            self._hand_on(call)
         except Exception:
             self._surprised(call)
 
@@ -101,17 +102,17 @@ class Bridge(Listener):
             call.refuse()
 
     def _hand_on(self, call: Call) -> None:
-        """To a worker thread; first to the express way if it has a body that may be small enough. That comes in without
+        """To a worker thread, if it has no body that is small enough for the express way. Such a body comes in without
         a worker: by this thread, which also brings each piece of it."""
-        body = call.body
-        if self.express is not None and self.proxy is not None and body is not None:
+        body, forwarding = call.body, call.forwarding
+        if self.express is not None and self.proxy is not None and forwarding is not None and body is not None:
             if not body.is_done and body.is_small(min(self.proxy.route.small_body, self.small_bytes)):
                 missing = body.missing()
                 if missing is not None:
                     when_done(missing, lambda _: self._go_on(call))  # first, or it could undo what a worker waits for
                     self._collecting[call] = None
                     return
-            if self.express.take(call):
+            if (body.is_done or body.is_here) and forwarding.start() and self.express.wait_for(call):
                 return
         self._submit(call)
 
@@ -133,7 +134,8 @@ class Bridge(Listener):
     # --- Whoever has the call. ---
 
     def connect(self, call: Call) -> bool:
-        return self.express is not None and self.express.connect(call)
+        express, forwarding = self.express, call.forwarding
+        return express is not None and forwarding is not None and forwarding.connect() and express.wait_for(call)
 
     def park(self, call: Call) -> None:
         assert call.download is not None

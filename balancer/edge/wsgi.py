@@ -36,7 +36,7 @@ class ReverseProxy:
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         if self.is_control(environ["PATH_INFO"]):
             return self._control_app(environ, start_response)
-        return self.forward(Incoming.of(environ, self.heads)).run().begin(start_response)
+        return self.forward(Incoming.of(environ, self.heads)).run().as_wsgi(start_response)
 
     def forward(self, incoming: Incoming) -> Forwarding:
         """A request that is not for the control API, counted from now on: `run` or `refuse` must follow."""

@@ -17,7 +17,6 @@ from balancer.errors import (
     BalancerError,
     BodyTooLarge,
     ClientGone,
-    MethodRefused,
     NoRoom,
     Unavailable,
     WorkerRefused,
@@ -28,13 +27,9 @@ from balancer.forwarding.route import REPLAY_LIMIT, Route
 from balancer.forwarding.stage import Stage
 from balancer.observe.exchange import METHOD_KEPT, PATH_KEPT, Exchange
 from balancer.protocol.messages import (
-    ALLOWED,
-    REFUSED_METHODS,
     Line,
-    check_target,
     count_down,
     narrowed,
-    request_id,
     scope_of,
 )
 from balancer.upstream.outgoing import OutgoingRequest
@@ -53,7 +48,7 @@ INTERNAL_ERROR = "internal error, the log of the balancer has the cause"
 class Forwarding:
     """One request on its way: what its attempts and its answer share. Used by one thread at a time.
 
-    `run` takes it from whichever `stage` to its answer; `begin` may have gone ahead as far as nothing had to be waited
+    `run` takes it from whichever `stage` to its answer; `start` may have gone ahead as far as nothing had to be waited
     for; `refuse` ends it at any stage before the answer.
     """
 
@@ -67,25 +62,24 @@ class Forwarding:
         self._options = route.options
         self._incoming = incoming
         self._started = time.perf_counter()
-        identifier = request_id(incoming.head.fields.get(b"x-request-id", ()))
-        self._own: Line = (b"x-request-id", identifier)
+        self._own: Line = (b"x-request-id", incoming.id)
         self._record = Exchange(
             timestamp=time.time(),
             method=incoming.method[:METHOD_KEPT],
             path=incoming.path[:PATH_KEPT],
-            request_id=identifier.decode("ascii"),
+            request_id=incoming.id.decode("ascii"),
         )
         self.stage = Stage.FOUND
         self._attempts: Attempts  # from BUILT on
-        self.sent: Sent | None = None  # by `begin`
+        self.sent: Sent | None = None  # by `start`
         self._decision: Answer | BalancerError | None = None  # of our own, without a backend's answer
         route.statistics.begin()
 
     def run(self) -> Answer:
         """The whole way: admit, build, lease, send, receive, answer. Waits where it has to. Never raises."""
         try:
-            if self.sent is not None and self.sent.is_answered:
-                return self._answer(self._attempts.arrived(self.sent))
+            if self.sent is not None and self.sent.response is not None:
+                return self._answer(self.sent.response)
             # Seconds for a thread; what is built already did not have to wait for one.
             waited = time.perf_counter() - self._started if self.stage < Stage.BUILT else 0.0
             if waited > self._options.request_timeout:
@@ -96,14 +90,14 @@ class Forwarding:
                 self._build(waited)
             if self._decision is not None:
                 return self._decided(self._decision)
-            return self._answer(self._attempts.exchange(self.stage, self.sent))
+            return self._answer(self._attempts.run(self.stage, self.sent))
         except BalancerError as error:
             return self._decided(error.to_keep())
         except Exception:  # ours, not the client's or a backend's: the log has the traceback, the client one line
             log.exception("request %s failed", self._record.request_id)
             return self._decided(BalancerError(INTERNAL_ERROR))
 
-    def begin(self, *, may_connect: bool = False) -> bool:
+    def start(self, *, may_connect: bool = False) -> bool:
         """The steps of `run` as far as they need no waiting; True if the request is SENT. Never raises.
 
         For requests without a body, or with a small one that has come whole. Once LEASED it `may_connect`, and take as
@@ -130,8 +124,8 @@ class Forwarding:
         return False
 
     def connect(self) -> bool:
-        """As `begin`, after it, if a connection was all that was missing."""
-        return self.stage is Stage.LEASED and self._decision is None and self.begin(may_connect=True)
+        """As `start`, after it, if a connection was all that was missing."""
+        return self.stage is Stage.LEASED and self._decision is None and self.start(may_connect=True)
 
     def refuse(self) -> Answer:
         """The answer when no thread is free for the request; does not block."""
@@ -148,12 +142,9 @@ class Forwarding:
     def _admit(self) -> None:
         """By its head alone: no body is read for what is refused here. Raises ClientError."""
         incoming = self._incoming
-        method, head = incoming.method, incoming.head
-        if method in REFUSED_METHODS:
-            raise MethodRefused(f"{method} is not supported", ALLOWED)
-        check_target(method, incoming.target)
-        if head.refusal is not None:
-            raise head.refusal
+        head = incoming.head
+        if incoming.refusal is not None:
+            raise incoming.refusal
         if head.is_worker_script and self._route.covers_control(scope_of(incoming.target)):
             raise WorkerRefused(
                 "a service worker from here could take over the control API; "
@@ -187,15 +178,16 @@ class Forwarding:
             if limit is not None and length > limit:
                 raise BodyTooLarge(f"the request body has {length} bytes, at most {limit} are accepted")
             chunks = incoming.read(length, None)
-            is_small = length <= REPLAY_LIMIT
-            request.body = b"".join(chain.from_iterable(chunks)) if is_small else self._counted(chunks)
-            request.content_length = length
-            if is_small:
+            if length <= REPLAY_LIMIT:
+                request.set_body(b"".join(chain.from_iterable(chunks)))
                 self._record.bytes_in = length
+            else:
+                request.set_body(self._counted(chunks), length)
         elif incoming.is_ended:
             chunks = incoming.read(None, limit)
             first = next(chunks, None)  # none: there is no body after all
-            request.body = self._counted(chain([first], chunks)) if first else None
+            if first:
+                request.set_body(self._counted(chain([first], chunks)))
 
     def _counted(self, chunks: Iterable[list[bytes]]) -> Iterator[list[bytes]]:
         for pieces in chunks:
@@ -210,10 +202,9 @@ class Forwarding:
         if self._incoming.head.is_worker_script:
             lines = narrowed(lines, self._route.covers_control)
         if body.is_complete and (self._incoming.version != "2" or len(body.buffered) <= WHOLE_STREAM):
-            data = body.read_chunk()
-            self._record.bytes_out = len(data)
+            self._record.bytes_out = len(body.buffered)
             self.finish(status)
-            return Answer(status, response.reason, lines, data)
+            return Answer(status, response.reason, lines, body.buffered)
         self._attempts.answered(status)
         return Answer(status, response.reason, lines, ResponseStream(self, body, status))
 
@@ -257,10 +248,10 @@ class Forwarding:
         record.complete = complete
         record.seconds = time.perf_counter() - self._started
         try:
+            if stage >= Stage.BUILT:
+                self._attempts.end(status, reason, failure)
+        finally:
             self._route.statistics.record(record)
             access_log = self._route.access_log
             if access_log.is_on:
                 access_log.add(record, self._incoming)
-        finally:
-            if stage >= Stage.BUILT:
-                self._attempts.give_back(status, reason, failure)

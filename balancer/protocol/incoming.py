@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 from urllib.parse import quote_from_bytes
 
-from balancer.errors import BodyTooLarge, ClientGone
+from balancer.errors import BalancerError, BodyTooLarge, ClientGone
 from balancer.protocol.client import UNWATCHED, Client
-from balancer.protocol.messages import Line
+from balancer.protocol.messages import Line, check_method, check_target, request_id
 from balancer.protocol.requestheads import RequestHead, RequestHeads
 
 if TYPE_CHECKING:
@@ -26,12 +26,13 @@ READ_SIZE = 65536
 class Incoming:
     """A request as it came, whichever server brought it. `target` is raw; header lines have lower-case names.
 
-    `is_ended` says that the server tells where a body without a length ends.
+    `refusal` is what speaks against it before anybody has looked at the body. `id` is X-Request-ID, the client's if it
+    is a sane one. `is_ended` says that the server tells where a body without a length ends.
     """
 
     __slots__ = (
         *("method", "path", "target", "version", "peer", "lines", "head"),
-        *("is_ended", "stream", "client"),
+        *("refusal", "id", "is_ended", "stream", "client"),
     )
 
     def __init__(
@@ -52,6 +53,13 @@ class Incoming:
         self.peer = peer
         self.lines = lines
         self.head: RequestHead = heads.of(lines, peer, scheme, version)
+        self.refusal: BalancerError | None = self.head.refusal
+        try:
+            check_method(method)
+            check_target(method, target)
+        except BalancerError as error:
+            self.refusal = error.to_keep()
+        self.id = request_id(self.head.fields.get(b"x-request-id", ()))
         self.is_ended = False
         self.stream: InputStream | None = None
         self.client: Client = UNWATCHED

@@ -19,7 +19,7 @@ from itertools import count
 from secrets import token_hex
 from urllib.parse import unquote
 
-from balancer.errors import ClientError, CodingUnsupported, LoopDetected, TooManyHeaders
+from balancer.errors import ClientError, CodingUnsupported, LoopDetected, MethodRefused, TooManyHeaders
 
 Line = tuple[bytes, bytes]
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -155,6 +155,12 @@ def nominated(lines: Iterable[Line]) -> frozenset[bytes]:
 def options_of(value: bytes) -> frozenset[bytes]:
     """Names in one `Connection` line."""
     return frozenset(item.strip().lower() for item in value.split(b",")) - _NEVER_NOMINATED
+
+
+def check_method(method: str) -> None:
+    """Raises MethodRefused."""
+    if method in REFUSED_METHODS:
+        raise MethodRefused(f"{method} is not supported", ALLOWED)
 
 
 def check_target(method: str, target: bytes) -> None:

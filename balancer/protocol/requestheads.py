@@ -69,7 +69,7 @@ class RequestHead:
             )
         except BalancerError as error:
             self.refusal = error.to_keep()
-        self.raw = on_the_wire(self.lines)
+        self.raw = b"".join([b"%s: %s\r\n" % line for line in self.lines])  # as they go out
 
     def _trace_id(self) -> str | None:
         """What is not valid does not go on, nor does `tracestate` without it (W3C Trace Context, section 3.3)."""
@@ -120,7 +120,3 @@ class RequestHeads:
 
     def _work_out(self, section: Section) -> RequestHead:
         return RequestHead(section, self)
-
-
-def on_the_wire(lines: Sequence[Line]) -> bytes:
-    return b"".join([b"%s: %s\r\n" % line for line in lines])

@@ -18,23 +18,15 @@ class Sent:
     """A request that is on its way, and what has come back so far."""
 
     __slots__ = (
-        "connection",
-        "request",
-        "_heads",
-        "_head",
-        "deadline",
-        "rest",
-        "is_whole",
-        "is_clean",
-        "response",
-        "failure",
+        *("connection", "request", "_heads", "begun", "deadline"),
+        *("rest", "is_whole", "is_clean", "response", "failure"),
     )
 
     def __init__(self, connection: Connection, request: OutgoingRequest, heads: ResponseHeads, deadline: float) -> None:
         self.connection = connection
         self.request = request
         self._heads = heads
-        self._head: ResponseHead | None = None
+        self.begun: ResponseHead | None = None  # the head of the response, once some of it is here; few need it
         self.deadline = deadline  # of time.monotonic(), for the response head
         self.rest = b""  # what is still to be sent
         self.is_whole = False  # all of the request was sent
@@ -43,33 +35,27 @@ class Sent:
         self.failure: BackendError | None = None
 
     @property
-    def is_answered(self) -> bool:
-        """The response head is here, maybe more, and nothing has gone wrong."""
-        return self.response is not None and self.failure is None
-
-    @property
     def head(self) -> ResponseHead:
-        """As far as it is here. Most responses never need one."""
-        if self._head is None:
-            self._head = ResponseHead(self._heads)
-        return self._head
+        if self.begun is None:
+            self.begun = ResponseHead(self._heads)
+        return self.begun
 
-    def write(self, head: bytes) -> None:
-        """Send the request, which begins with `head`.
-
-        If a streamed body is refused before its end (413, 401), stop. A broken pipe is not final: the answer may be
-        here already.
-        """
+    def write(self) -> None:
+        """Send the request. If a streamed body is refused before its end (413, 401), stop. A broken pipe is not final:
+        the answer may be here already."""
         request = self.request
+        head = b"%s%s\r\n" % (request.head, request.framing)
         if request.body is None:
             self.is_whole = self._write(head)
-        elif isinstance(request.body, bytes):
+        elif request.is_replayable:
             self.is_whole = self._write(head, request.body)
         else:
-            self.is_whole = self._write(head) and self._write_stream(request.body, request.content_length is None)
+            self.is_whole = self._write(head) and self._write_stream(request.body)
 
-    def write_now(self, data: bytes) -> None:
-        """Send as much of the request as goes without waiting, and leave the `rest`."""
+    def write_now(self) -> None:
+        """Send as much of a replayable request as goes without waiting, and leave the `rest`."""
+        request = self.request
+        data = b"%s%s\r\n%s" % (request.head, request.framing, request.body or b"")
         try:
             size = self.connection.sock.send(data, DONTWAIT)
         except BlockingIOError:
@@ -83,15 +69,19 @@ class Sent:
         rest, self.rest = self.rest, b""
         self.is_whole = self._write(rest)
 
+    def fail(self, error: BackendError) -> None:
+        """Whoever goes on with it will find this, and no response."""
+        self.response, self.failure = None, error.to_keep()
+
     def expire(self) -> None:
         """The response head has not come in time."""
-        self.failure = ResponseTimedOut(f"{self.connection.origin.url} sent no complete response head in time")
+        self.fail(ResponseTimedOut(f"{self.connection.origin.url} sent no complete response head in time"))
 
     def close(self) -> None:
         """The connection is of no use to anybody any more."""
         self.request.client.detach()
-        if self._head is not None:
-            self._head.end()
+        if self.begun is not None:
+            self.begun.end()
         self.connection.close()
 
     def _write(self, *parts: bytes) -> bool:
@@ -108,16 +98,17 @@ class Sent:
             return False
         return True
 
-    def _write_stream(self, chunks: Iterator[bytes | list[bytes]], chunked: bool) -> bool:
+    def _write_stream(self, chunks: Iterator[bytes | list[bytes]]) -> bool:
+        is_chunked = self.request.is_chunked
         for chunk in chunks:
             pieces = chunk if isinstance(chunk, list) else [chunk]
-            if chunked and (size := sum(map(len, pieces))):
+            if is_chunked and (size := sum(map(len, pieces))):
                 pieces = [b"%x\r\n" % size, *pieces, b"\r\n"]
             if not self._write(*pieces):
                 return False
             if not self.head.has_head and self._is_refused():
                 return False
-        return self._write(b"0\r\n\r\n") if chunked else True
+        return self._write(b"0\r\n\r\n") if is_chunked else True
 
     def _is_refused(self) -> bool:
         """True if the backend hung up or answered early; an interim response and a success are no reason to stop."""
