@@ -26,7 +26,7 @@ from support import (
     free_port,
     get,
     make_attempt,
-    make_exchange,
+    make_record,
     ok,
     read_all,
     wait_until,
@@ -39,8 +39,8 @@ from balancer.balancing.tally import Tally
 from balancer.config.settings import BackendSettings, Settings
 from balancer.control.metrics import BACKEND_REASONS, BUCKETS, QUEUE_BUCKETS, REASONS, STATES
 from balancer.observe.events import EVENT_KINDS
-from balancer.observe.exchange import Attempt
 from balancer.observe.histogram import BOUNDS, ROUND_BOUNDS
+from balancer.observe.record import Attempt
 from balancer.observe.statistics import Statistics
 from balancer.protocol.origin import Origin
 from balancer.wiring import create_app
@@ -68,7 +68,7 @@ def finish(app: Flask, *attempts: Attempt, status: int = 200, seconds: float = 0
     statistics: Statistics = app.extensions["control"].statistics
     statistics.begin()
     backend = attempts[-1].backend if attempts else None
-    statistics.record(make_exchange(backend, status, seconds, attempts=list(attempts), **fields))
+    statistics.record(make_record(backend, status, seconds, attempts=list(attempts), **fields))
 
 
 # A real process under all kinds of traffic.

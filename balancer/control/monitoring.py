@@ -53,14 +53,14 @@ def status() -> Response:
             "config": control.configuration.summary(is_authorized()),
             "statistics": whole,
             "backend_servers": backends,
-            "recent_requests": [_shown(exchange) for exchange in newest],
+            "recent_requests": [_shown(record) for record in newest],
             "capabilities": _capabilities(),
         }
     )
 
 
-def _shown(exchange: dict[str, Any]) -> dict[str, Any]:
-    return exchange if is_authorized() else exchange | {"path": first_segment(exchange["path"])}
+def _shown(record: dict[str, Any]) -> dict[str, Any]:
+    return record if is_authorized() else record | {"path": first_segment(record["path"])}
 
 
 def _capabilities() -> dict[str, Any]:
@@ -91,11 +91,11 @@ def ready() -> tuple[Response, int]:
 
 @blueprint.get("/requests/<path:request_id>")
 def explain_request(request_id: str) -> Response:
-    exchange = current_control().statistics.find(request_id)
-    if exchange is None:
+    record = current_control().statistics.find(request_id)
+    if record is None:
         kept = "kept are the newest, the newest that failed or were retried, and a sample of all others"
         raise ApiError(404, f"no finished request {request_id[:128]!r}; {kept}")
-    return jsonify(_shown(exchange.explain()))
+    return jsonify(_shown(record.explain()))
 
 
 @blueprint.get("/config")

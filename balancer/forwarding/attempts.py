@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from balancer.errors import BackendError, ClientError, ClientGone, ConnectFailed, NoRoom, Unavailable
 from balancer.forwarding.stage import Stage
-from balancer.observe.exchange import Attempt, Exchange
+from balancer.observe.record import Attempt, Record
 
 if TYPE_CHECKING:
     from balancer.balancing.pool import Lease
@@ -45,7 +45,7 @@ class Attempts:
 
     __slots__ = ("_route", "_options", "_request", "_record", "_started", "_lease", "_failure")
 
-    def __init__(self, route: Route, request: OutgoingRequest, record: Exchange, started: float) -> None:
+    def __init__(self, route: Route, request: OutgoingRequest, record: Record, started: float) -> None:
         self._route = route
         self._options = route.options
         self._request = request

@@ -25,7 +25,7 @@ from balancer.forwarding.answer import Answer, ResponseStream, refusal, to_optio
 from balancer.forwarding.attempts import Attempts, no_thread
 from balancer.forwarding.route import REPLAY_LIMIT, Route
 from balancer.forwarding.stage import Stage
-from balancer.observe.exchange import METHOD_KEPT, PATH_KEPT, Exchange
+from balancer.observe.record import METHOD_KEPT, PATH_KEPT, Record
 from balancer.protocol.messages import (
     Line,
     count_down,
@@ -63,7 +63,7 @@ class Forwarding:
         self._incoming = incoming
         self._started = time.perf_counter()
         self._own: Line = (b"x-request-id", incoming.id)
-        self._record = Exchange(
+        self._record = Record(
             timestamp=time.time(),
             method=incoming.method[:METHOD_KEPT],
             path=incoming.path[:PATH_KEPT],
@@ -235,7 +235,7 @@ class Forwarding:
         self._record.bytes_out += size
 
     def finish(self, status: int, *, reason: str | None = None, complete: bool = True, failure: str = "") -> None:
-        """Record the exchange and give the backend's place back, once.
+        """Record the request and give the backend's place back, once.
 
         `status` is what the client sees; `failure` in words if the backend broke off its answer.
         """

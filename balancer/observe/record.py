@@ -50,7 +50,7 @@ class Attempt:
 
 
 @dataclass
-class Exchange:
+class Record:
     """A finished request as it is recorded. Times in seconds; bytes are of the bodies.
 
     `status` is what the client saw, 499 if it had left; `reason` says why, if no backend's answer went through whole.
