@@ -32,7 +32,7 @@ def pool_options(config: Settings) -> PoolOptions:
             latency_factor=config.latency_ejection_factor,
         ),
         panic_threshold=config.panic_threshold,
-        # Who waits for a place may hold a thread, and who holds a place may need one: never all threads may wait.
+        # A request that waits for a place may hold a thread, and one that has a place may need one: some stay free.
         queue_limit=min(config.queue_limit, config.max_threads // 2),
         queue_timeout=config.queue_timeout,
     )

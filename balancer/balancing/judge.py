@@ -56,7 +56,7 @@ class Judge:
         """A request waits no longer: the head of its answer is here, or it failed, or was given up (None)."""
         if failure:
             first_byte_seconds = max(FAILURE_SECONDS, 2 * backend.speed.ewma)
-        backend.speed.hear(first_byte_seconds, self._clock())
+        backend.speed.wait_ends(first_byte_seconds, self._clock())
         if first_byte_seconds is not None and self.options.ejection.latency != "off":
             backend.window.add(first_byte_seconds)
 

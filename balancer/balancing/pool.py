@@ -158,7 +158,7 @@ class BackendPool:
         if lease.is_trial:
             backend.ejection.is_tried = True
         if self._is_timed:
-            backend.speed.ask(self._clock())
+            backend.speed.wait_begins(self._clock())
         else:
             lease.is_answered = True  # nobody wants to know how long that takes
         return lease

@@ -42,13 +42,13 @@ class Speed:
         will show as response time only when it is too late. 0.0 while nothing waits."""
         return now - self.heard_at if self.unanswered else 0.0
 
-    def ask(self, now: float) -> None:
+    def wait_begins(self, now: float) -> None:
         """One more request waits for its answer to begin."""
         if not self.unanswered:
             self.heard_at = now
         self.unanswered += 1
 
-    def hear(self, seconds: float | None, now: float) -> None:
+    def wait_ends(self, seconds: float | None, now: float) -> None:
         """One request waits no longer: answered after `seconds`, failed, or given up (None), which says how slow it is
         at least."""
         if seconds is not None:

@@ -146,7 +146,7 @@ PATHS: dict[str, Schema] = {
     "/metrics": {
         "get": _operation(
             "getMetrics",
-            "Metrics for Prometheus, or OpenMetrics for who asks for that. Counters count since the start of the "
+            "Metrics for Prometheus, or for OpenMetrics if `Accept` asks for it. Counters count since the start of the "
             "process.",
             {"200": _json(schemas.TEXT, "the metrics", "text/plain")},
             query={"name[]": {"type": "string", "description": "this metric alone"}},

@@ -246,11 +246,11 @@ class Forwarding:
         record.status = status
         record.reason = reason
         record.complete = complete
-        record.seconds = time.perf_counter() - self._started
         try:
             if stage >= Stage.BUILT:
                 self._attempts.end(status, reason, failure)
         finally:
+            record.seconds = time.perf_counter() - self._started
             self._route.statistics.record(record)
             access_log = self._route.access_log
             if access_log.is_on:
