@@ -6,7 +6,6 @@ through httptools). A body of known length is counted here.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -14,7 +13,7 @@ import httptools
 from requests import PreparedRequest, Response
 from requests.cookies import RequestsCookieJar
 
-from balancer.errors import BodyTruncated, ConnectionLost, InvalidResponse, ResponseTimedOut
+from balancer.errors import BodyTruncated, ConnectionLost, InvalidResponse
 from balancer.protocol.client import UNWATCHED, Client
 from balancer.protocol.messages import (
     BODILESS_STATUSES,
@@ -174,36 +173,6 @@ class ResponseHead:
         data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         self.pieces = []
         return data
-
-
-def receive_head(connection: Connection, head: ResponseHead, seconds: float) -> bool:
-    """Receive until `head` is complete, `seconds` at most. True if nothing followed the response."""
-    clean, deadline = True, time.monotonic() + seconds
-    connection.set_timeout(seconds)
-    while not head.has_head:
-        try:
-            data = connection.receive(FIRST)
-        except ResponseTimedOut:
-            url = connection.origin.url
-            raise ResponseTimedOut(f"{url} sent no complete response head within {seconds:.3g} s") from None
-        clean = take_head_data(connection, head, data)
-        if not head.has_head:  # rare: the head came in pieces, so each receive gets only what is left of the time
-            connection.set_timeout(max(0.001, deadline - time.monotonic()))
-    return clean
-
-
-def take_head_data(connection: Connection, head: ResponseHead, data: bytes) -> bool:
-    """One receive's worth of a response head, b"" for EOF. True if nothing followed the response.
-
-    Raises ConnectionLost, InvalidResponse.
-    """
-    if not data:
-        raise connection.lost("it closed the connection without a complete response")
-    head.size += len(data)
-    clean = head.feed(data)
-    if head.size > MAX_HEAD and (not head.has_head or head.is_large()):  # else most of it is body
-        raise InvalidResponse(f"the backend's response head is larger than {MAX_HEAD} bytes")
-    return clean
 
 
 class Body:

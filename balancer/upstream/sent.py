@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Iterator
 
-from balancer.errors import BackendError, ResponseTimedOut
-from balancer.protocol.responseheads import ResponseHeads
-from balancer.upstream.connection import DONTWAIT, Connection
+from balancer.errors import BackendError, InvalidResponse, ResponseTimedOut
+from balancer.protocol.responseheads import MAX_HEAD, ResponseHeads
+from balancer.upstream.connection import DONTWAIT, FIRST, Connection
 from balancer.upstream.outgoing import OutgoingRequest
 from balancer.upstream.response import BackendResponse, ResponseHead
 
@@ -68,6 +69,30 @@ class Sent:
     def write_rest(self) -> None:
         rest, self.rest = self.rest, b""
         self.is_whole = self._write(rest)
+
+    def receive_head(self, seconds: float) -> None:
+        """Receive until the response head is complete. Raises ResponseTimedOut after so many seconds, and as `take`."""
+        connection, deadline = self.connection, time.monotonic() + seconds
+        connection.set_timeout(seconds)
+        while not self.head.has_head:
+            try:
+                data = connection.receive(FIRST)
+            except ResponseTimedOut:
+                url = connection.origin.url
+                raise ResponseTimedOut(f"{url} sent no complete response head within {seconds:.3g} s") from None
+            self.take(data)
+            if not self.head.has_head:  # rare: it came in pieces, so each receive gets only what is left of the time
+                connection.set_timeout(max(0.001, deadline - time.monotonic()))
+
+    def take(self, data: bytes) -> None:
+        """One receive's worth of a response head, b"" for EOF. Raises ConnectionLost, InvalidResponse."""
+        head = self.head
+        if not data:
+            raise self.connection.lost("it closed the connection without a complete response")
+        head.size += len(data)
+        self.is_clean = head.feed(data) and self.is_clean
+        if head.size > MAX_HEAD and (not head.has_head or head.is_large()):  # else most of it is body
+            raise InvalidResponse(f"the backend's response head is larger than {MAX_HEAD} bytes")
 
     def fail(self, error: BackendError) -> None:
         """Whoever goes on with it will find this, and no response."""

@@ -27,7 +27,7 @@ from balancer.protocol.origin import Origin
 from balancer.protocol.responseheads import ResponseHeads
 from balancer.upstream.connection import FIRST, Connection
 from balancer.upstream.outgoing import OutgoingRequest, as_outgoing, origin_of
-from balancer.upstream.response import BackendResponse, Body, ResponseBody, receive_head, take_head_data
+from balancer.upstream.response import BackendResponse, Body, ResponseBody
 from balancer.upstream.sent import Sent
 
 MAX_IDLE_PER_BACKEND = 1024  # idle sockets kept; above that they are closed after use
@@ -141,7 +141,7 @@ class BackendAdapter(BaseAdapter):
             return False
 
     def _look_closer(self, sent: Sent, data: bytes, most: int) -> bool:
-        sent.is_clean = take_head_data(sent.connection, sent.head, data)
+        sent.take(data)
         if not sent.head.has_head:
             return False
         sent.response = self._respond(sent)
@@ -178,8 +178,7 @@ class BackendAdapter(BaseAdapter):
                 sent.connection.set_timeout(self.timeouts.response)
                 sent.write_rest()
             if sent.response is None:
-                clean = receive_head(sent.connection, sent.head, self._seconds_left(sent))
-                sent.is_clean = sent.is_clean and clean
+                sent.receive_head(self._seconds_left(sent))
                 sent.response = self._respond(sent)
         except BaseException:
             sent.close()
