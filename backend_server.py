@@ -26,13 +26,7 @@ from flask import Flask, Response, jsonify, request
 from flask_cors import CORS
 from werkzeug.exceptions import BadRequest, Forbidden, HTTPException, RequestEntityTooLarge, UnsupportedMediaType
 
-from balancer import __version__
-from balancer.edge import server
-from balancer.edge.bridge import Bridge
-from balancer.edge.call import Call
-from balancer.edge.workers import WorkerPool
-from balancer.errors import SettingsError
-from balancer.protocol.incoming import CLIENT
+from balancer import SettingsError, __version__, serve_app
 
 MAX_BODY = 1024 * 1024  # bytes; above it the answer is 413
 MAX_SECONDS = 60.0  # longest delay that can be asked for, by setting or by fault
@@ -267,7 +261,7 @@ class BackendState:
             with self._changed:
                 self._changed.wait_for(lambda: self._stopping, seconds)
 
-    def hang(self, client: Call | None) -> bool:
+    def hang(self, client: Any) -> bool:
         """Give no answer until the fault is cleared or the client goes; False if the request should be refused."""
         with self._changed:
             if self._hanging >= MAX_HANGING:
@@ -371,7 +365,7 @@ def add_service(app: Flask, state: BackendState) -> None:
     def hang() -> tuple[Response, int] | None:
         if not state.faults.hang or request.path in ("/faults", "/stats"):
             return None
-        if state.hang(request.environ.get(CLIENT)):
+        if state.hang(request.environ.get("balancer.client")):
             return None
         return jsonify(error="the backend is stopping, or has too many hanging requests", **who), 503
 
@@ -492,16 +486,19 @@ def load_request(body: Any) -> tuple[float, str]:
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = parse_settings(sys.argv[1:] if argv is None else argv, os.environ)
-        listener = server.listen(settings.host, settings.port)
+        state = BackendState(settings)
+        who, delay = settings.server_id, settings.delay
+        return serve_app(
+            create_app(settings, state),
+            host=settings.host,
+            port=settings.port,
+            threads=THREADS,
+            on_listen=lambda url: print(f"{who} listens on {url} (delay {delay:g} s)", flush=True),
+            on_drain=state.stop,  # nobody waits any longer, so the requests in hand end at once
+        )
     except (UsageError, SettingsError) as error:
         print(f"backend_server.py: error: {error}", file=sys.stderr)
         return 2
-    where = f"[{settings.host}]" if ":" in settings.host else settings.host
-    print(f"{settings.server_id} listens on http://{where}:{settings.port} (delay {settings.delay:g} s)", flush=True)
-    state = BackendState(settings)
-    bridge = Bridge(create_app(settings, state), WorkerPool(THREADS, THREADS, idle_timeout=30))
-    # When it is to stop nobody waits any longer, so the requests in hand end at once.
-    return server.serve([(bridge, listener)], server.ServerOptions(), on_drain=lambda _: state.stop())
 
 
 if __name__ == "__main__":

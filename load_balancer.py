@@ -2,7 +2,7 @@
 """The load balancer. `python load_balancer.py --help` says how to use it.
 
 Installed, it is the command `load-balancer`; other WSGI servers get it as `load_balancer:app`. This is only where it
-begins: balancer/commandline.py has the command line, balancer/wiring.py puts the parts together. Both are imported when
+begins: balancer/commandline.py has the command line, balancer/loadbalancer.py the whole. Both are imported when
 they are asked for, because that takes half a second, in which signals may come.
 """
 
@@ -31,9 +31,9 @@ def __getattr__(name: str) -> object:
     """`create_app`, and `app` for other WSGI servers: made from the environment and started when it is asked for."""
     if name not in ("app", "create_app"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from balancer import wiring
+    from balancer import loadbalancer
 
-    globals()[name] = wiring.create_app if name == "create_app" else wiring.started_app()
+    globals()[name] = loadbalancer.create_app if name == "create_app" else loadbalancer.started_app()
     return globals()[name]
 
 

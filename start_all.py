@@ -19,15 +19,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from balancer import __version__  # has no imports of its own, so it needs no .venv
-from demo.console import Failure, say
-from demo.installation import ensure_venv
-from demo.places import SCRIPT
-from demo.runfiles import one_at_a_time
-from demo.running import run_services, without_running
+from demo.console import STOP, Failure, Stopped, say
+from demo.files import SCRIPT, locked
+from demo.running import ensure_venv, run_services, stop_command, without_running
 from demo.services import backend_services, balancer_service
-from demo.settings import read_settings
-from demo.signals import STOP, Stopped
-from demo.stopping import stop_command
 
 HELP = f"""\
 examples:
@@ -73,15 +68,14 @@ def run(argv: Sequence[str]) -> int:
     if options.command == "stop":
         return stop_command()
     if options.command == "setup":
-        with one_at_a_time():
+        with locked("lock", is_start=True):
             ensure_venv()
         return 0
-    settings = read_settings(os.environ)
-    backends = backend_services(settings) if options.command != "balancer" else []
+    backends = backend_services(os.environ)
     if options.command == "backends":
         return run_services(without_running(backends), options.detach)
-    balancer = [balancer_service(settings)]
-    return run_services(backends + balancer, options.detach)
+    balancer = balancer_service(os.environ)
+    return run_services([balancer] if options.command == "balancer" else [*backends, balancer], options.detach)
 
 
 def main() -> int:

@@ -6,27 +6,21 @@ import argparse
 import contextlib
 import logging
 import os
-import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from flask import Flask
-
 from balancer import __version__
-from balancer.balancer import Balancer
 from balancer.config import settings
-from balancer.config.settings import Settings
-from balancer.edge import server
+from balancer.edge import process
 from balancer.errors import SettingsError
+from balancer.loadbalancer import LoadBalancer
 from balancer.observe.logwriter import LogHandler
 from balancer.protocol.texts import printable
-from balancer.wiring import create_app
 
 log = logging.getLogger("balancer")
 
-SPARE_DESCRIPTORS = 64  # for everything that is no client's
 EXAMPLES = """examples:
   python load_balancer.py                                        three backends on ports 5001 to 5003
   python load_balancer.py --backend http://127.0.0.1:8080        in front of one service of yours
@@ -73,16 +67,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if show:
             print(settings.describe(config, sources))
             return 0
-        app = create_app(config, sources)
+        balancer = LoadBalancer(config=config, sources=sources)
+        process.cpus(config.cpu_affinity)
         if check:
-            server.cpus(config.cpu_affinity)
             _warn(settings.advice(config))
             print("configuration ok")
             return 0
         if file is not None:
-            configuration = app.extensions["balancer"].configuration
+            configuration = balancer.configuration
             configuration.file, configuration.read = file, lambda: settings.load(parsed, file=file)
-        return run(app)
+        return run(balancer)
     except SettingsError as error:
         print(f"load_balancer.py: {printable(str(error))}", file=sys.stderr)
         return 2
@@ -92,9 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def run(app: Flask) -> int:
-    """Serve `app` until a signal. Raises SettingsError if it cannot listen."""
-    balancer: Balancer = app.extensions["balancer"]
+def run(balancer: LoadBalancer) -> int:
+    """Serve until a signal. Raises SettingsError if it cannot listen."""
     config = balancer.settings
     logging.basicConfig(
         level=config.log_level.upper(),
@@ -102,43 +95,14 @@ def run(app: Flask) -> int:
         handlers=[LogHandler(balancer.control.log)],
     )
     logging.getLogger("_granian").setLevel(logging.WARNING)  # it tells of every client that leaves
-    listeners = balancer.listen(app.wsgi_app)
-    server.pin(server.cpus(config.cpu_affinity))
+    balancer.listen()
     _warn(settings.advice(config))
-    names = ("listening on", "control API on")
-    where = ", ".join(f"{name} {_url(listener)}" for name, (_, listener) in zip(names, listeners, strict=False))
+    where = ", ".join(map(" ".join, zip(("listening on", "control API on"), balancer.urls, strict=False)))
     with contextlib.suppress(OSError):  # a full disk, or nobody reads: no reason not to serve
         print(f"{config.id}: {where}", flush=True)
-    options = server.ServerOptions(
-        max_clients=_client_limit(config),
-        header_timeout=config.header_timeout,
-        max_header_bytes=config.max_header_bytes,
-        drain_timeout=config.drain_timeout,
-        shutdown_delay=config.shutdown_delay,
-    )
-    return server.serve(
-        listeners,
-        options,
-        on_start=balancer.start,
-        on_drain=balancer.drain,
-        on_stop=balancer.stop,
-        on_hangup=balancer.hang_up if balancer.configuration.read is not None else None,
-    )
+    return balancer.serve()
 
 
 def _warn(lines: list[str]) -> None:
     for line in lines:
         print(f"load_balancer.py: warning: {printable(line)}", file=sys.stderr)
-
-
-def _client_limit(config: Settings) -> int:
-    """`max_clients`, or what the limit of open files allows: a request in flight needs two."""
-    room = max(1, server.raise_descriptor_limit() // 2 - SPARE_DESCRIPTORS)
-    if room < config.max_clients // 2:
-        log.warning("the limit of open files allows %d clients, not max_clients = %d", room, config.max_clients)
-    return min(config.max_clients, room)
-
-
-def _url(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -2,39 +2,44 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
 import secrets
 import ssl
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flask import Flask
 
-from balancer.balancer import Balancer
 from balancer.balancing import strategies
 from balancer.balancing.changes import Change
+from balancer.balancing.judge import PoolOptions
 from balancer.balancing.pool import BackendPool, PoolChanges
-from balancer.config import settings
 from balancer.config.reload import Configuration, make_backend
 from balancer.config.settings import Settings
 from balancer.control import api
+from balancer.control.access import Access, AccessOptions
 from balancer.control.control import Control
 from balancer.control.metrics import Metrics, Sources
 from balancer.edge.wsgi import ReverseProxy
-from balancer.fleet.health import HealthChecker
+from balancer.errors import SettingsError
+from balancer.filters.maxforwards import MaxForwards
+from balancer.filters.servedby import ServedBy
+from balancer.filters.serviceworkers import ServiceWorkers
+from balancer.fleet.health import HealthChecker, HealthOptions
+from balancer.forwarding.filter import Filter
 from balancer.forwarding.retrybudget import RetryBudget
-from balancer.forwarding.route import Route
-from balancer.observe.accesslog import AccessLog
+from balancer.forwarding.route import Route, RouteOptions, Routes
+from balancer.observe.accesslog import AccessLog, LogOptions
 from balancer.observe.events import Events
 from balancer.observe.history import History, Reading
 from balancer.observe.logwriter import LogWriter, standard_output
 from balancer.observe.statistics import Statistics
-from balancer.options import access, pool_options, probe, route_options, set_access_log, timeouts, tls_context
 from balancer.protocol.requestheads import RequestHeads
-from balancer.upstream.transport import BackendAdapter
+from balancer.protocol.responseheads import ResponseHeads
+from balancer.upstream.transport import BackendAdapter, Timeouts
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
@@ -46,19 +51,29 @@ _PAGES = [place / "dashboard.html" for place in _PLACES]
 DASHBOARD = next((page for page in _PAGES if page.exists()), _PAGES[0])
 
 
-def create_app(config: Settings | None = None, sources: Mapping[str, str] | None = None) -> Flask:
-    """A Flask app whose `wsgi_app` forwards everything but the control paths.
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a LoadBalancer starts and stops. `control_app` is the control API alone."""
 
-    The Balancer is `app.extensions["balancer"]`; nothing runs until its `start`. `sources` says where each setting came
-    from. Raises SettingsError for an unknown algorithm or an unreadable CA file.
-    """
+    app: Flask
+    control_app: WSGIApplication
+    proxy: ReverseProxy
+    configuration: Configuration
+    control: Control
+    health: HealthChecker
+    adapter: BackendAdapter
+    routes: Callable[[Settings], Routes]
+
+
+def make(config: Settings, sources: Mapping[str, str] | None, filters: Sequence[Filter]) -> Parts:
+    """`sources` says where each setting came from; `filters` are asked about each request that is to be forwarded, in
+    their order. Raises SettingsError for an unknown algorithm or an unreadable CA file."""
     strategies.load_entry_points()
-    configuration = Configuration(config or Settings(), sources)
-    config = configuration.settings
+    configuration = Configuration(config, sources)
     statistics, events = Statistics(), Events()
-    pool = BackendPool(strategies.create(config.algorithm), pool_options(config))
-    tls = tls_context(config.ca_file)
-    adapter = BackendAdapter(timeouts(config), pool_idle_timeout=config.pool_idle_timeout, tls=tls)
+    pool = BackendPool(strategies.create(config.algorithm), config.options(PoolOptions))
+    tls = _tls_context(config.ca_file)
+    adapter = BackendAdapter(config.options(Timeouts), tls=tls)
     health = _health(config, pool, adapter, tls)
     backends = [make_backend(backend, configuration.sources["backends"]) for backend in config.backends]
     pool.apply(PoolChanges(add=backends))
@@ -74,31 +89,27 @@ def create_app(config: Settings | None = None, sources: Mapping[str, str] | None
         writer,
         DASHBOARD,
         configuration,
-        access(config),
+        Access(config.options(AccessOptions)),
         config.control_prefix,
     )
     control.metrics = Metrics(_sources(control, adapter))
     api.install(app, control)
     control_app = app.wsgi_app
-    proxy = _proxy(control_app, control, adapter, health)
+    routes = _routes(control, adapter, health, filters)
+    proxy = _proxy(control_app, control, routes(config))
     app.wsgi_app = proxy  # type: ignore[method-assign]
-    balancer = Balancer(configuration, control, proxy, control_app, health, adapter, tls)
-    control.reload = balancer.reload
-    app.extensions["balancer"] = balancer
     _follow(pool, statistics, events, health)
-    return app
+    return Parts(app, control_app, proxy, configuration, control, health, adapter, routes)
 
 
-def started_app() -> Flask:
-    """The app as the environment says, for other WSGI servers; it stops when the process ends. Raises SettingsError."""
-    config, sources = settings.load({})
-    for warning in [*settings.warnings(), *settings.advice(config)]:
-        log.warning(warning)
-    app = create_app(config, sources)
-    balancer: Balancer = app.extensions["balancer"]
-    balancer.start()
-    atexit.register(balancer.stop)
-    return app
+def _tls_context(ca_file: Path | None) -> ssl.SSLContext | None:
+    """None for the system's CAs, which are loaded when the first https backend needs them."""
+    if ca_file is None:
+        return None
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except (OSError, ssl.SSLError) as error:
+        raise SettingsError(f"ca_file {str(ca_file)!r}: {error.strerror or error}; expected a PEM file") from None
 
 
 def _health(config: Settings, pool: BackendPool, adapter: BackendAdapter, tls: ssl.SSLContext | None) -> HealthChecker:
@@ -106,32 +117,46 @@ def _health(config: Settings, pool: BackendPool, adapter: BackendAdapter, tls: s
         adapter.close_idle()
         pool.sweep()
 
-    return HealthChecker(pool, probe(config, tls), interval=config.health_interval, on_round=on_round)
+    return HealthChecker(pool, config.options(HealthOptions), tls=tls, on_round=on_round)
 
 
-def _proxy(
-    control_app: WSGIApplication, control: Control, adapter: BackendAdapter, health: HealthChecker
-) -> ReverseProxy:
-    config = control.configuration.settings
-    has_own_port, prefix = config.control_port is not None, config.control_prefix
-    # The pseudonym is this very process: two balancers of one name in a chain are not a loop.
-    pseudonym = f"{config.id}.{secrets.token_hex(4)}".encode("ascii")
-    access_log = AccessLog(control.log)
-    set_access_log(access_log, config)
-    return ReverseProxy(
-        control_app,
-        (lambda path: False) if has_own_port else api.is_control_path(prefix),
-        route=Route(
+def _routes(
+    control: Control, adapter: BackendAdapter, health: HealthChecker, filters: Sequence[Filter]
+) -> Callable[[Settings], Routes]:
+    """What makes the routes that settings ask for, at the start and at every reload."""
+    started_with = control.configuration.settings
+    budget, access_log = RetryBudget(control.statistics), AccessLog(control.log, started_with.options(LogOptions))
+    rare: list[Filter] = [MaxForwards()]
+    if started_with.control_port is None:  # else the control API is no neighbour of what is forwarded
+        rare.append(ServiceWorkers(api.covers_control_path(started_with.control_prefix)))
+
+    def routes(config: Settings) -> Routes:
+        usual = [*([ServedBy()] if config.expose_backend else []), *filters]
+        access_log.options = config.options(LogOptions)
+        route = Route(
             control.pool,
             adapter,
             control.statistics,
-            RetryBudget(control.statistics),
-            route_options(config),
-            access_log,
+            budget,
+            config.options(RouteOptions),
             on_refused=health.wake,
-            covers_control=(lambda scope: False) if has_own_port else api.covers_control_path(prefix),
-        ),
-        heads=RequestHeads(pseudonym, config.networks, config.max_header_count),
+            response_heads=ResponseHeads(config.response_headers),
+            done=(access_log.done,) if config.access_log else (),
+        )
+        return Routes(usual=route.with_filters(usual), rare=route.with_filters([*rare, *usual]))
+
+    return routes
+
+
+def _proxy(control_app: WSGIApplication, control: Control, routes: Routes) -> ReverseProxy:
+    config = control.configuration.settings
+    # The pseudonym is this very process: two balancers of one name in a chain are not a loop.
+    pseudonym = f"{config.id}.{secrets.token_hex(4)}".encode("ascii")
+    return ReverseProxy(
+        control_app,
+        (lambda path: False) if config.control_port is not None else api.is_control_path(config.control_prefix),
+        routes=routes,
+        heads=RequestHeads(pseudonym, config.networks, config.max_header_count, config.request_headers),
     )
 
 

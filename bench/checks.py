@@ -7,7 +7,7 @@ import json
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from backends import BACKEND_COUNT, slow_backends
 from contenders import BODY, WAIT_PATH, Contender, started
@@ -21,7 +21,6 @@ READ_SIZE = 1 << 18
 TRANSFER_TIMEOUT_SECONDS = 60  # without one byte of progress
 BURST_TIMEOUT_SECONDS = 60.0
 Received = tuple[int, int]  # length and checksum of what came through, as the receiving side saw it
-Way = Callable[[http.client.HTTPConnection, bool, int], Received]
 
 
 def check_transfer(contender: Contender, size: int, allowed_growth: int) -> list[str]:
@@ -31,12 +30,12 @@ def check_transfer(contender: Contender, size: int, allowed_growth: int) -> list
     with slow_backends(*["0"] * BACKEND_COUNT) as backends:
         with started(contender, backends.ports, "/", BODY) as (service, place):
             start_size = service.memory_bytes()
-            for direction, way in (("upload", upload), ("download", download)):
+            for is_upload in (True, False):
                 for is_chunked in (False, True):
-                    name = f"{direction}, {'chunked' if is_chunked else 'Content-Length'}"
+                    name = f"{'upload' if is_upload else 'download'}, {'chunked' if is_chunked else 'Content-Length'}"
                     service.forget_memory_peak()
                     begun = time.monotonic()
-                    found = transfer(way, place.port, is_chunked, size)
+                    found = transfer(place.port, is_upload, is_chunked, size)
                     rate = size / MIB / (time.monotonic() - begun)
                     growth = service.memory_bytes("VmHWM") - start_size
                     rows.append([name, f"{found[0] / MIB:.1f}", f"{rate:.0f}", f"{growth / MIB:.1f}"])
@@ -56,26 +55,21 @@ def received(pieces: Iterable[bytes]) -> Received:
     return length, checksum
 
 
-def upload(connection: http.client.HTTPConnection, is_chunked: bool, size: int) -> Received:
-    framing = {"Transfer-Encoding": "chunked"} if is_chunked else {"Content-Length": str(size)}
-    connection.request("PUT", "/upload", body=blocks(size), headers=framing, encode_chunked=is_chunked)
-    answer = connection.getresponse()
-    if answer.status != 200:
-        raise http.client.HTTPException(f"status {answer.status}")
-    length, checksum = json.loads(answer.read())
-    return length, checksum
-
-
-def download(connection: http.client.HTTPConnection, is_chunked: bool, size: int) -> Received:
-    connection.request("GET", f"/download/{size}" + ("/chunked" if is_chunked else ""))
-    answer = connection.getresponse()
-    return received(iter(lambda: answer.read(READ_SIZE), b""))
-
-
-def transfer(way: Way, port: int, is_chunked: bool, size: int) -> Received:
+def transfer(port: int, is_upload: bool, is_chunked: bool, size: int) -> Received:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TRANSFER_TIMEOUT_SECONDS)
     try:
-        return way(connection, is_chunked, size)
+        if is_upload:
+            framing = {"Transfer-Encoding": "chunked"} if is_chunked else {"Content-Length": str(size)}
+            connection.request("PUT", "/upload", body=blocks(size), headers=framing, encode_chunked=is_chunked)
+        else:
+            connection.request("GET", f"/download/{size}" + ("/chunked" if is_chunked else ""))
+        answer = connection.getresponse()
+        if answer.status != 200:
+            raise http.client.HTTPException(f"status {answer.status}")
+        length, checksum = (
+            json.loads(answer.read()) if is_upload else received(iter(lambda: answer.read(READ_SIZE), b""))
+        )
+        return length, checksum
     except (OSError, http.client.HTTPException) as error:
         print(f"bench: {error!r}", file=sys.stderr)
         return 0, 0

@@ -36,7 +36,8 @@ from balancer.balancing.backends import LastCheck  # noqa: E402
 from balancer.config.settings import BackendSettings, Settings  # noqa: E402
 from balancer.edge.bridge import Bridge  # noqa: E402
 from balancer.edge.express import Express  # noqa: E402
-from balancer.wiring import create_app  # noqa: E402
+from balancer.edge.listener import ClientLimits  # noqa: E402
+from balancer.loadbalancer import create_app  # noqa: E402
 
 BUDGET = Path(__file__).with_name("budget.json")
 VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -154,9 +155,11 @@ class SameThread:
 # Counting.
 
 
-def measure_all(kinds: Iterable[str] = KINDS, wrap: Callable[[Bridge], None] = lambda bridge: None) -> dict[str, Cost]:
-    """Counts by kind of request. `wrap` may change the bridge first."""
-    with slow_backends("0") as backends, balancer(backends.ports[0]) as bridge:
+def measure_all(
+    kinds: Iterable[str] = KINDS, wrap: Callable[[Bridge], None] = lambda bridge: None, **changes: Any
+) -> dict[str, Cost]:
+    """Counts by kind of request, with `changes` of the settings. `wrap` may change the bridge first."""
+    with slow_backends("0") as backends, balancer(backends.ports[0], **changes) as bridge:
         wrap(bridge)
         return {name: measure(bridge, KINDS[name]) for name in kinds}
 
@@ -240,18 +243,22 @@ def count_bytes(one: Callable[[], None]) -> int:
 
 
 @contextlib.contextmanager
-def balancer(port: int) -> Iterator[Bridge]:
-    """The app with default settings and one backend that is up; no health checks, no other threads."""
-    backend = BackendSettings(id="only", url=f"http://127.0.0.1:{port}")
-    settings = Settings(backends=(backend,), control_reads="open")
+def balancer(port: int, **changes: Any) -> Iterator[Bridge]:
+    """The app with default settings but for `changes`; one backend, which is up; no health checks, no other threads."""
+    settings = Settings(
+        backends=(BackendSettings(id="only", url=f"http://127.0.0.1:{port}"),), **{"min_body_rate": 0, **changes}
+    )
     app = create_app(settings)
     parts = app.extensions["balancer"]
-    for each in parts.proxy.route.pool.backends():
-        parts.proxy.route.pool.record_check(each, LastCheck(0.0, 0.0, 200, None))
+    for each in parts.control.pool.backends():
+        parts.control.pool.record_check(each, LastCheck(0.0, 0.0, 200, None))
     workers: Any = SameThread()
     express = Express(parts.adapter, workers)
+    limits = settings.options(ClientLimits)
     try:
-        yield Bridge(app.wsgi_app, workers, is_control=parts.proxy.is_control, proxy=parts.proxy, express=express)
+        yield Bridge(
+            app.wsgi_app, workers, limits, is_control=parts.proxy.is_control, proxy=parts.proxy, express=express
+        )
     finally:
         express.stop()
         parts.adapter.close()

@@ -23,8 +23,10 @@ from slow_backend import parse
 sys.path.insert(0, str(HERE.parent))
 
 from balancer.balancing.backends import LastCheck  # noqa: E402
+from balancer.balancing.judge import PoolOptions  # noqa: E402
 from balancer.balancing.pool import BackendPool, Lease  # noqa: E402
 from balancer.balancing.strategies import REGISTRY, create  # noqa: E402
+from balancer.config.settings import Settings  # noqa: E402
 from balancer.protocol.origin import Origin  # noqa: E402
 
 FAST_SECONDS = 0.04
@@ -98,7 +100,8 @@ def simulate_all(rounds: int) -> list[Sample]:
 def simulate(number: int, name: str, seconds: float) -> Figures:
     """One strategy under the traffic of round `number`."""
     now = 0.0
-    pool = BackendPool(create(name, clock=lambda: now, rng=random.Random(number)), clock=lambda: now)
+    strategy, options = create(name, clock=lambda: now, rng=random.Random(number)), Settings().options(PoolOptions)
+    pool = BackendPool(strategy, options, clock=lambda: now)
     backends = {kind: parse(text) for kind, text in SPECIFICATIONS.items()}
     for backend_id, backend in backends.items():
         backend.restart(now)

@@ -8,10 +8,10 @@ from html import escape
 from pathlib import Path
 
 from contenders import BASELINE, HERE, OURS
-from loads import LOADS
 from machine import about, pace
 from processes import BenchError
 from results import Row, Run, Spread, as_text, rows_in
+from speed import LOADS
 from verdicts import by_p99, goals, unequal_machines
 
 DOCS = HERE.parent / "docs"

@@ -22,10 +22,10 @@ from types import FrameType
 
 import render
 from contenders import BASELINE, CONTENDERS, HERE, OURS, Contender, find_program
-from loads import LOADS, QUICK
 from machine import about, machine, pace
 from processes import BENCH_CPUS, BenchError
 from results import Run, as_text, combine, read, rows_in, rows_of
+from speed import LOADS, QUICK, measure_all
 from verdicts import missed_ratio, warnings
 
 PARTS = ("speed", "stalls", "quality")
@@ -181,9 +181,8 @@ def expected_seconds(options: argparse.Namespace) -> float:
 
 def measure(part: str, options: argparse.Namespace, run: Run) -> None:
     """Add what it finds to the run, and print its tables."""
+    from openloop import measure_stalls
     from quality import measure_quality, methods, simulate_all
-    from speed import measure_all
-    from stalls import measure_stalls
 
     if part == "speed":
         loads = [LOADS[name] for name in options.loads]

@@ -6,53 +6,31 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from demo.console import Failure
 
 
-def start_time(pid: int) -> str:
-    """When it was started, only to be compared: each system counts in its own way. Empty if there is no such process.
+def identify(pid: int) -> tuple[str, str]:
+    """When it was started, only to be compared, and its command line, blanks between; empty if there is no such one.
 
-    Ids are used again, an id together with this is not.
+    Ids are used again, an id together with the start is not.
     """
-    if Path("/proc/self/stat").exists():
+    if sys.platform == "linux":
         try:
             fields = Path(f"/proc/{pid}/stat").read_bytes()
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")
         except OSError:
-            return ""
+            return "", ""
         # The second field is the name, which may have blanks and parentheses; this is the 22nd: proc_pid_stat(5).
-        return fields.rpartition(b")")[2].split()[19].decode()
+        return fields.rpartition(b")")[2].split()[19].decode(), words.decode(errors="surrogateescape")
     if os.name == "nt":
-        return ask_windows(pid, "CreationDate.ToFileTimeUtc()")
-    return output(["ps", "-o", "lstart=", "-p", str(pid)])
-
-
-def command_line(pid: int) -> str:
-    """What the process was started with, blanks between; empty if there is none (or only its ashes)."""
-    if Path("/proc/self/cmdline").exists():
-        try:
-            return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="surrogateescape")
-        except OSError:
-            return ""
-    if os.name == "nt":
-        return ask_windows(pid, "CommandLine")
-    return output(["ps", "-ww", "-o", "command=", "-p", str(pid)])
-
-
-def had_started(pid: int, moment: float) -> bool:
-    """Whether it ran at this time of the clock already; True where that cannot be told."""
-    if sys.platform != "linux":
-        return True
-    boot = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-    since_boot = int(start_time(pid) or sys.maxsize) / os.sysconf("SC_CLK_TCK")
-    return boot + since_boot <= moment + 1  # the clock may have been put right
-
-
-def ask_windows(pid: int, what: str) -> str:
-    query = f"(Get-CimInstance Win32_Process -Filter 'ProcessId={pid}').{what}"
-    return output(["powershell", "-NoProfile", "-NonInteractive", "-Command", query])
+        one = f"Get-CimInstance Win32_Process -Filter 'ProcessId={pid}'"
+        query = f"{one} | ForEach-Object {{ $_.CreationDate.ToFileTimeUtc(); $_.CommandLine }}"
+        started, _, command = output(["powershell", "-NoProfile", "-NonInteractive", "-Command", query]).partition("\n")
+        return started.strip(), command.strip()
+    return output(["ps", "-o", "lstart=", "-p", str(pid)]), output(["ps", "-ww", "-o", "command=", "-p", str(pid)])
 
 
 def output(command: list[str]) -> str:
@@ -61,19 +39,23 @@ def output(command: list[str]) -> str:
     return done.stdout.strip()
 
 
-def has_ended(pid: int) -> bool:
-    """Of a child whose exit code nobody has asked for: until then its id, and that of its group, is not used again."""
-    if not hasattr(os, "waitid"):  # Windows, and macOS before Python 3.13
-        return False
-    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+def had_started(started: str, moment: float) -> bool:
+    """Whether a process of this start ran at this time of the clock already; True where that cannot be told."""
+    if sys.platform != "linux":
+        return True
+    boot = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    since_boot = int(started or sys.maxsize) / os.sysconf("SC_CLK_TCK")
+    return boot + since_boot <= moment + 1  # the clock may have been put right
 
 
-def kill_group(pid: int) -> None:
-    if sys.platform != "win32":
-        try:
+def kill_orphans(pid: int) -> None:
+    """What a child that has ended left in its group. Nobody has asked for its exit code: until then its id, and that of
+    the group, is not used again."""
+    if sys.platform == "win32" or not hasattr(os, "waitid"):  # macOS before Python 3.13 has none
+        return
+    if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+        with suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass
 
 
 @contextmanager
@@ -82,30 +64,24 @@ def signals_to(pid: int) -> Iterator[Callable[[int], None]]:
 
     Only Linux has such a way, a pidfd; elsewhere the id is signalled.
     """
-    descriptor = open_pidfd(pid)
+    descriptor: int | None = None
+    if sys.platform == "linux":
+        with suppress(OSError):  # an old kernel; or it has ended, which the second look will show
+            descriptor = os.pidfd_open(pid)
+
+    def send(number: int) -> None:
+        try:
+            if sys.platform == "linux" and descriptor is not None:
+                signal.pidfd_send_signal(descriptor, number)
+            else:
+                os.kill(pid, number)
+        except ProcessLookupError:
+            pass
+        except PermissionError:
+            raise Failure(f"process {pid} belongs to another user; stop it as that user", 2) from None
+
     try:
-        yield lambda number: send(pid, descriptor, number)
+        yield send
     finally:
         if descriptor is not None:
             os.close(descriptor)
-
-
-def open_pidfd(pid: int) -> int | None:
-    if sys.platform != "linux":
-        return None
-    try:
-        return os.pidfd_open(pid)
-    except OSError:  # an old kernel; or it has ended, which the second look will show
-        return None
-
-
-def send(pid: int, descriptor: int | None, number: int) -> None:
-    try:
-        if sys.platform == "linux" and descriptor is not None:
-            signal.pidfd_send_signal(descriptor, number)
-        else:
-            os.kill(pid, number)
-    except ProcessLookupError:
-        pass
-    except PermissionError:
-        raise Failure(f"process {pid} belongs to another user; stop it as that user", 2) from None

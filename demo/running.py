@@ -1,39 +1,45 @@
-"""From the first process started to the last one ended."""
+"""The commands: from the first process started to the last one ended, what is printed in between, setup and stop."""
 
+import hashlib
+import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.parse import quote
 
-from demo.access import offer_access, withdraw_access
-from demo.console import Failure, printable_command, say
-from demo.installation import ensure_venv
-from demo.places import RUN, SCRIPT, last_line
-from demo.ports import port_is_free
-from demo.runfiles import one_at_a_time, read_pid, remove_pid, write_pid
-from demo.services import Service
-from demo.signals import STOP, pause
-from demo.urls import control_urls, print_urls
+from demo import files
+from demo.console import STOP, Failure, pause, printable_command, say
+from demo.processes import signals_to
+from demo.services import Service, given_token
 
 READY_SECONDS = 30.0  # most of it for the first start on a slow machine; a warm one takes about a second
 STOP_SECONDS = 10.0  # then the process is killed
+STAMP = files.VENV / "requirements.sha256"  # written last: a .venv without it is not finished
 
 
 def run_services(services: list[Service], detach: bool) -> int:
     """Start, wait until ready, then watch until the end or a signal; only what is detached and ready outlives this."""
     check_ports(services)  # before an installation that may take minutes
-    own_pid_file = RUN / f"start_all-{services[-1].port}.pid"
+    own_pid_file = files.RUN / f"start_all-{services[-1].port}.pid"
     try:
-        with one_at_a_time():
+        with files.locked("lock", is_start=True):
             ensure_venv()
             check_ports(services)
-            if read_pid(own_pid_file):  # of the one whose ended backends this one starts again
-                own_pid_file = RUN / f"start_all-{os.getpid()}.pid"
-            write_pid(own_pid_file, os.getpid(), "start_all.py")
+            if files.read_pid(own_pid_file):  # of the one whose ended backends this one starts again
+                own_pid_file = files.RUN / f"start_all-{os.getpid()}.pid"
+            files.write_pid(own_pid_file, os.getpid(), "start_all.py")
             start_services(services, detach)
             for service in services:
-                if service.name == "balancer":
-                    offer_access(service.pid_file.stem, control_urls(service), service.environment["LB_PAGE_TOKEN"])
+                if service.is_balancer:
+                    access = {"urls": control_urls(service), "token": service.environment["LB_PAGE_TOKEN"]}
+                    files.renew_access({service.pid_file.stem: access})
         print_urls(services, detach)
         if detach:
             services = []
@@ -41,28 +47,40 @@ def run_services(services: list[Service], detach: bool) -> int:
         return watch(services)
     finally:
         stop_services(services)
-        remove_pid(own_pid_file, os.getpid())
-        withdraw_access()
+        files.remove_pid(own_pid_file, os.getpid())
+        files.renew_access()
         name_survivors(services)
 
 
 def without_running(services: list[Service]) -> list[Service]:
     """Those that a running demo has lost; all if none of them runs, or all do, which `check_ports` refuses."""
-    return [service for service in services if not read_pid(service.pid_file)] or services
+    return [service for service in services if not files.read_pid(service.pid_file)] or services
 
 
 def check_ports(services: Sequence[Service]) -> None:
     for service in services:
         if port_is_free(service.port):
             continue
-        if read_pid(service.pid_file):
-            raise Failure(f"port {service.port} is in use by a demo that runs already; stop it: {SCRIPT} stop", 2)
-        example = f"{service.port_setting}={example_ports(service)}"
+        if files.read_pid(service.pid_file):
+            raise Failure(f"port {service.port} is in use by a demo that runs already; stop it: {files.SCRIPT} stop", 2)
+        example = f"LB_PORT={service.port + 1}" if service.is_balancer else 'BACKEND_PORTS="5101 5102 5103"'
         raise Failure(f"port {service.port} is in use by another program; end that, or choose another: {example}", 2)
 
 
-def example_ports(service: Service) -> str:
-    return str(service.port + 1) if service.port_setting == "LB_PORT" else '"5101 5102 5103"'
+def port_is_free(port: int) -> bool:
+    try:  # on Windows a second bind can succeed, so ask first
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        return False
+    except OSError:
+        pass
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        if os.name == "posix":  # a port whose last owner has just ended counts as free
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 def start_services(services: Sequence[Service], detached: bool) -> None:
@@ -76,7 +94,9 @@ def start_services(services: Sequence[Service], detached: bool) -> None:
         waiting = [service for service in waiting if not service.is_ready()]
         if waiting and time.monotonic() > started + READY_SECONDS:
             slow = waiting[0]
-            raise Failure(f"{slow.name} was not ready within {READY_SECONDS:g} s: {last_line(slow.log)} ({slow.log})")
+            raise Failure(
+                f"{slow.name} was not ready within {READY_SECONDS:g} s: {files.last_line(slow.log)} ({slow.log})"
+            )
         if waiting:
             pause()
     say(f"Ready in {time.monotonic() - started:.1f} s.")
@@ -89,42 +109,33 @@ def watch(services: Sequence[Service]) -> int:
         STOP.check()
         for service in [service for service in living if service.exit_code is not None]:
             living.remove(service)
-            remove_pid(service.pid_file, service.process.pid if service.process else None)
-            if service.name == "balancer":
-                return report_balancer_end(service)
-            say(f"{service.name} ended ({how_it_ended(service)}). Start it again with:")
-            say(f"  {printable_command(service.command)}")
+            files.remove_pid(service.pid_file, service.process.pid if service.process else None)
+            how = how_it_ended(service.exit_code or 0)
+            if not service.is_balancer:
+                say(f"{service.name} ended ({how}). Start it again with:")
+                say(f"  {printable_command(service.command)}")
+            elif service.exit_code == 0:  # asked to from outside, and so do we
+                say("The balancer ended.")
+                return 0
+            else:
+                raise Failure(f"the balancer ended by itself ({how}): {files.last_line(service.log)} ({service.log})")
         pause()
     raise Failure("every backend has ended")
 
 
-def report_balancer_end(balancer: Service) -> int:
-    """Asked to end from outside it ends with 0, and so do we; else it died."""
-    if balancer.exit_code == 0:
-        say("The balancer ended.")
-        return 0
-    how = how_it_ended(balancer)
-    raise Failure(f"the balancer ended by itself ({how}): {last_line(balancer.log)} ({balancer.log})")
-
-
-def how_it_ended(service: Service) -> str:
-    code = service.exit_code
-    if code is not None and code < 0:
-        try:
-            return f"killed by {signal.Signals(-code).name}"
-        except ValueError:
-            return f"killed by signal {-code}"
-    return f"exit code {code}"
+def how_it_ended(code: int) -> str:
+    try:
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    except ValueError:
+        return f"killed by signal {-code}"
 
 
 def stop_services(services: Sequence[Service]) -> None:
     """The balancer first, so that it can finish what it has in hand while the backends still answer."""
     if STOP.count and any(service.process for service in services):
         say("Stopping ...")
-    for group in (
-        [service for service in services if service.name == "balancer"],
-        [service for service in services if service.name != "balancer"],
-    ):
+    for is_first in (True, False):
+        group = [service for service in services if service.is_balancer is is_first]
         for service in group:
             service.terminate()
         deadline = time.monotonic() + STOP_SECONDS
@@ -134,6 +145,148 @@ def stop_services(services: Sequence[Service]) -> None:
 
 def name_survivors(services: Sequence[Service]) -> None:
     """What another start_all has started in the place of one of ours goes on: that one may not even be detached."""
-    names = [service.name for service in services if service.process and read_pid(service.pid_file)]
+    names = [service.name for service in services if service.process and files.read_pid(service.pid_file)]
     if names:
-        say(f"Another start_all has started {', '.join(names)} again; to stop that as well: {SCRIPT} stop")
+        say(f"Another start_all has started {', '.join(names)} again; to stop that as well: {files.SCRIPT} stop")
+
+
+# What is printed when all is ready: where everything is, and what is not as it should be.
+
+
+def print_urls(services: Sequence[Service], detached: bool) -> None:
+    for service in services:
+        say(f"  {service.name + ':':<11} http://127.0.0.1:{service.port}  log: {service.log.relative_to(files.HERE)}")
+    for service in services:
+        if service.is_balancer:
+            print_balancer_urls(service)
+            warn_of_unhealthy(service)
+            repeat_warnings(service)
+    say(f"Stop with: {files.SCRIPT} stop" if detached else "Stop with Ctrl-C.")
+
+
+def host_names(balancer: Service) -> list[str]:
+    """The names it has in a URL; the last is the one that people like to read."""
+    host = f"[{balancer.host}]" if ":" in balancer.host else balancer.host
+    return [host, "localhost"] if host == "127.0.0.1" else [host]
+
+
+def control_urls(balancer: Service) -> list[str]:
+    return [f"http://{host}:{balancer.control_port}{balancer.control_prefix}" for host in host_names(balancer)]
+
+
+def print_balancer_urls(balancer: Service) -> None:
+    base, control = f"http://{host_names(balancer)[-1]}:{balancer.port}", control_urls(balancer)[-1]
+    page = (files.HERE / "dashboard.html").as_uri() + ("" if control == "http://localhost:9000" else f"?lb={control}")
+    check = [str(files.VENV_PYTHON.relative_to(files.HERE)), "test_client.py"]
+    where = ([] if control == base else ["--control", control]) + ([] if base == "http://localhost:9000" else [base])
+    token = balancer.environment["LB_PAGE_TOKEN"]
+    say()
+    if token == given_token(os.environ):  # known to whoever set it, and not for every log
+        say(f"  Dashboard:  {control}/dashboard  (its token is your LB_PAGE_TOKEN)")
+    else:  # behind a # it stays in the browser, which sends it to nobody
+        say(f"  Dashboard:  {control}/dashboard#token={quote(token, safe='')}")
+    say(f"              {page}")
+    say(f"  API:        curl {base}/api/process")
+    say(f"  Status:     {control}/status")
+    say(f"  Check:      {printable_command([*check, *where])}")
+    say()
+
+
+def warn_of_unhealthy(balancer: Service) -> None:
+    """Ready means that every backend has been checked, not that the checks were good."""
+    try:
+        for backend in json.loads(balancer.ask("/backends", balancer.environment["LB_PAGE_TOKEN"]) or "")["backends"]:
+            if not backend["healthy"]:
+                say(f"  Warning: {backend['id']} gets no requests: {backend['health']['reason']}")
+    except (ValueError, KeyError):
+        pass  # it has just said that it is ready; what it says now is for the person to see
+
+
+def repeat_warnings(balancer: Service) -> None:
+    """What it says of variables that it does not know: nobody would look for a slip of the pen in a log."""
+    for line in balancer.log.read_text(encoding="utf-8", errors="replace").splitlines():
+        if line.startswith(f"{balancer.script}: warning: "):
+            say("  Warning: " + line.partition(": warning: ")[2])
+
+
+# The virtual environment with what requirements.txt names.
+
+
+def ensure_venv() -> None:
+    """Make .venv, install requirements.txt, and write the stamp; nothing to do if the stamp is there and right."""
+    wanted = hashlib.sha256((files.HERE / "requirements.txt").read_bytes()).hexdigest()
+    with suppress(OSError):
+        # A Python that was upgraded or removed leaves a dangling link, so look through it.
+        if files.VENV_PYTHON.exists() and STAMP.read_text(encoding="ascii").strip() == wanted:
+            return
+    if not venv_has_pip():
+        make_venv()
+    say("Installing requirements.txt into .venv (once, and when the file changes) ...")
+    STAMP.unlink(missing_ok=True)
+    pip = [str(files.VENV_PYTHON), "-m", "pip", "--disable-pip-version-check", "--no-input", "install"]
+    run_step([*pip, "-r", str(files.HERE / "requirements.txt")], "pip could not install requirements.txt")
+    STAMP.write_text(wanted + "\n", encoding="ascii")
+
+
+def venv_has_pip() -> bool:
+    check = "import sys, pip; sys.exit(sys.version_info < (3, 11))"
+    try:
+        return subprocess.run([files.VENV_PYTHON, "-c", check], capture_output=True, timeout=60).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+def make_venv() -> None:
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    # Debian and Ubuntu leave ensurepip out of python3; without it a venv has no pip.
+    if find_spec("venv") is None or find_spec("ensurepip") is None:
+        package = f"python{version}-venv"
+        raise Failure(f"Python {version} cannot make a virtual environment: apt-get install {package} (on Debian)", 2)
+    say(f"Making .venv with Python {sys.version.split()[0]} ...")
+    run_step([sys.executable, "-m", "venv", "--clear", str(files.VENV)], "could not make .venv")
+
+
+def run_step(command: Sequence[str], failed: str) -> None:
+    """Run a command to its end with its output in logs/setup.log, and stop it when we are asked to stop."""
+    log = files.LOGS / "setup.log"
+    with files.open_log(log) as output:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        while process.poll() is None:
+            STOP.check()
+            pause()
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+    if process.returncode != 0:
+        raise Failure(f"{failed}: {files.last_line(log)} (all of it: {log})")
+
+
+# `start_all stop`: ends what another start_all has left running.
+
+
+def stop_command() -> int:
+    """Stop every process that has a file in run/: first a start_all in the foreground, which stops its own."""
+    ranks = {"start_all": 0, "balancer": 1}
+    paths = sorted(files.RUN.glob("*.pid"), key=lambda path: (ranks.get(path.stem.rpartition("-")[0], 2), path.name))
+    stopped = [path.stem.rpartition("-")[0] for path in paths if stop_by_file(path)]
+    files.renew_access()
+    say(f"Stopped {', '.join(stopped)}." if stopped else "Nothing to stop: no demo of this folder is running.")
+    return 0
+
+
+def stop_by_file(path: Path) -> bool:
+    """Ask its process to end, kill it if that takes too long; whether there was one. The file goes in any case."""
+    pid = files.read_pid(path)
+    if pid is not None:
+        deadline = time.monotonic() + STOP_SECONDS * (2 if path.name.startswith("start_all") else 1)
+        with signals_to(pid) as send:
+            if files.read_pid(path) == pid:  # it may have ended since it was found
+                send(signal.SIGTERM)
+            while files.read_pid(path) == pid:
+                if time.monotonic() > deadline:
+                    send(getattr(signal, "SIGKILL", signal.SIGTERM))
+                pause()
+    files.remove_file(path)
+    return pid is not None

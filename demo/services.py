@@ -1,20 +1,23 @@
-"""The processes of the demo."""
+"""The processes of the demo: what the environment says of them, and each from its start to its end."""
 
+import http.client
 import os
+import re
+import secrets
 import signal
 import subprocess
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from demo.access import page_token
-from demo.console import Failure
-from demo.places import HERE, LOGS, RUN, VENV_PYTHON, last_line, open_log
-from demo.ports import answers
-from demo.processes import has_ended, kill_group
-from demo.runfiles import remove_pid, write_pid
-from demo.settings import Settings, parse_port
-from demo.signals import STOP, pause
+from demo.console import STOP, Failure, pause
+from demo.files import HERE, LOGS, RUN, VENV_PYTHON, last_line, open_log, remove_pid, write_pid
+from demo.processes import kill_orphans
+
+WEIGHTS = (3, 2, 1)  # of the first backends; further ones weigh 1
+# On Windows: no console window of its own, and no Ctrl-C from this one. Zero elsewhere.
+DETACHED = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0) | getattr(subprocess, "CREATE_NO_WINDOW", 0)
 
 
 @dataclass
@@ -23,36 +26,27 @@ class Service:
 
     name: str
     port: int
-    script: str
-    arguments: list[str]
-    ready_path: str
-    ready_port: int  # where that is asked for: the control API may have a port of its own
-    port_setting: str  # what to change if the port is taken
+    arguments: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
     host: str = "127.0.0.1"
+    control_port: int = 0  # where it says that it is ready: the control API may have a port of its own
+    control_prefix: str = ""
     process: subprocess.Popen[bytes] | None = None
 
-    @property
-    def command(self) -> list[str]:
-        return [str(VENV_PYTHON), str(HERE / self.script), *self.arguments]
-
-    @property
-    def log(self) -> Path:
-        """The port is in the name so that two demos on different ports keep apart."""
-        return LOGS / f"{self.name}-{self.port}.log"
-
-    @property
-    def pid_file(self) -> Path:
-        return RUN / f"{self.name}-{self.port}.pid"
+    def __post_init__(self) -> None:
+        self.is_balancer = self.name == "balancer"
+        self.script = "load_balancer.py" if self.is_balancer else "backend_server.py"
+        self.command = [str(VENV_PYTHON), str(HERE / self.script), *self.arguments]
+        # The port is in the names so that two demos on different ports keep apart.
+        self.log: Path = LOGS / f"{self.name}-{self.port}.log"
+        self.pid_file: Path = RUN / f"{self.name}-{self.port}.pid"
 
     @property
     def exit_code(self) -> int | None:
         """None while it runs. What a killed one may have left goes with it: its own children are in its group."""
-        if not self.process:
-            return None
-        if self.process.returncode is None and has_ended(self.process.pid):
-            kill_group(self.process.pid)
-        return self.process.poll()
+        if self.process and self.process.returncode is None:
+            kill_orphans(self.process.pid)
+        return self.process.poll() if self.process else None
 
     def start(self, detached: bool) -> None:
         # A session of its own: Ctrl-C then reaches only this program, which stops its processes in the right order.
@@ -66,14 +60,27 @@ class Service:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                creationflags=windows_flags() if detached else 0,
+                creationflags=DETACHED if detached else 0,
             )
         write_pid(self.pid_file, self.process.pid, self.script)
 
     def is_ready(self) -> bool:
         if self.exit_code is not None:
             raise Failure(f"{self.name} ended at once with code {self.exit_code}: {last_line(self.log)} ({self.log})")
-        return answers(self.host, self.ready_port, self.ready_path)
+        return self.ask("/readyz" if self.is_balancer else "/health") is not None
+
+    def ask(self, path: str, token: str = "") -> bytes | None:
+        """The body of a GET that is answered with 200. No urllib: it would obey the machine's HTTP_PROXY."""
+        connection = http.client.HTTPConnection(self.host, self.control_port or self.port, timeout=1)
+        try:
+            headers = {"Authorization": f"Bearer {token}"} if token else {}
+            connection.request("GET", self.control_prefix + path, headers=headers)
+            answer = connection.getresponse()
+            return answer.read() if answer.status == 200 else None
+        except (OSError, http.client.HTTPException):
+            return None
+        finally:
+            connection.close()
 
     def terminate(self) -> None:
         """Ask it to end; Ctrl-C is passed on as Ctrl-C, which servers obey sooner than SIGTERM."""
@@ -90,52 +97,62 @@ class Service:
         remove_pid(self.pid_file, self.process.pid if self.process else None)
 
 
-def windows_flags() -> int:
-    """No console window of its own, and no Ctrl-C from this one. Zero elsewhere."""
-    return getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0) | getattr(subprocess, "CREATE_NO_WINDOW", 0)
+def backend_services(environ: Mapping[str, str]) -> list[Service]:
+    delay = environ.get("RESPONSE_DELAY", "").strip()
+    # Flags, not environment, so that the printed command is the whole truth in every shell.
+    more = ["--host", "127.0.0.1", *(["--delay", delay] if delay else [])]
+    names = [(f"backend_{number}", port) for number, port in enumerate(read_ports(environ)[1:], 1)]
+    return [Service(name, port, ["--id", name, "--port", str(port), *more]) for name, port in names]
 
 
-def backend_services(settings: Settings) -> list[Service]:
-    delay = os.environ.get("RESPONSE_DELAY", "").strip()
-    return [
-        Service(
-            name=f"backend_{number}",
-            port=port,
-            script="backend_server.py",
-            # Flags, not environment, so that the printed command is the whole truth in every shell.
-            arguments=["--id", f"backend_{number}", "--port", str(port), "--host", "127.0.0.1"]
-            + (["--delay", delay] if delay else []),
-            ready_path="/health",
-            ready_port=port,
-            port_setting="BACKEND_PORTS",
-        )
-        for number, port in enumerate(settings.backend_ports, start=1)
-    ]
-
-
-def control_prefix() -> str:
-    return os.environ.get("LB_CONTROL_PREFIX", "").strip().rstrip("/")
-
-
-def balancer_service(settings: Settings) -> Service:
+def balancer_service(environ: Mapping[str, str]) -> Service:
+    port, *backend_ports = read_ports(environ)
     environment = {
-        "LB_PORT": str(settings.balancer_port),
-        "LB_EXPOSE_BACKEND": os.environ.get("LB_EXPOSE_BACKEND", "true"),  # the demo shows who answered
-        # Beside an admin token too: that one is the user's, and is written to no file.
-        "LB_PAGE_TOKEN": page_token(os.environ),
+        "LB_PORT": str(port),
+        "LB_EXPOSE_BACKEND": environ.get("LB_EXPOSE_BACKEND", "true"),  # the demo shows who answered
+        # A new one for each start, beside an admin token too: that one is the user's, and is written to no file.
+        "LB_PAGE_TOKEN": given_token(environ) or secrets.token_urlsafe(32),
     }
-    if settings.ports_given:
-        environment["LB_BACKENDS"] = os.environ.get("LB_BACKENDS", "") or settings.backends
-    host = os.environ.get("LB_HOST", "").strip()
-    control_port = os.environ.get("LB_CONTROL_PORT", "").strip()
+    if environ.get("BACKEND_PORTS", "").strip(" ,"):  # else the balancer knows them
+        weights = dict(enumerate(WEIGHTS))
+        each = [f"backend_{n + 1}=http://127.0.0.1:{at}@{weights.get(n, 1)}" for n, at in enumerate(backend_ports)]
+        environment["LB_BACKENDS"] = environ.get("LB_BACKENDS", "") or ",".join(each)
+    host = environ.get("LB_HOST", "").strip()
+    control_port = environ.get("LB_CONTROL_PORT", "").strip()
     return Service(
-        name="balancer",
-        port=settings.balancer_port,
-        script="load_balancer.py",
-        arguments=[],
-        ready_path=control_prefix() + "/readyz",
-        ready_port=parse_port("LB_CONTROL_PORT", control_port) if control_port else settings.balancer_port,
-        port_setting="LB_PORT",
+        "balancer",
+        port,
         environment=environment,
         host="127.0.0.1" if host in ("", "localhost", "0.0.0.0", "::") else host.strip("[]"),
+        control_port=parse_port("LB_CONTROL_PORT", control_port) if control_port else port,
+        control_prefix=environ.get("LB_CONTROL_PREFIX", "").strip().rstrip("/"),
     )
+
+
+def read_ports(environ: Mapping[str, str]) -> list[int]:
+    """Of the balancer, then of the backends."""
+    balancer = environ.get("LB_PORT", "").strip() or "9000"
+    backends = environ.get("BACKEND_PORTS", "").replace(",", " ").split()
+    found = [parse_port("BACKEND_PORTS", text) for text in backends or ("5001", "5002", "5003")]
+    ports = [parse_port("LB_PORT", balancer), *found]
+    if len(set(ports)) < len(ports):
+        named = f"LB_PORT={balancer} BACKEND_PORTS={' '.join(backends)}"
+        raise Failure(f"two processes cannot have the same port: {named}", 2)
+    return ports
+
+
+def parse_port(name: str, text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,5}", text) or not 1 <= int(text) <= 65535:
+        raise Failure(f"{name} must hold port numbers from 1 to 65535, not {text!r}", 2)
+    return int(text)
+
+
+def given_token(environ: Mapping[str, str]) -> str:
+    """The user's own, found as the balancer finds it; empty if there is none."""
+    path = environ.get("LB_PAGE_TOKEN_FILE", "").strip()
+    if not path:
+        return environ.get("LB_PAGE_TOKEN", "").strip()
+    try:
+        return (HERE / path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise Failure(f"LB_PAGE_TOKEN_FILE={path}: {getattr(error, 'strerror', None) or error}", 2) from None

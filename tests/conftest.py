@@ -7,17 +7,22 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import pytest
 from hypothesis import settings
 from stub_balancer import StubBalancer
-from support import BalancerProcess, Demo, start_demo
+from support import Balancer, BalancerProcess, Demo, start_demo
 from wire import WireBackend
+
+pytest_plugins = ["balancer.testing"]  # which pytest finds by itself where the package is installed
 
 # In the background of a shell, or under nohup, these are ignored, and every process started here would inherit that.
 for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(_number) == signal.SIG_IGN:
         signal.signal(_number, _handler)
+
+Started = TypeVar("Started", Balancer, BalancerProcess)
 
 # A slow machine is no finding; pytest's own time-out ends what hangs.
 settings.register_profile("tests", deadline=None)
@@ -57,9 +62,9 @@ def scripted() -> Iterator[WireBackend]:
 
 
 @pytest.fixture(scope="module")
-def scripted_balancer(scripted: WireBackend) -> Iterator[BalancerProcess]:
+def scripted_balancer(scripted: WireBackend) -> Iterator[Balancer]:
     """A balancer in front of the scripted backend alone, with short time limits."""
-    balancer = BalancerProcess(
+    balancer = Balancer(
         f"--backend=only={scripted.url}",
         "--response-timeout=1",
         "--idle-timeout=2",
@@ -74,7 +79,7 @@ def scripted_balancer(scripted: WireBackend) -> Iterator[BalancerProcess]:
 
 
 @pytest.fixture
-def backend(scripted: WireBackend, scripted_balancer: BalancerProcess) -> WireBackend:
+def backend(scripted: WireBackend, scripted_balancer: Balancer) -> WireBackend:
     """The scripted backend, answering 200 again and believed to be up."""
     scripted.reset()
     scripted_balancer.wait_healthy("only")
@@ -82,38 +87,48 @@ def backend(scripted: WireBackend, scripted_balancer: BalancerProcess) -> WireBa
 
 
 @pytest.fixture
-def balancer(scripted_balancer: BalancerProcess, backend: WireBackend) -> BalancerProcess:
+def balancer(scripted_balancer: Balancer, backend: WireBackend) -> Balancer:
     return scripted_balancer
 
 
 @pytest.fixture(scope="module")
-def patient_balancer(scripted: WireBackend) -> Iterator[BalancerProcess]:
-    balancer = BalancerProcess(f"--backend=only={scripted.url}", "--response-timeout=60", "--idle-timeout=60")
+def patient_balancer(scripted: WireBackend) -> Iterator[Balancer]:
+    balancer = Balancer(f"--backend=only={scripted.url}", "--response-timeout=60", "--idle-timeout=60")
     yield balancer
     balancer.stop()
 
 
 @pytest.fixture
-def patient(patient_balancer: BalancerProcess, backend: WireBackend) -> BalancerProcess:
+def patient(patient_balancer: Balancer, backend: WireBackend) -> Balancer:
     """A balancer in front of the same backend that ends nothing by a time limit: what ends has another reason."""
     patient_balancer.wait_healthy("only")
     return patient_balancer
 
 
-@pytest.fixture
-def start(scripted: WireBackend) -> Iterator[Callable[..., BalancerProcess]]:
-    """Starts balancers in front of the scripted backend, with default limits."""
-    started: list[BalancerProcess] = []
+def _starter(kind: Callable[..., Started], scripted: WireBackend) -> Iterator[Callable[..., Started]]:
+    started: list[Started] = []
     scripted.reset()
 
-    def begin(*arguments: str, **options: bool) -> BalancerProcess:
+    def begin(*arguments: str, **options: bool) -> Started:
         flags = (f"--backend=only={scripted.url}", "--health-timeout=5", *arguments)
-        started.append(BalancerProcess(*flags, **options))
+        started.append(kind(*flags, **options))
         return started[-1]
 
     yield begin
     for balancer in started:
         balancer.stop()
+
+
+@pytest.fixture
+def start(scripted: WireBackend) -> Iterator[Callable[..., Balancer]]:
+    """Starts balancers in front of the scripted backend, with default limits."""
+    yield from _starter(Balancer, scripted)
+
+
+@pytest.fixture
+def start_process(scripted: WireBackend) -> Iterator[Callable[..., BalancerProcess]]:
+    """The same for what is about the process: its signals, output, memory or threads."""
+    yield from _starter(BalancerProcess, scripted)
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ if [ "${#missing[@]}" -gt 0 ]; then
     fi
 fi
 
-# The demo's own .venv, with the test packages on top; the stamp is written last, as in demo/installation.py.
+# The demo's own .venv, with the test packages on top; the stamp is written last, as in demo/running.py.
 ./start_all.sh setup
 stamp=.venv/requirements-dev.sha256
 wanted="$(cat requirements.txt requirements-dev.txt | .venv/bin/python -c \

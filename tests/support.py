@@ -17,9 +17,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+from pydantic import ValidationError
 
 from balancer.balancing.backends import Backend, Choice
+from balancer.commandline import parse_arguments
+from balancer.config import settings
+from balancer.config.settings import Settings
+from balancer.loadbalancer import LoadBalancer
 from balancer.observe.record import Attempt, Record
 from balancer.protocol.origin import Origin
 
@@ -64,6 +70,25 @@ def fetch(url: str, body: Any = None, method: str | None = None, **headers: str)
 
 def fetch_json(url: str, body: Any = None, method: str | None = None, **headers: str) -> Any:
     return json.loads(fetch(url, body, method, **headers)[2])
+
+
+def options(kind: Any, **settings: Any) -> Any:
+    """What a part gets of the default settings but for these."""
+    return Settings(**settings).options(kind)
+
+
+def another_value(name: str) -> Any:
+    """Not the default of this setting, but valid."""
+    texts = {"cors_origins": ("https://ops.example",), "trusted_proxies": ("10.0.0.0/8",), "cpu_affinity": "none"}
+    texts |= {"algorithm": "round_robin", "health_path": "/other", "control_prefix": "/lb", "ca_file": "ca.pem"}
+    texts |= {"request_headers": '{ set = { X-Team = "a" } }', "response_headers": '{ remove = ["Server"] }'}
+    field = Settings.model_fields[name]
+    choices = [choice for part in (field.annotation, *get_args(field.annotation)) for choice in get_args(part)]
+    for value in (texts.get(name), not field.default, *choices, 7, 0.25, "a-text-of-16-chars", 8192):
+        with suppress(ValidationError):
+            if value is not None and getattr(Settings(**{name: value}), name) not in (field.default, None):
+                return value
+    raise AssertionError(f"no other value is known for {name}")
 
 
 def make_choice(backend_id: str) -> Choice:
@@ -152,25 +177,14 @@ class Process:
         self.wait()
 
 
-class BalancerProcess(Process):
-    """`load_balancer.py` on a free port. `url` is set when it listens."""
+class Served:
+    """What is asked of a balancer that listens on `url`."""
 
-    def __init__(self, *arguments: str, env: dict[str, str] | None = None, wait_ready: bool = True) -> None:
-        super().__init__([PYTHON, str(ROOT / "load_balancer.py"), "--port", "0", *arguments], env)
-        try:
-            match = wait_until(self._listening, 30, f"balancer listens: {arguments}")
-            self.url: str = match.group(1)
-            self.port = int(self.url.rpartition(":")[2])
-            if wait_ready:
-                wait_until(self.is_ready, 30, "balancer is ready")
-        except BaseException:
-            self.stop()  # no fixture has it yet, so nobody else would
-            raise
+    url: str
 
-    def _listening(self) -> re.Match[str] | None:
-        if self.popen.poll() is not None:
-            raise AssertionError(f"the balancer ended: {self.output}")
-        return re.search(r"listening on (\S+?),?(?:\s|$)", self.output)
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
 
     def is_ready(self) -> bool:
         with suppress(OSError):
@@ -187,12 +201,60 @@ class BalancerProcess(Process):
         wait_until(lambda: self.backend(backend_id)["healthy"] is healthy, timeout, f"{backend_id} healthy={healthy}")
 
 
-def active(balancer: BalancerProcess) -> int:
+class Balancer(Served):
+    """A balancer in this process, on a free port, that takes the same arguments as a BalancerProcess.
+
+    The one to use, unless a test is about the process: signals, output, exit code, CPUs, or being killed.
+    """
+
+    def __init__(self, *arguments: str, env: dict[str, str] | None = None, wait_ready: bool = True) -> None:
+        given = vars(parse_arguments(["--port=0", *arguments]))
+        file = given.pop("config")
+        given = {name: value for name, value in given.items() if name in Settings.model_fields}
+        config, sources = settings.load(given, env or {}, file)
+        self.library = LoadBalancer(config=config, sources=sources)
+        if file is not None:
+            configuration = self.library.configuration
+            configuration.file, configuration.read = file, lambda: settings.load(given, env or {}, file)
+        self.library.start()
+        self.url = self.library.url
+        try:
+            if wait_ready:
+                wait_until(self.is_ready, 30, "balancer is ready")
+        except BaseException:
+            self.stop()  # no fixture has it yet, so nobody else would
+            raise
+
+    def stop(self) -> None:
+        self.library.stop(timeout=0.1)
+
+
+class BalancerProcess(Process, Served):
+    """`load_balancer.py` on a free port. `url` is set when it listens."""
+
+    def __init__(self, *arguments: str, env: dict[str, str] | None = None, wait_ready: bool = True) -> None:
+        super().__init__([PYTHON, str(ROOT / "load_balancer.py"), "--port", "0", *arguments], env)
+        try:
+            match = wait_until(self._listening, 30, f"balancer listens: {arguments}")
+            self.url = match.group(1)
+            if wait_ready:
+                wait_until(self.is_ready, 30, "balancer is ready")
+        except BaseException:
+            self.stop()  # no fixture has it yet, so nobody else would
+            raise
+
+    def _listening(self) -> re.Match[str] | None:
+        if self.popen.poll() is not None:
+            raise AssertionError(f"the balancer ended: {self.output}")
+        return re.search(r"listening on (\S+?),?(?:\s|$)", self.output)
+
+
+def active(balancer: Served) -> int:
     found: int = balancer.status()["statistics"]["active_requests"]
     return found
 
 
-def newest(balancer: BalancerProcess) -> dict[str, Any]:
+def newest(balancer: Served) -> dict[str, Any]:
     wait_until(lambda: active(balancer) == 0, what="no request is in flight")
     found: dict[str, Any] = balancer.status(1)["recent_requests"][0]
     return found

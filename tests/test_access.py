@@ -44,7 +44,7 @@ from wire import post
 from balancer.config.settings import BackendSettings, Settings, load
 from balancer.control import neighbours
 from balancer.control.access import GUESS_SECONDS, GUESSERS_KEPT, GUESSES, Guesses, first_segment
-from balancer.wiring import create_app
+from balancer.loadbalancer import create_app
 
 TOKEN, PAGE_TOKEN = "s3cret-t0ken-of-the-test", "an0ther-t0ken-for-pages"
 ALLOWED, FOREIGN = "https://ops.example", "https://evil.example"

@@ -35,14 +35,15 @@ from support import (
     make_attempt,
     make_record,
     ok,
+    options,
     start_demo,
     wait_until,
 )
 
-from balancer.observe.accesslog import AGENT_LOGGED, AccessLog, timestamp
+from balancer.observe.accesslog import AGENT_LOGGED, AccessLog, LogOptions, timestamp
 from balancer.observe.logwriter import LogWriter
 from balancer.observe.record import METHOD_KEPT, PATH_KEPT, Record
-from balancer.protocol.incoming import Incoming
+from balancer.protocol.request import Request
 from balancer.protocol.requestheads import RequestHeads
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -273,10 +274,10 @@ def make_line(is_json: bool, record: Record, *lines: tuple[bytes, bytes], peer: 
         def add(self, line: Any) -> None:
             made.append(line())
 
-    incoming = Incoming(RequestHeads(), "GET", "/", b"/", "1.1", "http", peer, lines)
-    access_log = AccessLog(Kept(None))
-    access_log.use("json" if is_json else "text")
-    access_log.add(record, incoming)
+    request = Request(RequestHeads(), "GET", "/", b"/", "1.1", "http", peer, lines)
+    options_ = options(LogOptions, access_log=True, access_log_format="json" if is_json else "text")
+    access_log = AccessLog(Kept(None), options_)
+    access_log.done(request, record)
     (line,) = made
     assert isinstance(line, str)
     return line

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support import options
 
 from balancer.balancing.backends import Backend, LastCheck
 from balancer.balancing.changes import Change, News
@@ -30,10 +31,14 @@ CHECKS = {"+": GOOD, "-": BAD}
 class Pool(BackendPool):
     """A pool with a clock that only the test moves, and a diary of what the listeners were told."""
 
-    def __init__(self, algorithm: str = "round_robin", **options: Any) -> None:
+    def __init__(self, algorithm: str = "round_robin", **settings: Any) -> None:
         self.now = 1000.0
-        options.setdefault("queue_limit", 0)
-        super().__init__(create(algorithm), PoolOptions(**options), clock=lambda: self.now, wall_clock=lambda: self.now)
+        super().__init__(
+            create(algorithm),
+            options(PoolOptions, **{"queue_limit": 0} | settings),
+            clock=lambda: self.now,
+            wall_clock=lambda: self.now,
+        )
         self.told: list[tuple[str, str]] = []
         self.on_change(lambda change: self.told.append((change.kind, change.backend)))
 
@@ -379,7 +384,7 @@ def test_response_time_stays_within_what_was_measured(samples: list[tuple[float,
     ],
 )
 def test_checks_make_a_backend_fall_and_rise(fall: int, rise: int, checks: str, expected: str) -> None:
-    pool = Pool(fall=fall, rise=rise)
+    pool = Pool(health_fall=fall, health_rise=rise)
     backend = pool.add("a", ORIGIN)
     for check in checks:
         pool.record_check(backend, CHECKS[check])
@@ -389,7 +394,7 @@ def test_checks_make_a_backend_fall_and_rise(fall: int, rise: int, checks: str, 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.text("+-", max_size=30))
 def test_health_follows_the_rule_and_tells_changes_only(fall: int, rise: int, checks: str) -> None:
-    pool = Pool(fall=fall, rise=rise)
+    pool = Pool(health_fall=fall, health_rise=rise)
     backend = pool.add("a", ORIGIN)
     status, run, previous, changes = "unknown", 0, "", ["backend_added"]
     for check in checks:
@@ -418,7 +423,7 @@ def test_a_down_backend_shows_its_newest_reason_and_since_when(pool: Pool) -> No
     ("checks", "expected"), [("", True), ("+", False), ("+-", True), ("+--", False), ("+--+", True), ("+--++", False)]
 )
 def test_the_next_check_comes_soon_while_a_change_is_in_the_air(checks: str, expected: bool) -> None:
-    pool = Pool(rise=2)
+    pool = Pool(health_rise=2)
     backend = pool.add("a", ORIGIN)
     for check in checks:
         pool.record_check(backend, CHECKS[check])
@@ -435,7 +440,7 @@ def test_a_refused_connect_takes_a_backend_down_at_once(pool: Pool) -> None:
 
 
 def test_after_a_refused_connect_it_takes_rise_good_checks() -> None:
-    pool = Pool(rise=2)
+    pool = Pool(health_rise=2)
     backend = pool.add_up("a")
     pool.record_check(backend, GOOD)
     pool.record_refused(backend, "refused")

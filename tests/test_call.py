@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 from stub_granian import Client
+from support import options
 
 from balancer.edge.bridge import Bridge
+from balancer.edge.listener import ClientLimits
 from bench.guard import SameThread
 
 App = Callable[[list[str]], Iterable[Any]]
@@ -23,7 +25,7 @@ def answer_of(body: App, length: int = 5) -> tuple[Client, list[str]]:
         return body(noted)
 
     client, workers = Client(), SameThread()
-    bridge = Bridge(app, workers)  # type: ignore[arg-type]
+    bridge = Bridge(app, workers, options(ClientLimits))  # type: ignore[arg-type]
     bridge.accept(client)
     assert client.is_done and bridge.active == 0
     return client, noted

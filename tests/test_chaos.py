@@ -39,7 +39,7 @@ from chaos_backend import answer_body
 from support import fetch, fetch_json, wait_until
 from wire import read_response, values
 
-from balancer.edge.server import raise_descriptor_limit
+from balancer.edge.process import raise_descriptor_limit
 
 pytestmark = pytest.mark.timeout(int(os.environ.get("CHAOS_TIMEOUT", "180")))
 

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 from support import (
+    Balancer,
     BalancerProcess,
     active,
     connect,
@@ -23,6 +24,7 @@ from support import (
     free_port,
     get,
     newest,
+    options,
     read_all,
     split_response,
     wait_until,
@@ -34,6 +36,7 @@ from balancer.edge import accepted
 from balancer.edge.bridge import WATCH_AFTER_SECONDS, Bridge
 from balancer.edge.call import Call
 from balancer.edge.listener import GRACE_SECONDS as BODY_GRACE_SECONDS
+from balancer.edge.listener import ClientLimits
 from balancer.edge.workers import WorkerPool
 from balancer.upstream.tcpinfo import traffic
 
@@ -69,9 +72,7 @@ def sending(sockets: list[socket.socket], pieces: list[bytes]) -> Iterator[None]
         thread.join()
 
 
-def test_tricklers_get_408_and_do_not_hold_threads(
-    start: Callable[..., BalancerProcess], scripted: WireBackend
-) -> None:
+def test_tricklers_get_408_and_do_not_hold_threads(start: Callable[..., Balancer], scripted: WireBackend) -> None:
     """They have all the threads and another request waits: without the limit, for as long as bytes come."""
     balancer = start("--max-threads=50", "--max-queued=10", "--trusted-proxies=127.0.0.1", "--control-reads=open")
     uploads = [FRAMINGS[number % len(FRAMINGS)] for number in range(50)]
@@ -98,7 +99,7 @@ def test_tricklers_get_408_and_do_not_hold_threads(
     assert 0 < len(scripted.broken) == sum(record["server_id"] is not None for record in slow)  # not left hanging
 
 
-def test_an_upload_just_fast_enough_passes(start: Callable[..., BalancerProcess], scripted: WireBackend) -> None:
+def test_an_upload_just_fast_enough_passes(start: Callable[..., Balancer], scripted: WireBackend) -> None:
     """300 bytes/s for longer than the grace."""
     balancer = start()
     with connect(balancer.port) as sock, sock.makefile("rb") as stream:
@@ -109,7 +110,7 @@ def test_an_upload_just_fast_enough_passes(start: Callable[..., BalancerProcess]
     assert newest(balancer)["response_time"] > BODY_GRACE_SECONDS + 1
 
 
-def test_a_fast_start_is_no_licence_to_trickle(start: Callable[..., BalancerProcess], scripted: WireBackend) -> None:
+def test_a_fast_start_is_no_licence_to_trickle(start: Callable[..., Balancer], scripted: WireBackend) -> None:
     """10 MB are 240 bytes/s for 11 hours; `idle_timeout` is the most that is saved up."""
     balancer = start("--idle-timeout=6")
     with connect(balancer.port) as sock, sock.makefile("rb") as stream:
@@ -120,7 +121,7 @@ def test_a_fast_start_is_no_licence_to_trickle(start: Callable[..., BalancerProc
     assert time.monotonic() - started > 5
 
 
-def test_any_rate_is_accepted_if_the_limit_is_off(start: Callable[..., BalancerProcess], scripted: WireBackend) -> None:
+def test_any_rate_is_accepted_if_the_limit_is_off(start: Callable[..., Balancer], scripted: WireBackend) -> None:
     balancer = start("--min-body-rate=0")
     with connect(balancer.port) as sock, sock.makefile("rb") as stream:
         sock.sendall(post(b"Content-Length: 12"))
@@ -130,7 +131,7 @@ def test_any_rate_is_accepted_if_the_limit_is_off(start: Callable[..., BalancerP
 
 
 def test_a_client_that_pauses_for_a_slow_backend_is_not_punished(
-    start: Callable[..., BalancerProcess], scripted: WireBackend
+    start: Callable[..., Balancer], scripted: WireBackend
 ) -> None:
     """The backend reads nothing for longer than the grace, so the client can send nothing."""
     go_on = threading.Event()
@@ -153,7 +154,7 @@ def test_a_client_that_pauses_for_a_slow_backend_is_not_punished(
 
 
 def test_a_trickling_http2_stream_is_ended_and_the_others_live(
-    start: Callable[..., BalancerProcess], scripted: WireBackend
+    start: Callable[..., Balancer], scripted: WireBackend
 ) -> None:
     balancer = start()
     with client(balancer) as h2:
@@ -191,11 +192,11 @@ def slow() -> Iterator[SlowBackend]:
 
 
 @pytest.fixture
-def start_slow(start: Callable[..., BalancerProcess], slow: SlowBackend) -> Callable[..., BalancerProcess]:
+def start_slow(start_process: Callable[..., BalancerProcess], slow: SlowBackend) -> Callable[..., BalancerProcess]:
     """Starts balancers in front of the slow backend alone."""
 
     def begin(*arguments: str) -> BalancerProcess:
-        balancer = start(f"--backend=slow={slow.url}", *arguments)
+        balancer = start_process(f"--backend=slow={slow.url}", *arguments)
         assert fetch(f"{balancer.url}/backends/only", method="DELETE")[0] in (200, 202, 204)
         return balancer
 
@@ -277,10 +278,10 @@ def test_uploads_that_nobody_reads_hold_little(start_slow: Callable[..., Balance
 
 @pytest.mark.parametrize("streams", [1, 50])
 def test_frames_of_one_byte_hold_little(
-    start: Callable[..., BalancerProcess], scripted: WireBackend, streams: int
+    start_process: Callable[..., BalancerProcess], scripted: WireBackend, streams: int
 ) -> None:
     """Each byte has a frame of its own to be kept account of; hyper ends the connection when these get too many."""
-    balancer = start()
+    balancer = start_process()
     begun = range(1, 2 * streams, 2)
     frames = b"".join(frame(DATA, 0, stream, b"x") for stream in begun) * (20_000 // streams)
     with holding_less(balancer, 50 * MIB):
@@ -293,9 +294,9 @@ def test_frames_of_one_byte_hold_little(
         wait_until(lambda: active(balancer) == 0)
 
 
-def test_a_head_that_never_ends_holds_little(start: Callable[..., BalancerProcess]) -> None:
+def test_a_head_that_never_ends_holds_little(start_process: Callable[..., BalancerProcess]) -> None:
     """RFC 9113 section 10.5: CONTINUATION frames without END_HEADERS."""
-    balancer = start()
+    balancer = start_process()
     line = b"\0\1x\177\201\1" + bytes(256)  # a literal of one letter and 256 bytes
     with holding_less(balancer, 16 * MIB), client(balancer) as h2, suppress(OSError):
         h2.raw(frame(HEADERS, 0, 1, line))
@@ -304,7 +305,9 @@ def test_a_head_that_never_ends_holds_little(start: Callable[..., BalancerProces
         h2.read_to_end()
 
 
-def test_the_control_api_does_not_wait_for_slow_bodies(start: Callable[..., BalancerProcess]) -> None:
+def test_the_control_api_does_not_wait_for_slow_bodies(
+    start: Callable[..., Balancer], caplog: pytest.LogCaptureFixture
+) -> None:
     balancer = start()
     head = b"POST /algorithm HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n%s\r\n\r\n1\r\n{"
     with connect(balancer.port) as by_length, connect(balancer.port) as chunked:
@@ -314,7 +317,7 @@ def test_the_control_api_does_not_wait_for_slow_bodies(start: Callable[..., Bala
             status, lines, body = split_response(read_all(sock))
             assert (status, dict(lines)[b"connection"]) == (408, b"close")
             assert json.loads(body)["error"]
-    assert "Traceback" not in balancer.output
+    assert "Traceback" not in caplog.text
 
 
 # Header lines: `max_header_count`, and what the server in front refuses by itself.
@@ -325,7 +328,7 @@ def with_lines(count: int) -> bytes:
     return get(b"/", *[b"X-%d: 1" % number for number in range(count - 2)])
 
 
-def test_one_header_line_too_many_is_431(start: Callable[..., BalancerProcess], scripted: WireBackend) -> None:
+def test_one_header_line_too_many_is_431(start: Callable[..., Balancer], scripted: WireBackend) -> None:
     balancer = start("--max-header-count=20")
     assert exchange(balancer.port, with_lines(20)).startswith(b"HTTP/1.1 200 ")
     status, lines, body = split_response(exchange(balancer.port, with_lines(21)))
@@ -336,9 +339,7 @@ def test_one_header_line_too_many_is_431(start: Callable[..., BalancerProcess], 
     assert (newest(balancer)["status"], newest(balancer)["server_id"]) == (431, None)
 
 
-def test_the_default_is_what_the_server_in_front_takes(
-    start: Callable[..., BalancerProcess], scripted: WireBackend
-) -> None:
+def test_the_default_is_what_the_server_in_front_takes(start: Callable[..., Balancer], scripted: WireBackend) -> None:
     """It refuses more than 100 of HTTP/1 without a word of ours, and does not count those of HTTP/2."""
     balancer = start()
     assert exchange(balancer.port, with_lines(100)).startswith(b"HTTP/1.1 200 ")
@@ -358,9 +359,9 @@ def test_the_default_is_what_the_server_in_front_takes(
 # Connections: `max_clients`.
 
 
-def test_heads_of_thousands_of_lines_are_not_kept(start: Callable[..., BalancerProcess]) -> None:
+def test_heads_of_thousands_of_lines_are_not_kept(start_process: Callable[..., BalancerProcess]) -> None:
     """HTTP/2 sends a line in three bytes, each of them takes 150 here. Kept, these would take 90 MB."""
-    balancer = start()
+    balancer = start_process()
 
     def send(connection: int) -> None:
         with client(balancer) as h2:
@@ -401,7 +402,7 @@ def http2(port: int) -> Iterator[Callable[[float], bool]]:
 
 @pytest.mark.parametrize("opened", [http1, http2])
 def test_connections_beyond_the_limit_wait_for_a_place(
-    start: Callable[..., BalancerProcess], opened: Callable[[int], AbstractContextManager[Callable[[float], bool]]]
+    start: Callable[..., Balancer], opened: Callable[[int], AbstractContextManager[Callable[[float], bool]]]
 ) -> None:
     control = free_port()
     port = start("--max-clients=3", f"--control-port={control}", wait_ready=False).port
@@ -429,7 +430,7 @@ def test_a_pass_over_many_connections_lets_others_run_in_between() -> None:
         for _ in clients:
             stack.enter_context(listener.accept()[0])
         opened = len(os.listdir("/proc/self/fd"))
-        unused = accepted.Unused(port, 0.0)
+        unused = accepted.Unused(("127.0.0.1", port), 0.0)
 
         def are_all_closed() -> bool:
             steps = 0
@@ -452,7 +453,7 @@ class Clock:
 def test_a_port_that_is_used_again_is_another_connection() -> None:
     clock = Clock()
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        unused = accepted.Unused(listener.getsockname()[1], 10.0, clock)
+        unused = accepted.Unused(listener.getsockname(), 10.0, clock)
         source = free_port()
         for _ in range(2):
             with socket.create_connection(listener.getsockname(), 5, ("127.0.0.1", source)) as sock:
@@ -468,7 +469,7 @@ def test_a_port_that_is_used_again_is_another_connection() -> None:
 def test_a_connection_may_stay_for_longer_once_it_was_used() -> None:
     clock = Clock()
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        unused = accepted.Unused(listener.getsockname()[1], 10.0, clock)
+        unused = accepted.Unused(listener.getsockname(), 10.0, clock)
         with connect(listener.getsockname()[1]) as sock, listener.accept()[0]:
             own = sock.getsockname()
             list(unused.close(lambda client: client == (own[0], str(own[1]))))
@@ -485,7 +486,7 @@ def test_a_client_that_reads_on_stays_however_long_its_last_request_is_ago() -> 
     """50 answers of 16,000 bytes, read at 5,000 bytes/s, were cut after 75 s and recorded as whole."""
     clock = Clock()
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        unused = accepted.Unused(listener.getsockname()[1], 10.0, clock)
+        unused = accepted.Unused(listener.getsockname(), 10.0, clock)
         with connect(listener.getsockname()[1]) as sock, listener.accept()[0] as taken:
             own = sock.getsockname()
             list(unused.close(lambda client: client == (own[0], str(own[1]))))
@@ -511,7 +512,7 @@ def test_who_does_not_read_what_was_handed_over_is_cut_whatever_else_comes(unrea
     """Whole answers of HTTP/2, with the windows shut: a request now and then kept megabytes of each connection."""
     clock = Clock()
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        unused = accepted.Unused(listener.getsockname()[1], 10.0, clock)
+        unused = accepted.Unused(listener.getsockname(), 10.0, clock)
         with connect(listener.getsockname()[1]) as sock, listener.accept()[0] as taken:
             own = sock.getsockname()[0], str(sock.getsockname()[1])
             for handed in (unread, 0, 0, 0, 0, 0, 0):
@@ -533,7 +534,7 @@ def read_exactly(sock: socket.socket, size: int) -> bytes:
     return data
 
 
-def test_a_body_in_tiny_pieces_is_ended(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_a_body_in_tiny_pieces_is_ended(balancer: Balancer, backend: WireBackend) -> None:
     """A moment's sending kept a thread and a CPU busy for minutes, after the client had left."""
     head = b"POST / HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n"
     status, lines, body = split_response(exchange(balancer.port, head + b"1\r\nx\r\n" * 200_000))
@@ -553,7 +554,7 @@ BEGINNINGS = {  # and what follows twice a second
 
 
 @pytest.mark.parametrize("beginning", BEGINNINGS)
-def test_a_connection_without_a_request_is_closed(start: Callable[..., BalancerProcess], beginning: str) -> None:
+def test_a_connection_without_a_request_is_closed(start: Callable[..., Balancer], beginning: str) -> None:
     """Whatever else comes on it. `max_clients` of them shut the balancer."""
     balancer = start("--header-timeout=1")
     first, more = BEGINNINGS[beginning]
@@ -578,7 +579,7 @@ class Place:
 
 @pytest.fixture
 def call() -> Call:
-    bridge = Bridge(lambda environ, start_response: [b""], WorkerPool(1, 0, 1.0))
+    bridge = Bridge(lambda environ, start_response: [b""], WorkerPool(1, 0, 1.0), options(ClientLimits))
     return Call(bridge, SimpleNamespace(scope={"http_version": "1.1"}, proto=None))
 
 

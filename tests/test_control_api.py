@@ -41,7 +41,7 @@ from wire import post, read_response
 
 from balancer.balancing.backends import LastCheck
 from balancer.config.settings import BackendSettings, Settings
-from balancer.wiring import create_app
+from balancer.loadbalancer import create_app
 
 ALGORITHMS = {"round_robin", "weighted", "least_connections", "power_of_two", "least_response_time", "peak_ewma"}
 TOKEN = "s3cret-t0ken-of-the-test"

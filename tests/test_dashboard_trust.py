@@ -171,12 +171,6 @@ def test_a_page_of_the_web_cannot_load_the_token_from_disk(tab: Tab, foreign: st
     tab.errors.clear()  # "not allowed to load local resource"
 
 
-def test_the_page_from_disk_reads_and_writes(shared: Demo, tab: Tab) -> None:
-    tab.from_disk(shared.url).is_live()
-    expect(tab.at("#write-note")).to_be_hidden()
-    change_and_undo(tab)
-
-
 def test_a_double_click_on_the_page_of_a_demo_that_runs(tmp_path: Path, tab: Tab) -> None:
     """The whole way, by start_all.sh, in a folder whose name needs quoting."""
     tree = tmp_path / "a path with (blanks) & 'quotes' #1"
@@ -202,14 +196,6 @@ def test_the_page_from_disk_without_a_token_says_what_to_do(shared: Demo, tab: T
     tab.page.fill("#token", PAGE_TOKEN)
     tab.page.keyboard.press("Enter")
     tab.is_live()
-    change_and_undo(tab)
-
-
-def test_the_printed_address_reads_and_writes(shared: Demo, tab: Tab) -> None:
-    tab.page.goto(f"{shared.url}/dashboard#token={PAGE_TOKEN}")
-    tab.is_live()
-    assert tab.page.url == f"{shared.url}/dashboard"
-    expect(tab.at("#write-note")).to_be_hidden()
     change_and_undo(tab)
 
 
@@ -250,15 +236,24 @@ def a_page(opener_policy: str = "unsafe-none") -> bytes:
     return ok(FOREIGN.encode(), b"Content-Type: text/html", policy.encode())
 
 
-@pytest.fixture
-def owned() -> Iterator[tuple[BalancerProcess, ScriptedBackend]]:
-    """A balancer with a token in front of a backend whose every answer is a page, or a service worker."""
+@pytest.fixture(scope="module")
+def owned_balancer() -> Iterator[tuple[BalancerProcess, ScriptedBackend]]:
     backend = ScriptedBackend()
     balancer = BalancerProcess(f"--backend=only={backend.url}", env={"LB_PAGE_TOKEN": PAGE_TOKEN})
-    backend.answer(a_page())
     yield balancer, backend
     balancer.stop()
     backend.close()
+
+
+@pytest.fixture
+def owned(
+    owned_balancer: tuple[BalancerProcess, ScriptedBackend],
+) -> tuple[BalancerProcess, ScriptedBackend]:
+    """A balancer with a token in front of a backend whose every answer is a page, or a service worker."""
+    balancer, backend = owned_balancer
+    backend.answer(a_page())
+    balancer.wait_healthy("only")
+    return balancer, backend
 
 
 def test_the_page_of_a_backend_writes_nothing(owned: tuple[BalancerProcess, ScriptedBackend], page: Page) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from exposition import Key, promtool, scrape
-from support import ROOT, BalancerProcess, ScriptedBackend, fetch, free_port
+from support import ROOT, Balancer, ScriptedBackend, fetch, free_port
 
 DEPLOY = ROOT / "deploy"
 PROMETHEUS = DEPLOY / "prometheus"
@@ -28,7 +28,7 @@ def told() -> Iterator[dict[Key, float]]:
     good, bad = ScriptedBackend(), ScriptedBackend()
     bad.answer(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n")
     backends = {"good": good.url, "bad": bad.url, "gone": f"http://127.0.0.1:{free_port()}"}
-    balancer = BalancerProcess(*(f"--backend={name}={url}" for name, url in backends.items()))
+    balancer = Balancer(*(f"--backend={name}={url}" for name, url in backends.items()))
     try:
         for _ in range(4):
             fetch(f"{balancer.url}/x", b"body")

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from balancer import errors
-from balancer.config.reload import NEEDS_RESTART
-from balancer.config.settings import Settings, default_of
+from balancer.config.settings import NEEDS_RESTART, Settings, default_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS, OPERATIONS = ROOT / "docs" / "settings.md", ROOT / "docs" / "operations.md"

@@ -11,18 +11,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
 import pytest
 from stub_granian import GONE, Client, Promise
-from support import BalancerProcess, active, connect, exchange, get, newest, wait_until
+from support import Balancer, BalancerProcess, active, connect, exchange, get, newest, options, wait_until
 from test_http2 import Client as Http2Client
 from wire import WireBackend, post, read_response, request, wait_closed
 
 from balancer.edge.bridge import Bridge
 from balancer.edge.download import LARGEST_ENDLESS, LEAST_PIECE, UNREAD_PIECES, WHOLE, Download
-from balancer.edge.listener import BRIEF_SECONDS, GRACE_SECONDS
+from balancer.edge.listener import BRIEF_SECONDS, GRACE_SECONDS, ClientLimits
 from balancer.edge.workers import WorkerPool
 from balancer.forwarding.forwarding import WHOLE_STREAM
 
@@ -79,10 +80,10 @@ class Pieces:
 class Desk:
     """A bridge with one worker thread, and an app that answers `pieces`."""
 
-    def __init__(self, pieces: list[bytes], room: int, **options: Any) -> None:
+    def __init__(self, pieces: list[bytes], room: int, **settings: Any) -> None:
         self.pieces = Pieces(pieces)
         self.pool = WorkerPool(1, 10, 30.0)
-        self.bridge = Bridge(self._app, self.pool, **options)  # type: ignore[arg-type]
+        self.bridge = Bridge(self._app, self.pool, options(ClientLimits, **{"min_body_rate": 0} | settings))  # type: ignore[arg-type]
         self.client = Reader(room)
         self.bridge.accept(self.client)
 
@@ -108,8 +109,8 @@ class Desk:
 def desk(request: pytest.FixtureRequest) -> Iterator[Callable[..., Desk]]:
     made: list[Desk] = []
 
-    def begin(*arguments: Any, **options: Any) -> Desk:
-        made.append(Desk(*arguments, **options))
+    def begin(*arguments: Any, **settings: Any) -> Desk:
+        made.append(Desk(*arguments, **settings))
         return made[-1]
 
     yield begin
@@ -311,7 +312,7 @@ def begun(bridge: Bridge, length: int | None = None, *, is_http2: bool = False) 
 
 @pytest.fixture
 def bridge() -> Bridge:
-    return Bridge(lambda environ, start_response: [b""], WorkerPool(1, 0, 1.0), idle_timeout=60.0, min_body_rate=240)
+    return Bridge(lambda environ, start_response: [b""], WorkerPool(1, 0, 1.0), options(ClientLimits))
 
 
 def test_each_byte_pays_for_its_time_and_no_more_is_saved_than_idle_timeout(bridge: Bridge, clock: list[float]) -> None:
@@ -341,7 +342,7 @@ def test_a_reader_below_the_rate_is_ended(bridge: Bridge, clock: list[float], ra
 
 
 def test_without_a_rate_only_idle_timeout_counts(bridge: Bridge, clock: list[float]) -> None:
-    bridge.min_body_rate = 0
+    bridge.limits = replace(bridge.limits, min_body_rate=0)
     made = begun(bridge)
     made.sent(1, Promise())
     assert made.deadline == clock[0] + 60
@@ -442,7 +443,7 @@ class Thrifty(Http2Client):
 
 
 @contextmanager
-def thrifty(balancer: BalancerProcess) -> Iterator[Thrifty]:
+def thrifty(balancer: Balancer) -> Iterator[Thrifty]:
     with connect(balancer.port) as sock:
         client = Thrifty(sock)
         try:
@@ -451,7 +452,7 @@ def thrifty(balancer: BalancerProcess) -> Iterator[Thrifty]:
             client.close()
 
 
-def ask_http1(stack: ExitStack, balancer: BalancerProcess, target: bytes, count: int) -> list[socket.socket]:
+def ask_http1(stack: ExitStack, balancer: Balancer, target: bytes, count: int) -> list[socket.socket]:
     """So many connections with an answer each that nobody reads."""
     made = []
     for _ in range(count):
@@ -463,7 +464,7 @@ def ask_http1(stack: ExitStack, balancer: BalancerProcess, target: bytes, count:
     return made
 
 
-def ask_http2(stack: ExitStack, balancer: BalancerProcess, target: bytes, count: int) -> list[Thrifty]:
+def ask_http2(stack: ExitStack, balancer: Balancer, target: bytes, count: int) -> list[Thrifty]:
     """The same on one connection."""
     client = stack.enter_context(thrifty(balancer))
     for number in range(count):
@@ -473,11 +474,11 @@ def ask_http2(stack: ExitStack, balancer: BalancerProcess, target: bytes, count:
 
 @pytest.mark.parametrize("ask", [ask_http1, ask_http2])
 def test_unread_downloads_hold_no_thread(
-    start: Callable[..., BalancerProcess], scripted: WireBackend, ask: Callable[..., Any]
+    start_process: Callable[..., BalancerProcess], scripted: WireBackend, ask: Callable[..., Any]
 ) -> None:
     """Many more of them than there are threads; others are answered, by threads too."""
     scripted.script = answering(b"")
-    balancer = start("--max-threads=8", "--max-queued=100", "--thread-idle-timeout=1")
+    balancer = start_process("--max-threads=8", "--max-queued=100", "--thread-idle-timeout=1")
     before = threads(balancer)
     with ExitStack() as stack:
         held = ask(stack, balancer, b"/endless", 60)
@@ -496,7 +497,7 @@ def test_unread_downloads_hold_no_thread(
 @pytest.mark.parametrize("is_chunked", [False, True])
 @pytest.mark.parametrize("size", [120_000, 12_000_000])
 def test_a_reader_that_pauses_gets_all_of_it(
-    start: Callable[..., BalancerProcess], scripted: WireBackend, size: int, is_chunked: bool
+    start: Callable[..., Balancer], scripted: WireBackend, size: int, is_chunked: bool
 ) -> None:
     body = content(size)
     scripted.script = answering(body, is_chunked=is_chunked)
@@ -521,7 +522,7 @@ def test_a_reader_that_pauses_gets_all_of_it(
 
 @pytest.mark.parametrize("target", [b"/endless", b"/"])
 def test_an_http2_answer_that_nobody_reads_is_in_flight_until_idle_timeout(
-    start: Callable[..., BalancerProcess], scripted: WireBackend, target: bytes
+    start: Callable[..., Balancer], scripted: WireBackend, target: bytes
 ) -> None:
     """Also one of 128 KB, which came whole; PINGs are no sign of reading."""
     scripted.script = answering(bytes(130_000))
@@ -545,7 +546,7 @@ def test_an_http2_answer_that_nobody_reads_is_in_flight_until_idle_timeout(
     assert balancer.backend("only")["health"]["consecutive_failures"] == 0
 
 
-def test_the_dashboard_that_nobody_reads_is_ended(start: Callable[..., BalancerProcess]) -> None:
+def test_the_dashboard_that_nobody_reads_is_ended(start: Callable[..., Balancer]) -> None:
     """It needs no backend, and no thread."""
     balancer = start("--idle-timeout=1", "--max-threads=4", "--thread-idle-timeout=1")
     with ExitStack() as stack:
@@ -555,9 +556,7 @@ def test_the_dashboard_that_nobody_reads_is_ended(start: Callable[..., BalancerP
         assert h2.is_closed
 
 
-def test_whole_answers_that_nobody_reads_are_ended(
-    start: Callable[..., BalancerProcess], scripted: WireBackend
-) -> None:
+def test_whole_answers_that_nobody_reads_are_ended(start: Callable[..., Balancer], scripted: WireBackend) -> None:
     """They count as done, and neither PINGs nor a request now and then keep their connection."""
     scripted.script = answering(bytes(16_000))
     balancer = start("--idle-timeout=1", "--header-timeout=1")
@@ -575,7 +574,7 @@ def test_whole_answers_that_nobody_reads_are_ended(
         wait_until(is_closed, 20, "the connection is cut")
 
 
-def test_an_answer_that_is_read_too_slowly_is_cut(start: Callable[..., BalancerProcess], scripted: WireBackend) -> None:
+def test_an_answer_that_is_read_too_slowly_is_cut(start: Callable[..., Balancer], scripted: WireBackend) -> None:
     """Well within every `idle_timeout`, at 40,000 bytes/s where 1,000,000 are asked for."""
     scripted.script = answering(b"")
     balancer = start("--min-body-rate=1000000", "--idle-timeout=5")
@@ -600,9 +599,7 @@ def test_an_answer_that_is_read_too_slowly_is_cut(start: Callable[..., BalancerP
     assert record["response_time"] > GRACE_SECONDS
 
 
-def test_an_event_stream_may_be_as_slow_as_it_likes(
-    start: Callable[..., BalancerProcess], scripted: WireBackend
-) -> None:
+def test_an_event_stream_may_be_as_slow_as_it_likes(start: Callable[..., Balancer], scripted: WireBackend) -> None:
     """At 10 bytes/s, for longer than the grace: its client reads all there is."""
     ended = threading.Event()
 
@@ -620,7 +617,7 @@ def test_an_event_stream_may_be_as_slow_as_it_likes(
 
 
 def test_a_backend_that_dies_while_nobody_reads_cuts_the_answer(
-    start: Callable[..., BalancerProcess], scripted: WireBackend
+    start: Callable[..., Balancer], scripted: WireBackend
 ) -> None:
     go = threading.Event()
 
@@ -644,9 +641,11 @@ def test_a_backend_that_dies_while_nobody_reads_cuts_the_answer(
     assert (record["reason"], record["complete"]) == ("http_response_incomplete", False)
 
 
-def test_the_end_cuts_off_what_nobody_reads(start: Callable[..., BalancerProcess], scripted: WireBackend) -> None:
+def test_the_end_cuts_off_what_nobody_reads(
+    start_process: Callable[..., BalancerProcess], scripted: WireBackend
+) -> None:
     scripted.script = answering(b"")
-    balancer = start("--drain-timeout=1")
+    balancer = start_process("--drain-timeout=1")
     with ExitStack() as stack:
         (sock,) = ask_http1(stack, balancer, b"/endless", 1)
         (h2,) = ask_http2(stack, balancer, b"/endless", 10)
@@ -660,10 +659,10 @@ def test_the_end_cuts_off_what_nobody_reads(start: Callable[..., BalancerProcess
 
 
 def test_the_end_lets_a_reader_that_reads_on_finish(
-    start: Callable[..., BalancerProcess], scripted: WireBackend
+    start_process: Callable[..., BalancerProcess], scripted: WireBackend
 ) -> None:
     scripted.script = answering(content(8_000_000))
-    balancer = start()
+    balancer = start_process()
     with ExitStack() as stack:
         (h2,) = ask_http2(stack, balancer, b"/", 1)
         wait_until(lambda: active(balancer) == 1)
@@ -678,7 +677,7 @@ def test_the_end_lets_a_reader_that_reads_on_finish(
 
 
 def test_slow_uploads_from_one_address_leave_threads_for_others(
-    start: Callable[..., BalancerProcess], scripted: WireBackend
+    start: Callable[..., Balancer], scripted: WireBackend
 ) -> None:
     """Each just above `min_body_rate`, so that they may go on for ever."""
     scripted.script = answering(b"")

@@ -235,8 +235,13 @@ def test_a_second_signal_ends_a_long_request(
 # A server whose reload takes as long as a file exists.
 RELOADING = """
 import logging, os, sys, threading
-from balancer.edge import server
+from balancer.config.settings import Settings
 from balancer.edge.bridge import Bridge
+from balancer.edge.granian import PortOptions
+from balancer.edge.listener import ClientLimits
+from balancer.edge.port import Port, listen
+from balancer.edge.process import serve
+from balancer.edge.server import Server
 from balancer.edge.workers import WorkerPool
 
 logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
@@ -254,9 +259,11 @@ def reload():
         threading.Event().wait(0.01)
     print("reload ends", flush=True)
 
-listener = server.listen("127.0.0.1", 0)
-print("port", listener.getsockname()[1], flush=True)
-sys.exit(server.serve([(Bridge(app, WorkerPool(4, 4, 1)), listener)], server.ServerOptions(), on_hangup=reload))
+options = Settings().options
+bridge = Bridge(app, WorkerPool(4, 4, 1), options(ClientLimits))
+port = Port(bridge, listen("127.0.0.1", 0), options(PortOptions))
+print("port", port.address[1], flush=True)
+sys.exit(serve(Server([port]), drain_timeout=30, shutdown_delay=0, on_hangup=reload))
 """
 
 # SIGHUP.

@@ -10,11 +10,11 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from support import BalancerProcess, Clock, ScriptedBackend, fetch, fetch_json, ok, wait_until
+from support import Balancer, Clock, ScriptedBackend, fetch, fetch_json, ok, options, wait_until
 
 from balancer.balancing.backends import Backend, Health, LastCheck
 from balancer.balancing.candidates import Candidates
-from balancer.balancing.ejection import MIN_SAMPLES, WINDOW_SECONDS, EjectionRules, slow_outliers
+from balancer.balancing.ejection import MIN_SAMPLES, WINDOW_SECONDS, slow_outliers
 from balancer.balancing.judge import PoolOptions
 from balancer.balancing.pool import BackendPool
 from balancer.balancing.strategies import create
@@ -28,13 +28,13 @@ BAD = LastCheck(at=2.0, duration=0.001, status=500, error="answered 500")
 class Pool(BackendPool):
     """Backends a, b, ... that are up; time moves when the test says so, and no chance in how long things last."""
 
-    def __init__(self, names: str = "abc", rules: dict[str, Any] | None = None, **options: Any) -> None:
+    def __init__(self, names: str = "abc", **settings: Any) -> None:
         self.time = Clock()
         rng = random.Random()
         rng.random = lambda: 0.0  # type: ignore[method-assign]
         super().__init__(
             create("round_robin"),
-            PoolOptions(ejection=EjectionRules(**(rules or {})), queue_limit=0, **options),
+            options(PoolOptions, queue_limit=0, **settings),
             clock=self.time,
             wall_clock=self.time,
             rng=rng,
@@ -104,7 +104,7 @@ def test_a_request_that_says_nothing_of_the_backend_does_not_count() -> None:
 
 
 def test_zero_turns_it_off() -> None:
-    pool = Pool(rules={"after": 0})
+    pool = Pool(eject_after=0)
     pool.fail("a", 100)
     assert pool.states()["a"] == "up"
 
@@ -136,7 +136,7 @@ def test_a_trial_that_nobody_can_judge_is_repeated() -> None:
 
 
 def test_each_ejection_in_a_row_is_longer_up_to_the_limit() -> None:
-    pool = Pool(rules={"max_seconds": 100.0})
+    pool = Pool(eject_max_seconds=100.0)
     pool.fail("a")
     lasted = []
     for _ in range(5):
@@ -178,7 +178,7 @@ def test_requests_from_before_the_ejection_change_nothing() -> None:
     ("names", "share", "out"), [("ab", 0.5, 1), ("abc", 0.5, 1), ("abcd", 0.5, 2), ("abcd", 0.0, 1), ("abcd", 1.0, 3)]
 )
 def test_only_a_share_of_the_pool_may_be_out_and_never_all(names: str, share: float, out: int) -> None:
-    pool = Pool(names, rules={"max_share": share})
+    pool = Pool(names, eject_max_share=share)
     for name in names:
         pool.fail(name)
     assert list(pool.states().values()).count("ejected") == out
@@ -271,7 +271,7 @@ def test_failures_of_a_dead_backend_do_not_eject_it() -> None:
 
 @pytest.mark.parametrize(("ends", "state"), [(False, "ejected"), (True, "up")])
 def test_a_good_check_ends_an_ejection_only_if_asked_to(ends: bool, state: str) -> None:
-    pool = Pool(rules={"ends_on_check": ends})
+    pool = Pool(eject_ends_on_check=ends)
     pool.fail("a")
     pool.record_check(pool.one("a"), GOOD)
     assert pool.states()["a"] == state
@@ -301,7 +301,7 @@ def test_outliers_are_measured_by_median_and_deviation(means: dict[str, float], 
     [("off", "up", []), ("shadow", "up", ["backend_slow"]), ("enforce", "ejected", ["backend_ejected"])],
 )
 def test_a_slow_backend_is_named_or_ejected(mode: str, state: str, told: list[str]) -> None:
-    pool = Pool(rules={"latency": mode})
+    pool = Pool(latency_ejection=mode)
     for name, seconds in (("a", 0.5), ("b", 0.01), ("c", 0.011)):
         pool.succeed(name, MIN_SAMPLES, seconds)
     pool.pass_time(WINDOW_SECONDS)
@@ -310,7 +310,7 @@ def test_a_slow_backend_is_named_or_ejected(mode: str, state: str, told: list[st
 
 
 def test_a_few_slow_requests_are_no_evidence() -> None:
-    pool = Pool(rules={"latency": "enforce"})
+    pool = Pool(latency_ejection="enforce")
     pool.succeed("a", MIN_SAMPLES - 1, 5.0)
     for name in "bc":
         pool.succeed(name, MIN_SAMPLES, 0.01)
@@ -399,10 +399,10 @@ def test_asking_why_not_changes_nothing_of_who_is_chosen_next() -> None:
 
 
 @pytest.fixture
-def pair() -> Iterator[tuple[BalancerProcess, ScriptedBackend, ScriptedBackend]]:
+def pair() -> Iterator[tuple[Balancer, ScriptedBackend, ScriptedBackend]]:
     """Backend `bad` beside `good`; an ejection lasts a second."""
     bad, good = ScriptedBackend(), ScriptedBackend()
-    balancer = BalancerProcess(
+    balancer = Balancer(
         f"--backend=bad={bad.url}", f"--backend=good={good.url}", "--algorithm=round_robin", "--eject-seconds=1"
     )
     yield balancer, bad, good
@@ -416,7 +416,7 @@ def pair() -> Iterator[tuple[BalancerProcess, ScriptedBackend, ScriptedBackend]]
     [(b"HTTP/1.1 503 Down\r\nContent-Length: 0\r\n\r\n", "answered 503"), (b"nonsense\r\n\r\n", "malformed")],
 )
 def test_a_backend_that_passes_its_checks_and_fails_its_requests_is_ejected_and_comes_back(
-    pair: tuple[BalancerProcess, ScriptedBackend, ScriptedBackend], answer: bytes, reason: str
+    pair: tuple[Balancer, ScriptedBackend, ScriptedBackend], answer: bytes, reason: str
 ) -> None:
     balancer, bad, _ = pair
     bad.answer(answer)
@@ -431,7 +431,7 @@ def test_a_backend_that_passes_its_checks_and_fails_its_requests_is_ejected_and_
     assert kinds[-3:] == ["backend_ejected", "backend_trial", "backend_returned"]
 
 
-def test_client_errors_never_eject(pair: tuple[BalancerProcess, ScriptedBackend, ScriptedBackend]) -> None:
+def test_client_errors_never_eject(pair: tuple[Balancer, ScriptedBackend, ScriptedBackend]) -> None:
     balancer, bad, good = pair
     for backend in (bad, good):
         backend.answer(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
@@ -439,7 +439,7 @@ def test_client_errors_never_eject(pair: tuple[BalancerProcess, ScriptedBackend,
     assert balancer.backend("bad")["state"] == "up" and balancer.backend("bad")["ejection"]["consecutive_failures"] == 0
 
 
-def test_a_body_that_breaks_off_counts(pair: tuple[BalancerProcess, ScriptedBackend, ScriptedBackend]) -> None:
+def test_a_body_that_breaks_off_counts(pair: tuple[Balancer, ScriptedBackend, ScriptedBackend]) -> None:
     balancer, bad, _ = pair
     bad.answer(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n" + b"x" * 100_000, close=True)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from support import (
-    BalancerProcess,
+    Balancer,
     ScriptedBackend,
     exchange,
     fetch,
@@ -18,12 +18,14 @@ from support import (
     free_port,
     get,
     ok,
+    options,
     split_response,
     wait_until,
 )
 from wire import hang_up
 
 from balancer.balancing.backends import EXPLAINED, Backend, LastCheck
+from balancer.balancing.judge import PoolOptions
 from balancer.balancing.pool import BackendPool
 from balancer.balancing.strategies import REGISTRY, create
 from balancer.protocol.origin import Origin
@@ -38,9 +40,9 @@ def backends() -> Iterator[tuple[ScriptedBackend, ScriptedBackend]]:
 
 
 @pytest.fixture(scope="module")
-def started(backends: tuple[ScriptedBackend, ScriptedBackend]) -> Iterator[BalancerProcess]:
+def started(backends: tuple[ScriptedBackend, ScriptedBackend]) -> Iterator[Balancer]:
     urls = [f"--backend={name}={backend.url}" for name, backend in zip("ab", backends, strict=True)]
-    balancer = BalancerProcess(
+    balancer = Balancer(
         *urls, f"--backend=gone=http://127.0.0.1:{free_port()}", "--backend=off=http://127.0.0.1:1@0",
         "--algorithm=least_connections", "--eject-after=0", "--retry-budget-minimum=3", "--retry-budget=0",
         "--response-timeout=1", "--request-timeout=1.5",
@@ -50,7 +52,7 @@ def started(backends: tuple[ScriptedBackend, ScriptedBackend]) -> Iterator[Balan
 
 
 @pytest.fixture
-def balancer(started: BalancerProcess, backends: tuple[ScriptedBackend, ScriptedBackend]) -> BalancerProcess:
+def balancer(started: Balancer, backends: tuple[ScriptedBackend, ScriptedBackend]) -> Balancer:
     for backend in backends:
         backend.reset()
     for name in "ab":
@@ -59,12 +61,12 @@ def balancer(started: BalancerProcess, backends: tuple[ScriptedBackend, Scripted
     return started
 
 
-def explain(balancer: BalancerProcess, request_id: str, status: int, **how: Any) -> Any:
+def explain(balancer: Balancer, request_id: str, status: int, **how: Any) -> Any:
     assert fetch(f"{balancer.url}/x?secret=1", X_Request_ID=request_id, **how)[0] == status
     return fetch_json(f"{balancer.url}/requests/{request_id}")
 
 
-def test_candidates_scores_and_who_was_excluded(balancer: BalancerProcess) -> None:
+def test_candidates_scores_and_who_was_excluded(balancer: Balancer) -> None:
     told = explain(balancer, "plain-1", 200)
     assert (told["status"], told["attempts"], told["path"], told["method"]) == (200, 1, "/x", "GET")
     (attempt,) = told["tried"]
@@ -76,7 +78,7 @@ def test_candidates_scores_and_who_was_excluded(balancer: BalancerProcess) -> No
 
 
 def test_every_attempt_is_there_with_its_cause(
-    balancer: BalancerProcess, backends: tuple[ScriptedBackend, ScriptedBackend]
+    balancer: Balancer, backends: tuple[ScriptedBackend, ScriptedBackend]
 ) -> None:
     def once(sock: socket.socket, request: Any) -> None:
         for backend in backends:
@@ -95,7 +97,7 @@ def test_every_attempt_is_there_with_its_cause(
 
 
 def test_a_post_that_may_have_had_its_effect_says_so(
-    balancer: BalancerProcess, backends: tuple[ScriptedBackend, ScriptedBackend]
+    balancer: Balancer, backends: tuple[ScriptedBackend, ScriptedBackend]
 ) -> None:
     for backend in backends:
         backend.script = lambda sock, request: hang_up(sock)
@@ -105,7 +107,7 @@ def test_a_post_that_may_have_had_its_effect_says_so(
 
 
 def test_no_retry_without_another_backend_or_beyond_the_budget(
-    balancer: BalancerProcess, backends: tuple[ScriptedBackend, ScriptedBackend]
+    balancer: Balancer, backends: tuple[ScriptedBackend, ScriptedBackend]
 ) -> None:
     for backend in backends:
         backend.script = lambda sock, request: hang_up(sock)
@@ -115,10 +117,10 @@ def test_no_retry_without_another_backend_or_beyond_the_budget(
     assert {reason for reason in reasons} == {reasons[0], reasons[-1]}
 
 
-def test_one_deadline_for_all_attempts(started: BalancerProcess) -> None:
+def test_one_deadline_for_all_attempts(started: Balancer) -> None:
     slow = ScriptedBackend(), ScriptedBackend()
     urls = [f"--backend={backend.url}" for backend in slow]
-    balancer = BalancerProcess(*urls, "--response-timeout=3", "--request-timeout=3.5", "--eject-after=0")
+    balancer = Balancer(*urls, "--response-timeout=3", "--request-timeout=3.5", "--eject-after=0")
     try:
         for backend in slow:
             backend.script = lambda sock, request: None
@@ -131,7 +133,7 @@ def test_one_deadline_for_all_attempts(started: BalancerProcess) -> None:
             backend.close()
 
 
-def test_an_answer_names_nobody_and_an_unknown_id_is_404(balancer: BalancerProcess) -> None:
+def test_an_answer_names_nobody_and_an_unknown_id_is_404(balancer: Balancer) -> None:
     raw = exchange(balancer.port, get(b"/x", b"X-Request-ID: headers-1"))
     names = {name for name, _ in split_response(raw)[1]}
     assert names <= {b"content-length", b"x-request-id", b"server", b"date", b"connection"}
@@ -140,7 +142,7 @@ def test_an_answer_names_nobody_and_an_unknown_id_is_404(balancer: BalancerProce
     assert fetch(f"{balancer.url}/requests/")[0] == 404
 
 
-def test_an_id_with_slashes_can_be_asked_for(balancer: BalancerProcess) -> None:
+def test_an_id_with_slashes_can_be_asked_for(balancer: Balancer) -> None:
     assert explain(balancer, "a/b:c=d@e", 200)["request_id"] == "a/b:c=d@e"
 
 
@@ -160,7 +162,7 @@ def test_the_score_is_what_the_strategy_goes_by(name: str) -> None:
 
 def test_a_request_that_found_nobody_says_why_of_each_backend() -> None:
     gone = f"http://127.0.0.1:{free_port()}"
-    balancer = BalancerProcess(f"--backend=gone={gone}", "--backend=off=http://127.0.0.1:1@0")
+    balancer = Balancer(f"--backend=gone={gone}", "--backend=off=http://127.0.0.1:1@0")
     try:
         wait_until(lambda: balancer.backend("gone")["state"] == "down")
         told = explain(balancer, "nobody-1", 503)
@@ -171,7 +173,7 @@ def test_a_request_that_found_nobody_says_why_of_each_backend() -> None:
 
 
 def test_a_request_that_was_sent_again_because_its_kept_connection_had_died_says_so(
-    balancer: BalancerProcess, backends: tuple[ScriptedBackend, ScriptedBackend]
+    balancer: Balancer, backends: tuple[ScriptedBackend, ScriptedBackend]
 ) -> None:
     def dies_once(sock: socket.socket, request: Any) -> None:
         for backend in backends:
@@ -189,7 +191,7 @@ def test_a_request_that_was_sent_again_because_its_kept_connection_had_died_says
 def test_a_retry_without_budget_does_not_wait_for_a_place() -> None:
     failing, busy = ScriptedBackend(), ScriptedBackend()
     go = threading.Event()
-    balancer = BalancerProcess(
+    balancer = Balancer(
         f"--backend=failing={failing.url}", f"--backend=busy={busy.url}", "--retry-budget=0",
         "--retry-budget-minimum=0", "--queue-timeout=20", "--eject-after=0",
     )  # fmt: skip
@@ -217,7 +219,7 @@ def test_a_retry_without_budget_does_not_wait_for_a_place() -> None:
 
 def test_of_hundreds_of_backends_a_record_explains_the_first_and_the_chosen_one() -> None:
     """Thousands of records are kept: each would take 100 kB with a thousand backends."""
-    pool = BackendPool(create("least_connections"))
+    pool = BackendPool(create("least_connections"), options(PoolOptions))
     for number in range(300):
         added = pool.add(f"b{number}", Origin("http", "127.0.0.1", 1 + number))
         pool.record_check(added, LastCheck(0.0, 0.0, 200 if number % 2 else None, None if number % 2 else "down"))
@@ -233,7 +235,7 @@ def test_of_hundreds_of_backends_a_record_explains_the_first_and_the_chosen_one(
 
 def test_of_hundreds_of_backends_that_are_full_a_refusal_names_the_first() -> None:
     backends = [f"--backend=http://127.0.0.1:1@{weight}" for weight in [0] * (EXPLAINED + 50)]
-    balancer = BalancerProcess(*backends)
+    balancer = Balancer(*backends)
     try:
         identifier = fetch(f"{balancer.url}/")[1]["x-request-id"]
         assert len(fetch_json(f"{balancer.url}/requests/{identifier}")["excluded"]) == EXPLAINED

@@ -25,22 +25,22 @@ from support import (
     free_port,
     get,
     ok,
+    options,
     split_response,
     wait_until,
 )
 from wire import hang_up, post, read_response, request
 
-from balancer.balancer import Balancer
 from balancer.balancing.backends import LastCheck
 from balancer.config.settings import BackendSettings, Settings
 from balancer.edge.bridge import WATCH_AFTER_SECONDS
 from balancer.edge.express import Express
 from balancer.edge.workers import WorkerPool
 from balancer.forwarding.forwarding import Forwarding
+from balancer.loadbalancer import LoadBalancer, create_app
 from balancer.protocol.origin import Origin
 from balancer.upstream.connection import Connection
-from balancer.upstream.transport import BackendAdapter, OutgoingRequest
-from balancer.wiring import create_app
+from balancer.upstream.transport import BackendAdapter, OutgoingRequest, Timeouts
 from bench import guard
 
 
@@ -202,7 +202,7 @@ class Narrow:
 def test_a_request_that_goes_out_in_part_is_finished_by_a_thread(room: int) -> None:
     """`send_now` sends what the socket takes at once, `exchange` the rest."""
     body = os.urandom(1_000_000)
-    adapter, backend = BackendAdapter(), ScriptedBackend()
+    adapter, backend = BackendAdapter(options(Timeouts)), ScriptedBackend()
     origin = Origin.parse(backend.url)
     try:
         adapter.exchange(OutgoingRequest("GET", b"/", [(b"host", b"a")]), origin)
@@ -338,15 +338,14 @@ def test_requests_that_wait_on_the_express_way_are_finished_when_it_stops(
 # In this process.
 
 
-def wire(wrap: bool) -> tuple[Balancer, Any]:
+def wire(wrap: bool) -> tuple[LoadBalancer, Any]:
     backends = tuple(BackendSettings(id=name, url=f"http://127.0.0.1:{free_port()}") for name in "abc")
     app = create_app(Settings(port=0, backends=backends))
-    balancer: Balancer = app.extensions["balancer"]
+    balancer: LoadBalancer = app.extensions["balancer"]
     if wrap:
         inner = app.wsgi_app
         app.wsgi_app = lambda environ, start_response: inner(environ, start_response)  # type: ignore[method-assign]
-    ((bridge, listener),) = balancer.listen(app.wsgi_app)
-    listener.close()
+    (bridge,) = balancer.make_bridges()
     return balancer, bridge
 
 
@@ -354,39 +353,39 @@ def wire(wrap: bool) -> tuple[Balancer, Any]:
 def test_a_middleware_around_the_app_sees_every_request(wrap: bool) -> None:
     balancer, bridge = wire(wrap)
     assert (bridge.proxy is None) == wrap
-    balancer.start()
-    balancer.stop()
+    balancer.start_parts()
+    balancer.stop_parts()
 
 
 def test_it_stops_and_leaves_nothing() -> None:
     threads, descriptors = threading.active_count(), len(os.listdir("/proc/self/fd"))
     for _ in range(20):
-        express = Express(BackendAdapter(), WorkerPool(1, 1, 1.0))
+        express = Express(BackendAdapter(options(Timeouts)), WorkerPool(1, 1, 1.0))
         express.start()
         express.stop()
-    unstarted = Express(BackendAdapter(), WorkerPool(1, 1, 1.0))
+    unstarted = Express(BackendAdapter(options(Timeouts)), WorkerPool(1, 1, 1.0))
     unstarted.stop()
     assert threading.active_count() <= threads  # of earlier tests, some may end meanwhile
     assert len(os.listdir("/proc/self/fd")) <= descriptors
 
 
 @pytest.fixture
-def parts() -> Iterator[tuple[Balancer, Any]]:
+def parts() -> Iterator[tuple[LoadBalancer, Any]]:
     """A wired balancer whose three backends are believed to be up, and its bridge; nothing runs."""
     balancer, bridge = wire(wrap=False)
     for backend in balancer.control.pool.backends():
         balancer.control.pool.record_check(backend, LastCheck(1.0, 0.001, 200, None))
     yield balancer, bridge
     bridge.pool.stop(5)
-    balancer.stop()
+    balancer.stop_parts()
 
 
-def states(balancer: Balancer) -> list[tuple[str, int, int]]:
+def states(balancer: LoadBalancer) -> list[tuple[str, int, int]]:
     shown = balancer.control.pool.snapshot()
     return [(b["state"], b["active_connections"], b["ejection"]["consecutive_failures"]) for b in shown]
 
 
-def test_a_backend_is_not_blamed_when_the_balancer_has_no_thread(parts: tuple[Balancer, Any]) -> None:
+def test_a_backend_is_not_blamed_when_the_balancer_has_no_thread(parts: tuple[LoadBalancer, Any]) -> None:
     balancer, bridge = parts
     bridge.pool.stop(1)  # takes nothing any more
     for _ in range(20):
@@ -401,7 +400,7 @@ def surprise(forwarding: Any) -> bool:
 
 
 def test_a_surprise_on_the_way_in_is_answered_and_forgotten(
-    parts: tuple[Balancer, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    parts: tuple[LoadBalancer, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     balancer, bridge = parts
     monkeypatch.setattr(Forwarding, "start", surprise)
@@ -416,7 +415,7 @@ def test_a_surprise_on_the_way_in_is_answered_and_forgotten(
 
 
 def test_a_surprise_while_a_worker_connects_is_answered_and_forgotten(
-    parts: tuple[Balancer, Any], monkeypatch: pytest.MonkeyPatch
+    parts: tuple[LoadBalancer, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     balancer, bridge = parts
     monkeypatch.setattr(Forwarding, "connect", surprise)
@@ -428,7 +427,7 @@ def test_a_surprise_while_a_worker_connects_is_answered_and_forgotten(
 
 
 def test_a_surprise_after_a_body_has_come_is_answered_and_forgotten(
-    parts: tuple[Balancer, Any], monkeypatch: pytest.MonkeyPatch
+    parts: tuple[LoadBalancer, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, bridge = parts
     monkeypatch.setattr(Forwarding, "start", surprise)
@@ -440,7 +439,7 @@ def test_a_surprise_after_a_body_has_come_is_answered_and_forgotten(
 
 
 def test_the_watch_for_leaving_clients_outlives_a_surprise(
-    parts: tuple[Balancer, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    parts: tuple[LoadBalancer, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, bridge = parts
     monkeypatch.setattr(Forwarding, "start", lambda forwarding: True)
@@ -495,7 +494,7 @@ class SentCall:
 def test_a_call_that_is_overdue_before_it_is_armed_is_not_lost() -> None:
     """The thread that brings it is between its two steps."""
     workers, call = Handed(), SentCall(0.0)
-    express = Express(BackendAdapter(), workers)
+    express = Express(BackendAdapter(options(Timeouts)), workers)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         express._waiting[listener.fileno()] = call  # type: ignore[assignment]
         express.run_once()
@@ -517,7 +516,7 @@ def test_a_descriptor_that_is_used_again_loses_no_call() -> None:
                 assert self.wait_for(following)  # type: ignore[arg-type]
             super()._arm(descriptor)
 
-    express = Interrupted(BackendAdapter(), workers)
+    express = Interrupted(BackendAdapter(options(Timeouts)), workers)
     with ExitStack() as listeners:
         overdue.connection.sock = listeners.enter_context(socket.create_server(("127.0.0.1", 0)))
         assert express.wait_for(overdue)  # type: ignore[arg-type]
@@ -531,7 +530,7 @@ def test_a_surprise_with_one_answer_holds_up_no_other(caplog: pytest.LogCaptureF
         def _look(self, call: Any) -> None:
             raise RuntimeError("surprise")
 
-    express = Surprised(BackendAdapter(), Handed())
+    express = Surprised(BackendAdapter(options(Timeouts)), Handed())
     with ExitStack() as stack:
         for _ in range(3):
             ours, peer = (stack.enter_context(sock) for sock in socket.socketpair())

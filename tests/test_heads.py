@@ -25,7 +25,7 @@ def by_llhttp(data: bytes) -> ResponseHead:
 
 
 def test_a_plain_head_is_taken() -> None:
-    head = HEADS.parse(PLAIN + b"ok")
+    head = HEADS.plain(PLAIN + b"ok")
     assert head is not None
     assert (head.status, head.reason, head.options, head.size) == (200, "OK", {b"keep-alive"}, len(PLAIN))
     assert head.lines == ((b"date", b"now"), (b"content-length", b"2"), (b"connection", b"keep-alive"))
@@ -61,7 +61,7 @@ def test_a_plain_head_is_taken() -> None:
     ],
 )
 def test_anything_else_is_left_to_llhttp(data: bytes) -> None:
-    assert HEADS.parse(data) is None
+    assert HEADS.plain(data) is None
 
 
 names = st.sampled_from(
@@ -77,7 +77,7 @@ statuses = st.sampled_from(
 @given(statuses, lines)
 def test_what_is_taken_is_what_llhttp_understands(status: bytes, lines: list[bytes]) -> None:
     data = b"\r\n".join([status, *lines, b"", b""])
-    plain = HEADS.parse(data)
+    plain = HEADS.plain(data)
     if plain is None:
         return
     other = by_llhttp(data)
@@ -100,8 +100,8 @@ def test_what_is_remembered_is_bounded() -> None:
         for number in range(1500):
             for value in (b"%d" % number, b"%d\r\n" % number + b"\r\n".join(b"a:%d" % n for n in range(150))):
                 for _ in range(2):
-                    HEADS.parse(PLAIN.replace(b"now", value))
-                    HEADS.parse(PLAIN.replace(b"OK", value[:4]))
+                    HEADS.plain(PLAIN.replace(b"now", value))
+                    HEADS.plain(PLAIN.replace(b"OK", value[:4]))
         room = heads.HEADS_ROOM + heads.LINES_ROOM + heads.STATUSES_ROOM
         assert tracemalloc.get_traced_memory()[1] < 1.2 * room
     finally:
@@ -110,14 +110,14 @@ def test_what_is_remembered_is_bounded() -> None:
 
 def test_what_is_too_long_to_be_remembered_is_not() -> None:
     for _ in range(3):
-        HEADS.parse(PLAIN.replace(b"now", b"x" * heads.LONGEST_LINE))
-        HEADS.parse(PLAIN.replace(b"now", b"x" * heads.LONGEST_HEAD))
+        HEADS.plain(PLAIN.replace(b"now", b"x" * heads.LONGEST_LINE))
+        HEADS.plain(PLAIN.replace(b"now", b"x" * heads.LONGEST_HEAD))
     assert max(map(len, HEADS._lines)) <= heads.LONGEST_LINE and max(map(len, HEADS._heads)) <= heads.LONGEST_HEAD
 
 
 def test_a_head_that_is_shared_is_never_changed() -> None:
     for _ in range(2):  # then it is kept
-        HEADS.parse(PLAIN)
+        HEADS.plain(PLAIN)
     first, second = ResponseHead(HEADS), ResponseHead(HEADS)
     first.feed(PLAIN + b"ok")
     second.feed(PLAIN + b"no")

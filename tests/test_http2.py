@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import BalancerProcess, ok, wait_until
+from support import Balancer, ok, wait_until
 from wire import WireBackend, hang_up, wait_closed
 
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 7, 8, 9
@@ -33,7 +33,7 @@ def run(*command: str) -> str:
     return done.stdout.decode("latin-1")
 
 
-def curl(balancer: BalancerProcess, *arguments: str, path: str = "/") -> tuple[int, str]:
+def curl(balancer: Balancer, *arguments: str, path: str = "/") -> tuple[int, str]:
     """(status, body), over HTTP/2 for sure."""
     command = ["curl", "-sS", "--http2-prior-knowledge", "-w", "\n%{http_code} %{http_version}", *arguments]
     output = run(*command, balancer.url + path)
@@ -223,7 +223,7 @@ def _status(block: bytes) -> int:
 
 
 @contextmanager
-def client(balancer: BalancerProcess) -> Iterator[Client]:
+def client(balancer: Balancer) -> Iterator[Client]:
     with socket.create_connection(("127.0.0.1", balancer.port), timeout=10) as sock:
         connected = Client(sock)
         try:
@@ -232,7 +232,7 @@ def client(balancer: BalancerProcess) -> Iterator[Client]:
             connected.close()
 
 
-def is_idle(balancer: BalancerProcess) -> bool:
+def is_idle(balancer: Balancer) -> bool:
     statistics = balancer.status()["statistics"]
     return statistics["active_requests"] == 0
 
@@ -240,7 +240,7 @@ def is_idle(balancer: BalancerProcess) -> bool:
 # What ordinary clients do.
 
 
-def test_get(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_get(balancer: Balancer, backend: WireBackend) -> None:
     """H 8.3.1: :authority becomes Host; Via names version 2; the target is kept; HTTP/1.1 to the backend."""
     backend.answer(ok(b"hello", b"X-Many: 2", b"X-Many: 1"))
     status, output = curl(balancer, "-i", path="/a%2Fb;c?d=%20")
@@ -254,7 +254,7 @@ def test_get(balancer: BalancerProcess, backend: WireBackend) -> None:
     assert not [name for name, _ in got.lines if name.startswith(b":")]
 
 
-def test_post_with_content_length(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_post_with_content_length(balancer: Balancer, backend: WireBackend) -> None:
     """H 8.1.1."""
     assert curl(balancer, "-d", "name=value")[0] == 200
     (got,) = backend.requests
@@ -263,7 +263,7 @@ def test_post_with_content_length(balancer: BalancerProcess, backend: WireBacken
 
 
 @pytest.mark.parametrize("pieces", [[b"abc"], [b"abc", b"def", b""], [b"", b"abc"], [b"x" * 16_000] * 3])
-def test_post_without_content_length(balancer: BalancerProcess, backend: WireBackend, pieces: list[bytes]) -> None:
+def test_post_without_content_length(balancer: Balancer, backend: WireBackend, pieces: list[bytes]) -> None:
     """H 8.1: the end of the stream ends the body; to the backend it goes as chunks."""
     with client(balancer) as h2:
         h2.request(1, method=b"POST", end=False)
@@ -278,7 +278,7 @@ def test_post_without_content_length(balancer: BalancerProcess, backend: WireBac
 @pytest.mark.parametrize("method", [b"POST", b"PUT", b"GET", b"DELETE"])
 @pytest.mark.parametrize("by_data", [False, True])
 def test_an_empty_body_without_content_length(
-    balancer: BalancerProcess, backend: WireBackend, method: bytes, by_data: bool
+    balancer: Balancer, backend: WireBackend, method: bytes, by_data: bool
 ) -> None:
     """H 8.1: no body at all, so it can be retried and is not sent as chunks."""
     with client(balancer) as h2:
@@ -291,13 +291,13 @@ def test_an_empty_body_without_content_length(
     assert not got.values(b"transfer-encoding")
 
 
-def test_an_empty_post_with_content_length(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_an_empty_post_with_content_length(balancer: Balancer, backend: WireBackend) -> None:
     """S 8.6."""
     assert curl(balancer, "-X", "POST", "-H", "Content-Length: 0")[0] == 200
     assert backend.requests[0].values(b"content-length") == [b"0"]
 
 
-def test_cookie_crumbs_are_joined(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_cookie_crumbs_are_joined(balancer: Balancer, backend: WireBackend) -> None:
     """H 8.2.3: HTTP/1.1 must get one line."""
     with client(balancer) as h2:
         h2.request(1, (b"cookie", b"a=1"), (b"x-between", b"1"), (b"cookie", b"b=2"), (b"cookie", b"c=3"))
@@ -305,14 +305,14 @@ def test_cookie_crumbs_are_joined(balancer: BalancerProcess, backend: WireBacken
     assert backend.requests[0].values(b"cookie") == [b"a=1; b=2; c=3"]
 
 
-def test_claims_of_an_untrusted_client_are_dropped(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_claims_of_an_untrusted_client_are_dropped(balancer: Balancer, backend: WireBackend) -> None:
     with client(balancer) as h2:
         h2.request(1, (b"x-forwarded-prefix", b"/evil"), (b"x-forwarded-ssl", b"on"), (b"true-client-ip", b"6.6.6.6"))
         assert h2.finish(1).status == 200
     assert b"evil" not in (head := backend.requests[0].head) and b"ssl" not in head and b"6.6.6.6" not in head
 
 
-def test_many_streams_at_once(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_many_streams_at_once(balancer: Balancer, backend: WireBackend) -> None:
     """H 5.1.2: 2,000 requests, 32 at a time on each of 4 connections; none fails, all are counted."""
     before = balancer.status()["statistics"]["total_requests"]
     output = run("h2load", "-n", "2000", "-c", "4", "-m", "32", f"{balancer.url}/load")
@@ -321,7 +321,7 @@ def test_many_streams_at_once(balancer: BalancerProcess, backend: WireBackend) -
     assert balancer.status()["statistics"]["total_requests"] == before + 2000
 
 
-def test_streams_do_not_wait_for_each_other(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_streams_do_not_wait_for_each_other(balancer: Balancer, backend: WireBackend) -> None:
     """H 5: the second request of a connection is answered while the first still waits."""
     second_done = threading.Event()
 
@@ -341,7 +341,7 @@ def test_streams_do_not_wait_for_each_other(balancer: BalancerProcess, backend: 
         assert h2.finish(1).body == b"/first"
 
 
-def test_large_bodies_both_ways(balancer: BalancerProcess, backend: WireBackend, tmp_path: Path) -> None:
+def test_large_bodies_both_ways(balancer: Balancer, backend: WireBackend, tmp_path: Path) -> None:
     """H 5.2: flow control; a million bytes up (the limit of this balancer), 16 MiB down."""
     body = b"0123456789" * 100_000
     (tmp_path / "body").write_bytes(body)
@@ -362,7 +362,7 @@ def test_large_bodies_both_ways(balancer: BalancerProcess, backend: WireBackend,
         (b"GET", b"garbage\r\n\r\n", 502),
     ],
 )
-def test_statuses(balancer: BalancerProcess, backend: WireBackend, method: bytes, answer: bytes, status: int) -> None:
+def test_statuses(balancer: Balancer, backend: WireBackend, method: bytes, answer: bytes, status: int) -> None:
     """H 8.1: the stream ends properly, and the next one works."""
     backend.answer(answer)
     with client(balancer) as h2:
@@ -374,7 +374,7 @@ def test_statuses(balancer: BalancerProcess, backend: WireBackend, method: bytes
         assert h2.finish(3).body == b"next"
 
 
-def test_413(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_413(balancer: Balancer, backend: WireBackend) -> None:
     """S 15.5.14: by Content-Length, and by what has come."""
     with client(balancer) as h2:
         h2.request(1, (b"content-length", b"1000001"), method=b"POST", end=False)
@@ -382,7 +382,7 @@ def test_413(balancer: BalancerProcess, backend: WireBackend) -> None:
     assert backend.seen == 0
 
 
-def test_431(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_431(balancer: Balancer, backend: WireBackend) -> None:
     """RFC 6585 section 5, or an error of the stream or connection (H 10.5.1)."""
     with client(balancer) as h2:
         h2.request(1, *[(b"x-%d" % number, b"a" * 100) for number in range(150)])
@@ -391,7 +391,7 @@ def test_431(balancer: BalancerProcess, backend: WireBackend) -> None:
     assert backend.seen == 0
 
 
-def test_trailers_are_discarded(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_trailers_are_discarded(balancer: Balancer, backend: WireBackend) -> None:
     """H 8.1 and S 6.5.1."""
     with client(balancer) as h2:
         h2.request(1, (b"te", b"trailers"), method=b"POST", end=False)
@@ -438,9 +438,7 @@ SMUGGLING = {
 
 
 @pytest.mark.parametrize("fields", SMUGGLING.values(), ids=SMUGGLING)
-def test_malformed_requests_do_not_reach_the_backend(
-    balancer: BalancerProcess, backend: WireBackend, fields: Pairs
-) -> None:
+def test_malformed_requests_do_not_reach_the_backend(balancer: Balancer, backend: WireBackend, fields: Pairs) -> None:
     """H 8.1.1, 8.2, 8.2.1, 8.2.2, 8.3: refused with a 4xx, or by an error of the stream or the connection."""
     with client(balancer) as h2:
         h2.request(1, *fields, method=b"POST", end=False)
@@ -452,9 +450,7 @@ def test_malformed_requests_do_not_reach_the_backend(
 
 
 @pytest.mark.parametrize("body", [b"", b"ab", b"abcdef", b"abcGET /evil HTTP/1.1\r\nHost: evil\r\n\r\n"])
-def test_a_length_that_lies_does_not_reach_the_backend(
-    balancer: BalancerProcess, backend: WireBackend, body: bytes
-) -> None:
+def test_a_length_that_lies_does_not_reach_the_backend(balancer: Balancer, backend: WireBackend, body: bytes) -> None:
     """H 8.1.1: Content-Length that is not the sum of the DATA frames; nothing complete goes on, nothing is smuggled."""
     with client(balancer) as h2:
         h2.request(1, (b"content-length", b"3"), method=b"POST", end=False)
@@ -468,7 +464,7 @@ def test_a_length_that_lies_does_not_reach_the_backend(
 @pytest.mark.parametrize("length", [0, 3, 50_000, 100_000])
 @pytest.mark.parametrize("more", [b"d", b"GET /evil HTTP/1.1\r\nHost: evil\r\n\r\n"])
 def test_what_follows_all_that_content_length_promised_does_not_come_too_late(
-    balancer: BalancerProcess, backend: WireBackend, length: int, more: bytes
+    balancer: Balancer, backend: WireBackend, length: int, more: bytes
 ) -> None:
     """H 8.1.1: the request seems complete, and must not go on before its stream has ended."""
     with client(balancer) as h2:
@@ -485,7 +481,7 @@ def test_what_follows_all_that_content_length_promised_does_not_come_too_late(
 
 @pytest.mark.parametrize("method", [b"GET", b"POST", b"DELETE"])
 def test_a_length_without_a_body_does_not_reach_the_backend(
-    balancer: BalancerProcess, backend: WireBackend, method: bytes
+    balancer: Balancer, backend: WireBackend, method: bytes
 ) -> None:
     """H 8.1.1: END_STREAM with the head, or with an empty frame after it."""
     with client(balancer) as h2:
@@ -498,7 +494,7 @@ def test_a_length_without_a_body_does_not_reach_the_backend(
     assert backend.requests == []
 
 
-def test_an_empty_body_may_end_after_its_head(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_an_empty_body_may_end_after_its_head(balancer: Balancer, backend: WireBackend) -> None:
     """H 8.1: END_STREAM comes with a frame of its own, as from clients that stream."""
     with client(balancer) as h2:
         h2.request(1, (b"content-length", b"0"), method=b"POST", end=False)
@@ -508,7 +504,7 @@ def test_an_empty_body_may_end_after_its_head(balancer: BalancerProcess, backend
     assert backend.requests[0].values(b"content-length") == [b"0"]
 
 
-def test_authority_and_host_that_differ(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_authority_and_host_that_differ(balancer: Balancer, backend: WireBackend) -> None:
     """H 8.3.1: refused, or one of them only is sent on."""
     with client(balancer) as h2:
         h2.request(1, (b"host", b"other"))
@@ -523,9 +519,7 @@ def test_authority_and_host_that_differ(balancer: BalancerProcess, backend: Wire
 @pytest.mark.parametrize(
     "framing", [b"Content-Length: 10\r\n\r\nabc", b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n"]
 )
-def test_a_truncated_answer_does_not_end_the_stream(
-    balancer: BalancerProcess, backend: WireBackend, framing: bytes
-) -> None:
+def test_a_truncated_answer_does_not_end_the_stream(balancer: Balancer, backend: WireBackend, framing: bytes) -> None:
     """H 8.1 and M 8: reset, or the connection is cut; never END_STREAM."""
 
     def script(sock: socket.socket, _: Any) -> None:
@@ -544,7 +538,7 @@ def test_a_truncated_answer_does_not_end_the_stream(
     assert not found.is_ended
 
 
-def test_a_cancelled_stream_leaves_the_others_alone(patient: BalancerProcess, backend: WireBackend) -> None:
+def test_a_cancelled_stream_leaves_the_others_alone(patient: Balancer, backend: WireBackend) -> None:
     """H 5.4.2: browsers cancel single requests all the time. The backend connection of that one is closed at once."""
     closed = threading.Event()
 
@@ -569,7 +563,7 @@ def test_a_cancelled_stream_leaves_the_others_alone(patient: BalancerProcess, ba
     assert sorted(record["status"] for record in patient.status(2)["recent_requests"]) == [200, 499]
 
 
-def test_a_cancelled_upload_leaves_the_others_alone(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_a_cancelled_upload_leaves_the_others_alone(balancer: Balancer, backend: WireBackend) -> None:
     """Cancelled before its first byte, while another stream waits for its answer."""
     go_on = threading.Event()
 
@@ -592,7 +586,7 @@ def test_a_cancelled_upload_leaves_the_others_alone(balancer: BalancerProcess, b
     assert sorted(record["status"] for record in balancer.status(2)["recent_requests"]) == [200, 499]
 
 
-def test_an_upload_that_never_starts_is_408(balancer: BalancerProcess) -> None:
+def test_an_upload_that_never_starts_is_408(balancer: Balancer) -> None:
     """Rule 27, without a length: the first byte does not come in time."""
     with client(balancer) as h2:
         h2.request(1, method=b"POST", end=False)
@@ -601,9 +595,7 @@ def test_an_upload_that_never_starts_is_408(balancer: BalancerProcess) -> None:
 
 
 @pytest.mark.parametrize("method", [b"GET", b"POST"])
-def test_a_connection_that_closes_ends_all_its_streams(
-    patient: BalancerProcess, backend: WireBackend, method: bytes
-) -> None:
+def test_a_connection_that_closes_ends_all_its_streams(patient: Balancer, backend: WireBackend, method: bytes) -> None:
     """Client gone: each backend connection is closed, each request recorded as 499."""
     closed = threading.Semaphore(0)
 
@@ -624,7 +616,7 @@ def test_a_connection_that_closes_ends_all_its_streams(
     assert patient.backend("only")["health"]["consecutive_failures"] == 0
 
 
-def test_a_client_that_leaves_during_its_upload(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_a_client_that_leaves_during_its_upload(balancer: Balancer, backend: WireBackend) -> None:
     """H 8.1: the backend sees that the request is not complete."""
     with client(balancer) as h2:
         h2.request(1, method=b"POST", end=False)

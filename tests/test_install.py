@@ -1,4 +1,4 @@
-"""`pip install .` gives a command that works from anywhere, with what it needs and nothing from the checkout."""
+"""A wheel gives a command and a library that work from anywhere, with what they need and nothing from the checkout."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import re
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from support import PYTHON, ROOT, Process, fetch, wait_until
 
 from balancer import __version__
+from balancer.testing import Backend
 
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "venv", "build", "*.egg-info", "__pycache__", ".*_cache", "*.log")
 
@@ -32,10 +33,12 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.copytree(ROOT, folder / "source", ignore=LEFT_OUT)
     assert run(PYTHON, "-m", "venv", folder / "venv", cwd=folder).returncode == 0
     scripts = folder / "venv" / ("Scripts" if os.name == "nt" else "bin")
-    pip = [scripts / "python", "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "--quiet"]
-    done = run(*pip, folder / "source", cwd=folder)
+    pip = [scripts / "python", "-m", "pip", "--disable-pip-version-check", "--no-input"]
+    done = run(*pip, "wheel", "--quiet", "--no-deps", folder / "source", cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     shutil.rmtree(folder / "source")  # nothing may be needed from it any more
+    done = run(*pip, "install", "--quiet", *folder.glob("*.whl"), "pytest", cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert run(scripts / "python", "-m", "pip", "check", cwd=folder).returncode == 0
     yield scripts / "load-balancer"
     shutil.rmtree(folder)  # some 100 MB that pytest would keep
@@ -84,28 +87,59 @@ def test_ctrl_c_while_the_command_starts_shows_no_traceback(command: Path, elsew
 
 
 @pytest.fixture
-def running(command: Path, elsewhere: Path) -> Iterator[str]:
-    """The URL of the installed balancer, started from an empty folder."""
-    process = Process([str(command), "--port=0", "--backend=http://127.0.0.1:9"], cwd=elsewhere)
+def running(command: Path, elsewhere: Path, backend_factory: Callable[..., Backend]) -> Iterator[str]:
+    """The URL of the installed balancer, started from an empty folder in front of one backend."""
+    backend = backend_factory(body=b"from the backend")
+    process = Process([str(command), "--port=0", f"--backend={backend.url}"], cwd=elsewhere)
     try:
         found = wait_until(lambda: re.search(r"listening on (http://\S+)", process.output), 20, "it listens")
-        url: str = found.group(1)
-
-        def answers() -> bool:
-            try:
-                return fetch(f"{url}/health")[0] == 200
-            except OSError:
-                return False
-
-        wait_until(answers)
-        yield url
+        yield found.group(1)
     finally:
         process.stop()
 
 
-def test_the_installed_balancer_serves_and_has_its_dashboard(running: str) -> None:
+def test_the_installed_balancer_forwards_and_has_its_dashboard(running: str) -> None:
+    assert fetch(f"{running}/x")[::2] == (200, b"from the backend")
     assert fetch(f"{running}/status")[0] == 200
     assert fetch(f"{running}/openapi.json")[0] == 200
     status, _, page = fetch(f"{running}/dashboard")
     assert status == 200
     assert page == (ROOT / "dashboard.html").read_bytes()
+
+
+FAILING = """
+from urllib.request import urlopen
+from balancer import LoadBalancer
+
+def test_failover(load_balancer, backend_factory):
+    good, bad = backend_factory("good"), backend_factory("bad", fault="reset")
+    lb: LoadBalancer = load_balancer([good, bad], algorithm="round_robin")
+    while len(lb.events()) < 2:
+        pass
+    for path in "/one", "/two":
+        assert urlopen(lb.url + path).status == 200
+    assert not bad.received
+
+def test_without_a_balancer(backend_factory):
+    assert not backend_factory().url
+"""
+
+
+def test_pytest_finds_the_fixtures_and_a_failed_test_says_what_happened_and_why(command: Path, elsewhere: Path) -> None:
+    (elsewhere / "test_failing.py").write_text(FAILING)
+    done = run(command.with_name("python"), "-m", "pytest", "-p", "no:cacheprovider", cwd=elsewhere)
+    assert "2 failed" in done.stdout, done.stdout + done.stderr
+    assert done.stdout.count("Load balancer http://127.0.0.1:") == 1
+    for line in (
+        "backend_up good: answers its health check",
+        "GET /one: 200 in",
+        "bad: http://127.0.0.1:",
+        "; round_robin among good (0 in flight), bad (0 in flight)",
+        "not bad: already tried",
+    ):
+        assert line in done.stdout, done.stdout
+
+
+def test_the_wheel_is_typed(command: Path, elsewhere: Path) -> None:
+    show = "import balancer, pathlib; print((pathlib.Path(balancer.__file__).parent / 'py.typed').exists())"
+    assert run(command.with_name("python"), "-c", show, cwd=elsewhere).stdout == "True\n"

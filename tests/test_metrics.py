@@ -28,22 +28,24 @@ from support import (
     make_attempt,
     make_record,
     ok,
+    options,
     read_all,
     wait_until,
 )
 
 from balancer.balancing.backends import LastCheck
+from balancer.balancing.judge import PoolOptions
 from balancer.balancing.pool import BackendPool
 from balancer.balancing.strategies import create
 from balancer.balancing.tally import Tally
 from balancer.config.settings import BackendSettings, Settings
 from balancer.control.metrics import BACKEND_REASONS, BUCKETS, QUEUE_BUCKETS, REASONS, STATES
+from balancer.loadbalancer import create_app
 from balancer.observe.events import EVENT_KINDS
 from balancer.observe.histogram import BOUNDS, ROUND_BOUNDS
 from balancer.observe.record import Attempt
 from balancer.observe.statistics import Statistics
 from balancer.protocol.origin import Origin
-from balancer.wiring import create_app
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 
@@ -443,7 +445,7 @@ def test_totals_are_exact_whatever_threads_do(app: Flask) -> None:
 
 def test_downtime_counts_while_it_is_down_and_goes_on_where_it_was() -> None:
     clock = Clock(100.0)
-    pool = BackendPool(create("round_robin"), clock=clock, wall_clock=clock)
+    pool = BackendPool(create("round_robin"), options(PoolOptions), clock=clock, wall_clock=clock)
     origin = Origin.parse("http://127.0.0.1:9")
 
     def check(error: str | None) -> None:
@@ -476,7 +478,7 @@ def test_downtime_counts_while_it_is_down_and_goes_on_where_it_was() -> None:
 
 def test_a_backend_that_moves_while_it_is_down_is_not_down_any_more() -> None:
     clock = Clock(100.0)
-    pool = BackendPool(create("round_robin"), clock=clock, wall_clock=clock)
+    pool = BackendPool(create("round_robin"), options(PoolOptions), clock=clock, wall_clock=clock)
     backend = pool.add("a", Origin.parse("http://127.0.0.1:9"))
     pool.record_check(backend, LastCheck(100.0, 0.001, None, "no answer"))
     clock.now = 104.0

@@ -155,10 +155,10 @@ def test_a_wrong_setting_is_named_under_another_server_too() -> None:
 def app(echoing: ScriptedBackend) -> Iterator[Flask]:
     made = create_app(Settings(backends=(BackendSettings(id="only", url=echoing.url),), expose_backend=True))
     balancer = made.extensions["balancer"]
-    balancer.start()
+    balancer.start_parts()
     wait_until(balancer.control.is_serving)
     yield made
-    balancer.stop()
+    balancer.stop_parts()
 
 
 def test_the_test_client_forwards_and_controls(app: Flask) -> None:

@@ -10,19 +10,29 @@ from threading import Event, Thread
 from typing import Any
 
 import pytest
-from support import BalancerProcess, ScriptedBackend, connect, exchange, fetch, get, ok, split_response, wait_until
+from support import (
+    Balancer,
+    ScriptedBackend,
+    connect,
+    exchange,
+    fetch,
+    get,
+    ok,
+    options,
+    split_response,
+    wait_until,
+)
 
 from balancer.balancing.backends import LastCheck
-from balancer.balancing.ejection import EjectionRules
 from balancer.balancing.judge import PoolOptions
 from balancer.balancing.pool import BackendPool, Lease, PoolChanges
 from balancer.balancing.strategies import create
 from balancer.config.settings import BackendSettings, Settings
 from balancer.edge.workers import WorkerPool
 from balancer.errors import Unavailable
+from balancer.loadbalancer import create_app
 from balancer.protocol.client import Abortable
 from balancer.protocol.origin import Origin
-from balancer.wiring import create_app
 
 ORIGIN = Origin("http", "127.0.0.1", 5001)
 GOOD = LastCheck(at=1.0, duration=0.001, status=200, error=None)
@@ -45,9 +55,9 @@ class Client:
         self.target.abort()
 
 
-def make_pool(names: str = "a", limit: int | None = 1, **options: Any) -> BackendPool:
-    rules = EjectionRules(after=options.pop("eject", 0))
-    pool = BackendPool(create("round_robin"), PoolOptions(ejection=rules, **{"queue_timeout": 30.0} | options))
+def make_pool(names: str = "a", limit: int | None = 1, **settings: Any) -> BackendPool:
+    settings = {"queue_timeout": 30.0, "eject_after": 0} | settings
+    pool = BackendPool(create("round_robin"), options(PoolOptions, **settings))
     for name in names:
         pool.record_check(pool.add(name, ORIGIN, max_connections=limit), GOOD)
     return pool
@@ -206,16 +216,16 @@ class Held:
 
 
 @pytest.fixture(scope="module")
-def limited(scripted: ScriptedBackend) -> Iterator[BalancerProcess]:
+def limited(scripted: ScriptedBackend) -> Iterator[Balancer]:
     """One backend with room for one request, a queue for two."""
-    balancer = BalancerProcess(f"--backend=only={scripted.url}", "--queue-limit=2", "--queue-timeout=20")
+    balancer = Balancer(f"--backend=only={scripted.url}", "--queue-limit=2", "--queue-timeout=20")
     fetch(f"{balancer.url}/backends/only", {"max_connections": 1}, "PATCH")
     yield balancer
     balancer.stop()
 
 
 def test_requests_wait_in_order_and_the_one_too_many_is_told_when_to_come_again(
-    limited: BalancerProcess, scripted: ScriptedBackend, threads: ThreadPoolExecutor
+    limited: Balancer, scripted: ScriptedBackend, threads: ThreadPoolExecutor
 ) -> None:
     held = Held(scripted)
     first = threads.submit(fetch, f"{limited.url}/first")
@@ -234,7 +244,7 @@ def test_requests_wait_in_order_and_the_one_too_many_is_told_when_to_come_again(
 
 
 def test_a_client_that_leaves_the_queue_never_reaches_the_backend(
-    limited: BalancerProcess, scripted: ScriptedBackend, threads: ThreadPoolExecutor
+    limited: Balancer, scripted: ScriptedBackend, threads: ThreadPoolExecutor
 ) -> None:
     held = Held(scripted)
     first = threads.submit(fetch, f"{limited.url}/first")
@@ -258,7 +268,7 @@ def test_a_client_that_leaves_the_queue_never_reaches_the_backend(
 
 def test_requests_that_come_before_the_first_check_wait_for_it() -> None:
     backend = ScriptedBackend()
-    balancer = BalancerProcess(f"--backend=a={backend.url}", wait_ready=False)
+    balancer = Balancer(f"--backend=a={backend.url}", wait_ready=False)
     try:
         assert fetch(f"{balancer.url}/x")[0] == 200
     finally:
@@ -268,7 +278,7 @@ def test_requests_that_come_before_the_first_check_wait_for_it() -> None:
 
 def test_a_removal_serves_who_waits_if_it_makes_room_elsewhere(threads: ThreadPoolExecutor) -> None:
     """`b` is ejected, which counts for nothing when nobody else is left."""
-    pool = make_pool("ab", eject=1)
+    pool = make_pool("ab", eject_after=1)
     pool.lease(None, ["a"]).release(failure="test")
     pool.lease(None)
     (future,) = queue_up(pool, threads, 1)

@@ -5,15 +5,24 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from support import another_value
 
-from balancer.config.settings import SECRETS, BackendSettings, Settings, add_arguments, describe, load
+from balancer.balancing.judge import PoolOptions
+from balancer.config.settings import SECRETS, BackendSettings, Settings, add_arguments, describe, load, show
+from balancer.control.access import AccessOptions
+from balancer.edge.granian import PortOptions
+from balancer.edge.listener import ClientLimits
 from balancer.errors import SettingsError
+from balancer.fleet.health import HealthOptions
+from balancer.forwarding.route import RouteOptions
+from balancer.observe.accesslog import LogOptions
+from balancer.upstream.transport import Timeouts
 
 
 def settings(
@@ -78,26 +87,27 @@ def test_flag_over_environment_over_file_over_default(
     assert source != "file" or sources["port"] == f"file {tmp_path / 'balancer.toml'}"
 
 
-# A value for each setting that has none by default.
-VALUES = {
-    "control_port": "9100",
-    "control_prefix": "/lb",
-    "request_timeout": "1",
-    "max_request_body": "1",
-    "ca_file": "ca.pem",
-    "trusted_proxies": "::1",
-    "cors_origins": "https://ops.example",
-    "control_reads": "open",
-}
-
-
 @pytest.mark.parametrize("name", [name for name in Settings.model_fields if name not in {"backends", *SECRETS}])
 def test_every_setting_has_a_flag_and_a_variable_of_its_name(name: str) -> None:
-    value = VALUES.get(name) or str(Settings.model_fields[name].default)
+    value = show(another_value(name))
     by_flag, flag_sources = settings(f"--{name.replace('_', '-')}={value}")
     by_variable, variable_sources = settings(env={f"LB_{name.upper()}": value})
     assert by_flag == by_variable
     assert (flag_sources[name], variable_sources[name]) == ("flag", "environment")
+
+
+PARTS = [AccessOptions, ClientLimits, HealthOptions, LogOptions, PoolOptions, RouteOptions, PortOptions, Timeouts]
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_what_a_part_gets_of_the_settings_has_their_types(kind: type[Any]) -> None:
+    types = get_type_hints(Settings) | {
+        name: get_type_hints(value.fget)["return"]
+        for name, value in vars(Settings).items()
+        if isinstance(value, property)
+    }
+    for name, its_type in get_type_hints(kind).items():
+        assert its_type == types[name], name
 
 
 def test_every_setting_has_a_meaning_in_the_help() -> None:
@@ -200,7 +210,7 @@ def test_backends_are_tables_or_short_forms_in_a_file(tmp_path: Path) -> None:
         ("a b=http://h", "a b"),
         ("a/b=http://h", "a/b"),
         ("x" * 65 + "=http://h", "id"),
-        ("http://h@" + "9" * 5000, "backends"),
+        ("http://h@" + "9" * 5000, "url"),
     ],
     ids=lambda text: ascii(text)[:40],
 )
@@ -311,7 +321,8 @@ def test_a_value_of_the_wrong_type_in_a_file_is_refused(tmp_path: Path, line: st
         ("port = 65536", "port = 65536 (file): expected a whole number from 0 to 65535"),
         ("port = true", "port = true (file): expected a whole number from 0 to 65535"),
         ("control_port = 0", "control_port = 0 (file): expected a whole number from 1 to 65535"),
-        ("health_timeout = '5s'", "health_timeout = '5s' (file): expected a number of seconds above 0, up to 86400"),
+        ("health_timeout = '5s'", "health_timeout = '5s' (file): expected a number of seconds from 0.001 to 86400"),
+        ("health_interval = 1e-9", "health_interval = 1e-09 (file): expected a number of seconds from 0.001 to 86400"),
         ("drain_timeout = nan", "drain_timeout = nan (file): expected a number of seconds from 0 to 86400"),
         ("retry_budget = 2", "retry_budget = 2 (file): expected a number from 0 to 1"),
         ("max_request_body = '1GB'", "max_request_body = '1GB' (file): expected a whole number of bytes, 0 or more"),
@@ -329,6 +340,12 @@ def test_a_value_of_the_wrong_type_in_a_file_is_refused(tmp_path: Path, line: st
 )
 def test_a_refusal_says_what_is_accepted(tmp_path: Path, line: str, said: str) -> None:
     assert said in refusal(toml=line, tmp_path=tmp_path).replace(str(tmp_path / "balancer.toml"), "").replace(" )", ")")
+
+
+def test_a_wrong_backend_is_named_as_it_was_written() -> None:
+    told = "url = 'junk' ({}): backend URL 'junk': expected http://HOST:PORT or https://HOST:PORT"
+    assert refusal("--backend=http://x", "--backend=junk") == f"--backend 2: {told.format('flag')}"
+    assert refusal(env={"LB_BACKENDS": "junk"}) == f"backend 1 of LB_BACKENDS: {told.format('environment')}"
 
 
 @pytest.mark.parametrize("name", [name for name in Settings.model_fields if name not in SECRETS])

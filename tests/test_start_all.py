@@ -459,7 +459,7 @@ def test_stop_leaves_a_process_alone_that_has_got_an_old_id_and_names_our_file(d
     script = demo.tree / "load_balancer.py"
     waiting = [sys.executable, "-c", "import threading; threading.Event().wait()", str(script)]
     with subprocess.Popen(waiting) as stranger:
-        started = processes.start_time(stranger.pid)
+        started = processes.identify(stranger.pid)[0]
         run = demo.tree / "run"
         run.mkdir(exist_ok=True)
         (run / "balancer-9000.pid").write_text(f"{stranger.pid}\nload_balancer.py\n{int(started) - 1}\n")
@@ -479,7 +479,7 @@ def test_stop_understands_the_files_of_an_earlier_version(demo: Demo) -> None:
     demo.ready("--detach")
     for file in (demo.tree / "run").glob("*.pid"):
         pid, script, started = file.read_text().splitlines()
-        assert started == processes.start_time(int(pid))
+        assert started == processes.identify(int(pid))[0]
         file.write_text(f"{pid}\n{script}\n")
     stop = demo.start("stop")
     assert (stop.end(), stop.err) == (0, "")
@@ -492,12 +492,13 @@ def test_the_start_of_a_process_is_found_whatever_its_name(tmp_path: Path) -> No
     program.symlink_to(shutil.which("sleep") or "sleep")
     with subprocess.Popen([program, "60"]) as named:
         wait_until(lambda: psutil.Process(named.pid).name() == program.name)
-        assert processes.command_line(named.pid).startswith(str(program))
-        since_boot = int(processes.start_time(named.pid)) / os.sysconf("SC_CLK_TCK")
+        started, command = processes.identify(named.pid)
+        assert command.startswith(str(program))
+        since_boot = int(started) / os.sysconf("SC_CLK_TCK")
         assert since_boot == pytest.approx(psutil.Process(named.pid).create_time() - psutil.boot_time(), abs=1.5)
         named.kill()
         named.wait()
-        assert processes.start_time(named.pid) == processes.command_line(named.pid) == ""
+        assert processes.identify(named.pid) == ("", "")
 
 
 def test_a_signal_never_reaches_a_later_process_of_the_same_id(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -512,7 +513,7 @@ def test_a_signal_never_reaches_a_later_process_of_the_same_id(monkeypatch: pyte
 
 def test_what_a_killed_process_leaves_is_killed_before_its_id_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """Afterwards a stranger's group could have that id."""
-    service = services.Service("backend_1", 1, "backend_server.py", [], "/", 1, "")
+    service = services.Service("backend_1", 1)
     command = ["bash", "-c", "sleep 60 & echo $!; wait"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True, text=True) as process:
         service.process = process  # type: ignore[assignment]

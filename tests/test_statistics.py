@@ -17,6 +17,7 @@ from balancer.balancing.backends import LastCheck
 from balancer.config.settings import BackendSettings, Settings
 from balancer.errors import ResponseTimedOut
 from balancer.forwarding.retrybudget import RetryBudget
+from balancer.loadbalancer import create_app
 from balancer.observe.events import EVENTS_KEPT, Events
 from balancer.observe.histogram import BOUNDS, Histogram
 from balancer.observe.record import PATH_SHOWN, Record
@@ -31,7 +32,6 @@ from balancer.observe.statistics import (
     Statistics,
 )
 from balancer.protocol.origin import Origin
-from balancer.wiring import create_app
 
 
 @pytest.fixture
@@ -353,7 +353,8 @@ def test_a_later_backend_of_the_same_name_starts_at_zero() -> None:
     """The last request of a backend that is being removed ends after the backend is forgotten."""
     app = create_app(Settings(backends=(BackendSettings(id="a", url="http://127.0.0.1:1"),)))
     proxy = app.extensions["balancer"].proxy
-    pool = proxy.route.pool
+    route = proxy.routes.usual
+    pool = route.pool
     pool.record_check(pool.get("a"), LastCheck(1.0, 0.001, 200, None))
 
     class RemovedMeanwhile:
@@ -361,9 +362,9 @@ def test_a_later_backend_of_the_same_name_starts_at_zero() -> None:
             pool.remove("a")
             raise ResponseTimedOut("too slow")
 
-    proxy.route = replace(proxy.route, adapter=RemovedMeanwhile())
+    proxy.routes = replace(proxy.routes, usual=replace(route, adapter=RemovedMeanwhile()))
     assert Client(app).get("/x").status_code == 504
-    assert proxy.route.pool.backends() == []
+    assert pool.backends() == []
     pool.add("a", Origin("http", "127.0.0.1", 1))
     told = Client(app).get("/status", environ_base={"REMOTE_ADDR": "127.0.0.1"}).get_json()
     assert told["backend_servers"][0]["total_requests"] == 0

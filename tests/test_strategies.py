@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import Clock
+from support import Clock, options
 
 from balancer.balancing import strategies
 from balancer.balancing.backends import Backend, LastCheck
+from balancer.balancing.judge import PoolOptions
 from balancer.balancing.pool import BackendPool
 from balancer.balancing.strategies import REGISTRY, Strategy, create
 from balancer.errors import SettingsError
@@ -385,7 +386,7 @@ def test_a_strategy_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch
 
 
 def pool_of(clock: Clock, name: str, *backend_ids: str) -> BackendPool:
-    pool = BackendPool(create(name, clock=clock), clock=clock)
+    pool = BackendPool(create(name, clock=clock), options(PoolOptions), clock=clock)
     for backend_id in backend_ids:
         backend = pool.add(backend_id, Origin("http", "127.0.0.1", 1))
         pool.record_check(backend, LastCheck(0.0, 0.0, 200, None))

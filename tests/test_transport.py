@@ -32,7 +32,7 @@ from balancer.upstream.connection import Connection
 from balancer.upstream.transport import BackendAdapter, OutgoingRequest, Timeouts
 
 HOST: Line = (b"host", b"test")
-QUICK = Timeouts(connect=0.5, response=0.5, idle=0.5)
+QUICK = Timeouts(0.5, 0.5, 0.5, pool_idle_timeout=4)
 
 
 @pytest.fixture(scope="module")
@@ -409,7 +409,7 @@ def test_a_body_that_is_not_read_to_its_end_costs_the_connection(adapter: Backen
 def test_an_idle_connection_expires(backend: WireBackend) -> None:
     """By an injected clock; the limit itself is still good."""
     clock = Clock()
-    adapter = BackendAdapter(QUICK, pool_idle_timeout=4, clock=clock)
+    adapter = BackendAdapter(QUICK, clock=clock)
     for wait, connections in ((0.0, 1), (4.0, 1), (4.5, 2)):
         clock.now += wait
         fetch(adapter, backend.url)
@@ -420,7 +420,7 @@ def test_an_idle_connection_expires(backend: WireBackend) -> None:
 
 def test_close_idle_closes_what_has_expired(backend: WireBackend) -> None:
     clock = Clock()
-    adapter = BackendAdapter(QUICK, pool_idle_timeout=4, clock=clock)
+    adapter = BackendAdapter(QUICK, clock=clock)
     fetch(adapter, backend.url)
     adapter.close_idle()
     assert len(backend.used) == 1
@@ -573,7 +573,7 @@ def tls_backend(authority: Path) -> Iterator[TlsBackend]:
 
 @pytest.fixture
 def tls_adapter(authority: Path) -> Iterator[BackendAdapter]:
-    made = BackendAdapter(Timeouts(5, 5, 5), tls=ssl.create_default_context(cafile=authority / "ca.pem"))
+    made = BackendAdapter(Timeouts(5, 5, 5, 4), tls=ssl.create_default_context(cafile=authority / "ca.pem"))
     yield made
     made.close()
 

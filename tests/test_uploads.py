@@ -6,20 +6,21 @@ import random
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
 from threading import Event
 
 import pytest
 from stub_granian import GONE, Client, piece
-from support import BalancerProcess, RawRequest, connect, ok, wait_until
+from support import Balancer, RawRequest, connect, ok, options, wait_until
 from wire import WireBackend, read_response, request
 
 from balancer.edge.bridge import WATCH_AFTER_SECONDS, Bridge
 from balancer.edge.call import Call
 from balancer.edge.clientbody import MOST_PIECES
-from balancer.edge.listener import AHEAD_BYTES, AHEAD_IN_ALL, CONNECTION_WINDOW, STREAM_WINDOW
+from balancer.edge.listener import AHEAD_BYTES, AHEAD_IN_ALL, CONNECTION_WINDOW, STREAM_WINDOW, ClientLimits
 from balancer.edge.workers import WorkerPool
 from balancer.errors import ClientGone, ClientTooSlow
-from balancer.protocol.incoming import RequestBody
+from balancer.protocol.request import RequestBody
 from balancer.protocol.requestheads import RequestHeads
 from bench import guard
 
@@ -31,7 +32,9 @@ def size_of(pieces: list[bytes]) -> int:
 
 
 def bridge_of(min_body_rate: int = 0) -> Bridge:
-    return Bridge(lambda environ, start: [b""], WorkerPool(1, 0, 1.0), min_body_rate=min_body_rate)
+    return Bridge(
+        lambda environ, start: [b""], WorkerPool(1, 0, 1.0), options(ClientLimits, min_body_rate=min_body_rate)
+    )
 
 
 class Upload(Client):
@@ -44,7 +47,7 @@ class Upload(Client):
         framing = (b"transfer-encoding", b"chunked") if length is None else (b"content-length", b"%d" % length)
         self.scope |= {"http_version": version, "headers": [(b"host", b"a"), framing]}
         self.call = Call(bridge or bridge_of(min_body_rate), self)
-        self.call.incoming(RequestHeads())  # notes how long the body is
+        self.call.request(RequestHeads())  # notes how long the body is
         assert self.call.body is not None
         self.body = self.call.body
 
@@ -190,7 +193,7 @@ def test_a_client_that_may_not_send_is_not_slow() -> None:
 def test_nobody_is_excused_for_longer_than_the_others_may_take() -> None:
     """Each new upload that stood still gave all others of its connection their time again."""
     bridge = bridge_of(min_body_rate=1)
-    bridge.idle_timeout = 0.2
+    bridge.limits = replace(bridge.limits, idle_timeout=0.2)
     for _ in range(CONNECTION_WINDOW // STREAM_WINDOW):
         paused(bridge)
     upload = Upload(1, "2", bridge=bridge)
@@ -269,8 +272,8 @@ def backend() -> Iterator[WireBackend]:
 
 
 @pytest.fixture(scope="module")
-def balancer(backend: WireBackend) -> Iterator[BalancerProcess]:
-    balancer = BalancerProcess(f"--backend=only={backend.url}")
+def balancer(backend: WireBackend) -> Iterator[Balancer]:
+    balancer = Balancer(f"--backend=only={backend.url}")
     yield balancer
     balancer.stop()
 
@@ -278,7 +281,7 @@ def balancer(backend: WireBackend) -> Iterator[BalancerProcess]:
 @pytest.mark.parametrize("size", [1, 65536, 65537, 1_000_000])
 @pytest.mark.parametrize("chunked", [True, False])
 def test_a_client_that_waits_for_its_answer_does_not_seem_to_have_left(
-    balancer: BalancerProcess, backend: WireBackend, chunked: bool, size: int
+    balancer: Balancer, backend: WireBackend, chunked: bool, size: int
 ) -> None:
     """The answer comes when clients are watched already. To who asked beyond the end, Granian says they have left."""
     backend.reset()
@@ -300,7 +303,7 @@ def test_a_client_that_waits_for_its_answer_does_not_seem_to_have_left(
 @pytest.mark.parametrize("largest", [10, 5_000, 200_000])
 @pytest.mark.parametrize("chunked", [True, False])
 def test_pieces_of_any_size_arrive_as_they_were_sent(
-    balancer: BalancerProcess, backend: WireBackend, chunked: bool, largest: int
+    balancer: Balancer, backend: WireBackend, chunked: bool, largest: int
 ) -> None:
     backend.reset()
     rng = random.Random(largest)

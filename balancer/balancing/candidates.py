@@ -29,7 +29,7 @@ class Candidates:
         backends = self._backends.values()
         wanted = [backend for backend in backends if backend.is_wanted]
         ready = [backend for backend in wanted if backend.is_ready]
-        if not ready:  # better an ejected one than none
+        if not ready:  # better an ejected backend than none
             ready = [backend for backend in wanted if backend.health.status == "up"]
         known = [backend for backend in wanted if backend.health.status != "unknown"]
         self._panic(len(ready) < panic_threshold * len(known))
@@ -61,7 +61,7 @@ class Candidates:
         for backend in self.ready:
             if backend.id not in exclude and not backend.is_full:
                 (on_trial if backend.ejection.is_tried else free).append(backend)
-        free = free or on_trial  # better one on trial than none, and better one that starts slowly
+        free = free or on_trial  # better a second request to one on trial than no backend
         return [backend for backend in free if backend.slow_start.takes_part(now, slow_start)] or free
 
     def why_not(self, exclude: Collection[str], candidates: Collection[Backend] = ()) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What has changed, for whoever wants to be told: noted under the owner's lock, told after it is let go."""
+"""What has changed: noted under the owner's lock, and told to the listeners after it is released."""
 
 from __future__ import annotations
 

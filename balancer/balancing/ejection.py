@@ -1,7 +1,7 @@
 """Passive ejection: a backend that fails real traffic is taken out for a while, whatever its health checks say.
 
-    none --(`after` failures in a row)--> ejected --(its time is over)--> trial --(one good answer)--> none
-                                             ^--------(one more failure)----'
+    none --(`eject_after` failures in a row)--> ejected --(its time is over)--> trial --(one good answer)--> none
+                                                   ^--------(one more failure)----'
 
 A failure is a failed connect, a time-out, a broken answer, or 502, 503, 504; never a 4xx. Each ejection in a row lasts
 longer; the count shrinks again while the backend behaves. How much of the pool may be out is the pool's decision.
@@ -28,16 +28,16 @@ MIN_SPREAD_SECONDS = 0.001
 
 
 @dataclass(frozen=True, slots=True)
-class EjectionRules:
-    """When to eject and for how long. Times in seconds, shares from 0 to 1; `after` 0 never ejects for failures."""
+class EjectionOptions:
+    """When to eject and for how long, by the names of the settings."""
 
-    after: int = 5
-    seconds: float = 30.0
-    max_seconds: float = 300.0
-    max_share: float = 0.5
-    ends_on_check: bool = False
-    latency: LatencyMode = "off"
-    latency_factor: float = 5.0
+    eject_after: int
+    eject_seconds: float
+    eject_max_seconds: float
+    eject_max_share: float
+    eject_ends_on_check: bool
+    latency_ejection: LatencyMode
+    latency_ejection_factor: float
 
 
 @dataclass(slots=True)
@@ -52,12 +52,12 @@ class Ejection:
     reason: str | None = None
     is_tried: bool = False  # the one request of the trial is under way
 
-    def start(self, reason: str, rules: EjectionRules, now: float, luck: float) -> float:
+    def start(self, reason: str, options: EjectionOptions, now: float, luck: float) -> float:
         """Eject; returns for how many seconds. `luck` from 0 to 1 spreads the end."""
         if self.status == "none":
-            self.count -= min(self.count, int((now - self.returned_at) / rules.seconds))
+            self.count -= min(self.count, int((now - self.returned_at) / options.eject_seconds))
         self.count += 1
-        seconds = min(rules.seconds * self.count, rules.max_seconds) * (1 + JITTER * luck)
+        seconds = min(options.eject_seconds * self.count, options.eject_max_seconds) * (1 + JITTER * luck)
         self.status, self.until, self.reason = "ejected", now + seconds, reason
         self.consecutive_failures = 0
         return seconds

@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from balancer.balancing.backends import Backend, HealthStatus, LastCheck
 from balancer.balancing.changes import Note
-from balancer.balancing.ejection import WINDOW_SECONDS, EjectionRules, slow_outliers
+from balancer.balancing.ejection import WINDOW_SECONDS, EjectionOptions, slow_outliers
 from balancer.balancing.speed import FAILURE_SECONDS
 
 
 @dataclass(frozen=True, slots=True)
-class PoolOptions:
-    """What a pool and its judge need of the settings; `settings.Settings` says what each one means."""
+class PoolOptions(EjectionOptions):
+    """What a pool and its judge need of the settings, by their names."""
 
-    fall: int = 2
-    rise: int = 1
-    slow_start: float = 0.0
-    ejection: EjectionRules = field(default_factory=EjectionRules)
-    panic_threshold: float = 0.0
-    queue_limit: int = 500
-    queue_timeout: float = 5.0
+    health_fall: int
+    health_rise: int
+    slow_start: float
+    panic_threshold: float
+    queue_places: int
+    queue_timeout: float
 
 
 class Judge:
@@ -57,7 +56,7 @@ class Judge:
         if failure:
             first_byte_seconds = max(FAILURE_SECONDS, 2 * backend.speed.ewma)
         backend.speed.wait_ends(first_byte_seconds, self._clock())
-        if first_byte_seconds is not None and self.options.ejection.latency != "off":
+        if first_byte_seconds is not None and self.options.latency_ejection != "off":
             backend.window.add(first_byte_seconds)
 
     def ended(
@@ -82,28 +81,27 @@ class Judge:
         """The backend was at fault, `failure` says how."""
         if backend.health.status != "up":
             return False  # it is out already
-        ejection, rules = backend.ejection, self.options.ejection
+        ejection, after = backend.ejection, self.options.eject_after
         ejection.consecutive_failures += 1
-        if ejection.status == "none" and rules.after and ejection.consecutive_failures >= rules.after:
+        if ejection.status == "none" and after and ejection.consecutive_failures >= after:
             return self._eject(backend, f"{ejection.consecutive_failures} failures in a row, the last: {failure}")
         if ejection.status == "trial" and is_trial:
             return self._eject(backend, f"its trial request failed: {failure}")
         return False
 
     def _eject(self, backend: Backend, reason: str) -> bool:
-        """Unless too much of the pool is out already, or nobody else would be left."""
-        rules = self.options.ejection
+        """Unless too much of the pool is out already, or no other backend would be left."""
         wanted = [other for other in self._backends.values() if other.is_wanted]
         others = [other for other in wanted if other is not backend]
         out = sum(other.ejection.status != "none" for other in others)  # one on trial is no help yet
         helpers = sum(other.is_ready and other.ejection.status == "none" for other in others)
-        if out >= max(1, int(rules.max_share * len(wanted))) or not helpers:
+        if out >= max(1, int(self.options.eject_max_share * len(wanted))) or not helpers:
             if backend.ejection.status != "trial":
                 return False
             self._return(backend, "its trial request failed, but too few others are left")
             return True
         backend.tally.ejections += 1
-        seconds = backend.ejection.start(reason, rules, self._clock(), self._rng.random())
+        seconds = backend.ejection.start(reason, self.options, self._clock(), self._rng.random())
         self._note("backend_ejected", backend.id, f"for {seconds:.0f} s: {reason}", "warning")
         return True
 
@@ -113,7 +111,7 @@ class Judge:
         self._note("backend_returned", backend.id, reason, "info")
 
     def _start_slowly(self, backend: Backend) -> None:
-        """It has been away: nobody knows whether it can bear its full share at once."""
+        """It has been away, and may not bear its full share at once."""
         if self.options.slow_start > 0:
             backend.slow_start.began_at = self._clock()
 
@@ -138,12 +136,12 @@ class Judge:
 
     def _compare(self) -> bool:
         """Eject, or only name, who is much slower than its peers."""
-        rules, has_changed = self.options.ejection, False
+        mode, has_changed = self.options.latency_ejection, False
         means = {b.id: mean for b in self._backends.values() if (mean := b.window.take()) is not None and b.is_ready}
-        slow, limit = slow_outliers(means, rules.latency_factor) if rules.latency != "off" else ({}, 0.0)
+        slow, limit = slow_outliers(means, self.options.latency_ejection_factor) if mode != "off" else ({}, 0.0)
         for backend_id, mean in slow.items():
             reason = f"{mean * 1000:.0f} ms on average, its peers allow {limit * 1000:.0f} ms"
-            if rules.latency == "enforce":
+            if mode == "enforce":
                 has_changed |= self._eject(self._backends[backend_id], reason)
             else:
                 self._note("backend_slow", backend_id, f"would be ejected: {reason}", "warning")
@@ -152,7 +150,7 @@ class Judge:
     # Checks, and the data path on a refused connect.
 
     def checked(self, backend: Backend, check: LastCheck) -> bool:
-        """After `fall` failures or `rise` successes in a row the status changes.
+        """After `health_fall` failures or `health_rise` successes in a row the status changes.
 
         The first success ends `unknown` at once, and so does the first failure: nothing is known in its favour.
         """
@@ -166,11 +164,11 @@ class Judge:
         health.consecutive_successes += 1
         health.consecutive_failures = 0
         if health.status == "up":
-            if not (self.options.ejection.ends_on_check and backend.ejection.status == "ejected"):
+            if not (self.options.eject_ends_on_check and backend.ejection.status == "ejected"):
                 return False
             self._return(backend, "answers its health check")
             return True
-        if health.status == "down" and health.consecutive_successes < self.options.rise:
+        if health.status == "down" and health.consecutive_successes < self.options.health_rise:
             return False
         if health.status == "down":
             self._start_slowly(backend)
@@ -179,10 +177,10 @@ class Judge:
         return self._set(backend, "up", None)
 
     def _checked_bad(self, backend: Backend, error: str) -> bool:
-        health = backend.health
+        health, fall = backend.health, self.options.health_fall
         health.consecutive_failures += 1
         health.consecutive_successes = 0
-        if health.status == "unknown" or (health.status == "up" and health.consecutive_failures >= self.options.fall):
+        if health.status == "unknown" or (health.status == "up" and health.consecutive_failures >= fall):
             return self._set(backend, "down", error)
         if health.status == "down":
             health.reason = error

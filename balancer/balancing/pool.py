@@ -25,6 +25,7 @@ from balancer.balancing.tally import Tally
 from balancer.errors import NoRoom, Unavailable
 from balancer.protocol.client import UNWATCHED, Client
 from balancer.protocol.origin import Origin
+from balancer.protocol.request import Request
 
 if TYPE_CHECKING:
     from balancer.balancing.strategies import Strategy
@@ -77,7 +78,7 @@ class BackendPool:
     def __init__(
         self,
         strategy: Strategy,
-        options: PoolOptions | None = None,
+        options: PoolOptions,
         *,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
@@ -95,7 +96,7 @@ class BackendPool:
         self._roster = Roster(self._reweighed, self._note, clock, wall_clock)
         self._backends: Mapping[str, Backend] = self._roster.backends
         judging = (self._note, clock, wall_clock, rng or random.Random())
-        self._judge = Judge(self._backends, options or PoolOptions(), *judging)
+        self._judge = Judge(self._backends, options, *judging)
         self._candidates = Candidates(self._backends, self._note)
 
     def __repr__(self) -> str:
@@ -112,7 +113,7 @@ class BackendPool:
 
     def lease(
         self,
-        request: Any,
+        request: Request,
         exclude: Collection[str] = (),
         *,
         client: Client = UNWATCHED,
@@ -131,12 +132,12 @@ class BackendPool:
             limit = self._judge.options.queue_timeout
         return self._wait(waiter, client, limit if deadline is None else min(limit, deadline - self._clock()))
 
-    def lease_now(self, request: Any) -> Lease | None:
+    def lease_now(self, request: Request) -> Lease | None:
         """A first lease if that needs no waiting."""
         with self._lock:
             return self._choose(request, ())
 
-    def _choose(self, request: Any, exclude: Collection[str]) -> Lease | None:
+    def _choose(self, request: Request, exclude: Collection[str]) -> Lease | None:
         current = self._candidates
         candidates: Sequence[Backend] = current.ready
         excluded = current.absent
@@ -160,12 +161,12 @@ class BackendPool:
         if self._is_timed:
             backend.speed.wait_begins(self._clock())
         else:
-            lease.is_answered = True  # nobody wants to know how long that takes
+            lease.is_answered = True  # its time is of no use to the strategy, nor to ejections
         return lease
 
-    def _line_up(self, request: Any, exclude: Collection[str]) -> Waiter[Lease]:
+    def _line_up(self, request: Request, exclude: Collection[str]) -> Waiter[Lease]:
         """A place in the queue, if there is any and waiting can help."""
-        if len(self._line) < self._judge.options.queue_limit and self._candidates.is_worth_waiting(exclude):
+        if len(self._line) < self._judge.options.queue_places and self._candidates.is_worth_waiting(exclude):
             return self._line.join(request, exclude)
         raise self._refusal(exclude, f", and {len(self._line)} requests are waiting already" if self._line else "")
 
@@ -315,8 +316,8 @@ class BackendPool:
         self._strategy.backends_changed()
 
     def _settle(self) -> None:
-        """After any change: who can be served now is."""
-        self._is_timed = self._strategy.uses_times or self._judge.options.ejection.latency != "off"
+        """After any change: serve the waiters for whom there is room now."""
+        self._is_timed = self._strategy.uses_times or self._judge.options.latency_ejection != "off"
         self._candidates.refresh(self._judge.options.panic_threshold if self._had_first_round else 0.0)
         self._line.serve(self._choose)
         if self._line and not self._candidates.is_worth_waiting(()):
@@ -361,7 +362,7 @@ class BackendPool:
         with self._lock:
             shares = self._strategy.expected_shares(self._candidates.ready)
             now, wall = self._clock(), self._wall_clock()
-            limits = {"fall": self._judge.options.fall, "rise": self._judge.options.rise}
+            limits = {"fall": self._judge.options.health_fall, "rise": self._judge.options.health_rise}
             return [
                 {
                     **backend.describe(now, wall, limits),

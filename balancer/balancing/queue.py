@@ -1,7 +1,7 @@
 """Waiting for a place on a backend when all are full: one bounded queue, first come, first served.
 
 A waiter may be ahead of others and still not be served first: one that has already tried the only backend with room
-cannot use it. So nobody is ever passed over who could have been served.
+cannot use it. Such a waiter is passed over, and keeps its place; no other is.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from contextlib import suppress
 from threading import Lock
 from typing import Generic, TypeVar
 
+from balancer.protocol.request import Request
+
 Place = TypeVar("Place")
 
 
@@ -19,7 +21,7 @@ class Waiter(Generic[Place]):
 
     __slots__ = ("request", "exclude", "place", "_wake")
 
-    def __init__(self, request: object, exclude: Collection[str]) -> None:
+    def __init__(self, request: Request, exclude: Collection[str]) -> None:
         self.request = request
         self.exclude = exclude
         self.place: Place | None = None
@@ -46,7 +48,7 @@ class WaitingLine(Generic[Place]):
     def __len__(self) -> int:
         return len(self._waiters)
 
-    def join(self, request: object, exclude: Collection[str]) -> Waiter[Place]:
+    def join(self, request: Request, exclude: Collection[str]) -> Waiter[Place]:
         waiter: Waiter[Place] = Waiter(request, exclude)
         self._waiters[waiter] = None
         return waiter
@@ -56,7 +58,7 @@ class WaitingLine(Generic[Place]):
         self._waiters.pop(waiter, None)
         return waiter.place
 
-    def serve(self, choose: Callable[[object, Collection[str]], Place | None]) -> None:
+    def serve(self, choose: Callable[[Request, Collection[str]], Place | None]) -> None:
         """Give out places in the order of arrival for as long as `choose` finds any."""
         served: list[Waiter[Place]] = []
         try:
@@ -64,7 +66,7 @@ class WaitingLine(Generic[Place]):
                 waiter.place = choose(waiter.request, waiter.exclude)
                 if waiter.place is not None:
                     served.append(waiter)
-                elif not waiter.exclude:  # who excludes nobody finds nobody, so nobody behind does
+                elif not waiter.exclude:  # it takes any backend and finds none, so those behind it find none either
                     break
         finally:  # also if a strategy fails: a place that was given must be used
             for waiter in served:

@@ -76,7 +76,7 @@ class Roster:
     def update(self, backend: Backend, changes: Mapping[str, Any]) -> None:
         """Set fields, already validated."""
         real = {name: value for name, value in changes.items() if getattr(backend, name) != value}
-        if "admin_state" in real and backend.admin_state == "maint":  # nobody has looked at it since
+        if "admin_state" in real and backend.admin_state == "maint":  # its health was not checked meanwhile
             backend.health = Health(since=self._wall_clock())
         for name, value in real.items():
             setattr(backend, name, value)

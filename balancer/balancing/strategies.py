@@ -19,6 +19,7 @@ from typing import Any, ClassVar, TypeVar
 
 from balancer.balancing.backends import Backend
 from balancer.errors import SettingsError
+from balancer.protocol.request import Request
 
 ENTRY_POINT_GROUP = "load_balancer.strategies"
 UNMEASURED_SECONDS = 1.0  # what a backend without a sample counts as once it is busy; Linkerd starts there too
@@ -35,8 +36,8 @@ class Strategy:
         self.clock = clock
         self.rng = rng or random.Random()
 
-    def select(self, candidates: Sequence[Backend], request: Any) -> Backend:
-        """One of `candidates`. `request` has `method`, `target` and `headers` of the outgoing request."""
+    def select(self, candidates: Sequence[Backend], request: Request) -> Backend:
+        """One of `candidates`, for this request."""
         raise NotImplementedError
 
     def scores(self, candidates: Sequence[Backend]) -> Sequence[float] | None:
@@ -155,7 +156,7 @@ class RoundRobin(TakingTurns):
     def backends_changed(self) -> None:
         self._turns = SmoothTurns(lambda candidates: [1] * len(candidates))
 
-    def select(self, candidates: Sequence[Backend], request: Any) -> Backend:
+    def select(self, candidates: Sequence[Backend], request: Request) -> Backend:
         return self._turns.next(candidates)
 
     def expected_shares(self, ready: Sequence[Backend]) -> Mapping[str, float] | None:
@@ -169,7 +170,7 @@ class Weighted(TakingTurns):
 
     uses_times = False
 
-    def select(self, candidates: Sequence[Backend], request: Any) -> Backend:
+    def select(self, candidates: Sequence[Backend], request: Request) -> Backend:
         return self._turns.next(candidates)
 
     def expected_shares(self, ready: Sequence[Backend]) -> Mapping[str, float] | None:
@@ -187,7 +188,7 @@ class LeastConnections(TakingTurns):
     def scores(self, candidates: Sequence[Backend]) -> Sequence[float]:
         return [backend.active / backend.weight for backend in candidates]
 
-    def select(self, candidates: Sequence[Backend], request: Any) -> Backend:
+    def select(self, candidates: Sequence[Backend], request: Request) -> Backend:
         least = candidates[0]
         tied = [least]
         for backend in candidates[1:]:
@@ -208,7 +209,7 @@ class PowerOfTwo(Strategy):
 
     uses_times = False
 
-    def select(self, candidates: Sequence[Backend], request: Any) -> Backend:
+    def select(self, candidates: Sequence[Backend], request: Request) -> Backend:
         first = self._draw(candidates)
         rest = [backend for backend in candidates if backend is not first]
         if not rest:
@@ -244,7 +245,7 @@ class ExpectedSoonest(TakingTurns):
             for backend in candidates
         ]
 
-    def select(self, candidates: Sequence[Backend], request: Any) -> Backend:
+    def select(self, candidates: Sequence[Backend], request: Request) -> Backend:
         scores = self.scores(candidates)
         lowest = min(scores)
         tied = [backend for backend, score in zip(candidates, scores, strict=True) if score == lowest]

@@ -21,19 +21,10 @@ from balancer.balancing import strategies
 from balancer.balancing.backends import Backend
 from balancer.balancing.pool import BackendPool, PoolChanges
 from balancer.config import environment
-from balancer.config.settings import BackendSettings, Settings, show
+from balancer.config.settings import NEEDS_RESTART, BackendSettings, Settings, show
 from balancer.errors import SettingsError
 from balancer.protocol.origin import Origin
 
-# Bound to sockets, threads or the control API when the process starts.
-NEEDS_RESTART = frozenset(
-    {
-        *("id", "host", "port", "control_port", "control_prefix", "ca_file"),
-        *("admin_token", "page_token", "control_reads", "cors_origins", "allow_file_origin"),
-        *("max_threads", "max_queued", "thread_idle_timeout", "max_clients", "header_timeout", "max_header_bytes"),
-        *("drain_timeout", "shutdown_delay", "cpu_affinity"),
-    }
-)
 BACKEND_FIELDS = ("url", "weight", "max_connections")
 
 Sources = Mapping[str, str]

@@ -9,14 +9,16 @@ from; unknown variables are only told (`environment`).
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import ipaddress
 import os
 import re
 import stat
 import tomllib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_origin
 
 from pydantic import (
     BaseModel,
@@ -34,21 +36,49 @@ from balancer.balancing.backends import MAX_CONNECTIONS, MAX_WEIGHT
 from balancer.balancing.ejection import LatencyMode
 from balancer.config import environment, wording
 from balancer.errors import SettingsError
-from balancer.protocol.messages import is_loopback
+from balancer.protocol import headerrules
+from balancer.protocol.headerrules import NO_RULES, HeaderRules
+from balancer.protocol.messages import Network, is_loopback
 from balancer.protocol.origin import Origin
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T")
+Options = TypeVar("Options", bound="DataclassInstance")
+
+RESTART = "needs a restart"
+Fixed = Annotated[T, RESTART]  # bound to sockets, threads or paths at the start; a reload changes whatever is not Fixed
+
+# What a setting counts in stands in its schema.
+Seconds = Annotated[float, Field(ge=0.001, le=86400, allow_inf_nan=False, json_schema_extra={"unit": "seconds"})]
+SecondsOrZero = Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False, json_schema_extra={"unit": "seconds"})]
+Bytes = Annotated[int, Field(json_schema_extra={"unit": "bytes"})]
+BytesPerSecond = Annotated[int, Field(ge=0, le=1_000_000_000, json_schema_extra={"unit": "bytes/s"})]
 Port = Annotated[int, Field(ge=1, le=65535)]
-Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
-SecondsOrZero = Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False)]
 Weight = Annotated[int, Field(ge=0, le=MAX_WEIGHT), BeforeValidator(wording.no_truth_value)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 MaxConnections = Annotated[int, Field(ge=1, le=MAX_CONNECTIONS)]
 
-UNITS = {"max_header_bytes": "bytes", "max_request_body": "bytes", "min_body_rate": "bytes/s"} | dict.fromkeys(
-    ("retry_budget", "eject_max_share", "latency_ejection_factor", "panic_threshold"), ""
-)  # the other floats are seconds
 SHORTEST_TOKEN = 16  # characters: fewer can be guessed
+SHORT_FORMS = {"flag": "--backend {}", "environment": "backend {} of LB_BACKENDS"}  # where backends are told by number
 MAX_FILE = 1_048_576  # bytes of a configuration file: room for ten thousand backends
+
+
+def _header_rules(kept: Mapping[bytes, str], given: Any) -> HeaderRules:
+    """In flags and the environment they are the text that stands in the file."""
+    if isinstance(given, HeaderRules):
+        return given
+    try:
+        return HeaderRules.parse(tomllib.loads(f"it = {given}")["it"] if isinstance(given, str) else given, kept)
+    except (ValueError, RecursionError):  # no TOML; or brackets without end
+        raise ValueError(f"expected {headerrules.SHAPE}") from None
+    except SettingsError as error:
+        raise ValueError(str(error)) from None
+
+
+RequestRules = Annotated[HeaderRules, BeforeValidator(partial(_header_rules, headerrules.OF_REQUESTS))]
+ResponseRules = Annotated[HeaderRules, BeforeValidator(partial(_header_rules, headerrules.OF_RESPONSES))]
 
 
 class BackendSettings(BaseModel):
@@ -90,16 +120,20 @@ DEFAULT_BACKENDS = tuple(
 
 
 class Settings(BaseModel):
-    """All settings, checked. Times in seconds, sizes in bytes."""
+    """All settings, checked. Adding one takes its field here, and its use: `options` and `reload` go by name."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     # Who and where.
-    id: str = Field("lb-1", pattern=wording.ID, description="name of this balancer in answers and in Via")
-    host: str = Field("127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0 or :: for all")
-    port: int = Field(9000, ge=0, le=65535, description="port to listen on; 0 for any free one, which is printed")
-    control_port: Port | None = Field(None, description="port for the control paths alone, on the same address")
-    control_prefix: str = Field("", description="moves all control paths, as in /lb; the bare ones are then forwarded")
+    id: Fixed[str] = Field("lb-1", pattern=wording.ID, description="name of this balancer in answers and in Via")
+    host: Fixed[str] = Field("127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0 or :: for all")
+    port: Fixed[int] = Field(
+        9000, ge=0, le=65535, description="port to listen on; 0 for any free one, which is printed"
+    )
+    control_port: Fixed[Port | None] = Field(None, description="port for the control paths alone, on the same address")
+    control_prefix: Fixed[str] = Field(
+        "", description="moves all control paths, as in /lb; the bare ones are then forwarded"
+    )
 
     # Backends and choosing.
     backends: tuple[BackendSettings, ...] = Field(DEFAULT_BACKENDS, description="the backends; repeat --backend")
@@ -122,10 +156,16 @@ class Settings(BaseModel):
         500, ge=0, le=100_000, description="requests that wait while all are full; at most half of max_threads"
     )
     queue_timeout: Seconds = Field(5.0, description="time a request waits for a place on a backend; after that 503")
-    max_request_body: int | None = Field(None, ge=0, description="bytes; larger request bodies are refused with 413")
-    ca_file: Path | None = Field(None, description="PEM file of CAs for https backends, instead of the system's")
+    max_request_body: Bytes | None = Field(None, ge=0, description="bytes; larger request bodies are refused with 413")
+    ca_file: Fixed[Path | None] = Field(None, description="PEM file of CAs for https backends, instead of the system's")
     trusted_proxies: tuple[str, ...] = Field((), description="networks whose X-Forwarded-* and Forwarded are believed")
     expose_backend: bool = Field(False, description="add X-Served-By with the backend's id to answers")
+    request_headers: RequestRules = Field(
+        NO_RULES, description='changes of what backends get, as { set = { X-Team = "a" }, remove = ["X-Debug"] }'
+    )
+    response_headers: ResponseRules = Field(
+        NO_RULES, description='changes of what clients get, as { add = { Cache-Control = "no-store" } }'
+    )
 
     # Health checks.
     health_path: str = Field("/health", pattern=wording.PATH, description="path asked by the health checks")
@@ -156,47 +196,48 @@ class Settings(BaseModel):
     )
 
     # Control API.
-    admin_token: SecretStr | None = Field(
+    admin_token: Fixed[SecretStr | None] = Field(
         None, description="Bearer token that all writes need; at least 16 characters; LB_ADMIN_TOKEN_FILE too"
     )
-    page_token: SecretStr | None = Field(
+    page_token: Fixed[SecretStr | None] = Field(
         None,
         description="token that browsers' pages need: for writes, and on a page from disk for reads too; whoever else "
         "is local needs none",
     )
-    control_reads: Literal["open", "token"] | None = Field(
+    control_reads: Fixed[Literal["open", "token"] | None] = Field(
         None, description="who may read: open to all, or token; if left out, open to local callers alone"
     )
-    cors_origins: tuple[str, ...] = Field(
+    cors_origins: Fixed[tuple[str, ...]] = Field(
         (), description="origins of pages that may read and write, as https://ops.example"
     )
-    allow_file_origin: bool = Field(False, description="does nothing any more: a page from disk needs a token")
+    allow_file_origin: Fixed[bool] = Field(False, description="does nothing any more: a page from disk needs a token")
 
     # Process.
-    max_threads: int = Field(
+    max_threads: Fixed[int] = Field(
         1024, ge=1, le=10000, description="requests that need a thread at the same time; threads grow on demand"
     )
-    max_queued: int = Field(1024, ge=0, le=100000, description="requests that wait for a thread; above that 503")
-    thread_idle_timeout: Seconds = Field(30.0, description="time after which an idle thread ends")
-    max_clients: int = Field(10000, ge=1, le=1_000_000, description="client connections; more wait to be accepted")
-    min_body_rate: int = Field(
-        240,
-        ge=0,
-        le=1_000_000_000,
-        description="rate of a body after 5 s, either way; slower clients get 408, or are cut off; 0 for no limit",
+    max_queued: Fixed[int] = Field(1024, ge=0, le=100000, description="requests that wait for a thread; above that 503")
+    thread_idle_timeout: Fixed[Seconds] = Field(30.0, description="time after which an idle thread ends")
+    max_clients: Fixed[int] = Field(
+        10000, ge=1, le=1_000_000, description="client connections; more wait to be accepted"
     )
-    header_timeout: Seconds = Field(
+    min_body_rate: BytesPerSecond = Field(
+        240, description="rate of a body after 5 s, either way; slower clients get 408, or are cut off; 0 for no limit"
+    )
+    header_timeout: Fixed[Seconds] = Field(
         10.0, description="time for a client to send a request head; also between two on a kept connection"
     )
-    max_header_bytes: int = Field(65536, ge=8192, le=1048576, description="size of a request head; above that 431")
+    max_header_bytes: Fixed[Bytes] = Field(
+        65536, ge=8192, le=1048576, description="size of a request head; above that 431"
+    )
     max_header_count: int = Field(100, ge=1, le=100, description="header lines of a request; above that 431")
-    shutdown_delay: SecondsOrZero = Field(
+    shutdown_delay: Fixed[SecondsOrZero] = Field(
         0.0, description="time after SIGTERM in which all is served while /readyz says 503; 5 to 10 in Kubernetes"
     )
-    drain_timeout: SecondsOrZero = Field(30.0, description="time after that for requests in flight to finish")
+    drain_timeout: Fixed[SecondsOrZero] = Field(30.0, description="time after that for requests in flight to finish")
     access_log: bool = Field(False, description="log every request to stdout, in a thread of its own")
     access_log_format: Literal["text", "json"] = Field("text", description="text or json")
-    cpu_affinity: str = Field("auto", description="auto pins to one CPU, none to no CPU, or a list as 0,2")
+    cpu_affinity: Fixed[str] = Field("auto", description="auto pins to one CPU, none to no CPU, or a list as 0,2")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged, to stdout")
 
     @field_validator("*", mode="before")
@@ -270,12 +311,23 @@ class Settings(BaseModel):
         return self
 
     @property
-    def networks(self) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
+    def networks(self) -> tuple[Network, ...]:
+        """`trusted_proxies`, parsed."""
         return tuple(ipaddress.ip_network(network) for network in self.trusted_proxies)
 
+    @property
+    def queue_places(self) -> int:
+        """Whoever waits for a backend may hold a thread, and whoever has one may need a thread to finish."""
+        return min(self.queue_limit, self.max_threads // 2)
 
-# Settings that are never shown, and have no flag.
-SECRETS = frozenset({"admin_token", "page_token"})
+    def options(self, kind: type[Options]) -> Options:
+        """What one part needs to know: a dataclass whose fields have the names of settings, or of properties here."""
+        return kind(**{field.name: getattr(self, field.name) for field in dataclasses.fields(kind)})
+
+
+NEEDS_RESTART = frozenset(name for name, field in Settings.model_fields.items() if RESTART in field.metadata)
+# Never shown, and no flags.
+SECRETS = frozenset(name for name, field in Settings.model_fields.items() if field.annotation == SecretStr | None)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -296,10 +348,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def default_of(name: str) -> str:
     """A setting's default with its unit, as `--help` and the documentation show it."""
-    default = Settings.model_fields[name].default
-    if default in (None, "", ()):
+    field = Settings.model_fields[name]
+    if field.default in (None, "", (), NO_RULES):
         return "none"
-    return f"{show(default)} {UNITS.get(name, 's' if isinstance(default, float) else '')}".rstrip()
+    extra = field.json_schema_extra
+    unit = str(extra["unit"]) if isinstance(extra, dict) else ""
+    return f"{show(field.default)} {unit.replace('seconds', 's')}".rstrip()
 
 
 def load(
@@ -317,8 +371,18 @@ def load(
         for name, value in given.items():
             values[name] = _split(name, value)
             sources[name] = f"file {file}" if source == "file" else source
+    return _checked(values, sources), sources
+
+
+def given(values: Mapping[str, Any]) -> tuple[Settings, dict[str, str]]:
+    """The same for a program that names settings itself: neither a file nor the environment is read."""
+    sources = dict.fromkeys(Settings.model_fields, "default") | dict.fromkeys(values, "program")
+    return _checked({name: _split(name, value) for name, value in values.items()}, sources), sources
+
+
+def _checked(values: Mapping[str, Any], sources: Mapping[str, str]) -> Settings:
     try:
-        return Settings.model_validate(values), sources
+        return Settings.model_validate(values)
     except ValidationError as error:
         raise SettingsError("; ".join(_explain(detail, sources) for detail in error.errors())) from None
 
@@ -356,9 +420,14 @@ def show(value: Any) -> str:
 
 def describe(settings: Settings, sources: Mapping[str, str]) -> str:
     """A line per setting: name, value, source."""
-    rows = [(name, show(getattr(settings, name)), sources[name]) for name in Settings.model_fields]
+    rows = [(name, _whole(getattr(settings, name)), sources[name]) for name in Settings.model_fields]
     wide = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return "\n".join(f"{name:{wide[0]}}  {value:{min(wide[1], 40)}}  {source}" for name, value, source in rows)
+
+
+def _whole(value: Any) -> str:
+    """As `show`, with the values of header rules: whoever can ask for this can read them anyway."""
+    return value.written() if isinstance(value, HeaderRules) and value else show(value)
 
 
 def _from_file(file: Path | None) -> dict[str, Any]:
@@ -379,7 +448,8 @@ def _from_file(file: Path | None) -> dict[str, Any]:
 
 def _split(name: str, value: Any) -> Any:
     """Lists are comma-separated in the environment and in flags; backends also have a short form."""
-    if name in ("trusted_proxies", "cors_origins", "backends") and isinstance(value, str):
+    field = Settings.model_fields.get(name)
+    if isinstance(value, str) and field is not None and get_origin(field.annotation) is tuple:
         value = [item.strip() for item in value.split(",") if item.strip()]
     if name == "backends" and isinstance(value, list):
         return [BackendSettings.parse(item) if isinstance(item, str) else item for item in value]
@@ -394,11 +464,13 @@ def _explain(detail: Mapping[str, Any], sources: Mapping[str, str]) -> str:
     if not path:  # two settings that do not go together
         return wording.complaint(detail, Settings)
     name, where = str(path[0]), ".".join(str(part) for part in path)
+    if name == "backends" and len(path) > 1 and sources[name] in SHORT_FORMS:
+        where = f"{SHORT_FORMS[sources[name]].format(path[1] + 1)}: {path[2]}"
     if detail["type"] == "extra_forbidden":
         return f"unknown setting {where!r} ({sources.get(name, 'unknown')}); see --help"
-    unit = UNITS.get(name, "seconds" if isinstance(Settings.model_fields[name].default, float) else "")
-    told = f"({sources[name]}): {wording.complaint(detail, Settings, unit)}"
-    if detail["type"] == "missing" or (where == "backends" and detail["type"] == "value_error"):  # no value, or all
+    told = f"({sources[name]}): {wording.complaint(detail, Settings)}"
+    is_all = where in ("backends", "request_headers", "response_headers") and detail["type"] == "value_error"
+    if detail["type"] == "missing" or is_all:  # no value, or more than a line holds, maybe a secret
         return f"{where} {told}"
     value = "(hidden)" if name in SECRETS else wording.shown(detail["input"], hide=name == "backends")
     return f"{where} = {value} {told}"

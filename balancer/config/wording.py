@@ -26,14 +26,14 @@ def no_truth_value(value: Any) -> Any:
     return value
 
 
-def complaint(error: Mapping[str, Any], model: type[BaseModel], unit: str = "") -> str:
-    """What is wrong, and what is accepted; `unit` is that of a number."""
+def complaint(error: Mapping[str, Any], model: type[BaseModel]) -> str:
+    """What is wrong, and what is accepted."""
     if error["type"] == "value_error":  # from a validator of ours
         return str(error["msg"]).removeprefix("Value error, ")
     schema = _schema_of(error["loc"], model)
     if error["type"] == "missing":
-        return f"is missing; expected {schema.get('description', _expected(schema, unit))}"
-    return f"expected {_expected(schema, unit)}"
+        return f"is missing; expected {schema.get('description', _expected(schema))}"
+    return f"expected {_expected(schema)}"
 
 
 def shown(value: Any, hide: bool = False) -> str:
@@ -56,8 +56,8 @@ def _schema_of(path: tuple[str | int, ...], model: type[BaseModel]) -> Schema:
     return schema
 
 
-def _expected(schema: Schema, unit: str) -> str:
-    kind = schema.get("type")
+def _expected(schema: Schema) -> str:
+    kind, unit = schema.get("type"), schema.get("unit")
     if options := schema.get("enum"):
         return f"{', '.join(options[:-1])} or {options[-1]}"
     if kind in ("integer", "number"):
@@ -78,7 +78,5 @@ def _expected(schema: Schema, unit: str) -> str:
 
 
 def _range(schema: Schema) -> str:
-    least, most = schema.get("minimum"), schema.get("maximum")
-    if most is None:
-        return f", {least} or more"
-    return f" above {schema['exclusiveMinimum']}, up to {most}" if least is None else f" from {least} to {most}"
+    least, most = schema["minimum"], schema.get("maximum")
+    return f", {least} or more" if most is None else f" from {least} to {most}"

@@ -21,19 +21,20 @@ import math
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Literal
 from urllib.parse import urlsplit
 
 from flask import g, request
+from pydantic import SecretStr
 
 from balancer.control.inputs import received
 from balancer.control.neighbours import is_ours
 from balancer.control.problems import ApiError
-from balancer.protocol.incoming import header_lines
 from balancer.protocol.messages import Network, client_address, is_claim, is_loopback
+from balancer.protocol.request import header_lines
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 SIGNS_OF_A_PROXY = frozenset({b"via", b"cdn-loop", b"cf-ray"})  # beside all that a proxy claims of its client
@@ -73,24 +74,28 @@ class Guesses:
             return 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class AccessOptions:
+    """What decides, by the names of the settings; `networks` are those of proxies."""
+
+    host: str
+    admin_token: SecretStr | None
+    page_token: SecretStr | None
+    control_reads: Literal["open", "token"] | None
+    cors_origins: tuple[str, ...]
+    networks: tuple[Network, ...]
+
+
 @dataclass(slots=True)
 class Access:
-    """Decides about the request that is being answered.
+    """Decides about the request at hand. `options` may be replaced at any time; `guesses` locks itself."""
 
-    `trusted`, networks of proxies, may be replaced at any time; nothing else changes, and `guesses` locks itself.
-    """
-
-    admin_token: str | None = field(repr=False)
-    page_token: str | None = field(repr=False)
-    reads: Literal["open", "token"] | None
-    origins: frozenset[str]
-    listens_on_loopback: bool
-    trusted: Sequence[Network]
+    options: AccessOptions
     guesses: Guesses = field(default_factory=Guesses)
 
     @property
     def has_tokens(self) -> bool:
-        return self.admin_token is not None or self.page_token is not None
+        return self.options.admin_token is not None or self.options.page_token is not None
 
     def check(self, is_write: bool) -> bool:
         """True if a valid token came with the request. Raises ApiError 401, 403, 415 or 429 if it may not be done."""
@@ -112,7 +117,7 @@ class Access:
 
     def _check_site(self, origin: str | None, is_write: bool) -> None:
         """Pages of other sites: a token does not make them ours."""
-        if origin in self.origins or origin == "null":  # a sandboxed frame or a file: the token decides
+        if origin in self.options.cors_origins or origin == "null":  # a sandboxed frame or a file: the token decides
             return
         if origin is not None and origin != request.host_url.rstrip("/"):
             raise ApiError(403, f"origin {origin[:SHOWN]!r} is not allowed; add it to cors_origins")
@@ -124,9 +129,11 @@ class Access:
         if not self.has_tokens or scheme.lower() != "bearer":  # case-insensitive by RFC 9110 section 11.1
             return False
         sent = given.encode("latin-1", "replace")
-        tokens = (self.admin_token, self.page_token)
+        tokens = (self.options.admin_token, self.options.page_token)
         # Both, every time.
-        is_admin, is_page = (token is not None and hmac.compare_digest(sent, token.encode()) for token in tokens)
+        is_admin, is_page = (
+            token is not None and hmac.compare_digest(sent, token.get_secret_value().encode()) for token in tokens
+        )
         is_right = is_admin or is_page
         if is_page and origin == "null":  # not braked, or any sandboxed frame could lock the page from disk out
             return True
@@ -141,7 +148,7 @@ class Access:
         """Whose guesses count together. `Origin: null` is counted apart, or any sandboxed frame could lock this machine
         out; and an IPv6 host has a whole /64 to choose from."""
         peer = request.environ.get("REMOTE_ADDR") or "unknown"
-        address = client_address(peer, request.headers.get("X-Forwarded-For", ""), self.trusted)
+        address = client_address(peer, request.headers.get("X-Forwarded-For", ""), self.options.networks)
         try:
             return str(ipaddress.ip_network(f"{address.partition('%')[0]}/64", strict=False))
         except ValueError:  # no IPv6
@@ -151,19 +158,19 @@ class Access:
         """Why this needs a token, None if it does not."""
         if origin == "null":
             return "a page from disk or in a sandboxed frame could be anybody's"
-        if is_write and self.admin_token is not None:
+        if is_write and self.options.admin_token is not None:
             return "admin_token is set"
-        if is_write and self.page_token is not None and _is_browser():
+        if is_write and self.options.page_token is not None and _is_browser():
             return "pages of backends have the same origin as the dashboard"
-        if not is_write and self.reads is not None:
-            return 'control_reads is "token"' if self.reads == "token" else None
+        if not is_write and self.options.control_reads is not None:
+            return 'control_reads is "token"' if self.options.control_reads == "token" else None
         return self._why_not_local() or (_why_not_ours() if is_write else None)
 
     def _why_not_local(self) -> str | None:
         """Why the request may come from another machine or from a page of another site, None if it cannot."""
-        if not self.listens_on_loopback or not is_loopback(request.environ.get("REMOTE_ADDR") or ""):
+        if not is_loopback(self.options.host) or not is_loopback(request.environ.get("REMOTE_ADDR") or ""):
             return "requests come from the network"
-        if self.trusted:
+        if self.options.networks:
             return "trusted_proxies says that requests come through a proxy"
         if sign := _sign_of_a_proxy():
             return f"this came through a proxy ({sign})"

@@ -18,8 +18,8 @@ from balancer.control.control import Control, current_control
 from balancer.control.inputs import MAX_BODY
 from balancer.control.problems import ApiError
 from balancer.observe.events import REFUSED
-from balancer.protocol.incoming import header_lines, raw_target
 from balancer.protocol.messages import check_host, check_target
+from balancer.protocol.request import header_lines, raw_target
 
 READS = frozenset({"GET", "HEAD"})
 # Open to all: probes tell nothing but that it is alive, and the page has to be there to ask for a token.
@@ -57,7 +57,7 @@ def install(app: Flask, control: Control) -> None:
     # For every answer, also where no route is: an unknown path, or a method that a path has not.
     app.before_request(_admit)
     app.after_request(_protect)  # after what flask-cors does, for the last one comes first
-    origins = sorted(control.access.origins | ({"null"} if control.access.has_tokens else set()))
+    origins = [*control.access.options.cors_origins, *(["null"] if control.access.has_tokens else [])]
     CORS(
         app,
         origins=[re.compile(re.escape(origin) + r"\Z") for origin in origins],  # as text: `[` would make it a pattern

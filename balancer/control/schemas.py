@@ -75,7 +75,7 @@ _BACKEND_FIELDS: dict[str, Schema] = {
     "drained": _BOOLEAN,
     "admission": _NUMBER,
     "expected_share": _or_null(_NUMBER),
-    "source": _enum("default", "file", "environment", "flag", "api"),
+    "source": _enum("default", "file", "environment", "flag", "program", "api"),
     "overrides": {"type": "object"},
     "ejection": _object(
         status=_enum("none", "ejected", "trial"),

@@ -20,7 +20,9 @@ from typing import NamedTuple
 from balancer.upstream.tcpinfo import traffic
 
 Address = tuple[str, str]  # host and port, as Granian gives them
+Local = tuple[str, int]  # and of a listening socket, as the kernel does
 
+EVERYWHERE = ("0.0.0.0", "::")  # to listen on all addresses
 IDLE_SECONDS = 75.0  # nginx's keepalive_timeout; hyper itself ends idle HTTP/1.1 connections, but not HTTP/2 ones
 LEAST_RATE = 240  # bytes/s, the default of `min_body_rate`: to read less does not count as reading
 MOST_OWED = 262_144  # bytes of answers that a client may leave unread for as long as it likes
@@ -49,6 +51,20 @@ def cut_all(pairs: Iterable[tuple[Address, Address]]) -> None:
                 connection.shutdown(socket.SHUT_RDWR)
 
 
+def cut_port(local: Local) -> None:
+    """Shut down all connections that were accepted on this port."""
+    for connection in _sockets(_descriptors()):
+        with contextlib.suppress(OSError):  # not connected, or no more
+            if _is_from(connection, local):
+                connection.shutdown(socket.SHUT_RDWR)
+
+
+def _is_from(connection: socket.socket, local: Local) -> bool:
+    """If it was accepted there: another server in this process may have the same port of another address."""
+    host, port = connection.getsockname()[:2]
+    return port == local[1] and (host == local[0] or local[0] in EVERYWHERE)
+
+
 class _Seen(NamedTuple):
     """Of one connection, at a pass over all."""
 
@@ -61,7 +77,7 @@ class _Seen(NamedTuple):
 
 
 class Unused:
-    """Connections to our `port` that hold a place and do not use it; the passes over all that are open find them.
+    """Connections to `local` that hold a place and do not use it; the passes over all that are open find them.
 
     Only requests count as use, of which hyper has the whole head: a head that never ends, or PINGs, may come for ever.
     So does reading: answers that were handed over whole may take their client longer than IDLE_SECONDS. One that
@@ -70,8 +86,8 @@ class Unused:
     `_known` has what was seen of each connection that was open at the last pass.
     """
 
-    def __init__(self, port: int, header_timeout: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._port = port
+    def __init__(self, local: Local, header_timeout: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._local = local
         self._header_timeout = header_timeout
         self._clock = clock
         self._known: dict[tuple[Address, int], _Seen] = {}
@@ -93,7 +109,7 @@ class Unused:
         for start in range(0, len(descriptors), SLICE):
             for connection in _sockets(descriptors[start : start + SLICE]):
                 with contextlib.suppress(OSError):  # not connected, or no more
-                    if connection.getsockname()[1] == self._port:
+                    if _is_from(connection, self._local):
                         self._look(connection, is_used, handed or {}, idle_timeout, open_now)
             yield
         self._known = open_now

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from balancer.edge import accepted
 from balancer.edge.call import Call
-from balancer.edge.listener import Listener
+from balancer.edge.listener import ClientLimits, Listener
 from balancer.edge.promise import result_of, when_done
 from balancer.edge.workers import WorkerPool
 from balancer.errors import ClientStalled
@@ -50,14 +50,13 @@ class Bridge(Listener):
         self,
         app: WSGIApplication,
         pool: WorkerPool,
+        limits: ClientLimits,
         *,
-        idle_timeout: float = 60.0,
-        min_body_rate: int = 0,
         is_control: Callable[[str], bool] = lambda path: False,
         proxy: ReverseProxy | None = None,
         express: Express | None = None,
     ) -> None:
-        super().__init__(app, idle_timeout=idle_timeout, min_body_rate=min_body_rate)
+        super().__init__(app, limits)
         self.pool = pool
         self.proxy = proxy
         self.express = express
@@ -77,7 +76,7 @@ class Bridge(Listener):
             if is_control or self.proxy is None:
                 self._submit(call)
                 return
-            forwarding = call.forwarding = self.proxy.forward(call.incoming(self.proxy.heads))
+            forwarding = call.forwarding = self.proxy.forward(call.request(self.proxy.heads))
             if call.body is None and self.express is not None and forwarding.start() and self.express.wait_for(call):
                 return
             self._hand_on(call)
@@ -106,7 +105,7 @@ class Bridge(Listener):
         a worker: by this thread, which also brings each piece of it."""
         body, forwarding = call.body, call.forwarding
         if self.express is not None and self.proxy is not None and forwarding is not None and body is not None:
-            if not body.is_done and body.is_small(min(self.proxy.route.small_body, self.small_bytes)):
+            if not body.is_done and body.is_small(min(self.proxy.routes.usual.small_body, self.small_bytes)):
                 missing = body.missing()
                 if missing is not None:
                     when_done(missing, lambda _: self._go_on(call))  # first, or it could undo what a worker waits for

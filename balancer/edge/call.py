@@ -19,10 +19,10 @@ from balancer.edge.clientbody import ClientBody
 from balancer.edge.download import Download
 from balancer.edge.listener import Listener
 from balancer.edge.promise import is_done_within
-from balancer.edge.scope import environ_of, incoming_of
+from balancer.edge.scope import environ_of, request_of
 from balancer.errors import BalancerError, ClientGone, ClientStalled
-from balancer.protocol.incoming import Incoming, RequestBody
 from balancer.protocol.messages import SERVER_LINE, parse_content_length
+from balancer.protocol.request import Request, RequestBody
 
 if TYPE_CHECKING:
     from balancer.forwarding.answer import Answer
@@ -79,8 +79,8 @@ class Call:
 
     # --- Granian's thread brings it, or a worker makes an environ of it: the request. ---
 
-    def incoming(self, heads: RequestHeads) -> Incoming:
-        made = incoming_of(self.scope, heads)
+    def request(self, heads: RequestHeads) -> Request:
+        made = request_of(self.scope, heads)
         made.client = self
         if not made.head.is_bodiless:
             self.body = ClientBody(
@@ -349,7 +349,7 @@ class Call:
     # --- A worker, where the app answers: the gateway's side of PEP 3333. ---
 
     def _call_app(self) -> Iterable[bytes]:
-        environ = environ_of(self.scope, self.incoming(self.listener.heads), RequestBody(self.receive))
+        environ = environ_of(self.scope, self.request(self.listener.heads), RequestBody(self.receive))
         return self.listener.app(environ, self.start_response)
 
     def start_response(
@@ -365,5 +365,5 @@ class Call:
 
     def _write(self, piece: bytes) -> None:
         """For apps that cannot do without. Blocks while the client is slow."""
-        if not is_done_within(self._send(piece), self.listener.idle_timeout):
+        if not is_done_within(self._send(piece), self.listener.limits.idle_timeout):
             raise ClientStalled("the client read nothing in time")

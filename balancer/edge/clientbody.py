@@ -148,14 +148,14 @@ class ClientBody:
 
         Only time spent waiting here counts, so that a slow backend, for which the client has to pause, does not.
         """
-        longest = timeout or self._listener.idle_timeout
+        longest = timeout or self._listener.limits.idle_timeout
         limit = min(longest, self._listener.longest_wait(self.patience))
         started = time.monotonic()
         while not is_done_within(self._asked[0], limit):
             if timeout is not None or not self._is_excused():
                 self.is_too_slow = True
                 raise ClientTooSlow(
-                    f"the request body came at less than {self._listener.min_body_rate} bytes/s"
+                    f"the request body came at less than {self._listener.limits.min_body_rate} bytes/s"
                     if limit < longest
                     else f"nothing more of the request body came for {longest:g} s"
                 )
@@ -170,9 +170,9 @@ class ClientBody:
 
     def _is_excused(self) -> bool:
         """Other uploads of its connection hold it up. They end within `idle_timeout`, so it is excused no longer."""
-        return (
-            self._is_http2 and self._excused <= self._listener.idle_timeout and self._listener.is_held_up(self._address)
-        )
+        if not self._is_http2 or self._excused > self._listener.limits.idle_timeout:
+            return False
+        return self._listener.is_held_up(self._address)
 
     def _count_small(self) -> None:
         """Raises ClientTooSlow: what comes in so many pieces is not worth the work."""

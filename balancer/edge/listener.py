@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from threading import BoundedSemaphore
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,15 @@ AHEAD_IN_ALL, SMALL_IN_ALL = 8 * 1024 * 1024, 32 * 1024 * 1024
 STREAM_WINDOW, CONNECTION_WINDOW = 64 * 1024, 1024 * 1024
 
 
+@dataclass(frozen=True, slots=True)
+class ClientLimits:
+    """What clients are held to, by the names of the settings. `networks` of proxies have many clients behind each."""
+
+    idle_timeout: float
+    min_body_rate: int
+    networks: tuple[Network, ...]
+
+
 class Listener:
     """Each call is a `Call`, which this module does not know.
 
@@ -42,12 +52,10 @@ class Listener:
     `_begun` has who sent a request since the loop thread last replaced it, `_handed` how many bytes they were handed.
     """
 
-    def __init__(self, app: WSGIApplication, *, idle_timeout: float = 60.0, min_body_rate: int = 0) -> None:
+    def __init__(self, app: WSGIApplication, limits: ClientLimits) -> None:
         self.app = app
-        self.idle_timeout = idle_timeout
-        self.min_body_rate = min_body_rate
+        self.limits = limits  # may be replaced at any time
         self.heads = RequestHeads()  # for what the app answers; whoever forwards has its own
-        self.trusted: Sequence[Network] = ()  # proxies in front of us, each with many clients behind it
         self.is_draining = False  # set by the server: each answer asks its client to close
         self.most_read = READ_BYTES  # bytes of a body that hyper gives at a time; set by the server
         self.lingering = BoundedSemaphore(MAX_LINGERING)
@@ -89,12 +97,13 @@ class Listener:
         """Seconds, of GRACE_SECONDS at first, after so many `waited` and `size` bytes: each pays for 1/`min_body_rate`,
         and no more than `idle_timeout` are saved up. So a client that was fast may pause, and may not trickle for
         ever."""
-        rate = self.min_body_rate
-        return min(max(0.0, before - waited) + size / rate, max(self.idle_timeout, GRACE_SECONDS)) if rate else before
+        rate, most = self.limits.min_body_rate, max(self.limits.idle_timeout, GRACE_SECONDS)
+        return min(max(0.0, before - waited) + size / rate, most) if rate else before
 
     def longest_wait(self, patience: float) -> float:
         """Seconds for which a client may keep us waiting now."""
-        return min(self.idle_timeout, patience) if self.min_body_rate else self.idle_timeout
+        limits = self.limits
+        return min(limits.idle_timeout, patience) if limits.min_body_rate else limits.idle_timeout
 
     def begin_download(self, call: Any) -> None:
         self.downloads[call] = None
@@ -113,7 +122,7 @@ class Listener:
     def source_of(self, host: str) -> str:
         """Whose requests share the worker threads: an address, in IPv6 the network that one customer has. "" for a
         proxy that is trusted."""
-        if self.trusted and is_in_networks(host, self.trusted):
+        if self.limits.networks and is_in_networks(host, self.limits.networks):
             return ""
         return network_of(host)
 

@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote_to_bytes
 
-from balancer.protocol.incoming import CLIENT, HEADER_LINES, Incoming, RequestBody
+from balancer.protocol.request import CLIENT, HEADER_LINES, Request, RequestBody
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 VERSIONS = {"1": "1.0", "1.1": "1.1", "2": "2"}  # Granian calls HTTP/1.0 "1"
 
 
-def incoming_of(scope: dict[str, Any], heads: RequestHeads) -> Incoming:
+def request_of(scope: dict[str, Any], heads: RequestHeads) -> Request:
     path: bytes = scope["raw_path"]
     query: bytes = scope["query_string"]
-    return Incoming(
+    return Request(
         heads,
         scope["method"],
         (unquote_to_bytes(path) if b"%" in path else path).decode("latin-1"),
@@ -31,17 +31,17 @@ def incoming_of(scope: dict[str, Any], heads: RequestHeads) -> Incoming:
     )
 
 
-def environ_of(scope: dict[str, Any], incoming: Incoming, body: RequestBody) -> WSGIEnvironment:
+def environ_of(scope: dict[str, Any], request: Request, body: RequestBody) -> WSGIEnvironment:
     environ: WSGIEnvironment = {
-        "REQUEST_METHOD": incoming.method,
+        "REQUEST_METHOD": request.method,
         "SCRIPT_NAME": "",
-        "PATH_INFO": incoming.path,
+        "PATH_INFO": request.path,
         "QUERY_STRING": scope["query_string"].decode("latin-1"),
-        "REQUEST_URI": incoming.target.decode("latin-1"),
-        "SERVER_PROTOCOL": "HTTP/" + incoming.version,
+        "REQUEST_URI": request.target.decode("latin-1"),
+        "SERVER_PROTOCOL": "HTTP/" + request.version,
         "SERVER_NAME": scope["server"][0],
         "SERVER_PORT": scope["server"][1],
-        "REMOTE_ADDR": incoming.peer,
+        "REMOTE_ADDR": request.peer,
         "REMOTE_PORT": scope["client"][1],
         "wsgi.version": (1, 0),
         "wsgi.url_scheme": scope["scheme"],
@@ -50,16 +50,16 @@ def environ_of(scope: dict[str, Any], incoming: Incoming, body: RequestBody) -> 
         "wsgi.multithread": True,
         "wsgi.multiprocess": False,
         "wsgi.run_once": False,
-        HEADER_LINES: incoming.lines,
-        CLIENT: incoming.client,
+        HEADER_LINES: request.lines,
+        CLIENT: request.client,
     }
-    for name, value in incoming.lines:
+    for name, value in request.lines:
         key, text = _environ_key(name), value.decode("latin-1")
         if key in environ:
             environ[key] += ("; " if key == "HTTP_COOKIE" else ",") + text
         elif key:
             environ[key] = text
-    if incoming.is_ended and incoming.head.length is None:
+    if request.is_ended and request.head.length is None:
         environ["wsgi.input_terminated"] = True
     return environ
 

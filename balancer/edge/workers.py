@@ -77,8 +77,9 @@ class WorkerPool:
             self._serial += 1
             worker = _Worker()
             self._give(worker, call, share)
-            thread = Thread(target=self._work, args=(worker, self._serial), name=f"worker-{self._serial}")
-            thread.daemon = True  # a request that never ends must not keep a stopped process alive
+            # A request that never ends must not keep a stopped process alive. If that were set later, Python would ask
+            # the thread that runs this, and keep an entry for Granian's for ever.
+            thread = Thread(target=self._work, args=(worker, self._serial), name=f"worker-{self._serial}", daemon=True)
             serial, self._threads[self._serial] = self._serial, thread
         try:
             thread.start()

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from balancer.forwarding.forwarding import Forwarding
-from balancer.forwarding.route import Route
-from balancer.protocol.incoming import Incoming
+from balancer.forwarding.route import Routes
+from balancer.protocol.request import Request
 from balancer.protocol.requestheads import RequestHeads
 
 if TYPE_CHECKING:
@@ -18,26 +18,28 @@ if TYPE_CHECKING:
 
 
 class ReverseProxy:
-    """The WSGI callable. `route` and `heads` may be replaced at any time: a request keeps those it began with."""
+    """The WSGI callable. `routes` and `heads` may be replaced at any time: a request keeps those it began with."""
 
     def __init__(
         self,
         control_app: WSGIApplication,
         is_control: Callable[[str], bool],
         *,
-        route: Route,
+        routes: Routes,
         heads: RequestHeads | None = None,
     ) -> None:
         self._control_app = control_app
         self.is_control = is_control
-        self.route = route
+        self.routes = routes
         self.heads = heads or RequestHeads()
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         if self.is_control(environ["PATH_INFO"]):
             return self._control_app(environ, start_response)
-        return self.forward(Incoming.of(environ, self.heads)).run().as_wsgi(start_response)
+        return self.forward(Request.of(environ, self.heads)).run().as_wsgi(start_response)
 
-    def forward(self, incoming: Incoming) -> Forwarding:
+    def forward(self, request: Request) -> Forwarding:
         """A request that is not for the control API, counted from now on: `run` or `refuse` must follow."""
-        return Forwarding(self.route, incoming)
+        route = self.routes.find(request)
+        route.statistics.begin()
+        return Forwarding(route, request)

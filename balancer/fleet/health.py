@@ -13,6 +13,7 @@ import ssl
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from threading import Event, Thread
 
 from balancer.balancing.backends import Backend, LastCheck
@@ -32,12 +33,22 @@ ROUND_SECONDS = 1.0  # at most between two rounds, however rare the checks: `on_
 MAX_PROBES = 64  # checks at the same time; one that hangs holds one of these until its time-out
 
 
+@dataclass(frozen=True, slots=True)
+class HealthOptions:
+    """What the checks need of the settings, by their names."""
+
+    health_path: str
+    health_interval: float
+    health_timeout: float
+
+
 class Probe:
     """One `GET health_path` to a backend."""
 
-    def __init__(self, path: str, timeout: float, *, tls: ssl.SSLContext | None = None) -> None:
-        self._target = path.encode("ascii")
-        self._adapter = BackendAdapter(Timeouts(connect=timeout, response=timeout, idle=timeout), max_idle=0, tls=tls)
+    def __init__(self, options: HealthOptions, tls: ssl.SSLContext | None) -> None:
+        self._target = options.health_path.encode("ascii")
+        limit = options.health_timeout
+        self._adapter = BackendAdapter(Timeouts(limit, limit, limit, pool_idle_timeout=0), max_idle=0, tls=tls)
 
     def check(self, origin: Origin) -> LastCheck:
         """Ask once; what went wrong is `error`. Raises OutOfDescriptors alone."""
@@ -73,20 +84,20 @@ class HealthChecker:
     def __init__(
         self,
         pool: BackendPool,
-        probe: Probe,
+        options: HealthOptions,
         *,
-        interval: float = 0.5,
+        tls: ssl.SSLContext | None = None,
         on_round: Callable[[], None] | None = None,
         rng: random.Random | None = None,
     ) -> None:
         self._pool = pool
-        self._probe = probe
-        self._interval = interval
+        self._tls = tls
         self._on_round = on_round
         self._rng = rng or random.Random()
+        self._nudge = Event()
+        self.use(options)
         self._due: dict[str, float] = {}
         self._probing: set[str] = set()
-        self._nudge = Event()
         self._stopping = False
         self._probes = ThreadPoolExecutor(MAX_PROBES, thread_name_prefix="health-probe")
         self._thread = Thread(target=self._run, name="health", daemon=True)
@@ -102,9 +113,9 @@ class HealthChecker:
             self._thread.join()
         self._probes.shutdown(wait=True, cancel_futures=True)
 
-    def use(self, probe: Probe, interval: float) -> None:
+    def use(self, options: HealthOptions) -> None:
         """Other checks from now on; one under way still counts."""
-        self._probe, self._interval = probe, interval
+        self.options, self._probe = options, Probe(options, self._tls)
         self.wake()
 
     def wake(self) -> None:
@@ -133,7 +144,7 @@ class HealthChecker:
                 if isinstance(error, RuntimeError) and "shutdown" in str(error):
                     return  # no thread may start any more: the process ends, and another server has not stopped us
                 log.exception("health round failed")
-                wait = self._interval
+                wait = self.options.health_interval
             self._nudge.wait(wait)
             self._nudge.clear()
 
@@ -152,10 +163,10 @@ class HealthChecker:
             self._due[backend.id] = due
         if self._on_round is not None:
             self._on_round()
-        next_due = min(self._due.values(), default=now + self._interval)
+        next_due = min(self._due.values(), default=now + self.options.health_interval)
         return max(0.01, min(next_due - now, ROUND_SECONDS))
 
     def _pace(self, backend: Backend) -> float:
         """Seconds to the next check of this backend."""
         spread = 1 + self._rng.uniform(-JITTER, JITTER)
-        return self._interval * spread / (TRANSITION_SPEEDUP if backend.health.is_in_transition else 1)
+        return self.options.health_interval * spread / (TRANSITION_SPEEDUP if backend.health.is_in_transition else 1)

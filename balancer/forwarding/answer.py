@@ -12,7 +12,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from balancer.errors import BackendError, BalancerError, ClientGone
-from balancer.protocol.messages import ALLOWED, SERVER_LINE, Line
+from balancer.protocol.messages import SERVER_LINE, Line
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse
@@ -41,19 +41,18 @@ class Answer(NamedTuple):
         return [self.body] if isinstance(self.body, bytes) else self.body
 
 
+def whole(status: int, body: bytes = b"", *lines: Line) -> Answer:
+    """One of the balancer's own."""
+    length = (b"content-length", b"%d" % len(body))
+    return Answer(status, HTTPStatus(status).phrase, [SERVER_LINE, *lines, length], body)
+
+
 def refusal(error: BalancerError, balancer_id: str, request_id: str) -> Answer:
     """To a request that got no answer from a backend."""
-    # Nobody reads what a client that left is told.
-    status = HTTPStatus.BAD_REQUEST if isinstance(error, ClientGone) else HTTPStatus(error.status)
+    # A client that left reads no answer; 499 is for records alone.
+    status = HTTPStatus.BAD_REQUEST if isinstance(error, ClientGone) else error.status
     told = {"error": error.public or str(error), "load_balancer_id": balancer_id, "request_id": request_id}
-    body = json.dumps(told).encode()
-    lines = [SERVER_LINE, (b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    return Answer(status.value, status.phrase, [*lines, *error.headers], body)
-
-
-def to_options() -> Answer:
-    """To an OPTIONS that may be forwarded no further (RFC 9110 section 7.6.2)."""
-    return Answer(200, "OK", [SERVER_LINE, (b"allow", ALLOWED), (b"content-length", b"0")], b"")
+    return whole(status, json.dumps(told).encode(), (b"content-type", b"application/json"), *error.headers)
 
 
 class Ending(Protocol):

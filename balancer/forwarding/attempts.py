@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from balancer.balancing.pool import Lease
     from balancer.forwarding.route import Route, RouteOptions
     from balancer.protocol.origin import Origin
+    from balancer.protocol.request import Request
     from balancer.upstream.outgoing import OutgoingRequest
     from balancer.upstream.response import BackendResponse
     from balancer.upstream.sent import Sent
@@ -43,12 +44,14 @@ class Attempts:
     Notes in `record` what was tried; `started` is of time.perf_counter(). Used by one thread at a time.
     """
 
-    __slots__ = ("_route", "_options", "_request", "_record", "_started", "_lease", "_failure")
+    __slots__ = ("_route", "_request", "_outgoing", "_record", "_started", "_lease", "_failure")
 
-    def __init__(self, route: Route, request: OutgoingRequest, record: Record, started: float) -> None:
+    def __init__(
+        self, route: Route, request: Request, outgoing: OutgoingRequest, record: Record, started: float
+    ) -> None:
         self._route = route
-        self._options = route.options
         self._request = request
+        self._outgoing = outgoing
         self._record = record
         self._started = started
         self._lease: Lease | None = None  # of the last attempt, or for the next one
@@ -82,9 +85,9 @@ class Attempts:
 
     def _check_time(self) -> None:
         """Raises NoRoom if nothing was sent yet and the time is over: no backend is to blame for that."""
-        if time.monotonic() >= self._request.deadline:
+        if time.monotonic() >= self._outgoing.deadline:
             self._record.backend = None
-            raise no_thread(self._options)
+            raise no_thread(self._route.options)
 
     def run(self, stage: Stage, sent: Sent | None) -> BackendResponse:
         """Go on from `stage` until a backend has answered, another one for each attempt.
@@ -116,14 +119,14 @@ class Attempts:
 
         Nothing was sent and the body is untouched: any method. Otherwise only what may be repeated; never too late.
         """
-        tries, options, request = len(self._record.attempts), self._options, self._request
+        tries, options, outgoing = len(self._record.attempts), self._route.options, self._outgoing
         if tries > options.retries:
             return f"tried {tries} times"
-        if time.monotonic() >= request.deadline:
+        if time.monotonic() >= outgoing.deadline:
             return f"request_timeout of {options.request_timeout:g} s is over"
-        if not (isinstance(error, ConnectFailed) or request.is_retriable):
+        if not (isinstance(error, ConnectFailed) or outgoing.is_retriable):
             # Not the request's own: a client may make up a method as long as a head.
-            return f"{self._record.method} may have had its effect" if request.is_replayable else "the body is gone"
+            return f"{self._record.method} may have had its effect" if outgoing.is_replayable else "the body is gone"
         return None
 
     def _back_off(self, failure: BackendError) -> None:
@@ -141,12 +144,12 @@ class Attempts:
         tried = [attempt.backend for attempt in record.attempts]
         started = time.perf_counter()
         try:
-            lease = self._route.pool.lease(request, tried, client=request.client, deadline=request.deadline)
+            lease = self._route.pool.lease(request, tried, client=request.client, deadline=self._outgoing.deadline)
         except Unavailable as unavailable:
             record.queued += time.perf_counter() - started
             if request.client.is_gone:
                 raise ClientGone("the client left while it waited for a backend") from None
-            if failure is not None:  # what went wrong says more than that nobody else is left
+            if failure is not None:  # what went wrong says more than that no other backend is left
                 raise self._final(failure, str(unavailable)) from None
             raise
         if failure is not None and not budget.spend(*self._shares()):
@@ -157,7 +160,7 @@ class Attempts:
         record.backend = lease.backend.id
 
     def _shares(self) -> tuple[float, int]:
-        return self._options.retry_budget, self._options.retry_budget_minimum
+        return self._route.options.retry_budget, self._route.options.retry_budget_minimum
 
     def _final(self, failure: BackendError, why: str) -> BackendError:
         self._record.not_retried = why
@@ -172,10 +175,10 @@ class Attempts:
 
     def _try(self, step: Callable[[OutgoingRequest, Origin, Given], Got], given: Given) -> Got:
         """A step of it, which the adapter does. If it fails, this says who is to blame."""
-        lease, request, record = self._lease, self._request, self._record
+        lease, record = self._lease, self._record
         assert lease is not None
         try:
-            return step(request, lease.choice.origin, given)
+            return step(self._outgoing, lease.choice.origin, given)
         except Unavailable:  # it reached no backend, and none is at fault
             lease.release()
             record.attempts.pop()
@@ -185,7 +188,7 @@ class Attempts:
             self._note(error.reason, str(error))
             raise
         except BackendError as error:
-            if request.client.is_gone:
+            if self._request.client.is_gone:
                 self._note("")
                 raise ClientGone("the client left while the backend was working") from None
             self._note(error.reason, str(error))
@@ -200,7 +203,7 @@ class Attempts:
         attempt = self._record.attempts[-1]
         attempt.outcome, attempt.error = outcome, error
         attempt.seconds = time.perf_counter() - self._started - attempt.at
-        attempt.connect, attempt.resent = self._request.connect_seconds, self._request.is_resent
+        attempt.connect, attempt.resent = self._outgoing.connect_seconds, self._outgoing.is_resent
 
     # The last one's place.
 
@@ -219,7 +222,7 @@ class Attempts:
             self._note(str(status))
         if failure:
             lease.release(failure=failure)
-        elif reason is not None:  # our own answer, or nobody can tell
+        elif reason is not None:  # our own answer, or it says nothing about the backend
             lease.release()
         elif status in EJECTING_STATUSES:
             lease.release(failure=f"answered {status}")

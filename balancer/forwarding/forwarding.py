@@ -19,23 +19,17 @@ from balancer.errors import (
     ClientGone,
     NoRoom,
     Unavailable,
-    WorkerRefused,
 )
-from balancer.forwarding.answer import Answer, ResponseStream, refusal, to_options
+from balancer.forwarding.answer import Answer, ResponseStream, refusal
 from balancer.forwarding.attempts import Attempts, no_thread
 from balancer.forwarding.route import REPLAY_LIMIT, Route
 from balancer.forwarding.stage import Stage
 from balancer.observe.record import METHOD_KEPT, PATH_KEPT, Record
-from balancer.protocol.messages import (
-    Line,
-    count_down,
-    narrowed,
-    scope_of,
-)
+from balancer.protocol.messages import Line
 from balancer.upstream.outgoing import OutgoingRequest
 
 if TYPE_CHECKING:
-    from balancer.protocol.incoming import Incoming
+    from balancer.protocol.request import Request
     from balancer.upstream.response import BackendResponse
     from balancer.upstream.sent import Sent
 
@@ -53,27 +47,22 @@ class Forwarding:
     """
 
     __slots__ = (
-        *("_route", "_options", "_incoming", "_started", "_own", "_record"),
+        *("_route", "_request", "_started", "_own", "_record"),
         *("stage", "_attempts", "sent", "_decision"),
     )
 
-    def __init__(self, route: Route, incoming: Incoming) -> None:
+    def __init__(self, route: Route, request: Request) -> None:
         self._route = route
-        self._options = route.options
-        self._incoming = incoming
+        self._request = request
         self._started = time.perf_counter()
-        self._own: Line = (b"x-request-id", incoming.id)
+        self._own: Line = (b"x-request-id", request.id)
         self._record = Record(
-            timestamp=time.time(),
-            method=incoming.method[:METHOD_KEPT],
-            path=incoming.path[:PATH_KEPT],
-            request_id=incoming.id.decode("ascii"),
+            time.time(), request.method[:METHOD_KEPT], request.path[:PATH_KEPT], request.id.decode("ascii")
         )
         self.stage = Stage.FOUND
         self._attempts: Attempts  # from BUILT on
         self.sent: Sent | None = None  # by `start`
         self._decision: Answer | BalancerError | None = None  # of our own, without a backend's answer
-        route.statistics.begin()
 
     def run(self) -> Answer:
         """The whole way: admit, build, lease, send, receive, answer. Waits where it has to. Never raises."""
@@ -82,8 +71,8 @@ class Forwarding:
                 return self._answer(self.sent.response)
             # Seconds for a thread; what is built already did not have to wait for one.
             waited = time.perf_counter() - self._started if self.stage < Stage.BUILT else 0.0
-            if waited > self._options.request_timeout:
-                raise no_thread(self._options)
+            if waited > self._route.options.request_timeout:
+                raise no_thread(self._route.options)
             if self._decision is None and self.stage < Stage.ADMITTED:
                 self._admit()
             if self._decision is None and self.stage < Stage.BUILT:
@@ -105,9 +94,13 @@ class Forwarding:
         """
         try:
             if not may_connect:
+                if self._route.waits:
+                    return False
                 self._admit()
+                if self._decision is not None:
+                    return False
                 self._build()
-                if self._decision is not None or not self._attempts.lease_now():
+                if not self._attempts.lease_now():
                     return False
                 self.stage = Stage.LEASED
             self.sent = self._attempts.send_now(may_connect)
@@ -141,53 +134,47 @@ class Forwarding:
 
     def _admit(self) -> None:
         """By its head alone: no body is read for what is refused here. Raises ClientError."""
-        incoming = self._incoming
-        head = incoming.head
-        if incoming.refusal is not None:
-            raise incoming.refusal
-        if head.is_worker_script and self._route.covers_control(scope_of(incoming.target)):
-            raise WorkerRefused(
-                "a service worker from here could take over the control API; "
-                "serve its script from a folder of its own, or set control_port"
-            )
-        self._record.trace_id = head.trace_id
+        request = self._request
+        if request.refusal is not None:
+            raise request.refusal
+        self._record.trace_id = request.head.trace_id
+        for admit in self._route.admit:
+            self._decision = admit(request)
+            if self._decision is not None:
+                return
         self.stage = Stage.ADMITTED
 
     def _build(self, waited: float = 0.0) -> None:
         """The request for a backend. Reads a small body; `waited` are seconds for a thread. Raises as the body does."""
-        incoming = self._incoming
-        if incoming.method == "OPTIONS":
-            lines = count_down(incoming.head.lines)
-            if lines is None:
-                self._decision = to_options()
-                return
-            request = OutgoingRequest("OPTIONS", incoming.target, [*lines, self._own])
-        else:
-            request = OutgoingRequest(incoming.method, incoming.target, (self._own,), incoming.head)
-        request.client = incoming.client
-        if not incoming.head.is_bodiless:
-            self._add_body(request)
-        request.deadline = time.monotonic() + self._options.request_timeout - waited
-        self._attempts = Attempts(self._route, request, self._record, self._started)
+        request = self._request
+        outgoing = OutgoingRequest(request.method, request.target, (self._own,), request.head)
+        outgoing.client = request.client
+        outgoing.heads = self._route.response_heads
+        if not request.head.is_bodiless:
+            self._add_body(outgoing)
+        for send in self._route.send:
+            send(request, outgoing)
+        outgoing.deadline = time.monotonic() + self._route.options.request_timeout - waited
+        self._attempts = Attempts(self._route, request, outgoing, self._record, self._started)
         self.stage = Stage.BUILT
 
-    def _add_body(self, request: OutgoingRequest) -> None:
-        incoming, limit = self._incoming, self._options.max_request_body
-        length = incoming.head.length
+    def _add_body(self, outgoing: OutgoingRequest) -> None:
+        request, limit = self._request, self._route.options.max_request_body
+        length = request.head.length
         if length is not None:
             if limit is not None and length > limit:
                 raise BodyTooLarge(f"the request body has {length} bytes, at most {limit} are accepted")
-            chunks = incoming.read(length, None)
+            chunks = request.read(length, None)
             if length <= REPLAY_LIMIT:
-                request.set_body(b"".join(chain.from_iterable(chunks)))
+                outgoing.set_body(b"".join(chain.from_iterable(chunks)))
                 self._record.bytes_in = length
             else:
-                request.set_body(self._counted(chunks), length)
-        elif incoming.is_ended:
-            chunks = incoming.read(None, limit)
+                outgoing.set_body(self._counted(chunks), length)
+        elif request.is_ended:
+            chunks = request.read(None, limit)
             first = next(chunks, None)  # none: there is no body after all
             if first:
-                request.set_body(self._counted(chain([first], chunks)))
+                outgoing.set_body(self._counted(chain([first], chunks)))
 
     def _counted(self, chunks: Iterable[list[bytes]]) -> Iterator[list[bytes]]:
         for pieces in chunks:
@@ -198,38 +185,49 @@ class Forwarding:
 
     def _answer(self, response: BackendResponse) -> Answer:
         status, body = response.status_code, response.body
-        lines = self._with_own(response.head.for_client)
-        if self._incoming.head.is_worker_script:
-            lines = narrowed(lines, self._route.covers_control)
-        if body.is_complete and (self._incoming.version != "2" or len(body.buffered) <= WHOLE_STREAM):
+        lines = [*response.head.for_client, self._own]
+        if self._route.answer:
+            self._record.status = status
+            try:
+                lines = self._filtered(lines)
+            except BaseException:
+                self._attempts.answered(status)
+                body.close()
+                raise
+        if body.is_complete and (self._request.version != "2" or len(body.buffered) <= WHOLE_STREAM):
             self._record.bytes_out = len(body.buffered)
             self.finish(status)
             return Answer(status, response.reason, lines, body.buffered)
         self._attempts.answered(status)
         return Answer(status, response.reason, lines, ResponseStream(self, body, status))
 
-    def _with_own(self, lines: Iterable[Line]) -> list[Line]:
-        own = [*lines, self._own]
-        if self._options.expose_backend and self._record.backend is not None:
-            own.append((b"x-served-by", self._record.backend.encode("ascii")))
-        return own
-
     def _decided(self, decision: Answer | BalancerError) -> Answer:
         """The balancer's own answer to a request that got none from a backend, with the lines that each answer gets."""
+        record, reason, complete = self._record, None, True
+        record.status = decision.status
         if isinstance(decision, BalancerError):
-            self._record.error = str(decision)
+            record.error = str(decision)
             if isinstance(decision, Unavailable):
-                self._record.excluded = dict(islice(decision.excluded.items(), EXPLAINED))
-            self.finish(decision.status, reason=decision.reason, complete=not isinstance(decision, ClientGone))
-            decision = refusal(decision, self._options.balancer_id, self._record.request_id)
-        else:
-            self.finish(decision.status)
-        return decision._replace(lines=self._with_own(decision.lines))
+                record.excluded = dict(islice(decision.excluded.items(), EXPLAINED))
+            reason, complete = decision.reason, not isinstance(decision, ClientGone)
+            decision = refusal(decision, self._route.options.id, record.request_id)
+        lines = [*self._route.response_heads.ruled(decision.lines), self._own]
+        try:
+            lines = self._filtered(lines)
+        except Exception:  # a filter's surprise must not keep the answer back
+            log.exception("request %s failed", record.request_id)
+        self.finish(record.status, reason=reason, complete=complete)
+        return decision._replace(lines=lines)
+
+    def _filtered(self, lines: list[Line]) -> list[Line]:
+        for answer in self._route.answer:
+            lines = [*answer(self._request, self._record, lines)]
+        return lines
 
     # What a `ResponseStream` needs.
 
     def is_client_gone(self) -> bool:
-        return self._incoming.client.is_gone
+        return self._request.client.is_gone
 
     def count_out(self, size: int) -> None:
         self._record.bytes_out += size
@@ -239,9 +237,10 @@ class Forwarding:
 
         `status` is what the client sees; `failure` in words if the backend broke off its answer.
         """
-        if self.stage is Stage.FINISHED:
+        stage = self.stage
+        if stage is Stage.FINISHED:
             return
-        stage, self.stage = self.stage, Stage.FINISHED
+        self.stage = Stage.FINISHED
         record = self._record
         record.status = status
         record.reason = reason
@@ -249,9 +248,10 @@ class Forwarding:
         try:
             if stage >= Stage.BUILT:
                 self._attempts.end(status, reason, failure)
-        finally:
             record.seconds = time.perf_counter() - self._started
+            for done in self._route.done:
+                done(self._request, record)
+        except Exception:  # too late to answer anything else
+            log.exception("the end of request %s failed", record.request_id)
+        finally:
             self._route.statistics.record(record)
-            access_log = self._route.access_log
-            if access_log.is_on:
-                access_log.add(record, self._incoming)

@@ -18,14 +18,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Literal
 
 from balancer.observe.logwriter import LogWriter
 from balancer.observe.record import Record
-from balancer.protocol.incoming import Incoming
 from balancer.protocol.messages import Network, client_address
+from balancer.protocol.request import Request
 
 AGENT_LOGGED = 300  # bytes; lines wait in a queue, and nobody must be able to fill the memory with it
 CLIENTS_LOGGED = 1000  # bytes of X-Forwarded-For, from its end
@@ -35,38 +36,40 @@ _quote = json.JSONEncoder().encode
 Format = Callable[[Record, str | None, str, bytes | None], str]  # record, client, protocol, user agent
 
 
+@dataclass(frozen=True, slots=True)
+class LogOptions:
+    """What the access log needs of the settings, by their names."""
+
+    access_log: bool
+    access_log_format: Literal["text", "json"]
+    networks: tuple[Network, ...]
+
+
 class AccessLog:
-    """`use` may be called at any time, `add` only while it `is_on`; the writer locks itself."""
+    """`options` may be replaced at any time. The writer locks itself."""
 
-    def __init__(self, writer: LogWriter) -> None:
+    def __init__(self, writer: LogWriter, options: LogOptions) -> None:
         self._add = writer.add
-        self.is_on = False
-        self._format: Format = as_text
-        self._trusted: Sequence[Network] = ()
+        self.options = options
 
-    def use(self, format_name: Literal["text", "json"] | None, trusted: Sequence[Network] = ()) -> None:
-        """From now on lines of this format, none for None; claims of `trusted` peers are believed."""
-        self._format, self._trusted = as_json if format_name == "json" else as_text, trusted
-        self.is_on = format_name is not None
-
-    def add(self, record: Record, incoming: Incoming) -> None:
+    def done(self, request: Request, record: Record) -> None:
         """`record` is finished: nothing changes it any more."""
+        if not self.options.access_log:  # any more: it was when this request began
+            return
         agent, forwarded_for = None, b""
-        for name, value in incoming.lines:
+        for name, value in request.lines:
             if name == b"user-agent":
                 agent = value[:AGENT_LOGGED]
             elif name == b"x-forwarded-for":
                 forwarded_for = b"%s,%s" % (forwarded_for, value)
-        asked = (incoming.peer, forwarded_for[-CLIENTS_LOGGED:], incoming.version, agent)
-        self._add(partial(_line, record, asked, self._format, self._trusted))  # as they are now, not when it is made
+        asked = (request.peer, forwarded_for[-CLIENTS_LOGGED:], request.version, agent)
+        self._add(partial(_line, record, asked, self.options))  # as they are now, not when it is made
 
 
-def _line(
-    record: Record, asked: tuple[str, bytes, str, bytes | None], format_: Format, trusted: Sequence[Network]
-) -> str:
+def _line(record: Record, asked: tuple[str, bytes, str, bytes | None], options: LogOptions) -> str:
     peer, clients, version, agent = asked
-    client = None if peer == "unknown" else client_address(peer, clients.decode("latin-1"), trusted)
-    return format_(record, client, f"HTTP/{version}", agent)
+    client = None if peer == "unknown" else client_address(peer, clients.decode("latin-1"), options.networks)
+    return FORMATS[options.access_log_format](record, client, f"HTTP/{version}", agent)
 
 
 # Both formats are written out, because a line costs half as much that way as through a dictionary. Quoted is what a
@@ -105,6 +108,9 @@ def as_json(record: Record, client: str | None, protocol: str, agent: bytes | No
         f'"transfer":{_or(transfer, "null")},"attempts":[{attempts}],'
         f'"user_agent":{"null" if agent is None else _quote(as_unicode(agent))}}}'
     )
+
+
+FORMATS: dict[str, Format] = {"text": as_text, "json": as_json}
 
 
 def phases(record: Record) -> tuple[float | None, float | None, float | None, float | None]:

@@ -163,6 +163,11 @@ class Statistics:
                     return record
         return None
 
+    def newest(self, count: int) -> list[Record]:
+        """The newest finished requests, newest first."""
+        with self._lock:
+            return list(islice(reversed(self._recent), count))
+
     def recent_requests(self) -> int:
         """How many have arrived in the last KEPT_SECONDS of a Rate."""
         with self._lock:

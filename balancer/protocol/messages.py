@@ -7,7 +7,7 @@ Facts this module rests on:
 - Hop-by-hop fields belong to one connection. They go first, in both directions; what we add comes after, or a client
   could nominate our own fields in `Connection` and have them removed (section 7.6.1).
 - Everything a client says about where it comes from, or what it was after, is a claim until its address is in
-  `trusted_proxies`: applications believe it, and who was to tell them apart from what a proxy has set?
+  `trusted_proxies`: applications believe it, and cannot tell it from what a proxy has set.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _CLAIMS = frozenset(
 # Of these, what we tell ourselves, which is added to what a trusted proxy has told.
 _ADDED_TO = frozenset({b"forwarded", b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host"})
 _PASSED_ON = frozenset({b"via", b"max-forwards", b"traceparent", b"tracestate", b"service-worker"})
-_GATEWAY_FIELDS = _NOT_FORWARDED | _PASSED_ON | {b"host"}
+_SPECIAL = _NOT_FORWARDED | _PASSED_ON | {b"host"}
 # `Alt-Svc` names another way to the backend's own origin, which is not ours (RFC 7838 section 2.1).
 _NOT_RETURNED = HOP_BY_HOP | {b"alt-svc", b"x-request-id", b"x-served-by"}
 # What `Connection` may not take away: without it the message means something else.
@@ -140,7 +140,7 @@ def is_claim(name: bytes) -> bool:
 def is_plain(name: bytes) -> bool:
     """Whether this field goes on as it is. None with `_` does: WSGI and CGI fold that onto `-`, so that X_Forwarded_For
     would arrive as X-Forwarded-For."""
-    return not (name in _GATEWAY_FIELDS or b"_" in name or is_claim(name))
+    return not (name in _SPECIAL or b"_" in name or is_claim(name))
 
 
 def nominated(lines: Iterable[Line]) -> frozenset[bytes]:
@@ -218,17 +218,17 @@ def body_length(lengths: Sequence[bytes], codings: Sequence[bytes]) -> int | Non
         raise ClientError(str(error)) from None
 
 
-def count_down(lines: Iterable[Line]) -> list[Line] | None:
-    """The lines of an OPTIONS with this step taken off `Max-Forwards`; None if it may go no further (RFC 9110 section
-    7.6.2)."""
-    counted = []
-    for name, value in lines:
-        if name == b"max-forwards" and _DIGITS.match(value):
-            if int(value) == 0:
-                return None
-            value = b"%d" % (int(value) - 1)
-        counted.append((name, value))
-    return counted
+def max_forwards(values: Sequence[bytes]) -> int | None:
+    """How many more steps an OPTIONS may go, None if nothing says so (RFC 9110 section 7.6.2)."""
+    return min((int(value) for value in values if _DIGITS.match(value)), default=None)
+
+
+def count_down(lines: Iterable[Line]) -> list[Line]:
+    """Take this step off `Max-Forwards`."""
+    return [
+        (name, b"%d" % max(0, int(value) - 1)) if name == b"max-forwards" and _DIGITS.match(value) else (name, value)
+        for name, value in lines
+    ]
 
 
 def request_id(given: Sequence[bytes]) -> bytes:
@@ -285,7 +285,7 @@ def request_lines(
     kept = [line for line in lines if line[0] not in found]
     told: dict[bytes, bytes] = {}  # by a trusted proxy, of what we tell too
     if len(found) > 1 or b"host" not in found:  # more than Host, which is all that most requests have
-        kept, claims = _gateway_lines(kept, found, pseudonym)
+        kept, claims = _with_special(kept, found, pseudonym)
         if claims and is_in_networks(peer, trusted):
             kept += [(name, value) for name, values in claims.items() if name not in _ADDED_TO for value in values]
             told = {name: b", ".join(values) for name, values in claims.items() if name in _ADDED_TO}
@@ -303,7 +303,7 @@ def request_lines(
     ]
 
 
-def _gateway_lines(
+def _with_special(
     kept: list[Line], found: Mapping[bytes, Sequence[bytes]], pseudonym: bytes
 ) -> tuple[list[Line], dict[bytes, Sequence[bytes]]]:
     """(lines that go on, what the client claims), less what its `Connection` names."""
@@ -337,10 +337,12 @@ def response_lines(lines: Sequence[Line], status: int, options: frozenset[bytes]
     drop = _NOT_RETURNED if options <= _NOT_RETURNED else _NOT_RETURNED | options
     if status == 204:  # RFC 9110 section 8.6
         drop |= {b"content-length"}
-    kept = [line for line in lines if line[0] not in drop]
-    if not any(name == b"server" for name, _ in kept):
-        kept.append(SERVER_LINE)
-    return kept
+    return named([line for line in lines if line[0] not in drop])
+
+
+def named(lines: list[Line]) -> list[Line]:
+    """With a `Server`: if these have none, ours."""
+    return lines if any(name == b"server" for name, _ in lines) else [*lines, SERVER_LINE]
 
 
 def scope_of(target: bytes) -> str:
@@ -379,7 +381,7 @@ def is_in_networks(address: str, networks: Sequence[Network]) -> bool:
 
 
 def network_of(address: str) -> str:
-    """Whoever has one IPv6 address has as many as its /64 holds (RFC 6177); an IPv4 address stands for itself."""
+    """One customer has a whole /64 of IPv6 addresses (RFC 6177); an IPv4 address stands for itself."""
     if ":" not in address:
         return address
     try:

@@ -1,7 +1,7 @@
 """What follows from the header section of a request, worked out once.
 
-Clients send the same header section over and over: whoever keeps a connection does with each request. So what follows
-from one is looked up from then on.
+A client that keeps its connection sends the same header section with each request. So what follows from one is looked
+up from then on.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from itertools import chain
 
 from balancer.errors import BalancerError
+from balancer.protocol.headerrules import NO_RULES, HeaderRules
 from balancer.protocol.messages import (
     Line,
     Network,
@@ -29,6 +30,7 @@ HEADS_ROOM, LARGEST_HEAD = 2 * 1024 * 1024, 8192
 LINE_BYTES, HEAD_BYTES = 200, 1200
 MOST_LINES = 100  # of a header section; more, which HTTP/2 may bring, are not even looked at
 NAMES_ROOM, NAME_BYTES, LONGEST_NAME = 65536, 150, 64  # for field names, of each beside its own bytes, and to be kept
+_RARE = frozenset({b"service-worker", b"max-forwards"})
 _EACH_TIME_NEW = frozenset({b"x-request-id", b"traceparent"})  # to keep a section that has one would be in vain
 
 # What a RequestHead depends on: header lines as received, peer, scheme, HTTP version.
@@ -38,7 +40,7 @@ Section = tuple[tuple[Line, ...], str, str, str]
 class RequestHead:
     """What follows from the header section of a request. One may serve many requests, so it never changes."""
 
-    __slots__ = ("lines", "raw", "fields", "length", "is_bodiless", "trace_id", "is_worker_script", "refusal")
+    __slots__ = ("lines", "raw", "fields", "length", "is_bodiless", "trace_id", "is_rare", "refusal")
 
     def __init__(self, section: Section, heads: RequestHeads) -> None:
         lines, peer, scheme, version = section
@@ -47,7 +49,7 @@ class RequestHead:
         # HTTP/2 tells only at its end whether there is a body (RFC 9113 section 8.1).
         self.is_bodiless = version != "2" and self.fields.keys().isdisjoint((b"content-length", b"transfer-encoding"))
         self.trace_id = self._trace_id()
-        self.is_worker_script = b"service-worker" in self.fields
+        self.is_rare = not self.fields.keys().isdisjoint(_RARE)  # what few clients send, and some filters look at
         self.refusal: BalancerError | None = None
         self.lines: tuple[Line, ...] = ()  # for the backend, without framing fields and X-Request-ID
         try:
@@ -56,17 +58,16 @@ class RequestHead:
             self.length = body_length(self.fields.get(b"content-length", ()), codings)
             check_host(self.fields.get(b"host", ()), version)
             check_codings(codings)
-            self.lines = tuple(
-                request_lines(
-                    lines,
-                    self.fields,
-                    peer=peer,
-                    scheme=scheme,
-                    http_version=version,
-                    pseudonym=heads.pseudonym,
-                    trusted=heads.trusted,
-                )
+            made = request_lines(
+                lines,
+                self.fields,
+                peer=peer,
+                scheme=scheme,
+                http_version=version,
+                pseudonym=heads.pseudonym,
+                trusted=heads.trusted,
             )
+            self.lines = tuple(heads.rules.applied(made) if heads.rules else made)
         except BalancerError as error:
             self.refusal = error.to_keep()
         self.raw = b"".join([b"%s: %s\r\n" % line for line in self.lines])  # as they go out
@@ -79,15 +80,6 @@ class RequestHead:
         return found
 
 
-def _weigh(section: Section, head: RequestHead) -> int:
-    """0 if it will hardly come again, or takes too much; what goes to the backend may be much less than what came."""
-    if head.refusal is not None or not head.fields.keys().isdisjoint(_EACH_TIME_NEW):
-        return 0
-    lines = section[0]
-    size = HEAD_BYTES + LINE_BYTES * len(lines) + 2 * sum(map(len, chain.from_iterable(lines)))
-    return size if size <= LARGEST_HEAD else 0
-
-
 def _weigh_name(name: bytes, is_plain: bool) -> int:
     return NAME_BYTES + len(name) if len(name) <= LONGEST_NAME else 0
 
@@ -96,15 +88,28 @@ class RequestHeads:
     """Looks up, or works out, what follows from a header section. Any thread may call.
 
     `pseudonym` is our name in `Via`; claims of peers in `trusted` networks are believed; sections of more than
-    `max_lines` are refused.
+    `max_lines` are refused; `rules` change what goes to backends.
     """
 
     def __init__(
-        self, pseudonym: bytes = b"lb-1", trusted: Sequence[Network] = (), max_lines: int = MOST_LINES
+        self,
+        pseudonym: bytes = b"lb-1",
+        trusted: Sequence[Network] = (),
+        max_lines: int = MOST_LINES,
+        rules: HeaderRules = NO_RULES,
     ) -> None:
-        self.pseudonym, self.trusted, self.max_lines = pseudonym, trusted, max_lines
+        self.pseudonym, self.trusted, self.max_lines, self.rules = pseudonym, trusted, max_lines, rules
+        self._size_of_rules = rules.size
         self._are_plain = Table(is_plain, NAMES_ROOM, _weigh_name)
-        self._table: Table[Section, RequestHead] = Table(self._work_out, HEADS_ROOM, _weigh)
+        self._table: Table[Section, RequestHead] = Table(self._work_out, HEADS_ROOM, self._weigh)
+
+    def _weigh(self, section: Section, head: RequestHead) -> int:
+        """0 if it will hardly come again, or takes too much; what goes to the backend may be much less than it."""
+        if head.refusal is not None or not head.fields.keys().isdisjoint(_EACH_TIME_NEW):
+            return 0
+        lines = section[0]
+        size = HEAD_BYTES + LINE_BYTES * len(lines) + 2 * sum(map(len, chain.from_iterable(lines)))
+        return size + self._size_of_rules if size <= LARGEST_HEAD else 0
 
     def of(self, lines: Sequence[Line], peer: str, scheme: str, version: str) -> RequestHead:
         section = (tuple(lines), peer, scheme, version)

@@ -9,9 +9,19 @@ response, chunked, a folded or odd line) is left to llhttp, which decides.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from balancer.protocol.messages import BODILESS_STATUSES, NONE, Line, is_content_length, options_of, response_lines
+from balancer.protocol.headerrules import NO_RULES, HeaderRules
+from balancer.protocol.messages import (
+    BODILESS_STATUSES,
+    NONE,
+    Line,
+    is_content_length,
+    named,
+    options_of,
+    response_lines,
+)
 from balancer.protocol.tables import Table
 
 # RFC 9112 section 4: the reason phrase may be empty, the blank before it may not be left out.
@@ -37,7 +47,7 @@ class PlainHead:
     options: frozenset[bytes]  # of `Connection`
     length: int | None  # Content-Length
     size: int  # bytes of the head, the empty line included
-    for_client: tuple[Line, ...]  # the lines that go on
+    for_client: tuple[Line, ...]  # the lines for the client
     whole: int | None  # bytes of the response, unless to HEAD, if the connection can be kept after so many of them
 
 
@@ -68,19 +78,28 @@ def _weigh_head(data: bytes, head: PlainHead | None) -> int:
 
 
 class ResponseHeads:
-    """Looks up, or parses, heads of the usual shape. Any thread may call."""
+    """Looks up, or parses, heads of responses. Any thread may call. `rules` change what goes to clients."""
 
-    def __init__(self) -> None:
+    def __init__(self, rules: HeaderRules = NO_RULES) -> None:
+        self.rules = rules
         self._statuses = Table(_parse_status, STATUSES_ROOM, _weigh_line)
         self._lines = Table(_parse_line, LINES_ROOM, _weigh_line)
-        self._heads = Table(self._parse_head, HEADS_ROOM, _weigh_head)
+        self._heads = Table(self._parse, HEADS_ROOM, _weigh_head)
 
-    def parse(self, data: bytes) -> PlainHead | None:
+    def plain(self, data: bytes) -> PlainHead | None:
         """The head at the start of `data`, None if it is not whole or not plain."""
         end = data.find(b"\r\n\r\n", 0, MAX_HEAD)
         return self._heads[data[:end]] if end > 0 else None
 
-    def _parse_head(self, data: bytes) -> PlainHead | None:
+    def for_client(self, lines: Sequence[Line], status: int, options: frozenset[bytes]) -> list[Line]:
+        """The lines for the client; `options` are those of `Connection`."""
+        return self.ruled(response_lines(lines, status, options))
+
+    def ruled(self, lines: list[Line]) -> list[Line]:
+        """Lines for the client, those of our own answers as well, by the rules."""
+        return named(self.rules.applied(lines)) if self.rules else lines
+
+    def _parse(self, data: bytes) -> PlainHead | None:
         first, *rest = data.split(b"\r\n")
         status = self._statuses[first]
         if status is None:
@@ -106,6 +125,6 @@ class ResponseHeads:
             options,
             length,
             size,
-            for_client=tuple(response_lines(lines, status[0], options)),
+            for_client=tuple(self.for_client(lines, status[0], options)),
             whole=size + (length or 0) if can_be_kept else None,
         )

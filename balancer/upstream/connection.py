@@ -17,7 +17,7 @@ _PEEK = int(getattr(socket, "MSG_PEEK", 0)) | DONTWAIT
 # Bytes per receive: 128 KiB of body and a head. Each piece is handed on by a switch of threads, so larger is cheaper;
 # and a slow client has up to six of them in flight, so larger is more memory: `download` says how much is asked for.
 CHUNK = 135168
-FIRST = 33792  # of an answer, 32 KiB of body and a head: nobody knows yet how fast its client reads
+FIRST = 33792  # of an answer, 32 KiB of body and a head: how fast its client reads is not known yet
 CLOSE_ENOUGH = 0.99  # of a time limit
 
 

@@ -12,13 +12,14 @@ from balancer.protocol.client import UNWATCHED, Client
 from balancer.protocol.messages import IDEMPOTENT, HeaderLines, Line
 from balancer.protocol.origin import Origin
 from balancer.protocol.requestheads import RequestHead
+from balancer.protocol.responseheads import ResponseHeads
 
 
 class OutgoingRequest(PreparedRequest):
     """A PreparedRequest that knows its raw target and the client that waits for it.
 
-    `shared` is what it has in common with others of its client, `own` are header lines of this request alone. `head`
-    goes out first, `framing` after it, which says how long the body is.
+    `shared` is what it has in common with others of its client, `own` are header lines of this request alone. `framing`
+    says how long the body is.
     """
 
     # What the base class sets for each request, and what most requests leave as it is.
@@ -33,6 +34,7 @@ class OutgoingRequest(PreparedRequest):
     client: Client = UNWATCHED
     deadline = math.inf  # of time.monotonic(), for all attempts together
     connect_seconds: float | None = None  # what the last attempt spent on a new connection, None for a kept one
+    heads: ResponseHeads | None = None  # by whose rules it is answered, the adapter's own if there are none
     is_resent = False  # the last attempt's kept connection had died, so it was sent once more on a fresh one
 
     def __init__(self, method: str, target: bytes, own: Sequence[Line], shared: RequestHead | None = None) -> None:
@@ -41,10 +43,6 @@ class OutgoingRequest(PreparedRequest):
         self.target = target
         self.own = own
         self.shared = shared
-        raw = shared.raw if shared is not None else b""
-        for line in own:
-            raw += b"%s: %s\r\n" % line
-        self.head = b"%s %s HTTP/1.1\r\n%s" % (method.encode(), target, raw)
         if method in ("POST", "PUT", "PATCH"):  # RFC 9110 section 8.6
             self.framing = b"content-length: 0\r\n"
 
@@ -59,9 +57,20 @@ class OutgoingRequest(PreparedRequest):
         self.is_chunked = length is None
         self.framing = b"transfer-encoding: chunked\r\n" if length is None else b"content-length: %d\r\n" % length
 
+    def head(self) -> bytes:
+        """Request line and header section."""
+        raw = self.shared.raw if self.shared is not None else b""
+        for line in self.own:
+            raw += b"%s: %s\r\n" % line
+        return b"%s %s HTTP/1.1\r\n%s%s\r\n" % (str(self.method).encode(), self.target, raw, self.framing)
+
     @property
     def lines(self) -> list[Line]:
         return [*self.shared.lines, *self.own] if self.shared is not None else [*self.own]
+
+    @lines.setter
+    def lines(self, lines: Sequence[Line]) -> None:
+        self.own, self.shared = lines, None
 
     @property
     def headers(self) -> HeaderLines:  # type: ignore[override]

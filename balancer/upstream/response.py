@@ -22,7 +22,6 @@ from balancer.protocol.messages import (
     Line,
     nominated,
     parse_content_length,
-    response_lines,
 )
 from balancer.protocol.responseheads import MAX_HEAD, PlainHead, ResponseHeads
 from balancer.protocol.texts import shown
@@ -88,7 +87,7 @@ class ResponseHead:
     def feed(self, data: bytes) -> bool:
         """Parse. Returns False if bytes followed the end of the response. Raises InvalidResponse."""
         if self._parser is None:
-            plain = self._heads.parse(data)
+            plain = self._heads.plain(data)
             if plain is not None:
                 self._take(plain, data)
                 return True
@@ -105,10 +104,10 @@ class ResponseHead:
 
     @property
     def for_client(self) -> Sequence[Line]:
-        """The lines that go on."""
+        """The lines for the client."""
         if self.plain is not None:
             return self.plain.for_client
-        return response_lines(self.lines, self.status, self.options)
+        return self._heads.for_client(self.lines, self.status, self.options)
 
     def is_large(self) -> bool:
         return sum(len(name) + len(value) + len(b": \r\n") for name, value in self.lines) > MAX_HEAD

@@ -19,14 +19,14 @@ class Sent:
     """A request that is on its way, and what has come back so far."""
 
     __slots__ = (
-        *("connection", "request", "_heads", "begun", "deadline"),
+        *("connection", "request", "heads", "begun", "deadline"),
         *("rest", "is_whole", "is_clean", "response", "failure"),
     )
 
     def __init__(self, connection: Connection, request: OutgoingRequest, heads: ResponseHeads, deadline: float) -> None:
         self.connection = connection
         self.request = request
-        self._heads = heads
+        self.heads = heads
         self.begun: ResponseHead | None = None  # the head of the response, once some of it is here; few need it
         self.deadline = deadline  # of time.monotonic(), for the response head
         self.rest = b""  # what is still to be sent
@@ -38,14 +38,14 @@ class Sent:
     @property
     def head(self) -> ResponseHead:
         if self.begun is None:
-            self.begun = ResponseHead(self._heads)
+            self.begun = ResponseHead(self.heads)
         return self.begun
 
     def write(self) -> None:
         """Send the request. If a streamed body is refused before its end (413, 401), stop. A broken pipe is not final:
         the answer may be here already."""
         request = self.request
-        head = b"%s%s\r\n" % (request.head, request.framing)
+        head = request.head()
         if request.body is None:
             self.is_whole = self._write(head)
         elif request.is_replayable:
@@ -56,7 +56,7 @@ class Sent:
     def write_now(self) -> None:
         """Send as much of a replayable request as goes without waiting, and leave the `rest`."""
         request = self.request
-        data = b"%s%s\r\n%s" % (request.head, request.framing, request.body or b"")
+        data = request.head() + (request.body or b"")
         try:
             size = self.connection.sock.send(data, DONTWAIT)
         except BlockingIOError:

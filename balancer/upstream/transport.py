@@ -36,32 +36,31 @@ SMALL_BODY = 131072  # bytes of an answer that is passed on in one piece if all 
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """Seconds. `response` is until the response head is complete, `idle` between two pieces of either body."""
+    """Seconds, by the names of the settings."""
 
-    connect: float = 3.0
-    response: float = 30.0
-    idle: float = 60.0
+    connect_timeout: float
+    response_timeout: float
+    idle_timeout: float
+    pool_idle_timeout: float
 
 
 class BackendAdapter(BaseAdapter):
     """Sends requests to backends over pooled connections. Thread-safe.
 
     `_lock` guards `_idle`: per origin, the idle connections, the newest last. Sockets are opened, checked and closed
-    outside it. `timeouts` and `pool_idle_timeout` may be replaced at any time.
+    outside it. `timeouts` may be replaced at any time.
     """
 
     def __init__(
         self,
-        timeouts: Timeouts | None = None,
+        timeouts: Timeouts,
         *,
-        pool_idle_timeout: float = 4.0,
         max_idle: int = MAX_IDLE_PER_BACKEND,
         tls: ssl.SSLContext | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__()
-        self.timeouts = timeouts or Timeouts()
-        self.pool_idle_timeout = pool_idle_timeout
+        self.timeouts = timeouts
         self._max_idle = max_idle
         self._tls = tls
         self._clock = clock
@@ -111,8 +110,8 @@ class BackendAdapter(BaseAdapter):
                 return None
             connection = self._connect(origin, request)
         request.client.attach(connection)
-        deadline = min(time.monotonic() + self.timeouts.response, request.deadline)
-        sent = Sent(connection, request, self._heads, deadline)
+        deadline = min(time.monotonic() + self.timeouts.response_timeout, request.deadline)
+        sent = Sent(connection, request, request.heads or self._heads, deadline)
         try:
             sent.write_now()
         except BaseException:
@@ -128,7 +127,7 @@ class BackendAdapter(BaseAdapter):
             data = connection.receive_now(FIRST)
             if data is None:
                 return False
-            plain = self._heads.parse(data) if sent.is_whole and sent.begun is None else None
+            plain = sent.heads.plain(data) if sent.is_whole and sent.begun is None else None
             if plain is None or plain.whole != len(data) or request.method == "HEAD":
                 return self._look_closer(sent, data, most)
             # Of the usual shape, and all of it: by far the most are so.
@@ -155,13 +154,13 @@ class BackendAdapter(BaseAdapter):
 
     def _send(self, connection: Connection, request: OutgoingRequest) -> Sent:
         timeouts = self.timeouts
-        seconds, deadline = timeouts.response, time.monotonic() + timeouts.response
+        seconds, deadline = timeouts.response_timeout, time.monotonic() + timeouts.response_timeout
         if request.is_replayable:
             deadline = min(deadline, request.deadline)
         else:  # a streamed body may take as long as it needs to come; there is only one attempt with it anyway
-            seconds = timeouts.idle
+            seconds = timeouts.idle_timeout
         request.client.attach(connection)
-        sent = Sent(connection, request, self._heads, deadline)
+        sent = Sent(connection, request, request.heads or self._heads, deadline)
         try:
             connection.set_timeout(seconds)
             sent.write()
@@ -175,13 +174,14 @@ class BackendAdapter(BaseAdapter):
             if sent.failure is not None:
                 raise sent.failure
             if sent.rest:
-                sent.connection.set_timeout(self.timeouts.response)
+                sent.connection.set_timeout(self.timeouts.response_timeout)
                 sent.write_rest()
             if sent.response is None:
                 sent.receive_head(self._seconds_left(sent))
                 sent.response = self._respond(sent)
         except BaseException:
             sent.close()
+            sent.failure = None  # raised, it refers to `sent` as well: garbage of the slow kind otherwise
             raise
         return sent.response
 
@@ -200,19 +200,19 @@ class BackendAdapter(BaseAdapter):
         if body.is_complete:
             body.close()
         else:
-            connection.set_timeout(self.timeouts.idle)
+            connection.set_timeout(self.timeouts.idle_timeout)
         return BackendResponse(sent.head, body, request)
 
     def _seconds_left(self, sent: Sent) -> float:
         """For the rest of the response head. A streamed body took its own time to be sent."""
         if not sent.request.is_replayable:
-            return self.timeouts.response
+            return self.timeouts.response_timeout
         return max(0.001, sent.deadline - time.monotonic())
 
     def _connect(self, origin: Origin, request: OutgoingRequest) -> Connection:
         started = time.monotonic()
         try:
-            return self._open(origin, max(0.001, min(self.timeouts.connect, request.deadline - started)))
+            return self._open(origin, max(0.001, min(self.timeouts.connect_timeout, request.deadline - started)))
         finally:
             request.connect_seconds = time.monotonic() - started
 
@@ -251,7 +251,7 @@ class BackendAdapter(BaseAdapter):
 
     def _take(self, origin: Origin) -> Connection | None:
         """The most recently used idle connection that is still good; closes those that are not."""
-        oldest = self._clock() - self.pool_idle_timeout
+        oldest = self._clock() - self.timeouts.pool_idle_timeout
         while True:
             with self._lock:
                 idle = self._idle.get(origin)
@@ -283,7 +283,7 @@ class BackendAdapter(BaseAdapter):
 
     def close_idle(self) -> None:
         """Close what has been idle too long."""
-        oldest = self._clock() - self.pool_idle_timeout
+        oldest = self._clock() - self.timeouts.pool_idle_timeout
         expired: list[Connection] = []
         with self._lock:
             for origin, idle in list(self._idle.items()):

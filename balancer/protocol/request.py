@@ -1,6 +1,6 @@
 """Requests as they come in, and their bodies: from our own server as they are, from any other through WSGI.
 
-Our own server puts into environ what PEP 3333 has no place for; under any other, `Incoming.of` makes do without.
+Our own server puts into environ what PEP 3333 has no place for; under any other, `Request.of` makes do without.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from urllib.parse import quote_from_bytes
 
 from balancer.errors import BalancerError, BodyTooLarge, ClientGone
 from balancer.protocol.client import UNWATCHED, Client
-from balancer.protocol.messages import Line, check_method, check_target, request_id
+from balancer.protocol.messages import HeaderLines, Line, check_method, check_target, request_id
 from balancer.protocol.requestheads import RequestHead, RequestHeads
 
 if TYPE_CHECKING:
@@ -23,11 +23,12 @@ CLIENT = "balancer.client"  # its `protocol.client.Client`
 READ_SIZE = 65536
 
 
-class Incoming:
-    """A request as it came, whichever server brought it. `target` is raw; header lines have lower-case names.
+class Request:
+    """A request as it came, whichever server brought it: what strategies, filters and the access log see of it.
 
-    `refusal` is what speaks against it before anybody has looked at the body. `id` is X-Request-ID, the client's if it
-    is a sane one. `is_ended` says that the server tells where a body without a length ends.
+    `target` is raw, `lines` are as they came with names in lower case, `head` is what follows from them. `refusal` is
+    what speaks against it before anybody has looked at the body. `id` is X-Request-ID, the client's if it is a sane
+    one. `is_ended` says that the server tells where a body without a length ends.
     """
 
     __slots__ = (
@@ -65,7 +66,7 @@ class Incoming:
         self.client: Client = UNWATCHED
 
     @classmethod
-    def of(cls, environ: WSGIEnvironment, heads: RequestHeads) -> Incoming:
+    def of(cls, environ: WSGIEnvironment, heads: RequestHeads) -> Request:
         """From what WSGI gives, which is all there is under another server than our own."""
         version = environ["SERVER_PROTOCOL"].removeprefix("HTTP/")
         made = cls(
@@ -82,6 +83,11 @@ class Incoming:
         made.stream = environ["wsgi.input"]
         made.client = environ.get(CLIENT, UNWATCHED)
         return made
+
+    @property
+    def headers(self) -> HeaderLines:
+        """As backends get them, but for X-Request-ID: with what we tell, without claims of whom nobody trusts."""
+        return HeaderLines(self.head.lines)
 
     def values(self, name: bytes) -> Sequence[bytes]:
         """Of a field that means something to a gateway, one for each line."""

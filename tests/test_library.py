@@ -1,0 +1,281 @@
+"""The balancer in a program of yours: no process, no signals; it starts soon, and ends whole whatever clients do."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from support import PYTHON, ROOT, ScriptedBackend, connect, fetch, fetch_json, free_port, get, ok, read_all, wait_until
+from wire import WireBackend
+
+import balancer
+from balancer import LoadBalancer, SettingsError
+from balancer.config.settings import BackendSettings
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0"  # and empty SETTINGS
+
+
+@pytest.fixture
+def second() -> Iterator[ScriptedBackend]:
+    backend = ScriptedBackend()
+    yield backend
+    backend.close()
+
+
+def held() -> tuple[int, int]:
+    """Threads of this process, native ones too, and its descriptors."""
+    return len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
+
+
+def nothing_is_left(before: tuple[int, int]) -> None:
+    """Granian's threads are native: they end by themselves, a moment after the last connection."""
+    wait_until(lambda: all(now <= then for now, then in zip(held(), before, strict=True)), what="nothing is left")
+
+
+def test_it_serves_within_a_with_block(scripted: WireBackend) -> None:
+    scripted.reset()
+    with LoadBalancer([scripted.url]) as lb:
+        assert fetch(f"{lb.url}/x")[::2] == (200, b"ok")
+        assert fetch(f"{lb.url}/livez")[0] == 200
+        wait_until(lambda: lb.requests(1))
+    with pytest.raises(OSError):
+        fetch(f"{lb.url}/x")
+    (why,) = lb.requests(1)  # what it did can still be asked for
+    assert (why["path"], why["status"], why["tried"][0]["backend"]) == ("/x", 200, "backend_1")
+    assert [event["kind"] for event in lb.events()] == ["backend_up", "draining"]
+
+
+def test_backends_in_every_form() -> None:
+    forms = ["http://127.0.0.1:1", "b=http://127.0.0.1:2@3", {"id": "c", "url": "http://127.0.0.1:3"}]
+    lb = LoadBalancer([*forms, BackendSettings(id="d", url="http://127.0.0.1:4")], slow_start=3)
+    shown = [(each.id, each.origin.url, each.weight) for each in lb.pool.backends()]
+    assert shown == [
+        ("backend_1", "http://127.0.0.1:1", 1),
+        ("b", "http://127.0.0.1:2", 3),
+        ("c", "http://127.0.0.1:3", 1),
+        ("d", "http://127.0.0.1:4", 1),
+    ]
+    assert (lb.settings.slow_start, lb.settings.port, lb.settings.host) == (3.0, 0, "127.0.0.1")
+    assert LoadBalancer("http://127.0.0.1:1").pool.backends()[0].origin.url == "http://127.0.0.1:1"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"port": "x"}, ["port", "'x'", "program"]),
+        ({"algoritm": "weighted"}, ["algoritm"]),
+        ({"algorithm": "fastest"}, ["fastest", "round_robin"]),
+        ({"backends": ["nowhere"]}, ["nowhere", "http://HOST:PORT"]),
+    ],
+)
+def test_a_wrong_setting_is_one_line(wrong: dict[str, object], named: list[str]) -> None:
+    with pytest.raises(SettingsError) as error:
+        LoadBalancer(**wrong)  # type: ignore[arg-type]
+    assert all(word in str(error.value) for word in named) and "\n" not in str(error.value)
+
+
+def test_neither_the_environment_nor_the_process_is_touched(
+    scripted: WireBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LB_ALGORITHM", "fastest")
+
+    def settings_of_the_process() -> list[object]:
+        signals = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+        root = logging.getLogger()
+        return [signals, os.sched_getaffinity(0), gc.get_threshold(), gc.get_freeze_count(), root.level, root.handlers]
+
+    before = settings_of_the_process()
+    with LoadBalancer([scripted.url]) as lb:
+        assert fetch(lb.url)[0] == 200
+        assert settings_of_the_process() == before
+    assert settings_of_the_process() == before
+
+
+def test_a_taken_port_is_named_and_nothing_stays_open(scripted: WireBackend) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port, before = taken.getsockname()[1], held()
+        lb = LoadBalancer([scripted.url], control_port=port)
+        with pytest.raises(SettingsError, match=f"port {port} on 127.0.0.1 is in use"):
+            lb.start()
+        lb.stop()
+        nothing_is_left(before)
+
+
+def test_it_starts_once() -> None:
+    lb = LoadBalancer()
+    with pytest.raises(RuntimeError, match=r"start\(\) comes first"):
+        lb.url  # noqa: B018
+    with lb:
+        with pytest.raises(RuntimeError, match="make a new one"):
+            lb.start()
+    lb.stop()
+    lb.stop()  # again does nothing
+    with pytest.raises(RuntimeError, match="make a new one"):
+        lb.start()
+    never = LoadBalancer()
+    never.stop()
+    with pytest.raises(RuntimeError, match="make a new one"):
+        never.start()
+
+
+def test_several_at_once_in_one_thread_and_in_others(scripted: WireBackend, second: ScriptedBackend) -> None:
+    scripted.reset()
+    second.script = lambda sock, request: sock.sendall(ok(b"second"))
+    with LoadBalancer([scripted.url]) as one, LoadBalancer([second.url]) as other:
+        assert (fetch(one.url)[2], fetch(other.url)[2]) == (b"ok", b"second")
+        answers: list[bytes] = []
+
+        def run() -> None:
+            with LoadBalancer([second.url]) as lb:
+                answers.append(fetch(lb.url)[2])
+
+        threads = [threading.Thread(target=run) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert answers == [b"second", b"second"]
+        one.stop()
+        assert fetch(other.url)[2] == b"second"
+
+
+def test_it_runs_beside_an_event_loop(scripted: WireBackend) -> None:
+    async def use() -> int:
+        with LoadBalancer([scripted.url]) as lb:
+            return (await asyncio.to_thread(fetch, lb.url))[0]
+
+    assert asyncio.run(use()) == 200
+
+
+def test_a_port_of_its_own_for_the_control_api(scripted: WireBackend) -> None:
+    scripted.reset()
+    with LoadBalancer([scripted.url], control_port=free_port()) as lb:
+        _, control = lb.urls
+        assert fetch_json(f"{control}/status")["backend_servers"][0]["id"] == "backend_1"
+        assert fetch(f"{lb.url}/status")[2] == b"ok"
+
+
+def test_a_middleware_sees_every_request(scripted: WireBackend) -> None:
+    lb, seen = LoadBalancer([scripted.url]), []
+    inner = lb.app.wsgi_app
+
+    def middleware(environ, start_response):  # type: ignore[no-untyped-def]
+        seen.append(environ["PATH_INFO"])
+        return inner(environ, start_response)
+
+    lb.app.wsgi_app = middleware  # type: ignore[method-assign]
+    with lb:
+        assert fetch(f"{lb.url}/x")[0] == 200
+    assert seen == ["/x"]
+
+
+# How it ends.
+
+
+def endless(sock: socket.socket, request: object) -> None:
+    sock.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+    while True:
+        sock.sendall(b"x" * 65536)
+
+
+def silent(sock: socket.socket, request: object) -> None:
+    sock.recv(1)
+
+
+CLIENTS: dict[str, tuple[bytes, Callable[[socket.socket, object], None]]] = {
+    "connected and silent": (b"", silent),
+    "in the middle of a head": (b"GET / HTTP/1.1\r\nHost: te", silent),
+    "HTTP/2": (PREFACE, silent),
+    "a kept connection": (b"GET / HTTP/1.1\r\nHost: test\r\n\r\n", lambda sock, request: sock.sendall(ok())),
+    "a backend that does not answer": (get(), silent),
+    "an endless answer": (get(), endless),  # which nobody reads: its call is parked
+    "an upload": (b"POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 1000000\r\n\r\nx", silent),
+}
+
+
+@pytest.mark.parametrize("kind", CLIENTS)
+def test_it_ends_whole_whatever_a_client_does(second: ScriptedBackend, kind: str) -> None:
+    sent, second.script = CLIENTS[kind]
+    before = held()
+    lb = LoadBalancer([second.url]).start()
+    with connect(int(lb.url.rpartition(":")[2])) as client:
+        client.sendall(sent)
+        if sent.startswith((b"GET", b"POST")) and b"\r\n\r\n" in sent:
+            wait_until(lambda: second.requests or lb.bridges[0].active)
+        if kind == "an endless answer":
+            wait_until(lambda: lb.bridges[0]._parked, what="its client reads nothing")
+        lb.stop(timeout=0.1)
+        assert not [thread.name for thread in threading.enumerate() if "scripted" not in thread.name][1:]
+        read_all(client)  # until it is closed
+    nothing_is_left(before)
+
+
+def test_what_is_in_flight_is_finished(second: ScriptedBackend) -> None:
+    go = threading.Event()
+    answers: list[bytes] = []
+
+    def script(sock: socket.socket, request: object) -> None:
+        go.wait(10)
+        sock.sendall(ok(b"finished"))
+
+    second.script = script
+    lb = LoadBalancer([second.url]).start()
+    client = threading.Thread(target=lambda: answers.append(fetch(lb.url)[2]))
+    client.start()
+    wait_until(lambda: second.requests)
+    stopping = threading.Thread(target=lb.stop, args=(10.0,))
+    stopping.start()
+    wait_until(lambda: lb.control.lifecycle == "draining")
+    go.set()
+    stopping.join()
+    client.join()
+    assert answers == [b"finished"]
+
+
+def test_twenty_starts_leave_nothing_and_are_quick(scripted: WireBackend) -> None:
+    scripted.reset()
+    seconds = []
+
+    def once() -> None:
+        began = time.monotonic()
+        with LoadBalancer([scripted.url]) as lb:
+            assert fetch(lb.url)[0] == 200
+            seconds.append(time.monotonic() - began)
+
+    once()
+    wait_until(lambda: len(scripted.open) == 0)
+    before, names = held(), [thread.name for thread in threading.enumerate()]
+    for _ in range(20):
+        once()
+    nothing_is_left(before)
+    assert [thread.name for thread in threading.enumerate()] == names
+    assert min(seconds) < 0.2  # from start to the answer; the best, for the machine may be busy
+
+
+def test_a_program_that_forgets_to_stop_it_ends_all_the_same(scripted: WireBackend) -> None:
+    program = f"""
+from balancer import LoadBalancer
+from urllib.request import urlopen
+lb = LoadBalancer([{scripted.url!r}]).start()
+print(urlopen(lb.url).status)
+"""
+    done = subprocess.run([PYTHON, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "200\n", "")
+
+
+def test_the_face_is_cheap_and_names_what_it_has() -> None:
+    program = "import sys, balancer; print(sorted(name for name in sys.modules if name.startswith('balancer')))"
+    done = subprocess.run([PYTHON, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert done.stdout == "['balancer']\n"
+    assert all(getattr(balancer, name) for name in balancer.__all__)
+    with pytest.raises(AttributeError, match="nonsense"):
+        balancer.nonsense  # type: ignore[attr-defined]  # noqa: B018
