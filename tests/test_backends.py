@@ -16,7 +16,7 @@ from support import options
 
 from balancer.balancing.backends import Backend, LastCheck
 from balancer.balancing.changes import Change, News
-from balancer.balancing.judge import PoolOptions
+from balancer.balancing.options import PoolOptions
 from balancer.balancing.pool import BackendPool, Lease, PoolChanges
 from balancer.balancing.strategies import create
 from balancer.errors import SettingsError, Unavailable

@@ -24,7 +24,7 @@ from support import (
 )
 
 from balancer.balancing.backends import LastCheck
-from balancer.balancing.judge import PoolOptions
+from balancer.balancing.options import PoolOptions
 from balancer.balancing.pool import BackendPool, Lease, PoolChanges
 from balancer.balancing.strategies import create
 from balancer.config.settings import BackendSettings, Settings

@@ -8,24 +8,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from balancer.balancing.backends import Backend, HealthStatus, LastCheck
 from balancer.balancing.changes import Note
-from balancer.balancing.ejection import WINDOW_SECONDS, EjectionOptions, slow_outliers
+from balancer.balancing.ejection import WINDOW_SECONDS, slow_outliers
+from balancer.balancing.options import PoolOptions
 from balancer.balancing.speed import FAILURE_SECONDS
-
-
-@dataclass(frozen=True, slots=True)
-class PoolOptions(EjectionOptions):
-    """What a pool and its judge need of the settings, by their names."""
-
-    health_fall: int
-    health_rise: int
-    slow_start: float
-    panic_threshold: float
-    queue_places: int
-    queue_timeout: float
 
 
 class Judge:

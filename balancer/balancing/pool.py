@@ -15,10 +15,11 @@ from dataclasses import dataclass, replace
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from balancer.balancing.backends import Backend, Choice, LastCheck
+from balancer.balancing.backends import Backend, BackendView, Choice, LastCheck, Source
 from balancer.balancing.candidates import Candidates
 from balancer.balancing.changes import Listener, News
-from balancer.balancing.judge import Judge, PoolOptions
+from balancer.balancing.judge import Judge
+from balancer.balancing.options import PoolOptions
 from balancer.balancing.queue import Waiter, WaitingLine
 from balancer.balancing.roster import Roster, RosterChanges
 from balancer.balancing.tally import Tally
@@ -262,7 +263,7 @@ class BackendPool:
         *,
         weight: int = 1,
         max_connections: int | None = None,
-        source: str = "api",
+        source: Source = "api",
         configured: Mapping[str, Any] | None = None,
     ) -> Backend:
         """Add a backend; it gets requests after its first good check. Raises SettingsError if the id is taken."""
@@ -357,17 +358,9 @@ class BackendPool:
             now = self._clock()
             return {b.id: replace(b.tally, down_seconds=b.tally.downtime(now)) for b in self._backends.values()}
 
-    def snapshot(self) -> list[dict[str, Any]]:
+    def snapshot(self) -> list[BackendView]:
         """All backends at one moment, as plain values in configured order, for `/status`."""
         with self._lock:
             shares = self._strategy.expected_shares(self._candidates.ready)
-            now, wall = self._clock(), self._wall_clock()
-            limits = {"fall": self._judge.options.health_fall, "rise": self._judge.options.health_rise}
-            return [
-                {
-                    **backend.describe(now, wall, limits),
-                    "admission": backend.slow_start.share(now, self._judge.options.slow_start),
-                    "expected_share": None if shares is None else shares.get(backend.id, 0.0),
-                }
-                for backend in self._backends.values()
-            ]
+            seen = (self._clock(), self._wall_clock(), self._judge.options, shares)
+            return [backend.describe(*seen) for backend in self._backends.values()]

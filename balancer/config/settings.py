@@ -33,7 +33,7 @@ from pydantic import (
 )
 
 from balancer.balancing.backends import MAX_CONNECTIONS, MAX_WEIGHT
-from balancer.balancing.ejection import LatencyMode
+from balancer.balancing.options import LatencyMode
 from balancer.config import environment, wording
 from balancer.errors import SettingsError
 from balancer.protocol import headerrules

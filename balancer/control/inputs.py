@@ -1,6 +1,6 @@
 """What control requests bring: their bodies and query parameters, read, checked, refused.
 
-Each body has its model here, which `schemas` describes to clients. Nothing is converted or ignored: an unknown field, a
+Each body has its model here, of which `openapi` tells clients. Nothing is converted or ignored: an unknown field, a
 number in quotes or a wrong value is refused, and the answer names it and what would fit.
 """
 
@@ -44,9 +44,12 @@ class BackendCreate(Body):
 
 
 class BackendChange(Body):
-    weight: Weight | None = None
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1})
+
+    # What is left out stays as it is: nobody asks for these defaults, and the schema has none.
+    weight: Weight = Field(default_factory=int)
     max_connections: MaxConnections | None = Field(None, description="null for no limit")
-    admin_state: AdminState | None = None
+    admin_state: AdminState = Field(default_factory=lambda: "ready")
 
 
 M = TypeVar("M", bound=Body)

@@ -46,10 +46,7 @@ class Forwarding:
     for; `refuse` ends it at any stage before the answer.
     """
 
-    __slots__ = (
-        *("_route", "_request", "_started", "_own", "_record"),
-        *("stage", "_attempts", "sent", "_decision"),
-    )
+    __slots__ = ("_route", "_request", "_started", "_own", "_record", "stage", "_attempts", "sent", "_decision")
 
     def __init__(self, route: Route, request: Request) -> None:
         self._route = route

@@ -13,12 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain, islice
 from threading import Lock
-from typing import Any
+from typing import cast
+
+from typing_extensions import TypedDict
 
 from balancer.balancing.tally import FORMER_KEPT
-from balancer.observe.histogram import Histogram
+from balancer.observe.histogram import Histogram, Percentiles
 from balancer.observe.rate import Rate
-from balancer.observe.record import Record
+from balancer.observe.record import RecentView, Record
 from balancer.observe.totals import Totals
 
 # Finished requests that `/requests/<id>` can still explain: all of the newest, and the first of each second for longer.
@@ -26,7 +28,25 @@ from balancer.observe.totals import Totals
 RECENT_KEPT = 100
 SAMPLED_KEPT, SAMPLED_PER_SECOND = 900, 100
 TROUBLED_KEPT = 200  # those that failed or were tried more than once stay longer: they are the ones people ask about
-CODE_CLASSES = ("1xx", "2xx", "3xx", "4xx", "5xx")
+Codes = TypedDict("Codes", {"1xx": int, "2xx": int, "3xx": int, "4xx": int, "5xx": int})
+CODE_CLASSES = tuple(Codes.__annotations__)
+
+
+class CountersView(TypedDict):
+    total_requests: int
+    successful_requests: int
+    failed_requests: int
+    aborted_requests: int
+    avg_response_time: float
+    latency: Percentiles
+    codes: Codes
+
+
+class StatisticsView(CountersView):
+    start_time: float
+    active_requests: int
+    retries: int
+    requests_per_second: float
 
 
 class Counters:
@@ -70,13 +90,13 @@ class Counters:
         self.failed += failed
         return failed
 
-    def codes(self) -> dict[str, int]:
+    def codes(self) -> Codes:
         found = dict.fromkeys(CODE_CLASSES, 0)
         for status, count in self.statuses.items():
             found[CODE_CLASSES[min(status // 100, 5) - 1]] += count  # above 599 is as good as 5xx (RFC 9110 section 15)
-        return found
+        return cast(Codes, found)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> CountersView:
         return {
             "total_requests": self.total,
             "successful_requests": self.total - self.failed,
@@ -215,9 +235,7 @@ class Statistics:
                 total[backend_id] = counters
         return Lifetime(active, retries, total, totals)
 
-    def snapshot(
-        self, recent: int = 20
-    ) -> tuple[dict[str, Any], dict[str | None, dict[str, Any]], list[dict[str, Any]]]:
+    def snapshot(self, recent: int = 20) -> tuple[StatisticsView, dict[str | None, CountersView], list[RecentView]]:
         """(whole, per backend id or None, newest `recent` requests first), all of one moment."""
         with self._lock:
             nobody = self._forgotten.copy()
@@ -226,7 +244,8 @@ class Statistics:
             total = Counters()
             for counters in counted.values():
                 total += counters
-            whole = total.describe() | {
+            whole: StatisticsView = {
+                **total.describe(),
                 "start_time": self._start_time,
                 "active_requests": self._active,
                 "retries": self._retries,

@@ -11,7 +11,7 @@ from urllib.parse import quote_from_bytes
 
 from balancer.errors import BalancerError, BodyTooLarge, ClientGone
 from balancer.protocol.client import UNWATCHED, Client
-from balancer.protocol.messages import HeaderLines, Line, check_method, check_target, request_id
+from balancer.protocol.messages import HeaderLines, Line, check_method, check_target, new_request_id
 from balancer.protocol.requestheads import RequestHead, RequestHeads
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Request:
             check_target(method, target)
         except BalancerError as error:
             self.refusal = error.to_keep()
-        self.id = request_id(self.head.fields.get(b"x-request-id", ()))
+        self.id = self.head.request_id or new_request_id()
         self.is_ended = False
         self.stream: InputStream | None = None
         self.client: Client = UNWATCHED

@@ -19,6 +19,7 @@ from balancer.protocol.messages import (
     check_count,
     check_host,
     is_plain,
+    request_id,
     request_lines,
     trace_id,
 )
@@ -40,7 +41,7 @@ Section = tuple[tuple[Line, ...], str, str, str]
 class RequestHead:
     """What follows from the header section of a request. One may serve many requests, so it never changes."""
 
-    __slots__ = ("lines", "raw", "fields", "length", "is_bodiless", "trace_id", "is_rare", "refusal")
+    __slots__ = ("lines", "raw", "fields", "length", "is_bodiless", "request_id", "trace_id", "is_rare", "refusal")
 
     def __init__(self, section: Section, heads: RequestHeads) -> None:
         lines, peer, scheme, version = section
@@ -48,6 +49,7 @@ class RequestHead:
         self.length: int | None = None  # of the body in bytes, if it is told
         # HTTP/2 tells only at its end whether there is a body (RFC 9113 section 8.1).
         self.is_bodiless = version != "2" and self.fields.keys().isdisjoint((b"content-length", b"transfer-encoding"))
+        self.request_id = request_id(self.fields.get(b"x-request-id", ()))
         self.trace_id = self._trace_id()
         self.is_rare = not self.fields.keys().isdisjoint(_RARE)  # what few clients send, and some filters look at
         self.refusal: BalancerError | None = None
