@@ -17,7 +17,7 @@ from typing import cast
 
 from typing_extensions import TypedDict
 
-from balancer.balancing.tally import FORMER_KEPT
+from balancer.balancing.counts import FORMER_KEPT
 from balancer.observe.exchange import Exchange, RecentView
 from balancer.observe.histogram import Histogram, Percentiles
 from balancer.observe.rate import Rate
