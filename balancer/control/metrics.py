@@ -11,15 +11,16 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from flask import current_app
 from prometheus_client import CollectorRegistry, Counter, ProcessCollector, disable_created_metrics, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from balancer import __version__
+from balancer.balancing.backends import State
 from balancer.balancing.counts import BackendCounts
-from balancer.control.control import Control
+from balancer.control.control import Control, Lifecycle
 from balancer.errors import BackendError, BalancerError, ConnectFailed
 from balancer.observe.histogram import Histogram
 from balancer.observe.statistics import Counters, Lifetime
@@ -27,8 +28,7 @@ from balancer.observe.totals import BackendTotals
 
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 QUEUE_BUCKETS = (0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0)
-LIFECYCLES = ("starting", "running", "draining")
-STATES = ("unknown", "up", "down", "ejected", "trial", "drain", "drained", "maint")
+LIFECYCLES, STATES = get_args(Lifecycle), get_args(State)
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each counter, and nobody reads them
 
