@@ -56,8 +56,8 @@ class LoadBalancer:
 
     Each of `backends` is a URL, `[ID=]URL[@WEIGHT]`, a dict or a BackendSettings. Every setting can be given by name;
     the others have their defaults, but `port`, which is any free one. Neither a file nor the environment is read.
-    `config` are settings that are checked already, `sources` where each came from. `filters` are asked about each
-    request that is to be forwarded, in their order. Raises SettingsError, in one line.
+    `config` are settings that are checked already, `sources` where each came from. `filters` are asked in their order.
+    Raises SettingsError, in one line.
 
     `app` is the Flask app of the control API, whose `wsgi_app` forwards everything else.
     """

@@ -237,10 +237,10 @@ def count_bytes(one: Callable[[], None]) -> int:
 
 @contextlib.contextmanager
 def balancer(port: int, **changes: Any) -> Iterator[Bridge]:
-    """The app with default settings but for `changes`; one backend, which is up; no health checks, no other threads."""
-    settings = Settings(
-        backends=(BackendSettings(id="only", url=f"http://127.0.0.1:{port}"),), **{"min_body_rate": 0, **changes}
-    )
+    """The app with default settings but for `min_body_rate` and `changes`; one backend, which is up; no health checks,
+    no threads."""
+    backend = BackendSettings(id="only", url=f"http://127.0.0.1:{port}")
+    settings = Settings(backends=(backend,), min_body_rate=0, **changes)
     app = create_app(settings)
     parts = app.extensions["balancer"]
     for each in parts.control.pool.backends():

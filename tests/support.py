@@ -228,6 +228,12 @@ class Balancer(Served):
     def stop(self) -> None:
         self.library.stop(timeout=0.1)
 
+    def __enter__(self) -> Balancer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
 
 class BalancerProcess(Process, Served):
     """`load_balancer.py` on a free port. `url` is set when it listens."""

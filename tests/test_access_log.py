@@ -275,8 +275,8 @@ def make_line(is_json: bool, exchange: Exchange, *lines: tuple[bytes, bytes], pe
             made.append(line())
 
     request = Request(RequestHeads(), "GET", "/", b"/", "1.1", "http", peer, lines)
-    options_ = options(LogOptions, access_log=True, access_log_format="json" if is_json else "text")
-    access_log = AccessLog(Kept(None), options_)
+    format_name = "json" if is_json else "text"
+    access_log = AccessLog(Kept(None), options(LogOptions, access_log=True, access_log_format=format_name))
     access_log.done(request, exchange)
     (line,) = made
     assert isinstance(line, str)

@@ -47,7 +47,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Compl
     """A run of all parts, as short as they can be."""
     file = tmp_path_factory.mktemp("bench") / "results.json"
     done = bench(
-        "--contenders=balancer,baseline,nginx", "--loads=small-1,small-32,up-64k", "--rounds=1", "--seconds=1",
+        "--contenders=balancer,baseline,nginx", "--loads=small-1,up-64k", "--rounds=1", "--seconds=1",
         "--stall-seconds=1", "--choice-seconds=1", f"--json={file}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -59,7 +59,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Compl
 def test_a_run_measures_every_contender_under_every_load(finished: tuple[Any, Run]) -> None:
     done, run = finished
     rows = results.rows_in([run], "speed")
-    expected = {(who, load) for who in ("balancer", "baseline", "nginx") for load in ("small-1", "small-32", "up-64k")}
+    expected = {(who, load) for who in ("balancer", "baseline", "nginx") for load in ("small-1", "up-64k")}
     assert {(row.contender, row.load) for row in rows} == expected
     for row in rows:
         assert row.high("req/s") > 0 and row.high("CPU us/req") >= 0 and row.high("peak MiB") > 1
@@ -263,19 +263,12 @@ def test_what_finds_no_connection_free_waits_for_one_and_has_not_failed() -> Non
     assert shots[2].latency >= 0.3  # its wait is part of it
 
 
-def test_what_is_held_leaves_when_connections_break() -> None:
+def test_what_is_held_leaves_when_connections_are_refused() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     (shots,) = openloop.fire([openloop.Aim(port, "/", [0.0] * 5)], patience=30, most=1)
     assert not any(shot.is_good for shot in shots) and [shot.was_held for shot in shots] == [False, *[True] * 4]
     assert all(shot.latency < 30 for shot in shots)  # each was refused, none was forgotten
-
-
-def test_a_refused_connection_has_failed() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    (shots,) = openloop.fire([openloop.Aim(port, "/", [0.0])], patience=1)
-    assert not shots[0].is_good
 
 
 def test_poisson_traffic_is_the_same_for_the_same_seed() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-import signal
 import socket
 import threading
 import time
@@ -17,15 +16,16 @@ from typing import Any, NoReturn
 import pytest
 from stub_granian import Client, piece
 from support import (
+    Balancer,
     BalancerProcess,
     ScriptedBackend,
     connect,
-    exchange,
     fetch,
     free_port,
     get,
     ok,
     options,
+    read_all,
     split_response,
     wait_until,
 )
@@ -44,11 +44,11 @@ from bench import guard
 
 
 @pytest.fixture
-def started(request: pytest.FixtureRequest) -> Iterator[BalancerProcess]:
+def started(request: pytest.FixtureRequest) -> Iterator[Balancer]:
     """Two backends `a` and `b`, each with a kept connection; a second to answer, unless a test sets another time."""
     seconds = getattr(request, "param", 1)
     made = {name: ScriptedBackend() for name in "ab"}
-    balancer = BalancerProcess(
+    balancer = Balancer(
         *(f"--backend={name}={backend.url}" for name, backend in made.items()),
         "--algorithm=round_robin", f"--response-timeout={seconds}", "--pool-idle-timeout=30", "--thread-idle-timeout=1",
     )  # fmt: skip
@@ -60,7 +60,7 @@ def started(request: pytest.FixtureRequest) -> Iterator[BalancerProcess]:
 
 
 @pytest.fixture
-def backends(started: BalancerProcess) -> dict[str, ScriptedBackend]:
+def backends(started: Balancer) -> dict[str, ScriptedBackend]:
     """Both have answered once, so a request without a body finds a kept connection."""
     made: dict[str, ScriptedBackend] = started.backends  # type: ignore[attr-defined]
     for _ in range(4):
@@ -100,6 +100,12 @@ def test_requests_in_flight_need_no_threads(body: bytes | None) -> None:
     def threads() -> int:
         return len(os.listdir(f"/proc/{balancer.pid}/task"))
 
+    def ask(data: bytes) -> bytes:
+        with connect(balancer.port) as sock:
+            sock.settimeout(50)  # on a busy machine it takes a while until all are on their way
+            sock.sendall(data)
+            return read_all(sock)
+
     def asked(target: bytes) -> bytes:
         if body is None:
             return get(target)
@@ -112,7 +118,7 @@ def test_requests_in_flight_need_no_threads(body: bytes | None) -> None:
         with ThreadPoolExecutor(count) as clients:
             # In one piece: a body that comes 0.1 s after its head rightly gets a thread.
             whole = [asked(b"/%d" % number) for number in range(count)]
-            answers = [clients.submit(exchange, balancer.port, data) for data in whole]
+            answers = [clients.submit(ask, data) for data in whole]
             wait_until(lambda: len(backend.requests) == count, 20)
             wait_until(lambda: threads() <= before + 4, 15, "no thread waits")
             go.set()
@@ -130,7 +136,7 @@ def test_requests_in_flight_need_no_threads(body: bytes | None) -> None:
 
 
 def test_an_answer_that_does_not_come_is_given_up_and_asked_for_elsewhere(
-    started: BalancerProcess, backends: dict[str, ScriptedBackend]
+    started: Balancer, backends: dict[str, ScriptedBackend]
 ) -> None:
     script_once(backends, lambda sock, request: None, b"second")
     assert fetch(f"{started.url}/x", X_Request_ID="late-1")[2] == b"second"
@@ -141,7 +147,7 @@ def test_an_answer_that_does_not_come_is_given_up_and_asked_for_elsewhere(
 
 @pytest.mark.parametrize("pause", [0.0, 3 * WATCH_AFTER_SECONDS])
 def test_a_small_body_may_come_in_pieces_and_late(
-    started: BalancerProcess, backends: dict[str, ScriptedBackend], pause: float
+    started: Balancer, backends: dict[str, ScriptedBackend], pause: float
 ) -> None:
     body = os.urandom(60_000)
     with connect(started.port) as client, client.makefile("rb") as stream:
@@ -155,7 +161,7 @@ def test_a_small_body_may_come_in_pieces_and_late(
 
 
 def test_a_small_body_of_many_pieces_is_one_for_a_thread(
-    started: BalancerProcess, backends: dict[str, ScriptedBackend]
+    started: Balancer, backends: dict[str, ScriptedBackend]
 ) -> None:
     body = os.urandom(100)
     with connect(started.port) as client, client.makefile("rb") as stream:
@@ -169,7 +175,7 @@ def test_a_small_body_of_many_pieces_is_one_for_a_thread(
 
 @pytest.mark.parametrize("pause", [0.0, 3 * WATCH_AFTER_SECONDS])
 def test_a_client_that_leaves_in_a_small_body_troubles_no_backend(
-    started: BalancerProcess, backends: dict[str, ScriptedBackend], pause: float
+    started: Balancer, backends: dict[str, ScriptedBackend], pause: float
 ) -> None:
     with connect(started.port) as client:
         client.sendall(post(b"Content-Length: 10", body=b"12345"))
@@ -221,7 +227,7 @@ def test_a_request_that_goes_out_in_part_is_finished_by_a_thread(room: int) -> N
 
 @pytest.mark.parametrize("reset", [False, True])
 def test_a_kept_connection_that_dies_under_the_request_is_replaced(
-    started: BalancerProcess, backends: dict[str, ScriptedBackend], reset: bool
+    started: Balancer, backends: dict[str, ScriptedBackend], reset: bool
 ) -> None:
     script_once(backends, lambda sock, request: hang_up(sock, reset=reset), b"again")
     assert fetch(f"{started.url}/x")[::2] == (200, b"again")
@@ -229,7 +235,7 @@ def test_a_kept_connection_that_dies_under_the_request_is_replaced(
 
 
 def test_a_post_whose_kept_connection_died_is_not_sent_again(
-    started: BalancerProcess, backends: dict[str, ScriptedBackend]
+    started: Balancer, backends: dict[str, ScriptedBackend]
 ) -> None:
     script_all(backends, lambda sock, request: hang_up(sock))
     assert fetch(f"{started.url}/x", method="POST")[0] == 502
@@ -243,7 +249,7 @@ def break_off(sock: socket.socket, request: Any) -> None:
 
 
 def test_an_answer_that_breaks_off_with_its_head_is_asked_for_elsewhere(
-    started: BalancerProcess, backends: dict[str, ScriptedBackend]
+    started: Balancer, backends: dict[str, ScriptedBackend]
 ) -> None:
     script_once(backends, break_off, b"second")
     assert fetch(f"{started.url}/x", X_Request_ID="broken-1")[::2] == (200, b"second")
@@ -253,7 +259,7 @@ def test_an_answer_that_breaks_off_with_its_head_is_asked_for_elsewhere(
 
 
 def test_a_post_whose_answer_breaks_off_with_its_head_is_a_502(
-    started: BalancerProcess, backends: dict[str, ScriptedBackend]
+    started: Balancer, backends: dict[str, ScriptedBackend]
 ) -> None:
     script_all(backends, break_off)
     assert fetch(f"{started.url}/x", method="POST", X_Request_ID="broken-2")[0] == 502
@@ -265,7 +271,7 @@ def test_a_post_whose_answer_breaks_off_with_its_head_is_a_502(
 @pytest.mark.parametrize("size", [0, 1, 65536, 3_000_000])
 @pytest.mark.parametrize("pieces", [1, 7])
 def test_answers_of_any_size_and_in_any_pieces_come_through_whole(
-    started: BalancerProcess, backends: dict[str, ScriptedBackend], size: int, pieces: int
+    started: Balancer, backends: dict[str, ScriptedBackend], size: int, pieces: int
 ) -> None:
     data = ok(os.urandom(size), b"X-Check: yes")
     pause = threading.Event()
@@ -282,7 +288,7 @@ def test_answers_of_any_size_and_in_any_pieces_come_through_whole(
 
 
 def test_a_client_that_leaves_takes_its_backend_connection_with_it(
-    started: BalancerProcess, backends: dict[str, ScriptedBackend]
+    started: Balancer, backends: dict[str, ScriptedBackend]
 ) -> None:
     ended = threading.Event()
 
@@ -301,7 +307,7 @@ def test_a_client_that_leaves_takes_its_backend_connection_with_it(
 
 
 def test_pipelined_and_kept_alive_requests_get_their_own_answers(
-    started: BalancerProcess, backends: dict[str, ScriptedBackend]
+    started: Balancer, backends: dict[str, ScriptedBackend]
 ) -> None:
     script_all(backends, lambda sock, request: sock.sendall(ok(request.target)))
     with ExitStack() as stack:
@@ -315,7 +321,7 @@ def test_pipelined_and_kept_alive_requests_get_their_own_answers(
 
 
 def test_requests_that_wait_on_the_express_way_are_finished_when_it_stops(
-    started: BalancerProcess, backends: dict[str, ScriptedBackend]
+    started: Balancer, backends: dict[str, ScriptedBackend]
 ) -> None:
     go = threading.Event()
 
@@ -324,14 +330,14 @@ def test_requests_that_wait_on_the_express_way_are_finished_when_it_stops(
         sock.sendall(ok(b"finished"))
 
     script_all(backends, script)
-    with ThreadPoolExecutor(1) as threads:
+    with ThreadPoolExecutor(2) as threads:
         answer = threads.submit(fetch, f"{started.url}/x")
         wait_until(lambda: any(backend.requests for backend in backends.values()))
-        started.send(signal.SIGTERM)
-        wait_until(lambda: "draining: 1 requests in flight" in started.output)
+        ending = threads.submit(started.library.stop, 10)
+        wait_until(lambda: "1 requests in flight" in started.library.events()[-1]["message"])
         go.set()
         assert answer.result(10)[2] == b"finished"
-    assert started.wait(10) == 0
+        ending.result(10)
 
 
 # In this process.
@@ -539,7 +545,7 @@ def test_a_surprise_with_one_answer_holds_up_no_other(caplog: pytest.LogCaptureF
 
 @pytest.mark.parametrize("started", [3], indirect=True)
 def test_the_rest_of_a_head_gets_only_what_is_left_of_its_time(
-    started: BalancerProcess, backends: dict[str, ScriptedBackend]
+    started: Balancer, backends: dict[str, ScriptedBackend]
 ) -> None:
     pause = threading.Event()
 

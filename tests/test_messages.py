@@ -24,6 +24,7 @@ from balancer.protocol.messages import (
     is_claim,
     is_in_networks,
     join_cookies,
+    new_request_id,
     nominated,
     parse_content_length,
     request_id,
@@ -349,13 +350,14 @@ def test_a_sane_request_id_is_kept(value: bytes) -> None:
     ids=repr,
 )
 def test_any_other_request_id_is_replaced(given_ids: list[bytes]) -> None:
-    made = request_id(given_ids)
+    assert request_id(given_ids) is None
+    made = new_request_id()
     assert made not in given_ids
     assert request_id([made]) == made
 
 
 def test_new_request_ids_differ() -> None:
-    assert len({request_id([]) for _ in range(1000)}) == 1000
+    assert len({new_request_id() for _ in range(1000)}) == 1000
 
 
 @pytest.mark.parametrize(

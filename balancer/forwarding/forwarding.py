@@ -32,7 +32,7 @@ from balancer.protocol.messages import (
     REFUSED_METHODS,
     Line,
     check_target,
-    request_id,
+    new_request_id,
 )
 from balancer.upstream.outgoing import OutgoingRequest
 
@@ -54,16 +54,13 @@ class Forwarding:
     for; `refuse` ends it at any stage before the answer.
     """
 
-    __slots__ = (
-        *("_route", "_request", "_started", "_own", "_record"),
-        *("stage", "_attempts", "sent", "_decision"),
-    )
+    __slots__ = ("_route", "_request", "_started", "_own", "_record", "stage", "_attempts", "sent", "_decision")
 
     def __init__(self, route: Route, request: Request) -> None:
         self._route = route
         self._request = request
         self._started = time.perf_counter()
-        identifier = request_id(request.head.fields.get(b"x-request-id", ()))
+        identifier = request.head.request_id or new_request_id()
         self._own: Line = (b"x-request-id", identifier)
         self._record = Exchange(
             time.time(), request.method[:METHOD_KEPT], request.path[:PATH_KEPT], identifier.decode("ascii")

@@ -54,7 +54,7 @@ class AccessLog:
 
     def done(self, request: Request, exchange: Exchange) -> None:
         """`exchange` is finished: nothing changes it any more."""
-        if not self.options.access_log:  # any more: it was when this request began
+        if not self.options.access_log:  # any more: it was on when this request began
             return
         agent, forwarded_for = None, b""
         for name, value in request.lines:

@@ -235,10 +235,13 @@ def count_down(lines: Iterable[Line]) -> list[Line]:
     ]
 
 
-def request_id(given: Sequence[bytes]) -> bytes:
-    """The client's X-Request-ID if it is one sane line, else a new one: unique in this process and across restarts."""
-    if len(given) == 1 and _REQUEST_ID.match(given[0]):
-        return given[0]
+def request_id(given: Sequence[bytes]) -> bytes | None:
+    """The client's X-Request-ID, if it is one sane line."""
+    return given[0] if len(given) == 1 and _REQUEST_ID.match(given[0]) else None
+
+
+def new_request_id() -> bytes:
+    """Unique in this process and across restarts."""
     return b"%s-%x" % (_process_id, next(_serial))
 
 

@@ -18,6 +18,7 @@ from balancer.protocol.messages import (
     check_codings,
     check_count,
     check_host,
+    request_id,
     request_lines,
     special_fields,
     trace_id,
@@ -39,7 +40,7 @@ Received = tuple[tuple[Line, ...], str, str, str]
 class RequestHead:
     """What follows from the header section of a request. One may serve many requests, so it never changes."""
 
-    __slots__ = ("lines", "raw", "fields", "length", "is_bodiless", "trace_id", "is_rare", "refusal")
+    __slots__ = ("lines", "raw", "fields", "length", "is_bodiless", "request_id", "trace_id", "is_rare", "refusal")
 
     def __init__(
         self, received: Received, pseudonym: bytes, trusted: Sequence[Network], max_lines: int, rules: HeaderRules
@@ -49,6 +50,7 @@ class RequestHead:
         self.length = b",".join(self.fields.get(b"content-length", ())).decode("latin-1")  # as sent, "" without one
         # HTTP/2 tells only at its end whether there is a body.
         self.is_bodiless = not self.length and b"transfer-encoding" not in self.fields and version != "2"
+        self.request_id = request_id(self.fields.get(b"x-request-id", ()))
         self.trace_id = self._trace_id()
         self.is_rare = not self.fields.keys().isdisjoint(_RARE)  # what few clients send, and some filters look at
         self.refusal: BalancerError | None = None

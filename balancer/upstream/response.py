@@ -164,8 +164,8 @@ class ResponseHead:
             self.reason = ""
 
     def end(self) -> None:
-        """No more of it will be parsed. The parser and this object refer to each other: only the garbage collector
-        would free them."""
+        """No more of it will be parsed. The parser and this object refer to each other; only the collector would
+        free them."""
         self._parser = None
 
     def take(self) -> bytes:
