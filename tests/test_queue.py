@@ -24,8 +24,9 @@ from support import (
 )
 
 from balancer.balancing.backends import LastCheck
+from balancer.balancing.members import PoolChanges
 from balancer.balancing.options import PoolOptions
-from balancer.balancing.pool import BackendPool, Lease, PoolChanges
+from balancer.balancing.pool import BackendPool, Lease
 from balancer.balancing.strategies import create
 from balancer.config.settings import BackendSettings, Settings
 from balancer.edge.workers import WorkerPool

@@ -17,7 +17,7 @@ from typing import cast
 
 from typing_extensions import TypedDict
 
-from balancer.balancing.tally import FORMER_KEPT
+from balancer.balancing.counts import FORMER_KEPT
 from balancer.observe.histogram import Histogram, Percentiles
 from balancer.observe.rate import Rate
 from balancer.observe.record import RecentView, Record
