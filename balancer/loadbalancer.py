@@ -35,7 +35,7 @@ from balancer.errors import SettingsError
 from balancer.fleet.health import HealthOptions
 from balancer.forwarding.filter import Filter
 from balancer.observe.events import Event
-from balancer.observe.exchange import ExplainedView
+from balancer.observe.record import ExplainedView
 from balancer.protocol.requestheads import RequestHeads
 from balancer.upstream.transport import Timeouts
 
@@ -113,7 +113,7 @@ class LoadBalancer:
 
     def requests(self, recent: int = 20) -> list[ExplainedView]:
         """The newest finished requests, newest first, and why each went where it went, as `GET /requests/ID` tells."""
-        return [exchange.explain() for exchange in self.control.statistics.newest(recent)]
+        return [record.explain() for record in self.control.statistics.newest(recent)]
 
     # In a thread of its own.
 

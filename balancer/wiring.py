@@ -15,8 +15,9 @@ from flask import Flask
 
 from balancer.balancing import strategies
 from balancer.balancing.changes import Change
+from balancer.balancing.members import PoolChanges
 from balancer.balancing.options import PoolOptions
-from balancer.balancing.pool import BackendPool, PoolChanges
+from balancer.balancing.pool import BackendPool
 from balancer.config.reload import Configuration, Plan, make_backend
 from balancer.config.settings import Settings
 from balancer.control import api

@@ -21,7 +21,7 @@ import pytest
 from support import BalancerProcess, connect, exchange, fetch, fetch_json, get, read_all, wait_until
 
 REQUEST = b"GET %s HTTP/1.1\r\nHost: test\r\n\r\n"
-THREADED = b"OPTIONS"  # holds a thread while its backend works; requests on the express way hold none
+LARGE = b"x" * 70_000  # such a body holds a thread while its backend works; requests on the express way hold none
 CLOSING = b"%s HTTP/1.1\r\nHost: test\r\nConnection: close\r\n"
 
 
@@ -242,7 +242,7 @@ def test_more_requests_than_threads_wait_their_turn(
     balancer = start("--max-threads=20", "--max-queued=1000")
 
     async def all_of_them() -> list[tuple[int, str]]:
-        return await asyncio.gather(*(ask(balancer.port, "/0.05", THREADED.decode()) for _ in range(300)))
+        return await asyncio.gather(*(ask(balancer.port, "/0.05", "PUT", LARGE) for _ in range(300)))
 
     assert Counter(status for status, _ in run(all_of_them())) == {200: 300}
     assert_sums(wait_idle(balancer))
@@ -354,6 +354,10 @@ def test_clients_that_leave_in_flight_are_counted_as_aborted_and_their_backends_
 # The queue: two threads, two places to wait.
 
 
+def large(target: bytes) -> bytes:
+    return get(target, b"Content-Length: %d" % len(LARGE), method=b"PUT") + LARGE
+
+
 class Held:
     """Requests sent one after another, each on a connection of its own, whose answers are read at the end."""
 
@@ -361,11 +365,11 @@ class Held:
         self.balancer = balancer
         self.sockets: list[socket.socket] = []
 
-    def send(self, target: bytes, in_flight: int) -> socket.socket:
+    def send(self, data: bytes, in_flight: int) -> socket.socket:
         """Send, and wait until the balancer has taken it in."""
         sock = socket.create_connection(("127.0.0.1", self.balancer.port), timeout=30)
         self.sockets.append(sock)
-        sock.sendall(CLOSING % (THREADED + b" " + target) + b"\r\n")
+        sock.sendall(data)
         wait_until(lambda: self.in_flight() == in_flight, what=f"{in_flight} requests in flight")
         return sock
 
@@ -389,9 +393,9 @@ def test_when_threads_and_queue_are_full_the_rest_is_told_to_come_again(
     backends: list[AsyncBackend], narrow: BalancerProcess
 ) -> None:
     with ThreadPoolExecutor(10) as threads:
-        first = [threads.submit(exchange, narrow.port, get(b"/4", method=THREADED)) for _ in range(2)]
+        first = [threads.submit(exchange, narrow.port, large(b"/4")) for _ in range(2)]
         wait_until(lambda: backends[0].active == 2)
-        waiting = [threads.submit(exchange, narrow.port, get(b"/0", method=THREADED)) for _ in range(2)]
+        waiting = [threads.submit(exchange, narrow.port, large(b"/0")) for _ in range(2)]
         wait_until(lambda: statistics(narrow)["queued_requests"] == 2)
         for method, body in (("GET", None), ("POST", b"{}")):
             status, headers, data = fetch(f"{narrow.url}/0", body, method)
@@ -415,7 +419,7 @@ def test_status_answers_however_often_while_everything_is_busy(
     balancer = start("--max-threads=2", "--max-queued=50", count=1)
     with Held(balancer) as held:
         for number in range(30):
-            held.send(b"/5", number + 1)
+            held.send(large(b"/5"), number + 1)
         for _ in range(20):
             assert fetch(f"{balancer.url}/status")[0] == 200
         assert backends[0].most == 2
@@ -449,17 +453,17 @@ def test_a_request_that_waited_too_long_for_a_thread_is_not_sent(
 
 def test_a_client_that_leaves_the_queue_frees_its_place(backends: list[AsyncBackend], narrow: BalancerProcess) -> None:
     with Held(narrow) as held:
-        busy = [held.send(b"/8", 1), held.send(b"/8", 2)]
-        queued = [held.send(b"/8", 3), held.send(b"/8", 4)]
+        busy = [held.send(large(b"/8"), 1), held.send(large(b"/8"), 2)]
+        queued = [held.send(get(b"/8"), 3), held.send(get(b"/8"), 4)]
         assert fetch(f"{narrow.url}/0")[0] == 503
         queued[0].close()
-        wait_until(lambda: statistics(narrow)["queued_requests"] == 1, 3, "the place is free")
+        wait_until(lambda: statistics(narrow)["queued_requests"] == 1, what="the place is free")
         queued[1].close()
-        wait_until(lambda: statistics(narrow)["queued_requests"] == 0, 3, "the place is free")
+        wait_until(lambda: statistics(narrow)["queued_requests"] == 0, what="the place is free")
         assert backends[0].served == 0
         for sock in busy:
             sock.close()
-        wait_until(lambda: backends[0].active == 0, 3)
+        wait_until(lambda: backends[0].active == 0)
         assert fetch(f"{narrow.url}/0")[0] == 200
     status = wait_idle(narrow)
     assert_sums(status)
@@ -472,13 +476,13 @@ def test_the_queue_is_first_come_first_served(
 ) -> None:
     balancer = start("--max-threads=1", "--max-queued=10", count=1)
     with Held(balancer) as held:
-        held.send(b"/1", 1)
+        held.send(large(b"/3"), 1)
         for number in range(5):
-            held.send(b"/0.00%d" % number, number + 2)
+            held.send(large(b"/0.00%d" % number), number + 2)
         for sock in held.sockets:
             assert read_all(sock).startswith(b"HTTP/1.1 200")
     served = [entry["path"] for entry in reversed(balancer.status()["recent_requests"])]
-    assert served == ["/1", "/0.000", "/0.001", "/0.002", "/0.003", "/0.004"]
+    assert served == ["/3", "/0.000", "/0.001", "/0.002", "/0.003", "/0.004"]
 
 
 # Stopping.
@@ -496,10 +500,10 @@ def test_sigterm_lets_requests_in_flight_finish_and_exits_0(
             waiting = [threads.submit(exchange, balancer.port, get(b"/2")) for _ in range(5)]
             wait_until(lambda: sum(backend.active for backend in backends) == 5)
             balancer.send(signal.SIGTERM)
-            wait_until(lambda: not balancer.is_ready(), 1, "not ready while it drains")
+            wait_until(lambda: not balancer.is_ready(), what="not ready while it drains")
             answers = [result.result() for result in waiting]
         assert [answer.split(b" ", 2)[1] for answer in answers] == [b"200"] * 5
-        assert balancer.wait(5) == 0
+        assert balancer.wait() == 0
     finally:
         idle.close()
     assert "Traceback" not in balancer.output
@@ -511,11 +515,11 @@ def test_sigterm_lets_queued_requests_finish_too(
     balancer = start("--max-threads=1", "--max-queued=10", count=1)
     with Held(balancer) as held:
         for number in range(3):
-            held.send(b"/0.5", number + 1)
+            held.send(large(b"/3" if number == 0 else b"/0.1"), number + 1)
         balancer.send(signal.SIGTERM)
         for sock in held.sockets:
             assert read_all(sock).startswith(b"HTTP/1.1 200")
-    assert balancer.wait(5) == 0
+    assert balancer.wait() == 0
 
 
 def test_what_does_not_finish_within_the_drain_time_is_cut(
@@ -599,7 +603,7 @@ def test_status_says_draining_to_those_who_are_still_connected(
             assert json.loads(watcher.getresponse().read())["lifecycle"] == "draining"
         watcher.close()
         assert waiting.result().startswith(b"HTTP/1.1 200")
-    assert balancer.wait(5) == 0
+    assert balancer.wait() == 0
 
 
 def test_the_line_that_says_it_listens_is_true() -> None:

@@ -31,7 +31,7 @@ from support import (
     free_port,
     get,
     make_attempt,
-    make_exchange,
+    make_record,
     ok,
     read_all,
     wait_until,
@@ -78,7 +78,7 @@ def add_exchanges(app: Flask, count: int, status: int = 200) -> None:
     for number in range(count):
         statistics.begin()
         statistics.record(
-            make_exchange(
+            make_record(
                 "a",
                 status,
                 0.012,
@@ -382,7 +382,7 @@ def test_reset_keeps_what_is_in_flight(app: Flask, client: FlaskClient) -> None:
     statistics.begin()
     client.post("/reset")
     assert client.get("/status").json["statistics"]["active_requests"] == 1  # type: ignore[index]
-    statistics.record(make_exchange("a", 200, 0.1))
+    statistics.record(make_record("a", 200, 0.1))
     after = client.get("/status").json["statistics"]  # type: ignore[index]
     assert (after["active_requests"], after["total_requests"]) == (0, 1)
 

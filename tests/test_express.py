@@ -35,6 +35,7 @@ from balancer.config.settings import BackendSettings, Settings
 from balancer.edge.bridge import WATCH_AFTER_SECONDS
 from balancer.edge.express import Express
 from balancer.edge.workers import WorkerPool
+from balancer.forwarding.forwarding import Forwarding
 from balancer.loadbalancer import LoadBalancer, create_app
 from balancer.protocol.origin import Origin
 from balancer.upstream.connection import Connection
@@ -202,7 +203,7 @@ class Narrow:
 
 @pytest.mark.parametrize("room", [0, 1000])
 def test_a_request_that_goes_out_in_part_is_finished_by_a_thread(room: int) -> None:
-    """`begin` sends what the socket takes at once, `exchange` the rest."""
+    """`send_now` sends what the socket takes at once, `exchange` the rest."""
     body = os.urandom(1_000_000)
     adapter, backend = BackendAdapter(options(Timeouts)), WireBackend()
     origin = Origin.parse(backend.url)
@@ -211,8 +212,8 @@ def test_a_request_that_goes_out_in_part_is_finished_by_a_thread(room: int) -> N
         (kept,) = adapter._idle[origin]
         kept.sock = Narrow(kept.sock, room)  # type: ignore[assignment]
         outgoing = OutgoingRequest("POST", b"/", [(b"host", b"a")])
-        outgoing.body = body
-        sent = adapter.begin(outgoing, origin)
+        outgoing.set_body(body)
+        sent = adapter.send_now(outgoing, origin)
         assert sent is not None and 0 < len(sent.rest) and not sent.is_whole
         assert adapter.exchange(outgoing, origin, sent).status_code == 200
         assert sent.is_whole
@@ -397,15 +398,15 @@ def test_a_backend_is_not_blamed_when_the_balancer_has_no_thread(parts: tuple[Lo
     assert states(balancer) == [("up", 0, 0)] * 3 and bridge.active == 0
 
 
-def surprise(call: Any) -> bool:
+def surprise(forwarding: Any) -> bool:
     raise RuntimeError("surprise")
 
 
 def test_a_surprise_on_the_way_in_is_answered_and_forgotten(
-    parts: tuple[LoadBalancer, Any], caplog: pytest.LogCaptureFixture
+    parts: tuple[LoadBalancer, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     balancer, bridge = parts
-    bridge.express.take = surprise
+    monkeypatch.setattr(Forwarding, "start", surprise)
     client = Client()
     bridge.accept(client)
     assert (client.status, client.is_done, bridge.active) == (503, True, 0)
@@ -416,9 +417,11 @@ def test_a_surprise_on_the_way_in_is_answered_and_forgotten(
     assert balancer.control.statistics.snapshot()[0]["active_requests"] == 0
 
 
-def test_a_surprise_while_a_worker_connects_is_answered_and_forgotten(parts: tuple[LoadBalancer, Any]) -> None:
+def test_a_surprise_while_a_worker_connects_is_answered_and_forgotten(
+    parts: tuple[LoadBalancer, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     balancer, bridge = parts
-    bridge.express.connect = surprise
+    monkeypatch.setattr(Forwarding, "connect", surprise)
     client = Client()
     bridge.accept(client)
     wait_until(lambda: client.is_done)
@@ -426,9 +429,11 @@ def test_a_surprise_while_a_worker_connects_is_answered_and_forgotten(parts: tup
     assert states(balancer) == [("up", 0, 0)] * 3
 
 
-def test_a_surprise_after_a_body_has_come_is_answered_and_forgotten(parts: tuple[LoadBalancer, Any]) -> None:
+def test_a_surprise_after_a_body_has_come_is_answered_and_forgotten(
+    parts: tuple[LoadBalancer, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, bridge = parts
-    bridge.express.take = surprise
+    monkeypatch.setattr(Forwarding, "start", surprise)
     client = Client(guard.Kind("POST", b"x"))
     bridge.accept(client)
     assert (client.status, bridge.active) == (None, 1)
@@ -437,10 +442,11 @@ def test_a_surprise_after_a_body_has_come_is_answered_and_forgotten(parts: tuple
 
 
 def test_the_watch_for_leaving_clients_outlives_a_surprise(
-    parts: tuple[LoadBalancer, Any], caplog: pytest.LogCaptureFixture
+    parts: tuple[LoadBalancer, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, bridge = parts
-    bridge.express.take = lambda call: True  # and never answers it
+    monkeypatch.setattr(Forwarding, "start", lambda forwarding: True)
+    bridge.express.wait_for = lambda call: True  # and never answers it
     watched: list[Client] = []
 
     class Surprising(Client):
@@ -504,21 +510,21 @@ def test_a_descriptor_that_is_used_again_loses_no_call() -> None:
     workers, overdue, following = Handed(), SentCall(0.0), SentCall(math.inf)
 
     class Interrupted(Express):
-        def _arm(self, sent: Any, descriptor: int) -> None:
-            if sent is overdue:
+        def _arm(self, descriptor: int) -> None:
+            if self._waiting[descriptor] is overdue:  # type: ignore[comparison-overlap]
                 self._expire(time.monotonic())
                 overdue.connection.sock.close()
                 following.connection.sock = listeners.enter_context(socket.create_server(("127.0.0.1", 0)))
                 assert following.connection.sock.fileno() == descriptor
-                assert self._wait_for(following)  # type: ignore[arg-type]
-            super()._arm(sent, descriptor)
+                assert self.wait_for(following)  # type: ignore[arg-type]
+            super()._arm(descriptor)
 
     express = Interrupted(BackendAdapter(options(Timeouts)), workers)
     with ExitStack() as listeners:
         overdue.connection.sock = listeners.enter_context(socket.create_server(("127.0.0.1", 0)))
-        assert express._wait_for(overdue)  # type: ignore[arg-type]
-    assert workers.calls == [(overdue, True), (following, True)]
-    assert overdue.is_expired and not following.is_expired and express._waiting == {}
+        assert express.wait_for(overdue)  # type: ignore[arg-type]
+        assert list(express._waiting.values()) == [following]  # and armed
+    assert workers.calls == [(overdue, True)] and overdue.is_expired and not following.is_expired
     express.stop()
 
 
@@ -533,7 +539,7 @@ def test_a_surprise_with_one_answer_holds_up_no_other(caplog: pytest.LogCaptureF
             ours, peer = (stack.enter_context(sock) for sock in socket.socketpair())
             call = SentCall(math.inf)
             call.connection.sock = ours
-            assert express._wait_for(call)  # type: ignore[arg-type]
+            assert express.wait_for(call)  # type: ignore[arg-type]
             peer.send(b"x")
         express.run_once()
     assert caplog.text.count("passing on an answer failed") == 3 and express._waiting == {}

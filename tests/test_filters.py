@@ -15,7 +15,7 @@ from balancer.balancing import strategies
 from balancer.balancing.backends import Backend
 from balancer.errors import ClientError
 from balancer.forwarding.answer import Answer, whole
-from balancer.observe.exchange import Exchange
+from balancer.observe.record import Record
 from balancer.protocol.messages import Line
 from balancer.protocol.request import Request
 from balancer.upstream.outgoing import OutgoingRequest
@@ -37,11 +37,11 @@ class Telling(Filter):
         self._fail("send", request)
         outgoing.lines = [*outgoing.lines, (b"x-sender", thread().encode())]
 
-    def answer(self, request: Request, record: Exchange, lines: list[Line]) -> list[Line]:
+    def answer(self, request: Request, record: Record, lines: list[Line]) -> list[Line]:
         self._fail("answer", request)
         return [*lines, (b"x-told", f"{record.status} {record.backend} {thread()}".encode())]
 
-    def done(self, request: Request, record: Exchange) -> None:
+    def done(self, request: Request, record: Record) -> None:
         self.ended.append((request.version, request.method, request.path, record.status))
         self._fail("done", request)
 

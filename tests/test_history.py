@@ -14,7 +14,7 @@ import pytest
 from fleet import Demo
 from hypothesis import given
 from hypothesis import strategies as st
-from support import Balancer, BalancerProcess, Clock, fetch, fetch_json, make_exchange, wait_until
+from support import Balancer, BalancerProcess, Clock, fetch, fetch_json, make_record, wait_until
 from wire import WireBackend
 
 from balancer.observe.history import SLOTS, History, Reading
@@ -40,7 +40,7 @@ class Recorded:
     def finish(self, count: int = 1, backend: str | None = "a", status: int = 200, seconds: float = 0.01) -> None:
         for _ in range(count):
             self.statistics.begin()
-            self.statistics.record(make_exchange(backend, status, seconds))
+            self.statistics.record(make_record(backend, status, seconds))
 
     def look_at(self, now: float) -> float:
         self.clock.now = now

@@ -30,8 +30,8 @@ from balancer.protocol.messages import (
     request_id,
     request_lines,
     response_lines,
-    special_fields,
 )
+from balancer.protocol.requestheads import RequestHeads
 
 PEER = "198.51.100.7"
 OURS = b"lb-1.0123abcd"
@@ -45,7 +45,7 @@ def forward(
 ) -> list[Line]:
     return request_lines(
         lines,
-        special_fields(lines),
+        RequestHeads().fields(lines),
         peer=peer,
         scheme=scheme,
         http_version=version,
@@ -250,7 +250,7 @@ def test_an_ipv6_peer_loses_its_zone_and_is_quoted_in_forwarded() -> None:
     given_lines = [(b"host", b"a"), (b"forwarded", b"for=x")]
     lines = request_lines(
         given_lines,
-        special_fields(given_lines),
+        RequestHeads().fields(given_lines),
         peer="fe80::1%eth0",
         scheme="https",
         http_version="1.1",

@@ -26,7 +26,7 @@ from support import (
     free_port,
     get,
     make_attempt,
-    make_exchange,
+    make_record,
     ok,
     options,
     read_all,
@@ -35,16 +35,16 @@ from support import (
 from wire import WireBackend
 
 from balancer.balancing.backends import LastCheck
+from balancer.balancing.counts import BackendCounts
 from balancer.balancing.options import PoolOptions
 from balancer.balancing.pool import BackendPool
 from balancer.balancing.strategies import create
-from balancer.balancing.tally import Tally
 from balancer.config.settings import BackendSettings, Settings
 from balancer.control.metrics import BACKEND_REASONS, BUCKETS, QUEUE_BUCKETS, REASONS, STATES
 from balancer.loadbalancer import create_app
 from balancer.observe.events import EVENT_KINDS
-from balancer.observe.exchange import Attempt
 from balancer.observe.histogram import BOUNDS, ROUND_BOUNDS
+from balancer.observe.record import Attempt
 from balancer.observe.statistics import Statistics
 from balancer.protocol.origin import Origin
 
@@ -71,7 +71,7 @@ def finish(app: Flask, *attempts: Attempt, status: int = 200, seconds: float = 0
     statistics: Statistics = app.extensions["control"].statistics
     statistics.begin()
     backend = attempts[-1].backend if attempts else None
-    statistics.record(make_exchange(backend, status, seconds, attempts=list(attempts), **fields))
+    statistics.record(make_record(backend, status, seconds, attempts=list(attempts), **fields))
 
 
 # A real process under all kinds of traffic.
@@ -397,7 +397,7 @@ def test_every_kind_of_event_in_the_code_is_known() -> None:
 
 def test_more_former_backends_than_are_kept_drop_the_oldest(app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("balancer.observe.statistics.FORMER_KEPT", 3)
-    monkeypatch.setattr("balancer.balancing.roster.FORMER_KEPT", 3)
+    monkeypatch.setattr("balancer.balancing.members.FORMER_KEPT", 3)
     control = app.extensions["control"]
     for number in range(6):
         control.pool.add(f"n{number}", Origin.parse("http://127.0.0.1:9"))
@@ -444,28 +444,28 @@ def test_downtime_counts_while_it_is_down_and_goes_on_where_it_was() -> None:
         for _ in range(2):
             pool.record_check(pool.backends()[0], LastCheck(clock.now, 0.001, None, error))
 
-    def tally() -> Tally:
-        return pool.tallies()["a"]
+    def counts() -> BackendCounts:
+        return pool.counts()["a"]
 
     pool.add("a", origin)
     check(None)
     clock.now = 110.0
-    assert (tally().down_seconds, tally().ups, tally().downs) == (0.0, 1, 0)
+    assert (counts().down_seconds, counts().ups, counts().downs) == (0.0, 1, 0)
     check("no answer")
     clock.now = 125.0
-    assert (tally().down_seconds, tally().downs) == (15.0, 1)
+    assert (counts().down_seconds, counts().downs) == (15.0, 1)
     check(None)
     clock.now = 200.0
-    assert (tally().down_seconds, tally().ups) == (15.0, 2)
+    assert (counts().down_seconds, counts().ups) == (15.0, 2)
     check("no answer")
     clock.now = 205.0
     pool.remove("a")
     clock.now = 300.0
     pool.add("a", origin)
-    assert (tally().down_seconds, tally().downs, tally().checks, tally().failed_checks) == (20.0, 2, 8, 4)
+    assert (counts().down_seconds, counts().downs, counts().checks, counts().failed_checks) == (20.0, 2, 8, 4)
     check("no answer")
     clock.now = 301.0
-    assert tally().down_seconds == 21.0
+    assert counts().down_seconds == 21.0
 
 
 def test_a_backend_that_moves_while_it_is_down_is_not_down_any_more() -> None:
@@ -476,4 +476,4 @@ def test_a_backend_that_moves_while_it_is_down_is_not_down_any_more() -> None:
     clock.now = 104.0
     pool.update("a", {"origin": Origin.parse("http://127.0.0.1:10")})
     clock.now = 150.0
-    assert pool.tallies()["a"].down_seconds == 4.0
+    assert pool.counts()["a"].down_seconds == 4.0

@@ -16,11 +16,11 @@ from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
+from balancer.balancing.counts import BackendCounts
 from balancer.balancing.ejection import Ejection, EjectionView, LatencyWindow
 from balancer.balancing.options import PoolOptions
 from balancer.balancing.slowstart import SlowStart
 from balancer.balancing.speed import Speed
-from balancer.balancing.tally import Tally
 from balancer.protocol.origin import Origin
 
 AdminState = Literal["ready", "drain", "maint"]
@@ -119,7 +119,7 @@ class Backend:
     speed: Speed = field(default_factory=Speed)
     window: LatencyWindow = field(default_factory=LatencyWindow)
     slow_start: SlowStart = field(default_factory=SlowStart)
-    tally: Tally = field(default_factory=Tally)
+    counts: BackendCounts = field(default_factory=BackendCounts)
     source: Source = "api"
     configured: Mapping[str, Any] = field(default_factory=dict)
 

@@ -43,7 +43,7 @@ class Judge:
         """A request waits no longer: the head of its answer is here, or it failed, or was given up (None)."""
         if failure:
             first_byte_seconds = max(FAILURE_SECONDS, 2 * backend.speed.ewma)
-        backend.speed.hear(first_byte_seconds, self._clock())
+        backend.speed.answered(first_byte_seconds, self._clock())
         if first_byte_seconds is not None and self.options.latency_ejection != "off":
             backend.window.add(first_byte_seconds)
 
@@ -88,7 +88,7 @@ class Judge:
                 return False
             self._return(backend, "its trial request failed, but too few others are left")
             return True
-        backend.tally.ejections += 1
+        backend.counts.ejections += 1
         seconds = backend.ejection.start(reason, self.options, self._clock(), self._rng.random())
         self._note("backend_ejected", backend.id, f"for {seconds:.0f} s: {reason}", "warning")
         return True
@@ -143,8 +143,8 @@ class Judge:
         The first success ends `unknown` at once, and so does the first failure: nothing is known in its favour.
         """
         backend.health.last_check = check
-        backend.tally.checks += 1
-        backend.tally.failed_checks += check.error is not None
+        backend.counts.checks += 1
+        backend.counts.failed_checks += check.error is not None
         return self._checked_good(backend) if check.error is None else self._checked_bad(backend, check.error)
 
     def _checked_good(self, backend: Backend) -> bool:
@@ -183,9 +183,9 @@ class Judge:
         backend.health.reason = reason
         backend.health.since = self._wall_clock()
         if status == "up":
-            backend.tally.went_up(self._clock())
+            backend.counts.went_up(self._clock())
             self._note("backend_up", backend.id, "answers its health check", "info")
         else:
-            backend.tally.went_down(self._clock())
+            backend.counts.went_down(self._clock())
             self._note("backend_down", backend.id, reason or "", "error")
         return True

@@ -21,7 +21,8 @@ from typing_extensions import TypedDict
 
 from balancer.balancing import strategies
 from balancer.balancing.backends import Backend, Source
-from balancer.balancing.pool import BackendPool, PoolChanges
+from balancer.balancing.members import PoolChanges
+from balancer.balancing.pool import BackendPool
 from balancer.config import environment
 from balancer.config.settings import NEEDS_RESTART, BackendSettings, Settings, show
 from balancer.errors import SettingsError

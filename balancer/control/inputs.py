@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from werkzeug.exceptions import RequestEntityTooLarge
 
 from balancer.balancing.backends import AdminState
-from balancer.config import wording
+from balancer.config import validation
 from balancer.config.settings import MaxConnections, Weight
 from balancer.control.problems import ApiError, is_legacy
 
@@ -37,7 +37,7 @@ class Nothing(Body):
 
 
 class BackendCreate(Body):
-    id: str | None = Field(None, pattern=wording.ID, description="unique name; chosen if left out")
+    id: str | None = Field(None, pattern=validation.ID, description="unique name; chosen if left out")
     url: str = Field(max_length=300, description="http://HOST:PORT or https://HOST:PORT")
     weight: Weight = 1
     max_connections: MaxConnections | None = None
@@ -104,8 +104,8 @@ def _explain(detail: Any, model: type[Body]) -> str:
     name = str(detail["loc"][0])
     if detail["type"] == "extra_forbidden":
         return f"unknown field {name[:80]!r}"
-    value = "" if detail["type"] == "missing" else f" = {wording.shown(detail['input'], hide=name == 'url')}"
-    return f"{name}{value}: {wording.complaint(detail, model)}"
+    value = "" if detail["type"] == "missing" else f" = {validation.shown(detail['input'], hide=name == 'url')}"
+    return f"{name}{value}: {validation.complaint(detail, model)}"
 
 
 def _refuse_constant(name: str) -> float:

@@ -11,15 +11,16 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from flask import current_app
 from prometheus_client import CollectorRegistry, Counter, ProcessCollector, disable_created_metrics, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from balancer import __version__
-from balancer.balancing.tally import Tally
-from balancer.control.control import Control
+from balancer.balancing.backends import State
+from balancer.balancing.counts import BackendCounts
+from balancer.control.control import Control, Lifecycle
 from balancer.errors import BackendError, BalancerError, ConnectFailed
 from balancer.observe.histogram import Histogram
 from balancer.observe.statistics import Counters, Lifetime
@@ -27,8 +28,7 @@ from balancer.observe.totals import BackendTotals
 
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 QUEUE_BUCKETS = (0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0)
-LIFECYCLES = ("starting", "running", "draining")
-STATES = ("unknown", "up", "down", "ejected", "trial", "drain", "drained", "maint")
+LIFECYCLES, STATES = get_args(Lifecycle), get_args(State)
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each counter, and nobody reads them
 
@@ -48,7 +48,7 @@ class Seen:
     """One backend: its snapshot and its counts."""
 
     state: Mapping[str, Any]
-    tally: Tally
+    counts: BackendCounts
     traffic: Counters
     attempts: BackendTotals
     idle: int
@@ -75,13 +75,13 @@ BACKEND_GAUGES: Sequence[tuple[str, str, Read]] = (
     ),
 )
 BACKEND_COUNTERS: Sequence[tuple[str, str, Read]] = (
-    ("selected", "Times it was chosen for a request or a retry.", lambda seen: seen.tally.selected),
+    ("selected", "Times it was chosen for a request or a retry.", lambda seen: seen.counts.selected),
     ("connections_opened", "Attempts on a new connection.", lambda seen: seen.attempts.opened),
     ("connections_reused", "Attempts on a kept connection.", lambda seen: seen.attempts.reused),
-    ("health_checks", "Health checks made.", lambda seen: seen.tally.checks),
-    ("health_check_failures", "Health checks that failed.", lambda seen: seen.tally.failed_checks),
-    ("ejections", "Times it was ejected because of failures of real traffic.", lambda seen: seen.tally.ejections),
-    ("downtime_seconds", "Time it has been down.", lambda seen: seen.tally.down_seconds),
+    ("health_checks", "Health checks made.", lambda seen: seen.counts.checks),
+    ("health_check_failures", "Health checks that failed.", lambda seen: seen.counts.failed_checks),
+    ("ejections", "Times it was ejected because of failures of real traffic.", lambda seen: seen.counts.ejections),
+    ("downtime_seconds", "Time it has been down.", lambda seen: seen.counts.down_seconds),
 )
 
 
@@ -217,13 +217,13 @@ class Collector:
         yield from self._labelled(backends)
 
     def _seen(self, lifetime: Lifetime) -> Iterator[Seen]:
-        tallies, idle = self._control.pool.tallies(), self._control.adapter.idle()
+        counts, idle = self._control.pool.counts(), self._control.adapter.idle()
         for state in self._control.pool.snapshot():
             name = state["id"]
-            if name in tallies:
+            if name in counts:
                 traffic = lifetime.counters.get(name) or Counters()
                 attempts = lifetime.totals.backends.get(name) or BackendTotals()
-                yield Seen(state, tallies[name], traffic, attempts, idle.get(state["url"], 0))
+                yield Seen(state, counts[name], traffic, attempts, idle.get(state["url"], 0))
 
     def _labelled(self, backends: Sequence[Seen]) -> Iterator[Metric]:
         info = gauge("backend_info", "Its address.", "backend", "url")
@@ -239,6 +239,6 @@ class Collector:
             add_each(states, [name], one_of(STATES, seen.state["state"]))
             add_each(codes, [name], seen.attempts.codes())
             add_each(errors, [name], dict.fromkeys(BACKEND_REASONS, 0) | seen.attempts.failures())
-            add_each(turns, [name], {"up": seen.tally.ups, "down": seen.tally.downs})
+            add_each(turns, [name], {"up": seen.counts.ups, "down": seen.counts.downs})
             duration.add_metric([name], buckets(seen.traffic.latency, BUCKETS), seen.traffic.seconds)
         yield from (info, states, codes, errors, turns, duration)

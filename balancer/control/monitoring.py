@@ -23,8 +23,8 @@ from balancer.control.inputs import whole_number
 from balancer.control.metrics import current_metrics
 from balancer.control.problems import ApiError
 from balancer.observe.events import Event
-from balancer.observe.exchange import FinishedView, RecentView
 from balancer.observe.history import SLOTS, Slot
+from balancer.observe.record import FinishedView, RecentView
 from balancer.observe.statistics import NO_REQUESTS, CountersView, StatisticsView
 
 SCHEMA_VERSION = 1
@@ -125,16 +125,16 @@ def status() -> Response:
             config=control.configuration.summary(is_authorized()),
             statistics=totals,
             backend_servers=backends,
-            recent_requests=[_shown(exchange) for exchange in newest],
+            recent_requests=[_shown(record) for record in newest],
             capabilities=_capabilities(),
         )
     )
 
 
-def _shown(exchange: F) -> F:
+def _shown(record: F) -> F:
     if not is_authorized():
-        exchange["path"] = first_segment(exchange["path"])
-    return exchange
+        record["path"] = first_segment(record["path"])
+    return record
 
 
 def _capabilities() -> Capabilities:
@@ -165,11 +165,11 @@ def ready() -> tuple[Response, int]:
 
 @blueprint.get("/requests/<path:request_id>")
 def explain_request(request_id: str) -> Response:
-    exchange = current_control().statistics.find(request_id)
-    if exchange is None:
+    record = current_control().statistics.find(request_id)
+    if record is None:
         kept = "kept are the newest, the newest that failed or were retried, and a sample of all others"
         raise ApiError(404, f"no finished request {request_id[:128]!r}; {kept}")
-    return jsonify(_shown(exchange.explain()))
+    return jsonify(_shown(record.explain()))
 
 
 @blueprint.get("/config")

@@ -19,7 +19,7 @@ from balancer.control.inputs import AlgorithmChange, BackendChange, BackendCreat
 from balancer.control.monitoring import Alive, EventsView, HistoryView, Readiness, Status
 from balancer.control.problems import Error
 from balancer.control.schemas import SCHEMAS, Schema, ref
-from balancer.observe.exchange import ExplainedView
+from balancer.observe.record import ExplainedView
 
 TEXT: Schema = {"type": "string"}
 LEGACY = "application/json"  # of errors on the paths of the earlier program

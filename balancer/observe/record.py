@@ -95,7 +95,7 @@ class ExplainedView(FinishedView):
 
 
 @dataclass
-class Exchange:
+class Record:
     """A finished request as it is recorded. Times in seconds; bytes are of the bodies.
 
     `status` is what the client saw, 499 if it had left; `reason` says why, if no backend's answer went through whole.
