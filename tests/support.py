@@ -32,6 +32,7 @@ from balancer.protocol.origin import Origin
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
 PAGE_TOKEN = "the-page-token-of-a-test"
+PATIENCE = 60.0  # seconds; a slow machine is no finding
 
 
 def free_port() -> int:
@@ -40,16 +41,16 @@ def free_port() -> int:
         return port
 
 
-def wait_until(predicate: Callable[[], Any], timeout: float = 10.0, what: str = "") -> Any:
-    """Poll until `predicate` is true; returns its value. Fails the test after `timeout` seconds."""
-    deadline = time.monotonic() + timeout
+def wait_until(predicate: Callable[[], Any], what: str = "") -> Any:
+    """Poll until `predicate` is true; returns its value. Fails the test when that takes longer than any machine."""
+    deadline = time.monotonic() + PATIENCE
     pause = threading.Event()
     while True:
         value = predicate()
         if value:
             return value
         if time.monotonic() > deadline:
-            raise AssertionError(f"not within {timeout} s: {what or predicate}")
+            raise AssertionError(f"not within {PATIENCE:g} s: {what or predicate}")
         pause.wait(0.02)
 
 
@@ -61,7 +62,7 @@ def fetch(url: str, body: Any = None, method: str | None = None, **headers: str)
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     request = urllib.request.Request(url, data=body, method=method, headers=named)
     try:
-        with urllib.request.urlopen(request, timeout=20) as response:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as response:
             return response.status, {k.lower(): v for k, v in response.headers.items()}, response.read()
     except urllib.error.HTTPError as error:
         with error:
@@ -162,16 +163,16 @@ class Process:
         status = Path(f"/proc/{self.pid}/status").read_text(encoding="ascii")
         return bool(int(re.search(r"SigBlk:\s*([0-9a-f]+)", status)[1], 16) & 1)  # type: ignore[index]
 
-    def wait(self, timeout: float = 20) -> int:
-        code = self.popen.wait(timeout)
-        self._reader.join(5)
+    def wait(self) -> int:
+        code = self.popen.wait(PATIENCE)
+        self._reader.join(PATIENCE)
         return code
 
     def stop(self) -> None:
         if self.popen.poll() is None:
             self.popen.terminate()
             with suppress(subprocess.TimeoutExpired):
-                self.popen.wait(10)
+                self.popen.wait(PATIENCE)
         if self.popen.poll() is None:
             self.popen.kill()
         self.wait()
@@ -197,8 +198,8 @@ class Served:
     def backend(self, backend_id: str) -> Any:
         return next(b for b in self.status()["backend_servers"] if b["id"] == backend_id)
 
-    def wait_healthy(self, backend_id: str, healthy: bool = True, timeout: float = 10) -> None:
-        wait_until(lambda: self.backend(backend_id)["healthy"] is healthy, timeout, f"{backend_id} healthy={healthy}")
+    def wait_healthy(self, backend_id: str, healthy: bool = True) -> None:
+        wait_until(lambda: self.backend(backend_id)["healthy"] is healthy, f"{backend_id} healthy={healthy}")
 
 
 class Balancer(Served):
@@ -220,7 +221,7 @@ class Balancer(Served):
         self.url = self.library.url
         try:
             if wait_ready:
-                wait_until(self.is_ready, 30, "balancer is ready")
+                wait_until(self.is_ready, "balancer is ready")
         except BaseException:
             self.stop()  # no fixture has it yet, so nobody else would
             raise
@@ -241,10 +242,10 @@ class BalancerProcess(Process, Served):
     def __init__(self, *arguments: str, env: dict[str, str] | None = None, wait_ready: bool = True) -> None:
         super().__init__([PYTHON, str(ROOT / "load_balancer.py"), "--port", "0", *arguments], env)
         try:
-            match = wait_until(self._listening, 30, f"balancer listens: {arguments}")
+            match = wait_until(self._listening, f"balancer listens: {arguments}")
             self.url = match.group(1)
             if wait_ready:
-                wait_until(self.is_ready, 30, "balancer is ready")
+                wait_until(self.is_ready, "balancer is ready")
         except BaseException:
             self.stop()  # no fixture has it yet, so nobody else would
             raise
@@ -275,7 +276,7 @@ class BackendProcess(Process):
         env = {"SERVER_ID": self.id, "SERVER_PORT": str(port), "RESPONSE_DELAY": str(delay)}
         super().__init__([PYTHON, str(ROOT / "backend_server.py")], env)
         try:
-            wait_until(self._is_up, 30, f"{self.id} answers")
+            wait_until(self._is_up, f"{self.id} answers")
         except BaseException:
             self.stop()
             raise
@@ -319,7 +320,7 @@ def ok(body: bytes = b"ok", *lines: bytes) -> bytes:
 
 @contextmanager
 def connect(port: int) -> Iterator[socket.socket]:
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as sock:
+    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as sock:
         yield sock
 
 

@@ -701,7 +701,7 @@ def nginx_before(folder: Path, balancer: BalancerProcess, more: str) -> Iterator
         yield url
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(60)
 
 
 def test_a_proxy_that_hides_itself_has_another_user(tmp_path: Path, balancer: BalancerProcess) -> None:

@@ -1311,6 +1311,6 @@ def test_not_ready_until_the_first_health_round_is_done() -> None:
             status, _, body = fetch(f"{balancer.url}/readyz")
             assert (status, json.loads(body)["status"]) == (503, "not ready")
             assert fetch(f"{balancer.url}/health")[0] == 200
-            wait_until(balancer.is_ready, 15)
+            wait_until(balancer.is_ready)
         finally:
             balancer.stop()

@@ -58,7 +58,7 @@ class Client:
     """One keep-alive connection; `get` returns who served."""
 
     def __init__(self, fleet: Demo) -> None:
-        self._connection = http.client.HTTPConnection("127.0.0.1", fleet.balancer.port, timeout=30)
+        self._connection = http.client.HTTPConnection("127.0.0.1", fleet.balancer.port, timeout=60)
 
     def __enter__(self) -> Client:
         return self
@@ -125,7 +125,7 @@ class Load:
     def next(self, count: int) -> Counter[str]:
         """Who serves the next `count` requests."""
         start = len(self.served)
-        wait_until(lambda: self.errors or len(self.served) >= start + count, 30, f"{count} requests")
+        wait_until(lambda: self.errors or len(self.served) >= start + count, f"{count} requests")
         return Counter(islice(self.served, start, start + count))
 
 
@@ -258,8 +258,8 @@ def test_least_response_time_leaves_a_slow_backend_and_comes_back_when_it_recove
         assert served[FIRST] < 30  # a third would be 67
         assert min(served[SECOND], served[THIRD]) > 10
         slow_down(unmeasured, (0.02, 0.02, 0.12))  # the first recovers, the third gets slow
-        wait_until(lambda: load.errors or load.share(FIRST, 60) > 0.2, 30, "the recovered backend gets its share")
-        wait_until(lambda: load.errors or load.share(THIRD, 60) < 0.2, 30, "the slow one loses its")
+        wait_until(lambda: load.errors or load.share(FIRST, 60) > 0.2, "the recovered backend gets its share")
+        wait_until(lambda: load.errors or load.share(THIRD, 60) < 0.2, "the slow one loses its")
     assert not load.errors
 
 

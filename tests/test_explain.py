@@ -186,7 +186,7 @@ def test_a_retry_without_budget_does_not_wait_for_a_place() -> None:
         failing.script = lambda sock, request: hang_up(sock)
 
         def hold(sock: socket.socket, request: Any) -> None:
-            go.wait(20)
+            go.wait(60)
             sock.sendall(ok())
 
         busy.script = hold

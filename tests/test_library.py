@@ -231,7 +231,7 @@ def test_what_is_in_flight_is_finished(second: WireBackend) -> None:
     answers: list[bytes] = []
 
     def script(sock: socket.socket, request: object) -> None:
-        go.wait(10)
+        go.wait(60)
         sock.sendall(ok(b"finished"))
 
     second.script = script
@@ -275,13 +275,13 @@ from urllib.request import urlopen
 lb = LoadBalancer([{scripted.url!r}]).start()
 print(urlopen(lb.url).status)
 """
-    done = subprocess.run([PYTHON, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    done = subprocess.run([PYTHON, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "200\n", "")
 
 
 def test_the_face_is_cheap_and_names_what_it_has() -> None:
     program = "import sys, balancer; print(sorted(name for name in sys.modules if name.startswith('balancer')))"
-    done = subprocess.run([PYTHON, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    done = subprocess.run([PYTHON, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout == "['balancer']\n"
     assert all(getattr(balancer, name) for name in balancer.__all__)
     with pytest.raises(AttributeError, match="nonsense"):

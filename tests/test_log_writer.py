@@ -93,7 +93,7 @@ def blocked(pipe: Pipe) -> Iterator[LogWriter]:
     writer.start()
     is_taken = threading.Event()
     writer.add(lambda: is_taken.set() or "the one that blocks")
-    assert is_taken.wait(10)
+    assert is_taken.wait(60)
     yield writer
     pipe.close()  # the write fails, and the thread ends
     writer.stop()

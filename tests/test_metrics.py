@@ -101,7 +101,7 @@ def busy(pair: tuple[Balancer, WireBackend, WireBackend]) -> Balancer:
     def break_off(sock: socket.socket, request: RawRequest) -> None:
         """After the head has gone on to the client: nothing can be tried elsewhere."""
         sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nshort")
-        has_begun.wait(10)
+        has_begun.wait(60)
         sock.shutdown(socket.SHUT_RDWR)
 
     for method in ("GET", "HEAD", "DELETE", "BREW"):
@@ -274,14 +274,14 @@ def test_a_request_in_flight_shows(pair: tuple[Balancer, WireBackend, WireBacken
     release = threading.Event()
 
     def script(sock: socket.socket, request: RawRequest) -> None:
-        release.wait(10)
+        release.wait(60)
         sock.sendall(ok())
 
     first.script = second.script = script
     with connect(busy.port) as client:
         client.sendall(get(b"/slow"))
         try:
-            told = wait_until(lambda: (t := scrape(busy.url)) and value(t, "lb_requests_in_flight") and t, 5)
+            told = wait_until(lambda: (t := scrape(busy.url)) and value(t, "lb_requests_in_flight") and t)
             busy_ones = [value(told, "lb_backend_requests_in_flight", backend=b) for b in ("one", "two")]
             assert value(told, "lb_requests_in_flight") == sum(busy_ones) == 1
         finally:

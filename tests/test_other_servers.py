@@ -69,7 +69,7 @@ def waitress(echoing: WireBackend) -> Iterator[str]:
             return False
 
     try:
-        wait_until(is_ready, 20, "waitress serves the app")
+        wait_until(is_ready, "waitress serves the app")
         yield url
     finally:
         process.stop()
@@ -135,11 +135,11 @@ def test_waitress_ends_quietly(echoing: WireBackend) -> None:
     arguments = [PYTHON, "-m", "waitress", f"--listen=127.0.0.1:{port}", "load_balancer:app"]
     process = Process(arguments, {"LB_BACKENDS": f"only={echoing.url}"})
     try:
-        wait_until(lambda: "Serving" in process.output, 20)
+        wait_until(lambda: "Serving" in process.output)
         assert fetch(f"http://127.0.0.1:{port}/health")[0] == 200
     finally:
         process.popen.send_signal(2)  # SIGINT, as Ctrl-C sends it
-        process.wait(10)
+        process.wait(60)
     assert "Traceback" not in process.output and "Exception" not in process.output
 
 

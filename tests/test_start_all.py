@@ -114,7 +114,7 @@ class Run:
         return self.err_file.read_text()
 
     def until(self, text: str) -> None:
-        wait_until(lambda: text in self.out or self.process.poll() is not None, 20)
+        wait_until(lambda: text in self.out or self.process.poll() is not None)
         assert text in self.out, self.err
 
     def end(self, timeout: float = 30) -> int:
@@ -162,7 +162,7 @@ class Demo:
         return found
 
     def assert_nothing_left(self) -> None:
-        wait_until(lambda: not self.processes(), 20)
+        wait_until(lambda: not self.processes())
         assert not [port for port in (self.port, *self.backend_ports) if connects(port)]
         assert {path.name for path in (self.tree / "run").iterdir()} <= {"lock", "access.lock"}
 
@@ -273,7 +273,7 @@ def test_a_signal_stops_everything(demo: Demo, number: int) -> None:
 
 def test_a_signal_while_starting_stops_everything(demo: Demo) -> None:
     run = demo.start()
-    wait_until(lambda: demo.processes("backend_server.py"), 20)
+    wait_until(lambda: demo.processes("backend_server.py"))
     run.process.terminate()
     assert run.end() == 0
     demo.assert_nothing_left()
@@ -284,9 +284,9 @@ def test_nobody_reading_the_output_is_no_reason_to_end(demo: Demo) -> None:
     with subprocess.Popen(command, env=demo.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout and process.stderr
         process.stdout.close()
-        wait_until(lambda: connects(demo.port) and get(demo.port, "/readyz")[0] == 200, 20)
+        wait_until(lambda: connects(demo.port) and get(demo.port, "/readyz")[0] == 200)
         process.terminate()
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
         assert process.stderr.read() == b""
     demo.assert_nothing_left()
 
@@ -318,14 +318,14 @@ def test_a_killed_backend_is_named_once_and_its_command_brings_it_back(demo: Dem
     demo.the("backend_server.py", port).kill()
     run.until("backend_2 ended (killed by SIGKILL). Start it again with:")
     assert {get(demo.port, "/api/process")[0] for _ in range(12)} == {200}
-    wait_until(lambda: not demo.healthy()["backend_2"], 20)
+    wait_until(lambda: not demo.healthy()["backend_2"])
 
     command = shlex.split(run.out.split("Start it again with:\n")[1].splitlines()[0])
     with subprocess.Popen(command, cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as again:
-        wait_until(lambda: demo.healthy()["backend_2"], 20)
+        wait_until(lambda: demo.healthy()["backend_2"])
         assert json.loads(get(port, "/api/process")[2])["server_id"] == "backend_2"
         again.terminate()
-    wait_until(lambda: not demo.healthy()["backend_2"], 20)
+    wait_until(lambda: not demo.healthy()["backend_2"])
     run.process.terminate()
     assert run.end() == 0
     assert run.out.count("backend_2 ended") == 1
@@ -339,9 +339,9 @@ def test_backends_starts_what_a_running_demo_has_lost(demo: Demo, detach: tuple[
     demo.ready(*detach)
     file = demo.tree / "run" / f"backend_3-{demo.backend_ports[2]}.pid"
     subprocess.run(["bash", "-c", 'kill -9 $(head -1 "$0")', file], check=True)
-    wait_until(lambda: not demo.healthy()["backend_3"], 20)
+    wait_until(lambda: not demo.healthy()["backend_3"])
     again = demo.ready("backends", *detach)
-    wait_until(lambda: demo.healthy()["backend_3"], 20)
+    wait_until(lambda: demo.healthy()["backend_3"])
     assert "backend_3" in again.out and "backend_1" not in again.out
     demo.start("backends").assert_one_line_error(2, "in use by a demo that runs already", "stop")
     assert demo.start("stop").end() == 0
@@ -377,7 +377,7 @@ def test_ctrl_c_during_the_imports_is_no_traceback() -> None:
             assert process.stdout and process.stderr
             assert process.stdout.readline() == b"loading\n"
             process.send_signal(signal.SIGINT)
-            assert process.wait(20) == -signal.SIGINT
+            assert process.wait(60) == -signal.SIGINT
             assert process.stderr.read() == b""
 
 
@@ -422,7 +422,7 @@ def test_a_second_copy_leaves_the_first_alone_and_stop_ends_it_in_good_order(dem
 
 def test_of_two_at_the_same_time_one_runs(demo: Demo) -> None:
     runs = [demo.start(), demo.start()]
-    wait_until(lambda: any(run.process.poll() is not None for run in runs), 20)
+    wait_until(lambda: any(run.process.poll() is not None for run in runs))
     (loser,) = [run for run in runs if run.process.poll() is not None]
     (winner,) = [run for run in runs if run is not loser]
     loser.assert_one_line_error(2, "in use")
@@ -507,7 +507,7 @@ def test_a_signal_never_reaches_a_later_process_of_the_same_id(monkeypatch: pyte
     monkeypatch.setattr(os, "kill", lambda pid, number: reached.append(pid))
     with subprocess.Popen(["sleep", "60"]) as process, processes.signals_to(process.pid) as send:
         send(signal.SIGTERM)
-        assert process.wait(10) == -signal.SIGTERM
+        assert process.wait(60) == -signal.SIGTERM
         send(signal.SIGKILL)
     assert reached == []
 
@@ -725,7 +725,6 @@ def set_up(demo: Demo, **environment: str) -> str:
     return run.out
 
 
-@pytest.mark.timeout(180)
 def test_a_venv_is_made_once_and_mended_when_it_is_half_made(bare: Demo) -> None:
     python = bare.tree / ".venv" / "bin" / "python"
     assert "Making .venv" in set_up(bare)
@@ -742,7 +741,6 @@ def test_a_venv_is_made_once_and_mended_when_it_is_half_made(bare: Demo) -> None
     assert subprocess.run([python, "-m", "pip", "--version"], capture_output=True, timeout=60).returncode == 0
 
 
-@pytest.mark.timeout(180)
 def test_a_failing_pip_is_one_line(bare: Demo) -> None:
     set_up(bare)
     (bare.tree / "requirements.txt").write_text("no-such-package-anywhere\n")

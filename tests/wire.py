@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import IO, NoReturn
 
-from support import RawRequest, ok, wait_until
+from support import RawRequest, get, ok, wait_until
 
 Line = tuple[bytes, bytes]
 Script = Callable[[socket.socket, RawRequest], None]
@@ -81,7 +81,7 @@ class WireBackend:
         for sock in list(self.open):
             with suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
-        self._thread.join(5)
+        self._thread.join(60)
 
     @property
     def seen(self) -> int:
@@ -210,6 +210,14 @@ def request(
 
 def post(*lines: bytes, body: bytes = b"", target: bytes = b"/") -> bytes:
     return request(target, *lines, method=b"POST", body=body)
+
+
+LARGE = b"x" * 70_000
+
+
+def large(target: bytes) -> bytes:
+    """A request that holds a thread while its backend works; those on the express way hold none."""
+    return get(target, b"Content-Length: %d" % len(LARGE), method=b"PUT") + LARGE
 
 
 def hang_up(sock: socket.socket, *, reset: bool = False) -> NoReturn:
