@@ -25,7 +25,7 @@ import jsonschema
 import pytest
 from fleet import Demo
 from stub_balancer import LIMIT, SCRIPT, Json, StubBalancer, environment, one_line, run, run_json, started
-from support import ROOT, free_port, wait_until
+from support import ROOT, free_port, running, wait_until
 from wire import WireBackend
 
 from loadtest import problems
@@ -613,7 +613,7 @@ def on_a_terminal(*arguments: str, interrupt: Callable[[], bool] | None = None, 
     leader, follower = pty.openpty()
     env = environment({"TERM": "xterm", "COLUMNS": "100", **extra})
     command = [sys.executable, str(SCRIPT), *arguments]
-    with subprocess.Popen(command, stdout=follower, stderr=follower, env=env) as process:
+    with running(command, stdout=follower, stderr=follower, env=env) as process:
         os.close(follower)
         if interrupt:
             wait_until(interrupt)

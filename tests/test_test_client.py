@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from stub_balancer import LIMIT, SCRIPT, StubBalancer, environment, one_line, run, run_json, started
-from support import ROOT, Balancer, fetch, free_port, ok, wait_until
+from support import ROOT, Balancer, fetch, free_port, ok, running, wait_until
 from wire import WireBackend
 
 import test_client
@@ -467,7 +467,7 @@ def test_closing_the_terminal_puts_the_algorithm_back(stub: StubBalancer, argume
     claim = "import fcntl, os, runpy, sys, termios; fcntl.ioctl(1, termios.TIOCSCTTY, 0); del sys.argv[0]; "
     command = [sys.executable, "-c", claim + "runpy.run_path(sys.argv[0], run_name='__main__')", str(SCRIPT)]
     command += [stub.url, "-n", "5k", *arguments]
-    with subprocess.Popen(
+    with running(
         command, stdin=follower, stdout=follower, stderr=follower, env=environment(), start_new_session=True, cwd=ROOT
     ) as process:
         os.close(follower)
@@ -494,7 +494,7 @@ def test_a_second_hangup_is_not_impatience(stub: StubBalancer) -> None:
 def test_a_hangup_that_nohup_ignores_stays_ignored(stub: StubBalancer) -> None:
     stub.delay = 0.02
     ignoring = f'trap "" HUP; exec "{sys.executable}" "{SCRIPT}" {stub.url} -n 100 -c 2'
-    with subprocess.Popen(["sh", "-c", ignoring], stdout=subprocess.PIPE, text=True, env=environment()) as process:
+    with running(["sh", "-c", ignoring], stdout=subprocess.PIPE, text=True, env=environment()) as process:
         wait_until(lambda: stub.total > 20)
         process.send_signal(signal.SIGHUP)
         out, _ = process.communicate(timeout=LIMIT)
@@ -553,7 +553,7 @@ def test_colour_on_a_terminal_only_where_wanted(
 ) -> None:
     leader, follower = os.openpty()
     command = [sys.executable, str(SCRIPT), stub.url, "-n", "1", *arguments]
-    with subprocess.Popen(command, stdout=follower, env=environment({"TERM": "xterm", **extra})) as process:
+    with running(command, stdout=follower, env=environment({"TERM": "xterm", **extra})) as process:
         assert process.wait(LIMIT) == 0
     shown = os.read(leader, 65536)
     os.close(leader)
