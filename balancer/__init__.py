@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from balancer.errors import SettingsError
+    from balancer.forwarding.filter import Filter
     from balancer.loadbalancer import LoadBalancer, serve_app
     from balancer.strategies import Strategy, strategy
 
 __version__ = "0.1.0"
-__all__ = ["LoadBalancer", "SettingsError", "Strategy", "serve_app", "strategy"]
+__all__ = ["Filter", "LoadBalancer", "SettingsError", "Strategy", "serve_app", "strategy"]
 
 _HOMES = {
+    "Filter": "balancer.forwarding.filter",
     "LoadBalancer": "balancer.loadbalancer",
     "SettingsError": "balancer.errors",
     "Strategy": "balancer.strategies",

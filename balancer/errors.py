@@ -41,8 +41,8 @@ class BalancerError(Exception):
 
     def to_keep(self) -> Self:
         """Itself, without the traceback and what came before it: these refer to whoever keeps it and to all that they
-        hold, such as an answer of 64 KiB. That would be garbage of the slow kind, and a hostile backend could pile it
-        up."""
+        hold, such as an answer of 64 KiB. Only the garbage collector would free that, some time later, and a hostile
+        backend could pile it up."""
         self.__context__ = self.__cause__ = None
         return self.with_traceback(None)
 

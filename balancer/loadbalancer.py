@@ -17,7 +17,7 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any, Self
 
 from balancer import wiring
-from balancer.balancing.judge import PoolOptions
+from balancer.balancing.options import PoolOptions
 from balancer.balancing.pool import BackendPool
 from balancer.config import settings
 from balancer.config.reload import Plan
@@ -34,6 +34,8 @@ from balancer.edge.workers import WorkerPool
 from balancer.errors import SettingsError
 from balancer.fleet.health import HealthOptions
 from balancer.forwarding.filter import Filter
+from balancer.observe.events import Event
+from balancer.observe.record import ExplainedView
 from balancer.protocol.requestheads import RequestHeads
 from balancer.upstream.transport import Timeouts
 
@@ -54,8 +56,8 @@ class LoadBalancer:
 
     Each of `backends` is a URL, `[ID=]URL[@WEIGHT]`, a dict or a BackendSettings. Every setting can be given by name;
     the others have their defaults, but `port`, which is any free one. Neither a file nor the environment is read.
-    `config` are settings that are checked already, `sources` where each came from. `filters` are asked about each
-    request that is to be forwarded, in their order. Raises SettingsError, in one line.
+    `config` are settings that are checked already, `sources` where each came from. `filters` are asked in their order.
+    Raises SettingsError, in one line.
 
     `app` is the Flask app of the control API, whose `wsgi_app` forwards everything else.
     """
@@ -72,11 +74,10 @@ class LoadBalancer:
         if config is None:
             listed = backends if isinstance(backends, str) else list(backends)
             config, sources = settings.given({"port": 0, "backends": listed, **values})
-        parts = wiring.make(config, sources, filters)
+        parts = wiring.make(config, sources, filters, self.reload)
         self.app, self.control_app, self.proxy = parts.app, parts.control_app, parts.proxy
-        self.configuration, self.control = parts.configuration, parts.control
-        self.health, self.adapter, self.routes = parts.health, parts.adapter, parts.routes
-        self.control.reload = self.reload
+        self.control, self.health, self.workers, self.routes = parts.control, parts.health, parts.workers, parts.routes
+        self.configuration, self.adapter = parts.control.configuration, parts.control.adapter
         self.app.extensions["balancer"] = self
         self.express: Express | None = None
         self.bridges: list[Bridge] = []
@@ -106,13 +107,13 @@ class LoadBalancer:
     def pool(self) -> BackendPool:
         return self.control.pool
 
-    def events(self, since: int = 0) -> list[dict[str, Any]]:
+    def events(self, since: int = 0) -> list[Event]:
         """What `GET /events` tells, oldest first."""
         return self.control.events.since(since)[0]
 
-    def requests(self, recent: int = 20) -> list[dict[str, Any]]:
+    def requests(self, recent: int = 20) -> list[ExplainedView]:
         """The newest finished requests, newest first, and why each went where it went, as `GET /requests/ID` tells."""
-        return [exchange.explain() for exchange in self.control.statistics.newest(recent)]
+        return [record.explain() for record in self.control.statistics.newest(recent)]
 
     # In a thread of its own.
 
@@ -202,15 +203,13 @@ class LoadBalancer:
         """The main one, and the control API's if it has a port of its own; both share the threads."""
         config = self.settings
         limits = config.options(ClientLimits)
-        workers = WorkerPool(config.max_threads, config.max_queued, config.thread_idle_timeout)
-        self.control.queued = lambda: workers.queued
         if hasattr(select, "epoll"):
-            self.express = Express(self.adapter, workers)
+            self.express = Express(self.adapter, self.workers)
         is_wrapped = self.app.wsgi_app is not self.proxy
         bridges = [
             Bridge(
                 self.app.wsgi_app,
-                workers,
+                self.workers,
                 limits,
                 is_control=self.proxy.is_control,
                 # A WSGI middleware around the proxy must see every request, so there is no way past it then.
@@ -219,7 +218,7 @@ class LoadBalancer:
             )
         ]
         if config.control_port is not None:
-            bridges.append(Bridge(self.control_app, workers, limits, is_control=lambda path: True))
+            bridges.append(Bridge(self.control_app, self.workers, limits, is_control=lambda path: True))
         return bridges
 
     def start_parts(self) -> None:

@@ -15,14 +15,15 @@ from flask import Flask
 
 from balancer.balancing import strategies
 from balancer.balancing.changes import Change
-from balancer.balancing.judge import PoolOptions
-from balancer.balancing.pool import BackendPool, PoolChanges
-from balancer.config.reload import Configuration, make_backend
+from balancer.balancing.members import PoolChanges
+from balancer.balancing.options import PoolOptions
+from balancer.balancing.pool import BackendPool
+from balancer.config.reload import Configuration, Plan, make_backend
 from balancer.config.settings import Settings
 from balancer.control import api
 from balancer.control.access import Access, AccessOptions
 from balancer.control.control import Control
-from balancer.control.metrics import Metrics, Sources
+from balancer.edge.workers import WorkerPool
 from balancer.edge.wsgi import ReverseProxy
 from balancer.errors import SettingsError
 from balancer.filters.maxforwards import MaxForwards
@@ -58,14 +59,15 @@ class Parts:
     app: Flask
     control_app: WSGIApplication
     proxy: ReverseProxy
-    configuration: Configuration
     control: Control
     health: HealthChecker
-    adapter: BackendAdapter
+    workers: WorkerPool
     routes: Callable[[Settings], Routes]
 
 
-def make(config: Settings, sources: Mapping[str, str] | None, filters: Sequence[Filter]) -> Parts:
+def make(
+    config: Settings, sources: Mapping[str, str] | None, filters: Sequence[Filter], reload: Callable[[bool], Plan]
+) -> Parts:
     """`sources` says where each setting came from; `filters` are asked about each request that is to be forwarded, in
     their order. Raises SettingsError for an unknown algorithm or an unreadable CA file."""
     strategies.load_entry_points()
@@ -80,26 +82,20 @@ def make(config: Settings, sources: Mapping[str, str] | None, filters: Sequence[
 
     app = Flask(__name__, static_folder=None)
     history, writer = History(lambda: _look(statistics, pool)), LogWriter(standard_output())
+    workers = WorkerPool(config.max_threads, config.max_queued, config.thread_idle_timeout)
+    access = Access(config.options(AccessOptions))
     control = Control(
-        config.id,
-        pool,
-        statistics,
-        events,
-        history,
-        writer,
-        DASHBOARD,
-        configuration,
-        Access(config.options(AccessOptions)),
-        config.control_prefix,
+        *(pool, statistics, events, history, writer, DASHBOARD, configuration, access, adapter),
+        queued=lambda: workers.queued,
+        reload=reload,
     )
-    control.metrics = Metrics(_sources(control, adapter))
     api.install(app, control)
     control_app = app.wsgi_app
-    routes = _routes(control, adapter, health, filters)
+    routes = _routes(control, health, filters)
     proxy = _proxy(control_app, control, routes(config))
     app.wsgi_app = proxy  # type: ignore[method-assign]
     _follow(pool, statistics, events, health)
-    return Parts(app, control_app, proxy, configuration, control, health, adapter, routes)
+    return Parts(app, control_app, proxy, control, health, workers, routes)
 
 
 def _tls_context(ca_file: Path | None) -> ssl.SSLContext | None:
@@ -120,11 +116,9 @@ def _health(config: Settings, pool: BackendPool, adapter: BackendAdapter, tls: s
     return HealthChecker(pool, config.options(HealthOptions), tls=tls, on_round=on_round)
 
 
-def _routes(
-    control: Control, adapter: BackendAdapter, health: HealthChecker, filters: Sequence[Filter]
-) -> Callable[[Settings], Routes]:
+def _routes(control: Control, health: HealthChecker, filters: Sequence[Filter]) -> Callable[[Settings], Routes]:
     """What makes the routes that settings ask for, at the start and at every reload."""
-    started_with = control.configuration.settings
+    started_with = control.settings
     budget, access_log = RetryBudget(control.statistics), AccessLog(control.log, started_with.options(LogOptions))
     rare: list[Filter] = [MaxForwards()]
     if started_with.control_port is None:  # else the control API is no neighbour of what is forwarded
@@ -135,7 +129,7 @@ def _routes(
         access_log.options = config.options(LogOptions)
         route = Route(
             control.pool,
-            adapter,
+            control.adapter,
             control.statistics,
             budget,
             config.options(RouteOptions),
@@ -149,7 +143,7 @@ def _routes(
 
 
 def _proxy(control_app: WSGIApplication, control: Control, routes: Routes) -> ReverseProxy:
-    config = control.configuration.settings
+    config = control.settings
     # The pseudonym is this very process: two balancers of one name in a chain are not a loop.
     pseudonym = f"{config.id}.{secrets.token_hex(4)}".encode("ascii")
     return ReverseProxy(
@@ -157,20 +151,6 @@ def _proxy(control_app: WSGIApplication, control: Control, routes: Routes) -> Re
         (lambda path: False) if config.control_port is not None else api.is_control_path(config.control_prefix),
         routes=routes,
         heads=RequestHeads(pseudonym, config.networks, config.max_header_count, config.request_headers),
-    )
-
-
-def _sources(control: Control, adapter: BackendAdapter) -> Sources:
-    return Sources(
-        balancer_id=control.balancer_id,
-        pool=control.pool,
-        statistics=control.statistics,
-        events=control.events,
-        adapter=adapter,
-        configuration=control.configuration,
-        lifecycle=lambda: control.lifecycle,
-        queued=lambda: control.queued(),
-        log=control.log,
     )
 
 

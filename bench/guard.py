@@ -21,6 +21,7 @@ import sys
 import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -67,6 +68,8 @@ class Kind:
     body: bytes = b""
     more_headers: int = 0
     is_varied: bool = False  # no two requests have the same header section
+    path: str = "/api/process"
+    answer: bytes | None = BODY  # None: whatever comes
 
     def scope(self) -> dict[str, Any]:
         """As Granian gives it."""
@@ -81,8 +84,8 @@ class Kind:
             "http_version": "1.1",
             "method": self.method,
             "scheme": "http",
-            "path": "/api/process",
-            "raw_path": b"/api/process",
+            "path": self.path,
+            "raw_path": self.path.encode(),
             "query_string": b"id=1",
             "headers": headers,
             "client": ("127.0.0.1", 40000),
@@ -161,17 +164,21 @@ def measure_all(
         return {name: measure(bridge, KINDS[name]) for name in kinds}
 
 
+def serve(bridge: Bridge, kind: Kind) -> None:
+    """One request, from its client and back."""
+    client = Client(kind)
+    bridge.accept(client)
+    if bridge.express is not None:
+        for _ in range(MOST_POLLS):
+            if client.status is not None:
+                break
+            bridge.express.run_once()
+    if client.status != 200 or kind.answer not in (None, client.received):
+        raise RuntimeError(f"the request failed: {client.status} {client.received[:200]!r}")
+
+
 def measure(bridge: Bridge, kind: Kind) -> Cost:
-    def one() -> None:
-        client = Client(kind)
-        bridge.accept(client)
-        if bridge.express is not None:
-            for _ in range(MOST_POLLS):
-                if client.status is not None:
-                    break
-                bridge.express.run_once()
-        if (client.status, client.received) != (200, BODY):
-            raise RuntimeError(f"the request failed: {client.status} {client.received[:200]!r}")
+    one = partial(serve, bridge, kind)
 
     for _ in range(WARMUP_REQUESTS):
         one()
@@ -237,10 +244,10 @@ def count_bytes(one: Callable[[], None]) -> int:
 
 @contextlib.contextmanager
 def balancer(port: int, **changes: Any) -> Iterator[Bridge]:
-    """The app with default settings but for `changes`; one backend, which is up; no health checks, no other threads."""
-    settings = Settings(
-        backends=(BackendSettings(id="only", url=f"http://127.0.0.1:{port}"),), **{"min_body_rate": 0, **changes}
-    )
+    """The app with default settings but for `min_body_rate` and `changes`; one backend, which is up; no health checks,
+    no threads."""
+    backend = BackendSettings(id="only", url=f"http://127.0.0.1:{port}")
+    settings = Settings(backends=(backend,), min_body_rate=0, **changes)
     app = create_app(settings)
     parts = app.extensions["balancer"]
     for each in parts.control.pool.backends():

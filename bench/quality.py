@@ -23,7 +23,7 @@ from slow_backend import parse
 sys.path.insert(0, str(HERE.parent))
 
 from balancer.balancing.backends import LastCheck  # noqa: E402
-from balancer.balancing.judge import PoolOptions  # noqa: E402
+from balancer.balancing.options import PoolOptions  # noqa: E402
 from balancer.balancing.pool import BackendPool, Lease  # noqa: E402
 from balancer.balancing.strategies import REGISTRY, create  # noqa: E402
 from balancer.config.settings import Settings  # noqa: E402

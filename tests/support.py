@@ -26,7 +26,7 @@ from balancer.commandline import parse_arguments
 from balancer.config import settings
 from balancer.config.settings import Settings
 from balancer.loadbalancer import LoadBalancer
-from balancer.observe.exchange import Attempt, Exchange
+from balancer.observe.record import Attempt, Record
 from balancer.protocol.origin import Origin
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,9 +104,9 @@ def make_attempt(backend_id: str, outcome: str, seconds: float = 0.01, at: float
     return made
 
 
-def make_exchange(backend: str | None = "a", status: int = 200, seconds: float = 0.01, **fields: Any) -> Exchange:
+def make_record(backend: str | None = "a", status: int = 200, seconds: float = 0.01, **fields: Any) -> Record:
     first = {name: fields.pop(name, default) for name, default in (("method", "GET"), ("path", "/x"))}
-    made = Exchange(fields.pop("timestamp", 1.0), **first, request_id=fields.pop("request_id", "id-1"))
+    made = Record(fields.pop("timestamp", 1.0), **first, request_id=fields.pop("request_id", "id-1"))
     for name, value in {"backend": backend, "status": status, "seconds": seconds, **fields}.items():
         setattr(made, name, value)
     return made
@@ -230,6 +230,12 @@ class Balancer(Served):
 
     def stop(self) -> None:
         self.library.stop(timeout=0.1)
+
+    def __enter__(self) -> Balancer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
 
 class BalancerProcess(Process, Served):

@@ -32,7 +32,7 @@ from support import (
     fetch_json,
     free_port,
     get,
-    make_exchange,
+    make_record,
     ok,
     split_response,
     wait_until,
@@ -66,7 +66,7 @@ def make_app(**settings: Any) -> Flask:
     app = create_app(Settings(backends=(BackendSettings(id="a", url="http://127.0.0.1:9"),), **settings))
     statistics = app.extensions["control"].statistics
     statistics.begin()
-    statistics.record(make_exchange(path=f"/reset-password/{SECRET}", timestamp=time.time()))
+    statistics.record(make_record(path=f"/reset-password/{SECRET}", timestamp=time.time()))
     return app
 
 

@@ -34,7 +34,7 @@ from support import (
     free_port,
     get,
     make_attempt,
-    make_exchange,
+    make_record,
     ok,
     options,
     start_demo,
@@ -42,8 +42,8 @@ from support import (
 )
 
 from balancer.observe.accesslog import AGENT_LOGGED, AccessLog, LogOptions, timestamp
-from balancer.observe.exchange import METHOD_KEPT, PATH_KEPT, Exchange
 from balancer.observe.logwriter import LogWriter
+from balancer.observe.record import METHOD_KEPT, PATH_KEPT, Record
 from balancer.protocol.request import Request
 from balancer.protocol.requestheads import RequestHeads
 
@@ -294,7 +294,7 @@ def test_no_request_forges_a_line_or_talks_to_the_terminal(form: str) -> None:
         assert json.loads(line) if form == "json" else TEXT.fullmatch(line)
 
 
-def make_line(is_json: bool, exchange: Exchange, *lines: tuple[bytes, bytes], peer: str = "192.0.2.1") -> str:
+def make_line(is_json: bool, record: Record, *lines: tuple[bytes, bytes], peer: str = "192.0.2.1") -> str:
     made: list[Any] = []
 
     class Kept(LogWriter):
@@ -302,9 +302,9 @@ def make_line(is_json: bool, exchange: Exchange, *lines: tuple[bytes, bytes], pe
             made.append(line())
 
     request = Request(RequestHeads(), "GET", "/", b"/", "1.1", "http", peer, lines)
-    options_ = options(LogOptions, access_log=True, access_log_format="json" if is_json else "text")
-    access_log = AccessLog(Kept(None), options_)
-    access_log.done(request, exchange)
+    format_name = "json" if is_json else "text"
+    access_log = AccessLog(Kept(None), options(LogOptions, access_log=True, access_log_format=format_name))
+    access_log.done(request, record)
     (line,) = made
     assert isinstance(line, str)
     return line
@@ -315,8 +315,8 @@ latin = st.text(st.characters(max_codepoint=255), max_size=50)
 
 @given(latin, latin, latin, st.booleans())
 def test_whatever_a_request_says_a_line_is_one_line_of_ascii(path: str, agent: str, method: str, is_json: bool) -> None:
-    exchange = make_exchange(method=method, path="/" + path)
-    line = make_line(is_json, exchange, (b"user-agent", agent.encode("latin-1")))
+    record = make_record(method=method, path="/" + path)
+    line = make_line(is_json, record, (b"user-agent", agent.encode("latin-1")))
     assert line.isascii() and line.isprintable()
     if is_json:
         told = json.loads(line)
@@ -326,8 +326,8 @@ def test_whatever_a_request_says_a_line_is_one_line_of_ascii(path: str, agent: s
 
 
 def test_what_is_long_is_cut() -> None:
-    exchange = make_exchange()
-    told = json.loads(make_line(True, exchange, (b"user-agent", b"a" * 9999), peer="unknown"))
+    record = make_record()
+    told = json.loads(make_line(True, record, (b"user-agent", b"a" * 9999), peer="unknown"))
     assert len(told["user_agent"]) == AGENT_LOGGED
     assert told["client"] is None
 
@@ -353,8 +353,8 @@ def test_times_are_iso_8601(seconds: float, text: str) -> None:
 def test_the_phases_of_a_request_with_a_pause_between_attempts() -> None:
     failed = make_attempt("a", "http_response_timeout", at=0.25, seconds=1.0, error="slow")
     good = make_attempt("a", "200", at=1.5, seconds=0.3, connect=0.1)
-    exchange = make_exchange(seconds=2.0, queued=0.2, attempts=[failed, good])
-    told = json.loads(make_line(True, exchange))
+    record = make_record(seconds=2.0, queued=0.2, attempts=[failed, good])
+    told = json.loads(make_line(True, record))
     assert told["received"] == pytest.approx(0.05)
     assert (told["queued"], told["connect"], told["first_byte"]) == (0.2, 0.1, 0.3)
     assert told["transfer"] == pytest.approx(0.2)

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from support import options
 
 from balancer.balancing.backends import Backend, LastCheck
-from balancer.balancing.changes import Change, News
-from balancer.balancing.judge import PoolOptions
-from balancer.balancing.pool import BackendPool, Lease, PoolChanges
+from balancer.balancing.changes import Change, Notifier
+from balancer.balancing.members import PoolChanges
+from balancer.balancing.options import PoolOptions
+from balancer.balancing.pool import BackendPool, Lease
 from balancer.balancing.strategies import create
 from balancer.errors import SettingsError, Unavailable
 from balancer.protocol.origin import Origin
@@ -415,7 +416,7 @@ def test_a_down_backend_shows_its_newest_reason_and_since_when(pool: Pool) -> No
         pool.record_check(backend, LastCheck(pool.now, 0.4, None, error))
     health = pool.snapshot()[0]["health"]
     assert (health["status"], health["reason"], health["since"]) == ("down", "third", 1011.0)
-    assert health["last_check"] == {"at": 1012.0, "duration": 0.4, "status": None, "error": "third"}
+    assert health["last_check"] == LastCheck(at=1012.0, duration=0.4, status=None, error="third")
     assert (health["consecutive_failures"], health["consecutive_successes"]) == (3, 0)
 
 
@@ -662,7 +663,7 @@ def test_a_listener_may_use_the_pool(pool: Pool) -> None:
 
 def test_listeners_hear_of_changes_in_their_order_whoever_tells() -> None:
     """Two threads, each of which notes under their owner's lock and tells without it; to tell of one's takes longer."""
-    news, lock, is_telling, pause = News(), Lock(), Event(), Event()
+    notifier, lock, is_telling, pause = Notifier(), Lock(), Event(), Event()
     noted: list[str] = []
     told: list[str] = []
 
@@ -676,10 +677,10 @@ def test_listeners_hear_of_changes_in_their_order_whoever_tells() -> None:
         for number in range(20):
             with lock:
                 noted.append(f"{name} {number}")
-                news.note("backend_changed", "a", noted[-1], "info")
-            news.tell()
+                notifier.note("backend_changed", "a", noted[-1], "info")
+            notifier.notify()
 
-    news.on_change(listen)
+    notifier.on_change(listen)
     with ThreadPoolExecutor(1) as threads:
         slow = threads.submit(change, "slow")
         assert is_telling.wait(10)
@@ -733,6 +734,6 @@ def test_who_takes_the_name_of_a_leaving_one_goes_on_with_its_counts(pool: Pool)
     pool.apply(PoolChanges(add=[Backend("a", ELSEWHERE)]))
     assert pool.told[-2:] == [("backend_removed", "a"), ("backend_added", "a")]
     new = pool.get("a")
-    assert new is not None and (new.tally.selected, new.active) == (1, 0)
+    assert new is not None and (new.counts.selected, new.active) == (1, 0)
     lease.release()
     assert pool.get("a") is new

@@ -35,7 +35,7 @@ from wire import WireBackend, post, read_response, request, resident_bytes
 from balancer.edge import accepted
 from balancer.edge.bridge import WATCH_AFTER_SECONDS, Bridge
 from balancer.edge.call import Call
-from balancer.edge.clientbody import GRACE_SECONDS as BODY_GRACE_SECONDS
+from balancer.edge.listener import GRACE_SECONDS as BODY_GRACE_SECONDS
 from balancer.edge.listener import ClientLimits
 from balancer.edge.workers import WorkerPool
 from balancer.upstream.tcpinfo import traffic

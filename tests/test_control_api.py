@@ -21,6 +21,7 @@ from jsonschema import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
 from support import (
     ROOT,
+    Balancer,
     BalancerProcess,
     Demo,
     ScriptedBackend,
@@ -31,7 +32,7 @@ from support import (
     free_port,
     get,
     make_attempt,
-    make_exchange,
+    make_record,
     ok,
     read_all,
     wait_until,
@@ -78,7 +79,7 @@ def add_exchanges(app: Flask, count: int, status: int = 200) -> None:
     for number in range(count):
         statistics.begin()
         statistics.record(
-            make_exchange(
+            make_record(
                 "a",
                 status,
                 0.012,
@@ -382,7 +383,7 @@ def test_reset_keeps_what_is_in_flight(app: Flask, client: FlaskClient) -> None:
     statistics.begin()
     client.post("/reset")
     assert client.get("/status").json["statistics"]["active_requests"] == 1  # type: ignore[index]
-    statistics.record(make_exchange("a", 200, 0.1))
+    statistics.record(make_record("a", 200, 0.1))
     after = client.get("/status").json["statistics"]  # type: ignore[index]
     assert (after["active_requests"], after["total_requests"]) == (0, 1)
 
@@ -1260,7 +1261,7 @@ def assert_forwarded(url: str) -> None:
 
 
 def test_with_a_prefix_the_bare_paths_belong_to_the_backend(own_paths: ScriptedBackend) -> None:
-    balancer = BalancerProcess(f"--backend=b={own_paths.url}", "--control-prefix=/lb", wait_ready=False)
+    balancer = Balancer(f"--backend=b={own_paths.url}", "--control-prefix=/lb", wait_ready=False)
     try:
         assert_forwarded(balancer.url)
         control = f"{balancer.url}/lb"
@@ -1293,7 +1294,7 @@ def test_with_a_port_of_its_own_the_control_api_is_nowhere_else(own_paths: Scrip
 
 
 def test_a_path_that_only_looks_like_a_control_path_is_forwarded(own_paths: ScriptedBackend) -> None:
-    balancer = BalancerProcess(f"--backend=b={own_paths.url}")
+    balancer = Balancer(f"--backend=b={own_paths.url}")
     try:
         for path in ("/status/", "/statuses", "/STATUS", "/api/status", "/health/x", "/dashboard.html", "//status"):
             assert fetch(balancer.url + path)[2] == b"backend " + path.encode()
@@ -1306,7 +1307,7 @@ def test_not_ready_until_the_first_health_round_is_done() -> None:
     """A backend that accepts and never answers keeps the first round going for the health time-out."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        balancer = BalancerProcess(f"--backend=silent={url}", "--health-timeout=4", wait_ready=False)
+        balancer = Balancer(f"--backend=silent={url}", "--health-timeout=4", wait_ready=False)
         try:
             status, _, body = fetch(f"{balancer.url}/readyz")
             assert (status, json.loads(body)["status"]) == (503, "not ready")

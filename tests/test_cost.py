@@ -14,7 +14,9 @@ from support import wait_until
 from wire import WireBackend
 
 from balancer.edge.bridge import Bridge
-from bench import guard
+from bench import guard, way
+
+MOST_RETURNS = 15
 
 
 @pytest.fixture(scope="module")
@@ -132,3 +134,8 @@ def test_a_failed_request_leaves_no_cycles(answer: bytes, scripted: WireBackend)
             assert min(cycles(bridge, 502) for _ in range(3)) <= usual  # the backend's threads leave some too
     finally:
         gc.enable()
+
+
+def test_a_plain_get_goes_back_to_few_files() -> None:
+    """Whoever reads its way must not have to go to and fro."""
+    assert way.trace_all()["GET"].returns <= MOST_RETURNS

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -20,11 +21,9 @@ from support import Balancer, BalancerProcess, active, connect, exchange, get, n
 from test_http2 import Client as Http2Client
 from wire import WireBackend, post, read_response, request, wait_closed
 
-from balancer.edge import download
 from balancer.edge.bridge import Bridge
-from balancer.edge.clientbody import GRACE_SECONDS
 from balancer.edge.download import LARGEST_ENDLESS, LEAST_PIECE, UNREAD_PIECES, WHOLE, Download
-from balancer.edge.listener import ClientLimits
+from balancer.edge.listener import BRIEF_SECONDS, GRACE_SECONDS, ClientLimits
 from balancer.edge.workers import WorkerPool
 from balancer.forwarding.forwarding import WHOLE_STREAM
 
@@ -102,7 +101,7 @@ class Desk:
 
     def wait_over(self) -> None:
         wait_until(lambda: self.client.is_done and self.bridge.active == 0)
-        assert self.bridge.downloads == 0 and not self.bridge._parked
+        assert not self.bridge.downloads and not self.bridge._parked
         assert self.pieces.closed == 1
 
 
@@ -133,7 +132,7 @@ ABC = [b"a", b"b", b"c", b"d"]
 def test_a_parked_call_goes_on_where_it_stood(desk: Callable[..., Desk]) -> None:
     made = desk(ABC, 1)
     made.wait_parked()
-    assert made.client.received == b"ab" and made.bridge.active == 1 and made.bridge.downloads == 1
+    assert made.client.received == b"ab" and made.bridge.active == 1 and len(made.bridge.downloads) == 1
     made.client.read(0)
     wait_until(lambda: made.client.received == b"abc")
     made.wait_parked()
@@ -146,7 +145,7 @@ def test_a_parked_call_goes_on_where_it_stood(desk: Callable[..., Desk]) -> None
 def test_a_client_that_reads_at_once_is_waited_for_without_a_switch(
     desk: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("balancer.edge.bridge.BRIEF_SECONDS", 10.0)
+    monkeypatch.setattr("balancer.edge.listener.BRIEF_SECONDS", 10.0)
     made = desk(ABC, 1)
     wait_until(lambda: made.client.held and made.client.held[0].is_awaited)
     assert not made.bridge._parked
@@ -303,7 +302,7 @@ def test_a_parked_call_goes_on_where_promises_belong_to_an_event_loop(desk: Call
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     now = [1000.0]
-    monkeypatch.setattr(download.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     yield now
 
 
@@ -389,7 +388,7 @@ def test_of_an_unknown_length_each_could_be_the_last(bridge: Bridge) -> None:
 
 
 def test_the_more_downloads_the_smaller_their_pieces(bridge: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Bridge, "downloads", 1000)
+    monkeypatch.setattr(bridge, "downloads", range(1000))
     assert max(sizes(bridge, 2 * MIB, is_http2=False)[:-UNREAD_PIECES]) == LEAST_PIECE
 
 
@@ -506,7 +505,7 @@ def test_a_reader_that_pauses_gets_all_of_it(
     with ExitStack() as stack:
         (sock,) = ask_http1(stack, balancer, b"/", 1)
         (h2,) = ask_http2(stack, balancer, b"/", 1)
-        threading.Event().wait(3 * download.BRIEF_SECONDS)  # both are parked, but for what the kernel takes
+        threading.Event().wait(3 * BRIEF_SECONDS)  # both are parked, but for what the kernel takes
         sock.settimeout(20)
         with sock.makefile("rb") as stream:
             found = read_response(stream)[2]
@@ -514,7 +513,7 @@ def test_a_reader_that_pauses_gets_all_of_it(
         h2.take(1, size // 2)
         while len(h2.streams[1].body) < size // 2:
             h2._read_frame()
-        threading.Event().wait(3 * download.BRIEF_SECONDS)
+        threading.Event().wait(3 * BRIEF_SECONDS)
         h2.take(1, size)
         assert hashlib.sha256(h2.finish(1).body).digest() == hashlib.sha256(body).digest()
     assert newest(balancer)["reason"] is None

@@ -57,8 +57,8 @@ def go_on(scripted: WireBackend) -> Iterator[threading.Event]:
 # The delay: still serving, but telling everybody to go elsewhere.
 
 
-def test_during_the_delay_all_is_served_and_everybody_is_told(start: Callable[..., BalancerProcess]) -> None:
-    balancer = start("--shutdown-delay=3")
+def test_during_the_delay_all_is_served_and_everybody_is_told(start_process: Callable[..., BalancerProcess]) -> None:
+    balancer = start_process("--shutdown-delay=3")
     with connect(balancer.port) as kept, kept.makefile("rb") as stream:
         kept.sendall(request(b"/"))
         status, lines, _ = read_response(stream)
@@ -85,10 +85,10 @@ def test_during_the_delay_all_is_served_and_everybody_is_told(start: Callable[..
 
 
 def test_nothing_is_lost_if_traffic_moves_away_within_the_delay(
-    start: Callable[..., BalancerProcess],
+    start_process: Callable[..., BalancerProcess],
 ) -> None:
     """As behind another load balancer, which asks /readyz and needs a moment to notice."""
-    balancer = start("--shutdown-delay=3")
+    balancer = start_process("--shutdown-delay=3")
     told = threading.Event()
     seen: Counter[str] = Counter()
     lock = threading.Lock()
@@ -123,9 +123,9 @@ def test_nothing_is_lost_if_traffic_moves_away_within_the_delay(
 
 
 def test_what_waits_for_a_thread_when_the_delay_ends_is_finished_too(
-    start: Callable[..., BalancerProcess], scripted: WireBackend, go_on: threading.Event
+    start_process: Callable[..., BalancerProcess], scripted: WireBackend, go_on: threading.Event
 ) -> None:
-    balancer = start("--max-threads=1", "--shutdown-delay=1.5")
+    balancer = start_process("--max-threads=1", "--shutdown-delay=1.5")
     with ThreadPoolExecutor(3) as threads:
         answers = [threads.submit(exchange, balancer.port, get(b"/held"))]
         wait_until(lambda: scripted.seen == 1)
@@ -147,10 +147,10 @@ def accepts(balancer: BalancerProcess) -> bool:
 
 
 def test_a_control_port_says_to_the_end_what_goes_on(
-    start: Callable[..., BalancerProcess], scripted: WireBackend, go_on: threading.Event
+    start_process: Callable[..., BalancerProcess], scripted: WireBackend, go_on: threading.Event
 ) -> None:
     port = free_port()
-    balancer = start(f"--control-port={port}", wait_ready=False)
+    balancer = start_process(f"--control-port={port}", wait_ready=False)
     wait_until(lambda: fetch(f"http://127.0.0.1:{port}/readyz")[0] == 200)
     with ThreadPoolExecutor(1) as threads:
         answer = threads.submit(exchange, balancer.port, get(b"/held"))
@@ -165,10 +165,10 @@ def test_a_control_port_says_to_the_end_what_goes_on(
 
 
 def test_http2_is_served_during_the_delay_and_told_to_go_after_it(
-    start: Callable[..., BalancerProcess], scripted: WireBackend, go_on: threading.Event
+    start_process: Callable[..., BalancerProcess], scripted: WireBackend, go_on: threading.Event
 ) -> None:
     """RFC 9113 section 6.8: GOAWAY, and the streams that are open are finished."""
-    balancer = start("--shutdown-delay=2")
+    balancer = start_process("--shutdown-delay=2")
     with client(balancer) as h2:
         h2.request(1)
         assert h2.finish(1).status == 200
@@ -189,8 +189,8 @@ def test_http2_is_served_during_the_delay_and_told_to_go_after_it(
 # In a hurry.
 
 
-def test_ctrl_c_skips_the_delay(start: Callable[..., BalancerProcess]) -> None:
-    balancer = start(*LONG)
+def test_ctrl_c_skips_the_delay(start_process: Callable[..., BalancerProcess]) -> None:
+    balancer = start_process(*LONG)
     balancer.send(signal.SIGINT)
     assert balancer.wait(10) == 130
 
@@ -198,13 +198,13 @@ def test_ctrl_c_skips_the_delay(start: Callable[..., BalancerProcess]) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
 def test_a_second_signal_ends_the_delay_and_everything_else(
-    start: Callable[..., BalancerProcess],
+    start_process: Callable[..., BalancerProcess],
     scripted: WireBackend,
     go_on: threading.Event,
     number: signal.Signals,
     busy: bool,
 ) -> None:
-    balancer = start(*LONG)
+    balancer = start_process(*LONG)
     with connect(balancer.port) as sock:
         if busy:
             sock.sendall(get(b"/held"))
@@ -219,9 +219,9 @@ def test_a_second_signal_ends_the_delay_and_everything_else(
 
 
 def test_a_second_signal_ends_a_long_request(
-    start: Callable[..., BalancerProcess], scripted: WireBackend, go_on: threading.Event
+    start_process: Callable[..., BalancerProcess], scripted: WireBackend, go_on: threading.Event
 ) -> None:
-    balancer = start("--drain-timeout=60")
+    balancer = start_process("--drain-timeout=60")
     with connect(balancer.port) as sock:
         sock.sendall(get(b"/held"))
         wait_until(lambda: scripted.seen == 1)

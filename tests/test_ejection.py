@@ -15,7 +15,7 @@ from support import Balancer, Clock, ScriptedBackend, fetch, fetch_json, ok, opt
 from balancer.balancing.backends import Backend, Health, LastCheck
 from balancer.balancing.candidates import Candidates
 from balancer.balancing.ejection import MIN_SAMPLES, WINDOW_SECONDS, slow_outliers
-from balancer.balancing.judge import PoolOptions
+from balancer.balancing.options import PoolOptions
 from balancer.balancing.pool import BackendPool
 from balancer.balancing.strategies import create
 from balancer.protocol.origin import Origin

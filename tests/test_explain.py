@@ -25,7 +25,7 @@ from support import (
 from wire import hang_up
 
 from balancer.balancing.backends import EXPLAINED, Backend, LastCheck
-from balancer.balancing.judge import PoolOptions
+from balancer.balancing.options import PoolOptions
 from balancer.balancing.pool import BackendPool
 from balancer.balancing.strategies import REGISTRY, create
 from balancer.protocol.origin import Origin

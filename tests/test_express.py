@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-import signal
 import socket
 import threading
 import time
@@ -17,15 +16,16 @@ from typing import Any, NoReturn
 import pytest
 from stub_granian import Client, piece
 from support import (
+    Balancer,
     BalancerProcess,
     ScriptedBackend,
     connect,
-    exchange,
     fetch,
     free_port,
     get,
     ok,
     options,
+    read_all,
     split_response,
     wait_until,
 )
@@ -36,6 +36,7 @@ from balancer.config.settings import BackendSettings, Settings
 from balancer.edge.bridge import WATCH_AFTER_SECONDS
 from balancer.edge.express import Express
 from balancer.edge.workers import WorkerPool
+from balancer.forwarding.forwarding import Forwarding
 from balancer.loadbalancer import LoadBalancer, create_app
 from balancer.protocol.origin import Origin
 from balancer.upstream.connection import Connection
@@ -44,11 +45,11 @@ from bench import guard
 
 
 @pytest.fixture
-def started(request: pytest.FixtureRequest) -> Iterator[BalancerProcess]:
+def started(request: pytest.FixtureRequest) -> Iterator[Balancer]:
     """Two backends `a` and `b`, each with a kept connection; a second to answer, unless a test sets another time."""
     seconds = getattr(request, "param", 1)
     made = {name: ScriptedBackend() for name in "ab"}
-    balancer = BalancerProcess(
+    balancer = Balancer(
         *(f"--backend={name}={backend.url}" for name, backend in made.items()),
         "--algorithm=round_robin", f"--response-timeout={seconds}", "--pool-idle-timeout=30", "--thread-idle-timeout=1",
     )  # fmt: skip
@@ -60,7 +61,7 @@ def started(request: pytest.FixtureRequest) -> Iterator[BalancerProcess]:
 
 
 @pytest.fixture
-def backends(started: BalancerProcess) -> dict[str, ScriptedBackend]:
+def backends(started: Balancer) -> dict[str, ScriptedBackend]:
     """Both have answered once, so a request without a body finds a kept connection."""
     made: dict[str, ScriptedBackend] = started.backends  # type: ignore[attr-defined]
     for _ in range(4):
@@ -100,6 +101,12 @@ def test_requests_in_flight_need_no_threads(body: bytes | None) -> None:
     def threads() -> int:
         return len(os.listdir(f"/proc/{balancer.pid}/task"))
 
+    def ask(data: bytes) -> bytes:
+        with connect(balancer.port) as sock:
+            sock.settimeout(50)  # on a busy machine it takes a while until all are on their way
+            sock.sendall(data)
+            return read_all(sock)
+
     def asked(target: bytes) -> bytes:
         if body is None:
             return get(target)
@@ -112,7 +119,7 @@ def test_requests_in_flight_need_no_threads(body: bytes | None) -> None:
         with ThreadPoolExecutor(count) as clients:
             # In one piece: a body that comes 0.1 s after its head rightly gets a thread.
             whole = [asked(b"/%d" % number) for number in range(count)]
-            answers = [clients.submit(exchange, balancer.port, data) for data in whole]
+            answers = [clients.submit(ask, data) for data in whole]
             wait_until(lambda: len(backend.requests) == count, 20)
             wait_until(lambda: threads() <= before + 4, 15, "no thread waits")
             go.set()
@@ -130,7 +137,7 @@ def test_requests_in_flight_need_no_threads(body: bytes | None) -> None:
 
 
 def test_an_answer_that_does_not_come_is_given_up_and_asked_for_elsewhere(
-    started: BalancerProcess, backends: dict[str, ScriptedBackend]
+    started: Balancer, backends: dict[str, ScriptedBackend]
 ) -> None:
     script_once(backends, lambda sock, request: None, b"second")
     assert fetch(f"{started.url}/x", X_Request_ID="late-1")[2] == b"second"
@@ -141,7 +148,7 @@ def test_an_answer_that_does_not_come_is_given_up_and_asked_for_elsewhere(
 
 @pytest.mark.parametrize("pause", [0.0, 3 * WATCH_AFTER_SECONDS])
 def test_a_small_body_may_come_in_pieces_and_late(
-    started: BalancerProcess, backends: dict[str, ScriptedBackend], pause: float
+    started: Balancer, backends: dict[str, ScriptedBackend], pause: float
 ) -> None:
     body = os.urandom(60_000)
     with connect(started.port) as client, client.makefile("rb") as stream:
@@ -155,7 +162,7 @@ def test_a_small_body_may_come_in_pieces_and_late(
 
 
 def test_a_small_body_of_many_pieces_is_one_for_a_thread(
-    started: BalancerProcess, backends: dict[str, ScriptedBackend]
+    started: Balancer, backends: dict[str, ScriptedBackend]
 ) -> None:
     body = os.urandom(100)
     with connect(started.port) as client, client.makefile("rb") as stream:
@@ -169,7 +176,7 @@ def test_a_small_body_of_many_pieces_is_one_for_a_thread(
 
 @pytest.mark.parametrize("pause", [0.0, 3 * WATCH_AFTER_SECONDS])
 def test_a_client_that_leaves_in_a_small_body_troubles_no_backend(
-    started: BalancerProcess, backends: dict[str, ScriptedBackend], pause: float
+    started: Balancer, backends: dict[str, ScriptedBackend], pause: float
 ) -> None:
     with connect(started.port) as client:
         client.sendall(post(b"Content-Length: 10", body=b"12345"))
@@ -199,7 +206,7 @@ class Narrow:
 
 @pytest.mark.parametrize("room", [0, 1000])
 def test_a_request_that_goes_out_in_part_is_finished_by_a_thread(room: int) -> None:
-    """`begin` sends what the socket takes at once, `exchange` the rest."""
+    """`send_now` sends what the socket takes at once, `exchange` the rest."""
     body = os.urandom(1_000_000)
     adapter, backend = BackendAdapter(options(Timeouts)), ScriptedBackend()
     origin = Origin.parse(backend.url)
@@ -208,8 +215,8 @@ def test_a_request_that_goes_out_in_part_is_finished_by_a_thread(room: int) -> N
         (kept,) = adapter._idle[origin]
         kept.sock = Narrow(kept.sock, room)  # type: ignore[assignment]
         outgoing = OutgoingRequest("POST", b"/", [(b"host", b"a")])
-        outgoing.body = body
-        sent = adapter.begin(outgoing, origin)
+        outgoing.set_body(body)
+        sent = adapter.send_now(outgoing, origin)
         assert sent is not None and 0 < len(sent.rest) and not sent.is_whole
         assert adapter.exchange(outgoing, origin, sent).status_code == 200
         assert sent.is_whole
@@ -221,7 +228,7 @@ def test_a_request_that_goes_out_in_part_is_finished_by_a_thread(room: int) -> N
 
 @pytest.mark.parametrize("reset", [False, True])
 def test_a_kept_connection_that_dies_under_the_request_is_replaced(
-    started: BalancerProcess, backends: dict[str, ScriptedBackend], reset: bool
+    started: Balancer, backends: dict[str, ScriptedBackend], reset: bool
 ) -> None:
     script_once(backends, lambda sock, request: hang_up(sock, reset=reset), b"again")
     assert fetch(f"{started.url}/x")[::2] == (200, b"again")
@@ -229,7 +236,7 @@ def test_a_kept_connection_that_dies_under_the_request_is_replaced(
 
 
 def test_a_post_whose_kept_connection_died_is_not_sent_again(
-    started: BalancerProcess, backends: dict[str, ScriptedBackend]
+    started: Balancer, backends: dict[str, ScriptedBackend]
 ) -> None:
     script_all(backends, lambda sock, request: hang_up(sock))
     assert fetch(f"{started.url}/x", method="POST")[0] == 502
@@ -243,7 +250,7 @@ def break_off(sock: socket.socket, request: Any) -> None:
 
 
 def test_an_answer_that_breaks_off_with_its_head_is_asked_for_elsewhere(
-    started: BalancerProcess, backends: dict[str, ScriptedBackend]
+    started: Balancer, backends: dict[str, ScriptedBackend]
 ) -> None:
     script_once(backends, break_off, b"second")
     assert fetch(f"{started.url}/x", X_Request_ID="broken-1")[::2] == (200, b"second")
@@ -253,7 +260,7 @@ def test_an_answer_that_breaks_off_with_its_head_is_asked_for_elsewhere(
 
 
 def test_a_post_whose_answer_breaks_off_with_its_head_is_a_502(
-    started: BalancerProcess, backends: dict[str, ScriptedBackend]
+    started: Balancer, backends: dict[str, ScriptedBackend]
 ) -> None:
     script_all(backends, break_off)
     assert fetch(f"{started.url}/x", method="POST", X_Request_ID="broken-2")[0] == 502
@@ -265,7 +272,7 @@ def test_a_post_whose_answer_breaks_off_with_its_head_is_a_502(
 @pytest.mark.parametrize("size", [0, 1, 65536, 3_000_000])
 @pytest.mark.parametrize("pieces", [1, 7])
 def test_answers_of_any_size_and_in_any_pieces_come_through_whole(
-    started: BalancerProcess, backends: dict[str, ScriptedBackend], size: int, pieces: int
+    started: Balancer, backends: dict[str, ScriptedBackend], size: int, pieces: int
 ) -> None:
     data = ok(os.urandom(size), b"X-Check: yes")
     pause = threading.Event()
@@ -282,7 +289,7 @@ def test_answers_of_any_size_and_in_any_pieces_come_through_whole(
 
 
 def test_a_client_that_leaves_takes_its_backend_connection_with_it(
-    started: BalancerProcess, backends: dict[str, ScriptedBackend]
+    started: Balancer, backends: dict[str, ScriptedBackend]
 ) -> None:
     ended = threading.Event()
 
@@ -301,7 +308,7 @@ def test_a_client_that_leaves_takes_its_backend_connection_with_it(
 
 
 def test_pipelined_and_kept_alive_requests_get_their_own_answers(
-    started: BalancerProcess, backends: dict[str, ScriptedBackend]
+    started: Balancer, backends: dict[str, ScriptedBackend]
 ) -> None:
     script_all(backends, lambda sock, request: sock.sendall(ok(request.target)))
     with ExitStack() as stack:
@@ -315,7 +322,7 @@ def test_pipelined_and_kept_alive_requests_get_their_own_answers(
 
 
 def test_requests_that_wait_on_the_express_way_are_finished_when_it_stops(
-    started: BalancerProcess, backends: dict[str, ScriptedBackend]
+    started: Balancer, backends: dict[str, ScriptedBackend]
 ) -> None:
     go = threading.Event()
 
@@ -324,14 +331,14 @@ def test_requests_that_wait_on_the_express_way_are_finished_when_it_stops(
         sock.sendall(ok(b"finished"))
 
     script_all(backends, script)
-    with ThreadPoolExecutor(1) as threads:
+    with ThreadPoolExecutor(2) as threads:
         answer = threads.submit(fetch, f"{started.url}/x")
         wait_until(lambda: any(backend.requests for backend in backends.values()))
-        started.send(signal.SIGTERM)
-        wait_until(lambda: "draining: 1 requests in flight" in started.output)
+        ending = threads.submit(started.library.stop, 10)
+        wait_until(lambda: "1 requests in flight" in started.library.events()[-1]["message"])
         go.set()
         assert answer.result(10)[2] == b"finished"
-    assert started.wait(10) == 0
+        ending.result(10)
 
 
 # In this process.
@@ -394,15 +401,15 @@ def test_a_backend_is_not_blamed_when_the_balancer_has_no_thread(parts: tuple[Lo
     assert states(balancer) == [("up", 0, 0)] * 3 and bridge.active == 0
 
 
-def surprise(call: Any) -> bool:
+def surprise(forwarding: Any) -> bool:
     raise RuntimeError("surprise")
 
 
 def test_a_surprise_on_the_way_in_is_answered_and_forgotten(
-    parts: tuple[LoadBalancer, Any], caplog: pytest.LogCaptureFixture
+    parts: tuple[LoadBalancer, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     balancer, bridge = parts
-    bridge.express.take = surprise
+    monkeypatch.setattr(Forwarding, "start", surprise)
     client = Client()
     bridge.accept(client)
     assert (client.status, client.is_done, bridge.active) == (503, True, 0)
@@ -413,9 +420,11 @@ def test_a_surprise_on_the_way_in_is_answered_and_forgotten(
     assert balancer.control.statistics.snapshot()[0]["active_requests"] == 0
 
 
-def test_a_surprise_while_a_worker_connects_is_answered_and_forgotten(parts: tuple[LoadBalancer, Any]) -> None:
+def test_a_surprise_while_a_worker_connects_is_answered_and_forgotten(
+    parts: tuple[LoadBalancer, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     balancer, bridge = parts
-    bridge.express.connect = surprise
+    monkeypatch.setattr(Forwarding, "connect", surprise)
     client = Client()
     bridge.accept(client)
     wait_until(lambda: client.is_done)
@@ -423,9 +432,11 @@ def test_a_surprise_while_a_worker_connects_is_answered_and_forgotten(parts: tup
     assert states(balancer) == [("up", 0, 0)] * 3
 
 
-def test_a_surprise_after_a_body_has_come_is_answered_and_forgotten(parts: tuple[LoadBalancer, Any]) -> None:
+def test_a_surprise_after_a_body_has_come_is_answered_and_forgotten(
+    parts: tuple[LoadBalancer, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, bridge = parts
-    bridge.express.take = surprise
+    monkeypatch.setattr(Forwarding, "start", surprise)
     client = Client(guard.Kind("POST", b"x"))
     bridge.accept(client)
     assert (client.status, bridge.active) == (None, 1)
@@ -434,10 +445,11 @@ def test_a_surprise_after_a_body_has_come_is_answered_and_forgotten(parts: tuple
 
 
 def test_the_watch_for_leaving_clients_outlives_a_surprise(
-    parts: tuple[LoadBalancer, Any], caplog: pytest.LogCaptureFixture
+    parts: tuple[LoadBalancer, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, bridge = parts
-    bridge.express.take = lambda call: True  # and never answers it
+    monkeypatch.setattr(Forwarding, "start", lambda forwarding: True)
+    bridge.express.wait_for = lambda call: True  # and never answers it
     watched: list[Client] = []
 
     class Surprising(Client):
@@ -501,21 +513,21 @@ def test_a_descriptor_that_is_used_again_loses_no_call() -> None:
     workers, overdue, following = Handed(), SentCall(0.0), SentCall(math.inf)
 
     class Interrupted(Express):
-        def _arm(self, sent: Any, descriptor: int) -> None:
-            if sent is overdue:
+        def _arm(self, descriptor: int) -> None:
+            if self._waiting[descriptor] is overdue:  # type: ignore[comparison-overlap]
                 self._expire(time.monotonic())
                 overdue.connection.sock.close()
                 following.connection.sock = listeners.enter_context(socket.create_server(("127.0.0.1", 0)))
                 assert following.connection.sock.fileno() == descriptor
-                assert self._wait_for(following)  # type: ignore[arg-type]
-            super()._arm(sent, descriptor)
+                assert self.wait_for(following)  # type: ignore[arg-type]
+            super()._arm(descriptor)
 
     express = Interrupted(BackendAdapter(options(Timeouts)), workers)
     with ExitStack() as listeners:
         overdue.connection.sock = listeners.enter_context(socket.create_server(("127.0.0.1", 0)))
-        assert express._wait_for(overdue)  # type: ignore[arg-type]
-    assert workers.calls == [(overdue, True), (following, True)]
-    assert overdue.is_expired and not following.is_expired and express._waiting == {}
+        assert express.wait_for(overdue)  # type: ignore[arg-type]
+        assert list(express._waiting.values()) == [following]  # and armed
+    assert workers.calls == [(overdue, True)] and overdue.is_expired and not following.is_expired
     express.stop()
 
 
@@ -530,7 +542,7 @@ def test_a_surprise_with_one_answer_holds_up_no_other(caplog: pytest.LogCaptureF
             ours, peer = (stack.enter_context(sock) for sock in socket.socketpair())
             call = SentCall(math.inf)
             call.connection.sock = ours
-            assert express._wait_for(call)  # type: ignore[arg-type]
+            assert express.wait_for(call)  # type: ignore[arg-type]
             peer.send(b"x")
         express.run_once()
     assert caplog.text.count("passing on an answer failed") == 3 and express._waiting == {}
@@ -539,7 +551,7 @@ def test_a_surprise_with_one_answer_holds_up_no_other(caplog: pytest.LogCaptureF
 
 @pytest.mark.parametrize("started", [3], indirect=True)
 def test_the_rest_of_a_head_gets_only_what_is_left_of_its_time(
-    started: BalancerProcess, backends: dict[str, ScriptedBackend]
+    started: Balancer, backends: dict[str, ScriptedBackend]
 ) -> None:
     pause = threading.Event()
 

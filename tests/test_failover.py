@@ -16,7 +16,7 @@ from threading import Event, Lock, Thread
 from typing import Any
 
 import pytest
-from support import BalancerProcess, Demo, ScriptedBackend, fetch, fetch_json, ok, start_demo, wait_until
+from support import Balancer, Demo, ScriptedBackend, Served, fetch, fetch_json, ok, start_demo, wait_until
 
 NOTICED_WITHIN = 5.0  # seconds: under one on a machine that has nothing else to do
 
@@ -90,12 +90,12 @@ class Load:
         return [answer for answer in self.answers if answer.status != 200]
 
 
-def events(balancer: BalancerProcess, kind: str, backend: str) -> list[dict[str, Any]]:
+def events(balancer: Served, kind: str, backend: str) -> list[dict[str, Any]]:
     newest = fetch_json(f"{balancer.url}/events")["events"]
     return [event for event in newest if (event["kind"], event["backend"]) == (kind, backend)]
 
 
-def patch(balancer: BalancerProcess, backend: str, **changes: Any) -> None:
+def patch(balancer: Served, backend: str, **changes: Any) -> None:
     assert fetch(f"{balancer.url}/backends/{backend}", changes, "PATCH")[0] == 200
 
 
@@ -237,7 +237,7 @@ class Checked:
             else:
                 backend.answer(script)
         flags = [f"--backend={name}={backend.url}" for name, backend in self.backends.items()]
-        self.balancer = BalancerProcess(*flags, "--health-path=/check", "--expose-backend")
+        self.balancer = Balancer(*flags, "--health-path=/check", "--expose-backend")
         stack.callback(self.balancer.stop)
 
 
@@ -300,7 +300,7 @@ def test_wrong_answers_to_health_checks_are_told_apart_and_delay_nobody(stack: E
     assert {fetch(f"{balancer.url}/x")[1]["x-served-by"] for _ in range(20)} == {"good", "hangs"}
 
 
-def down(balancer: BalancerProcess, name: str) -> dict[str, Any] | None:
+def down(balancer: Balancer, name: str) -> dict[str, Any] | None:
     health: dict[str, Any] = balancer.backend(name)["health"]
     return health if health["status"] == "down" and health["reason"] else None
 
@@ -317,22 +317,16 @@ def test_a_redirect_to_another_server_is_not_followed(stack: ExitStack) -> None:
 
 def test_a_listener_that_nobody_accepts_from_is_down_with_the_reason() -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=1) as silent:
-        balancer = BalancerProcess(f"--backend=silent=http://127.0.0.1:{silent.getsockname()[1]}")
-        try:
+        with Balancer(f"--backend=silent=http://127.0.0.1:{silent.getsockname()[1]}") as balancer:
             health = wait_until(lambda: down(balancer, "silent"), 5)
             assert "0.4 s" in health["reason"]
             assert fetch(f"{balancer.url}/x")[0] == 503
-        finally:
-            balancer.stop()
 
 
-def test_a_name_that_does_not_resolve_is_down_with_the_reason() -> None:
-    balancer = BalancerProcess("--backend=lost=http://no-such-host.invalid:80")
-    try:
+def test_a_name_that_does_not_resolve_is_down_with_the_reason(caplog: pytest.LogCaptureFixture) -> None:
+    with Balancer("--backend=lost=http://no-such-host.invalid:80") as balancer:
         assert wait_until(lambda: down(balancer, "lost"), 15)["reason"]
-        assert "Traceback" not in balancer.output
-    finally:
-        balancer.stop()
+    assert "Traceback" not in caplog.text
 
 
 def test_one_failed_check_is_not_yet_down_and_is_followed_up_quickly(stack: ExitStack) -> None:
@@ -496,7 +490,7 @@ def test_the_request_time_limit_covers_all_attempts() -> None:
         for backend in silent:
             backend.script = lambda sock, request: None
         flags = [f"--backend={backend.url}" for backend in silent]
-        balancer = BalancerProcess(*flags, "--response-timeout=3", "--request-timeout=4")
+        balancer = Balancer(*flags, "--response-timeout=3", "--request-timeout=4")
         stack.callback(balancer.stop)
         started = time.monotonic()
         assert fetch(f"{balancer.url}/")[0] == 504

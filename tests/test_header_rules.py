@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import BalancerProcess, exchange, fetch_json, get, ok, split_response, wait_until
+from support import Balancer, BalancerProcess, exchange, fetch_json, get, ok, split_response
 from test_http2 import curl
 from wire import Line, WireBackend, post, values
 
 from balancer.config import settings
-from balancer.config.settings import Settings
 from balancer.errors import SettingsError
-from balancer.loadbalancer import create_app
 from balancer.protocol.headerrules import MOST_RULES
 from bench import guard
 
@@ -29,10 +27,10 @@ ANSWERED = [b"cache-control: public", b"CACHE-CONTROL: max-age=1", b"x-more: 1",
 
 
 @pytest.fixture(scope="module")
-def ruled(scripted: WireBackend) -> Iterator[BalancerProcess]:
+def ruled(scripted: WireBackend) -> Iterator[Balancer]:
     scripted.reset()
     rules = (f"--request-headers={REQUESTS}", f"--response-headers={RESPONSES}")
-    balancer = BalancerProcess(f"--backend=only={scripted.url}", "--control-reads=open", *rules)
+    balancer = Balancer(f"--backend=only={scripted.url}", *rules)
     yield balancer
     balancer.stop()
 
@@ -54,7 +52,7 @@ def assert_ruled(request: Any) -> None:
     ],
     ids=["get", "post", "chunked", "options", "script"],
 )
-def test_every_request_is_changed(ruled: BalancerProcess, scripted: WireBackend, data: bytes) -> None:
+def test_every_request_is_changed(ruled: Balancer, scripted: WireBackend, data: bytes) -> None:
     scripted.reset()
     for _ in range(3):  # the second time its section is kept, and from then on looked up
         exchange(ruled.port, data)
@@ -84,7 +82,7 @@ HEAD = b"\r\n".join([*ANSWERED, b"", b""])
     ],
     ids=["plain", "long", "204", "304", "206", "503", "chunked"],
 )
-def test_every_answer_is_changed(ruled: BalancerProcess, scripted: WireBackend, answer: bytes) -> None:
+def test_every_answer_is_changed(ruled: Balancer, scripted: WireBackend, answer: bytes) -> None:
     scripted.reset()
     scripted.answer(answer)
     for _ in range(3):
@@ -104,7 +102,7 @@ def test_every_answer_is_changed(ruled: BalancerProcess, scripted: WireBackend, 
     ],
 )
 def test_our_own_answers_are_changed_but_not_those_of_the_control_api(
-    ruled: BalancerProcess, scripted: WireBackend, data: bytes, expected: int
+    ruled: Balancer, scripted: WireBackend, data: bytes, expected: int
 ) -> None:
     scripted.reset()
     status, lines, _ = split_response(exchange(ruled.port, data))
@@ -113,20 +111,13 @@ def test_our_own_answers_are_changed_but_not_those_of_the_control_api(
     assert values(split_response(exchange(ruled.port, get(b"/livez")))[1], b"x-more") == []
 
 
-def test_http2_and_wsgi_are_changed_too(ruled: BalancerProcess, scripted: WireBackend) -> None:
+def test_http2_and_wsgi_are_changed_too(ruled: Balancer, scripted: WireBackend) -> None:
     scripted.reset()
     scripted.answer(ok(b"ok", *ANSWERED))
     status, told = curl(ruled, "-i", "-H", "x-team: mine", "-H", "cookie: a=1")
     assert status == 200 and "cache-control: no-store\r\n" in told and "x-powered-by" not in told
-    app = create_app(Settings.model_validate({"backends": [{"id": "only", "url": scripted.url}], **from_text()}))
-    balancer = app.extensions["balancer"]
-    balancer.start()
-    try:
-        wait_until(balancer.control.is_serving)
-        lines = app.test_client().get("/", headers={"X-Team": "mine"}).headers
-        assert (lines.getlist("Cache-Control"), lines.getlist("X-More")) == (["no-store"], ["1", "ä"])
-    finally:
-        balancer.stop()
+    lines = ruled.library.app.test_client().get("/", headers={"X-Team": "mine"}).headers
+    assert (lines.getlist("Cache-Control"), lines.getlist("X-More")) == (["no-store"], ["1", "ä"])
     assert [request.values(b"x-team") for request in scripted.requests] == [[b"a"]] * 2
 
 

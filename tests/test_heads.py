@@ -10,21 +10,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from balancer.protocol import responseheads as heads
-from balancer.protocol.responseheads import UNRULED
+from balancer.protocol.responseheads import ResponseHeads
 from balancer.upstream.response import ResponseHead
 
+HEADS = ResponseHeads()
 PLAIN = b"HTTP/1.1 200 OK\r\nDate: now\r\nContent-Length: 2\r\nConnection: keep-alive\r\n\r\n"
 
 
 def by_llhttp(data: bytes) -> ResponseHead:
-    head = ResponseHead()
+    head = ResponseHead(HEADS)
     head._parser = httptools.HttpResponseParser(head)
     head.feed(data)
     return head
 
 
 def test_a_plain_head_is_taken() -> None:
-    head = UNRULED.plain(PLAIN + b"ok")
+    head = HEADS.plain(PLAIN + b"ok")
     assert head is not None
     assert (head.status, head.reason, head.options, head.size) == (200, "OK", {b"keep-alive"}, len(PLAIN))
     assert head.lines == ((b"date", b"now"), (b"content-length", b"2"), (b"connection", b"keep-alive"))
@@ -60,7 +61,7 @@ def test_a_plain_head_is_taken() -> None:
     ],
 )
 def test_anything_else_is_left_to_llhttp(data: bytes) -> None:
-    assert UNRULED.plain(data) is None
+    assert HEADS.plain(data) is None
 
 
 names = st.sampled_from(
@@ -76,14 +77,14 @@ statuses = st.sampled_from(
 @given(statuses, lines)
 def test_what_is_taken_is_what_llhttp_understands(status: bytes, lines: list[bytes]) -> None:
     data = b"\r\n".join([status, *lines, b"", b""])
-    plain = UNRULED.plain(data)
+    plain = HEADS.plain(data)
     if plain is None:
         return
     other = by_llhttp(data)
     assert (plain.status, plain.reason, list(plain.lines), plain.options, list(plain.for_client)) == (
         other.status, other.reason, other.lines, other.options, other.for_client,
     )  # fmt: skip
-    head = ResponseHead()
+    head = ResponseHead(HEADS)
     head.feed(data)
     assert (
         (head.has_head, head.keeps_alive)
@@ -99,8 +100,8 @@ def test_what_is_remembered_is_bounded() -> None:
         for number in range(1500):
             for value in (b"%d" % number, b"%d\r\n" % number + b"\r\n".join(b"a:%d" % n for n in range(150))):
                 for _ in range(2):
-                    UNRULED.plain(PLAIN.replace(b"now", value))
-                    UNRULED.plain(PLAIN.replace(b"OK", value[:4]))
+                    HEADS.plain(PLAIN.replace(b"now", value))
+                    HEADS.plain(PLAIN.replace(b"OK", value[:4]))
         room = heads.HEADS_ROOM + heads.LINES_ROOM + heads.STATUSES_ROOM
         assert tracemalloc.get_traced_memory()[1] < 1.2 * room
     finally:
@@ -109,15 +110,15 @@ def test_what_is_remembered_is_bounded() -> None:
 
 def test_what_is_too_long_to_be_remembered_is_not() -> None:
     for _ in range(3):
-        UNRULED.plain(PLAIN.replace(b"now", b"x" * heads.LONGEST_LINE))
-        UNRULED.plain(PLAIN.replace(b"now", b"x" * heads.LONGEST_HEAD))
-    assert max(map(len, heads._lines)) <= heads.LONGEST_LINE and max(map(len, UNRULED._table)) <= heads.LONGEST_HEAD
+        HEADS.plain(PLAIN.replace(b"now", b"x" * heads.LONGEST_LINE))
+        HEADS.plain(PLAIN.replace(b"now", b"x" * heads.LONGEST_HEAD))
+    assert max(map(len, HEADS._lines)) <= heads.LONGEST_LINE and max(map(len, HEADS._heads)) <= heads.LONGEST_HEAD
 
 
 def test_a_head_that_is_shared_is_never_changed() -> None:
     for _ in range(2):  # then it is kept
-        UNRULED.plain(PLAIN)
-    first, second = ResponseHead(), ResponseHead()
+        HEADS.plain(PLAIN)
+    first, second = ResponseHead(HEADS), ResponseHead(HEADS)
     first.feed(PLAIN + b"ok")
     second.feed(PLAIN + b"no")
     assert first.lines is second.lines and isinstance(first.lines, tuple)

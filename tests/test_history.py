@@ -6,12 +6,13 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import BalancerProcess, Clock, Demo, ScriptedBackend, fetch, fetch_json, make_exchange, wait_until
+from support import Balancer, Clock, Demo, ScriptedBackend, fetch, fetch_json, make_record, wait_until
 
 from balancer.observe.history import SLOTS, History, Reading
 from balancer.observe.statistics import Statistics
@@ -36,14 +37,14 @@ class Recorded:
     def finish(self, count: int = 1, backend: str | None = "a", status: int = 200, seconds: float = 0.01) -> None:
         for _ in range(count):
             self.statistics.begin()
-            self.statistics.record(make_exchange(backend, status, seconds))
+            self.statistics.record(make_record(backend, status, seconds))
 
     def look_at(self, now: float) -> float:
         self.clock.now = now
         return self.history.look()
 
     def points(self, step: int = 1, since: int = 0) -> list[dict[str, Any]]:
-        return self.history.since(step, since)
+        return [asdict(slot) for slot in self.history.since(step, since)]
 
     def told(self, step: int = 1) -> list[tuple[int, int]]:
         return [(point["at"], point["requests"]) for point in self.points(step)]
@@ -304,7 +305,7 @@ def test_a_reload_of_the_page_keeps_the_past(demo: Demo) -> None:
     assert all(point["at"] > newest for point in newer)
 
 
-def test_requests_in_flight_show_and_a_reset_clears(patient: BalancerProcess, backend: ScriptedBackend) -> None:
+def test_requests_in_flight_show_and_a_reset_clears(patient: Balancer, backend: ScriptedBackend) -> None:
     release = threading.Event()
 
     def script(sock: Any, request: Any) -> None:
@@ -330,7 +331,7 @@ def test_requests_in_flight_show_and_a_reset_clears(patient: BalancerProcess, ba
 
 
 @pytest.mark.parametrize("query", ["step=2", "step=0", "step=x", "step=-1", "since=-1", "since=1.5", "since=x"])
-def test_a_bad_query_is_refused_in_words(balancer: BalancerProcess, query: str) -> None:
+def test_a_bad_query_is_refused_in_words(balancer: Balancer, query: str) -> None:
     status, _, body = fetch(f"{balancer.url}/history?{query}")
     assert status == 400 and query.partition("=")[0].encode() in body
 

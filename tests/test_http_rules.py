@@ -16,7 +16,18 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from support import BalancerProcess, ScriptedBackend, connect, exchange, free_port, get, ok, split_response, wait_until
+from support import (
+    Balancer,
+    BalancerProcess,
+    ScriptedBackend,
+    connect,
+    exchange,
+    free_port,
+    get,
+    ok,
+    split_response,
+    wait_until,
+)
 from wire import (
     CHUNKED_ABC,
     Broken,
@@ -102,28 +113,28 @@ def ask(port: int, data: bytes, method: bytes = b"GET") -> Parsed:
         return read_response(stream, method)
 
 
-def forwarded(balancer: BalancerProcess, backend: WireBackend, *lines: bytes, target: bytes = b"/") -> Any:
+def forwarded(balancer: Balancer, backend: WireBackend, *lines: bytes, target: bytes = b"/") -> Any:
     """The request as the backend got it."""
     assert ask(balancer.port, request(target, *lines))[0] == 200
     return backend.requests[-1]
 
 
-def returned(balancer: BalancerProcess, backend: ScriptedBackend, *lines: bytes) -> list[tuple[bytes, bytes]]:
+def returned(balancer: Balancer, backend: ScriptedBackend, *lines: bytes) -> list[tuple[bytes, bytes]]:
     """The header lines of an answer as the client got them."""
     backend.answer(ok(b"ok", *lines))
     return ask(balancer.port, request())[1]
 
 
-def newest(balancer: BalancerProcess) -> Any:
+def newest(balancer: Balancer) -> Any:
     return balancer.status()["recent_requests"][0]
 
 
-def failures_of(balancer: BalancerProcess, backend_id: str = "only") -> int:
+def failures_of(balancer: Balancer, backend_id: str = "only") -> int:
     count: int = balancer.backend(backend_id)["health"]["consecutive_failures"]
     return count
 
 
-def is_idle(balancer: BalancerProcess) -> bool:
+def is_idle(balancer: Balancer) -> bool:
     status = balancer.status()
     active = [backend["active_connections"] for backend in status["backend_servers"]]
     return status["statistics"]["active_requests"] == 0 and not any(active)
@@ -134,18 +145,14 @@ def is_idle(balancer: BalancerProcess) -> bool:
 HOP_BY_HOP = [b"keep-alive", b"proxy-connection", b"te", b"upgrade", b"trailer", b"proxy-authorization"]
 
 
-def test_request_hop_by_hop_fields_are_removed_even_if_not_named(
-    balancer: BalancerProcess, backend: WireBackend
-) -> None:
+def test_request_hop_by_hop_fields_are_removed_even_if_not_named(balancer: Balancer, backend: WireBackend) -> None:
     """Rule 1, S 7.6.1."""
     got = forwarded(balancer, backend, *(name + b": x" for name in HOP_BY_HOP), b"X-Kept: yes")
     assert not [name for name, _ in got.lines if name in {*HOP_BY_HOP, b"connection", b"transfer-encoding"}]
     assert got.values(b"x-kept") == [b"yes"]
 
 
-def test_request_fields_named_in_any_connection_line_are_removed(
-    balancer: BalancerProcess, backend: WireBackend
-) -> None:
+def test_request_fields_named_in_any_connection_line_are_removed(balancer: Balancer, backend: WireBackend) -> None:
     """Rule 1, S 7.6.1: all lines, comma lists, any case, blanks and empty members."""
     lines = [
         b"Connection: X-One , ,x-TWO",
@@ -160,7 +167,7 @@ def test_request_fields_named_in_any_connection_line_are_removed(
     assert not got.values(b"x-one") + got.values(b"x-two") + got.values(b"x-three") + got.values(b"connection")
 
 
-def test_connection_cannot_remove_what_the_balancer_adds(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_connection_cannot_remove_what_the_balancer_adds(balancer: Balancer, backend: WireBackend) -> None:
     """Rule 1: strip first, add after; Host and Content-Length cannot be nominated either."""
     names = b"x-forwarded-for, X-Forwarded-Proto, X-Forwarded-Host, X-Request-ID, Via, Host, Content-Length"
     data = post(b"Connection: " + names, b"Content-Length: 3", body=b"abc")
@@ -173,7 +180,7 @@ def test_connection_cannot_remove_what_the_balancer_adds(balancer: BalancerProce
     assert got.body == b"abc"
 
 
-def test_response_hop_by_hop_and_named_fields_are_removed(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_response_hop_by_hop_and_named_fields_are_removed(balancer: Balancer, backend: WireBackend) -> None:
     """Rule 1, S 7.6.1, the other direction; Alt-Svc too (RFC 7838 section 2.1)."""
     lines = [
         *(b"Connection: X-Secret, keep-alive", b"CONNECTION: x-second", b"X-Secret: 1", b"X-Second: 2"),
@@ -186,9 +193,7 @@ def test_response_hop_by_hop_and_named_fields_are_removed(balancer: BalancerProc
     assert not got & (removed | {b"te", b"trailer", b"alt-svc", b"connection"})
 
 
-def test_unknown_and_repeated_request_lines_keep_values_and_order(
-    balancer: BalancerProcess, backend: WireBackend
-) -> None:
+def test_unknown_and_repeated_request_lines_keep_values_and_order(balancer: Balancer, backend: WireBackend) -> None:
     """Rule 2, S 5.1 and 5.3: forwarded, never merged, blanks inside and bytes above 127 untouched."""
     values_sent = [b"one, two", b"", b"a\t b  c", b"caf\xe9", b'"quoted, \\" string"']
     got = forwarded(balancer, backend, *(b"X-Many: " + value for value in values_sent), b"X.Dotted: 1")
@@ -197,7 +202,7 @@ def test_unknown_and_repeated_request_lines_keep_values_and_order(
 
 
 def test_repeated_response_lines_keep_order_and_cookies_are_not_merged(
-    balancer: BalancerProcess, backend: WireBackend
+    balancer: Balancer, backend: WireBackend
 ) -> None:
     """Rule 2, S 5.3 and 10.2.1."""
     cookies = [b"a=1; Expires=Wed, 01 Jan 2031 00:00:00 GMT", b"b=2", b"a=1; Path=/x"]
@@ -209,7 +214,7 @@ def test_repeated_response_lines_keep_order_and_cookies_are_not_merged(
     assert values(got, b"x-odd") == [b"caf\xe9"]
 
 
-def test_end_to_end_fields_of_the_answer_are_the_backends(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_end_to_end_fields_of_the_answer_are_the_backends(balancer: Balancer, backend: WireBackend) -> None:
     """Rule 2, S 5.1: Server and Date are the origin's, once each (S 6.6.1: a gateway does not replace Date)."""
     got = returned(balancer, backend, b"Server: origin/1", b"Date: Tue, 15 Nov 1994 08:12:31 GMT", b"Via: 1.1 inner")
     assert values(got, b"server") == [b"origin/1"]
@@ -217,7 +222,7 @@ def test_end_to_end_fields_of_the_answer_are_the_backends(balancer: BalancerProc
     assert values(got, b"via") == [b"1.1 inner"]
 
 
-def test_via_is_added_with_the_version_that_was_received(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_via_is_added_with_the_version_that_was_received(balancer: Balancer, backend: WireBackend) -> None:
     """Rule 3, S 7.6.3."""
     (via,) = forwarded(balancer, backend).values(b"via")
     assert re.fullmatch(rb"1\.1 lb-1\.[0-9a-f]+", via)
@@ -225,14 +230,14 @@ def test_via_is_added_with_the_version_that_was_received(balancer: BalancerProce
     assert backend.requests[-1].values(b"via")[0].startswith(b"1.0 ")
 
 
-def test_via_of_others_is_kept_before_ours(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_via_of_others_is_kept_before_ours(balancer: Balancer, backend: WireBackend) -> None:
     """Rule 3, S 7.6.3: appended, not replaced; another balancer of the same name is no loop."""
     via = forwarded(balancer, backend, b"Via: 1.0 fred", b"Via: 1.1 lb-1, 2 lb-1.00000000").values(b"via")
     assert via[:2] == [b"1.0 fred", b"1.1 lb-1, 2 lb-1.00000000"]
     assert len(via) == 3
 
 
-def test_a_request_that_has_passed_through_us_is_a_loop(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_a_request_that_has_passed_through_us_is_a_loop(balancer: Balancer, backend: WireBackend) -> None:
     """Rule 3, S 7.6: 508, nothing sent."""
     own = forwarded(balancer, backend).values(b"via")[0]
     backend.requests.clear()
@@ -242,7 +247,7 @@ def test_a_request_that_has_passed_through_us_is_a_loop(balancer: BalancerProces
     assert backend.seen == 0
 
 
-def test_the_http_version_is_our_own(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_the_http_version_is_our_own(balancer: Balancer, backend: WireBackend) -> None:
     """Rule 4, M 2.3: 1.1 to the backend whatever the client speaks; 1.1 to the client whatever the backend speaks."""
     backend.answer(b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok")
     assert exchange(balancer.port, b"GET / HTTP/1.0\r\nHost: test\r\n\r\n").startswith(b"HTTP/1.0 200")
@@ -258,7 +263,7 @@ RAW_TARGETS = [
 
 
 @pytest.mark.parametrize("target", RAW_TARGETS)
-def test_the_raw_target_arrives_byte_for_byte(balancer: BalancerProcess, backend: WireBackend, target: bytes) -> None:
+def test_the_raw_target_arrives_byte_for_byte(balancer: Balancer, backend: WireBackend, target: bytes) -> None:
     """Rule 5, S 7.7. A few characters that are no URI characters may be refused with 400, but never changed."""
     status = ask(balancer.port, request(target))[0]
     if status == 400 and re.search(rb'[|{}^`\\"\[\]]', target):
@@ -268,14 +273,14 @@ def test_the_raw_target_arrives_byte_for_byte(balancer: BalancerProcess, backend
 
 
 @pytest.mark.parametrize("sent", [b"/a?", b"/a#part"])
-def test_empty_query_and_fragment_are_dropped(balancer: BalancerProcess, backend: WireBackend, sent: bytes) -> None:
+def test_empty_query_and_fragment_are_dropped(balancer: Balancer, backend: WireBackend, sent: bytes) -> None:
     """Rule 5, a known gap: the server in front parses the target, so `?` alone is lost. A fragment is no target."""
     assert forwarded(balancer, backend, target=sent).target == b"/a"
 
 
 @pytest.mark.parametrize("accept", [None, b"gzip", b"identity;q=0, *"])
 def test_content_coding_is_neither_added_nor_removed(
-    balancer: BalancerProcess, backend: WireBackend, accept: bytes | None
+    balancer: Balancer, backend: WireBackend, accept: bytes | None
 ) -> None:
     """Rule 5, S 7.7: Accept-Encoding and a coded body pass as they are; no client headers are invented."""
     body = b"\x1f\x8bnot really gzip\x00"
@@ -287,7 +292,7 @@ def test_content_coding_is_neither_added_nor_removed(
     assert not backend.requests[0].values(b"user-agent") + backend.requests[0].values(b"accept")
 
 
-def test_underscore_names_are_dropped(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_underscore_names_are_dropped(balancer: Balancer, backend: WireBackend) -> None:
     """Rule 6: WSGI and CGI fold `_` onto `-`, so X_Forwarded_For could pass for X-Forwarded-For."""
     got = forwarded(
         balancer, backend, b"X_Forwarded_For: 6.6.6.6", b"X-Real_IP: 6.6.6.6", b"_: 1", b"Content_Length: 9"
@@ -296,7 +301,7 @@ def test_underscore_names_are_dropped(balancer: BalancerProcess, backend: WireBa
     assert b"6.6.6.6" not in got.head
 
 
-def test_the_proxy_header_is_dropped(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_the_proxy_header_is_dropped(balancer: Balancer, backend: WireBackend) -> None:
     """Rule 7, httpoxy."""
     assert not forwarded(balancer, backend, b"Proxy: http://evil.example").values(b"proxy")
 
@@ -328,7 +333,7 @@ CLAIMS = [
 ]
 
 
-def test_claims_of_an_untrusted_client_are_dropped(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_claims_of_an_untrusted_client_are_dropped(balancer: Balancer, backend: WireBackend) -> None:
     """Rule 8."""
     got = forwarded(balancer, backend, *CLAIMS)
     assert got.values(b"x-forwarded-for") == [b"127.0.0.1"]
@@ -337,9 +342,7 @@ def test_claims_of_an_untrusted_client_are_dropped(balancer: BalancerProcess, ba
     assert not got.values(b"forwarded") + got.values(b"x-real-ip")
 
 
-def test_no_other_claim_of_an_untrusted_client_reaches_a_backend(
-    balancer: BalancerProcess, backend: WireBackend
-) -> None:
+def test_no_other_claim_of_an_untrusted_client_reaches_a_backend(balancer: Balancer, backend: WireBackend) -> None:
     """Rule 8: by prefix and by name, so that none contradicts what we tell ourselves."""
     plain = forwarded(balancer, backend)
     got = forwarded(balancer, backend, *OTHER_CLAIMS, b"X-Forward: 1", b"X-Originator: 1")
@@ -380,7 +383,7 @@ BAD_HOSTS = [b"", b"a b", b"user@host", b"a/b", b"a:80:90", b"[::1", b"a\\b", b"
 
 
 @pytest.mark.parametrize("host", BAD_HOSTS)
-def test_a_bad_host_is_refused(balancer: BalancerProcess, backend: WireBackend, host: bytes) -> None:
+def test_a_bad_host_is_refused(balancer: Balancer, backend: WireBackend, host: bytes) -> None:
     """Rule 9, M 3.2."""
     assert split_response(exchange(balancer.port, get(host=host)))[0] == 400
     assert backend.seen == 0
@@ -389,9 +392,7 @@ def test_a_bad_host_is_refused(balancer: BalancerProcess, backend: WireBackend, 
 @pytest.mark.parametrize(
     "lines", [[], [b"Host: a", b"Host: a"], [b"Host: a", b"hOST: b"], [b"Host : a"], [b"Host_: a"]]
 )
-def test_no_host_or_more_than_one_is_refused(
-    balancer: BalancerProcess, backend: WireBackend, lines: list[bytes]
-) -> None:
+def test_no_host_or_more_than_one_is_refused(balancer: Balancer, backend: WireBackend, lines: list[bytes]) -> None:
     """Rule 9, M 3.2."""
     head = b"\r\n".join([b"GET / HTTP/1.1", b"Connection: close", *lines])
     assert split_response(exchange(balancer.port, head + b"\r\n\r\n"))[0] == 400
@@ -401,25 +402,25 @@ def test_no_host_or_more_than_one_is_refused(
 @pytest.mark.parametrize(
     "host", [b"test", b"TeSt.Example:8080", b"127.0.0.1:9000", b"[::1]:80", b"xn--bcher-kva.example"]
 )
-def test_the_clients_host_is_kept(balancer: BalancerProcess, backend: WireBackend, host: bytes) -> None:
+def test_the_clients_host_is_kept(balancer: Balancer, backend: WireBackend, host: bytes) -> None:
     """Rule 13."""
     assert split_response(exchange(balancer.port, get(host=host)))[0] == 200
     assert backend.requests[0].values(b"host") == [host]
 
 
-def test_http_1_0_needs_no_host(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_http_1_0_needs_no_host(balancer: Balancer, backend: WireBackend) -> None:
     """Rule 9, M 3.2: required in 1.1 only; what we send has the field, empty."""
     assert exchange(balancer.port, b"GET / HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.0 200")
     assert backend.requests[0].values(b"host") == [b""]
 
 
-def test_absolute_form_becomes_origin_form(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_absolute_form_becomes_origin_form(balancer: Balancer, backend: WireBackend) -> None:
     """Rule 10, M 3.2.2."""
     got = forwarded(balancer, backend, target=b"http://test/x%2Fy?z")
     assert (got.target, got.values(b"host")) == (b"/x%2Fy?z", [b"test"])
 
 
-def test_absolute_form_with_another_host_goes_by_the_host_line(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_absolute_form_with_another_host_goes_by_the_host_line(balancer: Balancer, backend: WireBackend) -> None:
     """Rule 10, M 3.2.2, a known gap: the URI's host should win, but the server in front does not hand it on.
 
     One host only reaches the backend, so there is no confusion behind us.
@@ -431,9 +432,7 @@ def test_absolute_form_with_another_host_goes_by_the_host_line(balancer: Balance
 
 @pytest.mark.parametrize("method", [b"CONNECT", b"TRACE"])
 @pytest.mark.parametrize("target", [b"/", b"test:80"])
-def test_connect_and_trace_are_refused(
-    balancer: BalancerProcess, backend: WireBackend, method: bytes, target: bytes
-) -> None:
+def test_connect_and_trace_are_refused(balancer: Balancer, backend: WireBackend, method: bytes, target: bytes) -> None:
     """Rules 11 and 12, S 9.3.6 and 9.3.8: 405 with Allow (S 15.5.6); hyper refuses TRACE with an authority itself."""
     status, lines, _ = split_response(exchange(balancer.port, get(target, method=method)))
     assert status == 405 or (status, method, target) == (400, b"TRACE", b"test:80")
@@ -441,20 +440,20 @@ def test_connect_and_trace_are_refused(
     assert backend.seen == 0
 
 
-def test_options_asterisk_is_forwarded_as_it_is(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_options_asterisk_is_forwarded_as_it_is(balancer: Balancer, backend: WireBackend) -> None:
     """Rule 11, M 3.2.4."""
     assert ask(balancer.port, request(b"*", method=b"OPTIONS"))[0] == 200
     assert backend.requests[0].head.startswith(b"OPTIONS * HTTP/1.1\r\n")
 
 
 @pytest.mark.parametrize("method", [b"GET", b"POST", b"HEAD"])
-def test_asterisk_is_for_options_only(balancer: BalancerProcess, backend: WireBackend, method: bytes) -> None:
+def test_asterisk_is_for_options_only(balancer: Balancer, backend: WireBackend, method: bytes) -> None:
     """Rule 11, M 3.2.4."""
     assert split_response(exchange(balancer.port, get(b"*", method=method)))[0] == 400
     assert backend.seen == 0
 
 
-def test_options_with_max_forwards_0_is_answered_here(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_options_with_max_forwards_0_is_answered_here(balancer: Balancer, backend: WireBackend) -> None:
     """Rule 12, S 7.6.2: MUST NOT be forwarded."""
     status = ask(balancer.port, request(b"/", b"Max-Forwards: 0", method=b"OPTIONS"))[0]
     assert backend.seen == 0
@@ -470,20 +469,20 @@ def test_options_with_max_forwards_0_is_answered_here(balancer: BalancerProcess,
     ],
 )
 def test_options_that_is_answered_here_is_checked_all_the_same(
-    balancer: BalancerProcess, backend: WireBackend, lines: list[bytes], status: int
+    balancer: Balancer, backend: WireBackend, lines: list[bytes], status: int
 ) -> None:
     head = b"\r\n".join([b"OPTIONS / HTTP/1.1", b"Max-Forwards: 0", *lines, b"Connection: close", b"", b""])
     assert split_response(exchange(balancer.port, head))[0] == status
     assert backend.seen == 0
 
 
-def test_the_smallest_of_several_max_forwards_counts(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_the_smallest_of_several_max_forwards_counts(balancer: Balancer, backend: WireBackend) -> None:
     lines = (b"Max-Forwards: 5", b"Max-Forwards: 0")
     assert 200 <= ask(balancer.port, request(b"/", *lines, method=b"OPTIONS"))[0] < 300
     assert backend.seen == 0
 
 
-def test_options_with_max_forwards_is_counted_down(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_options_with_max_forwards_is_counted_down(balancer: Balancer, backend: WireBackend) -> None:
     """Rule 12, S 7.6.2; other methods may leave it alone."""
     assert ask(balancer.port, request(b"/", b"Max-Forwards: 5", method=b"OPTIONS"))[0] == 200
     assert backend.requests[0].values(b"max-forwards") == [b"4"]
@@ -491,7 +490,7 @@ def test_options_with_max_forwards_is_counted_down(balancer: BalancerProcess, ba
 
 
 @pytest.mark.parametrize("method", [b"PATCH", b"PURGE", b"get", b"M-SEARCH", b"PROPFIND"])
-def test_other_methods_pass(balancer: BalancerProcess, backend: WireBackend, method: bytes) -> None:
+def test_other_methods_pass(balancer: Balancer, backend: WireBackend, method: bytes) -> None:
     """S 9.1: a gateway does not need to know a method; names are case-sensitive."""
     assert ask(balancer.port, request(method=method))[0] == 200
     assert backend.requests[0].head.startswith(method + b" / HTTP/1.1\r\n")
@@ -511,9 +510,7 @@ SMUGGLED = CHUNKED_ABC + b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
         [b"Transfer-Encoding: chunked", b"Content-Length: 40"],
     ],
 )
-def test_content_length_with_transfer_encoding(
-    balancer: BalancerProcess, backend: WireBackend, lines: list[bytes]
-) -> None:
+def test_content_length_with_transfer_encoding(balancer: Balancer, backend: WireBackend, lines: list[bytes]) -> None:
     """Rule 14, M 6.3, a known gap: not 400; the server in front goes by Transfer-Encoding alone and closes after it.
 
     RFC 9112 allows that. What counts: one request arrives, framed anew, and what follows is not taken for another.
@@ -526,9 +523,7 @@ def test_content_length_with_transfer_encoding(
 
 
 @pytest.mark.parametrize("connection", [b"close", b"keep-alive"])
-def test_transfer_encoding_in_http_1_0_is_refused(
-    balancer: BalancerProcess, backend: WireBackend, connection: bytes
-) -> None:
+def test_transfer_encoding_in_http_1_0_is_refused(balancer: Balancer, backend: WireBackend, connection: bytes) -> None:
     """Rule 15, M 6.1."""
     lines = [b"Transfer-Encoding: chunked", b"Connection: " + connection]
     data = exchange(balancer.port, request(b"/", *lines, method=b"POST", body=CHUNKED_ABC, version=b"1.0"))
@@ -544,9 +539,7 @@ BAD_CODINGS = [
 
 
 @pytest.mark.parametrize("codings", BAD_CODINGS, ids=lambda codings: ascii(b" + ".join(codings))[2:-1])
-def test_other_transfer_codings_are_refused(
-    balancer: BalancerProcess, backend: WireBackend, codings: list[bytes]
-) -> None:
+def test_other_transfer_codings_are_refused(balancer: Balancer, backend: WireBackend, codings: list[bytes]) -> None:
     """Rule 15, M 6.1 and 6.3: anything but one `chunked` is 400 or 501 (not understood), and nothing is sent on.
 
     To forward `gzip, chunked` as `chunked` would change the content: the backend could not know that it is compressed.
@@ -575,9 +568,7 @@ BAD_LENGTHS = [
 
 
 @pytest.mark.parametrize("lengths", BAD_LENGTHS, ids=lambda lengths: ascii(b" + ".join(lengths))[2:-1])
-def test_a_malformed_content_length_is_refused(
-    balancer: BalancerProcess, backend: WireBackend, lengths: list[bytes]
-) -> None:
+def test_a_malformed_content_length_is_refused(balancer: Balancer, backend: WireBackend, lengths: list[bytes]) -> None:
     """Rule 16, M 6.2 and 6.3: digits only, in bytes; and the connection is closed."""
     lines = [b"Content-Length: " + length for length in lengths]
     assert split_response(exchange(balancer.port, post(*lines, body=b"abcdefghij")))[0] == 400
@@ -586,7 +577,7 @@ def test_a_malformed_content_length_is_refused(
 
 @pytest.mark.parametrize("lines", [[b"Content-Length: 3", b"Content-Length: 3"], [b"Content-Length: 003"]])
 def test_a_length_that_says_one_thing_is_sent_on_once(
-    balancer: BalancerProcess, backend: WireBackend, lines: list[bytes]
+    balancer: Balancer, backend: WireBackend, lines: list[bytes]
 ) -> None:
     """Rule 16, M 6.3: equal repeats may be collapsed, leading zeros are digits; what we send is our own number."""
     assert ask(balancer.port, post(*lines, body=b"abc"))[0] == 200
@@ -615,7 +606,7 @@ BAD_CHUNKS = {
 
 
 @pytest.mark.parametrize("body", BAD_CHUNKS.values(), ids=BAD_CHUNKS)
-def test_malformed_chunks_are_refused(balancer: BalancerProcess, backend: WireBackend, body: bytes) -> None:
+def test_malformed_chunks_are_refused(balancer: Balancer, backend: WireBackend, body: bytes) -> None:
     """Rules 16 and 17, M 7.1: 400 and close. The backend never sees the end of such a request."""
     data = exchange(balancer.port, post(b"Transfer-Encoding: chunked", body=body + b"GET /smuggled HTTP/1.1\r\n\r\n"))
     assert split_response(data)[0] == 400
@@ -626,7 +617,7 @@ def test_malformed_chunks_are_refused(balancer: BalancerProcess, backend: WireBa
 @pytest.mark.parametrize(
     "body", [CHUNKED_ABC, b'3;a=b;c="d"\r\nabc\r\n0;x\r\n\r\n', b"003\r\nabc\r\n00\r\n\r\n", b"3 \r\nabc\r\n0\r\n\r\n"]
 )
-def test_chunks_are_decoded_and_framed_anew(balancer: BalancerProcess, backend: WireBackend, body: bytes) -> None:
+def test_chunks_are_decoded_and_framed_anew(balancer: Balancer, backend: WireBackend, body: bytes) -> None:
     """Rule 17, M 7.1.1: extensions and the client's own framing stop here (a blank after the size is tolerated)."""
     assert ask(balancer.port, post(b"Transfer-Encoding: cHuNkEd", body=body))[0] == 200
     (got,) = backend.requests
@@ -652,7 +643,7 @@ MALFORMED_LINES = {
 
 
 @pytest.mark.parametrize("line", MALFORMED_LINES.values(), ids=MALFORMED_LINES)
-def test_malformed_header_lines_are_refused(balancer: BalancerProcess, backend: WireBackend, line: bytes) -> None:
+def test_malformed_header_lines_are_refused(balancer: Balancer, backend: WireBackend, line: bytes) -> None:
     """Rule 18, M 2.2, 5.1, 5.2 and S 5.5: 400, closed, nothing sent."""
     data = exchange(balancer.port, b"GET / HTTP/1.1\r\nHost: test\r\n" + line + b"\r\n" + request(b"/second"))
     assert split_response(data)[0] == 400
@@ -688,7 +679,7 @@ MALFORMED_REQUEST_LINES = [
 
 
 @pytest.mark.parametrize("line", MALFORMED_REQUEST_LINES, ids=lambda line: ascii(line)[2:-1])
-def test_malformed_request_lines_are_refused(balancer: BalancerProcess, backend: WireBackend, line: bytes) -> None:
+def test_malformed_request_lines_are_refused(balancer: Balancer, backend: WireBackend, line: bytes) -> None:
     """Rules 9 and 18, M 2.2 and 3."""
     data = exchange(balancer.port, line + b"\r\nHost: test\r\nConnection: close\r\n\r\n")
     assert split_response(data)[0] == 400
@@ -696,14 +687,14 @@ def test_malformed_request_lines_are_refused(balancer: BalancerProcess, backend:
 
 
 def test_a_head_with_bare_line_feeds_is_understood_and_sent_on_properly(
-    balancer: BalancerProcess, backend: WireBackend
+    balancer: Balancer, backend: WireBackend
 ) -> None:
     """Rule 18, M 2.2, a known gap: a recipient MAY take LF for a line end; the backend gets CRLF."""
     assert exchange(balancer.port, b"GET / HTTP/1.1\nHost: test\nConnection: close\n\n").startswith(b"HTTP/1.1 200")
     assert re.search(rb"(?<!\r)\n", backend.requests[0].head) is None
 
 
-def test_request_trailers_are_discarded(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_request_trailers_are_discarded(balancer: Balancer, backend: WireBackend) -> None:
     """Rule 25, M 7.1.2 and S 6.5.1: never merged into the header section; and no `TE: trailers` upstream."""
     body = b"3\r\nabc\r\n0\r\nX-Trailer: 1\r\nHost: evil\r\nContent-Length: 9\r\n\r\n"
     lines = [b"Transfer-Encoding: chunked", b"TE: trailers", b"Trailer: X-Trailer"]
@@ -717,9 +708,7 @@ def test_request_trailers_are_discarded(balancer: BalancerProcess, backend: Wire
 @pytest.mark.parametrize(
     "lines", [[b"Content-Length: 10"], [b"Content-Length: 100000"], [b"Transfer-Encoding: chunked"]]
 )
-def test_a_truncated_request_never_looks_complete(
-    balancer: BalancerProcess, backend: WireBackend, lines: list[bytes]
-) -> None:
+def test_a_truncated_request_never_looks_complete(balancer: Balancer, backend: WireBackend, lines: list[bytes]) -> None:
     """Rule 19, M 8: the client stops in the middle."""
     exchange(balancer.port, post(*lines, body=b"3\r\nabc\r\n"), half_close=True)
     wait_until(lambda: is_idle(balancer))
@@ -777,7 +766,7 @@ MALFORMED_ANSWERS = {
 }
 
 
-def next_peer_differs(balancer: BalancerProcess, backend: WireBackend) -> bool:
+def next_peer_differs(balancer: Balancer, backend: WireBackend) -> bool:
     """True if the next request comes on a connection that no request came on so far."""
     used = set(backend.peers)
     backend.answer(ok(b"next"))
@@ -786,7 +775,7 @@ def next_peer_differs(balancer: BalancerProcess, backend: WireBackend) -> bool:
 
 
 @pytest.mark.parametrize("answer", MALFORMED_ANSWERS.values(), ids=MALFORMED_ANSWERS)
-def test_malformed_answers_become_502(balancer: BalancerProcess, backend: WireBackend, answer: bytes) -> None:
+def test_malformed_answers_become_502(balancer: Balancer, backend: WireBackend, answer: bytes) -> None:
     """Rules 16, 18, 19, 24 and 27, M 2.2, 5, 6.3 and 11.1: 502, nothing of it passed on, connection not used again."""
     backend.answer(answer)
     status, lines, body = ask(balancer.port, request())
@@ -798,7 +787,7 @@ def test_malformed_answers_become_502(balancer: BalancerProcess, backend: WireBa
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 100 Continue\r\n\r\n"])
 @pytest.mark.parametrize("reset", [False, True])
 def test_a_close_before_the_head_is_complete_becomes_502(
-    balancer: BalancerProcess, backend: WireBackend, answer: bytes, reset: bool
+    balancer: Balancer, backend: WireBackend, answer: bytes, reset: bool
 ) -> None:
     """Rule 27, S 15.6.3."""
 
@@ -816,7 +805,7 @@ def test_a_close_before_the_head_is_complete_becomes_502(
 )
 @pytest.mark.parametrize("extra", [b"more", ok(b"evil")])
 def test_bytes_after_the_answer_are_dropped_and_the_connection_too(
-    balancer: BalancerProcess, backend: WireBackend, framing: bytes, extra: bytes
+    balancer: Balancer, backend: WireBackend, framing: bytes, extra: bytes
 ) -> None:
     """Rule 19, M 6.3 and 11.2: a second answer in the same packet must not be given to the next client."""
     backend.answer(HEAD_OK + framing + extra)
@@ -824,7 +813,7 @@ def test_bytes_after_the_answer_are_dropped_and_the_connection_too(
     assert next_peer_differs(balancer, backend)
 
 
-def test_an_answer_that_comes_while_idle_is_given_to_nobody(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_an_answer_that_comes_while_idle_is_given_to_nobody(balancer: Balancer, backend: WireBackend) -> None:
     """Rule 19, M 11.2: bytes on an idle connection end it."""
     sent = threading.Event()
 
@@ -851,7 +840,7 @@ def test_an_answer_that_comes_while_idle_is_given_to_nobody(balancer: BalancerPr
     ],
 )
 def test_the_connection_is_used_again_after_a_complete_answer(
-    balancer: BalancerProcess, backend: WireBackend, answer: bytes
+    balancer: Balancer, backend: WireBackend, answer: bytes
 ) -> None:
     """Rules 17 and 21, M 9.3: chunk extensions of the backend are not relayed."""
     backend.answer(answer)
@@ -871,7 +860,7 @@ def test_the_connection_is_used_again_after_a_complete_answer(
     ],
 )
 def test_the_connection_is_not_used_again_when_the_backend_says_so(
-    balancer: BalancerProcess, backend: WireBackend, answer: bytes
+    balancer: Balancer, backend: WireBackend, answer: bytes
 ) -> None:
     """M 9.3 and 9.6; Transfer-Encoding in HTTP/1.0 is faulty framing (M 6.1)."""
     backend.answer(answer)
@@ -879,7 +868,7 @@ def test_the_connection_is_not_used_again_when_the_backend_says_so(
     assert next_peer_differs(balancer, backend)
 
 
-def test_response_trailers_are_discarded(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_response_trailers_are_discarded(balancer: Balancer, backend: WireBackend) -> None:
     """Rule 25, S 6.5.1: not merged into the header section, also when they come late."""
 
     def script(sock: socket.socket, _: Any) -> None:
@@ -891,7 +880,7 @@ def test_response_trailers_are_discarded(balancer: BalancerProcess, backend: Wir
     assert b"abc" in data and b"X-T" not in data and b"x-t" not in data and b"evil" not in data
 
 
-def test_a_body_until_eof_is_relayed_and_framed(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_a_body_until_eof_is_relayed_and_framed(balancer: Balancer, backend: WireBackend) -> None:
     """M 6.3, rule 8 of it: chunked to an HTTP/1.1 client, whose connection can stay open."""
     backend.answer(HEAD_OK + b"\r\nabc", close=True)
     with connect(balancer.port) as sock, sock.makefile("rb") as stream:
@@ -912,7 +901,7 @@ TRUNCATED = {
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("framing", TRUNCATED.values(), ids=TRUNCATED)
 def test_a_truncated_answer_reaches_the_client_as_truncated(
-    balancer: BalancerProcess, backend: WireBackend, framing: bytes, late: bool
+    balancer: Balancer, backend: WireBackend, framing: bytes, late: bool
 ) -> None:
     """Rule 20, M 8: no last chunk, fewer bytes than announced. `late`: the client has had the first bytes before.
 
@@ -948,7 +937,7 @@ def test_a_truncated_answer_reaches_the_client_as_truncated(
     assert record["reason"] in ("http_response_incomplete", "http_protocol_error", "connection_terminated")
 
 
-def test_a_reset_in_a_body_until_eof_is_truncation(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_a_reset_in_a_body_until_eof_is_truncation(balancer: Balancer, backend: WireBackend) -> None:
     """Rule 20, M 8: only a proper close ends such a body."""
     reached = threading.Event()
 
@@ -966,7 +955,7 @@ def test_a_reset_in_a_body_until_eof_is_truncation(balancer: BalancerProcess, ba
             read_response(stream)
 
 
-def test_a_truncated_answer_counts_as_a_failure_of_the_backend(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_a_truncated_answer_counts_as_a_failure_of_the_backend(balancer: Balancer, backend: WireBackend) -> None:
     """Rule 20 and the counts of /status; the client's keep-alive connection is cut."""
     before = balancer.backend("only")["failed_requests"]
     backend.answer(HEAD_OK + b"Content-Length: 10\r\n\r\nabc", close=True)
@@ -991,7 +980,7 @@ BODILESS = {
 
 @pytest.mark.parametrize(("method", "answer"), BODILESS.values(), ids=BODILESS)
 def test_bodiless_answers_end_with_their_head(
-    balancer: BalancerProcess, backend: WireBackend, method: bytes, answer: bytes
+    balancer: Balancer, backend: WireBackend, method: bytes, answer: bytes
 ) -> None:
     """Rule 21, S 8.6, 9.3.2 and M 6.1, 6.3: both connections carry the next exchange at once."""
     backend.answer(answer)
@@ -1008,7 +997,7 @@ def test_bodiless_answers_end_with_their_head(
     assert backend.peers[0] == backend.peers[1]
 
 
-def test_head_keeps_the_length_of_the_get(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_head_keeps_the_length_of_the_get(balancer: Balancer, backend: WireBackend) -> None:
     """Rule 21, S 9.3.2."""
     backend.answer(HEAD_OK + b"Content-Length: 12345\r\n\r\n")
     data = exchange(balancer.port, get(method=b"HEAD"))
@@ -1025,7 +1014,7 @@ def test_head_keeps_the_length_of_the_get(balancer: BalancerProcess, backend: Wi
     ],
 )
 def test_a_body_where_none_may_be_is_dropped_with_the_connection(
-    balancer: BalancerProcess, backend: WireBackend, method: bytes, answer: bytes
+    balancer: Balancer, backend: WireBackend, method: bytes, answer: bytes
 ) -> None:
     """Rules 19 and 21, M 6.3."""
     backend.answer(answer)
@@ -1033,9 +1022,7 @@ def test_a_body_where_none_may_be_is_dropped_with_the_connection(
     assert next_peer_differs(balancer, backend)
 
 
-def test_a_head_answer_without_length_leaves_the_connection_usable(
-    balancer: BalancerProcess, backend: WireBackend
-) -> None:
+def test_a_head_answer_without_length_leaves_the_connection_usable(balancer: Balancer, backend: WireBackend) -> None:
     """Rule 21, M 6.3: the answer to HEAD ends with its head whatever its fields say."""
     backend.answer(HEAD_OK + b"X: 1\r\n\r\n")
     assert ask(balancer.port, request(method=b"HEAD"), b"HEAD")[0] == 200
@@ -1056,9 +1043,7 @@ def test_a_head_answer_without_length_leaves_the_connection_usable(
     ],
 )
 @pytest.mark.parametrize("apart", [False, True])
-def test_interim_answers_are_swallowed(
-    balancer: BalancerProcess, backend: WireBackend, interim: bytes, apart: bool
-) -> None:
+def test_interim_answers_are_swallowed(balancer: Balancer, backend: WireBackend, interim: bytes, apart: bool) -> None:
     """Rule 22, S 15.2, a known gap: WSGI cannot send 103. Its fields must not get into the final answer."""
 
     def script(sock: socket.socket, _: Any) -> None:
@@ -1075,7 +1060,7 @@ def test_interim_answers_are_swallowed(
     assert not next_peer_differs(balancer, backend)
 
 
-def test_expect_continue_is_answered_here(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_expect_continue_is_answered_here(balancer: Balancer, backend: WireBackend) -> None:
     """Rule 23, S 10.1.1: terminated; the backend gets no Expect and the body."""
     with connect(balancer.port) as sock, sock.makefile("rb") as stream:
         sock.sendall(post(b"Expect: 100-continue", b"Content-Length: 3"))
@@ -1088,7 +1073,7 @@ def test_expect_continue_is_answered_here(balancer: BalancerProcess, backend: Wi
     assert not backend.requests[0].values(b"expect")
 
 
-def test_expect_is_ignored_in_http_1_0(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_expect_is_ignored_in_http_1_0(balancer: Balancer, backend: WireBackend) -> None:
     """Rule 23, S 10.1.1: an HTTP/1.0 client gets no interim answer."""
     lines = [b"Expect: 100-continue", b"Content-Length: 3"]
     data = exchange(balancer.port, request(b"/", *lines, method=b"POST", body=b"abc", version=b"1.0"))
@@ -1096,7 +1081,7 @@ def test_expect_is_ignored_in_http_1_0(balancer: BalancerProcess, backend: WireB
     assert backend.requests[0].body == b"abc"
 
 
-def test_a_refusal_comes_instead_of_100_continue(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_a_refusal_comes_instead_of_100_continue(balancer: Balancer, backend: WireBackend) -> None:
     """Rules 23 and 27, S 10.1.1 and 15.5.14: no body is asked for that will not be read, and the connection closes."""
     with connect(balancer.port) as sock, sock.makefile("rb") as stream:
         sock.sendall(post(b"Expect: 100-continue", b"Content-Length: 1000001"))
@@ -1105,7 +1090,7 @@ def test_a_refusal_comes_instead_of_100_continue(balancer: BalancerProcess, back
     assert backend.seen == 0
 
 
-def test_another_expectation_is_dropped(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_another_expectation_is_dropped(balancer: Balancer, backend: WireBackend) -> None:
     """Rule 23, S 10.1.1: MAY be refused with 417, here it is ignored."""
     assert ask(balancer.port, post(b"Expect: 200-ok", b"Content-Length: 3", body=b"abc"))[0] == 200
     assert not backend.requests[0].values(b"expect")
@@ -1115,7 +1100,7 @@ def test_another_expectation_is_dropped(balancer: BalancerProcess, backend: Wire
 
 
 @pytest.mark.parametrize("protocol", [b"websocket", b"h2c", b"TLS/1.0"])
-def test_upgrade_is_ignored(balancer: BalancerProcess, backend: WireBackend, protocol: bytes) -> None:
+def test_upgrade_is_ignored(balancer: Balancer, backend: WireBackend, protocol: bytes) -> None:
     """Rule 24, S 7.8: MAY be ignored; neither field reaches the backend, so no tunnel can be smuggled (h2c)."""
     lines = [
         b"Connection: Upgrade, HTTP2-Settings",
@@ -1129,7 +1114,7 @@ def test_upgrade_is_ignored(balancer: BalancerProcess, backend: WireBackend, pro
 # Rule 26: retries.
 
 
-def retries_of(balancer: BalancerProcess) -> int:
+def retries_of(balancer: Balancer) -> int:
     count: int = balancer.status()["statistics"]["retries"]
     return count
 
@@ -1226,7 +1211,7 @@ def test_every_backend_is_tried_once_at_most(pair: Pair) -> None:
     assert newest(pair.balancer)["reason"] == "connection_terminated"
 
 
-def test_a_retry_that_finds_no_other_backend_is_not_counted(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_a_retry_that_finds_no_other_backend_is_not_counted(balancer: Balancer, backend: WireBackend) -> None:
     """Statistics: `retries` are further attempts that were made; with one backend there are none."""
     before = retries_of(balancer)
     backend.answer(b"garbage\r\n\r\n")
@@ -1242,7 +1227,7 @@ def test_a_retry_that_finds_no_other_backend_is_not_counted(balancer: BalancerPr
 def test_a_refused_connect_is_retried_for_any_method(data: bytes) -> None:
     """Rule 26: nothing was sent. The checks are an hour apart here, so that only the data path can notice."""
     gone, alive = WireBackend(), WireBackend()
-    balancer = BalancerProcess(
+    balancer = Balancer(
         f"--backend=gone={gone.url}",
         f"--backend=alive={alive.url}",
         "--algorithm=round_robin",
@@ -1260,7 +1245,7 @@ def test_a_refused_connect_is_retried_for_any_method(data: bytes) -> None:
         alive.close()
 
 
-def warm_up(balancer: BalancerProcess, backend: WireBackend) -> None:
+def warm_up(balancer: Balancer, backend: WireBackend) -> None:
     """Leave one idle connection in the pool, the only one."""
     assert ask(balancer.port, request(b"/warm-up"))[0] == 200
     wait_until(lambda: is_idle(balancer))
@@ -1279,9 +1264,7 @@ def stale_once(backend: WireBackend, *, reset: bool) -> None:
 
 
 @pytest.mark.parametrize("reset", [False, True])
-def test_a_get_on_a_stale_connection_gets_one_fresh_try(
-    balancer: BalancerProcess, backend: WireBackend, reset: bool
-) -> None:
+def test_a_get_on_a_stale_connection_gets_one_fresh_try(balancer: Balancer, backend: WireBackend, reset: bool) -> None:
     """Rule 26, M 9.3.1: died before any byte came back; no failure of the backend, no retry counted."""
     warm_up(balancer, backend)
     before = retries_of(balancer)
@@ -1294,7 +1277,7 @@ def test_a_get_on_a_stale_connection_gets_one_fresh_try(
 @pytest.mark.parametrize("reset", [False, True])
 @pytest.mark.parametrize("framing", [b"Content-Length: 3", b"Transfer-Encoding: chunked"])
 def test_a_post_on_a_stale_connection_is_not_sent_again(
-    balancer: BalancerProcess, backend: WireBackend, framing: bytes, reset: bool
+    balancer: Balancer, backend: WireBackend, framing: bytes, reset: bool
 ) -> None:
     """Rule 26, S 9.2.2: it may have been carried out."""
     warm_up(balancer, backend)
@@ -1304,9 +1287,7 @@ def test_a_post_on_a_stale_connection_is_not_sent_again(
 
 
 @pytest.mark.parametrize("reset", [False, True])
-def test_a_connection_closed_while_idle_is_not_used(
-    balancer: BalancerProcess, backend: WireBackend, reset: bool
-) -> None:
+def test_a_connection_closed_while_idle_is_not_used(balancer: Balancer, backend: WireBackend, reset: bool) -> None:
     """Rule 26: EOF is seen before reuse, so even POST is safe."""
 
     def script(sock: socket.socket, _: Any) -> None:
@@ -1334,7 +1315,7 @@ def assert_own_error(parsed: Parsed, status: int) -> None:
     assert values(lines, b"x-request-id") == [answer["request_id"].encode()]
 
 
-def test_no_backend_is_503_with_retry_after(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_no_backend_is_503_with_retry_after(balancer: Balancer, backend: WireBackend) -> None:
     """Rule 27, S 15.6.4."""
     backend.is_healthy = False
     balancer.wait_healthy("only", False)
@@ -1345,7 +1326,7 @@ def test_no_backend_is_503_with_retry_after(balancer: BalancerProcess, backend: 
     assert newest(balancer)["server_id"] is None
 
 
-def test_own_502_says_why_but_has_no_retry_after(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_own_502_says_why_but_has_no_retry_after(balancer: Balancer, backend: WireBackend) -> None:
     """Rule 27 and 28: JSON; Proxy-Status is not sent unless asked for."""
     backend.answer(b"garbage\r\n\r\n")
     parsed = ask(balancer.port, request())
@@ -1353,7 +1334,7 @@ def test_own_502_says_why_but_has_no_retry_after(balancer: BalancerProcess, back
     assert not values(parsed[1], b"retry-after") + values(parsed[1], b"proxy-status")
 
 
-def test_head_gets_no_body_with_our_errors(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_head_gets_no_body_with_our_errors(balancer: Balancer, backend: WireBackend) -> None:
     """Rule 21, S 9.3.2, for answers of the balancer itself."""
     backend.answer(b"garbage\r\n\r\n")
     data = exchange(balancer.port, get(method=b"HEAD"))
@@ -1362,7 +1343,7 @@ def test_head_gets_no_body_with_our_errors(balancer: BalancerProcess, backend: W
 
 @pytest.mark.parametrize("data", [request(), post(b"Content-Length: 3", body=b"abc")], ids=["GET", "POST"])
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 100 Continue\r\n\r\n"])
-def test_no_answer_in_time_is_504(balancer: BalancerProcess, backend: WireBackend, data: bytes, answer: bytes) -> None:
+def test_no_answer_in_time_is_504(balancer: Balancer, backend: WireBackend, data: bytes, answer: bytes) -> None:
     """Rule 27, S 15.6.5: nothing, half a head, or only an interim answer; the backend's connection is closed."""
     closed = threading.Event()
 
@@ -1377,7 +1358,7 @@ def test_no_answer_in_time_is_504(balancer: BalancerProcess, backend: WireBacken
     assert newest(balancer)["reason"] == "http_response_timeout"
 
 
-def test_a_head_that_trickles_is_504_too(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_a_head_that_trickles_is_504_too(balancer: Balancer, backend: WireBackend) -> None:
     """Rule 27: the limit is for the whole head, not between two bytes of it."""
     pause = threading.Event()
 
@@ -1396,7 +1377,7 @@ def test_a_head_that_trickles_is_504_too(balancer: BalancerProcess, backend: Wir
 @pytest.mark.parametrize(
     "framing", [b"Content-Length: 9\r\n\r\nabc", b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n", b"\r\nabc"]
 )
-def test_a_body_that_stalls_is_cut(balancer: BalancerProcess, backend: WireBackend, framing: bytes) -> None:
+def test_a_body_that_stalls_is_cut(balancer: Balancer, backend: WireBackend, framing: bytes) -> None:
     """Rules 20 and 27, `idle_timeout`: cut, both sides, without a proper end."""
     closed = threading.Event()
 
@@ -1414,7 +1395,7 @@ def test_a_body_that_stalls_is_cut(balancer: BalancerProcess, backend: WireBacke
     assert newest(balancer)["complete"] is False
 
 
-def test_413_by_content_length_before_the_body_is_sent(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_413_by_content_length_before_the_body_is_sent(balancer: Balancer, backend: WireBackend) -> None:
     """Rule 27, S 15.5.14 and rule 19: the answer comes without the body, then the connection is closed."""
     with connect(balancer.port) as sock, sock.makefile("rb") as stream:
         sock.sendall(post(b"Content-Length: 1000001"))
@@ -1423,7 +1404,7 @@ def test_413_by_content_length_before_the_body_is_sent(balancer: BalancerProcess
     assert backend.seen == 0
 
 
-def test_413_in_the_middle_of_a_chunked_body(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_413_in_the_middle_of_a_chunked_body(balancer: Balancer, backend: WireBackend) -> None:
     """Rule 27: the backend never sees the end of it."""
     with connect(balancer.port) as sock, sock.makefile("rb") as stream:
         sock.sendall(post(b"Transfer-Encoding: chunked"))
@@ -1437,7 +1418,7 @@ def test_413_in_the_middle_of_a_chunked_body(balancer: BalancerProcess, backend:
     assert failures_of(balancer) == 0
 
 
-def test_the_largest_body_that_is_allowed_passes(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_the_largest_body_that_is_allowed_passes(balancer: Balancer, backend: WireBackend) -> None:
     """Rule 27: a million bytes in either framing."""
     body = b"x" * 1_000_000
     chunked = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
@@ -1449,7 +1430,7 @@ def test_the_largest_body_that_is_allowed_passes(balancer: BalancerProcess, back
 @pytest.mark.parametrize(
     "data", [get(b"/", b"X: " + b"a" * 20_000), get(b"/", *[b"X: a"] * 3000)], ids=["long", "many"]
 )
-def test_431_for_a_large_head(balancer: BalancerProcess, backend: WireBackend, data: bytes) -> None:
+def test_431_for_a_large_head(balancer: Balancer, backend: WireBackend, data: bytes) -> None:
     """Rule 27, RFC 6585 section 5."""
     assert exchange(balancer.port, data).startswith(b"HTTP/1.1 431 ")
     assert backend.seen == 0
@@ -1462,16 +1443,14 @@ def test_414_for_a_long_target(pair: Pair) -> None:
     assert pair.seen == 1
 
 
-def test_431_comes_first_if_the_head_is_limited_below_the_target(
-    balancer: BalancerProcess, backend: WireBackend
-) -> None:
+def test_431_comes_first_if_the_head_is_limited_below_the_target(balancer: Balancer, backend: WireBackend) -> None:
     """Rule 27, a known gap: 431 stands in for 414."""
     assert exchange(balancer.port, get(b"/" + b"a" * 20_000)).startswith(b"HTTP/1.1 431 ")
     assert backend.seen == 0
 
 
 @pytest.mark.parametrize("data", [b"GET", b"GET / HTTP/1.1\r\nHost: t"], ids=["part", "no end"])
-def test_a_slow_head_is_cut_off(balancer: BalancerProcess, backend: WireBackend, data: bytes) -> None:
+def test_a_slow_head_is_cut_off(balancer: Balancer, backend: WireBackend, data: bytes) -> None:
     """Rule 27, `header_timeout`: closed, with 408 or without a word (the server in front says nothing)."""
     answer = exchange(balancer.port, data)
     assert answer == b"" or answer.startswith(b"HTTP/1.1 408 ")
@@ -1480,7 +1459,7 @@ def test_a_slow_head_is_cut_off(balancer: BalancerProcess, backend: WireBackend,
 
 @pytest.mark.parametrize("data", [b"", b"PRI * HTTP/2"], ids=["nothing", "part of the HTTP/2 preface"])
 def test_a_connection_that_says_next_to_nothing_is_closed(
-    balancer: BalancerProcess, backend: WireBackend, data: bytes
+    balancer: Balancer, backend: WireBackend, data: bytes
 ) -> None:
     """Rule 27, `header_timeout`: or anyone could hold all of `max_clients` connections for ever, for free."""
     with connect(balancer.port) as sock:
@@ -1489,9 +1468,7 @@ def test_a_connection_that_says_next_to_nothing_is_closed(
 
 
 @pytest.mark.parametrize("framing", [b"Content-Length: 10", b"Content-Length: 100000", b"Transfer-Encoding: chunked"])
-def test_a_request_body_that_stalls_is_408_and_closed(
-    balancer: BalancerProcess, backend: WireBackend, framing: bytes
-) -> None:
+def test_a_request_body_that_stalls_is_408_and_closed(balancer: Balancer, backend: WireBackend, framing: bytes) -> None:
     """Rules 19 and 27, S 15.5.9: the client is at fault, and an unread body must not keep its connection open."""
     with connect(balancer.port) as sock, sock.makefile("rb") as stream:
         sock.sendall(post(framing, body=b"3\r\nabc\r\n"))
@@ -1505,7 +1482,7 @@ def test_a_request_body_that_stalls_is_408_and_closed(
 
 
 @pytest.mark.parametrize("sane", [b"abc-123", b"a" * 128, b"0af7651916cd43dd8448eb211c80319c", b"A.b_c:d+/=@"])
-def test_a_sane_request_id_is_kept(balancer: BalancerProcess, backend: WireBackend, sane: bytes) -> None:
+def test_a_sane_request_id_is_kept(balancer: Balancer, backend: WireBackend, sane: bytes) -> None:
     """Design 3: one id from the client to the backend and back."""
     _, lines, _ = ask(balancer.port, request(b"/", b"X-Request-ID: " + sane))
     assert values(lines, b"x-request-id") == backend.requests[0].values(b"x-request-id") == [sane]
@@ -1515,7 +1492,7 @@ def test_a_sane_request_id_is_kept(balancer: BalancerProcess, backend: WireBacke
 @pytest.mark.parametrize(
     "bad", [[b""], [b"a b"], [b"a" * 129], [b"<script>"], [b'"x"'], [b"caf\xe9"], [b"a", b"b"], [b"a,b"]]
 )
-def test_a_bad_request_id_is_replaced(balancer: BalancerProcess, backend: WireBackend, bad: list[bytes]) -> None:
+def test_a_bad_request_id_is_replaced(balancer: Balancer, backend: WireBackend, bad: list[bytes]) -> None:
     """Design 3: it goes into logs and pages."""
     _, lines, _ = ask(balancer.port, request(b"/", *(b"X-Request-ID: " + value for value in bad)))
     (given,) = values(lines, b"x-request-id")
@@ -1523,7 +1500,7 @@ def test_a_bad_request_id_is_replaced(balancer: BalancerProcess, backend: WireBa
     assert re.fullmatch(rb"[0-9a-f-]{8,40}", given) and given not in bad
 
 
-def test_request_ids_differ_and_the_backends_own_is_not_passed(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_request_ids_differ_and_the_backends_own_is_not_passed(balancer: Balancer, backend: WireBackend) -> None:
     """Design 3."""
     backend.answer(ok(b"ok", b"X-Request-ID: from-backend"))
     ids = [values(ask(balancer.port, request())[1], b"x-request-id") for _ in range(3)]
@@ -1531,7 +1508,7 @@ def test_request_ids_differ_and_the_backends_own_is_not_passed(balancer: Balance
     assert len({found[0] for found in ids} | {b"from-backend"}) == 4
 
 
-def test_served_by_is_not_there_by_default(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_served_by_is_not_there_by_default(balancer: Balancer, backend: WireBackend) -> None:
     """Design 3: it tells the topology; nor is the backend's own passed on."""
     assert not values(returned(balancer, backend, b"X-Served-By: inner"), b"x-served-by")
 
@@ -1542,14 +1519,14 @@ def test_served_by_names_the_backend_if_asked_for(pair: Pair) -> None:
     assert sorted(names) == [[b"a"], [b"a"], [b"b"], [b"b"]]
 
 
-def test_cookies_of_one_client_are_not_sent_for_another(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_cookies_of_one_client_are_not_sent_for_another(balancer: Balancer, backend: WireBackend) -> None:
     """Python traps: a session's cookie jar would do it."""
     backend.answer(ok(b"ok", b"Set-Cookie: session=secret; Path=/"))
     ask(balancer.port, request())
     assert not forwarded(balancer, backend).values(b"cookie")
 
 
-def test_redirects_are_passed_on_not_followed(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_redirects_are_passed_on_not_followed(balancer: Balancer, backend: WireBackend) -> None:
     """Python traps."""
     backend.answer(b"HTTP/1.1 302 Found\r\nLocation: http://elsewhere.example/\r\nContent-Length: 0\r\n\r\n")
     status, lines, _ = ask(balancer.port, request())
@@ -1560,7 +1537,7 @@ def test_redirects_are_passed_on_not_followed(balancer: BalancerProcess, backend
 # Connections of clients.
 
 
-def test_client_connections_are_kept_alive(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_client_connections_are_kept_alive(balancer: Balancer, backend: WireBackend) -> None:
     """M 9.3: requests of all framings one after another, also after an error of ours."""
     chunked = post(b"Transfer-Encoding: chunked", body=CHUNKED_ABC)
     messages = [request(), post(b"Content-Length: 3", body=b"abc"), chunked, request(b"*"), request()]
@@ -1573,7 +1550,7 @@ def test_client_connections_are_kept_alive(balancer: BalancerProcess, backend: W
     assert backend.seen == 4
 
 
-def test_pipelined_requests_are_answered_in_order(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_pipelined_requests_are_answered_in_order(balancer: Balancer, backend: WireBackend) -> None:
     """M 9.3.2."""
     backend.script = lambda sock, got: sock.sendall(ok(got.target + got.body))
     messages = [request(b"/1"), post(b"Content-Length: 3", body=b"abc", target=b"/2"), request(b"/3"), request(b"/4")]
@@ -1582,7 +1559,7 @@ def test_pipelined_requests_are_answered_in_order(balancer: BalancerProcess, bac
         assert [read_response(stream)[2] for _ in messages] == [b"/1", b"/2abc", b"/3", b"/4"]
 
 
-def test_connection_close_is_honoured(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_connection_close_is_honoured(balancer: Balancer, backend: WireBackend) -> None:
     """M 9.6: nothing after it is read as a request."""
     data = exchange(balancer.port, get() + request(b"/second"))
     assert data.count(b"HTTP/1.1 200") == 1
@@ -1594,9 +1571,7 @@ def test_connection_close_is_honoured(balancer: BalancerProcess, backend: WireBa
     "framing", [b"Content-Length: 3\r\n\r\nabc", b"Transfer-Encoding: chunked\r\n\r\n" + CHUNKED_ABC]
 )
 @pytest.mark.parametrize("keep", [False, True])
-def test_http_1_0_clients_get_no_chunks(
-    balancer: BalancerProcess, backend: WireBackend, framing: bytes, keep: bool
-) -> None:
+def test_http_1_0_clients_get_no_chunks(balancer: Balancer, backend: WireBackend, framing: bytes, keep: bool) -> None:
     """Rule 17, M 6.1 and 9.3: closed after the answer unless keep-alive was asked for and a length is known."""
 
     def script(sock: socket.socket, _: Any) -> None:
@@ -1614,7 +1589,7 @@ def test_http_1_0_clients_get_no_chunks(
 # Streaming.
 
 
-def test_events_arrive_one_by_one(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_events_arrive_one_by_one(balancer: Balancer, backend: WireBackend) -> None:
     """The head before any body, then each event before the next is sent."""
     go = threading.Semaphore(0)
     events = [b"data: 1\n\n", b"data: 2\n\n"]
@@ -1641,7 +1616,7 @@ def test_events_arrive_one_by_one(balancer: BalancerProcess, backend: WireBacken
         assert stream.read(5) == b"0\r\n\r\n"
 
 
-def test_a_request_body_is_streamed_too(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_a_request_body_is_streamed_too(balancer: Balancer, backend: WireBackend) -> None:
     """The backend gets the first chunk before the client sends the second."""
     first = threading.Event()
 
@@ -1759,7 +1734,7 @@ def test_a_slow_backend_holds_the_client_back(pair: Pair) -> None:
     assert pair.requests[0].body == b"x" * (96 * MIB)
 
 
-def test_a_client_that_reads_nothing_is_cut_off(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_a_client_that_reads_nothing_is_cut_off(balancer: Balancer, backend: WireBackend) -> None:
     """`idle_timeout` towards the client: the backend's connection is freed, and the backend is not to blame."""
     done = threading.Event()
 
@@ -1780,7 +1755,7 @@ def test_a_client_that_reads_nothing_is_cut_off(balancer: BalancerProcess, backe
 # Clients that leave.
 
 
-def assert_client_gone(balancer: BalancerProcess, backend_id: str = "only") -> None:
+def assert_client_gone(balancer: Balancer, backend_id: str = "only") -> None:
     """Recorded as 499, nothing left behind, no fault of the backend."""
     wait_until(lambda: is_idle(balancer), what="nothing is in flight")
     record = newest(balancer)
@@ -1800,7 +1775,7 @@ LEAVING = {
 @pytest.mark.parametrize("data", LEAVING.values(), ids=LEAVING)
 @pytest.mark.parametrize("reset", [False, True])
 def test_a_client_that_leaves_while_the_backend_works(
-    patient: BalancerProcess, backend: WireBackend, data: bytes, reset: bool
+    patient: Balancer, backend: WireBackend, data: bytes, reset: bool
 ) -> None:
     """Rule 27: the backend connection is closed at once, by no time-out; 499."""
     closed = threading.Event()
@@ -1823,7 +1798,7 @@ def test_a_client_that_leaves_while_the_backend_works(
     assert backend.seen == 1, "a request whose client has left is not retried"
 
 
-def test_a_client_that_leaves_during_the_answer(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_a_client_that_leaves_during_the_answer(balancer: Balancer, backend: WireBackend) -> None:
     """Rule 27, an endless answer: the backend's next sends fail."""
     closed = threading.Event()
 
@@ -1844,7 +1819,7 @@ def test_a_client_that_leaves_during_the_answer(balancer: BalancerProcess, backe
     assert_client_gone(balancer)
 
 
-def test_a_client_that_leaves_a_quiet_stream(patient: BalancerProcess, backend: WireBackend) -> None:
+def test_a_client_that_leaves_a_quiet_stream(patient: Balancer, backend: WireBackend) -> None:
     """Rule 27, an event stream in which nothing happens: noticed at once all the same."""
     closed = threading.Event()
 
@@ -1862,9 +1837,7 @@ def test_a_client_that_leaves_a_quiet_stream(patient: BalancerProcess, backend: 
 
 
 @pytest.mark.parametrize("framing", [b"Content-Length: 900000", b"Transfer-Encoding: chunked"])
-def test_a_client_that_leaves_during_its_upload(
-    balancer: BalancerProcess, backend: WireBackend, framing: bytes
-) -> None:
+def test_a_client_that_leaves_during_its_upload(balancer: Balancer, backend: WireBackend, framing: bytes) -> None:
     """Rules 19 and 27: the backend sees that the request is not complete."""
     with connect(balancer.port) as sock:
         sock.sendall(post(framing, body=b"30d40\r\n" + b"x" * 200_000 + b"\r\n"))
@@ -1874,7 +1847,7 @@ def test_a_client_that_leaves_during_its_upload(
     assert backend.requests == []
 
 
-def test_a_client_that_half_closes_counts_as_gone(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_a_client_that_half_closes_counts_as_gone(balancer: Balancer, backend: WireBackend) -> None:
     """M 9.6, a known gap: hyper takes a half-closed connection for a client that has left, as nginx does by default."""
     backend.script = lambda sock, _: wait_closed(sock, 5) or sock.sendall(ok())
     exchange(balancer.port, request(), half_close=True)
@@ -1882,7 +1855,7 @@ def test_a_client_that_half_closes_counts_as_gone(balancer: BalancerProcess, bac
     assert newest(balancer)["status"] == 499
 
 
-def test_chunks_of_an_answer_are_framed_by_us(balancer: BalancerProcess, backend: WireBackend) -> None:
+def test_chunks_of_an_answer_are_framed_by_us(balancer: Balancer, backend: WireBackend) -> None:
     """Rule 17: the client sees valid chunks whatever sizes the backend used."""
 
     has_begun = threading.Event()  # an answer that is here whole at once goes on whole, with its length

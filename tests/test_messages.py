@@ -24,13 +24,14 @@ from balancer.protocol.messages import (
     is_claim,
     is_in_networks,
     join_cookies,
+    new_request_id,
     nominated,
     parse_content_length,
     request_id,
     request_lines,
     response_lines,
-    special_fields,
 )
+from balancer.protocol.requestheads import RequestHeads
 
 PEER = "198.51.100.7"
 OURS = b"lb-1.0123abcd"
@@ -44,7 +45,7 @@ def forward(
 ) -> list[Line]:
     return request_lines(
         lines,
-        special_fields(lines),
+        RequestHeads().fields(lines),
         peer=peer,
         scheme=scheme,
         http_version=version,
@@ -249,7 +250,7 @@ def test_an_ipv6_peer_loses_its_zone_and_is_quoted_in_forwarded() -> None:
     given_lines = [(b"host", b"a"), (b"forwarded", b"for=x")]
     lines = request_lines(
         given_lines,
-        special_fields(given_lines),
+        RequestHeads().fields(given_lines),
         peer="fe80::1%eth0",
         scheme="https",
         http_version="1.1",
@@ -349,13 +350,14 @@ def test_a_sane_request_id_is_kept(value: bytes) -> None:
     ids=repr,
 )
 def test_any_other_request_id_is_replaced(given_ids: list[bytes]) -> None:
-    made = request_id(given_ids)
+    assert request_id(given_ids) is None
+    made = new_request_id()
     assert made not in given_ids
     assert request_id([made]) == made
 
 
 def test_new_request_ids_differ() -> None:
-    assert len({request_id([]) for _ in range(1000)}) == 1000
+    assert len({new_request_id() for _ in range(1000)}) == 1000
 
 
 @pytest.mark.parametrize(

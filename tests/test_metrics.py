@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from flask import Flask
 from prometheus_client.openmetrics import parser as openmetrics
 from support import (
     ROOT,
-    BalancerProcess,
+    Balancer,
     Clock,
     RawRequest,
     ScriptedBackend,
@@ -26,7 +27,7 @@ from support import (
     free_port,
     get,
     make_attempt,
-    make_exchange,
+    make_record,
     ok,
     options,
     read_all,
@@ -34,16 +35,16 @@ from support import (
 )
 
 from balancer.balancing.backends import LastCheck
-from balancer.balancing.judge import PoolOptions
+from balancer.balancing.counts import BackendCounts
+from balancer.balancing.options import PoolOptions
 from balancer.balancing.pool import BackendPool
 from balancer.balancing.strategies import create
-from balancer.balancing.tally import Tally
 from balancer.config.settings import BackendSettings, Settings
 from balancer.control.metrics import BACKEND_REASONS, BUCKETS, QUEUE_BUCKETS, REASONS, STATES
 from balancer.loadbalancer import create_app
 from balancer.observe.events import EVENT_KINDS
-from balancer.observe.exchange import Attempt
 from balancer.observe.histogram import BOUNDS, ROUND_BOUNDS
+from balancer.observe.record import Attempt
 from balancer.observe.statistics import Statistics
 from balancer.protocol.origin import Origin
 
@@ -70,17 +71,17 @@ def finish(app: Flask, *attempts: Attempt, status: int = 200, seconds: float = 0
     statistics: Statistics = app.extensions["control"].statistics
     statistics.begin()
     backend = attempts[-1].backend if attempts else None
-    statistics.record(make_exchange(backend, status, seconds, attempts=list(attempts), **fields))
+    statistics.record(make_record(backend, status, seconds, attempts=list(attempts), **fields))
 
 
 # A real process under all kinds of traffic.
 
 
 @pytest.fixture(scope="module")
-def pair() -> Iterator[tuple[BalancerProcess, ScriptedBackend, ScriptedBackend]]:
+def pair() -> Iterator[tuple[Balancer, ScriptedBackend, ScriptedBackend]]:
     first, second = ScriptedBackend(), ScriptedBackend()
     flags = ("--response-timeout=30", "--health-interval=0.2", "--max-request-body=1000", "--eject-after=0")
-    balancer = BalancerProcess(f"--backend=one={first.url}", f"--backend=two={second.url}", *flags)
+    balancer = Balancer(f"--backend=one={first.url}", f"--backend=two={second.url}", *flags)
     yield balancer, first, second
     balancer.stop()
     first.close()
@@ -88,7 +89,7 @@ def pair() -> Iterator[tuple[BalancerProcess, ScriptedBackend, ScriptedBackend]]
 
 
 @pytest.fixture(scope="module")
-def busy(pair: tuple[BalancerProcess, ScriptedBackend, ScriptedBackend]) -> BalancerProcess:
+def busy(pair: tuple[Balancer, ScriptedBackend, ScriptedBackend]) -> Balancer:
     """Good answers, errors of backends and of clients, a retry, a broken answer, a refused write."""
     balancer, first, second = pair
 
@@ -126,7 +127,7 @@ def busy(pair: tuple[BalancerProcess, ScriptedBackend, ScriptedBackend]) -> Bala
     return balancer
 
 
-def test_prometheus_itself_finds_nothing_to_say(busy: BalancerProcess) -> None:
+def test_prometheus_itself_finds_nothing_to_say(busy: Balancer) -> None:
     text = fetch(f"{busy.url}/metrics")[2].decode()
     checked = promtool("check", "metrics", text=text)
     assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
@@ -136,7 +137,7 @@ def test_a_bad_text_would_be_found() -> None:
     assert promtool("check", "metrics", text="# TYPE lb_things counter\nlb_things 1\n").returncode != 0
 
 
-def test_it_parses_as_openmetrics_too(busy: BalancerProcess) -> None:
+def test_it_parses_as_openmetrics_too(busy: Balancer) -> None:
     status, headers, body = fetch(f"{busy.url}/metrics", Accept=OPENMETRICS)
     assert status == 200 and headers["content-type"].startswith("application/openmetrics-text")
     assert body.endswith(b"# EOF\n")
@@ -147,7 +148,7 @@ def test_it_parses_as_openmetrics_too(busy: BalancerProcess) -> None:
     assert not any(sample.name.endswith("_created") for family in families.values() for sample in family.samples)
 
 
-def test_what_happened_is_told(busy: BalancerProcess) -> None:
+def test_what_happened_is_told(busy: Balancer) -> None:
     told = scrape(busy.url)
     assert value(told, "lb_requests_total", code="200", method="GET") == 5  # one of them did not come whole
     assert value(told, "lb_requests_total", code="200", method="POST") == 1
@@ -186,7 +187,7 @@ def test_what_happened_is_told(busy: BalancerProcess) -> None:
     assert value(told, "lb_admin_requests_total", action="metrics", code="200") >= 1
 
 
-def test_histograms_add_up(busy: BalancerProcess) -> None:
+def test_histograms_add_up(busy: Balancer) -> None:
     told = scrape(busy.url)
     requests = sum(v for (name, _), v in told.items() if name == "lb_requests_total")
     assert value(told, "lb_request_duration_seconds_count") == requests
@@ -197,12 +198,12 @@ def test_histograms_add_up(busy: BalancerProcess) -> None:
     assert value(told, "lb_queue_duration_seconds_count") == 0
 
 
-def test_head_has_no_body_and_a_length(busy: BalancerProcess) -> None:
+def test_head_has_no_body_and_a_length(busy: Balancer) -> None:
     status, headers, body = fetch(f"{busy.url}/metrics", method="HEAD")
     assert (status, body) == (200, b"") and int(headers["content-length"]) > 10_000
 
 
-def test_it_is_compressed_for_those_who_ask_and_can_be_cut_down(busy: BalancerProcess) -> None:
+def test_it_is_compressed_for_those_who_ask_and_can_be_cut_down(busy: Balancer) -> None:
     _, headers, body = fetch(f"{busy.url}/metrics", Accept_Encoding="gzip")
     assert headers["content-encoding"] == "gzip" and b"lb_requests_total" in gzip.decompress(body)
     only = read(fetch(f"{busy.url}/metrics?name[]=lb_requests_in_flight")[2].decode())
@@ -210,14 +211,14 @@ def test_it_is_compressed_for_those_who_ask_and_can_be_cut_down(busy: BalancerPr
     assert fetch(f"{busy.url}/metrics", b"{}", Content_Type="application/json")[0] == 405
 
 
-def test_series_stay_within_the_budget(busy: BalancerProcess) -> None:
+def test_series_stay_within_the_budget(busy: Balancer) -> None:
     told = scrape(busy.url)
     of_one = [key for key in told if ("backend", "one") in key[1]]
     whole = [key for key in told if "backend" not in dict(key[1])]
     assert len(of_one) <= 65 and len(whole) <= 130
 
 
-def test_a_client_cannot_make_up_labels(busy: BalancerProcess) -> None:
+def test_a_client_cannot_make_up_labels(busy: Balancer) -> None:
     before = len(scrape(busy.url))
     for number in range(20):
         exchange(busy.port, get(b"/made-up-%d" % number, method=b"M%d" % number))
@@ -228,7 +229,7 @@ def test_a_client_cannot_make_up_labels(busy: BalancerProcess) -> None:
 
 
 def test_nothing_falls_when_a_backend_is_removed_and_comes_back_or_all_is_reset(
-    pair: tuple[BalancerProcess, ScriptedBackend, ScriptedBackend], busy: BalancerProcess
+    pair: tuple[Balancer, ScriptedBackend, ScriptedBackend], busy: Balancer
 ) -> None:
     _, _, second = pair
     before = scrape(busy.url)
@@ -253,9 +254,7 @@ def assert_none_fell(before: dict[Key, float], after: dict[Key, float], whole_on
             assert after[name, labels] >= old, name
 
 
-def test_a_backend_that_is_down_shows(
-    pair: tuple[BalancerProcess, ScriptedBackend, ScriptedBackend], busy: BalancerProcess
-) -> None:
+def test_a_backend_that_is_down_shows(pair: tuple[Balancer, ScriptedBackend, ScriptedBackend], busy: Balancer) -> None:
     _, first, _ = pair
     first.is_healthy = False
     busy.wait_healthy("one", False)
@@ -270,9 +269,7 @@ def test_a_backend_that_is_down_shows(
     busy.wait_healthy("one")
 
 
-def test_a_request_in_flight_shows(
-    pair: tuple[BalancerProcess, ScriptedBackend, ScriptedBackend], busy: BalancerProcess
-) -> None:
+def test_a_request_in_flight_shows(pair: tuple[Balancer, ScriptedBackend, ScriptedBackend], busy: Balancer) -> None:
     _, first, second = pair
     release = threading.Event()
 
@@ -294,16 +291,11 @@ def test_a_request_in_flight_shows(
 
 def test_a_refused_connect_is_no_connection() -> None:
     backend = ScriptedBackend()
-    balancer = BalancerProcess(
-        f"--backend=good={backend.url}", f"--backend=gone=http://127.0.0.1:{free_port()}", "--panic-threshold=1"
-    )
-    try:  # all are asked, whatever the checks say
+    flags = (f"--backend=good={backend.url}", f"--backend=gone=http://127.0.0.1:{free_port()}", "--panic-threshold=1")
+    with closing(backend), Balancer(*flags) as balancer:  # all are asked, whatever the checks say
         for _ in range(4):
             assert fetch(f"{balancer.url}/x")[0] == 200
         told = scrape(balancer.url)
-    finally:
-        balancer.stop()
-        backend.close()
     refused = value(told, "lb_backend_errors_total", backend="gone", reason="connection_refused")
     assert refused == value(told, "lb_retries_total", reason="connection_refused") == 2
     assert value(told, "lb_backend_connections_opened_total", backend="gone") == 0
@@ -405,7 +397,7 @@ def test_every_kind_of_event_in_the_code_is_known() -> None:
 
 def test_more_former_backends_than_are_kept_drop_the_oldest(app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("balancer.observe.statistics.FORMER_KEPT", 3)
-    monkeypatch.setattr("balancer.balancing.roster.FORMER_KEPT", 3)
+    monkeypatch.setattr("balancer.balancing.members.FORMER_KEPT", 3)
     control = app.extensions["control"]
     for number in range(6):
         control.pool.add(f"n{number}", Origin.parse("http://127.0.0.1:9"))
@@ -452,28 +444,28 @@ def test_downtime_counts_while_it_is_down_and_goes_on_where_it_was() -> None:
         for _ in range(2):
             pool.record_check(pool.backends()[0], LastCheck(clock.now, 0.001, None, error))
 
-    def tally() -> Tally:
-        return pool.tallies()["a"]
+    def counts() -> BackendCounts:
+        return pool.counts()["a"]
 
     pool.add("a", origin)
     check(None)
     clock.now = 110.0
-    assert (tally().down_seconds, tally().ups, tally().downs) == (0.0, 1, 0)
+    assert (counts().down_seconds, counts().ups, counts().downs) == (0.0, 1, 0)
     check("no answer")
     clock.now = 125.0
-    assert (tally().down_seconds, tally().downs) == (15.0, 1)
+    assert (counts().down_seconds, counts().downs) == (15.0, 1)
     check(None)
     clock.now = 200.0
-    assert (tally().down_seconds, tally().ups) == (15.0, 2)
+    assert (counts().down_seconds, counts().ups) == (15.0, 2)
     check("no answer")
     clock.now = 205.0
     pool.remove("a")
     clock.now = 300.0
     pool.add("a", origin)
-    assert (tally().down_seconds, tally().downs, tally().checks, tally().failed_checks) == (20.0, 2, 8, 4)
+    assert (counts().down_seconds, counts().downs, counts().checks, counts().failed_checks) == (20.0, 2, 8, 4)
     check("no answer")
     clock.now = 301.0
-    assert tally().down_seconds == 21.0
+    assert counts().down_seconds == 21.0
 
 
 def test_a_backend_that_moves_while_it_is_down_is_not_down_any_more() -> None:
@@ -484,4 +476,4 @@ def test_a_backend_that_moves_while_it_is_down_is_not_down_any_more() -> None:
     clock.now = 104.0
     pool.update("a", {"origin": Origin.parse("http://127.0.0.1:10")})
     clock.now = 150.0
-    assert pool.tallies()["a"].down_seconds == 4.0
+    assert pool.counts()["a"].down_seconds == 4.0

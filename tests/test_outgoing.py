@@ -146,7 +146,8 @@ def test_whether_a_body_may_follow(line: Line, version: str, expected: bool) -> 
 )
 def test_the_head_on_the_wire(method: str, body: Any, length: int | None, framing: bytes) -> None:
     request = OutgoingRequest(method, b"/a?b", [(b"x-request-id", b"id-1")], head_of(HOST, (b"accept", b"*/*")))
-    request.body, request.content_length = body, length
+    if body is not None:
+        request.set_body(body, length)
     assert request.head().split(b"\r\n", 6) == [
         b"%s /a?b HTTP/1.1" % method.encode(),
         b"host: a.example",

@@ -24,8 +24,9 @@ from support import (
 )
 
 from balancer.balancing.backends import LastCheck
-from balancer.balancing.judge import PoolOptions
-from balancer.balancing.pool import BackendPool, Lease, PoolChanges
+from balancer.balancing.members import PoolChanges
+from balancer.balancing.options import PoolOptions
+from balancer.balancing.pool import BackendPool, Lease
 from balancer.balancing.strategies import create
 from balancer.config.settings import BackendSettings, Settings
 from balancer.edge.workers import WorkerPool
@@ -39,7 +40,7 @@ GOOD = LastCheck(at=1.0, duration=0.001, status=200, error=None)
 
 
 class Client:
-    """A watcher that leaves when the test says so."""
+    """A client that leaves when the test says so."""
 
     def __init__(self) -> None:
         self.target: Abortable | None = None
@@ -127,7 +128,7 @@ def test_the_deadline_of_the_request_ends_the_wait_sooner() -> None:
 def test_who_leaves_frees_the_place(threads: ThreadPoolExecutor) -> None:
     pool = make_pool()
     lease, client = pool.lease(None), Client()
-    (leaving,) = queue_up(pool, threads, 1, watcher=client)
+    (leaving,) = queue_up(pool, threads, 1, client=client)
     (staying,) = queue_up(pool, threads, 1)
     client.leave()
     with pytest.raises(Unavailable):
@@ -183,7 +184,7 @@ def test_a_storm_of_waiting_and_leaving_ends_with_nothing_held(threads: ThreadPo
             client = Client()
             Thread(target=lambda client=client: client.target and client.target.abort(), daemon=True).start()
             try:
-                lease = pool.lease(None, ["a"] if number % 5 == 0 else (), watcher=client)
+                lease = pool.lease(None, ["a"] if number % 5 == 0 else (), client=client)
             except Unavailable:
                 outcomes.append("none")
             else:

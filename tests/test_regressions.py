@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 from support import (
     PYTHON,
     ROOT,
-    BalancerProcess,
+    Balancer,
     Process,
     ScriptedBackend,
     connect,
@@ -29,25 +30,25 @@ from support import (
 from test_http2 import Client
 
 
-def cpu_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+def cpu_seconds() -> float:
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def test_many_clients_that_leave_their_uploads_cost_little(balancer: BalancerProcess, backend: ScriptedBackend) -> None:
+def test_many_clients_that_leave_their_uploads_cost_little(balancer: Balancer, backend: ScriptedBackend) -> None:
     """Each one walked over all descriptors: after 1,000 of them the next request took 12 s."""
     with ExitStack() as clients:
         sockets = [clients.enter_context(connect(balancer.port)) for _ in range(400)]
         for sock in sockets:
             sock.sendall(b"POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 1000\r\n\r\nx")
         wait_until(lambda: balancer.status()["statistics"]["active_requests"] == 400)
-        before = cpu_seconds(balancer.pid)
+        before = cpu_seconds()
     wait_until(lambda: balancer.status()["statistics"]["active_requests"] == 0, 5)
-    assert cpu_seconds(balancer.pid) - before < 3
+    assert cpu_seconds() - before < 3
     assert fetch(balancer.url)[0] == 200
 
 
-def test_a_chunked_control_body_is_not_cut_but_refused(patient: BalancerProcess) -> None:
+def test_a_chunked_control_body_is_not_cut_but_refused(patient: Balancer) -> None:
     """Valid JSON, blanks up to the limit, then garbage: it was accepted."""
     body = b'{"algorithm": "round_robin"}' + b" " * 70_000 + b"garbage"
     head = b"POST /algorithm HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Type: application/json\r\n"
@@ -56,7 +57,7 @@ def test_a_chunked_control_body_is_not_cut_but_refused(patient: BalancerProcess)
     assert patient.status()["algorithm"] == "weighted"
 
 
-def test_errors_name_no_inside_address_to_clients(balancer: BalancerProcess, backend: ScriptedBackend) -> None:
+def test_errors_name_no_inside_address_to_clients(balancer: Balancer, backend: ScriptedBackend) -> None:
     """The URL of the backend stood in the answer; it belongs into /status."""
     backend.answer(b"garbage\r\n\r\n", close=True)
     status, _, body = fetch(balancer.url)
@@ -145,29 +146,23 @@ def test_the_balancer_starts_with_moved_control_paths(setting: str) -> None:
     """start_all asked for /readyz where it was no more; the paths are checked here, start_all in its own tests."""
     port = free_port()
     env = {setting: "/lb" if setting == "LB_CONTROL_PREFIX" else str(port)}
-    balancer = BalancerProcess("--backend=http://127.0.0.1:1", env=env, wait_ready=False)
-    try:
+    with Balancer("--backend=http://127.0.0.1:1", env=env, wait_ready=False) as balancer:
         base = f"{balancer.url}/lb" if setting == "LB_CONTROL_PREFIX" else f"http://127.0.0.1:{port}"
         wait_until(lambda: fetch(f"{base}/readyz")[0] == 200, 10)
         assert fetch(f"{balancer.url}/readyz")[0] == 503  # forwarded, and the only backend is down
-    finally:
-        balancer.stop()
 
 
 def test_clients_that_left_do_not_hold_up_the_end(scripted: ScriptedBackend) -> None:
     """Granian had ended with its last connection, and the request waited out the drain time-out all the same."""
     scripted.reset()
     scripted.script = lambda sock, request: None
-    balancer = BalancerProcess(f"--backend=only={scripted.url}")
-    try:
+    with Balancer(f"--backend=only={scripted.url}") as balancer, ThreadPoolExecutor(1) as threads:
         with connect(balancer.port) as client:
             client.sendall(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
             wait_until(lambda: scripted.requests)
-            balancer.send(signal.SIGTERM)
-            wait_until(lambda: "draining: 1" in balancer.output)
-        assert balancer.wait(5) == 0
-    finally:
-        balancer.stop()
+            ending = threads.submit(balancer.library.stop, 30)
+            wait_until(lambda: "1 requests in flight" in balancer.library.events()[-1]["message"])
+        ending.result(5)
 
 
 def test_an_http2_connection_without_a_request_does_not_live_for_ever() -> None:
@@ -197,7 +192,7 @@ def test_an_http2_connection_without_a_request_does_not_live_for_ever() -> None:
 
 @pytest.mark.parametrize("version", [b"0.9", b"2.0"])
 def test_a_status_line_of_another_version_is_no_answer(
-    balancer: BalancerProcess, backend: ScriptedBackend, version: bytes
+    balancer: Balancer, backend: ScriptedBackend, version: bytes
 ) -> None:
     """It was passed on as a good one; HTTP/0.9 and HTTP/2 have no status line."""
     backend.answer(b"HTTP/%s 200 OK\r\nContent-Length: 2\r\n\r\nok" % version)
@@ -206,7 +201,7 @@ def test_a_status_line_of_another_version_is_no_answer(
 
 @pytest.mark.parametrize("length", [b"+2", b"2, 3"])
 def test_a_head_answer_with_a_malformed_length_is_no_answer(
-    balancer: BalancerProcess, backend: ScriptedBackend, length: bytes
+    balancer: Balancer, backend: ScriptedBackend, length: bytes
 ) -> None:
     """There is no body to be framed by it, so it was passed on, or the client got an empty reply."""
     backend.answer(b"HTTP/1.1 200 OK\r\nContent-Length: %s\r\n\r\n" % length)
@@ -215,14 +210,14 @@ def test_a_head_answer_with_a_malformed_length_is_no_answer(
 
 @pytest.mark.parametrize("method", [b"GET", b"POST", b"DELETE"])
 def test_an_empty_body_with_its_length_is_no_error(
-    balancer: BalancerProcess, backend: ScriptedBackend, method: bytes
+    balancer: Balancer, backend: ScriptedBackend, method: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     """On the express way it was a 500 with a traceback in the log."""
     assert exchange(balancer.port, get(b"/", b"Content-Length: 0", method=method)).startswith(b"HTTP/1.1 200 ")
-    assert "Traceback" not in balancer.output
+    assert "Traceback" not in caplog.text
 
 
-def test_a_trailer_without_end_is_cut_off(balancer: BalancerProcess, backend: ScriptedBackend) -> None:
+def test_a_trailer_without_end_is_cut_off(balancer: Balancer, backend: ScriptedBackend) -> None:
     """It was collected in memory for as long as the backend cared to send."""
     sent: list[int] = []
 

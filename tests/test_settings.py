@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from support import another_value
 
-from balancer.balancing.judge import PoolOptions
+from balancer.balancing.options import PoolOptions
 from balancer.config.settings import SECRETS, BackendSettings, Settings, add_arguments, describe, load, show
 from balancer.control.access import AccessOptions
 from balancer.edge.granian import PortOptions

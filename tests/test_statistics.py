@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import Clock, make_attempt, make_exchange
+from support import Clock, make_attempt, make_record
 from werkzeug.test import Client
 
 from balancer.balancing.backends import LastCheck
@@ -19,8 +19,8 @@ from balancer.errors import ResponseTimedOut
 from balancer.forwarding.retrybudget import RetryBudget
 from balancer.loadbalancer import create_app
 from balancer.observe.events import EVENTS_KEPT, Events
-from balancer.observe.exchange import PATH_SHOWN, Exchange
 from balancer.observe.histogram import BOUNDS, Histogram
+from balancer.observe.record import PATH_SHOWN, Record
 from balancer.observe.statistics import (
     FORMER_KEPT,
     NO_REQUESTS,
@@ -44,19 +44,19 @@ def statistics(clock: Clock) -> Statistics:
     return Statistics(clock=clock, wall_clock=clock)
 
 
-def exchange(status: int = 200, backend: str | None = "a", seconds: float = 0.01, complete: bool = True) -> Exchange:
-    return make_exchange(backend, status, seconds, complete=complete)
+def record(status: int = 200, backend: str | None = "a", seconds: float = 0.01, complete: bool = True) -> Record:
+    return make_record(backend, status, seconds, complete=complete)
 
 
-def finish(statistics: Statistics, *exchanges: Exchange) -> None:
-    for one in exchanges:
+def finish(statistics: Statistics, *records: Record) -> None:
+    for one in records:
         statistics.begin()
         statistics.record(one)
 
 
 statuses = st.sampled_from([100, 200, 204, 301, 404, 499, 500, 502, 503, 599])
-exchanges = st.builds(
-    exchange, statuses, st.sampled_from(["a", "b", None]), st.floats(0, 200, allow_nan=False), st.booleans()
+records = st.builds(
+    record, statuses, st.sampled_from(["a", "b", None]), st.floats(0, 200, allow_nan=False), st.booleans()
 )
 
 
@@ -129,7 +129,7 @@ def test_a_request_failed_without_a_complete_answer_or_with_500_and_above(
     status: int, complete: bool, failed: int, aborted: int, code: str | None
 ) -> None:
     counters = Counters()
-    counters.add(exchange(status, complete=complete))
+    counters.add(record(status, complete=complete))
     told = counters.describe()
     assert (told["failed_requests"], told["successful_requests"]) == (failed, 1 - failed)
     assert told["aborted_requests"] == aborted
@@ -139,7 +139,7 @@ def test_a_request_failed_without_a_complete_answer_or_with_500_and_above(
 def test_the_average_is_of_all_requests() -> None:
     counters = Counters()
     for seconds in (0.1, 0.2, 0.6):
-        counters.add(exchange(seconds=seconds))
+        counters.add(record(seconds=seconds))
     assert counters.describe()["avg_response_time"] == pytest.approx(0.3)
     assert NO_REQUESTS["avg_response_time"] == 0.0
 
@@ -150,16 +150,16 @@ def assert_adds_up(told: dict[str, Any]) -> None:
     assert told["aborted_requests"] <= told["total_requests"]
 
 
-@given(st.lists(exchanges, max_size=60))
-def test_totals_add_up_at_any_moment(given_exchanges: list[Exchange]) -> None:
+@given(st.lists(records, max_size=60))
+def test_totals_add_up_at_any_moment(given_records: list[Record]) -> None:
     statistics = Statistics()
-    for done, one in enumerate(given_exchanges, start=1):
+    for done, one in enumerate(given_records, start=1):
         finish(statistics, one)
         whole, backends, recent = statistics.snapshot()
         assert whole["total_requests"] == done and whole["active_requests"] == 0
         for told in (whole, *backends.values()):
             assert_adds_up(told)
-        unassigned = sum(e.backend is None for e in given_exchanges[:done])
+        unassigned = sum(e.backend is None for e in given_records[:done])
         assert sum(told["total_requests"] for told in backends.values()) == done
         assert backends[None]["total_requests"] == unassigned
         assert len(recent) == min(done, 20)
@@ -167,14 +167,14 @@ def test_totals_add_up_at_any_moment(given_exchanges: list[Exchange]) -> None:
 
 
 def test_a_status_that_is_none_counts_as_a_server_error(statistics: Statistics) -> None:
-    finish(statistics, exchange(600), exchange(999))
+    finish(statistics, record(600), record(999))
     whole = statistics.snapshot()[0]
     assert (whole["codes"]["5xx"], whole["failed_requests"]) == (2, 2)
 
 
 def test_counts_of_backends_that_are_long_gone_stay_in_the_sum(statistics: Statistics) -> None:
     for number in range(FORMER_KEPT + 50):
-        finish(statistics, exchange(backend=f"b{number}"))
+        finish(statistics, record(backend=f"b{number}"))
         statistics.forget(f"b{number}")
     counters = statistics.lifetime().counters
     assert sum(one.total for one in counters.values()) == FORMER_KEPT + 50
@@ -183,7 +183,7 @@ def test_counts_of_backends_that_are_long_gone_stay_in_the_sum(statistics: Stati
 
 @pytest.mark.usefixtures("restless")
 def test_threads_lose_nothing(statistics: Statistics) -> None:
-    plan = [exchange(200, "a"), exchange(503, None), exchange(404, "b"), exchange(499, "a", complete=False)]
+    plan = [record(200, "a"), record(503, None), record(404, "b"), record(499, "a", complete=False)]
 
     def work() -> None:
         for _ in range(150):
@@ -205,7 +205,7 @@ def test_threads_lose_nothing(statistics: Statistics) -> None:
 
 def test_recent_requests_are_newest_first_bounded_and_hold_failures(statistics: Statistics) -> None:
     statuses = [200 + number % 400 for number in range(RECENT_KEPT + 50)]
-    finish(statistics, *map(exchange, statuses))
+    finish(statistics, *map(record, statuses))
     recent = statistics.snapshot(RECENT_KEPT * 2)[2]
     assert [one["status"] for one in recent] == statuses[: -RECENT_KEPT - 1 : -1]
     assert [one["status"] for one in statistics.snapshot(2)[2]] == [statuses[-1], statuses[-2]]
@@ -213,7 +213,7 @@ def test_recent_requests_are_newest_first_bounded_and_hold_failures(statistics: 
 
 
 def test_a_recent_request_says_what_was_tried_and_cuts_long_paths() -> None:
-    one = exchange(504)
+    one = record(504)
     one.path = "/" + "x" * 1000
     one.reason = "http_response_timeout"
     one.attempts = [
@@ -237,15 +237,15 @@ def test_a_recent_request_says_what_was_tried_and_cuts_long_paths() -> None:
 
 
 def test_a_request_can_be_found_by_its_id_the_troubled_ones_longer(statistics: Statistics) -> None:
-    failed, plain = exchange(502), exchange(200)
+    failed, plain = record(502), record(200)
     failed.request_id, plain.request_id = "failed", "plain"
-    finish(statistics, *(exchange() for _ in range(SAMPLED_PER_SECOND)))
+    finish(statistics, *(record() for _ in range(SAMPLED_PER_SECOND)))
     finish(statistics, plain, failed)
     assert statistics.find("plain") is plain
-    finish(statistics, *(exchange() for _ in range(RECENT_KEPT)))
+    finish(statistics, *(record() for _ in range(RECENT_KEPT)))
     assert statistics.find("plain") is None
     assert statistics.find("failed") is failed
-    finish(statistics, *(exchange(500) for _ in range(TROUBLED_KEPT)))
+    finish(statistics, *(record(500) for _ in range(TROUBLED_KEPT)))
     assert statistics.find("failed") is statistics.find("never") is None
 
 
@@ -253,17 +253,17 @@ def test_of_many_the_first_of_each_second_are_kept(statistics: Statistics, clock
     ids = [f"{second}-{number}" for second in range(3) for number in range(3 * SAMPLED_PER_SECOND)]
     for number, request_id in enumerate(ids):
         clock.now = 1000.0 + number // (3 * SAMPLED_PER_SECOND)
-        one = exchange()
+        one = record()
         one.request_id = request_id
         finish(statistics, one)
     kept = [request_id for request_id in ids if statistics.find(request_id) is not None]
     newest = ids[-RECENT_KEPT:]
     assert kept == [one for one in ids if int(one.split("-")[1]) < SAMPLED_PER_SECOND or one in newest]
     clock.now += 1
-    finish(statistics, *(exchange() for _ in range(RECENT_KEPT)))
+    finish(statistics, *(record() for _ in range(RECENT_KEPT)))
     for _ in range(SAMPLED_KEPT // SAMPLED_PER_SECOND):
         clock.now += 1
-        finish(statistics, *(exchange() for _ in range(SAMPLED_PER_SECOND)))
+        finish(statistics, *(record() for _ in range(SAMPLED_PER_SECOND)))
     assert not any(statistics.find(request_id) for request_id in ids)
 
 
@@ -272,10 +272,10 @@ def test_requests_per_second_are_the_mean_of_the_last_whole_seconds(statistics: 
         return statistics.snapshot()[0]["requests_per_second"]
 
     for _ in range(5):
-        finish(statistics, *(exchange() for _ in range(10)))
+        finish(statistics, *(record() for _ in range(10)))
         clock.now += 1.0
     assert rate() == 10.0
-    finish(statistics, exchange())  # this second is not whole yet
+    finish(statistics, record())  # this second is not whole yet
     assert rate() == 10.0
     clock.now += 3.0
     assert rate() == pytest.approx((20 + 1) / 5)
@@ -311,7 +311,7 @@ def test_refused_writes_cannot_drive_other_events_out() -> None:
 
 
 def test_reset_zeroes_everything_but_what_is_in_flight(statistics: Statistics, clock: Clock) -> None:
-    finish(statistics, exchange(), exchange(502))
+    finish(statistics, record(), record(502))
     statistics.begin()
     statistics.retried()
     clock.now = 200.0
@@ -321,7 +321,7 @@ def test_reset_zeroes_everything_but_what_is_in_flight(statistics: Statistics, c
     assert whole["latency"] == {"p50": None, "p95": None, "p99": None}
     assert (whole["active_requests"], whole["start_time"]) == (1, 200.0)
     assert (list(backends), recent) == ([None], [])
-    statistics.record(exchange())
+    statistics.record(record())
     assert statistics.snapshot()[0]["active_requests"] == 0
 
 
@@ -340,12 +340,12 @@ def test_retries_keep_to_their_budget(statistics: Statistics, clock: Clock) -> N
 
 
 def test_a_forgotten_backend_stays_in_the_total(statistics: Statistics) -> None:
-    finish(statistics, exchange(backend="a"), exchange(backend="b"))
+    finish(statistics, record(backend="a"), record(backend="b"))
     statistics.forget("a")
     whole, backends, _ = statistics.snapshot()
     assert whole["total_requests"] == 2
     assert list(backends) == [None, "b"]
-    finish(statistics, exchange(backend="a"))
+    finish(statistics, record(backend="a"))
     assert statistics.snapshot()[1]["a"]["total_requests"] == 1
 
 

@@ -16,7 +16,7 @@ from support import Clock, options
 
 from balancer.balancing import strategies
 from balancer.balancing.backends import Backend, LastCheck
-from balancer.balancing.judge import PoolOptions
+from balancer.balancing.options import PoolOptions
 from balancer.balancing.pool import BackendPool
 from balancer.balancing.strategies import REGISTRY, Strategy, create
 from balancer.errors import SettingsError

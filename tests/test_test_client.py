@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from stub_balancer import LIMIT, SCRIPT, StubBalancer, environment, one_line, run, run_json, started
-from support import ROOT, BalancerProcess, ScriptedBackend, fetch, free_port, ok, wait_until
+from support import ROOT, Balancer, ScriptedBackend, fetch, free_port, ok, wait_until
 
 import test_client
 from balancer import __version__
@@ -80,7 +80,7 @@ def test_a_control_api_that_was_moved_is_found_where_the_option_says(backend: Sc
     backend.answer(ok(b'{"server_id": "b1"}'))
     port = free_port()
     flags = ["--control-prefix=/lb"] if moved == "prefix" else [f"--control-port={port}"]
-    balancer = BalancerProcess(f"--backend=b1={backend.url}", *flags, wait_ready=False)
+    balancer = Balancer(f"--backend=b1={backend.url}", *flags, wait_ready=False)
     control = f"{balancer.url}/lb/" if moved == "prefix" else f"http://127.0.0.1:{port}"
     try:
         wait_until(lambda: fetch(f"{control.rstrip('/')}/readyz")[0] == 200)
@@ -369,7 +369,7 @@ def test_a_token_opens_the_reads_of_a_real_balancer(tmp_path: Path) -> None:
     file.write_text(token, encoding="ascii")
     backend = ScriptedBackend()
     flags = (f"--backend=b={backend.url}", "--control-reads=token")
-    balancer = BalancerProcess(*flags, "--expose-backend", env={"LB_ADMIN_TOKEN": token})
+    balancer = Balancer(*flags, "--expose-backend", env={"LB_ADMIN_TOKEN": token})
     try:
         without = one_line(run(balancer.url, "-n", "20"))
         assert 'wants a token (401 control_reads is "token"' in without and "--token-file FILE" in without

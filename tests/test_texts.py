@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import BalancerProcess, exchange, fetch, fetch_json, get, wait_until
+from support import Balancer, BalancerProcess, exchange, fetch, fetch_json, get, wait_until
 from wire import WireBackend, resident_bytes
 
 from balancer.errors import BackendError
@@ -68,10 +68,10 @@ def test_a_message_of_an_event_is_cut() -> None:
 
 
 def test_what_a_hostile_backend_says_is_cut_wherever_it_is_kept(
-    start: Callable[..., BalancerProcess], scripted: WireBackend
+    start_process: Callable[..., BalancerProcess], scripted: WireBackend
 ) -> None:
     """Kept whole, the answers to these requests would take 100 MB, and `/status` would show 25 of them."""
-    balancer = start("--eject-after=3", "--access-log")
+    balancer = start_process("--eject-after=3", "--access-log")
     scripted.answer(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: z\xe2\x80\xa8\x9b" + b"y" * LONG + b"\r\n\r\n")
 
     def send(requests: int) -> None:
@@ -91,7 +91,7 @@ def test_what_a_hostile_backend_says_is_cut_wherever_it_is_kept(
     assert not any("y" * (SHOWN + 1) in text for text in [*everything, *balancer.lines])
 
 
-def test_reasons_of_health_and_ejection_are_cut(start: Callable[..., BalancerProcess], scripted: WireBackend) -> None:
+def test_reasons_of_health_and_ejection_are_cut(start: Callable[..., Balancer], scripted: WireBackend) -> None:
     other = WireBackend()
     try:
         balancer = start(f"--backend=other={other.url}", "--eject-after=2", "--algorithm=round_robin", "--retries=0")
@@ -110,9 +110,7 @@ def test_reasons_of_health_and_ejection_are_cut(start: Callable[..., BalancerPro
         other.close()
 
 
-def test_a_method_as_long_as_a_head_is_kept_nowhere(
-    start: Callable[..., BalancerProcess], scripted: WireBackend
-) -> None:
+def test_a_method_as_long_as_a_head_is_kept_nowhere(start: Callable[..., Balancer], scripted: WireBackend) -> None:
     """Why there was no further attempt names the method, and anybody may make one up."""
     balancer = start()
     scripted.answer(b"nonsense\r\n\r\n")

@@ -62,9 +62,12 @@ def session(adapter: BackendAdapter) -> Iterator[requests.Session]:
         yield made
 
 
-def outgoing(method: str = "GET", target: bytes = b"/", *lines: Line, body: Any = None) -> OutgoingRequest:
+def outgoing(
+    method: str = "GET", target: bytes = b"/", *lines: Line, body: Any = None, length: int | None = None
+) -> OutgoingRequest:
     request = OutgoingRequest(method, target, [HOST, *lines])
-    request.body = body
+    if body is not None:
+        request.set_body(body, length)
     return request
 
 
@@ -101,9 +104,7 @@ def test_framing_is_added_here(
     adapter: BackendAdapter, backend: WireBackend, body: Any, length: int | None, framing: bytes
 ) -> None:
     """An empty piece must not become the last chunk."""
-    request = outgoing("POST", body=body)
-    request.content_length = length
-    fetch(adapter, backend.url, request)
+    fetch(adapter, backend.url, outgoing("POST", body=body, length=length))
     assert backend.requests[0].head == b"POST / HTTP/1.1\r\nhost: test\r\n" + framing + b"\r\n"
     assert backend.requests[0].body in (b"abc", b"")
 

@@ -16,8 +16,8 @@ from wire import WireBackend, read_response, request
 
 from balancer.edge.bridge import WATCH_AFTER_SECONDS, Bridge
 from balancer.edge.call import Call
-from balancer.edge.clientbody import AHEAD_BYTES, AHEAD_IN_ALL, CONNECTION_WINDOW, MOST_PIECES, STREAM_WINDOW
-from balancer.edge.listener import ClientLimits
+from balancer.edge.clientbody import MOST_PIECES
+from balancer.edge.listener import AHEAD_BYTES, AHEAD_IN_ALL, CONNECTION_WINDOW, STREAM_WINDOW, ClientLimits
 from balancer.edge.workers import WorkerPool
 from balancer.errors import ClientGone, ClientTooSlow
 from balancer.protocol.request import RequestBody
@@ -168,7 +168,7 @@ def test_http2_bodies_are_handed_on_only_with_the_end_of_their_stream(length: in
 def paused(bridge: Bridge, version: str = "2") -> Upload:
     """What came last is with its backend, which has not read on yet."""
     upload = Upload(300 * KIB, version, bridge=bridge)
-    bridge._calls[upload.call] = None
+    bridge.calls[upload.call] = None
     upload.come(piece(b"a"))
     upload.call.receive()
     return upload
@@ -219,7 +219,7 @@ def test_the_more_requests_there_are_the_less_is_asked_ahead_for_each() -> None:
     assert bridge.ahead_bytes == AHEAD_BYTES
     uploads = [Upload(100 * 1024 * KIB, bridge=bridge) for _ in range(AHEAD_IN_ALL // (64 * KIB))]
     for upload in uploads:
-        bridge._calls[upload.call] = None
+        bridge.calls[upload.call] = None
         upload.come(*[piece(bytes(64 * KIB))] * 20)
     taken = sum(size_of(upload.call.receive()) for upload in uploads)
     given = sum(len(promise.result()["body"]) for upload in uploads for promise in upload.asked if promise.done())

@@ -10,25 +10,30 @@ in flight finish) or `maint` (the same, and no checks). `health` is what the che
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal
 
-from balancer.balancing.ejection import Ejection, LatencyWindow
+from typing_extensions import TypedDict
+
+from balancer.balancing.counts import BackendCounts
+from balancer.balancing.ejection import Ejection, EjectionView, LatencyWindow
+from balancer.balancing.options import PoolOptions
 from balancer.balancing.slowstart import SlowStart
 from balancer.balancing.speed import Speed
-from balancer.balancing.tally import Tally
 from balancer.protocol.origin import Origin
 
 AdminState = Literal["ready", "drain", "maint"]
 HealthStatus = Literal["unknown", "up", "down"]
+State = Literal[HealthStatus, "ejected", "trial", "drain", "drained", "maint"]
+Source = Literal["default", "file", "environment", "flag", "program", "api"]
 
 ID_PATTERN = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}"  # also one step of a URL path, so not "." or ".."
 MAX_CONNECTIONS = 1_000_000
 MAX_WEIGHT = 256  # as in HAProxy: enough for any ratio, and sums stay small
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class LastCheck:
     """The newest health check: epoch seconds, duration in seconds, and what came back."""
 
@@ -36,6 +41,17 @@ class LastCheck:
     duration: float
     status: int | None
     error: str | None
+
+
+class HealthView(TypedDict):
+    status: HealthStatus
+    reason: str | None
+    since: float
+    fall: int
+    rise: int
+    consecutive_failures: int
+    consecutive_successes: int
+    last_check: LastCheck | None
 
 
 @dataclass(slots=True)
@@ -56,17 +72,35 @@ class Health:
             self.consecutive_failures > 0 if self.status == "up" else self.consecutive_successes > 0
         )
 
-    def describe(self, limits: Mapping[str, int]) -> dict[str, Any]:
-        check = self.last_check
+    def describe(self, options: PoolOptions) -> HealthView:
         return {
             "status": self.status,
             "reason": self.reason,
             "since": self.since,
-            **limits,
+            "fall": options.health_fall,
+            "rise": options.health_rise,
             "consecutive_failures": self.consecutive_failures,
             "consecutive_successes": self.consecutive_successes,
-            "last_check": None if check is None else asdict(check),
+            "last_check": self.last_check,
         }
+
+
+class BackendView(TypedDict):
+    id: str
+    url: str
+    healthy: bool
+    active_connections: int
+    weight: int
+    max_connections: int | None
+    state: State
+    admin_state: AdminState
+    drained: bool
+    source: Source
+    overrides: dict[str, Any]
+    ejection: EjectionView
+    health: HealthView
+    admission: float
+    expected_share: float | None
 
 
 @dataclass(slots=True, eq=False)
@@ -85,8 +119,8 @@ class Backend:
     speed: Speed = field(default_factory=Speed)
     window: LatencyWindow = field(default_factory=LatencyWindow)
     slow_start: SlowStart = field(default_factory=SlowStart)
-    tally: Tally = field(default_factory=Tally)
-    source: str = "api"
+    counts: BackendCounts = field(default_factory=BackendCounts)
+    source: Source = "api"
     configured: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -108,7 +142,7 @@ class Backend:
         return self.admin_state != "ready" and self.active == 0
 
     @property
-    def state(self) -> str:
+    def state(self) -> State:
         """What to show: the operator's word unless it is `ready`, else the health, else what traffic made of it."""
         if self.admin_state != "ready":
             return "drained" if self.admin_state == "drain" and self.is_drained else self.admin_state
@@ -142,8 +176,10 @@ class Backend:
         self.ejection, self.window = Ejection(), LatencyWindow()
         self.speed, self.slow_start = Speed(), SlowStart()
 
-    def describe(self, now: float, wall_now: float, limits: Mapping[str, int]) -> dict[str, Any]:
-        """As plain values, for the API. `now` is of the pool's clock; `limits` are fall and rise."""
+    def describe(
+        self, now: float, wall_now: float, options: PoolOptions, shares: Mapping[str, float] | None
+    ) -> BackendView:
+        """As plain values, for the API. `now` is of the pool's clock, `shares` are those that the strategy aims at."""
         return {
             "id": self.id,
             "url": self.origin.url,
@@ -157,12 +193,26 @@ class Backend:
             "source": self.source,
             "overrides": self.overrides,
             "ejection": self.ejection.describe(wall_now - now),
-            "health": self.health.describe(limits),
+            "health": self.health.describe(options),
+            "admission": self.slow_start.share(now, options.slow_start),
+            "expected_share": None if shares is None else shares.get(self.id, 0.0),
         }
 
 
 # Backends of which a record tells why they were or were not chosen: thousands of records are kept.
 EXPLAINED = 100
+
+
+class CandidateView(TypedDict):
+    id: str
+    active: int
+    score: float | None
+
+
+class ChoiceView(TypedDict):
+    algorithm: str
+    candidates: list[CandidateView]
+    excluded: dict[str, str]
 
 
 class Choice:
@@ -198,7 +248,7 @@ class Choice:
         self._scores = None if self._scores is None else [self._scores[place] for place in places]
         self._excluded = dict(islice(self._excluded.items(), EXPLAINED))
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> ChoiceView:
         scores: Sequence[float | None] = self._scores or [None] * len(self._candidates)
         return {
             "algorithm": self.algorithm,

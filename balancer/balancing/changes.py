@@ -39,31 +39,31 @@ Note = Callable[[ChangeKind, str, str, Severity], None]
 Listener = Callable[[Change], None]
 
 
-class News:
-    """`note` is called with the owner's lock held, `tell` without it.
+class Notifier:
+    """`note` is called with the owner's lock held, `notify` without it.
 
-    `_telling` is held while the listeners are called, or a thread could tell of something before another has told what
-    came first. `untold` needs no lock of its own: appending and taking are one step each.
+    `_notifying` is held while the listeners are called, or a thread could tell of something before another has told
+    what came first. `pending` needs no lock of its own: appending and taking are one step each.
     """
 
     def __init__(self) -> None:
-        self.untold: deque[Change] = deque()
-        self._telling = Lock()
+        self.pending: deque[Change] = deque()
+        self._notifying = Lock()
         self._listeners: list[Listener] = []
 
     def on_change(self, listener: Listener) -> None:
-        """Register before there is any news. A listener must not change the owner: it would wait for itself to tell."""
+        """Register before anything changes. A listener must not change the owner: it would wait for itself."""
         self._listeners.append(listener)
 
     def note(self, kind: ChangeKind, backend_id: str, text: str, severity: Severity) -> None:
-        self.untold.append(Change(kind, backend_id, text, severity))
+        self.pending.append(Change(kind, backend_id, text, severity))
 
-    def tell(self) -> None:
+    def notify(self) -> None:
         """Tell the listeners in the order of the notes; first wait while another thread is telling them."""
-        if not self.untold:
+        if not self.pending:
             return
-        with self._telling:
-            while self.untold:
-                change = self.untold.popleft()
+        with self._notifying:
+            while self.pending:
+                change = self.pending.popleft()
                 for listener in self._listeners:
                     listener(change)

@@ -14,9 +14,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, Literal
+from typing import Literal
 
-LatencyMode = Literal["off", "shadow", "enforce"]
+from typing_extensions import TypedDict
+
+from balancer.balancing.options import PoolOptions
+
+EjectionStatus = Literal["none", "ejected", "trial"]
 
 JITTER = 0.1  # share of the time by which it may be longer, so that backends ejected together come back apart
 WINDOW_SECONDS = 10.0  # response times are compared over this long, as in Envoy's success rate detection
@@ -27,24 +31,19 @@ MIN_SPREAD_SHARE = 0.1
 MIN_SPREAD_SECONDS = 0.001
 
 
-@dataclass(frozen=True, slots=True)
-class EjectionOptions:
-    """When to eject and for how long, by the names of the settings."""
-
-    eject_after: int
-    eject_seconds: float
-    eject_max_seconds: float
-    eject_max_share: float
-    eject_ends_on_check: bool
-    latency_ejection: LatencyMode
-    latency_ejection_factor: float
+class EjectionView(TypedDict):
+    status: EjectionStatus
+    consecutive_failures: int
+    count: int
+    until: float | None
+    reason: str | None
 
 
 @dataclass(slots=True)
 class Ejection:
     """Where one backend stands. `until` and `returned_at` are of the pool's clock. Guarded by the pool's lock."""
 
-    status: Literal["none", "ejected", "trial"] = "none"
+    status: EjectionStatus = "none"
     consecutive_failures: int = 0
     count: int = 0  # ejections in a row
     until: float = 0.0
@@ -52,7 +51,7 @@ class Ejection:
     reason: str | None = None
     is_tried: bool = False  # the one request of the trial is under way
 
-    def start(self, reason: str, options: EjectionOptions, now: float, luck: float) -> float:
+    def start(self, reason: str, options: PoolOptions, now: float, luck: float) -> float:
         """Eject; returns for how many seconds. `luck` from 0 to 1 spreads the end."""
         if self.status == "none":
             self.count -= min(self.count, int((now - self.returned_at) / options.eject_seconds))
@@ -68,7 +67,7 @@ class Ejection:
         self.consecutive_failures = 0
         self.returned_at = now
 
-    def describe(self, to_epoch: float) -> dict[str, Any]:
+    def describe(self, to_epoch: float) -> EjectionView:
         """As plain values, for the API. `to_epoch` added to the pool's clock gives epoch seconds."""
         return {
             "status": self.status,

@@ -8,24 +8,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from balancer.balancing.backends import Backend, HealthStatus, LastCheck
 from balancer.balancing.changes import Note
-from balancer.balancing.ejection import WINDOW_SECONDS, EjectionOptions, slow_outliers
+from balancer.balancing.ejection import WINDOW_SECONDS, slow_outliers
+from balancer.balancing.options import PoolOptions
 from balancer.balancing.speed import FAILURE_SECONDS
-
-
-@dataclass(frozen=True, slots=True)
-class PoolOptions(EjectionOptions):
-    """What a pool and its judge need of the settings, by their names."""
-
-    health_fall: int
-    health_rise: int
-    slow_start: float
-    panic_threshold: float
-    queue_places: int
-    queue_timeout: float
 
 
 class Judge:
@@ -55,7 +43,7 @@ class Judge:
         """A request waits no longer: the head of its answer is here, or it failed, or was given up (None)."""
         if failure:
             first_byte_seconds = max(FAILURE_SECONDS, 2 * backend.speed.ewma)
-        backend.speed.hear(first_byte_seconds, self._clock())
+        backend.speed.answered(first_byte_seconds, self._clock())
         if first_byte_seconds is not None and self.options.latency_ejection != "off":
             backend.window.add(first_byte_seconds)
 
@@ -100,7 +88,7 @@ class Judge:
                 return False
             self._return(backend, "its trial request failed, but too few others are left")
             return True
-        backend.tally.ejections += 1
+        backend.counts.ejections += 1
         seconds = backend.ejection.start(reason, self.options, self._clock(), self._rng.random())
         self._note("backend_ejected", backend.id, f"for {seconds:.0f} s: {reason}", "warning")
         return True
@@ -155,8 +143,8 @@ class Judge:
         The first success ends `unknown` at once, and so does the first failure: nothing is known in its favour.
         """
         backend.health.last_check = check
-        backend.tally.checks += 1
-        backend.tally.failed_checks += check.error is not None
+        backend.counts.checks += 1
+        backend.counts.failed_checks += check.error is not None
         return self._checked_good(backend) if check.error is None else self._checked_bad(backend, check.error)
 
     def _checked_good(self, backend: Backend) -> bool:
@@ -195,9 +183,9 @@ class Judge:
         backend.health.reason = reason
         backend.health.since = self._wall_clock()
         if status == "up":
-            backend.tally.went_up(self._clock())
+            backend.counts.went_up(self._clock())
             self._note("backend_up", backend.id, "answers its health check", "info")
         else:
-            backend.tally.went_down(self._clock())
+            backend.counts.went_down(self._clock())
             self._note("backend_down", backend.id, reason or "", "error")
         return True

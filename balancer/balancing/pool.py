@@ -11,32 +11,23 @@ import random
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from balancer.balancing.backends import Backend, Choice, LastCheck
+from balancer.balancing.backends import Backend, BackendView, Choice, LastCheck, Source
 from balancer.balancing.candidates import Candidates
-from balancer.balancing.changes import Listener, News
-from balancer.balancing.judge import Judge, PoolOptions
+from balancer.balancing.changes import Listener, Notifier
+from balancer.balancing.counts import BackendCounts
+from balancer.balancing.judge import Judge
+from balancer.balancing.members import Members, PoolChanges
+from balancer.balancing.options import PoolOptions
 from balancer.balancing.queue import Waiter, WaitingLine
-from balancer.balancing.roster import Roster, RosterChanges
-from balancer.balancing.tally import Tally
+from balancer.balancing.strategies import Strategy
 from balancer.errors import NoRoom, Unavailable
-from balancer.protocol.client import Watcher
+from balancer.protocol.client import UNWATCHED, Client
 from balancer.protocol.origin import Origin
 from balancer.protocol.request import Request
-
-if TYPE_CHECKING:
-    from balancer.balancing.strategies import Strategy
-
-
-@dataclass(slots=True)
-class PoolChanges(RosterChanges):
-    """What `apply` does at once, also to the pool itself."""
-
-    options: PoolOptions | None = None
-    strategy: Strategy | None = None
 
 
 class Lease:
@@ -70,9 +61,9 @@ class BackendPool:
     """The backends, the strategy that chooses among them, and the counts both depend on.
 
     `_lock` guards every field of every Backend, `_strategy`, `_is_timed`, `_had_first_round`, `_line`, and
-    its helpers, which have no lock of their own: `_roster` what the operator changes, `_judge` what checks and traffic
+    its helpers, which have no lock of their own: `_members` what the operator changes, `_judge` what checks and traffic
     change, `_candidates` what follows for the next request. Nothing under it does I/O or calls out, but for the
-    strategy; `_news` for the listeners is noted under it and told after it is let go.
+    strategy; `_notifier` for the listeners is noted under it and told after it is let go.
     """
 
     def __init__(
@@ -91,10 +82,10 @@ class BackendPool:
         self._had_first_round = False
         self._clock = clock
         self._wall_clock = wall_clock
-        self._news = News()
-        self._note = self._news.note
-        self._roster = Roster(self._reweighed, self._note, clock, wall_clock)
-        self._backends: Mapping[str, Backend] = self._roster.backends
+        self._notifier = Notifier()
+        self._note = self._notifier.note
+        self._members = Members(self._reweighed, self._note, clock, wall_clock)
+        self._backends: Mapping[str, Backend] = self._members.backends
         judging = (self._note, clock, wall_clock, rng or random.Random())
         self._judge = Judge(self._backends, options, *judging)
         self._candidates = Candidates(self._backends, self._note)
@@ -107,7 +98,7 @@ class BackendPool:
 
     def on_change(self, listener: Listener) -> None:
         """Register before traffic starts; listeners are called outside the lock, by a thread that made a change."""
-        self._news.on_change(listener)
+        self._notifier.on_change(listener)
 
     # The data path.
 
@@ -116,13 +107,13 @@ class BackendPool:
         request: Request,
         exclude: Collection[str] = (),
         *,
-        watcher: Watcher | None = None,
+        client: Client = UNWATCHED,
         deadline: float | None = None,
     ) -> Lease:
         """Choose and count in one step; wait in the queue if all backends are full.
 
         `exclude` are ids already tried for this request; they are not asked again. `deadline` is of the pool's clock;
-        `watcher` ends the wait when the client leaves. Raises Unavailable with the cause in words.
+        `client` ends the wait when the client leaves. Raises Unavailable with the cause in words.
         """
         with self._lock:
             lease = self._choose(request, exclude)
@@ -130,7 +121,7 @@ class BackendPool:
                 return lease
             waiter = self._line_up(request, exclude)
             limit = self._judge.options.queue_timeout
-        return self._wait(waiter, watcher, limit if deadline is None else min(limit, deadline - self._clock()))
+        return self._wait(waiter, client, limit if deadline is None else min(limit, deadline - self._clock()))
 
     def lease_now(self, request: Request) -> Lease | None:
         """A first lease if that needs no waiting."""
@@ -151,7 +142,7 @@ class BackendPool:
         scores = strategy.scores(candidates)
         backend = strategy.select(candidates, request)
         backend.active += 1
-        backend.tally.selected += 1
+        backend.counts.selected += 1
         choice = Choice(strategy.name, backend, candidates, active, scores, excluded)
         if current.are_many:
             choice.shorten()
@@ -159,7 +150,7 @@ class BackendPool:
         if lease.is_trial:
             backend.ejection.is_tried = True
         if self._is_timed:
-            backend.speed.ask(self._clock())
+            backend.speed.sent(self._clock())
         else:
             lease.is_answered = True  # its time is of no use to the strategy, nor to ejections
         return lease
@@ -176,13 +167,11 @@ class BackendPool:
             return Unavailable(self._candidates.why_none(exclude), excluded)
         return NoRoom(f"every backend is full or not checked yet{about_waiting}", excluded)
 
-    def _wait(self, waiter: Waiter[Lease], watcher: Watcher | None, seconds: float) -> Lease:
+    def _wait(self, waiter: Waiter[Lease], client: Client, seconds: float) -> Lease:
         started = self._clock()
-        if watcher is not None:
-            watcher.attach(waiter)
+        client.attach(waiter)
         waiter.wait(seconds)
-        if watcher is not None:
-            watcher.detach()
+        client.detach()
         with self._lock:
             lease = self._line.leave(waiter)
             if lease is None:
@@ -201,7 +190,7 @@ class BackendPool:
                     lease.is_trial = backend.ejection.is_tried = False
                     if self._judge.succeeded(backend, is_trial=True):
                         self._judged()
-        self._news.tell()
+        self._notifier.notify()
 
     def _release(self, lease: Lease, first_byte_seconds: float | None, failure: str) -> None:
         backend = lease.backend
@@ -214,12 +203,12 @@ class BackendPool:
                 if judge.ended(backend, first_byte_seconds, failure, is_trial, is_answered):
                     self._judged()
             if backend.active == 0 and (backend.is_leaving or backend.admin_state == "drain"):
-                self._roster.drained(backend)
+                self._members.drained(backend)
                 self._settle()
             elif self._line:
                 self._line.serve(self._choose)
-        if self._news.untold:  # hardly ever: saves every request a call
-            self._news.tell()
+        if self._notifier.pending:  # hardly ever: saves every request a call
+            self._notifier.notify()
 
     # What the checks say, and the data path on a refused connect.
 
@@ -228,21 +217,21 @@ class BackendPool:
         with self._lock:
             if self._is_here(backend, origin) and self._judge.checked(backend, check):
                 self._judged()
-        self._news.tell()
+        self._notifier.notify()
 
     def record_refused(self, backend: Backend, reason: str, origin: Origin | None = None) -> None:
         """A refused connect on the data path: nobody listens there, so the backend is down at once."""
         with self._lock:
             if self._is_here(backend, origin) and self._judge.refused(backend, reason):
                 self._judged()
-        self._news.tell()
+        self._notifier.notify()
 
     def sweep(self) -> None:
         """Let time pass: ejections and slow starts end, response times are compared. Call about once a second."""
         with self._lock:
             if self._judge.sweep():
                 self._judged()
-        self._news.tell()
+        self._notifier.notify()
 
     def _is_here(self, backend: Backend, origin: Origin | None) -> bool:
         """Neither removed nor moved away from `origin` meanwhile."""
@@ -264,21 +253,21 @@ class BackendPool:
         *,
         weight: int = 1,
         max_connections: int | None = None,
-        source: str = "api",
+        source: Source = "api",
         configured: Mapping[str, Any] | None = None,
     ) -> Backend:
         """Add a backend; it gets requests after its first good check. Raises SettingsError if the id is taken."""
         with self._changing():
-            backend_id = self._roster.new_id(backend_id)
+            backend_id = self._members.new_id(backend_id)
             backend = Backend(backend_id, origin, weight, max_connections, source=source, configured=configured or {})
-            self._roster.add(backend)
+            self._members.add(backend)
         return backend
 
     def update(self, backend_id: str, changes: Mapping[str, Any]) -> Backend:
         """Set `weight`, `max_connections` or `admin_state`, already validated. Raises KeyError for an unknown id."""
         with self._changing():
             backend = self._backends[backend_id]
-            self._roster.update(backend, changes)
+            self._members.update(backend, changes)
         return backend
 
     def remove(self, backend_id: str) -> int:
@@ -287,7 +276,7 @@ class BackendPool:
         Raises KeyError for an unknown id.
         """
         with self._changing():
-            return self._roster.remove(self._backends[backend_id])
+            return self._members.remove(self._backends[backend_id])
 
     def use(self, strategy: Strategy) -> None:
         """Switch the strategy; the next `lease` uses it, with no memory of the past."""
@@ -304,14 +293,14 @@ class BackendPool:
             if changes.strategy is not None:
                 self._strategy = changes.strategy
                 self._note("algorithm_changed", "", changes.strategy.name, "info")
-            self._roster.apply(changes)
+            self._members.apply(changes)
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
         with self._lock:
             yield
             self._settle()
-        self._news.tell()
+        self._notifier.notify()
 
     def _reweighed(self) -> None:
         """Weights are others, or a backend is gone."""
@@ -353,23 +342,15 @@ class BackendPool:
         with self._lock:
             return self._had_first_round or self._is_all_known()
 
-    def tallies(self) -> dict[str, Tally]:
+    def counts(self) -> dict[str, BackendCounts]:
         """Copies, with the time that a backend has been down so far."""
         with self._lock:
             now = self._clock()
-            return {b.id: replace(b.tally, down_seconds=b.tally.downtime(now)) for b in self._backends.values()}
+            return {b.id: replace(b.counts, down_seconds=b.counts.downtime(now)) for b in self._backends.values()}
 
-    def snapshot(self) -> list[dict[str, Any]]:
+    def snapshot(self) -> list[BackendView]:
         """All backends at one moment, as plain values in configured order, for `/status`."""
         with self._lock:
             shares = self._strategy.expected_shares(self._candidates.ready)
-            now, wall = self._clock(), self._wall_clock()
-            limits = {"fall": self._judge.options.health_fall, "rise": self._judge.options.health_rise}
-            return [
-                {
-                    **backend.describe(now, wall, limits),
-                    "admission": backend.slow_start.share(now, self._judge.options.slow_start),
-                    "expected_share": None if shares is None else shares.get(backend.id, 0.0),
-                }
-                for backend in self._backends.values()
-            ]
+            seen = (self._clock(), self._wall_clock(), self._judge.options, shares)
+            return [backend.describe(*seen) for backend in self._backends.values()]

@@ -23,7 +23,7 @@ class Speed:
     peak: float = 0.0
     ewma_at: float = 0.0
     unanswered: int = 0  # requests in flight whose response has not begun
-    heard_at: float = 0.0  # the newest first byte, or when `unanswered` rose from 0
+    answered_at: float = 0.0  # the newest first byte, or when `unanswered` rose from 0
 
     def forget(self) -> None:
         """How fast or how faulty it was before says nothing now."""
@@ -40,20 +40,20 @@ class Speed:
     def silence(self, now: float) -> float:
         """Seconds for which requests have been waiting here without one being answered: what a backend that stalls
         will show as response time only when it is too late. 0.0 while nothing waits."""
-        return now - self.heard_at if self.unanswered else 0.0
+        return now - self.answered_at if self.unanswered else 0.0
 
-    def ask(self, now: float) -> None:
+    def sent(self, now: float) -> None:
         """One more request waits for its answer to begin."""
         if not self.unanswered:
-            self.heard_at = now
+            self.answered_at = now
         self.unanswered += 1
 
-    def hear(self, seconds: float | None, now: float) -> None:
+    def answered(self, seconds: float | None, now: float) -> None:
         """One request waits no longer: answered after `seconds`, failed, or given up (None), which says how slow it is
         at least."""
         if seconds is not None:
             self.observe(seconds, now)
-            self.heard_at = now
+            self.answered_at = now
         elif (silence := self.silence(now)) > self.response_time(now):
             self.observe(silence, now)
         self.unanswered = max(0, self.unanswered - 1)  # 0 if the backend has moved to and fro meanwhile

@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, TypeVar
 
+from typing_extensions import TypedDict
+
 from balancer.balancing.backends import Backend
 from balancer.errors import SettingsError
 from balancer.protocol.request import Request
@@ -93,7 +95,12 @@ def create(name: str, **injected: Any) -> Strategy:
     return REGISTRY[name](**injected)
 
 
-def describe() -> list[dict[str, str]]:
+class StrategyView(TypedDict):
+    name: str
+    description: str
+
+
+def describe() -> list[StrategyView]:
     """Name and description of each there is."""
     return [{"name": name, "description": cls.description()} for name, cls in REGISTRY.items()]
 

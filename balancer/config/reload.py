@@ -15,11 +15,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, cast
+
+from typing_extensions import TypedDict
 
 from balancer.balancing import strategies
-from balancer.balancing.backends import Backend
-from balancer.balancing.pool import BackendPool, PoolChanges
+from balancer.balancing.backends import Backend, Source
+from balancer.balancing.members import PoolChanges
+from balancer.balancing.pool import BackendPool
 from balancer.config import environment
 from balancer.config.settings import NEEDS_RESTART, BackendSettings, Settings, show
 from balancer.errors import SettingsError
@@ -28,6 +31,35 @@ from balancer.protocol.origin import Origin
 BACKEND_FIELDS = ("url", "weight", "max_connections")
 
 Sources = Mapping[str, str]
+Plain = str | float | bool | None
+
+
+ChangeView = TypedDict("ChangeView", {"what": str, "from": Plain, "to": Plain})
+
+
+class PlanView(TypedDict):
+    applied: bool
+    changes: list[ChangeView]
+    kept: list[str]
+    needs_restart: list[str]
+    shares: dict[str, float] | None
+
+
+class ConfigView(TypedDict):
+    file: str | None
+    loaded_at: float
+    last_error: str | None
+
+
+class SettingView(TypedDict):
+    name: str
+    value: str
+    source: str
+    needs_restart: bool
+
+
+class SettingsView(ConfigView):
+    settings: list[SettingView]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +73,7 @@ class Change:
     def __str__(self) -> str:
         return f"{self.what}: {show(self.before)} -> {show(self.after)}"
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> ChangeView:
         return {"what": self.what, "from": _plain(self.before), "to": _plain(self.after)}
 
 
@@ -55,7 +87,7 @@ class Plan:
     pool: PoolChanges = field(default_factory=PoolChanges)
     shares: dict[str, float] | None = None
 
-    def describe(self, applied: bool) -> dict[str, Any]:
+    def describe(self, applied: bool) -> PlanView:
         return {
             "applied": applied,
             "changes": [change.describe() for change in self.changes],
@@ -106,20 +138,22 @@ class Configuration:
                 self.loaded_at, self.last_error = time.time(), None
             return plan
 
-    def describe(self, algorithm: str, whole: bool = True) -> dict[str, Any]:
+    def describe(self, algorithm: str, whole: bool = True) -> SettingsView:
         """Every setting with its value, source, and whether it can change while running; secrets are hidden, and unless
         `whole` the folders of files too."""
         told = str if whole else self.without_folders
-        rows: list[dict[str, Any]] = []
+        rows: list[SettingView] = []
         for name in Settings.model_fields:
             value, source = getattr(self.settings, name), self.sources[name]
             if name == "algorithm" and algorithm != value:
                 value, source = algorithm, "api"
-            row = {"name": name, "value": told(show(value)), "source": told(source)}
-            rows.append({**row, "needs_restart": name in NEEDS_RESTART})
+            needs_restart = name in NEEDS_RESTART
+            rows.append(
+                {"name": name, "value": told(show(value)), "source": told(source), "needs_restart": needs_restart}
+            )
         return {**self.summary(whole), "settings": rows}
 
-    def summary(self, whole: bool = True) -> dict[str, Any]:
+    def summary(self, whole: bool = True) -> ConfigView:
         told = str if whole else self.without_folders
         file, error = (None if text is None else told(str(text)) for text in (self.file, self.last_error))
         return {"file": file, "loaded_at": self.loaded_at, "last_error": error}
@@ -220,11 +254,11 @@ def configured(settings: BackendSettings) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in BACKEND_FIELDS}
 
 
-def short(source: str) -> str:
+def short(source: str) -> Source:
     """`file balancer.toml` is `file` where one word is expected."""
-    return source.partition(" ")[0]
+    return cast(Source, source.partition(" ")[0])
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any) -> Plain:
     """As JSON can hold it; secrets are hidden."""
     return value if value is None or isinstance(value, bool | int | float) else show(value)

@@ -33,8 +33,8 @@ from pydantic import (
 )
 
 from balancer.balancing.backends import MAX_CONNECTIONS, MAX_WEIGHT
-from balancer.balancing.ejection import LatencyMode
-from balancer.config import environment, wording
+from balancer.balancing.options import LatencyMode
+from balancer.config import environment, validation
 from balancer.errors import SettingsError
 from balancer.protocol import headerrules
 from balancer.protocol.headerrules import NO_RULES, HeaderRules
@@ -56,7 +56,7 @@ SecondsOrZero = Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False, json
 Bytes = Annotated[int, Field(json_schema_extra={"unit": "bytes"})]
 BytesPerSecond = Annotated[int, Field(ge=0, le=1_000_000_000, json_schema_extra={"unit": "bytes/s"})]
 Port = Annotated[int, Field(ge=1, le=65535)]
-Weight = Annotated[int, Field(ge=0, le=MAX_WEIGHT), BeforeValidator(wording.no_truth_value)]
+Weight = Annotated[int, Field(ge=0, le=MAX_WEIGHT), BeforeValidator(validation.no_truth_value)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 MaxConnections = Annotated[int, Field(ge=1, le=MAX_CONNECTIONS)]
 
@@ -86,7 +86,9 @@ class BackendSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    id: str = Field("", pattern=wording.ID_OR_NONE, description="name, unique; backend_1, backend_2, ... if left out")
+    id: str = Field(
+        "", pattern=validation.ID_OR_NONE, description="name, unique; backend_1, backend_2, ... if left out"
+    )
     url: str = Field(description="http://HOST:PORT or https://HOST:PORT")
     weight: Weight = Field(1, description="share of the traffic relative to the others; 0 for no new requests")
     max_connections: MaxConnections | None = Field(None, description="requests at the same time; no limit if left out")
@@ -125,7 +127,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     # Who and where.
-    id: Fixed[str] = Field("lb-1", pattern=wording.ID, description="name of this balancer in answers and in Via")
+    id: Fixed[str] = Field("lb-1", pattern=validation.ID, description="name of this balancer in answers and in Via")
     host: Fixed[str] = Field("127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0 or :: for all")
     port: Fixed[int] = Field(
         9000, ge=0, le=65535, description="port to listen on; 0 for any free one, which is printed"
@@ -168,7 +170,7 @@ class Settings(BaseModel):
     )
 
     # Health checks.
-    health_path: str = Field("/health", pattern=wording.PATH, description="path asked by the health checks")
+    health_path: str = Field("/health", pattern=validation.PATH, description="path asked by the health checks")
     health_interval: Seconds = Field(0.5, description="time between two checks of a backend; a fifth while it changes")
     health_timeout: Seconds = Field(0.4, description="time for a check to connect, and to answer")
     health_fall: int = Field(2, ge=1, le=100, description="failed checks in a row until a backend is down")
@@ -243,7 +245,7 @@ class Settings(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _check_booleans(cls, value: Any, info: ValidationInfo) -> Any:
-        return value if cls.model_fields[info.field_name or ""].annotation is bool else wording.no_truth_value(value)
+        return value if cls.model_fields[info.field_name or ""].annotation is bool else validation.no_truth_value(value)
 
     @field_validator("admin_token", "page_token")
     @classmethod
@@ -462,15 +464,15 @@ def _explain(detail: Mapping[str, Any], sources: Mapping[str, str]) -> str:
     """One wrong setting in words: name, value, source, what is expected."""
     path: Sequence[Any] = detail["loc"]
     if not path:  # two settings that do not go together
-        return wording.complaint(detail, Settings)
+        return validation.complaint(detail, Settings)
     name, where = str(path[0]), ".".join(str(part) for part in path)
     if name == "backends" and len(path) > 1 and sources[name] in SHORT_FORMS:
         where = f"{SHORT_FORMS[sources[name]].format(path[1] + 1)}: {path[2]}"
     if detail["type"] == "extra_forbidden":
         return f"unknown setting {where!r} ({sources.get(name, 'unknown')}); see --help"
-    told = f"({sources[name]}): {wording.complaint(detail, Settings)}"
+    told = f"({sources[name]}): {validation.complaint(detail, Settings)}"
     is_all = where in ("backends", "request_headers", "response_headers") and detail["type"] == "value_error"
     if detail["type"] == "missing" or is_all:  # no value, or more than a line holds, maybe a secret
         return f"{where} {told}"
-    value = "(hidden)" if name in SECRETS else wording.shown(detail["input"], hide=name == "backends")
+    value = "(hidden)" if name in SECRETS else validation.shown(detail["input"], hide=name == "backends")
     return f"{where} = {value} {told}"

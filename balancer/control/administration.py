@@ -6,11 +6,12 @@ paths of the earlier program know only 400.
 
 from __future__ import annotations
 
-from typing import Any
-
 from flask import Blueprint, Response, jsonify, request
+from typing_extensions import TypedDict
 
 from balancer.balancing import strategies
+from balancer.balancing.backends import BackendView
+from balancer.balancing.strategies import StrategyView
 from balancer.control.control import current_control
 from balancer.control.inputs import AlgorithmChange, BackendChange, BackendCreate, Nothing, read_body, whole_number
 from balancer.control.problems import ApiError
@@ -20,12 +21,33 @@ from balancer.protocol.origin import Origin
 blueprint = Blueprint("administration", __name__)
 
 
+class Algorithms(TypedDict):
+    current: str
+    algorithms: list[StrategyView]
+
+
+class Message(TypedDict):
+    message: str
+
+
+class AlgorithmChanged(Message):
+    current: str
+
+
+class BackendRemoved(Message):
+    active: int
+
+
+class Backends(TypedDict):
+    backends: list[BackendView]
+
+
 # The algorithm, the statistics, the configuration.
 
 
 @blueprint.get("/algorithm")
 def show_algorithm() -> Response:
-    return jsonify({"current": current_control().pool.algorithm, "algorithms": strategies.describe()})
+    return jsonify(Algorithms(current=current_control().pool.algorithm, algorithms=strategies.describe()))
 
 
 @blueprint.post("/algorithm")
@@ -35,9 +57,9 @@ def change_algorithm() -> Response:
         raise ApiError(400, f"unknown algorithm {name[:80]!r}", valid_options=list(strategies.REGISTRY))
     control = current_control()
     if name == control.pool.algorithm:
-        return jsonify({"message": f"{name} is already in use", "current": name})
+        return jsonify(AlgorithmChanged(message=f"{name} is already in use", current=name))
     control.pool.use(strategies.create(name))
-    return jsonify({"message": f"algorithm changed to {name}", "current": name})
+    return jsonify(AlgorithmChanged(message=f"algorithm changed to {name}", current=name))
 
 
 @blueprint.post("/reset")
@@ -47,7 +69,7 @@ def reset() -> Response:
     control.statistics.reset()
     control.history.clear()
     control.events.add("statistics_reset", None, "statistics, history and recent requests were reset")
-    return jsonify({"message": "statistics reset"})
+    return jsonify(Message(message="statistics reset"))
 
 
 @blueprint.post("/reload")
@@ -68,7 +90,7 @@ def reload() -> Response:
 
 @blueprint.get("/backends")
 def list_backends() -> Response:
-    return jsonify({"backends": current_control().pool.snapshot()})
+    return jsonify(Backends(backends=current_control().pool.snapshot()))
 
 
 @blueprint.post("/backends")
@@ -96,9 +118,6 @@ def change_backend(backend_id: str) -> Response:
     changes = read_body(BackendChange).model_dump(exclude_unset=True)
     if not changes:
         raise ApiError(422, f"nothing to change; give one of: {', '.join(BackendChange.model_fields)}")
-    for name in ("weight", "admin_state"):
-        if name in changes and changes[name] is None:
-            raise ApiError(422, f"{name}: must not be null")
     try:
         current_control().pool.update(backend_id, changes)
     except KeyError:
@@ -113,11 +132,12 @@ def remove_backend(backend_id: str) -> tuple[Response, int]:
     except KeyError:
         raise _unknown(backend_id) from None
     if active:
-        return jsonify({"message": f"{backend_id} is removed when its requests have ended", "active": active}), 202
-    return jsonify({"message": f"{backend_id} removed", "active": 0}), 200
+        text = f"{backend_id} is removed when its requests have ended"
+        return jsonify(BackendRemoved(message=text, active=active)), 202
+    return jsonify(BackendRemoved(message=f"{backend_id} removed", active=0)), 200
 
 
-def _describe(backend_id: str) -> dict[str, Any]:
+def _describe(backend_id: str) -> BackendView:
     for backend in current_control().pool.snapshot():
         if backend["id"] == backend_id:
             return backend

@@ -16,6 +16,7 @@ from balancer.control import administration, dashboard, monitoring, openapi, pro
 from balancer.control.access import first_segment, is_authorized
 from balancer.control.control import Control, current_control
 from balancer.control.inputs import MAX_BODY
+from balancer.control.metrics import Metrics, current_metrics
 from balancer.control.problems import ApiError
 from balancer.observe.events import REFUSED
 from balancer.protocol.messages import check_host, check_target
@@ -28,7 +29,7 @@ PATH_KEPT = 200  # characters of a refused path
 
 # The routes are nested in it, so that its hooks below hold for all of them and for nothing else.
 blueprint = Blueprint("control", __name__)
-for part in (monitoring, administration, dashboard):
+for part in (monitoring, administration, dashboard, openapi):
     blueprint.register_blueprint(part.blueprint)
 
 
@@ -47,12 +48,12 @@ def covers_control_path(prefix: str) -> Callable[[str], bool]:
 
 def install(app: Flask, control: Control) -> None:
     """Put the control API into `app`."""
-    app.config["CONTROL_PREFIX"] = control.prefix
+    app.config["CONTROL_PREFIX"] = control.settings.control_prefix
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY + 1  # one more, because Werkzeug cuts a chunked body without a word
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.url_map.merge_slashes = False  # or `//x` is sent on to whatever host the client names
-    app.extensions["control"] = control
-    app.register_blueprint(blueprint, url_prefix=control.prefix or None)
+    app.extensions["control"], app.extensions["metrics"] = control, Metrics(control)
+    app.register_blueprint(blueprint, url_prefix=control.settings.control_prefix or None)
     problems.install(app)
     # For every answer, also where no route is: an unknown path, or a method that a path has not.
     app.before_request(_admit)
@@ -75,8 +76,8 @@ def _admit() -> None:
     hosts = [value for name, value in lines if name == b"host"]
     check_host(hosts, request.environ["SERVER_PROTOCOL"].removeprefix("HTTP/"))
     control = current_control()
-    is_read = request.method in READS
-    if request.method == "OPTIONS" or (is_read and request.path.removeprefix(control.prefix) in OPEN_PATHS):
+    is_read, path = request.method in READS, request.path.removeprefix(control.settings.control_prefix)
+    if request.method == "OPTIONS" or (is_read and path in OPEN_PATHS):
         return
     try:
         g.is_authorized = control.access.check(is_write=not is_read)
@@ -103,5 +104,5 @@ def _protect(response: Response) -> Response:
 @blueprint.after_request
 def _count(response: Response) -> Response:
     action = (request.endpoint or "").rpartition(".")[2]
-    current_control().metrics.admin_requests.labels(action, response.status_code).inc()
+    current_metrics().admin_requests.labels(action, response.status_code).inc()
     return response

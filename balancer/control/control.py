@@ -12,11 +12,12 @@ from flask import current_app
 
 from balancer.balancing.pool import BackendPool
 from balancer.config.reload import Configuration, Plan
-from balancer.control.metrics import Metrics
+from balancer.config.settings import Settings
 from balancer.observe.events import Events
 from balancer.observe.history import History
 from balancer.observe.logwriter import LogWriter
 from balancer.observe.statistics import Statistics
+from balancer.upstream.transport import BackendAdapter
 
 if TYPE_CHECKING:
     from balancer.control.access import Access
@@ -28,21 +29,23 @@ Lifecycle = Literal["starting", "running", "draining"]
 class Control:
     """What the control API acts on. `lifecycle` is set when serving starts and ends, everything else locks itself."""
 
-    balancer_id: str
     pool: BackendPool
     statistics: Statistics
     events: Events
     history: History
     log: LogWriter
-    metrics: Metrics = field(init=False)  # reads the others, so it comes last
     dashboard: Path
     configuration: Configuration
     access: Access
-    prefix: str = ""
-    queued: Callable[[], int] = lambda: 0
-    reload: Callable[[bool], Plan] = field(init=False)  # True only asks what it would do
+    adapter: BackendAdapter
+    queued: Callable[[], int]  # requests that wait for a thread
+    reload: Callable[[bool], Plan]  # True only asks what it would do
     lifecycle: Lifecycle = "starting"
     started: float = field(default_factory=time.monotonic)
+
+    @property
+    def settings(self) -> Settings:
+        return self.configuration.settings
 
     def is_serving(self) -> bool:
         """Ready for traffic: the first round of health checks is done, and no shutdown is under way."""

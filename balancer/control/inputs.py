@@ -1,6 +1,6 @@
 """What control requests bring: their bodies and query parameters, read, checked, refused.
 
-Each body has its model here, which `schemas` describes to clients. Nothing is converted or ignored: an unknown field, a
+Each body has its model here, of which `openapi` tells clients. Nothing is converted or ignored: an unknown field, a
 number in quotes or a wrong value is refused, and the answer names it and what would fit.
 """
 
@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from werkzeug.exceptions import RequestEntityTooLarge
 
 from balancer.balancing.backends import AdminState
-from balancer.config import wording
+from balancer.config import validation
 from balancer.config.settings import MaxConnections, Weight
 from balancer.control.problems import ApiError, is_legacy
 
@@ -37,16 +37,19 @@ class Nothing(Body):
 
 
 class BackendCreate(Body):
-    id: str | None = Field(None, pattern=wording.ID, description="unique name; chosen if left out")
+    id: str | None = Field(None, pattern=validation.ID, description="unique name; chosen if left out")
     url: str = Field(max_length=300, description="http://HOST:PORT or https://HOST:PORT")
     weight: Weight = 1
     max_connections: MaxConnections | None = None
 
 
 class BackendChange(Body):
-    weight: Weight | None = None
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1})
+
+    # What is left out stays as it is: nobody asks for these defaults, and the schema has none.
+    weight: Weight = Field(default_factory=int)
     max_connections: MaxConnections | None = Field(None, description="null for no limit")
-    admin_state: AdminState | None = None
+    admin_state: AdminState = Field(default_factory=lambda: "ready")
 
 
 M = TypeVar("M", bound=Body)
@@ -101,8 +104,8 @@ def _explain(detail: Any, model: type[Body]) -> str:
     name = str(detail["loc"][0])
     if detail["type"] == "extra_forbidden":
         return f"unknown field {name[:80]!r}"
-    value = "" if detail["type"] == "missing" else f" = {wording.shown(detail['input'], hide=name == 'url')}"
-    return f"{name}{value}: {wording.complaint(detail, model)}"
+    value = "" if detail["type"] == "missing" else f" = {validation.shown(detail['input'], hide=name == 'url')}"
+    return f"{name}{value}: {validation.complaint(detail, model)}"
 
 
 def _refuse_constant(name: str) -> float:

@@ -10,28 +10,25 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast, get_args
 
+from flask import current_app
 from prometheus_client import CollectorRegistry, Counter, ProcessCollector, disable_created_metrics, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from balancer import __version__
-from balancer.balancing.pool import BackendPool
-from balancer.balancing.tally import Tally
-from balancer.config.reload import Configuration
+from balancer.balancing.backends import State
+from balancer.balancing.counts import BackendCounts
+from balancer.control.control import Control, Lifecycle
 from balancer.errors import BackendError, BalancerError, ConnectFailed
-from balancer.observe.events import Events
 from balancer.observe.histogram import Histogram
-from balancer.observe.logwriter import LogWriter
-from balancer.observe.statistics import Counters, Lifetime, Statistics
+from balancer.observe.statistics import Counters, Lifetime
 from balancer.observe.totals import BackendTotals
-from balancer.upstream.transport import BackendAdapter
 
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 QUEUE_BUCKETS = (0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0)
-LIFECYCLES = ("starting", "running", "draining")
-STATES = ("unknown", "up", "down", "ejected", "trial", "drain", "drained", "maint")
+LIFECYCLES, STATES = get_args(Lifecycle), get_args(State)
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each counter, and nobody reads them
 
@@ -47,27 +44,11 @@ REASONS = sorted(_reasons(BalancerError) | {REFUSED})
 
 
 @dataclass(frozen=True, slots=True)
-class Sources:
-    """Where the numbers come from."""
-
-    balancer_id: str
-    pool: BackendPool
-    statistics: Statistics
-    events: Events
-    adapter: BackendAdapter
-    configuration: Configuration
-    lifecycle: Callable[[], str]
-    queued: Callable[[], int]  # requests that wait for a thread
-    log: LogWriter
-    started: float = field(default_factory=time.time)
-
-
-@dataclass(frozen=True, slots=True)
 class Seen:
     """One backend: its snapshot and its counts."""
 
     state: Mapping[str, Any]
-    tally: Tally
+    counts: BackendCounts
     traffic: Counters
     attempts: BackendTotals
     idle: int
@@ -75,7 +56,7 @@ class Seen:
     @property
     def check_seconds(self) -> float | None:
         check = self.state["health"]["last_check"]
-        return None if check is None else check["duration"]
+        return None if check is None else check.duration
 
 
 Read = Callable[[Seen], float | None]  # None: no sample
@@ -94,13 +75,13 @@ BACKEND_GAUGES: Sequence[tuple[str, str, Read]] = (
     ),
 )
 BACKEND_COUNTERS: Sequence[tuple[str, str, Read]] = (
-    ("selected", "Times it was chosen for a request or a retry.", lambda seen: seen.tally.selected),
+    ("selected", "Times it was chosen for a request or a retry.", lambda seen: seen.counts.selected),
     ("connections_opened", "Attempts on a new connection.", lambda seen: seen.attempts.opened),
     ("connections_reused", "Attempts on a kept connection.", lambda seen: seen.attempts.reused),
-    ("health_checks", "Health checks made.", lambda seen: seen.tally.checks),
-    ("health_check_failures", "Health checks that failed.", lambda seen: seen.tally.failed_checks),
-    ("ejections", "Times it was ejected because of failures of real traffic.", lambda seen: seen.tally.ejections),
-    ("downtime_seconds", "Time it has been down.", lambda seen: seen.tally.down_seconds),
+    ("health_checks", "Health checks made.", lambda seen: seen.counts.checks),
+    ("health_check_failures", "Health checks that failed.", lambda seen: seen.counts.failed_checks),
+    ("ejections", "Times it was ejected because of failures of real traffic.", lambda seen: seen.counts.ejections),
+    ("downtime_seconds", "Time it has been down.", lambda seen: seen.counts.down_seconds),
 )
 
 
@@ -141,9 +122,9 @@ def buckets(samples: Histogram, bounds: Sequence[float]) -> list[tuple[str, floa
 class Metrics:
     """What `/metrics` answers with (`app`), and the one counter that is not read from elsewhere."""
 
-    def __init__(self, sources: Sources) -> None:
+    def __init__(self, control: Control) -> None:
         registry = CollectorRegistry(auto_describe=True)
-        registry.register(Collector(sources))
+        registry.register(Collector(control))
         ProcessCollector(registry=registry)
         self.admin_requests = Counter(
             "lb_admin_requests", "Requests to the control API.", ["action", "code"], registry=registry
@@ -151,39 +132,44 @@ class Metrics:
         self.app = make_wsgi_app(registry)
 
 
+def current_metrics() -> Metrics:
+    """Those of the app whose request is being answered."""
+    return cast(Metrics, current_app.extensions["metrics"])
+
+
 class Collector:
     """Makes the metrics of this moment. Each source locks itself, so numbers of two sources may be a moment apart."""
 
-    def __init__(self, sources: Sources) -> None:
-        self._sources = sources
+    def __init__(self, control: Control) -> None:
+        self._control = control
+        self._started = time.time()
 
     def collect(self) -> Iterator[Metric]:
-        lifetime = self._sources.statistics.lifetime()
+        lifetime = self._control.statistics.lifetime()
         yield from self._process()
         yield from self._configuration()
         yield from self._requests(lifetime)
         yield from self._backends(lifetime)
 
     def _process(self) -> Iterator[Metric]:
-        sources, versions = self._sources, (__version__, platform.python_version())
+        control, versions = self._control, (__version__, platform.python_version())
         yield add(gauge("build_info", "Versions.", "version", "python_version"), versions, 1)
-        names = (sources.balancer_id, sources.pool.algorithm)
+        names = (control.settings.id, control.pool.algorithm)
         yield add(gauge("info", "Name and algorithm in use.", "instance_id", "algorithm"), names, 1)
-        yield add(gauge("start_time_seconds", "When the process started."), [], sources.started)
+        yield add(gauge("start_time_seconds", "When the process started."), [], self._started)
         lifecycle = gauge("lifecycle_state", "1 for the state the process is in.", "state")
-        yield add_each(lifecycle, [], one_of(LIFECYCLES, sources.lifecycle()))
+        yield add_each(lifecycle, [], one_of(LIFECYCLES, control.lifecycle))
         yield add(
             gauge("panic", "Whether health is ignored because too few backends are available."),
             [],
-            sources.pool.is_panicking,
+            control.pool.is_panicking,
         )
-        yield add_each(counter("events", "Events, as GET /events tells them.", "kind"), [], sources.events.counts())
-
-        yield add(counter("log_lines", "Log lines written, access log and others."), [], sources.log.written)
-        yield add(counter("log_lines_dropped", "Log lines lost: nobody reads them."), [], sources.log.dropped)
+        yield add_each(counter("events", "Events, as GET /events tells them.", "kind"), [], control.events.counts())
+        yield add(counter("log_lines", "Log lines written, access log and others."), [], control.log.written)
+        yield add(counter("log_lines_dropped", "Log lines lost: nobody reads them."), [], control.log.dropped)
 
     def _configuration(self) -> Iterator[Metric]:
-        configuration, events = self._sources.configuration, self._sources.events.counts()
+        configuration, events = self._control.configuration, self._control.events.counts()
         is_good = configuration.last_error is None
         yield add(gauge("config_last_reload_successful", "Whether the last (re)load was good."), [], is_good)
         loaded = gauge("config_last_reload_success_timestamp_seconds", "When the configuration in force was loaded.")
@@ -210,7 +196,7 @@ class Collector:
         yield add(counter("response_bytes", "Bytes of response bodies."), [], totals.bytes_out)
         retries = counter("retries", "Further attempts, by what had failed before.", "reason")
         yield add_each(retries, [], dict.fromkeys(BACKEND_REASONS, 0) | totals.retries)
-        waiting = {"backend": self._sources.pool.waiting, "thread": self._sources.queued()}
+        waiting = {"backend": self._control.pool.waiting, "thread": self._control.queued()}
         yield add_each(gauge("queue_length", "Requests that wait, by what for.", "queue"), [], waiting)
         queued = histogram("queue_duration_seconds", "Time in the queue for a backend, of requests that had to wait.")
         queued.add_metric([], buckets(totals.waits, QUEUE_BUCKETS), totals.waited)
@@ -231,13 +217,13 @@ class Collector:
         yield from self._labelled(backends)
 
     def _seen(self, lifetime: Lifetime) -> Iterator[Seen]:
-        tallies, idle = self._sources.pool.tallies(), self._sources.adapter.idle()
-        for state in self._sources.pool.snapshot():
+        counts, idle = self._control.pool.counts(), self._control.adapter.idle()
+        for state in self._control.pool.snapshot():
             name = state["id"]
-            if name in tallies:
+            if name in counts:
                 traffic = lifetime.counters.get(name) or Counters()
                 attempts = lifetime.totals.backends.get(name) or BackendTotals()
-                yield Seen(state, tallies[name], traffic, attempts, idle.get(state["url"], 0))
+                yield Seen(state, counts[name], traffic, attempts, idle.get(state["url"], 0))
 
     def _labelled(self, backends: Sequence[Seen]) -> Iterator[Metric]:
         info = gauge("backend_info", "Its address.", "backend", "url")
@@ -253,6 +239,6 @@ class Collector:
             add_each(states, [name], one_of(STATES, seen.state["state"]))
             add_each(codes, [name], seen.attempts.codes())
             add_each(errors, [name], dict.fromkeys(BACKEND_REASONS, 0) | seen.attempts.failures())
-            add_each(turns, [name], {"up": seen.tally.ups, "down": seen.tally.downs})
+            add_each(turns, [name], {"up": seen.counts.ups, "down": seen.counts.downs})
             duration.add_metric([name], buckets(seen.traffic.latency, BUCKETS), seen.traffic.seconds)
         yield from (info, states, codes, errors, turns, duration)

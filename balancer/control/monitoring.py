@@ -1,4 +1,4 @@
-"""Routes that only tell: how it goes now and went before, the settings in force, what the API offers.
+"""Routes that only tell: how it goes now and went before, the settings in force.
 
 No secret may be in an answer. A reader without a token gets no more of paths than may be seen by everybody on this
 machine: of requests the first segment, of files the name.
@@ -7,24 +7,92 @@ machine: of requests the first segment, of files the name.
 from __future__ import annotations
 
 import time
-from typing import Any, cast
+from typing import TypeVar, cast
 
 from flask import Blueprint, Response, jsonify, request
+from typing_extensions import TypedDict
 
 from balancer import __version__
 from balancer.balancing import strategies
-from balancer.control import openapi
+from balancer.balancing.backends import BackendView
+from balancer.balancing.strategies import StrategyView
+from balancer.config.reload import ConfigView
 from balancer.control.access import first_segment, is_authorized
-from balancer.control.control import current_control
+from balancer.control.control import Lifecycle, current_control
 from balancer.control.inputs import whole_number
+from balancer.control.metrics import current_metrics
 from balancer.control.problems import ApiError
-from balancer.observe.history import SLOTS
-from balancer.observe.statistics import NO_REQUESTS
+from balancer.observe.events import Event
+from balancer.observe.history import SLOTS, Slot
+from balancer.observe.record import FinishedView, RecentView
+from balancer.observe.statistics import NO_REQUESTS, CountersView, StatisticsView
 
 SCHEMA_VERSION = 1
 MAX_RECENT = 100
+F = TypeVar("F", bound=FinishedView)
 
 blueprint = Blueprint("monitoring", __name__)
+
+
+class ServerView(BackendView, CountersView):
+    """A backend and what its requests came to."""
+
+
+class TotalsView(StatisticsView):
+    queued_requests: int
+    access_log_dropped: int
+    waiting_requests: int
+    unassigned_requests: int
+
+
+class Capabilities(TypedDict):
+    """What the reader may do. `writes`: if need be with a token, which a page needs if `token_required`. `authorized`:
+    a token came with this request, else paths are cut. `traffic`: this address forwards requests too."""
+
+    writes: bool
+    token_required: bool
+    authorized: bool
+    reload: bool
+    traffic: bool
+    algorithms: list[StrategyView]
+
+
+class Status(TypedDict):
+    schema_version: int
+    version: str
+    load_balancer_id: str
+    algorithm: str
+    lifecycle: Lifecycle
+    now: float
+    uptime: float
+    events_seq: int
+    panic: bool
+    config: ConfigView
+    statistics: TotalsView
+    backend_servers: list[ServerView]
+    recent_requests: list[RecentView]
+    capabilities: Capabilities
+
+
+class Alive(TypedDict):
+    status: str
+    load_balancer_id: str
+
+
+class Readiness(TypedDict):
+    status: str
+    lifecycle: Lifecycle
+
+
+class EventsView(TypedDict):
+    events: list[Event]
+    latest: int
+
+
+class HistoryView(TypedDict):
+    step: int
+    now: float
+    points: list[Slot]
 
 
 @blueprint.get("/status")
@@ -32,45 +100,51 @@ def status() -> Response:
     control = current_control()
     recent = whole_number("recent", 20, MAX_RECENT)
     whole, by_backend, newest = control.statistics.snapshot(recent)
-    backends = [by_backend.get(backend["id"], NO_REQUESTS) | backend for backend in control.pool.snapshot()]
-    whole["queued_requests"] = control.queued()
-    whole["access_log_dropped"] = control.log.dropped
-    whole["waiting_requests"] = control.pool.waiting
+    backends: list[ServerView] = [
+        {**by_backend.get(backend["id"], NO_REQUESTS), **backend} for backend in control.pool.snapshot()
+    ]
     shown = {backend["id"] for backend in backends}
-    whole["unassigned_requests"] = sum(c["total_requests"] for key, c in by_backend.items() if key not in shown)
-    now = time.time()
+    totals: TotalsView = {
+        **whole,
+        "queued_requests": control.queued(),
+        "access_log_dropped": control.log.dropped,
+        "waiting_requests": control.pool.waiting,
+        "unassigned_requests": sum(c["total_requests"] for key, c in by_backend.items() if key not in shown),
+    }
     return jsonify(
-        {
-            "schema_version": SCHEMA_VERSION,
-            "version": __version__,
-            "load_balancer_id": control.balancer_id,
-            "algorithm": control.pool.algorithm,
-            "lifecycle": control.lifecycle,
-            "now": now,
-            "uptime": time.monotonic() - control.started,
-            "events_seq": control.events.latest,
-            "panic": control.pool.is_panicking,
-            "config": control.configuration.summary(is_authorized()),
-            "statistics": whole,
-            "backend_servers": backends,
-            "recent_requests": [_shown(exchange) for exchange in newest],
-            "capabilities": _capabilities(),
-        }
+        Status(
+            schema_version=SCHEMA_VERSION,
+            version=__version__,
+            load_balancer_id=control.settings.id,
+            algorithm=control.pool.algorithm,
+            lifecycle=control.lifecycle,
+            now=time.time(),
+            uptime=time.monotonic() - control.started,
+            events_seq=control.events.latest,
+            panic=control.pool.is_panicking,
+            config=control.configuration.summary(is_authorized()),
+            statistics=totals,
+            backend_servers=backends,
+            recent_requests=[_shown(record) for record in newest],
+            capabilities=_capabilities(),
+        )
     )
 
 
-def _shown(exchange: dict[str, Any]) -> dict[str, Any]:
-    return exchange if is_authorized() else exchange | {"path": first_segment(exchange["path"])}
+def _shown(record: F) -> F:
+    if not is_authorized():
+        record["path"] = first_segment(record["path"])
+    return record
 
 
-def _capabilities() -> dict[str, Any]:
+def _capabilities() -> Capabilities:
     access = current_control().access
     return {
         "writes": access.may_write(),
         "token_required": access.has_tokens,
         "authorized": is_authorized(),
         "reload": current_control().configuration.file is not None,
-        "traffic": current_control().configuration.settings.control_port is None,  # a port of its own forwards nothing
+        "traffic": current_control().settings.control_port is None,  # a port of its own forwards nothing
         "algorithms": strategies.describe(),
     }
 
@@ -78,24 +152,24 @@ def _capabilities() -> dict[str, Any]:
 @blueprint.get("/health")
 @blueprint.get("/livez")
 def health() -> Response:
-    return jsonify({"status": "healthy", "load_balancer_id": current_control().balancer_id})
+    return jsonify(Alive(status="healthy", load_balancer_id=current_control().settings.id))
 
 
 @blueprint.get("/readyz")
 def ready() -> tuple[Response, int]:
     control = current_control()
     is_ready = control.is_serving()
-    answer = {"status": "ready" if is_ready else "not ready", "lifecycle": control.lifecycle}
+    answer = Readiness(status="ready" if is_ready else "not ready", lifecycle=control.lifecycle)
     return jsonify(answer), 200 if is_ready else 503
 
 
 @blueprint.get("/requests/<path:request_id>")
 def explain_request(request_id: str) -> Response:
-    exchange = current_control().statistics.find(request_id)
-    if exchange is None:
+    record = current_control().statistics.find(request_id)
+    if record is None:
         kept = "kept are the newest, the newest that failed or were retried, and a sample of all others"
         raise ApiError(404, f"no finished request {request_id[:128]!r}; {kept}")
-    return jsonify(_shown(exchange.explain()))
+    return jsonify(_shown(record.explain()))
 
 
 @blueprint.get("/config")
@@ -107,13 +181,13 @@ def show_configuration() -> Response:
 @blueprint.get("/events")
 def events() -> Response:
     newer, latest = current_control().events.since(whole_number("since", 0, 10**15), is_authorized())
-    return jsonify({"events": newer, "latest": latest})
+    return jsonify(EventsView(events=newer, latest=latest))
 
 
 @blueprint.get("/metrics")
 def metrics() -> Response:
     environ = request.environ | {"REQUEST_METHOD": "GET"}  # its own app does not know HEAD; Flask drops the body
-    return cast(Response, Response.from_app(current_control().metrics.app, environ, buffered=True))
+    return cast(Response, Response.from_app(current_metrics().app, environ, buffered=True))
 
 
 @blueprint.get("/history")
@@ -121,10 +195,4 @@ def history() -> Response:
     step, since = whole_number("step", 1, 10**6), whole_number("since", 0, 10**15)
     if step not in SLOTS:
         raise ApiError(400, f"step={step}: expected one of {', '.join(map(str, SLOTS))}")
-    return jsonify({"step": step, "now": time.time(), "points": current_control().history.since(step, since)})
-
-
-@blueprint.get("/openapi.json")
-def describe_api() -> Response:
-    control = current_control()
-    return jsonify(openapi.document(control.prefix, control.access.has_tokens))
+    return jsonify(HistoryView(step=step, now=time.time(), points=current_control().history.since(step, since)))

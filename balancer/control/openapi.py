@@ -5,133 +5,148 @@
 
 from __future__ import annotations
 
+from http import HTTPStatus
+from typing import Any
+
+from flask import Blueprint, Response, jsonify
+
 from balancer import __version__
-from balancer.control import schemas
-from balancer.control.schemas import Schema
+from balancer.balancing.backends import BackendView
+from balancer.config.reload import PlanView, SettingsView
+from balancer.control.administration import AlgorithmChanged, Algorithms, BackendRemoved, Backends, Message
+from balancer.control.control import current_control
+from balancer.control.inputs import AlgorithmChange, BackendChange, BackendCreate, Body, Nothing
+from balancer.control.monitoring import Alive, EventsView, HistoryView, Readiness, Status
+from balancer.control.problems import Error
+from balancer.control.schemas import SCHEMAS, Schema, ref
+from balancer.observe.record import ExplainedView
 
+TEXT: Schema = {"type": "string"}
+LEGACY = "application/json"  # of errors on the paths of the earlier program
+COUNT: Schema = {"type": "integer", "minimum": 0, "default": 0}
 
-def _json(schema: Schema, description: str, media_type: str = "application/json") -> Schema:
-    return {"description": description, "content": {media_type: {"schema": schema}}}
+blueprint = Blueprint("openapi", __name__)
 
 
 def _operation(
     identifier: str,
     summary: str,
-    answers: dict[str, Schema],
+    answers: dict[int, Any],
     *,
-    body: str | None = None,
-    optional_body: bool = False,
+    body: type[Body] | None = None,
     query: dict[str, Schema] | None = None,
+    media_type: str = "application/json",
     errors: str = "application/problem+json",
 ) -> Schema:
+    """`answers` by status: the type of each, or a schema."""
     operation: Schema = {
         "operationId": identifier,
         "summary": summary,
-        "responses": answers | {"4XX": _json(schemas.ref("Error"), "refused; `error` says why", errors)},
+        "responses": {
+            **{str(code): _answer(HTTPStatus(code).phrase, answers[code], media_type) for code in answers},
+            "4XX": _answer("refused; `error` says why", Error, errors),
+        },
     }
     if body is not None:
-        content = {"application/json": {"schema": schemas.ref(body)}}
-        operation["requestBody"] = {"required": not optional_body, "content": content}
+        operation["requestBody"] = {"required": body is not Nothing, "content": {"application/json": _schema(body)}}
     if query:
         operation["parameters"] = [{"name": name, "in": "query", "schema": query[name]} for name in query]
     return operation
 
 
-_LEGACY = "application/json"
+def _answer(description: str, kind: Any, media_type: str) -> Schema:
+    return {"description": description, "content": {media_type: _schema(kind)}}
+
+
+def _schema(kind: Any) -> Schema:
+    return {"schema": kind if isinstance(kind, dict) else ref(kind)}
+
+
+def _in_path(name: str) -> list[Schema]:
+    return [{"name": name, "in": "path", "required": True, "schema": TEXT}]
+
 
 PATHS: dict[str, Schema] = {
     "/status": {
         "get": _operation(
             "getStatus",
             "Everything at one moment. Times in seconds, points in time as epoch seconds.",
-            {"200": _json(schemas.ref("Status"), "the state")},
+            {200: Status},
             query={"recent": {"type": "integer", "minimum": 0, "maximum": 100, "default": 20}},
-            errors=_LEGACY,
+            errors=LEGACY,
         )
     },
-    "/health": {"get": _operation("getHealth", "Alive.", {"200": _json(schemas.HEALTHY, "alive")}, errors=_LEGACY)},
-    "/livez": {"get": _operation("getLiveness", "Alive.", {"200": _json(schemas.HEALTHY, "alive")})},
+    "/health": {"get": _operation("getHealth", "Alive.", {200: Alive}, errors=LEGACY)},
+    "/livez": {"get": _operation("getLiveness", "Alive.", {200: Alive})},
     "/readyz": {
         "get": _operation(
             "getReadiness",
             "Ready for traffic: first health round done, not draining.",
-            {"200": _json(schemas.READY, "ready"), "503": _json(schemas.READY, "not ready")},
+            {200: Readiness, 503: Readiness},
         )
     },
     "/algorithm": {
-        "get": _operation(
-            "getAlgorithm",
-            "The algorithm in use and all there are.",
-            {"200": _json(schemas.ALGORITHMS, "the algorithms")},
-            errors=_LEGACY,
-        ),
+        "get": _operation("getAlgorithm", "The algorithm in use and all there are.", {200: Algorithms}, errors=LEGACY),
         "post": _operation(
             "setAlgorithm",
             "Switch; exact from the next request on.",
-            {"200": _json(schemas.SWITCHED, "switched")},
-            body="AlgorithmChange",
-            errors=_LEGACY,
+            {200: AlgorithmChanged},
+            body=AlgorithmChange,
+            errors=LEGACY,
         ),
     },
     "/reset": {
         "post": _operation(
             "resetStatistics",
             "Zero statistics, history and recent requests.",
-            {"200": _json(schemas.ref("Message"), "done")},
-            body="Nothing",
-            optional_body=True,
-            errors=_LEGACY,
+            {200: Message},
+            body=Nothing,
+            errors=LEGACY,
         )
     },
     "/backends": {
-        "get": _operation("listBackends", "All backends.", {"200": _json(schemas.BACKENDS, "the backends")}),
+        "get": _operation("listBackends", "All backends.", {200: Backends}),
         "post": _operation(
             "addBackend",
             "Add a backend; it gets requests after its first good check.",
-            {"201": _json(schemas.ref("Backend"), "added")},
-            body="BackendCreate",
+            {201: BackendView},
+            body=BackendCreate,
         ),
     },
     "/backends/{backend_id}": {
-        "parameters": [{"name": "backend_id", "in": "path", "required": True, "schema": schemas.TEXT}],
-        "get": _operation("getBackend", "One backend.", {"200": _json(schemas.ref("Backend"), "the backend")}),
+        "parameters": _in_path("backend_id"),
+        "get": _operation("getBackend", "One backend.", {200: BackendView}),
         "patch": _operation(
-            "changeBackend",
-            "Change weight, max_connections or admin_state.",
-            {"200": _json(schemas.ref("Backend"), "changed")},
-            body="BackendChange",
+            "changeBackend", "Change weight, max_connections or admin_state.", {200: BackendView}, body=BackendChange
         ),
         "delete": _operation(
             "removeBackend",
-            "Remove: no new requests, gone when the last one in flight has ended.",
-            {
-                "200": _json(schemas.REMOVED, "removed"),
-                "202": _json(schemas.REMOVED, "removed when its requests have ended"),
-            },
+            "Remove: no new requests, gone when the last one in flight has ended, later if that is 202.",
+            {200: BackendRemoved, 202: BackendRemoved},
         ),
     },
     "/requests/{request_id}": {
-        "parameters": [{"name": "request_id", "in": "path", "required": True, "schema": schemas.TEXT}],
+        "parameters": _in_path("request_id"),
         "get": _operation(
             "explainRequest",
             "Why a finished request went where it went: candidates, who was excluded and why, scores, attempts.",
-            {"200": _json(schemas.EXPLAINED, "the request")},
+            {200: ExplainedView},
         ),
     },
     "/config": {
         "get": _operation(
             "getConfiguration",
             "Every setting, where it came from, and whether a reload can change it.",
-            {"200": _json(schemas.SETTINGS, "the settings")},
+            {200: SettingsView},
         )
     },
     "/reload": {
         "post": _operation(
             "reloadConfiguration",
-            "Read the configuration file again and apply what changed in it; a bad file changes nothing.",
-            {"200": _json(schemas.RELOADED, "what changed, or with `dry_run` what would")},
-            body="Nothing",
-            optional_body=True,
+            "Read the configuration file again and apply what changed in it; a bad file changes nothing. With "
+            "`dry_run` it only says what would change.",
+            {200: PlanView},
+            body=Nothing,
             query={"dry_run": {"type": "integer", "minimum": 0, "maximum": 1, "default": 0}},
         )
     },
@@ -139,16 +154,17 @@ PATHS: dict[str, Schema] = {
         "get": _operation(
             "getEvents",
             "Health transitions and admin actions newer than `since`, the newest 500 are kept.",
-            {"200": _json(schemas.EVENTS, "the events")},
-            query={"since": {"type": "integer", "minimum": 0, "default": 0}},
+            {200: EventsView},
+            query={"since": COUNT},
         )
     },
     "/metrics": {
         "get": _operation(
             "getMetrics",
-            "Metrics for Prometheus, or OpenMetrics for who asks for that. Counters count since the start of the "
+            "Metrics for Prometheus, or OpenMetrics if Accept asks for it. Counters count since the start of the "
             "process.",
-            {"200": _json(schemas.TEXT, "the metrics", "text/plain")},
+            {200: TEXT},
+            media_type="text/plain",
             query={"name[]": {"type": "string", "description": "this metric alone"}},
         )
     },
@@ -158,25 +174,24 @@ PATHS: dict[str, Schema] = {
             "What happened in each of the last 300 seconds, or 360 times ten seconds, oldest first. A slot starts at "
             "`at` and is told when it is over. One in which nobody looked (the machine slept) is missing. `in_flight` "
             "and `waiting` are the most at any look, one a second; idle backends are left out.",
-            {"200": _json(schemas.HISTORY, "the slots after `since`")},
-            query={
-                "step": {"type": "integer", "enum": [1, 10], "default": 1},
-                "since": {"type": "integer", "minimum": 0, "default": 0},
-            },
+            {200: HistoryView},
+            query={"step": {"type": "integer", "enum": [1, 10], "default": 1}, "since": COUNT},
         )
     },
-    "/openapi.json": {
-        "get": _operation("getOpenApi", "This description.", {"200": _json({"type": "object"}, "OpenAPI 3.1")})
-    },
-    "/dashboard": {
-        "get": _operation("getDashboard", "The dashboard.", {"200": _json(schemas.TEXT, "the page", "text/html")}),
-    },
+    "/openapi.json": {"get": _operation("getOpenApi", "This description.", {200: {"type": "object"}})},
+    "/dashboard": {"get": _operation("getDashboard", "The dashboard.", {200: TEXT}, media_type="text/html")},
 }
+
+
+@blueprint.get("/openapi.json")
+def describe_api() -> Response:
+    control = current_control()
+    return jsonify(document(control.settings.control_prefix, control.access.has_tokens))
 
 
 def document(prefix: str = "", protected: bool = False) -> Schema:
     """The whole description. `prefix` is `control_prefix`; `protected` if there is a token."""
-    components: Schema = {"schemas": schemas.SCHEMAS}
+    components: Schema = {"schemas": SCHEMAS}
     result: Schema = {
         "openapi": "3.1.0",
         "info": {"title": "Load balancer control API", "version": __version__},

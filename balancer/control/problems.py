@@ -10,12 +10,17 @@ from http import HTTPStatus
 from typing import Any
 
 from flask import Flask, Response, current_app, jsonify, request
+from typing_extensions import TypedDict
 from werkzeug.exceptions import HTTPException
 
 from balancer.errors import ClientError, ClientGone
 
 # Paths of the earlier program, whose clients expect application/json on errors too.
 LEGACY_PATHS = frozenset({"/status", "/health", "/algorithm", "/reset"})
+
+
+class Error(TypedDict):
+    error: str
 
 
 class ApiError(Exception):

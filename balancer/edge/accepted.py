@@ -24,7 +24,7 @@ Local = tuple[str, int]  # and of a listening socket, as the kernel does
 
 EVERYWHERE = ("0.0.0.0", "::")  # to listen on all addresses
 IDLE_SECONDS = 75.0  # nginx's keepalive_timeout; hyper itself ends idle HTTP/1.1 connections, but not HTTP/2 ones
-LEAST_RATE = 240  # bytes/s, the default of `min_body_rate`: who reads less does not count as reading
+LEAST_RATE = 240  # bytes/s, the default of `min_body_rate`: to read less does not count as reading
 MOST_OWED = 262_144  # bytes of answers that a client may leave unread for as long as it likes
 SLICE = 64  # descriptors, about half a millisecond: whoever forwards requests waits for the interpreter meanwhile
 
@@ -80,8 +80,8 @@ class Unused:
     """Connections to `local` that hold a place and do not use it; the passes over all that are open find them.
 
     Only requests count as use, of which hyper has the whole head: a head that never ends, or PINGs, may come for ever.
-    So does reading: answers that were handed over whole may take their client longer than IDLE_SECONDS. Who is handed
-    more than MOST_OWED and does not read is closed on, whatever else it sends: hyper keeps all of that.
+    So does reading: answers that were handed over whole may take their client longer than IDLE_SECONDS. One that
+    was handed more than MOST_OWED and does not read is shut down, whatever else it sends: hyper keeps all of that.
 
     `_known` has what was seen of each connection that was open at the last pass.
     """

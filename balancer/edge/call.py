@@ -1,4 +1,4 @@
-"""One request between Granian and the app: its environ, its body, its answer, and its client leaving.
+"""One request between Granian and who answers it: its client, its answer, and the thread that has it.
 
 Granian's `send` acts at once, in whichever thread calls it; what it returns need only be waited for when the client is
 slow.
@@ -9,25 +9,22 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable
 from threading import Lock
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote_to_bytes
 
 from balancer.edge import accepted
 from balancer.edge.clientbody import ClientBody
 from balancer.edge.download import Download
 from balancer.edge.listener import Listener
 from balancer.edge.promise import is_done_within
+from balancer.edge.scope import environ_of, request_of
 from balancer.errors import BalancerError, ClientGone, ClientStalled
 from balancer.protocol.messages import SERVER_LINE, parse_content_length
-from balancer.protocol.request import CLIENT, HEADER_LINES, Request, RequestBody, add_headers
+from balancer.protocol.request import Request, RequestBody
 
 if TYPE_CHECKING:
-    from _typeshed.wsgi import WSGIEnvironment
-
     from balancer.forwarding.answer import Answer
     from balancer.forwarding.forwarding import Forwarding
     from balancer.protocol.client import Abortable
@@ -39,15 +36,14 @@ LINGER_SECONDS = 2.0  # and LINGER_BYTES: what is read and dropped after an answ
 LINGER_BYTES = 16 * 1024 * 1024
 FLUSH_SECONDS = 0.25  # for an answer to be written, of which Granian says nothing, before its connection is cut
 PACKED_HEAD = 4096  # bytes of a head that HPACK may make small from what it has seen (RFC 7541 section 4.2)
-VERSIONS = {"1": "1.0", "1.1": "1.1", "2": "2"}  # Granian calls HTTP/1.0 "1"
 
 
 class Call:
-    """One request, from hyper and back: answered by its `forwarding`, or by the app. Also the `Watcher` of what is
-    waited for on its behalf.
+    """One request, from hyper and back: answered by its `forwarding`, or by the app. To whoever waits on its behalf it
+    is the `Client`.
 
     It belongs to one thread at a time: Granian's that brings it, then maybe a worker, the express thread, a worker
-    again. While its client has no room for more of its `download` it is parked with the bridge and belongs to nobody:
+    again. While its client has no room for more of its `download` it is parked with the listener and belongs to nobody:
     whoever takes it out goes on with it.
 
     `_lock` guards `_attached` and the setting of `is_gone`, for which the client's leaving comes from Granian's thread
@@ -55,28 +51,14 @@ class Call:
     """
 
     __slots__ = (
-        "bridge",
-        "forwarding",
-        "scope",
-        "is_http2",
-        "protocol",
-        "_watcher",
-        "started",
-        "is_gone",
-        "is_watched",
-        "body",
-        "download",
-        "_lock",
-        "_attached",
-        "_status",
-        "_headers",
-        "_is_started",
-        "_is_ended",
-        "_is_last",
+        *("listener", "is_control", "forwarding", "scope", "is_http2", "protocol", "_watcher", "started"),
+        *("is_gone", "is_watched", "body", "download", "_lock", "_attached"),
+        *("_status", "_headers", "_is_started", "_is_ended", "_is_last"),
     )
 
-    def __init__(self, bridge: Listener, watcher: Any) -> None:
-        self.bridge = bridge
+    def __init__(self, listener: Listener, watcher: Any, is_control: bool = False) -> None:
+        self.listener = listener
+        self.is_control = is_control
         self.forwarding: Forwarding | None = None  # else the app answers
         self.scope: dict[str, Any] = watcher.scope
         self.is_http2 = self.scope["http_version"] == "2"
@@ -95,6 +77,21 @@ class Call:
         self._is_ended = False
         self._is_last = False  # of its connection
 
+    # --- Granian's thread brings it, or a worker makes an environ of it: the request. ---
+
+    def request(self, heads: RequestHeads) -> Request:
+        made = request_of(self.scope, heads)
+        made.client = self
+        if not made.head.is_bodiless:
+            self.body = ClientBody(
+                self.protocol, self.listener, self.scope["client"], made.head, is_http2=self.is_http2
+            )
+            made.is_ended = True
+            made.stream = RequestBody(self.receive)
+        return made
+
+    # --- The loop's thread, or Granian's: the client is looked after, and may leave. ---
+
     def may_be_watched(self) -> bool:
         """No more of a body will come, so that Granian can be asked for the client's leaving."""
         if self.body is not None:
@@ -107,18 +104,14 @@ class Call:
         """Its client may have to wait until its backend reads on; once it is answered, nobody waits for that."""
         return self.body is not None and self.body.is_paused and not self._is_started
 
-    # The client left: called by Granian's thread, or the loop's. `attach` and `detach` are called by the worker thread.
+    @property
+    def addresses(self) -> tuple[accepted.Address, accepted.Address]:
+        return self.scope["client"], self.scope["server"]
 
-    def attach(self, target: Abortable) -> None:
-        with self._lock:
-            self._attached = target
-            gone = self.is_gone
-        if gone:  # by the worker itself, to which it belongs: no lock needed
-            target.abort()
-
-    def detach(self) -> None:
-        with self._lock:
-            self._attached = None
+    @property
+    def source(self) -> str:
+        """Whose share of the worker threads it uses; "" has no limit."""
+        return self.listener.source_of(self.scope["client"][0])
 
     def disconnect(self) -> None:
         """Wake the worker if it waits for a backend. The lock is held so that what is attached is still this call's."""
@@ -127,39 +120,52 @@ class Call:
             if self._attached is not None:
                 self._attached.abort()
 
-    def cut(self) -> None:
-        """End the client's connection so that it cannot take what it got for the whole answer.
+    # --- A worker, or the thread that has it: what a `Client` does. ---
 
-        hyper would end a chunked body properly, and Granian has no way to tell it not to, so the socket is shut down.
-        An HTTP/2 client loses its other streams too.
-        """
-        accepted.cut(self.addresses)
+    def attach(self, target: Abortable) -> None:
+        with self._lock:
+            self._attached = target
+            gone = self.is_gone
+        if gone:  # by the thread that has it: no lock needed
+            target.abort()
 
-    @property
-    def addresses(self) -> tuple[accepted.Address, accepted.Address]:
-        return self.scope["client"], self.scope["server"]
+    def detach(self) -> None:
+        with self._lock:
+            self._attached = None
 
-    @property
-    def source(self) -> str:
-        """Whose share of the worker threads it uses; "" has no limit."""
-        return self.bridge.source_of(self.scope["client"][0])
+    def receive(self, timeout: float | None = None) -> list[bytes]:
+        """What has come of the request body, [] at its end. Raises ClientGone, ClientTooSlow."""
+        if self.body is None:
+            return []
+        try:
+            return self.body.receive(timeout)
+        except ClientGone:
+            self.is_gone = True
+            raise
 
-    # The thread that it belongs to.
+    # --- A worker. ---
 
     def run(self) -> None:
-        """In a worker thread: connect and leave the waiting to the express way, or do it all. Never raises."""
-        self.bridge.safely(Call._go_on, self)
+        """Connect and leave the waiting to the express way, or do it all. Never raises."""
+        try:
+            is_handed_on = self.download is None and self.listener.connect(self)
+        except Exception:
+            log.exception("request failed")
+            self.refuse()
+        else:
+            if not is_handed_on:
+                self.answer(self.listener.patience)
 
-    def _go_on(self) -> None:
-        if self.download is not None or not self.bridge.connect(self):
-            self.answer(self.bridge.patience)
+    # --- The thread that has it, whichever it is: the answer, from its beginning to its end. ---
 
     def answer(self, patience: float = 0.0) -> None:
         """Answer, or go on with the answer. Waits at most so long for the client to read on; the call is parked then,
         and maybe somebody else's. Never raises."""
         is_over = True
         try:
-            is_over = self._run(patience)
+            if self.download is None:
+                self._begin_answer()
+            is_over = self._finish_answer(patience)
         except ClientGone:
             if self._is_started and not self.is_gone:  # slow; else there is nobody to be cut, or nothing was sent
                 self.cut()
@@ -169,117 +175,7 @@ class Call:
             if is_over:
                 self._end()
         if not is_over:
-            self.bridge.park(self)
-
-    def abandon(self, why: type[ClientGone] = ClientGone) -> None:
-        """End a download that is parked, or about to go on. Neither blocks nor raises."""
-        try:
-            assert self.download is not None
-            self.download.close(why)
-        except Exception:
-            log.exception("closing an answer failed")
-        finally:
-            self._end()
-
-    def _fail(self) -> None:
-        """After a surprise; the app's own errors are answered by the app. Never raises."""
-        if self._is_ended:
-            log.exception("failed after the answer")
-            return
-        if self._is_started:  # after the head, cutting is all that is left
-            log.debug("request cut", exc_info=True)
-            self.cut()
-            return
-        log.exception("request failed")
-        self._status, self._headers = 500, [SERVER_LINE]
-        with contextlib.suppress(Exception):
-            self._emit_last(b"")
-
-    def _end(self) -> None:
-        self.forwarding = None  # it refers to us: garbage of the slow kind otherwise
-        if self.download is not None:
-            self.download = None  # as well
-            self.bridge.end_download(self)
-        self.bridge.finish(self)
-        self._watcher.done()
-
-    def _run(self, patience: float) -> bool:
-        """False if the client has to read something first."""
-        if self.download is None:
-            if self.forwarding is not None:
-                self._pass_on(self.forwarding.run())
-            else:
-                self._stream(self.bridge.app(self._environ(), self.start_response))
-        if self.download is not None and not self._send_on(self.download, patience):
-            return False
-        if self.body is not None and not (self.body.is_done or self.is_gone):
-            self._end_early(self.body)
-        return True
-
-    def _pass_on(self, answer: Answer) -> None:
-        self._status, self._headers = answer.status, answer.lines
-        if isinstance(answer.body, bytes):
-            self._emit_last(answer.body)
-        else:
-            self._stream(answer.body)
-
-    def _stream(self, chunks: Iterable[bytes]) -> None:
-        self.download = Download(self.bridge, chunks, self._length(), is_http2=self.is_http2)
-        self.bridge.begin_download(self)
-
-    def _send_on(self, download: Download, patience: float) -> bool:
-        """False if the client has to read what it has first; True at the end, or if it has left."""
-        is_over = True
-        try:
-            while not self.is_gone:
-                if not download.has_room(patience):
-                    is_over = False
-                    return False
-                piece = download.next_piece()
-                if piece is None:
-                    if not self._is_ended:
-                        self._emit_last(b"")
-                    return True
-                if not self._is_started and self._is_whole(piece):
-                    self._emit_last(piece)  # else hyper may close while the rest of a refused body is still coming
-                elif not self._is_ended:  # else the app has something to do after its last piece
-                    download.sent(len(piece), self._emit(piece))
-            return True
-        finally:
-            if is_over:
-                download.close()
-
-    def _length(self) -> int | None:
-        """Bytes of the body, if its head tells."""
-        lengths = [value for name, value in self._headers if name == b"content-length"]
-        with contextlib.suppress(ValueError):  # an app may say anything
-            return parse_content_length(lengths[0]) if lengths else None
-        return None
-
-    def _is_whole(self, chunk: bytes) -> bool:
-        """If it is all of the body."""
-        return isinstance(chunk, bytes) and (b"content-length", b"%d" % len(chunk)) in self._headers
-
-    def _end_early(self, body: ClientBody) -> None:
-        """The answer came before the end of the request. Read on for a while before closing: to close on a client that
-        still sends would reset the connection, and it might never see the answer (RFC 9112 section 9.6)."""
-        body.patience = math.inf  # from now on only these seconds count
-        with contextlib.suppress(BalancerError):  # it left, or says no more
-            if body.is_too_slow:  # it has had its time
-                self._linger(body, FLUSH_SECONDS)
-            elif self.bridge.lingering.acquire(blocking=False):
-                try:
-                    self._linger(body, LINGER_SECONDS)
-                finally:
-                    self.bridge.lingering.release()
-        # HTTP/2 ends the stream alone.
-        if not (body.is_done or self.is_gone or self.is_http2):
-            self.cut()
-
-    def _linger(self, body: ClientBody, seconds: float) -> None:
-        received, deadline = 0, time.monotonic() + seconds
-        while received < LINGER_BYTES and not body.is_done and (left := deadline - time.monotonic()) > 0:
-            received += sum(map(len, self.receive(left)))
+            self.listener.park(self)
 
     def refuse(self) -> None:
         """Answer that there is no room, in the calling thread. Neither blocks nor raises."""
@@ -294,11 +190,167 @@ class Call:
                 self._pass_on(self.forwarding.refuse())
             else:
                 self.start_response("503 Service Unavailable", [("retry-after", "1"), ("content-length", "0")])
-                self._emit_last(b"")
+                self._send_last(b"")
         except Exception:
             self._fail()
         finally:
             self._end()
+
+    def abandon(self, why: type[ClientGone] = ClientGone) -> None:
+        """End a download that is parked, or about to go on. Neither blocks nor raises."""
+        try:
+            assert self.download is not None
+            self.download.close(why)
+        except Exception:
+            log.exception("closing an answer failed")
+        finally:
+            self._end()
+
+    def cut(self) -> None:
+        """End the client's connection so that it cannot take what it got for the whole answer.
+
+        hyper would end a chunked body properly, and Granian has no way to tell it not to, so the socket is shut down.
+        An HTTP/2 client loses its other streams too.
+        """
+        accepted.cut(self.addresses)
+
+    def _begin_answer(self) -> None:
+        if self.forwarding is not None:
+            self._pass_on(self.forwarding.run())
+        else:
+            self._start_download(self._call_app())
+
+    def _pass_on(self, answer: Answer) -> None:
+        self._status, self._headers = answer.status, answer.lines
+        if isinstance(answer.body, bytes):
+            self._send_last(answer.body)
+        else:
+            self._start_download(answer.body)
+
+    def _start_download(self, chunks: Iterable[bytes]) -> None:
+        self.download = Download(self.listener, chunks, self._length(), is_http2=self.is_http2)
+        self.listener.begin_download(self)
+
+    def _finish_answer(self, patience: float) -> bool:
+        """False if the client has to read something first."""
+        if self.download is not None and not self._send_pieces(self.download, patience):
+            return False
+        if self.body is not None and not (self.body.is_done or self.is_gone):
+            self._end_early(self.body)
+        return True
+
+    def _send_pieces(self, download: Download, patience: float) -> bool:
+        """False if the client has to read what it has first; True at the end, or if it has left."""
+        is_over = True
+        try:
+            while not self.is_gone:
+                if not download.has_room(patience):
+                    is_over = False
+                    return False
+                piece = download.next_piece()
+                if piece is None:
+                    if not self._is_ended:
+                        self._send_last(b"")
+                    return True
+                if not self._is_started and isinstance(piece, bytes) and len(piece) == download.left:
+                    self._send_last(piece)  # else hyper may close while the rest of a refused body is still coming
+                elif not self._is_ended:  # else the app has something to do after its last piece
+                    download.sent(len(piece), self._send(piece))
+            return True
+        finally:
+            if is_over:
+                download.close()
+
+    def _length(self) -> int | None:
+        """Bytes of the body, if its head tells."""
+        lengths = [value for name, value in self._headers if name == b"content-length"]
+        with contextlib.suppress(ValueError):  # an app may say anything
+            return parse_content_length(lengths[0]) if lengths else None
+        return None
+
+    def _end_early(self, body: ClientBody) -> None:
+        """The answer came before the end of the request. Read on for a while before closing: to close on a client that
+        still sends would reset the connection, and it might never see the answer (RFC 9112 section 9.6)."""
+        body.patience = math.inf  # from now on only these seconds count
+        with contextlib.suppress(BalancerError):  # it left, or says no more
+            if body.is_too_slow:  # it has had its time
+                self._linger(body, FLUSH_SECONDS)
+            elif self.listener.lingering.acquire(blocking=False):
+                try:
+                    self._linger(body, LINGER_SECONDS)
+                finally:
+                    self.listener.lingering.release()
+        # HTTP/2 ends the stream alone.
+        if not (body.is_done or self.is_gone or self.is_http2):
+            self.cut()
+
+    def _linger(self, body: ClientBody, seconds: float) -> None:
+        received, deadline = 0, time.monotonic() + seconds
+        while received < LINGER_BYTES and not body.is_done and (left := deadline - time.monotonic()) > 0:
+            received += sum(map(len, self.receive(left)))
+
+    def _fail(self) -> None:
+        """After a surprise; the app's own errors are answered by the app. Never raises."""
+        if self._is_ended:
+            log.exception("failed after the answer")
+            return
+        if self._is_started:  # after the head, cutting is all that is left
+            log.debug("request cut", exc_info=True)
+            self.cut()
+            return
+        log.exception("request failed")
+        self._status, self._headers = 500, [SERVER_LINE]
+        with contextlib.suppress(Exception):
+            self._send_last(b"")
+
+    def _end(self) -> None:
+        self.forwarding = None  # it refers to us, and only the garbage collector could free the two
+        if self.download is not None:
+            self.download = None  # as well
+            self.listener.end_download(self)
+        self.listener.calls.pop(self, None)
+        self._watcher.done()
+
+    # --- The same thread: what goes to Granian. ---
+
+    def _send_head(self) -> None:
+        if self._status is None:
+            raise RuntimeError("the app has not called start_response")
+        # hyper closes after it (RFC 9112 section 9.6). HTTP/2 has no such field, but GOAWAY.
+        is_last = self._is_last or self.listener.is_draining or (self.body is not None and self.body.is_too_slow)
+        if is_last and not self.is_http2:
+            self._headers.append((b"connection", b"close"))
+        self._is_started = True
+        if self.is_http2:
+            size = sum(len(name) + len(value) for name, value in self._headers)
+            if size > PACKED_HEAD:
+                self.listener.hand_over(self.scope["client"], size)
+        self.protocol.send({"type": "http.response.start", "status": self._status, "headers": self._headers})
+
+    def _send(self, piece: bytes) -> Any:
+        """An empty first piece sends the head alone. Returns Granian's promise, None if there is none."""
+        if not self._is_started:
+            self._send_head()
+        elif not piece:
+            return None
+        return self._hand_over(piece, more=True)
+
+    def _send_last(self, piece: bytes) -> None:
+        if not self._is_started:
+            self._send_head()
+        self._hand_over(piece, more=False)
+        self._is_ended = True
+
+    def _hand_over(self, piece: bytes, *, more: bool) -> Any:
+        if self.is_http2:  # before, hyper has one answer of a connection at a time
+            self.listener.hand_over(self.scope["client"], len(piece))
+        return self.protocol.send({"type": "http.response.body", "body": piece, "more_body": more})
+
+    # --- A worker, where the app answers: the gateway's side of PEP 3333. ---
+
+    def _call_app(self) -> Iterable[bytes]:
+        environ = environ_of(self.scope, self.request(self.listener.heads), RequestBody(self.receive))
+        return self.listener.app(environ, self.start_response)
 
     def start_response(
         self, status: str, headers: list[tuple[str, str]], exc_info: Any = None
@@ -311,123 +363,7 @@ class Call:
             self._headers.append(SERVER_LINE)
         return self._write
 
-    def _write(self, chunk: bytes) -> None:
-        """What PEP 3333 has for apps that cannot do without. Blocks while the client is slow."""
-        if not is_done_within(self._emit(chunk), self.bridge.limits.idle_timeout):
+    def _write(self, piece: bytes) -> None:
+        """For apps that cannot do without. Blocks while the client is slow."""
+        if not is_done_within(self._send(piece), self.listener.limits.idle_timeout):
             raise ClientStalled("the client read nothing in time")
-
-    def _start(self) -> None:
-        if self._status is None:
-            raise RuntimeError("the app has not called start_response")
-        # hyper closes after it (RFC 9112 section 9.6). HTTP/2 has no such field, but GOAWAY.
-        is_last = self._is_last or self.bridge.is_draining or (self.body is not None and self.body.is_too_slow)
-        if is_last and not self.is_http2:
-            self._headers.append((b"connection", b"close"))
-        self._is_started = True
-        if self.is_http2:
-            size = sum(len(name) + len(value) for name, value in self._headers)
-            if size > PACKED_HEAD:
-                self.bridge.hand_over(self.scope["client"], size)
-        self.protocol.send({"type": "http.response.start", "status": self._status, "headers": self._headers})
-
-    def _emit(self, chunk: bytes) -> Any:
-        """Send a piece; an empty first one sends the head alone. Returns Granian's promise, None if there is none."""
-        if not self._is_started:
-            self._start()
-        elif not chunk:
-            return None
-        return self._hand_over(chunk, more=True)
-
-    def _emit_last(self, chunk: bytes) -> None:
-        if not self._is_started:
-            self._start()
-        self._hand_over(chunk, more=False)
-        self._is_ended = True
-
-    def _hand_over(self, chunk: bytes, *, more: bool) -> Any:
-        if self.is_http2:  # before, hyper has one answer of a connection at a time
-            self.bridge.hand_over(self.scope["client"], len(chunk))
-        return self.protocol.send({"type": "http.response.body", "body": chunk, "more_body": more})
-
-    def receive(self, timeout: float | None = None) -> list[bytes]:
-        """What has come of the request body, [] at its end. Raises ClientGone, ClientTooSlow."""
-        if self.body is None:
-            return []
-        try:
-            return self.body.receive(timeout)
-        except ClientGone:
-            self.is_gone = True
-            raise
-
-    # The request.
-
-    def request(self, heads: RequestHeads) -> Request:
-        """For a `Forwarding`."""
-        scope = self.scope
-        made = Request(
-            heads,
-            scope["method"],
-            self._path(),
-            self._target(),
-            VERSIONS.get(scope["http_version"], "1.1"),
-            scope["scheme"],
-            scope["client"][0],
-            scope["headers"],
-        )
-        made.client = self
-        if not made.head.is_bodiless:
-            fields = made.head.fields
-            made.is_ended = self._note_body(made.length, b"transfer-encoding" in fields, b"expect" in fields)
-            made.stream = RequestBody(self.receive)
-        return made
-
-    def _note_body(self, length: str, is_chunked: bool, is_expected: bool = False) -> bool:
-        """If there may be a `body`. True if it has no length, and Granian will tell its end."""
-        known: int | None = None
-        if length:
-            with contextlib.suppress(ValueError):  # who reads it refuses what is not a number
-                known = parse_content_length(length.encode("latin-1"))
-        if length or is_chunked or self.is_http2:  # in HTTP/2 only the end tells whether there is a body
-            self.body = ClientBody(
-                *(self.protocol, self.bridge, self.scope["client"], known),
-                is_http2=self.is_http2,
-                is_expected=is_expected,
-            )
-        return self.body is not None and not length
-
-    def _path(self) -> str:
-        raw_path: bytes = self.scope["raw_path"]
-        return (unquote_to_bytes(raw_path) if b"%" in raw_path else raw_path).decode("latin-1")
-
-    def _target(self) -> bytes:
-        raw_path: bytes = self.scope["raw_path"]
-        query: bytes = self.scope["query_string"]
-        return b"%s?%s" % (raw_path, query) if query else raw_path
-
-    def _environ(self) -> WSGIEnvironment:
-        scope = self.scope
-        environ: WSGIEnvironment = {
-            "REQUEST_METHOD": scope["method"],
-            "SCRIPT_NAME": "",
-            "PATH_INFO": self._path(),
-            "QUERY_STRING": scope["query_string"].decode("latin-1"),
-            "REQUEST_URI": self._target().decode("latin-1"),
-            "SERVER_PROTOCOL": "HTTP/" + VERSIONS.get(scope["http_version"], "1.1"),
-            "SERVER_NAME": scope["server"][0],
-            "SERVER_PORT": scope["server"][1],
-            "REMOTE_ADDR": scope["client"][0],
-            "REMOTE_PORT": scope["client"][1],
-            "wsgi.version": (1, 0),
-            "wsgi.url_scheme": scope["scheme"],
-            "wsgi.input": RequestBody(self.receive),
-            "wsgi.errors": sys.stderr,
-            "wsgi.multithread": True,
-            "wsgi.multiprocess": False,
-            "wsgi.run_once": False,
-            HEADER_LINES: scope["headers"],
-            CLIENT: self,
-        }
-        add_headers(environ, scope["headers"])
-        if self._note_body(environ.get("CONTENT_LENGTH", ""), "HTTP_TRANSFER_ENCODING" in environ):
-            environ["wsgi.input_terminated"] = True
-        return environ

@@ -7,21 +7,11 @@ import time
 from typing import Any
 
 from balancer.edge.accepted import Address
-from balancer.edge.listener import Clients
-from balancer.edge.promise import is_done, result_of, wait_for
+from balancer.edge.listener import FRAME_BYTES, GRACE_SECONDS, Listener
+from balancer.edge.promise import is_done, is_done_within, result_of
 from balancer.errors import ClientGone, ClientTooSlow
+from balancer.protocol.requestheads import RequestHead
 
-GRACE_SECONDS = 5.0  # what a client may keep us waiting for its body before `min_body_rate` counts
-AHEAD_BYTES = 4 * 65536  # of a request body that is asked for, and handed on, at the same time
-# Bytes that all requests in flight share, so that with many of them each has less: what is asked for ahead, and small
-# bodies that are kept until the answer comes, without a thread, of which there are only so many.
-AHEAD_IN_ALL, SMALL_IN_ALL = 8 * 1024 * 1024, 32 * 1024 * 1024
-FRAME_BYTES, READ_BYTES = 16384, 65536  # what hyper gives at a time at most, by default, in HTTP/2 and before
-# Of one HTTP/2 connection: the bytes that may be unread, of one stream and of all. What a client can make us hold
-# follows from the latter twice: h2 takes as much as half of it again for keeping account of frames of a few bytes, and
-# ends the connection beyond that. So 16 uploads whose backends do not read stop the others of their connection, which
-# get more time for that; Envoy advises these two for the edge.
-STREAM_WINDOW, CONNECTION_WINDOW = 64 * 1024, 1024 * 1024
 # A piece costs a switch of threads, however small it is. Of those below SMALL_PIECE bytes a body may have so many, and
 # so many more for each second: else a client could send in a moment what keeps us busy for minutes after it has left.
 SMALL_PIECE, SMALL_PIECES, SMALL_PIECES_PER_SECOND = 64, 5000, 100
@@ -29,47 +19,34 @@ MOST_PIECES = 64  # that are handed on together
 MOST_SMALL_PIECES = 16  # in which a small body may come without a thread that waits for it
 
 
-def patience_left(before: float, waited: float, size: int, rate: int, idle: float) -> float:
-    """Seconds, after so many `waited` and `size` bytes: each pays for 1/`rate`, and no more than `idle` are saved."""
-    return min(max(0.0, before - waited) + size / rate, max(idle, GRACE_SECONDS))
-
-
 class ClientBody:
     """Used by one thread at a time: Granian's while a small body comes in, then a worker.
 
     `is_here`: all of it has come, so that `receive` will not wait. `is_done`: all of it has been received.
-    `is_too_slow`: it was given up. `is_spent`: to be asked for more, Granian would say that the
-    client has left. `is_paused`: what came last is on its way to the backend, and the client may have to wait for that.
-    `patience`: seconds that we still wait for it, as `min_body_rate` has it.
+    `is_too_slow`: it was given up. `is_spent`: Granian was asked for more than there was, so it says from now on that
+    the client has left. `is_paused`: what came last is on its way to the backend, and the client may have to wait for
+    that. `patience`: seconds that we still wait for it, as `min_body_rate` has it.
     """
 
     __slots__ = (
-        *("_protocol", "_bridge", "_client", "_is_http2", "_is_expected", "_left", "_largest", "_asked", "patience"),
+        *("_protocol", "_listener", "_address", "_is_http2", "_is_expected", "_left", "_largest", "_asked", "patience"),
         *("is_here", "is_done", "is_spent", "is_too_slow", "is_paused", "_excused", "_small", "_first_small"),
     )
 
     def __init__(
-        self,
-        protocol: Any,
-        bridge: Clients,
-        client: Address,
-        length: int | None,
-        *,
-        is_http2: bool,
-        is_expected: bool = False,
+        self, protocol: Any, listener: Listener, address: Address, head: RequestHead, *, is_http2: bool
     ) -> None:
-        """`length` in bytes, None if only its end will tell; `is_expected`: the client waits for 100 (Continue)."""
         self._protocol = protocol
-        self._bridge = bridge
-        self._client = client
+        self._listener = listener
+        self._address = address
         self._is_http2 = is_http2
-        self._is_expected = is_expected
-        self._left = length
+        self._is_expected = b"expect" in head.fields  # the client waits for 100 (Continue)
+        self._left = head.length  # None if only its end will tell
         self._largest = 0  # bytes of a piece, so far
         self._asked: list[Any] = []  # for pieces that have not been taken yet, in their order
         self.patience = GRACE_SECONDS
         self.is_here = False
-        self.is_done = length == 0 and not is_http2  # there, only the end of the stream tells that this is true
+        self.is_done = head.length == 0 and not is_http2  # there, only the end of the stream tells that this is true
         self.is_spent = False
         self.is_too_slow = False
         self.is_paused = False
@@ -112,7 +89,7 @@ class ClientBody:
         while not self.is_done and (
             not pieces
             or self._left == 0  # the last of them waits for the end of its stream, see `_is_end`
-            or (len(pieces) < MOST_PIECES and self._is_here(self._bridge.ahead_bytes - size))
+            or (len(pieces) < MOST_PIECES and self._is_here(self._listener.ahead_bytes - size))
         ):
             piece = self._receive_piece(timeout)
             if piece:
@@ -156,12 +133,12 @@ class ClientBody:
     def _ask(self) -> None:
         """For the next pieces, together: each that is waited for by itself costs three switches between threads.
 
-        For no more than there must be: to who asks beyond the end, Granian says from then on that the client has left.
+        No more than there must be: once asked beyond the end, Granian says that the client has left.
         """
         wanted, left = 1, self._left
         if left is not None and left > FRAME_BYTES:
-            size = max(self._largest, FRAME_BYTES if self._is_http2 else self._bridge.most_read)
-            wanted = math.ceil(min(left, self._bridge.ahead_bytes) / size)
+            size = max(self._largest, FRAME_BYTES if self._is_http2 else self._listener.most_read)
+            wanted = math.ceil(min(left, self._listener.ahead_bytes) / size)
         if len(self._asked) <= wanted // 2:
             for _ in range(wanted - len(self._asked)):
                 self._asked.append(self._protocol.receive())
@@ -169,43 +146,33 @@ class ClientBody:
     def _receive_message(self, timeout: float | None) -> Any:
         """Granian's next message. Raises ClientTooSlow after `timeout`, or `idle_timeout`, or below `min_body_rate`.
 
-        Only time spent waiting here counts, so that a slow backend, for which the client has to pause, does not. Each
-        byte pays for 1/rate seconds of waiting, which are saved up to `idle_timeout`: a client that was fast may pause,
-        one that was fast once may not trickle for ever.
+        Only time spent waiting here counts, so that a slow backend, for which the client has to pause, does not.
         """
-        rate, idle = self._bridge.limits.min_body_rate, self._bridge.limits.idle_timeout
-        longest = timeout or idle
-        limit = min(longest, self.patience) if rate else longest
+        longest = timeout or self._listener.limits.idle_timeout
+        limit = min(longest, self._listener.longest_wait(self.patience))
         started = time.monotonic()
-        while True:
-            try:
-                message = wait_for(self._asked[0], limit)
-                break
-            except ClientGone:
-                if timeout is None and self._is_held_up():
-                    now = time.monotonic()
-                    self._excused += now - started
-                    started = now
-                    continue
+        while not is_done_within(self._asked[0], limit):
+            if timeout is not None or not self._is_excused():
                 self.is_too_slow = True
                 raise ClientTooSlow(
-                    f"the request body came at less than {rate} bytes/s"
+                    f"the request body came at less than {self._listener.limits.min_body_rate} bytes/s"
                     if limit < longest
-                    else f"nothing came of the request body for {longest:g} s"
-                ) from None
-        del self._asked[0]
-        if rate:
-            waited, size = time.monotonic() - started, len(message.get("body", b""))
-            self.patience = patience_left(self.patience, waited, size, rate, idle)
+                    else f"nothing more of the request body came for {longest:g} s"
+                )
+            now = time.monotonic()
+            self._excused += now - started
+            started = now
+        message = result_of(self._asked.pop(0))
+        self.patience = self._listener.patience_left(
+            self.patience, time.monotonic() - started, len(message.get("body", b""))
+        )
         return message
 
-    def _is_held_up(self) -> bool:
-        """The streams of an HTTP/2 connection share a window (RFC 9113 section 5.2): those for whose backends the
-        client has to pause may have used it up, and then no other can send. They end within `idle_timeout`, so nobody
-        is excused for longer."""
-        if not self._is_http2 or self._excused > self._bridge.limits.idle_timeout:
+    def _is_excused(self) -> bool:
+        """Other uploads of its connection hold it up. They end within `idle_timeout`, so it is excused no longer."""
+        if not self._is_http2 or self._excused > self._listener.limits.idle_timeout:
             return False
-        return self._bridge.paused(self._client) * STREAM_WINDOW >= CONNECTION_WINDOW
+        return self._listener.is_held_up(self._address)
 
     def _count_small(self) -> None:
         """Raises ClientTooSlow: what comes in so many pieces is not worth the work."""

@@ -12,14 +12,12 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from balancer.edge.clientbody import GRACE_SECONDS, patience_left
-from balancer.edge.listener import Clients
+from balancer.edge.listener import GRACE_SECONDS, Listener
 from balancer.edge.promise import is_done, is_done_within
 from balancer.errors import ClientGone
 from balancer.forwarding.answer import ResponseStream
 from balancer.forwarding.forwarding import WHOLE_STREAM
 
-BRIEF_SECONDS = 0.05  # a worker waits so long for its client; then it leaves the call to whoever hears of it
 WHOLE = 131072  # bytes of an answer that is handed over whole, before HTTP/2, where hyper has one of them at a time
 UNREAD_PIECES = 6  # of an answer can be handed over while nothing of it was read
 # Bytes of a piece: at least, at most, at most if we cannot know the last ones, and of one piece of each answer in all.
@@ -29,23 +27,23 @@ LEAST_PIECE, LARGEST_PIECE, LARGEST_ENDLESS, PIECES = 8192, 131072, 32768, 4 * 1
 class Download:
     """Used by one thread at a time: whoever has its call.
 
-    `promise`: of the newest piece, while the client has no room for it.
+    `promise`: of the newest piece, while the client has no room for it. `left`: bytes still to come, if that is known.
     """
 
     __slots__ = (
-        *("_bridge", "_chunks", "_iterator", "_stream", "_whole", "_is_http2", "_left", "_chunk", "_at", "_pieces"),
+        *("_listener", "_chunks", "_iterator", "_stream", "_whole", "_is_http2", "left", "_chunk", "_at", "_pieces"),
         *("promise", "_since", "_patience"),
     )
 
-    def __init__(self, bridge: Clients, chunks: Iterable[bytes], length: int | None, *, is_http2: bool) -> None:
-        """`length` in bytes, if it is known."""
-        self._bridge = bridge
+    def __init__(self, listener: Listener, chunks: Iterable[bytes], length: int | None, *, is_http2: bool) -> None:
+        """`length` in bytes, None if nobody knows."""
+        self._listener = listener
         self._chunks = chunks
         self._iterator = iter(chunks)
         self._stream = chunks if isinstance(chunks, ResponseStream) else None
         self._whole = WHOLE_STREAM if is_http2 else WHOLE
         self._is_http2 = is_http2
-        self._left = length
+        self.left = length
         self._chunk = b""  # of which `_at` bytes are sent
         self._at = 0
         self._pieces = 0
@@ -78,14 +76,14 @@ class Download:
         small = self._whole // UNREAD_PIECES
         if self._is_http2 and self._pieces < UNREAD_PIECES:
             return small
-        size = max(LEAST_PIECE, PIECES // max(1, self._bridge.downloads))
-        return min(size, LARGEST_ENDLESS if self._left is None else max(small, self._left - self._whole), LARGEST_PIECE)
+        size = max(LEAST_PIECE, PIECES // max(1, len(self._listener.downloads)))
+        return min(size, LARGEST_ENDLESS if self.left is None else max(small, self.left - self._whole), LARGEST_PIECE)
 
     def sent(self, size: int, promise: Any) -> None:
         """A piece was handed over. Only time spent waiting for the client counts, as with `ClientBody`."""
         self._pieces += 1
-        if self._left is not None:
-            self._left -= size
+        if self.left is not None:
+            self.left -= size
         self._count(0.0, size)
         if not is_done(promise):
             self.promise = promise
@@ -105,10 +103,7 @@ class Download:
         self._count(time.monotonic() - self._since, 0)
 
     def _count(self, waited: float, size: int) -> None:
-        limits = self._bridge.limits
-        if limits.min_body_rate:
-            rate, idle = limits.min_body_rate, limits.idle_timeout
-            self._patience = patience_left(self._patience, waited, size, rate, idle)
+        self._patience = self._listener.patience_left(self._patience, waited, size)
 
     @property
     def deadline(self) -> float:
@@ -116,8 +111,7 @@ class Download:
         return self._since + self._limit()
 
     def _limit(self) -> float:
-        limits = self._bridge.limits
-        return min(limits.idle_timeout, self._patience) if limits.min_body_rate else limits.idle_timeout
+        return self._listener.longest_wait(self._patience)
 
     def close(self, why: type[ClientGone] = ClientGone) -> None:
         """Idempotent for what we forward. Before the end, `why` is recorded."""

@@ -26,11 +26,12 @@ from balancer.upstream.transport import BackendAdapter
 
 log = logging.getLogger("balancer.server")
 
+ONE_INPUT = getattr(select, "EPOLLIN", 0) | getattr(select, "EPOLLONESHOT", 0)  # elsewhere than on Linux not used
 LOOK_SECONDS = 0.05  # at most between two looks for answers that are overdue
 
 
 class Express:
-    """Call `take` from any thread; `start` and `stop` once each.
+    """Call `wait_for` from any thread; `start` and `stop` once each.
 
     `_waiting` has the call per descriptor of its backend connection. Who brings a call puts it in and then arms the
     descriptor, for one event; whoever takes it out goes on with it: the express thread, or the one that brought it if
@@ -60,41 +61,25 @@ class Express:
         self._epoll.close()
         os.close(self._wake)
 
-    def take(self, call: Call) -> bool:
-        """Send the request on, if that needs no waiting. False if a worker thread has to go on with it."""
-        forwarding, body = call.forwarding, call.body
-        if forwarding is None or not (body is None or body.is_done or body.is_here):
-            return False
-        if not forwarding.begin():
-            return False
-        return self._wait_for(call)
-
-    def connect(self, call: Call) -> bool:
-        """Called by a worker thread with what `take` left to it: if only a connection was missing, open one and send
-        the request on. False if the thread has to go on with it."""
-        forwarding = call.forwarding
-        return forwarding is not None and forwarding.connect() and self._wait_for(call)
-
-    def _wait_for(self, call: Call) -> bool:
-        """From here on the call may belong to the express thread. False if it is still ours."""
+    def wait_for(self, call: Call) -> bool:
+        """The request was sent: wait for its answer. From here on the call may belong to the express thread; False if
+        it is still the caller's."""
         sent = self._sent(call)
         if sent.rest:
             return False
         descriptor = sent.connection.sock.fileno()
         self._waiting[descriptor] = call
         try:
-            self._arm(sent, descriptor)
+            self._arm(descriptor)
         except (OSError, ValueError):  # the kernel watches no more descriptors for us, or we have stopped
             return not self._claim(descriptor, call)  # else it was found overdue
         return True
 
-    def _arm(self, sent: Sent, descriptor: int) -> None:
-        events = select.EPOLLIN | select.EPOLLONESHOT
-        if sent.connection.is_watched:
-            self._epoll.modify(descriptor, events)
-        else:
-            self._epoll.register(descriptor, events)
-            sent.connection.is_watched = True
+    def _arm(self, descriptor: int) -> None:
+        try:
+            self._epoll.modify(descriptor, ONE_INPUT)
+        except FileNotFoundError:  # a new connection; the kernel forgets each when it is closed
+            self._epoll.register(descriptor, ONE_INPUT)
 
     def _claim(self, descriptor: int, call: Call) -> bool:
         """Take the call out; False if somebody has. The descriptor may be another connection's by now: a worker goes on
@@ -134,10 +119,10 @@ class Express:
     def _look(self, call: Call) -> None:
         sent = self._sent(call)
         try:
-            is_whole = self._adapter.look(sent, call.bridge.most_held)
+            is_whole = self._adapter.look(sent, call.listener.most_held)
         except Exception:  # no call may be lost: its client would wait for ever
             log.exception("looking at an answer failed")
-            sent.failure = InvalidResponse(f"{sent.connection.origin.url}: its answer could not be read")
+            sent.fail(InvalidResponse(f"{sent.connection.origin.url}: its answer could not be read"))
             is_whole = False
         if is_whole:
             call.answer()

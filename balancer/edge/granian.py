@@ -20,14 +20,14 @@ from granian.constants import HTTPModes, SSLProtocols
 from granian.http import HTTP1Settings, HTTP2Settings
 
 from balancer.edge.bridge import Bridge
-from balancer.edge.clientbody import CONNECTION_WINDOW, READ_BYTES, STREAM_WINDOW
+from balancer.edge.listener import CONNECTION_WINDOW, READ_BYTES, STREAM_WINDOW
 
 log = logging.getLogger("balancer.server")
 
 _native: Any = granian._granian  # its type stub does not match what it takes
 
 BACKLOG = 4096  # connections the kernel holds while all is busy; it caps this at somaxconn
-# Of one HTTP/2 connection; `clientbody` says what may be unread of it.
+# Of one HTTP/2 connection; `listener` says what may be unread of it.
 STREAMS = 200
 SEND_BUFFER = 32768  # bytes that h2 takes of each answer when a client opens its windows and does not read
 

@@ -1,16 +1,38 @@
-"""What a request knows of the listener that brought it: `Bridge` is one, and tests have others."""
+"""What is known of the clients of one port: their requests in flight, how long they may take, how much may be held.
+
+`Bridge` is the one that takes requests; this is what a request itself and its body know of it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from threading import BoundedSemaphore
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from balancer.edge.accepted import Address
-from balancer.protocol.messages import Network
+from balancer.forwarding.forwarding import WHOLE_STREAM
+from balancer.protocol.messages import Network, is_in_networks, network_of
+from balancer.protocol.requestheads import RequestHeads
+from balancer.upstream.transport import SMALL_BODY
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
+
+GRACE_SECONDS = 5.0  # what a client may keep us waiting before `min_body_rate` counts
+BRIEF_SECONDS = 0.05  # a worker waits so long for its client; then it leaves the call to whoever hears of it
+MANY_DOWNLOADS = 64  # that are under way: from then on less is held, and no thread waits for any of them
+MAX_LINGERING = 64  # worker threads that read on after an answer at the same time; lingering is a courtesy
+FRAME_BYTES, READ_BYTES = 16384, 65536  # what hyper gives at a time at most, by default, in HTTP/2 and before
+AHEAD_BYTES = 4 * READ_BYTES  # of a request body that is asked for, and handed on, at the same time
+# Bytes that all requests in flight share, so that with many of them each has less: what is asked for ahead, and small
+# bodies that are kept until the answer comes, without a thread, of which there are only so many.
+AHEAD_IN_ALL, SMALL_IN_ALL = 8 * 1024 * 1024, 32 * 1024 * 1024
+# Of one HTTP/2 connection: the bytes that may be unread, of one stream and of all. What a client can make us hold
+# follows from the latter twice: h2 takes as much as half of it again for keeping account of frames of a few bytes, and
+# ends the connection beyond that. So 16 uploads whose backends do not read stop the others of their connection, which
+# get more time for that; Envoy advises these two for the edge.
+STREAM_WINDOW, CONNECTION_WINDOW = 64 * 1024, 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,50 +44,106 @@ class ClientLimits:
     networks: tuple[Network, ...]
 
 
-class Clients(Protocol):
-    """How long its clients may take, and how much of what they send or do not read may be held.
+class Listener:
+    """Each call is a `Call`, which this module does not know.
 
-    `most_read`: bytes of a body that hyper gives at a time. `ahead_bytes`: of one body, what may be asked for before it
-    is needed. `downloads`: answers under way in pieces.
+    `calls` holds what is in flight, oldest first: Granian's thread adds, whoever answers takes out, the loop thread
+    looks at a copy; each of these is one step that needs no lock. `downloads` holds those that are answered in pieces.
+    `_begun` has who sent a request since the loop thread last replaced it, `_handed` how many bytes they were handed.
     """
 
-    limits: ClientLimits
-    most_read: int
+    def __init__(self, app: WSGIApplication, limits: ClientLimits) -> None:
+        self.app = app
+        self.limits = limits  # may be replaced at any time
+        self.heads = RequestHeads()  # for what the app answers; whoever forwards has its own
+        self.is_draining = False  # set by the server: each answer asks its client to close
+        self.most_read = READ_BYTES  # bytes of a body that hyper gives at a time; set by the server
+        self.lingering = BoundedSemaphore(MAX_LINGERING)
+        self.calls: dict[Any, None] = {}
+        self.downloads: dict[Any, None] = {}
+        self._begun: dict[Address, None] = {}
+        self._handed: dict[Address, int] = {}
+        # Bytes of an answer that may be taken in whole, and seconds that a worker waits for its client before it parks
+        # the call: less with many downloads under way.
+        self.most_held, self.patience = SMALL_BODY, BRIEF_SECONDS
+
+    # What a call asks for; `Bridge` does it.
+
+    def connect(self, call: Any) -> bool:
+        """Called by a worker: True if the express way has the call from now on."""
+        return False
+
+    def park(self, call: Any) -> None:
+        """Its client has to read first. From here on the call may be somebody else's."""
+        raise NotImplementedError
+
+    # How much each may take.
 
     @property
-    def ahead_bytes(self) -> int: ...
+    def active(self) -> int:
+        return len(self.calls)
 
     @property
-    def downloads(self) -> int: ...
+    def ahead_bytes(self) -> int:
+        """Of one request body: what may be asked for before it is needed."""
+        return min(AHEAD_BYTES, AHEAD_IN_ALL // max(self.active, 1))
 
-    def paused(self, client: Address) -> int: ...
+    @property
+    def small_bytes(self) -> int:
+        """Of a request body that may be kept without a thread."""
+        return SMALL_IN_ALL // max(self.active, 1)
 
+    def patience_left(self, before: float, waited: float, size: int) -> float:
+        """Seconds, of GRACE_SECONDS at first, after so many `waited` and `size` bytes: each pays for 1/`min_body_rate`,
+        and no more than `idle_timeout` are saved up. So a client that was fast may pause, and may not trickle for
+        ever."""
+        rate, most = self.limits.min_body_rate, max(self.limits.idle_timeout, GRACE_SECONDS)
+        return min(max(0.0, before - waited) + size / rate, most) if rate else before
 
-class Listener(Clients, Protocol):
-    """What a Call asks of it. Each `call` is a Call, which this module does not know.
+    def longest_wait(self, patience: float) -> float:
+        """Seconds for which a client may keep us waiting now."""
+        limits = self.limits
+        return min(limits.idle_timeout, patience) if limits.min_body_rate else limits.idle_timeout
 
-    `patience`: seconds for which a worker waits for its client before it parks the call. `most_held`: bytes of an
-    answer that may be taken in whole.
-    """
+    def begin_download(self, call: Any) -> None:
+        self.downloads[call] = None
+        self._note_downloads()
 
-    app: WSGIApplication
-    is_draining: bool
-    lingering: BoundedSemaphore
-    patience: float
-    most_held: int
+    def end_download(self, call: Any) -> None:
+        self.downloads.pop(call, None)
+        self._note_downloads()
 
-    def safely(self, step: Any, call: Any) -> None: ...
+    def _note_downloads(self) -> None:
+        few = len(self.downloads) < MANY_DOWNLOADS
+        self.most_held, self.patience = (SMALL_BODY, BRIEF_SECONDS) if few else (WHOLE_STREAM, 0.0)
 
-    def connect(self, call: Any) -> bool: ...
+    # Whose they are.
 
-    def park(self, call: Any) -> None: ...
+    def source_of(self, host: str) -> str:
+        """Whose requests share the worker threads: an address, in IPv6 the network that one customer has. "" for a
+        proxy that is trusted."""
+        if self.limits.networks and is_in_networks(host, self.limits.networks):
+            return ""
+        return network_of(host)
 
-    def begin_download(self, call: Any) -> None: ...
+    def is_held_up(self, address: Address) -> bool:
+        """The streams of an HTTP/2 connection share a window (RFC 9113 section 5.2): those for whose backends this
+        client has to pause may have used it up, and then no other stream can send."""
+        paused: int = sum(call.is_paused for call in list(self.calls) if call.scope["client"] == address)
+        return paused * STREAM_WINDOW >= CONNECTION_WINDOW
 
-    def end_download(self, call: Any) -> None: ...
+    def used(self) -> Callable[[Address], bool]:
+        """What tells of a client whether it has a request in flight, or had one since `used` was last asked for."""
+        begun, self._begun = self._begun, {}
+        known = begun.keys() | {call.scope["client"] for call in list(self.calls)}
+        return lambda address: address in known or address in self._begun
 
-    def finish(self, call: Any) -> None: ...
+    def hand_over(self, address: Address, size: int) -> None:
+        """So many bytes of an answer went to hyper, for a client of HTTP/2, which may leave many unread. Two at once
+        may count as one, to the client's good."""
+        self._handed[address] = self._handed.get(address, 0) + size
 
-    def hand_over(self, client: Address, size: int) -> None: ...
-
-    def source_of(self, host: str) -> str: ...
+    def handed(self) -> dict[Address, int]:
+        """What was handed over since this was last asked for."""
+        handed, self._handed = self._handed, {}
+        return handed

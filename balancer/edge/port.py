@@ -37,12 +37,14 @@ class Port:
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def start(self) -> None:
-        self._worker = Worker(self.bridge, self._listener, self._options)
+        # A copy: the port stays ours, whichever worker serves it.
+        self._worker = Worker(self.bridge, self._listener.dup(), self._options)
         self._watches = [asyncio.create_task(watch) for watch in (self.bridge.watch(), self._close_unused())]
 
     def stop(self) -> asyncio.Future[None]:
         """Accept no more; what it returns is done when all connections have ended."""
         assert self._worker is not None
+        self._listener.close()
         self._worker.stop()
         return self._worker.stopped
 
@@ -53,7 +55,7 @@ class Port:
     def close(self) -> None:
         for watch in self._watches:
             watch.cancel()
-        self._listener.close()  # Granian has it, unless `start` was never called
+        self._listener.close()
 
     async def _close_unused(self) -> None:
         """hyper limits the time for a request head in HTTP/1 only, and only once it knows that it is that."""

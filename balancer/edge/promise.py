@@ -7,8 +7,6 @@ from collections.abc import Callable
 from threading import Lock
 from typing import Any
 
-from balancer.errors import ClientGone
-
 
 def when_done(promise: Any, callback: Callable[[Any], object]) -> None:
     """`callback(promise)` once it is done: in Granian's thread, or at once in this one."""
@@ -47,10 +45,3 @@ def is_done_within(promise: Any, seconds: float) -> bool:
     ready.acquire()
     when_done(promise, lambda _: ready.release())
     return ready.acquire(timeout=seconds)
-
-
-def wait_for(promise: Any, seconds: float) -> Any:
-    """The result; blocks this thread until it is there. Raises ClientGone after so many seconds."""
-    if not is_done_within(promise, seconds):
-        raise ClientGone("the client sent nothing in time")
-    return result_of(promise)

@@ -36,8 +36,10 @@ class ReverseProxy:
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         if self.is_control(environ["PATH_INFO"]):
             return self._control_app(environ, start_response)
-        return self.forward(Request.of(environ, self.heads)).run().begin(start_response)
+        return self.forward(Request.of(environ, self.heads)).run().as_wsgi(start_response)
 
     def forward(self, request: Request) -> Forwarding:
         """A request that is not for the control API, counted from now on: `run` or `refuse` must follow."""
-        return Forwarding(self.routes.find(request), request)
+        route = self.routes.find(request)
+        route.statistics.begin()
+        return Forwarding(route, request)

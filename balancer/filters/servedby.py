@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from balancer.forwarding.filter import Filter
 
 if TYPE_CHECKING:
-    from balancer.observe.exchange import Exchange
+    from balancer.observe.record import Record
     from balancer.protocol.messages import Line
     from balancer.protocol.request import Request
 
@@ -15,5 +15,5 @@ if TYPE_CHECKING:
 class ServedBy(Filter):
     """`expose_backend`: X-Served-By with the id of the last backend that was asked."""
 
-    def answer(self, request: Request, record: Exchange, lines: list[Line]) -> list[Line]:
+    def answer(self, request: Request, record: Record, lines: list[Line]) -> list[Line]:
         return lines if record.backend is None else [*lines, (b"x-served-by", record.backend.encode("ascii"))]

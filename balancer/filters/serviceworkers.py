@@ -14,7 +14,7 @@ from balancer.forwarding.filter import Filter
 from balancer.protocol.messages import narrowed, scope_of
 
 if TYPE_CHECKING:
-    from balancer.observe.exchange import Exchange
+    from balancer.observe.record import Record
     from balancer.protocol.messages import Line
     from balancer.protocol.request import Request
 
@@ -32,5 +32,5 @@ class ServiceWorkers(Filter):
                 "serve its script from a folder of its own, or set control_port"
             )
 
-    def answer(self, request: Request, record: Exchange, lines: list[Line]) -> list[Line]:
+    def answer(self, request: Request, record: Record, lines: list[Line]) -> list[Line]:
         return narrowed(lines, self._covers_control) if request.values(b"service-worker") else lines

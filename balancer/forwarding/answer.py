@@ -28,8 +28,8 @@ class Answer(NamedTuple):
     lines: list[Line]  # names in lower case
     body: bytes | ResponseStream
 
-    def begin(self, start_response: StartResponse) -> Iterable[bytes]:
-        """As WSGI wants it: text, and a body to iterate over."""
+    def as_wsgi(self, start_response: StartResponse) -> Iterable[bytes]:
+        """Text, and a body to iterate over."""
         lines = [line for line in self.lines if line is not SERVER_LINE]  # another server names itself
         headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in lines]
         try:

@@ -7,20 +7,24 @@ is the only place where that is decided, but for the one more try that `transpor
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
 from balancer.errors import BackendError, ClientError, ClientGone, ConnectFailed, NoRoom, Unavailable
 from balancer.forwarding.stage import Stage
-from balancer.observe.exchange import Attempt, Exchange
-from balancer.protocol.client import has_left
+from balancer.observe.record import Attempt, Record
 
 if TYPE_CHECKING:
     from balancer.balancing.pool import Lease
     from balancer.forwarding.route import Route, RouteOptions
+    from balancer.protocol.origin import Origin
     from balancer.protocol.request import Request
     from balancer.upstream.outgoing import OutgoingRequest
     from balancer.upstream.response import BackendResponse
     from balancer.upstream.sent import Sent
+
+Given = TypeVar("Given")
+Got = TypeVar("Got")
 
 # Full jitter before a retry, as Envoy has it: up to 25 ms, then up to 75 ms, never more than 250 ms.
 BACKOFF_SECONDS = 0.025
@@ -34,8 +38,8 @@ def no_thread(options: RouteOptions) -> NoRoom:
 
 
 class Attempts:
-    """Gets one request to a backend: `lease_now` and `send_now` as far as nothing has to be waited for, then `arrived`
-    or `exchange`; `give_back` at the end.
+    """Gets one request to a backend: `lease_now` and `send_now` as far as nothing has to be waited for, `run` for all
+    the rest; `answered` if the answer comes in pieces, `end` in any case.
 
     Notes in `record` what was tried; `started` is of time.perf_counter(). Used by one thread at a time.
     """
@@ -43,7 +47,7 @@ class Attempts:
     __slots__ = ("_route", "_request", "_outgoing", "_record", "_started", "_lease", "_failure")
 
     def __init__(
-        self, route: Route, request: Request, outgoing: OutgoingRequest, record: Exchange, started: float
+        self, route: Route, request: Request, outgoing: OutgoingRequest, record: Record, started: float
     ) -> None:
         self._route = route
         self._request = request
@@ -69,21 +73,14 @@ class Attempts:
         """
         if may_connect:  # a worker thread, for which it may have had to wait
             self._check_time()
-        lease = self._lease
-        assert lease is not None
-        attempt = Attempt(lease.choice, at=time.perf_counter() - self._started)
+        self._begin()
         try:
-            sent = self._route.adapter.begin(self._outgoing, lease.choice.origin, may_connect)
+            sent = self._try(self._route.adapter.send_now, may_connect)
         except BackendError as error:
-            self._record.attempts.append(attempt)
-            self._failed(attempt, lease, error)
             self._failure = error.to_keep()
             raise
-        except Unavailable:
-            self._record.backend = None
-            raise
-        if sent is not None:
-            self._record.attempts.append(attempt)
+        if sent is None:
+            self._record.attempts.pop()
         return sent
 
     def _check_time(self) -> None:
@@ -92,16 +89,7 @@ class Attempts:
             self._record.backend = None
             raise no_thread(self._route.options)
 
-    def arrived(self, sent: Sent) -> BackendResponse:
-        """The response to what `send_now` has sent: it is here, so nothing can fail any more."""
-        response = sent.response
-        assert response is not None
-        attempt = self._record.attempts[-1]
-        attempt.outcome = str(response.status_code)
-        self._note_times(attempt)
-        return response
-
-    def exchange(self, stage: Stage, sent: Sent | None) -> BackendResponse:
+    def run(self, stage: Stage, sent: Sent | None) -> BackendResponse:
         """Go on from `stage` until a backend has answered, another one for each attempt.
 
         Raises what the last attempt raised; Unavailable if there was none; ClientGone, ClientError.
@@ -117,8 +105,10 @@ class Attempts:
                 self._back_off(failure)
             if failure is not None or stage < Stage.LEASED:
                 self._lease_backend(failure)
+            if failure is not None or sent is None:
+                self._begin()
             try:
-                return self._attempt(sent if failure is None else None)
+                return self._try(self._route.adapter.exchange, None if failure is not None else sent)
             except BackendError as error:
                 failure = error.to_keep()
 
@@ -154,10 +144,10 @@ class Attempts:
         tried = [attempt.backend for attempt in record.attempts]
         started = time.perf_counter()
         try:
-            lease = self._route.pool.lease(request, tried, watcher=request.client, deadline=self._outgoing.deadline)
+            lease = self._route.pool.lease(request, tried, client=request.client, deadline=self._outgoing.deadline)
         except Unavailable as unavailable:
             record.queued += time.perf_counter() - started
-            if has_left(request.client):
+            if request.client.is_gone:
                 raise ClientGone("the client left while it waited for a backend") from None
             if failure is not None:  # what went wrong says more than that no other backend is left
                 raise self._final(failure, str(unavailable)) from None
@@ -178,43 +168,40 @@ class Attempts:
 
     # One of them.
 
-    def _attempt(self, sent: Sent | None) -> BackendResponse:
-        """On the leased backend; what is `sent` already is only waited for."""
-        lease, outgoing, attempts = self._lease, self._outgoing, self._record.attempts
+    def _begin(self) -> None:
+        """An attempt on the leased backend."""
+        assert self._lease is not None
+        self._record.attempts.append(Attempt(self._lease.choice, at=time.perf_counter() - self._started))
+
+    def _try(self, step: Callable[[OutgoingRequest, Origin, Given], Got], given: Given) -> Got:
+        """A step of it, which the adapter does. If it fails, this says who is to blame."""
+        lease, record = self._lease, self._record
         assert lease is not None
-        if sent is None:
-            attempts.append(Attempt(lease.choice, at=time.perf_counter() - self._started))
-        attempt = attempts[-1]
         try:
-            response = self._route.adapter.exchange(outgoing, lease.choice.origin, sent)
+            return step(self._outgoing, lease.choice.origin, given)
         except Unavailable:  # it reached no backend, and none is at fault
             lease.release()
-            attempts.pop()
-            self._record.backend = attempts[-1].backend if attempts else None
+            record.attempts.pop()
+            record.backend = record.attempts[-1].backend if record.attempts else None
             raise
-        except (ClientError, ClientGone) as error:  # while the body was streamed; `give_back` gives the place back
-            attempt.outcome, attempt.error = error.reason, str(error)
-            self._note_times(attempt)
+        except (ClientError, ClientGone) as error:  # while the body was streamed; `end` gives the place back
+            self._note(error.reason, str(error))
             raise
         except BackendError as error:
-            self._failed(attempt, lease, error)
+            if self._request.client.is_gone:
+                self._note("")
+                raise ClientGone("the client left while the backend was working") from None
+            self._note(error.reason, str(error))
+            if isinstance(error, ConnectFailed) and error.refused:
+                self._route.pool.record_refused(lease.backend, str(error), lease.choice.origin)
+                self._route.on_refused()
+            lease.release(failure="" if getattr(error, "stale", False) else str(error))
             raise
-        attempt.outcome = str(response.status_code)
-        self._note_times(attempt)
-        return response
 
-    def _failed(self, attempt: Attempt, lease: Lease, error: BackendError) -> None:
-        """Raises ClientGone if the backend is not to blame."""
-        self._note_times(attempt)
-        if has_left(self._request.client):
-            raise ClientGone("the client left while the backend was working") from None
-        attempt.outcome, attempt.error = error.reason, str(error)
-        if isinstance(error, ConnectFailed) and error.refused:
-            self._route.pool.record_refused(lease.backend, str(error), lease.choice.origin)
-            self._route.on_refused()
-        lease.release(failure="" if getattr(error, "stale", False) else str(error))
-
-    def _note_times(self, attempt: Attempt) -> None:
+    def _note(self, outcome: str, error: str | None = None) -> None:
+        """What came of it: a status, or a reason."""
+        attempt = self._record.attempts[-1]
+        attempt.outcome, attempt.error = outcome, error
         attempt.seconds = time.perf_counter() - self._started - attempt.at
         attempt.connect, attempt.resent = self._outgoing.connect_seconds, self._outgoing.is_resent
 
@@ -222,14 +209,17 @@ class Attempts:
 
     def answered(self, status: int) -> None:
         """The response has begun, but its body may take long."""
+        self._note(str(status))
         if self._lease is not None:
             self._lease.answered(self._record.attempts[-1].seconds, status not in EJECTING_STATUSES)
 
-    def give_back(self, status: int, reason: str | None, failure: str) -> None:
-        """At the end of the request, as `Forwarding.finish` has it. Does nothing if no backend is left with a place."""
+    def end(self, status: int, reason: str | None, failure: str) -> None:
+        """The request is over, as `Forwarding.finish` has it."""
         lease = self._lease
         if lease is None:
             return
+        if reason is None and not self._record.attempts[-1].outcome:
+            self._note(str(status))
         if failure:
             lease.release(failure=failure)
         elif reason is not None:  # our own answer, or it says nothing about the backend

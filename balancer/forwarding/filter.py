@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from balancer.forwarding.answer import Answer
-    from balancer.observe.exchange import Exchange
+    from balancer.observe.record import Record
     from balancer.protocol.messages import Line
     from balancer.protocol.request import Request
     from balancer.upstream.outgoing import OutgoingRequest
@@ -29,10 +29,10 @@ class Filter:
     def send(self, request: Request, outgoing: OutgoingRequest) -> None:
         """Change what backends get, before one is chosen. Several may get it, one after another."""
 
-    def answer(self, request: Request, record: Exchange, lines: list[Line]) -> list[Line]:
+    def answer(self, request: Request, record: Record, lines: list[Line]) -> list[Line]:
         """The header lines for its client, of a backend's answer or our own. `record` has the status, and the backend
         if there is one."""
         return lines
 
-    def done(self, request: Request, record: Exchange) -> None:
+    def done(self, request: Request, record: Record) -> None:
         """It is over, and `record` complete. Its client may have the answer, or have left."""

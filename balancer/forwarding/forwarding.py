@@ -17,7 +17,6 @@ from balancer.errors import (
     BalancerError,
     BodyTooLarge,
     ClientGone,
-    MethodRefused,
     NoRoom,
     Unavailable,
 )
@@ -25,15 +24,8 @@ from balancer.forwarding.answer import Answer, ResponseStream, refusal
 from balancer.forwarding.attempts import Attempts, no_thread
 from balancer.forwarding.route import REPLAY_LIMIT, Route
 from balancer.forwarding.stage import Stage
-from balancer.observe.exchange import METHOD_KEPT, PATH_KEPT, Exchange
-from balancer.protocol.client import has_left
-from balancer.protocol.messages import (
-    ALLOWED,
-    REFUSED_METHODS,
-    Line,
-    check_target,
-    request_id,
-)
+from balancer.observe.record import METHOD_KEPT, PATH_KEPT, Record
+from balancer.protocol.messages import Line
 from balancer.upstream.outgoing import OutgoingRequest
 
 if TYPE_CHECKING:
@@ -50,35 +42,30 @@ INTERNAL_ERROR = "internal error, the log of the balancer has the cause"
 class Forwarding:
     """One request on its way: what its attempts and its answer share. Used by one thread at a time.
 
-    `run` takes it from whichever `stage` to its answer; `begin` may have gone ahead as far as nothing had to be waited
+    `run` takes it from whichever `stage` to its answer; `start` may have gone ahead as far as nothing had to be waited
     for; `refuse` ends it at any stage before the answer.
     """
 
-    __slots__ = (
-        *("_route", "_request", "_started", "_own", "_record"),
-        *("stage", "_attempts", "sent", "_decision"),
-    )
+    __slots__ = ("_route", "_request", "_started", "_own", "_record", "stage", "_attempts", "sent", "_decision")
 
     def __init__(self, route: Route, request: Request) -> None:
         self._route = route
         self._request = request
         self._started = time.perf_counter()
-        identifier = request_id(request.head.fields.get(b"x-request-id", ()))
-        self._own: Line = (b"x-request-id", identifier)
-        self._record = Exchange(
-            time.time(), request.method[:METHOD_KEPT], request.path[:PATH_KEPT], identifier.decode("ascii")
+        self._own: Line = (b"x-request-id", request.id)
+        self._record = Record(
+            time.time(), request.method[:METHOD_KEPT], request.path[:PATH_KEPT], request.id.decode("ascii")
         )
         self.stage = Stage.FOUND
         self._attempts: Attempts  # from BUILT on
-        self.sent: Sent | None = None  # by `begin`
+        self.sent: Sent | None = None  # by `start`
         self._decision: Answer | BalancerError | None = None  # of our own, without a backend's answer
-        route.statistics.begin()
 
     def run(self) -> Answer:
         """The whole way: admit, build, lease, send, receive, answer. Waits where it has to. Never raises."""
         try:
-            if self.sent is not None and self.sent.is_answered:
-                return self._answer(self._attempts.arrived(self.sent))
+            if self.sent is not None and self.sent.response is not None:
+                return self._answer(self.sent.response)
             # Seconds for a thread; what is built already did not have to wait for one.
             waited = time.perf_counter() - self._started if self.stage < Stage.BUILT else 0.0
             if waited > self._route.options.request_timeout:
@@ -89,14 +76,14 @@ class Forwarding:
                 self._build(waited)
             if self._decision is not None:
                 return self._decided(self._decision)
-            return self._answer(self._attempts.exchange(self.stage, self.sent))
+            return self._answer(self._attempts.run(self.stage, self.sent))
         except BalancerError as error:
             return self._decided(error.to_keep())
         except Exception:  # ours, not the client's or a backend's: the log has the traceback, the client one line
             log.exception("request %s failed", self._record.request_id)
             return self._decided(BalancerError(INTERNAL_ERROR))
 
-    def begin(self, *, may_connect: bool = False) -> bool:
+    def start(self, *, may_connect: bool = False) -> bool:
         """The steps of `run` as far as they need no waiting; True if the request is SENT. Never raises.
 
         For requests without a body, or with a small one that has come whole. Once LEASED it `may_connect`, and take as
@@ -127,8 +114,8 @@ class Forwarding:
         return False
 
     def connect(self) -> bool:
-        """As `begin`, after it, if a connection was all that was missing."""
-        return self.stage is Stage.LEASED and self._decision is None and self.begin(may_connect=True)
+        """As `start`, after it, if a connection was all that was missing."""
+        return self.stage is Stage.LEASED and self._decision is None and self.start(may_connect=True)
 
     def refuse(self) -> Answer:
         """The answer when no thread is free for the request; does not block."""
@@ -145,13 +132,9 @@ class Forwarding:
     def _admit(self) -> None:
         """By its head alone: no body is read for what is refused here. Raises ClientError."""
         request = self._request
-        method, head = request.method, request.head
-        if method in REFUSED_METHODS:
-            raise MethodRefused(f"{method} is not supported", ALLOWED)
-        check_target(method, request.target)
-        if head.refusal is not None:
-            raise head.refusal
-        self._record.trace_id = head.trace_id
+        if request.refusal is not None:
+            raise request.refusal
+        self._record.trace_id = request.head.trace_id
         for admit in self._route.admit:
             self._decision = admit(request)
             if self._decision is not None:
@@ -162,9 +145,9 @@ class Forwarding:
         """The request for a backend. Reads a small body; `waited` are seconds for a thread. Raises as the body does."""
         request = self._request
         outgoing = OutgoingRequest(request.method, request.target, (self._own,), request.head)
-        outgoing.watcher = request.client
+        outgoing.client = request.client
         outgoing.heads = self._route.response_heads
-        if request.length or request.is_ended:
+        if not request.head.is_bodiless:
             self._add_body(outgoing)
         for send in self._route.send:
             send(request, outgoing)
@@ -174,20 +157,21 @@ class Forwarding:
 
     def _add_body(self, outgoing: OutgoingRequest) -> None:
         request, limit = self._request, self._route.options.max_request_body
-        length = request.content_length()
+        length = request.head.length
         if length is not None:
             if limit is not None and length > limit:
                 raise BodyTooLarge(f"the request body has {length} bytes, at most {limit} are accepted")
             chunks = request.read(length, None)
-            is_small = length <= REPLAY_LIMIT
-            outgoing.body = b"".join(chain.from_iterable(chunks)) if is_small else self._counted(chunks)
-            outgoing.content_length = length
-            if is_small:
+            if length <= REPLAY_LIMIT:
+                outgoing.set_body(b"".join(chain.from_iterable(chunks)))
                 self._record.bytes_in = length
-        elif request.may_have_body():
+            else:
+                outgoing.set_body(self._counted(chunks), length)
+        elif request.is_ended:
             chunks = request.read(None, limit)
             first = next(chunks, None)  # none: there is no body after all
-            outgoing.body = self._counted(chain([first], chunks)) if first else None
+            if first:
+                outgoing.set_body(self._counted(chain([first], chunks)))
 
     def _counted(self, chunks: Iterable[list[bytes]]) -> Iterator[list[bytes]]:
         for pieces in chunks:
@@ -204,13 +188,13 @@ class Forwarding:
             try:
                 lines = self._filtered(lines)
             except BaseException:
+                self._attempts.answered(status)
                 body.close()
                 raise
         if body.is_complete and (self._request.version != "2" or len(body.buffered) <= WHOLE_STREAM):
-            data = body.read_chunk()
-            self._record.bytes_out = len(data)
+            self._record.bytes_out = len(body.buffered)
             self.finish(status)
-            return Answer(status, response.reason, lines, data)
+            return Answer(status, response.reason, lines, body.buffered)
         self._attempts.answered(status)
         return Answer(status, response.reason, lines, ResponseStream(self, body, status))
 
@@ -240,13 +224,13 @@ class Forwarding:
     # What a `ResponseStream` needs.
 
     def is_client_gone(self) -> bool:
-        return has_left(self._request.client)
+        return self._request.client.is_gone
 
     def count_out(self, size: int) -> None:
         self._record.bytes_out += size
 
     def finish(self, status: int, *, reason: str | None = None, complete: bool = True, failure: str = "") -> None:
-        """Record the exchange and give the backend's place back, once.
+        """Record the request and give the backend's place back, once.
 
         `status` is what the client sees; `failure` in words if the backend broke off its answer.
         """
@@ -258,13 +242,13 @@ class Forwarding:
         record.status = status
         record.reason = reason
         record.complete = complete
-        record.seconds = time.perf_counter() - self._started
         try:
-            self._route.statistics.record(record)
+            if stage >= Stage.BUILT:
+                self._attempts.end(status, reason, failure)
+            record.seconds = time.perf_counter() - self._started
             for done in self._route.done:
                 done(self._request, record)
         except Exception:  # too late to answer anything else
             log.exception("the end of request %s failed", record.request_id)
         finally:
-            if stage >= Stage.BUILT:
-                self._attempts.give_back(status, reason, failure)
+            self._route.statistics.record(record)

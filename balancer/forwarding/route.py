@@ -16,7 +16,7 @@ from balancer.upstream.transport import BackendAdapter
 
 if TYPE_CHECKING:
     from balancer.forwarding.answer import Answer
-    from balancer.observe.exchange import Exchange
+    from balancer.observe.record import Record
     from balancer.protocol.messages import Line
     from balancer.protocol.request import Request
     from balancer.upstream.outgoing import OutgoingRequest
@@ -50,8 +50,8 @@ class Route:
     response_heads: ResponseHeads = field(default_factory=ResponseHeads)
     admit: tuple[Callable[[Request], Answer | None], ...] = ()
     send: tuple[Callable[[Request, OutgoingRequest], None], ...] = ()
-    answer: tuple[Callable[[Request, Exchange, list[Line]], list[Line]], ...] = ()
-    done: tuple[Callable[[Request, Exchange], None], ...] = ()
+    answer: tuple[Callable[[Request, Record, list[Line]], list[Line]], ...] = ()
+    done: tuple[Callable[[Request, Record], None], ...] = ()
     waits: bool = False  # `admit` or `send` may: requests have a worker thread for their whole way
 
     @property

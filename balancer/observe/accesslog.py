@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Literal
 
-from balancer.observe.exchange import Exchange
 from balancer.observe.logwriter import LogWriter
+from balancer.observe.record import Record
 from balancer.protocol.messages import Network, client_address
 from balancer.protocol.request import Request
 
@@ -33,7 +33,7 @@ CLIENTS_LOGGED = 1000  # bytes of X-Forwarded-For, from its end
 
 _quote = json.JSONEncoder().encode
 
-Format = Callable[[Exchange, str | None, str, bytes | None], str]  # exchange, client, protocol, user agent
+Format = Callable[[Record, str | None, str, bytes | None], str]  # record, client, protocol, user agent
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +52,9 @@ class AccessLog:
         self._add = writer.add
         self.options = options
 
-    def done(self, request: Request, exchange: Exchange) -> None:
-        """`exchange` is finished: nothing changes it any more."""
-        if not self.options.access_log:  # any more: it was when this request began
+    def done(self, request: Request, record: Record) -> None:
+        """`record` is finished: nothing changes it any more."""
+        if not self.options.access_log:  # any more: it was on when this request began
             return
         agent, forwarded_for = None, b""
         for name, value in request.lines:
@@ -63,47 +63,47 @@ class AccessLog:
             elif name == b"x-forwarded-for":
                 forwarded_for = b"%s,%s" % (forwarded_for, value)
         asked = (request.peer, forwarded_for[-CLIENTS_LOGGED:], request.version, agent)
-        self._add(partial(_line, exchange, asked, self.options))  # as they are now, not when it is made
+        self._add(partial(_line, record, asked, self.options))  # as they are now, not when it is made
 
 
-def _line(exchange: Exchange, asked: tuple[str, bytes, str, bytes | None], options: LogOptions) -> str:
+def _line(record: Record, asked: tuple[str, bytes, str, bytes | None], options: LogOptions) -> str:
     peer, clients, version, agent = asked
     client = None if peer == "unknown" else client_address(peer, clients.decode("latin-1"), options.networks)
-    return FORMATS[options.access_log_format](exchange, client, f"HTTP/{version}", agent)
+    return FORMATS[options.access_log_format](record, client, f"HTTP/{version}", agent)
 
 
 # Both formats are written out, because a line costs half as much that way as through a dictionary. Quoted is what a
 # client can choose freely; ids, reasons and outcomes are tokens.
 
 
-def as_text(exchange: Exchange, client: str | None, protocol: str, agent: bytes | None) -> str:
+def as_text(record: Record, client: str | None, protocol: str, agent: bytes | None) -> str:
     """Time, client, request line and status; then names with values. `-` for what is not there."""
-    received, connect, first_byte, transfer = phases(exchange)
-    attempts = ",".join([f"{a.backend}:{a.outcome or '-'}:{a.seconds:.6f}" for a in exchange.attempts])
+    received, connect, first_byte, transfer = phases(record)
+    attempts = ",".join([f"{a.backend}:{a.outcome or '-'}:{a.seconds:.6f}" for a in record.attempts])
     return (
-        f"{timestamp(exchange.timestamp)} {client or '-'} "
-        f"{_quote(f'{exchange.method} {path_of(exchange)} {protocol}')} {exchange.status} "
-        f"backend={exchange.backend or '-'} reason={exchange.reason or '-'} total={exchange.seconds:.6f} "
-        f"received={_or(received, '-')} queued={exchange.queued:.6f} connect={_or(connect, '-')} "
-        f"first_byte={_or(first_byte, '-')} transfer={_or(transfer, '-')} in={exchange.bytes_in} "
-        f"out={exchange.bytes_out} attempts={attempts or '-'} id={exchange.request_id} "
-        f"trace={exchange.trace_id or '-'} agent={'-' if agent is None else _quote(as_unicode(agent))}"
+        f"{timestamp(record.timestamp)} {client or '-'} "
+        f"{_quote(f'{record.method} {path_of(record)} {protocol}')} {record.status} "
+        f"backend={record.backend or '-'} reason={record.reason or '-'} total={record.seconds:.6f} "
+        f"received={_or(received, '-')} queued={record.queued:.6f} connect={_or(connect, '-')} "
+        f"first_byte={_or(first_byte, '-')} transfer={_or(transfer, '-')} in={record.bytes_in} "
+        f"out={record.bytes_out} attempts={attempts or '-'} id={record.request_id} "
+        f"trace={record.trace_id or '-'} agent={'-' if agent is None else _quote(as_unicode(agent))}"
     )
 
 
-def as_json(exchange: Exchange, client: str | None, protocol: str, agent: bytes | None) -> str:
+def as_json(record: Record, client: str | None, protocol: str, agent: bytes | None) -> str:
     """One object. Null for what is not there."""
-    received, connect, first_byte, transfer = phases(exchange)
+    received, connect, first_byte, transfer = phases(record)
     attempts = ",".join(
-        [f'{{"backend":"{a.backend}","outcome":"{a.outcome}","seconds":{a.seconds:.6f}}}' for a in exchange.attempts]
+        [f'{{"backend":"{a.backend}","outcome":"{a.outcome}","seconds":{a.seconds:.6f}}}' for a in record.attempts]
     )
     return (
-        f'{{"time":"{timestamp(exchange.timestamp)}","request_id":"{exchange.request_id}",'
-        f'"trace_id":{_or_null(exchange.trace_id)},"client":{_or_null(client)},"method":{_quote(exchange.method)},'
-        f'"path":{_quote(path_of(exchange))},"protocol":{_quote(protocol)},"status":{exchange.status},'
-        f'"complete":{"true" if exchange.complete else "false"},"reason":{_or_null(exchange.reason)},'
-        f'"backend":{_or_null(exchange.backend)},"bytes_in":{exchange.bytes_in},"bytes_out":{exchange.bytes_out},'
-        f'"total":{exchange.seconds:.6f},"received":{_or(received, "null")},"queued":{exchange.queued:.6f},'
+        f'{{"time":"{timestamp(record.timestamp)}","request_id":"{record.request_id}",'
+        f'"trace_id":{_or_null(record.trace_id)},"client":{_or_null(client)},"method":{_quote(record.method)},'
+        f'"path":{_quote(path_of(record))},"protocol":{_quote(protocol)},"status":{record.status},'
+        f'"complete":{"true" if record.complete else "false"},"reason":{_or_null(record.reason)},'
+        f'"backend":{_or_null(record.backend)},"bytes_in":{record.bytes_in},"bytes_out":{record.bytes_out},'
+        f'"total":{record.seconds:.6f},"received":{_or(received, "null")},"queued":{record.queued:.6f},'
         f'"connect":{_or(connect, "null")},"first_byte":{_or(first_byte, "null")},'
         f'"transfer":{_or(transfer, "null")},"attempts":[{attempts}],'
         f'"user_agent":{"null" if agent is None else _quote(as_unicode(agent))}}}'
@@ -113,12 +113,12 @@ def as_json(exchange: Exchange, client: str | None, protocol: str, agent: bytes 
 FORMATS: dict[str, Format] = {"text": as_text, "json": as_json}
 
 
-def phases(exchange: Exchange) -> tuple[float | None, float | None, float | None, float | None]:
+def phases(record: Record) -> tuple[float | None, float | None, float | None, float | None]:
     """received, connect, first_byte and transfer, as the module explains them."""
-    if not exchange.attempts:
+    if not record.attempts:
         return None, None, None, None
-    received, last, first_byte = exchange.attempts[0].at - exchange.queued, exchange.attempts[-1], exchange.first_byte
-    transfer = None if first_byte is None else max(0.0, exchange.seconds - last.at - first_byte)
+    received, last, first_byte = record.attempts[0].at - record.queued, record.attempts[-1], record.first_byte
+    transfer = None if first_byte is None else max(0.0, record.seconds - last.at - first_byte)
     return max(0.0, received), last.connect, first_byte, transfer
 
 
@@ -130,9 +130,9 @@ def _or_null(text: str | None) -> str:
     return "null" if text is None else _quote(text)
 
 
-def path_of(exchange: Exchange) -> str:
+def path_of(record: Record) -> str:
     """WSGI gives bytes as Latin-1."""
-    path = exchange.path
+    path = record.path
     return path if path.isascii() else as_unicode(path.encode("latin-1", "replace"))
 
 

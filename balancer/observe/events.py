@@ -6,7 +6,9 @@ import time
 from collections import deque
 from collections.abc import Callable
 from threading import Lock
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
+
+from typing_extensions import TypedDict
 
 from balancer.balancing.changes import ChangeKind, Severity
 from balancer.protocol.texts import shown
@@ -15,6 +17,16 @@ EVENTS_KEPT, MESSAGE_KEPT = 500, 1000  # bytes of each: a reload may have much t
 EventKind = ChangeKind | Literal["statistics_reset", "write_refused", "config_reloaded", "config_refused", "draining"]
 REFUSED: EventKind = "write_refused"  # the one kind of event that anybody can cause
 EVENT_KINDS: tuple[EventKind, ...] = tuple(kind for kinds in get_args(EventKind) for kind in get_args(kinds))
+
+
+class Event(TypedDict):
+    seq: int
+    timestamp: float
+    kind: EventKind
+    backend: str | None
+    message: str
+    severity: Severity
+    count: int
 
 
 class Events:
@@ -29,7 +41,7 @@ class Events:
         self._seq = 0
         self._counts: dict[str, int] = dict.fromkeys(EVENT_KINDS, 0)
         # Each with its message for readers without a token.
-        self._events: deque[tuple[dict[str, Any], str]] = deque(maxlen=EVENTS_KEPT)
+        self._events: deque[tuple[Event, str]] = deque(maxlen=EVENTS_KEPT)
 
     def add(
         self,
@@ -52,7 +64,7 @@ class Events:
             count = 1
             if kind == REFUSED and self._events and self._events[-1][0]["kind"] == REFUSED:
                 count += self._events.pop()[0]["count"]
-            event = {
+            event: Event = {
                 "seq": self._seq,
                 "timestamp": self._wall_clock(),
                 "kind": kind,
@@ -63,11 +75,11 @@ class Events:
             }
             self._events.append((event, public))
 
-    def since(self, seq: int, whole: bool = True) -> tuple[list[dict[str, Any]], int]:
+    def since(self, seq: int, whole: bool = True) -> tuple[list[Event], int]:
         """(events with a higher `seq`, oldest first; the newest `seq`). `whole` is for readers with a token."""
         with self._lock:
             newer, latest = [(event, public) for event, public in self._events if event["seq"] > seq], self._seq
-        return [event if whole else event | {"message": public} for event, public in newer], latest
+        return [event if whole else {**event, "message": public} for event, public in newer], latest
 
     def counts(self) -> dict[str, int]:
         """How many of each kind there have been, also those that are no longer kept."""

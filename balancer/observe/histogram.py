@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
+from typing_extensions import TypedDict
+
 # Upper bounds in seconds that people ask for by name, in alerts and as objectives: `/metrics` shows no others.
 ROUND_BOUNDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 # All of them: 100 us to about 105 s, each at most 1.15 times the last, so that a percentile is off by 15 % at most.
 BOUNDS = tuple(sorted({*ROUND_BOUNDS, *(0.0001 * 1.15**step for step in range(100))}))
+
+
+class Percentiles(TypedDict):
+    """Seconds, None without samples."""
+
+    p50: float | None
+    p95: float | None
+    p99: float | None
 
 
 class Histogram:
@@ -59,5 +69,5 @@ class Histogram:
                 return min(bound, self.maximum)
         return self.maximum
 
-    def summary(self) -> dict[str, float | None]:
+    def summary(self) -> Percentiles:
         return {"p50": self.percentile(0.50), "p95": self.percentile(0.95), "p99": self.percentile(0.99)}

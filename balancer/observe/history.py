@@ -17,7 +17,6 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from threading import Event, Lock, Thread
-from typing import Any, NamedTuple
 
 from balancer.observe.statistics import Counters, Lifetime
 
@@ -36,8 +35,9 @@ class Reading:
     waiting: int  # for a place on a backend
 
 
-class Traffic(NamedTuple):
-    """One slot of the whole balancer or of a backend. Percentiles in seconds, None without a finished request."""
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """One slot of a backend. Percentiles in seconds, None without a finished request."""
 
     requests: int
     failed: int
@@ -48,23 +48,13 @@ class Traffic(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
-    """`at` is the epoch second at which it starts."""
+class Slot(Traffic):
+    """One slot of the whole balancer. `at` is the epoch second at which it starts."""
 
     at: int
-    whole: Traffic
     retries: int
     waiting: int
     backends: dict[str, Traffic]
-
-    def describe(self) -> dict[str, Any]:
-        return {
-            "at": self.at,
-            **self.whole._asdict(),
-            "retries": self.retries,
-            "waiting": self.waiting,
-            "backends": {backend_id: traffic._asdict() for backend_id, traffic in self.backends.items()},
-        }
 
 
 @dataclass(slots=True)
@@ -115,18 +105,24 @@ class Series:
             whole_before += earlier
             whole_after += counters
             if backend_id is not None and counters.total > earlier.total:
-                backends[backend_id] = traffic(earlier, counters, peaks.in_flight.get(backend_id, 0))
+                backends[backend_id] = Traffic(*_figures(earlier, counters, peaks.in_flight.get(backend_id, 0)))
         for backend_id, active in peaks.in_flight.items():
             if active and backend_id not in backends:
                 backends[backend_id] = Traffic(0, 0, active, None, None, None)
-        whole = traffic(whole_before, whole_after, peaks.active)
-        return Slot(at, whole, after.retries - before.retries, peaks.waiting, backends)
+        whole = _figures(whole_before, whole_after, peaks.active)
+        return Slot(*whole, at, after.retries - before.retries, peaks.waiting, backends)
 
 
-def traffic(before: Counters, after: Counters, in_flight: int) -> Traffic:
-    """What came between two readings of the same counters."""
+Figures = tuple[int, int, int, float | None, float | None, float | None]
+
+
+def _figures(before: Counters, after: Counters, in_flight: int) -> Figures:
+    """Of a Traffic: what came between two readings of the same counters."""
     latency = after.latency.since(before.latency).summary()
-    return Traffic(after.total - before.total, after.failed - before.failed, in_flight, **latency)
+    return (
+        *(after.total - before.total, after.failed - before.failed, in_flight),
+        *(latency["p50"], latency["p95"], latency["p99"]),
+    )
 
 
 class History:
@@ -148,11 +144,10 @@ class History:
         with self._lock:
             self._series = {step: Series(step, kept) for step, kept in SLOTS.items()}
 
-    def since(self, step: int, at: int) -> list[dict[str, Any]]:
+    def since(self, step: int, at: int) -> list[Slot]:
         """Slots of `step` seconds that are over and start after `at`, oldest first. `step` is one of SLOTS."""
         with self._lock:
-            slots = [slot for slot in self._series[step].slots if slot.at > at]
-        return [slot.describe() for slot in slots]
+            return [slot for slot in self._series[step].slots if slot.at > at]
 
     def start(self) -> None:
         self.look()

@@ -13,12 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain, islice
 from threading import Lock
-from typing import Any
+from typing import cast
 
-from balancer.balancing.tally import FORMER_KEPT
-from balancer.observe.exchange import Exchange
-from balancer.observe.histogram import Histogram
+from typing_extensions import TypedDict
+
+from balancer.balancing.counts import FORMER_KEPT
+from balancer.observe.histogram import Histogram, Percentiles
 from balancer.observe.rate import Rate
+from balancer.observe.record import RecentView, Record
 from balancer.observe.totals import Totals
 
 # Finished requests that `/requests/<id>` can still explain: all of the newest, and the first of each second for longer.
@@ -26,7 +28,25 @@ from balancer.observe.totals import Totals
 RECENT_KEPT = 100
 SAMPLED_KEPT, SAMPLED_PER_SECOND = 900, 100
 TROUBLED_KEPT = 200  # those that failed or were tried more than once stay longer: they are the ones people ask about
-CODE_CLASSES = ("1xx", "2xx", "3xx", "4xx", "5xx")
+Codes = TypedDict("Codes", {"1xx": int, "2xx": int, "3xx": int, "4xx": int, "5xx": int})
+CODE_CLASSES = tuple(Codes.__annotations__)
+
+
+class CountersView(TypedDict):
+    total_requests: int
+    successful_requests: int
+    failed_requests: int
+    aborted_requests: int
+    avg_response_time: float
+    latency: Percentiles
+    codes: Codes
+
+
+class StatisticsView(CountersView):
+    start_time: float
+    active_requests: int
+    retries: int
+    requests_per_second: float
 
 
 class Counters:
@@ -58,25 +78,25 @@ class Counters:
         copied += self
         return copied
 
-    def add(self, exchange: Exchange) -> bool:
+    def add(self, record: Record) -> bool:
         """True if it failed."""
-        self.seconds += exchange.seconds
-        self.latency.add(exchange.seconds)
-        failed = exchange.failed
-        if failed and exchange.aborted:
+        self.seconds += record.seconds
+        self.latency.add(record.seconds)
+        failed = record.failed
+        if failed and record.aborted:
             self.aborted += 1
         else:
-            self.statuses[exchange.status] += 1
+            self.statuses[record.status] += 1
         self.failed += failed
         return failed
 
-    def codes(self) -> dict[str, int]:
+    def codes(self) -> Codes:
         found = dict.fromkeys(CODE_CLASSES, 0)
         for status, count in self.statuses.items():
             found[CODE_CLASSES[min(status // 100, 5) - 1]] += count  # above 599 is as good as 5xx (RFC 9110 section 15)
-        return found
+        return cast(Codes, found)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> CountersView:
         return {
             "total_requests": self.total,
             "successful_requests": self.total - self.failed,
@@ -128,9 +148,9 @@ class Statistics:
         self._forgotten = Counters()
         self._retries_before += self._retries
         self._retries = 0
-        self._recent: deque[Exchange] = deque(maxlen=RECENT_KEPT)
-        self._sampled: deque[Exchange] = deque(maxlen=SAMPLED_KEPT)
-        self._troubled: deque[Exchange] = deque(maxlen=TROUBLED_KEPT)
+        self._recent: deque[Record] = deque(maxlen=RECENT_KEPT)
+        self._sampled: deque[Record] = deque(maxlen=SAMPLED_KEPT)
+        self._troubled: deque[Record] = deque(maxlen=TROUBLED_KEPT)
 
     def begin(self) -> None:
         """A request has arrived; exactly one `record` follows."""
@@ -139,31 +159,31 @@ class Statistics:
             if self._arrivals.add():
                 self._to_sample = SAMPLED_PER_SECOND
 
-    def record(self, exchange: Exchange) -> None:
+    def record(self, record: Record) -> None:
         """A request has ended, one way or another."""
         with self._lock:
             self._active -= 1
-            counters = self._counters.get(exchange.backend)
+            counters = self._counters.get(record.backend)
             if counters is None:
-                counters = self._counters[exchange.backend] = Counters()
-            failed = counters.add(exchange)
-            self._totals.add(exchange)
-            self._recent.append(exchange)
+                counters = self._counters[record.backend] = Counters()
+            failed = counters.add(record)
+            self._totals.add(record)
+            self._recent.append(record)
             if self._to_sample:
                 self._to_sample -= 1
-                self._sampled.append(exchange)
-            if failed or len(exchange.attempts) > 1:
-                self._troubled.append(exchange)
+                self._sampled.append(record)
+            if failed or len(record.attempts) > 1:
+                self._troubled.append(record)
 
-    def find(self, request_id: str) -> Exchange | None:
+    def find(self, request_id: str) -> Record | None:
         """The newest finished request of this id that is still kept; clients may send the same id twice."""
         with self._lock:
-            for exchange in chain(reversed(self._recent), reversed(self._sampled), reversed(self._troubled)):
-                if exchange.request_id == request_id:
-                    return exchange
+            for record in chain(reversed(self._recent), reversed(self._sampled), reversed(self._troubled)):
+                if record.request_id == request_id:
+                    return record
         return None
 
-    def newest(self, count: int) -> list[Exchange]:
+    def newest(self, count: int) -> list[Record]:
         """The newest finished requests, newest first."""
         with self._lock:
             return list(islice(reversed(self._recent), count))
@@ -215,9 +235,7 @@ class Statistics:
                 total[backend_id] = counters
         return Lifetime(active, retries, total, totals)
 
-    def snapshot(
-        self, recent: int = 20
-    ) -> tuple[dict[str, Any], dict[str | None, dict[str, Any]], list[dict[str, Any]]]:
+    def snapshot(self, recent: int = 20) -> tuple[StatisticsView, dict[str | None, CountersView], list[RecentView]]:
         """(whole, per backend id or None, newest `recent` requests first), all of one moment."""
         with self._lock:
             nobody = self._forgotten.copy()
@@ -226,7 +244,8 @@ class Statistics:
             total = Counters()
             for counters in counted.values():
                 total += counters
-            whole = total.describe() | {
+            whole: StatisticsView = {
+                **total.describe(),
                 "start_time": self._start_time,
                 "active_requests": self._active,
                 "retries": self._retries,
@@ -234,7 +253,7 @@ class Statistics:
             }
             backends = {key: counters.describe() for key, counters in counted.items()}
             newest = list(islice(reversed(self._recent), recent))
-        return whole, backends, [exchange.describe() for exchange in newest]
+        return whole, backends, [record.describe() for record in newest]
 
 
 NO_REQUESTS = Counters().describe()  # what `/status` shows for a backend that has had none

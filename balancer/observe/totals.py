@@ -15,8 +15,8 @@ from balancer.errors import (
     InvalidResponse,
     ResponseTimedOut,
 )
-from balancer.observe.exchange import Exchange
 from balancer.observe.histogram import Histogram
+from balancer.observe.record import Record
 from balancer.protocol.messages import METHODS
 
 _KNOWN = frozenset(METHODS)
@@ -81,21 +81,21 @@ class Totals:
         self.waits = Histogram()  # of the requests that had to wait for a place
         self.waited = 0.0  # seconds
 
-    def add(self, exchange: Exchange) -> None:
-        method, attempts = exchange.method, exchange.attempts
-        self.answers[exchange.status, method if method in _KNOWN else OTHER] += 1
-        self.bytes_in += exchange.bytes_in
-        self.bytes_out += exchange.bytes_out
+    def add(self, record: Record) -> None:
+        method, attempts = record.method, record.attempts
+        self.answers[record.status, method if method in _KNOWN else OTHER] += 1
+        self.bytes_in += record.bytes_in
+        self.bytes_out += record.bytes_out
         for attempt in attempts:  # without a call: every request comes here
             self.backends[attempt.choice.backend.id].outcomes[attempt.outcome, attempt.connect is None] += 1
-        if exchange.queued:
-            self.waits.add(exchange.queued)
-            self.waited += exchange.queued
-        if exchange.reason is not None or len(attempts) > 1:
-            self._add_trouble(exchange)
+        if record.queued:
+            self.waits.add(record.queued)
+            self.waited += record.queued
+        if record.reason is not None or len(attempts) > 1:
+            self._add_trouble(record)
 
-    def _add_trouble(self, exchange: Exchange) -> None:
-        reason, attempts = exchange.reason, exchange.attempts
+    def _add_trouble(self, record: Record) -> None:
+        reason, attempts = record.reason, record.attempts
         for attempt in attempts[:-1]:
             self.retries[attempt.outcome] += 1
         if reason is None:

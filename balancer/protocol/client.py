@@ -1,4 +1,4 @@
-"""The client of a request, as those who wait on its behalf see it: it may leave at any time."""
+"""The client of a request, as those see it who wait on its behalf: it may leave at any time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Abortable(Protocol):
     def abort(self) -> None: ...
 
 
-class Watcher(Protocol):
+class Client(Protocol):
     """The client's side: aborts what is attached when the client leaves, at once if it has left already.
 
     One thing at a time, attached and detached by the thread to which the request belongs at that time. After `detach`
@@ -29,6 +29,16 @@ class Watcher(Protocol):
     def detach(self) -> None: ...
 
 
-def has_left(client: Watcher | None) -> bool:
-    """None: the server cannot tell when clients leave."""
-    return client is not None and client.is_gone
+class Unwatched:
+    """A client of a server that cannot tell when clients leave."""
+
+    is_gone = False
+
+    def attach(self, target: Abortable) -> None:
+        pass
+
+    def detach(self) -> None:
+        pass
+
+
+UNWATCHED: Client = Unwatched()

@@ -15,13 +15,11 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
 from itertools import count
 from secrets import token_hex
 from urllib.parse import unquote
 
-from balancer.errors import ClientError, CodingUnsupported, LoopDetected, TooManyHeaders
-from balancer.protocol.tables import Table
+from balancer.errors import ClientError, CodingUnsupported, LoopDetected, MethodRefused, TooManyHeaders
 
 Line = tuple[bytes, bytes]
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -62,7 +60,6 @@ _CLAIMS = frozenset(
 _ADDED_TO = frozenset({b"forwarded", b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host"})
 _PASSED_ON = frozenset({b"via", b"max-forwards", b"traceparent", b"tracestate", b"service-worker"})
 _SPECIAL = _NOT_FORWARDED | _PASSED_ON | {b"host"}
-NAMES_ROOM, NAME_BYTES = 65536, 150  # for names seen before, and of each beside its own bytes
 # `Alt-Svc` names another way to the backend's own origin, which is not ours (RFC 7838 section 2.1).
 _NOT_RETURNED = HOP_BY_HOP | {b"alt-svc", b"x-request-id", b"x-served-by"}
 # What `Connection` may not take away: without it the message means something else.
@@ -140,22 +137,10 @@ def is_claim(name: bytes) -> bool:
     return name in _CLAIMS or name.startswith(_CLAIMED)
 
 
-def _is_plain(name: bytes) -> bool:
+def is_plain(name: bytes) -> bool:
     """Whether this field goes on as it is. None with `_` does: WSGI and CGI fold that onto `-`, so that X_Forwarded_For
     would arrive as X-Forwarded-For."""
     return not (name in _SPECIAL or b"_" in name or is_claim(name))
-
-
-_plain = Table(_is_plain, NAMES_ROOM, lambda name, is_plain: NAME_BYTES + len(name) if len(name) <= 64 else 0)
-
-
-def special_fields(lines: Iterable[Line]) -> dict[bytes, list[bytes]]:
-    """Values by name, one for each line, of the fields that do not go on as they are: one or two of ten, mostly."""
-    found: dict[bytes, list[bytes]] = {}
-    for name, value in lines:
-        if not _plain[name]:
-            found.setdefault(name, []).append(value)
-    return found
 
 
 def nominated(lines: Iterable[Line]) -> frozenset[bytes]:
@@ -169,14 +154,13 @@ def nominated(lines: Iterable[Line]) -> frozenset[bytes]:
 
 def options_of(value: bytes) -> frozenset[bytes]:
     """Names in one `Connection` line."""
-    return _usual_options(value) if len(value) <= 64 else _options(value)  # bounded: anybody may send anything
-
-
-def _options(value: bytes) -> frozenset[bytes]:
     return frozenset(item.strip().lower() for item in value.split(b",")) - _NEVER_NOMINATED
 
 
-_usual_options = lru_cache(maxsize=256)(_options)  # `keep-alive` and `close`, mostly; 1 MB if all are 32 of a letter
+def check_method(method: str) -> None:
+    """Raises MethodRefused."""
+    if method in REFUSED_METHODS:
+        raise MethodRefused(f"{method} is not supported", ALLOWED)
 
 
 def check_target(method: str, target: bytes) -> None:
@@ -222,6 +206,18 @@ def check_codings(values: Sequence[bytes]) -> None:
     raise CodingUnsupported("a Transfer-Encoding other than chunked is not supported")
 
 
+def body_length(lengths: Sequence[bytes], codings: Sequence[bytes]) -> int | None:
+    """Bytes of a request body by its Content-Length, None without one. Raises ClientError (RFC 9112 section 6.3)."""
+    if not lengths:
+        return None
+    if codings:
+        raise ClientError("the request has both Content-Length and Transfer-Encoding")
+    try:
+        return parse_content_length(b",".join(lengths))
+    except ValueError as error:
+        raise ClientError(str(error)) from None
+
+
 def max_forwards(values: Sequence[bytes]) -> int | None:
     """How many more steps an OPTIONS may go, None if nothing says so (RFC 9110 section 7.6.2)."""
     return min((int(value) for value in values if _DIGITS.match(value)), default=None)
@@ -235,10 +231,13 @@ def count_down(lines: Iterable[Line]) -> list[Line]:
     ]
 
 
-def request_id(given: Sequence[bytes]) -> bytes:
-    """The client's X-Request-ID if it is one sane line, else a new one: unique in this process and across restarts."""
-    if len(given) == 1 and _REQUEST_ID.match(given[0]):
-        return given[0]
+def request_id(given: Sequence[bytes]) -> bytes | None:
+    """The client's X-Request-ID, if it is one sane line."""
+    return given[0] if len(given) == 1 and _REQUEST_ID.match(given[0]) else None
+
+
+def new_request_id() -> bytes:
+    """Unique in this process and across restarts."""
     return b"%s-%x" % (_process_id, next(_serial))
 
 
@@ -279,14 +278,14 @@ def request_lines(
 ) -> list[Line]:
     """Header lines for the backend, without framing fields and X-Request-ID; `Host` first.
 
-    `found` are the `special_fields` of `lines`; `peer` is the address of the TCP connection; `pseudonym` our name in
-    `Via`. Raises LoopDetected if the request has passed through us before.
+    `found` are the fields of `lines` that are not plain; `peer` is the address of the TCP connection; `pseudonym` our
+    name in `Via`. Raises LoopDetected if the request has passed through us before.
     """
     if http_version == "2":
         lines = join_cookies(lines)
     # HTTP/1.0 without Host: the field is required in what we send, it may be empty (RFC 9112 section 3.2).
     host = found[b"host"][0] if b"host" in found else b""
-    kept = [line for line in lines if _plain[line[0]]]
+    kept = [line for line in lines if line[0] not in found]
     told: dict[bytes, bytes] = {}  # by a trusted proxy, of what we tell too
     if len(found) > 1 or b"host" not in found:  # more than Host, which is all that most requests have
         kept, claims = _with_special(kept, found, pseudonym)
@@ -320,7 +319,6 @@ def _with_special(
     return kept, {name: values for name, values in found.items() if is_claim(name) and name not in options}
 
 
-@lru_cache(maxsize=1024)  # 0.3 MB
 def _address(peer: str) -> bytes:
     """Without an IPv6 zone, which means nothing to anyone else."""
     return peer.partition("%")[0].encode("ascii", "replace")

@@ -5,13 +5,13 @@ Our own server puts into environ what PEP 3333 has no place for; under any other
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 from urllib.parse import quote_from_bytes
 
-from balancer.errors import BodyTooLarge, ClientError, ClientGone
-from balancer.protocol.client import Watcher
-from balancer.protocol.messages import HeaderLines, Line, parse_content_length
+from balancer.errors import BalancerError, BodyTooLarge, ClientGone
+from balancer.protocol.client import UNWATCHED, Client
+from balancer.protocol.messages import HeaderLines, Line, check_method, check_target, new_request_id
 from balancer.protocol.requestheads import RequestHead, RequestHeads
 
 if TYPE_CHECKING:
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
 
 # What our own server puts into environ beyond PEP 3333; under any other server they are missing.
 HEADER_LINES = "balancer.header_lines"  # list of (lower-case name, value) as received, in bytes
-CLIENT = "balancer.client"  # a connection.Watcher: aborts what is attached when the client leaves
+CLIENT = "balancer.client"  # its `protocol.client.Client`
 READ_SIZE = 65536
 
 
 class Request:
     """A request as it came, whichever server brought it: what strategies, filters and the access log see of it.
 
-    `target` is raw, `lines` are as they came with names in lower case, `head` is what follows from them. `length` is
-    Content-Length as it was sent, "" without one; `is_ended` says that the server tells where a body without a length
-    ends. `client` is None if the server cannot tell when clients leave.
+    `target` is raw, `lines` are as they came with names in lower case, `head` is what follows from them. `refusal` is
+    what speaks against it before anybody has looked at the body. `id` is X-Request-ID, the client's if it is a sane
+    one. `is_ended` says that the server tells where a body without a length ends.
     """
 
     __slots__ = (
         *("method", "path", "target", "version", "peer", "lines", "head"),
-        *("length", "is_ended", "stream", "client"),
+        *("refusal", "id", "is_ended", "stream", "client"),
     )
 
     def __init__(
@@ -54,10 +54,16 @@ class Request:
         self.peer = peer
         self.lines = lines
         self.head: RequestHead = heads.of(lines, peer, scheme, version)
-        self.length = self.head.length
+        self.refusal: BalancerError | None = self.head.refusal
+        try:
+            check_method(method)
+            check_target(method, target)
+        except BalancerError as error:
+            self.refusal = error.to_keep()
+        self.id = self.head.request_id or new_request_id()
         self.is_ended = False
         self.stream: InputStream | None = None
-        self.client: Watcher | None = None
+        self.client: Client = UNWATCHED
 
     @classmethod
     def of(cls, environ: WSGIEnvironment, heads: RequestHeads) -> Request:
@@ -73,10 +79,9 @@ class Request:
             environ.get("REMOTE_ADDR") or "unknown",
             header_lines(environ),
         )
-        made.length = environ.get("CONTENT_LENGTH") or ""
         made.is_ended = bool(environ.get("wsgi.input_terminated"))
         made.stream = environ["wsgi.input"]
-        made.client = environ.get(CLIENT)
+        made.client = environ.get(CLIENT, UNWATCHED)
         return made
 
     @property
@@ -87,21 +92,6 @@ class Request:
     def values(self, name: bytes) -> Sequence[bytes]:
         """Of a field that means something to a gateway, one for each line."""
         return self.head.fields.get(name, ())
-
-    def content_length(self) -> int | None:
-        """Bytes of the body, None if there is no Content-Length. Raises ClientError (RFC 9112 section 6.3)."""
-        if not self.length:
-            return None
-        if self.values(b"transfer-encoding"):
-            raise ClientError("the request has both Content-Length and Transfer-Encoding")
-        try:
-            return parse_content_length(self.length.encode("latin-1"))
-        except ValueError as error:
-            raise ClientError(str(error)) from None
-
-    def may_have_body(self) -> bool:
-        """Without Content-Length: chunked in HTTP/1.1; in HTTP/2 the end of the stream tells (RFC 9113 section 8.1)."""
-        return self.is_ended and (self.version == "2" or bool(self.values(b"transfer-encoding")))
 
     def read(self, length: int | None, limit: int | None) -> Iterator[list[bytes]]:
         """The body in pieces, those together that are here together.
@@ -138,8 +128,9 @@ def header_lines(environ: WSGIEnvironment) -> list[Line]:
             for key, value in environ.items()
             if key.startswith("HTTP_")
         ]
-        if environ.get("CONTENT_TYPE"):
-            lines.append((b"content-type", environ["CONTENT_TYPE"].encode("latin-1")))
+        for key in ("CONTENT_TYPE", "CONTENT_LENGTH"):
+            if environ.get(key):
+                lines.append((key.replace("_", "-").lower().encode(), environ[key].encode("latin-1")))
     return lines
 
 
@@ -194,21 +185,3 @@ class RequestBody:
 
     def __iter__(self) -> Iterator[bytes]:
         return iter(self.readline, b"")
-
-
-def _environ_key(name: bytes) -> str:
-    """The WSGI name of a header, "" if it must not have one: with `_` it could pass for another."""
-    if b"_" in name:
-        return ""
-    key = name.decode("latin-1").upper().replace("-", "_")
-    return key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else "HTTP_" + key
-
-
-def add_headers(environ: WSGIEnvironment, lines: Iterable[tuple[bytes, bytes]]) -> None:
-    for name, value in lines:
-        key = _environ_key(name)
-        text = value.decode("latin-1")
-        if key in environ:
-            environ[key] += ("; " if key == "HTTP_COOKIE" else ",") + text
-        elif key:
-            environ[key] = text

@@ -7,7 +7,6 @@ up from then on.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from itertools import chain
 
 from balancer.errors import BalancerError
@@ -15,11 +14,13 @@ from balancer.protocol.headerrules import NO_RULES, HeaderRules
 from balancer.protocol.messages import (
     Line,
     Network,
+    body_length,
     check_codings,
     check_count,
     check_host,
+    is_plain,
+    request_id,
     request_lines,
-    special_fields,
     trace_id,
 )
 from balancer.protocol.tables import Table
@@ -29,55 +30,60 @@ from balancer.protocol.tables import Table
 HEADS_ROOM, LARGEST_HEAD = 2 * 1024 * 1024, 8192
 LINE_BYTES, HEAD_BYTES = 200, 1200
 MOST_LINES = 100  # of a header section; more, which HTTP/2 may bring, are not even looked at
+NAMES_ROOM, NAME_BYTES, LONGEST_NAME = 65536, 150, 64  # for field names, of each beside its own bytes, and to be kept
 _RARE = frozenset({b"service-worker", b"max-forwards"})
 _EACH_TIME_NEW = frozenset({b"x-request-id", b"traceparent"})  # to keep a section that has one would be in vain
 
 # What a RequestHead depends on: header lines as received, peer, scheme, HTTP version.
-Received = tuple[tuple[Line, ...], str, str, str]
+Section = tuple[tuple[Line, ...], str, str, str]
 
 
 class RequestHead:
     """What follows from the header section of a request. One may serve many requests, so it never changes."""
 
-    __slots__ = ("lines", "raw", "fields", "length", "is_bodiless", "trace_id", "is_rare", "refusal")
+    __slots__ = ("lines", "raw", "fields", "length", "is_bodiless", "request_id", "trace_id", "is_rare", "refusal")
 
-    def __init__(
-        self, received: Received, pseudonym: bytes, trusted: Sequence[Network], max_lines: int, rules: HeaderRules
-    ) -> None:
-        lines, peer, scheme, version = received
-        self.fields = special_fields(lines[:MOST_LINES])  # values by name, one for each line
-        self.length = b",".join(self.fields.get(b"content-length", ())).decode("latin-1")  # as sent, "" without one
-        # HTTP/2 tells only at its end whether there is a body.
-        self.is_bodiless = not self.length and b"transfer-encoding" not in self.fields and version != "2"
+    def __init__(self, section: Section, heads: RequestHeads) -> None:
+        lines, peer, scheme, version = section
+        self.fields = heads.fields(lines[:MOST_LINES])  # values by name, one for each line, of what is not plain
+        self.length: int | None = None  # of the body in bytes, if it is told
+        # HTTP/2 tells only at its end whether there is a body (RFC 9113 section 8.1).
+        self.is_bodiless = version != "2" and self.fields.keys().isdisjoint((b"content-length", b"transfer-encoding"))
+        self.request_id = request_id(self.fields.get(b"x-request-id", ()))
         self.trace_id = self._trace_id()
         self.is_rare = not self.fields.keys().isdisjoint(_RARE)  # what few clients send, and some filters look at
         self.refusal: BalancerError | None = None
         self.lines: tuple[Line, ...] = ()  # for the backend, without framing fields and X-Request-ID
         try:
-            check_count(lines, max_lines)
+            check_count(lines, heads.max_lines)
+            codings = self.fields.get(b"transfer-encoding", ())
+            self.length = body_length(self.fields.get(b"content-length", ()), codings)
             check_host(self.fields.get(b"host", ()), version)
-            check_codings(self.fields.get(b"transfer-encoding", ()))
+            check_codings(codings)
             made = request_lines(
                 lines,
                 self.fields,
                 peer=peer,
                 scheme=scheme,
                 http_version=version,
-                pseudonym=pseudonym,
-                trusted=trusted,
+                pseudonym=heads.pseudonym,
+                trusted=heads.trusted,
             )
-            self.lines = tuple(rules.applied(made) if rules else made)
+            self.lines = tuple(heads.rules.applied(made) if heads.rules else made)
         except BalancerError as error:
             self.refusal = error.to_keep()
-        self.raw = on_the_wire(self.lines)
+        self.raw = b"".join([b"%s: %s\r\n" % line for line in self.lines])  # as they go out
 
     def _trace_id(self) -> str | None:
-        """Takes out what is not valid: `tracestate` means nothing alone (W3C Trace Context, section 3.3)."""
+        """What is not valid does not go on, nor does `tracestate` without it (W3C Trace Context, section 3.3)."""
         found = trace_id(self.fields.get(b"traceparent", ()))
         if found is None:
-            self.fields.pop(b"traceparent", None)
-            self.fields.pop(b"tracestate", None)
+            self.fields |= {name: [] for name in (b"traceparent", b"tracestate") if name in self.fields}
         return found
+
+
+def _weigh_name(name: bytes, is_plain: bool) -> int:
+    return NAME_BYTES + len(name) if len(name) <= LONGEST_NAME else 0
 
 
 class RequestHeads:
@@ -95,22 +101,29 @@ class RequestHeads:
         rules: HeaderRules = NO_RULES,
     ) -> None:
         self.pseudonym, self.trusted, self.max_lines, self.rules = pseudonym, trusted, max_lines, rules
-        self._work_out = partial(RequestHead, pseudonym=pseudonym, trusted=trusted, max_lines=max_lines, rules=rules)
         self._size_of_rules = rules.size
-        self._table: Table[Received, RequestHead] = Table(self._work_out, HEADS_ROOM, self._weigh)
+        self._are_plain = Table(is_plain, NAMES_ROOM, _weigh_name)
+        self._table: Table[Section, RequestHead] = Table(self._work_out, HEADS_ROOM, self._weigh)
 
-    def _weigh(self, received: Received, head: RequestHead) -> int:
+    def _weigh(self, section: Section, head: RequestHead) -> int:
         """0 if it will hardly come again, or takes too much; what goes to the backend may be much less than it."""
         if head.refusal is not None or not head.fields.keys().isdisjoint(_EACH_TIME_NEW):
             return 0
-        lines = received[0]
+        lines = section[0]
         size = HEAD_BYTES + LINE_BYTES * len(lines) + 2 * sum(map(len, chain.from_iterable(lines)))
         return size + self._size_of_rules if size <= LARGEST_HEAD else 0
 
     def of(self, lines: Sequence[Line], peer: str, scheme: str, version: str) -> RequestHead:
-        received = (tuple(lines), peer, scheme, version)
-        return self._table[received] if len(lines) <= self.max_lines else self._work_out(received)
+        section = (tuple(lines), peer, scheme, version)
+        return self._table[section] if len(lines) <= self.max_lines else self._work_out(section)
 
+    def fields(self, lines: Sequence[Line]) -> dict[bytes, list[bytes]]:
+        """Values by name, one for each line, of what does not just go on: one or two of ten lines, mostly."""
+        found: dict[bytes, list[bytes]] = {}
+        for name, value in lines:
+            if not self._are_plain[name]:
+                found.setdefault(name, []).append(value)
+        return found
 
-def on_the_wire(lines: Sequence[Line]) -> bytes:
-    return b"".join([b"%s: %s\r\n" % line for line in lines])
+    def _work_out(self, section: Section) -> RequestHead:
+        return RequestHead(section, self)

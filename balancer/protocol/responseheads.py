@@ -70,10 +70,6 @@ def _weigh_line(line: bytes, parsed: object) -> int:
     return LINE_BYTES + 2 * len(line) if len(line) <= LONGEST_LINE else 0
 
 
-_statuses = Table(_parse_status, STATUSES_ROOM, _weigh_line)
-_lines = Table(_parse_line, LINES_ROOM, _weigh_line)
-
-
 def _weigh_head(data: bytes, head: PlainHead | None) -> int:
     """Its lines may be in no other table any more."""
     if len(data) > LONGEST_HEAD:
@@ -86,12 +82,14 @@ class ResponseHeads:
 
     def __init__(self, rules: HeaderRules = NO_RULES) -> None:
         self.rules = rules
-        self._table: Table[bytes, PlainHead | None] = Table(self._parse, HEADS_ROOM, _weigh_head)
+        self._statuses = Table(_parse_status, STATUSES_ROOM, _weigh_line)
+        self._lines = Table(_parse_line, LINES_ROOM, _weigh_line)
+        self._heads = Table(self._parse, HEADS_ROOM, _weigh_head)
 
     def plain(self, data: bytes) -> PlainHead | None:
         """The head at the start of `data`, None if it is not whole or not plain."""
         end = data.find(b"\r\n\r\n", 0, MAX_HEAD)
-        return self._table[data[:end]] if end > 0 else None
+        return self._heads[data[:end]] if end > 0 else None
 
     def for_client(self, lines: Sequence[Line], status: int, options: frozenset[bytes]) -> list[Line]:
         """The lines for the client; `options` are those of `Connection`."""
@@ -103,13 +101,13 @@ class ResponseHeads:
 
     def _parse(self, data: bytes) -> PlainHead | None:
         first, *rest = data.split(b"\r\n")
-        status = _statuses[first]
+        status = self._statuses[first]
         if status is None:
             return None
         lines: list[Line] = []
         options, length = NONE, None
         for raw in rest:
-            line = _lines[raw]
+            line = self._lines[raw]
             if line is None:
                 return None
             lines.append(line)
@@ -130,6 +128,3 @@ class ResponseHeads:
             for_client=tuple(self.for_client(lines, status[0], options)),
             whole=size + (length or 0) if can_be_kept else None,
         )
-
-
-UNRULED = ResponseHeads()

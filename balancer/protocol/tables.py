@@ -40,12 +40,13 @@ class Table(dict[Given, Derived]):
         return derived
 
     def _has_come_before(self, given: Given) -> bool:
-        """Nearly always right. Nobody outside can choose what falls on one place: hashes of bytes are salted."""
+        """Nearly always right. Nobody outside can choose what falls on one place: hashes of bytes are salted. Each has
+        two, or some pair of a few that come all the time would push out each other for ever."""
         found = hash(given)
-        place = found % NOTED
-        if self._noted[place] == found:
+        first, second = found % NOTED, (found >> 32) % NOTED
+        if found in (self._noted[first], self._noted[second]):
             return True
-        self._noted[place] = found
+        self._noted[first] = self._noted[second] = found
         return False
 
     def _keep(self, given: Given, derived: Derived, size: int) -> None:

@@ -24,17 +24,21 @@ CLOSE_ENOUGH = 0.99  # of a time limit
 class Connection:
     """Receives and sends with a time-out set by SO_RCVTIMEO: Python's own time-outs poll before every receive."""
 
-    __slots__ = ("sock", "origin", "idle_since", "is_reused", "is_watched", "is_tls", "_timeout", "_received")
+    __slots__ = ("sock", "origin", "idle_since", "is_tls", "received", "received_before", "_timeout")
 
     def __init__(self, sock: socket.socket, origin: Origin) -> None:
         self.sock = sock
         self.origin = origin
         self.idle_since = 0.0
-        self.is_reused = False
-        self.is_watched = False  # by `express`
-        self._timeout = 0.0
-        self._received = 0  # bytes
         self.is_tls = isinstance(sock, ssl.SSLSocket)
+        self.received = 0  # bytes
+        self.received_before: int | None = None  # it was kept and taken again; None: it is new
+        self._timeout = 0.0
+
+    @property
+    def is_stale(self) -> bool:
+        """It was kept, and no byte has come since: if it has ended, then before the request that it has now."""
+        return self.received == self.received_before
 
     def set_timeout(self, seconds: float) -> None:
         """For sends and receives from now on. What is left of a limit is hardly less at each step of a request: that is
@@ -59,9 +63,12 @@ class Connection:
         except (TimeoutError, BlockingIOError):
             raise ResponseTimedOut(f"{self.origin.url} sent nothing for {self._timeout:g} s") from None
         except OSError as error:
-            raise ConnectionLost(f"{self.origin.url}: {error.strerror or error}") from error
-        self._received += len(data)
+            raise self.lost(error.strerror or str(error)) from error
+        self.received += len(data)
         return data
+
+    def lost(self, why: str) -> ConnectionLost:
+        return ConnectionLost(f"{self.origin.url}: {why}", stale=self.is_stale)
 
     def receive_now(self, most: int = CHUNK) -> bytes | None:
         """What is here already, None if nothing is. Raises ConnectionLost."""
@@ -72,8 +79,8 @@ class Connection:
         except BlockingIOError:
             return None
         except OSError as error:
-            raise ConnectionLost(f"{self.origin.url}: {error.strerror or error}") from error
-        self._received += len(data)
+            raise self.lost(error.strerror or str(error)) from error
+        self.received += len(data)
         return data
 
     def _receive_readable(self, most: int) -> bytes | None:
@@ -82,13 +89,15 @@ class Connection:
         # A readable TLS socket may hold a session ticket only, and no byte for us.
         self.sock.settimeout(0)
         try:
-            return self.sock.recv(most)
+            data = self.sock.recv(most)
         except (ssl.SSLWantReadError, BlockingIOError):
             return None
         except OSError as error:
-            raise ConnectionLost(f"{self.origin.url}: {error.strerror or error}") from error
+            raise self.lost(error.strerror or str(error)) from error
         finally:
             self.sock.settimeout(self._timeout)
+        self.received += len(data)
+        return data
 
     def has_input(self) -> bool:
         """True if a receive would not block: while idle, that means EOF, an alert, or bytes nobody asked for."""
@@ -98,7 +107,7 @@ class Connection:
         # comes a switch of threads.
         info = self.sock.getsockopt(socket.IPPROTO_TCP, OPTION, SIZE)
         try:
-            if info[0] == ESTABLISHED and count_at(info, RECEIVED_AT)[0] == self._received:
+            if info[0] == ESTABLISHED and count_at(info, RECEIVED_AT)[0] == self.received:
                 return False
         except (IndexError, struct.error):  # a kernel that tells less, as that of a sandbox may
             pass

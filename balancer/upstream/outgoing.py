@@ -3,38 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from requests import PreparedRequest
 
-from balancer.protocol.client import Watcher
+from balancer.protocol.client import UNWATCHED, Client
 from balancer.protocol.messages import IDEMPOTENT, HeaderLines, Line
 from balancer.protocol.origin import Origin
-from balancer.protocol.requestheads import RequestHead, on_the_wire
-from balancer.protocol.responseheads import UNRULED, ResponseHeads
+from balancer.protocol.requestheads import RequestHead
+from balancer.protocol.responseheads import ResponseHeads
 
 
 class OutgoingRequest(PreparedRequest):
     """A PreparedRequest that knows its raw target and the client that waits for it.
 
-    `shared` is what it has in common with others of its client, `own` are header lines of this request alone.
-
-    body: None, bytes (sent with the head, can be sent again), or an iterator of bytes or of lists of them, which are
-    sent at once (streamed, once; chunked unless `content_length` is set).
+    `shared` is what it has in common with others of its client, `own` are header lines of this request alone. `framing`
+    says how long the body is.
     """
 
     # What the base class sets for each request, and what most requests leave as it is.
     body: Any = None
+    is_replayable = True  # all of the body is here, so that it can be sent again
+    is_chunked = False
+    framing = b""
     hooks: dict[str, Any] = {}  # noqa: RUF012
     url: str | None = None
     _cookies = None
     _body_position = None
-    content_length: int | None = None
-    watcher: Watcher | None = None
+    client: Client = UNWATCHED
     deadline = math.inf  # of time.monotonic(), for all attempts together
     connect_seconds: float | None = None  # what the last attempt spent on a new connection, None for a kept one
-    heads: ResponseHeads = UNRULED  # by whose rules it is answered
+    heads: ResponseHeads | None = None  # by whose rules it is answered, the adapter's own if there are none
     is_resent = False  # the last attempt's kept connection had died, so it was sent once more on a fresh one
 
     def __init__(self, method: str, target: bytes, own: Sequence[Line], shared: RequestHead | None = None) -> None:
@@ -43,6 +43,26 @@ class OutgoingRequest(PreparedRequest):
         self.target = target
         self.own = own
         self.shared = shared
+        if method in ("POST", "PUT", "PATCH"):  # RFC 9110 section 8.6
+            self.framing = b"content-length: 0\r\n"
+
+    def set_body(self, body: bytes | Iterator[bytes | list[bytes]], length: int | None = None) -> None:
+        """Bytes, which are sent with the head; or an iterator of bytes or of lists of them, which are sent at once:
+        streamed, once, and chunked unless its `length` is known."""
+        self.body = body
+        if isinstance(body, bytes):
+            length = len(body)
+        else:
+            self.is_replayable = False
+        self.is_chunked = length is None
+        self.framing = b"transfer-encoding: chunked\r\n" if length is None else b"content-length: %d\r\n" % length
+
+    def head(self) -> bytes:
+        """Request line and header section."""
+        raw = self.shared.raw if self.shared is not None else b""
+        for line in self.own:
+            raw += b"%s: %s\r\n" % line
+        return b"%s %s HTTP/1.1\r\n%s%s\r\n" % (str(self.method).encode(), self.target, raw, self.framing)
 
     @property
     def lines(self) -> list[Line]:
@@ -57,33 +77,9 @@ class OutgoingRequest(PreparedRequest):
         return HeaderLines(self.lines)
 
     @property
-    def is_replayable(self) -> bool:
-        return self.body is None or isinstance(self.body, bytes)
-
-    @property
     def is_retriable(self) -> bool:
         """A second try after something was sent is allowed: RFC 9110 section 9.2.2, and the body is still here."""
         return self.method in IDEMPOTENT and self.is_replayable
-
-    def head(self) -> bytes:
-        """Request line and header section; framing fields are added here and nowhere else."""
-        return b"%s %s HTTP/1.1\r\n%s%s%s\r\n" % (
-            str(self.method).encode(),
-            self.target,
-            self.shared.raw if self.shared is not None else b"",
-            on_the_wire(self.own),
-            self._framing(),
-        )
-
-    def _framing(self) -> bytes:
-        if self.body is None:
-            # RFC 9110 section 8.6
-            return b"content-length: 0\r\n" if self.method in ("POST", "PUT", "PATCH") else b""
-        if isinstance(self.body, bytes):
-            return b"content-length: %d\r\n" % len(self.body)
-        if self.content_length is not None:
-            return b"content-length: %d\r\n" % self.content_length
-        return b"transfer-encoding: chunked\r\n"
 
 
 def _netloc(request: PreparedRequest) -> str:
@@ -111,8 +107,8 @@ def as_outgoing(request: PreparedRequest) -> OutgoingRequest:
     outgoing = OutgoingRequest(str(request.method), request.path_url.encode("ascii"), lines)
     outgoing.url = request.url
     body = request.body
-    if body is None or isinstance(body, bytes):
-        outgoing.body = body
-    else:
-        outgoing.body = body.encode() if isinstance(body, str) else iter(body)
+    if isinstance(body, str):
+        body = body.encode()
+    if body is not None:
+        outgoing.set_body(body if isinstance(body, bytes) else iter(body))
     return outgoing

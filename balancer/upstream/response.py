@@ -1,12 +1,11 @@
 """Responses of backends: parsing the head, framing the body, and deciding whether the connection may be used again.
 
-A head of the usual shape is parsed by `heads`, everything else and chunked bodies by llhttp (Node's parser, through
-httptools). A body of known length is counted here.
+A head of the usual shape is parsed by `responseheads`, everything else and chunked bodies by llhttp (Node's parser,
+through httptools). A body of known length is counted here.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -14,8 +13,8 @@ import httptools
 from requests import PreparedRequest, Response
 from requests.cookies import RequestsCookieJar
 
-from balancer.errors import BodyTruncated, ConnectionLost, InvalidResponse, ResponseTimedOut
-from balancer.protocol.client import Watcher
+from balancer.errors import BodyTruncated, ConnectionLost, InvalidResponse
+from balancer.protocol.client import UNWATCHED, Client
 from balancer.protocol.messages import (
     BODILESS_STATUSES,
     NONE,
@@ -24,11 +23,11 @@ from balancer.protocol.messages import (
     nominated,
     parse_content_length,
 )
-from balancer.protocol.responseheads import MAX_HEAD, UNRULED, PlainHead, ResponseHeads
+from balancer.protocol.responseheads import MAX_HEAD, PlainHead, ResponseHeads
 from balancer.protocol.texts import shown
 from balancer.upstream.connection import CHUNK, FIRST, Connection
 
-Received = TypeVar("Received", bytes, bytes | None)
+Data = TypeVar("Data", bytes, bytes | None)
 
 
 class BackendResponse(Response):
@@ -70,7 +69,7 @@ class ResponseHead:
         *("has_head", "has_end", "keeps_alive"),
     )
 
-    def __init__(self, heads: ResponseHeads = UNRULED) -> None:
+    def __init__(self, heads: ResponseHeads) -> None:
         self._heads = heads
         self._parser: httptools.HttpResponseParser | None = None
         self.status = 0
@@ -164,8 +163,7 @@ class ResponseHead:
             self.reason = ""
 
     def end(self) -> None:
-        """No more of it will be parsed. The parser and this object refer to each other: only the garbage collector
-        would free them."""
+        """No more of it is parsed. The parser refers to us: only the garbage collector could free the two."""
         self._parser = None
 
     def take(self) -> bytes:
@@ -176,61 +174,27 @@ class ResponseHead:
         return data
 
 
-def receive_head(connection: Connection, head: ResponseHead, seconds: float) -> bool:
-    """Receive until `head` is complete, `seconds` at most. True if nothing followed the response."""
-    clean, deadline = True, time.monotonic() + seconds
-    connection.set_timeout(seconds)
-    while not head.has_head:
-        try:
-            data = connection.receive(FIRST)
-        except ResponseTimedOut:
-            url = connection.origin.url
-            raise ResponseTimedOut(f"{url} sent no complete response head within {seconds:.3g} s") from None
-        except ConnectionLost as error:
-            raise lost(connection, head, str(error)) from error
-        clean = take_head_data(connection, head, data)
-        if not head.has_head:  # rare: the head came in pieces, so each receive gets only what is left of the time
-            connection.set_timeout(max(0.001, deadline - time.monotonic()))
-    return clean
-
-
-def take_head_data(connection: Connection, head: ResponseHead, data: bytes) -> bool:
-    """One receive's worth of a response head, b"" for EOF. True if nothing followed the response.
-
-    Raises ConnectionLost, InvalidResponse.
-    """
-    if not data:
-        raise lost(connection, head, f"{connection.origin.url} closed the connection without a complete response")
-    head.size += len(data)
-    clean = head.feed(data)
-    if head.size > MAX_HEAD and (not head.has_head or head.is_large()):  # else most of it is body
-        raise InvalidResponse(f"the backend's response head is larger than {MAX_HEAD} bytes")
-    return clean
-
-
-def lost(connection: Connection, head: ResponseHead, text: str) -> ConnectionLost:
-    """Stale is a kept connection that ended without a byte: the backend had closed it before our request came."""
-    return ConnectionLost(text, stale=connection.is_reused and not head.size)
-
-
 class Body:
     """The body of one response: call `read_chunk`. `close` is due on every ending and is idempotent. Also file-like
-    enough for `requests.Response` (`read`, `stream`)."""
+    enough for `requests.Response` (`read`, `stream`).
 
-    __slots__ = ()
-    is_complete: bool
+    One whose bytes were all here with its head is only this: its connection serves another request already.
+    """
 
-    @property
-    def buffered(self) -> bytes:
-        """What is here already, without a receive."""
-        raise NotImplementedError
+    __slots__ = ("buffered", "is_complete")
+
+    def __init__(self, data: bytes) -> None:
+        self.buffered = data  # what is here already, without a receive
+        self.is_complete = True
 
     def read_chunk(self, most: int | None = None) -> bytes:
         """The next piece of up to `most` bytes, b"" at the end. Raises BodyTruncated, ResponseTimedOut."""
-        raise NotImplementedError
+        data = self.buffered[:most]
+        self.buffered = b"" if most is None else self.buffered[most:]
+        return data
 
     def close(self) -> None:
-        raise NotImplementedError
+        pass
 
     def stream(self, amount: int | None = None, decode_content: bool | None = None) -> Iterator[bytes]:
         try:
@@ -246,28 +210,6 @@ class Body:
         self.close()
 
 
-class WholeBody(Body):
-    """One that was here as soon as its head: its connection serves another request already."""
-
-    __slots__ = ("_data",)
-    is_complete = True
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-
-    @property
-    def buffered(self) -> bytes:
-        return self._data
-
-    def read_chunk(self, most: int | None = None) -> bytes:
-        data = self._data[:most]
-        self._data = b"" if most is None else self._data[most:]
-        return data
-
-    def close(self) -> None:
-        pass
-
-
 class ResponseBody(Body):
     """One that comes in pieces. Closing gives the connection back if the body was read to its end and may be followed
     by another response, and closes it otherwise."""
@@ -279,10 +221,8 @@ class ResponseBody(Body):
         "_left",
         "_is_chunked",
         "_framing_bytes",
-        "_pending",
-        "_watcher",
+        "_client",
         "_can_reuse",
-        "is_complete",
     )
 
     def __init__(
@@ -292,36 +232,31 @@ class ResponseBody(Body):
         *,
         is_head_request: bool,
         give_back: Callable[[Connection], None],
-        watcher: Watcher | None = None,
+        client: Client = UNWATCHED,
     ) -> None:
         self._give_back = give_back
         self._connection: Connection | None = connection
         self._head = head
-        self._watcher = watcher
+        self._client = client
         self._can_reuse = head.keeps_alive
         # RFC 9112 section 6.3: no body, else chunked, else so many bytes, else until EOF.
         self._left, self._is_chunked = _framing(head)  # also where there is no body: what it says is passed on
         self._framing_bytes = 0  # received since the last byte of body
         if is_head_request or head.status in BODILESS_STATUSES:
             self._left, self._is_chunked = 0, False
-        self._pending = head.take()
+        self.buffered = head.take()
         if self._left is not None:
-            self._pending = self._count(self._pending)
+            self.buffered = self._count(self.buffered)
         elif not self._is_chunked:
             self._can_reuse = False  # it lasts until EOF
         self.is_complete = self._left == 0 or (self._is_chunked and head.has_end)
-
-    @property
-    def buffered(self) -> bytes:
-        return self._pending
 
     def refuse_reuse(self) -> None:
         """The request was not sent whole, or bytes followed the response: this connection must not carry another."""
         self._can_reuse = False
 
     def read_chunk(self, most: int | None = None) -> bytes:
-        data = self._pending[:most]
-        self._pending = b"" if most is None else self._pending[most:]
+        data = super().read_chunk(most)
         while not data and not self.is_complete:
             if self._connection is None:
                 raise BodyTruncated("the body was closed before it was read")
@@ -331,13 +266,13 @@ class ResponseBody(Body):
     def take_in(self, most: int) -> None:
         """Receive what has come already, without waiting, if the body may have no more than `most` bytes. Raises as
         `read_chunk`."""
-        while self._connection is not None and not self.is_complete and len(self._pending) + (self._left or 0) <= most:
+        while self._connection is not None and not self.is_complete and len(self.buffered) + (self._left or 0) <= most:
             data = self._receive(self._connection.receive_now, max(most, FIRST))
             if data is None:
                 return
-            self._pending += self._take(data)
+            self.buffered += self._take(data)
 
-    def _receive(self, receive: Callable[[int], Received], most: int) -> Received:
+    def _receive(self, receive: Callable[[int], Data], most: int) -> Data:
         try:
             return receive(most)
         except ConnectionLost as error:
@@ -378,8 +313,7 @@ class ResponseBody(Body):
         if connection is None:
             return
         self._head.end()
-        if self._watcher is not None:
-            self._watcher.detach()
+        self._client.detach()
         if self.is_complete and self._can_reuse:
             self._give_back(connection)
         else:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Iterator
 
-from balancer.errors import BackendError, ResponseTimedOut
-from balancer.upstream.connection import DONTWAIT, Connection
+from balancer.errors import BackendError, InvalidResponse, ResponseTimedOut
+from balancer.protocol.responseheads import MAX_HEAD, ResponseHeads
+from balancer.upstream.connection import DONTWAIT, FIRST, Connection
 from balancer.upstream.outgoing import OutgoingRequest
 from balancer.upstream.response import BackendResponse, ResponseHead
 
@@ -16,12 +18,16 @@ _HAS_SENDMSG = hasattr(socket.socket, "sendmsg")  # Windows has none
 class Sent:
     """A request that is on its way, and what has come back so far."""
 
-    __slots__ = ("connection", "request", "_head", "deadline", "rest", "is_whole", "is_clean", "response", "failure")
+    __slots__ = (
+        *("connection", "request", "heads", "begun", "deadline"),
+        *("rest", "is_whole", "is_clean", "response", "failure"),
+    )
 
-    def __init__(self, connection: Connection, request: OutgoingRequest, deadline: float) -> None:
+    def __init__(self, connection: Connection, request: OutgoingRequest, heads: ResponseHeads, deadline: float) -> None:
         self.connection = connection
         self.request = request
-        self._head: ResponseHead | None = None
+        self.heads = heads
+        self.begun: ResponseHead | None = None  # the head of the response, once some of it is here; few need it
         self.deadline = deadline  # of time.monotonic(), for the response head
         self.rest = b""  # what is still to be sent
         self.is_whole = False  # all of the request was sent
@@ -30,33 +36,27 @@ class Sent:
         self.failure: BackendError | None = None
 
     @property
-    def is_answered(self) -> bool:
-        """The response head is here, maybe more, and nothing has gone wrong."""
-        return self.response is not None and self.failure is None
-
-    @property
     def head(self) -> ResponseHead:
-        """As far as it is here. Most responses never need one."""
-        if self._head is None:
-            self._head = ResponseHead(self.request.heads)
-        return self._head
+        if self.begun is None:
+            self.begun = ResponseHead(self.heads)
+        return self.begun
 
-    def write(self, head: bytes) -> None:
-        """Send the request, which begins with `head`.
-
-        If a streamed body is refused before its end (413, 401), stop. A broken pipe is not final: the answer may be
-        here already.
-        """
+    def write(self) -> None:
+        """Send the request. If a streamed body is refused before its end (413, 401), stop. A broken pipe is not final:
+        the answer may be here already."""
         request = self.request
+        head = request.head()
         if request.body is None:
             self.is_whole = self._write(head)
-        elif isinstance(request.body, bytes):
+        elif request.is_replayable:
             self.is_whole = self._write(head, request.body)
         else:
-            self.is_whole = self._write(head) and self._write_stream(request.body, request.content_length is None)
+            self.is_whole = self._write(head) and self._write_stream(request.body)
 
-    def write_now(self, data: bytes) -> None:
-        """Send as much of the request as goes without waiting, and leave the `rest`."""
+    def write_now(self) -> None:
+        """Send as much of a replayable request as goes without waiting, and leave the `rest`."""
+        request = self.request
+        data = request.head() + (request.body or b"")
         try:
             size = self.connection.sock.send(data, DONTWAIT)
         except BlockingIOError:
@@ -70,16 +70,43 @@ class Sent:
         rest, self.rest = self.rest, b""
         self.is_whole = self._write(rest)
 
+    def receive_head(self, seconds: float) -> None:
+        """Receive until the response head is complete. Raises ResponseTimedOut after so many seconds, and as `take`."""
+        connection, deadline = self.connection, time.monotonic() + seconds
+        connection.set_timeout(seconds)
+        while not self.head.has_head:
+            try:
+                data = connection.receive(FIRST)
+            except ResponseTimedOut:
+                url = connection.origin.url
+                raise ResponseTimedOut(f"{url} sent no complete response head within {seconds:.3g} s") from None
+            self.take(data)
+            if not self.head.has_head:  # rare: it came in pieces, so each receive gets only what is left of the time
+                connection.set_timeout(max(0.001, deadline - time.monotonic()))
+
+    def take(self, data: bytes) -> None:
+        """One receive's worth of a response head, b"" for EOF. Raises ConnectionLost, InvalidResponse."""
+        head = self.head
+        if not data:
+            raise self.connection.lost("it closed the connection without a complete response")
+        head.size += len(data)
+        self.is_clean = head.feed(data) and self.is_clean
+        if head.size > MAX_HEAD and (not head.has_head or head.is_large()):  # else most of it is body
+            raise InvalidResponse(f"the backend's response head is larger than {MAX_HEAD} bytes")
+
+    def fail(self, error: BackendError) -> None:
+        """Whoever goes on with it will find this, and no response."""
+        self.response, self.failure = None, error.to_keep()
+
     def expire(self) -> None:
         """The response head has not come in time."""
-        self.failure = ResponseTimedOut(f"{self.connection.origin.url} sent no complete response head in time")
+        self.fail(ResponseTimedOut(f"{self.connection.origin.url} sent no complete response head in time"))
 
     def close(self) -> None:
         """The connection is of no use to anybody any more."""
-        if self.request.watcher is not None:
-            self.request.watcher.detach()
-        if self._head is not None:
-            self._head.end()
+        self.request.client.detach()
+        if self.begun is not None:
+            self.begun.end()
         self.connection.close()
 
     def _write(self, *parts: bytes) -> bool:
@@ -96,16 +123,17 @@ class Sent:
             return False
         return True
 
-    def _write_stream(self, chunks: Iterator[bytes | list[bytes]], chunked: bool) -> bool:
+    def _write_stream(self, chunks: Iterator[bytes | list[bytes]]) -> bool:
+        is_chunked = self.request.is_chunked
         for chunk in chunks:
             pieces = chunk if isinstance(chunk, list) else [chunk]
-            if chunked and (size := sum(map(len, pieces))):
+            if is_chunked and (size := sum(map(len, pieces))):
                 pieces = [b"%x\r\n" % size, *pieces, b"\r\n"]
             if not self._write(*pieces):
                 return False
             if not self.head.has_head and self._is_refused():
                 return False
-        return self._write(b"0\r\n\r\n") if chunked else True
+        return self._write(b"0\r\n\r\n") if is_chunked else True
 
     def _is_refused(self) -> bool:
         """True if the backend hung up or answered early; an interim response and a success are no reason to stop."""

@@ -22,25 +22,12 @@ from threading import Lock
 from requests import PreparedRequest, Response
 from requests.adapters import BaseAdapter
 
-from balancer.errors import (
-    BackendError,
-    ConnectFailed,
-    ConnectionLost,
-    ConnectTimedOut,
-    OutOfDescriptors,
-)
-from balancer.protocol.client import has_left
+from balancer.errors import BackendError, ConnectFailed, ConnectionLost, ConnectTimedOut, OutOfDescriptors
 from balancer.protocol.origin import Origin
+from balancer.protocol.responseheads import ResponseHeads
 from balancer.upstream.connection import FIRST, Connection
 from balancer.upstream.outgoing import OutgoingRequest, as_outgoing, origin_of
-from balancer.upstream.response import (
-    BackendResponse,
-    ResponseBody,
-    WholeBody,
-    lost,
-    receive_head,
-    take_head_data,
-)
+from balancer.upstream.response import BackendResponse, Body, ResponseBody
 from balancer.upstream.sent import Sent
 
 MAX_IDLE_PER_BACKEND = 1024  # idle sockets kept; above that they are closed after use
@@ -77,6 +64,7 @@ class BackendAdapter(BaseAdapter):
         self._max_idle = max_idle
         self._tls = tls
         self._clock = clock
+        self._heads = ResponseHeads()
         self._lock = Lock()
         self._idle: dict[Origin, deque[Connection]] = {}
 
@@ -93,7 +81,7 @@ class BackendAdapter(BaseAdapter):
         return self.exchange(as_outgoing(request), origin_of(request))
 
     def exchange(self, request: OutgoingRequest, origin: Origin, sent: Sent | None = None) -> BackendResponse:
-        """Send `request` to `origin`, unless `begin` has, and return when the response head is here.
+        """Send `request` to `origin`, unless `send_now` has, and return when the response head is here.
 
         Raises ConnectFailed and ConnectTimedOut (nothing was sent), ConnectionLost, ResponseTimedOut, InvalidResponse;
         whatever the request's body iterator raises comes through. A reused connection that died before any byte of a
@@ -106,14 +94,14 @@ class BackendAdapter(BaseAdapter):
         try:
             return self._receive(sent)
         except ConnectionLost as error:
-            if not (error.stale and request.is_retriable) or has_left(request.watcher):
+            if not (error.stale and request.is_retriable) or request.client.is_gone:
                 raise
         request.is_resent = True
         return self._receive(self._send(self._connect(origin, request), request))
 
-    def begin(self, request: OutgoingRequest, origin: Origin, may_connect: bool = False) -> Sent | None:
-        """Send a request that is here whole on a kept connection or, if it `may_connect`, on a new one, as far as that
-        needs no further waiting. None if neither will do. Raises as `exchange` until it is sent."""
+    def send_now(self, request: OutgoingRequest, origin: Origin, may_connect: bool = False) -> Sent | None:
+        """Send a replayable request on a kept connection or, if it `may_connect`, on a new one, as far as that needs no
+        further waiting. None if neither will do. Raises as `exchange` until it is sent."""
         if origin.scheme != "http":
             return None
         connection = self._take(origin)
@@ -121,40 +109,38 @@ class BackendAdapter(BaseAdapter):
             if not may_connect:
                 return None
             connection = self._connect(origin, request)
-        return self._send(connection, request, is_patient=False)
+        request.client.attach(connection)
+        deadline = min(time.monotonic() + self.timeouts.response_timeout, request.deadline)
+        sent = Sent(connection, request, request.heads or self._heads, deadline)
+        try:
+            sent.write_now()
+        except BaseException:
+            sent.close()
+            raise
+        return sent
 
     def look(self, sent: Sent, most: int = SMALL_BODY) -> bool:
         """Take in what has come, without waiting. True if that is the whole response, and its body has no more than
-        FIRST or `most` bytes; `exchange` then returns it at once, or waits for the rest, or raises what went wrong."""
+        FIRST or `most` bytes: `sent` has it then. If not, `exchange` waits for the rest, or raises what went wrong."""
+        connection, request = sent.connection, sent.request
         try:
-            data = self._receive_now(sent)
+            data = connection.receive_now(FIRST)
             if data is None:
                 return False
-            sent.response = self._whole(sent, data)
-            return sent.response is not None or self._look_closer(sent, data, most)
+            plain = sent.heads.plain(data) if sent.is_whole and sent.begun is None else None
+            if plain is None or plain.whole != len(data) or request.method == "HEAD":
+                return self._look_closer(sent, data, most)
+            # Of the usual shape, and all of it: by far the most are so.
+            request.client.detach()
+            self.give_back(connection)
+            sent.response = BackendResponse(plain, Body(data[plain.size :]), request)
+            return True
         except BackendError as error:
-            sent.failure = error.to_keep()
+            sent.fail(error)
             return False
 
-    def _receive_now(self, sent: Sent) -> bytes | None:
-        try:
-            return sent.connection.receive_now(FIRST)
-        except ConnectionLost as error:
-            raise lost(sent.connection, sent.head, str(error)) from error
-
-    def _whole(self, sent: Sent, data: bytes) -> BackendResponse | None:
-        """The response, if it has the usual shape and `data` is all of it: by far the most are so."""
-        request = sent.request
-        plain = request.heads.plain(data)
-        if plain is None or plain.whole != len(data) or request.method == "HEAD" or not sent.is_whole or sent._head:
-            return None
-        if request.watcher is not None:
-            request.watcher.detach()
-        self.give_back(sent.connection)
-        return BackendResponse(plain, WholeBody(data[plain.size :]), request)
-
     def _look_closer(self, sent: Sent, data: bytes, most: int) -> bool:
-        sent.is_clean = take_head_data(sent.connection, sent.head, data)
+        sent.take(data)
         if not sent.head.has_head:
             return False
         sent.response = self._respond(sent)
@@ -166,24 +152,18 @@ class BackendAdapter(BaseAdapter):
                 body.close()
         return body.is_complete
 
-    def _send(self, connection: Connection, request: OutgoingRequest, is_patient: bool = True) -> Sent:
-        """Send the request; if not `is_patient`, what goes without waiting."""
-        timeouts, now = self.timeouts, time.monotonic()
+    def _send(self, connection: Connection, request: OutgoingRequest) -> Sent:
+        timeouts = self.timeouts
+        seconds, deadline = timeouts.response_timeout, time.monotonic() + timeouts.response_timeout
         if request.is_replayable:
-            sent = Sent(connection, request, min(now + timeouts.response_timeout, request.deadline))
-            seconds = timeouts.response_timeout
+            deadline = min(deadline, request.deadline)
         else:  # a streamed body may take as long as it needs to come; there is only one attempt with it anyway
-            sent = Sent(connection, request, now + timeouts.response_timeout)
             seconds = timeouts.idle_timeout
-        if request.watcher is not None:
-            request.watcher.attach(connection)
+        request.client.attach(connection)
+        sent = Sent(connection, request, request.heads or self._heads, deadline)
         try:
             connection.set_timeout(seconds)
-            head = request.head()
-            if is_patient:
-                sent.write(head)
-            else:
-                sent.write_now(head + request.body if request.body else head)
+            sent.write()
         except BaseException:
             sent.close()
             raise
@@ -194,10 +174,10 @@ class BackendAdapter(BaseAdapter):
             if sent.failure is not None:
                 raise sent.failure
             if sent.rest:
+                sent.connection.set_timeout(self.timeouts.response_timeout)
                 sent.write_rest()
             if sent.response is None:
-                clean = receive_head(sent.connection, sent.head, self._seconds_left(sent))
-                sent.is_clean = sent.is_clean and clean
+                sent.receive_head(self._seconds_left(sent))
                 sent.response = self._respond(sent)
         except BaseException:
             sent.close()
@@ -213,7 +193,7 @@ class BackendAdapter(BaseAdapter):
             sent.head,
             is_head_request=request.method == "HEAD",
             give_back=self.give_back,
-            watcher=request.watcher,
+            client=request.client,
         )
         if not (sent.is_whole and sent.is_clean):
             body.refuse_reuse()
@@ -279,7 +259,7 @@ class BackendAdapter(BaseAdapter):
                     return None
                 connection = idle.pop()
             if connection.idle_since >= oldest and not connection.has_input():
-                connection.is_reused = True
+                connection.received_before = connection.received
                 return connection
             connection.close()
 

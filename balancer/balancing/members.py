@@ -8,21 +8,26 @@ from typing import Any
 
 from balancer.balancing.backends import Backend, Health
 from balancer.balancing.changes import Note
-from balancer.balancing.tally import FORMER_KEPT, Tally
+from balancer.balancing.counts import FORMER_KEPT, BackendCounts
+from balancer.balancing.options import PoolOptions
+from balancer.balancing.strategies import Strategy
 from balancer.errors import SettingsError
 
 
 @dataclass(slots=True)
-class RosterChanges:
-    """What `apply` does at once. `update` has fields per backend id, `url` as an Origin under `origin`."""
+class PoolChanges:
+    """What a pool applies at once, also to itself. `update` has fields per backend id, `url` as an Origin under
+    `origin`."""
 
     add: Sequence[Backend] = ()
     update: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     remove: Sequence[str] = ()
+    options: PoolOptions | None = None
+    strategy: Strategy | None = None
 
 
-class Roster:
-    """The backends of one pool in configured order, and the tallies of those that are gone.
+class Members:
+    """The backends of one pool in configured order, and the counts of those that are gone.
 
     It has no lock of its own: every method is called with the pool's lock held, which guards all it touches. The pool
     settles afterwards who is a candidate. `reweighed` is called when weights are others, or a backend is gone.
@@ -33,12 +38,12 @@ class Roster:
     ) -> None:
         self.backends: dict[str, Backend] = {}
         self._reweighed = reweighed
-        self._former: dict[str, Tally] = {}
+        self._former: dict[str, BackendCounts] = {}
         self._note = note
         self._clock = clock
         self._wall_clock = wall_clock
 
-    def apply(self, changes: RosterChanges) -> None:
+    def apply(self, changes: PoolChanges) -> None:
         """Ids to update and remove that are not here any more are passed over."""
         for backend_id, fields in changes.update.items():
             if backend_id in self.backends:
@@ -70,7 +75,7 @@ class Roster:
         if backend.id in self.backends:  # one that is leaving: it finishes what it has, out of sight
             self._take_out(self.backends[backend.id], "another one takes its name")
         self.backends[backend.id] = backend
-        backend.tally = self._former.pop(backend.id, backend.tally)
+        backend.counts = self._former.pop(backend.id, backend.counts)
         self._note("backend_added", backend.id, f"{backend.origin.url}, weight {backend.weight}", "info")
 
     def update(self, backend: Backend, changes: Mapping[str, Any]) -> None:
@@ -89,7 +94,7 @@ class Roster:
             self._reweighed()
         if "origin" in real:  # another server: nothing is known of it
             backend.forget(self._wall_clock())
-            backend.tally.is_down_no_more(self._clock())
+            backend.counts.is_down_no_more(self._clock())
         if backend.active == 0 and (backend.is_leaving or real.get("admin_state") == "drain"):
             self.drained(backend)
 
@@ -115,8 +120,8 @@ class Roster:
 
     def _take_out(self, backend: Backend, text: str) -> None:
         del self.backends[backend.id]
-        backend.tally.is_down_no_more(self._clock())
-        self._former[backend.id] = backend.tally
+        backend.counts.is_down_no_more(self._clock())
+        self._former[backend.id] = backend.counts
         if len(self._former) > FORMER_KEPT:
             del self._former[next(iter(self._former))]
         self._reweighed()

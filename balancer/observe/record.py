@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from balancer.balancing.backends import Choice
+from typing_extensions import TypedDict
+
+from balancer.balancing.backends import Choice, ChoiceView
 
 # Characters that are kept: about 1,200 requests are, and each may have a path as long as its head may be. So one takes
 # 5 kB at most, and of each attempt 1 kB, 50 bytes for each candidate and 100 for each that was none (`EXPLAINED`).
@@ -19,6 +20,20 @@ PATH_SHOWN = 200  # characters of a path that are shown; the query is not even k
 def later(default: Any) -> Any:
     """A field that is seldom set, and not when the object is made: until then it costs nothing."""
     return field(default=default, init=False)
+
+
+class AttemptView(TypedDict):
+    backend: str
+    outcome: str
+    error: str | None
+    at: float
+    seconds: float
+    connect: float | None
+    resent: bool
+
+
+class ExplainedAttemptView(AttemptView, ChoiceView):
+    """With why it went there."""
 
 
 @dataclass
@@ -37,7 +52,7 @@ class Attempt:
     def backend(self) -> str:
         return self.choice.backend.id
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> AttemptView:
         return {
             "backend": self.backend,
             "outcome": self.outcome,
@@ -49,8 +64,38 @@ class Attempt:
         }
 
 
+class FinishedView(TypedDict):
+    timestamp: float
+    server_id: str | None
+    response_time: float
+    status: int
+    method: str
+    path: str
+    request_id: str
+    trace_id: str | None
+    queued: float
+    first_byte: float | None
+    bytes_in: int
+    bytes_out: int
+    attempts: int
+    reason: str | None
+    not_retried: str | None
+    complete: bool
+
+
+class RecentView(FinishedView):
+    tried: list[AttemptView]
+
+
+class ExplainedView(FinishedView):
+    algorithm: str | None
+    error: str | None
+    excluded: dict[str, str]
+    tried: list[ExplainedAttemptView]
+
+
 @dataclass
-class Exchange:
+class Record:
     """A finished request as it is recorded. Times in seconds; bytes are of the bodies.
 
     `status` is what the client saw, 499 if it had left; `reason` says why, if no backend's answer went through whole.
@@ -88,7 +133,7 @@ class Exchange:
         attempt = self.attempts[-1] if self.attempts else None
         return attempt.seconds if attempt is not None and attempt.outcome.isdecimal() else None
 
-    def describe(self) -> dict[str, Any]:
+    def _finished(self) -> FinishedView:
         return {
             "timestamp": self.timestamp,
             "server_id": self.backend,
@@ -103,15 +148,20 @@ class Exchange:
             "bytes_in": self.bytes_in,
             "bytes_out": self.bytes_out,
             "attempts": len(self.attempts),
-            "tried": [attempt.describe() for attempt in self.attempts],
             "reason": self.reason,
             "not_retried": self.not_retried,
             "complete": self.complete,
         }
 
-    def explain(self) -> dict[str, Any]:
+    def describe(self) -> RecentView:
+        return {**self._finished(), "tried": [attempt.describe() for attempt in self.attempts]}
+
+    def explain(self) -> ExplainedView:
         """`describe` with why each attempt went to its backend."""
-        tried = [attempt.describe() | attempt.choice.describe() for attempt in self.attempts]
-        algorithm = self.attempts[-1].choice.algorithm if self.attempts else None
-        more = {"algorithm": algorithm, "error": self.error, "excluded": dict(self.excluded or {})}
-        return self.describe() | more | {"tried": tried}
+        return {
+            **self._finished(),
+            "algorithm": self.attempts[-1].choice.algorithm if self.attempts else None,
+            "error": self.error,
+            "excluded": dict(self.excluded or {}),
+            "tried": [{**attempt.describe(), **attempt.choice.describe()} for attempt in self.attempts],
+        }

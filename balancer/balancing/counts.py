@@ -8,8 +8,8 @@ FORMER_KEPT = 1000  # backends that are gone and whose counts go on if they come
 
 
 @dataclass(slots=True)
-class Tally:
-    """Guarded by the pool's lock. `down_since` is of the pool's clock; None if it is not down."""
+class BackendCounts:
+    """Of one backend. Guarded by the pool's lock. `down_since` is of the pool's clock; None if it is not down."""
 
     selected: int = 0
     checks: int = 0

@@ -1,0 +1,27 @@
+"""What choosing, judging and waiting need of the settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+LatencyMode = Literal["off", "shadow", "enforce"]
+
+
+@dataclass(frozen=True, slots=True)
+class PoolOptions:
+    """By the names of the settings."""
+
+    health_fall: int
+    health_rise: int
+    eject_after: int
+    eject_seconds: float
+    eject_max_seconds: float
+    eject_max_share: float
+    eject_ends_on_check: bool
+    latency_ejection: LatencyMode
+    latency_ejection_factor: float
+    panic_threshold: float
+    slow_start: float
+    queue_places: int
+    queue_timeout: float

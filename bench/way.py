@@ -1,0 +1,96 @@
+"""The way of one request through the files of `balancer/`: how many it visits, and how often it goes back.
+
+python bench/way.py            prints files, stays and returns of a GET, a POST and a control request
+python bench/way.py --list     and each stay, with the functions that are entered there
+
+Counted is what somebody sees who follows a request from function to function. Each function of `balancer/` that is
+entered counts for the file it stands in; what is entered in the same file one after the other is one stay there. A
+return is a stay in a file that the way had left before, so returns are stays less files. To come back to a caller is
+no entry; neither are functions that Python makes, such as those of a dataclass, which stand in no file.
+
+The request goes the way that `bench/guard.py` has it: from `Bridge.accept` to a real backend on a loopback socket and
+back, in one thread, workers and the express way included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]  # its other modules import each other by their plain names
+
+from backends import slow_backends  # noqa: E402
+from guard import Kind, balancer, serve  # noqa: E402
+
+from balancer.edge.bridge import Bridge  # noqa: E402
+
+PACKAGE = HERE.parent / "balancer"
+WARMUP_REQUESTS = 20  # afterwards the connection is kept, and what follows from the heads is known
+REQUESTS = {
+    "GET": Kind(),  # on the express way
+    "POST": Kind("POST", b"x" * 200_000),  # its body is too large for that: a worker thread has it
+    "control": Kind(path="/status", answer=None),
+}
+
+
+@dataclass
+class Way:
+    """Stays in their order: the file, and the functions entered there."""
+
+    stays: list[tuple[str, list[str]]] = field(default_factory=list)
+
+    @property
+    def files(self) -> set[str]:
+        return {file for file, _ in self.stays}
+
+    @property
+    def returns(self) -> int:
+        return len(self.stays) - len(self.files)
+
+    def enter(self, file: str, function: str) -> None:
+        if not self.stays or self.stays[-1][0] != file:
+            self.stays.append((file, []))
+        self.stays[-1][1].append(function)
+
+
+def trace(bridge: Bridge, kind: Kind) -> Way:
+    way = Way()
+
+    def profile(frame: FrameType, event: str, argument: Any) -> None:
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(PACKAGE):
+            way.enter(str(path.relative_to(PACKAGE)), frame.f_code.co_qualname)
+
+    for _ in range(WARMUP_REQUESTS):
+        serve(bridge, kind)
+    before = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        serve(bridge, kind)
+    finally:
+        sys.setprofile(before)
+    return way
+
+
+def trace_all() -> dict[str, Way]:
+    with slow_backends("0") as backends, balancer(backends.ports[0], control_reads="open") as bridge:
+        return {name: trace(bridge, kind) for name, kind in REQUESTS.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="print each stay")
+    options = parser.parse_args()
+    for name, way in trace_all().items():
+        print(f"{name}: {len(way.files)} files, {len(way.stays)} stays, {way.returns} returns")
+        if options.list:
+            print(*(f"    {file}: {', '.join(functions)}" for file, functions in way.stays), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
