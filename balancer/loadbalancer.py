@@ -274,11 +274,15 @@ class LoadBalancer:
         """
         plan.pool.options = config.options(PoolOptions)
         self.control.pool.apply(plan.pool)
-        self.adapter.timeouts = config.options(Timeouts)
+        self.adapter.use(config.options(Timeouts), config.backend_sni)
         self.health.use(config.options(HealthOptions))
         self.proxy.routes = self.routes(config)
         self.proxy.heads = RequestHeads(
-            self.proxy.heads.pseudonym, config.networks, config.max_header_count, config.request_headers
+            self.proxy.heads.pseudonym,
+            config.networks,
+            config.max_header_count,
+            config.request_headers,
+            config.host_field,
         )
         self.control.access.options = config.options(AccessOptions)
         for bridge in self.bridges:

@@ -82,6 +82,7 @@ def another_value(name: str) -> Any:
     """Not the default of this setting, but valid."""
     texts = {"cors_origins": ("https://ops.example",), "trusted_proxies": ("10.0.0.0/8",), "cpu_affinity": "none"}
     texts |= {"algorithm": "round_robin", "health_path": "/other", "control_prefix": "/lb", "ca_file": "ca.pem"}
+    texts |= dict.fromkeys(("backend_host", "backend_sni", "health_host"), "api.example")
     texts |= {"request_headers": '{ set = { X-Team = "a" } }', "response_headers": '{ remove = ["Server"] }'}
     field = Settings.model_fields[name]
     choices = [choice for part in (field.annotation, *get_args(field.annotation)) for choice in get_args(part)]
@@ -159,9 +160,12 @@ class Process:
         self.popen.send_signal(number)
 
     def holds_hangup(self) -> bool:
-        """SIGHUP is 1, the lowest bit of the mask."""
+        return self.has("SigBlk", signal.SIGHUP)
+
+    def has(self, mask: str, number: signal.Signals) -> bool:
+        """Whether a signal is in a mask of proc_pid_status(5); SIGHUP, which is 1, is its lowest bit."""
         status = Path(f"/proc/{self.pid}/status").read_text(encoding="ascii")
-        return bool(int(re.search(r"SigBlk:\s*([0-9a-f]+)", status)[1], 16) & 1)  # type: ignore[index]
+        return bool(int(re.search(rf"{mask}:\s*([0-9a-f]+)", status)[1], 16) >> number - 1 & 1)  # type: ignore[index]
 
     def wait(self) -> int:
         code = self.popen.wait(PATIENCE)
@@ -263,7 +267,7 @@ class BalancerProcess(Process, Served):
     def _listening(self) -> re.Match[str] | None:
         if self.popen.poll() is not None:
             raise AssertionError(f"the balancer ended: {self.output}")
-        return re.search(r"listening on (\S+?),?(?:\s|$)", self.output)
+        return re.search(r'listening on (http://[^\s",]+)', self.output)
 
 
 def active(balancer: Served) -> int:

@@ -673,26 +673,28 @@ http {{
     client_body_temp_path body; proxy_temp_path proxy; fastcgi_temp_path f; uwsgi_temp_path u; scgi_temp_path s;
     server {{
         listen 127.0.0.1:{port};
-        location / {{ proxy_pass {url}; {more} }}
+        location {at} {{ proxy_pass {url}; {more} }}
     }}
 }}
 """
 
 
 @contextmanager
-def nginx_before(folder: Path, balancer: BalancerProcess, more: str) -> Iterator[str]:
-    """Its URL."""
+def nginx_before(folder: Path, balancer: BalancerProcess, more: str, at: str = "/") -> Iterator[str]:
+    """Its URL. The path `at` is taken off what it passes on."""
     nginx = shutil.which("nginx")
     assert nginx is not None, "apt-get install nginx-light"
     port = free_port()
     file = folder / "nginx.conf"
-    file.write_text(NGINX.format(port=port, url=balancer.url, more=more), encoding="utf-8")
+    file.write_text(
+        NGINX.format(port=port, at=at, url=balancer.url + ("" if at == "/" else "/"), more=more), encoding="utf-8"
+    )
     process = subprocess.Popen([nginx, "-p", str(folder), "-c", str(file)], stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
 
     def answers() -> bool:
         try:
-            return fetch(f"{url}/health")[0] == 200
+            return fetch(url)[0] != 0
         except OSError:
             return False
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ TEXT = re.compile(r'(?P<time>\S+) (?P<client>\S+) (?P<request>"(?:[^"\\]|\\.)*")
 
 
 def json_lines(process: BalancerProcess) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in process.lines if line.startswith("{")]
+    """Of requests."""
+    return [told for line in process.lines if line.startswith("{") and "request_id" in (told := json.loads(line))]
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +164,31 @@ def test_a_line_of_text_has_the_same(tmp_path: Path) -> None:
     assert float(told["total"]) == pytest.approx(recent["response_time"], abs=1e-6)
     assert re.fullmatch(r"only:200:\d\.\d{6}", told["attempts"])
     assert abs(time.time() - recent["timestamp"]) < 60 and match["time"] == timestamp(recent["timestamp"])
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_every_line_has_one_format_and_one_clock(form: str) -> None:
+    """A line of its own at the start, or a log line in local time, and no program could read the rest."""
+    started = time.time()
+    env = {"LB_ALGORITM": "x", "TZ": "Asia/Kathmandu"}
+    balancer = BalancerProcess("--backend=http://127.0.0.1:1", "--access-log", f"--access-log-format={form}", env=env)
+    try:
+        fetch(f"{balancer.url}/asked")
+    finally:
+        balancer.stop()
+    lines = [json.loads(line) for line in balancer.lines] if form == "json" else balancer.lines
+    times = [line["time"] if form == "json" else line.partition(" ")[0] for line in lines]
+    assert len(times) >= 5
+    for text in times:
+        assert text.endswith("Z") and started - 1 < datetime.fromisoformat(text).timestamp() < time.time()
+    warning, listening = lines[:2]
+    words = "the variable LB_ALGORITM is ignored, there is no such setting; did you mean LB_ALGORITHM?"
+    if form == "json":
+        assert warning.items() >= {"level": "warning", "logger": "balancer.settings", "message": words}.items()
+        assert listening["message"] == f"lb-1: listening on {balancer.url}"
+    else:
+        assert warning.endswith(f"Z WARNING balancer.settings: {words}")
+        assert listening.endswith(f"Z INFO balancer: lb-1: listening on {balancer.url}")
 
 
 def test_it_is_off_unless_asked_for() -> None:
@@ -377,8 +404,8 @@ def test_every_request_has_its_line_when_the_process_ends(tmp_path: Path) -> Non
             for status, _, _ in clients.map(lambda number: fetch(f"{url}/n{number}"), range(300)):
                 assert status == 200
         assert terminate(process) == ""
-    lines = [json.loads(line) for line in file.read_text().splitlines() if line.startswith("{")]
-    assert sorted(line["path"] for line in lines) == sorted(f"/n{number}" for number in range(300))
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert sorted(line["path"] for line in lines if "path" in line) == sorted(f"/n{number}" for number in range(300))
 
 
 def test_a_pipe_that_nobody_reads_stops_neither_requests_nor_the_end() -> None:

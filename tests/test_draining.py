@@ -348,6 +348,22 @@ def test_hangup_while_it_starts_waits_until_it_has_started(tmp_path: Path, has_f
         process.stop()
 
 
+@pytest.mark.parametrize("program", ["load_balancer.py", "backend_server.py"])
+def test_a_signal_that_asks_for_nothing_is_ignored_from_the_first_lines_on(program: str) -> None:
+    """Whoever rotates logs sends SIGUSR1, by which a process ends that does not know it."""
+    process = Process([PYTHON, str(ROOT / program), "--port", str(free_port())])
+    try:
+        wait_until(lambda: process.has("SigIgn", signal.SIGUSR1), what="its first lines have run")
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGIO, signal.SIGRTMAX):
+            process.send(number)
+        wait_until(lambda: process.has("SigCgt", signal.SIGTERM), "it serves")
+        process.send(signal.SIGUSR1)
+        process.send(signal.SIGTERM)
+        assert process.wait() == 0
+    finally:
+        process.stop()
+
+
 def test_hangup_ends_what_has_nothing_to_reload() -> None:
     backend = BackendProcess("alone")
     try:

@@ -29,6 +29,7 @@ from balancer.errors import (
 from balancer.protocol.messages import Line
 from balancer.protocol.origin import Origin
 from balancer.upstream.connection import Connection
+from balancer.upstream.dialer import Dialer
 from balancer.upstream.transport import BackendAdapter, OutgoingRequest, Timeouts
 
 HOST: Line = (b"host", b"test")
@@ -573,7 +574,7 @@ def tls_backend(authority: Path) -> Iterator[TlsBackend]:
 
 @pytest.fixture
 def tls_adapter(authority: Path) -> Iterator[BackendAdapter]:
-    made = BackendAdapter(Timeouts(5, 5, 5, 4), tls=ssl.create_default_context(cafile=authority / "ca.pem"))
+    made = BackendAdapter(Timeouts(5, 5, 5, 4), dialer=Dialer(ssl.create_default_context(cafile=authority / "ca.pem")))
     yield made
     made.close()
 
@@ -617,6 +618,40 @@ def test_tls_with_another_host_name_is_refused(tls_adapter: BackendAdapter, tls_
     assert tls_backend.requests == []
 
 
+@pytest.fixture
+def called(tls_backend: TlsBackend) -> list[str | None]:
+    """The server names that clients have asked for, in their order."""
+    found: list[str | None] = []
+    tls_backend._context.sni_callback = lambda sock, name, context: found.append(name)  # type: ignore[assignment]
+    return found
+
+
+def test_tls_without_the_dot_of_an_absolute_name(
+    tls_adapter: BackendAdapter, tls_backend: TlsBackend, called: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RFC 6066 section 3. To the resolver the dot says that no domain is to be added."""
+    asked, real = [], socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *a, **k: asked.append(host) or real("127.0.0.1", *a, **k))
+    assert fetch(tls_adapter, f"https://localhost.:{tls_backend.port}") == b"ok"
+    assert (called, asked) == (["localhost"], ["localhost."])
+
+
+def test_tls_with_a_server_name_of_the_operators(
+    tls_adapter: BackendAdapter, tls_backend: TlsBackend, called: list[str | None]
+) -> None:
+    """From the next request on: kept connections were made with another one."""
+    url, timeouts = f"https://127.0.0.1:{tls_backend.port}", tls_adapter.timeouts
+    tls_adapter.use(timeouts, "localhost.")
+    assert fetch(tls_adapter, url) == fetch(tls_adapter, url) == b"ok"
+    assert called == ["localhost"]
+    before = tls_adapter.exchange(outgoing(), Origin.parse(url))
+    tls_adapter.use(timeouts, "another.test")
+    before.body.close()
+    with pytest.raises(ConnectFailed, match="TLS: .*another.test"):
+        fetch(tls_adapter, url)
+    assert called[1:] == ["another.test"]
+
+
 def test_tls_to_a_plain_port_is_refused(tls_adapter: BackendAdapter) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         answering = threading.Thread(target=_answer_plainly, args=(listener,))
@@ -635,13 +670,13 @@ def _answer_plainly(listener: socket.socket) -> None:
 
 def test_tls_handshake_has_a_time_limit(authority: Path) -> None:
     """Somebody accepts and says nothing: nothing was sent, any method may go elsewhere."""
-    adapter = BackendAdapter(QUICK, tls=ssl.create_default_context(cafile=authority / "ca.pem"))
+    adapter = BackendAdapter(QUICK, dialer=Dialer(ssl.create_default_context(cafile=authority / "ca.pem")))
     with socket.create_server(("127.0.0.1", 0)) as listener, pytest.raises(ConnectTimedOut, match="TLS"):
         fetch(adapter, f"https://localhost:{listener.getsockname()[1]}")
 
 
 def test_tls_response_has_a_time_limit(authority: Path, tls_backend: TlsBackend) -> None:
-    adapter = BackendAdapter(QUICK, tls=ssl.create_default_context(cafile=authority / "ca.pem"))
+    adapter = BackendAdapter(QUICK, dialer=Dialer(ssl.create_default_context(cafile=authority / "ca.pem")))
     held = threading.Event()
     tls_backend.requests = _Blocking(held)
     try:

@@ -69,6 +69,8 @@ class RequestHead:
                 pseudonym=heads.pseudonym,
                 trusted=heads.trusted,
             )
+            if heads.host:
+                made[0] = (b"host", heads.host)
             self.lines = tuple(heads.rules.applied(made) if heads.rules else made)
         except BalancerError as error:
             self.refusal = error.to_keep()
@@ -90,7 +92,7 @@ class RequestHeads:
     """Looks up, or works out, what follows from a header section. Any thread may call.
 
     `pseudonym` is our name in `Via`; claims of peers in `trusted` networks are believed; sections of more than
-    `max_lines` are refused; `rules` change what goes to backends.
+    `max_lines` are refused; `rules` change what goes to backends; `host` is their `Host`, empty for the client's.
     """
 
     def __init__(
@@ -99,8 +101,10 @@ class RequestHeads:
         trusted: Sequence[Network] = (),
         max_lines: int = MOST_LINES,
         rules: HeaderRules = NO_RULES,
+        host: bytes = b"",
     ) -> None:
         self.pseudonym, self.trusted, self.max_lines, self.rules = pseudonym, trusted, max_lines, rules
+        self.host = host
         self._size_of_rules = rules.size
         self._are_plain = Table(is_plain, NAMES_ROOM, _weigh_name)
         self._table: Table[Section, RequestHead] = Table(self._work_out, HEADS_ROOM, self._weigh)
