@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import pytest
-from fleet import Demo, start_demo
+from fleet import Demo, Pair, start_demo
 from hypothesis import settings
 from stub_balancer import StubBalancer
 from support import Balancer, BalancerProcess
@@ -53,6 +53,19 @@ def demo() -> Iterator[Demo]:
     started = start_demo()
     yield started
     started.stop()
+
+
+@pytest.fixture(scope="module")
+def started_pair() -> Iterator[Pair]:
+    pair = Pair()
+    yield pair
+    pair.close()
+
+
+@pytest.fixture
+def pair(started_pair: Pair) -> Pair:
+    started_pair.reset()
+    return started_pair
 
 
 @pytest.fixture(scope="module")

@@ -275,6 +275,17 @@ def active(balancer: Served) -> int:
     return found
 
 
+def is_idle(balancer: Served) -> bool:
+    status = balancer.status()
+    busy = [backend["active_connections"] for backend in status["backend_servers"]]
+    return status["statistics"]["active_requests"] == 0 and not any(busy)
+
+
+def failures_of(balancer: Served, backend_id: str = "only") -> int:
+    count: int = balancer.backend(backend_id)["health"]["consecutive_failures"]
+    return count
+
+
 def newest(balancer: Served) -> dict[str, Any]:
     wait_until(lambda: active(balancer) == 0, what="no request is in flight")
     found: dict[str, Any] = balancer.status(1)["recent_requests"][0]
