@@ -43,7 +43,7 @@ def check_all(app: Flask, error: str | None = None) -> None:
         pool.record_check(backend, LastCheck(time.time(), 0.003, 200 if error is None else None, error))
 
 
-def add_exchanges(app: Flask, count: int, status: int = 200) -> None:
+def add_records(app: Flask, count: int, status: int = 200) -> None:
     statistics = app.extensions["control"].statistics
     for number in range(count):
         statistics.begin()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from control import ALGORITHMS, WEIGHTS, add_exchanges, assert_error, check_all, events, state
+from control import ALGORITHMS, WEIGHTS, add_records, assert_error, check_all, events, state
 from flask import Flask
 from flask.testing import FlaskClient
 from support import make_record
@@ -55,7 +55,7 @@ def test_switching_is_an_event_and_switching_to_the_same_changes_nothing(app: Fl
 @pytest.mark.parametrize("body", [None, b"", b"{}"])
 def test_reset_zeroes_the_statistics(app: Flask, client: FlaskClient, body: bytes | None) -> None:
     """Without a body and without a Content-Type too, as `curl -X POST` sends it."""
-    add_exchanges(app, 5)
+    add_records(app, 5)
     before = client.get("/status").json["statistics"]["start_time"]
     content_type = "application/json" if body else None
     answer = client.post("/reset", data=body, content_type=content_type)

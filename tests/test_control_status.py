@@ -7,7 +7,7 @@ import socket
 from typing import Any
 
 import pytest
-from control import ALGORITHMS, EVENT, STATUS, add_exchanges, assert_error, assert_shape, check_all, make_app
+from control import ALGORITHMS, EVENT, STATUS, add_records, assert_error, assert_shape, check_all, make_app
 from flask import Flask
 from flask.testing import FlaskClient
 from support import Balancer, fetch, wait_until
@@ -16,7 +16,7 @@ from werkzeug.test import Client
 
 def test_status_has_the_fields_and_types_of_the_contract(app: Flask, client: FlaskClient) -> None:
     check_all(app)
-    add_exchanges(app, 3)
+    add_records(app, 3)
     answer = client.get("/status")
     assert answer.status_code == 200 and answer.mimetype == "application/json"
     assert_shape(answer.json, STATUS)
@@ -41,8 +41,8 @@ def test_status_of_a_balancer_without_traffic_or_checks(client: FlaskClient) -> 
 
 
 def test_status_counts_successes_failures_and_unassigned(app: Flask, client: FlaskClient) -> None:
-    add_exchanges(app, 4)
-    add_exchanges(app, 2, status=502)
+    add_records(app, 4)
+    add_records(app, 2, status=502)
     assert client.get("/api/process").status_code == 503  # no backend is up
     status = client.get("/status").json
     whole = status["statistics"]
@@ -65,7 +65,7 @@ def test_status_shows_why_a_backend_is_down(app: Flask, client: FlaskClient) -> 
     ("query", "expected"), [("", 20), ("?recent=0", 0), ("?recent=1", 1), ("?recent=99", 99), ("?recent=100", 100)]
 )
 def test_recent_requests_newest_first_and_bounded(app: Flask, client: FlaskClient, query: str, expected: int) -> None:
-    add_exchanges(app, 130)
+    add_records(app, 130)
     recent = client.get(f"/status{query}").json["recent_requests"]
     assert [entry["path"] for entry in recent] == [f"/{number}" for number in range(129, 129 - expected, -1)]
 

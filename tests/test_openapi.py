@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from control import TOKEN, add_exchanges, check_all, make_app
+from control import TOKEN, add_records, check_all, make_app
 from flask import Flask
 from flask.testing import FlaskClient
 from jsonschema import Draft202012Validator
@@ -117,8 +117,8 @@ def test_every_operation_answers_as_described(
     app = make_app()
     if path != "/readyz":
         check_all(app)
-    add_exchanges(app, 3)
-    add_exchanges(app, 1, status=502)
+    add_records(app, 3)
+    add_records(app, 1, status=502)
     answer = app.test_client().open(path, method=method, **({} if body is None else {"json": body}))
     assert answer.status_code == status, answer.text
     assert_described(document, method, template, answer)
