@@ -16,7 +16,7 @@ from flask.testing import FlaskClient
 from fleet import Demo, Pair, start_demo
 from hypothesis import settings
 from stub_balancer import StubBalancer
-from support import Balancer, BalancerProcess
+from support import Balancer, BalancerProcess, Start, StartProcess
 from wire import WireBackend
 
 pytest_plugins = ["balancer.testing"]  # which pytest finds by itself where the package is installed
@@ -73,15 +73,14 @@ def pair(started_pair: Pair) -> Pair:
 
 @pytest.fixture(scope="module")
 def scripted() -> Iterator[WireBackend]:
-    backend = WireBackend()
-    yield backend
-    backend.close()
+    with WireBackend() as backend:
+        yield backend
 
 
 @pytest.fixture(scope="module")
 def scripted_balancer(scripted: WireBackend) -> Iterator[Balancer]:
     """A balancer in front of the scripted backend alone, with short time limits."""
-    balancer = Balancer(
+    with Balancer(
         f"--backend=only={scripted.url}",
         "--response-timeout=1",
         "--idle-timeout=2",
@@ -90,9 +89,8 @@ def scripted_balancer(scripted: WireBackend) -> Iterator[Balancer]:
         "--max-header-bytes=16384",
         "--trusted-proxies=192.0.2.0/24",
         "--control-reads=open",
-    )
-    yield balancer
-    balancer.stop()
+    ) as balancer:
+        yield balancer
 
 
 @pytest.fixture
@@ -110,9 +108,8 @@ def balancer(scripted_balancer: Balancer, backend: WireBackend) -> Balancer:
 
 @pytest.fixture(scope="module")
 def patient_balancer(scripted: WireBackend) -> Iterator[Balancer]:
-    balancer = Balancer(f"--backend=only={scripted.url}", "--response-timeout=60", "--idle-timeout=60")
-    yield balancer
-    balancer.stop()
+    with Balancer(f"--backend=only={scripted.url}", "--response-timeout=60", "--idle-timeout=60") as balancer:
+        yield balancer
 
 
 @pytest.fixture
@@ -137,13 +134,13 @@ def _starter(kind: Callable[..., Started], scripted: WireBackend) -> Iterator[Ca
 
 
 @pytest.fixture
-def start(scripted: WireBackend) -> Iterator[Callable[..., Balancer]]:
+def start(scripted: WireBackend) -> Iterator[Start]:
     """Starts balancers in front of the scripted backend, with default limits."""
     yield from _starter(Balancer, scripted)
 
 
 @pytest.fixture
-def start_process(scripted: WireBackend) -> Iterator[Callable[..., BalancerProcess]]:
+def start_process(scripted: WireBackend) -> Iterator[StartProcess]:
     """The same for what is about the process: its signals, output, memory or threads."""
     yield from _starter(BalancerProcess, scripted)
 

@@ -23,6 +23,8 @@ QUIET = [
 FASTER = "const real = setTimeout; window.setTimeout = (f, ms) => real(f, ms >= 900 && ms <= 1100 ? ms / 4 : ms);"
 DASH = "\u2014"
 
+expect.set_options(timeout=60_000)  # milliseconds; a slow machine is no finding
+
 
 def three() -> Json:
     """Two healthy backends, one dead, some failures."""
@@ -79,8 +81,8 @@ class Tab:
     def at(self, selector: str) -> Locator:
         return self.page.locator(selector)
 
-    def shows(self, selector: str, words: str | re.Pattern[str], timeout: float = 6000) -> None:
-        expect(self.at(selector)).to_contain_text(words, timeout=timeout)
+    def shows(self, selector: str, words: str | re.Pattern[str]) -> None:
+        expect(self.at(selector)).to_contain_text(words)
 
     def is_live(self) -> Tab:
         self.shows("#pill", "Live")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Self, get_args
 
 from pydantic import ValidationError
 
@@ -172,6 +173,12 @@ class Process:
         self._reader.join(PATIENCE)
         return code
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
     def stop(self) -> None:
         if self.popen.poll() is None:
             self.popen.terminate()
@@ -270,6 +277,10 @@ class BalancerProcess(Process, Served):
         return re.search(r'listening on (http://[^\s",]+)', self.output)
 
 
+Start = Callable[..., Balancer]
+StartProcess = Callable[..., BalancerProcess]
+
+
 def active(balancer: Served) -> int:
     found: int = balancer.status()["statistics"]["active_requests"]
     return found
@@ -310,6 +321,44 @@ class BackendProcess(Process):
         with suppress(OSError):
             return fetch(f"{self.url}/health")[0] == 200
         return False
+
+
+# As somebody may set it up who has not read about it.
+NGINX = """
+daemon off; pid nginx.pid; error_log stderr; worker_processes 1;
+events {{ worker_connections 64; }}
+http {{
+    access_log off;
+    client_body_temp_path body; proxy_temp_path proxy; fastcgi_temp_path f; uwsgi_temp_path u; scgi_temp_path s;
+    server {{
+        listen 127.0.0.1:{port};
+        location {at} {{ proxy_pass {url}; {more} }}
+    }}
+}}
+"""
+
+
+@contextmanager
+def nginx_before(folder: Path, balancer: Served, more: str, at: str = "/") -> Iterator[str]:
+    """Its URL. The path `at` is taken off what it passes on."""
+    nginx = shutil.which("nginx")
+    assert nginx is not None, "apt-get install nginx-light"
+    port = free_port()
+    file = folder / "nginx.conf"
+    file.write_text(
+        NGINX.format(port=port, at=at, url=balancer.url + ("" if at == "/" else "/"), more=more), encoding="utf-8"
+    )
+    url = f"http://127.0.0.1:{port}"
+
+    def answers() -> bool:
+        try:
+            return fetch(url)[0] != 0
+        except OSError:
+            return False
+
+    with Process([nginx, "-p", str(folder), "-c", str(file)]):
+        wait_until(answers, what="nginx listens")
+        yield url
 
 
 # Messages made of bytes.

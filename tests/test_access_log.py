@@ -58,9 +58,8 @@ def json_lines(process: BalancerProcess) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def logging(scripted: WireBackend) -> Iterator[BalancerProcess]:
     flags = ("--access-log", "--access-log-format=json", "--trusted-proxies=127.0.0.0/8", "--control-reads=open")
-    balancer = BalancerProcess(f"--backend=only={scripted.url}", "--expose-backend", *flags)
-    yield balancer
-    balancer.stop()
+    with BalancerProcess(f"--backend=only={scripted.url}", "--expose-backend", *flags) as balancer:
+        yield balancer
 
 
 def line_of(logging: BalancerProcess, path: str) -> dict[str, Any]:
@@ -145,15 +144,10 @@ def test_a_retry_shows_each_attempt_and_a_failure_its_reason() -> None:
 
 
 def test_a_line_of_text_has_the_same(tmp_path: Path) -> None:
-    backend = WireBackend()
-    balancer = BalancerProcess(f"--backend=only={backend.url}", "--access-log")
-    try:
+    with WireBackend() as backend, BalancerProcess(f"--backend=only={backend.url}", "--access-log") as balancer:
         fetch(f"{balancer.url}/some/path?secret=1", User_Agent='a "quoted" agent', Traceparent=TRACEPARENT)
         line = wait_until(lambda: next((x for x in balancer.lines if "/some/path" in x), None), "the line")
         recent = balancer.status()["recent_requests"][0]
-    finally:
-        balancer.stop()
-        backend.close()
     match = TEXT.fullmatch(line)
     assert match and json.loads(match["request"]) == "GET /some/path HTTP/1.1"
     assert (match["client"], match["status"]) == ("127.0.0.1", "200")
@@ -171,11 +165,10 @@ def test_every_line_has_one_format_and_one_clock(form: str) -> None:
     """A line of its own at the start, or a log line in local time, and no program could read the rest."""
     started = time.time()
     env = {"LB_ALGORITM": "x", "TZ": "Asia/Kathmandu"}
-    balancer = BalancerProcess("--backend=http://127.0.0.1:1", "--access-log", f"--access-log-format={form}", env=env)
-    try:
+    with BalancerProcess(
+        "--backend=http://127.0.0.1:1", "--access-log", f"--access-log-format={form}", env=env
+    ) as balancer:
         fetch(f"{balancer.url}/asked")
-    finally:
-        balancer.stop()
     lines = [json.loads(line) for line in balancer.lines] if form == "json" else balancer.lines
     times = [line["time"] if form == "json" else line.partition(" ")[0] for line in lines]
     assert len(times) >= 5

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
-import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,8 +18,8 @@ from support import (
     exchange,
     fetch,
     free_port,
+    nginx_before,
     split_response,
-    wait_until,
 )
 from test_http2 import client as http2
 from wire import post
@@ -34,9 +31,8 @@ from balancer.control.access import GUESS_SECONDS, GUESSES
 @pytest.fixture(scope="module")
 def balancer() -> Iterator[Balancer]:
     env = {"LB_PAGE_TOKEN": PAGE_TOKEN}
-    started = Balancer(f"--backend=a=http://127.0.0.1:{free_port()}", env=env)
-    yield started
-    started.stop()
+    with Balancer(f"--backend=a=http://127.0.0.1:{free_port()}", env=env) as started:
+        yield started
 
 
 @pytest.mark.parametrize("path", [b"/status", b"/health", b"/dashboard"])
@@ -120,15 +116,12 @@ def test_a_body_must_be_json_over_http_2_too(balancer: Balancer, body: bytes, st
 
 
 def test_guesses_on_a_real_connection() -> None:
-    balancer = Balancer(f"--backend=a=http://127.0.0.1:{free_port()}", env={"LB_ADMIN_TOKEN": TOKEN})
-    try:
+    with Balancer(f"--backend=a=http://127.0.0.1:{free_port()}", env={"LB_ADMIN_TOKEN": TOKEN}) as balancer:
         tried = [fetch(f"{balancer.url}/status", **bearer("wrong")) for _ in range(GUESSES + 1)]
         assert [status for status, _, _ in tried] == [401] * GUESSES + [429]
         assert 1 <= int(tried[-1][1]["retry-after"]) <= GUESS_SECONDS
         assert fetch(f"{balancer.url}/status", **bearer(TOKEN))[0] == 429
         assert fetch(f"{balancer.url}/health", **bearer(TOKEN))[0] == 200
-    finally:
-        balancer.stop()
 
 
 def test_a_forged_line_is_in_no_log() -> None:
@@ -145,11 +138,10 @@ def test_a_forged_line_is_in_no_log() -> None:
 
 @pytest.mark.parametrize("setting", ["admin_token", "page_token"])
 def test_a_short_token_is_refused_at_the_start(setting: str) -> None:
-    process = Process([PYTHON, "load_balancer.py", "--check-config"], {f"LB_{setting.upper()}": "fifteen-letters"})
-    try:
+    with Process(
+        [PYTHON, "load_balancer.py", "--check-config"], {f"LB_{setting.upper()}": "fifteen-letters"}
+    ) as process:
         assert process.wait() == 2
-    finally:
-        process.stop()
     assert setting in process.output and "at least 16" in process.output and "fifteen-letters" not in process.output
 
 
@@ -164,54 +156,10 @@ def test_a_short_token_is_refused_at_the_start(setting: str) -> None:
     ids=str,
 )
 def test_what_does_not_do_what_one_may_expect_is_told_at_the_start(flags: list[str], words: str | None) -> None:
-    process = Process([PYTHON, "load_balancer.py", "--check-config", *flags])
-    try:
+    with Process([PYTHON, "load_balancer.py", "--check-config", *flags]) as process:
         assert process.wait() == 0
-    finally:
-        process.stop()
     assert words in process.output if words else "warning" not in process.output
     assert process.output.count("warning") == (words is not None)
-
-
-NGINX = """
-daemon off; pid nginx.pid; error_log stderr; worker_processes 1;
-events {{ worker_connections 64; }}
-http {{
-    access_log off;
-    client_body_temp_path body; proxy_temp_path proxy; fastcgi_temp_path f; uwsgi_temp_path u; scgi_temp_path s;
-    server {{
-        listen 127.0.0.1:{port};
-        location {at} {{ proxy_pass {url}; {more} }}
-    }}
-}}
-"""
-
-
-@contextmanager
-def nginx_before(folder: Path, balancer: Balancer, more: str, at: str = "/") -> Iterator[str]:
-    """Its URL. The path `at` is taken off what it passes on."""
-    nginx = shutil.which("nginx")
-    assert nginx is not None, "apt-get install nginx-light"
-    port = free_port()
-    file = folder / "nginx.conf"
-    file.write_text(
-        NGINX.format(port=port, at=at, url=balancer.url + ("" if at == "/" else "/"), more=more), encoding="utf-8"
-    )
-    process = subprocess.Popen([nginx, "-p", str(folder), "-c", str(file)], stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
-
-    def answers() -> bool:
-        try:
-            return fetch(url)[0] != 0
-        except OSError:
-            return False
-
-    try:
-        wait_until(answers, what="nginx listens")
-        yield url
-    finally:
-        process.terminate()
-        process.wait(60)
 
 
 def test_a_proxy_that_hides_itself_has_another_user(tmp_path: Path, balancer: Balancer) -> None:

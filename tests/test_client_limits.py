@@ -17,6 +17,8 @@ import pytest
 from support import (
     Balancer,
     BalancerProcess,
+    Start,
+    StartProcess,
     active,
     connect,
     exchange,
@@ -72,7 +74,7 @@ def sending(sockets: list[socket.socket], pieces: list[bytes]) -> Iterator[None]
         thread.join()
 
 
-def test_tricklers_get_408_and_do_not_hold_threads(start: Callable[..., Balancer], scripted: WireBackend) -> None:
+def test_tricklers_get_408_and_do_not_hold_threads(start: Start, scripted: WireBackend) -> None:
     """They have all the threads and another request waits: without the limit, for as long as bytes come."""
     balancer = start("--max-threads=50", "--max-queued=10", "--trusted-proxies=127.0.0.1", "--control-reads=open")
     uploads = [FRAMINGS[number % len(FRAMINGS)] for number in range(50)]
@@ -99,7 +101,7 @@ def test_tricklers_get_408_and_do_not_hold_threads(start: Callable[..., Balancer
     assert 0 < len(scripted.broken) == sum(record["server_id"] is not None for record in slow)  # not left hanging
 
 
-def test_an_upload_just_fast_enough_passes(start: Callable[..., Balancer], scripted: WireBackend) -> None:
+def test_an_upload_just_fast_enough_passes(start: Start, scripted: WireBackend) -> None:
     """300 bytes/s for longer than the grace."""
     balancer = start()
     with connect(balancer.port) as sock, sock.makefile("rb") as stream:
@@ -110,7 +112,7 @@ def test_an_upload_just_fast_enough_passes(start: Callable[..., Balancer], scrip
     assert newest(balancer)["response_time"] > BODY_GRACE_SECONDS + 1
 
 
-def test_a_fast_start_is_no_licence_to_trickle(start: Callable[..., Balancer], scripted: WireBackend) -> None:
+def test_a_fast_start_is_no_licence_to_trickle(start: Start, scripted: WireBackend) -> None:
     """10 MB are 240 bytes/s for 11 hours; `idle_timeout` is the most that is saved up."""
     balancer = start("--idle-timeout=6")
     with connect(balancer.port) as sock, sock.makefile("rb") as stream:
@@ -121,7 +123,7 @@ def test_a_fast_start_is_no_licence_to_trickle(start: Callable[..., Balancer], s
     assert time.monotonic() - started > 5
 
 
-def test_any_rate_is_accepted_if_the_limit_is_off(start: Callable[..., Balancer], scripted: WireBackend) -> None:
+def test_any_rate_is_accepted_if_the_limit_is_off(start: Start, scripted: WireBackend) -> None:
     balancer = start("--min-body-rate=0")
     with connect(balancer.port) as sock, sock.makefile("rb") as stream:
         sock.sendall(post(b"Content-Length: 12"))
@@ -130,9 +132,7 @@ def test_any_rate_is_accepted_if_the_limit_is_off(start: Callable[..., Balancer]
     assert newest(balancer)["response_time"] > BODY_GRACE_SECONDS
 
 
-def test_a_client_that_pauses_for_a_slow_backend_is_not_punished(
-    start: Callable[..., Balancer], scripted: WireBackend
-) -> None:
+def test_a_client_that_pauses_for_a_slow_backend_is_not_punished(start: Start, scripted: WireBackend) -> None:
     """The backend reads nothing for longer than the grace, so the client can send nothing."""
     go_on = threading.Event()
     scripted.on_head = lambda sock, request: not go_on.wait(60)
@@ -153,9 +153,7 @@ def test_a_client_that_pauses_for_a_slow_backend_is_not_punished(
     assert len(scripted.requests[-1].body) == len(body)
 
 
-def test_a_trickling_http2_stream_is_ended_and_the_others_live(
-    start: Callable[..., Balancer], scripted: WireBackend
-) -> None:
+def test_a_trickling_http2_stream_is_ended_and_the_others_live(start: Start, scripted: WireBackend) -> None:
     balancer = start()
     with client(balancer) as h2:
         h2.request(1, method=b"POST", end=False)
@@ -186,13 +184,12 @@ class SlowBackend(WireBackend):
 
 @pytest.fixture
 def slow() -> Iterator[SlowBackend]:
-    backend = SlowBackend()
-    yield backend
-    backend.close()
+    with SlowBackend() as backend:
+        yield backend
 
 
 @pytest.fixture
-def start_slow(start_process: Callable[..., BalancerProcess], slow: SlowBackend) -> Callable[..., BalancerProcess]:
+def start_slow(start_process: StartProcess, slow: SlowBackend) -> StartProcess:
     """Starts balancers in front of the slow backend alone."""
 
     def begin(*arguments: str) -> BalancerProcess:
@@ -209,10 +206,11 @@ def stall(h2: Client, streams: int, first: int = 1) -> list[int]:
     for stream in begun:
         h2.request(stream, (b":path", b"/slow"), method=b"POST", end=False)
         assert h2.upload(stream, 16 * MIB, patience=0.2) > 0
+    assert h2.upload(begun[0], 16 * MIB, patience=2) > 0  # nothing more is on its way
     return begun
 
 
-def test_http2_uploads_to_a_slow_backend_leave_room_for_others(start_slow: Callable[..., BalancerProcess]) -> None:
+def test_http2_uploads_to_a_slow_backend_leave_room_for_others(start_slow: StartProcess) -> None:
     """Not all that the connection may send is theirs."""
     balancer = start_slow()
     with client(balancer) as h2:
@@ -224,7 +222,7 @@ def test_http2_uploads_to_a_slow_backend_leave_room_for_others(start_slow: Calla
 
 
 def test_who_cannot_send_because_of_a_slow_backend_is_no_slow_client(
-    start_slow: Callable[..., BalancerProcess], slow: SlowBackend
+    start_slow: StartProcess, slow: SlowBackend
 ) -> None:
     """RFC 9113 section 5.2.2: the window of the connection is used up. The others wait, and are served in the end."""
     balancer = start_slow()
@@ -241,7 +239,7 @@ def test_who_cannot_send_because_of_a_slow_backend_is_no_slow_client(
         assert h2.finish(99).status == 200
 
 
-def test_they_wait_no_longer_than_the_slow_backend_is_given(start_slow: Callable[..., BalancerProcess]) -> None:
+def test_they_wait_no_longer_than_the_slow_backend_is_given(start_slow: StartProcess) -> None:
     balancer = start_slow("--idle-timeout=2")
     with client(balancer) as h2:
         begun = stall(h2, 20)
@@ -264,7 +262,7 @@ def holding_less(balancer: BalancerProcess, size: int) -> Iterator[None]:
     assert grown < size, f"{grown / MIB:.0f} MiB"
 
 
-def test_uploads_that_nobody_reads_hold_little(start_slow: Callable[..., BalancerProcess]) -> None:
+def test_uploads_that_nobody_reads_hold_little(start_slow: StartProcess) -> None:
     """Two connections, and the threads of their requests. It was what the windows of all streams add up to."""
     balancer = start_slow()
     with ExitStack() as stack, holding_less(balancer, 48 * MIB):
@@ -277,9 +275,7 @@ def test_uploads_that_nobody_reads_hold_little(start_slow: Callable[..., Balance
 
 
 @pytest.mark.parametrize("streams", [1, 50])
-def test_frames_of_one_byte_hold_little(
-    start_process: Callable[..., BalancerProcess], scripted: WireBackend, streams: int
-) -> None:
+def test_frames_of_one_byte_hold_little(start_process: StartProcess, scripted: WireBackend, streams: int) -> None:
     """Each byte has a frame of its own to be kept account of; hyper ends the connection when these get too many."""
     balancer = start_process()
     begun = range(1, 2 * streams, 2)
@@ -294,7 +290,7 @@ def test_frames_of_one_byte_hold_little(
         wait_until(lambda: active(balancer) == 0)
 
 
-def test_a_head_that_never_ends_holds_little(start_process: Callable[..., BalancerProcess]) -> None:
+def test_a_head_that_never_ends_holds_little(start_process: StartProcess) -> None:
     """RFC 9113 section 10.5: CONTINUATION frames without END_HEADERS."""
     balancer = start_process()
     line = b"\0\1x\177\201\1" + bytes(256)  # a literal of one letter and 256 bytes
@@ -305,9 +301,7 @@ def test_a_head_that_never_ends_holds_little(start_process: Callable[..., Balanc
         h2.read_to_end()
 
 
-def test_the_control_api_does_not_wait_for_slow_bodies(
-    start: Callable[..., Balancer], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_control_api_does_not_wait_for_slow_bodies(start: Start, caplog: pytest.LogCaptureFixture) -> None:
     balancer = start()
     head = b"POST /algorithm HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n%s\r\n\r\n1\r\n{"
     with connect(balancer.port) as by_length, connect(balancer.port) as chunked:
@@ -328,7 +322,7 @@ def with_lines(count: int) -> bytes:
     return get(b"/", *[b"X-%d: 1" % number for number in range(count - 2)])
 
 
-def test_one_header_line_too_many_is_431(start: Callable[..., Balancer], scripted: WireBackend) -> None:
+def test_one_header_line_too_many_is_431(start: Start, scripted: WireBackend) -> None:
     balancer = start("--max-header-count=20")
     assert exchange(balancer.port, with_lines(20)).startswith(b"HTTP/1.1 200 ")
     status, lines, body = split_response(exchange(balancer.port, with_lines(21)))
@@ -339,7 +333,7 @@ def test_one_header_line_too_many_is_431(start: Callable[..., Balancer], scripte
     assert (newest(balancer)["status"], newest(balancer)["server_id"]) == (431, None)
 
 
-def test_the_default_is_what_the_server_in_front_takes(start: Callable[..., Balancer], scripted: WireBackend) -> None:
+def test_the_default_is_what_the_server_in_front_takes(start: Start, scripted: WireBackend) -> None:
     """It refuses more than 100 of HTTP/1 without a word of ours, and does not count those of HTTP/2."""
     balancer = start()
     assert exchange(balancer.port, with_lines(100)).startswith(b"HTTP/1.1 200 ")
@@ -359,7 +353,7 @@ def test_the_default_is_what_the_server_in_front_takes(start: Callable[..., Bala
 # Connections: `max_clients`.
 
 
-def test_heads_of_thousands_of_lines_are_not_kept(start_process: Callable[..., BalancerProcess]) -> None:
+def test_heads_of_thousands_of_lines_are_not_kept(start_process: StartProcess) -> None:
     """HTTP/2 sends a line in three bytes, each of them takes 150 here. Kept, these would take 90 MB."""
     balancer = start_process()
 
@@ -402,7 +396,7 @@ def http2(port: int) -> Iterator[Callable[[float], bool]]:
 
 @pytest.mark.parametrize("opened", [http1, http2])
 def test_connections_beyond_the_limit_wait_for_a_place(
-    start: Callable[..., Balancer], opened: Callable[[int], AbstractContextManager[Callable[[float], bool]]]
+    start: Start, opened: Callable[[int], AbstractContextManager[Callable[[float], bool]]]
 ) -> None:
     control = free_port()
     port = start("--max-clients=3", f"--control-port={control}", wait_ready=False).port
@@ -554,7 +548,7 @@ BEGINNINGS = {  # and what follows twice a second
 
 
 @pytest.mark.parametrize("beginning", BEGINNINGS)
-def test_a_connection_without_a_request_is_closed(start: Callable[..., Balancer], beginning: str) -> None:
+def test_a_connection_without_a_request_is_closed(start: Start, beginning: str) -> None:
     """Whatever else comes on it. `max_clients` of them shut the balancer."""
     balancer = start("--header-timeout=1")
     first, more = BEGINNINGS[beginning]

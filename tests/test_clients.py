@@ -14,7 +14,7 @@ import pytest
 from fleet import Pair
 from support import (
     Balancer,
-    BalancerProcess,
+    StartProcess,
     connect,
     exchange,
     failures_of,
@@ -107,9 +107,7 @@ def test_an_answer_before_the_end_of_the_request_is_relayed(pair: Pair) -> None:
     wait_until(lambda: is_idle(pair.balancer))
 
 
-def test_a_slow_client_holds_the_backend_back(
-    start_process: Callable[..., BalancerProcess], scripted: WireBackend
-) -> None:
+def test_a_slow_client_holds_the_backend_back(start_process: StartProcess, scripted: WireBackend) -> None:
     """Back-pressure: while the client does not read, the backend is not read either, and memory stays flat."""
     size = 96 * MIB
     sent = [0]
@@ -143,9 +141,7 @@ def standstill(counter: list[int]) -> Callable[[], int]:
     return look
 
 
-def test_a_slow_backend_holds_the_client_back(
-    start_process: Callable[..., BalancerProcess], scripted: WireBackend
-) -> None:
+def test_a_slow_backend_holds_the_client_back(start_process: StartProcess, scripted: WireBackend) -> None:
     """Back-pressure the other way: an upload is not taken in faster than the backend reads it."""
     go = threading.Event()
 

@@ -50,9 +50,8 @@ def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def idle() -> Iterator[BalancerProcess]:
     """A balancer whose only backend is not there."""
-    process = BalancerProcess(f"--backend=a=http://127.0.0.1:{free_port()}")
-    yield process
-    process.stop()
+    with BalancerProcess(f"--backend=a=http://127.0.0.1:{free_port()}") as process:
+        yield process
 
 
 # What ends at once.
@@ -220,14 +219,11 @@ def test_port_0_takes_a_free_one_and_prints_it(idle: BalancerProcess) -> None:
 
 def test_the_environment_of_cmd_is_understood() -> None:
     env = {"LB_ID": "edge-1 ", "ALGORITHM": "round_robin  ", "LB_BACKENDS": f"a=http://127.0.0.1:{free_port()}@2 "}
-    process = BalancerProcess(env=env)
-    try:
+    with BalancerProcess(env=env) as process:
         status = process.status()
         assert (status["load_balancer_id"], status["algorithm"]) == ("edge-1", "round_robin")
         assert [(row["id"], row["weight"]) for row in status["backend_servers"]] == [("a", 2)]
         assert "edge-1" in process.output
-    finally:
-        process.stop()
 
 
 def test_a_taken_port_is_one_line_and_disturbs_nobody(idle: BalancerProcess) -> None:

@@ -12,13 +12,13 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Coroutine, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from typing import Any
 
 import pytest
-from support import BalancerProcess, connect, exchange, fetch, fetch_json, get, read_all, wait_until
+from support import BalancerProcess, StartProcess, connect, exchange, fetch, fetch_json, get, read_all, wait_until
 from wire import LARGE, large
 
 REQUEST = b"GET %s HTTP/1.1\r\nHost: test\r\n\r\n"
@@ -107,7 +107,7 @@ def backends() -> Iterator[list[AsyncBackend]]:
 
 
 @pytest.fixture
-def start(backends: list[AsyncBackend]) -> Iterator[Callable[..., BalancerProcess]]:
+def start(backends: list[AsyncBackend]) -> Iterator[StartProcess]:
     """Starts balancers in front of `backends`; patient health checks, for they are not what is tested here."""
     started: list[BalancerProcess] = []
 
@@ -194,9 +194,7 @@ def files_of(balancer: BalancerProcess) -> int:
 # A thousand at once.
 
 
-def test_a_thousand_requests_in_flight_at_once_all_succeed(
-    backends: list[AsyncBackend], start: Callable[..., BalancerProcess]
-) -> None:
+def test_a_thousand_requests_in_flight_at_once_all_succeed(backends: list[AsyncBackend], start: StartProcess) -> None:
     balancer = start("--algorithm=round_robin")
 
     async def all_of_them() -> list[tuple[int, str]]:
@@ -217,9 +215,7 @@ def test_a_thousand_requests_in_flight_at_once_all_succeed(
     assert max(counted.values()) - min(counted.values()) <= 1
 
 
-def test_a_thousand_requests_held_at_the_same_moment(
-    backends: list[AsyncBackend], start: Callable[..., BalancerProcess]
-) -> None:
+def test_a_thousand_requests_held_at_the_same_moment(backends: list[AsyncBackend], start: StartProcess) -> None:
     """Long enough to see with our own eyes that all are in flight together, not one after another."""
     balancer = start()
     seen: list[int] = []
@@ -237,9 +233,7 @@ def test_a_thousand_requests_held_at_the_same_moment(
     assert_sums(wait_idle(balancer))
 
 
-def test_more_requests_than_threads_wait_their_turn(
-    backends: list[AsyncBackend], start: Callable[..., BalancerProcess]
-) -> None:
+def test_more_requests_than_threads_wait_their_turn(backends: list[AsyncBackend], start: StartProcess) -> None:
     balancer = start("--max-threads=20", "--max-queued=1000")
 
     async def all_of_them() -> list[tuple[int, str]]:
@@ -296,7 +290,7 @@ async def storm(balancer: BalancerProcess, extra: str, seconds: float) -> tuple[
 
 
 def test_after_a_storm_the_books_balance_and_nothing_is_left_over(
-    backends: list[AsyncBackend], start: Callable[..., BalancerProcess]
+    backends: list[AsyncBackend], start: StartProcess
 ) -> None:
     balancer = start("--max-threads=64", "--thread-idle-timeout=1", "--pool-idle-timeout=1")
     assert fetch(f"{balancer.url}/0")[0] == 200
@@ -334,7 +328,7 @@ def test_after_a_storm_the_books_balance_and_nothing_is_left_over(
 
 
 def test_clients_that_leave_in_flight_are_counted_as_aborted_and_their_backends_are_told(
-    backends: list[AsyncBackend], start: Callable[..., BalancerProcess]
+    backends: list[AsyncBackend], start: StartProcess
 ) -> None:
     balancer = start()
     sockets = [socket.create_connection(("127.0.0.1", balancer.port)) for _ in range(50)]
@@ -382,7 +376,7 @@ class Held:
 
 
 @pytest.fixture
-def narrow(start: Callable[..., BalancerProcess]) -> BalancerProcess:
+def narrow(start: StartProcess) -> BalancerProcess:
     return start("--max-threads=2", "--max-queued=2", count=1)
 
 
@@ -410,7 +404,7 @@ def test_when_threads_and_queue_are_full_the_rest_is_told_to_come_again(
 
 
 def test_status_answers_however_often_while_everything_is_busy(
-    backends: list[AsyncBackend], start: Callable[..., BalancerProcess]
+    backends: list[AsyncBackend], start: StartProcess
 ) -> None:
     """Looking must not use up what is kept for looking, nor let more than max_threads requests through."""
     balancer = start("--max-threads=2", "--max-queued=50", count=1)
@@ -424,7 +418,7 @@ def test_status_answers_however_often_while_everything_is_busy(
 
 
 def test_a_request_that_waited_too_long_for_a_thread_is_not_sent(
-    backends: list[AsyncBackend], start: Callable[..., BalancerProcess]
+    backends: list[AsyncBackend], start: StartProcess
 ) -> None:
     """Nor is a backend blamed for it."""
     balancer = start("--max-threads=1", "--max-queued=10", "--request-timeout=1", count=1)
@@ -468,9 +462,7 @@ def test_a_client_that_leaves_the_queue_frees_its_place(backends: list[AsyncBack
     assert backends[0].served == 1
 
 
-def test_the_queue_is_first_come_first_served(
-    backends: list[AsyncBackend], start: Callable[..., BalancerProcess]
-) -> None:
+def test_the_queue_is_first_come_first_served(backends: list[AsyncBackend], start: StartProcess) -> None:
     balancer = start("--max-threads=1", "--max-queued=10", count=1)
     with Held(balancer) as held:
         held.send(large(b"/3"), 1)
@@ -485,9 +477,7 @@ def test_the_queue_is_first_come_first_served(
 # Stopping.
 
 
-def test_sigterm_lets_requests_in_flight_finish_and_exits_0(
-    backends: list[AsyncBackend], start: Callable[..., BalancerProcess]
-) -> None:
+def test_sigterm_lets_requests_in_flight_finish_and_exits_0(backends: list[AsyncBackend], start: StartProcess) -> None:
     balancer = start()
     idle = http.client.HTTPConnection("127.0.0.1", balancer.port, timeout=60)  # must not keep it alive
     idle.request("GET", "/health")
@@ -506,9 +496,7 @@ def test_sigterm_lets_requests_in_flight_finish_and_exits_0(
     assert "Traceback" not in balancer.output
 
 
-def test_sigterm_lets_queued_requests_finish_too(
-    backends: list[AsyncBackend], start: Callable[..., BalancerProcess]
-) -> None:
+def test_sigterm_lets_queued_requests_finish_too(backends: list[AsyncBackend], start: StartProcess) -> None:
     balancer = start("--max-threads=1", "--max-queued=10", count=1)
     with Held(balancer) as held:
         for number in range(3):
@@ -519,9 +507,7 @@ def test_sigterm_lets_queued_requests_finish_too(
     assert balancer.wait() == 0
 
 
-def test_what_does_not_finish_within_the_drain_time_is_cut(
-    backends: list[AsyncBackend], start: Callable[..., BalancerProcess]
-) -> None:
+def test_what_does_not_finish_within_the_drain_time_is_cut(backends: list[AsyncBackend], start: StartProcess) -> None:
     balancer = start("--drain-timeout=1")
     with connect(balancer.port) as sock:
         sock.sendall(REQUEST % b"/600")
@@ -535,9 +521,7 @@ def test_what_does_not_finish_within_the_drain_time_is_cut(
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\nHo"])
-def test_a_client_that_has_not_asked_anything_yet_does_not_hold_up_the_end(
-    start: Callable[..., BalancerProcess], sent: bytes
-) -> None:
+def test_a_client_that_has_not_asked_anything_yet_does_not_hold_up_the_end(start: StartProcess, sent: bytes) -> None:
     """Browsers open connections in advance, and nothing is in flight on them."""
     balancer = start()
     with connect(balancer.port) as sock:
@@ -548,7 +532,7 @@ def test_a_client_that_has_not_asked_anything_yet_does_not_hold_up_the_end(
     assert "Traceback" not in balancer.output
 
 
-def test_sigint_is_quick_and_quiet(backends: list[AsyncBackend], start: Callable[..., BalancerProcess]) -> None:
+def test_sigint_is_quick_and_quiet(backends: list[AsyncBackend], start: StartProcess) -> None:
     balancer = start()
     with ExitStack() as clients:
         for _ in range(500):
@@ -561,7 +545,7 @@ def test_sigint_is_quick_and_quiet(backends: list[AsyncBackend], start: Callable
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_at_once(
-    backends: list[AsyncBackend], start: Callable[..., BalancerProcess], number: signal.Signals
+    backends: list[AsyncBackend], start: StartProcess, number: signal.Signals
 ) -> None:
     balancer = start()
     with connect(balancer.port) as sock:
@@ -573,7 +557,7 @@ def test_a_second_signal_ends_at_once(
         assert balancer.wait() == 0
 
 
-def test_the_port_is_free_again_at_once(start: Callable[..., BalancerProcess]) -> None:
+def test_the_port_is_free_again_at_once(start: StartProcess) -> None:
     balancer = start()
     assert fetch(f"{balancer.url}/0")[0] == 200
     balancer.stop()
@@ -583,7 +567,7 @@ def test_the_port_is_free_again_at_once(start: Callable[..., BalancerProcess]) -
 
 
 def test_status_says_draining_to_those_who_are_still_connected(
-    backends: list[AsyncBackend], start: Callable[..., BalancerProcess]
+    backends: list[AsyncBackend], start: StartProcess
 ) -> None:
     """New connections are refused; a poller on a kept one sees why, or that it was closed."""
     balancer = start()
@@ -606,8 +590,5 @@ def test_status_says_draining_to_those_who_are_still_connected(
 def test_the_line_that_says_it_listens_is_true() -> None:
     """A script that waits for the line and then connects must not be refused."""
     for _ in range(3):
-        balancer = BalancerProcess("--backend=none=http://127.0.0.1:9", wait_ready=False)
-        try:
+        with BalancerProcess("--backend=none=http://127.0.0.1:9", wait_ready=False) as balancer:
             assert fetch_json(f"{balancer.url}/health")["status"] == "healthy"
-        finally:
-            balancer.stop()

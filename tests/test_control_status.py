@@ -136,11 +136,8 @@ def test_not_ready_until_the_first_health_round_is_done() -> None:
     """A backend that accepts and never answers keeps the first round going for the health time-out."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        balancer = Balancer(f"--backend=silent={url}", "--health-timeout=4", wait_ready=False)
-        try:
+        with Balancer(f"--backend=silent={url}", "--health-timeout=4", wait_ready=False) as balancer:
             status, _, body = fetch(f"{balancer.url}/readyz")
             assert (status, json.loads(body)["status"]) == (503, "not ready")
             assert fetch(f"{balancer.url}/health")[0] == 200
             wait_until(balancer.is_ready)
-        finally:
-            balancer.stop()

@@ -86,9 +86,8 @@ def test_a_missing_dashboard_is_said_to_be_missing(app: Flask, client: FlaskClie
 def guarded() -> Iterator[BalancerProcess]:
     """A balancer with a token that logs all it can."""
     env = {"LB_ADMIN_TOKEN": TOKEN, "LB_CORS_ORIGINS": ALLOWED}
-    balancer = BalancerProcess(f"--backend=b=http://127.0.0.1:{free_port()}", "--log-level=debug", env=env)
-    yield balancer
-    balancer.stop()
+    with BalancerProcess(f"--backend=b=http://127.0.0.1:{free_port()}", "--log-level=debug", env=env) as balancer:
+        yield balancer
 
 
 def test_the_token_is_in_no_answer_and_in_no_log(guarded: BalancerProcess) -> None:
@@ -174,10 +173,9 @@ def test_head_and_keep_alive_on_control_paths(guarded: BalancerProcess) -> None:
 @pytest.fixture(scope="module")
 def own_paths() -> Iterator[WireBackend]:
     """A backend whose own paths have the names of control paths."""
-    backend = WireBackend()
-    backend.script = lambda sock, request: sock.sendall(ok(b"backend " + request.target))
-    yield backend
-    backend.close()
+    with WireBackend() as backend:
+        backend.script = lambda sock, request: sock.sendall(ok(b"backend " + request.target))
+        yield backend
 
 
 CONTROL_PATHS = ["/status", "/algorithm", "/reset", "/backends", "/backends/b", "/events", "/dashboard", "/readyz"]
@@ -191,8 +189,7 @@ def assert_forwarded(url: str) -> None:
 
 
 def test_with_a_prefix_the_bare_paths_belong_to_the_backend(own_paths: WireBackend) -> None:
-    balancer = Balancer(f"--backend=b={own_paths.url}", "--control-prefix=/lb", wait_ready=False)
-    try:
+    with Balancer(f"--backend=b={own_paths.url}", "--control-prefix=/lb", wait_ready=False) as balancer:
         assert_forwarded(balancer.url)
         control = f"{balancer.url}/lb"
         assert fetch_json(f"{control}/status")["statistics"]["total_requests"] > 0
@@ -203,14 +200,11 @@ def test_with_a_prefix_the_bare_paths_belong_to_the_backend(own_paths: WireBacke
         assert location.endswith("/lb/backends/n")
         assert fetch(f"{balancer.url}/lbstatus")[2] == b"backend /lbstatus"
         assert "content-security-policy" in fetch(f"{control}/dashboard")[1]
-    finally:
-        balancer.stop()
 
 
 def test_with_a_port_of_its_own_the_control_api_is_nowhere_else(own_paths: WireBackend) -> None:
     port = free_port()
-    balancer = BalancerProcess(f"--backend=b={own_paths.url}", f"--control-port={port}", wait_ready=False)
-    try:
+    with BalancerProcess(f"--backend=b={own_paths.url}", f"--control-port={port}", wait_ready=False) as balancer:
         assert_forwarded(balancer.url)
         control = f"http://127.0.0.1:{port}"
         assert fetch_json(f"{control}/status")["statistics"]["total_requests"] > 0
@@ -218,16 +212,11 @@ def test_with_a_port_of_its_own_the_control_api_is_nowhere_else(own_paths: WireB
         status, _, body = fetch(f"{control}/anything")  # not forwarded from here
         assert status == 404 and json.loads(body)["error"]
         assert f"control API on {control}" in balancer.output
-    finally:
-        balancer.stop()
     assert balancer.wait() == 0
 
 
 def test_a_path_that_only_looks_like_a_control_path_is_forwarded(own_paths: WireBackend) -> None:
-    balancer = Balancer(f"--backend=b={own_paths.url}")
-    try:
+    with Balancer(f"--backend=b={own_paths.url}") as balancer:
         for path in ("/status/", "/statuses", "/STATUS", "/api/status", "/health/x", "/dashboard.html", "//status"):
             assert fetch(balancer.url + path)[2] == b"backend " + path.encode()
         assert "lifecycle" in fetch_json(f"{balancer.url}/%73tatus")  # the same path in other letters
-    finally:
-        balancer.stop()

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from fleet import Demo, start_demo
 from playwright.sync_api import expect
-from support import PAGE_TOKEN, Balancer, BalancerProcess, wait_until
-from test_access import nginx_before
+from support import PAGE_TOKEN, Balancer, BalancerProcess, nginx_before, wait_until
 from wire import WireBackend
 
 from tests.dashboard_stub import (
@@ -31,7 +30,6 @@ __all__ = ["chromium", "stub", "tab"]  # fixtures
 
 VALUES = "#tiles .value"
 HOSTILE = "<img src=x onerror=alert(1)>"
-DOWN_WITHIN = 4000  # two checks and one poll are about 2 s on an idle machine; the rest is for a busy one
 NOT_A_VALUE = re.compile(r"\b(NaN|undefined|null|Infinity|\[object)")
 
 
@@ -208,7 +206,7 @@ def test_blocked_by_cors_is_told_from_disconnected(tab: Tab, stub: Stub) -> None
 def test_no_answer_in_time(tab: Tab, stub: Stub) -> None:
     tab.from_disk(stub.url).is_live()
     stub.gate.clear()
-    tab.shows("#pill", "No answer", timeout=60000)
+    tab.shows("#pill", "No answer")
     tab.shows("#banner-connection", "waited 2 s")
 
 
@@ -646,7 +644,7 @@ def test_real_balancer_shows_traffic_switches_the_algorithm_and_resets(shared: D
         expect(tab.at("#backend-rows tr").filter(has_text=one.id)).to_contain_text("Up")
     before = int(tab.at("#t-total").inner_text().replace(",", ""))
     tab.page.click("#send")
-    tab.shows("#traffic-result", "10 requests in", timeout=60000)
+    tab.shows("#traffic-result", "10 requests in")
     tab.shows("#traffic-counts", shared.backends[0].id)
     assert "10 failed" not in tab.at("#traffic-result").inner_text()
     expect(tab.at("#t-total")).to_have_text(f"{before + 10:,}")
@@ -676,17 +674,17 @@ def test_real_balancer_shows_a_killed_backend_down_and_up_again(demo: Demo, tab:
     expect(row).to_contain_text("Up")
     victim.kill()
     try:
-        expect(row).to_contain_text("Down", timeout=DOWN_WITHIN)
+        expect(row).to_contain_text("Down")
         tab.shows("#banner-backends", victim.id)
     finally:
         victim.start()
-    expect(row).to_contain_text("Up", timeout=60000)
+    expect(row).to_contain_text("Up")
 
 
 def test_real_balancer_explains_drains_and_keeps_the_past(shared: Demo, tab: Tab) -> None:
     open_demo(tab, shared, from_disk=False)
     tab.page.click("#send")
-    tab.shows("#traffic-result", "10 ok, 0 failed", timeout=60000)
+    tab.shows("#traffic-result", "10 ok, 0 failed")
     tab.page.locator("#recent-rows .c-why button").first.click()
     for words in ("Weighted", "Candidate", "chosen"):
         tab.shows("#request-dialog", words)
@@ -711,8 +709,7 @@ def test_real_balancer_reloads_its_configuration(tmp_path: Path, scripted: WireB
     file = tmp_path / "balancer.toml"
     lines = f'[[backends]]\nid = "one"\nurl = "{scripted.url}"\nweight = '
     file.write_text(f"{lines}1\n", encoding="utf-8")
-    balancer = Balancer(f"--config={file}")
-    try:
+    with Balancer(f"--config={file}") as balancer:
         tab.page.goto(f"{balancer.url}/dashboard")
         tab.is_live()
         file.write_text(f"{lines}7\n", encoding="utf-8")
@@ -726,5 +723,3 @@ def test_real_balancer_reloads_its_configuration(tmp_path: Path, scripted: WireB
         tab.page.click("#reload")
         tab.shows(".toast.bad", "algorithm")
         tab.page.close()
-    finally:
-        balancer.stop()

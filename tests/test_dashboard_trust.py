@@ -64,12 +64,9 @@ FRAME = """frame => new Promise((done) => {
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Demo]:
     """A real backend alone: it has to refuse what the balancer hands on to it."""
-    backend = BackendProcess("backend_1")
-    try:
+    with BackendProcess("backend_1") as backend:
         with Balancer(f"--backend=backend_1={backend.url}", env={"LB_PAGE_TOKEN": PAGE_TOKEN}) as balancer:
             yield Demo(balancer, [backend])
-    finally:
-        backend.stop()
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,19 @@ from typing import Any
 
 import pytest
 from stub_granian import GONE, Client, Promise
-from support import Balancer, BalancerProcess, active, connect, exchange, get, newest, options, wait_until
+from support import (
+    Balancer,
+    BalancerProcess,
+    Start,
+    StartProcess,
+    active,
+    connect,
+    exchange,
+    get,
+    newest,
+    options,
+    wait_until,
+)
 from test_http2 import Client as Http2Client
 from wire import WireBackend, post, read_response, request, wait_closed
 
@@ -474,7 +486,7 @@ def ask_http2(stack: ExitStack, balancer: Balancer, target: bytes, count: int) -
 
 @pytest.mark.parametrize("ask", [ask_http1, ask_http2])
 def test_unread_downloads_hold_no_thread(
-    start_process: Callable[..., BalancerProcess], scripted: WireBackend, ask: Callable[..., Any]
+    start_process: StartProcess, scripted: WireBackend, ask: Callable[..., Any]
 ) -> None:
     """Many more of them than there are threads; others are answered, by threads too."""
     scripted.script = answering(b"")
@@ -496,9 +508,7 @@ def test_unread_downloads_hold_no_thread(
 
 @pytest.mark.parametrize("is_chunked", [False, True])
 @pytest.mark.parametrize("size", [120_000, 12_000_000])
-def test_a_reader_that_pauses_gets_all_of_it(
-    start: Callable[..., Balancer], scripted: WireBackend, size: int, is_chunked: bool
-) -> None:
+def test_a_reader_that_pauses_gets_all_of_it(start: Start, scripted: WireBackend, size: int, is_chunked: bool) -> None:
     body = content(size)
     scripted.script = answering(body, is_chunked=is_chunked)
     balancer = start()
@@ -522,7 +532,7 @@ def test_a_reader_that_pauses_gets_all_of_it(
 
 @pytest.mark.parametrize("target", [b"/endless", b"/"])
 def test_an_http2_answer_that_nobody_reads_is_in_flight_until_idle_timeout(
-    start: Callable[..., Balancer], scripted: WireBackend, target: bytes
+    start: Start, scripted: WireBackend, target: bytes
 ) -> None:
     """Also one of 128 KB, which came whole; PINGs are no sign of reading."""
     scripted.script = answering(bytes(130_000))
@@ -546,7 +556,7 @@ def test_an_http2_answer_that_nobody_reads_is_in_flight_until_idle_timeout(
     assert balancer.backend("only")["health"]["consecutive_failures"] == 0
 
 
-def test_the_dashboard_that_nobody_reads_is_ended(start: Callable[..., Balancer]) -> None:
+def test_the_dashboard_that_nobody_reads_is_ended(start: Start) -> None:
     """It needs no backend, and no thread."""
     balancer = start("--idle-timeout=1", "--max-threads=4", "--thread-idle-timeout=1")
     with ExitStack() as stack:
@@ -556,7 +566,7 @@ def test_the_dashboard_that_nobody_reads_is_ended(start: Callable[..., Balancer]
         assert h2.is_closed
 
 
-def test_whole_answers_that_nobody_reads_are_ended(start: Callable[..., Balancer], scripted: WireBackend) -> None:
+def test_whole_answers_that_nobody_reads_are_ended(start: Start, scripted: WireBackend) -> None:
     """They count as done, and neither PINGs nor a request now and then keep their connection."""
     scripted.script = answering(bytes(16_000))
     balancer = start("--idle-timeout=1", "--header-timeout=1")
@@ -574,7 +584,7 @@ def test_whole_answers_that_nobody_reads_are_ended(start: Callable[..., Balancer
         wait_until(is_closed, "the connection is cut")
 
 
-def test_an_answer_that_is_read_too_slowly_is_cut(start: Callable[..., Balancer], scripted: WireBackend) -> None:
+def test_an_answer_that_is_read_too_slowly_is_cut(start: Start, scripted: WireBackend) -> None:
     """Well within every `idle_timeout`, at 40,000 bytes/s where 1,000,000 are asked for."""
     scripted.script = answering(b"")
     balancer = start("--min-body-rate=1000000", "--idle-timeout=5")
@@ -599,7 +609,7 @@ def test_an_answer_that_is_read_too_slowly_is_cut(start: Callable[..., Balancer]
     assert record["response_time"] > GRACE_SECONDS
 
 
-def test_an_event_stream_may_be_as_slow_as_it_likes(start: Callable[..., Balancer], scripted: WireBackend) -> None:
+def test_an_event_stream_may_be_as_slow_as_it_likes(start: Start, scripted: WireBackend) -> None:
     """At 10 bytes/s, for longer than the grace: its client reads all there is."""
     ended = threading.Event()
 
@@ -616,9 +626,7 @@ def test_an_event_stream_may_be_as_slow_as_it_likes(start: Callable[..., Balance
     assert newest(balancer)["reason"] is None
 
 
-def test_a_backend_that_dies_while_nobody_reads_cuts_the_answer(
-    start: Callable[..., Balancer], scripted: WireBackend
-) -> None:
+def test_a_backend_that_dies_while_nobody_reads_cuts_the_answer(start: Start, scripted: WireBackend) -> None:
     go = threading.Event()
 
     def script(sock: socket.socket, asked: Any) -> None:
@@ -641,9 +649,7 @@ def test_a_backend_that_dies_while_nobody_reads_cuts_the_answer(
     assert (record["reason"], record["complete"]) == ("http_response_incomplete", False)
 
 
-def test_the_end_cuts_off_what_nobody_reads(
-    start_process: Callable[..., BalancerProcess], scripted: WireBackend
-) -> None:
+def test_the_end_cuts_off_what_nobody_reads(start_process: StartProcess, scripted: WireBackend) -> None:
     scripted.script = answering(b"")
     balancer = start_process("--drain-timeout=1")
     with ExitStack() as stack:
@@ -658,9 +664,7 @@ def test_the_end_cuts_off_what_nobody_reads(
     assert "cut off 11 requests" in balancer.output and "Traceback" not in balancer.output
 
 
-def test_the_end_lets_a_reader_that_reads_on_finish(
-    start_process: Callable[..., BalancerProcess], scripted: WireBackend
-) -> None:
+def test_the_end_lets_a_reader_that_reads_on_finish(start_process: StartProcess, scripted: WireBackend) -> None:
     scripted.script = answering(content(8_000_000))
     balancer = start_process()
     with ExitStack() as stack:
@@ -676,9 +680,7 @@ def test_the_end_lets_a_reader_that_reads_on_finish(
 # Threads by client address.
 
 
-def test_slow_uploads_from_one_address_leave_threads_for_others(
-    start: Callable[..., Balancer], scripted: WireBackend
-) -> None:
+def test_slow_uploads_from_one_address_leave_threads_for_others(start: Start, scripted: WireBackend) -> None:
     """Each just above `min_body_rate`, so that they may go on for ever."""
     scripted.script = answering(b"")
     balancer = start("--max-threads=8", "--max-queued=8", "--min-body-rate=0")

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from support import (
     BalancerProcess,
     Process,
     RawRequest,
+    StartProcess,
     connect,
     exchange,
     fetch,
@@ -57,7 +58,7 @@ def go_on(scripted: WireBackend) -> Iterator[threading.Event]:
 # The delay: still serving, but telling everybody to go elsewhere.
 
 
-def test_during_the_delay_all_is_served_and_everybody_is_told(start_process: Callable[..., BalancerProcess]) -> None:
+def test_during_the_delay_all_is_served_and_everybody_is_told(start_process: StartProcess) -> None:
     balancer = start_process("--shutdown-delay=3")
     with connect(balancer.port) as kept, kept.makefile("rb") as stream:
         kept.sendall(request(b"/"))
@@ -85,7 +86,7 @@ def test_during_the_delay_all_is_served_and_everybody_is_told(start_process: Cal
 
 
 def test_nothing_is_lost_if_traffic_moves_away_within_the_delay(
-    start_process: Callable[..., BalancerProcess],
+    start_process: StartProcess,
 ) -> None:
     """As behind another load balancer, which asks /readyz and needs a moment to notice."""
     balancer = start_process(*LONG)
@@ -124,7 +125,7 @@ def test_nothing_is_lost_if_traffic_moves_away_within_the_delay(
 
 
 def test_what_waits_for_a_thread_when_the_delay_ends_is_finished_too(
-    start_process: Callable[..., BalancerProcess], scripted: WireBackend, go_on: threading.Event
+    start_process: StartProcess, scripted: WireBackend, go_on: threading.Event
 ) -> None:
     balancer = start_process("--max-threads=1", "--shutdown-delay=3")
     with ThreadPoolExecutor(3) as threads:
@@ -148,7 +149,7 @@ def accepts(balancer: BalancerProcess) -> bool:
 
 
 def test_a_control_port_says_to_the_end_what_goes_on(
-    start_process: Callable[..., BalancerProcess], scripted: WireBackend, go_on: threading.Event
+    start_process: StartProcess, scripted: WireBackend, go_on: threading.Event
 ) -> None:
     port = free_port()
     balancer = start_process(f"--control-port={port}", wait_ready=False)
@@ -166,7 +167,7 @@ def test_a_control_port_says_to_the_end_what_goes_on(
 
 
 def test_http2_is_served_during_the_delay_and_told_to_go_after_it(
-    start_process: Callable[..., BalancerProcess], scripted: WireBackend, go_on: threading.Event
+    start_process: StartProcess, scripted: WireBackend, go_on: threading.Event
 ) -> None:
     """RFC 9113 section 6.8: GOAWAY, and the streams that are open are finished."""
     balancer = start_process("--shutdown-delay=3")
@@ -190,7 +191,7 @@ def test_http2_is_served_during_the_delay_and_told_to_go_after_it(
 # In a hurry.
 
 
-def test_ctrl_c_skips_the_delay(start_process: Callable[..., BalancerProcess]) -> None:
+def test_ctrl_c_skips_the_delay(start_process: StartProcess) -> None:
     balancer = start_process(*LONG)
     balancer.send(signal.SIGINT)
     assert balancer.wait() == 130
@@ -199,7 +200,7 @@ def test_ctrl_c_skips_the_delay(start_process: Callable[..., BalancerProcess]) -
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
 def test_a_second_signal_ends_the_delay_and_everything_else(
-    start_process: Callable[..., BalancerProcess],
+    start_process: StartProcess,
     scripted: WireBackend,
     go_on: threading.Event,
     number: signal.Signals,
@@ -220,7 +221,7 @@ def test_a_second_signal_ends_the_delay_and_everything_else(
 
 
 def test_a_second_signal_ends_a_long_request(
-    start_process: Callable[..., BalancerProcess], scripted: WireBackend, go_on: threading.Event
+    start_process: StartProcess, scripted: WireBackend, go_on: threading.Event
 ) -> None:
     balancer = start_process("--drain-timeout=600")
     with connect(balancer.port) as sock:
@@ -272,10 +273,9 @@ sys.exit(serve(Server([port]), drain_timeout=30, shutdown_delay=0, on_hangup=rel
 
 @pytest.fixture
 def reloading(tmp_path: Path) -> Iterator[Process]:
-    process = Process([PYTHON, "-c", RELOADING, str(tmp_path)])
-    wait_until(lambda: "port" in process.output, what="it listens")
-    yield process
-    process.stop()
+    with Process([PYTHON, "-c", RELOADING, str(tmp_path)]) as process:
+        wait_until(lambda: "port" in process.output, what="it listens")
+        yield process
 
 
 def answers(process: Process) -> bool:
@@ -334,8 +334,7 @@ def test_hangup_while_it_starts_waits_until_it_has_started(tmp_path: Path, has_f
     port, file = free_port(), tmp_path / "balancer.toml"
     file.write_text(f'port = {port}\nbackends = ["http://127.0.0.1:{free_port()}"]\n', encoding="utf-8")
     arguments = ["--config", str(file)] if has_file else ["--port", str(port)]
-    process = Process([PYTHON, str(ROOT / "load_balancer.py"), *arguments])
-    try:
+    with Process([PYTHON, str(ROOT / "load_balancer.py"), *arguments]) as process:
         wait_until(process.holds_hangup, what="its first lines have run")
         process.send(signal.SIGHUP)
         if has_file:
@@ -344,15 +343,12 @@ def test_hangup_while_it_starts_waits_until_it_has_started(tmp_path: Path, has_f
             process.send(signal.SIGTERM)
         assert process.wait() == 0
         assert "listening" in process.output
-    finally:
-        process.stop()
 
 
 @pytest.mark.parametrize("program", ["load_balancer.py", "backend_server.py"])
 def test_a_signal_that_asks_for_nothing_is_ignored_from_the_first_lines_on(program: str) -> None:
     """Whoever rotates logs sends SIGUSR1, by which a process ends that does not know it."""
-    process = Process([PYTHON, str(ROOT / program), "--port", str(free_port())])
-    try:
+    with Process([PYTHON, str(ROOT / program), "--port", str(free_port())]) as process:
         wait_until(lambda: process.has("SigIgn", signal.SIGUSR1), what="its first lines have run")
         for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGIO, signal.SIGRTMAX):
             process.send(number)
@@ -360,14 +356,9 @@ def test_a_signal_that_asks_for_nothing_is_ignored_from_the_first_lines_on(progr
         process.send(signal.SIGUSR1)
         process.send(signal.SIGTERM)
         assert process.wait() == 0
-    finally:
-        process.stop()
 
 
 def test_hangup_ends_what_has_nothing_to_reload() -> None:
-    backend = BackendProcess("alone")
-    try:
+    with BackendProcess("alone") as backend:
         backend.send(signal.SIGHUP)
         assert backend.wait() == 0
-    finally:
-        backend.stop()

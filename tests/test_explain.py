@@ -30,13 +30,18 @@ def backends() -> Iterator[tuple[WireBackend, WireBackend]]:
 @pytest.fixture(scope="module")
 def started(backends: tuple[WireBackend, WireBackend]) -> Iterator[Balancer]:
     urls = [f"--backend={name}={backend.url}" for name, backend in zip("ab", backends, strict=True)]
-    balancer = Balancer(
-        *urls, f"--backend=gone=http://127.0.0.1:{free_port()}", "--backend=off=http://127.0.0.1:1@0",
-        "--algorithm=least_connections", "--eject-after=0", "--retry-budget-minimum=3", "--retry-budget=0",
-        "--response-timeout=1", "--request-timeout=1.5",
-    )  # fmt: skip
-    yield balancer
-    balancer.stop()
+    with Balancer(
+        *urls,
+        f"--backend=gone=http://127.0.0.1:{free_port()}",
+        "--backend=off=http://127.0.0.1:1@0",
+        "--algorithm=least_connections",
+        "--eject-after=0",
+        "--retry-budget-minimum=3",
+        "--retry-budget=0",
+        "--response-timeout=1",
+        "--request-timeout=1.5",
+    ) as balancer:
+        yield balancer
 
 
 @pytest.fixture
@@ -148,14 +153,11 @@ def test_the_score_is_what_the_strategy_goes_by(name: str) -> None:
 
 def test_a_request_that_found_nobody_says_why_of_each_backend() -> None:
     gone = f"http://127.0.0.1:{free_port()}"
-    balancer = Balancer(f"--backend=gone={gone}", "--backend=off=http://127.0.0.1:1@0")
-    try:
+    with Balancer(f"--backend=gone={gone}", "--backend=off=http://127.0.0.1:1@0") as balancer:
         wait_until(lambda: balancer.backend("gone")["state"] == "down")
         told = explain(balancer, "nobody-1", 503)
         assert (told["tried"], told["error"]) == ([], "no backend is available")
         assert told["excluded"]["off"] == "weight 0" and told["excluded"]["gone"].startswith("down: ")
-    finally:
-        balancer.stop()
 
 
 def test_a_request_that_was_sent_again_because_its_kept_connection_had_died_says_so(
@@ -221,9 +223,6 @@ def test_of_hundreds_of_backends_a_record_explains_the_first_and_the_chosen_one(
 
 def test_of_hundreds_of_backends_that_are_full_a_refusal_names_the_first() -> None:
     backends = [f"--backend=http://127.0.0.1:1@{weight}" for weight in [0] * (EXPLAINED + 50)]
-    balancer = Balancer(*backends)
-    try:
+    with Balancer(*backends) as balancer:
         identifier = fetch(f"{balancer.url}/")[1]["x-request-id"]
         assert len(fetch_json(f"{balancer.url}/requests/{identifier}")["excluded"]) == EXPLAINED
-    finally:
-        balancer.stop()

@@ -9,7 +9,7 @@ import socket
 import struct
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from threading import Event, Lock, Thread
 from typing import Any
@@ -129,6 +129,7 @@ def test_a_backend_killed_with_many_requests_in_flight_costs_no_get(demo: Demo) 
     for backend in demo.backends:
         backend.delay = 0.15
     with Load(demo.balancer.port, per_second=1000, clients=40) as load:
+        load.wait_for(300)  # whose share may be sent again
         wait_until(lambda: demo.balancer.backend("backend_2")["active_connections"] >= 8)
         demo.backends[1].kill()
         load.wait_for(200)
@@ -493,7 +494,7 @@ def test_the_request_time_limit_covers_all_attempts() -> None:
         sock.recv(1)
 
     with ExitStack() as stack:
-        backends = [stack.enter_context(closing(WireBackend())) for _ in range(3)]
+        backends = [stack.enter_context(WireBackend()) for _ in range(3)]
         for backend in backends:
             backend.script = script
         flags = [f"--backend={backend.url}" for backend in backends]

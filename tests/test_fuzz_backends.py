@@ -35,9 +35,8 @@ serial = count()
 def scripted_balancer(scripted: WireBackend) -> Iterator[BalancerProcess]:
     """Time limits that a slow machine keeps; the backend is to be thought of as up."""
     limits = ["--response-timeout=5", "--idle-timeout=5", "--health-timeout=10", "--health-fall=10"]
-    balancer = BalancerProcess(f"--backend=only={scripted.url}", *limits)
-    yield balancer
-    balancer.stop()
+    with BalancerProcess(f"--backend=only={scripted.url}", *limits) as balancer:
+        yield balancer
 
 
 def probe(balancer: BalancerProcess, backend: WireBackend, method: bytes, data: bytes, end: str) -> None:

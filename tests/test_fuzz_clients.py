@@ -39,7 +39,7 @@ ADDED = {b"host", b"content-length", b"transfer-encoding", b"x-request-id", b"vi
 @pytest.fixture(scope="module")
 def scripted_balancer(scripted: WireBackend) -> Iterator[BalancerProcess]:
     """Small limits for clients; long ones for the backend, which is to be thought of as up on a slow machine too."""
-    balancer = BalancerProcess(
+    with BalancerProcess(
         f"--backend=only={scripted.url}",
         "--health-timeout=10",
         "--health-fall=10",
@@ -48,9 +48,8 @@ def scripted_balancer(scripted: WireBackend) -> Iterator[BalancerProcess]:
         "--header-timeout=2",
         "--max-request-body=1000000",
         "--max-header-bytes=16384",
-    )
-    yield balancer
-    balancer.stop()
+    ) as balancer:
+        yield balancer
 
 
 def answer(sock: socket.socket, request: Any) -> None:

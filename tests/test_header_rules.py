@@ -30,9 +30,8 @@ ANSWERED = [b"cache-control: public", b"CACHE-CONTROL: max-age=1", b"x-more: 1",
 def ruled(scripted: WireBackend) -> Iterator[Balancer]:
     scripted.reset()
     rules = (f"--request-headers={REQUESTS}", f"--response-headers={RESPONSES}")
-    balancer = Balancer(f"--backend=only={scripted.url}", *rules)
-    yield balancer
-    balancer.stop()
+    with Balancer(f"--backend=only={scripted.url}", *rules) as balancer:
+        yield balancer
 
 
 def assert_ruled(request: Any) -> None:
@@ -135,8 +134,7 @@ def test_a_reload_changes_them_and_values_are_told_nowhere(scripted: WireBackend
         file.write_text(rules + backends, encoding="utf-8")
 
     write("secret-1")
-    balancer = BalancerProcess(f"--config={file}", "--control-reads=open")
-    try:
+    with BalancerProcess(f"--config={file}", "--control-reads=open") as balancer:
         exchange(balancer.port, get())
         write("secret-2")
         changes = fetch_json(f"{balancer.url}/reload", {})["changes"]
@@ -147,8 +145,6 @@ def test_a_reload_changes_them_and_values_are_told_nowhere(scripted: WireBackend
         write("\\u0000-secret-3")
         assert "Authorization" in fetch_json(f"{balancer.url}/reload", {})["error"]
         assert "set authorization" in str(told) and "remove etag" in str(told)
-    finally:
-        balancer.stop()
     assert "secret" not in str(told) + str(changes) + balancer.output
 
 

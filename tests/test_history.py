@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 from fleet import Demo
 from hypothesis import given
 from hypothesis import strategies as st
-from support import Balancer, BalancerProcess, Clock, fetch, fetch_json, make_record, wait_until
+from support import Balancer, Clock, StartProcess, fetch, fetch_json, make_record, wait_until
 from wire import WireBackend
 
 from balancer.observe.history import SLOTS, History, Reading
@@ -340,7 +339,7 @@ def test_a_bad_query_is_refused_in_words(balancer: Balancer, query: str) -> None
 
 
 def test_a_process_that_was_stopped_for_a_while_has_a_gap_and_loses_nothing(
-    start_process: Callable[..., BalancerProcess],
+    start_process: StartProcess,
 ) -> None:
     process = start_process()
     for _ in range(6):

@@ -65,37 +65,28 @@ def test_the_command_checks_a_configuration(command: Path, elsewhere: Path) -> N
 
 def test_hangup_while_the_command_starts_waits_until_it_has_started(command: Path, elsewhere: Path) -> None:
     """It killed the installed command, which unlike `python load_balancer.py` did not hold it back."""
-    process = Process([str(command), "--port=0", "--backend=http://127.0.0.1:9"], cwd=elsewhere)
-    try:
+    with Process([str(command), "--port=0", "--backend=http://127.0.0.1:9"], cwd=elsewhere) as process:
         wait_until(process.holds_hangup, what="its first lines have run")
         process.send(signal.SIGHUP)
         assert process.wait() == 0
         assert "listening" in process.output
-    finally:
-        process.stop()
 
 
 def test_ctrl_c_while_the_command_starts_shows_no_traceback(command: Path, elsewhere: Path) -> None:
-    process = Process([str(command), "--port=0", "--backend=http://127.0.0.1:9"], cwd=elsewhere)
-    try:
+    with Process([str(command), "--port=0", "--backend=http://127.0.0.1:9"], cwd=elsewhere) as process:
         wait_until(process.holds_hangup, what="its first lines have run")
         process.send(signal.SIGINT)
         assert process.wait() in (-signal.SIGINT, 130)
         assert "Traceback" not in process.output
-    finally:
-        process.stop()
 
 
 @pytest.fixture
 def running(command: Path, elsewhere: Path, backend_factory: Callable[..., Backend]) -> Iterator[str]:
     """The URL of the installed balancer, started from an empty folder in front of one backend."""
     backend = backend_factory(body=b"from the backend")
-    process = Process([str(command), "--port=0", f"--backend={backend.url}"], cwd=elsewhere)
-    try:
+    with Process([str(command), "--port=0", f"--backend={backend.url}"], cwd=elsewhere) as process:
         found = wait_until(lambda: re.search(r"listening on (http://\S+)", process.output), "it listens")
         yield found.group(1)
-    finally:
-        process.stop()
 
 
 def test_the_installed_balancer_forwards_and_has_its_dashboard(running: str) -> None:

@@ -19,9 +19,8 @@ PIECE = bytes(range(256)) * 256  # 64 KiB
 
 @pytest.fixture(scope="module")
 def backend_of_size() -> Iterator[WireBackend]:
-    backend = WireBackend()
-    yield backend
-    backend.close()
+    with WireBackend() as backend:
+        yield backend
 
 
 @pytest.fixture
@@ -33,9 +32,8 @@ def sized(backend_of_size: WireBackend) -> WireBackend:
 @pytest.fixture
 def fresh_balancer(sized: WireBackend) -> Iterator[BalancerProcess]:
     """A process of its own for each test: its highest memory use is then that of the test."""
-    balancer = BalancerProcess(f"--backend=only={sized.url}")
-    yield balancer
-    balancer.stop()
+    with BalancerProcess(f"--backend=only={sized.url}") as balancer:
+        yield balancer
 
 
 def content() -> Iterator[bytes]:

@@ -33,9 +33,8 @@ def once() -> None:
 
 @pytest.fixture
 def second() -> Iterator[WireBackend]:
-    backend = WireBackend()
-    yield backend
-    backend.close()
+    with WireBackend() as backend:
+        yield backend
 
 
 def held() -> tuple[int, int]:

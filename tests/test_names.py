@@ -58,9 +58,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[NameServer]:
 
 @pytest.fixture
 def backend() -> Iterator[WireBackend]:
-    backend = WireBackend()
-    yield backend
-    backend.close()
+    with WireBackend() as backend:
+        yield backend
 
 
 def ask(adapter: BackendAdapter, url: str, request: OutgoingRequest | None = None) -> bytes:

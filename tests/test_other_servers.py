@@ -42,10 +42,9 @@ def echo(sock: object, request: RawRequest) -> None:
 
 @pytest.fixture(scope="module")
 def echoing() -> Iterator[WireBackend]:
-    backend = WireBackend()
-    backend.script = echo
-    yield backend
-    backend.close()
+    with WireBackend() as backend:
+        backend.script = echo
+        yield backend
 
 
 # Waitress.
@@ -76,11 +75,8 @@ def waitress(echoing: WireBackend) -> Iterator[str]:
 
 
 def test_an_unknown_variable_is_told_where_there_is_no_command_line() -> None:
-    process = Process([PYTHON, "-c", "import load_balancer; load_balancer.app"], {"LB_ALGORITM": "weighted"})
-    try:
+    with Process([PYTHON, "-c", "import load_balancer; load_balancer.app"], {"LB_ALGORITM": "weighted"}) as process:
         assert process.wait() == 0
-    finally:
-        process.stop()
     assert "LB_ALGORITM is ignored" in process.output and "Traceback" not in process.output
 
 
@@ -139,7 +135,7 @@ def test_waitress_ends_quietly(echoing: WireBackend) -> None:
         assert fetch(f"http://127.0.0.1:{port}/health")[0] == 200
     finally:
         process.popen.send_signal(2)  # SIGINT, as Ctrl-C sends it
-        process.wait(60)
+        process.wait()
     assert "Traceback" not in process.output and "Exception" not in process.output
 
 

@@ -209,10 +209,9 @@ class Held:
 @pytest.fixture(scope="module")
 def limited(scripted: WireBackend) -> Iterator[Balancer]:
     """One backend with room for one request, a queue for two."""
-    balancer = Balancer(f"--backend=only={scripted.url}", "--queue-limit=2", "--queue-timeout=20")
-    fetch(f"{balancer.url}/backends/only", {"max_connections": 1}, "PATCH")
-    yield balancer
-    balancer.stop()
+    with Balancer(f"--backend=only={scripted.url}", "--queue-limit=2", "--queue-timeout=20") as balancer:
+        fetch(f"{balancer.url}/backends/only", {"max_connections": 1}, "PATCH")
+        yield balancer
 
 
 def test_requests_wait_in_order_and_the_one_too_many_is_told_when_to_come_again(
@@ -258,13 +257,8 @@ def test_a_client_that_leaves_the_queue_never_reaches_the_backend(
 
 
 def test_requests_that_come_before_the_first_check_wait_for_it() -> None:
-    backend = WireBackend()
-    balancer = Balancer(f"--backend=a={backend.url}", wait_ready=False)
-    try:
+    with WireBackend() as backend, Balancer(f"--backend=a={backend.url}", wait_ready=False) as balancer:
         assert fetch(f"{balancer.url}/x")[0] == 200
-    finally:
-        balancer.stop()
-        backend.close()
 
 
 def test_a_removal_serves_who_waits_if_it_makes_room_elsewhere(threads: ThreadPoolExecutor) -> None:

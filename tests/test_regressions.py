@@ -9,7 +9,7 @@ import socket
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -84,13 +84,10 @@ def is_up(port: int) -> bool:
 @pytest.mark.parametrize("script", ["load_balancer.py", "backend_server.py"])
 def test_ctrl_c_while_it_starts_shows_no_traceback(script: str) -> None:
     """It did, in the half second that the imports take."""
-    process = Process([PYTHON, "-v", str(ROOT / script), "--port", str(free_port())])
-    try:
+    with Process([PYTHON, "-v", str(ROOT / script), "--port", str(free_port())]) as process:
         wait_until(lambda: "flask" in process.output)
         process.send(signal.SIGINT)
         assert process.wait() in (-signal.SIGINT, 130)
-    finally:
-        process.stop()
     assert "Traceback" not in process.output
 
 
@@ -100,7 +97,7 @@ def test_running_out_of_descriptors_is_not_the_backends_fault() -> None:
     def few_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
 
-    with closing(WireBackend()) as backend, ExitStack() as clients:
+    with WireBackend() as backend, ExitStack() as clients:
         backend.script = lambda sock, request: None
         port = free_port()
         process = subprocess.Popen(
@@ -163,8 +160,7 @@ def test_an_http2_connection_without_a_request_does_not_live_for_ever() -> None:
     )
     port = free_port()
     arguments = ["--port", str(port), "--backend=http://127.0.0.1:1", "--header-timeout=1"]
-    process = Process([PYTHON, "-c", short, *arguments])
-    try:
+    with Process([PYTHON, "-c", short, *arguments]):
         wait_until(lambda: is_up(port))
         with connect(port) as sock:
             h2 = Client(sock)
@@ -177,8 +173,6 @@ def test_an_http2_connection_without_a_request_does_not_live_for_ever() -> None:
 
             wait_until(is_closed)
             h2.close()
-    finally:
-        process.stop()
 
 
 @pytest.mark.parametrize("version", [b"0.9", b"2.0"])

@@ -280,9 +280,8 @@ def file(tmp_path: Path, backends: list[WireBackend]) -> Path:
 
 @pytest.fixture
 def balancer(file: Path) -> Iterator[BalancerProcess]:
-    process = BalancerProcess("--config", str(file), "--retries=2")
-    yield process
-    process.stop()
+    with BalancerProcess("--config", str(file), "--retries=2") as process:
+        yield process
 
 
 class Asking:
@@ -442,15 +441,12 @@ def test_flags_still_win_over_the_file(balancer: BalancerProcess, file: Path, ba
 
 
 def test_without_a_file_there_is_nothing_to_reload_and_sighup_ends() -> None:
-    balancer = BalancerProcess(wait_ready=False)
-    try:
+    with BalancerProcess(wait_ready=False) as balancer:
         status, _, body = fetch(f"{balancer.url}/reload", {})
         assert status == 422 and b"--config" in body
         assert balancer.status()["capabilities"]["reload"] is False
         balancer.send(signal.SIGHUP)
         assert balancer.wait() == 0
-    finally:
-        balancer.stop()
 
 
 def test_settings_are_loaded_the_same_way_both_times(file: Path) -> None:

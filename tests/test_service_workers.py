@@ -23,10 +23,9 @@ from wire import WireBackend
 
 @pytest.fixture(scope="module")
 def scripts() -> Iterator[WireBackend]:
-    backend = WireBackend()
-    backend.answer(ok(b"script", b"Content-Type: text/javascript", b"Service-Worker-Allowed: /", b"X-Kept: 1"))
-    yield backend
-    backend.close()
+    with WireBackend() as backend:
+        backend.answer(ok(b"script", b"Content-Type: text/javascript", b"Service-Worker-Allowed: /", b"X-Kept: 1"))
+        yield backend
 
 
 def register(balancer: Balancer, target: bytes) -> tuple[int, dict[bytes, bytes]]:
@@ -101,10 +100,9 @@ def test_how_far_an_answer_may_let_a_service_worker_reach(
 
 @pytest.fixture(scope="module")
 def balancer_of_scripts(scripts: WireBackend) -> Iterator[Balancer]:
-    started = Balancer(f"--backend=b={scripts.url}")
-    started.wait_healthy("b")
-    yield started
-    started.stop()
+    with Balancer(f"--backend=b={scripts.url}") as started:
+        started.wait_healthy("b")
+        yield started
 
 
 def test_a_refused_service_worker_is_on_record(scripts: WireBackend, balancer_of_scripts: Balancer) -> None:

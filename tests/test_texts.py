@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import Balancer, BalancerProcess, exchange, fetch, fetch_json, get, wait_until
+from support import Start, StartProcess, exchange, fetch, fetch_json, get, wait_until
 from wire import WireBackend, resident_bytes
 
 from balancer.errors import BackendError
@@ -68,7 +67,7 @@ def test_a_message_of_an_event_is_cut() -> None:
 
 
 def test_what_a_hostile_backend_says_is_cut_wherever_it_is_kept(
-    start_process: Callable[..., BalancerProcess], scripted: WireBackend
+    start_process: StartProcess, scripted: WireBackend
 ) -> None:
     """Kept whole, the answers to these requests would take 100 MB, and `/status` would show 25 of them."""
     balancer = start_process("--eject-after=3", "--access-log")
@@ -91,9 +90,8 @@ def test_what_a_hostile_backend_says_is_cut_wherever_it_is_kept(
     assert not any("y" * (SHOWN + 1) in text for text in [*everything, *balancer.lines])
 
 
-def test_reasons_of_health_and_ejection_are_cut(start: Callable[..., Balancer], scripted: WireBackend) -> None:
-    other = WireBackend()
-    try:
+def test_reasons_of_health_and_ejection_are_cut(start: Start, scripted: WireBackend) -> None:
+    with WireBackend() as other:
         balancer = start(f"--backend=other={other.url}", "--eject-after=2", "--algorithm=round_robin", "--retries=0")
         balancer.wait_healthy("only")
         scripted.answer(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: " + b"y" * LONG + b"\r\n\r\n")
@@ -106,11 +104,9 @@ def test_reasons_of_health_and_ejection_are_cut(start: Callable[..., Balancer], 
         reason = wait_until(ejection, what="it is ejected")["reason"]
         assert "framing yyy" in reason and len(reason) < SHOWN + 50
         assert max(len(e["message"]) for e in fetch_json(f"{balancer.url}/events")["events"]) < SHOWN + 80
-    finally:
-        other.close()
 
 
-def test_a_method_as_long_as_a_head_is_kept_nowhere(start: Callable[..., Balancer], scripted: WireBackend) -> None:
+def test_a_method_as_long_as_a_head_is_kept_nowhere(start: Start, scripted: WireBackend) -> None:
     """Why there was no further attempt names the method, and anybody may make one up."""
     balancer = start()
     scripted.answer(b"nonsense\r\n\r\n")

@@ -266,16 +266,14 @@ def test_large_pieces_are_not_asked_for_ahead() -> None:
 
 @pytest.fixture(scope="module")
 def backend() -> Iterator[WireBackend]:
-    backend = WireBackend()
-    yield backend
-    backend.close()
+    with WireBackend() as backend:
+        yield backend
 
 
 @pytest.fixture(scope="module")
 def balancer(backend: WireBackend) -> Iterator[Balancer]:
-    balancer = Balancer(f"--backend=only={backend.url}")
-    yield balancer
-    balancer.stop()
+    with Balancer(f"--backend=only={backend.url}") as balancer:
+        yield balancer
 
 
 @pytest.mark.parametrize("size", [1, 65536, 65537, 1_000_000])

@@ -7,7 +7,7 @@ import struct
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import IO, NoReturn
+from typing import IO, NoReturn, Self
 
 from support import RawRequest, Served, connect, get, ok, wait_until
 
@@ -75,6 +75,12 @@ class WireBackend:
             with suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
         wait_until(lambda: not self.used, what="connections of the last test are closed")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         with suppress(OSError):
