@@ -77,7 +77,7 @@ class Probe:
         target = self._options.health_path.encode("ascii")
         response = self._adapter.exchange(OutgoingRequest("GET", target, lines), origin)
         assert isinstance(response.body, ResponseBody)
-        response.body.finish(MAX_BODY, deadline)
+        response.body.read_out(MAX_BODY, deadline)
         return response.status_code
 
 

@@ -273,14 +273,15 @@ class ResponseBody(Body):
                 return
             self.buffered += self._take(data)
 
-    def finish(self, most: int, deadline: float) -> None:
+    def read_out(self, most: int, deadline: float) -> None:
         """Receive what is left and drop it, so that the backend can write all of it, and close: no more than `most`
         bytes, nor later than `deadline`, which is of time.monotonic()."""
         try:
-            while not self.is_complete and (self._left or 0) <= most and time.monotonic() < deadline:
-                if self._connection is not None:
-                    self._connection.set_timeout(max(0.001, deadline - time.monotonic()))
-                most -= len(self.read_chunk(most))
+            while self._connection is not None and not self.is_complete and (self._left or 1) <= most:
+                if (seconds := deadline - time.monotonic()) <= 0:
+                    break
+                self._connection.set_timeout(max(0.001, seconds))
+                most -= len(self.read_chunk(min(most, CHUNK)))
         except BackendError:
             pass  # whoever calls this wanted the head alone
         finally:
