@@ -134,7 +134,7 @@ def test_a_silent_name_server_holds_nobody_for_longer_than_the_limit(server: Nam
 
 
 def refused(adapter: BackendAdapter, url: str) -> None:
-    with pytest.raises(ConnectTimedOut, match="name was not resolved within 0.5 s"):
+    with pytest.raises(ConnectTimedOut, match="test:1 was not resolved within 0.5 s"):
         ask(adapter, url)
 
 
