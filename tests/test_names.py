@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import Balancer, Clock, exchange, fetch, fetch_json, free_port, get, ok, wait_until
+from support import Balancer, Clock, RawRequest, exchange, fetch, fetch_json, free_port, get, ok, wait_until
+from test_http2 import curl
 from wire import WireBackend
 
 from balancer.errors import ConnectFailed, ConnectTimedOut
@@ -172,7 +173,7 @@ def test_the_limit_for_connecting_is_one_for_all_addresses(server: NameServer) -
         started = time.monotonic()
         with pytest.raises(ConnectTimedOut, match="did not accept within 0.5 s"):
             ask(adapter, f"http://svc.test:{port}")
-        assert 0.4 < time.monotonic() - started < 1.5  # not 4 x 0.5 s
+        assert 0.4 < time.monotonic() - started < 1.9  # not 4 x 0.5 s
 
 
 def test_closed_ports_of_all_addresses_are_a_refusal(server: NameServer) -> None:
@@ -203,7 +204,8 @@ def test_backends_and_checks_get_the_host_that_is_set(backend: WireBackend, tmp_
         assert fetch(f"{balancer.url}/reload", {}, "POST")[0] == 200
         for data in (get(b"/x"), b"GET /x HTTP/1.0\r\n\r\n", get(b"/x", method=b"OPTIONS")):
             assert asked.after(lambda data=data: exchange(balancer.port, data)) == [b"api.example"]
-        assert backend.requests[-1].values(b"x-forwarded-host") == [b"test"]
+        assert asked.after(lambda: curl(balancer, path="/x")) == [b"api.example"]
+        assert asked.newest(b"/x").values(b"x-forwarded-host") == [f"127.0.0.1:{balancer.port}".encode()]
         wait_until(lambda: asked.checks() == {b"health.example:81"})
 
 
@@ -215,9 +217,11 @@ class Hosts:
 
     def checks(self) -> set[bytes]:
         """Of the newest check."""
-        found = [request for request in self._requests if request.target == b"/check"]
-        return set(found[-1].values(b"host"))
+        return set(self.newest(b"/check").values(b"host"))
 
     def after(self, act: Callable[[], object]) -> list[bytes]:
         act()
-        return next(request for request in reversed(self._requests) if request.target == b"/x").values(b"host")
+        return self.newest(b"/x").values(b"host")
+
+    def newest(self, target: bytes) -> RawRequest:
+        return next(request for request in reversed(self._requests) if request.target == target)
