@@ -77,12 +77,12 @@ def in_threads(count: int, work: Callable[[int], None]) -> None:
     barrier = Barrier(count)
 
     def run(number: int) -> None:
-        barrier.wait(20)
+        barrier.wait(60)
         work(number)
 
     with ThreadPoolExecutor(count) as threads:
         for future in [threads.submit(run, number) for number in range(count)]:
-            future.result(50)
+            future.result(60)
 
 
 # Origins.
@@ -732,9 +732,9 @@ def test_listeners_hear_of_changes_in_their_order_whoever_tells() -> None:
     notifier.on_change(listen)
     with ThreadPoolExecutor(1) as threads:
         slow = threads.submit(change, "slow")
-        assert is_telling.wait(10)
+        assert is_telling.wait(60)
         change("quick")
-        slow.result(10)
+        slow.result(60)
     assert told == noted
 
 

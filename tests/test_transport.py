@@ -233,7 +233,7 @@ def test_a_refusal_stops_a_streamed_body(adapter: BackendAdapter, backend: WireB
 
     def on_head(sock: socket.socket, _: Any) -> bool:
         sock.sendall(b"HTTP/1.1 413 X\r\nContent-Length: 3\r\n\r\nbig")
-        done.wait(10)
+        done.wait(60)
         return True
 
     sent = [0]
@@ -522,7 +522,7 @@ def test_threads_share_an_adapter(adapter: BackendAdapter, backend: WireBackend)
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     assert wrong == []
     assert len(backend.requests) == 400
     assert len(set(backend.peers)) <= 8
@@ -549,7 +549,7 @@ class TlsBackend(WireBackend):
 
 
 def openssl(*arguments: str) -> None:
-    subprocess.run(["openssl", *arguments], check=True, capture_output=True, timeout=30)
+    subprocess.run(["openssl", *arguments], check=True, capture_output=True, timeout=60)
 
 
 @pytest.fixture(scope="module")
@@ -658,7 +658,7 @@ def test_tls_to_a_plain_port_is_refused(tls_adapter: BackendAdapter) -> None:
         answering.start()
         with pytest.raises(ConnectFailed, match="TLS"):
             fetch(tls_adapter, f"https://localhost:{listener.getsockname()[1]}")
-        answering.join(5)
+        answering.join(60)
 
 
 def _answer_plainly(listener: socket.socket) -> None:
@@ -694,7 +694,7 @@ class _Blocking(list[RawRequest]):
         self._held = held
 
     def append(self, item: RawRequest) -> None:
-        self._held.wait(10)
+        self._held.wait(60)
 
 
 def test_tls_mounted_in_a_session(tls_adapter: BackendAdapter, tls_backend: TlsBackend) -> None:

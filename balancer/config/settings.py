@@ -249,7 +249,7 @@ class Settings(BaseModel):
     )
     drain_timeout: Fixed[SecondsOrZero] = Field(30.0, description="time after that for requests in flight to finish")
     access_log: bool = Field(False, description="log every request to stdout, in a thread of its own")
-    access_log_format: Literal["text", "json"] = Field("text", description="text or json")
+    access_log_format: Literal["text", "json"] = Field("text", description="text or json; of all other lines as well")
     cpu_affinity: Fixed[str] = Field("auto", description="auto pins to one CPU, none to no CPU, or a list as 0,2")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged, to stdout")
 
