@@ -76,7 +76,7 @@ def make(
     pool = BackendPool(strategies.create(config.algorithm), config.options(PoolOptions))
     tls = _tls_context(config.ca_file)
     adapter = BackendAdapter(config.options(Timeouts), tls=tls)
-    health = _health(config, pool, adapter, tls)
+    health = _health(config, pool, adapter)
     backends = [make_backend(backend, configuration.sources["backends"]) for backend in config.backends]
     pool.apply(PoolChanges(add=backends))
 
@@ -108,12 +108,12 @@ def _tls_context(ca_file: Path | None) -> ssl.SSLContext | None:
         raise SettingsError(f"ca_file {str(ca_file)!r}: {error.strerror or error}; expected a PEM file") from None
 
 
-def _health(config: Settings, pool: BackendPool, adapter: BackendAdapter, tls: ssl.SSLContext | None) -> HealthChecker:
+def _health(config: Settings, pool: BackendPool, adapter: BackendAdapter) -> HealthChecker:
     def on_round() -> None:
         adapter.close_idle()
         pool.sweep()
 
-    return HealthChecker(pool, config.options(HealthOptions), tls=tls, on_round=on_round)
+    return HealthChecker(pool, adapter, config.options(HealthOptions), on_round=on_round)
 
 
 def _routes(control: Control, health: HealthChecker, filters: Sequence[Filter]) -> Callable[[Settings], Routes]:
@@ -150,8 +150,12 @@ def _proxy(control_app: WSGIApplication, control: Control, routes: Routes) -> Re
         control_app,
         (lambda path: False) if config.control_port is not None else api.is_control_path(config.control_prefix),
         routes=routes,
-        heads=RequestHeads(pseudonym, config.networks, config.max_header_count, config.request_headers),
+        heads=request_heads(config, pseudonym),
     )
+
+
+def request_heads(config: Settings, pseudonym: bytes) -> RequestHeads:
+    return RequestHeads(pseudonym, config.networks, config.max_header_count, config.request_headers, config.via)
 
 
 def _look(statistics: Statistics, pool: BackendPool) -> Reading:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import random
-import ssl
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,7 @@ from balancer.errors import BackendError, OutOfDescriptors
 from balancer.protocol.messages import Line
 from balancer.protocol.origin import Origin
 from balancer.upstream.outgoing import OutgoingRequest
-from balancer.upstream.transport import BackendAdapter, Timeouts
+from balancer.upstream.transport import BackendAdapter
 
 log = logging.getLogger("balancer.health")
 
@@ -45,10 +44,9 @@ class HealthOptions:
 class Probe:
     """One `GET health_path` to a backend."""
 
-    def __init__(self, options: HealthOptions, tls: ssl.SSLContext | None) -> None:
+    def __init__(self, options: HealthOptions, adapter: BackendAdapter) -> None:
         self._target = options.health_path.encode("ascii")
-        limit = options.health_timeout
-        self._adapter = BackendAdapter(Timeouts(limit, limit, limit, pool_idle_timeout=0), max_idle=0, tls=tls)
+        self._adapter, self._note_old = adapter.for_checks(options.health_timeout), adapter.note_old
 
     def check(self, origin: Origin) -> LastCheck:
         """Ask once; what went wrong is `error`. Raises OutOfDescriptors alone."""
@@ -71,6 +69,8 @@ class Probe:
         ]
         response = self._adapter.exchange(OutgoingRequest("GET", self._target, lines), origin)
         response.body.close()
+        if response.head.version == "1.0":
+            self._note_old(origin)
         return response.status_code
 
 
@@ -84,14 +84,14 @@ class HealthChecker:
     def __init__(
         self,
         pool: BackendPool,
+        adapter: BackendAdapter,
         options: HealthOptions,
         *,
-        tls: ssl.SSLContext | None = None,
         on_round: Callable[[], None] | None = None,
         rng: random.Random | None = None,
     ) -> None:
         self._pool = pool
-        self._tls = tls
+        self._adapter = adapter
         self._on_round = on_round
         self._rng = rng or random.Random()
         self._nudge = Event()
@@ -115,7 +115,7 @@ class HealthChecker:
 
     def use(self, options: HealthOptions) -> None:
         """Other checks from now on; one under way still counts."""
-        self.options, self._probe = options, Probe(options, self._tls)
+        self.options, self._probe = options, Probe(options, self._adapter)
         self.wake()
 
     def wake(self) -> None:
