@@ -236,6 +236,15 @@ def test_a_request_that_has_passed_through_us_is_a_loop(balancer: Balancer, back
     assert backend.seen == 0
 
 
+def test_without_via_backends_get_none_of_ours_nor_of_others(
+    start: Callable[..., Balancer], scripted: WireBackend
+) -> None:
+    """An nginx does not compress otherwise. A loop is not seen then."""
+    balancer = start("--via=false")
+    assert not forwarded(balancer, scripted).values(b"via")
+    assert not forwarded(balancer, scripted, b"Via: 1.1 other", b"X-Forwarded-For: 192.0.2.1").values(b"via")
+
+
 def test_the_http_version_is_our_own(balancer: Balancer, backend: WireBackend) -> None:
     """Rule 4, M 2.3: 1.1 to the backend whatever the client speaks; 1.1 to the client whatever the backend speaks."""
     backend.answer(b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok")
@@ -397,10 +406,14 @@ def test_the_clients_host_is_kept(balancer: Balancer, backend: WireBackend, host
     assert backend.requests[0].values(b"host") == [host]
 
 
-def test_http_1_0_needs_no_host(balancer: Balancer, backend: WireBackend) -> None:
-    """Rule 9, M 3.2: required in 1.1 only; what we send has the field, empty."""
-    assert exchange(balancer.port, b"GET / HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.0 200")
-    assert backend.requests[0].values(b"host") == [b""]
+@pytest.mark.parametrize("line", [b"", b"Host:\r\n"], ids=["none", "empty"])
+@pytest.mark.parametrize("method", [b"GET", b"OPTIONS"])
+def test_http_1_0_needs_no_host(balancer: Balancer, backend: WireBackend, method: bytes, line: bytes) -> None:
+    """Rule 9, M 3.2: required in 1.1 only; what we send has the backend's, first, and no claim of another one."""
+    assert exchange(balancer.port, method + b" / HTTP/1.0\r\n" + line + b"\r\n").startswith(b"HTTP/1.0 200")
+    got = backend.requests[0]
+    assert got.lines[0] == (b"host", b"127.0.0.1:%d" % backend.port)
+    assert not got.values(b"x-forwarded-host")
 
 
 def test_absolute_form_becomes_origin_form(balancer: Balancer, backend: WireBackend) -> None:
@@ -824,6 +837,9 @@ def test_an_answer_that_comes_while_idle_is_given_to_nobody(balancer: Balancer, 
         HEAD_OK + b"Content-Length: 3\r\n\r\nabc",
         HEAD_OK + b"Transfer-Encoding: cHuNkEd\r\n\r\n3;ext=1\r\nabc\r\n0\r\n\r\n",
         HEAD_OK + b"Content-Length: 003\r\n\r\nabc",
+        HEAD_OK + b"Transfer-Encoding: chunked\r\n\r\n3  \r\nabc\r\n0\t\r\n\r\n",
+        HEAD_OK + b"Transfer-Encoding: chunked\r\n\r\n3 ;ext=1\r\nabc\r\n0\r\n\r\n",
+        HEAD_OK + b"Content-Length: 3\r\nContent-Length: 03\r\n\r\nabc",
         b"\r\nHTTP/1.1 200\r\nContent-Length: 3\r\n\r\nabc",
         b"HTTP/1.0 200 OK\r\nConnection: keep-alive\r\nContent-Length: 3\r\n\r\nabc",
     ],
@@ -855,6 +871,60 @@ def test_the_connection_is_not_used_again_when_the_backend_says_so(
     backend.answer(answer)
     assert ask(balancer.port, request())[2] == b"abc"
     assert next_peer_differs(balancer, backend)
+
+
+LOGINS = [b"NTLM TlRMTVNTUAAB", b"Negotiate YII=", b"negotiate YII="]
+
+
+@pytest.mark.parametrize("login", LOGINS)
+@pytest.mark.parametrize("method", [b"GET", b"OPTIONS", b"POST"])
+def test_a_connection_that_was_logged_in_serves_nobody_else(
+    balancer: Balancer, backend: WireBackend, method: bytes, login: bytes
+) -> None:
+    """RFC 4559 section 6: whoever came next on it would be served as whoever logged in."""
+    framing = [b"Transfer-Encoding: chunked"] if method == b"POST" else []
+    body = CHUNKED_ABC if framing else b""
+    data = request(b"/", b"Authorization: " + login, *framing, method=method, body=body)
+    for answer in (b"HTTP/1.1 401 No\r\nWWW-Authenticate: NTLM TlRM\r\nContent-Length: 0\r\n\r\n", ok(b"hello")):
+        backend.answer(answer)
+        assert ask(balancer.port, data)[0] == int(answer.split()[1])
+        assert next_peer_differs(balancer, backend)
+
+
+def test_a_connection_whose_answer_says_that_it_is_logged_in_serves_nobody_else(
+    balancer: Balancer, backend: WireBackend
+) -> None:
+    backend.answer(ok(b"hello", b"Persistent-Auth: true"))
+    assert ask(balancer.port, request(b"/", b"Authorization: Unheard of"))[2] == b"hello"
+    assert next_peer_differs(balancer, backend)
+
+
+@pytest.fixture(params=["request", "check"])
+def old(start: Callable[..., Balancer], scripted: WireBackend, request: pytest.FixtureRequest) -> Balancer:
+    """In front of a backend that has answered a request, or a health check, in HTTP/1.0."""
+    scripted.answer(b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok")
+    balancer = start() if request.param == "request" else start("--health-path=/check")
+    if request.param == "request":
+        assert ask(balancer.port, get(b"/check"))[0] == 200
+    return balancer
+
+
+def test_a_small_chunked_body_goes_with_its_length_to_http_1_0(old: Balancer, scripted: WireBackend) -> None:
+    """M 6.1: whoever speaks HTTP/1.0 would take it for empty."""
+    assert ask(old.port, post(b"Transfer-Encoding: chunked", body=CHUNKED_ABC))[0] == 200
+    (got,) = (got for got in scripted.requests if got.target != b"/check")
+    assert (got.body, got.values(b"content-length"), got.values(b"transfer-encoding")) == (b"abc", [b"3"], [])
+
+
+def test_a_large_chunked_body_is_refused_for_http_1_0(old: Balancer, scripted: WireBackend) -> None:
+    """411 instead of a body that gets lost, and the backend is not to blame."""
+    body = b"%x\r\n%s\r\n0\r\n\r\n" % (70000, b"x" * 70000)
+    status, _, told = ask(old.port, post(b"Transfer-Encoding: chunked", body=body))
+    assert (status, json.loads(told)["error"]) == (411, "the request body needs a Content-Length")
+    assert {got.target for got in scripted.requests} == {b"/check"} and not scripted.broken
+    assert old.backend("only")["failed_requests"] == 0
+    assert "HTTP/1.0" in newest(old)["tried"][0]["error"]
+    assert ask(old.port, post(b"Content-Length: 70000", body=b"x" * 70000))[0] == 200
 
 
 def test_response_trailers_are_discarded(balancer: Balancer, backend: WireBackend) -> None:

@@ -30,6 +30,7 @@ from balancer.protocol.messages import Line
 from balancer.protocol.origin import Origin
 from balancer.upstream.connection import Connection
 from balancer.upstream.dialer import Dialer
+from balancer.upstream.servers import Server
 from balancer.upstream.transport import BackendAdapter, OutgoingRequest, Timeouts
 
 HOST: Line = (b"host", b"test")
@@ -180,7 +181,7 @@ def test_a_time_limit_is_not_set_again_for_a_moment_less() -> None:
     """The worker way asked the kernel four times a request: 30 s, then 29.9998 s, and back."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        connection = Connection(ours, Origin("http", "127.0.0.1", 1))
+        connection = Connection(ours, Origin("http", "127.0.0.1", 1), Server())
 
         def limit() -> int:
             seconds: int = struct.unpack("@ll", ours.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 16))[0]
@@ -436,6 +437,57 @@ def test_a_connection_that_the_backend_closed_is_seen_before_use(adapter: Backen
     backend.drop_connections()
     assert fetch(adapter, backend.url, outgoing("POST", body=b"abc")) == b"ok"
     assert len(set(backend.peers)) == 2
+
+
+def test_what_cannot_be_repeated_meets_no_connection_that_may_be_about_to_end(backend: WireBackend) -> None:
+    """This backend ends a kept connection just as the next request comes on it."""
+    clock = Clock()
+    adapter = BackendAdapter(QUICK, clock=clock)
+    pooled: set[int] = set()
+
+    def script(sock: socket.socket, _: Any) -> None:
+        peer = sock.getpeername()[1]
+        if peer in pooled:
+            hang_up(sock)
+        pooled.add(peer)
+        sock.sendall(ok(b"ok"))
+
+    backend.script = script
+    for body in (b"abc", iter([b"abc"])):
+        assert fetch(adapter, backend.url) == b"ok"
+        clock.now += 2
+        assert fetch(adapter, backend.url, outgoing("POST", body=body)) == b"ok"
+    assert fetch(adapter, backend.url, outgoing("PUT", body=b"abc")) == b"ok"  # sent again
+    adapter.close()
+
+
+@pytest.mark.parametrize(
+    ("looked_at", "has_ended", "pause", "is_used_again"),
+    [
+        (None, False, 0.4, True),
+        (None, False, 0.6, False),
+        (2.0, False, 0.9, True),  # it was good after 2 s, so half of that is safe
+        (2.0, False, 1.1, False),
+        (2.0, True, 0.4, True),
+        (0.4, True, 0.3, False),
+    ],
+)
+def test_how_long_a_backend_keeps_connections_is_learnt(
+    backend: WireBackend, looked_at: float | None, has_ended: bool, pause: float, is_used_again: bool
+) -> None:
+    clock = Clock()
+    adapter = BackendAdapter(QUICK, clock=clock)
+    fetch(adapter, backend.url)
+    if looked_at is not None:
+        if has_ended:
+            backend.drop_connections()
+        clock.now += looked_at
+        adapter.close_idle()
+        fetch(adapter, backend.url)
+    clock.now += pause
+    fetch(adapter, backend.url, outgoing("POST", body=b"abc"))
+    assert (backend.peers[-1] == backend.peers[-2]) is is_used_again
+    adapter.close()
 
 
 class Untold:

@@ -177,6 +177,10 @@ class Settings(BaseModel):
         NO_RULES, description='changes of what clients get, as { add = { Cache-Control = "no-store" } }'
     )
 
+    via: bool = Field(
+        True, description="tell backends of this balancer in Via; without it nginx compresses, and loops are not seen"
+    )
+
     # Health checks.
     health_path: str = Field("/health", pattern=validation.PATH, description="path asked by the health checks")
     health_host: str | None = Field(

@@ -17,6 +17,7 @@ from balancer.errors import ConnectFailed, ConnectTimedOut, OutOfDescriptors
 from balancer.protocol.origin import Origin
 from balancer.upstream.connection import Connection
 from balancer.upstream.names import Address, Names
+from balancer.upstream.servers import Server
 
 NEXT_ADDRESS_SECONDS = 0.25  # for which one is tried alone (RFC 8305 section 5)
 MOST_ADDRESSES = 16  # of one name that are tried
@@ -33,7 +34,7 @@ class Dialer:
         self._names = names or Names()
         self.server_name = server_name
 
-    def dial(self, origin: Origin, seconds: float) -> Connection:
+    def dial(self, origin: Origin, seconds: float, server: Server) -> Connection:
         """A new connection within so many seconds. Raises ConnectFailed, ConnectTimedOut, OutOfDescriptors."""
         deadline = time.monotonic() + seconds
         sock = self._connect(origin, seconds, deadline)
@@ -47,7 +48,7 @@ class Dialer:
         except BaseException:
             sock.close()
             raise
-        return Connection(sock, origin)
+        return Connection(sock, origin, server)
 
     def _connect(self, origin: Origin, seconds: float, deadline: float) -> socket.socket:
         missing = "was not resolved"
