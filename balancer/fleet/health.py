@@ -2,7 +2,8 @@
 
 Each check is `GET health_path` on a fresh connection (a kept one would not notice a full accept queue), with a short
 time-out. 200 to 399 is good; redirects are not followed. While a check contradicts what is believed of a backend, or
-nothing is known yet, the next one comes sooner, so that failover and recovery stay under a second.
+nothing is known yet, the next one comes sooner, so that recovery, and failover from what refuses, stay under
+a second.
 """
 
 from __future__ import annotations
