@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from balancer.edge.accepted import Address
 from balancer.forwarding.forwarding import WHOLE_STREAM
-from balancer.protocol.messages import Network, is_in_networks, network_of
+from balancer.protocol.addresses import Network, is_in_networks, network_of
 from balancer.protocol.requestheads import RequestHeads
 from balancer.upstream.transport import SMALL_BODY
 
@@ -122,9 +122,7 @@ class Listener:
     def source_of(self, host: str) -> str:
         """Whose requests share the worker threads: an address, in IPv6 the network that one customer has. "" for a
         proxy that is trusted."""
-        if self.limits.networks and is_in_networks(host, self.limits.networks):
-            return ""
-        return network_of(host)
+        return "" if is_in_networks(host, self.limits.networks) else network_of(host)
 
     def is_held_up(self, address: Address) -> bool:
         """The streams of an HTTP/2 connection share a window (RFC 9113 section 5.2): those for whose backends this

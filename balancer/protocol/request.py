@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote_from_bytes
 
 from balancer.errors import BalancerError, BodyTooLarge, ClientGone
+from balancer.protocol.addresses import plain
 from balancer.protocol.client import UNWATCHED, Client
 from balancer.protocol.messages import HeaderLines, Line, check_method, check_target, new_request_id
 from balancer.protocol.requestheads import RequestHead, RequestHeads
@@ -76,7 +77,7 @@ class Request:
             raw_target(environ),
             version,
             environ["wsgi.url_scheme"],
-            environ.get("REMOTE_ADDR") or "unknown",
+            plain(environ.get("REMOTE_ADDR") or "unknown"),
             header_lines(environ),
         )
         made.is_ended = bool(environ.get("wsgi.input_terminated"))

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from itertools import chain
 
 from balancer.errors import BalancerError
+from balancer.protocol.addresses import Network
 from balancer.protocol.headerrules import NO_RULES, HeaderRules
 from balancer.protocol.messages import (
     Line,
-    Network,
     body_length,
     check_codings,
     check_count,
