@@ -305,6 +305,19 @@ def test_cookie_crumbs_are_joined(balancer: Balancer, backend: WireBackend) -> N
     assert backend.requests[0].values(b"cookie") == [b"a=1; b=2; c=3"]
 
 
+@pytest.mark.parametrize(("count", "other", "status"), [(120, 0, 200), (120, 110, 431)])
+def test_cookie_crumbs_count_as_the_one_line_that_they_become(
+    balancer: Balancer, backend: WireBackend, count: int, other: int, status: int
+) -> None:
+    """H 8.2.3: browsers split cookies, so that HPACK can know each."""
+    crumbs = [(b"cookie", b"name-%d=%d" % (number, number)) for number in range(count)]
+    with client(balancer) as h2:
+        h2.request(1, *crumbs, *((b"x-%d" % number, b"1") for number in range(other)))
+        assert h2.finish(1).status == status
+    cookies = [b"; ".join(value for _, value in crumbs)]
+    assert [got.values(b"cookie") for got in backend.requests] == ([cookies] if status == 200 else [])
+
+
 def test_claims_of_an_untrusted_client_are_dropped(balancer: Balancer, backend: WireBackend) -> None:
     with client(balancer) as h2:
         h2.request(1, (b"x-forwarded-prefix", b"/evil"), (b"x-forwarded-ssl", b"on"), (b"true-client-ip", b"6.6.6.6"))

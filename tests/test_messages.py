@@ -22,7 +22,6 @@ from balancer.protocol.messages import (
     check_host,
     check_target,
     is_claim,
-    join_cookies,
     new_request_id,
     nominated,
     parse_content_length,
@@ -173,13 +172,9 @@ def test_host_and_content_length_cannot_be_nominated_away() -> None:
     ("version", "expected"), [("2", [b"a=1; b=2; c=3"]), ("1.1", [b"a=1", b"b=2; c=3"])], ids=["HTTP/2", "HTTP/1.1"]
 )
 def test_only_the_cookies_of_http_2_are_joined(version: str, expected: list[bytes]) -> None:
-    lines = [(b"cookie", b"a=1"), (b"x", b"1"), (b"cookie", b"b=2; c=3")]
-    assert values(forward(*lines, version=version), b"cookie") == expected
-
-
-def test_a_single_cookie_line_is_left_alone() -> None:
-    lines = [(b"cookie", b"a=1"), (b"x", b"1")]
-    assert join_cookies(lines) == lines
+    lines = [(b"host", b"a"), (b"cookie", b"a=1"), (b"x", b"1"), (b"cookie", b"b=2; c=3")]
+    sent = RequestHeads().of(lines, PEER, "http", version).lines
+    assert values([*sent], b"cookie") == expected
 
 
 # Our own fields.

@@ -133,6 +133,9 @@ class Call:
         with self._lock:
             self._attached = None
 
+    def end_connection(self) -> None:
+        self._is_last = True
+
     def receive(self, timeout: float | None = None) -> list[bytes]:
         """What has come of the request body, [] at its end. Raises ClientGone, ClientTooSlow."""
         if self.body is None:
@@ -185,7 +188,7 @@ class Call:
             self.abandon()
             return
         try:
-            self._is_last = not self.may_be_watched()  # nobody will read the rest of its body
+            self._is_last |= not self.may_be_watched()  # nobody will read the rest of its body
             if self.forwarding is not None:
                 self._pass_on(self.forwarding.refuse())
             else:
@@ -349,8 +352,10 @@ class Call:
     # --- A worker, where the app answers: the gateway's side of PEP 3333. ---
 
     def _call_app(self) -> Iterable[bytes]:
-        environ = environ_of(self.scope, self.request(self.listener.heads), RequestBody(self.receive))
-        return self.listener.app(environ, self.start_response)
+        request = self.request(self.listener.heads)
+        if request.refusal is not None:
+            self.end_connection()
+        return self.listener.app(environ_of(self.scope, request, RequestBody(self.receive)), self.start_response)
 
     def start_response(
         self, status: str, headers: list[tuple[str, str]], exc_info: Any = None

@@ -133,6 +133,7 @@ class Forwarding:
         """By its head alone: no body is read for what is refused here. Raises ClientError."""
         request = self._request
         if request.refusal is not None:
+            request.client.end_connection()  # what follows on it may be a part of this, by another reading
             raise request.refusal
         self._record.trace_id = request.head.trace_id
         for admit in self._route.admit:

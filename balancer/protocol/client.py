@@ -28,6 +28,9 @@ class Client(Protocol):
 
     def detach(self) -> None: ...
 
+    def end_connection(self) -> None:
+        """The answer will be the last one; over HTTP/2 only a stream ends, which it does anyway."""
+
 
 class Unwatched:
     """A client of a server that cannot tell when clients leave."""
@@ -38,6 +41,9 @@ class Unwatched:
         pass
 
     def detach(self) -> None:
+        pass
+
+    def end_connection(self) -> None:
         pass
 
 

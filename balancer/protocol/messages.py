@@ -261,8 +261,6 @@ def request_lines(
     `found` are the fields of `lines` that are not plain; `peer` is the address of the TCP connection; `pseudonym`
     our name in `Via`. Raises LoopDetected if the request has passed through us before.
     """
-    if http_version == "2":
-        lines = join_cookies(lines)
     # HTTP/1.0 without Host: the field is required in what we send, it may be empty (RFC 9112 section 3.2).
     host = found[b"host"][0] if b"host" in found else b""
     kept = [line for line in lines if line[0] not in found]
@@ -299,12 +297,12 @@ def _with_special(
     return kept, {name: values for name, values in found.items() if is_claim(name) and name not in options}
 
 
-def join_cookies(lines: Sequence[Line]) -> Sequence[Line]:
+def join_cookies(lines: tuple[Line, ...]) -> tuple[Line, ...]:
     """HTTP/2 may split `Cookie` over several lines; HTTP/1.1 must get one (RFC 9113 section 8.2.3)."""
     crumbs = [value for name, value in lines if name == b"cookie"]
     if len(crumbs) < 2:
         return lines
-    return [line for line in lines if line[0] != b"cookie"] + [(b"cookie", b"; ".join(crumbs))]
+    return (*(line for line in lines if line[0] != b"cookie"), (b"cookie", b"; ".join(crumbs)))
 
 
 def response_lines(lines: Sequence[Line], status: int, options: frozenset[bytes]) -> list[Line]:
