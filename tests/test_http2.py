@@ -533,9 +533,12 @@ def test_authority_and_host_that_differ(balancer: Balancer, backend: WireBackend
     "framing", [b"Content-Length: 10\r\n\r\nabc", b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n"]
 )
 def test_a_truncated_answer_does_not_end_the_stream(balancer: Balancer, backend: WireBackend, framing: bytes) -> None:
-    """H 8.1 and M 8: reset, or the connection is cut; never END_STREAM."""
+    """H 8.1 and M 8: reset, never END_STREAM; and the others go on."""
 
-    def script(sock: socket.socket, _: Any) -> None:
+    def script(sock: socket.socket, got: Any) -> None:
+        if got.target == b"/other":
+            sock.sendall(ok(b"survived"))
+            return
         sock.sendall(b"HTTP/1.1 200 OK\r\n" + framing)
         has_begun.wait(10)
         hang_up(sock)
@@ -548,15 +551,19 @@ def test_a_truncated_answer_does_not_end_the_stream(balancer: Balancer, backend:
         h2.begin(1)
         has_begun.set()
         found = h2.finish(1)
-    assert not found.is_ended
+        h2.request(3, (b":path", b"/other"))
+        assert h2.finish(3).body == b"survived"
+    assert found.reset_code is not None and not found.is_ended
 
 
-def test_a_cancelled_stream_leaves_the_others_alone(patient: Balancer, backend: WireBackend) -> None:
+@pytest.mark.parametrize("begun", [b"", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n"])
+def test_a_cancelled_stream_leaves_the_others_alone(patient: Balancer, backend: WireBackend, begun: bytes) -> None:
     """H 5.4.2: browsers cancel single requests all the time. The backend connection of that one is closed at once."""
     closed = threading.Event()
 
     def script(sock: socket.socket, got: Any) -> None:
         if got.target == b"/cancelled":
+            sock.sendall(begun)
             if wait_closed(sock):
                 closed.set()
             return
@@ -568,6 +575,8 @@ def test_a_cancelled_stream_leaves_the_others_alone(patient: Balancer, backend: 
         h2.request(1, (b":path", b"/cancelled"))
         h2.request(3, (b":path", b"/other"))
         wait_until(lambda: len(backend.requests) == 2)
+        if begun:
+            h2.begin(1)
         h2.cancel(1)
         assert closed.wait(10)
         other = h2.finish(3)
