@@ -87,7 +87,7 @@ class Call:
                 self.protocol, self.listener, self.scope["client"], made.head, is_http2=self.is_http2
             )
             made.is_ended = True
-            made.stream = RequestBody(self.receive)
+            made.stream = RequestBody(self.receive, self.body.is_prompt)
         return made
 
     # --- The loop's thread, or Granian's: the client is looked after, and may leave. ---
@@ -132,6 +132,10 @@ class Call:
     def detach(self) -> None:
         with self._lock:
             self._attached = None
+
+    def watch_upload(self, look: Callable[[], int] | None) -> None:
+        if self.body is not None:
+            self.body.look = look
 
     def end_connection(self) -> None:
         self._is_last = True

@@ -94,6 +94,12 @@ class Request:
         """Of a field that means something to a gateway, one for each line."""
         return self.head.fields.get(name, ())
 
+    @property
+    def is_prompt(self) -> bool:
+        """Whether the client sends more of the body within a moment, or all has come. Another server than ours does not
+        tell."""
+        return not isinstance(self.stream, RequestBody) or self.stream.is_prompt()
+
     def read(self, length: int | None, limit: int | None) -> Iterator[list[bytes]]:
         """The body in pieces, those together that are here together.
 
@@ -147,12 +153,14 @@ def raw_target(environ: WSGIEnvironment) -> bytes:
 
 class RequestBody:
     """`wsgi.input` over `receive`, which gives the next pieces, [] at the end: waits only for what is asked for.
+    `is_prompt` says whether these come within a moment.
 
     Use either that or the methods of `wsgi.input`.
     """
 
-    def __init__(self, receive: Callable[[], list[bytes]]) -> None:
+    def __init__(self, receive: Callable[[], list[bytes]], is_prompt: Callable[[], bool] = lambda: True) -> None:
         self.receive = receive
+        self.is_prompt = is_prompt
         self._pending: bytes | memoryview = b""
 
     def read(self, size: int = -1) -> bytes:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 
 from balancer.errors import BackendError, InvalidResponse, ResponseTimedOut
+from balancer.protocol.client import Unwanted
 from balancer.protocol.responseheads import MAX_HEAD, ResponseHeads
 from balancer.upstream.connection import DONTWAIT, FIRST, Connection
 from balancer.upstream.outgoing import OutgoingRequest
@@ -124,25 +125,26 @@ class Sent:
         return True
 
     def _write_stream(self, chunks: Iterator[bytes | list[bytes]]) -> bool:
-        is_chunked = self.request.is_chunked
-        for chunk in chunks:
-            pieces = chunk if isinstance(chunk, list) else [chunk]
-            if is_chunked and (size := sum(map(len, pieces))):
-                pieces = [b"%x\r\n" % size, *pieces, b"\r\n"]
-            if not self._write(*pieces):
-                return False
-            if not self.head.has_head and self._is_refused():
-                return False
+        is_chunked, client = self.request.is_chunked, self.request.client
+        client.watch_upload(self.look)
+        try:
+            for chunk in chunks:
+                pieces = chunk if isinstance(chunk, list) else [chunk]
+                if is_chunked and (size := sum(map(len, pieces))):
+                    pieces = [b"%x\r\n" % size, *pieces, b"\r\n"]
+                if not self._write(*pieces) or self.look() >= 300:
+                    return False
+        except Unwanted:
+            return False
+        finally:
+            client.watch_upload(None)
         return self._write(b"0\r\n\r\n") if is_chunked else True
 
-    def _is_refused(self) -> bool:
-        """True if the backend hung up or answered early; an interim response and a success are no reason to stop."""
-        if not self.connection.has_input():  # cheaper than to try
-            return False
-        data = self.connection.receive_now()
-        if data is None:
-            return False
-        self.head.size += len(data)
-        if data and not self.head.feed(data):
-            self.is_clean = False
-        return not data or self.head.status >= 300
+    def look(self) -> int:
+        """The status of an answer that is here before all of its request was sent, 0 if there is none yet. An interim
+        response is none, and a success no reason to stop. Raises as `take`."""
+        if not self.head.has_head and self.connection.has_input():  # cheaper than to try
+            data = self.connection.receive_now()
+            if data is not None:
+                self.take(data)
+        return self.head.status if self.head.has_head else 0
