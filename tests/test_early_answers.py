@@ -6,13 +6,14 @@ RFC 9110 section 10.1.1, RFC 9112 section 9.6. The time limits are far away, so 
 from __future__ import annotations
 
 import socket
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
 from typing import Any
 
 import pytest
-from support import Balancer, connect, newest, ok
+from support import Balancer, connect, newest, ok, wait_until
 from test_http2 import client, curl
 from wire import WireBackend, hang_up, post, read_response, wait_closed
 
@@ -53,6 +54,43 @@ def test_an_early_answer_reaches_a_client_that_pauses(
         assert read_response(stream)[0] == status
         assert wait_closed(sock)  # after a while in which the rest may come
     assert newest(patient)["status"] == status and len(backend.broken) == 0
+
+
+@pytest.mark.parametrize(("answer", "status"), [(REFUSED, 401), (b"", 502)], ids=["401", "hangs up"])
+def test_an_early_answer_comes_from_a_backend_that_reads_no_more(
+    patient: Balancer, backend: WireBackend, answer: bytes, status: int
+) -> None:
+    def refuse(sock: socket.socket, _: Any) -> bool:
+        is_full.wait(10)
+        if not answer:
+            hang_up(sock, reset=True)
+        sock.sendall(answer)
+        return is_over.wait(30)  # it neither reads nor closes
+
+    def send() -> None:
+        with suppress(OSError):
+            while True:
+                sent.append(client.send(bytes(65536)))
+
+    def is_stuck() -> bool:
+        before = len(sent)
+        return not is_full.wait(0.5) and 0 < before == len(sent)
+
+    sent: list[int] = []
+    is_full, is_over = Event(), Event()
+    backend.on_head = refuse
+    with connect(patient.port) as client, client.makefile("rb") as stream:
+        client.sendall(post(b"Content-Length: 1000000000"))
+        sending = Thread(target=send, name="upload")
+        sending.start()
+        wait_until(is_stuck, what="nothing goes on any more")
+        is_full.set()
+        try:
+            assert read_response(stream)[0] == status
+        finally:
+            is_over.set()
+            client.shutdown(socket.SHUT_RDWR)
+        sending.join()
 
 
 @pytest.mark.parametrize("lines", [[], [(b"content-length", b"100")], [(b"content-length", b"500000")]])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from balancer.errors import BackendError, InvalidResponse, ResponseTimedOut
 from balancer.protocol.client import Unwanted
@@ -110,7 +110,7 @@ class Sent:
             self.begun.end()
         self.connection.close()
 
-    def _write(self, *parts: bytes) -> bool:
+    def _write(self, *parts: bytes | memoryview) -> bool:
         connection, done = self.connection, 0
         try:
             if len(parts) > 1 and _HAS_SENDMSG and not connection.is_tls:
@@ -132,13 +132,33 @@ class Sent:
                 pieces = chunk if isinstance(chunk, list) else [chunk]
                 if is_chunked and (size := sum(map(len, pieces))):
                     pieces = [b"%x\r\n" % size, *pieces, b"\r\n"]
-                if not self._write(*pieces) or self.look() >= 300:
+                if not self._push(pieces):
                     return False
         except Unwanted:
             return False
         finally:
             client.watch_upload(None)
         return self._write(b"0\r\n\r\n") if is_chunked else True
+
+    def _push(self, pieces: Sequence[bytes | memoryview]) -> bool:
+        """Send a part of a streamed body. False if no more is wanted, also of one that a backend stops reading."""
+        connection, left = self.connection, sum(map(len, pieces))
+        if not DONTWAIT or connection.is_tls:
+            return self._write(*pieces) and self.look() < 300
+        while True:
+            try:
+                done = connection.sock.sendmsg(pieces, (), DONTWAIT)
+            except BlockingIOError:
+                done = 0
+            except OSError:
+                return False  # as in `_write`
+            if self.look() >= 300:
+                return False
+            left -= done
+            if not left:
+                return True
+            pieces = [memoryview(b"".join(pieces) if len(pieces) > 1 else pieces[0])[done:]]
+            connection.wait_for_room(or_input=not self.head.has_head)
 
     def look(self) -> int:
         """The status of an answer that is here before all of its request was sent, 0 if there is none yet. An interim
