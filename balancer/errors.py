@@ -6,7 +6,7 @@ the socket boundary (`connection`, `response`, `transport`); nothing above it ne
 
     BalancerError
       SettingsError         bad usage or configuration (exit code 2)
-      ClientError           the request is at fault: 400, 403, 405, 408, 411, 413, 431, 501, 508
+      ClientError           the request is at fault: 400, 403, 405, 408, 411, 413, 417, 431, 501, 508
       ClientGone            the client left before its answer was complete: 499 in logs, never sent
         ClientStalled         it read too slowly, and was cut off
       Unavailable           no backend: 503 with Retry-After
@@ -63,6 +63,12 @@ class ClientTooSlow(ClientError):
 
     status = 408
     reason = "client_too_slow"
+
+
+class ExpectationFailed(ClientError):
+    """The client waits for a 100 (Continue) that cannot be sent: it is to try without (RFC 9110 section 15.5.18)."""
+
+    status = 417
 
 
 class CodingUnsupported(ClientError):

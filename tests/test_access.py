@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -41,7 +40,6 @@ from werkzeug.test import Client, TestResponse
 from wire import WireBackend, post
 
 from balancer.config.settings import BackendSettings, Settings, load
-from balancer.control import neighbours
 from balancer.control.access import GUESS_SECONDS, GUESSERS_KEPT, GUESSES, Guesses, first_segment
 from balancer.loadbalancer import create_app
 
@@ -714,15 +712,6 @@ def test_a_proxy_that_hides_itself_has_another_user(tmp_path: Path, balancer: Ba
         # Started by root its workers are somebody else; else they are ourselves, and nobody can tell.
         assert fetch(f"{url}/backends", new)[0] == (401 if os.geteuid() == 0 else 201)
         assert fetch(f"{balancer.url}/backends/b", method="DELETE")[0] == (404 if os.geteuid() == 0 else 200)
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-def test_whose_socket_it_is_is_told(host: str) -> None:
-    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
-        with socket.create_connection(listener.getsockname()[:2]) as client:
-            port = str(client.getsockname()[1])
-            assert neighbours.owner(host, port) == os.geteuid() and neighbours.is_ours(host, port)
-    assert neighbours.owner(host, "x") is neighbours.owner("nobody", "1") is None
 
 
 @pytest.mark.parametrize("more", ["", "proxy_http_version 1.1; proxy_set_header X-Forwarded-For $remote_addr;"])

@@ -25,7 +25,7 @@ Local = tuple[str, int]  # and of a listening socket, as the kernel does
 EVERYWHERE = ("0.0.0.0", "::")  # to listen on all addresses
 IDLE_SECONDS = 75.0  # nginx's keepalive_timeout; hyper itself ends idle HTTP/1.1 connections, but not HTTP/2 ones
 LEAST_RATE = 240  # bytes/s, the default of `min_body_rate`: to read less does not count as reading
-MOST_OWED = 262_144  # bytes of answers that a client may leave unread for as long as it likes
+MOST_OWED = 262_144  # bytes of answers that a client may leave unread for as long as it likes, such as a paused film
 SLICE = 64  # descriptors, about half a millisecond: whoever forwards requests waits for the interpreter meanwhile
 
 _passing = Lock()  # held during a pass; `_waiting` needs none, each step on it is one operation

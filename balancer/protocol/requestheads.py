@@ -11,15 +11,16 @@ from collections.abc import Sequence
 from itertools import chain
 
 from balancer.errors import BalancerError
+from balancer.protocol.addresses import Network
 from balancer.protocol.headerrules import NO_RULES, HeaderRules
 from balancer.protocol.messages import (
     Line,
-    Network,
     body_length,
     check_codings,
     check_count,
     check_host,
     is_plain,
+    join_cookies,
     request_id,
     request_lines,
     trace_id,
@@ -51,6 +52,8 @@ class RequestHead:
 
     def __init__(self, section: Section, heads: RequestHeads) -> None:
         lines, peer, scheme, version = section
+        if version == "2":
+            lines = join_cookies(lines)
         self.fields = heads.fields(lines[:MOST_LINES])  # values by name, one for each line, of what is not plain
         self.length: int | None = None  # of the body in bytes, if it is told
         # HTTP/2 tells only at its end whether there is a body (RFC 9113 section 8.1).

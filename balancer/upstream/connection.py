@@ -101,6 +101,13 @@ class Connection:
         self.received += len(data)
         return data
 
+    def wait_for_room(self, *, or_input: bool) -> None:
+        """Until more can be sent, or something has come if that matters. Raises ResponseTimedOut."""
+        poller = select.poll()
+        poller.register(self.sock, select.POLLOUT | (select.POLLIN if or_input else 0))
+        if not poller.poll(self._timeout * 1000):
+            raise ResponseTimedOut(f"{self.origin.url} stopped reading the request")
+
     def has_input(self) -> bool:
         """True if a receive would not block: while idle, that means EOF, an alert, or bytes nobody asked for."""
         if not IS_TOLD or self.is_tls:
