@@ -273,7 +273,7 @@ class LoadBalancer:
         """
         plan.pool.options = config.options(PoolOptions)
         self.control.pool.apply(plan.pool)
-        self.adapter.timeouts = config.options(Timeouts)
+        self.adapter.use(config.options(Timeouts), config.backend_sni)
         self.health.use(config.options(HealthOptions))
         self.proxy.routes = self.routes(config)
         self.proxy.heads = wiring.request_heads(config, self.proxy.heads.pseudonym)

@@ -16,18 +16,7 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from support import (
-    Balancer,
-    BalancerProcess,
-    ScriptedBackend,
-    connect,
-    exchange,
-    free_port,
-    get,
-    ok,
-    split_response,
-    wait_until,
-)
+from support import Balancer, BalancerProcess, connect, exchange, free_port, get, ok, split_response, wait_until
 from wire import (
     CHUNKED_ABC,
     Broken,
@@ -41,6 +30,8 @@ from wire import (
     values,
     wait_closed,
 )
+
+from balancer.protocol.origin import Origin
 
 Parsed = tuple[int, list[tuple[bytes, bytes]], bytes]
 MIB = 1024 * 1024
@@ -119,7 +110,7 @@ def forwarded(balancer: Balancer, backend: WireBackend, *lines: bytes, target: b
     return backend.requests[-1]
 
 
-def returned(balancer: Balancer, backend: ScriptedBackend, *lines: bytes) -> list[tuple[bytes, bytes]]:
+def returned(balancer: Balancer, backend: WireBackend, *lines: bytes) -> list[tuple[bytes, bytes]]:
     """The header lines of an answer as the client got them."""
     backend.answer(ok(b"ok", *lines))
     return ask(balancer.port, request())[1]
@@ -838,7 +829,7 @@ def test_an_answer_that_comes_while_idle_is_given_to_nobody(balancer: Balancer, 
 
     backend.script = script
     assert ask(balancer.port, request())[2] == b"first"
-    assert sent.wait(10)
+    assert sent.wait(60)
     assert next_peer_differs(balancer, backend)
 
 
@@ -984,7 +975,7 @@ def test_a_truncated_answer_reaches_the_client_as_truncated(
             head, _, body = framing.partition(b"\r\n\r\n")
             first = body[: body.index(b"abc") + 3]
             sock.sendall(HEAD_OK + head + b"\r\n\r\n" + first)
-            assert reached.wait(10)
+            assert reached.wait(60)
             sock.sendall(body[len(first) :])
         else:
             sock.sendall(HEAD_OK + framing)
@@ -1013,7 +1004,7 @@ def test_a_reset_in_a_body_until_eof_is_truncation(balancer: Balancer, backend: 
 
     def script(sock: socket.socket, _: Any) -> None:
         sock.sendall(HEAD_OK + b"\r\nabc")
-        assert reached.wait(10)
+        assert reached.wait(60)
         hang_up(sock, reset=True)
 
     backend.script = script
@@ -1316,7 +1307,8 @@ def test_a_refused_connect_is_retried_for_any_method(data: bytes) -> None:
 
 
 def warm_up(balancer: Balancer, backend: WireBackend) -> None:
-    """Leave one idle connection in the pool, the only one."""
+    """Leave one idle connection in the pool, the only one, of which no POST is afraid however busy this machine is."""
+    balancer.library.adapter._servers.at(Origin.parse(backend.url)).safe_idle = 60
     assert ask(balancer.port, request(b"/warm-up"))[0] == 200
     wait_until(lambda: is_idle(balancer))
 
@@ -1424,7 +1416,7 @@ def test_no_answer_in_time_is_504(balancer: Balancer, backend: WireBackend, data
 
     backend.script = script
     assert_own_error(ask(balancer.port, data), 504)
-    assert closed.wait(10)
+    assert closed.wait(60)
     assert newest(balancer)["reason"] == "http_response_timeout"
 
 
@@ -1461,7 +1453,7 @@ def test_a_body_that_stalls_is_cut(balancer: Balancer, backend: WireBackend, fra
         sock.sendall(request())
         with pytest.raises((Broken, ConnectionResetError)):
             read_response(stream)
-    assert closed.wait(10)
+    assert closed.wait(60)
     assert newest(balancer)["complete"] is False
 
 
@@ -1667,9 +1659,9 @@ def test_events_arrive_one_by_one(balancer: Balancer, backend: WireBackend) -> N
     def script(sock: socket.socket, _: Any) -> None:
         sock.sendall(HEAD_OK + b"Content-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
         for event in events:
-            assert go.acquire(timeout=10)
+            assert go.acquire(timeout=60)
             sock.sendall(b"%x\r\n%s\r\n" % (len(event), event))
-        assert go.acquire(timeout=10)
+        assert go.acquire(timeout=60)
         sock.sendall(b"0\r\n\r\n")
 
     backend.script = script
@@ -1697,7 +1689,7 @@ def test_a_request_body_is_streamed_too(balancer: Balancer, backend: WireBackend
     backend.on_head = on_head
     with connect(balancer.port) as sock, sock.makefile("rb") as stream:
         sock.sendall(post(b"Transfer-Encoding: chunked", body=b"3\r\nabc\r\n"))
-        assert first.wait(10)
+        assert first.wait()
         sock.sendall(b"3\r\ndef\r\n0\r\n\r\n")
         assert read_response(stream)[0] == 200
     assert backend.requests[0].body == b"abcdef"
@@ -1711,7 +1703,7 @@ def test_an_answer_before_the_end_of_the_request_is_relayed(pair: Pair) -> None:
     def on_head(sock: socket.socket, _: Any) -> bool:
         sock.sendall(b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 7\r\nConnection: close\r\n\r\ntoo big")
         refused.set()
-        lingering.wait(10)  # not reading, not closing: the balancer must act on the answer alone
+        lingering.wait(60)  # not reading, not closing: the balancer must act on the answer alone
         return True
 
     pair.on_head(on_head)
@@ -1720,13 +1712,13 @@ def test_an_answer_before_the_end_of_the_request_is_relayed(pair: Pair) -> None:
         sender = threading.Thread(target=pour, args=(sock, 64 * MIB))
         sender.start()
         try:
-            assert refused.wait(10)
+            assert refused.wait(60)
             status, _, body = read_response(stream)
         finally:
             lingering.set()
             with suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
-            sender.join(10)
+            sender.join(60)
     assert (status, body) == (413, b"too big")
     wait_until(lambda: is_idle(pair.balancer))
 
@@ -1755,7 +1747,7 @@ def test_a_slow_client_holds_the_backend_back(pair: Pair) -> None:
     before = resident_bytes(pair.balancer.pid)
     with connect(pair.port) as sock, sock.makefile("rb") as stream:
         sock.sendall(request())
-        assert wait_until(standstill(sent), 20) < 48 * MIB  # what the kernel's buffers of two connections hold
+        assert wait_until(standstill(sent)) < 48 * MIB  # what the kernel's buffers of two connections hold
         assert resident_bytes(pair.balancer.pid) - before < 16 * MIB
         assert hashlib.sha256(read_response(stream)[2]).digest() == hashlib.sha256(b"y" * size).digest()
 
@@ -1778,7 +1770,7 @@ def test_a_slow_backend_holds_the_client_back(pair: Pair) -> None:
     go = threading.Event()
 
     def on_head(sock: socket.socket, _: Any) -> bool:
-        go.wait(20)
+        go.wait(60)
         return False
 
     pair.on_head(on_head)
@@ -1795,12 +1787,12 @@ def test_a_slow_backend_holds_the_client_back(pair: Pair) -> None:
         sender = threading.Thread(target=send, args=(sock,))
         sender.start()
         try:
-            assert wait_until(standstill(sent), 20) < 48 * MIB
+            assert wait_until(standstill(sent)) < 48 * MIB
             assert resident_bytes(pair.balancer.pid) - before < 16 * MIB
         finally:
             go.set()
         assert read_response(stream)[0] == 200
-        sender.join(10)
+        sender.join(60)
     assert pair.requests[0].body == b"x" * (96 * MIB)
 
 
@@ -1816,7 +1808,7 @@ def test_a_client_that_reads_nothing_is_cut_off(balancer: Balancer, backend: Wir
     backend.script = script
     with connect(balancer.port) as sock:
         sock.sendall(request())
-        assert done.wait(20)
+        assert done.wait(60)
         wait_until(lambda: is_idle(balancer))
     assert newest(balancer)["status"] == 499
     assert failures_of(balancer) == 0
@@ -1862,7 +1854,7 @@ def test_a_client_that_leaves_while_the_backend_works(
         if reset:
             with suppress(ConnectionAbortedError):
                 hang_up(sock, reset=True)
-    assert closed.wait(10)
+    assert closed.wait(60)
     assert_client_gone(patient)
     assert patient.backend("only")["aborted_requests"] == before + 1
     assert backend.seen == 1, "a request whose client has left is not retried"
@@ -1885,7 +1877,7 @@ def test_a_client_that_leaves_during_the_answer(balancer: Balancer, backend: Wir
     with connect(balancer.port) as sock:
         sock.sendall(request())
         assert b"abc" in wait_until(lambda: sock.recv(65536))
-    assert closed.wait(10)
+    assert closed.wait(60)
     assert_client_gone(balancer)
 
 
@@ -1902,7 +1894,7 @@ def test_a_client_that_leaves_a_quiet_stream(patient: Balancer, backend: WireBac
     with connect(patient.port) as sock:
         sock.sendall(request())
         wait_until(lambda: b"abc" in sock.recv(65536, socket.MSG_PEEK))
-    assert closed.wait(10)
+    assert closed.wait(60)
     assert_client_gone(patient)
 
 
@@ -1934,7 +1926,7 @@ def test_chunks_of_an_answer_are_framed_by_us(balancer: Balancer, backend: WireB
         sock.sendall(HEAD_OK + b"Transfer-Encoding: chunked\r\n\r\n")
         for number in range(50):
             sock.sendall(b"%x;n=%d\r\n%s\r\n" % (number + 1, number, b"z" * (number + 1)))
-        has_begun.wait(10)
+        has_begun.wait(60)
         sock.sendall(b"0;last\r\n\r\n")
 
     backend.script = script

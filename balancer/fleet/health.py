@@ -17,10 +17,11 @@ from threading import Event, Thread
 
 from balancer.balancing.backends import Backend, LastCheck
 from balancer.balancing.pool import BackendPool
-from balancer.errors import BackendError, OutOfDescriptors
+from balancer.errors import BackendError, ConnectTimedOut, OutOfDescriptors, ResponseTimedOut
 from balancer.protocol.messages import Line
 from balancer.protocol.origin import Origin
 from balancer.upstream.outgoing import OutgoingRequest
+from balancer.upstream.response import ResponseBody
 from balancer.upstream.transport import BackendAdapter
 
 log = logging.getLogger("balancer.health")
@@ -29,6 +30,7 @@ GOOD_STATUSES = range(200, 400)
 JITTER = 0.1  # share of the interval, so that many balancers do not check in step
 TRANSITION_SPEEDUP = 5  # checks per interval while a change is in the air
 ROUND_SECONDS = 1.0  # at most between two rounds, however rare the checks: `on_round` lets time pass elsewhere
+MAX_BODY = 1_048_576  # bytes of an answer that are read, so that the backend can write all of it
 MAX_PROBES = 64  # checks at the same time; one that hangs holds one of these until its time-out
 
 
@@ -37,6 +39,7 @@ class HealthOptions:
     """What the checks need of the settings, by their names."""
 
     health_path: str
+    health_host: str | None
     health_interval: float
     health_timeout: float
 
@@ -45,7 +48,7 @@ class Probe:
     """One `GET health_path` to a backend."""
 
     def __init__(self, options: HealthOptions, adapter: BackendAdapter) -> None:
-        self._target = options.health_path.encode("ascii")
+        self._options = options
         self._adapter, self._note_old = adapter.for_checks(options.health_timeout), adapter.note_old
 
     def check(self, origin: Origin) -> LastCheck:
@@ -53,24 +56,28 @@ class Probe:
         started = time.monotonic()
         status: int | None = None
         error: str | None = None
+        timed_out = False
         try:
-            status = self._status(origin)
+            status = self._status(origin, started + self._options.health_timeout)
             if status not in GOOD_STATUSES:
                 error = f"health check answered {status}"
         except BackendError as failure:
             error = f"health check failed: {failure}"
-        return LastCheck(time.time(), time.monotonic() - started, status, error)
+            timed_out = isinstance(failure, ConnectTimedOut | ResponseTimedOut)
+        return LastCheck(time.time(), time.monotonic() - started, status, error, timed_out)
 
-    def _status(self, origin: Origin) -> int:
+    def _status(self, origin: Origin, deadline: float) -> int:
         lines: list[Line] = [
-            (b"host", origin.authority.encode("ascii")),
+            (b"host", (self._options.health_host or origin.authority).encode("ascii")),
             (b"user-agent", b"load-balancer-health"),
             (b"connection", b"close"),
         ]
-        response = self._adapter.exchange(OutgoingRequest("GET", self._target, lines), origin)
-        response.body.close()
+        target = self._options.health_path.encode("ascii")
+        response = self._adapter.exchange(OutgoingRequest("GET", target, lines), origin)
         if response.head.version == "1.0":
             self._note_old(origin)
+        assert isinstance(response.body, ResponseBody)
+        response.body.read_out(MAX_BODY, deadline)
         return response.status_code
 
 
@@ -84,8 +91,8 @@ class HealthChecker:
     def __init__(
         self,
         pool: BackendPool,
-        adapter: BackendAdapter,
         options: HealthOptions,
+        adapter: BackendAdapter,
         *,
         on_round: Callable[[], None] | None = None,
         rng: random.Random | None = None,

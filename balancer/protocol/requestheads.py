@@ -75,6 +75,8 @@ class RequestHead:
                 pseudonym=heads.pseudonym if heads.via else None,
                 trusted=heads.trusted,
             )
+            if heads.host:
+                made[0] = (b"host", heads.host)
             self.lines = tuple(heads.rules.applied(made) if heads.rules else made)
         except BalancerError as error:
             self.refusal = error.to_keep()
@@ -97,7 +99,8 @@ class RequestHeads:
     """Looks up, or works out, what follows from a header section. Any thread may call.
 
     `pseudonym` is our name in `Via`, unless `via` says that there is none; claims of peers in `trusted` networks are
-    believed; sections of more than `max_lines` are refused; `rules` change what goes to backends.
+    believed; sections of more than `max_lines` are refused; `rules` change what goes to backends; `host` is their
+    `Host`, empty for the client's.
     """
 
     def __init__(
@@ -106,10 +109,12 @@ class RequestHeads:
         trusted: Sequence[Network] = (),
         max_lines: int = MOST_LINES,
         rules: HeaderRules = NO_RULES,
+        host: bytes = b"",
         via: bool = True,
     ) -> None:
         self.via = via
         self.pseudonym, self.trusted, self.max_lines, self.rules = pseudonym, trusted, max_lines, rules
+        self.host = host
         self._size_of_rules = rules.size
         self._are_plain = Table(is_plain, NAMES_ROOM, _weigh_name)
         self._table: Table[Section, RequestHead] = Table(self._work_out, HEADS_ROOM, self._weigh)

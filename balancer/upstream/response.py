@@ -6,6 +6,7 @@ through httptools). A body of known length is counted here.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -13,7 +14,7 @@ import httptools
 from requests import PreparedRequest, Response
 from requests.cookies import RequestsCookieJar
 
-from balancer.errors import BodyTruncated, ConnectionLost, InvalidResponse
+from balancer.errors import BackendError, BodyTruncated, ConnectionLost, InvalidResponse
 from balancer.protocol.client import UNWATCHED, Client
 from balancer.protocol.messages import (
     BODILESS_STATUSES,
@@ -274,6 +275,20 @@ class ResponseBody(Body):
             if data is None:
                 return
             self.buffered += self._take(data)
+
+    def read_out(self, most: int, deadline: float) -> None:
+        """Receive what is left and drop it, so that the backend can write all of it, and close: no more than `most`
+        bytes, nor later than `deadline`, which is of time.monotonic()."""
+        try:
+            while self._connection is not None and not self.is_complete and (self._left or 1) <= most:
+                if (seconds := deadline - time.monotonic()) <= 0:
+                    break
+                self._connection.set_timeout(max(0.001, seconds))
+                most -= len(self.read_chunk(min(most, CHUNK)))
+        except BackendError:
+            pass  # whoever calls this wanted the head alone
+        finally:
+            self.close()
 
     def _receive(self, receive: Callable[[int], Data], most: int) -> Data:
         try:

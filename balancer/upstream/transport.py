@@ -12,9 +12,6 @@ the backend's own time-out cannot be near (`servers`), since it would be lost wi
 
 from __future__ import annotations
 
-import errno
-import socket
-import ssl
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
@@ -24,10 +21,11 @@ from threading import Lock
 from requests import PreparedRequest, Response
 from requests.adapters import BaseAdapter
 
-from balancer.errors import BackendError, ConnectFailed, ConnectionLost, ConnectTimedOut, OutOfDescriptors
+from balancer.errors import BackendError, ConnectionLost
 from balancer.protocol.origin import Origin
 from balancer.protocol.responseheads import ResponseHeads
 from balancer.upstream.connection import FIRST, Connection
+from balancer.upstream.dialer import Dialer
 from balancer.upstream.outgoing import OutgoingRequest, as_outgoing, origin_of
 from balancer.upstream.response import BackendResponse, Body, ResponseBody
 from balancer.upstream.sent import Sent
@@ -51,7 +49,7 @@ class BackendAdapter(BaseAdapter):
     """Sends requests to backends over pooled connections. Thread-safe.
 
     `_lock` guards `_idle`: per origin, the idle connections, the newest last. Sockets are opened, checked and closed
-    outside it. `timeouts` may be replaced at any time.
+    outside it. `use` may be called at any time.
     """
 
     def __init__(
@@ -59,13 +57,13 @@ class BackendAdapter(BaseAdapter):
         timeouts: Timeouts,
         *,
         max_idle: int = MAX_IDLE_PER_BACKEND,
-        tls: ssl.SSLContext | None = None,
+        dialer: Dialer | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__()
         self.timeouts = timeouts
         self._max_idle = max_idle
-        self._tls = tls
+        self.dialer = dialer or Dialer()
         self._servers = Servers()
         self._clock = clock
         self._heads = ResponseHeads()
@@ -74,11 +72,18 @@ class BackendAdapter(BaseAdapter):
 
     def for_checks(self, seconds: float) -> BackendAdapter:
         """Another one, that keeps no connection and waits no longer than this."""
-        return BackendAdapter(Timeouts(seconds, seconds, seconds, pool_idle_timeout=0), max_idle=0, tls=self._tls)
+        return BackendAdapter(Timeouts(seconds, seconds, seconds, pool_idle_timeout=0), max_idle=0, dialer=self.dialer)
 
     def note_old(self, origin: Origin) -> None:
         """A check was answered in HTTP/1.0. One in HTTP/1.1 proves less: another part of the server may answer it."""
         self._servers.at(origin).is_old = True
+
+    def use(self, timeouts: Timeouts, server_name: str | None) -> None:
+        """From the next wait and the next connection on; those with another server name are not kept."""
+        self.timeouts = timeouts
+        if server_name != self.dialer.server_name:
+            self.dialer.server_name = server_name
+            self.close()
 
     def send(
         self,
@@ -213,7 +218,8 @@ class BackendAdapter(BaseAdapter):
             client=request.client,
         )
         connection.server.is_old = sent.head.version == "1.0"
-        if not (sent.is_whole and sent.is_clean) or request.logs_in:
+        is_spoilt = request.logs_in or (connection.is_tls and self.dialer.has_changed(connection))
+        if is_spoilt or not (sent.is_whole and sent.is_clean):
             body.refuse_reuse()
         if body.is_complete:
             body.close()
@@ -230,40 +236,12 @@ class BackendAdapter(BaseAdapter):
     def _connect(self, origin: Origin, request: OutgoingRequest) -> Connection:
         started = time.monotonic()
         try:
-            return self._open(origin, max(0.001, min(self.timeouts.connect_timeout, request.deadline - started)))
+            seconds = min(self.timeouts.connect_timeout, request.deadline - started)
+            connection = self.dialer.dial(origin, max(0.001, seconds))
         finally:
             request.connect_seconds = time.monotonic() - started
-
-    def _open(self, origin: Origin, seconds: float) -> Connection:
-        try:
-            sock = socket.create_connection((origin.host, origin.port), seconds)
-        except TimeoutError:
-            raise ConnectTimedOut(f"{origin.url} did not accept within {seconds:.3g} s") from None
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                raise OutOfDescriptors("the load balancer may open no more connections, raise its file limit") from None
-            refused = isinstance(error, ConnectionRefusedError)
-            raise ConnectFailed(f"{origin.url}: {error.strerror or error}", refused=refused) from error
-        try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if origin.scheme == "https":
-                sock = self._wrap(sock, origin, seconds)
-            else:
-                sock.settimeout(None)
-        except BaseException:
-            sock.close()
-            raise
-        return Connection(sock, origin, self._servers.at(origin))
-
-    def _wrap(self, sock: socket.socket, origin: Origin, seconds: float) -> ssl.SSLSocket:
-        if self._tls is None:
-            self._tls = ssl.create_default_context()
-        try:
-            return self._tls.wrap_socket(sock, server_hostname=origin.host)
-        except TimeoutError:
-            raise ConnectTimedOut(f"{origin.url}: no TLS handshake within {seconds:.3g} s") from None
-        except (OSError, ValueError) as error:
-            raise ConnectFailed(f"{origin.url}: TLS: {error}") from error
+        connection.server = self._servers.at(origin)
+        return connection
 
     # The pool.
 
