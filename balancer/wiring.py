@@ -126,7 +126,7 @@ def _health(config: Settings, pool: BackendPool, adapter: BackendAdapter) -> Hea
         adapter.close_idle()
         pool.sweep()
 
-    return HealthChecker(pool, adapter, config.options(HealthOptions), on_round=on_round)
+    return HealthChecker(pool, config.options(HealthOptions), adapter, on_round=on_round)
 
 
 def _routes(control: Control, health: HealthChecker, filters: Sequence[Filter]) -> Callable[[Settings], Routes]:
@@ -169,7 +169,7 @@ def _proxy(control_app: WSGIApplication, control: Control, routes: Routes) -> Re
 
 def request_heads(config: Settings, pseudonym: bytes) -> RequestHeads:
     return RequestHeads(
-        pseudonym, config.networks, config.max_header_count, config.request_headers, config.host_field, config.via
+        *(pseudonym, config.networks, config.max_header_count, config.request_headers, config.host_field, config.via)
     )
 
 

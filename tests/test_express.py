@@ -39,7 +39,6 @@ from balancer.forwarding.forwarding import Forwarding
 from balancer.loadbalancer import LoadBalancer, create_app
 from balancer.protocol.origin import Origin
 from balancer.upstream.connection import Connection
-from balancer.upstream.servers import Server
 from balancer.upstream.transport import BackendAdapter, OutgoingRequest, Timeouts
 from bench import guard
 
@@ -481,7 +480,7 @@ class SentCall:
 
     def __init__(self, deadline: float) -> None:
         self.forwarding = self.sent = self
-        self.connection = Connection(socket.socket(), Origin("http", "127.0.0.1", 1), Server())
+        self.connection = Connection(socket.socket(), Origin("http", "127.0.0.1", 1))
         self.connection.close()  # a test opens its own
         self.rest = b""
         self.deadline = deadline

@@ -75,10 +75,10 @@ class Probe:
         ]
         target = self._options.health_path.encode("ascii")
         response = self._adapter.exchange(OutgoingRequest("GET", target, lines), origin)
-        assert isinstance(response.body, ResponseBody)
-        response.body.read_out(MAX_BODY, deadline)
         if response.head.version == "1.0":
             self._note_old(origin)
+        assert isinstance(response.body, ResponseBody)
+        response.body.read_out(MAX_BODY, deadline)
         return response.status_code
 
 
@@ -92,8 +92,8 @@ class HealthChecker:
     def __init__(
         self,
         pool: BackendPool,
-        adapter: BackendAdapter,
         options: HealthOptions,
+        adapter: BackendAdapter,
         *,
         on_round: Callable[[], None] | None = None,
         rng: random.Random | None = None,

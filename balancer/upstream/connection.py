@@ -27,10 +27,10 @@ class Connection:
 
     __slots__ = ("sock", "origin", "server", "idle_since", "is_tls", "received", "received_before", "_timeout")
 
-    def __init__(self, sock: socket.socket, origin: Origin, server: Server) -> None:
+    def __init__(self, sock: socket.socket, origin: Origin) -> None:
         self.sock = sock
         self.origin = origin
-        self.server = server
+        self.server = Server()  # what is known of it, by whoever keeps it
         self.idle_since = 0.0
         self.is_tls = isinstance(sock, ssl.SSLSocket)
         self.received = 0  # bytes

@@ -17,7 +17,6 @@ from balancer.errors import ConnectFailed, ConnectTimedOut, OutOfDescriptors
 from balancer.protocol.origin import Origin
 from balancer.upstream.connection import Connection
 from balancer.upstream.names import Address, Names
-from balancer.upstream.servers import Server
 
 NEXT_ADDRESS_SECONDS = 0.25  # for which one is tried alone (RFC 8305 section 5)
 MOST_ADDRESSES = 16  # of one name that are tried
@@ -34,7 +33,7 @@ class Dialer:
         self._names = names or Names()
         self.server_name = server_name
 
-    def dial(self, origin: Origin, seconds: float, server: Server) -> Connection:
+    def dial(self, origin: Origin, seconds: float) -> Connection:
         """A new connection within so many seconds. Raises ConnectFailed, ConnectTimedOut, OutOfDescriptors."""
         deadline = time.monotonic() + seconds
         sock = self._connect(origin, seconds, deadline)
@@ -48,7 +47,7 @@ class Dialer:
         except BaseException:
             sock.close()
             raise
-        return Connection(sock, origin, server)
+        return Connection(sock, origin)
 
     def _connect(self, origin: Origin, seconds: float, deadline: float) -> socket.socket:
         missing = "was not resolved"

@@ -217,9 +217,9 @@ class BackendAdapter(BaseAdapter):
             give_back=self.give_back,
             client=request.client,
         )
-        is_stale = connection.is_tls and self.dialer.has_changed(connection)
         connection.server.is_old = sent.head.version == "1.0"
-        if not (sent.is_whole and sent.is_clean) or request.logs_in or is_stale:
+        is_spoilt = request.logs_in or (connection.is_tls and self.dialer.has_changed(connection))
+        if is_spoilt or not (sent.is_whole and sent.is_clean):
             body.refuse_reuse()
         if body.is_complete:
             body.close()
@@ -237,9 +237,11 @@ class BackendAdapter(BaseAdapter):
         started = time.monotonic()
         try:
             seconds = min(self.timeouts.connect_timeout, request.deadline - started)
-            return self.dialer.dial(origin, max(0.001, seconds), self._servers.at(origin))
+            connection = self.dialer.dial(origin, max(0.001, seconds))
         finally:
             request.connect_seconds = time.monotonic() - started
+        connection.server = self._servers.at(origin)
+        return connection
 
     # The pool.
 
