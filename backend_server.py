@@ -4,18 +4,23 @@ Every number it reports is measured. The Flask application lives in create_app()
 one process, so that `kill -9` takes the whole backend away and the failover can be watched.
 """
 
+import os
 import signal
+import sys
 
-if __name__ == "__main__":  # Ctrl-C while the imports below run ends the process without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports below run ends it without a traceback
+    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -I and PYTHONSAFEPATH leave it out
+    from balancer.edge.startup import ignore_unused_signals
+
+    ignore_unused_signals()
 
 import argparse
+import contextlib
 import json
-import os
 import random
 import re
 import socket
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -493,12 +498,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             host=settings.host,
             port=settings.port,
             threads=THREADS,
-            on_listen=lambda url: print(f"{who} listens on {url} (delay {delay:g} s)", flush=True),
+            on_listen=lambda url: announce(f"{who} listens on {url} (delay {delay:g} s)"),
             on_drain=state.stop,  # nobody waits any longer, so the requests in hand end at once
         )
     except (UsageError, SettingsError) as error:
         print(f"backend_server.py: error: {error}", file=sys.stderr)
         return 2
+
+
+def announce(text: str) -> None:
+    with contextlib.suppress(OSError):  # a full disk, or nobody reads: no reason not to serve
+        print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ they are asked for, because that takes half a second, in which signals may come.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 
@@ -17,6 +18,9 @@ def command() -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
     if hasattr(signal, "pthread_sigmask"):  # a SIGHUP that comes before `Signals` can react waits, it must not kill
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
+    from balancer.edge.startup import ignore_unused_signals
+
+    ignore_unused_signals()
     return main()
 
 
@@ -38,4 +42,5 @@ def __getattr__(name: str) -> object:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -I and PYTHONSAFEPATH leave it out
     sys.exit(command())

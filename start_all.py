@@ -7,20 +7,24 @@ Rules: nothing is started unless its port is free; ready means that it answered,
 whatever ends this program, everything it started is stopped; a process that it did not start is left alone.
 """
 
+import os
 import signal
+import sys
 
-if __name__ == "__main__":  # Ctrl-C while the imports below run ends the process without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports below run ends it without a traceback
+    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -I and PYTHONSAFEPATH leave it out
+    from balancer.edge.startup import ignore_unused_signals
+
+    ignore_unused_signals()
 
 import argparse
-import os
-import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from balancer import __version__  # has no imports of its own, so it needs no .venv
 from demo.console import STOP, Failure, Stopped, say
-from demo.files import SCRIPT, locked
+from demo.files import HERE, SCRIPT, locked
 from demo.running import ensure_venv, run_services, stop_command, without_running
 from demo.services import backend_services, balancer_service
 
@@ -83,6 +87,7 @@ def main() -> int:
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     STOP.install()
     try:
+        os.chdir(HERE)  # paths in settings are meant from here
         return run(sys.argv[1:])
     except Stopped:
         return STOP.exit_code

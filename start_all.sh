@@ -1,10 +1,10 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # Starts the demo: three backends and the load balancer. See ./start_all.sh --help
 # This only finds a Python and becomes it; start_all.py does the work, the same on every system.
-set -euo pipefail
+set -eu
 
-script="$(readlink -f -- "${BASH_SOURCE[0]}" 2>/dev/null || printf '%s' "${BASH_SOURCE[0]}")"
-here="$(cd -- "$(dirname -- "$script")" && pwd)"
+script="$(readlink -f -- "$0" 2>/dev/null || printf '%s' "$0")"
+here="$(CDPATH='' cd -- "$(dirname -- "$script")" && pwd)"
 found=none
 
 for python in python3.13 python3.12 python3.11 python3 python; do

@@ -4,13 +4,14 @@
 This is the command; the package loadtest beside it does the work. Standard library only.
 """
 
-import signal
-
-if __name__ == "__main__":  # Ctrl-C before the first request ends the process without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import os
+import signal
 import sys
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before the first request ends it without a traceback
+    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -I and PYTHONSAFEPATH leave it out
+
 from collections.abc import Sequence
 from pathlib import Path
 

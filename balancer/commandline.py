@@ -9,17 +9,15 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from balancer import __version__
 from balancer.config import settings
 from balancer.edge import process
 from balancer.errors import SettingsError
 from balancer.loadbalancer import LoadBalancer
-from balancer.observe.logwriter import LogHandler
+from balancer.observe.logrecords import LogFormatter, LogHandler
 from balancer.protocol.texts import printable
-
-log = logging.getLogger("balancer")
 
 EXAMPLES = """examples:
   python load_balancer.py                                        three backends on ports 5001 to 5003
@@ -61,23 +59,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check, show, file = parsed.pop("check_config"), parsed.pop("print_config"), parsed.pop("config")
     if file is None and (name := os.environ.get("LB_CONFIG", "").strip()):
         file = Path(name)
-    _warn(settings.warnings())
+    warnings = settings.warnings()
     try:
         config, sources = settings.load(parsed, file=file)
-        if show:
-            print(settings.describe(config, sources))
-            return 0
-        balancer = LoadBalancer(config=config, sources=sources)
-        process.cpus(config.cpu_affinity)
-        if check:
-            _warn(settings.advice(config))
-            print("configuration ok")
-            return 0
-        if file is not None:
-            configuration = balancer.configuration
-            configuration.file, configuration.read = file, lambda: settings.load(parsed, file=file)
-        return run(balancer)
+        if not show:
+            balancer = LoadBalancer(config=config, sources=sources)
+            process.cpus(config.cpu_affinity)
+            if not check:
+                if file is not None:
+                    configuration = balancer.configuration
+                    configuration.file, configuration.read = file, lambda: settings.load(parsed, file=file)
+                return run(balancer, warnings)
+        _warn(warnings if show else [*warnings, *settings.advice(config)])
+        print(settings.describe(config, sources) if show else "configuration ok")
+        return 0
     except SettingsError as error:
+        _warn(warnings)
         print(f"load_balancer.py: {printable(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:
@@ -86,20 +83,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def run(balancer: LoadBalancer) -> int:
-    """Serve until a signal. Raises SettingsError if it cannot listen."""
+def run(balancer: LoadBalancer, warnings: list[str]) -> int:
+    """Serve until a signal. Raises SettingsError if it cannot listen, before it has warned of anything."""
     config = balancer.settings
-    logging.basicConfig(
-        level=config.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        handlers=[LogHandler(balancer.control.log)],
-    )
+    handler = LogHandler(balancer.control.log)
+    handler.setFormatter(LogFormatter(lambda: balancer.settings.access_log_format))
+    logging.basicConfig(level=config.log_level.upper(), handlers=[handler])
     logging.getLogger("_granian").setLevel(logging.WARNING)  # it tells of every client that leaves
     balancer.listen()
-    _warn(settings.advice(config))
     where = ", ".join(map(" ".join, zip(("listening on", "control API on"), balancer.urls, strict=False)))
-    with contextlib.suppress(OSError):  # a full disk, or nobody reads: no reason not to serve
-        print(f"{config.id}: {where}", flush=True)
+
+    # At once and whatever log_level says: somebody waits for it.
+    def tell(stream: TextIO, logger: str, level: int, text: str) -> None:
+        with contextlib.suppress(OSError):  # a full disk, or nobody reads: no reason not to serve
+            line = handler.format(logging.LogRecord(logger, level, "", 0, printable(text), None, None))
+            print(line, file=stream, flush=True)
+
+    for warning in [*warnings, *settings.advice(config)]:
+        tell(sys.stderr, "balancer.settings", logging.WARNING, warning)
+    tell(sys.stdout, "balancer", logging.INFO, f"{config.id}: {where}")
     return balancer.serve()
 
 

@@ -40,6 +40,8 @@ from balancer.observe.logwriter import LogWriter, standard_output
 from balancer.observe.statistics import Statistics
 from balancer.protocol.requestheads import RequestHeads
 from balancer.protocol.responseheads import ResponseHeads
+from balancer.upstream.dialer import Dialer
+from balancer.upstream.names import Names
 from balancer.upstream.transport import BackendAdapter, Timeouts
 
 if TYPE_CHECKING:
@@ -74,9 +76,9 @@ def make(
     configuration = Configuration(config, sources)
     statistics, events = Statistics(), Events()
     pool = BackendPool(strategies.create(config.algorithm), config.options(PoolOptions))
-    tls = _tls_context(config.ca_file)
-    adapter = BackendAdapter(config.options(Timeouts), tls=tls)
-    health = _health(config, pool, adapter, tls)
+    dialer = Dialer(_tls_context(config.ca_file), _names(events), config.backend_sni)
+    adapter = BackendAdapter(config.options(Timeouts), dialer=dialer)
+    health = _health(config, pool, adapter)
     backends = [make_backend(backend, configuration.sources["backends"]) for backend in config.backends]
     pool.apply(PoolChanges(add=backends))
 
@@ -108,12 +110,23 @@ def _tls_context(ca_file: Path | None) -> ssl.SSLContext | None:
         raise SettingsError(f"ca_file {str(ca_file)!r}: {error.strerror or error}; expected a PEM file") from None
 
 
-def _health(config: Settings, pool: BackendPool, adapter: BackendAdapter, tls: ssl.SSLContext | None) -> HealthChecker:
+def _names(events: Events) -> Names:
+    def changed(is_kept: bool, text: str) -> None:
+        if is_kept:
+            events.add("name_kept", None, text, "warning")
+        else:
+            events.add("name_found", None, text)
+        log.log(logging.WARNING if is_kept else logging.INFO, "%s", text)
+
+    return Names(changed)
+
+
+def _health(config: Settings, pool: BackendPool, adapter: BackendAdapter) -> HealthChecker:
     def on_round() -> None:
         adapter.close_idle()
         pool.sweep()
 
-    return HealthChecker(pool, config.options(HealthOptions), tls=tls, on_round=on_round)
+    return HealthChecker(pool, adapter, config.options(HealthOptions), on_round=on_round)
 
 
 def _routes(control: Control, health: HealthChecker, filters: Sequence[Filter]) -> Callable[[Settings], Routes]:
@@ -150,7 +163,13 @@ def _proxy(control_app: WSGIApplication, control: Control, routes: Routes) -> Re
         control_app,
         (lambda path: False) if config.control_port is not None else api.is_control_path(config.control_prefix),
         routes=routes,
-        heads=RequestHeads(pseudonym, config.networks, config.max_header_count, config.request_headers),
+        heads=request_heads(config, pseudonym),
+    )
+
+
+def request_heads(config: Settings, pseudonym: bytes) -> RequestHeads:
+    return RequestHeads(
+        pseudonym, config.networks, config.max_header_count, config.request_headers, config.host_field, config.via
     )
 
 

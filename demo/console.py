@@ -7,8 +7,8 @@ import subprocess
 import sys
 import threading
 
-# A terminal obeys these, and what is said may come from a log or from a backend.
-VISIBLE = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))}
+from balancer.protocol.texts import printable  # what is said may come from a log or from a backend
+
 _PAUSE = threading.Event()
 
 
@@ -16,7 +16,7 @@ class Failure(Exception):
     """Ends the program with one line on stderr and an exit code: 2 what the user can put right, 1 the rest."""
 
     def __init__(self, message: str, code: int = 1) -> None:
-        super().__init__(message.translate(VISIBLE))
+        super().__init__(printable(message))
         self.code = code
 
 
@@ -59,7 +59,7 @@ def pause() -> None:
 
 def say(text: str = "") -> None:
     try:
-        print(text.translate(VISIBLE), flush=True)
+        print(printable(text), flush=True)
     except OSError:  # `start_all.sh | head`: nobody reads any longer, which is no reason to leave processes behind
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
 

@@ -59,9 +59,21 @@ def write_private(path: Path, text: str) -> None:
     refuse_link(path)
     new = path.with_name(path.name + ".new")
     new.unlink(missing_ok=True)  # of a writer that was killed
-    with open_private(new, os.O_WRONLY | os.O_EXCL) as file:
-        file.write(text.encode("ascii"))
-    os.replace(new, path)
+    try:
+        with named(path), open_private(new, os.O_WRONLY | os.O_EXCL) as file:
+            file.write(text.encode("ascii"))
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Of a disk that is full the system does not say where."""
+    try:
+        yield
+    except OSError as error:
+        raise Failure(f"{path} cannot be written: {error.strerror}") from None
 
 
 def read_private(path: Path) -> str:
@@ -82,8 +94,14 @@ def remove_file(path: Path) -> None:
         say(f"{path} could not be removed: {error.strerror}")
 
 
-def open_log(path: Path) -> IO[bytes]:
-    return open_private(path, os.O_WRONLY | os.O_TRUNC)
+@contextmanager
+def open_log(path: Path) -> Iterator[IO[bytes]]:
+    """Empty, and always written at its end, wherever that is: whoever rotates it may copy it and cut it off."""
+    with open_private(path, os.O_WRONLY | os.O_TRUNC | os.O_APPEND) as file:
+        with named(path):
+            os.write(file.fileno(), b"\n")  # a full disk takes an empty file
+        file.truncate(0)
+        yield file
 
 
 def last_line(path: Path) -> str:

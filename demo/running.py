@@ -1,8 +1,10 @@
 """The commands: from the first process started to the last one ended, what is printed in between, setup and stop."""
 
+import errno
 import hashlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -21,6 +23,11 @@ from demo.services import Service, given_token
 
 READY_SECONDS = 30.0  # most of it for the first start on a slow machine; a warm one takes about a second
 STOP_SECONDS = 10.0  # then the process is killed
+CHECK_SECONDS = 2.0  # some rounds of health checks
+WARNING = re.compile(r' WARNING balancer\.settings: (.*)|"logger":"balancer\.settings","message":"(.*)"')  # its log
+PIP_CONFIG = files.VENV / ("pip.ini" if os.name == "nt" else "pip.conf")  # counts more than the user's own
+# With these pip would install elsewhere, or not all. The rest of what is set, such as the index, stays in force.
+PIP_ELSEWHERE = ("user", "target", "prefix", "root", "python", "dry-run", "no-deps")
 STAMP = files.VENV / "requirements.sha256"  # written last: a .venv without it is not finished
 
 
@@ -42,6 +49,8 @@ def run_services(services: list[Service], detach: bool) -> int:
                     files.renew_access({service.pid_file.stem: access})
         print_urls(services, detach)
         if detach:
+            for service in services:
+                service.let_go()
             services = []
             return 0
         return watch(services)
@@ -59,7 +68,7 @@ def without_running(services: list[Service]) -> list[Service]:
 
 def check_ports(services: Sequence[Service]) -> None:
     for service in services:
-        if port_is_free(service.port):
+        if port_is_free(service.address, service.port):
             continue
         if files.read_pid(service.pid_file):
             raise Failure(f"port {service.port} is in use by a demo that runs already; stop it: {files.SCRIPT} stop", 2)
@@ -67,19 +76,24 @@ def check_ports(services: Sequence[Service]) -> None:
         raise Failure(f"port {service.port} is in use by another program; end that, or choose another: {example}", 2)
 
 
-def port_is_free(port: int) -> bool:
-    try:  # on Windows a second bind can succeed, so ask first
-        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+def port_is_free(address: str, port: int) -> bool:
+    if is_answered(address, port):  # on Windows a second bind can succeed, so ask first
         return False
-    except OSError:
-        pass
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
         if os.name == "posix":  # a port whose last owner has just ended counts as free
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
+            probe.bind((address, port))
+        except OSError as error:
+            return error.errno != errno.EADDRINUSE  # what else is wrong with it, the service says
+    return True
+
+
+def is_answered(address: str, port: int) -> bool:
+    try:
+        socket.create_connection((address, port), timeout=1).close()
+    except OSError:
+        return False
     return True
 
 
@@ -93,10 +107,7 @@ def start_services(services: Sequence[Service], detached: bool) -> None:
         STOP.check()
         waiting = [service for service in waiting if not service.is_ready()]
         if waiting and time.monotonic() > started + READY_SECONDS:
-            slow = waiting[0]
-            raise Failure(
-                f"{slow.name} was not ready within {READY_SECONDS:g} s: {files.last_line(slow.log)} ({slow.log})"
-            )
+            raise Failure(f"{waiting[0].name} was not ready within {READY_SECONDS:g} s: {waiting[0].last_words}")
         if waiting:
             pause()
     say(f"Ready in {time.monotonic() - started:.1f} s.")
@@ -118,7 +129,7 @@ def watch(services: Sequence[Service]) -> int:
                 say("The balancer ended.")
                 return 0
             else:
-                raise Failure(f"the balancer ended by itself ({how}): {files.last_line(service.log)} ({service.log})")
+                raise Failure(f"the balancer ended by itself ({how}): {service.last_words}")
         pause()
     raise Failure("every backend has ended")
 
@@ -164,49 +175,67 @@ def print_urls(services: Sequence[Service], detached: bool) -> None:
     say(f"Stop with: {files.SCRIPT} stop" if detached else "Stop with Ctrl-C.")
 
 
-def host_names(balancer: Service) -> list[str]:
-    """The names it has in a URL; the last is the one that people like to read."""
-    host = f"[{balancer.host}]" if ":" in balancer.host else balancer.host
-    return [host, "localhost"] if host == "127.0.0.1" else [host]
+def host_names(balancer: Service, port: int) -> list[str]:
+    """The names it has in a URL; the last is the one that people like to read, if it leads to this one alone.
+
+    To browsers and curl localhost is ::1 as well as 127.0.0.1 (RFC 6761 section 6.3), where another may listen.
+    """
+    if balancer.address != "127.0.0.1":
+        return [f"[{balancer.address}]" if ":" in balancer.address else balancer.address]
+    is_alone = balancer.host == "::" or not is_answered("::1", port)
+    return ["127.0.0.1", "localhost"] if is_alone else ["127.0.0.1"]
 
 
 def control_urls(balancer: Service) -> list[str]:
-    return [f"http://{host}:{balancer.control_port}{balancer.control_prefix}" for host in host_names(balancer)]
+    port = balancer.control_port
+    return [f"http://{host}:{port}{balancer.control_prefix}" for host in host_names(balancer, port)]
 
 
 def print_balancer_urls(balancer: Service) -> None:
-    base, control = f"http://{host_names(balancer)[-1]}:{balancer.port}", control_urls(balancer)[-1]
+    host, control = host_names(balancer, balancer.port)[-1], control_urls(balancer)[-1]
+    base = f"http://{host}:{balancer.port}"
     page = (files.HERE / "dashboard.html").as_uri() + ("" if control == "http://localhost:9000" else f"?lb={control}")
     check = [str(files.VENV_PYTHON.relative_to(files.HERE)), "test_client.py"]
     where = ([] if control == base else ["--control", control]) + ([] if base == "http://localhost:9000" else [base])
-    token = balancer.environment["LB_PAGE_TOKEN"]
     say()
-    if token == given_token(os.environ):  # known to whoever set it, and not for every log
+    if given_token(os.environ):  # known to whoever set it, and not for every log
         say(f"  Dashboard:  {control}/dashboard  (its token is your LB_PAGE_TOKEN)")
     else:  # behind a # it stays in the browser, which sends it to nobody
-        say(f"  Dashboard:  {control}/dashboard#token={quote(token, safe='')}")
+        say(f"  Dashboard:  {control}/dashboard#token={quote(balancer.environment['LB_PAGE_TOKEN'], safe='')}")
     say(f"              {page}")
     say(f"  API:        curl {base}/api/process")
     say(f"  Status:     {control}/status")
     say(f"  Check:      {printable_command([*check, *where])}")
     say()
+    for port in sorted({balancer.port, balancer.control_port}):
+        if host_names(balancer, port) == ["127.0.0.1"]:
+            say(f"  Warning: another program listens on [::1]:{port}, where localhost leads as well; use 127.0.0.1")
 
 
 def warn_of_unhealthy(balancer: Service) -> None:
-    """Ready means that every backend has been checked, not that the checks were good."""
+    """Ready means that every backend has been checked, not that the checks were good. One that was not up by then is
+    checked again in a moment."""
+    deadline = time.monotonic() + CHECK_SECONDS
+    while (unhealthy := unhealthy_backends(balancer)) and time.monotonic() < deadline:
+        STOP.check()
+        pause()
+    for name, reason in unhealthy:
+        say(f"  Warning: {name} gets no requests: {reason}")
+
+
+def unhealthy_backends(balancer: Service) -> list[tuple[str, str]]:
     try:
-        for backend in json.loads(balancer.ask("/backends", balancer.environment["LB_PAGE_TOKEN"]) or "")["backends"]:
-            if not backend["healthy"]:
-                say(f"  Warning: {backend['id']} gets no requests: {backend['health']['reason']}")
+        backends = json.loads(balancer.ask("/backends", balancer.environment["LB_PAGE_TOKEN"]) or "")["backends"]
+        return [(one["id"], one["health"]["reason"]) for one in backends if not one["healthy"]]
     except (ValueError, KeyError):
-        pass  # it has just said that it is ready; what it says now is for the person to see
+        return []  # it has just said that it is ready; what it says now is for the person to see
 
 
 def repeat_warnings(balancer: Service) -> None:
     """What it says of variables that it does not know: nobody would look for a slip of the pen in a log."""
     for line in balancer.log.read_text(encoding="utf-8", errors="replace").splitlines():
-        if line.startswith(f"{balancer.script}: warning: "):
-            say("  Warning: " + line.partition(": warning: ")[2])
+        if found := WARNING.search(line):
+            say(f"  Warning: {found[1] or found[2]}")
 
 
 # The virtual environment with what requirements.txt names.
@@ -223,15 +252,23 @@ def ensure_venv() -> None:
         make_venv()
     say("Installing requirements.txt into .venv (once, and when the file changes) ...")
     STAMP.unlink(missing_ok=True)
-    pip = [str(files.VENV_PYTHON), "-m", "pip", "--disable-pip-version-check", "--no-input", "install"]
+    with files.named(PIP_CONFIG):  # what is empty counts as not set
+        unset = "".join(f"{option} =\n" for option in PIP_ELSEWHERE)
+        PIP_CONFIG.write_text(f"[global]\n{unset}[install]\n{unset}", encoding="ascii")
+    # -I: what PYTHONPATH has is not in .venv, though pip would take it for installed.
+    pip = [str(files.VENV_PYTHON), "-I", "-m", "pip", "--disable-pip-version-check", "--no-input", "install"]
     run_step([*pip, "-r", str(files.HERE / "requirements.txt")], "pip could not install requirements.txt")
-    STAMP.write_text(wanted + "\n", encoding="ascii")
+    load = f"import sys; sys.path.insert(0, {str(files.HERE)!r}); import balancer.commandline, backend_server"
+    failed = "pip has not brought requirements.txt into .venv, look at its configuration and the PIP_ variables"
+    run_step([str(files.VENV_PYTHON), "-I", "-c", load], failed)
+    with files.named(STAMP):
+        STAMP.write_text(wanted + "\n", encoding="ascii")
 
 
 def venv_has_pip() -> bool:
     check = "import sys, pip; sys.exit(sys.version_info < (3, 11))"
     try:
-        return subprocess.run([files.VENV_PYTHON, "-c", check], capture_output=True, timeout=60).returncode == 0
+        return subprocess.run([files.VENV_PYTHON, "-I", "-c", check], capture_output=True, timeout=60).returncode == 0
     except (OSError, subprocess.TimeoutExpired):
         return False
 
@@ -250,7 +287,11 @@ def run_step(command: Sequence[str], failed: str) -> None:
     """Run a command to its end with its output in logs/setup.log, and stop it when we are asked to stop."""
     log = files.LOGS / "setup.log"
     with files.open_log(log) as output:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+        unset = {"PIP_" + option.upper().replace("-", "_") for option in PIP_ELSEWHERE}
+        environment = {name: value for name, value in os.environ.items() if name not in unset}
+        process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+        )
     try:
         while process.poll() is None:
             STOP.check()

@@ -42,6 +42,15 @@ class Service:
         self.pid_file: Path = RUN / f"{self.name}-{self.port}.pid"
 
     @property
+    def last_words(self) -> str:
+        return f"{last_line(self.log)} ({self.log})"
+
+    @property
+    def address(self) -> str:
+        """Where this machine reaches it."""
+        return "127.0.0.1" if self.host in ("localhost", "0.0.0.0", "::") else self.host
+
+    @property
     def exit_code(self) -> int | None:
         """None while it runs. What a killed one may have left goes with it: its own children are in its group."""
         if self.process and self.process.returncode is None:
@@ -54,7 +63,6 @@ class Service:
         with open_log(self.log) as output:
             self.process = subprocess.Popen(
                 self.command,
-                cwd=HERE,
                 env={**os.environ, **self.environment, "PYTHONUNBUFFERED": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -66,12 +74,12 @@ class Service:
 
     def is_ready(self) -> bool:
         if self.exit_code is not None:
-            raise Failure(f"{self.name} ended at once with code {self.exit_code}: {last_line(self.log)} ({self.log})")
+            raise Failure(f"{self.name} ended at once with code {self.exit_code}: {self.last_words}")
         return self.ask("/readyz" if self.is_balancer else "/health") is not None
 
     def ask(self, path: str, token: str = "") -> bytes | None:
         """The body of a GET that is answered with 200. No urllib: it would obey the machine's HTTP_PROXY."""
-        connection = http.client.HTTPConnection(self.host, self.control_port or self.port, timeout=1)
+        connection = http.client.HTTPConnection(self.address, self.control_port or self.port, timeout=1)
         try:
             headers = {"Authorization": f"Bearer {token}"} if token else {}
             connection.request("GET", self.control_prefix + path, headers=headers)
@@ -81,6 +89,11 @@ class Service:
             return None
         finally:
             connection.close()
+
+    def let_go(self) -> None:
+        """It goes on without us."""
+        if self.process:
+            self.process.returncode = 0  # else Python could warn that nobody has waited for it
 
     def terminate(self) -> None:
         """Ask it to end; Ctrl-C is passed on as Ctrl-C, which servers obey sooner than SIGTERM."""
@@ -107,7 +120,7 @@ def backend_services(environ: Mapping[str, str]) -> list[Service]:
 
 def balancer_service(environ: Mapping[str, str]) -> Service:
     port, *backend_ports = read_ports(environ)
-    environment = {
+    variables = {
         "LB_PORT": str(port),
         "LB_EXPOSE_BACKEND": environ.get("LB_EXPOSE_BACKEND", "true"),  # the demo shows who answered
         # A new one for each start, beside an admin token too: that one is the user's, and is written to no file.
@@ -116,14 +129,13 @@ def balancer_service(environ: Mapping[str, str]) -> Service:
     if environ.get("BACKEND_PORTS", "").strip(" ,"):  # else the balancer knows them
         weights = dict(enumerate(WEIGHTS))
         each = [f"backend_{n + 1}=http://127.0.0.1:{at}@{weights.get(n, 1)}" for n, at in enumerate(backend_ports)]
-        environment["LB_BACKENDS"] = environ.get("LB_BACKENDS", "") or ",".join(each)
-    host = environ.get("LB_HOST", "").strip()
+        variables["LB_BACKENDS"] = environ.get("LB_BACKENDS", "") or ",".join(each)
     control_port = environ.get("LB_CONTROL_PORT", "").strip()
     return Service(
         "balancer",
         port,
-        environment=environment,
-        host="127.0.0.1" if host in ("", "localhost", "0.0.0.0", "::") else host.strip("[]"),
+        environment=variables,
+        host=environ.get("LB_HOST", "").strip().strip("[]") or "127.0.0.1",
         control_port=parse_port("LB_CONTROL_PORT", control_port) if control_port else port,
         control_prefix=environ.get("LB_CONTROL_PREFIX", "").strip().rstrip("/"),
     )
@@ -153,6 +165,6 @@ def given_token(environ: Mapping[str, str]) -> str:
     if not path:
         return environ.get("LB_PAGE_TOKEN", "").strip()
     try:
-        return (HERE / path).read_text(encoding="utf-8").strip()
+        return Path(path).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise Failure(f"LB_PAGE_TOKEN_FILE={path}: {getattr(error, 'strerror', None) or error}", 2) from None

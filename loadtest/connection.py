@@ -99,6 +99,17 @@ def open_socket(target: Target, connect_timeout: float, timeout: float) -> socke
     return sock
 
 
+def read_head(sock: socket.socket, method: str) -> http.client.HTTPResponse:
+    """The answer, its head read. Interim ones before it are none (RFC 9110 section 15.2); of 101, which nobody has
+    asked for, there is nothing after it."""
+    response = http.client.HTTPResponse(sock, method=method)
+    response.begin()
+    while 101 < response.status < 200:  # 100 it passes over by itself
+        response.headers = None  # type: ignore[assignment]  # what makes it begin again
+        response.begin()
+    return response
+
+
 class Connection:
     """Opened when needed and kept between requests. One thread uses it at a time; `cut` may come from any."""
 
@@ -163,9 +174,7 @@ class Connection:
             sample.connect = clock() - started
         self.deadline = clock() + self._timeout
         self._socket.sendall(identity.request)
-        response = http.client.HTTPResponse(self._socket, method=self._method)
-        response.begin()
-        return response
+        return read_head(self._socket, self._method)
 
     def _read(self, response: http.client.HTTPResponse, identity: Identity, sample: Sample) -> None:
         sample.first_byte = clock()
@@ -178,7 +187,7 @@ class Connection:
             sample.size += len(piece)
         if response.length:  # read(n) returns short when the connection ends too early
             raise http.client.IncompleteRead(b"", response.length)
-        if response.status < 200:  # the final answer is still to come on this connection, so it is of no more use
+        if response.status < 200:
             raise Failed("bad answer", f"status {response.status}")
         if self._field or not sample.backend:
             name = json_object(start).get(self._field or BACKEND_FIELD)

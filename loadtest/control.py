@@ -6,7 +6,7 @@ import json
 import time
 from typing import Any
 
-from loadtest.connection import Failed, clock, explain, json_object, open_socket
+from loadtest.connection import Failed, clock, explain, json_object, open_socket, read_head
 from loadtest.interrupt import Interrupt
 from loadtest.options import Options
 from loadtest.problems import EXIT_USAGE, Problem, clean
@@ -75,8 +75,7 @@ class Balancer:
         sock = open_socket(self._target, min(options.connect_timeout, timeout), timeout)
         with contextlib.closing(sock):
             sock.sendall("\r\n".join([*lines, "", ""]).encode("latin-1") + content)
-            response = http.client.HTTPResponse(sock, method=verb)
-            response.begin()
+            response = read_head(sock, verb)
             return response.status, json_object(response.read(MAX_ANSWER))
 
     def preflight(self) -> Json:

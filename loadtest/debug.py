@@ -3,7 +3,7 @@
 import contextlib
 import http.client
 
-from loadtest.connection import READ_SIZE, Failed, clock, explain, open_socket
+from loadtest.connection import READ_SIZE, Failed, clock, explain, open_socket, read_head
 from loadtest.options import Options
 from loadtest.problems import EXIT_FAILED, EXIT_UNREACHABLE, Problem, clean
 from loadtest.screen import Screen, number, quantity
@@ -25,8 +25,7 @@ def show_exchange(options: Options, target: Target, screen: Screen) -> int:
         with contextlib.closing(open_socket(target, options.connect_timeout, options.timeout)) as sock:
             connected = clock()
             sock.sendall(request)
-            response = http.client.HTTPResponse(sock, method=request_method(options))
-            response.begin()
+            response = read_head(sock, request_method(options))
             first_byte = clock()
             answer, size = _read(response)
     except (OSError, http.client.HTTPException, Failed) as error:

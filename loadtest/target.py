@@ -28,9 +28,9 @@ class Target:
 
 
 def parse_target(options: Options) -> Target:
-    """A path in the URL is the path to request. Raises Problem."""
+    """A path in the URL, were it only "/", is the path to request. Raises Problem."""
     target = _split(options.url)
-    return replace(target, path=options.path or (DEFAULT_PATH if target.path in ("", "/") else target.path))
+    return replace(target, path=options.path or target.path or DEFAULT_PATH)
 
 
 def parse_control(options: Options) -> Target:
@@ -51,17 +51,21 @@ def _split(url: str) -> Target:
 
 
 def _read(url: str) -> Target:
-    parts = urlsplit(url if "://" in url else f"http://{url}")
+    url = url if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", url) else f"http://{url}"
+    parts = urlsplit(url)
     if parts.scheme not in ("http", "https"):
         raise ValueError("only http:// and https:// are supported")
     if not parts.hostname or parts.port == 0 or not re.fullmatch(r"[\x21-\x3f\x41-\x7e]+", parts.netloc):
         raise ValueError("it needs a plain host name, without a user name")
-    own_path = parts.path + (f"?{parts.query}" if parts.query else "")
+    # As it stands, with an empty query too, but without a fragment, which is not for the server (RFC 9110 section 7.1).
+    own_path = re.sub("^[^/]+//[^/?#]*|#.*", "", url)
+    own_path = f"/{own_path}" if own_path.startswith("?") else own_path
+    authority = parts.netloc.removesuffix(":")
     return Target(
-        host=parts.hostname,
+        host=parts.hostname.replace("%25", "%"),  # of an IPv6 address with a zone (RFC 6874 section 2)
         port=parts.port or (443 if parts.scheme == "https" else 80),
-        origin=f"{parts.scheme}://{parts.netloc}",
-        authority=parts.netloc,
+        origin=f"{parts.scheme}://{authority}",
+        authority=re.sub("%25.*]", "]", authority),  # a zone means nothing to others (RFC 6874 section 4)
         path=values.path(own_path) if own_path else "",
         tls=ssl.create_default_context() if parts.scheme == "https" else None,
     )

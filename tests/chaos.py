@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 from chaos_backend import PIECE, answer_body, checksum
-from support import PYTHON, BalancerProcess, Process, fetch, free_port, wait_until
+from support import PATIENCE, PYTHON, BalancerProcess, Process, fetch, free_port, wait_until
 
 KIB, MIB = 1024, 1024 * 1024
 REPLAYABLE = 64 * KIB  # bytes of a request body that the balancer keeps for another try
@@ -30,7 +30,6 @@ REPLAYABLE = 64 * KIB  # bytes of a request body that the balancer keeps for ano
 SIZES = (0, 0, 1, 200, 200, 3 * KIB, 20 * KIB, REPLAYABLE, REPLAYABLE + 1, 300 * KIB, MIB)
 METHODS = ("GET", "GET", "GET", "HEAD", "PUT", "DELETE", "POST", "POST", "PATCH")
 ONCE = ("POST", "PATCH")  # must never be executed twice
-PATIENCE = 60.0  # seconds; a slow machine is no finding
 
 
 class ChaosBackend:
@@ -47,7 +46,7 @@ class ChaosBackend:
     def start(self) -> None:
         script = Path(__file__).with_name("chaos_backend.py")
         self._process = Process([PYTHON, "-S", str(script), str(self.port), str(self.log)])
-        wait_until(self._is_up, PATIENCE, f"{self.name} answers")
+        wait_until(self._is_up, f"{self.name} answers")
 
     def _is_up(self) -> bool:
         try:
@@ -219,7 +218,7 @@ class Traffic:
     def wait_for(self, number: int) -> None:
         """That many more requests have ended, one way or another."""
         goal = len(self.outcomes) + number
-        wait_until(lambda: len(self.outcomes) >= goal, PATIENCE, f"{number} more answers")
+        wait_until(lambda: len(self.outcomes) >= goal, f"{number} more answers")
 
 
 @dataclass(frozen=True)
@@ -265,7 +264,7 @@ class Fleet:
 
     def begin(self) -> None:
         """All backends up and trusted again, all counters at zero."""
-        wait_until(self._is_whole, PATIENCE, "all backends are up and not ejected")
+        wait_until(self._is_whole, "all backends are up and not ejected")
         for backend in self.backends:
             self.seen[backend.name] = backend.log.stat().st_size
         self.idle()
@@ -298,7 +297,7 @@ class Fleet:
 
     def idle(self) -> Any:
         """The status once nothing is in flight."""
-        wait_until(lambda: self.balancer.status()["statistics"]["active_requests"] == 0, PATIENCE, "nothing in flight")
+        wait_until(lambda: self.balancer.status()["statistics"]["active_requests"] == 0, "nothing in flight")
         return self.balancer.status(100)
 
     def start(self, *arguments: str) -> None:
@@ -324,8 +323,8 @@ class Fleet:
     def settled(self) -> Footprint:
         """What the balancer holds once idle threads and connections have been given up: little more than at first."""
         self.idle()
-        wait_until(lambda: self._now().threads <= self.base.threads + 10, PATIENCE, f"threads end: {self._now()}")
-        wait_until(lambda: self._now().files <= self.base.files + 6, PATIENCE, f"files are closed: {self._now()}")
+        wait_until(lambda: self._now().threads <= self.base.threads + 10, f"threads end: {self._now()}")
+        wait_until(lambda: self._now().files <= self.base.files + 6, f"files are closed: {self._now()}")
         return self._now()
 
     def _now(self) -> Footprint:

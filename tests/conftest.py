@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import pytest
+from fleet import Demo, start_demo
 from hypothesis import settings
 from stub_balancer import StubBalancer
-from support import Balancer, BalancerProcess, Demo, start_demo
+from support import Balancer, BalancerProcess
 from wire import WireBackend
 
 pytest_plugins = ["balancer.testing"]  # which pytest finds by itself where the package is installed

@@ -236,7 +236,7 @@ class StubHandler(BaseHTTPRequestHandler):
                 self.send_status()
         elif target.path.startswith("/api/"):
             with self.stub.counted("traffic"):
-                self.stub.traffic_gate.wait(20)
+                self.stub.traffic_gate.wait(60)
                 self.reply(self.stub.traffic_code, {"server_id": self.stub.next_backend()})
         elif target.path in ("/dashboard", "/elsewhere.html"):
             self.send_dashboard()
@@ -253,7 +253,7 @@ class StubHandler(BaseHTTPRequestHandler):
             self.reply(404, {"error": "not found"})
 
     def send_status(self) -> None:
-        self.stub.gate.wait(20)
+        self.stub.gate.wait(60)
         if self.lacks_token(is_write=False):
             self.reply(401, {"error": "a token is required"})
         else:

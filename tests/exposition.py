@@ -38,4 +38,4 @@ def promtool(*arguments: str, text: str = "", cwd: Path = ROOT) -> subprocess.Co
     path = os.pathsep.join([str(ROOT / ".venv" / "bin"), os.environ["PATH"]])
     program = shutil.which("promtool", path=path)
     assert program, "promtool is not there: ./tests/run.sh gets it"
-    return subprocess.run([program, *arguments], input=text, capture_output=True, text=True, cwd=cwd, timeout=30)
+    return subprocess.run([program, *arguments], input=text, capture_output=True, text=True, cwd=cwd, timeout=60)

@@ -1,4 +1,4 @@
-"""What the tests share: real processes on free ports, a backend that says exactly the bytes it is told, raw clients."""
+"""What the tests share: balancers and processes on free ports, raw clients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -32,6 +32,7 @@ from balancer.protocol.origin import Origin
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
 PAGE_TOKEN = "the-page-token-of-a-test"
+PATIENCE = 60.0  # seconds; a slow machine is no finding
 
 
 def free_port() -> int:
@@ -40,16 +41,16 @@ def free_port() -> int:
         return port
 
 
-def wait_until(predicate: Callable[[], Any], timeout: float = 10.0, what: str = "") -> Any:
-    """Poll until `predicate` is true; returns its value. Fails the test after `timeout` seconds."""
-    deadline = time.monotonic() + timeout
+def wait_until(predicate: Callable[[], Any], what: str = "") -> Any:
+    """Poll until `predicate` is true; returns its value. Fails the test when that takes longer than any machine."""
+    deadline = time.monotonic() + PATIENCE
     pause = threading.Event()
     while True:
         value = predicate()
         if value:
             return value
         if time.monotonic() > deadline:
-            raise AssertionError(f"not within {timeout} s: {what or predicate}")
+            raise AssertionError(f"not within {PATIENCE:g} s: {what or predicate}")
         pause.wait(0.02)
 
 
@@ -61,7 +62,7 @@ def fetch(url: str, body: Any = None, method: str | None = None, **headers: str)
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     request = urllib.request.Request(url, data=body, method=method, headers=named)
     try:
-        with urllib.request.urlopen(request, timeout=20) as response:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as response:
             return response.status, {k.lower(): v for k, v in response.headers.items()}, response.read()
     except urllib.error.HTTPError as error:
         with error:
@@ -81,6 +82,7 @@ def another_value(name: str) -> Any:
     """Not the default of this setting, but valid."""
     texts = {"cors_origins": ("https://ops.example",), "trusted_proxies": ("10.0.0.0/8",), "cpu_affinity": "none"}
     texts |= {"algorithm": "round_robin", "health_path": "/other", "control_prefix": "/lb", "ca_file": "ca.pem"}
+    texts |= dict.fromkeys(("backend_host", "backend_sni", "health_host"), "api.example")
     texts |= {"request_headers": '{ set = { X-Team = "a" } }', "response_headers": '{ remove = ["Server"] }'}
     field = Settings.model_fields[name]
     choices = [choice for part in (field.annotation, *get_args(field.annotation)) for choice in get_args(part)]
@@ -158,20 +160,23 @@ class Process:
         self.popen.send_signal(number)
 
     def holds_hangup(self) -> bool:
-        """SIGHUP is 1, the lowest bit of the mask."""
-        status = Path(f"/proc/{self.pid}/status").read_text(encoding="ascii")
-        return bool(int(re.search(r"SigBlk:\s*([0-9a-f]+)", status)[1], 16) & 1)  # type: ignore[index]
+        return self.has("SigBlk", signal.SIGHUP)
 
-    def wait(self, timeout: float = 20) -> int:
-        code = self.popen.wait(timeout)
-        self._reader.join(5)
+    def has(self, mask: str, number: signal.Signals) -> bool:
+        """Whether a signal is in a mask of proc_pid_status(5); SIGHUP, which is 1, is its lowest bit."""
+        status = Path(f"/proc/{self.pid}/status").read_text(encoding="ascii")
+        return bool(int(re.search(rf"{mask}:\s*([0-9a-f]+)", status)[1], 16) >> number - 1 & 1)  # type: ignore[index]
+
+    def wait(self) -> int:
+        code = self.popen.wait(PATIENCE)
+        self._reader.join(PATIENCE)
         return code
 
     def stop(self) -> None:
         if self.popen.poll() is None:
             self.popen.terminate()
             with suppress(subprocess.TimeoutExpired):
-                self.popen.wait(10)
+                self.popen.wait(PATIENCE)
         if self.popen.poll() is None:
             self.popen.kill()
         self.wait()
@@ -197,8 +202,8 @@ class Served:
     def backend(self, backend_id: str) -> Any:
         return next(b for b in self.status()["backend_servers"] if b["id"] == backend_id)
 
-    def wait_healthy(self, backend_id: str, healthy: bool = True, timeout: float = 10) -> None:
-        wait_until(lambda: self.backend(backend_id)["healthy"] is healthy, timeout, f"{backend_id} healthy={healthy}")
+    def wait_healthy(self, backend_id: str, healthy: bool = True) -> None:
+        wait_until(lambda: self.backend(backend_id)["healthy"] is healthy, f"{backend_id} healthy={healthy}")
 
 
 class Balancer(Served):
@@ -220,7 +225,7 @@ class Balancer(Served):
         self.url = self.library.url
         try:
             if wait_ready:
-                wait_until(self.is_ready, 30, "balancer is ready")
+                wait_until(self.is_ready, "balancer is ready")
         except BaseException:
             self.stop()  # no fixture has it yet, so nobody else would
             raise
@@ -241,10 +246,10 @@ class BalancerProcess(Process, Served):
     def __init__(self, *arguments: str, env: dict[str, str] | None = None, wait_ready: bool = True) -> None:
         super().__init__([PYTHON, str(ROOT / "load_balancer.py"), "--port", "0", *arguments], env)
         try:
-            match = wait_until(self._listening, 30, f"balancer listens: {arguments}")
+            match = wait_until(self._listening, f"balancer listens: {arguments}")
             self.url = match.group(1)
             if wait_ready:
-                wait_until(self.is_ready, 30, "balancer is ready")
+                wait_until(self.is_ready, "balancer is ready")
         except BaseException:
             self.stop()  # no fixture has it yet, so nobody else would
             raise
@@ -252,7 +257,7 @@ class BalancerProcess(Process, Served):
     def _listening(self) -> re.Match[str] | None:
         if self.popen.poll() is not None:
             raise AssertionError(f"the balancer ended: {self.output}")
-        return re.search(r"listening on (\S+?),?(?:\s|$)", self.output)
+        return re.search(r'listening on (http://[^\s",]+)', self.output)
 
 
 def active(balancer: Served) -> int:
@@ -266,77 +271,27 @@ def newest(balancer: Served) -> dict[str, Any]:
     return found
 
 
-@dataclass
-class DemoBackend:
-    """`backend_server.py` on a port of its own; can be killed and started again."""
+class BackendProcess(Process):
+    """`backend_server.py` on a port of its own, for what a signal does to a backend. Else use fleet.DemoBackend."""
 
-    id: str
-    delay: float = 0.0
-    port: int = field(default_factory=free_port)
-    process: Process | None = None
+    def __init__(self, backend_id: str, delay: float = 0.0) -> None:
+        port = free_port()
+        self.id, self.url = backend_id, f"http://127.0.0.1:{port}"
+        env = {"SERVER_ID": self.id, "SERVER_PORT": str(port), "RESPONSE_DELAY": str(delay)}
+        super().__init__([PYTHON, str(ROOT / "backend_server.py")], env)
+        try:
+            wait_until(self._is_up, f"{self.id} answers")
+        except BaseException:
+            self.stop()
+            raise
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def start(self) -> None:
-        env = {"SERVER_ID": self.id, "SERVER_PORT": str(self.port), "RESPONSE_DELAY": str(self.delay)}
-        self.process = Process([PYTHON, str(ROOT / "backend_server.py")], env)
-        wait_until(self.is_up, 30, f"{self.id} answers")
-
-    def is_up(self) -> bool:
+    def _is_up(self) -> bool:
         with suppress(OSError):
             return fetch(f"{self.url}/health")[0] == 200
         return False
 
-    def kill(self) -> None:
-        assert self.process is not None
-        self.process.popen.kill()
-        self.process.wait()
 
-    def stop(self) -> None:
-        if self.process is not None:
-            self.process.stop()
-
-
-@dataclass
-class Demo:
-    """A balancer in front of three demo backends with weights 3, 2, 1, as `start_all` starts them."""
-
-    balancer: BalancerProcess
-    backends: list[DemoBackend]
-
-    @property
-    def url(self) -> str:
-        return self.balancer.url
-
-    def stop(self) -> None:
-        self.balancer.stop()
-        for backend in self.backends:
-            backend.stop()
-
-
-def start_demo(*arguments: str, delays: tuple[float, ...] = (0.0, 0.0, 0.0)) -> Demo:
-    backends = [DemoBackend(f"backend_{number}", delay) for number, delay in enumerate(delays, start=1)]
-    try:
-        starters = [threading.Thread(target=backend.start) for backend in backends]
-        for thread in starters:
-            thread.start()
-        for thread in starters:
-            thread.join()
-        flags = [f"--backend={backend.id}={backend.url}@{4 - n}" for n, backend in enumerate(backends, start=1)]
-        env = {"LB_PAGE_TOKEN": PAGE_TOKEN}
-        balancer = BalancerProcess(*flags, "--expose-backend", *arguments, env=env)
-    except BaseException:
-        for backend in backends:
-            backend.stop()
-        raise
-    return Demo(balancer, backends)
-
-
-# A backend made of bytes.
-
-Script = Callable[[socket.socket, "RawRequest"], None]
+# Messages made of bytes.
 
 
 @dataclass
@@ -364,109 +319,12 @@ def ok(body: bytes = b"ok", *lines: bytes) -> bytes:
     return b"\r\n".join(head) + b"\r\n\r\n" + body
 
 
-class ScriptedBackend:
-    """Accepts connections and answers each request by `script`; closes when the script returns "after answering".
-
-    Health checks (`GET /health`) are answered 200 unless `is_healthy` is False. `requests` holds everything else that
-    came, `connections` counts those that carried it.
-    """
-
-    def __init__(self) -> None:
-        self.script: Script = lambda sock, request: sock.sendall(ok())
-        self.is_healthy = True
-        self.requests: list[RawRequest] = []
-        self.connections = 0
-        self.open: set[socket.socket] = set()
-        self.listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
-        self.port: int = self.listener.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self._thread = threading.Thread(target=self._accept, name="scripted-backend", daemon=True)
-        self._thread.start()
-
-    def answer(self, data: bytes, close: bool = False) -> None:
-        """Answer every request with these bytes."""
-
-        def script(sock: socket.socket, request: RawRequest) -> None:
-            sock.sendall(data)
-            if close:
-                sock.shutdown(socket.SHUT_RDWR)
-
-        self.script = script
-
-    def reset(self) -> None:
-        self.requests.clear()
-        self.connections = 0
-        self.is_healthy = True
-        self.answer(ok())
-
-    def close(self) -> None:
-        with suppress(OSError):
-            self.listener.shutdown(socket.SHUT_RDWR)  # wakes `accept`, which close alone does not
-        self.listener.close()
-        for sock in list(self.open):
-            with suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-        self._thread.join(5)
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                sock, _ = self.listener.accept()
-            except OSError:
-                return
-            self.open.add(sock)
-            threading.Thread(target=self._serve, args=(sock,), name="scripted-connection", daemon=True).start()
-
-    def _serve(self, sock: socket.socket) -> None:
-        used = False
-        try:
-            with sock, suppress(OSError):
-                stream = sock.makefile("rb")
-                while (request := read_request(stream)) is not None:
-                    if request.target == b"/health":
-                        status = b"200 OK" if self.is_healthy else b"500 Internal Server Error"
-                        sock.sendall(b"HTTP/1.1 " + status + b"\r\nContent-Length: 0\r\n\r\n")
-                        continue
-                    self.requests.append(request)
-                    if not used:
-                        used, self.connections = True, self.connections + 1
-                    self.script(sock, request)
-        finally:
-            self.open.discard(sock)
-
-
-def read_request(stream: Any) -> RawRequest | None:
-    """One request with its body, chunked or by length; None at EOF."""
-    head = b""
-    while not head.endswith(b"\r\n\r\n"):
-        line = stream.readline()
-        if not line:
-            return None
-        head += line
-    request = RawRequest(head, b"")
-    if request.values(b"transfer-encoding"):
-        request.body = read_chunked(stream)
-    elif length := request.values(b"content-length"):
-        request.body = stream.read(int(length[0]))
-    return request
-
-
-def read_chunked(stream: Any) -> bytes:
-    body = b""
-    while True:
-        size = int(stream.readline().partition(b";")[0] or b"0", 16)
-        body += stream.read(size)
-        stream.readline()
-        if not size:
-            return body
-
-
 # Raw clients.
 
 
 @contextmanager
 def connect(port: int) -> Iterator[socket.socket]:
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as sock:
+    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as sock:
         yield sock
 
 

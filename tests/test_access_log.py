@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,7 @@ from support import (
     PYTHON,
     ROOT,
     BalancerProcess,
-    Demo,
     RawRequest,
-    ScriptedBackend,
     exchange,
     fetch,
     fetch_json,
@@ -36,9 +35,9 @@ from support import (
     make_record,
     ok,
     options,
-    start_demo,
     wait_until,
 )
+from wire import WireBackend
 
 from balancer.observe.accesslog import AGENT_LOGGED, AccessLog, LogOptions, timestamp
 from balancer.observe.logwriter import LogWriter
@@ -52,20 +51,20 @@ TEXT = re.compile(r'(?P<time>\S+) (?P<client>\S+) (?P<request>"(?:[^"\\]|\\.)*")
 
 
 def json_lines(process: BalancerProcess) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in process.lines if line.startswith("{")]
+    """Of requests."""
+    return [told for line in process.lines if line.startswith("{") and "request_id" in (told := json.loads(line))]
 
 
 @pytest.fixture(scope="module")
-def demo() -> Iterator[Demo]:
-    started = start_demo(
-        "--access-log", "--access-log-format=json", "--trusted-proxies=127.0.0.0/8", "--control-reads=open"
-    )
-    yield started
-    started.stop()
+def logging(scripted: WireBackend) -> Iterator[BalancerProcess]:
+    flags = ("--access-log", "--access-log-format=json", "--trusted-proxies=127.0.0.0/8", "--control-reads=open")
+    balancer = BalancerProcess(f"--backend=only={scripted.url}", "--expose-backend", *flags)
+    yield balancer
+    balancer.stop()
 
 
-def line_of(demo: Demo, path: str) -> dict[str, Any]:
-    found = wait_until(lambda: [line for line in json_lines(demo.balancer) if line["path"] == path], 5, path)
+def line_of(logging: BalancerProcess, path: str) -> dict[str, Any]:
+    found = wait_until(lambda: [line for line in json_lines(logging) if line["path"] == path], what=path)
     assert len(found) == 1
     line: dict[str, Any] = found[0]
     return line
@@ -74,12 +73,12 @@ def line_of(demo: Demo, path: str) -> dict[str, Any]:
 # What a line tells.
 
 
-def test_a_line_tells_what_the_status_tells(demo: Demo) -> None:
+def test_a_line_tells_what_the_status_tells(logging: BalancerProcess) -> None:
     status, headers, body = fetch(
-        f"{demo.url}/api/process/told?secret=1", b"x" * 500, User_Agent="test/1", Traceparent=TRACEPARENT
+        f"{logging.url}/api/process/told?secret=1", b"x" * 500, User_Agent="test/1", Traceparent=TRACEPARENT
     )
-    line = line_of(demo, "/api/process/told")
-    recent = next(r for r in demo.balancer.status()["recent_requests"] if r["request_id"] == line["request_id"])
+    line = line_of(logging, "/api/process/told")
+    recent = next(r for r in logging.status()["recent_requests"] if r["request_id"] == line["request_id"])
     assert line["request_id"] == headers["x-request-id"] == recent["request_id"]
     assert line["trace_id"] == recent["trace_id"] == TRACE
     assert (line["method"], line["protocol"], line["status"], line["complete"]) == ("POST", "HTTP/1.1", status, True)
@@ -92,31 +91,31 @@ def test_a_line_tells_what_the_status_tells(demo: Demo) -> None:
     assert "secret" not in json.dumps(line)
 
 
-def test_the_phases_add_up(demo: Demo) -> None:
+def test_the_phases_add_up(logging: BalancerProcess) -> None:
     for number in range(5):
-        fetch(f"{demo.url}/api/process/phases-{number}")
+        fetch(f"{logging.url}/api/process/phases-{number}")
     for number in range(5):
-        line = line_of(demo, f"/api/process/phases-{number}")
+        line = line_of(logging, f"/api/process/phases-{number}")
         phases = [line["received"], line["queued"], line["first_byte"], line["transfer"]]
         assert all(phase >= 0 for phase in phases)
         assert sum(phases) == pytest.approx(line["total"], abs=5e-6)
         assert line["connect"] is None or 0 < line["connect"] <= line["first_byte"]
 
 
-def test_the_client_is_the_one_a_trusted_proxy_names(demo: Demo) -> None:
-    fetch(f"{demo.url}/behind", X_Forwarded_For="203.0.113.9, 198.51.100.7, 127.0.0.3")
-    assert line_of(demo, "/behind")["client"] == "198.51.100.7"
+def test_the_client_is_the_one_a_trusted_proxy_names(logging: BalancerProcess) -> None:
+    fetch(f"{logging.url}/behind", X_Forwarded_For="203.0.113.9, 198.51.100.7, 127.0.0.3")
+    assert line_of(logging, "/behind")["client"] == "198.51.100.7"
 
 
-def test_control_requests_are_no_traffic(demo: Demo) -> None:
-    fetch(f"{demo.url}/events")
-    fetch(f"{demo.url}/marker")
-    line_of(demo, "/marker")
-    assert "/events" not in [line["path"] for line in json_lines(demo.balancer)]
+def test_control_requests_are_no_traffic(logging: BalancerProcess) -> None:
+    fetch(f"{logging.url}/events")
+    fetch(f"{logging.url}/marker")
+    line_of(logging, "/marker")
+    assert "/events" not in [line["path"] for line in json_lines(logging)]
 
 
 def test_a_retry_shows_each_attempt_and_a_failure_its_reason() -> None:
-    backend = ScriptedBackend()
+    backend = WireBackend()
     flags = ("--access-log", "--access-log-format=json", "--panic-threshold=1", "--algorithm=round_robin")
     balancer = BalancerProcess(
         f"--backend=gone=http://127.0.0.1:{free_port()}", f"--backend=good={backend.url}", *flags
@@ -128,7 +127,7 @@ def test_a_retry_shows_each_attempt_and_a_failure_its_reason() -> None:
         exchange(balancer.port, get(b"/broken"))
         backend.answer(ok())
         assert b"400 Bad Request" in exchange(balancer.port, b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n")
-        lines = wait_until(lambda: (found := json_lines(balancer)) and len(found) == 4 and found, 5, "four lines")
+        lines = wait_until(lambda: (found := json_lines(balancer)) and len(found) == 4 and found, "four lines")
     finally:
         balancer.stop()
         backend.close()
@@ -146,11 +145,11 @@ def test_a_retry_shows_each_attempt_and_a_failure_its_reason() -> None:
 
 
 def test_a_line_of_text_has_the_same(tmp_path: Path) -> None:
-    backend = ScriptedBackend()
+    backend = WireBackend()
     balancer = BalancerProcess(f"--backend=only={backend.url}", "--access-log")
     try:
         fetch(f"{balancer.url}/some/path?secret=1", User_Agent='a "quoted" agent', Traceparent=TRACEPARENT)
-        line = wait_until(lambda: next((x for x in balancer.lines if "/some/path" in x), None), 5, "the line")
+        line = wait_until(lambda: next((x for x in balancer.lines if "/some/path" in x), None), "the line")
         recent = balancer.status()["recent_requests"][0]
     finally:
         balancer.stop()
@@ -167,8 +166,33 @@ def test_a_line_of_text_has_the_same(tmp_path: Path) -> None:
     assert abs(time.time() - recent["timestamp"]) < 60 and match["time"] == timestamp(recent["timestamp"])
 
 
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_every_line_has_one_format_and_one_clock(form: str) -> None:
+    """A line of its own at the start, or a log line in local time, and no program could read the rest."""
+    started = time.time()
+    env = {"LB_ALGORITM": "x", "TZ": "Asia/Kathmandu"}
+    balancer = BalancerProcess("--backend=http://127.0.0.1:1", "--access-log", f"--access-log-format={form}", env=env)
+    try:
+        fetch(f"{balancer.url}/asked")
+    finally:
+        balancer.stop()
+    lines = [json.loads(line) for line in balancer.lines] if form == "json" else balancer.lines
+    times = [line["time"] if form == "json" else line.partition(" ")[0] for line in lines]
+    assert len(times) >= 5
+    for text in times:
+        assert text.endswith("Z") and started - 1 < datetime.fromisoformat(text).timestamp() < time.time()
+    warning, listening = lines[:2]
+    words = "the variable LB_ALGORITM is ignored, there is no such setting; did you mean LB_ALGORITHM?"
+    if form == "json":
+        assert warning.items() >= {"level": "warning", "logger": "balancer.settings", "message": words}.items()
+        assert listening["message"] == f"lb-1: listening on {balancer.url}"
+    else:
+        assert warning.endswith(f"Z WARNING balancer.settings: {words}")
+        assert listening.endswith(f"Z INFO balancer: lb-1: listening on {balancer.url}")
+
+
 def test_it_is_off_unless_asked_for() -> None:
-    backend = ScriptedBackend()
+    backend = WireBackend()
     balancer = BalancerProcess(f"--backend=only={backend.url}")
     try:
         assert fetch(f"{balancer.url}/quiet")[0] == 200
@@ -179,7 +203,7 @@ def test_it_is_off_unless_asked_for() -> None:
 
 
 def test_a_reload_switches_it(tmp_path: Path) -> None:
-    backend = ScriptedBackend()
+    backend = WireBackend()
     file = tmp_path / "balancer.toml"
     settings = f'[[backends]]\nid = "only"\nurl = "{backend.url}"\n'
     file.write_text(settings)
@@ -189,7 +213,7 @@ def test_a_reload_switches_it(tmp_path: Path) -> None:
         file.write_text('access_log = true\naccess_log_format = "json"\n' + settings)
         assert fetch_json(f"{balancer.url}/reload", {})["applied"]
         fetch(f"{balancer.url}/after")
-        wait_until(lambda: json_lines(balancer), 5, "a line")
+        wait_until(lambda: json_lines(balancer), "a line")
     finally:
         balancer.stop()
         backend.close()
@@ -198,14 +222,14 @@ def test_a_reload_switches_it(tmp_path: Path) -> None:
 
 def test_a_reload_turns_it_off_in_mid_request(tmp_path: Path) -> None:
     """Of what ends without a log nothing is logged; to the clients it makes no difference."""
-    backend, go_on = ScriptedBackend(), threading.Event()
+    backend, go_on = WireBackend(), threading.Event()
 
     def script(sock: socket.socket, asked: RawRequest) -> None:
         first, rest = {b"/head": (b"", ok(b"whole")), b"/body": (ok(b"whole")[:-2], b"le")}.get(
             asked.target, (b"", ok())
         )
         sock.sendall(first)
-        assert asked.target not in (b"/head", b"/body") or go_on.wait(20)
+        assert asked.target not in (b"/head", b"/body") or go_on.wait(60)
         sock.sendall(rest)
 
     backend.script = script
@@ -247,7 +271,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_no_request_forges_a_line_or_talks_to_the_terminal(form: str) -> None:
-    backend = ScriptedBackend()
+    backend = WireBackend()
     flags = ("--access-log", f"--access-log-format={form}", "--log-level=error")
     balancer = BalancerProcess(f"--backend=only={backend.url}", *flags)
     try:
@@ -257,7 +281,7 @@ def test_no_request_forges_a_line_or_talks_to_the_terminal(form: str) -> None:
             assert answer.startswith(b"HTTP/1.1 200"), (target, answer)
         exchange(balancer.port, get(b"/odd", method=b"M%|~'"))
         count = len(HOSTILE) + 1
-        lines = wait_until(lambda: (x := balancer.lines[before:]) and len(x) >= count and x, 5, "all lines")
+        lines = wait_until(lambda: (x := balancer.lines[before:]) and len(x) >= count and x, "all lines")
     finally:
         balancer.stop()
         backend.close()
@@ -305,9 +329,9 @@ def test_what_is_long_is_cut() -> None:
     assert told["client"] is None
 
 
-def test_a_long_path_and_method_are_cut_before_they_are_kept(demo: Demo) -> None:
-    exchange(demo.balancer.port, get(b"/long" + b"x" * 9000, method=b"M" * 900))
-    line = line_of(demo, "/long" + "x" * (PATH_KEPT - 5))
+def test_a_long_path_and_method_are_cut_before_they_are_kept(logging: BalancerProcess) -> None:
+    exchange(logging.port, get(b"/long" + b"x" * 9000, method=b"M" * 900))
+    line = line_of(logging, "/long" + "x" * (PATH_KEPT - 5))
     assert line["method"] == "M" * METHOD_KEPT
 
 
@@ -340,7 +364,7 @@ def test_the_phases_of_a_request_with_a_pause_between_attempts() -> None:
 @contextmanager
 def serving(stdout: Any, *flags: str, **options: Any) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """A balancer with an access log whose output goes to `stdout`; in front of one backend."""
-    backend, port = ScriptedBackend(), free_port()
+    backend, port = WireBackend(), free_port()
     command = [PYTHON, str(ROOT / "load_balancer.py"), f"--port={port}", f"--backend=only={backend.url}"]
     process = subprocess.Popen(
         [*command, "--access-log", *flags], stdout=stdout, stderr=subprocess.PIPE, cwd=ROOT, **options
@@ -354,7 +378,7 @@ def serving(stdout: Any, *flags: str, **options: Any) -> Iterator[tuple[subproce
             return False
 
     try:
-        wait_until(is_ready, 30, "the balancer is ready")
+        wait_until(is_ready, "the balancer is ready")
         yield process, url
     finally:
         process.kill()
@@ -368,7 +392,7 @@ def serving(stdout: Any, *flags: str, **options: Any) -> Iterator[tuple[subproce
 def terminate(process: subprocess.Popen[bytes]) -> str:
     """What it says on stderr; it must end in time."""
     process.send_signal(signal.SIGTERM)
-    assert process.wait(10) == 0
+    assert process.wait(60) == 0
     assert process.stderr is not None
     return process.stderr.read().decode()
 
@@ -380,8 +404,8 @@ def test_every_request_has_its_line_when_the_process_ends(tmp_path: Path) -> Non
             for status, _, _ in clients.map(lambda number: fetch(f"{url}/n{number}"), range(300)):
                 assert status == 200
         assert terminate(process) == ""
-    lines = [json.loads(line) for line in file.read_text().splitlines() if line.startswith("{")]
-    assert sorted(line["path"] for line in lines) == sorted(f"/n{number}" for number in range(300))
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert sorted(line["path"] for line in lines if "path" in line) == sorted(f"/n{number}" for number in range(300))
 
 
 def test_a_pipe_that_nobody_reads_stops_neither_requests_nor_the_end() -> None:
@@ -397,7 +421,7 @@ def test_a_pipe_that_nobody_reads_stops_neither_requests_nor_the_end() -> None:
             return process.poll() is None and statistics["total_requests"] >= 200
 
         with ThreadPoolExecutor(8) as clients:
-            wait_until(is_full, 30, "the pipe is full")
+            wait_until(is_full, "the pipe is full")
         assert fetch(f"{url}/still-here")[0] == 200
         assert terminate(process) == ""
 
@@ -411,7 +435,7 @@ def test_a_full_disk_is_counted(tmp_path: Path) -> None:
             count: int = fetch_json(f"{url}/status")["statistics"]["access_log_dropped"]
             return count
 
-        wait_until(lambda: lost() >= 20, 5, "all lines are lost")
+        wait_until(lambda: lost() >= 20, "all lines are lost")
         metrics = fetch(f"{url}/metrics")[2].decode()
         match = re.search(r"^lb_log_lines_dropped_total (\S+)$", metrics, re.MULTILINE)
         assert match and float(match[1]) >= 20
@@ -423,7 +447,5 @@ def test_a_closed_standard_output_does_not_send_lines_to_a_client() -> None:
         for _ in range(20):
             status, _, body = fetch(f"{url}/x")
             assert (status, body) == (200, b"ok")
-        wait_until(
-            lambda: fetch_json(f"{url}/status")["statistics"]["access_log_dropped"] >= 20, 5, "all lines are lost"
-        )
+        wait_until(lambda: fetch_json(f"{url}/status")["statistics"]["access_log_dropped"] >= 20, "all lines are lost")
         assert terminate(process) == ""

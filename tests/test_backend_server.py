@@ -277,7 +277,7 @@ def test_hang_holds_until_it_is_cleared(state: BackendState) -> None:
         wait_until(lambda: state.stats()["hanging_requests"] == 1)
         assert not hanging.done()
         app.test_client().delete("/faults")
-        assert hanging.result(timeout=5) == 200
+        assert hanging.result(timeout=60) == 200
 
 
 def test_too_many_hanging_requests_are_refused(state: BackendState, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,7 +289,7 @@ def test_too_many_hanging_requests_are_refused(state: BackendState, monkeypatch:
 def test_a_stopping_backend_keeps_nobody_waiting(state: BackendState) -> None:
     state.stop()
     started = time.monotonic()
-    state.wait(10)
+    state.wait(60)
     state.burn(10)
     assert time.monotonic() - started < 5
     assert state.faults == Faults()
@@ -357,7 +357,7 @@ def test_the_commands_of_the_help_are_obeyed(command: str) -> None:
     json_header = next(line.strip() for line in backend_server.EXAMPLES.splitlines() if "JSON=" in line)
     with backend() as running:
         typed = typed.replace("curl ", "curl -sf ").replace(":5001", f":{running.port}")
-        done = subprocess.run(["bash", "-c", f"{json_header}\n{typed}"], capture_output=True, text=True, timeout=20)
+        done = subprocess.run(["bash", "-c", f"{json_header}\n{typed}"], capture_output=True, text=True, timeout=60)
         assert (done.returncode, "added_latency" in done.stdout) == (0, True), done.stderr
 
 
@@ -397,7 +397,7 @@ class Backend:
 
     def end(self, number: int) -> tuple[int, str, str]:
         self.process.send_signal(number)
-        out, err = self.process.communicate(timeout=10)
+        out, err = self.process.communicate(timeout=60)
         return self.process.returncode, out, err
 
 
@@ -444,7 +444,7 @@ def test_it_is_one_process() -> None:
 
 def test_connections_are_kept() -> None:
     with backend("--delay", "0") as running:
-        connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=60)
         connection.connect()
         first = connection.sock
         for _ in range(5):
@@ -458,7 +458,7 @@ def test_connections_are_kept() -> None:
 def test_200_slow_requests_at_once() -> None:
     with backend("--delay", "0.5") as running, ThreadPoolExecutor(200) as pool:
         started = time.monotonic()
-        answers = list(pool.map(lambda _: running.call("GET", "/api/process", timeout=30), range(200)))
+        answers = list(pool.map(lambda _: running.call("GET", "/api/process", timeout=60), range(200)))
         assert {status for status, _ in answers} == {200}
         assert sorted(answer["request_number"] for _, answer in answers) == list(range(1, 201))
         assert time.monotonic() - started < 10  # one after the other they would take 100 s
@@ -474,7 +474,7 @@ def test_a_body_over_1_mib_is_413_and_one_of_1_mib_is_not() -> None:
 
 
 def send_body(running: Backend, size: int, chunked: bool) -> int:
-    connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=60)
     body: Any = iter([b"a" * size]) if chunked else b"a" * size
     with suppress(
         BrokenPipeError, ConnectionResetError
@@ -497,7 +497,7 @@ def test_a_hanging_request_is_forgotten_when_its_client_goes() -> None:
 def test_faults_can_be_cleared_while_many_requests_hang() -> None:
     with backend() as running, ThreadPoolExecutor(50) as pool:
         running.call("POST", "/faults", {"hang": True})
-        hanging = [pool.submit(running.call, "GET", "/health", timeout=30) for _ in range(50)]
+        hanging = [pool.submit(running.call, "GET", "/health", timeout=60) for _ in range(50)]
         wait_until(lambda: running.hanging() == 50)
         assert running.call("DELETE", "/faults")[0] == 200
         assert {future.result()[0] for future in hanging} == {200}
@@ -508,7 +508,7 @@ def test_faults_can_be_cleared_while_many_requests_hang() -> None:
     [(["--port", "none"], "--port must be"), (["--delay", "-1"], "--delay must be"), (["extra"], "extra")],
 )
 def test_bad_usage_is_one_line_and_2(arguments: list[str], expected: str) -> None:
-    done = subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=20)
+    done = subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
     assert expected in done.stderr
 
@@ -516,7 +516,7 @@ def test_bad_usage_is_one_line_and_2(arguments: list[str], expected: str) -> Non
 def test_a_taken_port_is_one_line_and_2() -> None:
     with backend() as running:
         command = [sys.executable, SCRIPT, "--port", str(running.port)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
         assert str(running.port) in done.stderr and "--port" in done.stderr
 
@@ -525,6 +525,6 @@ def test_help_begins_with_examples_and_version_is_the_project_s() -> None:
     from balancer import __version__
 
     run = [sys.executable, str(SCRIPT)]
-    assert subprocess.run([*run, "--help"], capture_output=True, text=True, timeout=20).stdout.startswith("examples:")
-    shown = subprocess.run([*run, "--version"], capture_output=True, text=True, timeout=20)
+    assert subprocess.run([*run, "--help"], capture_output=True, text=True, timeout=60).stdout.startswith("examples:")
+    shown = subprocess.run([*run, "--version"], capture_output=True, text=True, timeout=60)
     assert (shown.returncode, shown.stdout) == (0, f"backend_server.py {__version__}\n")

@@ -55,7 +55,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Compl
     return done, run
 
 
-@pytest.mark.timeout(180)
 def test_a_run_measures_every_contender_under_every_load(finished: tuple[Any, Run]) -> None:
     done, run = finished
     rows = results.rows_in([run], "speed")
@@ -68,7 +67,6 @@ def test_a_run_measures_every_contender_under_every_load(finished: tuple[Any, Ru
         assert any(line.split()[:2] == [name, load] for line in done.stdout.splitlines())
 
 
-@pytest.mark.timeout(180)
 def test_a_run_has_every_part(finished: tuple[Any, Run]) -> None:
     found = {part: results.rows_in([finished[1]], part) for part in ("stalls", "choice", "simulation")}
     assert [(row.contender, row.high("seconds")) for row in found["stalls"]] == [("balancer", 1), ("nginx", 1)]
@@ -84,7 +82,6 @@ def test_a_run_has_every_part(finished: tuple[Any, Run]) -> None:
     assert {row.method for row in found["simulation"]} == set(quality.REGISTRY)
 
 
-@pytest.mark.timeout(180)
 def test_a_runs_file_fills_the_documentation(finished: tuple[Any, Run], tmp_path: Path) -> None:
     shutil.copy(render.DOCS / render.PAGE, tmp_path)
     written = render.write_docs([finished[1]], tmp_path)
@@ -133,7 +130,7 @@ def test_an_upload_is_answered_only_when_it_has_been_read_whole(fast: Backends) 
         sock.sendall(b"x" * 99999)
         with pytest.raises(TimeoutError):
             sock.recv(1)
-        sock.settimeout(10)
+        sock.settimeout(60)
         sock.sendall(b"x")
         assert sock.recv(65536).startswith(b"HTTP/1.1 200")
 
@@ -141,7 +138,6 @@ def test_an_upload_is_answered_only_when_it_has_been_read_whole(fast: Backends) 
 # The slow backend.
 
 
-@pytest.mark.timeout(180)
 @pytest.mark.parametrize(
     ("arguments", "code", "told"),
     [
@@ -228,7 +224,7 @@ class Sleepy:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         for thread in self._threads:
-            thread.join(5)
+            thread.join(60)
 
 
 def test_a_pause_is_felt_by_every_request_that_was_due_in_it() -> None:
@@ -525,7 +521,6 @@ def test_how_an_interpreter_was_built(prefix: str, configured: str, is_optimised
     assert optimised is is_optimised and build
 
 
-@pytest.mark.timeout(180)
 def test_a_run_tells_its_interpreter_and_warns_of_a_slow_build(finished: tuple[Any, Run]) -> None:
     done, run = finished
     assert run.machine["python"]["version"] == sys.version.split()[0] and run.machine["python"]["step_ns"] > 10

@@ -79,10 +79,10 @@ Disorder = Callable[[Fleet, ChaosBackend, Traffic], None]
 
 def killed(fleet: Fleet, victim: ChaosBackend, traffic: Traffic) -> None:
     victim.kill()
-    fleet.balancer.wait_healthy(victim.name, False, PATIENCE)
+    fleet.balancer.wait_healthy(victim.name, False)
     traffic.wait_for(30)
     victim.start()
-    fleet.balancer.wait_healthy(victim.name, True, PATIENCE)
+    fleet.balancer.wait_healthy(victim.name, True)
 
 
 def all_others_killed(fleet: Fleet, survivor: ChaosBackend, traffic: Traffic) -> None:
@@ -90,21 +90,21 @@ def all_others_killed(fleet: Fleet, survivor: ChaosBackend, traffic: Traffic) ->
     for backend in dead:
         backend.kill()
     for backend in dead:
-        fleet.balancer.wait_healthy(backend.name, False, PATIENCE)
+        fleet.balancer.wait_healthy(backend.name, False)
     traffic.wait_for(30)
     for backend in dead:
         backend.start()
-        fleet.balancer.wait_healthy(backend.name, True, PATIENCE)
+        fleet.balancer.wait_healthy(backend.name, True)
 
 
 def stopped(fleet: Fleet, victim: ChaosBackend, traffic: Traffic) -> None:
     victim.send(signal.SIGSTOP)
     try:
-        fleet.balancer.wait_healthy(victim.name, False, PATIENCE)
+        fleet.balancer.wait_healthy(victim.name, False)
         traffic.wait_for(30)
     finally:
         victim.send(signal.SIGCONT)
-    fleet.balancer.wait_healthy(victim.name, True, PATIENCE)
+    fleet.balancer.wait_healthy(victim.name, True)
 
 
 @contextmanager
@@ -148,7 +148,7 @@ def hanging(fleet: Fleet, victim: ChaosBackend, traffic: Traffic) -> None:
     """Until one has been given up and tried elsewhere, which takes the response time-out."""
     before = fleet.balancer.status()["statistics"]["retries"]
     with faulty(victim, "hang", every=4):
-        wait_until(lambda: fleet.balancer.status()["statistics"]["retries"] > before, PATIENCE)
+        wait_until(lambda: fleet.balancer.status()["statistics"]["retries"] > before)
 
 
 # In these an answer may break off after its head.
@@ -185,7 +185,7 @@ def coming_and_going(fleet: Fleet) -> Iterator[None]:
     yield
     assert fetch(f"{fleet.url}/backends/extra", method="DELETE")[0] in (200, 202)
     yield
-    wait_until(lambda: fetch(f"{fleet.url}/backends/extra")[0] == 404, PATIENCE, "extra is gone")
+    wait_until(lambda: fetch(f"{fleet.url}/backends/extra")[0] == 404, "extra is gone")
 
 
 def draining(fleet: Fleet) -> Iterator[None]:
@@ -200,7 +200,7 @@ def reloading(fleet: Fleet) -> Iterator[None]:
     for backends, algorithm in (((a, b), "weighted"), ((c, b, a), "round_robin"), ((b, c), "least_connections")):
         fleet.configure(*backends, algorithm=algorithm)
         fleet.balancer.send(signal.SIGHUP)
-        wait_until(lambda: fleet.names() == {backend.name for backend in backends}, PATIENCE)  # noqa: B023
+        wait_until(lambda: fleet.names() == {backend.name for backend in backends})  # noqa: B023
         yield
         fleet.configure(*backends, algorithm="no such thing")
         assert fetch(f"{fleet.url}/reload", {})[0] == 422
@@ -209,7 +209,7 @@ def reloading(fleet: Fleet) -> Iterator[None]:
     yield
     fleet.configure()
     fleet.balancer.send(signal.SIGHUP)
-    wait_until(lambda: fetch_json(f"{fleet.url}/reload?dry_run=1", {})["changes"] == [], PATIENCE)
+    wait_until(lambda: fetch_json(f"{fleet.url}/reload?dry_run=1", {})["changes"] == [])
     yield
 
 
@@ -229,7 +229,7 @@ def filling_up(fleet: Fleet) -> Iterator[None]:
             assert fetch(f"{fleet.url}/backends/{backend.name}", {"max_connections": limit}, "PATCH")[0] == 200
         yield
         if limit == 1:
-            wait_until(lambda: fleet.balancer.status()["statistics"]["waiting_requests"] > 0, PATIENCE)
+            wait_until(lambda: fleet.balancer.status()["statistics"]["waiting_requests"] > 0)
 
 
 @pytest.mark.parametrize("change", [switching, coming_and_going, draining, reloading, filling_up])
@@ -252,9 +252,9 @@ def test_a_backend_that_only_fails_is_ejected_and_comes_back(fleet: Fleet, table
     victim = fleet.backends[1]
     with Traffic(fleet.balancer.port) as traffic:
         with faulty(victim, kind):
-            wait_until(lambda: fleet.balancer.backend(victim.name)["ejection"]["status"] == "ejected", PATIENCE)
+            wait_until(lambda: fleet.balancer.backend(victim.name)["ejection"]["status"] == "ejected")
             traffic.wait_for(60)
-        wait_until(lambda: fleet.balancer.backend(victim.name)["ejection"]["status"] == "none", PATIENCE)
+        wait_until(lambda: fleet.balancer.backend(victim.name)["ejection"]["status"] == "none")
         traffic.wait_for(20)
     settle(fleet, table, f"ejected: {kind}", traffic.outcomes, passed=kind == "unavailable")
 
@@ -275,9 +275,9 @@ def test_sigterm_lets_requests_in_flight_finish(tmp_path: Path, table: Table) ->
         for backend in fleet.backends:
             backend.fault("slow", seconds=0.5)
         with Traffic(fleet.balancer.port, clients=16) as traffic:
-            before = wait_until(lambda: answered_while_busy(fleet, traffic), PATIENCE, "8 requests in flight")
+            before = wait_until(lambda: answered_while_busy(fleet, traffic), "8 requests in flight")
             fleet.balancer.send(signal.SIGTERM)
-            assert fleet.balancer.wait(PATIENCE) == 0
+            assert fleet.balancer.wait() == 0
         assert sum(outcome.kind == "answered" for outcome in traffic.outcomes[before:]) >= 8
         unheard = [outcome for outcome in traffic.outcomes if outcome.kind != "answered"]
         assert {outcome.kind for outcome in unheard} <= {"empty"}
@@ -372,7 +372,7 @@ def test_thousands_of_idle_connections_cost_the_others_nothing(fleet: Fleet, tab
             if number % 4 == 0:  # every fourth has been of use before
                 sock.sendall(b"GET /idle-%d?size=0&plain=1 HTTP/1.1\r\nHost: test\r\n\r\n" % number)
                 assert sock.recv(KIB).startswith(b"HTTP/1.1 200 ")
-        wait_until(lambda: Footprint.of(fleet.balancer.pid).files >= IDLE_CLIENTS, PATIENCE, "all are accepted")
+        wait_until(lambda: Footprint.of(fleet.balancer.pid).files >= IDLE_CLIENTS, "all are accepted")
         traffic.wait_for(200)
         during = Footprint.of(fleet.balancer.pid)
         assert during.threads < before.threads + 64
@@ -414,5 +414,5 @@ def paced(steps: Iterator[None], traffic: Traffic, ended: Event) -> Iterator[Non
     """A change by the operator for every 25 answers."""
     for _ in steps:
         goal = len(traffic.outcomes) + 25
-        wait_until(lambda goal=goal: ended.is_set() or len(traffic.outcomes) >= goal, PATIENCE)  # type: ignore[misc]
+        wait_until(lambda goal=goal: ended.is_set() or len(traffic.outcomes) >= goal)  # type: ignore[misc]
         yield

@@ -135,11 +135,11 @@ def test_a_client_that_pauses_for_a_slow_backend_is_not_punished(
 ) -> None:
     """The backend reads nothing for longer than the grace, so the client can send nothing."""
     go_on = threading.Event()
-    scripted.on_head = lambda sock, request: not go_on.wait(30)
+    scripted.on_head = lambda sock, request: not go_on.wait(60)
     balancer = start()
     body = b"x" * 40_000_000  # more than all buffers on the way hold
     with connect(balancer.port) as sock, sock.makefile("rb") as stream:
-        sock.settimeout(30)
+        sock.settimeout(60)
         sender = threading.Thread(target=sock.sendall, args=(post(b"Content-Length: %d" % len(body), body=body),))
         sender.start()
         try:

@@ -72,6 +72,16 @@ def test_version() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, f"load-balancer {__version__}\n", "")
 
 
+@pytest.mark.parametrize("program", ["load_balancer.py", "backend_server.py", "start_all.py", "test_client.py"])
+def test_every_program_starts_however_python_is_called(tmp_path: Path, program: str) -> None:
+    """-I leaves its own folder out of the path of modules, as PYTHONSAFEPATH does, and -OO all docstrings."""
+    (tmp_path / "link.py").symlink_to(ROOT / program)
+    for path in (str(ROOT / program), "link.py"):
+        command = [PYTHON, "-I", "-OO", "-B", "-W", "error", path, "--version"]
+        done = subprocess.run(command, cwd=tmp_path, env={"LC_ALL": "C"}, capture_output=True, text=True, timeout=20)
+        assert (done.returncode, done.stderr) == (0, "") and done.stdout.endswith(f" {__version__}\n")
+
+
 def test_check_config_says_ok_from_any_directory(tmp_path: Path) -> None:
     file = tmp_path / "with a blank.toml"
     file.write_text('backends = ["http://127.0.0.1:8080"]', encoding="utf-8")
@@ -257,7 +267,7 @@ def test_a_signal_ends_it_quickly_and_quietly(
         else:
             sock.close()
         idle.send(number)
-        assert idle.wait(10) == code  # not after the 30 s that requests in flight would get
+        assert idle.wait() == code  # not after the 30 s that requests in flight would get
     assert not re.search(r"Traceback|KeyboardInterrupt|ERROR|WARNING", idle.output.partition("draining")[2])
     assert "Traceback" not in idle.output
 

@@ -17,14 +17,13 @@ from urllib.parse import urlsplit
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
+from fleet import Demo
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
 from support import (
     ROOT,
     Balancer,
     BalancerProcess,
-    Demo,
-    ScriptedBackend,
     connect,
     exchange,
     fetch,
@@ -38,7 +37,7 @@ from support import (
     wait_until,
 )
 from werkzeug.test import Client, TestResponse
-from wire import post, read_response
+from wire import WireBackend, post, read_response
 
 from balancer.balancing.backends import LastCheck
 from balancer.config.settings import BackendSettings, Settings
@@ -1242,9 +1241,9 @@ def test_head_and_keep_alive_on_control_paths(guarded: BalancerProcess) -> None:
 
 
 @pytest.fixture(scope="module")
-def own_paths() -> Iterator[ScriptedBackend]:
+def own_paths() -> Iterator[WireBackend]:
     """A backend whose own paths have the names of control paths."""
-    backend = ScriptedBackend()
+    backend = WireBackend()
     backend.script = lambda sock, request: sock.sendall(ok(b"backend " + request.target))
     yield backend
     backend.close()
@@ -1260,7 +1259,7 @@ def assert_forwarded(url: str) -> None:
     assert fetch(f"{url}/algorithm", {"algorithm": "round_robin"})[2] == b"backend /algorithm"
 
 
-def test_with_a_prefix_the_bare_paths_belong_to_the_backend(own_paths: ScriptedBackend) -> None:
+def test_with_a_prefix_the_bare_paths_belong_to_the_backend(own_paths: WireBackend) -> None:
     balancer = Balancer(f"--backend=b={own_paths.url}", "--control-prefix=/lb", wait_ready=False)
     try:
         assert_forwarded(balancer.url)
@@ -1277,7 +1276,7 @@ def test_with_a_prefix_the_bare_paths_belong_to_the_backend(own_paths: ScriptedB
         balancer.stop()
 
 
-def test_with_a_port_of_its_own_the_control_api_is_nowhere_else(own_paths: ScriptedBackend) -> None:
+def test_with_a_port_of_its_own_the_control_api_is_nowhere_else(own_paths: WireBackend) -> None:
     port = free_port()
     balancer = BalancerProcess(f"--backend=b={own_paths.url}", f"--control-port={port}", wait_ready=False)
     try:
@@ -1293,7 +1292,7 @@ def test_with_a_port_of_its_own_the_control_api_is_nowhere_else(own_paths: Scrip
     assert balancer.wait() == 0
 
 
-def test_a_path_that_only_looks_like_a_control_path_is_forwarded(own_paths: ScriptedBackend) -> None:
+def test_a_path_that_only_looks_like_a_control_path_is_forwarded(own_paths: WireBackend) -> None:
     balancer = Balancer(f"--backend=b={own_paths.url}")
     try:
         for path in ("/status/", "/statuses", "/STATUS", "/api/status", "/health/x", "/dashboard.html", "//status"):
@@ -1312,6 +1311,6 @@ def test_not_ready_until_the_first_health_round_is_done() -> None:
             status, _, body = fetch(f"{balancer.url}/readyz")
             assert (status, json.loads(body)["status"]) == (503, "not ready")
             assert fetch(f"{balancer.url}/health")[0] == 200
-            wait_until(balancer.is_ready, 15)
+            wait_until(balancer.is_ready)
         finally:
             balancer.stop()

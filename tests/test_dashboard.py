@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fleet import Demo, start_demo
 from playwright.sync_api import expect
-from support import PAGE_TOKEN, BalancerProcess, Demo, ScriptedBackend, start_demo, wait_until
+from support import PAGE_TOKEN, Balancer, BalancerProcess, wait_until
+from test_access import nginx_before
+from wire import WireBackend
 
 from tests.dashboard_stub import (
     Json,
@@ -205,7 +208,7 @@ def test_blocked_by_cors_is_told_from_disconnected(tab: Tab, stub: Stub) -> None
 def test_no_answer_in_time(tab: Tab, stub: Stub) -> None:
     tab.from_disk(stub.url).is_live()
     stub.gate.clear()
-    tab.shows("#pill", "No answer", timeout=9000)
+    tab.shows("#pill", "No answer", timeout=60000)
     tab.shows("#banner-connection", "waited 2 s")
 
 
@@ -597,6 +600,29 @@ def shared() -> Iterator[Demo]:
     started.stop()
 
 
+@pytest.mark.parametrize("prefix", ["", "/own"])
+def test_under_a_path_of_a_proxy_all_requests_stay_below_it(tab: Tab, tmp_path: Path, prefix: str) -> None:
+    """*Send* went to the root. `control_prefix` is no path of what is forwarded."""
+    backend = WireBackend()
+    flags = (f"--backend=only={backend.url}", f"--control-prefix={prefix}")
+    balancer = BalancerProcess(*flags, env={"LB_PAGE_TOKEN": PAGE_TOKEN}, wait_ready=False)
+    try:
+        with nginx_before(tmp_path, balancer, "", at="/lb/") as url:
+            tab.page.goto(f"{url}/lb{prefix}/dashboard#token={PAGE_TOKEN}")
+            tab.is_live()
+            tab.page.click("#send")
+            tab.shows("#traffic-result", "10 ok, 0 failed", timeout=15000)
+            links = [link.get_attribute("href") or "" for link in tab.at("a[href^=http]").all()]
+            assert len(links) >= 5 and all(link.startswith(f"{url}/lb{prefix}/") for link in links)
+            tab.page.goto("about:blank")
+        assert [request.target for request in backend.requests] == [b"/api/process"] * 10
+        assert tab.requests.count(f"{url}/lb/api/process") == 10
+        assert not [asked for asked in tab.requests if not asked.startswith(f"{url}/lb/")]
+    finally:
+        balancer.stop()
+        backend.close()
+
+
 # `demo` comes first among the arguments, so that the page is closed before the balancer is stopped.
 
 
@@ -620,7 +646,7 @@ def test_real_balancer_shows_traffic_switches_the_algorithm_and_resets(shared: D
         expect(tab.at("#backend-rows tr").filter(has_text=one.id)).to_contain_text("Up")
     before = int(tab.at("#t-total").inner_text().replace(",", ""))
     tab.page.click("#send")
-    tab.shows("#traffic-result", "10 requests in", timeout=15000)
+    tab.shows("#traffic-result", "10 requests in", timeout=60000)
     tab.shows("#traffic-counts", shared.backends[0].id)
     assert "10 failed" not in tab.at("#traffic-result").inner_text()
     expect(tab.at("#t-total")).to_have_text(f"{before + 10:,}")
@@ -654,13 +680,13 @@ def test_real_balancer_shows_a_killed_backend_down_and_up_again(demo: Demo, tab:
         tab.shows("#banner-backends", victim.id)
     finally:
         victim.start()
-    expect(row).to_contain_text("Up", timeout=10000)
+    expect(row).to_contain_text("Up", timeout=60000)
 
 
 def test_real_balancer_explains_drains_and_keeps_the_past(shared: Demo, tab: Tab) -> None:
     open_demo(tab, shared, from_disk=False)
     tab.page.click("#send")
-    tab.shows("#traffic-result", "10 ok, 0 failed", timeout=15000)
+    tab.shows("#traffic-result", "10 ok, 0 failed", timeout=60000)
     tab.page.locator("#recent-rows .c-why button").first.click()
     for words in ("Weighted", "Candidate", "chosen"):
         tab.shows("#request-dialog", words)
@@ -681,11 +707,11 @@ def test_real_balancer_explains_drains_and_keeps_the_past(shared: Demo, tab: Tab
     wait_until(lambda: (area.get_attribute("d") or "").count("L") > 2)
 
 
-def test_real_balancer_reloads_its_configuration(tmp_path: Path, scripted: ScriptedBackend, tab: Tab) -> None:
+def test_real_balancer_reloads_its_configuration(tmp_path: Path, scripted: WireBackend, tab: Tab) -> None:
     file = tmp_path / "balancer.toml"
     lines = f'[[backends]]\nid = "one"\nurl = "{scripted.url}"\nweight = '
     file.write_text(f"{lines}1\n", encoding="utf-8")
-    balancer = BalancerProcess(f"--config={file}")
+    balancer = Balancer(f"--config={file}")
     try:
         tab.page.goto(f"{balancer.url}/dashboard")
         tab.is_live()

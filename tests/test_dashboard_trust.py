@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fleet import Demo
 from playwright.sync_api import Browser, Page, expect
-from support import PAGE_TOKEN, BalancerProcess, Demo, ScriptedBackend, fetch_json, ok, start_demo, wait_until
+from support import PAGE_TOKEN, BackendProcess, Balancer, fetch_json, ok, wait_until
+from wire import WireBackend
 
 from tests.dashboard_tab import Tab, chromium, stub, tab
 from tests.test_start_all import Demo as StartedDemo
@@ -61,9 +63,13 @@ FRAME = """frame => new Promise((done) => {
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Demo]:
-    started = start_demo()
-    yield started
-    started.stop()
+    """A real backend alone: it has to refuse what the balancer hands on to it."""
+    backend = BackendProcess("backend_1")
+    try:
+        with Balancer(f"--backend=backend_1={backend.url}", env={"LB_PAGE_TOKEN": PAGE_TOKEN}) as balancer:
+            yield Demo(balancer, [backend])
+    finally:
+        backend.stop()
 
 
 @pytest.fixture(scope="module")
@@ -237,9 +243,9 @@ def a_page(opener_policy: str = "unsafe-none") -> bytes:
 
 
 @pytest.fixture(scope="module")
-def owned_balancer() -> Iterator[tuple[BalancerProcess, ScriptedBackend]]:
-    backend = ScriptedBackend()
-    balancer = BalancerProcess(f"--backend=only={backend.url}", env={"LB_PAGE_TOKEN": PAGE_TOKEN})
+def owned_balancer() -> Iterator[tuple[Balancer, WireBackend]]:
+    backend = WireBackend()
+    balancer = Balancer(f"--backend=only={backend.url}", env={"LB_PAGE_TOKEN": PAGE_TOKEN})
     yield balancer, backend
     balancer.stop()
     backend.close()
@@ -247,8 +253,8 @@ def owned_balancer() -> Iterator[tuple[BalancerProcess, ScriptedBackend]]:
 
 @pytest.fixture
 def owned(
-    owned_balancer: tuple[BalancerProcess, ScriptedBackend],
-) -> tuple[BalancerProcess, ScriptedBackend]:
+    owned_balancer: tuple[Balancer, WireBackend],
+) -> tuple[Balancer, WireBackend]:
     """A balancer with a token in front of a backend whose every answer is a page, or a service worker."""
     balancer, backend = owned_balancer
     backend.answer(a_page())
@@ -256,7 +262,7 @@ def owned(
     return balancer, backend
 
 
-def test_the_page_of_a_backend_writes_nothing(owned: tuple[BalancerProcess, ScriptedBackend], page: Page) -> None:
+def test_the_page_of_a_backend_writes_nothing(owned: tuple[Balancer, WireBackend], page: Page) -> None:
     balancer, _ = owned
     page.goto(f"{balancer.url}/page")
     ended = page.evaluate(ATTEMPTS, "")
@@ -267,7 +273,7 @@ def test_the_page_of_a_backend_writes_nothing(owned: tuple[BalancerProcess, Scri
     assert any(one["kind"] == "write_refused" for one in fetch_json(f"{balancer.url}/events")["events"])
 
 
-def test_the_page_of_a_backend_finds_no_token(owned: tuple[BalancerProcess, ScriptedBackend], page: Page) -> None:
+def test_the_page_of_a_backend_finds_no_token(owned: tuple[Balancer, WireBackend], page: Page) -> None:
     balancer, _ = owned
     page.goto(f"{balancer.url}/dashboard#token={PAGE_TOKEN}")
     expect(page.locator("#pill")).to_contain_text("Live")
@@ -284,7 +290,7 @@ def test_the_page_of_a_backend_finds_no_token(owned: tuple[BalancerProcess, Scri
 
 @pytest.mark.parametrize("policy", OPENER_POLICIES)
 def test_the_page_of_a_backend_gets_no_hold_of_the_dashboard(
-    owned: tuple[BalancerProcess, ScriptedBackend], page: Page, policy: str
+    owned: tuple[Balancer, WireBackend], page: Page, policy: str
 ) -> None:
     """Whatever policy it has itself: one that says same-origin as the dashboard did kept its hold."""
     balancer, backend = owned
@@ -306,7 +312,7 @@ def test_the_page_of_a_backend_gets_no_hold_of_the_dashboard(
 
 @pytest.mark.parametrize("policy", OPENER_POLICIES)
 def test_a_window_of_a_backend_gets_no_hold_of_the_tab_that_goes_on_to_the_dashboard(
-    owned: tuple[BalancerProcess, ScriptedBackend], page: Page, policy: str
+    owned: tuple[Balancer, WireBackend], page: Page, policy: str
 ) -> None:
     """As its opener it read the token in the tab's own record of where it went."""
     balancer, backend = owned
@@ -322,7 +328,7 @@ def test_a_window_of_a_backend_gets_no_hold_of_the_tab_that_goes_on_to_the_dashb
 
 @pytest.mark.parametrize(("script", "scope"), [("/sw.js", "/"), ("/api/sw.js", "/"), ("/sw.js", "/dashboard")])
 def test_no_backend_gets_a_service_worker_over_the_dashboard(
-    owned: tuple[BalancerProcess, ScriptedBackend], page: Page, script: str, scope: str
+    owned: tuple[Balancer, WireBackend], page: Page, script: str, scope: str
 ) -> None:
     """It would answer in the balancer's place, for as long as the browser keeps it."""
     balancer, backend = owned

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 from exposition import Key, promtool, scrape
-from support import ROOT, Balancer, ScriptedBackend, fetch, free_port
+from support import ROOT, Balancer, fetch, free_port
+from wire import WireBackend
 
 DEPLOY = ROOT / "deploy"
 PROMETHEUS = DEPLOY / "prometheus"
@@ -25,7 +26,7 @@ GROUPING = re.compile(r"\b(?:by|without|on|ignoring|group_left|group_right)\s*\(
 @pytest.fixture(scope="module")
 def told() -> Iterator[dict[Key, float]]:
     """/metrics of a balancer that has had good and bad traffic."""
-    good, bad = ScriptedBackend(), ScriptedBackend()
+    good, bad = WireBackend(), WireBackend()
     bad.answer(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n")
     backends = {"good": good.url, "bad": bad.url, "gone": f"http://127.0.0.1:{free_port()}"}
     balancer = Balancer(*(f"--backend={name}={url}" for name, url in backends.items()))

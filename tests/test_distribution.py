@@ -1,4 +1,4 @@
-"""Who gets how much: every strategy over real traffic, from concurrent clients, through real processes."""
+"""Who gets how much: every strategy over real traffic, from concurrent clients."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from itertools import groupby, islice
 from threading import Event, Thread
 
 import pytest
-from support import Demo, fetch, fetch_json, start_demo, wait_until
+from fleet import Demo, start_demo
+from support import fetch, fetch_json, wait_until
 
 FIRST, SECOND, THIRD = "backend_1", "backend_2", "backend_3"
 ALL = (FIRST, SECOND, THIRD)
@@ -18,7 +19,7 @@ ALL = (FIRST, SECOND, THIRD)
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Demo]:
-    """One set of processes for all tests here. Patient health checks: a busy machine must not look like a failure."""
+    """One for all tests here. Patient health checks: a busy machine must not look like a failure."""
     started = start_demo("--health-timeout=5", "--health-interval=1")
     yield started
     started.stop()
@@ -30,8 +31,7 @@ def fleet(shared: Demo) -> Iterator[Demo]:
     weigh(shared, 3, 2, 1)
     fetch(f"{shared.url}/reset", {})
     yield shared
-    for backend in shared.backends:
-        fetch(f"{backend.url}/faults", method="DELETE")
+    slow_down(shared, (0, 0, 0))
 
 
 def use(fleet: Demo, algorithm: str) -> None:
@@ -50,15 +50,15 @@ def weigh(fleet: Demo, *weights: int) -> None:
 
 
 def slow_down(fleet: Demo, seconds: Sequence[float]) -> None:
-    for backend, added in zip(fleet.backends, seconds, strict=True):
-        assert fetch(f"{backend.url}/faults", {"added_latency": added})[0] == 200
+    for backend, delay in zip(fleet.backends, seconds, strict=True):
+        backend.delay = delay
 
 
 class Client:
     """One keep-alive connection; `get` returns who served."""
 
     def __init__(self, fleet: Demo) -> None:
-        self._connection = http.client.HTTPConnection("127.0.0.1", fleet.balancer.port, timeout=30)
+        self._connection = http.client.HTTPConnection("127.0.0.1", fleet.balancer.port, timeout=60)
 
     def __enter__(self) -> Client:
         return self
@@ -125,7 +125,7 @@ class Load:
     def next(self, count: int) -> Counter[str]:
         """Who serves the next `count` requests."""
         start = len(self.served)
-        wait_until(lambda: self.errors or len(self.served) >= start + count, 30, f"{count} requests")
+        wait_until(lambda: self.errors or len(self.served) >= start + count, f"{count} requests")
         return Counter(islice(self.served, start, start + count))
 
 
@@ -239,7 +239,7 @@ def test_least_connections_fills_backends_evenly_for_their_weight(
     assert tuple(served[name] for name in ALL) == expected
 
 
-# least_response_time. Processes of their own: how fast a backend was is remembered for a while.
+# least_response_time. Backends of their own: how fast one was is remembered for a while.
 
 
 @pytest.fixture
@@ -258,8 +258,8 @@ def test_least_response_time_leaves_a_slow_backend_and_comes_back_when_it_recove
         assert served[FIRST] < 30  # a third would be 67
         assert min(served[SECOND], served[THIRD]) > 10
         slow_down(unmeasured, (0.02, 0.02, 0.12))  # the first recovers, the third gets slow
-        wait_until(lambda: load.errors or load.share(FIRST, 60) > 0.2, 30, "the recovered backend gets its share")
-        wait_until(lambda: load.errors or load.share(THIRD, 60) < 0.2, 30, "the slow one loses its")
+        wait_until(lambda: load.errors or load.share(FIRST, 60) > 0.2, "the recovered backend gets its share")
+        wait_until(lambda: load.errors or load.share(THIRD, 60) < 0.2, "the slow one loses its")
     assert not load.errors
 
 

@@ -208,7 +208,7 @@ def test_a_parked_call_waits_for_a_thread_though_the_queue_is_full(desk: Callabl
         source = ""
 
         def run(self) -> None:
-            go.wait(20)
+            go.wait(60)
 
     assert made.pool.submit(Work(), False)
     made.client.read(10)
@@ -227,7 +227,7 @@ def test_one_that_leaves_while_it_waits_for_a_thread_is_over(desk: Callable[...,
         source = ""
 
         def run(self) -> None:
-            go.wait(20)
+            go.wait(60)
 
     assert made.pool.submit(Work(), False)
     (call,) = made.bridge._parked
@@ -483,7 +483,7 @@ def test_unread_downloads_hold_no_thread(
     with ExitStack() as stack:
         held = ask(stack, balancer, b"/endless", 60)
         wait_until(lambda: active(balancer) == 60)
-        wait_until(lambda: threads(balancer) <= before + 2, 20, "no thread waits for any of them")
+        wait_until(lambda: threads(balancer) <= before + 2, "no thread waits for any of them")
         for method in (b"GET", b"OPTIONS"):  # the express way, and a thread
             assert exchange(balancer.port, get(b"/small", method=method)).startswith(HEAD_OK)
         assert active(balancer) == 60
@@ -506,7 +506,7 @@ def test_a_reader_that_pauses_gets_all_of_it(
         (sock,) = ask_http1(stack, balancer, b"/", 1)
         (h2,) = ask_http2(stack, balancer, b"/", 1)
         threading.Event().wait(3 * BRIEF_SECONDS)  # both are parked, but for what the kernel takes
-        sock.settimeout(20)
+        sock.settimeout(60)
         with sock.makefile("rb") as stream:
             found = read_response(stream)[2]
         assert hashlib.sha256(found).digest() == hashlib.sha256(body).digest()
@@ -535,7 +535,7 @@ def test_an_http2_answer_that_nobody_reads_is_in_flight_until_idle_timeout(
             h2.ping()
             return active(balancer) == 0
 
-        wait_until(is_ended, 15)
+        wait_until(is_ended)
         h2.read_to_end()
         assert not any(stream.body for stream in h2.streams.values())
     ended = [(record["status"], record["reason"]) for record in balancer.status(20)["recent_requests"]]
@@ -593,7 +593,7 @@ def test_whole_answers_that_nobody_reads_are_ended(start: Callable[..., Balancer
             h2.sync()
             return h2.is_closed
 
-        wait_until(is_closed, 20, "the connection is cut")
+        wait_until(is_closed, "the connection is cut")
 
 
 def test_a_stream_that_is_read_too_slowly_ends_alone(start: Callable[..., Balancer], scripted: WireBackend) -> None:
@@ -648,7 +648,7 @@ def test_a_backend_that_dies_while_nobody_reads_cuts_the_answer(
 
     def script(sock: socket.socket, asked: Any) -> None:
         sock.sendall(HEAD_OK + b"Content-Length: 1000000\r\n\r\n" + bytes(100_000))
-        go.wait(20)
+        go.wait(60)
         raise ConnectionAbortedError
 
     scripted.script = script

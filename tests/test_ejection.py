@@ -10,7 +10,8 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from support import Balancer, Clock, ScriptedBackend, fetch, fetch_json, ok, options, wait_until
+from support import Balancer, Clock, fetch, fetch_json, ok, options, wait_until
+from wire import WireBackend
 
 from balancer.balancing.backends import Backend, Health, LastCheck
 from balancer.balancing.candidates import Candidates
@@ -399,9 +400,9 @@ def test_asking_why_not_changes_nothing_of_who_is_chosen_next() -> None:
 
 
 @pytest.fixture
-def pair() -> Iterator[tuple[Balancer, ScriptedBackend, ScriptedBackend]]:
+def pair() -> Iterator[tuple[Balancer, WireBackend, WireBackend]]:
     """Backend `bad` beside `good`; an ejection lasts a second."""
-    bad, good = ScriptedBackend(), ScriptedBackend()
+    bad, good = WireBackend(), WireBackend()
     balancer = Balancer(
         f"--backend=bad={bad.url}", f"--backend=good={good.url}", "--algorithm=round_robin", "--eject-seconds=1"
     )
@@ -416,22 +417,22 @@ def pair() -> Iterator[tuple[Balancer, ScriptedBackend, ScriptedBackend]]:
     [(b"HTTP/1.1 503 Down\r\nContent-Length: 0\r\n\r\n", "answered 503"), (b"nonsense\r\n\r\n", "malformed")],
 )
 def test_a_backend_that_passes_its_checks_and_fails_its_requests_is_ejected_and_comes_back(
-    pair: tuple[Balancer, ScriptedBackend, ScriptedBackend], answer: bytes, reason: str
+    pair: tuple[Balancer, WireBackend, WireBackend], answer: bytes, reason: str
 ) -> None:
     balancer, bad, _ = pair
     bad.answer(answer)
-    wait_until(lambda: fetch(f"{balancer.url}/x") and balancer.backend("bad")["state"] == "ejected", 10)
+    wait_until(lambda: fetch(f"{balancer.url}/x") and balancer.backend("bad")["state"] == "ejected")
     assert reason in balancer.backend("bad")["ejection"]["reason"]
     seen = len(bad.requests)
     assert {fetch(f"{balancer.url}/x")[0] for _ in range(10)} == {200}
     assert len(bad.requests) == seen
     bad.answer(ok())
-    wait_until(lambda: fetch(f"{balancer.url}/x")[0] == 200 and balancer.backend("bad")["state"] == "up", 10)
+    wait_until(lambda: fetch(f"{balancer.url}/x")[0] == 200 and balancer.backend("bad")["state"] == "up")
     kinds = [event["kind"] for event in fetch_json(f"{balancer.url}/events")["events"] if event["backend"] == "bad"]
     assert kinds[-3:] == ["backend_ejected", "backend_trial", "backend_returned"]
 
 
-def test_client_errors_never_eject(pair: tuple[Balancer, ScriptedBackend, ScriptedBackend]) -> None:
+def test_client_errors_never_eject(pair: tuple[Balancer, WireBackend, WireBackend]) -> None:
     balancer, bad, good = pair
     for backend in (bad, good):
         backend.answer(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
@@ -439,7 +440,7 @@ def test_client_errors_never_eject(pair: tuple[Balancer, ScriptedBackend, Script
     assert balancer.backend("bad")["state"] == "up" and balancer.backend("bad")["ejection"]["consecutive_failures"] == 0
 
 
-def test_a_body_that_breaks_off_counts(pair: tuple[Balancer, ScriptedBackend, ScriptedBackend]) -> None:
+def test_a_body_that_breaks_off_counts(pair: tuple[Balancer, WireBackend, WireBackend]) -> None:
     balancer, bad, _ = pair
     bad.answer(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n" + b"x" * 100_000, close=True)
 
@@ -448,5 +449,5 @@ def test_a_body_that_breaks_off_counts(pair: tuple[Balancer, ScriptedBackend, Sc
             fetch(f"{balancer.url}/x")
         return bool(balancer.backend("bad")["state"] == "ejected")
 
-    wait_until(is_ejected, 15)
+    wait_until(is_ejected)
     assert "before the end of the body" in balancer.backend("bad")["ejection"]["reason"]

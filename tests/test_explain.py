@@ -9,20 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from support import (
-    Balancer,
-    ScriptedBackend,
-    exchange,
-    fetch,
-    fetch_json,
-    free_port,
-    get,
-    ok,
-    options,
-    split_response,
-    wait_until,
-)
-from wire import hang_up
+from support import Balancer, exchange, fetch, fetch_json, free_port, get, ok, options, split_response, wait_until
+from wire import WireBackend, hang_up
 
 from balancer.balancing.backends import EXPLAINED, Backend, LastCheck
 from balancer.balancing.options import PoolOptions
@@ -32,15 +20,15 @@ from balancer.protocol.origin import Origin
 
 
 @pytest.fixture(scope="module")
-def backends() -> Iterator[tuple[ScriptedBackend, ScriptedBackend]]:
-    made = ScriptedBackend(), ScriptedBackend()
+def backends() -> Iterator[tuple[WireBackend, WireBackend]]:
+    made = WireBackend(), WireBackend()
     yield made
     for backend in made:
         backend.close()
 
 
 @pytest.fixture(scope="module")
-def started(backends: tuple[ScriptedBackend, ScriptedBackend]) -> Iterator[Balancer]:
+def started(backends: tuple[WireBackend, WireBackend]) -> Iterator[Balancer]:
     urls = [f"--backend={name}={backend.url}" for name, backend in zip("ab", backends, strict=True)]
     balancer = Balancer(
         *urls, f"--backend=gone=http://127.0.0.1:{free_port()}", "--backend=off=http://127.0.0.1:1@0",
@@ -52,7 +40,7 @@ def started(backends: tuple[ScriptedBackend, ScriptedBackend]) -> Iterator[Balan
 
 
 @pytest.fixture
-def balancer(started: Balancer, backends: tuple[ScriptedBackend, ScriptedBackend]) -> Balancer:
+def balancer(started: Balancer, backends: tuple[WireBackend, WireBackend]) -> Balancer:
     for backend in backends:
         backend.reset()
     for name in "ab":
@@ -77,9 +65,7 @@ def test_candidates_scores_and_who_was_excluded(balancer: Balancer) -> None:
     assert attempt["backend"] == told["server_id"] in ("a", "b")
 
 
-def test_every_attempt_is_there_with_its_cause(
-    balancer: Balancer, backends: tuple[ScriptedBackend, ScriptedBackend]
-) -> None:
+def test_every_attempt_is_there_with_its_cause(balancer: Balancer, backends: tuple[WireBackend, WireBackend]) -> None:
     def once(sock: socket.socket, request: Any) -> None:
         for backend in backends:
             backend.answer(ok())
@@ -97,7 +83,7 @@ def test_every_attempt_is_there_with_its_cause(
 
 
 def test_a_post_that_may_have_had_its_effect_says_so(
-    balancer: Balancer, backends: tuple[ScriptedBackend, ScriptedBackend]
+    balancer: Balancer, backends: tuple[WireBackend, WireBackend]
 ) -> None:
     for backend in backends:
         backend.script = lambda sock, request: hang_up(sock)
@@ -107,7 +93,7 @@ def test_a_post_that_may_have_had_its_effect_says_so(
 
 
 def test_no_retry_without_another_backend_or_beyond_the_budget(
-    balancer: Balancer, backends: tuple[ScriptedBackend, ScriptedBackend]
+    balancer: Balancer, backends: tuple[WireBackend, WireBackend]
 ) -> None:
     for backend in backends:
         backend.script = lambda sock, request: hang_up(sock)
@@ -118,7 +104,7 @@ def test_no_retry_without_another_backend_or_beyond_the_budget(
 
 
 def test_one_deadline_for_all_attempts(started: Balancer) -> None:
-    slow = ScriptedBackend(), ScriptedBackend()
+    slow = WireBackend(), WireBackend()
     urls = [f"--backend={backend.url}" for backend in slow]
     balancer = Balancer(*urls, "--response-timeout=3", "--request-timeout=3.5", "--eject-after=0")
     try:
@@ -173,7 +159,7 @@ def test_a_request_that_found_nobody_says_why_of_each_backend() -> None:
 
 
 def test_a_request_that_was_sent_again_because_its_kept_connection_had_died_says_so(
-    balancer: Balancer, backends: tuple[ScriptedBackend, ScriptedBackend]
+    balancer: Balancer, backends: tuple[WireBackend, WireBackend]
 ) -> None:
     def dies_once(sock: socket.socket, request: Any) -> None:
         for backend in backends:
@@ -189,7 +175,7 @@ def test_a_request_that_was_sent_again_because_its_kept_connection_had_died_says
 
 
 def test_a_retry_without_budget_does_not_wait_for_a_place() -> None:
-    failing, busy = ScriptedBackend(), ScriptedBackend()
+    failing, busy = WireBackend(), WireBackend()
     go = threading.Event()
     balancer = Balancer(
         f"--backend=failing={failing.url}", f"--backend=busy={busy.url}", "--retry-budget=0",
@@ -200,7 +186,7 @@ def test_a_retry_without_budget_does_not_wait_for_a_place() -> None:
         failing.script = lambda sock, request: hang_up(sock)
 
         def hold(sock: socket.socket, request: Any) -> None:
-            go.wait(20)
+            go.wait(60)
             sock.sendall(ok())
 
         busy.script = hold

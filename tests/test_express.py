@@ -18,7 +18,6 @@ from stub_granian import Client, piece
 from support import (
     Balancer,
     BalancerProcess,
-    ScriptedBackend,
     connect,
     fetch,
     free_port,
@@ -29,7 +28,7 @@ from support import (
     split_response,
     wait_until,
 )
-from wire import hang_up, post, read_response, request
+from wire import WireBackend, hang_up, post, read_response, request
 
 from balancer.balancing.backends import LastCheck
 from balancer.config.settings import BackendSettings, Settings
@@ -40,6 +39,7 @@ from balancer.forwarding.forwarding import Forwarding
 from balancer.loadbalancer import LoadBalancer, create_app
 from balancer.protocol.origin import Origin
 from balancer.upstream.connection import Connection
+from balancer.upstream.servers import Server
 from balancer.upstream.transport import BackendAdapter, OutgoingRequest, Timeouts
 from bench import guard
 
@@ -48,7 +48,7 @@ from bench import guard
 def started(request: pytest.FixtureRequest) -> Iterator[Balancer]:
     """Two backends `a` and `b`, each with a kept connection; a second to answer, unless a test sets another time."""
     seconds = getattr(request, "param", 1)
-    made = {name: ScriptedBackend() for name in "ab"}
+    made = {name: WireBackend() for name in "ab"}
     balancer = Balancer(
         *(f"--backend={name}={backend.url}" for name, backend in made.items()),
         "--algorithm=round_robin", f"--response-timeout={seconds}", "--pool-idle-timeout=30", "--thread-idle-timeout=1",
@@ -61,9 +61,9 @@ def started(request: pytest.FixtureRequest) -> Iterator[Balancer]:
 
 
 @pytest.fixture
-def backends(started: Balancer) -> dict[str, ScriptedBackend]:
+def backends(started: Balancer) -> dict[str, WireBackend]:
     """Both have answered once, so a request without a body finds a kept connection."""
-    made: dict[str, ScriptedBackend] = started.backends  # type: ignore[attr-defined]
+    made: dict[str, WireBackend] = started.backends  # type: ignore[attr-defined]
     for _ in range(4):
         assert fetch(f"{started.url}/warm")[0] == 200
     for backend in made.values():
@@ -71,12 +71,12 @@ def backends(started: Balancer) -> dict[str, ScriptedBackend]:
     return made
 
 
-def script_all(backends: dict[str, ScriptedBackend], script: Any) -> None:
+def script_all(backends: dict[str, WireBackend], script: Any) -> None:
     for backend in backends.values():
         backend.script = script
 
 
-def script_once(backends: dict[str, ScriptedBackend], first: Any, then: bytes) -> None:
+def script_once(backends: dict[str, WireBackend], first: Any, then: bytes) -> None:
     """Whichever is asked first does as `first` says; from then on both answer `then`."""
 
     def script(sock: socket.socket, request: Any) -> None:
@@ -89,13 +89,13 @@ def script_once(backends: dict[str, ScriptedBackend], first: Any, then: bytes) -
 @pytest.mark.parametrize("body", [None, b"x", bytes(65536)])
 def test_requests_in_flight_need_no_threads(body: bytes | None) -> None:
     go, count = threading.Event(), 100
-    backend = ScriptedBackend()
+    backend = WireBackend()
     balancer = BalancerProcess(
         f"--backend={backend.url}", "--thread-idle-timeout=1", "--pool-idle-timeout=60", "--response-timeout=30"
     )
 
     def script(sock: socket.socket, request: Any) -> None:
-        go.wait(20)
+        go.wait(60)
         sock.sendall(ok(request.target))
 
     def threads() -> int:
@@ -103,7 +103,7 @@ def test_requests_in_flight_need_no_threads(body: bytes | None) -> None:
 
     def ask(data: bytes) -> bytes:
         with connect(balancer.port) as sock:
-            sock.settimeout(50)  # on a busy machine it takes a while until all are on their way
+            sock.settimeout(60)  # on a busy machine it takes a while until all are on their way
             sock.sendall(data)
             return read_all(sock)
 
@@ -120,8 +120,8 @@ def test_requests_in_flight_need_no_threads(body: bytes | None) -> None:
             # In one piece: a body that comes 0.1 s after its head rightly gets a thread.
             whole = [asked(b"/%d" % number) for number in range(count)]
             answers = [clients.submit(ask, data) for data in whole]
-            wait_until(lambda: len(backend.requests) == count, 20)
-            wait_until(lambda: threads() <= before + 4, 15, "no thread waits")
+            wait_until(lambda: len(backend.requests) == count)
+            wait_until(lambda: threads() <= before + 4, "no thread waits")
             go.set()
             bodies = [split_response(answer.result())[2] for answer in answers]
             assert bodies == [b"/%d" % number for number in range(count)]
@@ -137,7 +137,7 @@ def test_requests_in_flight_need_no_threads(body: bytes | None) -> None:
 
 
 def test_an_answer_that_does_not_come_is_given_up_and_asked_for_elsewhere(
-    started: Balancer, backends: dict[str, ScriptedBackend]
+    started: Balancer, backends: dict[str, WireBackend]
 ) -> None:
     script_once(backends, lambda sock, request: None, b"second")
     assert fetch(f"{started.url}/x", X_Request_ID="late-1")[2] == b"second"
@@ -148,7 +148,7 @@ def test_an_answer_that_does_not_come_is_given_up_and_asked_for_elsewhere(
 
 @pytest.mark.parametrize("pause", [0.0, 3 * WATCH_AFTER_SECONDS])
 def test_a_small_body_may_come_in_pieces_and_late(
-    started: Balancer, backends: dict[str, ScriptedBackend], pause: float
+    started: Balancer, backends: dict[str, WireBackend], pause: float
 ) -> None:
     body = os.urandom(60_000)
     with connect(started.port) as client, client.makefile("rb") as stream:
@@ -161,9 +161,7 @@ def test_a_small_body_may_come_in_pieces_and_late(
     assert [one.body for backend in backends.values() for one in backend.requests] == [body] * 3
 
 
-def test_a_small_body_of_many_pieces_is_one_for_a_thread(
-    started: Balancer, backends: dict[str, ScriptedBackend]
-) -> None:
+def test_a_small_body_of_many_pieces_is_one_for_a_thread(started: Balancer, backends: dict[str, WireBackend]) -> None:
     body = os.urandom(100)
     with connect(started.port) as client, client.makefile("rb") as stream:
         client.sendall(post(b"Content-Length: 100"))
@@ -175,8 +173,8 @@ def test_a_small_body_of_many_pieces_is_one_for_a_thread(
 
 
 @pytest.mark.parametrize("pause", [0.0, 3 * WATCH_AFTER_SECONDS])
-def test_a_client_that_leaves_in_a_small_body_is_no_backends_fault(
-    started: Balancer, backends: dict[str, ScriptedBackend], pause: float
+def test_a_client_that_leaves_in_a_small_body_troubles_no_backend(
+    started: Balancer, backends: dict[str, WireBackend], pause: float
 ) -> None:
     with connect(started.port) as client:
         client.sendall(post(b"Content-Length: 10", body=b"12345"))
@@ -184,8 +182,7 @@ def test_a_client_that_leaves_in_a_small_body_is_no_backends_fault(
         threading.Event().wait(pause)
     wait_until(lambda: started.status()["statistics"]["active_requests"] == 0)
     assert started.status()["statistics"]["aborted_requests"] == 1
-    # After a pause it is on its way, as far as it has come.
-    assert pause or not any(backend.requests for backend in backends.values())
+    assert not any(backend.requests for backend in backends.values())  # after a pause one has what had come
     assert not any(started.backend(each)["health"]["consecutive_failures"] for each in backends)
 
 
@@ -210,7 +207,7 @@ class Narrow:
 def test_a_request_that_goes_out_in_part_is_finished_by_a_thread(room: int) -> None:
     """`send_now` sends what the socket takes at once, `exchange` the rest."""
     body = os.urandom(1_000_000)
-    adapter, backend = BackendAdapter(options(Timeouts)), ScriptedBackend()
+    adapter, backend = BackendAdapter(options(Timeouts)), WireBackend()
     origin = Origin.parse(backend.url)
     try:
         adapter.exchange(OutgoingRequest("GET", b"/", [(b"host", b"a")]), origin)
@@ -230,7 +227,7 @@ def test_a_request_that_goes_out_in_part_is_finished_by_a_thread(room: int) -> N
 
 @pytest.mark.parametrize("reset", [False, True])
 def test_a_kept_connection_that_dies_under_the_request_is_replaced(
-    started: Balancer, backends: dict[str, ScriptedBackend], reset: bool
+    started: Balancer, backends: dict[str, WireBackend], reset: bool
 ) -> None:
     script_once(backends, lambda sock, request: hang_up(sock, reset=reset), b"again")
     assert fetch(f"{started.url}/x")[::2] == (200, b"again")
@@ -238,7 +235,7 @@ def test_a_kept_connection_that_dies_under_the_request_is_replaced(
 
 
 def test_a_post_whose_kept_connection_died_is_not_sent_again(
-    started: Balancer, backends: dict[str, ScriptedBackend]
+    started: Balancer, backends: dict[str, WireBackend]
 ) -> None:
     script_all(backends, lambda sock, request: hang_up(sock))
     assert fetch(f"{started.url}/x", method="POST")[0] == 502
@@ -252,7 +249,7 @@ def break_off(sock: socket.socket, request: Any) -> None:
 
 
 def test_an_answer_that_breaks_off_with_its_head_is_asked_for_elsewhere(
-    started: Balancer, backends: dict[str, ScriptedBackend]
+    started: Balancer, backends: dict[str, WireBackend]
 ) -> None:
     script_once(backends, break_off, b"second")
     assert fetch(f"{started.url}/x", X_Request_ID="broken-1")[::2] == (200, b"second")
@@ -262,7 +259,7 @@ def test_an_answer_that_breaks_off_with_its_head_is_asked_for_elsewhere(
 
 
 def test_a_post_whose_answer_breaks_off_with_its_head_is_a_502(
-    started: Balancer, backends: dict[str, ScriptedBackend]
+    started: Balancer, backends: dict[str, WireBackend]
 ) -> None:
     script_all(backends, break_off)
     assert fetch(f"{started.url}/x", method="POST", X_Request_ID="broken-2")[0] == 502
@@ -274,7 +271,7 @@ def test_a_post_whose_answer_breaks_off_with_its_head_is_a_502(
 @pytest.mark.parametrize("size", [0, 1, 65536, 3_000_000])
 @pytest.mark.parametrize("pieces", [1, 7])
 def test_answers_of_any_size_and_in_any_pieces_come_through_whole(
-    started: Balancer, backends: dict[str, ScriptedBackend], size: int, pieces: int
+    started: Balancer, backends: dict[str, WireBackend], size: int, pieces: int
 ) -> None:
     data = ok(os.urandom(size), b"X-Check: yes")
     pause = threading.Event()
@@ -291,26 +288,26 @@ def test_answers_of_any_size_and_in_any_pieces_come_through_whole(
 
 
 def test_a_client_that_leaves_takes_its_backend_connection_with_it(
-    started: Balancer, backends: dict[str, ScriptedBackend]
+    started: Balancer, backends: dict[str, WireBackend]
 ) -> None:
     ended = threading.Event()
 
     def script(sock: socket.socket, request: Any) -> None:
-        sock.settimeout(20)
+        sock.settimeout(60)
         ended.set() if sock.recv(1) == b"" else None
 
     script_all(backends, script)
     with connect(started.port) as client:
         client.sendall(get(b"/left"))
         wait_until(lambda: any(backend.requests for backend in backends.values()))
-    assert ended.wait(5)
+    assert ended.wait(60)
     wait_until(lambda: started.status()["statistics"]["aborted_requests"] == 1)
     assert all(backend["active_connections"] == 0 for backend in started.status()["backend_servers"])
     assert all(backend["ejection"]["consecutive_failures"] == 0 for backend in started.status()["backend_servers"])
 
 
 def test_pipelined_and_kept_alive_requests_get_their_own_answers(
-    started: Balancer, backends: dict[str, ScriptedBackend]
+    started: Balancer, backends: dict[str, WireBackend]
 ) -> None:
     script_all(backends, lambda sock, request: sock.sendall(ok(request.target)))
     with ExitStack() as stack:
@@ -324,12 +321,12 @@ def test_pipelined_and_kept_alive_requests_get_their_own_answers(
 
 
 def test_requests_that_wait_on_the_express_way_are_finished_when_it_stops(
-    started: Balancer, backends: dict[str, ScriptedBackend]
+    started: Balancer, backends: dict[str, WireBackend]
 ) -> None:
     go = threading.Event()
 
     def script(sock: socket.socket, request: Any) -> None:
-        go.wait(20)
+        go.wait(60)
         sock.sendall(ok(b"finished"))
 
     script_all(backends, script)
@@ -339,8 +336,8 @@ def test_requests_that_wait_on_the_express_way_are_finished_when_it_stops(
         ending = threads.submit(started.library.stop, 10)
         wait_until(lambda: "1 requests in flight" in started.library.events()[-1]["message"])
         go.set()
-        assert answer.result(10)[2] == b"finished"
-        ending.result(10)
+        assert answer.result(60)[2] == b"finished"
+        ending.result(60)
 
 
 # In this process.
@@ -489,7 +486,7 @@ class SentCall:
 
     def __init__(self, deadline: float) -> None:
         self.forwarding = self.sent = self
-        self.connection = Connection(socket.socket(), Origin("http", "127.0.0.1", 1))
+        self.connection = Connection(socket.socket(), Origin("http", "127.0.0.1", 1), Server())
         self.connection.close()  # a test opens its own
         self.rest = b""
         self.deadline = deadline
@@ -553,7 +550,7 @@ def test_a_surprise_with_one_answer_holds_up_no_other(caplog: pytest.LogCaptureF
 
 @pytest.mark.parametrize("started", [3], indirect=True)
 def test_the_rest_of_a_head_gets_only_what_is_left_of_its_time(
-    started: Balancer, backends: dict[str, ScriptedBackend]
+    started: Balancer, backends: dict[str, WireBackend]
 ) -> None:
     pause = threading.Event()
 

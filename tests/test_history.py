@@ -5,14 +5,17 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
 import pytest
+from fleet import Demo
 from hypothesis import given
 from hypothesis import strategies as st
-from support import Balancer, Clock, Demo, ScriptedBackend, fetch, fetch_json, make_record, wait_until
+from support import Balancer, BalancerProcess, Clock, fetch, fetch_json, make_record, wait_until
+from wire import WireBackend
 
 from balancer.observe.history import SLOTS, History, Reading
 from balancer.observe.statistics import Statistics
@@ -267,7 +270,7 @@ def test_the_thread_is_named_stops_at_once_and_survives_a_surprise() -> None:
     history = History(read)
     history.start()
     try:
-        assert all(looked.acquire(timeout=10) for _ in range(3))  # the first one, and two that failed
+        assert all(looked.acquire(timeout=60) for _ in range(3))  # the first one, and two that failed
         assert "history" in [thread.name for thread in threading.enumerate()]
     finally:
         history.stop()
@@ -290,7 +293,7 @@ def test_a_reload_of_the_page_keeps_the_past(demo: Demo) -> None:
         answer = fetch_json(f"{demo.url}/history?step=1&since=0")
         return answer if sum(point["requests"] for point in answer["points"]) >= 12 else None
 
-    answer = wait_until(past, 5, "all requests are history")
+    answer = wait_until(past, "all requests are history")
     assert answer["step"] == 1
     totals: dict[str, int] = {}
     for point in answer["points"]:
@@ -301,15 +304,15 @@ def test_a_reload_of_the_page_keeps_the_past(demo: Demo) -> None:
             totals[backend_id] = totals.get(backend_id, 0) + backend["requests"]
     assert totals == {"backend_1": 6, "backend_2": 4, "backend_3": 2}
     newest = answer["points"][-1]["at"]
-    newer = wait_until(lambda: fetch_json(f"{demo.url}/history?since={newest}")["points"], 5, "the next second")
+    newer = wait_until(lambda: fetch_json(f"{demo.url}/history?since={newest}")["points"], "the next second")
     assert all(point["at"] > newest for point in newer)
 
 
-def test_requests_in_flight_show_and_a_reset_clears(patient: Balancer, backend: ScriptedBackend) -> None:
+def test_requests_in_flight_show_and_a_reset_clears(patient: Balancer, backend: WireBackend) -> None:
     release = threading.Event()
 
     def script(sock: Any, request: Any) -> None:
-        release.wait(10)
+        release.wait(60)
         sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
 
     backend.script = script
@@ -321,7 +324,7 @@ def test_requests_in_flight_show_and_a_reset_clears(patient: Balancer, backend: 
                 points = fetch_json(f"{patient.url}/history")["points"]
                 return any(p["in_flight"] == 1 and p["backends"]["only"]["in_flight"] == 1 for p in points)
 
-            wait_until(seen, 5, "the request in flight is in a slot")
+            wait_until(seen, "the request in flight is in a slot")
         finally:
             release.set()
         assert answer.result()[0] == 200
@@ -336,24 +339,27 @@ def test_a_bad_query_is_refused_in_words(balancer: Balancer, query: str) -> None
     assert status == 400 and query.partition("=")[0].encode() in body
 
 
-def test_a_process_that_was_stopped_for_a_while_has_a_gap_and_loses_nothing(demo: Demo) -> None:
+def test_a_process_that_was_stopped_for_a_while_has_a_gap_and_loses_nothing(
+    start_process: Callable[..., BalancerProcess],
+) -> None:
+    process = start_process()
     for _ in range(6):
-        fetch(f"{demo.url}/api/process")
-    demo.balancer.send(signal.SIGSTOP)
+        fetch(f"{process.url}/api/process")
+    process.send(signal.SIGSTOP)
     stopped = time.time()
     try:
-        wait_until(lambda: time.time() > stopped + 3.2, 5, "the pause is over")
+        wait_until(lambda: time.time() > stopped + 3.2, "the pause is over")
     finally:
-        demo.balancer.send(signal.SIGCONT)
+        process.send(signal.SIGCONT)
     resumed = time.time()
     for _ in range(6):
-        fetch(f"{demo.url}/api/process")
+        fetch(f"{process.url}/api/process")
 
     def past() -> Any:
-        points = fetch_json(f"{demo.url}/history")["points"]
+        points = fetch_json(f"{process.url}/history")["points"]
         return points if sum(point["requests"] for point in points) >= 12 else None
 
-    points = wait_until(past, 5, "all requests are history")
+    points = wait_until(past, "all requests are history")
     times = [point["at"] for point in points]
     assert times == sorted(set(times)) and sum(point["requests"] for point in points) == 12
     assert not [at for at in times if stopped + 1 < at < int(resumed) - 1]  # nobody looked

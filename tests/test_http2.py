@@ -224,7 +224,7 @@ def _status(block: bytes) -> int:
 
 @contextmanager
 def client(balancer: Balancer) -> Iterator[Client]:
-    with socket.create_connection(("127.0.0.1", balancer.port), timeout=10) as sock:
+    with socket.create_connection(("127.0.0.1", balancer.port), timeout=60) as sock:
         connected = Client(sock)
         try:
             yield connected
@@ -340,7 +340,7 @@ def test_streams_do_not_wait_for_each_other(balancer: Balancer, backend: WireBac
 
     def script(sock: socket.socket, got: Any) -> None:
         if got.target == b"/first":
-            assert second_done.wait(10)
+            assert second_done.wait(60)
         sock.sendall(ok(got.target))
 
     backend.script = script
@@ -540,7 +540,7 @@ def test_a_truncated_answer_does_not_end_the_stream(balancer: Balancer, backend:
             sock.sendall(ok(b"survived"))
             return
         sock.sendall(b"HTTP/1.1 200 OK\r\n" + framing)
-        has_begun.wait(10)
+        has_begun.wait(60)
         hang_up(sock)
 
     has_begun = threading.Event()  # what is known to be broken before anything went on is answered with 502
@@ -567,7 +567,7 @@ def test_a_cancelled_stream_leaves_the_others_alone(patient: Balancer, backend: 
             if wait_closed(sock):
                 closed.set()
             return
-        assert closed.wait(10)
+        assert closed.wait(60)
         sock.sendall(ok(b"survived"))
 
     backend.script = script
@@ -578,7 +578,7 @@ def test_a_cancelled_stream_leaves_the_others_alone(patient: Balancer, backend: 
         if begun:
             h2.begin(1)
         h2.cancel(1)
-        assert closed.wait(10)
+        assert closed.wait(60)
         other = h2.finish(3)
     assert (other.status, other.body) == (200, b"survived")
     wait_until(lambda: is_idle(patient))
@@ -590,7 +590,7 @@ def test_a_cancelled_upload_leaves_the_others_alone(balancer: Balancer, backend:
     go_on = threading.Event()
 
     def script(sock: socket.socket, _: Any) -> None:
-        assert go_on.wait(10)
+        assert go_on.wait(60)
         sock.sendall(ok(b"survived"))
 
     backend.script = script
@@ -632,7 +632,7 @@ def test_a_connection_that_closes_ends_all_its_streams(patient: Balancer, backen
             if method == b"POST":
                 h2.data(stream, b"abc")
         wait_until(lambda: len(backend.requests) == 3)
-    assert all(closed.acquire(timeout=10) for _ in range(3))
+    assert all(closed.acquire(timeout=60) for _ in range(3))
     wait_until(lambda: is_idle(patient))
     assert [record["status"] for record in patient.status(3)["recent_requests"]] == [499] * 3
     assert patient.backend("only")["health"]["consecutive_failures"] == 0

@@ -16,18 +16,7 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from support import (
-    Balancer,
-    BalancerProcess,
-    ScriptedBackend,
-    connect,
-    exchange,
-    free_port,
-    get,
-    ok,
-    split_response,
-    wait_until,
-)
+from support import Balancer, BalancerProcess, connect, exchange, free_port, get, ok, split_response, wait_until
 from wire import (
     CHUNKED_ABC,
     Broken,
@@ -119,7 +108,7 @@ def forwarded(balancer: Balancer, backend: WireBackend, *lines: bytes, target: b
     return backend.requests[-1]
 
 
-def returned(balancer: Balancer, backend: ScriptedBackend, *lines: bytes) -> list[tuple[bytes, bytes]]:
+def returned(balancer: Balancer, backend: WireBackend, *lines: bytes) -> list[tuple[bytes, bytes]]:
     """The header lines of an answer as the client got them."""
     backend.answer(ok(b"ok", *lines))
     return ask(balancer.port, request())[1]
@@ -245,6 +234,15 @@ def test_a_request_that_has_passed_through_us_is_a_loop(balancer: Balancer, back
     assert status == 508
     assert "already passed" in json.loads(body)["error"]
     assert backend.seen == 0
+
+
+def test_without_via_backends_get_none_of_ours_nor_of_others(
+    start: Callable[..., Balancer], scripted: WireBackend
+) -> None:
+    """An nginx does not compress otherwise. A loop is not seen then."""
+    balancer = start("--via=false")
+    assert not forwarded(balancer, scripted).values(b"via")
+    assert not forwarded(balancer, scripted, b"Via: 1.1 other", b"X-Forwarded-For: 192.0.2.1").values(b"via")
 
 
 def test_the_http_version_is_our_own(balancer: Balancer, backend: WireBackend) -> None:
@@ -431,10 +429,14 @@ def test_the_clients_host_is_kept(balancer: Balancer, backend: WireBackend, host
     assert backend.requests[0].values(b"host") == [host]
 
 
-def test_http_1_0_needs_no_host(balancer: Balancer, backend: WireBackend) -> None:
-    """Rule 9, M 3.2: required in 1.1 only; what we send has the field, empty."""
-    assert exchange(balancer.port, b"GET / HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.0 200")
-    assert backend.requests[0].values(b"host") == [b""]
+@pytest.mark.parametrize("line", [b"", b"Host:\r\n"], ids=["none", "empty"])
+@pytest.mark.parametrize("method", [b"GET", b"OPTIONS"])
+def test_http_1_0_needs_no_host(balancer: Balancer, backend: WireBackend, method: bytes, line: bytes) -> None:
+    """Rule 9, M 3.2: required in 1.1 only; what we send has the backend's, first, and no claim of another one."""
+    assert exchange(balancer.port, method + b" / HTTP/1.0\r\n" + line + b"\r\n").startswith(b"HTTP/1.0 200")
+    got = backend.requests[0]
+    assert got.lines[0] == (b"host", b"127.0.0.1:%d" % backend.port)
+    assert not got.values(b"x-forwarded-host")
 
 
 def test_absolute_form_becomes_origin_form(balancer: Balancer, backend: WireBackend) -> None:
@@ -848,7 +850,7 @@ def test_an_answer_that_comes_while_idle_is_given_to_nobody(balancer: Balancer, 
 
     backend.script = script
     assert ask(balancer.port, request())[2] == b"first"
-    assert sent.wait(10)
+    assert sent.wait(60)
     assert next_peer_differs(balancer, backend)
 
 
@@ -858,6 +860,9 @@ def test_an_answer_that_comes_while_idle_is_given_to_nobody(balancer: Balancer, 
         HEAD_OK + b"Content-Length: 3\r\n\r\nabc",
         HEAD_OK + b"Transfer-Encoding: cHuNkEd\r\n\r\n3;ext=1\r\nabc\r\n0\r\n\r\n",
         HEAD_OK + b"Content-Length: 003\r\n\r\nabc",
+        HEAD_OK + b"Transfer-Encoding: chunked\r\n\r\n3  \r\nabc\r\n0\t\r\n\r\n",
+        HEAD_OK + b"Transfer-Encoding: chunked\r\n\r\n3 ;ext=1\r\nabc\r\n0\r\n\r\n",
+        HEAD_OK + b"Content-Length: 3\r\nContent-Length: 03\r\n\r\nabc",
         b"\r\nHTTP/1.1 200\r\nContent-Length: 3\r\n\r\nabc",
         b"HTTP/1.0 200 OK\r\nConnection: keep-alive\r\nContent-Length: 3\r\n\r\nabc",
     ],
@@ -889,6 +894,60 @@ def test_the_connection_is_not_used_again_when_the_backend_says_so(
     backend.answer(answer)
     assert ask(balancer.port, request())[2] == b"abc"
     assert next_peer_differs(balancer, backend)
+
+
+LOGINS = [b"NTLM TlRMTVNTUAAB", b"Negotiate YII=", b"negotiate YII="]
+
+
+@pytest.mark.parametrize("login", LOGINS)
+@pytest.mark.parametrize("method", [b"GET", b"OPTIONS", b"POST"])
+def test_a_connection_that_was_logged_in_serves_nobody_else(
+    balancer: Balancer, backend: WireBackend, method: bytes, login: bytes
+) -> None:
+    """RFC 4559 section 6: whoever came next on it would be served as whoever logged in."""
+    framing = [b"Transfer-Encoding: chunked"] if method == b"POST" else []
+    body = CHUNKED_ABC if framing else b""
+    data = request(b"/", b"Authorization: " + login, *framing, method=method, body=body)
+    for answer in (b"HTTP/1.1 401 No\r\nWWW-Authenticate: NTLM TlRM\r\nContent-Length: 0\r\n\r\n", ok(b"hello")):
+        backend.answer(answer)
+        assert ask(balancer.port, data)[0] == int(answer.split()[1])
+        assert next_peer_differs(balancer, backend)
+
+
+def test_a_connection_whose_answer_says_that_it_is_logged_in_serves_nobody_else(
+    balancer: Balancer, backend: WireBackend
+) -> None:
+    backend.answer(ok(b"hello", b"Persistent-Auth: true"))
+    assert ask(balancer.port, request(b"/", b"Authorization: Unheard of"))[2] == b"hello"
+    assert next_peer_differs(balancer, backend)
+
+
+@pytest.fixture(params=["request", "check"])
+def old(start: Callable[..., Balancer], scripted: WireBackend, request: pytest.FixtureRequest) -> Balancer:
+    """In front of a backend that has answered a request, or a health check, in HTTP/1.0."""
+    scripted.answer(b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok")
+    balancer = start() if request.param == "request" else start("--health-path=/check")
+    if request.param == "request":
+        assert ask(balancer.port, get(b"/check"))[0] == 200
+    return balancer
+
+
+def test_a_small_chunked_body_goes_with_its_length_to_http_1_0(old: Balancer, scripted: WireBackend) -> None:
+    """M 6.1: whoever speaks HTTP/1.0 would take it for empty."""
+    assert ask(old.port, post(b"Transfer-Encoding: chunked", body=CHUNKED_ABC))[0] == 200
+    (got,) = (got for got in scripted.requests if got.target != b"/check")
+    assert (got.body, got.values(b"content-length"), got.values(b"transfer-encoding")) == (b"abc", [b"3"], [])
+
+
+def test_a_large_chunked_body_is_refused_for_http_1_0(old: Balancer, scripted: WireBackend) -> None:
+    """411 instead of a body that gets lost, and the backend is not to blame."""
+    body = b"%x\r\n%s\r\n0\r\n\r\n" % (70000, b"x" * 70000)
+    status, _, told = ask(old.port, post(b"Transfer-Encoding: chunked", body=body))
+    assert (status, json.loads(told)["error"]) == (411, "the request body needs a Content-Length")
+    assert {got.target for got in scripted.requests} == {b"/check"} and not scripted.broken
+    assert old.backend("only")["failed_requests"] == 0
+    assert "HTTP/1.0" in newest(old)["tried"][0]["error"]
+    assert ask(old.port, post(b"Content-Length: 70000", body=b"x" * 70000))[0] == 200
 
 
 def test_response_trailers_are_discarded(balancer: Balancer, backend: WireBackend) -> None:
@@ -937,7 +996,7 @@ def test_a_truncated_answer_reaches_the_client_as_truncated(
             head, _, body = framing.partition(b"\r\n\r\n")
             first = body[: body.index(b"abc") + 3]
             sock.sendall(HEAD_OK + head + b"\r\n\r\n" + first)
-            assert reached.wait(10)
+            assert reached.wait(60)
             sock.sendall(body[len(first) :])
         else:
             sock.sendall(HEAD_OK + framing)
@@ -966,7 +1025,7 @@ def test_a_reset_in_a_body_until_eof_is_truncation(balancer: Balancer, backend: 
 
     def script(sock: socket.socket, _: Any) -> None:
         sock.sendall(HEAD_OK + b"\r\nabc")
-        assert reached.wait(10)
+        assert reached.wait(60)
         hang_up(sock, reset=True)
 
     backend.script = script
@@ -1377,7 +1436,7 @@ def test_no_answer_in_time_is_504(balancer: Balancer, backend: WireBackend, data
 
     backend.script = script
     assert_own_error(ask(balancer.port, data), 504)
-    assert closed.wait(10)
+    assert closed.wait(60)
     assert newest(balancer)["reason"] == "http_response_timeout"
 
 
@@ -1414,7 +1473,7 @@ def test_a_body_that_stalls_is_cut(balancer: Balancer, backend: WireBackend, fra
         sock.sendall(request())
         with pytest.raises((Broken, ConnectionResetError)):
             read_response(stream)
-    assert closed.wait(10)
+    assert closed.wait(60)
     assert newest(balancer)["complete"] is False
 
 
@@ -1620,9 +1679,9 @@ def test_events_arrive_one_by_one(balancer: Balancer, backend: WireBackend) -> N
     def script(sock: socket.socket, _: Any) -> None:
         sock.sendall(HEAD_OK + b"Content-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
         for event in events:
-            assert go.acquire(timeout=10)
+            assert go.acquire(timeout=60)
             sock.sendall(b"%x\r\n%s\r\n" % (len(event), event))
-        assert go.acquire(timeout=10)
+        assert go.acquire(timeout=60)
         sock.sendall(b"0\r\n\r\n")
 
     backend.script = script
@@ -1650,7 +1709,7 @@ def test_a_request_body_is_streamed_too(balancer: Balancer, backend: WireBackend
     backend.on_head = on_head
     with connect(balancer.port) as sock, sock.makefile("rb") as stream:
         sock.sendall(post(b"Transfer-Encoding: chunked", body=b"3\r\nabc\r\n"))
-        assert first.wait(10)
+        assert first.wait()
         sock.sendall(b"3\r\ndef\r\n0\r\n\r\n")
         assert read_response(stream)[0] == 200
     assert backend.requests[0].body == b"abcdef"
@@ -1664,7 +1723,7 @@ def test_an_answer_before_the_end_of_the_request_is_relayed(pair: Pair) -> None:
     def on_head(sock: socket.socket, _: Any) -> bool:
         sock.sendall(b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 7\r\nConnection: close\r\n\r\ntoo big")
         refused.set()
-        lingering.wait(10)  # not reading, not closing: the balancer must act on the answer alone
+        lingering.wait(60)  # not reading, not closing: the balancer must act on the answer alone
         return True
 
     pair.on_head(on_head)
@@ -1673,13 +1732,13 @@ def test_an_answer_before_the_end_of_the_request_is_relayed(pair: Pair) -> None:
         sender = threading.Thread(target=pour, args=(sock, 64 * MIB))
         sender.start()
         try:
-            assert refused.wait(10)
+            assert refused.wait(60)
             status, _, body = read_response(stream)
         finally:
             lingering.set()
             with suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
-            sender.join(10)
+            sender.join(60)
     assert (status, body) == (413, b"too big")
     wait_until(lambda: is_idle(pair.balancer))
 
@@ -1708,7 +1767,7 @@ def test_a_slow_client_holds_the_backend_back(pair: Pair) -> None:
     before = resident_bytes(pair.balancer.pid)
     with connect(pair.port) as sock, sock.makefile("rb") as stream:
         sock.sendall(request())
-        assert wait_until(standstill(sent), 20) < 48 * MIB  # what the kernel's buffers of two connections hold
+        assert wait_until(standstill(sent)) < 48 * MIB  # what the kernel's buffers of two connections hold
         assert resident_bytes(pair.balancer.pid) - before < 16 * MIB
         assert hashlib.sha256(read_response(stream)[2]).digest() == hashlib.sha256(b"y" * size).digest()
 
@@ -1731,7 +1790,7 @@ def test_a_slow_backend_holds_the_client_back(pair: Pair) -> None:
     go = threading.Event()
 
     def on_head(sock: socket.socket, _: Any) -> bool:
-        go.wait(20)
+        go.wait(60)
         return False
 
     pair.on_head(on_head)
@@ -1748,12 +1807,12 @@ def test_a_slow_backend_holds_the_client_back(pair: Pair) -> None:
         sender = threading.Thread(target=send, args=(sock,))
         sender.start()
         try:
-            assert wait_until(standstill(sent), 20) < 48 * MIB
+            assert wait_until(standstill(sent)) < 48 * MIB
             assert resident_bytes(pair.balancer.pid) - before < 16 * MIB
         finally:
             go.set()
         assert read_response(stream)[0] == 200
-        sender.join(10)
+        sender.join(60)
     assert pair.requests[0].body == b"x" * (96 * MIB)
 
 
@@ -1769,7 +1828,7 @@ def test_a_client_that_reads_nothing_is_cut_off(balancer: Balancer, backend: Wir
     backend.script = script
     with connect(balancer.port) as sock:
         sock.sendall(request())
-        assert done.wait(20)
+        assert done.wait(60)
         wait_until(lambda: is_idle(balancer))
     assert newest(balancer)["status"] == 499
     assert failures_of(balancer) == 0
@@ -1815,7 +1874,7 @@ def test_a_client_that_leaves_while_the_backend_works(
         if reset:
             with suppress(ConnectionAbortedError):
                 hang_up(sock, reset=True)
-    assert closed.wait(10)
+    assert closed.wait(60)
     assert_client_gone(patient)
     assert patient.backend("only")["aborted_requests"] == before + 1
     assert backend.seen == 1, "a request whose client has left is not retried"
@@ -1838,7 +1897,7 @@ def test_a_client_that_leaves_during_the_answer(balancer: Balancer, backend: Wir
     with connect(balancer.port) as sock:
         sock.sendall(request())
         assert b"abc" in wait_until(lambda: sock.recv(65536))
-    assert closed.wait(10)
+    assert closed.wait(60)
     assert_client_gone(balancer)
 
 
@@ -1855,7 +1914,7 @@ def test_a_client_that_leaves_a_quiet_stream(patient: Balancer, backend: WireBac
     with connect(patient.port) as sock:
         sock.sendall(request())
         wait_until(lambda: b"abc" in sock.recv(65536, socket.MSG_PEEK))
-    assert closed.wait(10)
+    assert closed.wait(60)
     assert_client_gone(patient)
 
 
@@ -1887,7 +1946,7 @@ def test_chunks_of_an_answer_are_framed_by_us(balancer: Balancer, backend: WireB
         sock.sendall(HEAD_OK + b"Transfer-Encoding: chunked\r\n\r\n")
         for number in range(50):
             sock.sendall(b"%x;n=%d\r\n%s\r\n" % (number + 1, number, b"z" * (number + 1)))
-        has_begun.wait(10)
+        has_begun.wait(60)
         sock.sendall(b"0;last\r\n\r\n")
 
     backend.script = script

@@ -92,7 +92,7 @@ def running(command: Path, elsewhere: Path, backend_factory: Callable[..., Backe
     backend = backend_factory(body=b"from the backend")
     process = Process([str(command), "--port=0", f"--backend={backend.url}"], cwd=elsewhere)
     try:
-        found = wait_until(lambda: re.search(r"listening on (http://\S+)", process.output), 20, "it listens")
+        found = wait_until(lambda: re.search(r"listening on (http://\S+)", process.output), "it listens")
         yield found.group(1)
     finally:
         process.stop()

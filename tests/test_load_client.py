@@ -23,8 +23,10 @@ from typing import Any
 
 import jsonschema
 import pytest
+from fleet import Demo
 from stub_balancer import LIMIT, SCRIPT, Json, StubBalancer, environment, one_line, run, run_json, started
-from support import ROOT, Demo, ScriptedBackend, free_port, wait_until
+from support import ROOT, free_port, ok, wait_until
+from wire import WireBackend
 
 from loadtest import problems
 from loadtest.flags import build_parser
@@ -276,13 +278,14 @@ RESET = b"\x01\x00\x00\x00\x00\x00\x00\x00"  # struct linger: on, 0 s
         (b"", False, ("closed", "without an answer")),
         (b"", True, ("reset", "by the other side")),
         (b"SSH-2.0-x\r\n\r\n", False, ("bad answer", "malformed")),
-        (b"HTTP/1.1 103 Early Hints\r\n\r\n", False, ("bad answer", "status 103")),
+        (b"HTTP/1.1 101 Switching Protocols\r\n\r\n", False, ("bad answer", "status 101")),
+        (b"HTTP/1.1 103 Early Hints\r\n\r\n", False, ("closed", "without an answer")),
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", False, ("bad body", "incomplete")),
         (b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n", False, ("bad status", "503")),
     ],
 )
 def test_each_kind_of_failure_has_its_name(
-    scripted: ScriptedBackend, answer: bytes, reset: bool, expected: tuple[str, str]
+    scripted: WireBackend, answer: bytes, reset: bool, expected: tuple[str, str]
 ) -> None:
     def script(sock: socket.socket, _request: Any) -> None:
         sock.sendall(answer)
@@ -295,6 +298,17 @@ def test_each_kind_of_failure_has_its_name(
     scripted.script = script
     code, report = run_json(scripted.url, "--no-preflight", "-n", "1", *ONE_BY_ONE)
     assert (code, errors_of(report)) == (1, [(*expected, 1)])
+
+
+def test_what_comes_before_an_answer_is_none(scripted: WireBackend) -> None:
+    """103 was a bad answer, 20 times of 20."""
+    hints = b"HTTP/1.1 103 Early Hints\r\nLink: </a.css>\r\n\r\nHTTP/1.1 102 Processing\r\n\r\n"
+    scripted.answer(b"HTTP/1.1 100 Continue\r\n\r\n" + hints + ok(b"whole"))
+    code, report = run_json(scripted.url, "--no-preflight", "-n", "20", *ONE_BY_ONE)
+    assert (code, errors_of(report), report["status_codes"]) == (0, [], {"200": 20})
+    assert len(set(scripted.peers)) == 1
+    shown = run(scripted.url, "--debug").stdout
+    assert "< HTTP/1.1 200 OK\n" in shown and "Link" not in shown
 
 
 def test_refused_connections_are_failures_of_a_run_without_preflight() -> None:
@@ -429,7 +443,7 @@ def test_comparing_says_why_shares_are_not_judged(stub: StubBalancer) -> None:
     assert "expects no certain shares" in result.stdout
 
 
-def test_any_http_server_can_be_loaded(scripted: ScriptedBackend) -> None:
+def test_any_http_server_can_be_loaded(scripted: WireBackend) -> None:
     scripted.reset()
     result = run(f"{scripted.url}/x", "--no-preflight", "-n", "5", *ONE_BY_ONE)
     assert result.returncode == 0

@@ -216,6 +216,31 @@ def test_tickets_are_handed_out_once_whatever_the_number_of_workers() -> None:
         assert sorted(taken) == list(range(1, 1001))
 
 
+# --- where to ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "host", "port", "authority", "path"),
+    [
+        ("http://a", "a", 80, "a", "/api/process"),
+        ("http://a#top", "a", 80, "a", "/api/process"),
+        ("http://a/", "a", 80, "a", "/"),
+        ("a:90/", "a", 90, "a:90", "/"),
+        ("HTTPS://a:/x", "a", 443, "a", "/x"),
+        ("http://a?x=1", "a", 80, "a", "/?x=1"),
+        ("a/x?u=http://b", "a", 80, "a", "/x?u=http://b"),
+        ("http://a/x?#top", "a", 80, "a", "/x?"),
+        ("http://a//b/../c%2Fd%20;e=%C3%A4", "a", 80, "a", "//b/../c%2Fd%20;e=%C3%A4"),
+        ("http://[::1]:90/", "::1", 90, "[::1]:90", "/"),
+        ("http://[fe80::1%25eth0]/", "fe80::1%eth0", 80, "[fe80::1]", "/"),
+    ],
+)
+def test_the_very_url_is_requested(url: str, host: str, port: int, authority: str, path: str) -> None:
+    """A path of "/" was taken for none, and an empty query lost."""
+    target = parse_target(parse_options([url], {}))
+    assert (target.host, target.port, target.authority, target.path) == (host, port, authority, path)
+
+
 # --- cookies ----------------------------------------------------------------------------------------------------------
 
 

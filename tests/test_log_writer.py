@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import os
 import sys
@@ -15,7 +16,8 @@ from contextlib import suppress
 import pytest
 from support import wait_until
 
-from balancer.observe.logwriter import MESSAGE_LOGGED, LogHandler, LogWriter, standard_output
+from balancer.observe.logrecords import MESSAGE_LOGGED, LogFormatter, LogHandler
+from balancer.observe.logwriter import LogWriter, standard_output
 
 
 class Pipe:
@@ -93,7 +95,7 @@ def blocked(pipe: Pipe) -> Iterator[LogWriter]:
     writer.start()
     is_taken = threading.Event()
     writer.add(lambda: is_taken.set() or "the one that blocks")
-    assert is_taken.wait(10)
+    assert is_taken.wait(60)
     yield writer
     pipe.close()  # the write fails, and the thread ends
     writer.stop()
@@ -217,7 +219,7 @@ def logged(pipe: Pipe, log: Callable[[logging.Logger], object]) -> list[str]:
     """What comes out of a handler as the balancer has it."""
     writer, logger = LogWriter(pipe.writer), logging.Logger("some.library")
     handler = LogHandler(writer)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(LogFormatter(lambda: "text"))
     logger.addHandler(handler)
     log(logger)
     writer.start()
@@ -249,6 +251,21 @@ def test_a_traceback_cannot_pass_for_a_record(pipe: Pipe) -> None:
     assert all(line.startswith("    ") and line.isprintable() for line in more)
     assert any("Traceback" in line for line in more) and any("Stack" in line for line in more)
     assert "    " + ESCAPED.removeprefix("\\x0a") in more
+
+
+def test_as_json_a_record_with_its_traceback_is_one_object(pipe: Pipe) -> None:
+    def log(logger: logging.Logger) -> None:
+        logger.handlers[0].setFormatter(LogFormatter(lambda: "json"))
+        try:
+            raise ValueError(FORGED)
+        except ValueError:
+            logger.exception("failed: %s", "a\nb")
+
+    (line,) = logged(pipe, log)
+    told = json.loads(line)
+    assert list(told) == ["time", "level", "logger", "message", "traceback"]
+    assert (told["level"], told["logger"], told["message"]) == ("error", "some.library", "failed: a\\x0ab")
+    assert told["traceback"].startswith("Traceback") and told["traceback"].endswith(f"ValueError: {FORGED}")
 
 
 def test_a_message_of_any_length_takes_little_room_while_it_waits(pipe: Pipe) -> None:

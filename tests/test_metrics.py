@@ -20,7 +20,6 @@ from support import (
     Balancer,
     Clock,
     RawRequest,
-    ScriptedBackend,
     connect,
     exchange,
     fetch,
@@ -33,6 +32,7 @@ from support import (
     read_all,
     wait_until,
 )
+from wire import WireBackend
 
 from balancer.balancing.backends import LastCheck
 from balancer.balancing.counts import BackendCounts
@@ -78,8 +78,8 @@ def finish(app: Flask, *attempts: Attempt, status: int = 200, seconds: float = 0
 
 
 @pytest.fixture(scope="module")
-def pair() -> Iterator[tuple[Balancer, ScriptedBackend, ScriptedBackend]]:
-    first, second = ScriptedBackend(), ScriptedBackend()
+def pair() -> Iterator[tuple[Balancer, WireBackend, WireBackend]]:
+    first, second = WireBackend(), WireBackend()
     flags = ("--response-timeout=30", "--health-interval=0.2", "--max-request-body=1000", "--eject-after=0")
     balancer = Balancer(f"--backend=one={first.url}", f"--backend=two={second.url}", *flags)
     yield balancer, first, second
@@ -89,7 +89,7 @@ def pair() -> Iterator[tuple[Balancer, ScriptedBackend, ScriptedBackend]]:
 
 
 @pytest.fixture(scope="module")
-def busy(pair: tuple[Balancer, ScriptedBackend, ScriptedBackend]) -> Balancer:
+def busy(pair: tuple[Balancer, WireBackend, WireBackend]) -> Balancer:
     """Good answers, errors of backends and of clients, a retry, a broken answer, a refused write."""
     balancer, first, second = pair
 
@@ -101,7 +101,7 @@ def busy(pair: tuple[Balancer, ScriptedBackend, ScriptedBackend]) -> Balancer:
     def break_off(sock: socket.socket, request: RawRequest) -> None:
         """After the head has gone on to the client: nothing can be tried elsewhere."""
         sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nshort")
-        has_begun.wait(10)
+        has_begun.wait(60)
         sock.shutdown(socket.SHUT_RDWR)
 
     for method in ("GET", "HEAD", "DELETE", "BREW"):
@@ -229,7 +229,7 @@ def test_a_client_cannot_make_up_labels(busy: Balancer) -> None:
 
 
 def test_nothing_falls_when_a_backend_is_removed_and_comes_back_or_all_is_reset(
-    pair: tuple[Balancer, ScriptedBackend, ScriptedBackend], busy: Balancer
+    pair: tuple[Balancer, WireBackend, WireBackend], busy: Balancer
 ) -> None:
     _, _, second = pair
     before = scrape(busy.url)
@@ -254,7 +254,7 @@ def assert_none_fell(before: dict[Key, float], after: dict[Key, float], whole_on
             assert after[name, labels] >= old, name
 
 
-def test_a_backend_that_is_down_shows(pair: tuple[Balancer, ScriptedBackend, ScriptedBackend], busy: Balancer) -> None:
+def test_a_backend_that_is_down_shows(pair: tuple[Balancer, WireBackend, WireBackend], busy: Balancer) -> None:
     _, first, _ = pair
     first.is_healthy = False
     busy.wait_healthy("one", False)
@@ -269,19 +269,19 @@ def test_a_backend_that_is_down_shows(pair: tuple[Balancer, ScriptedBackend, Scr
     busy.wait_healthy("one")
 
 
-def test_a_request_in_flight_shows(pair: tuple[Balancer, ScriptedBackend, ScriptedBackend], busy: Balancer) -> None:
+def test_a_request_in_flight_shows(pair: tuple[Balancer, WireBackend, WireBackend], busy: Balancer) -> None:
     _, first, second = pair
     release = threading.Event()
 
     def script(sock: socket.socket, request: RawRequest) -> None:
-        release.wait(10)
+        release.wait(60)
         sock.sendall(ok())
 
     first.script = second.script = script
     with connect(busy.port) as client:
         client.sendall(get(b"/slow"))
         try:
-            told = wait_until(lambda: (t := scrape(busy.url)) and value(t, "lb_requests_in_flight") and t, 5)
+            told = wait_until(lambda: (t := scrape(busy.url)) and value(t, "lb_requests_in_flight") and t)
             busy_ones = [value(told, "lb_backend_requests_in_flight", backend=b) for b in ("one", "two")]
             assert value(told, "lb_requests_in_flight") == sum(busy_ones) == 1
         finally:
@@ -290,7 +290,7 @@ def test_a_request_in_flight_shows(pair: tuple[Balancer, ScriptedBackend, Script
 
 
 def test_a_refused_connect_is_no_connection() -> None:
-    backend = ScriptedBackend()
+    backend = WireBackend()
     flags = (f"--backend=good={backend.url}", f"--backend=gone=http://127.0.0.1:{free_port()}", "--panic-threshold=1")
     with closing(backend), Balancer(*flags) as balancer:  # all are asked, whatever the checks say
         for _ in range(4):

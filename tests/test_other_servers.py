@@ -9,7 +9,8 @@ from wsgiref.validate import validator
 
 import pytest
 from flask import Flask
-from support import PYTHON, Process, RawRequest, ScriptedBackend, fetch, fetch_json, free_port, ok, wait_until
+from support import PYTHON, Process, RawRequest, fetch, fetch_json, free_port, ok, wait_until
+from wire import WireBackend
 
 from balancer.config.settings import BackendSettings, Settings
 from load_balancer import create_app
@@ -40,8 +41,8 @@ def echo(sock: object, request: RawRequest) -> None:
 
 
 @pytest.fixture(scope="module")
-def echoing() -> Iterator[ScriptedBackend]:
-    backend = ScriptedBackend()
+def echoing() -> Iterator[WireBackend]:
+    backend = WireBackend()
     backend.script = echo
     yield backend
     backend.close()
@@ -51,7 +52,7 @@ def echoing() -> Iterator[ScriptedBackend]:
 
 
 @pytest.fixture(scope="module")
-def waitress(echoing: ScriptedBackend) -> Iterator[str]:
+def waitress(echoing: WireBackend) -> Iterator[str]:
     """`waitress-serve load_balancer:app`, configured by the environment; its URL."""
     port = free_port()
     process = Process(
@@ -68,7 +69,7 @@ def waitress(echoing: ScriptedBackend) -> Iterator[str]:
             return False
 
     try:
-        wait_until(is_ready, 20, "waitress serves the app")
+        wait_until(is_ready, "waitress serves the app")
         yield url
     finally:
         process.stop()
@@ -117,7 +118,7 @@ def test_waitress_serves_the_control_api(waitress: str) -> None:
     assert fetch(f"{waitress}/algorithm", b"{", "POST", Content_Type="application/json")[0] == 400
 
 
-def test_waitress_passes_on_what_the_backend_gets_wrong(waitress: str, echoing: ScriptedBackend) -> None:
+def test_waitress_passes_on_what_the_backend_gets_wrong(waitress: str, echoing: WireBackend) -> None:
     echoing.answer(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n")
     try:
         assert fetch(f"{waitress}/x")[2] == b"abcde"
@@ -128,17 +129,17 @@ def test_waitress_passes_on_what_the_backend_gets_wrong(waitress: str, echoing: 
         echoing.script = echo
 
 
-def test_waitress_ends_quietly(echoing: ScriptedBackend) -> None:
+def test_waitress_ends_quietly(echoing: WireBackend) -> None:
     """The health thread and the sockets to backends end with the process."""
     port = free_port()
     arguments = [PYTHON, "-m", "waitress", f"--listen=127.0.0.1:{port}", "load_balancer:app"]
     process = Process(arguments, {"LB_BACKENDS": f"only={echoing.url}"})
     try:
-        wait_until(lambda: "Serving" in process.output, 20)
+        wait_until(lambda: "Serving" in process.output)
         assert fetch(f"http://127.0.0.1:{port}/health")[0] == 200
     finally:
         process.popen.send_signal(2)  # SIGINT, as Ctrl-C sends it
-        process.wait(10)
+        process.wait(60)
     assert "Traceback" not in process.output and "Exception" not in process.output
 
 
@@ -152,7 +153,7 @@ def test_a_wrong_setting_is_named_under_another_server_too() -> None:
 
 
 @pytest.fixture
-def app(echoing: ScriptedBackend) -> Iterator[Flask]:
+def app(echoing: WireBackend) -> Iterator[Flask]:
     made = create_app(Settings(backends=(BackendSettings(id="only", url=echoing.url),), expose_backend=True))
     balancer = made.extensions["balancer"]
     balancer.start_parts()
@@ -176,7 +177,7 @@ def test_the_test_client_forwards_and_controls(app: Flask) -> None:
     assert status["statistics"]["active_requests"] == 0
 
 
-def test_an_answer_that_is_not_read_gives_its_place_back(app: Flask, echoing: ScriptedBackend) -> None:
+def test_an_answer_that_is_not_read_gives_its_place_back(app: Flask, echoing: WireBackend) -> None:
     """The server closes the iterable early, as it does when its client has gone."""
     echoing.answer(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n" + b"x" * 500_000)
     try:
@@ -209,7 +210,7 @@ def test_the_app_keeps_to_the_letter_of_wsgi(app: Flask, path: str, method: str)
     assert len(body) == (0 if method == "HEAD" else int(length))
 
 
-def test_two_apps_in_one_process_share_nothing(echoing: ScriptedBackend) -> None:
+def test_two_apps_in_one_process_share_nothing(echoing: WireBackend) -> None:
     backend = BackendSettings(id="only", url=echoing.url)
     one, two = (create_app(Settings(id=name, backends=(backend,))) for name in ("one", "two"))
     assert one.test_client().post("/algorithm", json={"algorithm": "round_robin"}).status_code == 200

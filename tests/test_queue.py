@@ -10,18 +10,8 @@ from threading import Event, Thread
 from typing import Any
 
 import pytest
-from support import (
-    Balancer,
-    ScriptedBackend,
-    connect,
-    exchange,
-    fetch,
-    get,
-    ok,
-    options,
-    split_response,
-    wait_until,
-)
+from support import Balancer, connect, exchange, fetch, get, ok, options, split_response, wait_until
+from wire import WireBackend
 
 from balancer.balancing.backends import LastCheck
 from balancer.balancing.members import PoolChanges
@@ -84,7 +74,7 @@ def serve_all(lease: Lease, futures: list[Future[Lease]]) -> Lease:
     """Each gives its place to the next one; returns the last one's."""
     for future in futures:
         lease.release()
-        lease = future.result(10)
+        lease = future.result(60)
     return lease
 
 
@@ -94,7 +84,7 @@ def test_first_come_first_served(threads: ThreadPoolExecutor) -> None:
     futures = queue_up(pool, threads, 5)
     for number, future in enumerate(futures):
         lease.release(0.01)
-        lease = future.result(10)
+        lease = future.result(60)
         assert lease.queued > 0 and pool.waiting == 4 - number
         assert not any(later.done() for later in futures[number + 1 :])
     lease.release(0.01)
@@ -132,10 +122,10 @@ def test_who_leaves_frees_the_place(threads: ThreadPoolExecutor) -> None:
     (staying,) = queue_up(pool, threads, 1)
     client.leave()
     with pytest.raises(Unavailable):
-        leaving.result(10)
+        leaving.result(60)
     assert pool.waiting == 1
     lease.release()
-    staying.result(10).release()
+    staying.result(60).release()
     assert pool.backends()[0].active == 0
 
 
@@ -145,9 +135,9 @@ def test_a_retry_that_cannot_use_a_place_is_passed_over(threads: ThreadPoolExecu
     (retry,) = queue_up(pool, threads, 1, exclude=["a"])
     (plain,) = queue_up(pool, threads, 1)
     first.release()
-    assert plain.result(10).backend.id == "a" and not retry.done()
+    assert plain.result(60).backend.id == "a" and not retry.done()
     second.release()
-    assert retry.result(10).backend.id == "b"
+    assert retry.result(60).backend.id == "b"
 
 
 @pytest.mark.parametrize("change", [{"max_connections": None}, {"max_connections": 2}])
@@ -156,7 +146,7 @@ def test_more_room_serves_who_waits(threads: ThreadPoolExecutor, change: dict[st
     pool.lease(None)
     (future,) = queue_up(pool, threads, 1)
     pool.update("a", change)
-    assert future.result(10).backend.id == "a"
+    assert future.result(60).backend.id == "a"
 
 
 def test_a_backend_that_comes_up_serves_who_waits(threads: ThreadPoolExecutor) -> None:
@@ -165,7 +155,7 @@ def test_a_backend_that_comes_up_serves_who_waits(threads: ThreadPoolExecutor) -
     backend = pool.add("b", ORIGIN)
     (future,) = queue_up(pool, threads, 1)
     pool.record_check(backend, GOOD)
-    assert future.result(10).backend.id == "b"
+    assert future.result(60).backend.id == "b"
 
 
 def test_nobody_waits_for_a_backend_that_is_down() -> None:
@@ -205,19 +195,19 @@ def test_a_storm_of_waiting_and_leaving_ends_with_nothing_held(threads: ThreadPo
 class Held:
     """A scripted backend that answers when the test lets it."""
 
-    def __init__(self, backend: ScriptedBackend) -> None:
+    def __init__(self, backend: WireBackend) -> None:
         self.go = Event()
         self.backend = backend
         backend.reset()
         backend.script = self._script
 
     def _script(self, sock: socket.socket, request: Any) -> None:
-        self.go.wait(20)
+        self.go.wait(60)
         sock.sendall(ok(request.target))
 
 
 @pytest.fixture(scope="module")
-def limited(scripted: ScriptedBackend) -> Iterator[Balancer]:
+def limited(scripted: WireBackend) -> Iterator[Balancer]:
     """One backend with room for one request, a queue for two."""
     balancer = Balancer(f"--backend=only={scripted.url}", "--queue-limit=2", "--queue-timeout=20")
     fetch(f"{balancer.url}/backends/only", {"max_connections": 1}, "PATCH")
@@ -226,7 +216,7 @@ def limited(scripted: ScriptedBackend) -> Iterator[Balancer]:
 
 
 def test_requests_wait_in_order_and_the_one_too_many_is_told_when_to_come_again(
-    limited: Balancer, scripted: ScriptedBackend, threads: ThreadPoolExecutor
+    limited: Balancer, scripted: WireBackend, threads: ThreadPoolExecutor
 ) -> None:
     held = Held(scripted)
     first = threads.submit(fetch, f"{limited.url}/first")
@@ -238,14 +228,14 @@ def test_requests_wait_in_order_and_the_one_too_many_is_told_when_to_come_again(
     status, headers, body = fetch(f"{limited.url}/3")
     assert (status, headers["retry-after"]) == (503, "1") and b"2 requests are waiting already" in body
     held.go.set()
-    assert [future.result(20)[2] for future in (first, *waiting)] == [b"/first", b"/1", b"/2"]
+    assert [future.result(60)[2] for future in (first, *waiting)] == [b"/first", b"/1", b"/2"]
     assert [request.target for request in scripted.requests] == [b"/first", b"/1", b"/2"]
     newest = limited.status()["recent_requests"][0]
     assert newest["path"] == "/2" and newest["queued"] > 0
 
 
 def test_a_client_that_leaves_the_queue_never_reaches_the_backend(
-    limited: Balancer, scripted: ScriptedBackend, threads: ThreadPoolExecutor
+    limited: Balancer, scripted: WireBackend, threads: ThreadPoolExecutor
 ) -> None:
     held = Held(scripted)
     first = threads.submit(fetch, f"{limited.url}/first")
@@ -259,8 +249,8 @@ def test_a_client_that_leaves_the_queue_never_reaches_the_backend(
     last = threads.submit(exchange, limited.port, get(b"/last"))
     wait_until(lambda: limited.status()["statistics"]["waiting_requests"] == 1)
     held.go.set()
-    assert first.result(20)[0] == 200
-    assert split_response(last.result(20))[2] == b"/last"
+    assert first.result(60)[0] == 200
+    assert split_response(last.result(60))[2] == b"/last"
     assert [request.target for request in scripted.requests] == [b"/first", b"/last"]
     gone = [one for one in limited.status()["recent_requests"] if one["path"] == "/left"]
     assert [(one["status"], one["attempts"]) for one in gone] == [(499, 0), (499, 0)]
@@ -268,7 +258,7 @@ def test_a_client_that_leaves_the_queue_never_reaches_the_backend(
 
 
 def test_requests_that_come_before_the_first_check_wait_for_it() -> None:
-    backend = ScriptedBackend()
+    backend = WireBackend()
     balancer = Balancer(f"--backend=a={backend.url}", wait_ready=False)
     try:
         assert fetch(f"{balancer.url}/x")[0] == 200
@@ -284,7 +274,7 @@ def test_a_removal_serves_who_waits_if_it_makes_room_elsewhere(threads: ThreadPo
     pool.lease(None)
     (future,) = queue_up(pool, threads, 1)
     pool.remove("a")
-    assert future.result(10).backend.id == "b"
+    assert future.result(60).backend.id == "b"
 
 
 def test_a_place_that_was_given_is_used_even_if_the_strategy_fails_for_the_next(threads: ThreadPoolExecutor) -> None:
@@ -304,11 +294,11 @@ def test_a_place_that_was_given_is_used_even_if_the_strategy_fails_for_the_next(
     strategy.select = once  # type: ignore[method-assign]
     with pytest.raises(RuntimeError):
         pool.apply(PoolChanges(update={"a": {"max_connections": 5}}))
-    lease = futures[0].result(10)
+    lease = futures[0].result(60)
     strategy.select = select  # type: ignore[method-assign]
     for one in (*held, lease):
         one.release()
-    futures[1].result(10).release()
+    futures[1].result(60).release()
     assert [backend.active for backend in pool.backends()] == [0, 0]
 
 
@@ -333,10 +323,10 @@ def test_what_is_under_way_finds_room_in_the_queue_for_threads() -> None:
 
         def run(self) -> None:
             started.set()
-            go.wait(20)
+            go.wait(60)
 
     workers = WorkerPool(1, 0, 1.0)
-    assert workers.submit(Work(), False) and started.wait(10)
+    assert workers.submit(Work(), False) and started.wait(60)
     assert not workers.submit(Work(), False)
     assert workers.submit(Work(), False, is_under_way=True) and workers.queued == 1
     go.set()
@@ -358,6 +348,6 @@ def test_who_waits_in_vain_is_told_at_once(threads: ThreadPoolExecutor, change: 
     else:
         pool.update("a", change)
     with pytest.raises(Unavailable, match="no backend is available") as caught:
-        future.result(10)
+        future.result(60)
     assert list(caught.value.excluded) == ["a"]
     lease.release()

@@ -193,7 +193,7 @@ def test_threads_lose_nothing(statistics: Statistics) -> None:
 
     with ThreadPoolExecutor(8) as threads:
         for future in [threads.submit(work) for _ in range(8)]:
-            future.result(50)
+            future.result(60)
     whole, backends, _ = statistics.snapshot()
     assert (whole["total_requests"], whole["failed_requests"], whole["aborted_requests"]) == (4800, 2400, 1200)
     assert {name: told["total_requests"] for name, told in backends.items()} == {"a": 2400, "b": 1200, None: 1200}

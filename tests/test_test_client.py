@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 from stub_balancer import LIMIT, SCRIPT, StubBalancer, environment, one_line, run, run_json, started
-from support import ROOT, Balancer, ScriptedBackend, fetch, free_port, ok, wait_until
+from support import ROOT, Balancer, fetch, free_port, ok, wait_until
+from wire import WireBackend
 
 import test_client
 from balancer import __version__
@@ -76,7 +77,7 @@ def test_the_address_comes_from_the_environment(stub: StubBalancer) -> None:
 
 
 @pytest.mark.parametrize("moved", ["prefix", "port"])
-def test_a_control_api_that_was_moved_is_found_where_the_option_says(backend: ScriptedBackend, moved: str) -> None:
+def test_a_control_api_that_was_moved_is_found_where_the_option_says(backend: WireBackend, moved: str) -> None:
     backend.answer(ok(b'{"server_id": "b1"}'))
     port = free_port()
     flags = ["--control-prefix=/lb"] if moved == "prefix" else [f"--control-port={port}"]
@@ -367,7 +368,7 @@ def test_a_token_opens_the_control_api(stub: StubBalancer, tmp_path: Path) -> No
 def test_a_token_opens_the_reads_of_a_real_balancer(tmp_path: Path) -> None:
     token, file = "a-token-of-this-test", tmp_path / "token"
     file.write_text(token, encoding="ascii")
-    backend = ScriptedBackend()
+    backend = WireBackend()
     flags = (f"--backend=b={backend.url}", "--control-reads=token")
     balancer = Balancer(*flags, "--expose-backend", env={"LB_ADMIN_TOKEN": token})
     try:

@@ -7,7 +7,8 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import Balancer, ScriptedBackend, exchange, get
+from support import Balancer, exchange, get
+from wire import WireBackend
 
 from balancer.protocol.messages import trace_id
 
@@ -72,7 +73,7 @@ def test_what_is_taken_for_valid_has_the_form(value: str) -> None:
 
 
 @pytest.mark.parametrize("value", VALID)
-def test_a_valid_one_goes_through_unchanged(balancer: Balancer, backend: ScriptedBackend, value: str) -> None:
+def test_a_valid_one_goes_through_unchanged(balancer: Balancer, backend: WireBackend, value: str) -> None:
     state = [b"tracestate: rojo=00f067aa0ba902b7,congo=t61rcWkgMzE", b"tracestate: vendor@x=1"]
     exchange(balancer.port, get(b"/", b"TraceParent: " + value.encode(), *state))
     (got,) = backend.requests
@@ -82,7 +83,7 @@ def test_a_valid_one_goes_through_unchanged(balancer: Balancer, backend: Scripte
 
 
 @pytest.mark.parametrize("value", INVALID)
-def test_an_invalid_one_is_dropped_with_its_state(balancer: Balancer, backend: ScriptedBackend, value: str) -> None:
+def test_an_invalid_one_is_dropped_with_its_state(balancer: Balancer, backend: WireBackend, value: str) -> None:
     answer = exchange(balancer.port, get(b"/", b"traceparent: " + value.encode(), b"tracestate: a=1", b"X-Kept: 1"))
     assert answer.startswith(b"HTTP/1.1 200")
     (got,) = backend.requests
@@ -99,7 +100,7 @@ def test_an_invalid_one_is_dropped_with_its_state(balancer: Balancer, backend: S
     ],
 )
 def test_a_state_without_its_parent_and_two_parents_are_dropped(
-    balancer: Balancer, backend: ScriptedBackend, lines: tuple[bytes, ...]
+    balancer: Balancer, backend: WireBackend, lines: tuple[bytes, ...]
 ) -> None:
     exchange(balancer.port, get(b"/", *lines))
     (got,) = backend.requests

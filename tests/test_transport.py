@@ -29,6 +29,8 @@ from balancer.errors import (
 from balancer.protocol.messages import Line
 from balancer.protocol.origin import Origin
 from balancer.upstream.connection import Connection
+from balancer.upstream.dialer import Dialer
+from balancer.upstream.servers import Server
 from balancer.upstream.transport import BackendAdapter, OutgoingRequest, Timeouts
 
 HOST: Line = (b"host", b"test")
@@ -179,7 +181,7 @@ def test_a_time_limit_is_not_set_again_for_a_moment_less() -> None:
     """The worker way asked the kernel four times a request: 30 s, then 29.9998 s, and back."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        connection = Connection(ours, Origin("http", "127.0.0.1", 1))
+        connection = Connection(ours, Origin("http", "127.0.0.1", 1), Server())
 
         def limit() -> int:
             seconds: int = struct.unpack("@ll", ours.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 16))[0]
@@ -232,7 +234,7 @@ def test_a_refusal_stops_a_streamed_body(adapter: BackendAdapter, backend: WireB
 
     def on_head(sock: socket.socket, _: Any) -> bool:
         sock.sendall(b"HTTP/1.1 413 X\r\nContent-Length: 3\r\n\r\nbig")
-        done.wait(10)
+        done.wait(60)
         return True
 
     sent = [0]
@@ -437,6 +439,57 @@ def test_a_connection_that_the_backend_closed_is_seen_before_use(adapter: Backen
     assert len(set(backend.peers)) == 2
 
 
+def test_what_cannot_be_repeated_meets_no_connection_that_may_be_about_to_end(backend: WireBackend) -> None:
+    """This backend ends a kept connection just as the next request comes on it."""
+    clock = Clock()
+    adapter = BackendAdapter(QUICK, clock=clock)
+    pooled: set[int] = set()
+
+    def script(sock: socket.socket, _: Any) -> None:
+        peer = sock.getpeername()[1]
+        if peer in pooled:
+            hang_up(sock)
+        pooled.add(peer)
+        sock.sendall(ok(b"ok"))
+
+    backend.script = script
+    for body in (b"abc", iter([b"abc"])):
+        assert fetch(adapter, backend.url) == b"ok"
+        clock.now += 2
+        assert fetch(adapter, backend.url, outgoing("POST", body=body)) == b"ok"
+    assert fetch(adapter, backend.url, outgoing("PUT", body=b"abc")) == b"ok"  # sent again
+    adapter.close()
+
+
+@pytest.mark.parametrize(
+    ("looked_at", "has_ended", "pause", "is_used_again"),
+    [
+        (None, False, 0.4, True),
+        (None, False, 0.6, False),
+        (2.0, False, 0.9, True),  # it was good after 2 s, so half of that is safe
+        (2.0, False, 1.1, False),
+        (2.0, True, 0.4, True),
+        (0.4, True, 0.3, False),
+    ],
+)
+def test_how_long_a_backend_keeps_connections_is_learnt(
+    backend: WireBackend, looked_at: float | None, has_ended: bool, pause: float, is_used_again: bool
+) -> None:
+    clock = Clock()
+    adapter = BackendAdapter(QUICK, clock=clock)
+    fetch(adapter, backend.url)
+    if looked_at is not None:
+        if has_ended:
+            backend.drop_connections()
+        clock.now += looked_at
+        adapter.close_idle()
+        fetch(adapter, backend.url)
+    clock.now += pause
+    fetch(adapter, backend.url, outgoing("POST", body=b"abc"))
+    assert (backend.peers[-1] == backend.peers[-2]) is is_used_again
+    adapter.close()
+
+
 class Untold:
     """A socket whose kernel says nothing of use in TCP_INFO."""
 
@@ -521,7 +574,7 @@ def test_threads_share_an_adapter(adapter: BackendAdapter, backend: WireBackend)
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     assert wrong == []
     assert len(backend.requests) == 400
     assert len(set(backend.peers)) <= 8
@@ -548,7 +601,7 @@ class TlsBackend(WireBackend):
 
 
 def openssl(*arguments: str) -> None:
-    subprocess.run(["openssl", *arguments], check=True, capture_output=True, timeout=30)
+    subprocess.run(["openssl", *arguments], check=True, capture_output=True, timeout=60)
 
 
 @pytest.fixture(scope="module")
@@ -573,7 +626,7 @@ def tls_backend(authority: Path) -> Iterator[TlsBackend]:
 
 @pytest.fixture
 def tls_adapter(authority: Path) -> Iterator[BackendAdapter]:
-    made = BackendAdapter(Timeouts(5, 5, 5, 4), tls=ssl.create_default_context(cafile=authority / "ca.pem"))
+    made = BackendAdapter(Timeouts(5, 5, 5, 4), dialer=Dialer(ssl.create_default_context(cafile=authority / "ca.pem")))
     yield made
     made.close()
 
@@ -617,13 +670,47 @@ def test_tls_with_another_host_name_is_refused(tls_adapter: BackendAdapter, tls_
     assert tls_backend.requests == []
 
 
+@pytest.fixture
+def called(tls_backend: TlsBackend) -> list[str | None]:
+    """The server names that clients have asked for, in their order."""
+    found: list[str | None] = []
+    tls_backend._context.sni_callback = lambda sock, name, context: found.append(name)  # type: ignore[assignment]
+    return found
+
+
+def test_tls_without_the_dot_of_an_absolute_name(
+    tls_adapter: BackendAdapter, tls_backend: TlsBackend, called: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RFC 6066 section 3. To the resolver the dot says that no domain is to be added."""
+    asked, real = [], socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *a, **k: asked.append(host) or real("127.0.0.1", *a, **k))
+    assert fetch(tls_adapter, f"https://localhost.:{tls_backend.port}") == b"ok"
+    assert (called, asked) == (["localhost"], ["localhost."])
+
+
+def test_tls_with_a_server_name_of_the_operators(
+    tls_adapter: BackendAdapter, tls_backend: TlsBackend, called: list[str | None]
+) -> None:
+    """From the next request on: kept connections were made with another one."""
+    url, timeouts = f"https://127.0.0.1:{tls_backend.port}", tls_adapter.timeouts
+    tls_adapter.use(timeouts, "localhost.")
+    assert fetch(tls_adapter, url) == fetch(tls_adapter, url) == b"ok"
+    assert called == ["localhost"]
+    before = tls_adapter.exchange(outgoing(), Origin.parse(url))
+    tls_adapter.use(timeouts, "another.test")
+    before.body.close()
+    with pytest.raises(ConnectFailed, match="TLS: .*another.test"):
+        fetch(tls_adapter, url)
+    assert called[1:] == ["another.test"]
+
+
 def test_tls_to_a_plain_port_is_refused(tls_adapter: BackendAdapter) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         answering = threading.Thread(target=_answer_plainly, args=(listener,))
         answering.start()
         with pytest.raises(ConnectFailed, match="TLS"):
             fetch(tls_adapter, f"https://localhost:{listener.getsockname()[1]}")
-        answering.join(5)
+        answering.join(60)
 
 
 def _answer_plainly(listener: socket.socket) -> None:
@@ -635,13 +722,13 @@ def _answer_plainly(listener: socket.socket) -> None:
 
 def test_tls_handshake_has_a_time_limit(authority: Path) -> None:
     """Somebody accepts and says nothing: nothing was sent, any method may go elsewhere."""
-    adapter = BackendAdapter(QUICK, tls=ssl.create_default_context(cafile=authority / "ca.pem"))
+    adapter = BackendAdapter(QUICK, dialer=Dialer(ssl.create_default_context(cafile=authority / "ca.pem")))
     with socket.create_server(("127.0.0.1", 0)) as listener, pytest.raises(ConnectTimedOut, match="TLS"):
         fetch(adapter, f"https://localhost:{listener.getsockname()[1]}")
 
 
 def test_tls_response_has_a_time_limit(authority: Path, tls_backend: TlsBackend) -> None:
-    adapter = BackendAdapter(QUICK, tls=ssl.create_default_context(cafile=authority / "ca.pem"))
+    adapter = BackendAdapter(QUICK, dialer=Dialer(ssl.create_default_context(cafile=authority / "ca.pem")))
     held = threading.Event()
     tls_backend.requests = _Blocking(held)
     try:
@@ -659,7 +746,7 @@ class _Blocking(list[RawRequest]):
         self._held = held
 
     def append(self, item: RawRequest) -> None:
-        self._held.wait(10)
+        self._held.wait(60)
 
 
 def test_tls_mounted_in_a_session(tls_adapter: BackendAdapter, tls_backend: TlsBackend) -> None:

@@ -132,7 +132,7 @@ def test_the_reader_is_woken_by_the_piece_it_waits_for() -> None:
         received = threads.submit(upload.call.receive)
         wait_until(lambda: bool(upload.asked) and upload.asked[0].is_awaited)
         upload.asked[0].keep(piece(b"late"))
-        assert received.result(5) == [b"late"]
+        assert received.result(60) == [b"late"]
 
 
 def test_a_piece_that_comes_too_late_is_not_lost() -> None:
@@ -185,9 +185,9 @@ def test_a_client_that_may_not_send_is_not_slow() -> None:
         assert not wait([received], 0.2).done
         go_on = threads.submit(other.call.receive)
         with pytest.raises(ClientTooSlow):
-            received.result(5)
+            received.result(60)
         other.asked[1].keep(piece(b"b"))
-        go_on.result(5)
+        go_on.result(60)
 
 
 def test_nobody_is_excused_for_longer_than_the_others_may_take() -> None:

@@ -31,7 +31,7 @@ class Call:
     def run(self) -> None:
         self.thread = threading.current_thread()
         self.started.set()
-        self._gate.wait(30)
+        self._gate.wait(60)
         self.done.set()
 
     def let_go(self) -> None:
@@ -55,7 +55,7 @@ class Bench:
     def run(self, waits: bool = True, is_control: bool = False, source: str = "") -> Call:
         """Submit and wait until a thread works on it."""
         call = self.submit(waits, is_control, source)
-        assert call is not None and call.started.wait(10)
+        assert call is not None and call.started.wait(60)
         return call
 
     def fill(self) -> list[Call]:
@@ -114,7 +114,7 @@ def test_the_queue_is_first_come_first_served_and_bounded(bench: Bench) -> None:
     assert bench.pool.queued == MAX_QUEUED
     for free, call in zip(busy, queued, strict=False):
         free.let_go()
-        assert call is not None and call.started.wait(10)
+        assert call is not None and call.started.wait(60)
         assert call.thread is free.thread
     assert bench.pool.queued == 0
 
@@ -133,7 +133,7 @@ def test_a_withdrawn_call_never_runs(bench: Bench) -> None:
     assert bench.pool.withdraw(withdrawn) is True
     assert bench.pool.withdraw(withdrawn) is False
     busy[0].let_go()
-    assert other.done.wait(10)
+    assert other.done.wait(60)
     assert not withdrawn.started.is_set()
 
 
@@ -157,7 +157,7 @@ def test_the_control_reserve_is_not_eaten_by_queued_requests() -> None:
         bench.submit()
     for number in range(2 * CONTROL_THREADS):
         control = bench.submit(waits=False, is_control=True)
-        assert control is not None and control.done.wait(5), f"control call {number + 1} found no thread"
+        assert control is not None and control.done.wait(60), f"control call {number + 1} found no thread"
     assert bench.pool.queued == 3 * CONTROL_THREADS
     bench.close()
 
@@ -166,7 +166,7 @@ def test_threads_beyond_the_limit_end_after_their_call(bench: Bench) -> None:
     bench.fill()
     control = bench.run(waits=False, is_control=True)
     assert control.thread is not None
-    control.thread.join(10)
+    control.thread.join(60)
     assert not control.thread.is_alive()
 
 
@@ -177,7 +177,7 @@ def test_idle_threads_end_and_new_ones_come_when_needed() -> None:
         call.let_go()
     for call in calls:
         assert call.thread is not None
-        call.thread.join(10)
+        call.thread.join(60)
         assert not call.thread.is_alive()
     again = bench.fill()
     assert not {call.thread for call in again} & {call.thread for call in calls}
@@ -192,9 +192,9 @@ def test_nothing_is_lost_when_threads_end_while_calls_come() -> None:
         for sender in senders:
             sender.start()
         for sender in senders:
-            sender.join(30)
+            sender.join(60)
         assert len(bench.calls) == 2000
-        assert all(call.done.wait(10) for call in bench.calls)
+        assert all(call.done.wait(60) for call in bench.calls)
     finally:
         bench.close()
 
@@ -205,11 +205,11 @@ def test_stop_joins_idle_and_busy_threads_and_takes_no_more(bench: Bench) -> Non
     stopper = threading.Thread(target=bench.pool.stop, args=(20,))
     stopper.start()
     assert quick.thread is not None and busy.thread is not None
-    quick.thread.join(10)
+    quick.thread.join(60)
     assert not quick.thread.is_alive() and stopper.is_alive()
     assert bench.submit() is None
     busy.let_go()
-    stopper.join(10)
+    stopper.join(60)
     assert not stopper.is_alive() and not busy.thread.is_alive()
 
 
@@ -224,7 +224,7 @@ def test_a_queued_call_still_runs_during_stop(bench: Bench) -> None:
     queued = bench.submit(waits=False)
     bench.pool.stop(0.01)
     busy[0].let_go()
-    assert queued is not None and queued.done.wait(10)
+    assert queued is not None and queued.done.wait(60)
 
 
 def test_a_thread_that_cannot_start_takes_no_seat(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,11 +262,11 @@ def test_one_source_leaves_threads_for_others(shared: Bench) -> None:
     held = [shared.run(source="greedy") for _ in range(6)]
     waiting = shared.submit(waits=False, source="greedy")
     assert waiting is not None and shared.pool.queued == 1
-    assert shared.run(waits=False, source="other").done.wait(10)
+    assert shared.run(waits=False, source="other").done.wait(60)
     shared.wait_idle(1)
     assert not waiting.started.is_set(), "though a thread is idle"
     held[0].let_go()
-    assert waiting.done.wait(10)
+    assert waiting.done.wait(60)
     assert waiting.thread is held[0].thread
 
 
@@ -292,7 +292,7 @@ def test_sources_that_wait_take_turns(shared: Bench) -> None:
     for call in (greedy[0], *modest, *greedy[1:]):
         assert call is not None and not call.started.is_set()
         held.pop().let_go()
-        assert call.started.wait(10)
+        assert call.started.wait(60)
 
 
 def test_the_control_reserve_is_beyond_the_share(shared: Bench) -> None:
@@ -310,9 +310,9 @@ def test_control_calls_of_one_source_are_few_at_a_time() -> None:
     held = [bench.run(is_control=True, source=source) for source in ("a", "b") for _ in range(CONTROL_THREADS)]
     waiting = bench.submit(is_control=True, source="a")
     assert waiting is not None and not waiting.started.is_set()
-    assert bench.run(source="a", waits=False).done.wait(10), "though it may have threads for other calls"
+    assert bench.run(source="a", waits=False).done.wait(60), "though it may have threads for other calls"
     held[0].let_go()
-    assert waiting.started.wait(10)
+    assert waiting.started.wait(60)
     assert bench.submit(is_control=True, source="b") is not None
     bench.close()
 
@@ -330,5 +330,5 @@ def test_a_call_is_withdrawn_from_its_source_s_queue(shared: Bench) -> None:
     assert first is not None and second is not None
     assert shared.pool.withdraw(first) and not shared.pool.withdraw(first)
     held[0].let_go()
-    assert second.started.wait(10) and not first.started.is_set()
+    assert second.started.wait(60) and not first.started.is_set()
     assert shared.pool.queued == 0

@@ -1,19 +1,18 @@
-"""Bytes on the wire, strictly: a backend that tells complete requests from broken ones, and a client that reads frames.
-
-`support.ScriptedBackend` takes a body that ends early for a complete one; where that matters, use `WireBackend`.
-"""
+"""Bytes on the wire, strictly: a backend that says exactly what it is told, and a client that reads frames."""
 
 from __future__ import annotations
 
 import socket
 import struct
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from typing import IO, NoReturn
 
-from support import RawRequest, ScriptedBackend, wait_until
+from support import RawRequest, get, ok, wait_until
 
 Line = tuple[bytes, bytes]
+Script = Callable[[socket.socket, RawRequest], None]
 CHUNKED_ABC = b"3\r\nabc\r\n0\r\n\r\n"
 
 
@@ -21,26 +20,52 @@ class Broken(Exception):
     """The message ended before its end, or its framing is malformed."""
 
 
-class WireBackend(ScriptedBackend):
-    """`requests` holds complete requests only and `broken` the rest; `peers` has the connection of each complete one.
+class WireBackend:
+    """Accepts connections and answers each request by `script`, until that raises OSError or hangs up.
 
-    `on_head`, if set, is called before the body is read; when it returns True the connection is left to it.
+    Health checks (`GET /health`) are answered 200 unless `is_healthy` is False. `requests` holds all other complete
+    requests, `broken` the rest; `peers` has the connection of each complete one. `on_head`, if set, is called before
+    the body is read; when it returns True the connection is left to it.
     """
 
     def __init__(self) -> None:
+        self.script: Script = lambda sock, request: sock.sendall(ok())
+        self.on_head: Callable[[socket.socket, RawRequest], bool] | None = None
+        self.is_healthy = True
+        self.requests: list[RawRequest] = []
         self.broken: list[RawRequest] = []
         self.peers: list[int] = []
-        self.on_head: Callable[[socket.socket, RawRequest], bool] | None = None
-        self.used: set[socket.socket] = set()
+        self.open: set[socket.socket] = set()
+        self.used: set[socket.socket] = set()  # those that carried a request
         self.streams: dict[socket.socket, IO[bytes]] = {}  # for an `on_head` that reads the body itself
-        super().__init__()
+        self.port = 0
+        self.listen()
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def listen(self) -> None:
+        """On a free port; again on the same one after `close`."""
+        self.listener = socket.create_server(("127.0.0.1", self.port), backlog=1024)
+        self.port = self.listener.getsockname()[1]
+        self._thread = threading.Thread(target=self._accept, name="scripted-backend", daemon=True)
+        self._thread.start()
+
+    def answer(self, data: bytes, close: bool = False) -> None:
+        """Answer every request with these bytes."""
+
+        def script(sock: socket.socket, request: RawRequest) -> None:
+            sock.sendall(data)
+            if close:
+                sock.shutdown(socket.SHUT_RDWR)
+
+        self.script = script
 
     def reset(self) -> None:
-        self.broken.clear()
-        self.peers.clear()
+        self.is_healthy = True
         self.on_head = None
+        self.answer(ok())
         self.drop_connections()
-        super().reset()
+        for seen in (self.requests, self.broken, self.peers):
+            seen.clear()
 
     def drop_connections(self) -> None:
         """End every connection that carried a request, so that the next one comes on a fresh connection."""
@@ -49,10 +74,29 @@ class WireBackend(ScriptedBackend):
                 sock.shutdown(socket.SHUT_RDWR)
         wait_until(lambda: not self.used, what="connections of the last test are closed")
 
+    def close(self) -> None:
+        with suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)  # wakes `accept`, which close alone does not
+        self.listener.close()
+        for sock in list(self.open):
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        self._thread.join(60)
+
     @property
     def seen(self) -> int:
         """Requests of which anything came."""
         return len(self.requests) + len(self.broken)
+
+    def _accept(self) -> None:
+        listener = self.listener
+        while True:
+            try:
+                sock, _ = listener.accept()
+            except OSError:
+                return
+            self.open.add(sock)
+            threading.Thread(target=self._serve, args=(sock,), name="scripted-connection", daemon=True).start()
 
     def _serve(self, sock: socket.socket) -> None:
         try:
@@ -166,6 +210,14 @@ def request(
 
 def post(*lines: bytes, body: bytes = b"", target: bytes = b"/") -> bytes:
     return request(target, *lines, method=b"POST", body=body)
+
+
+LARGE = b"x" * 70_000
+
+
+def large(target: bytes) -> bytes:
+    """A request that holds a thread while its backend works; those on the express way hold none."""
+    return get(target, b"Content-Length: %d" % len(LARGE), method=b"PUT") + LARGE
 
 
 def hang_up(sock: socket.socket, *, reset: bool = False) -> NoReturn:

@@ -35,12 +35,13 @@ MAX_WEIGHT = 256  # as in HAProxy: enough for any ratio, and sums stay small
 
 @dataclass(frozen=True, slots=True)
 class LastCheck:
-    """The newest health check: epoch seconds, duration in seconds, and what came back."""
+    """The newest health check: epoch seconds, duration in seconds, and what came back, or that nothing came in time."""
 
     at: float
     duration: float
     status: int | None
     error: str | None
+    timed_out: bool = False
 
 
 class HealthView(TypedDict):
@@ -56,14 +57,21 @@ class HealthView(TypedDict):
 
 @dataclass(slots=True)
 class Health:
-    """What the checks have seen. `since` is epoch seconds of the last change of `status`."""
+    """What the checks have seen. `since` is epoch seconds of the last change of `status`; `alive_at`, of the pool's
+    clock, is when it last answered a check, or a request since a check has failed."""
 
     status: HealthStatus = "unknown"
-    reason: str | None = None
+    reason: str | None = None  # why it is down, or busy
+    alive_at: float = 0.0
     since: float = 0.0
     consecutive_failures: int = 0
     consecutive_successes: int = 0
     last_check: LastCheck | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Up, but its requests keep its checks waiting: the others are asked first."""
+        return self.status == "up" and self.reason is not None
 
     @property
     def is_in_transition(self) -> bool:

@@ -41,6 +41,7 @@ class Candidates:
             backend.max_connections is not None
             or backend.slow_start.began_at is not None
             or backend.ejection.status != "none"
+            or backend.health.is_busy
             for backend in self.ready
         )
 
@@ -62,6 +63,7 @@ class Candidates:
             if backend.id not in exclude and not backend.is_full:
                 (on_trial if backend.ejection.is_tried else free).append(backend)
         free = free or on_trial  # better a second request to one on trial than no backend
+        free = [backend for backend in free if not backend.health.is_busy] or free
         return [backend for backend in free if backend.slow_start.takes_part(now, slow_start)] or free
 
     def why_not(self, exclude: Collection[str], candidates: Collection[Backend] = ()) -> dict[str, str]:
@@ -97,4 +99,6 @@ def _obstacle(backend: Backend, exclude: Collection[str]) -> str:
         return f"full: {backend.active} of {backend.max_connections}"
     if backend.ejection.is_tried:
         return "its trial request is under way"
+    if backend.health.is_busy:
+        return f"busy: {backend.health.reason}"
     return "slow start" if backend.slow_start.began_at is not None else ""

@@ -60,10 +60,22 @@ class Judge:
     def succeeded(self, backend: Backend, is_trial: bool) -> bool:
         """The whole answer is through."""
         backend.ejection.consecutive_failures = 0
-        if not (is_trial and backend.ejection.status == "trial"):
-            return False
-        self._return(backend, "its trial request was answered")
-        return True
+        if is_trial and backend.ejection.status == "trial":
+            self._return(backend, "its trial request was answered")
+            return True
+        return backend.health.consecutive_failures > 0 and self._works(backend)
+
+    def _works(self, backend: Backend) -> bool:
+        """It has answered; True if it was busy until now."""
+        self.alive(backend)
+        was_busy = backend.health.is_busy
+        if was_busy:
+            backend.health.reason = None
+        return was_busy
+
+    def alive(self, backend: Backend) -> None:
+        """Some of an answer has come."""
+        backend.health.alive_at = self._clock()
 
     def failed(self, backend: Backend, failure: str, is_trial: bool) -> bool:
         """The backend was at fault, `failure` says how."""
@@ -145,15 +157,16 @@ class Judge:
         backend.health.last_check = check
         backend.counts.checks += 1
         backend.counts.failed_checks += check.error is not None
-        return self._checked_good(backend) if check.error is None else self._checked_bad(backend, check.error)
+        return self._checked_good(backend) if check.error is None else self._checked_bad(backend, check, check.error)
 
     def _checked_good(self, backend: Backend) -> bool:
         health = backend.health
         health.consecutive_successes += 1
         health.consecutive_failures = 0
+        was_busy = self._works(backend)
         if health.status == "up":
             if not (self.options.eject_ends_on_check and backend.ejection.status == "ejected"):
-                return False
+                return was_busy
             self._return(backend, "answers its health check")
             return True
         if health.status == "down" and health.consecutive_successes < self.options.health_rise:
@@ -164,15 +177,25 @@ class Judge:
         backend.ejection.end(self._clock())
         return self._set(backend, "up", None)
 
-    def _checked_bad(self, backend: Backend, error: str) -> bool:
-        health, fall = backend.health, self.options.health_fall
+    def _checked_bad(self, backend: Backend, check: LastCheck, error: str) -> bool:
+        health = backend.health
         health.consecutive_failures += 1
         health.consecutive_successes = 0
-        if health.status == "unknown" or (health.status == "up" and health.consecutive_failures >= fall):
-            return self._set(backend, "down", error)
+        if health.status == "up" and health.consecutive_failures < self.options.health_fall:
+            return False
+        if health.status == "up" and check.timed_out and self._keeps_waiting(backend, check):
+            was_busy, health.reason = health.is_busy, error
+            return not was_busy
         if health.status == "down":
             health.reason = error
-        return False
+            return False
+        return self._set(backend, "down", error)
+
+    def _keeps_waiting(self, backend: Backend, check: LastCheck) -> bool:
+        """Whether it is requests that kept the check waiting, for busy is not dead: some are in flight, and it has not
+        been silent for longer than any of them may take; or one was answered meanwhile."""
+        silence = self._clock() - backend.health.alive_at
+        return silence < (self.options.response_timeout if backend.active else check.duration)
 
     def refused(self, backend: Backend, reason: str) -> bool:
         backend.health.consecutive_successes = 0

@@ -12,6 +12,7 @@ LatencyMode = Literal["off", "shadow", "enforce"]
 class PoolOptions:
     """By the names of the settings."""
 
+    response_timeout: float
     health_fall: int
     health_rise: int
     eject_after: int

@@ -49,6 +49,11 @@ class Lease:
         if self._pool is not None and (self.is_trial or not self.is_answered):
             self._pool._answered(self, first_byte_seconds, is_good)
 
+    def alive(self) -> None:
+        """Some of the answer has come. Of interest if the backend does not answer its checks at the same time."""
+        if self._pool is not None and self.backend.health.consecutive_failures:
+            self._pool._alive(self)
+
     def release(self, first_byte_seconds: float | None = None, *, failure: str = "") -> None:
         """Idempotent. `first_byte_seconds` for a good answer; `failure` in words if the backend was at fault; neither
         if nobody can tell, as when the client left."""
@@ -191,6 +196,11 @@ class BackendPool:
                     if self._judge.succeeded(backend, is_trial=True):
                         self._judged()
         self._notifier.notify()
+
+    def _alive(self, lease: Lease) -> None:
+        with self._lock:
+            if lease.choice.origin == lease.backend.origin:
+                self._judge.alive(lease.backend)
 
     def _release(self, lease: Lease, first_byte_seconds: float | None, failure: str) -> None:
         backend = lease.backend

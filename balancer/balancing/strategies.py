@@ -5,7 +5,8 @@ chooses: no I/O, no sleeping, no lock, no counters of others. A strategy's own m
 Clock and randomness are injected, so that a test or a simulation can replay any choice.
 
 To add one, write a class with `@strategy("name")`; from another package, name it in the entry-point group
-`load_balancer.strategies`. Its docstring is what `GET /algorithm` shows.
+`load_balancer.strategies`. `GET /algorithm` shows the text behind the name, else its docstring: those here have a text,
+because `python -OO` leaves docstrings out.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ UNMEASURED_SECONDS = 1.0  # what a backend without a sample counts as once it is
 
 
 class Strategy:
-    """Base class: `name` is set by the decorator, `description` comes from the docstring."""
+    """Base class: the decorator sets `name` and `text`."""
 
     name: ClassVar[str] = ""
+    text: ClassVar[str] = ""
     # Whether `select` looks at response times. They are measured only for those that do: it costs every request.
     uses_times: ClassVar[bool] = True
 
@@ -56,18 +58,18 @@ class Strategy:
 
     @classmethod
     def description(cls) -> str:
-        return " ".join((inspect.getdoc(cls) or "").split())
+        return cls.text or " ".join((inspect.getdoc(cls) or "").split())
 
 
 REGISTRY: dict[str, type[Strategy]] = {}
 S = TypeVar("S", bound=type[Strategy])
 
 
-def strategy(name: str) -> Callable[[S], S]:
-    """Register a Strategy class under `name`."""
+def strategy(name: str, text: str = "") -> Callable[[S], S]:
+    """Register a Strategy class under `name`. `text` says what it does, in place of its docstring."""
 
     def register(cls: S) -> S:
-        cls.name = name
+        cls.name, cls.text = name, text
         REGISTRY[name] = cls
         return cls
 
@@ -153,11 +155,12 @@ class TakingTurns(Strategy):
         self._turns = SmoothTurns(_weights)
 
 
-@strategy("round_robin")
+@strategy(
+    "round_robin",
+    "Each backend in turn, exactly the same number of requests for all. Right for equal backends and requests of "
+    "about equal cost; ignores weights and load.",
+)
 class RoundRobin(TakingTurns):
-    """Each backend in turn, exactly the same number of requests for all. Right for equal backends and requests of
-    about equal cost; ignores weights and load."""
-
     uses_times = False
 
     def backends_changed(self) -> None:
@@ -170,11 +173,12 @@ class RoundRobin(TakingTurns):
         return {backend.id: 1 / len(ready) for backend in ready}
 
 
-@strategy("weighted")
+@strategy(
+    "weighted",
+    "Smooth weighted round robin: requests in exact proportion to the weights (3:2:1 gives 50, 33 and 17 %), "
+    "evenly spread rather than in bursts. Right for backends of known, unequal size.",
+)
 class Weighted(TakingTurns):
-    """Smooth weighted round robin: requests in exact proportion to the weights (3:2:1 gives 50, 33 and 17 %), evenly
-    spread rather than in bursts. Right for backends of known, unequal size."""
-
     uses_times = False
 
     def select(self, candidates: Sequence[Backend], request: Request) -> Backend:
@@ -185,11 +189,12 @@ class Weighted(TakingTurns):
         return {backend.id: backend.weight / total for backend in ready}
 
 
-@strategy("least_connections")
+@strategy(
+    "least_connections",
+    "The backend with the fewest requests in flight for its weight; ties take turns by weight. Right for requests "
+    "of very different duration, and for backends of different or changing speed.",
+)
 class LeastConnections(TakingTurns):
-    """The backend with the fewest requests in flight for its weight; ties take turns by weight. Right for requests of
-    very different duration, and for backends of different or changing speed."""
-
     uses_times = False
 
     def scores(self, candidates: Sequence[Backend]) -> Sequence[float]:
@@ -208,12 +213,13 @@ class LeastConnections(TakingTurns):
         return least if len(tied) == 1 else self._turns.next(tied)
 
 
-@strategy("power_of_two")
+@strategy(
+    "power_of_two",
+    "The less loaded of two backends drawn at random by weight: nearly as even as asking all of them, and several "
+    "balancers in front of the same backends do not all run to the same one. Right for many backends, or many "
+    "balancers.",
+)
 class PowerOfTwo(Strategy):
-    """The less loaded of two backends drawn at random by weight: nearly as even as asking all of them, and several
-    balancers in front of the same backends do not all run to the same one. Right for many backends, or many
-    balancers."""
-
     uses_times = False
 
     def select(self, candidates: Sequence[Backend], request: Request) -> Backend:
@@ -259,22 +265,24 @@ class ExpectedSoonest(TakingTurns):
         return tied[0] if len(tied) == 1 else self._turns.next(tied)
 
 
-@strategy("least_response_time")
+@strategy(
+    "least_response_time",
+    "The backend expected to answer first: its remembered time to first byte (EWMA; a failure counts as 1 s), or "
+    "for how long it has owed an answer, times its requests in flight plus one, over its weight. An idle "
+    "backend's remembered time halves every 5 s, so a slow one is tried again; one never measured is tried first. "
+    "Right when speed differs for reasons nobody knows beforehand.",
+)
 class LeastResponseTime(ExpectedSoonest):
-    """The backend expected to answer first: its remembered time to first byte (EWMA; a failure counts as 1 s), or for
-    how long it has owed an answer, times its requests in flight plus one, over its weight. An idle backend's remembered
-    time halves every 5 s, so a slow one is tried again; one never measured is tried first. Right when speed differs for
-    reasons nobody knows beforehand."""
-
     def remembered(self, backend: Backend, now: float) -> float:
         return backend.speed.response_time(now)
 
 
-@strategy("peak_ewma")
+@strategy(
+    "peak_ewma",
+    "As least_response_time, but one slow answer counts in full at once and is forgotten only as time passes (it "
+    "halves every 5 s), as in Finagle and Linkerd. Right when a backend that was slow a moment ago is better "
+    "avoided, and the others have room for its share.",
+)
 class PeakEwma(ExpectedSoonest):
-    """As least_response_time, but one slow answer counts in full at once and is forgotten only as time passes (it
-    halves every 5 s), as in Finagle and Linkerd. Right when a backend that was slow a moment ago is better avoided, and
-    the others have room for its share."""
-
     def remembered(self, backend: Backend, now: float) -> float:
         return backend.speed.peak_time(now)

@@ -160,6 +160,14 @@ class Settings(BaseModel):
     queue_timeout: Seconds = Field(5.0, description="time a request waits for a place on a backend; after that 503")
     max_request_body: Bytes | None = Field(None, ge=0, description="bytes; larger request bodies are refused with 413")
     ca_file: Fixed[Path | None] = Field(None, description="PEM file of CAs for https backends, instead of the system's")
+    backend_host: str = Field(
+        "keep", pattern=validation.HOST, description="Host of what is forwarded; keep for the one that the client sent"
+    )
+    backend_sni: str | None = Field(
+        None,
+        pattern=validation.NAME,
+        description="what https backends are called, and their certificates must say, instead of the name in the URL",
+    )
     trusted_proxies: tuple[str, ...] = Field((), description="networks whose X-Forwarded-* and Forwarded are believed")
     expose_backend: bool = Field(False, description="add X-Served-By with the backend's id to answers")
     request_headers: RequestRules = Field(
@@ -169,8 +177,15 @@ class Settings(BaseModel):
         NO_RULES, description='changes of what clients get, as { add = { Cache-Control = "no-store" } }'
     )
 
+    via: bool = Field(
+        True, description="tell backends of this balancer in Via; without it nginx compresses, and loops are not seen"
+    )
+
     # Health checks.
     health_path: str = Field("/health", pattern=validation.PATH, description="path asked by the health checks")
+    health_host: str | None = Field(
+        None, pattern=validation.HOST, description="Host of the health checks, instead of the backend's own"
+    )
     health_interval: Seconds = Field(0.5, description="time between two checks of a backend; a fifth while it changes")
     health_timeout: Seconds = Field(0.4, description="time for a check to connect, and to answer")
     health_fall: int = Field(2, ge=1, le=100, description="failed checks in a row until a backend is down")
@@ -238,7 +253,7 @@ class Settings(BaseModel):
     )
     drain_timeout: Fixed[SecondsOrZero] = Field(30.0, description="time after that for requests in flight to finish")
     access_log: bool = Field(False, description="log every request to stdout, in a thread of its own")
-    access_log_format: Literal["text", "json"] = Field("text", description="text or json")
+    access_log_format: Literal["text", "json"] = Field("text", description="text or json; of all other lines as well")
     cpu_affinity: Fixed[str] = Field("auto", description="auto pins to one CPU, none to no CPU, or a list as 0,2")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged, to stdout")
 
@@ -316,6 +331,11 @@ class Settings(BaseModel):
     def networks(self) -> tuple[Network, ...]:
         """`trusted_proxies`, parsed."""
         return tuple(map(parse_network, self.trusted_proxies))
+
+    @property
+    def host_field(self) -> bytes:
+        """`backend_host` as it is sent, empty to keep the client's."""
+        return b"" if self.backend_host == "keep" else self.backend_host.encode("ascii")
 
     @property
     def queue_places(self) -> int:

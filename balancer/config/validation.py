@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from balancer.balancing.backends import ID_PATTERN
+from balancer.protocol.origin import AUTHORITY_PATTERN, NAME_PATTERN
 
 Schema = Mapping[str, Any]
 
@@ -15,8 +16,11 @@ MAX_SHOWN = 120  # characters of a wrong value
 ID = f"^{ID_PATTERN}$"
 ID_OR_NONE = f"^(?:{ID_PATTERN})?$"
 PATH = r"^/[\x21-\x7e]*$"
+NAME = f"^{NAME_PATTERN}$"
+HOST = f"^{AUTHORITY_PATTERN}$"
 _ID_WORDS = "up to 64 letters (a to z), digits, dots, hyphens and underscores, no dot in front"
 PATTERNS = {ID: _ID_WORDS, ID_OR_NONE: _ID_WORDS, PATH: "a path such as /health, without blanks"}
+PATTERNS |= {NAME: "a name such as api.example.com", HOST: "a host such as api.example.com, with or without a port"}
 
 
 def no_truth_value(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What signals ask for: SIGTERM and SIGINT to end, SIGHUP to read the configuration again."""
+"""What signals ask for: SIGTERM and SIGINT to end, SIGHUP to read the configuration again; most others are ignored."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import logging
 import signal
 from collections.abc import Callable
 from threading import Thread
+
+from balancer.edge.startup import ignore_unused_signals
 
 log = logging.getLogger("balancer.server")
 
@@ -25,6 +27,7 @@ class Signals:
         self._on_hangup = on_hangup or (lambda: None)
         self._hung_up, self._called = asyncio.Event(), asyncio.Event()
         self._thread: Thread | None = None
+        ignore_unused_signals()
         ending = [signal.SIGTERM, signal.SIGINT]
         if hangup := getattr(signal, "SIGHUP", None):
             if on_hangup is not None:

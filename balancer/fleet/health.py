@@ -2,14 +2,14 @@
 
 Each check is `GET health_path` on a fresh connection (a kept one would not notice a full accept queue), with a short
 time-out. 200 to 399 is good; redirects are not followed. While a check contradicts what is believed of a backend, or
-nothing is known yet, the next one comes sooner, so that failover and recovery stay under a second.
+nothing is known yet, the next one comes sooner, so that recovery, and failover from what refuses, stay under
+a second.
 """
 
 from __future__ import annotations
 
 import logging
 import random
-import ssl
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,11 +18,12 @@ from threading import Event, Thread
 
 from balancer.balancing.backends import Backend, LastCheck
 from balancer.balancing.pool import BackendPool
-from balancer.errors import BackendError, OutOfDescriptors
+from balancer.errors import BackendError, ConnectTimedOut, OutOfDescriptors, ResponseTimedOut
 from balancer.protocol.messages import Line
 from balancer.protocol.origin import Origin
 from balancer.upstream.outgoing import OutgoingRequest
-from balancer.upstream.transport import BackendAdapter, Timeouts
+from balancer.upstream.response import ResponseBody
+from balancer.upstream.transport import BackendAdapter
 
 log = logging.getLogger("balancer.health")
 
@@ -30,6 +31,7 @@ GOOD_STATUSES = range(200, 400)
 JITTER = 0.1  # share of the interval, so that many balancers do not check in step
 TRANSITION_SPEEDUP = 5  # checks per interval while a change is in the air
 ROUND_SECONDS = 1.0  # at most between two rounds, however rare the checks: `on_round` lets time pass elsewhere
+MAX_BODY = 1_048_576  # bytes of an answer that are read, so that the backend can write all of it
 MAX_PROBES = 64  # checks at the same time; one that hangs holds one of these until its time-out
 
 
@@ -38,6 +40,7 @@ class HealthOptions:
     """What the checks need of the settings, by their names."""
 
     health_path: str
+    health_host: str | None
     health_interval: float
     health_timeout: float
 
@@ -45,32 +48,37 @@ class HealthOptions:
 class Probe:
     """One `GET health_path` to a backend."""
 
-    def __init__(self, options: HealthOptions, tls: ssl.SSLContext | None) -> None:
-        self._target = options.health_path.encode("ascii")
-        limit = options.health_timeout
-        self._adapter = BackendAdapter(Timeouts(limit, limit, limit, pool_idle_timeout=0), max_idle=0, tls=tls)
+    def __init__(self, options: HealthOptions, adapter: BackendAdapter) -> None:
+        self._options = options
+        self._adapter, self._note_old = adapter.for_checks(options.health_timeout), adapter.note_old
 
     def check(self, origin: Origin) -> LastCheck:
         """Ask once; what went wrong is `error`. Raises OutOfDescriptors alone."""
         started = time.monotonic()
         status: int | None = None
         error: str | None = None
+        timed_out = False
         try:
-            status = self._status(origin)
+            status = self._status(origin, started + self._options.health_timeout)
             if status not in GOOD_STATUSES:
                 error = f"health check answered {status}"
         except BackendError as failure:
             error = f"health check failed: {failure}"
-        return LastCheck(time.time(), time.monotonic() - started, status, error)
+            timed_out = isinstance(failure, ConnectTimedOut | ResponseTimedOut)
+        return LastCheck(time.time(), time.monotonic() - started, status, error, timed_out)
 
-    def _status(self, origin: Origin) -> int:
+    def _status(self, origin: Origin, deadline: float) -> int:
         lines: list[Line] = [
-            (b"host", origin.authority.encode("ascii")),
+            (b"host", (self._options.health_host or origin.authority).encode("ascii")),
             (b"user-agent", b"load-balancer-health"),
             (b"connection", b"close"),
         ]
-        response = self._adapter.exchange(OutgoingRequest("GET", self._target, lines), origin)
-        response.body.close()
+        target = self._options.health_path.encode("ascii")
+        response = self._adapter.exchange(OutgoingRequest("GET", target, lines), origin)
+        assert isinstance(response.body, ResponseBody)
+        response.body.read_out(MAX_BODY, deadline)
+        if response.head.version == "1.0":
+            self._note_old(origin)
         return response.status_code
 
 
@@ -84,14 +92,14 @@ class HealthChecker:
     def __init__(
         self,
         pool: BackendPool,
+        adapter: BackendAdapter,
         options: HealthOptions,
         *,
-        tls: ssl.SSLContext | None = None,
         on_round: Callable[[], None] | None = None,
         rng: random.Random | None = None,
     ) -> None:
         self._pool = pool
-        self._tls = tls
+        self._adapter = adapter
         self._on_round = on_round
         self._rng = rng or random.Random()
         self._nudge = Event()
@@ -115,7 +123,7 @@ class HealthChecker:
 
     def use(self, options: HealthOptions) -> None:
         """Other checks from now on; one under way still counts."""
-        self.options, self._probe = options, Probe(options, self._tls)
+        self.options, self._probe = options, Probe(options, self._adapter)
         self.wake()
 
     def wake(self) -> None:

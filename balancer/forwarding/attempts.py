@@ -213,6 +213,11 @@ class Attempts:
         if self._lease is not None:
             self._lease.answered(self._record.attempts[-1].seconds, status not in EJECTING_STATUSES)
 
+    def alive(self) -> None:
+        """A piece of the body has come."""
+        if self._lease is not None:
+            self._lease.alive()
+
     def end(self, status: int, reason: str | None, failure: str) -> None:
         """The request is over, as `Forwarding.finish` has it."""
         lease = self._lease

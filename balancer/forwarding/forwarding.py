@@ -235,6 +235,7 @@ class Forwarding:
 
     def count_out(self, size: int) -> None:
         self._record.bytes_out += size
+        self._attempts.alive()
 
     def finish(self, status: int, *, reason: str | None = None, complete: bool = True, failure: str = "") -> None:
         """Record the request and give the backend's place back, once.

@@ -14,7 +14,12 @@ from balancer.balancing.changes import ChangeKind, Severity
 from balancer.protocol.texts import shown
 
 EVENTS_KEPT, MESSAGE_KEPT = 500, 1000  # bytes of each: a reload may have much to say; 600 kB in all
-EventKind = ChangeKind | Literal["statistics_reset", "write_refused", "config_reloaded", "config_refused", "draining"]
+EventKind = (
+    ChangeKind
+    | Literal[
+        "statistics_reset", "write_refused", "config_reloaded", "config_refused", "draining", "name_kept", "name_found"
+    ]
+)
 REFUSED: EventKind = "write_refused"  # the one kind of event that anybody can cause
 EVENT_KINDS: tuple[EventKind, ...] = tuple(kind for kinds in get_args(EventKind) for kind in get_args(kinds))
 

@@ -9,21 +9,18 @@ first line of a record begins at the margin, so that nothing passes for a record
 
 from __future__ import annotations
 
-import copy
-import logging
 import os
 import sys
 from collections import deque
 from collections.abc import Callable
 from threading import Event, Lock, Thread
 
-from balancer.protocol.texts import printable, shown
+from balancer.protocol.texts import printable
 
 LIMIT = 10_000  # lines that wait to be written: above 100,000 lines a second, or when nobody reads
 BATCH = 100  # lines per write
 GATHER_SECONDS = 0.05  # between the first line and its write, so that many go in one
 STOP_SECONDS = 1.0  # for what is left at the end
-MESSAGE_LOGGED = 8192  # bytes: lines wait in a queue, and nobody must be able to fill the memory with it
 CONTINUED = "\n    "  # between the lines of one record, such as those of a traceback
 
 Line = str | Callable[[], str]  # as text, or what makes it: the writer's thread then has the work
@@ -125,19 +122,3 @@ def standard_output() -> int | None:
         return sys.stdout.fileno()
     except (AttributeError, OSError, ValueError):
         return None
-
-
-class LogHandler(logging.Handler):
-    """Log records of the `logging` module, through a LogWriter. A message is one line; a traceback may follow it."""
-
-    def __init__(self, writer: LogWriter) -> None:
-        super().__init__()
-        self._writer = writer
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            single = copy.copy(record)  # other handlers get it as it is
-            single.msg, single.args = shown(record.getMessage(), MESSAGE_LOGGED), None
-            self._writer.add(self.format(single))
-        except Exception:  # a message that does not fit its arguments must not fail who logs it
-            self.handleError(record)

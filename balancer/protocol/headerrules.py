@@ -19,7 +19,7 @@ _KEPT = dict.fromkeys([*HOP_BY_HOP, b"content-length", b"expect"], _FRAMING) | {
     b"x-request-id": "it ties a request to its answer, its record and its log line"
 }
 # Names that are not for rules, and why.
-OF_REQUESTS = _KEPT | {b"host": "it goes on as it came", b"via": "without it a request could go round in circles"}
+OF_REQUESTS = _KEPT | {b"host": "backend_host sets it", b"via": "without it a request could go round in circles"}
 OF_RESPONSES = _KEPT | {b"x-served-by": "expose_backend sets it"}
 
 

@@ -64,6 +64,7 @@ _NOT_RETURNED = HOP_BY_HOP | {b"alt-svc", b"x-request-id", b"x-served-by"}
 # What `Connection` may not take away: without it the message means something else.
 _NEVER_NOMINATED = frozenset({b"host", b"content-length"})
 NONE: frozenset[bytes] = frozenset()
+_CLOSE = frozenset({b"close"})
 # For an answer that names no server: ours would name itself otherwise, which is only a part of it.
 SERVER_LINE: Line = (b"server", b"load-balancer")
 
@@ -144,11 +145,14 @@ def is_plain(name: bytes) -> bool:
 
 def nominated(lines: Iterable[Line]) -> frozenset[bytes]:
     """Names listed in all `Connection` lines, in lower case (RFC 9110 section 7.6.1)."""
-    names = NONE
-    for name, value in lines:
-        if name == b"connection":
-            names = names | options_of(value) if names else options_of(value)
-    return names
+    return NONE.union(*(connection_options(name, value) for name, value in lines))
+
+
+def connection_options(name: bytes, value: bytes) -> frozenset[bytes]:
+    """Of one line. `Persistent-Auth` says that the connection is logged in, so nobody else may have it."""
+    if name == b"persistent-auth":
+        return _CLOSE
+    return options_of(value) if name == b"connection" else NONE
 
 
 def options_of(value: bytes) -> frozenset[bytes]:
@@ -230,6 +234,11 @@ def count_down(lines: Iterable[Line]) -> list[Line]:
     ]
 
 
+def logs_in(name: bytes, value: bytes) -> bool:
+    """Whether this line says who sends a request for its whole connection, not for itself alone (RFC 4559, NTLM)."""
+    return name == b"authorization" and value[:4].lower() in (b"ntlm", b"nego")
+
+
 def request_id(given: Sequence[bytes]) -> bytes | None:
     """The client's X-Request-ID, if it is one sane line."""
     return given[0] if len(given) == 1 and _REQUEST_ID.match(given[0]) else None
@@ -253,15 +262,15 @@ def request_lines(
     peer: str,
     scheme: str,
     http_version: str,
-    pseudonym: bytes,
+    pseudonym: bytes | None,
     trusted: Sequence[Network] = (),
 ) -> list[Line]:
     """Header lines for the backend, without framing fields and X-Request-ID; `Host` first.
 
-    `found` are the fields of `lines` that are not plain; `peer` is the address of the TCP connection; `pseudonym`
-    our name in `Via`. Raises LoopDetected if the request has passed through us before.
+    `found` are the fields of `lines` that are not plain; `peer` is the address of the TCP connection; `pseudonym` our
+    name in `Via`, None for no `Via` at all. Raises LoopDetected if the request has passed through us before.
     """
-    # HTTP/1.0 without Host: the field is required in what we send, it may be empty (RFC 9112 section 3.2).
+    # HTTP/1.0 may have none: then it is the backend's own, which `upstream` knows once there is one.
     host = found[b"host"][0] if b"host" in found else b""
     kept = [line for line in lines if line[0] not in found]
     told: dict[bytes, bytes] = {}  # by a trusted proxy, of what we tell too
@@ -274,21 +283,26 @@ def request_lines(
     if b"forwarded" in told:
         kept.append((b"forwarded", told[b"forwarded"] + b", " + _forwarded(address, host, scheme)))
     forwarded_for = told.get(b"x-forwarded-for")
-    return [
+    made = [
         (b"host", host),
         *kept,
         (b"x-forwarded-for", address if forwarded_for is None else forwarded_for + b", " + address),
         (b"x-forwarded-proto", told.get(b"x-forwarded-proto", protocol)),
-        (b"x-forwarded-host", told.get(b"x-forwarded-host", host)),
-        (b"via", b"%s %s" % (http_version.encode(), pseudonym)),
     ]
+    if forwarded_host := told.get(b"x-forwarded-host", host):
+        made.append((b"x-forwarded-host", forwarded_host))
+    if pseudonym is not None:
+        made.append((b"via", b"%s %s" % (http_version.encode(), pseudonym)))
+    return made
 
 
 def _with_special(
-    kept: list[Line], found: Mapping[bytes, Sequence[bytes]], pseudonym: bytes
+    kept: list[Line], found: Mapping[bytes, Sequence[bytes]], pseudonym: bytes | None
 ) -> tuple[list[Line], dict[bytes, Sequence[bytes]]]:
     """(lines that go on, what the client claims), less what its `Connection` names."""
-    if any(pseudonym in value for value in found.get(b"via", ())):
+    if pseudonym is None:
+        found = {name: values for name, values in found.items() if name != b"via"}
+    elif any(pseudonym in value for value in found.get(b"via", ())):
         raise LoopDetected("the request has already passed through this load balancer")
     kept += [(name, value) for name, values in found.items() if name in _PASSED_ON for value in values]
     options = frozenset[bytes]().union(*(options_of(value) for value in found.get(b"connection", ())))
@@ -340,4 +354,4 @@ def narrowed(lines: Iterable[Line], is_too_wide: Callable[[str], bool]) -> list[
 def _forwarded(address: bytes, host: bytes, scheme: str) -> bytes:
     """One element of `Forwarded` (RFC 7239 section 4); an IPv6 address is bracketed and quoted (section 6)."""
     node = b'"[%s]"' % address if b":" in address else address
-    return b'for=%s;host="%s";proto=%s' % (node, host, scheme.encode())
+    return b"for=%s;%sproto=%s" % (node, b'host="%s";' % host if host else b"", scheme.encode())
