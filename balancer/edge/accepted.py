@@ -44,10 +44,12 @@ def cut(addresses: tuple[Address, Address]) -> None:
 
 def cut_all(pairs: Iterable[tuple[Address, Address]]) -> None:
     """Shut down the connections between these (client, server) addresses, in one pass over all descriptors."""
-    wanted = {((client[0], int(client[1])), (server[0], int(server[1]))) for client, server in pairs}
+    wanted = {(client[0], int(client[1]), int(server[1])): server[0] for client, server in pairs}
     for connection in _sockets(_descriptors()):
         with contextlib.suppress(OSError):  # not connected, or no more
-            if (connection.getpeername()[:2], connection.getsockname()[:2]) in wanted:
+            port: int = connection.getsockname()[1]
+            host = wanted.get((*connection.getpeername()[:2], port))
+            if host is not None and _is_from(connection, (host, port)):
                 connection.shutdown(socket.SHUT_RDWR)
 
 

@@ -33,7 +33,18 @@ class ClientBody:
     """
 
     __slots__ = (
-        *("_protocol", "_listener", "_address", "_is_http2", "_is_expected", "_left", "_largest", "_asked", "patience"),
+        *(
+            "_protocol",
+            "_listener",
+            "_address",
+            "_is_http2",
+            "_is_expected",
+            "_waits_for_word",
+            "_left",
+            "_largest",
+            "_asked",
+            "patience",
+        ),
         *("look", "is_here", "is_done", "is_spent", "is_too_slow", "is_paused", "_excused", "_small", "_first_small"),
     )
 
@@ -46,6 +57,7 @@ class ClientBody:
         self._is_http2 = is_http2
         # The client waits for 100 (Continue), which hyper sends in HTTP/1.1 once the body is asked for, and else never.
         self._is_expected = b"expect" in head.fields and head.fields[b"expect"][0].lower() == b"100-continue"
+        self._waits_for_word = self._is_expected and is_http2  # there, for longer than it likes
         self._left = head.length  # None if only its end will tell
         self._largest = 0  # bytes of a piece, so far
         self.look: Callable[[], int] | None = None  # for an answer, see `Client.watch_upload`
@@ -132,6 +144,7 @@ class ClientBody:
         body: bytes = message["body"]
         if len(body) > self._largest:
             self._largest = len(body)
+            self._waits_for_word = False
         if self._left is not None:
             self._left -= len(body)
         if len(body) < SMALL_PIECE:
@@ -185,11 +198,6 @@ class ClientBody:
             self.patience, time.monotonic() - started, len(message.get("body", b""))
         )
         return message
-
-    @property
-    def _waits_for_word(self) -> bool:
-        """It may send nothing before it is told to, which Granian cannot do in HTTP/2."""
-        return self._is_expected and self._is_http2 and not self._largest
 
     def _look_for_answer(self) -> None:
         """Raises Unwanted, and as `look`."""
