@@ -7,10 +7,13 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
-from fleet import Demo, start_demo
+from control import make_app
+from flask import Flask
+from flask.testing import FlaskClient
+from fleet import Demo, Pair, start_demo
 from hypothesis import settings
 from stub_balancer import StubBalancer
 from support import Balancer, BalancerProcess
@@ -53,6 +56,19 @@ def demo() -> Iterator[Demo]:
     started = start_demo()
     yield started
     started.stop()
+
+
+@pytest.fixture(scope="module")
+def started_pair() -> Iterator[Pair]:
+    pair = Pair()
+    yield pair
+    pair.close()
+
+
+@pytest.fixture
+def pair(started_pair: Pair) -> Pair:
+    started_pair.reset()
+    return started_pair
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +146,23 @@ def start(scripted: WireBackend) -> Iterator[Callable[..., Balancer]]:
 def start_process(scripted: WireBackend) -> Iterator[Callable[..., BalancerProcess]]:
     """The same for what is about the process: its signals, output, memory or threads."""
     yield from _starter(BalancerProcess, scripted)
+
+
+@pytest.fixture
+def app() -> Flask:
+    """The control API, wired but not started."""
+    return make_app()
+
+
+@pytest.fixture
+def client(app: Flask) -> FlaskClient:
+    return app.test_client()
+
+
+@pytest.fixture
+def document(client: FlaskClient) -> dict[str, Any]:
+    found: dict[str, Any] = client.get("/openapi.json").json
+    return found
 
 
 @pytest.fixture

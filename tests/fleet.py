@@ -1,14 +1,15 @@
-"""A balancer in front of three backends, as the demo has them, all in this process and killed without a signal."""
+"""Balancers in front of several backends, all in this process; a backend is killed without a signal."""
 
 from __future__ import annotations
 
 import json
 import socket
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from support import PAGE_TOKEN, Balancer, RawRequest
-from wire import WireBackend, hang_up
+from wire import Script, WireBackend, hang_up
 
 READABLE = b"Access-Control-Allow-Origin: *\r\nAccess-Control-Expose-Headers: X-Served-By, X-Request-ID\r\n"
 
@@ -68,3 +69,48 @@ def start_demo(*arguments: str) -> Demo:
             backend.kill()
         raise
     return Demo(balancer, backends)
+
+
+class Pair:
+    """Two backends behind one balancer: long time limits, no body limit, a trusted client, X-Served-By on."""
+
+    def __init__(self) -> None:
+        self.backends = {"a": WireBackend(), "b": WireBackend()}
+        self.balancer = Balancer(
+            *(f"--backend={name}={backend.url}" for name, backend in self.backends.items()),
+            "--algorithm=round_robin",
+            "--eject-after=0",  # many tests make a backend fail
+            "--response-timeout=60",
+            "--idle-timeout=60",
+            "--max-header-bytes=131072",
+            "--trusted-proxies=127.0.0.0/8",
+            "--control-reads=open",
+            "--expose-backend",
+        )
+        self.port = self.balancer.port
+
+    def reset(self) -> None:
+        for name, backend in self.backends.items():
+            backend.reset()
+            self.balancer.wait_healthy(name)
+
+    def script(self, script: Script) -> None:
+        for backend in self.backends.values():
+            backend.script = script
+
+    def on_head(self, handler: Callable[[socket.socket, RawRequest], bool]) -> None:
+        for backend in self.backends.values():
+            backend.on_head = handler
+
+    @property
+    def requests(self) -> list[RawRequest]:
+        return [request for backend in self.backends.values() for request in backend.requests]
+
+    @property
+    def seen(self) -> int:
+        return sum(backend.seen for backend in self.backends.values())
+
+    def close(self) -> None:
+        self.balancer.stop()
+        for backend in self.backends.values():
+            backend.close()

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from support import ROOT
+from support import ROOT, running
 
 SCRIPT = ROOT / "test_client.py"
-LIMIT = 30  # seconds until a run counts as hanging
+LIMIT = 120  # seconds until a run counts as hanging
 Json = dict[str, Any]
 
 
@@ -204,13 +204,8 @@ def run_json(*arguments: str) -> tuple[int, Json]:
 @contextlib.contextmanager
 def started(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, str(SCRIPT), *arguments]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+    with running(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()) as process:
+        yield process
 
 
 def one_line(result: subprocess.CompletedProcess[str]) -> str:

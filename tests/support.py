@@ -13,7 +13,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,6 +182,16 @@ class Process:
         self.wait()
 
 
+@contextmanager
+def running(command: Sequence[Any], **options: Any) -> Iterator[subprocess.Popen[Any]]:
+    """A process that is gone at the end of the block, however that ends."""
+    with subprocess.Popen(command, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 class Served:
     """What is asked of a balancer that listens on `url`."""
 
@@ -263,6 +273,17 @@ class BalancerProcess(Process, Served):
 def active(balancer: Served) -> int:
     found: int = balancer.status()["statistics"]["active_requests"]
     return found
+
+
+def is_idle(balancer: Served) -> bool:
+    status = balancer.status()
+    busy = [backend["active_connections"] for backend in status["backend_servers"]]
+    return status["statistics"]["active_requests"] == 0 and not any(busy)
+
+
+def failures_of(balancer: Served, backend_id: str = "only") -> int:
+    count: int = balancer.backend(backend_id)["health"]["consecutive_failures"]
+    return count
 
 
 def newest(balancer: Served) -> dict[str, Any]:

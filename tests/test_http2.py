@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import Balancer, ok, wait_until
+from support import Balancer, is_idle, ok, wait_until
 from wire import WireBackend, hang_up, wait_closed
 
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 7, 8, 9
@@ -230,11 +230,6 @@ def client(balancer: Balancer) -> Iterator[Client]:
             yield connected
         finally:
             connected.close()
-
-
-def is_idle(balancer: Balancer) -> bool:
-    statistics = balancer.status()["statistics"]
-    return statistics["active_requests"] == 0
 
 
 # What ordinary clients do.

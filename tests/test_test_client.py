@@ -9,13 +9,12 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from stub_balancer import LIMIT, SCRIPT, StubBalancer, environment, one_line, run, run_json, started
-from support import ROOT, Balancer, fetch, free_port, ok, wait_until
+from support import ROOT, Balancer, fetch, free_port, ok, running, wait_until
 from wire import WireBackend
 
 import test_client
@@ -401,14 +400,12 @@ def test_ctrl_c_reports_what_there_is_and_puts_the_algorithm_back(
 
 
 def test_ctrl_c_does_not_wait_for_answers_that_do_not_come(stub: StubBalancer) -> None:
-    stub.delay = 20
+    stub.delay = 600
     with started(stub.url, "--json", "-c", "3", "--warmup", "0") as process:
         wait_until(lambda: len(stub.seen) == 3)
-        begin = time.monotonic()
         process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=LIMIT)
     assert process.returncode == 130
-    assert time.monotonic() - begin < 5
     report = json.loads(out)
     assert report["interrupted"] and not report["passed"]
     found = report["summary"]
@@ -425,7 +422,7 @@ def test_ctrl_c_before_anything_is_sent_is_quiet() -> None:
 
 
 def test_ctrl_c_during_the_warm_up_reports_nothing_but_that(stub: StubBalancer) -> None:
-    stub.delay = 20
+    stub.delay = 600
     with started(stub.url, "-n", "10") as process:
         wait_until(lambda: len(stub.seen) == 10)
         process.send_signal(signal.SIGINT)
@@ -448,7 +445,7 @@ def test_ctrl_c_during_the_check_reports_the_tests_so_far(stub: StubBalancer) ->
 
 
 def test_a_second_ctrl_c_leaves_at_once_and_says_what_stays(stub: StubBalancer) -> None:
-    stub.delay = 20
+    stub.delay = 600
     with started(stub.url, "--algorithm", "weighted") as process:
         wait_until(lambda: len(stub.seen) > 0)
         process.send_signal(signal.SIGINT)
@@ -467,7 +464,7 @@ def test_closing_the_terminal_puts_the_algorithm_back(stub: StubBalancer, argume
     claim = "import fcntl, os, runpy, sys, termios; fcntl.ioctl(1, termios.TIOCSCTTY, 0); del sys.argv[0]; "
     command = [sys.executable, "-c", claim + "runpy.run_path(sys.argv[0], run_name='__main__')", str(SCRIPT)]
     command += [stub.url, "-n", "5k", *arguments]
-    with subprocess.Popen(
+    with running(
         command, stdin=follower, stdout=follower, stderr=follower, env=environment(), start_new_session=True, cwd=ROOT
     ) as process:
         os.close(follower)
@@ -494,7 +491,7 @@ def test_a_second_hangup_is_not_impatience(stub: StubBalancer) -> None:
 def test_a_hangup_that_nohup_ignores_stays_ignored(stub: StubBalancer) -> None:
     stub.delay = 0.02
     ignoring = f'trap "" HUP; exec "{sys.executable}" "{SCRIPT}" {stub.url} -n 100 -c 2'
-    with subprocess.Popen(["sh", "-c", ignoring], stdout=subprocess.PIPE, text=True, env=environment()) as process:
+    with running(["sh", "-c", ignoring], stdout=subprocess.PIPE, text=True, env=environment()) as process:
         wait_until(lambda: stub.total > 20)
         process.send_signal(signal.SIGHUP)
         out, _ = process.communicate(timeout=LIMIT)
@@ -553,7 +550,7 @@ def test_colour_on_a_terminal_only_where_wanted(
 ) -> None:
     leader, follower = os.openpty()
     command = [sys.executable, str(SCRIPT), stub.url, "-n", "1", *arguments]
-    with subprocess.Popen(command, stdout=follower, env=environment({"TERM": "xterm", **extra})) as process:
+    with running(command, stdout=follower, env=environment({"TERM": "xterm", **extra})) as process:
         assert process.wait(LIMIT) == 0
     shown = os.read(leader, 65536)
     os.close(leader)
@@ -565,8 +562,6 @@ def test_colour_on_a_terminal_only_where_wanted(
 
 
 def test_the_demo_passes(demo: Any) -> None:
-    begin = time.monotonic()
     result = run(demo.url)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "PASSED" in result.stdout.splitlines()[-1]
-    assert time.monotonic() - begin < 10

@@ -9,11 +9,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import IO, NoReturn
 
-from support import RawRequest, get, ok, wait_until
+from support import RawRequest, Served, connect, get, ok, wait_until
 
 Line = tuple[bytes, bytes]
 Script = Callable[[socket.socket, RawRequest], None]
 CHUNKED_ABC = b"3\r\nabc\r\n0\r\n\r\n"
+HEAD_OK = b"HTTP/1.1 200 OK\r\n"
+MIB = 1024 * 1024
 
 
 class Broken(Exception):
@@ -218,6 +220,25 @@ LARGE = b"x" * 70_000
 def large(target: bytes) -> bytes:
     """A request that holds a thread while its backend works; those on the express way hold none."""
     return get(target, b"Content-Length: %d" % len(LARGE), method=b"PUT") + LARGE
+
+
+def ask(port: int, data: bytes, method: bytes = b"GET") -> tuple[int, list[Line], bytes]:
+    """One request, one complete response."""
+    with connect(port) as sock, sock.makefile("rb") as stream:
+        sock.sendall(data)
+        return read_response(stream, method)
+
+
+def forwarded(balancer: Served, backend: WireBackend, *lines: bytes, target: bytes = b"/") -> RawRequest:
+    """The request as the backend got it."""
+    assert ask(balancer.port, request(target, *lines))[0] == 200
+    return backend.requests[-1]
+
+
+def returned(balancer: Served, backend: WireBackend, *lines: bytes) -> list[Line]:
+    """The header lines of an answer as the client got them."""
+    backend.answer(ok(b"ok", *lines))
+    return ask(balancer.port, request())[1]
 
 
 def hang_up(sock: socket.socket, *, reset: bool = False) -> NoReturn:

@@ -1,0 +1,243 @@
+"""Who may use the control API, with bytes on real connections, and through nginx."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from control import READS, TOKEN, bearer
+from support import (
+    PAGE_TOKEN,
+    PYTHON,
+    Balancer,
+    BalancerProcess,
+    Process,
+    exchange,
+    fetch,
+    free_port,
+    split_response,
+    wait_until,
+)
+from test_http2 import client as http2
+from wire import post
+
+from balancer.control import neighbours
+from balancer.control.access import GUESS_SECONDS, GUESSES
+
+
+@pytest.fixture(scope="module")
+def balancer() -> Iterator[Balancer]:
+    env = {"LB_PAGE_TOKEN": PAGE_TOKEN}
+    started = Balancer(f"--backend=a=http://127.0.0.1:{free_port()}", env=env)
+    yield started
+    started.stop()
+
+
+@pytest.mark.parametrize("path", [b"/status", b"/health", b"/dashboard"])
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [],
+        [b"Host:"],
+        [b"Host: localhost", b"Host: localhost"],
+        [b"Host: localhost", b"Host: evil.example"],
+        [b"Host: localhost, evil.example"],
+        [b"Host: user@localhost"],
+        [b"Host: localhost/x"],
+        [b"Host: [::1]x:80"],
+    ],
+    ids=str,
+)
+def test_control_paths_obey_the_rules_of_host(balancer: Balancer, path: bytes, lines: list[bytes]) -> None:
+    """RFC 9112 section 3.2."""
+    asked = b"\r\n".join([b"GET " + path + b" HTTP/1.1", *lines, b"Connection: close"]) + b"\r\n\r\n"
+    assert exchange(balancer.port, asked).startswith(b"HTTP/1.1 400 ")
+
+
+def test_the_authority_of_an_absolute_form_is_checked_where_it_can_be_seen(balancer: Balancer) -> None:
+    """RFC 9112 section 3.2.2. Granian shows it only without a Host line; with one, that line is what is checked."""
+    lines = b"\r\nConnection: close\r\n\r\n"
+    for asked, status in (
+        (b"GET http://evil.example/status HTTP/1.1", 401),
+        (b"GET http://evil.example/status HTTP/1.1\r\nHost: evil.example", 401),
+        (b"GET http://localhost/status HTTP/1.1\r\nHost: evil.example", 401),
+        (b"GET http://localhost/status HTTP/1.1", 200),
+        (b"GET http://localhost/status HTTP/1.1\r\nHost: localhost", 200),
+    ):
+        assert split_response(exchange(balancer.port, asked + lines))[0] == status
+
+
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [
+        ([(b":authority", b"localhost")], 200),
+        ([(b":authority", b""), (b"host", b"localhost")], 200),
+        ([(b":authority", b"evil.example")], 401),
+        ([(b":authority", b"localhost"), (b"host", b"evil.example")], 401),
+        ([(b":authority", b""), (b"host", b"localhost"), (b"host", b"localhost")], 400),
+        ([(b":authority", b"localhost"), (b"host", b"a"), (b"host", b"b")], 400),
+        ([(b":authority", b"")], 400),
+    ],
+    ids=str,
+)
+def test_the_authority_of_http_2(balancer: Balancer, fields: list[tuple[bytes, bytes]], status: int) -> None:
+    """RFC 9113 section 8.3.1. Granian shows `host` alone where both are there, so that is what is checked."""
+    with http2(balancer) as h2:
+        h2.request(1, (b":path", b"/status"), *fields)
+        assert h2.finish(1).status == status
+
+
+def test_a_rebound_name_reads_nothing(balancer: Balancer) -> None:
+    for path in READS:
+        assert fetch(balancer.url + path, Host="rebound.evil.example")[0] == 401
+        assert fetch(balancer.url + path)[0] in (200, 404)
+
+
+@pytest.mark.parametrize("framing", [b"Transfer-Encoding: chunked", b"Content-Length: 2"])
+@pytest.mark.parametrize("content_type", [b"Content-Type: text/plain", b"X-None: 1"])
+def test_a_body_must_be_json_whatever_its_framing(balancer: Balancer, framing: bytes, content_type: bytes) -> None:
+    body = b"{}" if framing.startswith(b"Content") else b"2\r\n{}\r\n0\r\n\r\n"
+    asked = post(content_type, framing, b"Connection: close", body=body, target=b"/reset")
+    asked = asked.replace(b"Host: test", b"Host: localhost")
+    assert exchange(balancer.port, asked).startswith(b"HTTP/1.1 415 ")
+    asked = asked.replace(content_type, b"Content-Type: application/json")
+    assert exchange(balancer.port, asked).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize(("body", "status"), [(b"{}", 415), (b"", 200)])
+def test_a_body_must_be_json_over_http_2_too(balancer: Balancer, body: bytes, status: int) -> None:
+    """Where no Content-Length tells that there is one."""
+    with http2(balancer) as h2:
+        h2.request(1, (b":path", b"/reset"), (b":authority", b"localhost"), method=b"POST", end=False)
+        h2.data(1, body)
+        assert h2.finish(1).status == status
+
+
+def test_guesses_on_a_real_connection() -> None:
+    balancer = Balancer(f"--backend=a=http://127.0.0.1:{free_port()}", env={"LB_ADMIN_TOKEN": TOKEN})
+    try:
+        tried = [fetch(f"{balancer.url}/status", **bearer("wrong")) for _ in range(GUESSES + 1)]
+        assert [status for status, _, _ in tried] == [401] * GUESSES + [429]
+        assert 1 <= int(tried[-1][1]["retry-after"]) <= GUESS_SECONDS
+        assert fetch(f"{balancer.url}/status", **bearer(TOKEN))[0] == 429
+        assert fetch(f"{balancer.url}/health", **bearer(TOKEN))[0] == 200
+    finally:
+        balancer.stop()
+
+
+def test_a_forged_line_is_in_no_log() -> None:
+    balancer = BalancerProcess(f"--backend=a=http://127.0.0.1:{free_port()}", "--log-level=debug")
+    try:
+        for method in ("GET", "PATCH", "DELETE"):
+            fetch(f"{balancer.url}/backends/a%0aFORGED%1b[31m", {} if method == "PATCH" else None, method)
+        fetch(f"{balancer.url}/backends/a%0aFORGED", b'{"\\ud800": 1}', "PATCH", Content_Type="application/json")
+    finally:
+        balancer.stop()  # then all of its log is here
+    assert not any(line.startswith("FORGED") or "\x1b" in line for line in balancer.lines)
+    assert "Traceback" not in balancer.output
+
+
+@pytest.mark.parametrize("setting", ["admin_token", "page_token"])
+def test_a_short_token_is_refused_at_the_start(setting: str) -> None:
+    process = Process([PYTHON, "load_balancer.py", "--check-config"], {f"LB_{setting.upper()}": "fifteen-letters"})
+    try:
+        assert process.wait() == 2
+    finally:
+        process.stop()
+    assert setting in process.output and "at least 16" in process.output and "fifteen-letters" not in process.output
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--allow-file-origin"], "allow_file_origin does nothing any more"),
+        (["--host=0.0.0.0"], "the control API only answers probes"),
+        ([], None),
+        (["--host=0.0.0.0", "--control-reads=open"], None),
+    ],
+    ids=str,
+)
+def test_what_does_not_do_what_one_may_expect_is_told_at_the_start(flags: list[str], words: str | None) -> None:
+    process = Process([PYTHON, "load_balancer.py", "--check-config", *flags])
+    try:
+        assert process.wait() == 0
+    finally:
+        process.stop()
+    assert words in process.output if words else "warning" not in process.output
+    assert process.output.count("warning") == (words is not None)
+
+
+NGINX = """
+daemon off; pid nginx.pid; error_log stderr; worker_processes 1;
+events {{ worker_connections 64; }}
+http {{
+    access_log off;
+    client_body_temp_path body; proxy_temp_path proxy; fastcgi_temp_path f; uwsgi_temp_path u; scgi_temp_path s;
+    server {{
+        listen 127.0.0.1:{port};
+        location {at} {{ proxy_pass {url}; {more} }}
+    }}
+}}
+"""
+
+
+@contextmanager
+def nginx_before(folder: Path, balancer: Balancer, more: str, at: str = "/") -> Iterator[str]:
+    """Its URL. The path `at` is taken off what it passes on."""
+    nginx = shutil.which("nginx")
+    assert nginx is not None, "apt-get install nginx-light"
+    port = free_port()
+    file = folder / "nginx.conf"
+    file.write_text(
+        NGINX.format(port=port, at=at, url=balancer.url + ("" if at == "/" else "/"), more=more), encoding="utf-8"
+    )
+    process = subprocess.Popen([nginx, "-p", str(folder), "-c", str(file)], stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+
+    def answers() -> bool:
+        try:
+            return fetch(url)[0] != 0
+        except OSError:
+            return False
+
+    try:
+        wait_until(answers, what="nginx listens")
+        yield url
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def test_a_proxy_that_hides_itself_has_another_user(tmp_path: Path, balancer: Balancer) -> None:
+    """As nginx does from 1.29.7 on without a word of its owner: HTTP/1.1, no header of its own, our Host."""
+    hidden = 'proxy_http_version 1.1; proxy_set_header Connection "";'
+    with nginx_before(tmp_path, balancer, hidden) as url:
+        new = {"id": "b", "url": "http://169.254.169.254"}
+        # Started by root its workers are somebody else; else they are ourselves, and nobody can tell.
+        assert fetch(f"{url}/backends", new)[0] == (401 if os.geteuid() == 0 else 201)
+        assert fetch(f"{balancer.url}/backends/b", method="DELETE")[0] == (404 if os.geteuid() == 0 else 200)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_whose_socket_it_is_is_told(host: str) -> None:
+    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
+        with socket.create_connection(listener.getsockname()[:2]) as client:
+            port = str(client.getsockname()[1])
+            assert neighbours.owner(host, port) == os.geteuid() and neighbours.is_ours(host, port)
+    assert neighbours.owner(host, "x") is neighbours.owner("nobody", "1") is None
+
+
+@pytest.mark.parametrize("more", ["", "proxy_http_version 1.1; proxy_set_header X-Forwarded-For $remote_addr;"])
+def test_behind_nginx_nobody_is_local(tmp_path: Path, balancer: Balancer, more: str) -> None:
+    with nginx_before(tmp_path, balancer, more) as url:
+        new = {"id": "b", "url": "http://169.254.169.254"}
+        assert fetch(f"{url}/backends", new)[0] == fetch(f"{url}/status")[0] == 401
+        assert fetch(f"{url}/status", **bearer(PAGE_TOKEN))[0] == 200
+        assert fetch(f"{url}/backends", new, **bearer(PAGE_TOKEN))[0] == 201
+        assert fetch(f"{url}/backends/b", method="DELETE", **bearer(PAGE_TOKEN))[0] == 200
