@@ -461,6 +461,17 @@ def test_what_cannot_be_repeated_meets_no_connection_that_may_be_about_to_end(ba
     adapter.close()
 
 
+def test_a_login_that_a_filter_adds_is_seen_too(adapter: BackendAdapter, backend: WireBackend) -> None:
+    """It has changed the lines after they were worked out."""
+    fetch(adapter, backend.url)
+    request = outgoing()
+    request.lines = [HOST, (b"authorization", b"NTLM TlRM")]
+    assert adapter.send_now(request, Origin.parse(backend.url)) is None
+    fetch(adapter, backend.url, request)
+    fetch(adapter, backend.url)
+    assert backend.peers[0] == backend.peers[1] != backend.peers[2]
+
+
 @pytest.mark.parametrize(
     ("looked_at", "has_ended", "pause", "is_used_again"),
     [
@@ -536,6 +547,7 @@ def test_unasked_bytes_on_an_idle_connection_cost_it(adapter: BackendAdapter, ba
 def test_a_stale_connection_gets_one_fresh_try_if_it_may(
     adapter: BackendAdapter, backend: WireBackend, method: str, body: Any, works: bool
 ) -> None:
+    adapter._clock = Clock()  # no pause, however busy this machine is
     fetch(adapter, backend.url)
     pooled = set(backend.peers)
     backend.script = lambda sock, _: hang_up(sock) if sock.getpeername()[1] in pooled else sock.sendall(ok())
