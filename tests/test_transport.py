@@ -460,6 +460,17 @@ def test_what_cannot_be_repeated_meets_no_connection_that_may_be_about_to_end(ba
     adapter.close()
 
 
+def test_a_login_that_a_filter_adds_is_seen_too(adapter: BackendAdapter, backend: WireBackend) -> None:
+    """It has changed the lines after they were worked out."""
+    fetch(adapter, backend.url)
+    request = outgoing()
+    request.lines = [HOST, (b"authorization", b"NTLM TlRM")]
+    assert adapter.send_now(request, Origin.parse(backend.url)) is None
+    fetch(adapter, backend.url, request)
+    fetch(adapter, backend.url)
+    assert backend.peers[0] == backend.peers[1] != backend.peers[2]
+
+
 @pytest.mark.parametrize(
     ("looked_at", "has_ended", "pause", "is_used_again"),
     [
