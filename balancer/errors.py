@@ -6,7 +6,7 @@ the socket boundary (`connection`, `response`, `transport`); nothing above it ne
 
     BalancerError
       SettingsError         bad usage or configuration (exit code 2)
-      ClientError           the request is at fault: 400, 403, 405, 408, 413, 431, 501, 508
+      ClientError           the request is at fault: 400, 403, 405, 408, 411, 413, 417, 431, 501, 508
       ClientGone            the client left before its answer was complete: 499 in logs, never sent
         ClientStalled         it read too slowly, and was cut off
       Unavailable           no backend: 503 with Retry-After
@@ -65,6 +65,12 @@ class ClientTooSlow(ClientError):
     reason = "client_too_slow"
 
 
+class ExpectationFailed(ClientError):
+    """The client waits for a 100 (Continue) that cannot be sent: it is to try without (RFC 9110 section 15.5.18)."""
+
+    status = 417
+
+
 class CodingUnsupported(ClientError):
     """A transfer coding other than chunked (RFC 9112 section 6.1)."""
 
@@ -98,6 +104,13 @@ class BodyTooLarge(ClientError):
     """The request body is larger than `max_request_body`."""
 
     status = 413
+
+
+class LengthRequired(ClientError):
+    """The body has no Content-Length, and the backend may not find its end without one (RFC 9112 section 6.1)."""
+
+    status = 411
+    public = "the request body needs a Content-Length"
 
 
 class LoopDetected(ClientError):

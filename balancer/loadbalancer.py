@@ -36,7 +36,6 @@ from balancer.fleet.health import HealthOptions
 from balancer.forwarding.filter import Filter
 from balancer.observe.events import Event
 from balancer.observe.record import ExplainedView
-from balancer.protocol.requestheads import RequestHeads
 from balancer.upstream.transport import Timeouts
 
 if TYPE_CHECKING:
@@ -277,13 +276,7 @@ class LoadBalancer:
         self.adapter.use(config.options(Timeouts), config.backend_sni)
         self.health.use(config.options(HealthOptions))
         self.proxy.routes = self.routes(config)
-        self.proxy.heads = RequestHeads(
-            self.proxy.heads.pseudonym,
-            config.networks,
-            config.max_header_count,
-            config.request_headers,
-            config.host_field,
-        )
+        self.proxy.heads = wiring.request_heads(config, self.proxy.heads.pseudonym)
         self.control.access.options = config.options(AccessOptions)
         for bridge in self.bridges:
             bridge.limits = config.options(ClientLimits)

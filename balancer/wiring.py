@@ -126,7 +126,7 @@ def _health(config: Settings, pool: BackendPool, adapter: BackendAdapter) -> Hea
         adapter.close_idle()
         pool.sweep()
 
-    return HealthChecker(pool, config.options(HealthOptions), adapter.dialer, on_round=on_round)
+    return HealthChecker(pool, config.options(HealthOptions), adapter, on_round=on_round)
 
 
 def _routes(control: Control, health: HealthChecker, filters: Sequence[Filter]) -> Callable[[Settings], Routes]:
@@ -163,9 +163,13 @@ def _proxy(control_app: WSGIApplication, control: Control, routes: Routes) -> Re
         control_app,
         (lambda path: False) if config.control_port is not None else api.is_control_path(config.control_prefix),
         routes=routes,
-        heads=RequestHeads(
-            pseudonym, config.networks, config.max_header_count, config.request_headers, config.host_field
-        ),
+        heads=request_heads(config, pseudonym),
+    )
+
+
+def request_heads(config: Settings, pseudonym: bytes) -> RequestHeads:
+    return RequestHeads(
+        *(pseudonym, config.networks, config.max_header_count, config.request_headers, config.host_field, config.via)
     )
 
 

@@ -26,10 +26,8 @@ STOP_SECONDS = 10.0  # then the process is killed
 CHECK_SECONDS = 2.0  # some rounds of health checks
 WARNING = re.compile(r' WARNING balancer\.settings: (.*)|"logger":"balancer\.settings","message":"(.*)"')  # its log
 PIP_CONFIG = files.VENV / ("pip.ini" if os.name == "nt" else "pip.conf")  # counts more than the user's own
-# Whoever installs for themselves, or into a folder, says so there; the rest of it, such as the index, stays in force.
-HERE_ALONE = "user = false\ntarget =\nprefix =\nroot =\npython =\ndry-run = false\nno-deps = false\n"
-INTO_VENV = f"[global]\n{HERE_ALONE}[install]\n{HERE_ALONE}"
-ELSEWHERE = {"PIP_USER", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_PYTHON", "PIP_DRY_RUN", "PIP_NO_DEPS"}
+# With these pip would install elsewhere, or not all. The rest of what is set, such as the index, stays in force.
+PIP_ELSEWHERE = ("user", "target", "prefix", "root", "python", "dry-run", "no-deps")
 STAMP = files.VENV / "requirements.sha256"  # written last: a .venv without it is not finished
 
 
@@ -109,10 +107,7 @@ def start_services(services: Sequence[Service], detached: bool) -> None:
         STOP.check()
         waiting = [service for service in waiting if not service.is_ready()]
         if waiting and time.monotonic() > started + READY_SECONDS:
-            slow = waiting[0]
-            raise Failure(
-                f"{slow.name} was not ready within {READY_SECONDS:g} s: {files.last_line(slow.log)} ({slow.log})"
-            )
+            raise Failure(f"{waiting[0].name} was not ready within {READY_SECONDS:g} s: {waiting[0].last_words}")
         if waiting:
             pause()
     say(f"Ready in {time.monotonic() - started:.1f} s.")
@@ -134,7 +129,7 @@ def watch(services: Sequence[Service]) -> int:
                 say("The balancer ended.")
                 return 0
             else:
-                raise Failure(f"the balancer ended by itself ({how}): {files.last_line(service.log)} ({service.log})")
+                raise Failure(f"the balancer ended by itself ({how}): {service.last_words}")
         pause()
     raise Failure("every backend has ended")
 
@@ -257,8 +252,9 @@ def ensure_venv() -> None:
         make_venv()
     say("Installing requirements.txt into .venv (once, and when the file changes) ...")
     STAMP.unlink(missing_ok=True)
-    with files.named(PIP_CONFIG):
-        PIP_CONFIG.write_text(INTO_VENV, encoding="ascii")
+    with files.named(PIP_CONFIG):  # what is empty counts as not set
+        unset = "".join(f"{option} =\n" for option in PIP_ELSEWHERE)
+        PIP_CONFIG.write_text(f"[global]\n{unset}[install]\n{unset}", encoding="ascii")
     # -I: what PYTHONPATH has is not in .venv, though pip would take it for installed.
     pip = [str(files.VENV_PYTHON), "-I", "-m", "pip", "--disable-pip-version-check", "--no-input", "install"]
     run_step([*pip, "-r", str(files.HERE / "requirements.txt")], "pip could not install requirements.txt")
@@ -291,7 +287,8 @@ def run_step(command: Sequence[str], failed: str) -> None:
     """Run a command to its end with its output in logs/setup.log, and stop it when we are asked to stop."""
     log = files.LOGS / "setup.log"
     with files.open_log(log) as output:
-        environment = {name: value for name, value in os.environ.items() if name not in ELSEWHERE}
+        unset = {"PIP_" + option.upper().replace("-", "_") for option in PIP_ELSEWHERE}
+        environment = {name: value for name, value in os.environ.items() if name not in unset}
         process = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
         )

@@ -42,6 +42,10 @@ class Service:
         self.pid_file: Path = RUN / f"{self.name}-{self.port}.pid"
 
     @property
+    def last_words(self) -> str:
+        return f"{last_line(self.log)} ({self.log})"
+
+    @property
     def address(self) -> str:
         """Where this machine reaches it."""
         return "127.0.0.1" if self.host in ("localhost", "0.0.0.0", "::") else self.host
@@ -70,7 +74,7 @@ class Service:
 
     def is_ready(self) -> bool:
         if self.exit_code is not None:
-            raise Failure(f"{self.name} ended at once with code {self.exit_code}: {last_line(self.log)} ({self.log})")
+            raise Failure(f"{self.name} ended at once with code {self.exit_code}: {self.last_words}")
         return self.ask("/readyz" if self.is_balancer else "/health") is not None
 
     def ask(self, path: str, token: str = "") -> bytes | None:

@@ -42,12 +42,13 @@ class Promise:
 
 
 class Client(guard.Client):
-    """`asked` has what was asked for, in order; `is_done` once the request was given back."""
+    """`asked` has what was asked for, in order; `is_done` once the request was given back, `is_whole` if its
+    answer was: else Granian breaks that off."""
 
     def __init__(self, kind: guard.Kind = guard.KINDS["get"]) -> None:
         super().__init__(kind)
         self.asked: list[Promise] = []
-        self.is_done = False
+        self.is_done = self.is_whole = False
         self._come: list[dict[str, Any]] = []
 
     def receive(self) -> Promise:  # type: ignore[override]
@@ -56,6 +57,11 @@ class Client(guard.Client):
         if self._come:
             promise.keep(self._come.pop(0))
         return promise
+
+    def send(self, message: dict[str, Any]) -> Any:
+        done = super().send(message)
+        self.is_whole |= not message.get("more_body", True)
+        return done
 
     def come(self, *messages: dict[str, Any]) -> None:
         """Messages that are here before they are asked for."""

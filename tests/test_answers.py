@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from fleet import Pair
-from support import Balancer, connect, exchange, get, is_idle, newest, ok, split_response, wait_until
+from support import Balancer, Start, connect, exchange, get, is_idle, newest, ok, split_response, wait_until
 from wire import (
     CHUNKED_ABC,
     HEAD_OK,
@@ -74,11 +74,11 @@ MALFORMED_ANSWERS = {
 
 
 def next_peer_differs(balancer: Balancer, backend: WireBackend) -> bool:
-    """True if the next request comes on a connection that no request came on so far."""
-    used = set(backend.peers)
+    """True if the next request comes on another connection than the last one."""
+    used = backend.peers[-1]
     backend.answer(ok(b"next"))
     assert ask(balancer.port, request(b"/next"))[2] == b"next"
-    return backend.peers[-1] not in used
+    return backend.peers[-1] != used
 
 
 @pytest.mark.parametrize("answer", MALFORMED_ANSWERS.values(), ids=MALFORMED_ANSWERS)
@@ -128,6 +128,9 @@ CHUNKED = HEAD_OK + b"Transfer-Encoding: cHuNkEd\r\n\r\n"
 ENDINGS = {
     "length": (b"GET", HEAD_OK + LENGTH_3, True),
     "length with zeros": (b"GET", HEAD_OK + b"Content-Length: 003\r\n\r\nabc", True),
+    "blanks after chunk sizes": (b"GET", CHUNKED + b"3  \r\nabc\r\n0\t\r\n\r\n", True),
+    "blanks before an extension": (b"GET", CHUNKED + b"3 ;ext=1\r\nabc\r\n0\r\n\r\n", True),
+    "the same length twice": (b"GET", HEAD_OK + LENGTH_3.replace(b"\r\n\r\n", b"\r\nContent-Length: 03\r\n\r\n"), True),
     "chunks, whose extensions are not relayed": (b"GET", CHUNKED + b"3;ext=1\r\nabc\r\n0\r\n\r\n", True),
     "an empty line before, and no reason": (b"GET", b"\r\nHTTP/1.1 200\r\n" + LENGTH_3, True),
     "HTTP/1.0 that keeps": (b"GET", b"HTTP/1.0 200 OK\r\nConnection: keep-alive\r\n" + LENGTH_3, True),
@@ -156,6 +159,60 @@ def test_the_connection_is_used_again_after_a_complete_answer_alone(
     assert body == (b"abc" if method == b"GET" and status == 200 else b"")
     wait_until(lambda: is_idle(balancer))
     assert next_peer_differs(balancer, backend) is not is_kept
+
+
+LOGINS = [b"NTLM TlRMTVNTUAAB", b"Negotiate YII=", b"negotiate YII="]
+
+
+@pytest.mark.parametrize("login", LOGINS)
+@pytest.mark.parametrize("method", [b"GET", b"OPTIONS", b"POST"])
+def test_a_connection_that_was_logged_in_serves_nobody_else(
+    balancer: Balancer, backend: WireBackend, method: bytes, login: bytes
+) -> None:
+    """RFC 4559 section 6: whoever came next on it would be served as whoever logged in."""
+    framing = [b"Transfer-Encoding: chunked"] if method == b"POST" else []
+    body = CHUNKED_ABC if framing else b""
+    data = request(b"/", b"Authorization: " + login, *framing, method=method, body=body)
+    for answer in (b"HTTP/1.1 401 No\r\nWWW-Authenticate: NTLM TlRM\r\nContent-Length: 0\r\n\r\n", ok(b"hello")):
+        backend.answer(answer)
+        assert ask(balancer.port, data)[0] == int(answer.split()[1])
+        assert next_peer_differs(balancer, backend)
+
+
+def test_a_connection_whose_answer_says_that_it_is_logged_in_serves_nobody_else(
+    balancer: Balancer, backend: WireBackend
+) -> None:
+    backend.answer(ok(b"hello", b"Persistent-Auth: true"))
+    assert ask(balancer.port, request(b"/", b"Authorization: Unheard of"))[2] == b"hello"
+    assert next_peer_differs(balancer, backend)
+
+
+@pytest.fixture(params=["request", "check"])
+def old(start: Start, scripted: WireBackend, request: pytest.FixtureRequest) -> Balancer:
+    """In front of a backend that has answered a request, or a health check, in HTTP/1.0."""
+    scripted.answer(b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok")
+    balancer = start() if request.param == "request" else start("--health-path=/check")
+    if request.param == "request":
+        assert ask(balancer.port, get(b"/check"))[0] == 200
+    return balancer
+
+
+def test_a_small_chunked_body_goes_with_its_length_to_http_1_0(old: Balancer, scripted: WireBackend) -> None:
+    """M 6.1: whoever speaks HTTP/1.0 would take it for empty."""
+    assert ask(old.port, post(b"Transfer-Encoding: chunked", body=CHUNKED_ABC))[0] == 200
+    (got,) = (got for got in scripted.requests if got.target != b"/check")
+    assert (got.body, got.values(b"content-length"), got.values(b"transfer-encoding")) == (b"abc", [b"3"], [])
+
+
+def test_a_large_chunked_body_is_refused_for_http_1_0(old: Balancer, scripted: WireBackend) -> None:
+    """411 instead of a body that gets lost, and the backend is not to blame."""
+    body = b"%x\r\n%s\r\n0\r\n\r\n" % (70000, b"x" * 70000)
+    status, _, told = ask(old.port, post(b"Transfer-Encoding: chunked", body=body))
+    assert (status, json.loads(told)["error"]) == (411, "the request body needs a Content-Length")
+    assert {got.target for got in scripted.requests} == {b"/check"} and not scripted.broken
+    assert old.backend("only")["failed_requests"] == 0
+    assert "HTTP/1.0" in newest(old)["tried"][0]["error"]
+    assert ask(old.port, post(b"Content-Length: 70000", body=b"x" * 70000))[0] == 200
 
 
 def test_response_trailers_are_discarded(balancer: Balancer, backend: WireBackend) -> None:

@@ -26,6 +26,7 @@ from balancer.protocol.origin import Origin
 ORIGIN = Origin("http", "127.0.0.1", 5001)
 GOOD = LastCheck(at=1.0, duration=0.001, status=200, error=None)
 BAD = LastCheck(at=2.0, duration=0.001, status=500, error="answered 500")
+LATE = LastCheck(at=2.0, duration=0.4, status=None, error="no answer within 0.4 s", timed_out=True)
 CHECKS = {"+": GOOD, "-": BAD}
 
 
@@ -355,6 +356,54 @@ def test_health_follows_the_rule_and_tells_changes_only(fall: int, rise: int, ch
         assert backend.is_ready == (status == "up")
         assert (backend.health.reason is None) == (status != "down")
     assert [kind for kind, _ in pool.told] == changes
+
+
+def late(pool: Pool, backend: Backend, times: int = 2) -> Backend:
+    """So many checks in a row time out, one each half second."""
+    for _ in range(times):
+        pool.now += 0.5
+        pool.record_check(backend, LATE)
+    return backend
+
+
+def test_a_backend_that_requests_keep_busy_is_not_down_but_asked_last(pool: Pool) -> None:
+    a, b = pool.backends()
+    leases = [pool.lease(None), pool.lease(None)]
+    assert late(pool, a).health.status == "up"
+    chosen = [pool.lease(None) for _ in range(3)]
+    assert [lease.backend for lease in chosen] == [b, b, b]
+    assert chosen[0].choice.describe()["excluded"] == {"a": f"busy: {LATE.error}"}
+    late(pool, b)
+    assert {pool.lease(None).backend for _ in range(2)} == {a, b}  # who else?
+    leases[0].release(0.5)
+    assert [pool.lease(None).backend for _ in range(2)] == [a, a]  # it has answered
+    pool.record_check(b, GOOD)
+    assert {pool.lease(None).backend for _ in range(2)} == {a, b}
+    assert "backend_down" not in dict(pool.told)
+
+
+def test_a_backend_that_is_silent_for_as_long_as_a_request_may_take_is_down(pool: Pool) -> None:
+    """However many of them are in flight. Whatever comes of an answer shows that it lives."""
+    a, _ = pool.backends()
+    streams, waits = pool.lease(None), pool.lease(None, ["b"])
+    assert streams.backend is waits.backend is a
+    late(pool, a, 50)
+    streams.alive()
+    assert late(pool, a, 59).health.status == "up"
+    waits.release(failure="no answer in time")  # which is no answer
+    assert late(pool, a).health.status == "down"
+
+
+@pytest.mark.parametrize("checks", [[LATE, LATE], [BAD, BAD], [LATE, BAD]])
+def test_only_requests_in_flight_and_only_silence_excuse_a_failed_check(pool: Pool, checks: list[LastCheck]) -> None:
+    a, _ = pool.backends()
+    lease = pool.lease(None)
+    if checks[-1] is LATE:
+        lease.release(0.1)
+    for check in checks:
+        pool.now += 0.5
+        pool.record_check(a, check)
+    assert (a.health.status, a.health.reason) == ("down", checks[-1].error)
 
 
 def test_a_down_backend_shows_its_newest_reason_and_since_when(pool: Pool) -> None:

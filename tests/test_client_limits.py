@@ -437,6 +437,18 @@ def test_a_pass_over_many_connections_lets_others_run_in_between() -> None:
         wait_until(are_all_closed, what="none has asked for anything")
 
 
+@pytest.mark.parametrize(
+    ("host", "is_it"), [("127.0.0.1", True), ("0.0.0.0", True), ("::", True), ("127.0.0.9", False)]
+)
+def test_a_connection_is_found_by_where_its_server_listens(host: str, is_it: bool) -> None:
+    """Granian tells that, which may be all addresses, and not where the connection ends."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        with connect(port) as sock, listener.accept()[0]:
+            accepted.cut_all({((sock.getsockname()[0], str(sock.getsockname()[1])), (host, str(port)))})
+            assert is_readable(sock, 0) is (host != "127.0.0.9")
+
+
 class Clock:
     now = 0.0
 

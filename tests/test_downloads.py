@@ -200,13 +200,13 @@ def test_unread_answers_are_ended_after_idle_timeout_in_one_pass(desk: Callable[
     assert made.client.received == b"ab"
 
 
-def test_what_cannot_go_on_is_cut(desk: Callable[..., Desk], cut: list[Any]) -> None:
+def test_what_cannot_go_on_is_broken_off(desk: Callable[..., Desk], cut: list[Any]) -> None:
     made = desk(ABC, 1)
     made.wait_parked()
     made.pool.stop(5)
     made.client.read(10)
     made.wait_over()
-    assert len(cut) == 1 and made.client.received == b"ab"
+    assert not cut and made.client.received == b"ab" and not made.client.is_whole
 
 
 def test_a_parked_call_waits_for_a_thread_though_the_queue_is_full(desk: Callable[..., Desk]) -> None:
@@ -388,7 +388,7 @@ def test_of_the_last_pieces_nobody_tells_us_so_they_are_small(bridge: Bridge, is
     whole = WHOLE_STREAM if is_http2 else WHOLE
     found = sizes(bridge, 8 * MIB, is_http2=is_http2)
     assert sum(found[-UNREAD_PIECES:]) <= whole
-    assert max(found) > whole / 2 and len(found) < 100, "and the others are not"
+    assert max(found) > whole / 2 and len(found) < 250, "and the others are not"
 
 
 def test_in_http2_the_first_pieces_are_small(bridge: Bridge) -> None:
@@ -556,6 +556,28 @@ def test_an_http2_answer_that_nobody_reads_is_in_flight_until_idle_timeout(
     assert balancer.backend("only")["health"]["consecutive_failures"] == 0
 
 
+def test_a_stream_that_is_paused_leaves_the_others_alone(start: Start, scripted: WireBackend) -> None:
+    """As browsers do with a film. It ends, and is told so when it is read on; with too many of them the connection
+    does, since what was handed over for them cannot be had back."""
+    scripted.script = answering(b"")
+    balancer = start("--idle-timeout=1", "--header-timeout=1")
+    with thrifty(balancer) as h2:
+        h2.request(1, (b":path", b"/endless"))
+        h2.begin(1)
+        wait_until(lambda: newest(balancer)["reason"] == "client_too_slow")
+        for stream in range(3, 9, 2):  # for longer than every pass over connections takes
+            threading.Event().wait(1)
+            h2.request(stream, (b":path", b"/small"))
+            h2.take(stream, 1000)
+            assert h2.finish(stream).body == b"small"
+        h2.take(1, 100_000_000)
+        found = h2.finish(1)
+        assert found.reset_code is not None and not found.is_ended
+        for stream in range(11, 511, 2):
+            h2.request(stream, (b":path", b"/endless"))
+        h2.read_to_end()
+
+
 def test_the_dashboard_that_nobody_reads_is_ended(start: Start) -> None:
     """It needs no backend, and no thread."""
     balancer = start("--idle-timeout=1", "--max-threads=4", "--thread-idle-timeout=1")
@@ -584,7 +606,7 @@ def test_whole_answers_that_nobody_reads_are_ended(start: Start, scripted: WireB
         wait_until(is_closed, "the connection is cut")
 
 
-def test_an_answer_that_is_read_too_slowly_is_cut(start: Start, scripted: WireBackend) -> None:
+def test_a_stream_that_is_read_too_slowly_ends_alone(start: Start, scripted: WireBackend) -> None:
     """Well within every `idle_timeout`, at 40,000 bytes/s where 1,000,000 are asked for."""
     scripted.script = answering(b"")
     balancer = start("--min-body-rate=1000000", "--idle-timeout=5")
@@ -599,11 +621,14 @@ def test_an_answer_that_is_read_too_slowly_is_cut(start: Start, scripted: WireBa
         h2.request(1, (b":path", b"/endless"))
         taking.start()
         try:
-            h2.read_to_end()
+            found = h2.finish(1)
         finally:
             over.set()
             taking.join()
-        assert len(h2.streams[1].body) > 100_000
+        assert len(found.body) > 100_000 and found.reset_code is not None and not found.is_ended
+        h2.request(3, (b":path", b"/livez"))
+        h2.take(3, 1_000_000)
+        assert h2.finish(3).status == 200
     record = newest(balancer)
     assert (record["reason"], record["complete"]) == ("client_too_slow", False)
     assert record["response_time"] > GRACE_SECONDS

@@ -9,6 +9,7 @@ import socket
 import struct
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from threading import Event, Lock, Thread
@@ -338,6 +339,48 @@ def test_one_failed_check_is_not_yet_down_and_is_followed_up_quickly(stack: Exit
     wait_until(lambda: len(backend.requests) >= asked + 3)
     assert balancer.backend("flaky")["healthy"]
     assert events(balancer, "backend_down", "flaky") == []
+
+
+def test_backends_with_one_worker_each_lose_no_request(stack: ExitStack) -> None:
+    """They answer no check while they work, and each request takes longer than it takes to call a backend down."""
+    balancer: Balancer
+
+    def failed() -> int:
+        return sum(counts.failed_checks for counts in balancer.library.pool.counts().values())
+
+    def one_worker() -> Any:
+        worker = Lock()
+
+        def script(sock: socket.socket, request: Any) -> None:
+            with worker:
+                if request.target != b"/check":
+                    enough = failed() + 8
+                    wait_until(lambda: failed() >= enough)
+                sock.sendall(ok())
+
+        return script
+
+    balancer = Checked(stack, one=one_worker(), two=one_worker()).balancer
+    with ThreadPoolExecutor(4) as clients:
+        assert list(clients.map(lambda _: fetch(f"{balancer.url}/x")[0], range(8))) == [200] * 8
+    assert not [event for event in balancer.library.events() if event["kind"] == "backend_down"]
+
+
+def test_the_page_of_a_check_is_read_to_its_end(stack: ExitStack) -> None:
+    """A backend that is cut off while it writes sees a reset."""
+    ends: list[bytes | None] = []
+
+    def script(sock: socket.socket, request: Any) -> None:
+        try:
+            sock.sendall(ok(b"x" * 500_000))
+            ends.append(sock.recv(1))
+        except OSError:
+            ends.append(None)
+
+    checked = Checked(stack, large=script)
+    wait_until(lambda: len(ends) >= 3)
+    assert set(ends) == {b""}
+    assert checked.balancer.backend("large")["healthy"]
 
 
 def test_every_health_check_has_a_connection_of_its_own(stack: ExitStack) -> None:

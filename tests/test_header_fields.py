@@ -7,7 +7,7 @@ import re
 
 import pytest
 from fleet import Pair
-from support import Balancer, exchange, free_port, newest, ok
+from support import Balancer, Start, exchange, free_port, newest, ok
 from wire import WireBackend, ask, forwarded, post, request, returned, values
 
 Fields = dict[bytes, list[bytes]]
@@ -152,6 +152,7 @@ OTHER_CLAIMS = [
     *(b"X-Rewrite-Url: /admin", b"X-Original-Host: evil", b"True-Client-IP: 6.6.6.6", b"CF-Connecting-IP: 6.6.6.6"),
     *(b"X-Client-IP: 6.6.6.6", b"X-Cluster-Client-Ip: 6.6.6.6", b"Fastly-Client-IP: 6.6.6.6", b"Client-IP: 6.6.6.6"),
     *(b"X-ProxyUser-Ip: 6.6.6.6", b"X-Envoy-External-Address: 6.6.6.6", b"X-Forwarded-Tls-Client-Cert: evil"),
+    *(b"X-SSL-Client-S-DN: evil", b"X-Client-Cert: evil", b"X-Original-URI: /admin"),
     *(b"SSL-Client-Verify: SUCCESS", b"Client-Cert-Chain: evil", b"X-Forwarded-Prefix: /a", b"X-Forwarded-Prefix: /b"),
 ]
 CLAIMS = [
@@ -199,6 +200,13 @@ def test_a_sane_request_id_is_kept(balancer: Balancer, backend: WireBackend, san
     _, lines, _ = ask(balancer.port, request(b"/", b"X-Request-ID: " + sane))
     assert values(lines, b"x-request-id") == backend.requests[0].values(b"x-request-id") == [sane]
     assert newest(balancer)["request_id"] == sane.decode()
+
+
+def test_without_via_backends_get_none_of_ours_nor_of_others(start: Start, scripted: WireBackend) -> None:
+    """An nginx does not compress otherwise. A loop is not seen then."""
+    balancer = start("--via=false")
+    assert not forwarded(balancer, scripted).values(b"via")
+    assert not forwarded(balancer, scripted, b"Via: 1.1 other", b"X-Forwarded-For: 192.0.2.1").values(b"via")
 
 
 @pytest.mark.parametrize(

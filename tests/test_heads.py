@@ -45,7 +45,7 @@ def test_a_plain_head_is_taken() -> None:
         PLAIN.replace(b"200", b"0200"),
         PLAIN.replace(b"200 OK", b"200"),
         PLAIN.replace(b"Date: now", b"Transfer-Encoding: chunked"),
-        PLAIN.replace(b"Date: now", b"Content-Length: 2"),
+        PLAIN.replace(b"Date: now", b"Content-Length: 3"),
         PLAIN.replace(b"Length: 2", b"Length: +2"),
         PLAIN.replace(b"Length: 2", b"Length:"),
         PLAIN.replace(b"Length: 2", b"Length: " + b"9" * 19),
@@ -80,7 +80,12 @@ def test_what_is_taken_is_what_llhttp_understands(status: bytes, lines: list[byt
     plain = HEADS.plain(data)
     if plain is None:
         return
-    other = by_llhttp(data)
+    lengths = [line for line in lines if line.lower().startswith(b"content-length")]
+    for line in lengths[1:]:  # said twice, which llhttp does not take
+        lines.reverse()
+        lines.remove(line)
+        lines.reverse()
+    other = by_llhttp(b"\r\n".join([status, *lines, b"", b""]))
     assert (plain.status, plain.reason, list(plain.lines), plain.options, list(plain.for_client)) == (
         other.status, other.reason, other.lines, other.options, other.for_client,
     )  # fmt: skip

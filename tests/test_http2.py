@@ -300,6 +300,19 @@ def test_cookie_crumbs_are_joined(balancer: Balancer, backend: WireBackend) -> N
     assert backend.requests[0].values(b"cookie") == [b"a=1; b=2; c=3"]
 
 
+@pytest.mark.parametrize(("count", "other", "status"), [(120, 0, 200), (120, 110, 431)])
+def test_cookie_crumbs_count_as_the_one_line_that_they_become(
+    balancer: Balancer, backend: WireBackend, count: int, other: int, status: int
+) -> None:
+    """H 8.2.3: browsers split cookies, so that HPACK can know each."""
+    crumbs = [(b"cookie", b"name-%d=%d" % (number, number)) for number in range(count)]
+    with client(balancer) as h2:
+        h2.request(1, *crumbs, *((b"x-%d" % number, b"1") for number in range(other)))
+        assert h2.finish(1).status == status
+    cookies = [b"; ".join(value for _, value in crumbs)]
+    assert [got.values(b"cookie") for got in backend.requests] == ([cookies] if status == 200 else [])
+
+
 def test_claims_of_an_untrusted_client_are_dropped(balancer: Balancer, backend: WireBackend) -> None:
     with client(balancer) as h2:
         h2.request(1, (b"x-forwarded-prefix", b"/evil"), (b"x-forwarded-ssl", b"on"), (b"true-client-ip", b"6.6.6.6"))
@@ -515,9 +528,12 @@ def test_authority_and_host_that_differ(balancer: Balancer, backend: WireBackend
     "framing", [b"Content-Length: 10\r\n\r\nabc", b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n"]
 )
 def test_a_truncated_answer_does_not_end_the_stream(balancer: Balancer, backend: WireBackend, framing: bytes) -> None:
-    """H 8.1 and M 8: reset, or the connection is cut; never END_STREAM."""
+    """H 8.1 and M 8: reset, never END_STREAM; and the others go on."""
 
-    def script(sock: socket.socket, _: Any) -> None:
+    def script(sock: socket.socket, got: Any) -> None:
+        if got.target == b"/other":
+            sock.sendall(ok(b"survived"))
+            return
         sock.sendall(b"HTTP/1.1 200 OK\r\n" + framing)
         has_begun.wait(60)
         hang_up(sock)
@@ -530,15 +546,19 @@ def test_a_truncated_answer_does_not_end_the_stream(balancer: Balancer, backend:
         h2.begin(1)
         has_begun.set()
         found = h2.finish(1)
-    assert not found.is_ended
+        h2.request(3, (b":path", b"/other"))
+        assert h2.finish(3).body == b"survived"
+    assert found.reset_code is not None and not found.is_ended
 
 
-def test_a_cancelled_stream_leaves_the_others_alone(patient: Balancer, backend: WireBackend) -> None:
+@pytest.mark.parametrize("begun", [b"", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n"])
+def test_a_cancelled_stream_leaves_the_others_alone(patient: Balancer, backend: WireBackend, begun: bytes) -> None:
     """H 5.4.2: browsers cancel single requests all the time. The backend connection of that one is closed at once."""
     closed = threading.Event()
 
     def script(sock: socket.socket, got: Any) -> None:
         if got.target == b"/cancelled":
+            sock.sendall(begun)
             if wait_closed(sock):
                 closed.set()
             return
@@ -550,6 +570,8 @@ def test_a_cancelled_stream_leaves_the_others_alone(patient: Balancer, backend: 
         h2.request(1, (b":path", b"/cancelled"))
         h2.request(3, (b":path", b"/other"))
         wait_until(lambda: len(backend.requests) == 2)
+        if begun:
+            h2.begin(1)
         h2.cancel(1)
         assert closed.wait(60)
         other = h2.finish(3)

@@ -19,7 +19,6 @@ from balancer.protocol.messages import (
     HeaderLines,
     Line,
     is_claim,
-    is_in_networks,
     nominated,
     parse_content_length,
     request_lines,
@@ -124,6 +123,15 @@ def test_repeated_lines_keep_order_and_multiplicity_both_ways(lines: list[Line])
     assert [line for line in forward((b"host", b"a"), *lines) if line[0] not in OWN | {b"host"}] == lines
 
 
+@pytest.mark.parametrize(
+    ("version", "expected"), [("2", [b"a=1; b=2; c=3"]), ("1.1", [b"a=1", b"b=2; c=3"])], ids=["HTTP/2", "HTTP/1.1"]
+)
+def test_only_the_cookies_of_http_2_are_joined(version: str, expected: list[bytes]) -> None:
+    lines = [(b"host", b"a"), (b"cookie", b"a=1"), (b"x", b"1"), (b"cookie", b"b=2; c=3")]
+    sent = RequestHeads().of(lines, PEER, "http", version).lines
+    assert values([*sent], b"cookie") == expected
+
+
 # Our own fields.
 
 
@@ -193,22 +201,3 @@ def test_what_counts_as_a_content_length_is_ascii_digits_only(data: bytes) -> No
         assert parse_content_length(data) == int(data) and is_number
     except ValueError:
         assert not is_number
-
-
-@pytest.mark.parametrize(
-    ("address", "expected"),
-    [
-        ("10.1.2.3", True),
-        ("11.0.0.1", False),
-        ("::ffff:10.1.2.3", True),
-        ("fd00::1", True),
-        ("fd00::1%eth0", True),
-        ("fe80::1", False),
-        ("unknown", False),
-        ("", False),
-        ("010.1.2.3", False),
-    ],
-)
-def test_networks_match_addresses_of_either_family(address: str, expected: bool) -> None:
-    networks = [ipaddress.ip_network("10.0.0.0/8"), ipaddress.ip_network("fd00::/8")]
-    assert is_in_networks(address, networks) is expected

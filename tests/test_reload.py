@@ -143,7 +143,7 @@ def held(balancer: LoadBalancer) -> list[Any]:
     heads, route, control = balancer.proxy.heads, balancer.proxy.routes.usual, balancer.control
     return [
         route.options, len(route.answer), [done.__self__.options for done in route.done], route.response_heads.rules,
-        heads.trusted, heads.max_lines, heads.rules, heads.host, balancer.adapter.dialer.server_name,
+        heads.trusted, heads.max_lines, heads.rules, heads.via, heads.host, balancer.adapter.dialer.server_name,
         control.pool._judge.options, control.pool.algorithm, control.access.options, balancer.adapter.timeouts,
         balancer.health.options, balancer.bridges[0].limits, logging.getLogger().level,
     ]  # fmt: skip

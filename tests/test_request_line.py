@@ -97,10 +97,37 @@ def test_the_clients_host_is_kept(balancer: Balancer, backend: WireBackend, host
     assert backend.requests[0].values(b"host") == [host]
 
 
-def test_http_1_0_needs_no_host(balancer: Balancer, backend: WireBackend) -> None:
-    """Rule 9, M 3.2: required in 1.1 only; what we send has the field, empty."""
-    assert exchange(balancer.port, b"GET / HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.0 200")
-    assert backend.requests[0].values(b"host") == [b""]
+NOT_SERVED = {
+    "no host": b"GET %s HTTP/1.1",
+    "two hosts": b"GET %s HTTP/1.1\r\nHost: localhost\r\nHost: localhost",
+    "a bad host": b"GET %s HTTP/1.1\r\nHost: a b",
+    "CONNECT": b"CONNECT %s HTTP/1.1\r\nHost: localhost",
+    "tunnel": b"CONNECT test:443 HTTP/1.1\r\nHost: test:443",
+    "TRACE": b"TRACE %s HTTP/1.1\r\nHost: localhost",
+    "another coding": b"POST %s HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: gzip, chunked",
+}
+
+
+@pytest.mark.parametrize("path", [b"/", b"/livez"])
+@pytest.mark.parametrize("head", NOT_SERVED.values(), ids=NOT_SERVED)
+def test_what_is_refused_by_its_head_is_the_last_of_its_connection(
+    balancer: Balancer, backend: WireBackend, head: bytes, path: bytes
+) -> None:
+    """M 9.6: what follows may be a part of it, by another reading."""
+    data = exchange(balancer.port, head.replace(b"%s", path) + b"\r\n\r\n" + request(b"/next"))
+    status, lines, _ = split_response(data)
+    assert status in (400, 403, 405, 501) and (b"connection", b"close") in lines
+    assert data.count(b"HTTP/1.1 ") == 1 and not backend.requests
+
+
+@pytest.mark.parametrize("line", [b"", b"Host:\r\n"], ids=["none", "empty"])
+@pytest.mark.parametrize("method", [b"GET", b"OPTIONS"])
+def test_http_1_0_needs_no_host(balancer: Balancer, backend: WireBackend, method: bytes, line: bytes) -> None:
+    """Rule 9, M 3.2: required in 1.1 only; what we send has the backend's, first, and no claim of another one."""
+    assert exchange(balancer.port, method + b" / HTTP/1.0\r\n" + line + b"\r\n").startswith(b"HTTP/1.0 200")
+    got = backend.requests[0]
+    assert got.lines[0] == (b"host", b"127.0.0.1:%d" % backend.port)
+    assert not got.values(b"x-forwarded-host")
 
 
 @pytest.mark.parametrize("host", [b"test", b"other"])

@@ -380,6 +380,68 @@ def test_close_idle_closes_what_has_expired(backend: WireBackend) -> None:
     wait_until(lambda: not backend.used)
 
 
+def test_what_cannot_be_repeated_meets_no_connection_that_may_be_about_to_end(backend: WireBackend) -> None:
+    """This backend ends a kept connection just as the next request comes on it."""
+    clock = Clock()
+    adapter = BackendAdapter(QUICK, clock=clock)
+    pooled: set[int] = set()
+
+    def script(sock: socket.socket, _: Any) -> None:
+        peer = sock.getpeername()[1]
+        if peer in pooled:
+            hang_up(sock)
+        pooled.add(peer)
+        sock.sendall(ok(b"ok"))
+
+    backend.script = script
+    for body in (b"abc", iter([b"abc"])):
+        assert fetch(adapter, backend.url) == b"ok"
+        clock.now += 2
+        assert fetch(adapter, backend.url, outgoing("POST", body=body)) == b"ok"
+    assert fetch(adapter, backend.url, outgoing("PUT", body=b"abc")) == b"ok"  # sent again
+    adapter.close()
+
+
+def test_a_login_that_a_filter_adds_is_seen_too(adapter: BackendAdapter, backend: WireBackend) -> None:
+    """It has changed the lines after they were worked out."""
+    fetch(adapter, backend.url)
+    request = outgoing()
+    request.lines = [HOST, (b"authorization", b"NTLM TlRM")]
+    assert adapter.send_now(request, Origin.parse(backend.url)) is None
+    fetch(adapter, backend.url, request)
+    fetch(adapter, backend.url)
+    assert backend.peers[0] == backend.peers[1] != backend.peers[2]
+
+
+@pytest.mark.parametrize(
+    ("looked_at", "has_ended", "pause", "is_used_again"),
+    [
+        (None, False, 0.4, True),
+        (None, False, 0.6, False),
+        (2.0, False, 0.9, True),  # it was good after 2 s, so half of that is safe
+        (2.0, False, 1.1, False),
+        (2.0, True, 0.4, True),
+        (0.4, True, 0.3, False),
+    ],
+)
+def test_how_long_a_backend_keeps_connections_is_learnt(
+    backend: WireBackend, looked_at: float | None, has_ended: bool, pause: float, is_used_again: bool
+) -> None:
+    clock = Clock()
+    adapter = BackendAdapter(QUICK, clock=clock)
+    fetch(adapter, backend.url)
+    if looked_at is not None:
+        if has_ended:
+            backend.drop_connections()
+        clock.now += looked_at
+        adapter.close_idle()
+        fetch(adapter, backend.url)
+    clock.now += pause
+    fetch(adapter, backend.url, outgoing("POST", body=b"abc"))
+    assert (backend.peers[-1] == backend.peers[-2]) is is_used_again
+    adapter.close()
+
+
 class Untold:
     """A socket whose kernel says nothing of use in TCP_INFO."""
 
@@ -418,6 +480,7 @@ def test_a_kernel_that_tells_less_costs_no_connection(
 def test_a_stale_connection_gets_one_fresh_try_if_it_may(
     adapter: BackendAdapter, backend: WireBackend, method: str, body: Any, works: bool
 ) -> None:
+    adapter._clock = Clock()  # no pause, however busy this machine is
     fetch(adapter, backend.url)
     pooled = set(backend.peers)
     backend.script = lambda sock, _: hang_up(sock) if sock.getpeername()[1] in pooled else sock.sendall(ok())

@@ -76,9 +76,9 @@ class Health:
     @property
     def is_in_transition(self) -> bool:
         """A check contradicts the status but not yet often enough, so the next one should come soon."""
-        if self.status == "up":
-            return self.consecutive_failures > 0 and not self.is_busy
-        return self.status == "unknown" or self.consecutive_successes > 0
+        return self.status == "unknown" or (
+            self.consecutive_failures > 0 if self.status == "up" else self.consecutive_successes > 0
+        )
 
     def describe(self, options: PoolOptions) -> HealthView:
         return {

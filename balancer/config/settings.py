@@ -37,8 +37,8 @@ from balancer.balancing.options import LatencyMode
 from balancer.config import environment, validation
 from balancer.errors import SettingsError
 from balancer.protocol import headerrules
+from balancer.protocol.addresses import Network, is_loopback, parse_network
 from balancer.protocol.headerrules import NO_RULES, HeaderRules
-from balancer.protocol.messages import Network, is_loopback
 from balancer.protocol.origin import Origin
 
 if TYPE_CHECKING:
@@ -175,6 +175,10 @@ class Settings(BaseModel):
     )
     response_headers: ResponseRules = Field(
         NO_RULES, description='changes of what clients get, as { add = { Cache-Control = "no-store" } }'
+    )
+
+    via: bool = Field(
+        True, description="tell backends of this balancer in Via; without it nginx compresses, and loops are not seen"
     )
 
     # Health checks.
@@ -326,7 +330,7 @@ class Settings(BaseModel):
     @property
     def networks(self) -> tuple[Network, ...]:
         """`trusted_proxies`, parsed."""
-        return tuple(ipaddress.ip_network(network) for network in self.trusted_proxies)
+        return tuple(map(parse_network, self.trusted_proxies))
 
     @property
     def host_field(self) -> bytes:

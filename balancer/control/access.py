@@ -16,7 +16,6 @@ this machine comes from anywhere. So whoever is not known to be a program on thi
 from __future__ import annotations
 
 import hmac
-import ipaddress
 import math
 import re
 import time
@@ -33,7 +32,8 @@ from pydantic import SecretStr
 from balancer.control.inputs import received
 from balancer.control.neighbours import is_ours
 from balancer.control.problems import ApiError
-from balancer.protocol.messages import Network, client_address, is_claim, is_loopback
+from balancer.protocol.addresses import Network, client_address, is_loopback, network_of, plain, told_clients
+from balancer.protocol.messages import is_claim
 from balancer.protocol.request import header_lines
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -147,12 +147,9 @@ class Access:
     def _sender(self) -> str:
         """Whose guesses count together. `Origin: null` is counted apart, or any sandboxed frame could lock this machine
         out; and an IPv6 host has a whole /64 to choose from."""
-        peer = request.environ.get("REMOTE_ADDR") or "unknown"
-        address = client_address(peer, request.headers.get("X-Forwarded-For", ""), self.options.networks)
-        try:
-            return str(ipaddress.ip_network(f"{address.partition('%')[0]}/64", strict=False))
-        except ValueError:  # no IPv6
-            return address
+        lines = header_lines(request.environ)
+        told = told_clients(lambda wanted: [value for name, value in lines if name == wanted])
+        return network_of(client_address(_peer(), told, self.options.networks))
 
     def _why_token(self, origin: str | None, is_write: bool) -> str | None:
         """Why this needs a token, None if it does not."""
@@ -168,7 +165,7 @@ class Access:
 
     def _why_not_local(self) -> str | None:
         """Why the request may come from another machine or from a page of another site, None if it cannot."""
-        if not is_loopback(self.options.host) or not is_loopback(request.environ.get("REMOTE_ADDR") or ""):
+        if not is_loopback(self.options.host) or not is_loopback(_peer()):
             return "requests come from the network"
         if self.options.networks:
             return "trusted_proxies says that requests come through a proxy"
@@ -184,6 +181,11 @@ def _way_out(origin: str | None, is_write: bool) -> str:
         return "start with LB_PAGE_TOKEN set and give the page that token, or open /dashboard"
     otherwise = "" if is_write else ', or with control_reads = "open"'
     return f"start with LB_ADMIN_TOKEN set and send that token{otherwise}"
+
+
+def _peer() -> str:
+    """The address of who sent the request that is being answered, "" if the server does not say."""
+    return plain(request.environ.get("REMOTE_ADDR") or "")
 
 
 def is_authorized() -> bool:
@@ -215,8 +217,8 @@ def _sign_of_a_proxy() -> str | None:
 
 def _why_not_ours() -> str | None:
     """For writes, which do more harm: a proxy that adds nothing and rewrites Host still has a user of its own."""
-    client = request.environ.get("REMOTE_ADDR") or "", request.environ.get("REMOTE_PORT") or ""
-    return None if is_ours(*client) else "another user of this machine sent this, maybe for somebody else"
+    is_found = is_ours(_peer(), request.environ.get("REMOTE_PORT") or "")
+    return None if is_found else "another user of this machine sent this, maybe for somebody else"
 
 
 def _check_content_type() -> None:

@@ -6,8 +6,11 @@ import ipaddress
 import os
 from pathlib import Path
 
+from balancer.protocol.addresses import Address, parse
+
 TABLES = {4: Path("/proc/net/tcp"), 6: Path("/proc/net/tcp6")}
-ADDRESS, USER = 1, 7  # columns: the local end in hexadecimal, and who owns it
+ADDRESS, STATE, USER = 1, 3, 7  # columns: the local end in hexadecimal, what has become of it, and who owns it
+TIME_WAIT = "06"  # of an earlier connection from the same port; the kernel says root of these
 
 
 def is_ours(host: str, port: str) -> bool:
@@ -21,20 +24,30 @@ def is_ours(host: str, port: str) -> bool:
 
 def owner(host: str, port: str) -> int | None:
     """The id of the user, None if the kernel does not tell (proc(5), /proc/net/tcp)."""
+    address = parse(host)
+    if address is None:
+        return None
+    found = _owner(address, port)
+    if found is None and address.version == 4:  # an IPv6 socket may speak IPv4
+        found = _owner(ipaddress.IPv6Address(f"::ffff:{address}"), port)
+    return found
+
+
+def _owner(address: Address, port: str) -> int | None:
     try:
-        wanted = f"{_hexadecimal(host)}:{int(port):04X}"
-        with TABLES[ipaddress.ip_address(host).version].open(encoding="ascii") as table:
+        wanted = f"{_hexadecimal(address)}:{int(port):04X}"
+        with TABLES[address.version].open(encoding="ascii") as table:
             for line in table:
                 columns = line.split()
-                if columns[ADDRESS] == wanted:
+                if columns[ADDRESS] == wanted and columns[STATE] != TIME_WAIT:
                     return int(columns[USER])
     except (OSError, ValueError, IndexError):
         return None
     return None
 
 
-def _hexadecimal(host: str) -> str:
+def _hexadecimal(address: Address) -> str:
     """As that table has it: words of four bytes in the machine's own order."""
-    packed = ipaddress.ip_address(host).packed
+    packed = address.packed
     words = [packed[start : start + 4] for start in range(0, len(packed), 4)]
     return "".join(word[::-1].hex().upper() for word in words)

@@ -25,7 +25,7 @@ Local = tuple[str, int]  # and of a listening socket, as the kernel does
 EVERYWHERE = ("0.0.0.0", "::")  # to listen on all addresses
 IDLE_SECONDS = 75.0  # nginx's keepalive_timeout; hyper itself ends idle HTTP/1.1 connections, but not HTTP/2 ones
 LEAST_RATE = 240  # bytes/s, the default of `min_body_rate`: to read less does not count as reading
-MOST_OWED = 262_144  # bytes of answers that a client may leave unread for as long as it likes
+MOST_OWED = 262_144  # bytes of answers that a client may leave unread for as long as it likes, such as a paused film
 SLICE = 64  # descriptors, about half a millisecond: whoever forwards requests waits for the interpreter meanwhile
 
 _passing = Lock()  # held during a pass; `_waiting` needs none, each step on it is one operation
@@ -44,10 +44,12 @@ def cut(addresses: tuple[Address, Address]) -> None:
 
 def cut_all(pairs: Iterable[tuple[Address, Address]]) -> None:
     """Shut down the connections between these (client, server) addresses, in one pass over all descriptors."""
-    wanted = {((client[0], int(client[1])), (server[0], int(server[1]))) for client, server in pairs}
+    wanted = {(client[0], int(client[1]), int(server[1])): server[0] for client, server in pairs}
     for connection in _sockets(_descriptors()):
         with contextlib.suppress(OSError):  # not connected, or no more
-            if (connection.getpeername()[:2], connection.getsockname()[:2]) in wanted:
+            port: int = connection.getsockname()[1]
+            host = wanted.get((*connection.getpeername()[:2], port))
+            if host is not None and _is_from(connection, (host, port)):
                 connection.shutdown(socket.SHUT_RDWR)
 
 

@@ -173,12 +173,12 @@ class Bridge(Listener):
                 self._watch_one(call)
 
     def _end_slow_downloads(self, now: float) -> None:
-        """All are cut in one pass, and before they are recorded."""
+        """Connections that have to end too are cut in one pass, and before their requests are recorded."""
         late = [call for call, deadline in self._parked.copy().items() if deadline <= now and self._take(call)]
-        if late:
-            accepted.cut_all({call.addresses for call in late})
-            for call in late:
-                call.abandon(ClientStalled)
+        if unreadable := {call.addresses for call in late if not call.leave()}:
+            accepted.cut_all(unreadable)
+        for call in late:
+            call.abandon(ClientStalled)
 
     def _watch_one(self, call: Call) -> None:
         when_done(call.protocol.receive(), lambda promise: self._look(call, promise))

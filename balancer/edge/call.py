@@ -87,7 +87,7 @@ class Call:
                 self.protocol, self.listener, self.scope["client"], made.head, is_http2=self.is_http2
             )
             made.is_ended = True
-            made.stream = RequestBody(self.receive)
+            made.stream = RequestBody(self.receive, self.body.is_prompt)
         return made
 
     # --- The loop's thread, or Granian's: the client is looked after, and may leave. ---
@@ -133,6 +133,13 @@ class Call:
         with self._lock:
             self._attached = None
 
+    def watch_upload(self, look: Callable[[], int] | None) -> None:
+        if self.body is not None:
+            self.body.look = look
+
+    def end_connection(self) -> None:
+        self._is_last = True
+
     def receive(self, timeout: float | None = None) -> list[bytes]:
         """What has come of the request body, [] at its end. Raises ClientGone, ClientTooSlow."""
         if self.body is None:
@@ -167,7 +174,7 @@ class Call:
                 self._begin_answer()
             is_over = self._finish_answer(patience)
         except ClientGone:
-            if self._is_started and not self.is_gone:  # slow; else there is nobody to be cut, or nothing was sent
+            if self._is_started and not self.is_gone:  # it does not read what an app writes
                 self.cut()
         except Exception:
             self._fail()
@@ -180,12 +187,10 @@ class Call:
     def refuse(self) -> None:
         """Answer that there is no room, in the calling thread. Neither blocks nor raises."""
         if self.download is not None:  # too late for an answer
-            if not self.is_gone:
-                self.cut()
             self.abandon()
             return
         try:
-            self._is_last = not self.may_be_watched()  # nobody will read the rest of its body
+            self._is_last |= not self.may_be_watched()  # nobody will read the rest of its body
             if self.forwarding is not None:
                 self._pass_on(self.forwarding.refuse())
             else:
@@ -206,12 +211,12 @@ class Call:
         finally:
             self._end()
 
-    def cut(self) -> None:
-        """End the client's connection so that it cannot take what it got for the whole answer.
+    def leave(self) -> bool:
+        """The client does not read: True if its stream can end alone, False if its connection has to."""
+        return self.is_http2 and self.download is not None and self.listener.leave(self, self.download.unread)
 
-        hyper would end a chunked body properly, and Granian has no way to tell it not to, so the socket is shut down.
-        An HTTP/2 client loses its other streams too.
-        """
+    def cut(self) -> None:
+        """End the client's connection: hyper would wait for a client that neither reads nor says any more."""
         accepted.cut(self.addresses)
 
     def _begin_answer(self) -> None:
@@ -294,9 +299,8 @@ class Call:
         if self._is_ended:
             log.exception("failed after the answer")
             return
-        if self._is_started:  # after the head, cutting is all that is left
-            log.debug("request cut", exc_info=True)
-            self.cut()
+        if self._is_started:  # after the head, to break the answer off is all that is left
+            log.debug("answer broken off", exc_info=True)
             return
         log.exception("request failed")
         self._status, self._headers = 500, [SERVER_LINE]
@@ -304,10 +308,12 @@ class Call:
             self._send_last(b"")
 
     def _end(self) -> None:
+        """Give the request back to Granian. If the answer is not whole, that breaks it off so that its client sees it:
+        HTTP/2 resets the stream alone (RFC 9113 section 8.1), HTTP/1 ends the connection before the body's end."""
         self.forwarding = None  # it refers to us, and only the garbage collector could free the two
         if self.download is not None:
+            self.listener.end_download(self, self.download.unread, self.download.promise)
             self.download = None  # as well
-            self.listener.end_download(self)
         self.listener.calls.pop(self, None)
         self._watcher.done()
 
@@ -349,8 +355,10 @@ class Call:
     # --- A worker, where the app answers: the gateway's side of PEP 3333. ---
 
     def _call_app(self) -> Iterable[bytes]:
-        environ = environ_of(self.scope, self.request(self.listener.heads), RequestBody(self.receive))
-        return self.listener.app(environ, self.start_response)
+        request = self.request(self.listener.heads)
+        if request.refusal is not None:
+            self.end_connection()
+        return self.listener.app(environ_of(self.scope, request, RequestBody(self.receive)), self.start_response)
 
     def start_response(
         self, status: str, headers: list[tuple[str, str]], exc_info: Any = None

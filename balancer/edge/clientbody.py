@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 from balancer.edge.accepted import Address
 from balancer.edge.listener import FRAME_BYTES, GRACE_SECONDS, Listener
 from balancer.edge.promise import is_done, is_done_within, result_of
-from balancer.errors import ClientGone, ClientTooSlow
+from balancer.errors import ClientGone, ClientTooSlow, ExpectationFailed
+from balancer.protocol.client import Unwanted
 from balancer.protocol.requestheads import RequestHead
 
 # A piece costs a switch of threads, however small it is. Of those below SMALL_PIECE bytes a body may have so many, and
 # so many more for each second: else a client could send in a moment what keeps us busy for minutes after it has left.
 SMALL_PIECE, SMALL_PIECES, SMALL_PIECES_PER_SECOND = 64, 5000, 100
+MOMENT_SECONDS = 0.1  # in which more of a small body has to come, or its request goes on without
+EXPECT_SECONDS = 2.0  # for a client that waits for 100 (Continue), of a backend's answer; many clients wait for 1 s
 MOST_PIECES = 64  # that are handed on together
 MOST_SMALL_PIECES = 16  # in which a small body may come without a thread that waits for it
 
@@ -29,8 +33,19 @@ class ClientBody:
     """
 
     __slots__ = (
-        *("_protocol", "_listener", "_address", "_is_http2", "_is_expected", "_left", "_largest", "_asked", "patience"),
-        *("is_here", "is_done", "is_spent", "is_too_slow", "is_paused", "_excused", "_small", "_first_small"),
+        *(
+            "_protocol",
+            "_listener",
+            "_address",
+            "_is_http2",
+            "_is_expected",
+            "_waits_for_word",
+            "_left",
+            "_largest",
+            "_asked",
+            "patience",
+        ),
+        *("look", "is_here", "is_done", "is_spent", "is_too_slow", "is_paused", "_excused", "_small", "_first_small"),
     )
 
     def __init__(
@@ -40,9 +55,12 @@ class ClientBody:
         self._listener = listener
         self._address = address
         self._is_http2 = is_http2
-        self._is_expected = b"expect" in head.fields  # the client waits for 100 (Continue)
+        # The client waits for 100 (Continue), which hyper sends in HTTP/1.1 once the body is asked for, and else never.
+        self._is_expected = b"expect" in head.fields and head.fields[b"expect"][0].lower() == b"100-continue"
+        self._waits_for_word = self._is_expected and is_http2  # there, for longer than it likes
         self._left = head.length  # None if only its end will tell
         self._largest = 0  # bytes of a piece, so far
+        self.look: Callable[[], int] | None = None  # for an answer, see `Client.watch_upload`
         self._asked: list[Any] = []  # for pieces that have not been taken yet, in their order
         self.patience = GRACE_SECONDS
         self.is_here = False
@@ -80,6 +98,13 @@ class ClientBody:
                 self.is_here = True
                 return None
         return None
+
+    def is_prompt(self) -> bool:
+        """True if the next piece comes within a moment, or nothing has to come any more."""
+        if self.is_done:
+            return True
+        self._ask()
+        return is_done_within(self._asked[0], MOMENT_SECONDS)
 
     def receive(self, timeout: float | None = None) -> list[bytes]:
         """What has come, at least one piece, [] at its end. Raises ClientGone, ClientTooSlow."""
@@ -119,6 +144,7 @@ class ClientBody:
         body: bytes = message["body"]
         if len(body) > self._largest:
             self._largest = len(body)
+            self._waits_for_word = False
         if self._left is not None:
             self._left -= len(body)
         if len(body) < SMALL_PIECE:
@@ -144,16 +170,21 @@ class ClientBody:
                 self._asked.append(self._protocol.receive())
 
     def _receive_message(self, timeout: float | None) -> Any:
-        """Granian's next message. Raises ClientTooSlow after `timeout`, or `idle_timeout`, or below `min_body_rate`.
+        """Granian's next message. Raises ClientTooSlow after `timeout`, or `idle_timeout`, or below `min_body_rate`,
+        ExpectationFailed, and Unwanted.
 
         Only time spent waiting here counts, so that a slow backend, for which the client has to pause, does not.
         """
         longest = timeout or self._listener.limits.idle_timeout
         limit = min(longest, self._listener.longest_wait(self.patience))
+        if self._waits_for_word:
+            limit = min(limit, EXPECT_SECONDS)
         started = time.monotonic()
-        while not is_done_within(self._asked[0], limit):
+        while not is_done_within(self._asked[0], limit, None if self.look is None else self._look_for_answer):
             if timeout is not None or not self._is_excused():
                 self.is_too_slow = True
+                if self._waits_for_word:
+                    raise ExpectationFailed("100 (Continue) cannot be sent over HTTP/2, send it without Expect")
                 raise ClientTooSlow(
                     f"the request body came at less than {self._listener.limits.min_body_rate} bytes/s"
                     if limit < longest
@@ -167,6 +198,12 @@ class ClientBody:
             self.patience, time.monotonic() - started, len(message.get("body", b""))
         )
         return message
+
+    def _look_for_answer(self) -> None:
+        """Raises Unwanted, and as `look`."""
+        status = self.look() if self.look is not None else 0
+        if status >= 300 or (status and self._waits_for_word):
+            raise Unwanted
 
     def _is_excused(self) -> bool:
         """Other uploads of its connection hold it up. They end within `idle_timeout`, so it is excused no longer."""

@@ -3,7 +3,8 @@
 Granian keeps four pieces beside the one that hyper has, and says of the sixth when there is room for it. So what a
 client can make us hold is six pieces of each of its answers. They are the smaller, the more answers are under way. The
 last six are together no larger than an answer that goes whole, for of either nobody tells us whether it was read; so
-are the first six in HTTP/2, where a client may ask for many answers and read none.
+are the first six in HTTP/2, where a client may ask for many answers and read none. Any other six are there no larger
+than what a connection may leave unread, so that a stream that is paused can end alone.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from balancer.edge.accepted import MOST_OWED
 from balancer.edge.listener import GRACE_SECONDS, Listener
 from balancer.edge.promise import is_done, is_done_within
 from balancer.errors import ClientGone
@@ -22,6 +24,7 @@ WHOLE = 131072  # bytes of an answer that is handed over whole, before HTTP/2, w
 UNREAD_PIECES = 6  # of an answer can be handed over while nothing of it was read
 # Bytes of a piece: at least, at most, at most if we cannot know the last ones, and of one piece of each answer in all.
 LEAST_PIECE, LARGEST_PIECE, LARGEST_ENDLESS, PIECES = 8192, 131072, 32768, 4 * 1024 * 1024
+LARGEST_STREAMED = MOST_OWED // UNREAD_PIECES  # at most in HTTP/2
 
 
 class Download:
@@ -32,7 +35,7 @@ class Download:
 
     __slots__ = (
         *("_listener", "_chunks", "_iterator", "_stream", "_whole", "_is_http2", "left", "_chunk", "_at", "_pieces"),
-        *("promise", "_since", "_patience"),
+        *("promise", "_since", "_patience", "_largest", "_sent"),
     )
 
     def __init__(self, listener: Listener, chunks: Iterable[bytes], length: int | None, *, is_http2: bool) -> None:
@@ -46,7 +49,7 @@ class Download:
         self.left = length
         self._chunk = b""  # of which `_at` bytes are sent
         self._at = 0
-        self._pieces = 0
+        self._pieces = self._largest = self._sent = 0  # how many, bytes of one, of all
         self.promise: Any = None
         self._since = 0.0  # of time.monotonic(): we wait for `promise` from then on
         self._patience = GRACE_SECONDS  # for which we still wait, as `min_body_rate` has it
@@ -77,11 +80,14 @@ class Download:
         if self._is_http2 and self._pieces < UNREAD_PIECES:
             return small
         size = max(LEAST_PIECE, PIECES // max(1, len(self._listener.downloads)))
-        return min(size, LARGEST_ENDLESS if self.left is None else max(small, self.left - self._whole), LARGEST_PIECE)
+        largest = LARGEST_STREAMED if self._is_http2 else LARGEST_PIECE
+        return min(size, LARGEST_ENDLESS if self.left is None else max(small, self.left - self._whole), largest)
 
     def sent(self, size: int, promise: Any) -> None:
         """A piece was handed over. Only time spent waiting for the client counts, as with `ClientBody`."""
         self._pieces += 1
+        self._sent += size
+        self._largest = max(self._largest, size)
         if self.left is not None:
             self.left -= size
         self._count(0.0, size)
@@ -96,6 +102,11 @@ class Download:
                 return False
             self.note_room()
         return True
+
+    @property
+    def unread(self) -> int:
+        """Bytes that its client may not have read, of what was handed over."""
+        return min(UNREAD_PIECES * self._largest, self._sent)
 
     def note_room(self) -> None:
         """The client has read on."""

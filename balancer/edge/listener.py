@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from threading import BoundedSemaphore
 from typing import TYPE_CHECKING, Any
 
-from balancer.edge.accepted import Address
+from balancer.edge.accepted import MOST_OWED, Address
+from balancer.edge.promise import when_done
 from balancer.forwarding.forwarding import WHOLE_STREAM
-from balancer.protocol.messages import Network, is_in_networks, network_of
+from balancer.protocol.addresses import Network, is_in_networks, network_of
 from balancer.protocol.requestheads import RequestHeads
 from balancer.upstream.transport import SMALL_BODY
 
@@ -48,7 +49,8 @@ class Listener:
     """Each call is a `Call`, which this module does not know.
 
     `calls` holds what is in flight, oldest first: Granian's thread adds, whoever answers takes out, the loop thread
-    looks at a copy; each of these is one step that needs no lock. `downloads` holds those that are answered in pieces.
+    looks at a copy; each of these is one step that needs no lock. So are those on `downloads`: who is answered in
+    pieces, with the bytes of an answer that was ended and that hyper keeps until its client reads them.
     `_begun` has who sent a request since the loop thread last replaced it, `_handed` how many bytes they were handed.
     """
 
@@ -60,7 +62,7 @@ class Listener:
         self.most_read = READ_BYTES  # bytes of a body that hyper gives at a time; set by the server
         self.lingering = BoundedSemaphore(MAX_LINGERING)
         self.calls: dict[Any, None] = {}
-        self.downloads: dict[Any, None] = {}
+        self.downloads: dict[Any, int] = {}
         self._begun: dict[Address, None] = {}
         self._handed: dict[Address, int] = {}
         # Bytes of an answer that may be taken in whole, and seconds that a worker waits for its client before it parks
@@ -106,10 +108,29 @@ class Listener:
         return min(limits.idle_timeout, patience) if limits.min_body_rate else limits.idle_timeout
 
     def begin_download(self, call: Any) -> None:
-        self.downloads[call] = None
+        self.downloads[call] = 0
         self._note_downloads()
 
-    def end_download(self, call: Any) -> None:
+    def leave(self, call: Any, unread: int) -> bool:
+        """End a stream of HTTP/2 whose client does not read it. It can be told so only once it reads on: what was
+        handed over before lies with hyper, so each connection may leave no more than MOST_OWED bytes like that."""
+        client = call.scope["client"]
+        left = sum(size for other, size in list(self.downloads.items()) if other.scope["client"] == client)
+        if left + unread > MOST_OWED:
+            return False
+        self.downloads[call] = unread
+        return True
+
+    def end_download(self, call: Any, unread: int, promise: Any) -> None:
+        """`promise` is of the newest piece of one that leaves `unread` bytes."""
+        if self.downloads.get(call):
+            when_done(promise, lambda _: self._forget_download(call))
+            return
+        if call.is_gone and call.is_http2:  # what its client has not read, nobody keeps any more
+            self.hand_over(call.scope["client"], -unread)
+        self._forget_download(call)
+
+    def _forget_download(self, call: Any) -> None:
         self.downloads.pop(call, None)
         self._note_downloads()
 
@@ -122,9 +143,7 @@ class Listener:
     def source_of(self, host: str) -> str:
         """Whose requests share the worker threads: an address, in IPv6 the network that one customer has. "" for a
         proxy that is trusted."""
-        if self.limits.networks and is_in_networks(host, self.limits.networks):
-            return ""
-        return network_of(host)
+        return "" if is_in_networks(host, self.limits.networks) else network_of(host)
 
     def is_held_up(self, address: Address) -> bool:
         """The streams of an HTTP/2 connection share a window (RFC 9113 section 5.2): those for whose backends this

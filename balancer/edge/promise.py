@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from threading import Lock
 from typing import Any
+
+LOOK_SECONDS, MOST_LOOK_SECONDS = 0.05, 0.2  # between two looks elsewhere, at first and after a while
 
 
 def when_done(promise: Any, callback: Callable[[Any], object]) -> None:
@@ -35,8 +38,9 @@ def result_of(promise: Any) -> Any:
     raise RuntimeError("Granian returned an awaitable of an unknown kind")
 
 
-def is_done_within(promise: Any, seconds: float) -> bool:
-    """Blocks this thread until it is done, at most so many seconds."""
+def is_done_within(promise: Any, seconds: float, look: Callable[[], object] | None = None) -> bool:
+    """Blocks this thread until it is done, at most so many seconds. Calls `look` now and then meanwhile, which may end
+    the wait by what it raises."""
     if is_done(promise):
         return True
     if seconds <= 0:
@@ -44,4 +48,12 @@ def is_done_within(promise: Any, seconds: float) -> bool:
     ready = Lock()
     ready.acquire()
     when_done(promise, lambda _: ready.release())
-    return ready.acquire(timeout=seconds)
+    if look is None:
+        return ready.acquire(timeout=seconds)
+    deadline, pause = time.monotonic() + seconds, LOOK_SECONDS
+    while not ready.acquire(timeout=max(0.0, min(pause, deadline - time.monotonic()))):
+        if time.monotonic() >= deadline:
+            return False
+        look()
+        pause = min(2 * pause, MOST_LOOK_SECONDS)
+    return True

@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote_to_bytes
 
+from balancer.protocol.addresses import plain
 from balancer.protocol.request import CLIENT, HEADER_LINES, Request, RequestBody
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ VERSIONS = {"1": "1.0", "1.1": "1.1", "2": "2"}  # Granian calls HTTP/1.0 "1"
 
 
 def request_of(scope: dict[str, Any], heads: RequestHeads) -> Request:
+    peer: str = scope["client"][0]
     path: bytes = scope["raw_path"]
     query: bytes = scope["query_string"]
     return Request(
@@ -26,7 +28,7 @@ def request_of(scope: dict[str, Any], heads: RequestHeads) -> Request:
         b"%s?%s" % (path, query) if query else path,
         VERSIONS.get(scope["http_version"], "1.1"),
         scope["scheme"],
-        scope["client"][0],
+        plain(peer) if ":" in peer else peer,
         scope["headers"],
     )
 

@@ -2,7 +2,8 @@
 
 Each check is `GET health_path` on a fresh connection (a kept one would not notice a full accept queue), with a short
 time-out. 200 to 399 is good; redirects are not followed. While a check contradicts what is believed of a backend, or
-nothing is known yet, the next one comes sooner, so that failover and recovery stay under a second.
+nothing is known yet, the next one comes sooner, so that recovery, and failover from what refuses, stay under
+a second.
 """
 
 from __future__ import annotations
@@ -20,10 +21,9 @@ from balancer.balancing.pool import BackendPool
 from balancer.errors import BackendError, ConnectTimedOut, OutOfDescriptors, ResponseTimedOut
 from balancer.protocol.messages import Line
 from balancer.protocol.origin import Origin
-from balancer.upstream.dialer import Dialer
 from balancer.upstream.outgoing import OutgoingRequest
 from balancer.upstream.response import ResponseBody
-from balancer.upstream.transport import BackendAdapter, Timeouts
+from balancer.upstream.transport import BackendAdapter
 
 log = logging.getLogger("balancer.health")
 
@@ -48,10 +48,9 @@ class HealthOptions:
 class Probe:
     """One `GET health_path` to a backend."""
 
-    def __init__(self, options: HealthOptions, dialer: Dialer) -> None:
+    def __init__(self, options: HealthOptions, adapter: BackendAdapter) -> None:
         self._options = options
-        limit = options.health_timeout
-        self._adapter = BackendAdapter(Timeouts(limit, limit, limit, pool_idle_timeout=0), max_idle=0, dialer=dialer)
+        self._adapter, self._note_old = adapter.for_checks(options.health_timeout), adapter.note_old
 
     def check(self, origin: Origin) -> LastCheck:
         """Ask once; what went wrong is `error`. Raises OutOfDescriptors alone."""
@@ -76,8 +75,10 @@ class Probe:
         ]
         target = self._options.health_path.encode("ascii")
         response = self._adapter.exchange(OutgoingRequest("GET", target, lines), origin)
+        if response.head.version == "1.0":
+            self._note_old(origin)
         assert isinstance(response.body, ResponseBody)
-        response.body.finish(MAX_BODY, deadline)
+        response.body.read_out(MAX_BODY, deadline)
         return response.status_code
 
 
@@ -92,13 +93,13 @@ class HealthChecker:
         self,
         pool: BackendPool,
         options: HealthOptions,
-        dialer: Dialer,
+        adapter: BackendAdapter,
         *,
         on_round: Callable[[], None] | None = None,
         rng: random.Random | None = None,
     ) -> None:
         self._pool = pool
-        self._dialer = dialer
+        self._adapter = adapter
         self._on_round = on_round
         self._rng = rng or random.Random()
         self._nudge = Event()
@@ -122,7 +123,7 @@ class HealthChecker:
 
     def use(self, options: HealthOptions) -> None:
         """Other checks from now on; one under way still counts."""
-        self.options, self._probe = options, Probe(options, self._dialer)
+        self.options, self._probe = options, Probe(options, self._adapter)
         self.wake()
 
     def wake(self) -> None:

@@ -73,7 +73,7 @@ class Forwarding:
             if self._decision is None and self.stage < Stage.ADMITTED:
                 self._admit()
             if self._decision is None and self.stage < Stage.BUILT:
-                self._build(waited)
+                self._build(waited, is_here=False)
             if self._decision is not None:
                 return self._decided(self._decision)
             return self._answer(self._attempts.run(self.stage, self.sent))
@@ -133,6 +133,7 @@ class Forwarding:
         """By its head alone: no body is read for what is refused here. Raises ClientError."""
         request = self._request
         if request.refusal is not None:
+            request.client.end_connection()  # what follows on it may be a part of this, by another reading
             raise request.refusal
         self._record.trace_id = request.head.trace_id
         for admit in self._route.admit:
@@ -141,37 +142,43 @@ class Forwarding:
                 return
         self.stage = Stage.ADMITTED
 
-    def _build(self, waited: float = 0.0) -> None:
-        """The request for a backend. Reads a small body; `waited` are seconds for a thread. Raises as the body does."""
+    def _build(self, waited: float = 0.0, *, is_here: bool = True) -> None:
+        """The request for a backend. Reads a small body, if its client does not pause or it `is_here`; `waited` are
+        seconds for a thread. Raises as the body does."""
         request = self._request
         outgoing = OutgoingRequest(request.method, request.target, (self._own,), request.head)
         outgoing.client = request.client
         outgoing.heads = self._route.response_heads
         if not request.head.is_bodiless:
-            self._add_body(outgoing)
+            self._add_body(outgoing, is_here)
         for send in self._route.send:
             send(request, outgoing)
         outgoing.deadline = time.monotonic() + self._route.options.request_timeout - waited
         self._attempts = Attempts(self._route, request, outgoing, self._record, self._started)
         self.stage = Stage.BUILT
 
-    def _add_body(self, outgoing: OutgoingRequest) -> None:
+    def _add_body(self, outgoing: OutgoingRequest, is_here: bool) -> None:
         request, limit = self._request, self._route.options.max_request_body
         length = request.head.length
-        if length is not None:
-            if limit is not None and length > limit:
-                raise BodyTooLarge(f"the request body has {length} bytes, at most {limit} are accepted")
-            chunks = request.read(length, None)
-            if length <= REPLAY_LIMIT:
-                outgoing.set_body(b"".join(chain.from_iterable(chunks)))
-                self._record.bytes_in = length
+        if length is None and not request.is_ended:
+            return
+        if length is not None and limit is not None and length > limit:
+            raise BodyTooLarge(f"the request body has {length} bytes, at most {limit} are accepted")
+        chunks = request.read(length, limit)
+        taken = [*chunks] if is_here else []
+        is_small = length is not None and length <= REPLAY_LIMIT
+        # A backend may have an answer before a client that pauses has sent all, or anything.
+        while not is_here and (is_small or not taken) and request.is_prompt:
+            pieces = next(chunks, None)
+            if pieces is None:
+                is_here = True
             else:
-                outgoing.set_body(self._counted(chunks), length)
-        elif request.is_ended:
-            chunks = request.read(None, limit)
-            first = next(chunks, None)  # none: there is no body after all
-            if first:
-                outgoing.set_body(self._counted(chain([first], chunks)))
+                taken.append(pieces)
+        if not is_here:
+            outgoing.set_body(self._counted(chain(taken, chunks)), length)
+        elif length is not None:  # else there is no body after all
+            outgoing.set_body(b"".join(chain.from_iterable(taken)))
+            self._record.bytes_in = length
 
     def _counted(self, chunks: Iterable[list[bytes]]) -> Iterator[list[bytes]]:
         for pieces in chunks:

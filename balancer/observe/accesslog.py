@@ -25,11 +25,11 @@ from typing import Literal
 
 from balancer.observe.logwriter import LogWriter
 from balancer.observe.record import Record
-from balancer.protocol.messages import Network, client_address
+from balancer.protocol.addresses import Network, client_address, told_clients
 from balancer.protocol.request import Request
 
 AGENT_LOGGED = 300  # bytes; lines wait in a queue, and nobody must be able to fill the memory with it
-CLIENTS_LOGGED = 1000  # bytes of X-Forwarded-For, from its end
+CLIENTS_LOGGED = 1000  # characters of what proxies tell, from its end
 
 _quote = json.JSONEncoder().encode
 
@@ -56,19 +56,18 @@ class AccessLog:
         """`record` is finished: nothing changes it any more."""
         if not self.options.access_log:  # any more: it was on when this request began
             return
-        agent, forwarded_for = None, b""
+        agent = None
         for name, value in request.lines:
             if name == b"user-agent":
                 agent = value[:AGENT_LOGGED]
-            elif name == b"x-forwarded-for":
-                forwarded_for = b"%s,%s" % (forwarded_for, value)
-        asked = (request.peer, forwarded_for[-CLIENTS_LOGGED:], request.version, agent)
+        told = told_clients(request.values)[-CLIENTS_LOGGED:] if self.options.networks else ""
+        asked = (request.peer, told, request.version, agent)
         self._add(partial(_line, record, asked, self.options))  # as they are now, not when it is made
 
 
-def _line(record: Record, asked: tuple[str, bytes, str, bytes | None], options: LogOptions) -> str:
-    peer, clients, version, agent = asked
-    client = None if peer == "unknown" else client_address(peer, clients.decode("latin-1"), options.networks)
+def _line(record: Record, asked: tuple[str, str, str, bytes | None], options: LogOptions) -> str:
+    peer, told, version, agent = asked
+    client = None if peer == "unknown" else client_address(peer, told, options.networks)
     return FORMATS[options.access_log_format](record, client, f"HTTP/{version}", agent)
 
 

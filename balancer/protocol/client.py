@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
+
+
+class Unwanted(Exception):
+    """A backend has answered: no more of the request body is wanted."""
 
 
 class Abortable(Protocol):
@@ -28,6 +33,13 @@ class Client(Protocol):
 
     def detach(self) -> None: ...
 
+    def watch_upload(self, look: Callable[[], int] | None) -> None:
+        """Its request body is sent on as it comes. Whoever waits for more of it looks now and then whether the backend
+        has answered, by the status that `look` gives then, 0 until then. If that is final, Unwanted ends the wait."""
+
+    def end_connection(self) -> None:
+        """The answer will be the last one; over HTTP/2 only a stream ends, which it does anyway."""
+
 
 class Unwatched:
     """A client of a server that cannot tell when clients leave."""
@@ -38,6 +50,12 @@ class Unwatched:
         pass
 
     def detach(self) -> None:
+        pass
+
+    def watch_upload(self, look: Callable[[], int] | None) -> None:
+        pass
+
+    def end_connection(self) -> None:
         pass
 
 

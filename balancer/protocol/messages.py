@@ -12,7 +12,6 @@ Facts this module rests on:
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count
@@ -20,9 +19,9 @@ from secrets import token_hex
 from urllib.parse import unquote
 
 from balancer.errors import ClientError, CodingUnsupported, LoopDetected, MethodRefused, TooManyHeaders
+from balancer.protocol.addresses import Network, is_in_networks, plain
 
 Line = tuple[bytes, bytes]
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 # RFC 9110 section 7.6.1, plus the fields that are for one hop by their own definition (sections 10.1.4, 11.7, 6.6.2).
 HOP_BY_HOP = frozenset(
@@ -65,6 +64,7 @@ _NOT_RETURNED = HOP_BY_HOP | {b"alt-svc", b"x-request-id", b"x-served-by"}
 # What `Connection` may not take away: without it the message means something else.
 _NEVER_NOMINATED = frozenset({b"host", b"content-length"})
 NONE: frozenset[bytes] = frozenset()
+_CLOSE = frozenset({b"close"})
 # For an answer that names no server: ours would name itself otherwise, which is only a part of it.
 SERVER_LINE: Line = (b"server", b"load-balancer")
 
@@ -145,11 +145,14 @@ def is_plain(name: bytes) -> bool:
 
 def nominated(lines: Iterable[Line]) -> frozenset[bytes]:
     """Names listed in all `Connection` lines, in lower case (RFC 9110 section 7.6.1)."""
-    names = NONE
-    for name, value in lines:
-        if name == b"connection":
-            names = names | options_of(value) if names else options_of(value)
-    return names
+    return NONE.union(*(connection_options(name, value) for name, value in lines))
+
+
+def connection_options(name: bytes, value: bytes) -> frozenset[bytes]:
+    """Of one line. `Persistent-Auth` says that the connection is logged in, so nobody else may have it."""
+    if name == b"persistent-auth":
+        return _CLOSE
+    return options_of(value) if name == b"connection" else NONE
 
 
 def options_of(value: bytes) -> frozenset[bytes]:
@@ -231,6 +234,11 @@ def count_down(lines: Iterable[Line]) -> list[Line]:
     ]
 
 
+def logs_in(name: bytes, value: bytes) -> bool:
+    """Whether this line says who sends a request for its whole connection, not for itself alone (RFC 4559, NTLM)."""
+    return name == b"authorization" and value[:4].lower() in (b"ntlm", b"nego")
+
+
 def request_id(given: Sequence[bytes]) -> bytes | None:
     """The client's X-Request-ID, if it is one sane line."""
     return given[0] if len(given) == 1 and _REQUEST_ID.match(given[0]) else None
@@ -247,25 +255,6 @@ def trace_id(given: Sequence[bytes]) -> str | None:
     return (match[1] or match[2]).decode("ascii") if match else None
 
 
-def client_address(peer: str, forwarded_for: str, trusted: Sequence[Network]) -> str:
-    """Who sent the request: the nearest address that is not a trusted proxy's.
-
-    `forwarded_for` is the value of `X-Forwarded-For`, each proxy's client after the one before.
-    """
-    address = peer
-    if not (forwarded_for and trusted):
-        return peer
-    for claim in reversed(forwarded_for.split(",")):
-        if not is_in_networks(address, trusted):
-            break
-        try:
-            # Less an IPv6 zone, which may be any text and is written into logs.
-            address = str(ipaddress.ip_address(claim.strip().partition("%")[0]))
-        except ValueError:  # a name, a port, or made up
-            break
-    return address
-
-
 def request_lines(
     lines: Sequence[Line],
     found: Mapping[bytes, Sequence[bytes]],
@@ -273,17 +262,15 @@ def request_lines(
     peer: str,
     scheme: str,
     http_version: str,
-    pseudonym: bytes,
+    pseudonym: bytes | None,
     trusted: Sequence[Network] = (),
 ) -> list[Line]:
     """Header lines for the backend, without framing fields and X-Request-ID; `Host` first.
 
     `found` are the fields of `lines` that are not plain; `peer` is the address of the TCP connection; `pseudonym` our
-    name in `Via`. Raises LoopDetected if the request has passed through us before.
+    name in `Via`, None for no `Via` at all. Raises LoopDetected if the request has passed through us before.
     """
-    if http_version == "2":
-        lines = join_cookies(lines)
-    # HTTP/1.0 without Host: the field is required in what we send, it may be empty (RFC 9112 section 3.2).
+    # HTTP/1.0 may have none: then it is the backend's own, which `upstream` knows once there is one.
     host = found[b"host"][0] if b"host" in found else b""
     kept = [line for line in lines if line[0] not in found]
     told: dict[bytes, bytes] = {}  # by a trusted proxy, of what we tell too
@@ -292,25 +279,30 @@ def request_lines(
         if claims and is_in_networks(peer, trusted):
             kept += [(name, value) for name, values in claims.items() if name not in _ADDED_TO for value in values]
             told = {name: b", ".join(values) for name, values in claims.items() if name in _ADDED_TO}
-    address, protocol = _address(peer), scheme.encode()
+    address, protocol = plain(peer).encode("ascii", "replace"), scheme.encode()
     if b"forwarded" in told:
         kept.append((b"forwarded", told[b"forwarded"] + b", " + _forwarded(address, host, scheme)))
     forwarded_for = told.get(b"x-forwarded-for")
-    return [
+    made = [
         (b"host", host),
         *kept,
         (b"x-forwarded-for", address if forwarded_for is None else forwarded_for + b", " + address),
         (b"x-forwarded-proto", told.get(b"x-forwarded-proto", protocol)),
-        (b"x-forwarded-host", told.get(b"x-forwarded-host", host)),
-        (b"via", b"%s %s" % (http_version.encode(), pseudonym)),
     ]
+    if forwarded_host := told.get(b"x-forwarded-host", host):
+        made.append((b"x-forwarded-host", forwarded_host))
+    if pseudonym is not None:
+        made.append((b"via", b"%s %s" % (http_version.encode(), pseudonym)))
+    return made
 
 
 def _with_special(
-    kept: list[Line], found: Mapping[bytes, Sequence[bytes]], pseudonym: bytes
+    kept: list[Line], found: Mapping[bytes, Sequence[bytes]], pseudonym: bytes | None
 ) -> tuple[list[Line], dict[bytes, Sequence[bytes]]]:
     """(lines that go on, what the client claims), less what its `Connection` names."""
-    if any(pseudonym in value for value in found.get(b"via", ())):
+    if pseudonym is None:
+        found = {name: values for name, values in found.items() if name != b"via"}
+    elif any(pseudonym in value for value in found.get(b"via", ())):
         raise LoopDetected("the request has already passed through this load balancer")
     kept += [(name, value) for name, values in found.items() if name in _PASSED_ON for value in values]
     options = frozenset[bytes]().union(*(options_of(value) for value in found.get(b"connection", ())))
@@ -319,17 +311,12 @@ def _with_special(
     return kept, {name: values for name, values in found.items() if is_claim(name) and name not in options}
 
 
-def _address(peer: str) -> bytes:
-    """Without an IPv6 zone, which means nothing to anyone else."""
-    return peer.partition("%")[0].encode("ascii", "replace")
-
-
-def join_cookies(lines: Sequence[Line]) -> Sequence[Line]:
+def join_cookies(lines: tuple[Line, ...]) -> tuple[Line, ...]:
     """HTTP/2 may split `Cookie` over several lines; HTTP/1.1 must get one (RFC 9113 section 8.2.3)."""
     crumbs = [value for name, value in lines if name == b"cookie"]
     if len(crumbs) < 2:
         return lines
-    return [line for line in lines if line[0] != b"cookie"] + [(b"cookie", b"; ".join(crumbs))]
+    return (*(line for line in lines if line[0] != b"cookie"), (b"cookie", b"; ".join(crumbs)))
 
 
 def response_lines(lines: Sequence[Line], status: int, options: frozenset[bytes]) -> list[Line]:
@@ -364,37 +351,7 @@ def narrowed(lines: Iterable[Line], is_too_wide: Callable[[str], bool]) -> list[
     ]
 
 
-def is_loopback(address: str) -> bool:
-    """Of this machine; an IPv4-mapped IPv6 address counts as IPv4."""
-    try:
-        parsed = ipaddress.ip_address(address)
-    except ValueError:
-        return address == "localhost"
-    return bool((getattr(parsed, "ipv4_mapped", None) or parsed).is_loopback)
-
-
-def is_in_networks(address: str, networks: Sequence[Network]) -> bool:
-    """True if `address` parses and lies in one of `networks`; an IPv4-mapped IPv6 address counts as IPv4."""
-    try:
-        parsed = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return False
-    mapped = getattr(parsed, "ipv4_mapped", None)
-    return any((mapped or parsed) in network for network in networks)
-
-
-def network_of(address: str) -> str:
-    """One customer has a whole /64 of IPv6 addresses (RFC 6177); an IPv4 address stands for itself."""
-    if ":" not in address:
-        return address
-    try:
-        parsed = ipaddress.IPv6Address(address.partition("%")[0])
-    except ValueError:
-        return address
-    return str(parsed.ipv4_mapped or ipaddress.IPv6Address(int(parsed) >> 64 << 64))
-
-
 def _forwarded(address: bytes, host: bytes, scheme: str) -> bytes:
     """One element of `Forwarded` (RFC 7239 section 4); an IPv6 address is bracketed and quoted (section 6)."""
     node = b'"[%s]"' % address if b":" in address else address
-    return b'for=%s;host="%s";proto=%s' % (node, host, scheme.encode())
+    return b"for=%s;%sproto=%s" % (node, b'host="%s";' % host if host else b"", scheme.encode())

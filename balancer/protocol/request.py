@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote_from_bytes
 
 from balancer.errors import BalancerError, BodyTooLarge, ClientGone
+from balancer.protocol.addresses import plain
 from balancer.protocol.client import UNWATCHED, Client
 from balancer.protocol.messages import HeaderLines, Line, check_method, check_target, new_request_id
 from balancer.protocol.requestheads import RequestHead, RequestHeads
@@ -76,7 +77,7 @@ class Request:
             raw_target(environ),
             version,
             environ["wsgi.url_scheme"],
-            environ.get("REMOTE_ADDR") or "unknown",
+            plain(environ.get("REMOTE_ADDR") or "unknown"),
             header_lines(environ),
         )
         made.is_ended = bool(environ.get("wsgi.input_terminated"))
@@ -92,6 +93,12 @@ class Request:
     def values(self, name: bytes) -> Sequence[bytes]:
         """Of a field that means something to a gateway, one for each line."""
         return self.head.fields.get(name, ())
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether the client sends more of the body within a moment, or all has come. Another server than ours does not
+        tell."""
+        return not isinstance(self.stream, RequestBody) or self.stream.is_prompt()
 
     def read(self, length: int | None, limit: int | None) -> Iterator[list[bytes]]:
         """The body in pieces, those together that are here together.
@@ -146,12 +153,14 @@ def raw_target(environ: WSGIEnvironment) -> bytes:
 
 class RequestBody:
     """`wsgi.input` over `receive`, which gives the next pieces, [] at the end: waits only for what is asked for.
+    `is_prompt` says whether these come within a moment.
 
     Use either that or the methods of `wsgi.input`.
     """
 
-    def __init__(self, receive: Callable[[], list[bytes]]) -> None:
+    def __init__(self, receive: Callable[[], list[bytes]], is_prompt: Callable[[], bool] = lambda: True) -> None:
         self.receive = receive
+        self.is_prompt = is_prompt
         self._pending: bytes | memoryview = b""
 
     def read(self, size: int = -1) -> bytes:

@@ -6,19 +6,21 @@ up from then on.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import chain
 
 from balancer.errors import BalancerError
+from balancer.protocol.addresses import Network
 from balancer.protocol.headerrules import NO_RULES, HeaderRules
 from balancer.protocol.messages import (
     Line,
-    Network,
     body_length,
     check_codings,
     check_count,
     check_host,
     is_plain,
+    join_cookies,
     request_id,
     request_lines,
     trace_id,
@@ -33,6 +35,8 @@ MOST_LINES = 100  # of a header section; more, which HTTP/2 may bring, are not e
 NAMES_ROOM, NAME_BYTES, LONGEST_NAME = 65536, 150, 64  # for field names, of each beside its own bytes, and to be kept
 _RARE = frozenset({b"service-worker", b"max-forwards"})
 _EACH_TIME_NEW = frozenset({b"x-request-id", b"traceparent"})  # to keep a section that has one would be in vain
+# Without a Host; or it may log its connection in.
+_SPECIAL = re.compile(rb"\Ahost: \r|^authorization: (?i:ntlm|nego)", re.MULTILINE)
 
 # What a RequestHead depends on: header lines as received, peer, scheme, HTTP version.
 Section = tuple[tuple[Line, ...], str, str, str]
@@ -41,10 +45,15 @@ Section = tuple[tuple[Line, ...], str, str, str]
 class RequestHead:
     """What follows from the header section of a request. One may serve many requests, so it never changes."""
 
-    __slots__ = ("lines", "raw", "fields", "length", "is_bodiless", "request_id", "trace_id", "is_rare", "refusal")
+    __slots__ = (
+        *("lines", "raw", "fields", "length", "is_bodiless", "request_id", "trace_id"),
+        *("is_rare", "is_special", "refusal"),
+    )
 
     def __init__(self, section: Section, heads: RequestHeads) -> None:
         lines, peer, scheme, version = section
+        if version == "2":
+            lines = join_cookies(lines)
         self.fields = heads.fields(lines[:MOST_LINES])  # values by name, one for each line, of what is not plain
         self.length: int | None = None  # of the body in bytes, if it is told
         # HTTP/2 tells only at its end whether there is a body (RFC 9113 section 8.1).
@@ -66,7 +75,7 @@ class RequestHead:
                 peer=peer,
                 scheme=scheme,
                 http_version=version,
-                pseudonym=heads.pseudonym,
+                pseudonym=heads.pseudonym if heads.via else None,
                 trusted=heads.trusted,
             )
             if heads.host:
@@ -75,6 +84,7 @@ class RequestHead:
         except BalancerError as error:
             self.refusal = error.to_keep()
         self.raw = b"".join([b"%s: %s\r\n" % line for line in self.lines])  # as they go out
+        self.is_special = _SPECIAL.search(self.raw) is not None  # `OutgoingRequest` looks closer
 
     def _trace_id(self) -> str | None:
         """What is not valid does not go on, nor does `tracestate` without it (W3C Trace Context, section 3.3)."""
@@ -91,8 +101,9 @@ def _weigh_name(name: bytes, is_plain: bool) -> int:
 class RequestHeads:
     """Looks up, or works out, what follows from a header section. Any thread may call.
 
-    `pseudonym` is our name in `Via`; claims of peers in `trusted` networks are believed; sections of more than
-    `max_lines` are refused; `rules` change what goes to backends; `host` is their `Host`, empty for the client's.
+    `pseudonym` is our name in `Via`, unless `via` says that there is none; claims of peers in `trusted` networks are
+    believed; sections of more than `max_lines` are refused; `rules` change what goes to backends; `host` is their
+    `Host`, empty for the client's.
     """
 
     def __init__(
@@ -102,7 +113,9 @@ class RequestHeads:
         max_lines: int = MOST_LINES,
         rules: HeaderRules = NO_RULES,
         host: bytes = b"",
+        via: bool = True,
     ) -> None:
+        self.via = via
         self.pseudonym, self.trusted, self.max_lines, self.rules = pseudonym, trusted, max_lines, rules
         self.host = host
         self._size_of_rules = rules.size

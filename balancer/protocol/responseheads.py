@@ -2,8 +2,8 @@
 
 Backends send the same few lines over and over, and busy ones the same whole head many times a second, so both are
 looked up among those seen before, and only what is new is parsed: a third of what callbacks from a parser cost. This
-takes nothing that llhttp would refuse. Whatever is not plain in the narrowest sense (another version, an interim
-response, chunked, a folded or odd line) is left to llhttp, which decides.
+takes nothing that llhttp would refuse, but for a Content-Length that is said twice. Whatever is not plain in the
+narrowest sense (another version, an interim response, chunked, a folded or odd line) is left to llhttp, which decides.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from balancer.protocol.headerrules import NO_RULES, HeaderRules
 from balancer.protocol.messages import (
     BODILESS_STATUSES,
     NONE,
     Line,
+    connection_options,
     is_content_length,
     named,
-    options_of,
     response_lines,
 )
 from balancer.protocol.tables import Table
@@ -41,6 +42,7 @@ LINE_BYTES, HEAD_BYTES = 250, 700
 class PlainHead:
     """One object may serve many responses at the same time, so nothing in it ever changes."""
 
+    version: ClassVar[str] = "1.1"
     status: int
     reason: str
     lines: tuple[Line, ...]  # names in lower case
@@ -110,13 +112,14 @@ class ResponseHeads:
             line = self._lines[raw]
             if line is None:
                 return None
-            lines.append(line)
-            if line[0] == b"connection":
-                options |= options_of(line[1])
-            elif line[0] == b"content-length":
-                if length is not None:
+            if line[0] == b"content-length":
+                if length is not None and length != int(line[1]):
                     return None
+                if length is not None:  # said twice (RFC 9110 section 8.6)
+                    continue
                 length = int(line[1])
+            lines.append(line)
+            options |= connection_options(*line)
         size = len(data) + len(b"\r\n\r\n")
         can_be_kept = length is not None and status[0] not in BODILESS_STATUSES and b"close" not in options
         return PlainHead(

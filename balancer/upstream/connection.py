@@ -10,7 +10,8 @@ import sys
 
 from balancer.errors import ConnectionLost, ResponseTimedOut
 from balancer.protocol.origin import Origin
-from balancer.upstream.tcpinfo import ESTABLISHED, IS_TOLD, OPTION, RECEIVED_AT, SIZE, count_at
+from balancer.upstream.servers import Server
+from balancer.upstream.tcpinfo import ESTABLISHED, IS_TOLD, OPTION, SIZE, state_and_received
 
 DONTWAIT = int(getattr(socket, "MSG_DONTWAIT", 0))
 _PEEK = int(getattr(socket, "MSG_PEEK", 0)) | DONTWAIT
@@ -24,11 +25,12 @@ CLOSE_ENOUGH = 0.99  # of a time limit
 class Connection:
     """Receives and sends with a time-out set by SO_RCVTIMEO: Python's own time-outs poll before every receive."""
 
-    __slots__ = ("sock", "origin", "idle_since", "is_tls", "received", "received_before", "_timeout")
+    __slots__ = ("sock", "origin", "server", "idle_since", "is_tls", "received", "received_before", "_timeout")
 
     def __init__(self, sock: socket.socket, origin: Origin) -> None:
         self.sock = sock
         self.origin = origin
+        self.server = Server()  # what is known of it, by whoever keeps it
         self.idle_since = 0.0
         self.is_tls = isinstance(sock, ssl.SSLSocket)
         self.received = 0  # bytes
@@ -99,6 +101,13 @@ class Connection:
         self.received += len(data)
         return data
 
+    def wait_for_room(self, *, or_input: bool) -> None:
+        """Until more can be sent, or something has come if that matters. Raises ResponseTimedOut."""
+        poller = select.poll()
+        poller.register(self.sock, select.POLLOUT | (select.POLLIN if or_input else 0))
+        if not poller.poll(self._timeout * 1000):
+            raise ResponseTimedOut(f"{self.origin.url} stopped reading the request")
+
     def has_input(self) -> bool:
         """True if a receive would not block: while idle, that means EOF, an alert, or bytes nobody asked for."""
         if not IS_TOLD or self.is_tls:
@@ -107,9 +116,9 @@ class Connection:
         # comes a switch of threads.
         info = self.sock.getsockopt(socket.IPPROTO_TCP, OPTION, SIZE)
         try:
-            if info[0] == ESTABLISHED and count_at(info, RECEIVED_AT)[0] == self.received:
+            if state_and_received(info) == (ESTABLISHED, self.received):
                 return False
-        except (IndexError, struct.error):  # a kernel that tells less, as that of a sandbox may
+        except struct.error:  # a kernel that tells less, as that of a sandbox may
             pass
         return self._peek()
 

@@ -69,7 +69,7 @@ class Names:
             is_answered = question is None or question.wait(patience)
             found = name.addresses
             if not found and not is_answered:
-                raise TimeoutError(f"its name was not resolved within {seconds:.3g} s")
+                raise TimeoutError
             if not found:
                 raise OSError(name.failure)
         return [(family, (address[0], port, *address[2:])) for family, address in found]

@@ -8,11 +8,14 @@ from typing import Any
 
 from requests import PreparedRequest
 
+from balancer.errors import LengthRequired
 from balancer.protocol.client import UNWATCHED, Client
-from balancer.protocol.messages import IDEMPOTENT, HeaderLines, Line
+from balancer.protocol.messages import IDEMPOTENT, HeaderLines, Line, logs_in
 from balancer.protocol.origin import Origin
 from balancer.protocol.requestheads import RequestHead
 from balancer.protocol.responseheads import ResponseHeads
+
+MOST_COLLECTED = 65536  # bytes of a body whose length is not known, for a server that must be told
 
 
 class OutgoingRequest(PreparedRequest):
@@ -35,6 +38,9 @@ class OutgoingRequest(PreparedRequest):
     deadline = math.inf  # of time.monotonic(), for all attempts together
     connect_seconds: float | None = None  # what the last attempt spent on a new connection, None for a kept one
     heads: ResponseHeads | None = None  # by whose rules it is answered, the adapter's own if there are none
+    # Of these `exchange` takes care, so they have a thread. One that lacks its Host gets the backend's; one that logs
+    # in does so for its connection, and for all that follows on it (RFC 4559 section 6).
+    is_special = lacks_host = logs_in = False
     is_resent = False  # the last attempt's kept connection had died, so it was sent once more on a fresh one
 
     def __init__(self, method: str, target: bytes, own: Sequence[Line], shared: RequestHead | None = None) -> None:
@@ -43,6 +49,8 @@ class OutgoingRequest(PreparedRequest):
         self.target = target
         self.own = own
         self.shared = shared
+        if shared is None or shared.is_special:
+            self._look_closer()
         if method in ("POST", "PUT", "PATCH"):  # RFC 9110 section 8.6
             self.framing = b"content-length: 0\r\n"
 
@@ -56,6 +64,29 @@ class OutgoingRequest(PreparedRequest):
             self.is_replayable = False
         self.is_chunked = length is None
         self.framing = b"transfer-encoding: chunked\r\n" if length is None else b"content-length: %d\r\n" % length
+
+    def collect(self, url: str) -> None:
+        """Take in a body of unknown length, so that it goes with one: a server that speaks HTTP/1.0 would not find it
+        otherwise (RFC 9112 section 6.1). Raises LengthRequired, and as the body does."""
+        pieces: list[bytes] = []
+        for chunk in self.body:
+            pieces += chunk if isinstance(chunk, list) else [chunk]
+            if sum(map(len, pieces)) > MOST_COLLECTED:
+                raise LengthRequired(
+                    f"the request body has more than {MOST_COLLECTED} bytes and no Content-Length, and {url} speaks "
+                    "HTTP/1.0"
+                )
+        self.set_body(b"".join(pieces))
+        self.is_replayable = True
+
+    def set_host(self, authority: str) -> None:
+        self.lines = [(b"host", authority.encode("ascii")), *(line for line in self.lines if line[0] != b"host")]
+
+    def _look_closer(self) -> None:
+        lines = self.lines
+        self.lacks_host = self.lacks_host or (b"host", b"") in lines
+        self.logs_in = any(logs_in(*line) for line in lines)
+        self.is_special = self.lacks_host or self.logs_in
 
     def head(self) -> bytes:
         """Request line and header section."""
@@ -71,6 +102,7 @@ class OutgoingRequest(PreparedRequest):
     @lines.setter
     def lines(self, lines: Sequence[Line]) -> None:
         self.own, self.shared = lines, None
+        self._look_closer()
 
     @property
     def headers(self) -> HeaderLines:  # type: ignore[override]

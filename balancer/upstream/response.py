@@ -67,7 +67,7 @@ class ResponseHead:
 
     __slots__ = (
         *("_heads", "_parser", "status", "reason", "lines", "plain", "_collected", "options", "pieces", "size"),
-        *("has_head", "has_end", "keeps_alive"),
+        *("version", "has_head", "has_end", "keeps_alive"),
     )
 
     def __init__(self, heads: ResponseHeads) -> None:
@@ -75,6 +75,7 @@ class ResponseHead:
         self._parser: httptools.HttpResponseParser | None = None
         self.status = 0
         self.reason = ""
+        self.version = "1.1"
         self._collected: list[Line] = []
         self.lines: Sequence[Line] = self._collected
         self.plain: PlainHead | None = None  # if it is one
@@ -93,6 +94,8 @@ class ResponseHead:
                 self._take(plain, data)
                 return True
             self._parser = httptools.HttpResponseParser(self)
+            # Some servers pad the size of a chunk; it cannot be taken for another one.
+            self._parser.set_dangerous_leniencies(lenient_spaces_after_chunk_size=True)
         return self._feed_parser(self._parser, data)
 
     def _take(self, plain: PlainHead, data: bytes) -> None:
@@ -143,7 +146,7 @@ class ResponseHead:
         self.status = self._parser.get_status_code()
         if self.status < 100:
             raise InvalidResponse("the backend's response has no valid status")
-        version = self._parser.get_http_version()
+        self.version = version = self._parser.get_http_version()
         if version not in ("1.1", "1.0"):  # llhttp also takes 0.9 and 2.0, which have no status line
             raise InvalidResponse(f"the backend's response has the version HTTP/{version}")
         self.has_head = self.status >= 200
@@ -273,14 +276,15 @@ class ResponseBody(Body):
                 return
             self.buffered += self._take(data)
 
-    def finish(self, most: int, deadline: float) -> None:
+    def read_out(self, most: int, deadline: float) -> None:
         """Receive what is left and drop it, so that the backend can write all of it, and close: no more than `most`
         bytes, nor later than `deadline`, which is of time.monotonic()."""
         try:
-            while not self.is_complete and (self._left or 0) <= most and time.monotonic() < deadline:
-                if self._connection is not None:
-                    self._connection.set_timeout(max(0.001, deadline - time.monotonic()))
-                most -= len(self.read_chunk(most))
+            while self._connection is not None and not self.is_complete and (self._left or 1) <= most:
+                if (seconds := deadline - time.monotonic()) <= 0:
+                    break
+                self._connection.set_timeout(max(0.001, seconds))
+                most -= len(self.read_chunk(min(most, CHUNK)))
         except BackendError:
             pass  # whoever calls this wanted the head alone
         finally:

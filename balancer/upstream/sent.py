@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from balancer.errors import BackendError, InvalidResponse, ResponseTimedOut
+from balancer.protocol.client import Unwanted
 from balancer.protocol.responseheads import MAX_HEAD, ResponseHeads
 from balancer.upstream.connection import DONTWAIT, FIRST, Connection
 from balancer.upstream.outgoing import OutgoingRequest
@@ -109,7 +110,7 @@ class Sent:
             self.begun.end()
         self.connection.close()
 
-    def _write(self, *parts: bytes) -> bool:
+    def _write(self, *parts: bytes | memoryview) -> bool:
         connection, done = self.connection, 0
         try:
             if len(parts) > 1 and _HAS_SENDMSG and not connection.is_tls:
@@ -124,25 +125,46 @@ class Sent:
         return True
 
     def _write_stream(self, chunks: Iterator[bytes | list[bytes]]) -> bool:
-        is_chunked = self.request.is_chunked
-        for chunk in chunks:
-            pieces = chunk if isinstance(chunk, list) else [chunk]
-            if is_chunked and (size := sum(map(len, pieces))):
-                pieces = [b"%x\r\n" % size, *pieces, b"\r\n"]
-            if not self._write(*pieces):
-                return False
-            if not self.head.has_head and self._is_refused():
-                return False
+        is_chunked, client = self.request.is_chunked, self.request.client
+        client.watch_upload(self.look)
+        try:
+            for chunk in chunks:
+                pieces = chunk if isinstance(chunk, list) else [chunk]
+                if is_chunked and (size := sum(map(len, pieces))):
+                    pieces = [b"%x\r\n" % size, *pieces, b"\r\n"]
+                if not self._push(pieces):
+                    return False
+        except Unwanted:
+            return False
+        finally:
+            client.watch_upload(None)
         return self._write(b"0\r\n\r\n") if is_chunked else True
 
-    def _is_refused(self) -> bool:
-        """True if the backend hung up or answered early; an interim response and a success are no reason to stop."""
-        if not self.connection.has_input():  # cheaper than to try
-            return False
-        data = self.connection.receive_now()
-        if data is None:
-            return False
-        self.head.size += len(data)
-        if data and not self.head.feed(data):
-            self.is_clean = False
-        return not data or self.head.status >= 300
+    def _push(self, pieces: Sequence[bytes | memoryview]) -> bool:
+        """Send a part of a streamed body. False if no more is wanted, also of one that a backend stops reading."""
+        connection, left = self.connection, sum(map(len, pieces))
+        if not DONTWAIT or connection.is_tls:
+            return self._write(*pieces) and self.look() < 300
+        while True:
+            try:
+                done = connection.sock.sendmsg(pieces, (), DONTWAIT)
+            except BlockingIOError:
+                done = 0
+            except OSError:
+                return False  # as in `_write`
+            if self.look() >= 300:
+                return False
+            left -= done
+            if not left:
+                return True
+            pieces = [memoryview(b"".join(pieces) if len(pieces) > 1 else pieces[0])[done:]]
+            connection.wait_for_room(or_input=not self.head.has_head)
+
+    def look(self) -> int:
+        """The status of an answer that is here before all of its request was sent, 0 if there is none yet. An interim
+        response is none, and a success no reason to stop. Raises as `take`."""
+        if not self.head.has_head and self.connection.has_input():  # cheaper than to try
+            data = self.connection.receive_now()
+            if data is not None:
+                self.take(data)
+        return self.head.status if self.head.has_head else 0

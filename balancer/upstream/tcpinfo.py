@@ -12,6 +12,7 @@ SIZE = 136  # bytes that are of interest
 ESTABLISHED = 1  # the state, which is the first byte
 ACKED_AT, RECEIVED_AT = 120, 128  # bytes that the peer has acknowledged, and bytes that it has sent
 
+state_and_received = struct.Struct("@B127xQ").unpack_from  # at 0 and RECEIVED_AT
 count_at = struct.Struct("@Q").unpack_from
 
 

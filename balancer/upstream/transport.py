@@ -5,13 +5,15 @@ adds and a proxy must not have: a cookie jar shared by all clients, proxies and 
 rewritten paths, decompression. Header lines go out and come back in order and byte for byte.
 
 Connections are kept alive per backend and reused last in, first out. Before reuse a socket is checked for EOF; one
-that has been idle longer than `pool_idle_timeout` is closed (keep that below the backend's own keep-alive time-out).
+that has been idle longer than `pool_idle_timeout` is closed. A request that cannot be repeated gets only one on which
+the backend's own time-out cannot be near (`servers`), since it would be lost with it. A connection that was logged in
+(RFC 4559) is never kept: whoever came next would be served as whoever did so.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from threading import Lock
@@ -27,6 +29,7 @@ from balancer.upstream.dialer import Dialer
 from balancer.upstream.outgoing import OutgoingRequest, as_outgoing, origin_of
 from balancer.upstream.response import BackendResponse, Body, ResponseBody
 from balancer.upstream.sent import Sent
+from balancer.upstream.servers import Servers
 
 MAX_IDLE_PER_BACKEND = 1024  # idle sockets kept; above that they are closed after use
 SMALL_BODY = 131072  # bytes of an answer that is passed on in one piece if all of it is here
@@ -61,10 +64,19 @@ class BackendAdapter(BaseAdapter):
         self.timeouts = timeouts
         self._max_idle = max_idle
         self.dialer = dialer or Dialer()
+        self._servers = Servers()
         self._clock = clock
         self._heads = ResponseHeads()
         self._lock = Lock()
-        self._idle: dict[Origin, deque[Connection]] = {}
+        self._idle: defaultdict[Origin, deque[Connection]] = defaultdict(deque)
+
+    def for_checks(self, seconds: float) -> BackendAdapter:
+        """Another one, that keeps no connection and waits no longer than this."""
+        return BackendAdapter(Timeouts(seconds, seconds, seconds, pool_idle_timeout=0), max_idle=0, dialer=self.dialer)
+
+    def note_old(self, origin: Origin) -> None:
+        """A check was answered in HTTP/1.0. One in HTTP/1.1 proves less: another part of the server may answer it."""
+        self._servers.at(origin).is_old = True
 
     def use(self, timeouts: Timeouts, server_name: str | None) -> None:
         """From the next wait and the next connection on; those with another server name are not kept."""
@@ -88,14 +100,18 @@ class BackendAdapter(BaseAdapter):
     def exchange(self, request: OutgoingRequest, origin: Origin, sent: Sent | None = None) -> BackendResponse:
         """Send `request` to `origin`, unless `send_now` has, and return when the response head is here.
 
-        Raises ConnectFailed and ConnectTimedOut (nothing was sent), ConnectionLost, ResponseTimedOut, InvalidResponse;
-        whatever the request's body iterator raises comes through. A reused connection that died before any byte of a
-        response gets one more try on a fresh one, for idempotent methods with a replayable body only.
+        Raises ConnectFailed, ConnectTimedOut, LengthRequired (nothing was sent), ConnectionLost, ResponseTimedOut,
+        InvalidResponse; whatever the request's body iterator raises comes through. A reused connection that died before
+        any byte of a response gets one more try on a fresh one, for idempotent methods with a replayable body only.
         """
         request.is_resent = False
         if sent is None:
             request.connect_seconds = None
-            sent = self._send(self._take(origin) or self._connect(origin, request), request)
+            if request.is_chunked and self._servers.at(origin).is_old:
+                request.collect(origin.url)
+            if request.lacks_host:
+                request.set_host(origin.authority)
+            sent = self._send(self._take(origin, request) or self._connect(origin, request), request)
         try:
             return self._receive(sent)
         except ConnectionLost as error:
@@ -107,9 +123,9 @@ class BackendAdapter(BaseAdapter):
     def send_now(self, request: OutgoingRequest, origin: Origin, may_connect: bool = False) -> Sent | None:
         """Send a replayable request on a kept connection or, if it `may_connect`, on a new one, as far as that needs no
         further waiting. None if neither will do. Raises as `exchange` until it is sent."""
-        if origin.scheme != "http":
+        if origin.scheme != "http" or request.is_special:
             return None
-        connection = self._take(origin)
+        connection = self._take(origin, request)
         if connection is None:
             if not may_connect:
                 return None
@@ -137,6 +153,7 @@ class BackendAdapter(BaseAdapter):
                 return self._look_closer(sent, data, most)
             # Of the usual shape, and all of it: by far the most are so.
             request.client.detach()
+            connection.server.is_old = False
             self.give_back(connection)
             sent.response = BackendResponse(plain, Body(data[plain.size :]), request)
             return True
@@ -200,7 +217,9 @@ class BackendAdapter(BaseAdapter):
             give_back=self.give_back,
             client=request.client,
         )
-        if not (sent.is_whole and sent.is_clean) or (connection.is_tls and self.dialer.has_changed(connection)):
+        connection.server.is_old = sent.head.version == "1.0"
+        is_spoilt = request.logs_in or (connection.is_tls and self.dialer.has_changed(connection))
+        if is_spoilt or not (sent.is_whole and sent.is_clean):
             body.refuse_reuse()
         if body.is_complete:
             body.close()
@@ -218,22 +237,28 @@ class BackendAdapter(BaseAdapter):
         started = time.monotonic()
         try:
             seconds = min(self.timeouts.connect_timeout, request.deadline - started)
-            return self.dialer.dial(origin, max(0.001, seconds))
+            connection = self.dialer.dial(origin, max(0.001, seconds))
         finally:
             request.connect_seconds = time.monotonic() - started
+        connection.server = self._servers.at(origin)
+        return connection
 
     # The pool.
 
-    def _take(self, origin: Origin) -> Connection | None:
-        """The most recently used idle connection that is still good; closes those that are not."""
-        oldest = self._clock() - self.timeouts.pool_idle_timeout
+    def _take(self, origin: Origin, request: OutgoingRequest) -> Connection | None:
+        """The most recently used idle connection that is good for this request; closes those that are good for none."""
+        now = self._clock()
         while True:
             with self._lock:
                 idle = self._idle.get(origin)
                 if not idle:
                     return None
                 connection = idle.pop()
-            if connection.idle_since >= oldest and not connection.has_input():
+                seconds = now - connection.idle_since
+                if seconds > connection.server.safe_idle and not request.is_retriable:
+                    idle.append(connection)  # for one that can be
+                    return None
+            if seconds <= self.timeouts.pool_idle_timeout and not connection.has_input():
                 connection.received_before = connection.received
                 return connection
             connection.close()
@@ -242,14 +267,11 @@ class BackendAdapter(BaseAdapter):
         """Keep a connection whose last response was read to its end."""
         connection.idle_since = self._clock()
         with self._lock:
-            idle = self._idle.get(connection.origin)
-            if idle is None:
-                idle = self._idle[connection.origin] = deque()
-            kept = len(idle) < self._max_idle
-            if kept:
+            idle = self._idle[connection.origin]
+            if len(idle) < self._max_idle:
                 idle.append(connection)
-        if not kept:
-            connection.close()
+                return
+        connection.close()
 
     def idle(self) -> dict[str, int]:
         """Kept connections per URL of an origin."""
@@ -257,22 +279,34 @@ class BackendAdapter(BaseAdapter):
             return {origin.url: len(idle) for origin, idle in self._idle.items()}
 
     def close_idle(self) -> None:
-        """Close what has been idle too long."""
-        oldest = self._clock() - self.timeouts.pool_idle_timeout
-        expired: list[Connection] = []
+        """Close what has been idle too long or has ended, and learn from it how long servers keep connections."""
         with self._lock:
-            for origin, idle in list(self._idle.items()):
-                while idle and idle[0].idle_since < oldest:
-                    expired.append(idle.popleft())
-                if not idle:
-                    del self._idle[origin]
-        for connection in expired:
+            origins = list(self._idle)
+        for origin in origins:
+            while not self._is_oldest_good(origin):
+                pass
+
+    def _is_oldest_good(self, origin: Origin) -> bool:
+        """Or there is none. Closes it if it is not."""
+        with self._lock:
+            idle = self._idle.get(origin)
+            if not idle:
+                self._idle.pop(origin, None)
+                return True
+            connection = idle.popleft()
+        seconds, has_ended = self._clock() - connection.idle_since, connection.has_input()
+        connection.server.note_idle(seconds, has_ended)
+        if has_ended or seconds > self.timeouts.pool_idle_timeout:
             connection.close()
+            return False
+        with self._lock:
+            self._idle[origin].appendleft(connection)
+        return True
 
     def close(self) -> None:
         """Close all idle connections; those in use are closed by their owners."""
         with self._lock:
-            pools, self._idle = self._idle, {}
+            pools, self._idle = self._idle, defaultdict(deque)
         for idle in pools.values():
             for connection in idle:
                 connection.close()
