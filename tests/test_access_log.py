@@ -114,22 +114,18 @@ def test_control_requests_are_no_traffic(logging: BalancerProcess) -> None:
 
 
 def test_a_retry_shows_each_attempt_and_a_failure_its_reason() -> None:
-    backend = WireBackend()
-    flags = ("--access-log", "--access-log-format=json", "--panic-threshold=1", "--algorithm=round_robin")
-    balancer = BalancerProcess(
-        f"--backend=gone=http://127.0.0.1:{free_port()}", f"--backend=good={backend.url}", *flags
-    )
-    try:
-        for _ in range(2):
-            fetch(f"{balancer.url}/retried")
-        backend.answer(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nshort", close=True)
-        exchange(balancer.port, get(b"/broken"))
-        backend.answer(ok())
-        assert b"400 Bad Request" in exchange(balancer.port, b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n")
-        lines = wait_until(lambda: (found := json_lines(balancer)) and len(found) == 4 and found, "four lines")
-    finally:
-        balancer.stop()
-        backend.close()
+    with WireBackend() as backend:
+        flags = ("--access-log", "--access-log-format=json", "--panic-threshold=1", "--algorithm=round_robin")
+        with BalancerProcess(
+            f"--backend=gone=http://127.0.0.1:{free_port()}", f"--backend=good={backend.url}", *flags
+        ) as balancer:
+            for _ in range(2):
+                fetch(f"{balancer.url}/retried")
+            backend.answer(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nshort", close=True)
+            exchange(balancer.port, get(b"/broken"))
+            backend.answer(ok())
+            assert b"400 Bad Request" in exchange(balancer.port, b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n")
+            lines = wait_until(lambda: (found := json_lines(balancer)) and len(found) == 4 and found, "four lines")
     retried = next(line for line in lines if len(line["attempts"]) == 2 and line["path"] == "/retried")
     assert [(a["backend"], a["outcome"]) for a in retried["attempts"]] == [
         ("gone", "connection_refused"),
@@ -185,31 +181,23 @@ def test_every_line_has_one_format_and_one_clock(form: str) -> None:
 
 
 def test_it_is_off_unless_asked_for() -> None:
-    backend = WireBackend()
-    balancer = BalancerProcess(f"--backend=only={backend.url}")
-    try:
-        assert fetch(f"{balancer.url}/quiet")[0] == 200
-    finally:
-        balancer.stop()  # writes what is left
-        backend.close()
+    with WireBackend() as backend:
+        with BalancerProcess(f"--backend=only={backend.url}") as balancer:
+            assert fetch(f"{balancer.url}/quiet")[0] == 200
     assert "/quiet" not in balancer.output and "draining" in balancer.output
 
 
 def test_a_reload_switches_it(tmp_path: Path) -> None:
-    backend = WireBackend()
-    file = tmp_path / "balancer.toml"
-    settings = f'[[backends]]\nid = "only"\nurl = "{backend.url}"\n'
-    file.write_text(settings)
-    balancer = BalancerProcess(f"--config={file}")
-    try:
-        fetch(f"{balancer.url}/before")
-        file.write_text('access_log = true\naccess_log_format = "json"\n' + settings)
-        assert fetch_json(f"{balancer.url}/reload", {})["applied"]
-        fetch(f"{balancer.url}/after")
-        wait_until(lambda: json_lines(balancer), "a line")
-    finally:
-        balancer.stop()
-        backend.close()
+    with WireBackend() as backend:
+        file = tmp_path / "balancer.toml"
+        settings = f'[[backends]]\nid = "only"\nurl = "{backend.url}"\n'
+        file.write_text(settings)
+        with BalancerProcess(f"--config={file}") as balancer:
+            fetch(f"{balancer.url}/before")
+            file.write_text('access_log = true\naccess_log_format = "json"\n' + settings)
+            assert fetch_json(f"{balancer.url}/reload", {})["applied"]
+            fetch(f"{balancer.url}/after")
+            wait_until(lambda: json_lines(balancer), "a line")
     assert [line["path"] for line in json_lines(balancer)] == ["/after"]
 
 
@@ -264,20 +252,16 @@ HOSTILE = [
 
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_no_request_forges_a_line_or_talks_to_the_terminal(form: str) -> None:
-    backend = WireBackend()
-    flags = ("--access-log", f"--access-log-format={form}", "--log-level=error")
-    balancer = BalancerProcess(f"--backend=only={backend.url}", *flags)
-    try:
-        before = len(balancer.lines)
-        for target, agent in HOSTILE:
-            answer = exchange(balancer.port, get(target, b"User-Agent: " + agent))
-            assert answer.startswith(b"HTTP/1.1 200"), (target, answer)
-        exchange(balancer.port, get(b"/odd", method=b"M%|~'"))
-        count = len(HOSTILE) + 1
-        lines = wait_until(lambda: (x := balancer.lines[before:]) and len(x) >= count and x, "all lines")
-    finally:
-        balancer.stop()
-        backend.close()
+    with WireBackend() as backend:
+        flags = ("--access-log", f"--access-log-format={form}", "--log-level=error")
+        with BalancerProcess(f"--backend=only={backend.url}", *flags) as balancer:
+            before = len(balancer.lines)
+            for target, agent in HOSTILE:
+                answer = exchange(balancer.port, get(target, b"User-Agent: " + agent))
+                assert answer.startswith(b"HTTP/1.1 200"), (target, answer)
+            exchange(balancer.port, get(b"/odd", method=b"M%|~'"))
+            count = len(HOSTILE) + 1
+            lines = wait_until(lambda: (x := balancer.lines[before:]) and len(x) >= count and x, "all lines")
     assert len(lines) == count
     for line in lines:
         assert line.isascii() and line.isprintable() and len(line) < 10_000

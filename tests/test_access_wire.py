@@ -125,13 +125,10 @@ def test_guesses_on_a_real_connection() -> None:
 
 
 def test_a_forged_line_is_in_no_log() -> None:
-    balancer = BalancerProcess(f"--backend=a=http://127.0.0.1:{free_port()}", "--log-level=debug")
-    try:
+    with BalancerProcess(f"--backend=a=http://127.0.0.1:{free_port()}", "--log-level=debug") as balancer:
         for method in ("GET", "PATCH", "DELETE"):
             fetch(f"{balancer.url}/backends/a%0aFORGED%1b[31m", {} if method == "PATCH" else None, method)
         fetch(f"{balancer.url}/backends/a%0aFORGED", b'{"\\ud800": 1}', "PATCH", Content_Type="application/json")
-    finally:
-        balancer.stop()  # then all of its log is here
     assert not any(line.startswith("FORGED") or "\x1b" in line for line in balancer.lines)
     assert "Traceback" not in balancer.output
 

@@ -601,24 +601,20 @@ def shared() -> Iterator[Demo]:
 @pytest.mark.parametrize("prefix", ["", "/own"])
 def test_under_a_path_of_a_proxy_all_requests_stay_below_it(tab: Tab, tmp_path: Path, prefix: str) -> None:
     """*Send* went to the root. `control_prefix` is no path of what is forwarded."""
-    backend = WireBackend()
-    flags = (f"--backend=only={backend.url}", f"--control-prefix={prefix}")
-    balancer = BalancerProcess(*flags, env={"LB_PAGE_TOKEN": PAGE_TOKEN}, wait_ready=False)
-    try:
-        with nginx_before(tmp_path, balancer, "", at="/lb/") as url:
-            tab.page.goto(f"{url}/lb{prefix}/dashboard#token={PAGE_TOKEN}")
-            tab.is_live()
-            tab.page.click("#send")
-            tab.shows("#traffic-result", "10 ok, 0 failed", timeout=15000)
-            links = [link.get_attribute("href") or "" for link in tab.at("a[href^=http]").all()]
-            assert len(links) >= 5 and all(link.startswith(f"{url}/lb{prefix}/") for link in links)
-            tab.page.goto("about:blank")
-        assert [request.target for request in backend.requests] == [b"/api/process"] * 10
-        assert tab.requests.count(f"{url}/lb/api/process") == 10
-        assert not [asked for asked in tab.requests if not asked.startswith(f"{url}/lb/")]
-    finally:
-        balancer.stop()
-        backend.close()
+    with WireBackend() as backend:
+        flags = (f"--backend=only={backend.url}", f"--control-prefix={prefix}")
+        with BalancerProcess(*flags, env={"LB_PAGE_TOKEN": PAGE_TOKEN}, wait_ready=False) as balancer:
+            with nginx_before(tmp_path, balancer, "", at="/lb/") as url:
+                tab.page.goto(f"{url}/lb{prefix}/dashboard#token={PAGE_TOKEN}")
+                tab.is_live()
+                tab.page.click("#send")
+                tab.shows("#traffic-result", "10 ok, 0 failed", timeout=15000)
+                links = [link.get_attribute("href") or "" for link in tab.at("a[href^=http]").all()]
+                assert len(links) >= 5 and all(link.startswith(f"{url}/lb{prefix}/") for link in links)
+                tab.page.goto("about:blank")
+            assert [request.target for request in backend.requests] == [b"/api/process"] * 10
+            assert tab.requests.count(f"{url}/lb/api/process") == 10
+            assert not [asked for asked in tab.requests if not asked.startswith(f"{url}/lb/")]
 
 
 # `demo` comes first among the arguments, so that the page is closed before the balancer is stopped.

@@ -26,18 +26,13 @@ GROUPING = re.compile(r"\b(?:by|without|on|ignoring|group_left|group_right)\s*\(
 @pytest.fixture(scope="module")
 def told() -> Iterator[dict[Key, float]]:
     """/metrics of a balancer that has had good and bad traffic."""
-    good, bad = WireBackend(), WireBackend()
-    bad.answer(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n")
-    backends = {"good": good.url, "bad": bad.url, "gone": f"http://127.0.0.1:{free_port()}"}
-    balancer = Balancer(*(f"--backend={name}={url}" for name, url in backends.items()))
-    try:
-        for _ in range(4):
-            fetch(f"{balancer.url}/x", b"body")
-        yield scrape(balancer.url)
-    finally:
-        balancer.stop()
-        good.close()
-        bad.close()
+    with WireBackend() as good, WireBackend() as bad:
+        bad.answer(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n")
+        backends = {"good": good.url, "bad": bad.url, "gone": f"http://127.0.0.1:{free_port()}"}
+        with Balancer(*(f"--backend={name}={url}" for name, url in backends.items())) as balancer:
+            for _ in range(4):
+                fetch(f"{balancer.url}/x", b"body")
+            yield scrape(balancer.url)
 
 
 class Known:

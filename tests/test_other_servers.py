@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator
 from wsgiref.util import setup_testing_defaults
 from wsgiref.validate import validator
@@ -54,24 +55,21 @@ def echoing() -> Iterator[WireBackend]:
 def waitress(echoing: WireBackend) -> Iterator[str]:
     """`waitress-serve load_balancer:app`, configured by the environment; its URL."""
     port = free_port()
-    process = Process(
+    with Process(
         [PYTHON, "-m", "waitress", f"--listen=127.0.0.1:{port}", "--threads=8", "load_balancer:app"],
         {"LB_BACKENDS": f"only={echoing.url}@2", "LB_EXPOSE_BACKEND": "true", "LB_ID": "under-waitress"},
-    )
-    url = f"http://127.0.0.1:{port}"
+    ) as process:
+        url = f"http://127.0.0.1:{port}"
 
-    def is_ready() -> bool:
-        assert process.popen.poll() is None, process.output
-        try:
-            return fetch(f"{url}/readyz")[0] == 200
-        except OSError:
-            return False
+        def is_ready() -> bool:
+            assert process.popen.poll() is None, process.output
+            try:
+                return fetch(f"{url}/readyz")[0] == 200
+            except OSError:
+                return False
 
-    try:
         wait_until(is_ready, "waitress serves the app")
         yield url
-    finally:
-        process.stop()
 
 
 def test_an_unknown_variable_is_told_where_there_is_no_command_line() -> None:
@@ -129,19 +127,17 @@ def test_waitress_ends_quietly(echoing: WireBackend) -> None:
     """The health thread and the sockets to backends end with the process."""
     port = free_port()
     arguments = [PYTHON, "-m", "waitress", f"--listen=127.0.0.1:{port}", "load_balancer:app"]
-    process = Process(arguments, {"LB_BACKENDS": f"only={echoing.url}"})
-    try:
+    with Process(arguments, {"LB_BACKENDS": f"only={echoing.url}"}) as process:
         wait_until(lambda: "Serving" in process.output)
         assert fetch(f"http://127.0.0.1:{port}/health")[0] == 200
-    finally:
-        process.popen.send_signal(2)  # SIGINT, as Ctrl-C sends it
+        process.send(signal.SIGINT)
         process.wait()
     assert "Traceback" not in process.output and "Exception" not in process.output
 
 
 def test_a_wrong_setting_is_named_under_another_server_too() -> None:
-    process = Process([PYTHON, "-c", "from load_balancer import app"], {"LB_ALGORITHM": "fastest"})
-    assert process.wait() != 0
+    with Process([PYTHON, "-c", "from load_balancer import app"], {"LB_ALGORITHM": "fastest"}) as process:
+        assert process.wait() != 0
     assert "fastest" in process.lines[-1] and "round_robin" in process.lines[-1]
 
 

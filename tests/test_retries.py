@@ -115,23 +115,20 @@ def test_a_retry_that_finds_no_other_backend_is_not_counted(balancer: Balancer, 
 )
 def test_a_refused_connect_is_retried_for_any_method(data: bytes) -> None:
     """Rule 26: nothing was sent. The checks are an hour apart here, so that only the data path can notice."""
-    gone, alive = WireBackend(), WireBackend()
-    balancer = Balancer(
-        f"--backend=gone={gone.url}",
-        f"--backend=alive={alive.url}",
-        "--algorithm=round_robin",
-        "--health-interval=3600",
-    )
-    try:
-        gone.close()
-        assert ask(balancer.port, data)[0] == ask(balancer.port, data)[0] == 200
-        assert alive.seen == 2
-        assert sorted(record["attempts"] for record in balancer.status()["recent_requests"]) == [1, 2]
-        assert balancer.backend("gone")["healthy"] is False
-        assert [backend["failed_requests"] for backend in balancer.status()["backend_servers"]] == [0, 0]
-    finally:
-        balancer.stop()
-        alive.close()
+    gone = WireBackend()
+    with WireBackend() as alive:
+        with Balancer(
+            f"--backend=gone={gone.url}",
+            f"--backend=alive={alive.url}",
+            "--algorithm=round_robin",
+            "--health-interval=3600",
+        ) as balancer:
+            gone.close()
+            assert ask(balancer.port, data)[0] == ask(balancer.port, data)[0] == 200
+            assert alive.seen == 2
+            assert sorted(record["attempts"] for record in balancer.status()["recent_requests"]) == [1, 2]
+            assert balancer.backend("gone")["healthy"] is False
+            assert [backend["failed_requests"] for backend in balancer.status()["backend_servers"]] == [0, 0]
 
 
 def warm_up(balancer: Balancer, backend: WireBackend) -> None:

@@ -52,11 +52,10 @@ def test_a_service_worker_over_the_control_api_is_refused(
     scripts: WireBackend, flags: list[str], refused: list[bytes], forwarded: list[bytes]
 ) -> None:
     free = str(free_port())
-    balancer = Balancer(
+    with Balancer(
         f"--backend=b={scripts.url}", *[flag.replace("{free}", free) for flag in flags], wait_ready=False
-    )
-    has_own_port = any("port" in flag for flag in flags)
-    try:
+    ) as balancer:
+        has_own_port = any("port" in flag for flag in flags)
         wait_until(lambda: fetch(f"{balancer.url}/x")[0] == 200, what="the backend is up")
         for target in refused * 2:
             assert register(balancer, target)[0] == 403
@@ -67,8 +66,6 @@ def test_a_service_worker_over_the_control_api_is_refused(
             assert (b"service-worker-allowed" in lines) is has_own_port
         got = next(request for request in reversed(scripts.requests) if request.target == forwarded[0])
         assert got.values(b"service-worker") == [b"script"]
-    finally:
-        balancer.stop()
 
 
 @pytest.mark.parametrize(

@@ -80,9 +80,8 @@ def test_a_control_api_that_was_moved_is_found_where_the_option_says(backend: Wi
     backend.answer(ok(b'{"server_id": "b1"}'))
     port = free_port()
     flags = ["--control-prefix=/lb"] if moved == "prefix" else [f"--control-port={port}"]
-    balancer = Balancer(f"--backend=b1={backend.url}", *flags, wait_ready=False)
-    control = f"{balancer.url}/lb/" if moved == "prefix" else f"http://127.0.0.1:{port}"
-    try:
+    with Balancer(f"--backend=b1={backend.url}", *flags, wait_ready=False) as balancer:
+        control = f"{balancer.url}/lb/" if moved == "prefix" else f"http://127.0.0.1:{port}"
         wait_until(lambda: fetch(f"{control.rstrip('/')}/readyz")[0] == 200)
         lost = run(balancer.url)
         assert lost.returncode == 3
@@ -91,8 +90,6 @@ def test_a_control_api_that_was_moved_is_found_where_the_option_says(backend: Wi
         assert (found.returncode, found.stderr) == (0, "")
         assert "algorithm least_connections, 1/1 backends up" in found.stdout
         assert "PASSED" in run(balancer.url, env={"LB_TEST_CONTROL": control}).stdout
-    finally:
-        balancer.stop()
 
 
 def test_skewed_shares_fail(stub: StubBalancer) -> None:
@@ -367,17 +364,13 @@ def test_a_token_opens_the_control_api(stub: StubBalancer, tmp_path: Path) -> No
 def test_a_token_opens_the_reads_of_a_real_balancer(tmp_path: Path) -> None:
     token, file = "a-token-of-this-test", tmp_path / "token"
     file.write_text(token, encoding="ascii")
-    backend = WireBackend()
-    flags = (f"--backend=b={backend.url}", "--control-reads=token")
-    balancer = Balancer(*flags, "--expose-backend", env={"LB_ADMIN_TOKEN": token})
-    try:
-        without = one_line(run(balancer.url, "-n", "20"))
-        assert 'wants a token (401 control_reads is "token"' in without and "--token-file FILE" in without
-        given = run(balancer.url, "-n", "20", "--compare", "round_robin,weighted", "--token-file", str(file))
-        assert given.returncode == 0, given.stdout + given.stderr
-    finally:
-        balancer.stop()
-        backend.close()
+    with WireBackend() as backend:
+        flags = (f"--backend=b={backend.url}", "--control-reads=token")
+        with Balancer(*flags, "--expose-backend", env={"LB_ADMIN_TOKEN": token}) as balancer:
+            without = one_line(run(balancer.url, "-n", "20"))
+            assert 'wants a token (401 control_reads is "token"' in without and "--token-file FILE" in without
+            given = run(balancer.url, "-n", "20", "--compare", "round_robin,weighted", "--token-file", str(file))
+            assert given.returncode == 0, given.stdout + given.stderr
 
 
 # --- interruption -----------------------------------------------------------------------------------------------------
