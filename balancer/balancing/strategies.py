@@ -23,6 +23,7 @@ from typing_extensions import TypedDict
 from balancer.balancing.backends import Backend
 from balancer.errors import SettingsError
 from balancer.protocol.request import Request
+from balancer.protocol.texts import quoted
 
 ENTRY_POINT_GROUP = "load_balancer.strategies"
 UNMEASURED_SECONDS = 1.0  # what a backend without a sample counts as once it is busy; Linkerd starts there too
@@ -91,7 +92,7 @@ def load_entry_points() -> None:
 def create(name: str, **injected: Any) -> Strategy:
     """A new strategy with no memory. Raises SettingsError with the valid names."""
     if name not in REGISTRY:
-        raise SettingsError(f"unknown algorithm {name!r}, expected one of: {', '.join(sorted(REGISTRY))}")
+        raise SettingsError(f"unknown algorithm {quoted(name)}, expected one of: {', '.join(sorted(REGISTRY))}")
     return REGISTRY[name](**injected)
 
 

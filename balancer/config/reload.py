@@ -117,7 +117,8 @@ class Configuration:
         """Read, compare and, unless `dry_run`, `apply`. Raises SettingsError; then nothing has changed."""
         with self._lock:
             if self.read is None:
-                raise SettingsError("there is no configuration file to reload; start with --config FILE")
+                how = "" if "program" in self.sources.values() else "; start with --config FILE"
+                raise SettingsError(f"there is no configuration file to reload{how}")
             try:
                 wanted, sources = self.read()
                 if sources["backends"] == "default" != self.sources["backends"]:

@@ -31,7 +31,7 @@ LOOK_SECONDS = 0.05  # at most between two looks for answers that are overdue
 
 
 class Express:
-    """Call `wait_for` from any thread; `start` and `stop` once each.
+    """Call `wait_for` from any thread; `start` once.
 
     `_waiting` has the call per descriptor of its backend connection. Who brings a call puts it in and then arms the
     descriptor, for one event; whoever takes it out goes on with it: the express thread, or the one that brought it if
@@ -54,6 +54,8 @@ class Express:
 
     def stop(self) -> None:
         """Stop and join. Calls that still wait are dropped: by now their clients have been cut off."""
+        if self._stopping:
+            return  # what was its descriptor may be somebody else's by now
         self._stopping = True
         if self._thread.is_alive():
             os.eventfd_write(self._wake, 1)
