@@ -81,7 +81,7 @@ def load_entry_points() -> None:
     for entry in entry_points(group=ENTRY_POINT_GROUP):
         try:
             loaded = entry.load()
-        except Exception as error:  # whatever a foreign module raises when it is imported
+        except (Exception, SystemExit) as error:  # whatever a foreign module does when it is imported
             raise SettingsError(f"strategy {entry.name!r} of {entry.value} cannot be loaded: {error}") from error
         if not (isinstance(loaded, type) and issubclass(loaded, Strategy)):
             raise SettingsError(f"strategy {entry.name!r}: {entry.value} is not a Strategy class")
