@@ -146,12 +146,12 @@ class BackendPool:
         active = [backend.active for backend in candidates]
         scores = strategy.scores(candidates)
         backend = strategy.select(candidates, request)
-        backend.active += 1
-        backend.counts.selected += 1
         choice = Choice(strategy.name, backend, candidates, active, scores, excluded)
         if current.are_many:
             choice.shorten()
         lease = Lease(self, choice)
+        backend.active += 1  # not before the last step that a strategy's answer can make fail
+        backend.counts.selected += 1
         if lease.is_trial:
             backend.ejection.is_tried = True
         if self._is_timed:

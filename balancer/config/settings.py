@@ -71,9 +71,11 @@ def _header_rules(kept: Mapping[bytes, str], given: Any) -> HeaderRules:
     if isinstance(given, HeaderRules):
         return given
     try:
-        return HeaderRules.parse(tomllib.loads(f"it = {given}")["it"] if isinstance(given, str) else given, kept)
-    except (ValueError, RecursionError):  # no TOML; or brackets without end
-        raise ValueError(f"expected {headerrules.SHAPE}") from None
+        if isinstance(given, str):
+            (given,) = tomllib.loads(f"it = {given}").values()  # what follows on more lines would be no rules
+        return HeaderRules.parse(given, kept)
+    except (ValueError, RecursionError):  # no TOML, or more than one table; or brackets without end
+        raise ValueError(f"expected {headerrules.SHAPE} in TOML, which is not JSON") from None
     except SettingsError as error:
         raise ValueError(str(error)) from None
 

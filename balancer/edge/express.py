@@ -105,7 +105,7 @@ class Express:
         while not self._stopping:
             try:
                 self.run_once()
-            except Exception:  # the thread must outlive any surprise, or every request would hang
+            except BaseException:  # the thread must outlive any surprise, or every request would hang
                 log.exception("express thread: a round failed")
 
     def _pass_on_answers(self) -> None:
@@ -115,14 +115,14 @@ class Express:
                 continue
             try:
                 self._look(call)
-            except Exception:  # the others of this round must not wait for their time-out
+            except BaseException:  # the others of this round must not wait for their time-out
                 log.exception("passing on an answer failed")
 
     def _look(self, call: Call) -> None:
         sent = self._sent(call)
         try:
             is_whole = self._adapter.look(sent, call.listener.most_held)
-        except Exception:  # no call may be lost: its client would wait for ever
+        except BaseException:  # no call may be lost: its client would wait for ever
             log.exception("looking at an answer failed")
             sent.fail(InvalidResponse(f"{sent.connection.origin.url}: its answer could not be read"))
             is_whole = False
