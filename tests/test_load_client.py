@@ -302,6 +302,7 @@ def test_each_kind_of_failure_has_its_name(
 
 def test_what_comes_before_an_answer_is_none(scripted: WireBackend) -> None:
     """103 was a bad answer, 20 times of 20."""
+    scripted.reset()
     hints = b"HTTP/1.1 103 Early Hints\r\nLink: </a.css>\r\n\r\nHTTP/1.1 102 Processing\r\n\r\n"
     scripted.answer(b"HTTP/1.1 100 Continue\r\n\r\n" + hints + ok(b"whole"))
     code, report = run_json(scripted.url, "--no-preflight", "-n", "20", *ONE_BY_ONE)
