@@ -25,7 +25,7 @@ from balancer.forwarding.attempts import Attempts, no_thread
 from balancer.forwarding.route import REPLAY_LIMIT, Route
 from balancer.forwarding.stage import Stage
 from balancer.observe.record import METHOD_KEPT, PATH_KEPT, Record
-from balancer.protocol.headerrules import check_filtered, framing_of
+from balancer.protocol.headerrules import check_filtered
 from balancer.protocol.messages import Line
 from balancer.upstream.outgoing import OutgoingRequest
 
@@ -159,7 +159,7 @@ class Forwarding:
         if self._route.send:
             for send in self._route.send:
                 send(request, outgoing)
-            outgoing.check()
+            outgoing.check(request.head.lines)
         outgoing.deadline = time.monotonic() + self._route.options.request_timeout - waited
         self._attempts = Attempts(self._route, request, outgoing, self._record, self._started)
         self.stage = Stage.BUILT
@@ -233,10 +233,10 @@ class Forwarding:
         return decision._replace(lines=lines)
 
     def _filtered(self, lines: list[Line]) -> list[Line]:
-        framing = framing_of(lines)
+        before = [*lines]
         for answer in self._route.answer:
             lines = [*answer(self._request, self._record, lines)]
-        check_filtered(lines, framing)
+        check_filtered(lines, before)
         return lines
 
     # What a `ResponseStream` needs.

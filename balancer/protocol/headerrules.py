@@ -79,21 +79,23 @@ def is_token(name: object) -> bool:
     return isinstance(name, bytes) and _NAME.fullmatch(name.decode("latin-1")) is not None
 
 
-def framing_of(lines: Iterable[Line]) -> list[Line]:
-    """Those that belong to one connection, or say where a message ends."""
-    return [line for line in lines if line[0].lower() in _FRAMING]
-
-
-def check_filtered(lines: Iterable[Line], framing: Sequence[Line] = ()) -> None:
-    """What filters made of header lines: names and values are such, and `framing` is as it was. Raises ValueError; its
-    text holds no value."""
+def check_filtered(lines: list[Line], before: Sequence[Line] = ()) -> None:
+    """What filters made of the lines `before`: names and values are such, and framing is as it was. Raises ValueError;
+    its text holds no value."""
+    if lines[: len(before)] == [*before]:  # most filters only add some
+        lines, before = lines[len(before) :], ()
     for name, value in lines:
         if not is_token(name):
             raise ValueError(f"a filter gave a line the name {name!r:.80}; expected bytes: letters, digits and hyphens")
         if not (isinstance(value, bytes) and _VALUE.fullmatch(value.strip(b" \t").decode("latin-1"))):
             raise ValueError(f"a filter gave {name!r:.80} no header value; expected bytes without control characters")
-    if framing_of(lines) != [*framing]:
+    if _framing(lines) != _framing(before):
         raise ValueError(f"a filter changed one of {sorted(_FRAMING)}, which are not for filters")
+
+
+def _framing(lines: Iterable[Line]) -> list[Line]:
+    """Those that belong to one connection, or say where a message ends."""
+    return [line for line in lines if line[0].lower() in _FRAMING]
 
 
 def _table(lines: Iterable[Line]) -> str:

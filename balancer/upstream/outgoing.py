@@ -89,9 +89,9 @@ class OutgoingRequest(PreparedRequest):
         self.logs_in = any(logs_in(*line) for line in lines)
         self.is_special = self.lacks_host or self.logs_in
 
-    def check(self) -> None:
-        """After filters have changed it: frame the body that it has now. Raises ValueError if this would not be one
-        request on the wire, and for one of its fields that is not for filters."""
+    def check(self, before: Sequence[Line]) -> None:
+        """After filters have changed it, whose lines were `before` and `own`: frame the body that it has now. Raises
+        ValueError if this would not be one request on the wire, and for a line that is not for filters."""
         if isinstance(self.body, bytes) or (self.body is None and self.framing):
             self.set_body(self.body or b"")
         elif self.body is not None and self.is_replayable:
@@ -104,8 +104,9 @@ class OutgoingRequest(PreparedRequest):
             check_target(method, self.target)
         except ClientError as error:
             raise ValueError(f"a filter made it {method} {self.target!r:.80}: {error}") from None
-        check_filtered(self.lines)
-        if sum(name.lower() == b"host" for name, _ in self.lines) != 1:
+        lines = self.lines
+        check_filtered(lines, before)
+        if [name.lower() for name, _ in lines].count(b"host") != 1:
             raise ValueError("a filter left no Host line, or more than one")
 
     def head(self) -> bytes:
