@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import launched
 import pytest
 from fleet import Demo
 from playwright.sync_api import Browser, Page, expect
@@ -16,8 +17,6 @@ from support import PAGE_TOKEN, BackendProcess, Balancer, fetch_json, ok, wait_u
 from wire import WireBackend
 
 from tests.dashboard_tab import Tab, chromium, stub, tab
-from tests.test_start_all import Demo as StartedDemo
-from tests.test_start_all import borrow_venv, copy_project
 
 __all__ = ["chromium", "stub", "tab"]  # fixtures
 
@@ -178,9 +177,9 @@ def test_a_double_click_on_the_page_of_a_demo_that_runs(tmp_path: Path, tab: Tab
     """The whole way, by start_all.sh, in a folder whose name needs quoting."""
     tree = tmp_path / "a path with (blanks) & 'quotes' #1"
     tree.mkdir()
-    copy_project(tree)
-    borrow_venv(tree)
-    started = StartedDemo(tree, tmp_path)
+    launched.copy_project(tree)
+    launched.borrow_venv(tree)
+    started = launched.Demo(tree, tmp_path)
     try:
         assert started.ready("--detach").end() == 0
         tab.page.goto((tree / "dashboard.html").as_uri())

@@ -1,205 +1,27 @@
-"""The real start script, run from another directory on a copy of the project in a path with blanks.
+"""The real start script: starting, stopping, and what dies; what it makes before that is in test_start_all_setup."""
 
-The copy gets a .venv that borrows the packages of the Python that runs the tests, with the stamp that says it is
-complete; how the script makes one itself is tested at the end, with requirements that need no download.
-"""
+from __future__ import annotations
 
-import hashlib
 import json
 import os
-import random
-import re
 import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import sysconfig
 import tempfile
-import venv
-from collections.abc import Iterator
-from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
-from zipfile import ZipFile
 
 import psutil
 import pytest
-from support import fetch, running, wait_until
+from launched import PROJECT, Demo, connects, demo, free_ports, get, mode, tree
+from support import running, wait_until
 
 from demo import processes, services
 from demo.console import Failure, say
 
-PROJECT = Path(__file__).resolve().parent.parent
-PARTS = (
-    "balancer",
-    "backend_server.py",
-    "dashboard.html",
-    "demo",
-    "load_balancer.py",
-    "requirements.txt",
-    "start_all.bat",
-    "start_all.py",
-    "start_all.sh",
-)
-
-
-def free_ports(count: int) -> list[int]:
-    """Below the range of outgoing connections, so that no client takes one before its server does; all at one time, so
-    that they differ."""
-    with ExitStack() as probes:
-        found: list[int] = []
-        for port in random.sample(range(20000, 32000), 12000):
-            with suppress(OSError):
-                probes.enter_context(socket.create_server(("127.0.0.1", port)))
-                found.append(port)
-            if len(found) == count:
-                return found
-    raise AssertionError("no free ports left")
-
-
-def connects(port: int) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", port), timeout=2).close()
-    except OSError:
-        return False
-    return True
-
-
-def get(port: int, path: str) -> tuple[int, dict[str, str], bytes]:
-    return fetch(f"http://127.0.0.1:{port}{path}")
-
-
-def copy_project(to: Path) -> None:
-    for name in PARTS:
-        source = PROJECT / name
-        if source.is_dir():
-            shutil.copytree(source, to / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(source, to / name)
-
-
-def borrow_venv(tree: Path) -> None:
-    venv.create(tree / ".venv", with_pip=False, symlinks=True)
-    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    pth = tree / ".venv" / "lib" / version / "site-packages" / "borrowed.pth"
-    pth.write_text(sysconfig.get_paths()["purelib"] + "\n")
-    stamp = hashlib.sha256((tree / "requirements.txt").read_bytes()).hexdigest()
-    (tree / ".venv" / "requirements.sha256").write_text(stamp)
-
-
-class Run:
-    """One running start_all.sh, its output in files so that no pipe is held open."""
-
-    def __init__(self, demo: "Demo", arguments: tuple[str, ...], environment: dict[str, str]) -> None:
-        demo.runs.append(self)
-        number = len(demo.runs)
-        self.out_file, self.err_file = demo.scratch / f"out{number}", demo.scratch / f"err{number}"
-        with self.out_file.open("wb") as out, self.err_file.open("wb") as err:
-            self.process = subprocess.Popen(
-                [demo.tree / "start_all.sh", *arguments],
-                cwd=demo.scratch,
-                env={**demo.environment, **environment},
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-            )
-
-    @property
-    def out(self) -> str:
-        return self.out_file.read_text()
-
-    @property
-    def err(self) -> str:
-        return self.err_file.read_text()
-
-    def until(self, text: str) -> None:
-        wait_until(lambda: text in self.out or self.process.poll() is not None)
-        assert text in self.out, self.err
-
-    def end(self, timeout: float = 30) -> int:
-        return self.process.wait(timeout)
-
-    def assert_one_line_error(self, code: int, *words: str) -> None:
-        assert self.end() == code, self.err
-        assert self.err.startswith("start_all: error: ")
-        assert len(self.err.splitlines()) == 1
-        for word in words:
-            assert word in self.err
-
-
-class Demo:
-    """A copy of the project and ports of its own."""
-
-    def __init__(self, tree: Path, scratch: Path) -> None:
-        self.tree, self.scratch = tree, scratch
-        self.runs: list[Run] = []
-        self.port, *self.backend_ports = free_ports(4)
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("LB_", "SERVER_", "RESPONSE_"))}
-        ports = " ".join(map(str, self.backend_ports))
-        self.environment = {**inherited, "LB_PORT": str(self.port), "BACKEND_PORTS": ports}
-        self.environment.pop("ALGORITHM", None)
-
-    def start(self, *arguments: str, **environment: str) -> Run:
-        return Run(self, arguments, environment)
-
-    def ready(self, *arguments: str, **environment: str) -> Run:
-        run = self.start(*arguments, **environment)
-        run.until("Stop with")
-        return run
-
-    def processes(self, part: str = "") -> list[psutil.Process]:
-        """Every process that runs a file of this tree."""
-        wanted = str(self.tree / part)
-        return [
-            process
-            for process in psutil.process_iter(["cmdline"])
-            if any(word.startswith(wanted) and word.endswith(".py") for word in process.info["cmdline"] or ())
-        ]
-
-    def the(self, script: str, port: int | None = None) -> psutil.Process:
-        (found,) = [p for p in self.processes(script) if port is None or str(port) in p.info["cmdline"]]
-        return found
-
-    def assert_nothing_left(self) -> None:
-        wait_until(lambda: not self.processes())
-        assert not [port for port in (self.port, *self.backend_ports) if connects(port)]
-        assert {path.name for path in (self.tree / "run").iterdir()} <= {"lock", "access.lock"}
-
-    def entries(self) -> dict[str, dict[str, Any]]:
-        """What run/access.js tells dashboard.html, by the name of the balancer's pid file."""
-        code = (self.tree / "run" / "access.js").read_text()
-        assert (code[:19], code[-2:]) == ("window.LB_ACCESS = ", ";\n")
-        return json.loads(code[19:-2])  # type: ignore[no-any-return]
-
-    def entry(self) -> dict[str, Any]:
-        return self.entries()[f"balancer-{self.port}"]
-
-    def healthy(self) -> dict[str, bool]:
-        status = json.loads(get(self.port, "/status")[2])
-        return {backend["id"]: backend["healthy"] for backend in status["backend_servers"]}
-
-
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tree = tmp_path_factory.mktemp("start all") / "a päth with (blanks) & 'quotes'"
-    tree.mkdir()
-    copy_project(tree)
-    borrow_venv(tree)
-    return tree
-
-
-@pytest.fixture
-def demo(tree: Path, tmp_path: Path) -> Iterator[Demo]:
-    demo = Demo(tree, tmp_path)
-    yield demo
-    for process in demo.processes():
-        process.kill()
-    for run in demo.runs:
-        run.end()
-    for path in (tree / "run").glob("*.pid"):
-        path.unlink()
+__all__ = ["demo", "tree"]  # fixtures
 
 
 # -- Starting and stopping
@@ -262,12 +84,7 @@ def test_moved_control_paths_are_followed_and_slips_of_the_pen_told(demo: Demo) 
     assert demo.entry()["urls"][0] == f"http://127.0.0.1:{port}/lb"
     assert f"http://localhost:{port}/lb/dashboard#token={demo.entry()['token']}\n" in run.out
     assert "an admin's own token" not in run.out + (demo.tree / "run" / "access.js").read_text()
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_stops_everything(demo: Demo, number: int) -> None:
-    run = demo.ready()
-    run.process.send_signal(number)
+    run.process.send_signal(signal.SIGHUP)
     assert (run.end(), run.err) == (0, "")
     demo.assert_nothing_left()
 
@@ -322,21 +139,6 @@ def test_logs_may_be_cut_off_and_no_signal_that_asks_for_nothing_ends_anything(d
     assert demo.processes() == everyone
     run.process.terminate()
     assert (run.end(), run.err) == (0, "")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "file"), [(("backends",), "run/start_all-"), (("setup",), "logs/setup.log")], ids=["run", "logs"]
-)
-def test_a_disk_that_takes_nothing_is_named(bare: Demo, arguments: tuple[str, ...], file: str) -> None:
-    """A limit of size 0 stands for it: the system names no file then either."""
-    if arguments == ("backends",):
-        borrow_venv(bare.tree)
-    command = ["sh", "-c", 'ulimit -f 0; exec "$0" "$@"', bare.tree / "start_all.sh", *arguments]
-    done = subprocess.run(command, env=bare.environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
-    assert f"{bare.tree}/{file}" in done.stderr and "cannot be written: File too large" in done.stderr
-    assert not bare.processes()
-    shutil.rmtree(bare.tree / ".venv", ignore_errors=True)
 
 
 def test_a_setting_that_a_process_refuses_is_shown(demo: Demo) -> None:
@@ -495,16 +297,16 @@ def test_of_two_at_the_same_time_one_runs(demo: Demo) -> None:
 # -- In the background
 
 
-@pytest.mark.parametrize("is_earlier", [False, True], ids=["now", "earlier version"])
-def test_detach_returns_when_ready_and_stop_stops(demo: Demo, is_earlier: bool) -> None:
+def test_detach_returns_when_ready_and_stop_stops(demo: Demo) -> None:
+    """Also what an earlier version started, whose files have two lines."""
     assert demo.start("--detach").end() == 0
     assert get(demo.port, "/api/process")[0] == 200
     files = list((demo.tree / "run").glob("*.pid"))
     assert len(files) == 4
-    for file in files:
+    for number, file in enumerate(sorted(files)):
         pid, script, started = file.read_text().splitlines()
         assert started == processes.identify(int(pid))[0]
-        if is_earlier:
+        if number % 2:
             file.write_text(f"{pid}\n{script}\n")
     stop = demo.start("stop")
     assert (stop.end(), stop.err) == (0, "")
@@ -601,10 +403,6 @@ def test_stop_clears_up_after_a_start_all_that_was_killed(demo: Demo) -> None:
 # -- The token of the dashboard, and who may see it
 
 
-def mode(path: Path) -> str:
-    return oct(path.stat().st_mode & 0o777)
-
-
 def test_the_end_of_the_balancer_ends_the_demo_and_takes_the_token_with_it(demo: Demo) -> None:
     run = demo.ready()
     demo.the("load_balancer.py").kill()
@@ -677,189 +475,7 @@ def test_a_link_is_not_written_through(demo: Demo, tmp_path: Path, link: str) ->
         path.unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize("name", ["logs", "run"])
-def test_a_link_in_place_of_a_folder_is_refused(bare: Demo, tmp_path: Path, name: str) -> None:
-    shutil.rmtree(bare.tree / name, ignore_errors=True)
-    (bare.tree / ".venv" / "requirements.sha256").unlink(missing_ok=True)
-    (bare.tree / name).symlink_to(tmp_path)
-    try:
-        bare.start("setup").assert_one_line_error(2, str(bare.tree / name), "symbolic link")
-    finally:
-        (bare.tree / name).unlink()
-    assert list(tmp_path.glob("*.log")) == []
-
-
-def test_stop_is_not_kept_by_what_is_no_file(bare: Demo) -> None:
-    """It waited for ever for a writer of the pipe, deaf to every signal, and a folder ended it."""
-    run = bare.tree / "run"
-    run.mkdir(mode=0o700, exist_ok=True)
-    os.mkfifo(run / "a-1.pid")
-    (run / "b-2.pid").mkdir()
-    stop = bare.start("stop")
-    assert stop.end() == 0 and "Nothing to stop" in stop.out
-    assert not (run / "a-1.pid").exists() and "b-2.pid could not be removed" in stop.out
-
-
 def test_what_a_log_says_gives_the_terminal_no_orders(capsys: pytest.CaptureFixture[str]) -> None:
     say("a\x1b[31m\x9b2Jb\nforged")
     assert capsys.readouterr().out == "a\\x1b[31m\\x9b2Jb\\x0aforged\n"
     assert str(Failure("a\x1b[31m")) == "a\\x1b[31m"
-
-
-# -- Usage
-
-
-@pytest.mark.parametrize(
-    ("arguments", "environment", "words"),
-    [
-        (["everything"], {}, ["everything", "--help"]),
-        (["--nonsense"], {}, ["--nonsense", "--help"]),
-        (["--det"], {}, ["--det"]),
-        ([], {"LB_PORT": "nine"}, ["LB_PORT", "nine"]),
-        ([], {"BACKEND_PORTS": "5001 70000"}, ["BACKEND_PORTS", "70000"]),
-        ([], {"BACKEND_PORTS": "5001 5001"}, ["same port", "BACKEND_PORTS=5001 5001\n"]),
-        ([], {"LB_CONTROL_PORT": "abc"}, ["LB_CONTROL_PORT", "abc"]),
-    ],
-)
-def test_bad_usage_is_one_line_and_2(
-    demo: Demo, arguments: list[str], environment: dict[str, str], words: list[str]
-) -> None:
-    demo.start(*arguments, **environment).assert_one_line_error(2, *words)
-    assert not demo.processes()
-
-
-def test_help_and_version(demo: Demo) -> None:
-    from balancer import __version__
-
-    shown, version = demo.start("--help"), demo.start("--version")
-    assert (shown.end(), shown.err, version.end(), version.err) == (0, "", 0, "")
-    assert shown.out.startswith("examples:")
-    assert version.out == f"start_all {__version__}\n"
-
-
-@pytest.mark.parametrize("found", ["none", "3.9.2 (python3)"])
-def test_no_fit_python_is_one_line_and_2(demo: Demo, tmp_path: Path, found: str) -> None:
-    tools = tmp_path / "tools"
-    tools.mkdir()
-    for tool in ("dirname", "readlink"):  # no bash
-        (tools / tool).symlink_to(shutil.which(tool) or tool)
-    if found != "none":
-        (tools / "python3").write_text("#!/bin/sh\necho 3.9.2\nexit 1\n")
-        (tools / "python3").chmod(0o755)
-    demo.start(PATH=str(tools)).assert_one_line_error(2, "Python 3.11 or newer", f"found: {found};")
-
-
-def test_the_windows_script_has_its_line_ends_and_says_the_same() -> None:
-    windows = (PROJECT / "start_all.bat").read_bytes()
-    assert windows.isascii()
-    assert windows.count(b"\n") == windows.count(b"\r\n") > 10
-    assert b'cd /d "%~dp0"' in windows
-    error = re.compile(r"start_all: error: .*needed, found: (?:\$found|%FOUND%)(; [^\">]*)")
-    unix = (PROJECT / "start_all.sh").read_text()
-    assert [match[1] for match in error.finditer(unix)] == [match[1] for match in error.finditer(windows.decode())]
-
-
-# -- The virtual environment
-
-
-@pytest.fixture(scope="module")
-def bare_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy without .venv, whose requirements are none."""
-    tree = tmp_path_factory.mktemp("bare") / "with blanks"
-    tree.mkdir()
-    copy_project(tree)
-    (tree / "requirements.txt").write_text("# nothing\n")
-    for program in ("backend_server.py", "balancer/commandline.py"):  # which need nothing then
-        (tree / program).write_text("")
-    return tree
-
-
-@pytest.fixture
-def bare(bare_tree: Path, tmp_path: Path) -> Demo:
-    return Demo(bare_tree, tmp_path)
-
-
-def set_up(demo: Demo, **environment: str) -> str:
-    run = demo.start("setup", **environment)
-    assert (run.end(60), run.err) == (0, "")
-    return run.out
-
-
-def test_a_venv_is_made_once_and_mended_when_it_is_half_made(bare: Demo) -> None:
-    python = bare.tree / ".venv" / "bin" / "python"
-    assert "Making .venv" in set_up(bare)
-    assert set_up(bare) == ""
-
-    (bare.tree / "requirements.txt").write_text("# still nothing\n")
-    changed = set_up(bare)
-    assert "Making" not in changed and "Installing" in changed
-    assert set_up(bare) == ""
-
-    python.unlink()
-    python.symlink_to("/nowhere/python")  # as after an upgrade of the system's Python
-    assert "Making .venv" in set_up(bare)
-    assert subprocess.run([python, "-m", "pip", "--version"], capture_output=True, timeout=60).returncode == 0
-
-
-def test_a_failing_pip_is_one_line(bare: Demo) -> None:
-    set_up(bare)
-    (bare.tree / "requirements.txt").write_text("no-such-package-anywhere\n")
-    empty = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}
-    run = bare.start("setup", **empty)
-    run.assert_one_line_error(1, "pip could not install requirements.txt", "no-such-package-anywhere", "setup.log")
-    (bare.tree / "requirements.txt").write_text("# nothing\n")
-    assert "Installing" in set_up(bare)
-
-
-def make_wheel(folder: Path, name: str) -> Path:
-    wheel = folder / f"{name}-1-py3-none-any.whl"
-    about = "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-    with ZipFile(wheel, "w") as archive:
-        archive.writestr(f"{name}.py", "")
-        archive.writestr(f"{name}-1.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
-        archive.writestr(f"{name}-1.dist-info/WHEEL", about)
-        archive.writestr(f"{name}-1.dist-info/RECORD", "")
-    return wheel
-
-
-@pytest.mark.timeout(180)
-def test_whatever_pip_is_set_to_it_installs_into_the_venv_or_says_that_it_did_not(bare: Demo, tmp_path: Path) -> None:
-    """It failed, or believed that it had installed."""
-    elsewhere, config = tmp_path / "elsewhere", tmp_path / "pip" / "pip.conf"
-    config.parent.mkdir()
-    folder = {name: str(elsewhere) for name in ("PIP_TARGET", "PIP_PREFIX", "PIP_ROOT")}
-    for number, (text, environment) in enumerate(
-        [
-            ("[global]\nuser = true\n", {}),
-            (f"[install]\ntarget = {elsewhere}\n", {}),
-            (f"[global]\nprefix = {elsewhere}\ndry-run = true\n", {}),
-            ("", {"PIP_USER": "1"}),
-            ("", {**folder, "PIP_DRY_RUN": "1", "PYTHONPATH": str(tmp_path)}),
-        ]
-    ):
-        name = f"brought_{number}"
-        config.write_text(text)
-        (bare.tree / "requirements.txt").write_text(f"{make_wheel(tmp_path, name)}\n")
-        assert "Installing" in set_up(bare, XDG_CONFIG_HOME=str(tmp_path), **environment)
-        command = [bare.tree / ".venv" / "bin" / "python", "-I", "-c", f"import {name}"]
-        assert subprocess.run(command, timeout=60).returncode == 0
-        assert not elsewhere.exists()
-
-    config.write_text(f"[install]\ntarget = {elsewhere}\n")  # named like this it counts more than that of .venv
-    (bare.tree / "requirements.txt").write_text(f"{make_wheel(tmp_path, 'not_brought')}\n")
-    (bare.tree / "backend_server.py").write_text("import not_brought\n")
-    for _ in range(2):
-        run = bare.start("setup", PIP_CONFIG_FILE=str(config))
-        run.assert_one_line_error(1, "not brought", "configuration", "No module named 'not_brought'", "setup.log")
-    (bare.tree / "backend_server.py").write_text("")
-    (bare.tree / "requirements.txt").write_text("# nothing\n")
-
-
-def test_a_python_without_ensurepip_names_the_package(demo: Demo, tmp_path: Path) -> None:
-    """Debian's python3 without python3-venv."""
-    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['ensurepip'] = None\n")
-    tree = tmp_path / "tree"
-    tree.mkdir()
-    copy_project(tree)
-    run = Demo(tree, tmp_path).start("setup", PYTHONPATH=str(tmp_path))
-    run.assert_one_line_error(2, "apt-get install python3.", "-venv")

@@ -1,0 +1,189 @@
+"""What start_all.sh makes before it starts anything, with requirements that need no download; its usage."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+from launched import PROJECT, Demo, bare, bare_tree, borrow_venv, copy_project, demo, tree
+
+__all__ = ["bare", "bare_tree", "demo", "tree"]  # fixtures
+
+
+@pytest.mark.parametrize(
+    ("arguments", "file"), [(("backends",), "run/start_all-"), (("setup",), "logs/setup.log")], ids=["run", "logs"]
+)
+def test_a_disk_that_takes_nothing_is_named(bare: Demo, arguments: tuple[str, ...], file: str) -> None:
+    """A limit of size 0 stands for it: the system names no file then either."""
+    if arguments == ("backends",):
+        borrow_venv(bare.tree)
+    command = ["sh", "-c", 'ulimit -f 0; exec "$0" "$@"', bare.tree / "start_all.sh", *arguments]
+    done = subprocess.run(command, env=bare.environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert f"{bare.tree}/{file}" in done.stderr and "cannot be written: File too large" in done.stderr
+    assert not bare.processes()
+    shutil.rmtree(bare.tree / ".venv", ignore_errors=True)
+
+
+@pytest.mark.parametrize("name", ["logs", "run"])
+def test_a_link_in_place_of_a_folder_is_refused(bare: Demo, tmp_path: Path, name: str) -> None:
+    shutil.rmtree(bare.tree / name, ignore_errors=True)
+    (bare.tree / ".venv" / "requirements.sha256").unlink(missing_ok=True)
+    (bare.tree / name).symlink_to(tmp_path)
+    try:
+        bare.start("setup").assert_one_line_error(2, str(bare.tree / name), "symbolic link")
+    finally:
+        (bare.tree / name).unlink()
+    assert list(tmp_path.glob("*.log")) == []
+
+
+def test_stop_is_not_kept_by_what_is_no_file(bare: Demo) -> None:
+    """It waited for ever for a writer of the pipe, deaf to every signal, and a folder ended it."""
+    run = bare.tree / "run"
+    run.mkdir(mode=0o700, exist_ok=True)
+    os.mkfifo(run / "a-1.pid")
+    (run / "b-2.pid").mkdir()
+    stop = bare.start("stop")
+    assert stop.end() == 0 and "Nothing to stop" in stop.out
+    assert not (run / "a-1.pid").exists() and "b-2.pid could not be removed" in stop.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "words"),
+    [
+        (["everything"], {}, ["everything", "--help"]),
+        (["--nonsense"], {}, ["--nonsense", "--help"]),
+        (["--det"], {}, ["--det"]),
+        ([], {"LB_PORT": "nine"}, ["LB_PORT", "nine"]),
+        ([], {"BACKEND_PORTS": "5001 70000"}, ["BACKEND_PORTS", "70000"]),
+        ([], {"BACKEND_PORTS": "5001 5001"}, ["same port", "BACKEND_PORTS=5001 5001\n"]),
+        ([], {"LB_CONTROL_PORT": "abc"}, ["LB_CONTROL_PORT", "abc"]),
+    ],
+)
+def test_bad_usage_is_one_line_and_2(
+    demo: Demo, arguments: list[str], environment: dict[str, str], words: list[str]
+) -> None:
+    demo.start(*arguments, **environment).assert_one_line_error(2, *words)
+    assert not demo.processes()
+
+
+def test_help_and_version(demo: Demo) -> None:
+    from balancer import __version__
+
+    shown, version = demo.start("--help"), demo.start("--version")
+    assert (shown.end(), shown.err, version.end(), version.err) == (0, "", 0, "")
+    assert shown.out.startswith("examples:")
+    assert version.out == f"start_all {__version__}\n"
+
+
+@pytest.mark.parametrize("found", ["none", "3.9.2 (python3)"])
+def test_no_fit_python_is_one_line_and_2(demo: Demo, tmp_path: Path, found: str) -> None:
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for tool in ("dirname", "readlink"):  # no bash
+        (tools / tool).symlink_to(shutil.which(tool) or tool)
+    if found != "none":
+        (tools / "python3").write_text("#!/bin/sh\necho 3.9.2\nexit 1\n")
+        (tools / "python3").chmod(0o755)
+    demo.start(PATH=str(tools)).assert_one_line_error(2, "Python 3.11 or newer", f"found: {found};")
+
+
+def test_the_windows_script_has_its_line_ends_and_says_the_same() -> None:
+    windows = (PROJECT / "start_all.bat").read_bytes()
+    assert windows.isascii()
+    assert windows.count(b"\n") == windows.count(b"\r\n") > 10
+    assert b'cd /d "%~dp0"' in windows
+    error = re.compile(r"start_all: error: .*needed, found: (?:\$found|%FOUND%)(; [^\">]*)")
+    unix = (PROJECT / "start_all.sh").read_text()
+    assert [match[1] for match in error.finditer(unix)] == [match[1] for match in error.finditer(windows.decode())]
+
+
+def set_up(demo: Demo, **environment: str) -> str:
+    run = demo.start("setup", **environment)
+    assert (run.end(60), run.err) == (0, "")
+    return run.out
+
+
+def test_a_venv_is_made_once_and_mended_when_it_is_half_made(bare: Demo) -> None:
+    python = bare.tree / ".venv" / "bin" / "python"
+    assert "Making .venv" in set_up(bare)
+    assert set_up(bare) == ""
+
+    (bare.tree / "requirements.txt").write_text("# still nothing\n")
+    changed = set_up(bare)
+    assert "Making" not in changed and "Installing" in changed
+    assert set_up(bare) == ""
+
+    python.unlink()
+    python.symlink_to("/nowhere/python")  # as after an upgrade of the system's Python
+    assert "Making .venv" in set_up(bare)
+    assert subprocess.run([python, "-m", "pip", "--version"], capture_output=True, timeout=60).returncode == 0
+
+
+def test_a_failing_pip_is_one_line(bare: Demo) -> None:
+    set_up(bare)
+    (bare.tree / "requirements.txt").write_text("no-such-package-anywhere\n")
+    empty = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}
+    run = bare.start("setup", **empty)
+    run.assert_one_line_error(1, "pip could not install requirements.txt", "no-such-package-anywhere", "setup.log")
+    (bare.tree / "requirements.txt").write_text("# nothing\n")
+    assert "Installing" in set_up(bare)
+
+
+def make_wheel(folder: Path, name: str) -> Path:
+    wheel = folder / f"{name}-1-py3-none-any.whl"
+    about = "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    with ZipFile(wheel, "w") as archive:
+        archive.writestr(f"{name}.py", "")
+        archive.writestr(f"{name}-1.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+        archive.writestr(f"{name}-1.dist-info/WHEEL", about)
+        archive.writestr(f"{name}-1.dist-info/RECORD", "")
+    return wheel
+
+
+@pytest.mark.timeout(180)
+def test_whatever_pip_is_set_to_it_installs_into_the_venv_or_says_that_it_did_not(bare: Demo, tmp_path: Path) -> None:
+    """It failed, or believed that it had installed."""
+    elsewhere, config = tmp_path / "elsewhere", tmp_path / "pip" / "pip.conf"
+    config.parent.mkdir()
+    folder = {name: str(elsewhere) for name in ("PIP_TARGET", "PIP_PREFIX", "PIP_ROOT")}
+    for number, (text, environment) in enumerate(
+        [
+            ("[global]\nuser = true\n", {}),
+            (f"[install]\ntarget = {elsewhere}\n", {}),
+            (f"[global]\nprefix = {elsewhere}\ndry-run = true\n", {}),
+            ("", {"PIP_USER": "1"}),
+            ("", {**folder, "PIP_DRY_RUN": "1", "PYTHONPATH": str(tmp_path)}),
+        ]
+    ):
+        name = f"brought_{number}"
+        config.write_text(text)
+        (bare.tree / "requirements.txt").write_text(f"{make_wheel(tmp_path, name)}\n")
+        assert "Installing" in set_up(bare, XDG_CONFIG_HOME=str(tmp_path), **environment)
+        command = [bare.tree / ".venv" / "bin" / "python", "-I", "-c", f"import {name}"]
+        assert subprocess.run(command, timeout=60).returncode == 0
+        assert not elsewhere.exists()
+
+    config.write_text(f"[install]\ntarget = {elsewhere}\n")  # named like this it counts more than that of .venv
+    (bare.tree / "requirements.txt").write_text(f"{make_wheel(tmp_path, 'not_brought')}\n")
+    (bare.tree / "backend_server.py").write_text("import not_brought\n")
+    for _ in range(2):
+        run = bare.start("setup", PIP_CONFIG_FILE=str(config))
+        run.assert_one_line_error(1, "not brought", "configuration", "No module named 'not_brought'", "setup.log")
+    (bare.tree / "backend_server.py").write_text("")
+    (bare.tree / "requirements.txt").write_text("# nothing\n")
+
+
+def test_a_python_without_ensurepip_names_the_package(demo: Demo, tmp_path: Path) -> None:
+    """Debian's python3 without python3-venv."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['ensurepip'] = None\n")
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    copy_project(tree)
+    run = Demo(tree, tmp_path).start("setup", PYTHONPATH=str(tmp_path))
+    run.assert_one_line_error(2, "apt-get install python3.", "-venv")
