@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn, TextIO
@@ -19,15 +20,27 @@ from balancer.loadbalancer import LoadBalancer
 from balancer.observe.logrecords import LogFormatter, LogHandler
 from balancer.protocol.texts import printable
 
-EXAMPLES = """examples:
-  python load_balancer.py                                        three backends on ports 5001 to 5003
-  python load_balancer.py --backend http://127.0.0.1:8080        in front of one service of yours
-  python load_balancer.py --backend a=http://10.0.0.1:80@3 --backend b=http://10.0.0.2:80@1 --algorithm weighted
-  python load_balancer.py --config balancer.toml --check-config
+# As it was started: the installed command, or the file of a checkout.
+PROGRAM = "load-balancer" if Path(sys.argv[0]).stem == "load-balancer" else "load_balancer.py"
+COMMAND = PROGRAM if PROGRAM == "load-balancer" else f"python {PROGRAM}"
+EXAMPLES = f"""examples:
+  {COMMAND}  # three backends on ports 5001 to 5003
+  {COMMAND} --backend http://127.0.0.1:8080  # in front of one service of yours
+  {COMMAND} --backend a=http://10.0.0.1:80@3 --backend b=http://10.0.0.2:80@1 --algorithm weighted
+  {COMMAND} --config balancer.toml --check-config
 
 Every setting is a flag, a key of the TOML file and an environment variable: --health-path, health_path, LB_HEALTH_PATH;
-backends are --backend, [[backends]] and LB_BACKENDS.
+backends are --backend, [[backends]] and LB_BACKENDS. Tokens are no flags, which every user of the machine could read:
+admin_token and page_token are LB_ADMIN_TOKEN and LB_PAGE_TOKEN, or stand in the files that LB_ADMIN_TOKEN_FILE and
+LB_PAGE_TOKEN_FILE name.
 A flag wins over the environment, that over the file, that over the default (in parentheses)."""
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Breaks no line at a hyphen: half a name is of no use to whoever copies it."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_on_hyphens=False)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -39,10 +52,10 @@ class OneLineParser(argparse.ArgumentParser):
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = OneLineParser(
-        prog="load_balancer.py",
+        prog=PROGRAM,
         description="A load balancer: HTTP/1.1 and HTTP/2 in, HTTP backends out.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Formatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"load-balancer {__version__}")
@@ -75,10 +88,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except SettingsError as error:
         _warn(warnings)
-        print(f"load_balancer.py: {printable(str(error))}", file=sys.stderr)
+        print(f"{PROGRAM}: {printable(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"load_balancer.py: {printable(str(error))}", file=sys.stderr)
+        print(f"{PROGRAM}: {printable(str(error))}", file=sys.stderr)
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # else Python tries once more at its end
         return 1
 
@@ -107,4 +120,4 @@ def run(balancer: LoadBalancer, warnings: list[str]) -> int:
 
 def _warn(lines: list[str]) -> None:
     for line in lines:
-        print(f"load_balancer.py: warning: {printable(line)}", file=sys.stderr)
+        print(f"{PROGRAM}: warning: {printable(line)}", file=sys.stderr)

@@ -10,16 +10,18 @@ import atexit
 import contextlib
 import logging
 import select
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, InvalidStateError
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 from dataclasses import replace
+from enum import Enum
 from threading import Thread
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from balancer import wiring
 from balancer.balancing.options import PoolOptions
 from balancer.balancing.pool import BackendPool
-from balancer.config import settings
+from balancer.config import settings, validation
 from balancer.config.reload import Plan
 from balancer.config.settings import BackendSettings, Settings
 from balancer.control.access import AccessOptions
@@ -47,43 +49,69 @@ if TYPE_CHECKING:
 log = logging.getLogger("balancer")
 
 SPARE_DESCRIPTORS = 64  # for everything that is no client's
+ONCE = "a LoadBalancer starts or serves once; make a new one"
 DRAIN_SECONDS = 1.0  # of `stop`, unless it is told otherwise: somebody waits for it
+
+
+State = Enum("State", ["NEW", "LISTENING", "RUNNING", "STOPPED"])  # in this order, each once at most
+
+
+class Addressed(Protocol):
+    """Whatever says where a backend is, such as a BackendSettings."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def url(self) -> str: ...
+
+
+Given = str | Mapping[str, Any] | Addressed
 
 
 class LoadBalancer:
     """A load balancer in this process, in threads of its own. It starts once and stops once.
 
-    Each of `backends` is a URL, `[ID=]URL[@WEIGHT]`, a dict or a BackendSettings. Every setting can be given by name;
-    the others have their defaults, but `port`, which is any free one. Neither a file nor the environment is read.
-    `config` are settings that are checked already, `sources` where each came from. `filters` are asked in their order.
-    Raises SettingsError, in one line.
+    Each of `backends` is a URL, `[ID=]URL[@WEIGHT]`, a dict or an object with these attributes. Every setting can be
+    given by name; the others have their defaults, but `port`, which is any free one. Neither a file nor the environment
+    is read. `config` are all settings, checked already, and `sources` where each came from: nothing is given beside it.
+    `filters` are asked in their order. Raises SettingsError, in one line.
 
     `app` is the Flask app of the control API, whose `wsgi_app` forwards everything else.
+
+    `_lock` guards `_state`, `_server` and `_thread`, which are set once each, and that `_ending` is. Whoever makes it
+    RUNNING also closes everything; before that `stop` does. A signal may call `stop` at any time, so it is an RLock.
     """
 
     def __init__(
         self,
-        backends: str | Iterable[str | Mapping[str, Any] | BackendSettings] = (),
+        backends: Given | Iterable[Given] | None = None,
         *,
         config: Settings | None = None,
         sources: Mapping[str, str] | None = None,
-        filters: Sequence[Filter] = (),
+        filters: Iterable[Filter] | None = None,
         **values: Any,
     ) -> None:
         if config is None:
-            listed = backends if isinstance(backends, str) else list(backends)
-            config, sources = settings.given({"port": 0, "backends": listed, **values})
-        parts = wiring.make(config, sources, filters, self.reload)
+            config, sources = settings.given({"port": 0, "backends": _listed(backends), **values})
+        elif not isinstance(config, Settings):
+            raise SettingsError(f"config = {validation.shown(config)}: expected Settings; a file is not read")
+        elif backends is not None or values:
+            beside = ", ".join((["backends"] if backends is not None else []) + list(values))
+            raise SettingsError(f"config has all settings, but {beside} came beside it; give either")
+        parts = wiring.make(config, sources, _checked(filters), self.reload)
         self.app, self.control_app, self.proxy = parts.app, parts.control_app, parts.proxy
         self.control, self.health, self.workers, self.routes = parts.control, parts.health, parts.workers, parts.routes
         self.configuration, self.adapter = parts.control.configuration, parts.control.adapter
         self.app.extensions["balancer"] = self
         self.express: Express | None = None
         self.bridges: list[Bridge] = []
+        self._lock = threading.RLock()
+        self._state = State.NEW
         self._server: Server | None = None  # once it listens
-        self._thread: Thread | None = None
-        self._started: Future[None] = Future()
+        self._thread: Thread | None = None  # which serves, if `start` has made it
         self._ending: Future[float] = Future()  # seconds for what is in flight
+        self._ended = threading.Event()  # `_thread` has closed everything
 
     @property
     def settings(self) -> Settings:
@@ -112,29 +140,47 @@ class LoadBalancer:
 
     def requests(self, recent: int = 20) -> list[ExplainedView]:
         """The newest finished requests, newest first, and why each went where it went, as `GET /requests/ID` tells."""
+        if not isinstance(recent, int) or recent < 0:
+            raise SettingsError(f"recent = {validation.shown(recent)}: expected a whole number, 0 or more")
         return [record.explain() for record in self.control.statistics.newest(recent)]
 
     # In a thread of its own.
 
     def start(self) -> Self:
         """Serve from now on. Raises SettingsError if it cannot listen."""
-        if self._thread is not None or self._ending.done():
-            raise RuntimeError("a LoadBalancer starts once; make a new one")
         self.listen()
-        self._thread = Thread(target=self._run, name="load-balancer", daemon=True)
-        self._thread.start()
-        self._started.result()
-        atexit.register(self.stop)
+        started: Future[bool] = Future()
+        try:
+            atexit.register(self.stop)
+            Thread(target=self._run, args=(started,), name="load-balancer", daemon=True).start()
+            is_ours = started.result()
+        except BaseException:  # Ctrl-C as well: nobody has it, so nobody else would stop it
+            self.stop(0)
+            raise
+        if not is_ours:
+            raise RuntimeError(ONCE)
         return self
 
     def stop(self, timeout: float = DRAIN_SECONDS) -> None:
-        """Let what is in flight finish, for so many seconds at most, and end: every thread, every socket. What it did
-        can still be asked for."""
-        with contextlib.suppress(InvalidStateError):  # it was called before
-            self._ending.set_result(timeout)
-            if self._thread is None and self._server is not None:
-                self._server.close()
+        """Let what is in flight finish, for so many seconds at most, and end: every thread, every socket. Who calls it
+        again waits as well, and the shortest time counts. What it did can still be asked for."""
+        if not isinstance(timeout, int | float) or not timeout >= 0:  # neither is NaN
+            raise SettingsError(f"timeout = {validation.shown(timeout)}: expected a number of seconds, 0 or more")
+        with self._lock:
+            if self._state is State.RUNNING and self._thread is None:
+                raise RuntimeError("serve() has this process, and ends by a signal such as SIGTERM")
+            if self._state is State.RUNNING:
+                assert self._server is not None
+                self._server.limit(timeout)
+                if not self._ending.done():
+                    self._ending.set_result(timeout)
+            else:
+                if self._state is State.LISTENING:
+                    assert self._server is not None
+                    self._server.close()
+                self._state = State.STOPPED
         if self._thread is not None:
+            self._ended.wait()  # a Ctrl-C in `join` can make Python take the thread for ended
             self._thread.join()
         atexit.unregister(self.stop)
 
@@ -146,20 +192,27 @@ class LoadBalancer:
     ) -> None:
         self.stop()
 
-    def _run(self) -> None:
-        assert self._server is not None
+    def _run(self, started: Future[bool]) -> None:
+        """The thread. It may come late: then another has begun, or it was stopped."""
+        server = self._begin(threading.current_thread())
+        if server is None:
+            started.set_result(False)
+            return
         try:
-            if not self._server.run(self._serve(self._server)):
+            if not server.run(self._serve(server, started)):
                 log.error("stopped, but some client connections did not end")
         except BaseException as error:
-            if self._started.done():
+            if started.done():
                 log.exception("serving failed")
             else:
-                self._started.set_exception(error)
+                started.set_exception(error)
+        finally:
+            self._state = State.STOPPED
+            self._ended.set()
 
-    async def _serve(self, server: Server) -> bool:
+    async def _serve(self, server: Server, started: Future[bool]) -> bool:
         server.start()
-        self._started.set_result(None)
+        started.set_result(True)
         return await server.end("stop()", await asyncio.wrap_future(self._ending))
 
     # As a process of its own.
@@ -169,22 +222,33 @@ class LoadBalancer:
         exit code. Raises SettingsError if it cannot listen."""
         process.raise_descriptor_limit()
         self.listen()
-        assert self._server is not None
         config = self.settings
         process.pin(process.cpus(config.cpu_affinity))
-        return process.serve(
-            self._server,
-            drain_timeout=config.drain_timeout,
-            shutdown_delay=config.shutdown_delay,
-            on_hangup=self.hang_up if self.configuration.read is not None else None,
-        )
+        server = self._begin(None)
+        if server is None:
+            raise RuntimeError(ONCE)
+        try:
+            return process.serve(
+                server,
+                drain_timeout=config.drain_timeout,
+                shutdown_delay=config.shutdown_delay,
+                on_hangup=self.hang_up if self.configuration.read is not None else None,
+            )
+        finally:
+            self._state = State.STOPPED
 
     # What both do.
 
     def listen(self) -> None:
         """Open the sockets, so that `url` is known; done by `start` and `serve` unless it was before."""
-        if self._server is not None:
-            return
+        with self._lock:
+            if self._state not in (State.NEW, State.LISTENING):
+                raise RuntimeError(ONCE)
+            if self._state is State.NEW:
+                self._server = self._open()
+                self._state = State.LISTENING
+
+    def _open(self) -> Server:
         config = self.settings
         listeners = [listen(config.host, config.port)]
         if config.control_port is not None:
@@ -196,7 +260,15 @@ class LoadBalancer:
         options = replace(config.options(PortOptions), max_clients=_client_limit(config))
         self.bridges = self.make_bridges()
         ports = [Port(bridge, listener, options) for bridge, listener in zip(self.bridges, listeners, strict=True)]
-        self._server = Server(ports, on_start=self.start_parts, on_drain=self.drain, on_stop=self.stop_parts)
+        return Server(ports, on_start=self.start_parts, on_drain=self.drain, on_stop=self.stop_parts)
+
+    def _begin(self, thread: Thread | None) -> Server | None:
+        """It is this thread's to run and to close; None if it is another's, or was stopped."""
+        with self._lock:
+            if self._state is not State.LISTENING:
+                return None
+            self._state, self._thread = State.RUNNING, thread
+            return self._server
 
     def make_bridges(self) -> list[Bridge]:
         """The main one, and the control API's if it has a port of its own; both share the threads."""
@@ -284,7 +356,7 @@ class LoadBalancer:
 
 
 def create_app(
-    config: Settings | None = None, sources: Mapping[str, str] | None = None, filters: Sequence[Filter] = ()
+    config: Settings | None = None, sources: Mapping[str, str] | None = None, filters: Iterable[Filter] | None = None
 ) -> Flask:
     """A Flask app whose `wsgi_app` forwards everything but the control paths.
 
@@ -329,6 +401,21 @@ def serve_app(
         drain_timeout=config.drain_timeout,
         shutdown_delay=config.shutdown_delay,
     )
+
+
+def _listed(backends: Any) -> Any:
+    """One alone is a list of one. The settings check what is in it, and split a string at its commas."""
+    if backends is None:
+        return []
+    is_one = isinstance(backends, Mapping | BackendSettings) or not isinstance(backends, Iterable)
+    return [backends] if is_one else backends if isinstance(backends, str) else list(backends)
+
+
+def _checked(filters: Any) -> list[Filter]:
+    given = [] if filters is None else list(filters) if isinstance(filters, Iterable) else [filters]
+    if isinstance(filters, Filter) or not all(isinstance(each, Filter) for each in given):
+        raise SettingsError(f"filters = {validation.shown(filters)}: expected a list of Filter objects")
+    return given
 
 
 def _client_limit(config: Settings) -> int:

@@ -13,16 +13,15 @@ from __future__ import annotations
 import socket
 import struct
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Event, Thread
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import pytest
 
 if TYPE_CHECKING:
-    from balancer.config.settings import BackendSettings
     from balancer.loadbalancer import LoadBalancer
 
 Fault = Literal["hang", "reset", "broken"]
@@ -31,23 +30,36 @@ LOOK_SECONDS = 0.01  # how often a request that hangs looks whether it still has
 STOP_SECONDS = 0.1  # for what is in flight when a test ends
 SHOWN = 20  # requests in the report of a failed test, and as many events
 
+CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "latency": (lambda it: isinstance(it, int | float) and 0 <= it <= 86400, "a number of seconds from 0 to 86400"),
+    "status": (lambda it: isinstance(it, int) and 200 <= it <= 599, "a whole number from 200 to 599"),
+    "body": (lambda it: isinstance(it, bytes), "bytes"),
+    "fault": (lambda it: it is None or it in get_args(Fault), "'hang', 'reset', 'broken' or None"),
+    "healthy": (lambda it: isinstance(it, bool), "True or False"),
+    "health_path": (lambda it: isinstance(it, str) and it.startswith("/"), "a path such as /health"),
+}
+
 
 class Received(NamedTuple):
-    """A request as a backend got it; names of headers in lower case."""
+    """A request as a backend got it. `headers` has the last line of each name, in lower case; `lines` has all."""
 
     method: str
     target: str
     headers: dict[str, str]
     body: bytes
+    lines: list[tuple[str, str]]
 
 
 class Backend:
     """An HTTP server on a port of its own. Its attributes may be changed at any time.
 
     `latency` in seconds, `status` and `body` are those of every answer. `fault` "hang" gives none for as long as it is
-    set, "reset" breaks the connection off instead, "broken" in the midst of the body. `healthy` is what `GET /health`
-    says; `received` has all other requests, oldest first.
+    set, "reset" breaks the connection off instead, "broken" in the midst of the body. `healthy` is what `health_path`
+    says; `received` has all other requests, oldest first. A wrong value is a ValueError, a wrong name an
+    AttributeError.
     """
+
+    __slots__ = ("_server", "_thread", "closing", "id", "received", "url", *CHECKS)
 
     def __init__(
         self,
@@ -58,6 +70,7 @@ class Backend:
         body: bytes = b"ok",
         fault: Fault | None = None,
         healthy: bool = True,
+        health_path: str = "/health",
     ) -> None:
         self.id = id
         self.latency = latency
@@ -65,12 +78,20 @@ class Backend:
         self.body = body
         self.fault = fault
         self.healthy = healthy
+        self.health_path = health_path
         self.received: list[Received] = []
         self.closing = Event()
         self._server = _Server(self)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         self._thread = Thread(target=self._server.serve_forever, args=(LOOK_SECONDS,), name=f"backend-{id}")
         self._thread.start()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in CHECKS:
+            fits, expected = CHECKS[name]
+            if not fits(value):
+                raise ValueError(f"{name} = {value!r}: expected {expected}")
+        super().__setattr__(name, value)
 
     def close(self) -> None:
         """Cut everybody off and be gone: from now on its port refuses connections."""
@@ -110,11 +131,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         backend = self.server.backend
-        if self.path == "/health":
+        if self.path == backend.health_path:
             self._send(200 if backend.healthy else 503, b"")
             return
-        names = {name.lower(): value for name, value in self.headers.items()}
-        backend.received.append(Received(self.command, self.path, names, self._body()))
+        lines = self.headers.items()
+        names = {name.lower(): value for name, value in lines}
+        backend.received.append(Received(self.command, self.path, names, self._body(), lines))
         backend.closing.wait(backend.latency)
         while backend.fault == "hang" and not backend.closing.wait(LOOK_SECONDS):
             pass
@@ -127,13 +149,17 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._send(backend.status, backend.body, missing=1 if backend.fault == "broken" else 0)
 
-    do_DELETE = do_GET = do_HEAD = do_OPTIONS = do_PATCH = do_POST = do_PUT = answer
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("do_"):  # whatever the method
+            return self.answer
+        raise AttributeError(name)
 
     def _send(self, status: int, body: bytes, missing: int = 0) -> None:
         self.send_response(status)
-        self.send_header("Content-Length", str(len(body) + missing))
+        if status != 204:  # RFC 9110 section 8.6
+            self.send_header("Content-Length", str(len(body) + missing))
         self.end_headers()
-        if self.command != "HEAD":
+        if self.command != "HEAD" and status not in (204, 304):
             self.wfile.write(body)
         self.close_connection = self.close_connection or missing > 0
 
@@ -152,49 +178,57 @@ class _Handler(BaseHTTPRequestHandler):
         """pytest's output is for the tests."""
 
 
-@pytest.fixture
-def backend_factory() -> Iterator[Callable[..., Backend]]:
-    """`backend_factory(id, latency=..., status=..., body=..., fault=..., healthy=...)` is a Backend that serves until
-    the test ends."""
-    with ExitStack() as stack:
-        made: list[Backend] = []
-
-        def make(id: str = "", **behaviour: Any) -> Backend:
-            made.append(Backend(id or f"backend_{len(made) + 1}", **behaviour))
-            stack.callback(made[-1].close)
-            return made[-1]
-
-        yield make
-
-
 _balancers = pytest.StashKey[list["LoadBalancer"]]()
 
 
+class Ends(NamedTuple):
+    backends: ExitStack
+    balancers: ExitStack
+
+
 @pytest.fixture
-def load_balancer(request: pytest.FixtureRequest) -> Iterator[Callable[..., LoadBalancer]]:
+def _ends() -> Iterator[Ends]:
+    """What is to be closed when the test ends. Balancers stop first, whichever fixture came first: or they would log
+    that their backends have failed."""
+    with ExitStack() as backends, ExitStack() as balancers:
+        yield Ends(backends, balancers)
+
+
+@pytest.fixture
+def backend_factory(_ends: Ends) -> Callable[..., Backend]:
+    """`backend_factory(id, latency=..., status=..., body=..., fault=..., healthy=..., health_path=...)` is a Backend
+    that serves until the test ends."""
+    made: list[Backend] = []
+
+    def make(id: str = "", **behaviour: Any) -> Backend:
+        made.append(Backend(id or f"backend_{len(made) + 1}", **behaviour))
+        _ends.backends.callback(made[-1].close)
+        return made[-1]
+
+    return make
+
+
+@pytest.fixture
+def load_balancer(request: pytest.FixtureRequest, _ends: Ends) -> Callable[..., LoadBalancer]:
     """`load_balancer(backends, **settings)` is a LoadBalancer that serves until the test ends. Its backends may be
     Backends too. If the test fails, the report says what it did with each request."""
     from balancer.loadbalancer import LoadBalancer  # half a second, for tests that need it
 
-    with ExitStack() as stack:
-        made = request.node.stash[_balancers] = []
+    made = request.node.stash[_balancers] = []
 
-        def start(
-            backends: Iterable[Backend | str | Mapping[str, Any] | BackendSettings] = (), **settings: Any
-        ) -> LoadBalancer:
-            named = [{"id": each.id, "url": each.url} if isinstance(each, Backend) else each for each in backends]
-            balancer = LoadBalancer(named, **settings).start()
-            stack.callback(balancer.stop, STOP_SECONDS)
-            made.append(balancer)
-            return balancer
+    def start(backends: Any = None, **settings: Any) -> LoadBalancer:
+        balancer = LoadBalancer(backends, **settings).start()
+        _ends.balancers.callback(balancer.stop, STOP_SECONDS)
+        made.append(balancer)
+        return balancer
 
-        yield start
+    return start
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    if report.when == "call" and report.failed:
+    if report.failed:  # the test, or the set-up or teardown of a fixture
         for balancer in item.stash.get(_balancers, []):
             report.sections.append((f"Load balancer {balancer.url}", "\n".join(_story(balancer))))
     return report

@@ -40,6 +40,7 @@ from balancer.observe.logwriter import LogWriter, standard_output
 from balancer.observe.statistics import Statistics
 from balancer.protocol.requestheads import RequestHeads
 from balancer.protocol.responseheads import ResponseHeads
+from balancer.protocol.texts import quoted
 from balancer.upstream.dialer import Dialer
 from balancer.upstream.names import Names
 from balancer.upstream.transport import BackendAdapter, Timeouts
@@ -107,7 +108,7 @@ def _tls_context(ca_file: Path | None) -> ssl.SSLContext | None:
     try:
         return ssl.create_default_context(cafile=ca_file)
     except (OSError, ssl.SSLError) as error:
-        raise SettingsError(f"ca_file {str(ca_file)!r}: {error.strerror or error}; expected a PEM file") from None
+        raise SettingsError(f"ca_file {quoted(str(ca_file))}: {error.strerror or error}; expected a PEM file") from None
 
 
 def _names(events: Events) -> Names:

@@ -19,7 +19,7 @@ from stub_balancer import StubBalancer
 from support import Balancer, BalancerProcess, Start, StartProcess
 from wire import WireBackend
 
-pytest_plugins = ["balancer.testing"]  # which pytest finds by itself where the package is installed
+pytest_plugins = ["balancer.testing", "pytester"]  # which pytest finds by itself where the package is installed
 
 # In the background of a shell, or under nohup, these are ignored, and every process started here would inherit that.
 for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -54,12 +55,17 @@ def raising(noted: list[str]) -> Iterator[bytes]:
     raise RuntimeError("surprise")
 
 
+def exiting(noted: list[str]) -> Iterator[bytes]:
+    yield b"12345"
+    sys.exit("surprise")
+
+
 class RaisesOnClose(list[bytes]):
     def close(self) -> None:
         raise RuntimeError("surprise")
 
 
-@pytest.mark.parametrize("body", [raising, lambda noted: RaisesOnClose([b"12345"])])
+@pytest.mark.parametrize("body", [raising, exiting, lambda noted: RaisesOnClose([b"12345"])])
 def test_an_error_after_a_whole_answer_is_logged_and_spoils_nothing(
     body: App, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

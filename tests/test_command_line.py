@@ -64,6 +64,17 @@ def test_help_names_every_setting_and_fits_the_screen() -> None:
     for name in set(Settings.model_fields) - {"backends", *SECRETS}:
         assert "--" + name.replace("_", "-") in done.stdout
     assert all(flag in done.stdout for flag in ("--backend ", "--config ", "--check-config", "--print-config"))
+    assert all(f"LB_{name.upper()}{file}" in done.stdout for name in SECRETS for file in ("", "_FILE"))
+    assert "\n  python load_balancer.py --config " in done.stdout
+
+
+def test_help_breaks_no_name(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for columns in range(80, 120):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        with pytest.raises(SystemExit):
+            load_balancer.main(["--help"])
+        out = capsys.readouterr().out
+        assert "X-Debug" in out and "Cache-Control" in out
 
 
 def test_version() -> None:

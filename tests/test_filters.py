@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 from support import exchange, fetch, get, ok, split_response, wait_until
@@ -22,7 +24,7 @@ from balancer.upstream.outgoing import OutgoingRequest
 
 
 class Telling(Filter):
-    """Tells what it sees, and by which thread it was called; every hook fails on the path /fail-HOOK."""
+    """Tells what it sees, and by which thread it was called; every hook fails on /fail-HOOK and /exit-HOOK."""
 
     def __init__(self) -> None:
         self.ended: list[tuple[str, str, str, int]] = []
@@ -48,6 +50,8 @@ class Telling(Filter):
     def _fail(self, hook: str, request: Request) -> None:
         if request.path == f"/fail-{hook}":
             raise RuntimeError(f"{hook} fails")
+        if request.path == f"/exit-{hook}":
+            sys.exit(f"{hook} fails")
 
 
 class Waiting(Telling):
@@ -65,7 +69,7 @@ def thread() -> str:
 class Filtered(LoadBalancer):
     """With room for one request: a place that is not given back is noticed by the next."""
 
-    def __init__(self, url: str, telling: Telling) -> None:
+    def __init__(self, url: str, telling: Any) -> None:
         backends = [{"id": "one", "url": url, "max_connections": 1}]
         super().__init__(backends, filters=[telling, Unused()], expose_backend=True)
         self.telling = telling
@@ -128,21 +132,116 @@ def test_what_is_not_admitted_is_answered_before_its_body_comes(
 
 @pytest.mark.parametrize("hook", ["admit", "send", "answer", "done"])
 @pytest.mark.parametrize("size", [2, 300_000])
+@pytest.mark.parametrize("how", ["fail", "exit"])
 def test_a_filter_that_fails_costs_its_request_and_nothing_else(
-    filtered: Filtered, scripted: WireBackend, caplog: pytest.LogCaptureFixture, hook: str, size: int
+    filtered: Filtered, scripted: WireBackend, caplog: pytest.LogCaptureFixture, hook: str, how: str, size: int
 ) -> None:
     scripted.reset()
     scripted.answer(ok(b"x" * size))
-    path = f"/fail-{hook}".encode()
+    path = f"/{how}-{hook}".encode()
     for data in (get(path), post(b"Content-Length: 1", b"Connection: close", body=b"x", target=path)):
         status, _, body = ask(filtered, data)
         if hook == "done":
             assert (status, len(body)) == (200, size)
         else:
             assert status == 500 and b"internal error" in body
-    wait_until(lambda: f"{hook} fails" in caplog.text, what="the log has the cause")
+    wait_until(lambda: causes(caplog) == [f"{hook} fails"] * 2, what="the log has each cause once")
     assert ask(filtered, get(b"/next"))[0] == 200  # its place was given back
     wait_until(lambda: filtered.pool.backends()[0].active == 0)
+
+
+def causes(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the log has with a traceback."""
+    return [str(record.exc_info[1]) for record in caplog.records if record.exc_info]
+
+
+class Careless(Filter):
+    """Each hook does what the test says."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.admitted: Any = None
+        self.changes: Callable[[Request], dict[str, Any]] = lambda request: {}
+        self.answered: Callable[[list[Line]], Any] = lambda lines: lines
+
+    def admit(self, request: Request) -> Answer | None:
+        admitted: Answer | None = self.admitted
+        return admitted
+
+    def send(self, request: Request, outgoing: OutgoingRequest) -> None:
+        for name, value in self.changes(request).items():
+            setattr(outgoing, name, value)
+
+    def answer(self, request: Request, record: Record, lines: list[Line]) -> list[Line]:
+        changed: list[Line] = self.answered(lines)
+        return changed
+
+
+@pytest.fixture(scope="module")
+def careless(scripted: WireBackend) -> Iterator[Filtered]:
+    with Filtered(scripted.url, Careless()) as balancer:
+        yield balancer
+
+
+HOST = (b"host", b"test")
+WRONG_LINES: list[Any] = [
+    *((b"x-a", value) for value in (b"a\r\nx-evil: 1", b"a\n", b"\0", "text", None)),
+    *((name, b"1") for name in (b"x a", b"x\r\ny", b"x:y", b"", "text", b"content-length", b"Transfer-Encoding")),
+    (b"connection", b"close"),
+    b"x-a: 1",
+]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"send": lambda request, line=line: {"lines": [HOST, line]}} for line in WRONG_LINES),
+        {"send": lambda request: {"lines": [HOST, (b"x-path", request.path.encode("latin-1"))]}},
+        {"send": lambda request: {"lines": []}},
+        {"send": lambda request: {"lines": [HOST, (b"Host", b"other")]}},
+        *({"send": lambda request, t=target: {"target": t}} for target in (b"/a b", b"/\r\nx-evil: 1", b"x", "/a")),
+        *({"send": lambda request, m=method: {"method": m}} for method in ("A B", "A\r\n", "TRACE", "")),
+        {"send": lambda request: {"body": "text"}},
+        *({"answer": lambda lines, line=line: [*lines, line]} for line in WRONG_LINES),
+        *({"answer": lambda lines, given=given: given} for given in ("text", None, [])),
+        {"answer": lambda lines: lines.clear() or lines},
+        *({"admit": whole(403, b"no", line)} for line in WRONG_LINES),
+        {"admit": "text"},
+        {"admit": Answer(403, "Forbidden", [], "text")},  # type: ignore[arg-type]
+        {"admit": Answer(99, "No", [], b"")},
+    ],
+)
+def test_what_a_filter_makes_is_checked_before_it_goes_out(
+    careless: Filtered, scripted: WireBackend, caplog: pytest.LogCaptureFixture, wrong: dict[str, Any]
+) -> None:
+    """A path is unquoted, so a client could put lines into whatever a filter makes of it."""
+    scripted.reset()
+    telling: Any = careless.telling
+    telling.admitted = wrong.get("admit")
+    telling.changes = wrong.get("send", telling.changes)
+    telling.answered = wrong.get("answer", telling.answered)
+    try:
+        status, lines, body = ask(careless, get(b"/a%0d%0ax-evil:%201"))
+    finally:
+        telling.reset()
+    assert status == 500 and b"internal error" in body and b"x-evil" not in lines
+    assert len(causes(caplog)) == 1 and scripted.seen == ("answer" in wrong)
+    assert ask(careless, get(b"/next"))[0] == 200  # its place was given back
+    wait_until(lambda: [r["status"] for r in careless.requests(2)] == [200, 500])
+
+
+def test_a_body_that_a_filter_sets_is_framed_anew(careless: Filtered, scripted: WireBackend) -> None:
+    telling: Any = careless.telling
+    for body in (b"longer", None):
+        scripted.reset()
+        telling.changes = lambda request, body=body: {"body": body}
+        assert ask(careless, post(b"Content-Length: 1", b"Connection: close", body=b"x"))[0] == 200
+        assert [(r.body, r.values(b"content-length")) for r in scripted.requests] == [
+            (body or b"", [b"%d" % len(body or b"")])
+        ]
+    telling.reset()
 
 
 def test_filters_see_what_comes_through_wsgi(filtered: Filtered, scripted: WireBackend) -> None:

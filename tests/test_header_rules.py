@@ -138,7 +138,8 @@ def test_a_reload_changes_them_and_values_are_told_nowhere(scripted: WireBackend
         exchange(balancer.port, get())
         write("secret-2")
         changes = fetch_json(f"{balancer.url}/reload", {})["changes"]
-        assert [change["what"] for change in changes] == ["request_headers"]
+        told_change = {"from": "set authorization", "to": "set authorization (values changed)"}
+        assert changes == [{"what": "request_headers", **told_change}]
         exchange(balancer.port, get())
         assert [r.values(b"authorization") for r in scripted.requests] == [[b"secret-1"], [b"secret-2"]]
         told = [fetch_json(balancer.url + path) for path in ("/config", "/events", "/status")]
@@ -167,6 +168,9 @@ def test_a_reload_changes_them_and_values_are_told_nowhere(scripted: WireBackend
         ("{ set = 1 }", "set: expected a table"),
         ("{ replace = { A = 'secret' } }", "expected { set = "),
         ("secret", "expected { set = "),
+        ('{"set": {"A": "secret"}}', "in TOML, which is not JSON"),
+        ('{ remove = ["A"] }\nresponse_headers = {}', "expected { set = "),
+        ('{ remove = ["A"] }\nsecret = 1', "expected { set = "),
         ("[" * 5000, "expected { set = "),
         (f"{{ remove = {[f'x-{n}' for n in range(MOST_RULES + 1)]} }}", "65 rules"),
         (f"{{ add = {{ A = '{'x' * 5000}' }} }}", "bytes together are accepted"),

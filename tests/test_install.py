@@ -61,6 +61,9 @@ def test_the_command_checks_a_configuration(command: Path, elsewhere: Path) -> N
     done = run(command, "--algorithm", "fastest", "--check-config", cwd=elsewhere)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1 and "fastest" in done.stderr
+    told = run(command, "--help", cwd=elsewhere).stdout
+    assert done.stderr.startswith("load-balancer: ") and told.startswith("usage: load-balancer ")
+    assert "load_balancer.py" not in told
 
 
 def test_hangup_while_the_command_starts_waits_until_it_has_started(command: Path, elsewhere: Path) -> None:

@@ -12,15 +12,18 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from support import PYTHON, ROOT, connect, fetch, fetch_json, free_port, get, ok, read_all, wait_until
 from wire import WireBackend
 
 import balancer
-from balancer import LoadBalancer, SettingsError
-from balancer.config.settings import BackendSettings
+from balancer import Filter, LoadBalancer, SettingsError, loadbalancer
+from balancer.config.settings import BackendSettings, Settings
 
+LONG = 5000 * "x"
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0"  # and empty SETTINGS
 
 
@@ -71,22 +74,51 @@ def test_backends_in_every_form() -> None:
         ("d", "http://127.0.0.1:4", 1),
     ]
     assert (lb.settings.slow_start, lb.settings.port, lb.settings.host) == (3.0, 0, "127.0.0.1")
-    assert LoadBalancer("http://127.0.0.1:1").pool.backends()[0].origin.url == "http://127.0.0.1:1"
+    alone = ["http://127.0.0.1:1", {"url": "http://127.0.0.1:1"}, BackendSettings(url="http://127.0.0.1:1")]
+    for one in alone:
+        assert [each.origin.url for each in LoadBalancer(one).pool.backends()] == ["http://127.0.0.1:1"]
+    assert not LoadBalancer(None, filters=None).pool.backends()
 
 
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [
         ({"port": "x"}, ["port", "'x'", "program"]),
-        ({"algoritm": "weighted"}, ["algoritm"]),
+        ({"algoritm": "weighted"}, ["algoritm", "docs/settings.md"]),
         ({"algorithm": "fastest"}, ["fastest", "round_robin"]),
+        ({"algorithm": LONG}, ["xxx...'", "round_robin"]),
+        ({"ca_file": LONG}, ["xxx...'", "PEM"]),
         ({"backends": ["nowhere"]}, ["nowhere", "http://HOST:PORT"]),
+        ({"backends": [LONG]}, ["xxx...'", "http://HOST:PORT"]),
+        ({"backends": 5}, ["backends", "5", "url"]),
+        ({"backends": [None]}, ["backends.0", "url"]),
+        ({"filters": Filter()}, ["filters", "a list of Filter objects"]),
+        ({"filters": [Filter]}, ["filters", "a list of Filter objects"]),
+        ({"filters": [None]}, ["filters", "[None]", "a list of Filter objects"]),
+        ({"filters": "abc"}, ["filters", "'abc'", "a list of Filter objects"]),
+        ({"config": "x.toml"}, ["config", "'x.toml'", "Settings"]),
+        (
+            {"config": Settings(), "backends": [], "retries": 9, "nonsense": 1},
+            ["config", "backends, retries, nonsense"],
+        ),
     ],
 )
 def test_a_wrong_setting_is_one_line(wrong: dict[str, object], named: list[str]) -> None:
     with pytest.raises(SettingsError) as error:
         LoadBalancer(**wrong)  # type: ignore[arg-type]
-    assert all(word in str(error.value) for word in named) and "\n" not in str(error.value)
+    told = str(error.value)
+    assert all(word in told for word in named) and "\n" not in told and "--" not in told and len(told) < 500
+
+
+@pytest.mark.parametrize("wrong", ["x", float("nan"), -1, None])
+def test_a_wrong_argument_is_one_line(wrong: Any) -> None:
+    with LoadBalancer() as lb:
+        with pytest.raises(SettingsError, match="timeout = .*: expected a number of seconds, 0 or more"):
+            lb.stop(wrong)
+        with pytest.raises(SettingsError, match="recent = .*: expected a whole number, 0 or more"):
+            lb.requests(wrong)
+        with pytest.raises(SettingsError, match="no configuration file to reload$"):
+            lb.reload()
 
 
 def test_neither_the_environment_nor_the_process_is_touched(
@@ -131,6 +163,145 @@ def test_it_starts_once() -> None:
     never.stop()
     with pytest.raises(RuntimeError, match="make a new one"):
         never.start()
+
+
+def test_start_and_serve_exclude_each_other() -> None:
+    with LoadBalancer() as lb:
+        with pytest.raises(RuntimeError, match="starts or serves once; make a new one"):
+            lb.serve()
+        assert fetch(f"{lb.url}/livez")[0] == 200
+
+
+def test_of_many_starts_at_once_one_succeeds() -> None:
+    lb, together = LoadBalancer(), threading.Barrier(4)
+
+    def start(_: int) -> bool:
+        together.wait(60)
+        try:
+            lb.start()
+        except RuntimeError as error:
+            assert "make a new one" in str(error)
+            return False
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sorted(pool.map(start, range(4))) == [False, False, False, True]
+    assert fetch(f"{lb.url}/livez")[0] == 200
+    lb.stop()
+
+
+def test_it_can_be_stopped_before_its_thread_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Late(threading.Thread):
+        def start(self) -> None:
+            lb.stop()
+            super().start()
+
+    before, lb = held(), LoadBalancer()
+    monkeypatch.setattr(loadbalancer, "Thread", Late)
+    with pytest.raises(RuntimeError, match="make a new one"):
+        lb.start()
+    nothing_is_left(before)
+
+
+def test_it_can_be_stopped_while_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, lb = held(), LoadBalancer()
+    starting, go, start_parts = threading.Event(), threading.Event(), lb.start_parts
+
+    def slowly() -> None:
+        starting.set()
+        go.wait(60)
+        start_parts()
+
+    monkeypatch.setattr(lb, "start_parts", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        started = pool.submit(lb.start)
+        starting.wait(60)
+        stopped = pool.submit(lb.stop)
+        wait_until(lambda: lb._ending.done())
+        go.set()
+        assert (started.result(60), stopped.result(60)) == (lb, None)
+    nothing_is_left(before)
+
+
+def interrupt() -> None:
+    """Ctrl-C."""
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+
+def test_a_start_that_is_interrupted_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, lb = held(), LoadBalancer()
+    start_parts = lb.start_parts
+
+    def interrupted() -> None:
+        interrupt()
+        assert lb._ending.result(60) == 0
+        start_parts()
+
+    monkeypatch.setattr(lb, "start_parts", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        lb.start()
+    nothing_is_left(before)
+
+
+def test_the_next_stop_waits_for_one_that_was_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, lb, go = held(), LoadBalancer(), threading.Event()
+    stop_parts = lb.stop_parts
+
+    def interrupted() -> None:
+        interrupt()
+        go.wait(60)
+        stop_parts()
+
+    monkeypatch.setattr(lb, "stop_parts", interrupted)
+    lb.start()
+    with pytest.raises(KeyboardInterrupt):
+        lb.stop()
+    with ThreadPoolExecutor(1) as pool:
+        again = pool.submit(lb.stop)
+        with pytest.raises(TimeoutError):
+            again.result(0.1)
+        go.set()
+        again.result(60)
+    assert "load-balancer" not in [thread.name for thread in threading.enumerate()]
+    nothing_is_left(before)
+
+
+@pytest.mark.parametrize("begin", ["listen", "start"])
+def test_what_was_closed_is_not_closed_again(begin: str) -> None:
+    lb = LoadBalancer()
+    getattr(lb, begin)()
+    lb.stop()
+    others = [os.eventfd(0) for _ in range(32)]
+    lb.stop()
+    lb.stop_parts()
+    for other in others:
+        os.close(other)
+
+
+def test_a_stop_after_serve_closes_nothing_of_others() -> None:
+    program = """
+import os, signal, threading
+from balancer import LoadBalancer
+from urllib.request import urlopen
+lb = LoadBalancer()
+lb.listen()
+def end():
+    print(urlopen(lb.url + "/livez").status)
+    try:
+        lb.stop()
+    except RuntimeError as error:
+        print(error)
+    os.kill(os.getpid(), signal.SIGTERM)
+threading.Thread(target=end).start()
+print(lb.serve())
+others = [os.eventfd(0) for _ in range(32)]
+lb.stop()
+for other in others:
+    os.close(other)
+"""
+    done = subprocess.run([PYTHON, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    told = "serve() has this process, and ends by a signal such as SIGTERM"
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"200\n{told}\n0\n", "")
 
 
 def test_several_at_once_in_one_thread_and_in_others(scripted: WireBackend, second: WireBackend) -> None:
@@ -245,6 +416,18 @@ def test_what_is_in_flight_is_finished(second: WireBackend) -> None:
     stopping.join()
     client.join()
     assert answers == [b"finished"]
+
+
+def test_the_shortest_time_to_stop_counts(second: WireBackend) -> None:
+    second.script = silent
+    lb = LoadBalancer([second.url]).start()
+    with connect(int(lb.url.rpartition(":")[2])) as client, ThreadPoolExecutor(1) as pool:
+        client.sendall(get())
+        wait_until(lambda: second.requests)
+        first = pool.submit(lb.stop, 10_000)
+        wait_until(lambda: lb.control.lifecycle == "draining")
+        lb.stop(0)
+        first.result(60)
 
 
 def test_twenty_starts_leave_nothing_and_are_quick(scripted: WireBackend) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from threading import Event, Thread
@@ -13,11 +13,10 @@ import pytest
 from support import Balancer, connect, exchange, fetch, get, ok, options, split_response, wait_until
 from wire import WireBackend
 
-from balancer.balancing.backends import LastCheck
-from balancer.balancing.members import PoolChanges
+from balancer.balancing.backends import Backend, LastCheck
 from balancer.balancing.options import PoolOptions
 from balancer.balancing.pool import BackendPool, Lease
-from balancer.balancing.strategies import create
+from balancer.balancing.strategies import Strategy, create
 from balancer.config.settings import BackendSettings, Settings
 from balancer.edge.workers import WorkerPool
 from balancer.errors import Unavailable
@@ -65,7 +64,7 @@ def queue_up(pool: BackendPool, threads: ThreadPoolExecutor, count: int, **how: 
     futures = []
     for _ in range(count):
         before = pool.waiting
-        futures.append(threads.submit(pool.lease, None, **how))
+        futures.append(threads.submit(pool.lease, **{"request": None} | how))
         wait_until(lambda: pool.waiting == before + 1, what="in the queue")  # noqa: B023
     return futures
 
@@ -271,29 +270,35 @@ def test_a_removal_serves_who_waits_if_it_makes_room_elsewhere(threads: ThreadPo
     assert future.result(60).backend.id == "b"
 
 
-def test_a_place_that_was_given_is_used_even_if_the_strategy_fails_for_the_next(threads: ThreadPoolExecutor) -> None:
-    pool, strategy = make_pool("ab"), create("round_robin")
-    pool.use(strategy)
-    held = [pool.lease(None), pool.lease(None)]
-    futures = queue_up(pool, threads, 2)
-    select = strategy.select
+class Sharded(Strategy):
+    """The candidate that the request names by its number."""
 
-    def once(candidates: Any, request: Any) -> Any:
-        strategy.select = fail  # type: ignore[method-assign]
-        return select(candidates, request)
+    def select(self, candidates: Sequence[Backend], request: Any) -> Backend:
+        if request is SystemExit:
+            raise request
+        return candidates[request or 0]
 
-    def fail(candidates: Any, request: Any) -> Any:
-        raise RuntimeError("strategy")
+    def backends_changed(self) -> None:
+        raise RuntimeError("no change is called off for that")
 
-    strategy.select = once  # type: ignore[method-assign]
-    with pytest.raises(RuntimeError):
-        pool.apply(PoolChanges(update={"a": {"max_connections": 5}}))
-    lease = futures[0].result(60)
-    strategy.select = select  # type: ignore[method-assign]
-    for one in (*held, lease):
-        one.release()
-    futures[1].result(60).release()
-    assert [backend.active for backend in pool.backends()] == [0, 0]
+
+def test_a_strategy_that_fails_for_one_request_costs_nobody_else_a_place(threads: ThreadPoolExecutor) -> None:
+    """Neither those behind it, nor whoever gives a place back or changes something."""
+    pool = make_pool()
+    pool.use(Sharded())
+    held = pool.lease(None)
+    before, wrong, behind, exits, last = (queue_up(pool, threads, 1, request=r)[0] for r in (0, 7, 0, SystemExit, 0))
+    held.release()
+    before.result(60).release()
+    with pytest.raises(IndexError):
+        wrong.result(60)
+    held = behind.result(60)
+    pool.update("a", {"weight": 2, "max_connections": 2})
+    with pytest.raises(SystemExit):
+        exits.result(60)
+    held.release()
+    last.result(60).release()
+    assert pool.waiting == pool.backends()[0].active == 0
 
 
 def test_never_all_threads_may_wait_for_a_place(threads: ThreadPoolExecutor) -> None:

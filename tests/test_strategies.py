@@ -385,6 +385,21 @@ def test_a_strategy_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch
         strategies.load_entry_points()
 
 
+@pytest.mark.parametrize("name", ["", 5, "a b", "a\n", "x" * 65, "round_robin"])
+def test_what_is_no_name_or_is_taken_registers_nothing(monkeypatch: pytest.MonkeyPatch, name: Any) -> None:
+    monkeypatch.setattr(strategies, "REGISTRY", dict(REGISTRY))
+    with pytest.raises(SettingsError, match="strategy .*(expected a name|has this name already)"):
+        strategies.strategy(name)(type("Mine", (Strategy,), {}))
+    assert REGISTRY == strategies.REGISTRY
+
+
+def test_a_module_may_be_imported_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(strategies, "REGISTRY", dict(REGISTRY))
+    for _ in range(2):
+        again = strategies.strategy("last")(type("Last", (Strategy,), {}))
+    assert strategies.REGISTRY["last"] is again
+
+
 def pool_of(clock: Clock, name: str, *backend_ids: str) -> BackendPool:
     pool = BackendPool(create(name, clock=clock), options(PoolOptions), clock=clock)
     for backend_id in backend_ids:

@@ -7,6 +7,7 @@ When all are full, requests wait in one bounded queue.
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -28,6 +29,8 @@ from balancer.errors import NoRoom, Unavailable
 from balancer.protocol.client import UNWATCHED, Client
 from balancer.protocol.origin import Origin
 from balancer.protocol.request import Request
+
+log = logging.getLogger("balancer.pool")
 
 
 class Lease:
@@ -146,12 +149,12 @@ class BackendPool:
         active = [backend.active for backend in candidates]
         scores = strategy.scores(candidates)
         backend = strategy.select(candidates, request)
-        backend.active += 1
-        backend.counts.selected += 1
         choice = Choice(strategy.name, backend, candidates, active, scores, excluded)
         if current.are_many:
             choice.shorten()
         lease = Lease(self, choice)
+        backend.active += 1  # not before the last step that a strategy's answer can make fail
+        backend.counts.selected += 1
         if lease.is_trial:
             backend.ejection.is_tried = True
         if self._is_timed:
@@ -314,7 +317,10 @@ class BackendPool:
 
     def _reweighed(self) -> None:
         """Weights are others, or a backend is gone."""
-        self._strategy.backends_changed()
+        try:
+            self._strategy.backends_changed()
+        except BaseException:  # the change that this is a part of must not stop half-way
+            log.exception("strategy %s failed", self._strategy.name)
 
     def _settle(self) -> None:
         """After any change: serve the waiters for whom there is room now."""

@@ -19,12 +19,13 @@ Place = TypeVar("Place")
 class Waiter(Generic[Place]):
     """One request in the queue. The thread that waits sleeps on a lock of its own; `wake` is for any thread."""
 
-    __slots__ = ("request", "exclude", "place", "_wake")
+    __slots__ = ("request", "exclude", "place", "error", "_wake")
 
     def __init__(self, request: Request, exclude: Collection[str]) -> None:
         self.request = request
         self.exclude = exclude
         self.place: Place | None = None
+        self.error: BaseException | None = None  # what choosing a place for it came to
         self._wake = Lock()
         self._wake.acquire()
 
@@ -54,24 +55,27 @@ class WaitingLine(Generic[Place]):
         return waiter
 
     def leave(self, waiter: Waiter[Place]) -> Place | None:
-        """Out of the queue, with the place it got, if it got one."""
+        """Out of the queue, with the place it got, if it got one. Raises what `choose` raised for it."""
         self._waiters.pop(waiter, None)
+        if waiter.error is not None:
+            raise waiter.error
         return waiter.place
 
     def serve(self, choose: Callable[[Request, Collection[str]], Place | None]) -> None:
-        """Give out places in the order of arrival for as long as `choose` finds any."""
+        """Give out places in the order of arrival for as long as `choose` finds any. Never raises."""
         served: list[Waiter[Place]] = []
-        try:
-            for waiter in self._waiters:
+        for waiter in self._waiters:
+            try:
                 waiter.place = choose(waiter.request, waiter.exclude)
-                if waiter.place is not None:
-                    served.append(waiter)
-                elif not waiter.exclude:  # it takes any backend and finds none, so those behind it find none either
-                    break
-        finally:  # also if a strategy fails: a place that was given must be used
-            for waiter in served:
-                del self._waiters[waiter]
-                waiter.wake()
+            except BaseException as error:  # a strategy's, about this request: neither the caller's nor the next one's
+                waiter.error = error
+            if waiter.place is not None or waiter.error is not None:
+                served.append(waiter)
+            elif not waiter.exclude:  # it takes any backend and finds none, so those behind it find none either
+                break
+        for waiter in served:
+            del self._waiters[waiter]
+            waiter.wake()
 
     def dismiss(self) -> None:
         """Send everybody away without a place."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import random
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
@@ -23,8 +24,10 @@ from typing_extensions import TypedDict
 from balancer.balancing.backends import Backend
 from balancer.errors import SettingsError
 from balancer.protocol.request import Request
+from balancer.protocol.texts import quoted
 
 ENTRY_POINT_GROUP = "load_balancer.strategies"
+NAME_PATTERN = r"[!-~]{1,64}"  # visible ASCII
 UNMEASURED_SECONDS = 1.0  # what a backend without a sample counts as once it is busy; Linkerd starts there too
 
 
@@ -66,9 +69,19 @@ S = TypeVar("S", bound=type[Strategy])
 
 
 def strategy(name: str, text: str = "") -> Callable[[S], S]:
-    """Register a Strategy class under `name`. `text` says what it does, in place of its docstring."""
+    """Register a Strategy class under `name`. `text` says what it does, in place of its docstring.
+
+    Raises SettingsError for what is no name, and for one that another class has; a module may be imported again.
+    """
+    if not isinstance(name, str) or not re.fullmatch(NAME_PATTERN, name):
+        raise SettingsError(
+            f"strategy {name!r:.80}: expected a name such as by_user, up to 64 visible ASCII characters"
+        )
 
     def register(cls: S) -> S:
+        ours, theirs = _whole_name(cls), _whole_name(REGISTRY.get(name, cls))
+        if ours != theirs:
+            raise SettingsError(f"strategy {name!r} of {ours}: {theirs} has this name already; choose another")
         cls.name, cls.text = name, text
         REGISTRY[name] = cls
         return cls
@@ -76,22 +89,26 @@ def strategy(name: str, text: str = "") -> Callable[[S], S]:
     return register
 
 
+def _whole_name(cls: type[Strategy]) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
 def load_entry_points() -> None:
     """Register the strategies of installed packages. One that cannot be imported is a SettingsError naming it."""
     for entry in entry_points(group=ENTRY_POINT_GROUP):
         try:
             loaded = entry.load()
-        except Exception as error:  # whatever a foreign module raises when it is imported
+        except (Exception, SystemExit) as error:  # whatever a foreign module does when it is imported
             raise SettingsError(f"strategy {entry.name!r} of {entry.value} cannot be loaded: {error}") from error
         if not (isinstance(loaded, type) and issubclass(loaded, Strategy)):
             raise SettingsError(f"strategy {entry.name!r}: {entry.value} is not a Strategy class")
-        strategy(entry.name)(loaded)
+        strategy(entry.name, loaded.text)(loaded)
 
 
 def create(name: str, **injected: Any) -> Strategy:
     """A new strategy with no memory. Raises SettingsError with the valid names."""
     if name not in REGISTRY:
-        raise SettingsError(f"unknown algorithm {name!r}, expected one of: {', '.join(sorted(REGISTRY))}")
+        raise SettingsError(f"unknown algorithm {quoted(name)}, expected one of: {', '.join(sorted(REGISTRY))}")
     return REGISTRY[name](**injected)
 
 

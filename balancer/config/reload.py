@@ -71,10 +71,14 @@ class Change:
     after: Any
 
     def __str__(self) -> str:
-        return f"{self.what}: {show(self.before)} -> {show(self.after)}"
+        told = self.describe()
+        return f"{self.what}: {show(told['from'])} -> {show(told['to'])}"
 
     def describe(self) -> ChangeView:
-        return {"what": self.what, "from": _plain(self.before), "to": _plain(self.after)}
+        before, after = _plain(self.before), _plain(self.after)
+        if before == after:  # as far as it is shown: secrets, and values of header rules, are not
+            after = f"{after} (values changed)"
+        return {"what": self.what, "from": before, "to": after}
 
 
 @dataclass(slots=True)
@@ -117,7 +121,8 @@ class Configuration:
         """Read, compare and, unless `dry_run`, `apply`. Raises SettingsError; then nothing has changed."""
         with self._lock:
             if self.read is None:
-                raise SettingsError("there is no configuration file to reload; start with --config FILE")
+                how = "" if "program" in self.sources.values() else "; start with --config FILE"
+                raise SettingsError(f"there is no configuration file to reload{how}")
             try:
                 wanted, sources = self.read()
                 if sources["backends"] == "default" != self.sources["backends"]:

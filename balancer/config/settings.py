@@ -40,6 +40,7 @@ from balancer.protocol import headerrules
 from balancer.protocol.addresses import Network, is_loopback, parse_network
 from balancer.protocol.headerrules import NO_RULES, HeaderRules
 from balancer.protocol.origin import Origin
+from balancer.protocol.texts import quoted
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -70,9 +71,11 @@ def _header_rules(kept: Mapping[bytes, str], given: Any) -> HeaderRules:
     if isinstance(given, HeaderRules):
         return given
     try:
-        return HeaderRules.parse(tomllib.loads(f"it = {given}")["it"] if isinstance(given, str) else given, kept)
-    except (ValueError, RecursionError):  # no TOML; or brackets without end
-        raise ValueError(f"expected {headerrules.SHAPE}") from None
+        if isinstance(given, str):
+            (given,) = tomllib.loads(f"it = {given}").values()  # what follows on more lines would be no rules
+        return HeaderRules.parse(given, kept)
+    except (ValueError, RecursionError):  # no TOML, or more than one table; or brackets without end
+        raise ValueError(f"expected {headerrules.SHAPE} in TOML, which is not JSON") from None
     except SettingsError as error:
         raise ValueError(str(error)) from None
 
@@ -84,7 +87,7 @@ ResponseRules = Annotated[HeaderRules, BeforeValidator(partial(_header_rules, he
 class BackendSettings(BaseModel):
     """One backend. On the command line and in the environment: `[ID=]URL[@WEIGHT]`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, from_attributes=True)
 
     id: str = Field(
         "", pattern=validation.ID_OR_NONE, description="name, unique; backend_1, backend_2, ... if left out"
@@ -109,7 +112,7 @@ class BackendSettings(BaseModel):
         backend_id, url = (head, rest) if equals and "://" not in head else ("", text)
         address, at, weight = url.rpartition("@")
         if re.fullmatch(r"[-+]?[0-9.]+", weight) and not weight.isdecimal():
-            raise SettingsError(f"backend weight {weight!r}: expected a whole number from 0 to {MAX_WEIGHT}")
+            raise SettingsError(f"backend weight {quoted(weight)}: expected a whole number from 0 to {MAX_WEIGHT}")
         if not at or "/" in weight or not re.fullmatch(r"[0-9]{1,9}", weight):
             address, weight = url, "1"
         return {"id": backend_id.strip(), "url": address.strip(), "weight": int(weight)}
@@ -289,7 +292,7 @@ class Settings(BaseModel):
             try:
                 found = ipaddress.ip_network(network, strict=False)
             except ValueError:
-                raise ValueError(f"{network!r} is no network; expected one such as 10.0.0.0/8 or ::1") from None
+                raise ValueError(f"{quoted(network)} is no network; expected one such as 10.0.0.0/8 or ::1") from None
             if "/" in network and found.network_address != ipaddress.ip_interface(network).ip:
                 raise ValueError(f"{network!r} is an address in a network; expected {found} for all of it")
         return networks
@@ -300,7 +303,7 @@ class Settings(BaseModel):
         for origin in origins:
             scheme, found, host = origin.partition("://")
             if not found or scheme not in ("http", "https") or not host or set(host) & set("/*, "):
-                raise ValueError(f"origin {origin!r}: expected scheme and host such as https://ops.example")
+                raise ValueError(f"origin {quoted(origin)}: expected scheme and host such as https://ops.example")
         return origins
 
     @field_validator("cpu_affinity")
@@ -489,7 +492,8 @@ def _explain(detail: Mapping[str, Any], sources: Mapping[str, str]) -> str:
     if name == "backends" and len(path) > 1 and sources[name] in SHORT_FORMS:
         where = f"{SHORT_FORMS[sources[name]].format(path[1] + 1)}: {path[2]}"
     if detail["type"] == "extra_forbidden":
-        return f"unknown setting {where!r} ({sources.get(name, 'unknown')}); see --help"
+        where_all = "docs/settings.md" if sources.get(name) == "program" else "--help"
+        return f"unknown setting {quoted(where)} ({sources.get(name, 'unknown')}); see {where_all}"
     told = f"({sources[name]}): {validation.complaint(detail, Settings)}"
     is_all = where in ("backends", "request_headers", "response_headers") and detail["type"] == "value_error"
     if detail["type"] == "missing" or is_all:  # no value, or more than a line holds, maybe a secret

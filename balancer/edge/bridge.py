@@ -80,7 +80,7 @@ class Bridge(Listener):
             if call.body is None and self.express is not None and forwarding.start() and self.express.wait_for(call):
                 return
             self._hand_on(call)
-        except Exception:
+        except BaseException:
             self._surprised(call)
 
     def _surprised(self, call: Call) -> None:
@@ -91,7 +91,7 @@ class Bridge(Listener):
     def _safely(self, step: Callable[[Call], object], call: Call) -> None:
         try:
             step(call)
-        except Exception:
+        except BaseException:
             self._surprised(call)
 
     def _submit(self, call: Call) -> None:

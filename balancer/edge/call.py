@@ -156,7 +156,7 @@ class Call:
         """Connect and leave the waiting to the express way, or do it all. Never raises."""
         try:
             is_handed_on = self.download is None and self.listener.connect(self)
-        except Exception:
+        except BaseException:
             log.exception("request failed")
             self.refuse()
         else:
@@ -176,7 +176,7 @@ class Call:
         except ClientGone:
             if self._is_started and not self.is_gone:  # it does not read what an app writes
                 self.cut()
-        except Exception:
+        except BaseException:
             self._fail()
         finally:
             if is_over:
@@ -196,7 +196,7 @@ class Call:
             else:
                 self.start_response("503 Service Unavailable", [("retry-after", "1"), ("content-length", "0")])
                 self._send_last(b"")
-        except Exception:
+        except BaseException:
             self._fail()
         finally:
             self._end()
@@ -206,7 +206,7 @@ class Call:
         try:
             assert self.download is not None
             self.download.close(why)
-        except Exception:
+        except BaseException:
             log.exception("closing an answer failed")
         finally:
             self._end()
@@ -304,7 +304,7 @@ class Call:
             return
         log.exception("request failed")
         self._status, self._headers = 500, [SERVER_LINE]
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(BaseException):
             self._send_last(b"")
 
     def _end(self) -> None:

@@ -31,7 +31,7 @@ LOOK_SECONDS = 0.05  # at most between two looks for answers that are overdue
 
 
 class Express:
-    """Call `wait_for` from any thread; `start` and `stop` once each.
+    """Call `wait_for` from any thread; `start` once.
 
     `_waiting` has the call per descriptor of its backend connection. Who brings a call puts it in and then arms the
     descriptor, for one event; whoever takes it out goes on with it: the express thread, or the one that brought it if
@@ -54,6 +54,8 @@ class Express:
 
     def stop(self) -> None:
         """Stop and join. Calls that still wait are dropped: by now their clients have been cut off."""
+        if self._stopping:
+            return  # what was its descriptor may be somebody else's by now
         self._stopping = True
         if self._thread.is_alive():
             os.eventfd_write(self._wake, 1)
@@ -103,7 +105,7 @@ class Express:
         while not self._stopping:
             try:
                 self.run_once()
-            except Exception:  # the thread must outlive any surprise, or every request would hang
+            except BaseException:  # the thread must outlive any surprise, or every request would hang
                 log.exception("express thread: a round failed")
 
     def _pass_on_answers(self) -> None:
@@ -113,14 +115,14 @@ class Express:
                 continue
             try:
                 self._look(call)
-            except Exception:  # the others of this round must not wait for their time-out
+            except BaseException:  # the others of this round must not wait for their time-out
                 log.exception("passing on an answer failed")
 
     def _look(self, call: Call) -> None:
         sent = self._sent(call)
         try:
             is_whole = self._adapter.look(sent, call.listener.most_held)
-        except Exception:  # no call may be lost: its client would wait for ever
+        except BaseException:  # no call may be lost: its client would wait for ever
             log.exception("looking at an answer failed")
             sent.fail(InvalidResponse(f"{sent.connection.origin.url}: its answer could not be read"))
             is_whole = False

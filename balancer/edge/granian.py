@@ -48,7 +48,7 @@ class _AtOnce:
     def call_soon_threadsafe(self, callback: Callable[..., object], *arguments: Any, context: Any = None) -> None:
         try:
             callback(*arguments)
-        except Exception:  # Granian would drop it without a word
+        except BaseException:  # Granian would drop it without a word
             log.exception("callback failed")
 
     call_soon = call_soon_threadsafe

@@ -13,6 +13,7 @@ from balancer.edge import accepted
 from balancer.edge.bridge import Bridge
 from balancer.edge.granian import BACKLOG, PortOptions, Worker
 from balancer.errors import SettingsError
+from balancer.protocol.texts import quoted
 
 log = logging.getLogger("balancer.server")
 
@@ -76,7 +77,7 @@ def listen(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError) as error:  # UnicodeError: an empty label, or one of more than 63 characters
         cause = getattr(error, "strerror", None) or "not a host name"
-        raise SettingsError(f"host {host!r}: {cause}; expected an address such as 127.0.0.1") from None
+        raise SettingsError(f"host {quoted(host)}: {cause}; expected an address such as 127.0.0.1") from None
     listener = socket.socket(family, kind, protocol)
     try:
         if os.name == "posix":  # on Windows this option would let two programs share the port
@@ -88,6 +89,6 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:
-            raise SettingsError(f"port {port} on {host} is in use; stop what uses it or set another --port") from None
+            raise SettingsError(f"port {port} on {host} is in use; stop what uses it or choose another port") from None
         raise SettingsError(f"cannot listen on {host} port {port}: {error.strerror}") from None
     return listener

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from balancer.edge.server import STOP_SECONDS, Server
 from balancer.edge.signals import Signals
 from balancer.errors import SettingsError
+from balancer.protocol.texts import quoted
 
 INTERRUPT_DRAIN_SECONDS = 1.0  # Ctrl-C: somebody is waiting
 # Container objects made and not freed again between two looks of the garbage collector, 700 by default. A plain GET has
@@ -28,7 +29,7 @@ def cpus(affinity: str) -> list[int]:
     available = sorted(os.sched_getaffinity(0))
     wanted = available[-1:] if affinity == "auto" else [int(part) for part in affinity.split(",")]
     if not set(wanted) <= set(available):
-        raise SettingsError(f"cpu_affinity {affinity!r}: this process may use the CPUs {available}")
+        raise SettingsError(f"cpu_affinity {quoted(affinity)}: this process may use the CPUs {available}")
     return wanted
 
 

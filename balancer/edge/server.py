@@ -43,6 +43,7 @@ class Server:
         self._on_start = on_start
         self._on_drain = on_drain
         self._on_stop = on_stop
+        self._limits: list[tuple[float, float]] = []  # of what is in flight: until when, of time.monotonic(); seconds
 
     def run(self, main: Coroutine[Any, Any, Result]) -> Result:
         """Run `main`, which awaits `end`, in an event loop of this thread. All is closed afterwards, whatever fails."""
@@ -52,6 +53,11 @@ class Server:
                 return runner.run(main)
         finally:
             self.close()
+
+    def limit(self, seconds: float) -> None:
+        """What is in flight when the end comes may go on for so long at most, from now on; the shortest limit counts.
+        From any thread."""
+        self._limits.append((time.monotonic() + seconds, seconds))
 
     def close(self) -> None:
         for port in self.ports:
@@ -74,7 +80,8 @@ class Server:
         await asyncio.wait([hurry], timeout=delay)  # served as before, until nobody sends new requests here any more
         first, *others = self.ports
         stopped = [first.stop()]
-        await self._drain(first, stopped[0], hurry, limit)
+        self.limit(limit)
+        await self._drain(first, stopped[0], hurry)
         stopped += [port.stop() for port in others]
         _, left = await asyncio.wait(stopped, timeout=FLUSH_SECONDS)
         if left:
@@ -95,14 +102,14 @@ class Server:
         log.info("draining: %s", text)
         self._on_drain(text)
 
-    async def _drain(self, port: Port, stopped: asyncio.Future[None], hurry: asyncio.Future[Any], limit: float) -> None:
-        """Wait for the requests in flight; after `limit` seconds, or in a `hurry`, cut them off."""
-        bridge, deadline = port.bridge, time.monotonic() + limit
-        while bridge.active and not stopped.done() and not hurry.done() and time.monotonic() < deadline:
+    async def _drain(self, port: Port, stopped: asyncio.Future[None], hurry: asyncio.Future[Any]) -> None:
+        """Wait for the requests in flight; when their time is over, or in a `hurry`, cut them off."""
+        bridge = port.bridge
+        while bridge.active and not stopped.done() and not hurry.done() and time.monotonic() < min(self._limits)[0]:
             await asyncio.wait([stopped, hurry], timeout=DRAIN_LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         if bridge.active:  # if it has stopped, then because all their clients have left
             if not stopped.done():
-                cause = "a second signal came" if hurry.done() else f"{limit:g} s are over"
+                cause = "a second signal came" if hurry.done() else f"{min(self._limits)[1]:g} s are over"
                 log.warning("%s: cut off %d requests that were still in flight", cause, bridge.active)
             bridge.abort()
 

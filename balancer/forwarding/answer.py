@@ -12,6 +12,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from balancer.errors import BackendError, BalancerError, ClientGone
+from balancer.protocol.headerrules import check_filtered
 from balancer.protocol.messages import SERVER_LINE, Line
 
 if TYPE_CHECKING:
@@ -27,6 +28,13 @@ class Answer(NamedTuple):
     reason: str
     lines: list[Line]  # names in lower case
     body: bytes | ResponseStream
+
+    def check(self) -> None:
+        """Of a filter's making. Raises ValueError if it is no answer."""
+        if not (200 <= self.status <= 599 and isinstance(self.body, bytes)):
+            raise ValueError(f"a filter's answer is {self.status!r} with {type(self.body).__name__}; expected bytes")
+        length = (b"content-length", b"%d" % len(self.body))
+        check_filtered(self.lines, [line for line in self.lines if line == length])
 
     def as_wsgi(self, start_response: StartResponse) -> Iterable[bytes]:
         """Text, and a body to iterate over."""

@@ -25,6 +25,7 @@ from balancer.forwarding.attempts import Attempts, no_thread
 from balancer.forwarding.route import REPLAY_LIMIT, Route
 from balancer.forwarding.stage import Stage
 from balancer.observe.record import METHOD_KEPT, PATH_KEPT, Record
+from balancer.protocol.headerrules import check_filtered
 from balancer.protocol.messages import Line
 from balancer.upstream.outgoing import OutgoingRequest
 
@@ -77,11 +78,8 @@ class Forwarding:
             if self._decision is not None:
                 return self._decided(self._decision)
             return self._answer(self._attempts.run(self.stage, self.sent))
-        except BalancerError as error:
-            return self._decided(error.to_keep())
-        except Exception:  # ours, not the client's or a backend's: the log has the traceback, the client one line
-            log.exception("request %s failed", self._record.request_id)
-            return self._decided(BalancerError(INTERNAL_ERROR))
+        except BaseException as error:
+            return self._decided(self._told(error))
 
     def start(self, *, may_connect: bool = False) -> bool:
         """The steps of `run` as far as they need no waiting; True if the request is SENT. Never raises.
@@ -106,11 +104,8 @@ class Forwarding:
                 return True
         except BackendError:
             self.stage = Stage.FAILED
-        except BalancerError as error:
-            self._decision = error.to_keep()
-        except Exception:
-            log.exception("request %s failed", self._record.request_id)
-            self._decision = BalancerError(INTERNAL_ERROR)
+        except BaseException as error:
+            self._decision = self._told(error)
         return False
 
     def connect(self) -> bool:
@@ -127,6 +122,14 @@ class Forwarding:
             return self._decided(ClientGone("the client left while it waited for a thread"))
         return self._decided(NoRoom("the load balancer is full, try again"))
 
+    def _told(self, error: BaseException) -> BalancerError:
+        """What is told of it. A surprise is ours, not the client's or a backend's: the log has its traceback. So is a
+        `sys.exit()` in a hook or a strategy: the thread is for other requests too, and the place has to come back."""
+        if isinstance(error, BalancerError):
+            return error.to_keep()
+        log.error("request %s failed", self._record.request_id, exc_info=error)
+        return BalancerError(INTERNAL_ERROR)
+
     # Its steps.
 
     def _admit(self) -> None:
@@ -137,8 +140,10 @@ class Forwarding:
             raise request.refusal
         self._record.trace_id = request.head.trace_id
         for admit in self._route.admit:
-            self._decision = admit(request)
-            if self._decision is not None:
+            decision = admit(request)
+            if decision is not None:
+                decision.check()
+                self._decision = decision
                 return
         self.stage = Stage.ADMITTED
 
@@ -151,8 +156,10 @@ class Forwarding:
         outgoing.heads = self._route.response_heads
         if not request.head.is_bodiless:
             self._add_body(outgoing, is_here)
-        for send in self._route.send:
-            send(request, outgoing)
+        if self._route.send:
+            for send in self._route.send:
+                send(request, outgoing)
+            outgoing.check(request.head.lines)
         outgoing.deadline = time.monotonic() + self._route.options.request_timeout - waited
         self._attempts = Attempts(self._route, request, outgoing, self._record, self._started)
         self.stage = Stage.BUILT
@@ -194,10 +201,10 @@ class Forwarding:
             self._record.status = status
             try:
                 lines = self._filtered(lines)
-            except BaseException:
+            except BaseException as error:
                 self._attempts.answered(status)
                 body.close()
-                raise
+                return self._decided(self._told(error), is_filtered=True)
         if body.is_complete and (self._request.version != "2" or len(body.buffered) <= WHOLE_STREAM):
             self._record.bytes_out = len(body.buffered)
             self.finish(status)
@@ -205,8 +212,9 @@ class Forwarding:
         self._attempts.answered(status)
         return Answer(status, response.reason, lines, ResponseStream(self, body, status))
 
-    def _decided(self, decision: Answer | BalancerError) -> Answer:
-        """The balancer's own answer to a request that got none from a backend, with the lines that each answer gets."""
+    def _decided(self, decision: Answer | BalancerError, *, is_filtered: bool = False) -> Answer:
+        """The balancer's own answer to a request that got none from a backend, with the lines that each answer gets; to
+        one whose answer `is_filtered`, in vain, without those of filters."""
         record, reason, complete = self._record, None, True
         record.status = decision.status
         if isinstance(decision, BalancerError):
@@ -216,16 +224,19 @@ class Forwarding:
             reason, complete = decision.reason, not isinstance(decision, ClientGone)
             decision = refusal(decision, self._route.options.id, record.request_id)
         lines = [*self._route.response_heads.ruled(decision.lines), self._own]
-        try:
-            lines = self._filtered(lines)
-        except Exception:  # a filter's surprise must not keep the answer back
-            log.exception("request %s failed", record.request_id)
+        if self._route.answer and not is_filtered:
+            try:
+                lines = self._filtered(lines)
+            except BaseException as error:
+                return self._decided(self._told(error), is_filtered=True)
         self.finish(record.status, reason=reason, complete=complete)
         return decision._replace(lines=lines)
 
     def _filtered(self, lines: list[Line]) -> list[Line]:
+        before = [*lines]
         for answer in self._route.answer:
             lines = [*answer(self._request, self._record, lines)]
+        check_filtered(lines, before)
         return lines
 
     # What a `ResponseStream` needs.
@@ -256,7 +267,7 @@ class Forwarding:
             record.seconds = time.perf_counter() - self._started
             for done in self._route.done:
                 done(self._request, record)
-        except Exception:  # too late to answer anything else
+        except BaseException:  # too late to answer anything else
             log.exception("the end of request %s failed", record.request_id)
         finally:
             self._route.statistics.record(record)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from balancer.errors import SettingsError
@@ -14,8 +14,8 @@ MOST_RULES, MOST_BYTES = 64, 4096  # of one direction: each message carries what
 SHAPE = '{ set = { NAME = "value" }, add = { NAME = "value" }, remove = ["NAME"] }'
 _NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 section 5.6.2
 _VALUE = re.compile(r"(?:[\x21-\x7e\x80-\xff](?:[\t\x20-\x7e\x80-\xff]*[\x21-\x7e\x80-\xff])?)?")  # section 5.5
-_FRAMING = "it belongs to one connection, or says where a message ends"
-_KEPT = dict.fromkeys([*HOP_BY_HOP, b"content-length", b"expect"], _FRAMING) | {
+_FRAMING = HOP_BY_HOP | {b"content-length", b"expect"}
+_KEPT = dict.fromkeys(_FRAMING, "it belongs to one connection, or says where a message ends") | {
     b"x-request-id": "it ties a request to its answer, its record and its log line"
 }
 # Names that are not for rules, and why.
@@ -73,6 +73,29 @@ class HeaderRules:
 
 
 NO_RULES = HeaderRules()
+
+
+def is_token(name: object) -> bool:
+    return isinstance(name, bytes) and _NAME.fullmatch(name.decode("latin-1")) is not None
+
+
+def check_filtered(lines: list[Line], before: Sequence[Line] = ()) -> None:
+    """What filters made of the lines `before`: names and values are such, and framing is as it was. Raises ValueError;
+    its text holds no value."""
+    if lines[: len(before)] == [*before]:  # most filters only add some
+        lines, before = lines[len(before) :], ()
+    for name, value in lines:
+        if not is_token(name):
+            raise ValueError(f"a filter gave a line the name {name!r:.80}; expected bytes: letters, digits and hyphens")
+        if not (isinstance(value, bytes) and _VALUE.fullmatch(value.strip(b" \t").decode("latin-1"))):
+            raise ValueError(f"a filter gave {name!r:.80} no header value; expected bytes without control characters")
+    if _framing(lines) != _framing(before):
+        raise ValueError(f"a filter changed one of {sorted(_FRAMING)}, which are not for filters")
+
+
+def _framing(lines: Iterable[Line]) -> list[Line]:
+    """Those that belong to one connection, or say where a message ends."""
+    return [line for line in lines if line[0].lower() in _FRAMING]
 
 
 def _table(lines: Iterable[Line]) -> str:

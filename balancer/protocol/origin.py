@@ -7,6 +7,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from balancer.errors import SettingsError
+from balancer.protocol.texts import quoted
 
 # Labels of 1 to 63 characters, as Python's resolver demands; or an IPv6 address in brackets, maybe with a zone.
 NAME_PATTERN = r"[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*\.?"
@@ -27,21 +28,21 @@ class Origin(NamedTuple):
         """From `http://host:port` or `https://host`. Raises SettingsError naming the part that is wrong."""
         if "@" in url:  # before anything else: no other message may repeat a password
             raise SettingsError(
-                f"backend URL of host {url.rpartition('@')[2]!r}: user info is not supported, remove it"
+                f"backend URL of host {quoted(url.rpartition('@')[2])}: user info is not supported, remove it"
             )
         if re.search(r"[\x00-\x20\x7f]", url.strip()):  # urlsplit would drop them without a word
-            raise SettingsError(f"backend URL {url!r}: must not have blanks or control characters")
+            raise SettingsError(f"backend URL {quoted(url)}: must not have blanks or control characters")
         try:
             parts = urlsplit(url.strip())
             port = parts.port
         except ValueError as error:
-            raise SettingsError(f"backend URL {url!r}: {error}") from None
+            raise SettingsError(f"backend URL {quoted(url)}: {error}") from None
         if parts.scheme not in ("http", "https"):
-            raise SettingsError(f"backend URL {url!r}: expected http://HOST:PORT or https://HOST:PORT")
+            raise SettingsError(f"backend URL {quoted(url)}: expected http://HOST:PORT or https://HOST:PORT")
         if parts.path not in ("", "/") or parts.query or parts.fragment or "?" in url or "#" in url:
-            raise SettingsError(f"backend URL {url!r}: must not have a path; requests keep their own")
+            raise SettingsError(f"backend URL {quoted(url)}: must not have a path; requests keep their own")
         if not parts.hostname or not re.fullmatch(AUTHORITY_PATTERN, parts.netloc) or port == 0:
-            raise SettingsError(f"backend URL {url!r}: expected http://HOST:PORT or https://HOST:PORT")
+            raise SettingsError(f"backend URL {quoted(url)}: expected http://HOST:PORT or https://HOST:PORT")
         return cls(parts.scheme, parts.hostname, port or (443 if parts.scheme == "https" else 80))
 
     @property

@@ -23,6 +23,11 @@ def shown(said: str | bytes, most: int = SHOWN) -> str:
     return text if len(data) <= most else data[: most - 3].decode("utf-8", "ignore") + "..."
 
 
+def quoted(value: str) -> str:
+    """A value in an error: as `repr`, with three dots where it was cut."""
+    return repr(value if len(value) <= SHOWN else value[:SHOWN] + "...")
+
+
 def _escaped(char: str) -> str:
     number = ord(char)
     if number < 0x100:

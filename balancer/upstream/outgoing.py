@@ -8,9 +8,10 @@ from typing import Any
 
 from requests import PreparedRequest
 
-from balancer.errors import LengthRequired
+from balancer.errors import ClientError, LengthRequired
 from balancer.protocol.client import UNWATCHED, Client
-from balancer.protocol.messages import IDEMPOTENT, HeaderLines, Line, logs_in
+from balancer.protocol.headerrules import check_filtered, is_token
+from balancer.protocol.messages import IDEMPOTENT, HeaderLines, Line, check_method, check_target, logs_in
 from balancer.protocol.origin import Origin
 from balancer.protocol.requestheads import RequestHead
 from balancer.protocol.responseheads import ResponseHeads
@@ -88,6 +89,26 @@ class OutgoingRequest(PreparedRequest):
         self.logs_in = any(logs_in(*line) for line in lines)
         self.is_special = self.lacks_host or self.logs_in
 
+    def check(self, before: Sequence[Line]) -> None:
+        """After filters have changed it, whose lines were `before` and `own`: frame the body that it has now. Raises
+        ValueError if this would not be one request on the wire, and for a line that is not for filters."""
+        if isinstance(self.body, bytes) or (self.body is None and self.framing):
+            self.set_body(self.body or b"")
+        elif self.body is not None and self.is_replayable:
+            raise ValueError(f"a filter set the body to {type(self.body).__name__}; expected bytes")
+        method = str(self.method)
+        if not is_token(method.encode()):
+            raise ValueError(f"a filter set the method to {method!r:.80}; expected one such as GET")
+        try:
+            check_method(method)
+            check_target(method, self.target)
+        except ClientError as error:
+            raise ValueError(f"a filter made it {method} {self.target!r:.80}: {error}") from None
+        lines = self.lines
+        check_filtered(lines, before)
+        if [name.lower() for name, _ in lines].count(b"host") != 1:
+            raise ValueError("a filter left no Host line, or more than one")
+
     def head(self) -> bytes:
         """Request line and header section."""
         raw = self.shared.raw if self.shared is not None else b""
@@ -101,7 +122,7 @@ class OutgoingRequest(PreparedRequest):
 
     @lines.setter
     def lines(self, lines: Sequence[Line]) -> None:
-        self.own, self.shared = lines, None
+        self.own, self.shared = [*lines], None
         self._look_closer()
 
     @property
