@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from fleet import Demo, start_demo
 from playwright.sync_api import expect
-from support import PAGE_TOKEN, Balancer, BalancerProcess, nginx_before, wait_until
+from support import PAGE_TOKEN, Balancer, nginx_before, wait_until
 from wire import WireBackend
 
 from tests.dashboard_stub import (
@@ -603,12 +603,12 @@ def test_under_a_path_of_a_proxy_all_requests_stay_below_it(tab: Tab, tmp_path: 
     """*Send* went to the root. `control_prefix` is no path of what is forwarded."""
     with WireBackend() as backend:
         flags = (f"--backend=only={backend.url}", f"--control-prefix={prefix}")
-        with BalancerProcess(*flags, env={"LB_PAGE_TOKEN": PAGE_TOKEN}, wait_ready=False) as balancer:
+        with Balancer(*flags, env={"LB_PAGE_TOKEN": PAGE_TOKEN}, wait_ready=False) as balancer:
             with nginx_before(tmp_path, balancer, "", at="/lb/") as url:
                 tab.page.goto(f"{url}/lb{prefix}/dashboard#token={PAGE_TOKEN}")
                 tab.is_live()
                 tab.page.click("#send")
-                tab.shows("#traffic-result", "10 ok, 0 failed", timeout=15000)
+                tab.shows("#traffic-result", "10 ok, 0 failed")
                 links = [link.get_attribute("href") or "" for link in tab.at("a[href^=http]").all()]
                 assert len(links) >= 5 and all(link.startswith(f"{url}/lb{prefix}/") for link in links)
                 tab.page.goto("about:blank")
