@@ -108,7 +108,9 @@ def balancer(scripted_balancer: Balancer, backend: WireBackend) -> Balancer:
 
 @pytest.fixture(scope="module")
 def patient_balancer(scripted: WireBackend) -> Iterator[Balancer]:
-    with Balancer(f"--backend=only={scripted.url}", "--response-timeout=60", "--idle-timeout=60") as balancer:
+    with Balancer(
+        f"--backend=only={scripted.url}", "--response-timeout=60", "--idle-timeout=60", "--health-timeout=5"
+    ) as balancer:
         yield balancer
 
 

@@ -167,7 +167,7 @@ def test_a_backend_process_frozen_or_killed_costs_no_get(stack: ExitStack, numbe
         balancer.wait_healthy("victim", False)
         load.wait_for(60)
         if number == signal.SIGSTOP:
-            assert "0.4 s" in balancer.backend("victim")["health"]["reason"]
+            assert "within 0." in balancer.backend("victim")["health"]["reason"]
             backends[0].send(signal.SIGCONT)
             balancer.wait_healthy("victim", True)
             load.wait_for_server("victim")
@@ -249,7 +249,7 @@ def stack() -> Iterator[ExitStack]:
 
 
 BAD_CHECKS: dict[str, tuple[Any, str]] = {
-    "hangs": (hang, "0.4 s"),
+    "hangs": (hang, "within 0."),
     "closes": (lambda sock, request: sock.shutdown(socket.SHUT_RDWR), "closed"),
     "resets": (reset, "reset"),
     "drips": (drip, "s"),
@@ -320,7 +320,7 @@ def test_a_listener_that_nobody_accepts_from_is_down_with_the_reason() -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=1) as silent:
         with Balancer(f"--backend=silent=http://127.0.0.1:{silent.getsockname()[1]}") as balancer:
             health = wait_until(lambda: down(balancer, "silent"))
-            assert "0.4 s" in health["reason"]
+            assert "within 0." in health["reason"]
             assert fetch(f"{balancer.url}/x")[0] == 503
 
 
