@@ -131,7 +131,7 @@ def test_logs_may_be_cut_off_and_no_signal_that_asks_for_nothing_ends_anything(d
         for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGPROF, signal.SIGRTMIN):
             process.send_signal(number)
     log = demo.tree / "logs" / f"balancer-{demo.port}.log"
-    assert log.stat().st_size > 100
+    assert log.stat().st_size > 0
     os.truncate(log, 0)
     assert get(demo.port, "/api/process")[0] == 200
     wait_until(lambda: "/api/process" in log.read_text())
