@@ -45,7 +45,14 @@ REFUSED = [
     *(b"GET / HTTP/1.1\r\n Host: test", b"GET /\r\nHost: test", b"GET / HTTP/2.0", b"GET / HTTP/1.2", b"/"),
     *(b"GET  / HTTP/1.1", b"GET /a b HTTP/1.1", b"GET\t/ HTTP/1.1", b"G(T / HTTP/1.1", b"GET a/b HTTP/1.1"),
     *(b"GET /\xc3\xa9 HTTP/1.1", b"GET /\x00 HTTP/1.1", b"GET /\x7f HTTP/1.1", b"GET / HTTP/1.1\rX"),
-    *(b" GET / HTTP/1.1", b"GET / http/1.1", b"GET / HTTP/1.1 ", b"GET * HTTP/1.1", b"POST * HTTP/1.1"),
+    *(
+        b" GET / HTTP/1.1",
+        b"GET / http/1.1",
+        b"GET / HTTP/1.1 ",
+        b"GET * HTTP/1.1",
+        b"POST * HTTP/1.1",
+        b"HEAD * HTTP/1.1",
+    ),
 ]
 BAD_HOSTS = [
     *(b"", b"a b", b"a\r\nHost: a", b"a\r\nhOST: b", b"a\r\nHost: "),
