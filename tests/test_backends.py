@@ -232,15 +232,6 @@ def test_threads_never_exceed_max_connections_and_leave_nothing_behind(algorithm
     assert sum(served.values()) > 0
 
 
-@pytest.mark.usefixtures("restless")
-def test_round_robin_is_exact_under_threads(pool: Pool) -> None:
-    pool.add_up("c")
-    counts: list[str] = []
-    in_threads(8, lambda number: counts.extend(pool.lease(None).backend.id for _ in range(75)))
-    assert Counter(counts) == {"a": 200, "b": 200, "c": 200}
-    assert [backend.active for backend in pool.backends()] == [200, 200, 200]
-
-
 def test_an_answer_that_has_begun_counts_at_once_and_once(timed_pool: Pool) -> None:
     lease = timed_pool.lease(None, exclude=["b"])
     backend = lease.backend
@@ -495,23 +486,6 @@ def test_a_drained_backend_gets_nothing_and_finishes_what_it_has(pool: Pool, sta
     assert {pool.lease(None).backend.id for _ in range(4)} == {"a", "b"}
 
 
-def test_an_idle_backend_is_removed_at_once(pool: Pool) -> None:
-    assert pool.remove("a") == 0
-    assert pool.ids() == ["b"] and pool.get("a") is None
-    assert pool.told == [("backend_removed", "a")]
-
-
-def test_a_busy_backend_is_removed_after_its_last_request(pool: Pool) -> None:
-    leases = [pool.lease(None, exclude=["b"]) for _ in range(2)]
-    assert pool.remove("a") == 2
-    assert {pool.lease(None).backend.id for _ in range(3)} == {"b"}
-    leases[0].release()
-    assert pool.ids() == ["a", "b"]
-    leases[1].release()
-    assert pool.ids() == ["b"]
-    assert pool.told == [("backend_draining", "a"), ("backend_removed", "a")]
-
-
 def test_a_backend_that_took_new_requests_again_is_not_removed_under_them(pool: Pool) -> None:
     lease = pool.lease(None, exclude=["b"])
     pool.remove("a")
@@ -592,17 +566,6 @@ def test_a_backend_without_an_id_gets_a_free_one() -> None:
     assert pool.add(None, ORIGIN).id == "backend_2"
 
 
-def test_a_switch_of_strategy_is_exact_from_the_next_lease(pool: Pool) -> None:
-    pool.update("a", {"weight": 3})
-    first = "".join(pool.lease(None).backend.id for _ in range(5))
-    pool.use(create("weighted"))
-    second = "".join(pool.lease(None).backend.id for _ in range(8))
-    pool.use(create("round_robin"))
-    third = "".join(pool.lease(None).backend.id for _ in range(4))
-    assert (first, second, third) == ("ababa", "aabaaaba", "abab")
-    assert pool.algorithm == "round_robin"
-
-
 @pytest.mark.parametrize("algorithm", ["weighted", "least_connections"])
 def test_a_change_of_weights_is_exact_from_the_next_lease(algorithm: str) -> None:
     pool = Pool(algorithm)
@@ -631,17 +594,6 @@ def test_a_snapshot_has_plain_values_that_do_not_move(pool: Pool) -> None:
     pool.update("b", {"weight": 9})
     assert [(row["id"], row["active_connections"], row["weight"]) for row in before] == [("a", 0, 1), ("b", 0, 1)]
     assert before[0]["url"] == "http://127.0.0.1:5001"
-
-
-def test_expected_shares_are_of_the_traffic_now() -> None:
-    pool = Pool("weighted")
-    for backend_id, weight in (("a", 3), ("b", 2), ("c", 1)):
-        pool.add_up(backend_id, weight)
-    assert [row["expected_share"] for row in pool.snapshot()] == pytest.approx([1 / 2, 1 / 3, 1 / 6])
-    pool.update("a", {"admin_state": "drain"})
-    assert [row["expected_share"] for row in pool.snapshot()] == pytest.approx([0, 2 / 3, 1 / 3])
-    pool.use(create("least_connections"))
-    assert [row["expected_share"] for row in pool.snapshot()] == [None, None, None]
 
 
 def test_repr_tells_the_state(pool: Pool) -> None:

@@ -90,15 +90,6 @@ def test_first_come_first_served(threads: ThreadPoolExecutor) -> None:
     assert pool.lease(None).queued == 0.0
 
 
-def test_the_queue_is_bounded_in_number(threads: ThreadPoolExecutor) -> None:
-    pool = make_pool(queue_limit=2)
-    lease = pool.lease(None)
-    futures = queue_up(pool, threads, 2)
-    with pytest.raises(Unavailable, match="2 requests are waiting already"):
-        pool.lease(None)
-    serve_all(lease, futures)
-
-
 def test_the_queue_is_bounded_in_time() -> None:
     pool = make_pool(queue_timeout=0.05)
     pool.lease(None)

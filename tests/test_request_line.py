@@ -42,40 +42,21 @@ def test_empty_query_and_fragment_are_dropped(balancer: Balancer, backend: WireB
 
 # Rules 9 and 18, M 2.2, 3 and 3.2.
 REFUSED = [
+    *(b"GET / HTTP/1.1\r\n Host: test", b"GET /\r\nHost: test", b"GET / HTTP/2.0", b"GET / HTTP/1.2", b"/"),
+    *(b"GET  / HTTP/1.1", b"GET /a b HTTP/1.1", b"GET\t/ HTTP/1.1", b"G(T / HTTP/1.1", b"GET a/b HTTP/1.1"),
+    *(b"GET /\xc3\xa9 HTTP/1.1", b"GET /\x00 HTTP/1.1", b"GET /\x7f HTTP/1.1", b"GET / HTTP/1.1\rX"),
     *(
-        b"GET / HTTP/1.1\r\n Host: test",
-        b"GET /\r\nHost: test",
-        b"GET / HTTP/2.0",
-        b"GET / HTTP/1.2",
-        b"GET / http/1.1",
-    ),
-    *(b"GET  / HTTP/1.1", b"GET /a b HTTP/1.1", b"GET\t/ HTTP/1.1", b"G(T / HTTP/1.1", b"GET a/b HTTP/1.1", b"/"),
-    *(
-        b"GET /\xc3\xa9 HTTP/1.1",
-        b"GET /\x00 HTTP/1.1",
-        b"GET /\x7f HTTP/1.1",
-        b"GET / HTTP/1.1\rX",
         b" GET / HTTP/1.1",
+        b"GET / http/1.1",
+        b"GET / HTTP/1.1 ",
+        b"GET * HTTP/1.1",
+        b"POST * HTTP/1.1",
+        b"HEAD * HTTP/1.1",
     ),
-    *(b"GET / HTTP/1.1 ", b"GET * HTTP/1.1", b"POST * HTTP/1.1", b"HEAD * HTTP/1.1"),
 ]
 BAD_HOSTS = [
-    *(
-        b"",
-        b"a b",
-        b"user@host",
-        b"a/b",
-        b"a:80:90",
-        b"[::1",
-        b"a\\b",
-        b"a:x",
-        b"a:800000",
-        b"a?b",
-        b"a#b",
-        b"<a>",
-        b'"a"',
-    ),
-    *(b"a\r\nHost: a", b"a\r\nhOST: b", b"a\r\nHost: "),
+    *(b"", b"a b", b"a\r\nHost: a", b"a\r\nhOST: b", b"a\r\nHost: "),
+    *b'user@host a/b a:80:90 [::1 a\\b a:x a:800000 a?b a#b <a> "a"'.split(),
 ]
 HOST_LINES = [b"X: no Host", b"Host : a", b"Host_: a", *(b"Host: " + host for host in BAD_HOSTS)]
 HEADS = [*(line + b"\r\nHost: test" for line in REFUSED), *(b"GET / HTTP/1.1\r\n" + line for line in HOST_LINES)]

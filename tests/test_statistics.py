@@ -18,7 +18,7 @@ from balancer.config.settings import BackendSettings, Settings
 from balancer.errors import ResponseTimedOut
 from balancer.forwarding.retrybudget import RetryBudget
 from balancer.loadbalancer import create_app
-from balancer.observe.events import EVENTS_KEPT, Events
+from balancer.observe.events import Events
 from balancer.observe.histogram import BOUNDS, Histogram
 from balancer.observe.record import PATH_SHOWN, Record
 from balancer.observe.statistics import (
@@ -203,15 +203,6 @@ def test_threads_lose_nothing(statistics: Statistics) -> None:
 # The rings.
 
 
-def test_recent_requests_are_newest_first_bounded_and_hold_failures(statistics: Statistics) -> None:
-    statuses = [200 + number % 400 for number in range(RECENT_KEPT + 50)]
-    finish(statistics, *map(record, statuses))
-    recent = statistics.snapshot(RECENT_KEPT * 2)[2]
-    assert [one["status"] for one in recent] == statuses[: -RECENT_KEPT - 1 : -1]
-    assert [one["status"] for one in statistics.snapshot(2)[2]] == [statuses[-1], statuses[-2]]
-    assert statistics.snapshot(0)[2] == []
-
-
 def test_a_recent_request_says_what_was_tried_and_cuts_long_paths() -> None:
     one = record(504)
     one.path = "/" + "x" * 1000
@@ -281,20 +272,6 @@ def test_requests_per_second_are_the_mean_of_the_last_whole_seconds(statistics: 
     assert rate() == pytest.approx((20 + 1) / 5)
     clock.now += 60.0
     assert rate() == 0.0
-
-
-def test_events_have_a_rising_seq_and_are_bounded(clock: Clock) -> None:
-    events = Events(wall_clock=clock)
-    assert events.since(0) == ([], 0)
-    for number in range(EVENTS_KEPT + 10):
-        events.add("backend_up", "a" if number % 2 else "", f"event {number}")
-    kept, latest = events.since(0)
-    assert [event["seq"] for event in kept] == list(range(11, EVENTS_KEPT + 11))
-    assert latest == events.latest == EVENTS_KEPT + 10
-    newest = {"timestamp": 100.0, "kind": "backend_up", "backend": "a", "severity": "info", "count": 1}
-    assert events.since(latest - 1)[0] == [newest | {"seq": latest, "message": f"event {latest - 1}"}]
-    assert events.since(latest)[0] == []
-    assert kept[-2]["backend"] is None
 
 
 def test_refused_writes_cannot_drive_other_events_out() -> None:

@@ -145,10 +145,6 @@ def test_weighted_gives_nobody_one_too_many_and_owes_nobody_two(weights: list[in
     assert lead < 1 and lag < 2
 
 
-def test_weighted_spreads_three_two_one() -> None:
-    assert picks(create("weighted"), backends(3, 2, 1), 12) == "abacba" * 2
-
-
 def test_weighted_has_no_bursts() -> None:
     assert picks(create("weighted"), backends(5, 1, 1), 7) == "aabacaa"
 
