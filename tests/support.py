@@ -341,13 +341,8 @@ http {{
 @contextmanager
 def nginx_before(folder: Path, balancer: Served, more: str, at: str = "/") -> Iterator[str]:
     """Its URL. The path `at` is taken off what it passes on."""
-    nginx = shutil.which("nginx")
-    assert nginx is not None, "apt-get install nginx-light"
     port = free_port()
-    file = folder / "nginx.conf"
-    file.write_text(
-        NGINX.format(port=port, at=at, url=balancer.url + ("" if at == "/" else "/"), more=more), encoding="utf-8"
-    )
+    told = NGINX.format(port=port, at=at, url=balancer.url + ("" if at == "/" else "/"), more=more)
     url = f"http://127.0.0.1:{port}"
 
     def answers() -> bool:
@@ -356,9 +351,17 @@ def nginx_before(folder: Path, balancer: Served, more: str, at: str = "/") -> It
         except OSError:
             return False
 
-    with Process([nginx, "-p", str(folder), "-c", str(file)]):
+    with nginx(folder, told):
         wait_until(answers, what="nginx listens")
         yield url
+
+
+def nginx(folder: Path, configuration: str) -> Process:
+    program = shutil.which("nginx")
+    assert program is not None, "apt-get install nginx-light"
+    file = folder / "nginx.conf"
+    file.write_text(configuration, encoding="utf-8")
+    return Process([program, "-p", str(folder), "-c", str(file)])
 
 
 # Messages made of bytes.

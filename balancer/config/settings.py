@@ -39,7 +39,7 @@ from balancer.errors import SettingsError
 from balancer.protocol import headerrules
 from balancer.protocol.addresses import Network, is_loopback, parse_network
 from balancer.protocol.headerrules import NO_RULES, HeaderRules
-from balancer.protocol.origin import Origin
+from balancer.protocol.origin import EXPECTED, Origin
 from balancer.protocol.texts import quoted
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class BackendSettings(BaseModel):
     id: str = Field(
         "", pattern=validation.ID_OR_NONE, description="name, unique; backend_1, backend_2, ... if left out"
     )
-    url: str = Field(description="http://HOST:PORT or https://HOST:PORT")
+    url: str = Field(description=EXPECTED)
     weight: Weight = Field(1, description="share of the traffic relative to the others; 0 for no new requests")
     max_connections: MaxConnections | None = Field(None, description="requests at the same time; no limit if left out")
 

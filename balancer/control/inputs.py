@@ -18,6 +18,7 @@ from balancer.balancing.backends import AdminState
 from balancer.config import validation
 from balancer.config.settings import MaxConnections, Weight
 from balancer.control.problems import ApiError, is_legacy
+from balancer.protocol.origin import EXPECTED
 
 MAX_BODY = 65536  # bytes of a control request
 
@@ -38,7 +39,7 @@ class Nothing(Body):
 
 class BackendCreate(Body):
     id: str | None = Field(None, pattern=validation.ID, description="unique name; chosen if left out")
-    url: str = Field(max_length=300, description="http://HOST:PORT or https://HOST:PORT")
+    url: str = Field(max_length=300, description=EXPECTED)
     weight: Weight = 1
     max_connections: MaxConnections | None = None
 

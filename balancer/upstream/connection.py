@@ -25,7 +25,17 @@ CLOSE_ENOUGH = 0.99  # of a time limit
 class Connection:
     """Receives and sends with a time-out set by SO_RCVTIMEO: Python's own time-outs poll before every receive."""
 
-    __slots__ = ("sock", "origin", "server", "idle_since", "is_tls", "received", "received_before", "_timeout")
+    __slots__ = (
+        "sock",
+        "origin",
+        "server",
+        "idle_since",
+        "is_tls",
+        "received",
+        "received_before",
+        "_timeout",
+        "_is_told",
+    )
 
     def __init__(self, sock: socket.socket, origin: Origin) -> None:
         self.sock = sock
@@ -36,6 +46,7 @@ class Connection:
         self.received = 0  # bytes
         self.received_before: int | None = None  # it was kept and taken again; None: it is new
         self._timeout = 0.0
+        self._is_told = IS_TOLD and not self.is_tls and sock.family in (socket.AF_INET, socket.AF_INET6)
 
     @property
     def is_stale(self) -> bool:
@@ -110,7 +121,7 @@ class Connection:
 
     def has_input(self) -> bool:
         """True if a receive would not block: while idle, that means EOF, an alert, or bytes nobody asked for."""
-        if not IS_TOLD or self.is_tls:
+        if not self._is_told:
             return self._peek()
         # Asks the kernel instead of the socket: a system call that receives lets the interpreter lock go, and with it
         # comes a switch of threads.
