@@ -288,6 +288,7 @@ class LoadBalancer:
                 express=self.express,
             )
         ]
+        self.pool.cut_off = lambda backend: bridges[0].leave_backend(lambda forwarding: forwarding.is_on(backend))
         if config.control_port is not None:
             bridges.append(Bridge(self.control_app, self.workers, limits, is_control=lambda path: True))
         return bridges

@@ -26,3 +26,4 @@ class PoolOptions:
     slow_start: float
     queue_places: int
     queue_timeout: float
+    backend_drain_timeout: float

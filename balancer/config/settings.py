@@ -60,6 +60,7 @@ Port = Annotated[int, Field(ge=1, le=65535)]
 Weight = Annotated[int, Field(ge=0, le=MAX_WEIGHT), BeforeValidator(validation.no_truth_value)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 MaxConnections = Annotated[int, Field(ge=1, le=MAX_CONNECTIONS)]
+DrainTimeout = Annotated[SecondsOrZero, BeforeValidator(validation.no_truth_value)]
 
 SHORTEST_TOKEN = 16  # characters: fewer can be guessed
 SHORT_FORMS = {"flag": "--backend {}", "environment": "backend {} of LB_BACKENDS"}  # where backends are told by number
@@ -95,6 +96,9 @@ class BackendSettings(BaseModel):
     url: str = Field(description=EXPECTED)
     weight: Weight = Field(1, description="share of the traffic relative to the others; 0 for no new requests")
     max_connections: MaxConnections | None = Field(None, description="requests at the same time; no limit if left out")
+    drain_timeout: DrainTimeout | None = Field(
+        None, description="time for what is in flight when it is drained or removed; backend_drain_timeout if left out"
+    )
 
     @field_validator("url")
     @classmethod
@@ -161,6 +165,9 @@ class Settings(BaseModel):
         500, ge=0, le=100_000, description="requests that wait while all are full; at most half of max_threads"
     )
     queue_timeout: Seconds = Field(5.0, description="time a request waits for a place on a backend; after that 503")
+    backend_drain_timeout: SecondsOrZero = Field(
+        300.0, description="time for what a backend has in flight when it is drained or removed; 0 for no limit"
+    )
     max_request_body: Bytes | None = Field(None, ge=0, description="bytes; larger request bodies are refused with 413")
     ca_file: Fixed[Path | None] = Field(None, description="PEM file of CAs for https backends, instead of the system's")
     backend_host: str = Field(
