@@ -204,8 +204,6 @@ class Bridge(Listener):
                 call.abandon(BackendRemoved)
 
     def abort(self) -> None:
-        """Cut every client off: the drain time is over."""
-        calls = list(self.calls)
-        accepted.cut_all({call.addresses for call in calls})  # first, or they would be told that they had left
-        for call in calls:
+        """Every client has been cut off."""
+        for call in list(self.calls):
             self._lost(call)

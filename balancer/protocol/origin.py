@@ -95,15 +95,18 @@ def _socket_path(url: str) -> str:
         path = b""
     if not path.startswith(b"/") or path == b"/" or set(told) & set("?#") or (is_one_word and "/" in told):
         raise SettingsError(f"backend URL {quoted(url)}: expected {UNIX}:///PATH, where % ? # are %25 %3F %23")
-    return checked_path(os.fsdecode(path), f"backend URL {quoted(url)}")
+    try:
+        check_path(path)
+    except ValueError as error:
+        raise SettingsError(f"backend URL {quoted(url)}: {error}") from None
+    return os.fsdecode(path)
 
 
-def checked_path(path: str, what: str) -> str:
-    """`path` if it may be a Unix socket's. Raises SettingsError about `what`."""
+def check_path(path: bytes) -> None:
+    """Raises ValueError if it cannot be a Unix socket's."""
     if sys.platform == "win32":
-        raise SettingsError(f"{what}: Unix sockets are not supported on Windows")
-    if "\0" in path:
-        raise SettingsError(f"{what}: a path must not have zero bytes")
-    if (size := len(os.fsencode(path))) > LONGEST_PATH:
-        raise SettingsError(f"{what}: the path has {size} bytes, a Unix socket's has at most {LONGEST_PATH}")
-    return path
+        raise ValueError("Unix sockets are not supported on Windows")
+    if b"\0" in path:
+        raise ValueError("a path must not have zero bytes")
+    if len(path) > LONGEST_PATH:
+        raise ValueError(f"the path has {len(path)} bytes, a Unix socket's has at most {LONGEST_PATH}")
