@@ -320,7 +320,7 @@ def join_cookies(lines: tuple[Line, ...]) -> tuple[Line, ...]:
 
 
 def without_cookie(lines: tuple[Line, ...], name: bytes) -> tuple[tuple[Line, ...], bytes]:
-    """The lines without this cookie, and its value: the first one's, whose path is the longest (RFC 6265 section 5.4)."""
+    """The lines without this cookie, and the value of the first one, which has the longest path (RFC 6265, 5.4)."""
     value, left = b"", []
     for line in lines:
         if line[0] == b"cookie" and name in line[1]:
