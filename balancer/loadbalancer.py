@@ -30,6 +30,7 @@ from balancer.edge import process, unixsocket
 from balancer.edge.bridge import Bridge
 from balancer.edge.express import Express
 from balancer.edge.granian import BACKLOG, PortOptions
+from balancer.edge.handover import Handed
 from balancer.edge.listener import ClientLimits
 from balancer.edge.port import Port, listen
 from balancer.edge.server import Server
@@ -241,21 +242,24 @@ class LoadBalancer:
 
     # What both do.
 
-    def listen(self) -> None:
-        """Open the sockets, so that `url` is known; done by `start` and `serve` unless it was before."""
+    def listen(self, handed: Handed | None = None) -> None:
+        """Open the sockets that were not `handed` over, so that `url` is known; done by `start` and `serve` unless it
+        was before."""
         with self._lock:
             if self._state not in (State.NEW, State.LISTENING):
                 raise RuntimeError(ONCE)
             if self._state is State.NEW:
-                self._server = self._open()
+                self._server = self._open(handed or {})
                 self._state = State.LISTENING
 
-    def _open(self) -> Server:
+    def _open(self, handed: Handed) -> Server:
         config = self.settings
-        listeners = [self._listen_main()]
+        if "control" in handed and config.control_port is None:
+            raise SettingsError("a Unix socket is handed over as control: set control_port too, whichever it is")
+        listeners = [handed.get("http") or self._listen_main()]
         if config.control_port is not None:
             try:
-                listeners.append(listen(config.control_host, config.control_port))
+                listeners.append(handed.get("control") or listen(config.control_host, config.control_port))
             except SettingsError:
                 listeners[0].close()
                 raise
