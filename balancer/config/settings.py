@@ -385,7 +385,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         elif name in SECRETS:
             continue  # a secret on a command line can be read by every user of the machine
         elif field.annotation is bool:
-            parser.add_argument(flag, nargs="?", const="true", metavar="true|false", help=f"{text} (false)")
+            parser.add_argument(
+                flag, nargs="?", const="true", metavar="true|false", help=f"{text} ({default_of(name)})"
+            )
         else:
             parser.add_argument(flag, metavar=name.rpartition("_")[2].upper(), help=f"{text} ({default_of(name)})")
 

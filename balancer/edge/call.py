@@ -133,7 +133,7 @@ class Call:
         with self._lock:
             self._attached = None
 
-    def watch_upload(self, look: Callable[[], int] | None) -> None:
+    def watch_upload(self, look: Callable[[bool], bool] | None) -> None:
         if self.body is not None:
             self.body.look = look
 
