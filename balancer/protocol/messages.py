@@ -19,7 +19,7 @@ from secrets import token_hex
 from urllib.parse import unquote
 
 from balancer.errors import ClientError, CodingUnsupported, LoopDetected, MethodRefused, TooManyHeaders
-from balancer.protocol.addresses import Network, is_in_networks, plain
+from balancer.protocol.addresses import UNIX, Network, is_in_networks, plain
 
 Line = tuple[bytes, bytes]
 
@@ -283,14 +283,17 @@ def request_lines(
         if claims and is_in_networks(peer, trusted):
             kept += [(name, value) for name, values in claims.items() if name not in _ADDED_TO for value in values]
             told = {name: b", ".join(values) for name, values in claims.items() if name in _ADDED_TO}
-    address, protocol = plain(peer).encode("ascii", "replace"), scheme.encode()
+    address = b"unknown" if peer == UNIX else plain(peer).encode("ascii", "replace")  # RFC 7239 section 6.2
+    protocol = scheme.encode()
     if b"forwarded" in told:
         kept.append((b"forwarded", told[b"forwarded"] + b", " + _forwarded(address, host, scheme)))
-    forwarded_for = told.get(b"x-forwarded-for")
+    forwarded_for = address
+    if b"x-forwarded-for" in told:  # of a proxy that has no address nothing is added, for most take all for addresses
+        forwarded_for = told[b"x-forwarded-for"] + (b"" if peer == UNIX else b", " + address)
     made = [
         (b"host", host),
         *kept,
-        (b"x-forwarded-for", address if forwarded_for is None else forwarded_for + b", " + address),
+        (b"x-forwarded-for", forwarded_for),
         (b"x-forwarded-proto", told.get(b"x-forwarded-proto", protocol)),
     ]
     if forwarded_host := told.get(b"x-forwarded-host", host):

@@ -28,7 +28,18 @@ CLOSE_ENOUGH = 0.99  # of a time limit
 class Connection:
     """Receives and sends with a time-out set by SO_RCVTIMEO: Python's own time-outs poll before every receive."""
 
-    __slots__ = ("sock", "origin", "server", "idle_since", "is_tls", "received", "received_before", "_timeout")
+    __slots__ = (
+        "sock",
+        "origin",
+        "server",
+        "idle_since",
+        "is_tls",
+        "received",
+        "received_before",
+        "_timeout",
+        "_is_told",
+        "is_aborted",
+    )
 
     def __init__(self, sock: socket.socket, origin: Origin) -> None:
         self.sock = sock
@@ -39,11 +50,13 @@ class Connection:
         self.received = 0  # bytes
         self.received_before: int | None = None  # it was kept and taken again; None: it is new
         self._timeout = 0.0
+        self.is_aborted = False
+        self._is_told = IS_TOLD and not self.is_tls and sock.family in (socket.AF_INET, socket.AF_INET6)
 
     @property
     def is_stale(self) -> bool:
         """It was kept, and no byte has come since: if it has ended, then before the request that it has now."""
-        return self.received == self.received_before
+        return self.received == self.received_before and not self.is_aborted
 
     def set_timeout(self, seconds: float) -> None:
         """For sends and receives from now on. What is left of a limit is hardly less at each step of a request: that is
@@ -137,7 +150,7 @@ class Connection:
 
     def has_input(self) -> bool:
         """True if a receive would not block: while idle, that means EOF, an alert, or bytes nobody asked for."""
-        if not IS_TOLD or self.is_tls:
+        if not self._is_told:
             return self._peek()
         # Asks the kernel instead of the socket: a system call that receives lets the interpreter lock go, and with it
         # comes a switch of threads.
@@ -171,6 +184,7 @@ class Connection:
 
     def abort(self) -> None:
         """Wake whoever blocks on this socket, from any thread. The owner still has to close it."""
+        self.is_aborted = True
         try:
             # Not SSLSocket's own: it would turn the socket into a plain one under the thread that uses it.
             socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
