@@ -112,10 +112,11 @@ class Port:
             log.warning("port %d is not renewed yet: %s", self.address[1], error)
             self._loop.call_later(RENEW_SECONDS, self._renew)
             return
-        old, self._worker = self._worker, worker
-        old.park()
-        self._parked.append(old)
-        self._keep(self._end(old))
+        with contextlib.suppress(OSError):  # no descriptor is left to look for it: until its end it accepts as well
+            self._worker.park()
+        self._parked.append(self._worker)
+        self._keep(self._end(self._worker))
+        self._worker = worker
 
     async def _end(self, parked: Worker) -> None:
         await asyncio.sleep(PARKED_SECONDS)
