@@ -82,7 +82,13 @@ def options(kind: Any, **settings: Any) -> Any:
 def another_value(name: str) -> Any:
     """Not the default of this setting, but valid."""
     texts = {"cors_origins": ("https://ops.example",), "trusted_proxies": ("10.0.0.0/8",), "cpu_affinity": "none"}
-    texts |= {"algorithm": "round_robin", "health_path": "/other", "control_prefix": "/lb", "ca_file": "ca.pem"}
+    texts |= {
+        "hash_key": "path",
+        "algorithm": "round_robin",
+        "health_path": "/other",
+        "control_prefix": "/lb",
+        "ca_file": "ca.pem",
+    }
     texts |= dict.fromkeys(("backend_host", "backend_sni", "health_host"), "api.example")
     texts |= {"request_headers": '{ set = { X-Team = "a" } }', "response_headers": '{ remove = ["Server"] }'}
     field = Settings.model_fields[name]

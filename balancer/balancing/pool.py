@@ -32,6 +32,8 @@ from balancer.protocol.request import Request
 
 log = logging.getLogger("balancer.pool")
 
+STICKY = "sticky"  # in place of a strategy's name where none was asked
+
 
 class Lease:
     """One request's place on a backend: taken by `BackendPool.lease`, given back once by `release`."""
@@ -68,10 +70,11 @@ class Lease:
 class BackendPool:
     """The backends, the strategy that chooses among them, and the counts both depend on.
 
-    `_lock` guards every field of every Backend, `_strategy`, `_is_timed`, `_had_first_round`, `_line`, and
-    its helpers, which have no lock of their own: `_members` what the operator changes, `_judge` what checks and traffic
-    change, `_candidates` what follows for the next request. Nothing under it does I/O or calls out, but for the
-    strategy; `_notifier` for the listeners is noted under it and told after it is let go.
+    `_lock` guards every field of every Backend, `_strategy`, `_is_sticky`, `_is_timed`, `_had_first_round`, `_line`,
+    and its helpers, which have no lock of their own: `_members` what the operator changes, `_judge` what checks and
+    traffic change, `_candidates` what follows for the next request. Nothing under it does I/O or calls out, but for the
+    strategy; `_notifier` for the listeners is noted under it and told after it is let go. `_preparing`, taken before
+    it, is held while the strategy prepares, and guards `_prepared`: what it was given.
     """
 
     def __init__(
@@ -85,6 +88,9 @@ class BackendPool:
     ) -> None:
         self._lock = Lock()
         self._strategy = strategy
+        self._is_sticky = options.sticky
+        self._preparing = Lock()
+        self._prepared: tuple[Strategy, Mapping[str, int]] | None = None
         self._line: WaitingLine[Lease] = WaitingLine()
         self._is_timed = True
         self._had_first_round = False
@@ -137,21 +143,26 @@ class BackendPool:
             return self._choose(request, ())
 
     def _choose(self, request: Request, exclude: Collection[str]) -> Lease | None:
-        current = self._candidates
-        candidates: Sequence[Backend] = current.ready
-        excluded = current.absent
-        if exclude or current.is_conditional:
-            candidates = current.narrow(exclude, self._clock(), self._judge.options.slow_start)
-            excluded = current.why_not(exclude, candidates)
-        if not candidates:
-            return None
-        strategy = self._strategy
-        active = [backend.active for backend in candidates]
-        scores = strategy.scores(candidates)
-        backend = strategy.select(candidates, request)
-        choice = Choice(strategy.name, backend, candidates, active, scores, excluded)
-        if current.are_many:
-            choice.shorten()
+        choice = self._bound(request, exclude) if self._is_sticky else None
+        if choice is None:
+            current = self._candidates
+            candidates: Sequence[Backend] = current.ready
+            excluded = current.absent
+            if exclude or current.is_conditional:
+                candidates = current.narrow(exclude, self._clock(), self._judge.options.slow_start)
+                excluded = current.why_not(exclude, candidates)
+            if not candidates:
+                return None
+            strategy = self._strategy
+            active = [backend.active for backend in candidates]
+            scores = strategy.scores(candidates)
+            chosen = strategy.select(candidates, request)
+            if strategy.passed_over:
+                excluded = {**excluded, **strategy.passed_over}
+            choice = Choice(strategy.name, chosen, candidates, active, scores, excluded)
+            if current.are_many:
+                choice.shorten()
+        backend = choice.backend
         lease = Lease(self, choice)
         backend.active += 1  # not before the last step that a strategy's answer can make fail
         backend.counts.selected += 1
@@ -162,6 +173,15 @@ class BackendPool:
         else:
             lease.is_answered = True  # its time is of no use to the strategy, nor to ejections
         return lease
+
+    def _bound(self, request: Request, exclude: Collection[str]) -> Choice | None:
+        """The backend that the request is bound to, if it can take it. One that drains can: its clients may finish."""
+        backend = self._backends.get(request.preferred)
+        if backend is None or backend.id in exclude or backend.is_leaving or backend.admin_state == "maint":
+            return None
+        if backend.health.status != "up" or backend.ejection.status != "none" or backend.is_full:
+            return None
+        return Choice(STICKY, backend, (backend,), (backend.active,), None, {})
 
     def _line_up(self, request: Request, exclude: Collection[str]) -> Waiter[Lease]:
         """A place in the queue, if there is any and waiting can help."""
@@ -300,9 +320,12 @@ class BackendPool:
 
         Ids to update and remove that are not here any more are passed over.
         """
+        if changes.strategy is not None:
+            self._prepare(changes.strategy)
         with self._changing():
             if changes.options is not None:
                 self._judge.options = changes.options
+                self._is_sticky = changes.options.sticky
             if changes.strategy is not None:
                 self._strategy = changes.strategy
                 self._note("algorithm_changed", "", changes.strategy.name, "info")
@@ -313,7 +336,22 @@ class BackendPool:
         with self._lock:
             yield
             self._settle()
+        self._prepare()
         self._notifier.notify()
+
+    def _prepare(self, strategy: Strategy | None = None) -> None:
+        """Let the strategy do what takes long, unless it has; one that is not in use yet before it is."""
+        with self._preparing:
+            with self._lock:
+                strategy = strategy or self._strategy
+                wanted = strategy, {b.id: b.weight for b in self._backends.values() if b.weight}
+            if wanted == self._prepared:
+                return
+            try:
+                strategy.prepare(wanted[1])
+            except BaseException:  # as below
+                log.exception("strategy %s failed", strategy.name)
+            self._prepared = wanted
 
     def _reweighed(self) -> None:
         """Weights are others, or a backend is gone."""

@@ -158,6 +158,19 @@ class Settings(BaseModel):
     # Backends and choosing.
     backends: tuple[BackendSettings, ...] = Field(DEFAULT_BACKENDS, description="the backends; repeat --backend")
     algorithm: str = Field("weighted", description="how the backend is chosen; GET /algorithm lists all")
+    hash_key: str = Field(
+        "client_ip",
+        pattern=validation.KEY,
+        description="what consistent_hash goes by: client_ip, path, header:NAME, cookie:NAME or query:NAME",
+    )
+    hash_load_factor: float = Field(
+        1.25, ge=1, le=1000, allow_inf_nan=False, description="requests in flight that it allows, times the fair share"
+    )
+    sticky: bool = Field(False, description="keep each client on the backend that answered it last, by a cookie")
+    sticky_max_age: SecondsOrZero = Field(0.0, description="time the cookie is kept; 0 until the browser ends")
+    sticky_secret: SecretStr | None = Field(
+        None, description="what the cookie's values are made with; at least 16 characters; LB_STICKY_SECRET_FILE too"
+    )
 
     # Data path.
     connect_timeout: Seconds = Field(3.0, description="time to connect to a backend")
@@ -276,7 +289,7 @@ class Settings(BaseModel):
     def _check_booleans(cls, value: Any, info: ValidationInfo) -> Any:
         return value if cls.model_fields[info.field_name or ""].annotation is bool else validation.no_truth_value(value)
 
-    @field_validator("admin_token", "page_token")
+    @field_validator("admin_token", "page_token", "sticky_secret")
     @classmethod
     def _check_token(cls, token: SecretStr | None) -> SecretStr | None:
         text = None if token is None else token.get_secret_value()
@@ -354,6 +367,12 @@ class Settings(BaseModel):
     def host_field(self) -> bytes:
         """`backend_host` as it is sent, empty to keep the client's."""
         return b"" if self.backend_host == "keep" else self.backend_host.encode("ascii")
+
+    @property
+    def sticky_key(self) -> bytes:
+        """64 bytes at most (RFC 7693 section 2.1); a longer secret is cut."""
+        secret = "default" if self.sticky_secret is None else self.sticky_secret.get_secret_value()
+        return secret.encode()[:64]
 
     @property
     def queue_places(self) -> int:

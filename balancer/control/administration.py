@@ -11,6 +11,7 @@ from typing_extensions import TypedDict
 
 from balancer.balancing import strategies
 from balancer.balancing.backends import BackendView
+from balancer.balancing.options import StrategyOptions
 from balancer.balancing.strategies import StrategyView
 from balancer.control.control import current_control
 from balancer.control.inputs import AlgorithmChange, BackendChange, BackendCreate, Nothing, read_body, whole_number
@@ -58,7 +59,7 @@ def change_algorithm() -> Response:
     control = current_control()
     if name == control.pool.algorithm:
         return jsonify(AlgorithmChanged(message=f"{name} is already in use", current=name))
-    control.pool.use(strategies.create(name))
+    control.pool.use(strategies.create(name, control.settings.options(StrategyOptions)))
     return jsonify(AlgorithmChanged(message=f"algorithm changed to {name}", current=name))
 
 

@@ -18,7 +18,7 @@ from balancer.control.control import current_control
 from balancer.control.inputs import AlgorithmChange, BackendChange, BackendCreate, Body, Nothing
 from balancer.control.monitoring import Alive, EventsView, HistoryView, Readiness, Status
 from balancer.control.problems import Error
-from balancer.control.schemas import SCHEMAS, Schema, ref
+from balancer.control.schemas import Schema, ref, schemas
 from balancer.observe.record import ExplainedView
 
 TEXT: Schema = {"type": "string"}
@@ -191,7 +191,7 @@ def describe_api() -> Response:
 
 def document(prefix: str = "", protected: bool = False) -> Schema:
     """The whole description. `prefix` is `control_prefix`; `protected` if there is a token."""
-    components: Schema = {"schemas": SCHEMAS}
+    components: Schema = {"schemas": schemas()}
     result: Schema = {
         "openapi": "3.1.0",
         "info": {"title": "Load balancer control API", "version": __version__},

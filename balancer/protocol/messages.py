@@ -319,6 +319,22 @@ def join_cookies(lines: tuple[Line, ...]) -> tuple[Line, ...]:
     return (*(line for line in lines if line[0] != b"cookie"), (b"cookie", b"; ".join(crumbs)))
 
 
+def without_cookie(lines: tuple[Line, ...], name: bytes) -> tuple[tuple[Line, ...], bytes]:
+    """The lines without this cookie, and the value of the first one, which has the longest path (RFC 6265, 5.4)."""
+    value, left = b"", []
+    for line in lines:
+        if line[0] == b"cookie" and name in line[1]:
+            crumbs = [crumb.strip() for crumb in line[1].split(b";")]
+            ours = [crumb for crumb in crumbs if crumb.startswith(name + b"=")]
+            if ours:
+                value = value or ours[0][len(name) + 1 :]
+                line = (b"cookie", b"; ".join([crumb for crumb in crumbs if crumb not in ours]))
+                if not line[1]:
+                    continue
+        left.append(line)
+    return tuple(left), value
+
+
 def response_lines(lines: Sequence[Line], status: int, options: frozenset[bytes]) -> list[Line]:
     """Header lines for the client: everything that is not for the connection to the backend only, and SERVER_LINE.
 
