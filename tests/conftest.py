@@ -59,6 +59,12 @@ def short_grace(monkeypatch: pytest.MonkeyPatch) -> float:
 
 
 @pytest.fixture
+def short_linger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What may follow an answer that came before its request's end is not waited for for long."""
+    monkeypatch.setattr("balancer.edge.call.LINGER_SECONDS", 0.3)
+
+
+@pytest.fixture
 def demo() -> Iterator[Demo]:
     """A balancer and three demo backends of its own, to be killed at will."""
     started = start_demo()
