@@ -123,7 +123,7 @@ def test_settings_of_every_part_are_applied() -> None:
 @pytest.mark.parametrize("name", sorted(set(Settings.model_fields) - {"backends", "allow_file_origin"}))
 def test_every_setting_is_either_applied_or_said_to_need_a_restart(name: str) -> None:
     """Whatever holds its own copy of a setting that can be reloaded must get the new one."""
-    base: dict[str, Any] = {"backends": [A], "access_log": name != "access_log"}  # without it there is no format
+    base: dict[str, Any] = {"backends": [A], "access_log": name != "access_log", "sticky": name != "sticky"}
     wired = Wired(**base)
     balancer = wired.balancer
     balancer.bridges.append(Bridge(balancer.control_app, WorkerPool(1, 1, 1.0), options(ClientLimits)))
@@ -141,10 +141,11 @@ def held(balancer: LoadBalancer) -> list[Any]:
     """What the running parts have of the settings."""
     heads, route, control = balancer.proxy.heads, balancer.proxy.routes.usual, balancer.control
     return [
-        route.options, len(route.answer), [done.__self__.options for done in route.done], route.response_heads.rules,
-        heads.trusted, heads.max_lines, heads.rules, heads.via, heads.host, balancer.adapter.dialer.server_name,
-        control.pool._judge.options, control.pool.algorithm, control.access.options, balancer.adapter.timeouts,
-        balancer.health.options, balancer.bridges[0].limits, logging.getLogger().level,
+        route.options, [vars(answer.__self__) for answer in route.answer], route.response_heads.rules,
+        [done.__self__.options for done in route.done], heads.trusted, heads.max_lines, heads.rules, heads.via,
+        heads.host, balancer.adapter.dialer.server_name, control.pool._judge.options, control.pool.algorithm,
+        control.pool._strategy.options, control.access.options, balancer.adapter.timeouts, balancer.health.options,
+        balancer.bridges[0].limits, logging.getLogger().level,
     ]  # fmt: skip
 
 
