@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     configuration = balancer.configuration
                     configuration.file, configuration.read = file, load
                 return run(balancer, warnings, handed)
-        _warn(warnings if show else [*warnings, *settings.advice(config)])
+        _warn(warnings if show else [*warnings, *balancer.advice()])
         print(settings.describe(config, sources) if show else "configuration ok")
         return 0
     except SettingsError as error:
@@ -107,7 +107,8 @@ def run(balancer: LoadBalancer, warnings: list[str], handed: handover.Handed) ->
     logging.basicConfig(level=config.log_level.upper(), handlers=[handler])
     logging.getLogger("_granian").setLevel(logging.WARNING)  # it tells of every client that leaves
     balancer.listen(handed)
-    where = ", ".join(map(" ".join, zip(("listening on", "control API on"), balancer.urls, strict=False)))
+    titles = ["listening on"] + ["control API on"] * (config.control_port is not None) + ["redirecting on"]
+    where = ", ".join(map(" ".join, zip(titles, balancer.urls, strict=False)))
 
     # At once and whatever log_level says: somebody waits for it.
     def tell(stream: TextIO, logger: str, level: int, text: str) -> None:
@@ -115,7 +116,7 @@ def run(balancer: LoadBalancer, warnings: list[str], handed: handover.Handed) ->
             line = handler.format(logging.LogRecord(logger, level, "", 0, printable(text), None, None))
             print(line, file=stream, flush=True)
 
-    for warning in [*warnings, *settings.advice(config)]:
+    for warning in [*warnings, *balancer.advice()]:
         tell(sys.stderr, "balancer.settings", logging.WARNING, warning)
     tell(sys.stdout, "balancer", logging.INFO, f"{config.id}: {where}")
     return balancer.serve()

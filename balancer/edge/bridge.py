@@ -67,10 +67,14 @@ class Bridge(Listener):
 
     # --- Granian's thread: nothing here may block. ---
 
-    def accept(self, watcher: Any) -> None:
-        """One request, as Granian's `watcher` has it."""
+    def accept_last(self, watcher: Any) -> None:
+        """One request to a worker that accepts no more: another has taken its place."""
+        self.accept(watcher, True)
+
+    def accept(self, watcher: Any, is_last: bool = False) -> None:
+        """One request, as Granian's `watcher` has it, the last one of its connection or not."""
         is_control = self._is_control(watcher.scope["path"])
-        call = Call(self, watcher, is_control)
+        call = Call(self, watcher, is_control, is_last)
         self.calls[call] = None
         self._begun[call.scope["client"]] = None
         try:

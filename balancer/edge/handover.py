@@ -10,7 +10,8 @@ from balancer.errors import SettingsError
 from balancer.protocol.addresses import UNIX
 
 FIRST = 3  # descriptor
-ROLES = ("http", "control")  # what they may be called; those without a name have these, in this order
+# What they may be called; those without a name have these, in this order.
+ROLES = {"http": "port", "control": "control_port", "redirect": "http_redirect_port"}
 VARIABLES = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
 
 Handed = Mapping[str, socket.socket]  # by role
@@ -38,10 +39,11 @@ def take(environ: MutableMapping[str, str]) -> Handed:
 def settings_of(handed: Handed) -> dict[str, str | int]:
     """What they stand for. `host` is where the control API listens, for that looks at it to see who is local."""
     given: dict[str, str | int] = {}
-    for role, setting in (("http", "port"), ("control", "control_port")):
+    for role, setting in ROLES.items():
         if role in handed:
             name = handed[role].getsockname()
-            given["host"] = f"{UNIX}{name}" if isinstance(name, str) else name[0]
+            if role != "redirect":
+                given["host"] = f"{UNIX}{name}" if isinstance(name, str) else name[0]
             if not isinstance(name, str):
                 given[setting] = name[1]
     return given
@@ -53,7 +55,7 @@ def _role(name: str, taken: Handed) -> str:
     role = name if is_named else next((role for role in ROLES if role not in taken), "")
     if role not in ROLES:
         what = f"one that is called {name!r:.40}" if is_named else "too many sockets without a name"
-        raise SettingsError(f"LISTEN_FDNAMES: {what}; expected {' and '.join(ROLES)}")
+        raise SettingsError(f"LISTEN_FDNAMES: {what}; expected {', '.join(ROLES)}")
     if role in taken:
         raise SettingsError(f"two sockets are handed over as {role}; expected one of each")
     return role

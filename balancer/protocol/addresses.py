@@ -91,10 +91,10 @@ def client_address(peer: str, told: str, trusted: Sequence[Network]) -> str:
     address = peer
     if not (told and trusted):
         return peer
-    for claim in reversed(told.split(",")):
+    for claim in filter(str.strip, reversed(told.split(","))):
         if not is_in_networks(address, trusted):
             break
-        found = parse(claim.strip())
+        found = parse(claim.strip('" '))
         if found is None:
             break
         address = str(found)

@@ -7,6 +7,7 @@ import socket
 import ssl
 import struct
 import sys
+from collections.abc import Sequence
 
 from balancer.errors import ConnectionLost, ResponseTimedOut
 from balancer.protocol.origin import Origin
@@ -19,6 +20,8 @@ _PEEK = int(getattr(socket, "MSG_PEEK", 0)) | DONTWAIT
 # and a slow client has up to six of them in flight, so larger is more memory: `download` says how much is asked for.
 CHUNK = 135168
 FIRST = 33792  # of an answer, 32 KiB of body and a head: how fast its client reads is not known yet
+TLS_RECORD = 16384  # bytes; a send of more may wait in its middle
+HANGUP = int(getattr(select, "POLLRDHUP", 0))
 CLOSE_ENOUGH = 0.99  # of a time limit
 
 
@@ -114,12 +117,36 @@ class Connection:
         self.received += len(data)
         return data
 
+    def send_now(self, pieces: Sequence[bytes | memoryview]) -> int:
+        """As many bytes as go without waiting. Raises OSError. What TLS has not taken, it must get again first."""
+        if not self.is_tls:
+            try:
+                return self.sock.sendmsg(pieces, (), DONTWAIT)
+            except BlockingIOError:
+                return 0
+        data, done = memoryview(b"".join(pieces)), 0
+        self.sock.settimeout(0)
+        try:
+            while done < len(data):
+                done += self.sock.send(data[done : done + TLS_RECORD])
+        except (ssl.SSLWantWriteError, ssl.SSLWantReadError):
+            pass
+        finally:
+            self.sock.settimeout(self._timeout)
+        return done
+
     def wait_for_room(self, *, or_input: bool) -> None:
         """Until more can be sent, or something has come if that matters. Raises ResponseTimedOut."""
         poller = select.poll()
         poller.register(self.sock, select.POLLOUT | (select.POLLIN if or_input else 0))
         if not poller.poll(self._timeout * 1000):
             raise ResponseTimedOut(f"{self.origin.url} stopped reading the request")
+
+    def has_hung_up(self) -> bool:
+        """It sends no more, whatever of that has been read; where the system tells."""
+        poller = select.poll()
+        poller.register(self.sock, HANGUP)
+        return bool(HANGUP and poller.poll(0))
 
     def has_input(self) -> bool:
         """True if a receive would not block: while idle, that means EOF, an alert, or bytes nobody asked for."""
@@ -136,6 +163,8 @@ class Connection:
         return self._peek()
 
     def _peek(self) -> bool:
+        if isinstance(self.sock, ssl.SSLSocket) and self.sock.pending():
+            return True
         if self.is_tls or not DONTWAIT:  # neither can peek without blocking
             return self._is_readable()
         try:
