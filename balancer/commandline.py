@@ -30,9 +30,9 @@ EXAMPLES = f"""examples:
   {COMMAND} --config balancer.toml --check-config
 
 Every setting is a flag, a key of the TOML file and an environment variable: --health-path, health_path, LB_HEALTH_PATH;
-backends are --backend, [[backends]] and LB_BACKENDS. Tokens are no flags, which every user of the machine could read:
-admin_token and page_token are LB_ADMIN_TOKEN and LB_PAGE_TOKEN, or stand in the files that LB_ADMIN_TOKEN_FILE and
-LB_PAGE_TOKEN_FILE name.
+backends are --backend, [[backends]] and LB_BACKENDS. Secrets are no flags, which every user of the machine could read:
+admin_token, page_token and sticky_secret are LB_ADMIN_TOKEN, LB_PAGE_TOKEN and LB_STICKY_SECRET, or stand in the files
+that LB_ADMIN_TOKEN_FILE, LB_PAGE_TOKEN_FILE and LB_STICKY_SECRET_FILE name.
 A flag wins over the environment, that over the file, that over the default (in parentheses)."""
 
 
