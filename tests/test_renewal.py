@@ -35,8 +35,8 @@ from support import (
 from support import options as options_of
 from wire import WireBackend, wait_closed
 
+from balancer.edge import granian, renewal
 from balancer.edge import port as ports
-from balancer.edge import renewal
 from balancer.edge.port import Port
 from balancer.edge.renewal import Renewal
 from balancer.edge.tls import DAY, TlsOptions
@@ -308,7 +308,10 @@ class background:
         self._thread.join()
 
 
-def test_generations_end_with_what_they_serve_and_are_no_more_than_a_few(start: Start, held: threading.Event) -> None:
+def test_generations_end_with_what_they_serve_and_are_no_more_than_a_few(
+    start: Start, held: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ports, "MOST_PARKED", 3)
     balancer = start()
     port = port_of(balancer)
     options, certificate = port.wanted
@@ -320,12 +323,34 @@ def test_generations_end_with_what_they_serve_and_are_no_more_than_a_few(start: 
             wait_until(lambda sock=downloads[-1]: sock.recv(1), "it has begun")
             port.renew(replace(options, max_header_bytes=10_000 + number), certificate)
             wait_until(lambda count=number + 1: generations(balancer) == min(count, ports.MOST_PARKED))
-        assert port.wanted[0].max_header_bytes == 10_005 and port._worker is not None
-        assert port._worker.made_of[0].max_header_bytes == 10_003
+        assert port._worker is not None and port._worker.made_of[0].max_header_bytes == 10_002
         assert fetch(f"{balancer.url}/livez")[0] == 200
         held.set()
         assert [len(split_response(b"H" + read_all(sock))[2]) for sock in downloads] == [200_000] * len(downloads)
         wait_until(lambda: generations(balancer) == 0 and port._worker.made_of == port.wanted, "the last one is used")
+
+
+def test_what_never_ends_keeps_no_renewal_waiting_for_ever(
+    start: Start, held: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ports, "MOST_PARKED", 1)
+    monkeypatch.setattr(ports, "LONGEST_PARKED", 0.3)
+    monkeypatch.setattr(ports, "PARKED_SECONDS", 0.0)
+    balancer = start()
+    port = port_of(balancer)
+    options, _ = port.wanted
+    with ExitStack() as stack:
+        downloads = []
+        for number in range(2):
+            downloads.append(stack.enter_context(connect(balancer.port)))
+            downloads[-1].sendall(get(b"/held"))
+            wait_until(lambda sock=downloads[-1]: sock.recv(1), "it has begun")
+            port.renew(replace(options, max_clients=100 + number), None)
+            wait_until(lambda: port._worker is not None and port._worker.made_of == port.wanted)
+        endless, newer = downloads
+        assert len(split_response(b"H" + read_all(endless))[2]) < 200_000
+        held.set()
+        assert len(split_response(b"H" + read_all(newer))[2]) == 200_000
 
 
 @pytest.mark.parametrize("is_given_up", [False, True])
@@ -352,9 +377,17 @@ def test_the_end_while_an_old_generation_is_at_work(start: Start, held: threadin
     assert (len(split_response(received)[2]) == 200_000) is not is_given_up
 
 
-def test_level_after_many_renewals(start: Start) -> None:
+def test_level_after_many_renewals(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads and descriptors; a renewal for which the machine has no room is made up for."""
+    real, refusals = granian._ensure_room, [OSError("no descriptor"), RuntimeError("no thread")]
+
+    def ensure_room(listener: socket) -> None:
+        if refusals:
+            raise refusals.pop()
+        real(listener)
+
     balancer = start()
+    monkeypatch.setattr(granian, "_ensure_room", ensure_room)
     port = port_of(balancer)
     options, _ = port.wanted
     before = threading.active_count(), native_threads(), descriptors()
@@ -362,6 +395,7 @@ def test_level_after_many_renewals(start: Start) -> None:
         port.renew(replace(options, max_clients=1000 + number), None)
         wait_until(lambda wanted=port.wanted: port._worker is not None and port._worker.made_of == wanted)
         assert fetch(f"{balancer.url}/livez")[0] == 200
+    assert refusals == []
     wait_until(lambda: generations(balancer) == 0)
     wait_until(lambda: (threading.active_count(), native_threads()) <= before[:2] and descriptors() <= before[2] + 2)
 

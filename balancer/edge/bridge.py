@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -200,9 +201,9 @@ class Bridge(Listener):
         elif self.pool.withdraw(call):
             call.refuse()
 
-    def abort(self) -> None:
-        """Cut every client off: the drain time is over."""
-        calls = list(self.calls)
+    def abort(self, before: float = math.inf) -> None:
+        """Cut off every client whose request began `before` then, of time.monotonic(): its time is over."""
+        calls = [call for call in list(self.calls) if call.started < before]
         accepted.cut_all({call.addresses for call in calls})  # first, or they would be told that they had left
         for call in calls:
             self._lost(call)

@@ -10,11 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import re
 import select
 import socket
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -68,8 +70,9 @@ class _AtOnce:
 class Worker:
     """Granian's threads and connections on a socket that we bound, for its own would share a taken port.
 
-    Begins at once, in a thread with an event loop. The socket is Granian's from then on. Raises OSError or RuntimeError
-    if the machine has no descriptor or no thread left.
+    Begins at once, in a thread with an event loop. A copy of the socket is Granian's from then on, so that the port
+    stays ours, whichever worker serves it. Raises OSError or RuntimeError if the machine has no descriptor or no thread
+    left.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Worker:
     ) -> None:
         _ensure_room(listener)
         self.made_of = (options, certificate)
+        self.parked_at = math.inf  # of time.monotonic()
         self._bridge = bridge
         loop = asyncio.get_running_loop()
         self.stopped: asyncio.Future[None] = loop.create_future()
@@ -91,7 +95,7 @@ class Worker:
         extra: tuple[Any, ...] = () if sys.platform == "win32" else (False,)
         if sys.platform in ("linux", "freebsd"):
             extra += (BACKLOG,)
-        self._family, self._descriptor = listener.family, listener.detach()
+        self._family, self._descriptor = listener.family, listener.dup().detach()
         holder = _native.SocketHolder(self._descriptor, *extra)
         make = partial(
             _native.ASGIWorker,
@@ -130,6 +134,7 @@ class Worker:
     def park(self) -> None:
         """Accept no more, while another worker accepts on a copy of the same socket. Whoever is connected is served on,
         and told to come anew: every answer is the last one of an HTTP/1 connection."""
+        self.parked_at = time.monotonic()
         self._entry.__setstate__((self._bridge.accept_last, (), {}, None))
         if hasattr(select, "epoll"):
             _take_away(self._descriptor, self._family)
