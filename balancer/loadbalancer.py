@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import logging
 import select
+import socket
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
@@ -26,10 +27,10 @@ from balancer.config import settings, validation
 from balancer.config.reload import Change, Plan
 from balancer.config.settings import BackendSettings, Settings
 from balancer.control.access import AccessOptions
-from balancer.edge import process
+from balancer.edge import process, unixsocket
 from balancer.edge.bridge import Bridge
 from balancer.edge.express import Express
-from balancer.edge.granian import PortOptions
+from balancer.edge.granian import BACKLOG, PortOptions
 from balancer.edge.listener import ClientLimits
 from balancer.edge.port import Port, listen
 from balancer.edge.redirect import redirect_to
@@ -41,6 +42,7 @@ from balancer.fleet.health import HealthOptions
 from balancer.forwarding.filter import Filter
 from balancer.observe.events import Event
 from balancer.observe.record import ExplainedView
+from balancer.protocol.addresses import UNIX
 from balancer.upstream.transport import Timeouts
 
 if TYPE_CHECKING:
@@ -262,8 +264,10 @@ class LoadBalancer:
     def _open(self) -> Server:
         config = self.settings
         with contextlib.ExitStack() as opened:
-            numbers = [config.port, config.control_port, config.http_redirect_port]
-            listeners = [opened.enter_context(listen(config.host, port)) for port in numbers if port is not None]
+            listeners = [opened.enter_context(self._listen_main())]
+            for port in (config.control_port, config.http_redirect_port):
+                if port is not None:
+                    listeners.append(opened.enter_context(listen(config.control_host, port)))
             opened.pop_all()  # nothing has failed
         self.bridges = self.make_bridges()
         if config.http_redirect_port is not None:
@@ -273,6 +277,13 @@ class LoadBalancer:
         wanted = self._wanted()
         ports = [Port(*each) for each in zip(self.bridges, listeners, *zip(*wanted, strict=True), strict=True)]
         return Server(ports, on_start=self.start_parts, on_drain=self.drain, on_stop=self.stop_parts)
+
+    def _listen_main(self) -> socket.socket:
+        config = self.settings
+        if not config.host.startswith(UNIX):
+            return listen(config.host, config.port)
+        path = config.host.removeprefix(UNIX)
+        return unixsocket.listen(path, config.unix_socket_mode, config.unix_socket_owner, BACKLOG)
 
     def _begin(self, thread: Thread | None) -> Server | None:
         """It is this thread's to run and to close; None if it is another's, or was stopped."""
@@ -300,6 +311,7 @@ class LoadBalancer:
                 express=self.express,
             )
         ]
+        self.pool.cut_off = lambda backend: bridges[0].leave_backend(lambda forwarding: forwarding.is_on(backend))
         if config.control_port is not None:
             bridges.append(Bridge(self.control_app, self.workers, limits, is_control=lambda path: True))
         return bridges

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from socket import socket
+from socket import AF_UNIX, socket
 
 import pytest
 from certificates import Files, make_pair
@@ -237,6 +237,7 @@ def test_what_a_listener_begins_with_is_reloaded(tmp_path: Path, scripted: WireB
             changes = balancer.library.reload().changes
             assert {change.what for change in changes} == {"max_header_bytes", "header_timeout", "max_clients"}
             assert split_response(read_all(second))[0] == 200
+        with connect(balancer.port) as silent:
             assert wait_closed(silent, 60)
         configure(**files.settings)
         balancer.library.reload()
@@ -259,7 +260,7 @@ def is_secure(port: int) -> bool:
 
 def test_no_request_is_lost(files: Files, secure: Balancer, monkeypatch: pytest.MonkeyPatch) -> None:
     """New connections, kept ones and HTTP/2, while the certificate is renewed again and again."""
-    monkeypatch.setattr(ports, "PARKED_SECONDS", 2.0)
+    monkeypatch.setattr(ports, "PARKED_SECONDS", 3.0)
     stop = threading.Event()
     done: list[int] = []
 
@@ -354,7 +355,10 @@ def test_what_never_ends_keeps_no_renewal_waiting_for_ever(
 
 
 @pytest.mark.parametrize("is_given_up", [False, True])
-def test_the_end_while_an_old_generation_is_at_work(start: Start, held: threading.Event, is_given_up: bool) -> None:
+def test_the_end_while_an_old_generation_is_at_work(
+    start: Start, held: threading.Event, is_given_up: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ports, "PARKED_SECONDS", 60.0)  # nothing idle ends
     balancer = start()
     port = port_of(balancer)
     with connect(balancer.port) as sock, connect(balancer.port) as kept:
@@ -398,6 +402,21 @@ def test_level_after_many_renewals(start: Start, monkeypatch: pytest.MonkeyPatch
     assert refusals == []
     wait_until(lambda: generations(balancer) == 0)
     wait_until(lambda: (threading.active_count(), native_threads()) <= before[:2] and descriptors() <= before[2] + 2)
+
+
+def test_a_unix_socket_is_renewed_too(tmp_path: Path) -> None:
+    path = tmp_path / "lb.sock"
+    with Balancer(f"--host=unix:{path}", "--backend=http://127.0.0.1:1", wait_ready=False) as balancer:
+        port = port_of(balancer)
+        for number in range(3):
+            port.renew(replace(port.wanted[0], max_clients=100 + number), None)
+            wait_until(lambda: port._worker is not None and port._worker.made_of == port.wanted)
+            with socket(AF_UNIX) as client:
+                client.settimeout(60)
+                client.connect(str(path))
+                client.sendall(get(b"/livez"))
+                assert read_all(client).startswith(b"HTTP/1.1 200")
+        wait_until(lambda: generations(balancer) == 0)
 
 
 def native_threads() -> int:

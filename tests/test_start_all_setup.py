@@ -160,6 +160,7 @@ def test_whatever_pip_is_set_to_it_installs_into_the_venv_or_says_that_it_did_no
         [
             (f"[global]\nuser = true\nprefix = {elsewhere}\n[install]\ndry-run = true\ntarget = {elsewhere}\n", {}),
             ("", {**folder, "PIP_USER": "1", "PIP_DRY_RUN": "1", "PYTHONPATH": str(tmp_path)}),
+            (f"[install]\nuser = true\ntarget = {elsewhere}\nroot = {elsewhere}\n", {"PIP_CONFIG_FILE": str(config)}),
         ]
     ):
         name = f"brought_{number}"
@@ -170,11 +171,10 @@ def test_whatever_pip_is_set_to_it_installs_into_the_venv_or_says_that_it_did_no
         assert subprocess.run(command, timeout=60).returncode == 0
         assert not elsewhere.exists()
 
-    config.write_text(f"[install]\ntarget = {elsewhere}\n")  # named like this it counts more than that of .venv
-    (bare.tree / "requirements.txt").write_text(f"{make_wheel(tmp_path, 'not_brought')}\n")
+    (bare.tree / "requirements.txt").write_text(f"{make_wheel(tmp_path, 'not_brought')}; python_version < '3'\n")
     (bare.tree / "backend_server.py").write_text("import not_brought\n")
     for _ in range(2):
-        run = bare.start("setup", PIP_CONFIG_FILE=str(config))
+        run = bare.start("setup")
         run.assert_one_line_error(1, "not brought", "configuration", "No module named 'not_brought'", "setup.log")
     (bare.tree / "backend_server.py").write_text("")
     (bare.tree / "requirements.txt").write_text("# nothing\n")

@@ -37,4 +37,5 @@ class PoolOptions:
     slow_start: float
     queue_places: int
     queue_timeout: float
+    backend_drain_timeout: float
     sticky: bool

@@ -48,6 +48,10 @@ class Lease:
         self.is_answered = False
         self.queued = 0.0  # seconds it waited in the queue
 
+    @property
+    def is_held(self) -> bool:
+        return self._pool is not None
+
     def answered(self, first_byte_seconds: float, is_good: bool = True) -> None:
         """The response has begun but its body may take long: count the time now, not at `release`, and end a trial if
         it `is_good`. Idempotent."""
@@ -75,6 +79,8 @@ class BackendPool:
     traffic change, `_candidates` what follows for the next request. Nothing under it does I/O or calls out, but for the
     strategy; `_notifier` for the listeners is noted under it and told after it is let go. `_preparing`, taken before
     it, is held while the strategy prepares, and guards `_prepared`: what it was given.
+
+    `cut_off` ends what is in flight on a backend; whoever has the clients sets it. It is called without the lock.
     """
 
     def __init__(
@@ -103,6 +109,7 @@ class BackendPool:
         judging = (self._note, clock, wall_clock, rng or random.Random())
         self._judge = Judge(self._backends, options, *judging)
         self._candidates = Candidates(self._backends, self._note)
+        self.cut_off: Callable[[Backend], None] = lambda backend: None
 
     def __repr__(self) -> str:
         with self._lock:
@@ -260,11 +267,15 @@ class BackendPool:
         self._notifier.notify()
 
     def sweep(self) -> None:
-        """Let time pass: ejections and slow starts end, response times are compared. Call about once a second."""
+        """Let time pass: ejections, slow starts and drains end, response times are compared. Call about once a
+        second."""
         with self._lock:
             if self._judge.sweep():
                 self._judged()
+            overdue = self._members.cut_overdue(self._judge.options.backend_drain_timeout)
         self._notifier.notify()
+        for backend in overdue:
+            self.cut_off(backend)
 
     def _is_here(self, backend: Backend, origin: Origin | None) -> bool:
         """Neither removed nor moved away from `origin` meanwhile."""
@@ -286,6 +297,7 @@ class BackendPool:
         *,
         weight: int = 1,
         max_connections: int | None = None,
+        drain_timeout: float | None = None,
         source: Source = "api",
         configured: Mapping[str, Any] | None = None,
     ) -> Backend:
@@ -293,23 +305,27 @@ class BackendPool:
         with self._changing():
             backend_id = self._members.new_id(backend_id)
             backend = Backend(backend_id, origin, weight, max_connections, source=source, configured=configured or {})
+            backend.drain_timeout = drain_timeout
             self._members.add(backend)
         return backend
 
     def update(self, backend_id: str, changes: Mapping[str, Any]) -> Backend:
-        """Set `weight`, `max_connections` or `admin_state`, already validated. Raises KeyError for an unknown id."""
+        """Set `weight`, `admin_state` and the like, already validated. Raises KeyError for an unknown id."""
         with self._changing():
             backend = self._backends[backend_id]
             self._members.update(backend, changes)
         return backend
 
-    def remove(self, backend_id: str) -> int:
-        """No new requests from now on; it goes when the last one in flight has ended. Returns how many there are.
-
-        Raises KeyError for an unknown id.
+    def remove(self, backend_id: str, at_once: bool = False) -> int:
+        """No new requests from now on; it goes when the last one in flight has ended, or `at_once`, and those are cut
+        off. Returns how many there are. Raises KeyError for an unknown id.
         """
         with self._changing():
-            return self._members.remove(self._backends[backend_id])
+            backend = self._backends[backend_id]
+            active = self._members.remove(backend, at_once)
+        if at_once and active:
+            self.cut_off(backend)
+        return active
 
     def use(self, strategy: Strategy) -> None:
         """Switch the strategy; the next `lease` uses it, with no memory of the past."""

@@ -29,7 +29,7 @@ from balancer.config.settings import NEEDS_RESTART, BackendSettings, Settings, s
 from balancer.errors import SettingsError
 from balancer.protocol.origin import Origin
 
-BACKEND_FIELDS = ("url", "weight", "max_connections")
+BACKEND_FIELDS = ("url", "weight", "max_connections", "drain_timeout")
 
 Sources = Mapping[str, str]
 Plain = str | float | bool | None
@@ -271,6 +271,7 @@ def make_backend(settings: BackendSettings, source: str) -> Backend:
         Origin.parse(settings.url),
         settings.weight,
         settings.max_connections,
+        drain_timeout=settings.drain_timeout,
         source=short(source),
         configured=configured(settings),
     )

@@ -37,9 +37,9 @@ from balancer.balancing.options import LatencyMode
 from balancer.config import environment, validation
 from balancer.errors import SettingsError
 from balancer.protocol import headerrules
-from balancer.protocol.addresses import Network, is_loopback, parse_network
+from balancer.protocol.addresses import UNIX, Network, is_loopback, parse_network
 from balancer.protocol.headerrules import NO_RULES, HeaderRules
-from balancer.protocol.origin import Origin
+from balancer.protocol.origin import EXPECTED, Origin, check_path
 from balancer.protocol.texts import quoted
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ Port = Annotated[int, Field(ge=1, le=65535)]
 Weight = Annotated[int, Field(ge=0, le=MAX_WEIGHT), BeforeValidator(validation.no_truth_value)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 MaxConnections = Annotated[int, Field(ge=1, le=MAX_CONNECTIONS)]
+DrainTimeout = Annotated[SecondsOrZero, BeforeValidator(validation.no_truth_value)]
 
 SHORTEST_TOKEN = 16  # characters: fewer can be guessed
 SHORT_FORMS = {"flag": "--backend {}", "environment": "backend {} of LB_BACKENDS"}  # where backends are told by number
@@ -92,9 +93,12 @@ class BackendSettings(BaseModel):
     id: str = Field(
         "", pattern=validation.ID_OR_NONE, description="name, unique; backend_1, backend_2, ... if left out"
     )
-    url: str = Field(description="http://HOST:PORT or https://HOST:PORT")
+    url: str = Field(description=EXPECTED)
     weight: Weight = Field(1, description="share of the traffic relative to the others; 0 for no new requests")
     max_connections: MaxConnections | None = Field(None, description="requests at the same time; no limit if left out")
+    drain_timeout: DrainTimeout | None = Field(
+        None, description="time for what is in flight when it is drained or removed; backend_drain_timeout if left out"
+    )
 
     @field_validator("url")
     @classmethod
@@ -131,13 +135,26 @@ class Settings(BaseModel):
 
     # Who and where.
     id: Fixed[str] = Field("lb-1", pattern=validation.ID, description="name of this balancer in answers and in Via")
-    host: Fixed[str] = Field("127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0 or :: for all")
+    host: Fixed[str] = Field(
+        "127.0.0.1",
+        min_length=1,
+        description="address to listen on; 0.0.0.0 or :: for all; unix:/PATH for a Unix socket, which has no port",
+    )
     port: Fixed[int] = Field(
         9000, ge=0, le=65535, description="port to listen on; 0 for any free one, which is printed"
     )
-    control_port: Fixed[Port | None] = Field(None, description="port for the control paths alone, on the same address")
+    control_port: Fixed[Port | None] = Field(
+        None, description="port for the control paths alone, on the same address; 127.0.0.1 beside a Unix socket"
+    )
     control_prefix: Fixed[str] = Field(
         "", description="moves all control paths, as in /lb; the bare ones are then forwarded"
+    )
+
+    unix_socket_mode: Fixed[str] = Field(
+        "0600", pattern=validation.MODE, description="who may connect to a Unix socket, as chmod has it"
+    )
+    unix_socket_owner: Fixed[str | None] = Field(
+        None, pattern=validation.OWNER, description="whose a Unix socket is: USER, USER:GROUP or :GROUP"
     )
 
     # TLS towards clients.
@@ -189,6 +206,9 @@ class Settings(BaseModel):
         500, ge=0, le=100_000, description="requests that wait while all are full; at most half of max_threads"
     )
     queue_timeout: Seconds = Field(5.0, description="time a request waits for a place on a backend; after that 503")
+    backend_drain_timeout: SecondsOrZero = Field(
+        300.0, description="time for what a backend has in flight when it is drained or removed; 0 for no limit"
+    )
     max_request_body: Bytes | None = Field(None, ge=0, description="bytes; larger request bodies are refused with 413")
     ca_file: Fixed[Path | None] = Field(None, description="PEM file of CAs for https backends, instead of the system's")
     backend_host: str = Field(
@@ -199,7 +219,9 @@ class Settings(BaseModel):
         pattern=validation.NAME,
         description="what https backends are called, and their certificates must say, instead of the name in the URL",
     )
-    trusted_proxies: tuple[str, ...] = Field((), description="networks whose X-Forwarded-* and Forwarded are believed")
+    trusted_proxies: tuple[str, ...] = Field(
+        (), description="networks whose X-Forwarded-* and Forwarded are believed; unix for clients of a Unix socket"
+    )
     expose_backend: bool = Field(False, description="add X-Served-By with the backend's id to answers")
     request_headers: RequestRules = Field(
         NO_RULES, description='changes of what backends get, as { set = { X-Team = "a" }, remove = ["X-Debug"] }'
@@ -301,6 +323,16 @@ class Settings(BaseModel):
             raise ValueError(f"has {len(text)} characters, so it can be guessed; expected at least {SHORTEST_TOKEN}")
         return token
 
+    @field_validator("host")
+    @classmethod
+    def _check_host(cls, host: str) -> str:
+        if host.startswith(UNIX):
+            path = os.fsencode(host.removeprefix(UNIX))
+            if not path.startswith(b"/"):
+                raise ValueError("expected unix:/PATH")
+            check_path(path)
+        return host
+
     @field_validator("control_prefix")
     @classmethod
     def _check_prefix(cls, prefix: str) -> str:
@@ -313,6 +345,8 @@ class Settings(BaseModel):
     @classmethod
     def _check_networks(cls, networks: tuple[str, ...]) -> tuple[str, ...]:
         for network in networks:
+            if network == "unix":
+                continue
             try:
                 found = ipaddress.ip_network(network, strict=False)
             except ValueError:
@@ -350,13 +384,19 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _check_pairs(self) -> Settings:
-        taken = {self.port: "port"}
+        if self.host.startswith(UNIX) and self.http_redirect_port is not None:
+            raise ValueError(f"http_redirect_port: {self.host} has no port to which it could send clients")
+        taken = {} if self.host.startswith(UNIX) else {self.port: "port"}
         for name in ("control_port", "http_redirect_port"):
             if (port := getattr(self, name)) is not None:
                 if port in taken:
                     raise ValueError(f"{name} and {taken[port]} are both {port}; choose another for one of them")
                 taken[port] = name
         return self
+
+    @property
+    def control_host(self) -> str:
+        return "127.0.0.1" if self.host.startswith(UNIX) else self.host
 
     @property
     def networks(self) -> tuple[Network, ...]:
@@ -400,7 +440,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         elif name in SECRETS:
             continue  # a secret on a command line can be read by every user of the machine
         elif field.annotation is bool:
-            parser.add_argument(flag, nargs="?", const="true", metavar="true|false", help=f"{text} (false)")
+            parser.add_argument(
+                flag, nargs="?", const="true", metavar="true|false", help=f"{text} ({default_of(name)})"
+            )
         else:
             parser.add_argument(flag, metavar=name.rpartition("_")[2].upper(), help=f"{text} ({default_of(name)})")
 

@@ -24,6 +24,7 @@ from balancer.observe.record import ExplainedView
 TEXT: Schema = {"type": "string"}
 LEGACY = "application/json"  # of errors on the paths of the earlier program
 COUNT: Schema = {"type": "integer", "minimum": 0, "default": 0}
+SWITCH: Schema = {**COUNT, "maximum": 1}
 
 blueprint = Blueprint("openapi", __name__)
 
@@ -117,12 +118,14 @@ PATHS: dict[str, Schema] = {
         "parameters": _in_path("backend_id"),
         "get": _operation("getBackend", "One backend.", {200: BackendView}),
         "patch": _operation(
-            "changeBackend", "Change weight, max_connections or admin_state.", {200: BackendView}, body=BackendChange
+            "changeBackend", "Change weight, limits or admin_state.", {200: BackendView}, body=BackendChange
         ),
         "delete": _operation(
             "removeBackend",
-            "Remove: no new requests, gone when the last one in flight has ended, later if that is 202.",
+            "Remove: no new requests, gone when the last one in flight has ended, later if that is 202; with "
+            "`force` at once, and those in flight are cut off.",
             {200: BackendRemoved, 202: BackendRemoved},
+            query={"force": SWITCH},
         ),
     },
     "/requests/{request_id}": {
@@ -147,7 +150,7 @@ PATHS: dict[str, Schema] = {
             "`dry_run` it only says what would change.",
             {200: PlanView},
             body=Nothing,
-            query={"dry_run": {"type": "integer", "minimum": 0, "maximum": 1, "default": 0}},
+            query={"dry_run": SWITCH},
         )
     },
     "/events": {

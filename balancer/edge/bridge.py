@@ -24,7 +24,7 @@ from balancer.edge.call import Call
 from balancer.edge.listener import ClientLimits, Listener
 from balancer.edge.promise import result_of, when_done
 from balancer.edge.workers import WorkerPool
-from balancer.errors import ClientStalled
+from balancer.errors import BackendRemoved, ClientStalled
 from balancer.forwarding.stage import Stage
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from balancer.edge.express import Express
     from balancer.edge.wsgi import ReverseProxy
+    from balancer.forwarding.forwarding import Forwarding
 
 log = logging.getLogger("balancer.server")
 
@@ -201,9 +202,14 @@ class Bridge(Listener):
         elif self.pool.withdraw(call):
             call.refuse()
 
+    def leave_backend(self, is_there: Callable[[Forwarding], bool]) -> None:
+        """End what is in flight on a backend. From any thread; whoever has such a call sees its connection end."""
+        for call in list(self.calls):
+            if call.leave_backend(is_there) and self._take(call):
+                call.abandon(BackendRemoved)
+
     def abort(self, before: float = math.inf) -> None:
-        """Cut off every client whose request began `before` then, of time.monotonic(): its time is over."""
-        calls = [call for call in list(self.calls) if call.started < before]
-        accepted.cut_all({call.addresses for call in calls})  # first, or they would be told that they had left
-        for call in calls:
-            self._lost(call)
+        """Every client has been cut off whose request began `before` then, of time.monotonic()."""
+        for call in list(self.calls):
+            if call.started < before:
+                self._lost(call)

@@ -92,7 +92,8 @@ class Worker:
         self._signal = _native.WorkerSignal()
         self._signal.add_cb(tell)
         # How the holder is made differs by platform; it takes the descriptor over.
-        extra: tuple[Any, ...] = () if sys.platform == "win32" else (False,)
+        is_unix = listener.family == getattr(socket, "AF_UNIX", None)
+        extra: tuple[Any, ...] = () if sys.platform == "win32" else (is_unix,)
         if sys.platform in ("linux", "freebsd"):
             extra += (BACKLOG,)
         self._family, self._descriptor = listener.family, listener.dup().detach()
@@ -107,7 +108,7 @@ class Worker:
             1,  # threads that call into Python
             30,
             options.max_clients,
-            HTTPModes.auto,
+            HTTPModes.http1 if is_unix else HTTPModes.auto,  # `unixsocket` says why
             HTTP1Settings(
                 header_read_timeout=int(options.header_timeout * 1000), max_buffer_size=options.max_header_bytes
             ),
@@ -129,7 +130,8 @@ class Worker:
         # On Windows Granian makes futures of the event loop, which are for its thread alone.
         its_loop = loop if sys.platform == "win32" else _AtOnce()
         with contextlib.nullcontext(PLAIN) if certificate is None else certificate.arguments() as tls:
-            make(*tls, (None, None)).serve_async(scheduler, its_loop, self._signal)
+            worker = make(*tls, (None, None))
+            (worker.serve_async_uds if is_unix else worker.serve_async)(scheduler, its_loop, self._signal)
 
     def park(self) -> None:
         """Accept no more, while another worker accepts on a copy of the same socket. Whoever is connected is served on,
@@ -171,8 +173,8 @@ def _take_away(listener: int, family: int) -> None:
                 with select.epoll.fromfd(os.dup(int(name))) as poller:
                     poller.unregister(listener)
     with contextlib.suppress(OSError), socket.socket(family) as nobody:
-        if family != socket.AF_UNIX:  # which finds a name by itself
-            nobody.bind(("::1" if family == socket.AF_INET6 else "127.0.0.1", 0))
+        address: Any = ("::1" if family == socket.AF_INET6 else "127.0.0.1", 0)
+        nobody.bind("" if family == socket.AF_UNIX else address)  # any name that is free
         nobody.listen(1)
         nobody.setblocking(False)
         os.dup2(nobody.fileno(), listener, inheritable=False)

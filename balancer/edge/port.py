@@ -13,14 +13,16 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 from balancer.edge import accepted
 from balancer.edge.bridge import Bridge
 from balancer.edge.granian import BACKLOG, PortOptions, Worker
 from balancer.edge.tls import Certificate
+from balancer.edge.unixsocket import Unread
 from balancer.errors import SettingsError
+from balancer.protocol.origin import unix_url
 from balancer.protocol.texts import quoted
 
 log = logging.getLogger("balancer.server")
@@ -44,7 +46,8 @@ class Port:
         self, bridge: Bridge, listener: socket.socket, options: PortOptions, certificate: Certificate | None = None
     ) -> None:
         self.bridge = bridge
-        self.address: accepted.Local = listener.getsockname()[:2]
+        name = listener.getsockname()
+        self.address: accepted.Local = name if isinstance(name, str) else name[:2]
         self.wanted = options, certificate
         self._listener = listener
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -56,6 +59,8 @@ class Port:
 
     @property
     def url(self) -> str:
+        if isinstance(self.address, str):
+            return unix_url(self.address)
         host, port = self.address
         scheme = "http" if self.wanted[1] is None else "https"
         return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
@@ -81,6 +86,12 @@ class Port:
         for worker in workers:
             worker.stop()
         return asyncio.gather(*(worker.stopped for worker in workers))
+
+    def abort(self) -> None:
+        """Cut every client off: the drain time is over. First their sockets, or they would be told that they had
+        left."""
+        self.cut()
+        self.bridge.abort()
 
     def cut(self) -> None:
         """Cut off whoever is still connected, such as a client that is silent in the middle of a request head."""
@@ -108,7 +119,7 @@ class Port:
         if len(self._parked) >= MOST_PARKED:
             oldest = self._parked[0].parked_at
             if now - oldest >= LONGEST_PARKED:
-                self.bridge.abort(oldest + PARKED_SECONDS)  # no request of this worker began later
+                self._abort_older(oldest + PARKED_SECONDS)  # no request of this worker began later
             self._renew_in(max(RENEW_SECONDS, oldest + LONGEST_PARKED - now))
             return
         if now < self._next_renewal:
@@ -117,7 +128,7 @@ class Port:
         try:
             worker = self._make_worker()
         except (OSError, RuntimeError) as error:
-            log.warning("port %d is not renewed yet: %s", self.address[1], error)
+            log.warning("%s is not renewed yet: %s", self.url, error)
             self._renew_in(RENEW_SECONDS)
             return
         with contextlib.suppress(OSError):  # no descriptor is left to look for it: until its end it accepts as well
@@ -125,6 +136,11 @@ class Port:
         self._parked.append(self._worker)
         self._keep(self._end(self._worker))
         self._worker = worker
+
+    def _abort_older(self, then: float) -> None:
+        if not isinstance(self.address, str):  # else whoever does not read keeps a worker for `idle_timeout` more
+            accepted.cut_all({call.addresses for call in list(self.bridge.calls) if call.started < then})
+        self.bridge.abort(then)
 
     def _renew_in(self, seconds: float) -> None:
         assert self._loop is not None
@@ -140,16 +156,29 @@ class Port:
         self._renew()  # what had to wait for this
 
     async def _close_unused(self) -> None:
-        """hyper limits the time for a request head in HTTP/1 only, and only once it knows that it is that."""
-        unused, bridge = accepted.Unused(self.address, self.wanted[0].header_timeout), self.bridge
+        begin = self._passes()
         while True:
-            await asyncio.sleep(min(unused.header_timeout / 2, PASS_SECONDS))
-            unused.header_timeout = self.wanted[0].header_timeout
+            await asyncio.sleep(min(self.wanted[0].header_timeout / 2, PASS_SECONDS))
             try:
-                for _ in unused.close(bridge.used(), bridge.handed(), bridge.limits.idle_timeout):
+                for _ in begin():
                     await asyncio.sleep(SLICE_PAUSE_SECONDS)
             except Exception:  # it must go on, or unused connections would pile up
                 log.exception("closing unused connections failed")
+
+    def _passes(self) -> Callable[[], Iterator[None]]:
+        """What begins a pass over all connections."""
+        bridge = self.bridge
+        if isinstance(self.address, str):
+            unread = Unread(self.address)
+            return lambda: unread.close(max(bridge.limits.idle_timeout, accepted.IDLE_SECONDS))
+        # hyper limits the time for a request head in HTTP/1 only, and only once it knows that it is that.
+        unused = accepted.Unused(self.address, self.wanted[0].header_timeout)
+
+        def begin() -> Iterator[None]:
+            unused.header_timeout = self.wanted[0].header_timeout
+            return unused.close(bridge.used(), bridge.handed(), bridge.limits.idle_timeout)
+
+        return begin
 
 
 def listen(host: str, port: int) -> socket.socket:
