@@ -32,6 +32,7 @@ from balancer.edge.granian import PortOptions
 from balancer.edge.listener import ClientLimits
 from balancer.edge.port import Port, listen
 from balancer.edge.server import Server
+from balancer.edge.sockets import SocketOptions, Sockets
 from balancer.edge.workers import WorkerPool
 from balancer.errors import SettingsError
 from balancer.fleet.health import HealthOptions
@@ -105,6 +106,7 @@ class LoadBalancer:
         self.configuration, self.adapter = parts.control.configuration, parts.control.adapter
         self.app.extensions["balancer"] = self
         self.express: Express | None = None
+        self.sockets: Sockets | None = None
         self.bridges: list[Bridge] = []
         self._lock = threading.RLock()
         self._state = State.NEW
@@ -274,9 +276,10 @@ class LoadBalancer:
         """The main one, and the control API's if it has a port of its own; both share the threads."""
         config = self.settings
         limits = config.options(ClientLimits)
+        is_wrapped = self.app.wsgi_app is not self.proxy
         if hasattr(select, "epoll"):
             self.express = Express(self.adapter, self.workers)
-        is_wrapped = self.app.wsgi_app is not self.proxy
+            self.sockets = None if is_wrapped else Sockets(config.options(SocketOptions))
         bridges = [
             Bridge(
                 self.app.wsgi_app,
@@ -286,6 +289,7 @@ class LoadBalancer:
                 # A WSGI middleware around the proxy must see every request, so there is no way past it then.
                 proxy=None if is_wrapped else self.proxy,
                 express=self.express,
+                sockets=self.sockets,
             )
         ]
         if config.control_port is not None:
@@ -299,6 +303,8 @@ class LoadBalancer:
         self.control.history.start()
         if self.express is not None:
             self.express.start()
+        if self.sockets is not None:
+            self.sockets.start()
         self.control.lifecycle = "running"
 
     def drain(self, text: str) -> None:
@@ -309,6 +315,8 @@ class LoadBalancer:
         self.control.lifecycle = "draining"
         if self.express is not None:
             self.express.stop()
+        if self.sockets is not None:
+            self.sockets.stop()
         self.health.stop()
         self.control.history.stop()
         self.adapter.close()
@@ -352,6 +360,8 @@ class LoadBalancer:
         self.control.access.options = config.options(AccessOptions)
         for bridge in self.bridges:
             bridge.limits = config.options(ClientLimits)
+        if self.sockets is not None:
+            self.sockets.options = config.options(SocketOptions)
         logging.getLogger().setLevel(config.log_level.upper())
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from balancer.edge import accepted
 from balancer.edge.call import Call
+from balancer.edge.handshake import HandshakeCall
 from balancer.edge.listener import ClientLimits, Listener
 from balancer.edge.promise import result_of, when_done
 from balancer.edge.workers import WorkerPool
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
 
     from balancer.edge.express import Express
+    from balancer.edge.sockets import Sockets
     from balancer.edge.wsgi import ReverseProxy
 
 log = logging.getLogger("balancer.server")
@@ -55,8 +57,10 @@ class Bridge(Listener):
         is_control: Callable[[str], bool] = lambda path: False,
         proxy: ReverseProxy | None = None,
         express: Express | None = None,
+        sockets: Sockets | None = None,
     ) -> None:
         super().__init__(app, limits)
+        self.sockets = sockets  # without it, WebSockets are requests like others
         self.pool = pool
         self.proxy = proxy
         self.express = express
@@ -68,7 +72,11 @@ class Bridge(Listener):
 
     def accept(self, watcher: Any) -> None:
         """One request, as Granian's `watcher` has it."""
-        is_control = self._is_control(watcher.scope["path"])
+        scope = watcher.scope
+        is_control = self._is_control(scope["path"])
+        if scope["type"] == "websocket":
+            self._accept_socket(watcher, is_control)
+            return
         call = Call(self, watcher, is_control)
         self.calls[call] = None
         self._begun[call.scope["client"]] = None
@@ -80,6 +88,22 @@ class Bridge(Listener):
             if call.body is None and self.express is not None and forwarding.start() and self.express.wait_for(call):
                 return
             self._hand_on(call)
+        except BaseException:
+            self._surprised(call)
+
+    def _accept_socket(self, watcher: Any, is_control: bool) -> None:
+        assert self.sockets is not None and self.proxy is not None  # else Granian is told to bring none
+        call = HandshakeCall(self, watcher, is_control, self.sockets)
+        self.calls[call] = self._begun[call.scope["client"]] = None
+        try:
+            if is_control:
+                call.refuse_plainly()
+                return
+            call.forwarding = self.proxy.upgrade(call.request(self.proxy.heads))
+            if self.sockets.is_leaving or len(self.open_sockets) > self.sockets.options.max_websockets:
+                call.refuse()
+            else:
+                self._submit(call)
         except BaseException:
             self._surprised(call)
 

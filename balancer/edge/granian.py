@@ -95,7 +95,7 @@ class Worker:
                 initial_connection_window_size=CONNECTION_WINDOW,
                 max_send_buffer_size=SEND_BUFFER,
             ),
-            False,  # WebSockets
+            bridge.sockets is not None,  # WebSockets
             None,  # static files
             *(False, None, None, None, str(SSLProtocols.tls13), None, [], False),
             (None, None),  # metrics

@@ -18,6 +18,7 @@ from balancer.protocol.texts import quoted
 log = logging.getLogger("balancer.server")
 
 PASS_SECONDS = 5.0  # at most between two passes over all connections, 0.1 s of work each if there are 10,000
+KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}  # seconds, seconds, questions
 SLICE_PAUSE_SECONDS = 0.005  # between two slices of a pass
 
 
@@ -71,6 +72,15 @@ class Port:
                 log.exception("closing unused connections failed")
 
 
+def _keep_alive(listener: socket.socket) -> None:
+    """What is accepted inherits it. So it shows that a client has vanished whose WebSocket is idle: Granian sends no
+    pings. Not TCP_USER_TIMEOUT, which would also end whoever pauses a download."""
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in KEEPALIVE.items():
+        if hasattr(socket, name):
+            listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket. Raises SettingsError for a taken port or an address that is not ours."""
     try:
@@ -83,6 +93,7 @@ def listen(host: str, port: int) -> socket.socket:
         if os.name == "posix":  # on Windows this option would let two programs share the port
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        _keep_alive(listener)
         listener.bind(address)
         listener.listen(BACKLOG)
         listener.setblocking(False)
