@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from http import HTTPStatus
 from typing import Any
 
 import pytest
 from support import PATIENCE, PYTHON, Balancer, Process, RawRequest, fetch, read_all, wait_until
 from support import connect as connect_raw
-from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.exceptions import ConnectionClosed, ConnectionClosedOK, InvalidStatus
 from websockets.frames import Frame, Opcode
 from websockets.http11 import Request, Response
+from websockets.protocol import Protocol, Side
 from websockets.sync.client import ClientConnection, connect
 from websockets.sync.server import Server, ServerConnection, serve
-from wire import WireBackend, hang_up
+from wire import MIB, WireBackend, hang_up, resident_bytes
 
-from balancer.edge import websocket
 from balancer.protocol.websocket import accept_of
 
 
@@ -190,8 +191,7 @@ def frame(opcode: Opcode, data: bytes = b"", fin: bool = True, mask: bool = Fals
 
 
 @pytest.fixture
-def wired(scripted: WireBackend, monkeypatch: pytest.MonkeyPatch) -> Iterator[Balancer]:
-    monkeypatch.setattr(websocket, "CLOSE_SECONDS", 0.1)  # most of these backends do not close when they should
+def wired(scripted: WireBackend) -> Iterator[Balancer]:
     scripted.reset()
     with Balancer(
         f"--backend=only={scripted.url}",
@@ -201,6 +201,14 @@ def wired(scripted: WireBackend, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ba
         "--websocket-max-message=1000",
         "--websocket-ping-interval=0",
     ) as started:
+        yield started
+    scripted.drop_connections()
+
+
+@pytest.fixture
+def wired_wide(scripted: WireBackend) -> Iterator[Balancer]:
+    scripted.reset()
+    with Balancer(f"--backend=only={scripted.url}", "--websocket-ping-interval=0") as started:
         yield started
     scripted.drop_connections()
 
@@ -236,11 +244,20 @@ def test_a_bad_answer_to_the_handshake_is_a_502(wired: Balancer, scripted: WireB
 
 
 def talk(sock: socket.socket, request: RawRequest, data: bytes, *, stay: bool = True) -> bytes:
-    """Switch, send, and read until the end."""
+    """Switch, send, and read until we are told to close; unless it is to `stay`, it ends without a word first."""
     switch(sock, request, after=data)
     if not stay:
         sock.shutdown(socket.SHUT_WR)
-    return read_all(sock)
+    return read_to_close(sock)
+
+
+def read_to_close(sock: socket.socket) -> bytes:
+    protocol, received = Protocol(Side.SERVER, max_size=None), bytearray()
+    while protocol.close_rcvd is None and (data := sock.recv(1 << 20)):
+        protocol.receive_data(data)
+        received += data
+    sock.shutdown(socket.SHUT_WR)
+    return bytes(received)
 
 
 CLOSE_1000 = frame(Opcode.CLOSE, b"\x03\xe8")
@@ -331,6 +348,105 @@ def test_a_handshake_with_a_body_is_refused(wired: Balancer) -> None:
     with connect_raw(wired.port) as client:
         client.sendall(with_body)
         assert client.recv(65536).startswith(b"HTTP/1.1 400")
+
+
+# Whoever does not read keeps the other side waiting, and not in our memory.
+
+PIECE, PIECES = 65536, 1000  # 62 MiB in all; the kernel keeps some of it at each of four sockets
+
+
+def standstill(count: Callable[[], int]) -> int:
+    """What it is once it grows no more."""
+    seen: list[int] = []
+
+    def is_still() -> bool:
+        seen.append(count())
+        return len(seen) > 15 and seen[-15] == seen[-1]
+
+    wait_until(is_still, "nothing moves any more")
+    return seen[-1]
+
+
+def test_a_client_that_does_not_read_stops_its_backend(wired_wide: Balancer, scripted: WireBackend) -> None:
+    sent = 0
+
+    def script(sock: socket.socket, request: RawRequest) -> None:
+        nonlocal sent
+        switch(sock, request)
+        for number in range(PIECES):
+            sock.sendall(frame(Opcode.BINARY, b"%c" % (number % 251) * PIECE))
+            sent += 1
+        sock.sendall(CLOSE_1000)
+        read_to_close(sock)
+
+    scripted.script = script
+    with connect(ws(wired_wide), max_queue=1, compression=None, ping_interval=None) as client:
+        assert standstill(lambda: sent) < PIECES / 2
+        for number in range(PIECES):
+            assert client.recv() == b"%c" % (number % 251) * PIECE
+        with pytest.raises(ConnectionClosedOK):
+            client.recv()
+    assert newest(wired_wide)["websocket"]["messages_out"] == PIECES
+
+
+def test_a_backend_that_does_not_read_stops_its_client(wired_wide: Balancer, scripted: WireBackend) -> None:
+    may_read, sent = threading.Event(), 0
+    got: list[int] = []
+
+    def script(sock: socket.socket, request: RawRequest) -> None:
+        switch(sock, request)
+        may_read.wait(PATIENCE)
+        got.append(len(read_to_close(sock)))
+
+    def send(client: ClientConnection) -> None:
+        nonlocal sent
+        for _ in range(PIECES):
+            client.send(b"x" * PIECE)
+            sent += 1
+        client.close()
+
+    scripted.script = script
+    with connect(ws(wired_wide), compression=None, ping_interval=None) as client:
+        sender = threading.Thread(target=send, args=(client,))
+        sender.start()
+        assert standstill(lambda: sent) < PIECES / 2
+        may_read.set()
+        sender.join()
+    wait_until(lambda: got)
+    assert got[0] > PIECES * PIECE
+    assert newest(wired_wide)["websocket"]["messages_in"] == PIECES
+
+
+def test_a_client_that_never_reads_is_cut_off_in_the_end(wired_wide: Balancer, scripted: WireBackend) -> None:
+    """The backend closes, and what it had sent before cannot go out: nor can the close frame, nor any other end."""
+    data = frame(Opcode.BINARY, b"x" * PIECE) * 200
+    scripted.script = lambda sock, request: talk(sock, request, data + CLOSE_1000, stay=False)
+    with connect_raw(wired_wide.port) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.sendall(HANDSHAKE)
+        wired_wide.library.stop(1.0)
+        assert wired_wide.library.control.statistics.snapshot()[0]["active_requests"] == 0
+
+
+@pytest.mark.parametrize("data", [frame(Opcode.PING, b"x" * 100), frame(Opcode.TEXT), frame(Opcode.CONT, b"", False)])
+def test_frames_without_end_do_not_fill_the_memory(wired_wide: Balancer, scripted: WireBackend, data: bytes) -> None:
+    """Pings that are answered to nobody, messages that say nothing, fragments that never become one."""
+    sent = 0
+
+    def script(sock: socket.socket, request: RawRequest) -> None:
+        nonlocal sent
+        switch(sock, request, after=frame(Opcode.TEXT, b"", False) if data[0] == 0 else b"")
+        with suppress(OSError):
+            while sent < 64 * MIB:
+                sent += sock.send(data * (MIB // len(data)))
+        hang_up(sock)
+
+    scripted.script = script
+    before = resident_bytes(os.getpid())
+    with connect_raw(wired_wide.port) as client:
+        client.sendall(HANDSHAKE)
+        standstill(lambda: sent)
+        assert resident_bytes(os.getpid()) - before < 48 * MIB
 
 
 # Time, limits, the end.

@@ -226,3 +226,5 @@ class Bridge(Listener):
         accepted.cut_all({call.addresses for call in calls})  # first, or they would be told that they had left
         for call in calls:
             self._lost(call)
+        if self.sockets is not None:
+            self.sockets.give_up()

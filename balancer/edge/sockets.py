@@ -73,6 +73,7 @@ class Sockets:
         self._wake = os.eventfd(0)
         self._stopping = False
         self._leaving = False
+        self._next_look = 0.0  # of time.monotonic()
         self._thread = Thread(target=self._run, name="websockets", daemon=True)
 
     def start(self) -> None:
@@ -87,8 +88,8 @@ class Sockets:
         if self._thread.is_alive():
             os.eventfd_write(self._wake, 1)
             self._thread.join()
-        for _ in range(2):  # told, then given up
-            self._round(math.inf)
+        self._give_up()
+        self._work_off()
         self._epoll.close()
         os.close(self._wake)
 
@@ -103,7 +104,7 @@ class Sockets:
         self._open[descriptor] = socket
         if self._leaving:
             socket.leave_at = 0.0
-        self.wake()  # it may wait without a time limit, if there were none
+        self._nudge()  # it waits without a time limit where there are none
 
     def arm(self, descriptor: int, before: int, events: int) -> None:
         """Wait for other `events` than `before`; for none, neither for the end of the connection."""
@@ -117,7 +118,7 @@ class Sockets:
 
     def leave_to_thread(self, step: Callable[[], None]) -> None:
         self._todo.append(step)
-        self.wake()
+        self._nudge()
 
     def close_all(self, seconds: float) -> None:
         """End all that are open, one after the other, so that their clients do not come back all at once."""
@@ -125,9 +126,18 @@ class Sockets:
         sockets, now = list(self._open.values()), time.monotonic()
         for number, socket in enumerate(sockets):
             socket.leave_at = now + SPREAD * seconds * number / len(sockets)
-        self.wake()
+        self.hurry()
 
-    def wake(self) -> None:
+    def give_up(self) -> None:
+        """The time for it is over: those that are open still end at once."""
+        self.leave_to_thread(self._give_up)
+
+    def hurry(self) -> None:
+        """Some `leave_at` is due."""
+        self._next_look = 0.0
+        self._nudge()
+
+    def _nudge(self) -> None:
         if not self._stopping:
             os.eventfd_write(self._wake, 1)
 
@@ -138,27 +148,30 @@ class Sockets:
         self._open.pop(descriptor, None)
 
     def _run(self) -> None:
-        next_look = 0.0
         while not self._stopping:
             try:
                 for descriptor, events in self._epoll.poll(LOOK_SECONDS if self._open else None):
                     if descriptor == self._wake:
                         os.eventfd_read(self._wake)
-                        next_look = 0.0
                     elif (socket := self._open.get(descriptor)) is not None:
                         socket.ready(events)
                 now = time.monotonic()
-                if self._todo or now >= next_look:
-                    next_look = now + LOOK_SECONDS
-                    self._round(now)
+                if now >= self._next_look:
+                    self._next_look = now + LOOK_SECONDS
+                    self._look(now)
+                self._work_off()
             except BaseException:  # the thread must outlive any surprise, or every socket would hang
                 log.exception("websockets thread: a round failed")
 
-    def _round(self, now: float) -> None:
-        while self._todo:
-            self._todo.popleft()()
+    def _look(self, now: float) -> None:
         late = [s for s in list(self._open.values()) if (s.due <= now or s.leave_at <= now) and s.look(now)]
         if late:  # in one pass
             accepted.cut_all({socket.addresses for socket in late})
+
+    def _give_up(self) -> None:
+        for _ in range(2):  # told, then not waited for
+            self._look(math.inf)
+
+    def _work_off(self) -> None:
         while self._todo:
             self._todo.popleft()()

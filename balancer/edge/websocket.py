@@ -115,7 +115,7 @@ class WebSocket:
     def abort(self) -> None:
         """As `Abortable` has it: it ends, and neither side is at fault."""
         self.leave_at = 0.0
-        self._sockets.wake()
+        self._sockets.hurry()
 
     def finish(self) -> None:
         connection = self._backend.connection

@@ -155,10 +155,11 @@ class BackendSocket:
             self._pongs = 0
 
     def _write(self) -> None:
-        for data in self._protocol.data_to_send():
-            sent = 0 if self.unsent else self._send(data)
-            if sent < len(data):
-                self.unsent += memoryview(data)[sent:]
+        writes = self._protocol.data_to_send()
+        data = writes[0] if len(writes) == 1 else b"".join(writes)
+        sent = 0 if self.unsent or not data else self._send(data)
+        if sent < len(data):
+            self.unsent += memoryview(data)[sent:]
 
     def _send(self, data: bytes | bytearray) -> int:
         try:
