@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import socket
+import ssl
 import struct
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 import pytest
-from support import PATIENCE, PYTHON, Balancer, Process, RawRequest, fetch, read_all, wait_until
+from support import (
+    PATIENCE,
+    PYTHON,
+    Balancer,
+    BalancerProcess,
+    Process,
+    RawRequest,
+    Served,
+    fetch,
+    read_all,
+    wait_until,
+)
 from support import connect as connect_raw
 from websockets.exceptions import ConnectionClosed, ConnectionClosedOK, InvalidStatus
 from websockets.frames import Frame, Opcode
@@ -31,7 +46,7 @@ from balancer.protocol.websocket import accept_of
 class Echo:
     """A backend that sends back what it gets, and closes when asked to: `close CODE REASON`."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         self.closes: list[tuple[int | None, str]] = []
         self.requests: list[Request] = []
         self._server: Server = serve(
@@ -43,8 +58,9 @@ class Echo:
             select_subprotocol=lambda connection, offered: next((each for each in offered if each == "chat"), None),
             max_size=None,
             compression=None,
+            ssl=tls,
         )
-        self.url = f"http://127.0.0.1:{self._server.socket.getsockname()[1]}"
+        self.url = f"http{'s' if tls else ''}://127.0.0.1:{self._server.socket.getsockname()[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever, name="echo")
         self._thread.start()
 
@@ -84,12 +100,12 @@ def balancer(echo: Echo) -> Iterator[Balancer]:
         yield started
 
 
-def ws(balancer: Balancer, path: str = "/x") -> str:
+def ws(balancer: Served, path: str = "/x") -> str:
     return balancer.url.replace("http", "ws", 1) + path
 
 
 @contextmanager
-def opened(balancer: Balancer, path: str = "/x", **options: Any) -> Iterator[ClientConnection]:
+def opened(balancer: Served, path: str = "/x", **options: Any) -> Iterator[ClientConnection]:
     with connect(ws(balancer, path), max_size=None, **options) as client:
         yield client
 
@@ -175,6 +191,74 @@ def test_a_control_path_has_no_websocket_and_other_upgrades_are_plain_requests(b
     with pytest.raises(InvalidStatus, match="404"), opened(balancer, "/status"):
         pass
     assert fetch(f"{balancer.url}/", Connection="Upgrade", Upgrade="h2c")[0] == 426  # as the backend says
+
+
+def test_a_backend_behind_tls(tmp_path: Path) -> None:
+    """Frames that TLS keeps back, and large ones both ways at once, which it takes and gives in records of 16 KiB."""
+    key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "cert.pem")
+    names = ["-subj", "/CN=x", "-addext", "subjectAltName=IP:127.0.0.1"]
+    new = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "1"]
+    subprocess.run(
+        ["openssl", "req", "-x509", *new, "-keyout", key, "-out", certificate, *names], check=True, capture_output=True
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    echo = Echo(context)
+    messages = [b"x" * size for size in (0, 1, 16384, 16385, 100_000, 3_000_000)] * 3
+    with Balancer(f"--backend=only={echo.url}", f"--ca-file={certificate}") as balancer, opened(balancer) as client:
+        sender = threading.Thread(target=lambda: [client.send(message) for message in messages])
+        sender.start()
+        assert [client.recv() for _ in messages] == messages
+        sender.join()
+    echo.stop()
+
+
+def test_the_access_log_has_a_line_for_each_that_ended(echo: Echo) -> None:
+    with BalancerProcess(f"--backend=only={echo.url}", "--access-log", "--access-log-format=json") as balancer:
+        with opened(balancer) as client:
+            client.send("abc")
+            client.recv()
+        line = json.loads(wait_until(lambda: [line for line in balancer.lines if '"websocket"' in line])[0])
+    told = line["websocket"]
+    assert (line["status"], line["bytes_in"], told["close_code"], told["closed_by"]) == (101, 3, 1000, "client")
+    assert line["total"] < told["seconds"]
+
+
+SOCKETS = 400
+
+
+def test_sockets_need_no_threads(scripted: WireBackend) -> None:
+    """Nor are they cut off as connections that nobody uses."""
+    scripted.reset()
+    flags = ["--header-timeout=1", "--thread-idle-timeout=0.2", "--websocket-ping-interval=0"]
+    scripted.on_head = lambda sock, request: switch(sock, request) or bool(held.append(sock.dup())) or True
+    held: list[socket.socket] = []
+    with BalancerProcess(f"--backend=only={scripted.url}", *flags) as balancer, ExitStack() as stack:
+        task = Path(f"/proc/{balancer.pid}/task")
+        before = len(list(task.iterdir()))
+        clients = [stack.enter_context(connect_raw(balancer.port)) for _ in range(SOCKETS)]
+        for client in clients:
+            client.sendall(HANDSHAKE)
+        for client in clients:
+            assert client.recv(4096).startswith(b"HTTP/1.1 101")
+        ended = balancer.status()["now"] + 3
+        wait_until(lambda: balancer.status()["now"] > ended)
+        assert balancer.status()["statistics"]["websockets"] == SOCKETS
+        assert len(list(task.iterdir())) <= before + 12
+        balancer.popen.kill()
+    for sock in held:
+        sock.close()
+
+
+def test_whoever_aborts_a_call_ends_its_socket(balancer: Balancer) -> None:
+    """So a backend that has to go takes its sockets along."""
+    with opened(balancer) as client:
+        (call,) = balancer.library.bridges[0].open_sockets
+        call.disconnect()
+        with pytest.raises(ConnectionClosed):
+            client.recv()
+        assert client.close_code == 1001
+    assert newest(balancer)["complete"]
 
 
 # A backend that says what the test says.
