@@ -11,9 +11,9 @@ import sys
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports below run ends it without a traceback
     sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -I and PYTHONSAFEPATH leave it out
-    from balancer.edge.startup import ignore_unused_signals
+    from balancer.edge.startup import prepare
 
-    ignore_unused_signals()
+    prepare()
 
 import argparse
 import contextlib

@@ -18,9 +18,9 @@ def command() -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
     if hasattr(signal, "pthread_sigmask"):  # a SIGHUP that comes before `Signals` can react waits, it must not kill
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
-    from balancer.edge.startup import ignore_unused_signals
+    from balancer.edge.startup import prepare
 
-    ignore_unused_signals()
+    prepare()
     return main()
 
 

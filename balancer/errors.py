@@ -19,6 +19,7 @@ the socket boundary (`connection`, `response`, `transport`); nothing above it ne
         InvalidResponse       answered something that is not HTTP, or not safe to pass on
         ResponseTimedOut      no response head, or no further body bytes, in time
         BodyTruncated         the body ended before its announced end
+        BackendRemoved        the operator has ended it, so nobody is at fault
 """
 
 from __future__ import annotations
@@ -224,3 +225,10 @@ class BodyTruncated(BackendError, requests_errors.ChunkedEncodingError):
     """The body stopped before its Content-Length or its last chunk (RFC 9112 section 8)."""
 
     reason = "http_response_incomplete"
+
+
+class BackendRemoved(BackendError):
+    """The backend was to end what it had in flight: it was removed at once, or its `drain_timeout` is over."""
+
+    reason = "backend_removed"
+    public = "the backend was taken out of service"

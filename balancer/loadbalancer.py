@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import logging
 import select
+import socket
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
@@ -25,10 +26,10 @@ from balancer.config import settings, validation
 from balancer.config.reload import Plan
 from balancer.config.settings import BackendSettings, Settings
 from balancer.control.access import AccessOptions
-from balancer.edge import process
+from balancer.edge import process, unixsocket
 from balancer.edge.bridge import Bridge
 from balancer.edge.express import Express
-from balancer.edge.granian import PortOptions
+from balancer.edge.granian import BACKLOG, PortOptions
 from balancer.edge.listener import ClientLimits
 from balancer.edge.port import Port, listen
 from balancer.edge.server import Server
@@ -39,6 +40,7 @@ from balancer.fleet.health import HealthOptions
 from balancer.forwarding.filter import Filter
 from balancer.observe.events import Event
 from balancer.observe.record import ExplainedView
+from balancer.protocol.addresses import UNIX
 from balancer.upstream.transport import Timeouts
 
 if TYPE_CHECKING:
@@ -252,10 +254,10 @@ class LoadBalancer:
 
     def _open(self) -> Server:
         config = self.settings
-        listeners = [listen(config.host, config.port)]
+        listeners = [self._listen_main()]
         if config.control_port is not None:
             try:
-                listeners.append(listen(config.host, config.control_port))
+                listeners.append(listen(config.control_host, config.control_port))
             except SettingsError:
                 listeners[0].close()
                 raise
@@ -263,6 +265,13 @@ class LoadBalancer:
         self.bridges = self.make_bridges()
         ports = [Port(bridge, listener, options) for bridge, listener in zip(self.bridges, listeners, strict=True)]
         return Server(ports, on_start=self.start_parts, on_drain=self.drain, on_stop=self.stop_parts)
+
+    def _listen_main(self) -> socket.socket:
+        config = self.settings
+        if not config.host.startswith(UNIX):
+            return listen(config.host, config.port)
+        path = config.host.removeprefix(UNIX)
+        return unixsocket.listen(path, config.unix_socket_mode, config.unix_socket_owner, BACKLOG)
 
     def _begin(self, thread: Thread | None) -> Server | None:
         """It is this thread's to run and to close; None if it is another's, or was stopped."""
@@ -292,6 +301,7 @@ class LoadBalancer:
                 sockets=self.sockets,
             )
         ]
+        self.pool.cut_off = lambda backend: bridges[0].leave_backend(lambda forwarding: forwarding.is_on(backend))
         if config.control_port is not None:
             bridges.append(Bridge(self.control_app, self.workers, limits, is_control=lambda path: True))
         return bridges

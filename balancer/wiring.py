@@ -16,7 +16,7 @@ from flask import Flask
 from balancer.balancing import strategies
 from balancer.balancing.changes import Change
 from balancer.balancing.members import PoolChanges
-from balancer.balancing.options import PoolOptions
+from balancer.balancing.options import PoolOptions, StrategyOptions
 from balancer.balancing.pool import BackendPool
 from balancer.config.reload import Configuration, Plan, make_backend
 from balancer.config.settings import Settings
@@ -29,6 +29,7 @@ from balancer.errors import SettingsError
 from balancer.filters.maxforwards import MaxForwards
 from balancer.filters.servedby import ServedBy
 from balancer.filters.serviceworkers import ServiceWorkers
+from balancer.filters.sticky import COOKIE, Sticky, StickyOptions
 from balancer.fleet.health import HealthChecker, HealthOptions
 from balancer.forwarding.filter import Filter
 from balancer.forwarding.retrybudget import RetryBudget
@@ -76,7 +77,8 @@ def make(
     strategies.load_entry_points()
     configuration = Configuration(config, sources)
     statistics, events = Statistics(), Events()
-    pool = BackendPool(strategies.create(config.algorithm), config.options(PoolOptions))
+    strategy = strategies.create(config.algorithm, config.options(StrategyOptions))
+    pool = BackendPool(strategy, config.options(PoolOptions))
     dialer = Dialer(_tls_context(config.ca_file), _names(events), config.backend_sni)
     adapter = BackendAdapter(config.options(Timeouts), dialer=dialer)
     health = _health(config, pool, adapter)
@@ -139,7 +141,9 @@ def _routes(control: Control, health: HealthChecker, filters: Sequence[Filter]) 
         rare.append(ServiceWorkers(api.covers_control_path(started_with.control_prefix)))
 
     def routes(config: Settings) -> Routes:
-        usual = [*([ServedBy()] if config.expose_backend else []), *filters]
+        usual: list[Filter] = [*([ServedBy()] if config.expose_backend else []), *filters]
+        if config.sticky:
+            usual.insert(0, Sticky(control.pool.backends, config.options(StickyOptions)))
         access_log.options = config.options(LogOptions)
         route = Route(
             control.pool,
@@ -170,7 +174,8 @@ def _proxy(control_app: WSGIApplication, control: Control, routes: Routes) -> Re
 
 def request_heads(config: Settings, pseudonym: bytes) -> RequestHeads:
     return RequestHeads(
-        *(pseudonym, config.networks, config.max_header_count, config.request_headers, config.host_field, config.via)
+        *(pseudonym, config.networks, config.max_header_count, config.request_headers, config.host_field, config.via),
+        cookie=COOKIE if config.sticky else b"",
     )
 
 

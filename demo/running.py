@@ -10,10 +10,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from configparser import Error as ConfigParserError
+from configparser import RawConfigParser
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from urllib.parse import quote
 
 from demo import files
@@ -25,7 +28,6 @@ READY_SECONDS = 30.0  # most of it for the first start on a slow machine; a warm
 STOP_SECONDS = 10.0  # then the process is killed
 CHECK_SECONDS = 2.0  # some rounds of health checks
 WARNING = re.compile(r' WARNING balancer\.settings: (.*)|"logger":"balancer\.settings","message":"(.*)"')  # its log
-PIP_CONFIG = files.VENV / ("pip.ini" if os.name == "nt" else "pip.conf")  # counts more than the user's own
 # With these pip would install elsewhere, or not all. The rest of what is set, such as the index, stays in force.
 PIP_ELSEWHERE = ("user", "target", "prefix", "root", "python", "dry-run", "no-deps")
 STAMP = files.VENV / "requirements.sha256"  # written last: a .venv without it is not finished
@@ -252,17 +254,35 @@ def ensure_venv() -> None:
         make_venv()
     say("Installing requirements.txt into .venv (once, and when the file changes) ...")
     STAMP.unlink(missing_ok=True)
-    with files.named(PIP_CONFIG):  # what is empty counts as not set
-        unset = "".join(f"{option} =\n" for option in PIP_ELSEWHERE)
-        PIP_CONFIG.write_text(f"[global]\n{unset}[install]\n{unset}", encoding="ascii")
     # -I: what PYTHONPATH has is not in .venv, though pip would take it for installed.
     pip = [str(files.VENV_PYTHON), "-I", "-m", "pip", "--disable-pip-version-check", "--no-input", "install"]
-    run_step([*pip, "-r", str(files.HERE / "requirements.txt")], "pip could not install requirements.txt")
+    pip += ["-r", str(files.HERE / "requirements.txt")]
+    with TemporaryDirectory() as folder:
+        run_step(pip, "pip could not install requirements.txt", pip_environment(Path(folder, "pip.conf")))
     load = f"import sys; sys.path.insert(0, {str(files.HERE)!r}); import balancer.commandline, backend_server"
     failed = "pip has not brought requirements.txt into .venv, look at its configuration and the PIP_ variables"
     run_step([str(files.VENV_PYTHON), "-I", "-c", load], failed)
     with files.named(STAMP):
         STAMP.write_text(wanted + "\n", encoding="ascii")
+
+
+def pip_environment(file: Path) -> dict[str, str]:
+    """With a configuration `file` that counts more than all others: what the user has named, but for PIP_ELSEWHERE."""
+    unset = {"PIP_" + option.upper().replace("-", "_") for option in PIP_ELSEWHERE}
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    named = environment.get("PIP_CONFIG_FILE", "")
+    if named == os.devnull:  # no file counts then
+        return environment
+    config = RawConfigParser()
+    with suppress(ConfigParserError, ValueError):  # pip passes over it, too
+        config.read(named, encoding="utf-8")
+    for section in ("global", "install"):
+        named_options = dict(config[section]) if section in config else {}
+        kept = {name: value for name, value in named_options.items() if name.replace("_", "-") not in PIP_ELSEWHERE}
+        config[section] = {**kept, **dict.fromkeys(PIP_ELSEWHERE, "")}  # what is empty counts as not set
+    with file.open("w", encoding="utf-8") as written:
+        config.write(written)
+    return {**environment, "PIP_CONFIG_FILE": str(file)}
 
 
 def venv_has_pip() -> bool:
@@ -283,12 +303,10 @@ def make_venv() -> None:
     run_step([sys.executable, "-m", "venv", "--clear", str(files.VENV)], "could not make .venv")
 
 
-def run_step(command: Sequence[str], failed: str) -> None:
+def run_step(command: Sequence[str], failed: str, environment: Mapping[str, str] | None = None) -> None:
     """Run a command to its end with its output in logs/setup.log, and stop it when we are asked to stop."""
     log = files.LOGS / "setup.log"
     with files.open_log(log) as output:
-        unset = {"PIP_" + option.upper().replace("-", "_") for option in PIP_ELSEWHERE}
-        environment = {name: value for name, value in os.environ.items() if name not in unset}
         process = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
         )

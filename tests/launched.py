@@ -129,11 +129,16 @@ class Demo:
 
     def __init__(self, tree: Path, scratch: Path) -> None:
         self.tree, self.scratch = tree, scratch
+        scratch.mkdir(exist_ok=True)
+        python = scratch / "python3.13"  # the first that is looked for, or shims may be asked that take long
+        python.write_text(f'#!/bin/sh\nexec "{Path(sys.executable).resolve()}" "$@"\n')
+        python.chmod(0o755)
         self.runs: list[Run] = []
         self.port, *self.backend_ports = free_ports(4)
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("LB_", "SERVER_", "RESPONSE_"))}
         ports = " ".join(map(str, self.backend_ports))
-        self.environment = {**inherited, "LB_PORT": str(self.port), "BACKEND_PORTS": ports}
+        path = f"{scratch}{os.pathsep}{os.environ['PATH']}"
+        self.environment = {**inherited, "PATH": path, "LB_PORT": str(self.port), "BACKEND_PORTS": ports}
         self.environment.pop("ALGORITHM", None)
 
     def start(self, *arguments: str, **environment: str) -> Run:

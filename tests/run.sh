@@ -65,5 +65,5 @@ run .venv/bin/ruff format --check .
 run .venv/bin/ruff check .
 run .venv/bin/mypy
 run shellcheck start_all.sh tests/run.sh bench/run.sh .ci/run
-# Most of a test's time is waiting for processes, so two at a time take little more than half as long.
-run .venv/bin/python -m pytest --numprocesses 2 --dist loadfile
+# Half of a test's time is waiting, so that two workers for each of two CPUs keep these busy.
+run .venv/bin/python -m pytest --numprocesses 4 --dist loadfile

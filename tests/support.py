@@ -82,7 +82,15 @@ def options(kind: Any, **settings: Any) -> Any:
 def another_value(name: str) -> Any:
     """Not the default of this setting, but valid."""
     texts = {"cors_origins": ("https://ops.example",), "trusted_proxies": ("10.0.0.0/8",), "cpu_affinity": "none"}
-    texts |= {"algorithm": "round_robin", "health_path": "/other", "control_prefix": "/lb", "ca_file": "ca.pem"}
+    texts |= {
+        "hash_key": "path",
+        "algorithm": "round_robin",
+        "health_path": "/other",
+        "control_prefix": "/lb",
+        "ca_file": "ca.pem",
+        "unix_socket_mode": "0660",
+        "unix_socket_owner": "root",
+    }
     texts |= dict.fromkeys(("backend_host", "backend_sni", "health_host"), "api.example")
     texts |= {"request_headers": '{ set = { X-Team = "a" } }', "response_headers": '{ remove = ["Server"] }'}
     field = Settings.model_fields[name]
@@ -325,7 +333,7 @@ class BackendProcess(Process):
 
 # As somebody may set it up who has not read about it.
 NGINX = """
-daemon off; pid nginx.pid; error_log stderr; worker_processes 1;
+daemon off; user root; pid nginx.pid; error_log stderr; worker_processes 1;
 events {{ worker_connections 64; }}
 http {{
     access_log off;
@@ -341,13 +349,8 @@ http {{
 @contextmanager
 def nginx_before(folder: Path, balancer: Served, more: str, at: str = "/") -> Iterator[str]:
     """Its URL. The path `at` is taken off what it passes on."""
-    nginx = shutil.which("nginx")
-    assert nginx is not None, "apt-get install nginx-light"
     port = free_port()
-    file = folder / "nginx.conf"
-    file.write_text(
-        NGINX.format(port=port, at=at, url=balancer.url + ("" if at == "/" else "/"), more=more), encoding="utf-8"
-    )
+    told = NGINX.format(port=port, at=at, url=balancer.url + ("" if at == "/" else "/"), more=more)
     url = f"http://127.0.0.1:{port}"
 
     def answers() -> bool:
@@ -356,9 +359,17 @@ def nginx_before(folder: Path, balancer: Served, more: str, at: str = "/") -> It
         except OSError:
             return False
 
-    with Process([nginx, "-p", str(folder), "-c", str(file)]):
+    with nginx(folder, told):
         wait_until(answers, what="nginx listens")
         yield url
+
+
+def nginx(folder: Path, configuration: str) -> Process:
+    program = shutil.which("nginx")
+    assert program is not None, "apt-get install nginx-light"
+    file = folder / "nginx.conf"
+    file.write_text(configuration, encoding="utf-8")
+    return Process([program, "-p", str(folder), "-c", str(file)])
 
 
 # Messages made of bytes.

@@ -13,7 +13,7 @@ from threading import Event, Thread
 from typing import Any
 
 import pytest
-from support import Balancer, connect, newest, ok, wait_until
+from support import Balancer, Start, connect, newest, ok, wait_until
 from test_http2 import client, curl
 from wire import WireBackend, hang_up, post, read_response, wait_closed
 
@@ -130,6 +130,34 @@ def test_a_success_is_no_reason_to_stop(patient: Balancer, backend: WireBackend)
         sock.sendall(b"56789")
         assert read_response(stream)[::2] == (200, b"done")
     assert read_on.wait(60) and b"".join(body) == b"0123456789"
+
+
+def test_a_success_after_which_the_backend_hangs_up_reaches_a_client_that_pauses(
+    patient: Balancer, backend: WireBackend
+) -> None:
+    def answer(sock: socket.socket, _: Any) -> bool:
+        backend.streams[sock].read(5)
+        sock.sendall(ok(b"done"))
+        hang_up(sock)
+
+    backend.on_head = answer
+    for framing, begun in ((b"Content-Length: 500000", b"01234"), (b"Transfer-Encoding: chunked", b"5\r\n01234\r\n")):
+        with connect(patient.port) as sock, sock.makefile("rb") as stream:
+            sock.sendall(post(framing, body=begun))
+            assert read_response(stream)[::2] == (200, b"done")
+
+
+def test_a_success_is_better_than_to_tell_a_client_that_it_was_too_slow(start: Start, backend: WireBackend) -> None:
+    def answer(sock: socket.socket, _: Any) -> bool:
+        backend.streams[sock].read(5)
+        sock.sendall(ok(b"done"))
+        return wait_closed(sock)
+
+    backend.on_head = answer
+    slow = start("--idle-timeout=1")
+    with connect(slow.port) as sock, sock.makefile("rb") as stream:
+        sock.sendall(post(b"Content-Length: 500000", body=b"01234"))
+        assert read_response(stream)[::2] == (200, b"done")
 
 
 # HTTP/2 clients that wait for 100 (Continue), which Granian cannot send there.

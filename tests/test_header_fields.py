@@ -153,6 +153,14 @@ OTHER_CLAIMS = [
     *(b"X-Client-IP: 6.6.6.6", b"X-Cluster-Client-Ip: 6.6.6.6", b"Fastly-Client-IP: 6.6.6.6", b"Client-IP: 6.6.6.6"),
     *(b"X-ProxyUser-Ip: 6.6.6.6", b"X-Envoy-External-Address: 6.6.6.6", b"X-Forwarded-Tls-Client-Cert: evil"),
     *(b"X-SSL-Client-S-DN: evil", b"X-Client-Cert: evil", b"X-Original-URI: /admin"),
+    *(
+        b"Fly-Forwarded-Proto: https",
+        b"WL-Proxy-SSL: true",
+        b"CloudFront-Viewer-TLS: 1",
+        b"X-Vercel-Proxied-For: 6.6.6.6",
+    ),
+    *(b"X-Forward-For: 6.6.6.6", b"Cluster-Client-IP: 6.6.6.6", b"X-Source-IP: 6.6.6.6", b"Ali-CDN-Real-IP: 6.6.6.6"),
+    *(b"X-Sucuri-ClientIP: 6.6.6.6", b"Remote-Addr: 6.6.6.6", b"X-Amzn-Mtls-Clientcert: evil", b"X-Script-Name: /a"),
     *(b"SSL-Client-Verify: SUCCESS", b"Client-Cert-Chain: evil", b"X-Forwarded-Prefix: /a", b"X-Forwarded-Prefix: /b"),
 ]
 CLAIMS = [

@@ -330,7 +330,7 @@ def test_a_refusal_says_what_is_accepted(tmp_path: Path, line: str, said: str) -
 
 
 def test_a_wrong_backend_is_named_as_it_was_written() -> None:
-    told = "url = 'junk' ({}): backend URL 'junk': expected http://HOST:PORT or https://HOST:PORT"
+    told = "url = 'junk' ({}): backend URL 'junk': expected http://HOST:PORT or https://HOST:PORT, or http+unix:///PATH"
     assert refusal("--backend=http://x", "--backend=junk") == f"--backend 2: {told.format('flag')}"
     assert refusal(env={"LB_BACKENDS": "junk"}) == f"backend 1 of LB_BACKENDS: {told.format('environment')}"
 

@@ -66,7 +66,6 @@ def test_ready_means_that_requests_are_answered_and_the_page_is_let_in(demo: Dem
     assert (run.end(), run.err) == (130, "")
     demo.assert_nothing_left()
     assert not (demo.tree / "run" / "access.js").exists()
-    assert demo.ready() and demo.entry()["token"] != token
 
 
 def test_moved_control_paths_are_followed_and_slips_of_the_pen_told(demo: Demo) -> None:
@@ -109,8 +108,9 @@ def test_nobody_reading_the_output_is_no_reason_to_end(demo: Demo) -> None:
     demo.assert_nothing_left()
 
 
-def test_it_starts_however_python_and_the_system_are_set(demo: Demo) -> None:
-    """Without its folder in the path of modules, without docstrings, in a log that is not text, under sh."""
+def test_it_starts_however_python_and_the_system_are_set_and_detached_runs_until_stop(demo: Demo) -> None:
+    """Without its folder in the path of modules, without docstrings, in a log that is not text, under sh. What an
+    earlier version started is stopped too, whose files have two lines."""
     odd = {"PYTHONSAFEPATH": "1", "PYTHONOPTIMIZE": "2", "PYTHONWARNINGS": "error", "LC_ALL": "C", "HOME": ""}
     run = demo.ready("--detach", **odd, LB_ACCESS_LOG_FORMAT="json", LB_ALGORITM="round_robin")
     assert (run.end(), run.err) == (0, "")
@@ -118,12 +118,25 @@ def test_it_starts_however_python_and_the_system_are_set(demo: Demo) -> None:
     assert get(demo.port, "/api/process")[0] == 200
     listed = json.loads(get(demo.port, "/algorithm")[2])["algorithms"]
     assert len(listed) >= 6 and all(len(algorithm["description"]) > 60 for algorithm in listed)
-    assert demo.start("stop", **odd).end() == 0
+    files = list((demo.tree / "run").glob("*.pid"))
+    assert len(files) == 4
+    for number, file in enumerate(sorted(files)):
+        pid, script, started = file.read_text().splitlines()
+        assert started == processes.identify(int(pid))[0]
+        if number % 2:
+            file.write_text(f"{pid}\n{script}\n")
+    stop = demo.start("stop", **odd)
+    assert (stop.end(), stop.err) == (0, "")
+    assert "Stopped balancer, backend_1, backend_2, backend_3." in stop.out
     demo.assert_nothing_left()
+    again = demo.start("stop")
+    assert (again.end(), again.err) == (0, "")
+    assert "Nothing to stop" in again.out
 
 
 def test_logs_may_be_cut_off_and_no_signal_that_asks_for_nothing_ends_anything(demo: Demo) -> None:
-    """What logrotate does: copytruncate, and SIGUSR1, to have files opened again that nobody has."""
+    """What logrotate does: copytruncate, and SIGUSR1, to have files opened again that nobody has. A balancer that is
+    asked to end is no failure."""
     run = demo.ready(LB_ACCESS_LOG="true")
     everyone = demo.processes()
     assert len(everyone) == 5
@@ -137,8 +150,9 @@ def test_logs_may_be_cut_off_and_no_signal_that_asks_for_nothing_ends_anything(d
     wait_until(lambda: "/api/process" in log.read_text())
     assert "\0" not in log.read_text()
     assert demo.processes() == everyone
-    run.process.terminate()
+    demo.the("load_balancer.py").terminate()
     assert (run.end(), run.err) == (0, "")
+    demo.assert_nothing_left()
 
 
 def test_a_setting_that_a_process_refuses_is_shown(demo: Demo) -> None:
@@ -154,15 +168,17 @@ def test_halves(demo: Demo) -> None:
     assert balancer.end() == 0
     assert not connects(demo.port)
     assert all(connects(port) for port in demo.backend_ports)
-    backends.process.terminate()
-    assert backends.end() == 0
+    for process in demo.processes("backend_server.py"):
+        process.kill()
+    backends.assert_one_line_error(1, "every backend has ended")
     demo.assert_nothing_left()
 
 
 # -- What dies
 
 
-def test_a_killed_backend_is_named_once_and_its_command_brings_it_back(demo: Demo) -> None:
+def test_killed_backends_are_named_and_brought_back_by_their_command_or_by_backends(demo: Demo) -> None:
+    """Whoever brings one back that way has it: the end of the demo names that and leaves it."""
     run = demo.ready()
     port = demo.backend_ports[1]
     demo.the("backend_server.py", port).kill()
@@ -176,42 +192,47 @@ def test_a_killed_backend_is_named_once_and_its_command_brings_it_back(demo: Dem
         assert json.loads(get(port, "/api/process")[2])["server_id"] == "backend_2"
         again.terminate()
     wait_until(lambda: not demo.healthy()["backend_2"])
-    run.process.terminate()
-    assert run.end() == 0
     assert run.out.count("backend_2 ended") == 1
-    assert run.err == ""
-    demo.assert_nothing_left()
 
-
-@pytest.mark.parametrize("detach", [(), ("--detach",)], ids=["foreground", "detached"])
-def test_backends_starts_what_a_running_demo_has_lost(demo: Demo, detach: tuple[str, ...]) -> None:
-    """With the kill command of the README, which reads the id from run/."""
-    demo.ready(*detach)
-    file = demo.tree / "run" / f"backend_3-{demo.backend_ports[2]}.pid"
-    subprocess.run(["bash", "-c", 'kill -9 $(head -1 "$0")', file], check=True)
-    wait_until(lambda: not demo.healthy()["backend_3"])
-    again = demo.ready("backends", *detach)
-    wait_until(lambda: demo.healthy()["backend_3"])
+    kill_by_file(demo)
+    run.until("backend_3 ended")
+    again = demo.ready("backends")
+    wait_until(lambda: demo.healthy() == {"backend_1": True, "backend_2": True, "backend_3": True})
     assert "backend_3" in again.out and "backend_1" not in again.out
     demo.start("backends").assert_one_line_error(2, "in use by a demo that runs already", "stop")
-    assert demo.start("stop").end() == 0
-    assert [run.end() for run in demo.runs[:2]] == [0, 0]
-    demo.assert_nothing_left()
-
-
-def test_the_end_of_a_demo_names_the_backend_started_in_its_place_and_leaves_it(demo: Demo) -> None:
-    first = demo.ready()
-    demo.the("backend_server.py", demo.backend_ports[2]).kill()
-    first.until("backend_3 ended")
-    demo.ready("backends", "--detach")
-    first.process.send_signal(signal.SIGINT)
-    assert (first.end(), first.err) == (130, "")
-    last = first.out.splitlines()[-1]
-    assert last == "Another start_all has started backend_3 again; to stop that as well: ./start_all.sh stop"
-    assert [connects(port) for port in (demo.port, *demo.backend_ports)] == [False, False, False, True]
+    run.process.send_signal(signal.SIGINT)
+    assert (run.end(), run.err) == (130, "")
+    last = run.out.splitlines()[-1]
+    assert last == "Another start_all has started backend_2, backend_3 again; to stop that as well: ./start_all.sh stop"
+    assert [connects(port) for port in (demo.port, *demo.backend_ports)] == [False, False, True, True]
     stop = demo.start("stop")
-    assert stop.end() == 0 and "Stopped backend_3." in stop.out
+    assert stop.end() == 0 and "Stopped start_all." in stop.out
+    assert again.end() == 0
     demo.assert_nothing_left()
+
+
+def kill_by_file(demo: Demo) -> None:
+    """With the command of the README, which reads the id from run/."""
+    file = demo.tree / "run" / f"backend_3-{demo.backend_ports[2]}.pid"
+    subprocess.run(["bash", "-c", 'kill -9 $(head -1 "$0")', file], check=True)
+
+
+def test_what_a_detached_demo_has_lost_is_started_again(demo: Demo) -> None:
+    """A balancer that is started anew has another token, and the old one is told to nobody."""
+    demo.ready("--detach")
+    kill_by_file(demo)
+    wait_until(lambda: not demo.healthy()["backend_3"])
+    again = demo.ready("backends", "--detach")
+    assert "backend_3" in again.out and "backend_1" not in again.out
+    wait_until(lambda: demo.healthy()["backend_3"])
+    token = demo.entry()["token"]
+    demo.the("load_balancer.py").kill()
+    demo.ready("balancer")
+    assert list(demo.entries()) == [f"balancer-{demo.port}"]
+    assert demo.entry()["token"] != token
+    assert demo.start("stop").end() == 0
+    demo.assert_nothing_left()
+    assert not (demo.tree / "run" / "access.js").exists()
 
 
 def test_ctrl_c_during_the_imports_is_no_traceback() -> None:
@@ -229,22 +250,6 @@ def test_ctrl_c_during_the_imports_is_no_traceback() -> None:
             process.send_signal(signal.SIGINT)
             assert process.wait(60) == -signal.SIGINT
             assert process.stderr.read() == b""
-
-
-def test_a_balancer_asked_to_end_is_no_failure(demo: Demo) -> None:
-    run = demo.ready()
-    demo.the("load_balancer.py").terminate()
-    assert run.end() == 0
-    assert run.err == ""
-    demo.assert_nothing_left()
-
-
-def test_the_last_backend_ends_the_half_of_the_backends(demo: Demo) -> None:
-    run = demo.ready("backends")
-    for process in demo.processes("backend_server.py"):
-        process.kill()
-    run.assert_one_line_error(1, "every backend has ended")
-    demo.assert_nothing_left()
 
 
 # -- Taken ports
@@ -269,52 +274,24 @@ def test_the_name_that_is_printed_leads_here_alone(demo: Demo) -> None:
         assert demo.entry()["urls"] == [f"http://127.0.0.1:{demo.port}"]  # who gets the token
 
 
-def test_a_second_copy_leaves_the_first_alone_and_stop_ends_it_in_good_order(demo: Demo) -> None:
-    first = demo.ready()
-    files = sorted((demo.tree / "run").iterdir())
-    demo.start().assert_one_line_error(2, "in use by a demo that runs already", "stop")
-    assert sorted((demo.tree / "run").iterdir()) == files
-    assert get(demo.port, "/api/process")[0] == 200
-    assert first.process.poll() is None
-    assert demo.start("stop").end() == 0
-    assert (first.end(), first.err) == (0, "")
-    demo.assert_nothing_left()
-
-
-def test_of_two_at_the_same_time_one_runs(demo: Demo) -> None:
+def test_of_two_at_the_same_time_one_runs_and_stop_ends_it_in_good_order(demo: Demo) -> None:
     runs = [demo.start(), demo.start()]
     wait_until(lambda: any(run.process.poll() is not None for run in runs))
     (loser,) = [run for run in runs if run.process.poll() is not None]
     (winner,) = [run for run in runs if run is not loser]
     loser.assert_one_line_error(2, "in use")
     winner.until("Stop with")
+    files = sorted((demo.tree / "run").iterdir())
+    demo.start().assert_one_line_error(2, "in use by a demo that runs already", "stop")
+    assert sorted((demo.tree / "run").iterdir()) == files
     assert get(demo.port, "/api/process")[0] == 200
-    winner.process.terminate()
-    assert winner.end() == 0
+    assert winner.process.poll() is None
+    assert demo.start("stop").end() == 0
+    assert (winner.end(), winner.err) == (0, "")
     demo.assert_nothing_left()
 
 
 # -- In the background
-
-
-def test_detach_returns_when_ready_and_stop_stops(demo: Demo) -> None:
-    """Also what an earlier version started, whose files have two lines."""
-    assert demo.start("--detach").end() == 0
-    assert get(demo.port, "/api/process")[0] == 200
-    files = list((demo.tree / "run").glob("*.pid"))
-    assert len(files) == 4
-    for number, file in enumerate(sorted(files)):
-        pid, script, started = file.read_text().splitlines()
-        assert started == processes.identify(int(pid))[0]
-        if number % 2:
-            file.write_text(f"{pid}\n{script}\n")
-    stop = demo.start("stop")
-    assert (stop.end(), stop.err) == (0, "")
-    assert "Stopped balancer, backend_1, backend_2, backend_3." in stop.out
-    demo.assert_nothing_left()
-    again = demo.start("stop")
-    assert (again.end(), again.err) == (0, "")
-    assert "Nothing to stop" in again.out
 
 
 def test_stop_leaves_a_process_alone_that_has_got_an_old_id(demo: Demo, tmp_path: Path) -> None:
@@ -403,22 +380,6 @@ def test_stop_clears_up_after_a_start_all_that_was_killed(demo: Demo) -> None:
 # -- The token of the dashboard, and who may see it
 
 
-def test_the_end_of_the_balancer_ends_the_demo_and_takes_the_token_with_it(demo: Demo) -> None:
-    run = demo.ready()
-    demo.the("load_balancer.py").kill()
-    run.assert_one_line_error(1, "the balancer ended by itself", "SIGKILL")
-    demo.assert_nothing_left()
-    assert not (demo.tree / "run" / "access.js").exists()
-    demo.ready("--detach")
-    demo.the("load_balancer.py").kill()  # nobody is there to see it
-    token = demo.entry()["token"]
-    demo.ready("balancer")
-    assert list(demo.entries()) == [f"balancer-{demo.port}"]
-    assert demo.entry()["token"] != token
-    assert demo.start("stop").end() == 0
-    assert not (demo.tree / "run" / "access.js").exists()
-
-
 def test_a_token_of_the_user_s_own_is_used_and_not_printed(demo: Demo) -> None:
     own, unfit = "a token/of my own#1", {"LB_HEALTH_PATH": "/nope", "LB_HEALTH_TIMEOUT": "20"}
     run = demo.ready(LB_PAGE_TOKEN=f"{own} ", LB_ADMIN_TOKEN="an admin's own token", **unfit)
@@ -429,23 +390,25 @@ def test_a_token_of_the_user_s_own_is_used_and_not_printed(demo: Demo) -> None:
     # Ready means checked, not healthy; it said no more than "Ready".
     assert "backend_2 gets no requests: health check answered 404" in run.out
 
+    demo.the("load_balancer.py").kill()
+    run.assert_one_line_error(1, "the balancer ended by itself", "SIGKILL")
+    demo.assert_nothing_left()
+    assert not (demo.tree / "run" / "access.js").exists()
 
-def test_a_token_of_the_user_s_own_may_be_in_a_file(demo: Demo, tmp_path: Path) -> None:
+
+def test_a_token_of_the_user_s_own_may_be_in_a_file(tmp_path: Path) -> None:
     """The balancer prefers the file, so the page has to."""
     file = tmp_path / "token"
     file.write_text("a-token-in-a-file\n")
-    run = demo.ready(LB_PAGE_TOKEN="a-token-of-my-own", LB_PAGE_TOKEN_FILE=str(file))
-    assert demo.entry()["token"] == "a-token-in-a-file"
-    assert "#token" not in run.out
-    run.process.terminate()
-    assert run.end() == 0
+    given = {"LB_PAGE_TOKEN": "a-token-of-my-own", "LB_PAGE_TOKEN_FILE": str(file)}
+    assert services.balancer_service(given).environment["LB_PAGE_TOKEN"] == "a-token-in-a-file"
     file.unlink()
-    demo.start(LB_PAGE_TOKEN_FILE=str(file)).assert_one_line_error(2, f"LB_PAGE_TOKEN_FILE={file}", "No such file")
+    with pytest.raises(Failure, match=f"LB_PAGE_TOKEN_FILE={file}: No such file"):
+        services.balancer_service(given)
 
 
 def test_two_demos_of_one_folder_keep_apart(demo: Demo, tree: Path, tmp_path: Path) -> None:
     other = Demo(tree, tmp_path / "other")
-    other.scratch.mkdir()
     other.runs = demo.runs  # which the fixture ends
     first, second = demo.ready(), other.ready()
     assert demo.entry()["token"] in first.out and other.entry()["token"] in second.out
@@ -468,7 +431,7 @@ def test_a_link_is_not_written_through(demo: Demo, tmp_path: Path, link: str) ->
     path.unlink(missing_ok=True)
     path.symlink_to(target)
     try:
-        demo.start().assert_one_line_error(2, str(path), "symbolic link")
+        demo.start("balancer" if "access" in link else "all").assert_one_line_error(2, str(path), "symbolic link")
         assert target.read_text() == "precious"
         assert demo.processes() == []
     finally:

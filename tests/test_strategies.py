@@ -21,10 +21,12 @@ from balancer.balancing.pool import BackendPool
 from balancer.balancing.strategies import REGISTRY, Strategy, create
 from balancer.errors import SettingsError
 from balancer.protocol.origin import Origin
+from balancer.protocol.request import Request
+from balancer.protocol.requestheads import RequestHeads
 
 ORIGIN = Origin("http", "127.0.0.1", 80)
 
-DRAWING = {"power_of_two"}  # strategies that leave something to chance
+DRAWING = {"power_of_two", "random", "consistent_hash"}  # strategies that leave something to chance
 
 weights_of_some = st.lists(st.integers(1, 12), min_size=1, max_size=8)
 
@@ -38,8 +40,14 @@ def backends(*weights: int) -> list[Backend]:
     return [Backend(letter, ORIGIN, weight) for letter, weight in zip("abcdefghijkl", weights, strict=False)]
 
 
+def asked(number: int) -> Request:
+    """Of another client each."""
+    return Request(RequestHeads(), "GET", "/", b"/", "1.1", "http", f"192.0.2.{number}", [(b"host", b"a")])
+
+
 def picks(strategy: Strategy, candidates: list[Backend], count: int) -> str:
-    return "".join(strategy.select(candidates, None).id for _ in range(count))
+    strategy.prepare({backend.id: backend.weight for backend in candidates})
+    return "".join(strategy.select(candidates, asked(number)).id for number in range(count))
 
 
 # The contract, over everything that is registered.
@@ -59,7 +67,7 @@ def test_every_strategy_returns_one_of_the_candidates(name: str, data: st.DataOb
             if data.draw(st.booleans()):
                 backend.speed.observe(data.draw(st.sampled_from([0.0, 1e-9, 0.01, 1e5])), clock.now)
         candidates = data.draw(st.lists(st.sampled_from(everyone), min_size=1, unique=True))
-        assert strategy.select(candidates, None) in candidates
+        assert strategy.select(candidates, asked(1)) in candidates
 
 
 @pytest.mark.parametrize("name", REGISTRY)

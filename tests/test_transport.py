@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
 import ssl
@@ -587,6 +588,23 @@ def test_tls_streams_a_body_on_a_fresh_connection(tls_adapter: BackendAdapter, t
     pieces = [b"x" * 65536] * 16
     assert fetch(tls_adapter, f"https://localhost:{tls_backend.port}", outgoing("POST", body=iter(pieces))) == b"ok"
     assert [got.body for got in tls_backend.requests] == [b"".join(pieces)]
+
+
+def test_tls_refusal_of_a_body_that_is_not_read_on(tls_adapter: BackendAdapter, tls_backend: TlsBackend) -> None:
+    """As without TLS: it must not wait for room where there will be none."""
+
+    def refuse(sock: socket.socket, _: RawRequest) -> bool:
+        sock.sendall(b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 0\r\n\r\n")
+        return is_over.wait(60)
+
+    is_over = threading.Event()
+    tls_backend.on_head = refuse
+    url = f"https://localhost:{tls_backend.port}"
+    try:
+        endless = outgoing("POST", body=itertools.repeat(b"x" * 65536))
+        assert tls_adapter.exchange(endless, Origin.parse(url)).status_code == 413
+    finally:
+        is_over.set()
 
 
 def test_tls_connection_that_the_backend_closed_is_seen_before_use(

@@ -7,6 +7,7 @@ import struct
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import IO, NoReturn, Self
 
 from support import RawRequest, Served, connect, get, ok, wait_until
@@ -27,10 +28,11 @@ class WireBackend:
 
     Health checks (`GET /health`) are answered 200 unless `is_healthy` is False. `requests` holds all other complete
     requests, `broken` the rest; `peers` has the connection of each complete one. `on_head`, if set, is called before
-    the body is read; when it returns True the connection is left to it.
+    the body is read; when it returns True the connection is left to it. With a `path` it listens on a Unix socket.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
         self.script: Script = lambda sock, request: sock.sendall(ok())
         self.on_head: Callable[[socket.socket, RawRequest], bool] | None = None
         self.is_healthy = True
@@ -42,12 +44,16 @@ class WireBackend:
         self.streams: dict[socket.socket, IO[bytes]] = {}  # for an `on_head` that reads the body itself
         self.port = 0
         self.listen()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http://127.0.0.1:{self.port}" if path is None else f"http+unix://{path}"
 
     def listen(self) -> None:
         """On a free port; again on the same one after `close`."""
-        self.listener = socket.create_server(("127.0.0.1", self.port), backlog=1024)
-        self.port = self.listener.getsockname()[1]
+        if self.path is None:
+            self.listener = socket.create_server(("127.0.0.1", self.port), backlog=1024)
+            self.port = self.listener.getsockname()[1]
+        else:
+            self.path.unlink(missing_ok=True)
+            self.listener = socket.create_server(str(self.path), family=socket.AF_UNIX, backlog=1024)
         self._thread = threading.Thread(target=self._accept, name="scripted-backend", daemon=True)
         self._thread.start()
 
@@ -134,7 +140,7 @@ class WireBackend:
         except (Broken, OSError):
             self.broken.append(request)
             return False
-        self.peers.append(sock.getpeername()[1])
+        self.peers.append(sock.getpeername()[1] if self.path is None else 0)
         self.requests.append(request)
         self.script(sock, request)
         return True

@@ -9,6 +9,7 @@ in flight finish) or `maint` (the same, and no checks). `health` is what the che
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -100,6 +101,7 @@ class BackendView(TypedDict):
     active_connections: int
     weight: int
     max_connections: int | None
+    drain_timeout: float | None
     state: State
     admin_state: AdminState
     drained: bool
@@ -113,7 +115,11 @@ class BackendView(TypedDict):
 
 @dataclass(slots=True, eq=False)
 class Backend:
-    """One server. `configured` are the fields that the configuration gave it, `source` where it came from."""
+    """One server. `configured` are the fields that the configuration gave it, `source` where it came from.
+
+    `draining_since`, of the pool's clock, is when it was to get no more requests. What it had in flight at `cut_at`, of
+    time.perf_counter(), was cut off.
+    """
 
     id: str
     origin: Origin
@@ -130,6 +136,9 @@ class Backend:
     counts: BackendCounts = field(default_factory=BackendCounts)
     source: Source = "api"
     configured: Mapping[str, Any] = field(default_factory=dict)
+    drain_timeout: float | None = None
+    draining_since: float | None = None
+    cut_at: float = -math.inf
 
     @property
     def is_wanted(self) -> bool:
@@ -148,6 +157,11 @@ class Backend:
     @property
     def is_drained(self) -> bool:
         return self.admin_state != "ready" and self.active == 0
+
+    def is_overdue(self, now: float, default: float) -> bool:
+        """Its time for what it has in flight is over; `default` is for one that has no `drain_timeout`, 0 for ever."""
+        seconds = default if self.drain_timeout is None else self.drain_timeout
+        return self.draining_since is not None and self.active > 0 and 0 < seconds <= now - self.draining_since
 
     @property
     def state(self) -> State:
@@ -195,6 +209,7 @@ class Backend:
             "active_connections": self.active,
             "weight": self.weight,
             "max_connections": self.max_connections,
+            "drain_timeout": self.drain_timeout,
             "state": self.state,
             "admin_state": self.admin_state,
             "drained": self.is_drained,

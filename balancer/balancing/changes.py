@@ -15,6 +15,7 @@ ChangeKind = Literal[
     "backend_changed",
     "backend_draining",
     "backend_drained",
+    "backend_cut",
     "backend_ejected",
     "backend_trial",
     "backend_returned",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from balancer.balancing.backends import Backend, Health
@@ -30,13 +33,15 @@ class Members:
     """The backends of one pool in configured order, and the counts of those that are gone.
 
     It has no lock of its own: every method is called with the pool's lock held, which guards all it touches. The pool
-    settles afterwards who is a candidate. `reweighed` is called when weights are others, or a backend is gone.
+    settles afterwards who is a candidate. `reweighed` is called when weights are others, or a backend is gone. `gone`
+    are those that were taken out and still have requests in flight.
     """
 
     def __init__(
         self, reweighed: Callable[[], None], note: Note, clock: Callable[[], float], wall_clock: Callable[[], float]
     ) -> None:
         self.backends: dict[str, Backend] = {}
+        self.gone: set[Backend] = set()
         self._reweighed = reweighed
         self._former: dict[str, BackendCounts] = {}
         self._note = note
@@ -88,6 +93,7 @@ class Members:
             if name not in ("source", "configured"):
                 text = f"url set to {value.url}" if name == "origin" else f"{name} set to {value}"
                 self._note("backend_changed", backend.id, text, "info")
+        self._note_draining(backend)
         if backend.admin_state == "ready":
             backend.is_leaving = False  # ready again calls the removal off
         if "weight" in real:
@@ -98,12 +104,17 @@ class Members:
         if backend.active == 0 and (backend.is_leaving or real.get("admin_state") == "drain"):
             self.drained(backend)
 
-    def remove(self, backend: Backend) -> int:
-        """No new requests from now on; it goes when the last one in flight has ended. Returns how many there are."""
+    def remove(self, backend: Backend, at_once: bool = False) -> int:
+        """No new requests from now on; it goes when the last one in flight has ended, or `at_once`. Returns how many
+        there are."""
         active = backend.active
         backend.admin_state = "drain"
         backend.is_leaving = True
+        self._note_draining(backend)
         if active == 0:
+            self._take_out(backend, backend.origin.url)
+        elif at_once:
+            self._cut(backend, "removed at once")
             self._take_out(backend, backend.origin.url)
         else:
             self._note("backend_draining", backend.id, f"to be removed, {active} requests in flight", "info")
@@ -111,6 +122,7 @@ class Members:
 
     def drained(self, backend: Backend) -> None:
         """The last request has ended of one that gets no more."""
+        self.gone.discard(backend)
         if self.backends.get(backend.id) is not backend:
             return  # gone already
         if backend.is_leaving:
@@ -118,8 +130,32 @@ class Members:
         else:
             self._note("backend_drained", backend.id, "drained: no requests in flight", "info")
 
+    def cut_overdue(self, default: float) -> list[Backend]:
+        """Those whose requests in flight must end now, also such as had just begun when others of theirs were ended."""
+        now = self._clock()
+        late = [backend for backend in chain(self.backends.values(), self.gone) if backend.is_overdue(now, default)]
+        late += [backend for backend in self.gone if backend not in late and backend.cut_at > -math.inf]
+        for backend in late:
+            self._cut(backend, "drain_timeout is over")
+        return late
+
+    def _cut(self, backend: Backend, why: str) -> None:
+        """What is in flight there now is not its fault from here on; whoever has the pool's clients ends it."""
+        if backend.cut_at == -math.inf:
+            text = f"{why}: {backend.active} requests in flight are cut off"
+            self._note("backend_cut", backend.id, text, "warning")
+        backend.cut_at = time.perf_counter()
+
+    def _note_draining(self, backend: Backend) -> None:
+        if backend.admin_state == "ready":
+            backend.draining_since, backend.cut_at = None, -math.inf
+        elif backend.draining_since is None:
+            backend.draining_since = self._clock()
+
     def _take_out(self, backend: Backend, text: str) -> None:
         del self.backends[backend.id]
+        if backend.active:
+            self.gone.add(backend)
         backend.counts.is_down_no_more(self._clock())
         self._former[backend.id] = backend.counts
         if len(self._former) > FORMER_KEPT:

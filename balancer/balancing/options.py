@@ -5,7 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from balancer.protocol.addresses import Network
+
 LatencyMode = Literal["off", "shadow", "enforce"]
+
+
+@dataclass(frozen=True, slots=True)
+class StrategyOptions:
+    """What a strategy may look at, by the names of the settings."""
+
+    hash_key: str = "client_ip"
+    hash_load_factor: float = 1.25
+    networks: tuple[Network, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,3 +37,5 @@ class PoolOptions:
     slow_start: float
     queue_places: int
     queue_timeout: float
+    backend_drain_timeout: float
+    sticky: bool

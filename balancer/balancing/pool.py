@@ -32,6 +32,8 @@ from balancer.protocol.request import Request
 
 log = logging.getLogger("balancer.pool")
 
+STICKY = "sticky"  # in place of a strategy's name where none was asked
+
 
 class Lease:
     """One request's place on a backend: taken by `BackendPool.lease`, given back once by `release`."""
@@ -45,6 +47,10 @@ class Lease:
         self.is_trial = choice.backend.ejection.status == "trial"
         self.is_answered = False
         self.queued = 0.0  # seconds it waited in the queue
+
+    @property
+    def is_held(self) -> bool:
+        return self._pool is not None
 
     def answered(self, first_byte_seconds: float, is_good: bool = True) -> None:
         """The response has begun but its body may take long: count the time now, not at `release`, and end a trial if
@@ -68,10 +74,13 @@ class Lease:
 class BackendPool:
     """The backends, the strategy that chooses among them, and the counts both depend on.
 
-    `_lock` guards every field of every Backend, `_strategy`, `_is_timed`, `_had_first_round`, `_line`, and
-    its helpers, which have no lock of their own: `_members` what the operator changes, `_judge` what checks and traffic
-    change, `_candidates` what follows for the next request. Nothing under it does I/O or calls out, but for the
-    strategy; `_notifier` for the listeners is noted under it and told after it is let go.
+    `_lock` guards every field of every Backend, `_strategy`, `_is_sticky`, `_is_timed`, `_had_first_round`, `_line`,
+    and its helpers, which have no lock of their own: `_members` what the operator changes, `_judge` what checks and
+    traffic change, `_candidates` what follows for the next request. Nothing under it does I/O or calls out, but for the
+    strategy; `_notifier` for the listeners is noted under it and told after it is let go. `_preparing`, taken before
+    it, is held while the strategy prepares, and guards `_prepared`: what it was given.
+
+    `cut_off` ends what is in flight on a backend; whoever has the clients sets it. It is called without the lock.
     """
 
     def __init__(
@@ -85,6 +94,9 @@ class BackendPool:
     ) -> None:
         self._lock = Lock()
         self._strategy = strategy
+        self._is_sticky = options.sticky
+        self._preparing = Lock()
+        self._prepared: tuple[Strategy, Mapping[str, int]] | None = None
         self._line: WaitingLine[Lease] = WaitingLine()
         self._is_timed = True
         self._had_first_round = False
@@ -97,6 +109,7 @@ class BackendPool:
         judging = (self._note, clock, wall_clock, rng or random.Random())
         self._judge = Judge(self._backends, options, *judging)
         self._candidates = Candidates(self._backends, self._note)
+        self.cut_off: Callable[[Backend], None] = lambda backend: None
 
     def __repr__(self) -> str:
         with self._lock:
@@ -137,21 +150,26 @@ class BackendPool:
             return self._choose(request, ())
 
     def _choose(self, request: Request, exclude: Collection[str]) -> Lease | None:
-        current = self._candidates
-        candidates: Sequence[Backend] = current.ready
-        excluded = current.absent
-        if exclude or current.is_conditional:
-            candidates = current.narrow(exclude, self._clock(), self._judge.options.slow_start)
-            excluded = current.why_not(exclude, candidates)
-        if not candidates:
-            return None
-        strategy = self._strategy
-        active = [backend.active for backend in candidates]
-        scores = strategy.scores(candidates)
-        backend = strategy.select(candidates, request)
-        choice = Choice(strategy.name, backend, candidates, active, scores, excluded)
-        if current.are_many:
-            choice.shorten()
+        choice = self._bound(request, exclude) if self._is_sticky else None
+        if choice is None:
+            current = self._candidates
+            candidates: Sequence[Backend] = current.ready
+            excluded = current.absent
+            if exclude or current.is_conditional:
+                candidates = current.narrow(exclude, self._clock(), self._judge.options.slow_start)
+                excluded = current.why_not(exclude, candidates)
+            if not candidates:
+                return None
+            strategy = self._strategy
+            active = [backend.active for backend in candidates]
+            scores = strategy.scores(candidates)
+            chosen = strategy.select(candidates, request)
+            if strategy.passed_over:
+                excluded = {**excluded, **strategy.passed_over}
+            choice = Choice(strategy.name, chosen, candidates, active, scores, excluded)
+            if current.are_many:
+                choice.shorten()
+        backend = choice.backend
         lease = Lease(self, choice)
         backend.active += 1  # not before the last step that a strategy's answer can make fail
         backend.counts.selected += 1
@@ -162,6 +180,15 @@ class BackendPool:
         else:
             lease.is_answered = True  # its time is of no use to the strategy, nor to ejections
         return lease
+
+    def _bound(self, request: Request, exclude: Collection[str]) -> Choice | None:
+        """The backend that the request is bound to, if it can take it. One that drains can: its clients may finish."""
+        backend = self._backends.get(request.preferred)
+        if backend is None or backend.id in exclude or backend.is_leaving or backend.admin_state == "maint":
+            return None
+        if backend.health.status != "up" or backend.ejection.status != "none" or backend.is_full:
+            return None
+        return Choice(STICKY, backend, (backend,), (backend.active,), None, {})
 
     def _line_up(self, request: Request, exclude: Collection[str]) -> Waiter[Lease]:
         """A place in the queue, if there is any and waiting can help."""
@@ -240,11 +267,15 @@ class BackendPool:
         self._notifier.notify()
 
     def sweep(self) -> None:
-        """Let time pass: ejections and slow starts end, response times are compared. Call about once a second."""
+        """Let time pass: ejections, slow starts and drains end, response times are compared. Call about once a
+        second."""
         with self._lock:
             if self._judge.sweep():
                 self._judged()
+            overdue = self._members.cut_overdue(self._judge.options.backend_drain_timeout)
         self._notifier.notify()
+        for backend in overdue:
+            self.cut_off(backend)
 
     def _is_here(self, backend: Backend, origin: Origin | None) -> bool:
         """Neither removed nor moved away from `origin` meanwhile."""
@@ -266,6 +297,7 @@ class BackendPool:
         *,
         weight: int = 1,
         max_connections: int | None = None,
+        drain_timeout: float | None = None,
         source: Source = "api",
         configured: Mapping[str, Any] | None = None,
     ) -> Backend:
@@ -273,23 +305,27 @@ class BackendPool:
         with self._changing():
             backend_id = self._members.new_id(backend_id)
             backend = Backend(backend_id, origin, weight, max_connections, source=source, configured=configured or {})
+            backend.drain_timeout = drain_timeout
             self._members.add(backend)
         return backend
 
     def update(self, backend_id: str, changes: Mapping[str, Any]) -> Backend:
-        """Set `weight`, `max_connections` or `admin_state`, already validated. Raises KeyError for an unknown id."""
+        """Set `weight`, `admin_state` and the like, already validated. Raises KeyError for an unknown id."""
         with self._changing():
             backend = self._backends[backend_id]
             self._members.update(backend, changes)
         return backend
 
-    def remove(self, backend_id: str) -> int:
-        """No new requests from now on; it goes when the last one in flight has ended. Returns how many there are.
-
-        Raises KeyError for an unknown id.
+    def remove(self, backend_id: str, at_once: bool = False) -> int:
+        """No new requests from now on; it goes when the last one in flight has ended, or `at_once`, and those are cut
+        off. Returns how many there are. Raises KeyError for an unknown id.
         """
         with self._changing():
-            return self._members.remove(self._backends[backend_id])
+            backend = self._backends[backend_id]
+            active = self._members.remove(backend, at_once)
+        if at_once and active:
+            self.cut_off(backend)
+        return active
 
     def use(self, strategy: Strategy) -> None:
         """Switch the strategy; the next `lease` uses it, with no memory of the past."""
@@ -300,9 +336,12 @@ class BackendPool:
 
         Ids to update and remove that are not here any more are passed over.
         """
+        if changes.strategy is not None:
+            self._prepare(changes.strategy)
         with self._changing():
             if changes.options is not None:
                 self._judge.options = changes.options
+                self._is_sticky = changes.options.sticky
             if changes.strategy is not None:
                 self._strategy = changes.strategy
                 self._note("algorithm_changed", "", changes.strategy.name, "info")
@@ -313,7 +352,22 @@ class BackendPool:
         with self._lock:
             yield
             self._settle()
+        self._prepare()
         self._notifier.notify()
+
+    def _prepare(self, strategy: Strategy | None = None) -> None:
+        """Let the strategy do what takes long, unless it has; one that is not in use yet before it is."""
+        with self._preparing:
+            with self._lock:
+                strategy = strategy or self._strategy
+                wanted = strategy, {b.id: b.weight for b in self._backends.values() if b.weight}
+            if wanted == self._prepared:
+                return
+            try:
+                strategy.prepare(wanted[1])
+            except BaseException:  # as below
+                log.exception("strategy %s failed", strategy.name)
+            self._prepared = wanted
 
     def _reweighed(self) -> None:
         """Weights are others, or a backend is gone."""

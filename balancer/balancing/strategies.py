@@ -16,14 +16,19 @@ import random
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from importlib.metadata import entry_points
+from math import ceil
 from typing import Any, ClassVar, TypeVar
 
 from typing_extensions import TypedDict
 
 from balancer.balancing.backends import Backend
+from balancer.balancing.options import StrategyOptions
+from balancer.balancing.ring import Ring
 from balancer.errors import SettingsError
 from balancer.protocol.request import Request
+from balancer.protocol.requestkey import Key, request_key
 from balancer.protocol.texts import quoted
 
 ENTRY_POINT_GROUP = "load_balancer.strategies"
@@ -38,6 +43,9 @@ class Strategy:
     text: ClassVar[str] = ""
     # Whether `select` looks at response times. They are measured only for those that do: it costs every request.
     uses_times: ClassVar[bool] = True
+    options: StrategyOptions = StrategyOptions()  # set by `create`, before anything is chosen
+    # Candidates that the last `select` went past, and why each, in words: only to explain the choice.
+    passed_over: dict[str, str] = {}  # noqa: RUF012
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic, rng: random.Random | None = None) -> None:
         self.clock = clock
@@ -58,6 +66,10 @@ class Strategy:
 
     def backends_changed(self) -> None:
         """Called with the lock held when a weight was set or a backend removed: forget what was saved up."""
+
+    def prepare(self, weights: Mapping[str, int]) -> None:
+        """Called without the lock, by one thread at a time, before the first choice and whenever these have changed:
+        for what takes long. `select` goes on with what there is until then, so replace it in one step."""
 
     @classmethod
     def description(cls) -> str:
@@ -105,11 +117,13 @@ def load_entry_points() -> None:
         strategy(entry.name, loaded.text)(loaded)
 
 
-def create(name: str, **injected: Any) -> Strategy:
+def create(name: str, options: StrategyOptions = StrategyOptions(), **injected: Any) -> Strategy:  # noqa: B008
     """A new strategy with no memory. Raises SettingsError with the valid names."""
     if name not in REGISTRY:
         raise SettingsError(f"unknown algorithm {quoted(name)}, expected one of: {', '.join(sorted(REGISTRY))}")
-    return REGISTRY[name](**injected)
+    made = REGISTRY[name](**injected)
+    made.options = options
+    return made
 
 
 class StrategyView(TypedDict):
@@ -249,6 +263,65 @@ class PowerOfTwo(Strategy):
 
     def _draw(self, candidates: Sequence[Backend]) -> Backend:
         return self.rng.choices(candidates, _weights(candidates))[0]
+
+
+@strategy(
+    "random",
+    "A backend drawn by weight, whoever had the request before. Right for very many requests, or for many balancers "
+    "that know nothing of each other.",
+)
+class Random(Strategy):
+    uses_times = False
+
+    def select(self, candidates: Sequence[Backend], request: Request) -> Backend:
+        return self.rng.choices(candidates, _weights(candidates))[0]
+
+    def expected_shares(self, ready: Sequence[Backend]) -> Mapping[str, float] | None:
+        total = sum(backend.weight for backend in ready)
+        return {backend.id: backend.weight / total for backend in ready}
+
+
+@strategy(
+    "consistent_hash",
+    "The same backend for the same key (hash_key: the client's address, the path, a header, cookie or query "
+    "parameter), as long as it is available and has no more than hash_load_factor times its share of the requests in "
+    "flight; what is beyond that goes to the key's next one. Adding or losing one of ten backends moves a tenth of "
+    "the keys. Requests without the key take turns by weight. Right for backends that cache, or keep sessions.",
+)
+class ConsistentHash(TakingTurns):
+    """`_ring` is replaced by `prepare` in one step; a backend that it does not have yet gets no keys until then."""
+
+    uses_times = False
+
+    def __init__(self, **injected: Any) -> None:
+        super().__init__(**injected)
+        self._ring = Ring({})
+
+    def prepare(self, weights: Mapping[str, int]) -> None:
+        self._ring = Ring(weights)
+
+    def select(self, candidates: Sequence[Backend], request: Request) -> Backend:
+        self.passed_over = {}
+        key = self._key(request)
+        if key:
+            by_id = {backend.id: backend for backend in candidates}
+            in_all = self.options.hash_load_factor * (sum(backend.active for backend in candidates) + 1)
+            weights = sum(backend.weight for backend in candidates)
+            for owner in self._ring.owners(key):
+                backend = by_id.pop(owner, None)
+                if backend is None:
+                    continue
+                most = ceil(in_all * backend.weight / weights)
+                if backend.active < most:
+                    return backend
+                self.passed_over[owner] = f"above its share: {backend.active} in flight of at most {most}"
+                if not by_id:
+                    break
+        return self._turns.next(candidates)
+
+    @cached_property
+    def _key(self) -> Key:
+        return request_key(self.options.hash_key, self.options.networks)
 
 
 class ExpectedSoonest(TakingTurns):

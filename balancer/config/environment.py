@@ -15,7 +15,7 @@ from balancer.errors import SettingsError
 
 # Names that are not LB_ + NAME: those of the earlier program. They count less than the regular ones.
 LEGACY = {"ALGORITHM": "algorithm"}
-SECRET_FILES = {"LB_ADMIN_TOKEN_FILE": "admin_token", "LB_PAGE_TOKEN_FILE": "page_token"}
+SECRET_FILES = {f"LB_{name.upper()}_FILE": name for name in ("admin_token", "page_token", "sticky_secret")}
 MAX_SECRET = 65536  # bytes of a secret's file: a device may have no end
 NO_SETTINGS = ("LB_CONFIG", "LB_URL")  # the configuration file; where test_client.py looks for the balancer
 TEST_CLIENT = "LB_TEST_"

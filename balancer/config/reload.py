@@ -22,13 +22,14 @@ from typing_extensions import TypedDict
 from balancer.balancing import strategies
 from balancer.balancing.backends import Backend, Source
 from balancer.balancing.members import PoolChanges
+from balancer.balancing.options import StrategyOptions
 from balancer.balancing.pool import BackendPool
 from balancer.config import environment
 from balancer.config.settings import NEEDS_RESTART, BackendSettings, Settings, show
 from balancer.errors import SettingsError
 from balancer.protocol.origin import Origin
 
-BACKEND_FIELDS = ("url", "weight", "max_connections")
+BACKEND_FIELDS = ("url", "weight", "max_connections", "drain_timeout")
 
 Sources = Mapping[str, str]
 Plain = str | float | bool | None
@@ -173,7 +174,8 @@ class Configuration:
 
 def compare(base: Settings, wanted: Settings, sources: Sources, pool: BackendPool) -> Plan:
     """What leads from `base`, the one in force, to `wanted`. Raises SettingsError for an unknown algorithm."""
-    strategy = strategies.create(wanted.algorithm)
+    options = wanted.options(StrategyOptions)
+    strategy = strategies.create(wanted.algorithm, options)
     plan = Plan()
     for name in Settings.model_fields:
         before, after = getattr(base, name), getattr(wanted, name)
@@ -183,11 +185,11 @@ def compare(base: Settings, wanted: Settings, sources: Sources, pool: BackendPoo
             plan.needs_restart.append(name)
         else:
             plan.changes.append(Change(name, before, after))
-    if wanted.algorithm != base.algorithm:
-        plan.pool.strategy = strategy
-    elif pool.algorithm != wanted.algorithm:
+    if wanted.algorithm == base.algorithm != pool.algorithm:
         plan.kept.append(f"algorithm: {pool.algorithm} (set by the API)")
-        strategy = strategies.create(pool.algorithm)
+        strategy = strategies.create(pool.algorithm, options)
+    if wanted.algorithm != base.algorithm or options != base.options(StrategyOptions):
+        plan.pool.strategy = strategy
     planned = list(_compare_backends(base, wanted, sources["backends"], pool, plan))
     shares = strategy.expected_shares([backend for backend in planned if backend.is_wanted])
     plan.shares = None if shares is None else {backend.id: shares.get(backend.id, 0.0) for backend in planned}
@@ -250,6 +252,7 @@ def make_backend(settings: BackendSettings, source: str) -> Backend:
         Origin.parse(settings.url),
         settings.weight,
         settings.max_connections,
+        drain_timeout=settings.drain_timeout,
         source=short(source),
         configured=configured(settings),
     )

@@ -37,9 +37,9 @@ from balancer.balancing.options import LatencyMode
 from balancer.config import environment, validation
 from balancer.errors import SettingsError
 from balancer.protocol import headerrules
-from balancer.protocol.addresses import Network, is_loopback, parse_network
+from balancer.protocol.addresses import UNIX, Network, is_loopback, parse_network
 from balancer.protocol.headerrules import NO_RULES, HeaderRules
-from balancer.protocol.origin import Origin
+from balancer.protocol.origin import EXPECTED, Origin, check_path
 from balancer.protocol.texts import quoted
 from balancer.protocol.websocket import LARGEST_MESSAGE
 
@@ -61,6 +61,7 @@ Port = Annotated[int, Field(ge=1, le=65535)]
 Weight = Annotated[int, Field(ge=0, le=MAX_WEIGHT), BeforeValidator(validation.no_truth_value)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 MaxConnections = Annotated[int, Field(ge=1, le=MAX_CONNECTIONS)]
+DrainTimeout = Annotated[SecondsOrZero, BeforeValidator(validation.no_truth_value)]
 
 SHORTEST_TOKEN = 16  # characters: fewer can be guessed
 SHORT_FORMS = {"flag": "--backend {}", "environment": "backend {} of LB_BACKENDS"}  # where backends are told by number
@@ -93,9 +94,12 @@ class BackendSettings(BaseModel):
     id: str = Field(
         "", pattern=validation.ID_OR_NONE, description="name, unique; backend_1, backend_2, ... if left out"
     )
-    url: str = Field(description="http://HOST:PORT or https://HOST:PORT")
+    url: str = Field(description=EXPECTED)
     weight: Weight = Field(1, description="share of the traffic relative to the others; 0 for no new requests")
     max_connections: MaxConnections | None = Field(None, description="requests at the same time; no limit if left out")
+    drain_timeout: DrainTimeout | None = Field(
+        None, description="time for what is in flight when it is drained or removed; backend_drain_timeout if left out"
+    )
 
     @field_validator("url")
     @classmethod
@@ -132,18 +136,44 @@ class Settings(BaseModel):
 
     # Who and where.
     id: Fixed[str] = Field("lb-1", pattern=validation.ID, description="name of this balancer in answers and in Via")
-    host: Fixed[str] = Field("127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0 or :: for all")
+    host: Fixed[str] = Field(
+        "127.0.0.1",
+        min_length=1,
+        description="address to listen on; 0.0.0.0 or :: for all; unix:/PATH for a Unix socket, which has no port",
+    )
     port: Fixed[int] = Field(
         9000, ge=0, le=65535, description="port to listen on; 0 for any free one, which is printed"
     )
-    control_port: Fixed[Port | None] = Field(None, description="port for the control paths alone, on the same address")
+    control_port: Fixed[Port | None] = Field(
+        None, description="port for the control paths alone, on the same address; 127.0.0.1 beside a Unix socket"
+    )
     control_prefix: Fixed[str] = Field(
         "", description="moves all control paths, as in /lb; the bare ones are then forwarded"
+    )
+
+    unix_socket_mode: Fixed[str] = Field(
+        "0600", pattern=validation.MODE, description="who may connect to a Unix socket, as chmod has it"
+    )
+    unix_socket_owner: Fixed[str | None] = Field(
+        None, pattern=validation.OWNER, description="whose a Unix socket is: USER, USER:GROUP or :GROUP"
     )
 
     # Backends and choosing.
     backends: tuple[BackendSettings, ...] = Field(DEFAULT_BACKENDS, description="the backends; repeat --backend")
     algorithm: str = Field("weighted", description="how the backend is chosen; GET /algorithm lists all")
+    hash_key: str = Field(
+        "client_ip",
+        pattern=validation.KEY,
+        description="what consistent_hash goes by: client_ip, path, header:NAME, cookie:NAME or query:NAME",
+    )
+    hash_load_factor: float = Field(
+        1.25, ge=1, le=1000, allow_inf_nan=False, description="requests in flight that it allows, times the fair share"
+    )
+    sticky: bool = Field(False, description="keep each client on the backend that answered it last, by a cookie")
+    sticky_max_age: SecondsOrZero = Field(0.0, description="time the cookie is kept; 0 until the browser ends")
+    sticky_secret: SecretStr | None = Field(
+        None, description="what the cookie's values are made with; at least 16 characters; LB_STICKY_SECRET_FILE too"
+    )
 
     # Data path.
     connect_timeout: Seconds = Field(3.0, description="time to connect to a backend")
@@ -162,6 +192,9 @@ class Settings(BaseModel):
         500, ge=0, le=100_000, description="requests that wait while all are full; at most half of max_threads"
     )
     queue_timeout: Seconds = Field(5.0, description="time a request waits for a place on a backend; after that 503")
+    backend_drain_timeout: SecondsOrZero = Field(
+        300.0, description="time for what a backend has in flight when it is drained or removed; 0 for no limit"
+    )
     max_request_body: Bytes | None = Field(None, ge=0, description="bytes; larger request bodies are refused with 413")
     ca_file: Fixed[Path | None] = Field(None, description="PEM file of CAs for https backends, instead of the system's")
     backend_host: str = Field(
@@ -172,7 +205,9 @@ class Settings(BaseModel):
         pattern=validation.NAME,
         description="what https backends are called, and their certificates must say, instead of the name in the URL",
     )
-    trusted_proxies: tuple[str, ...] = Field((), description="networks whose X-Forwarded-* and Forwarded are believed")
+    trusted_proxies: tuple[str, ...] = Field(
+        (), description="networks whose X-Forwarded-* and Forwarded are believed; unix for clients of a Unix socket"
+    )
     expose_backend: bool = Field(False, description="add X-Served-By with the backend's id to answers")
     request_headers: RequestRules = Field(
         NO_RULES, description='changes of what backends get, as { set = { X-Team = "a" }, remove = ["X-Debug"] }'
@@ -279,7 +314,7 @@ class Settings(BaseModel):
     def _check_booleans(cls, value: Any, info: ValidationInfo) -> Any:
         return value if cls.model_fields[info.field_name or ""].annotation is bool else validation.no_truth_value(value)
 
-    @field_validator("admin_token", "page_token")
+    @field_validator("admin_token", "page_token", "sticky_secret")
     @classmethod
     def _check_token(cls, token: SecretStr | None) -> SecretStr | None:
         text = None if token is None else token.get_secret_value()
@@ -290,6 +325,16 @@ class Settings(BaseModel):
         if text is not None and len(text) < SHORTEST_TOKEN:
             raise ValueError(f"has {len(text)} characters, so it can be guessed; expected at least {SHORTEST_TOKEN}")
         return token
+
+    @field_validator("host")
+    @classmethod
+    def _check_host(cls, host: str) -> str:
+        if host.startswith(UNIX):
+            path = os.fsencode(host.removeprefix(UNIX))
+            if not path.startswith(b"/"):
+                raise ValueError("expected unix:/PATH")
+            check_path(path)
+        return host
 
     @field_validator("control_prefix")
     @classmethod
@@ -303,6 +348,8 @@ class Settings(BaseModel):
     @classmethod
     def _check_networks(cls, networks: tuple[str, ...]) -> tuple[str, ...]:
         for network in networks:
+            if network == "unix":
+                continue
             try:
                 found = ipaddress.ip_network(network, strict=False)
             except ValueError:
@@ -340,9 +387,13 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _check_pairs(self) -> Settings:
-        if self.control_port is not None and self.control_port == self.port:
+        if self.control_port == self.port and not self.host.startswith(UNIX):
             raise ValueError(f"control_port and port are both {self.port}; choose another for one of them")
         return self
+
+    @property
+    def control_host(self) -> str:
+        return "127.0.0.1" if self.host.startswith(UNIX) else self.host
 
     @property
     def networks(self) -> tuple[Network, ...]:
@@ -353,6 +404,12 @@ class Settings(BaseModel):
     def host_field(self) -> bytes:
         """`backend_host` as it is sent, empty to keep the client's."""
         return b"" if self.backend_host == "keep" else self.backend_host.encode("ascii")
+
+    @property
+    def sticky_key(self) -> bytes:
+        """64 bytes at most (RFC 7693 section 2.1); a longer secret is cut."""
+        secret = "default" if self.sticky_secret is None else self.sticky_secret.get_secret_value()
+        return secret.encode()[:64]
 
     @property
     def queue_places(self) -> int:
@@ -380,7 +437,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         elif name in SECRETS:
             continue  # a secret on a command line can be read by every user of the machine
         elif field.annotation is bool:
-            parser.add_argument(flag, nargs="?", const="true", metavar="true|false", help=f"{text} (false)")
+            parser.add_argument(
+                flag, nargs="?", const="true", metavar="true|false", help=f"{text} ({default_of(name)})"
+            )
         else:
             parser.add_argument(flag, metavar=name.rpartition("_")[2].upper(), help=f"{text} ({default_of(name)})")
 

@@ -30,9 +30,9 @@ from flask import g, request
 from pydantic import SecretStr
 
 from balancer.control.inputs import received
-from balancer.control.neighbours import is_ours
+from balancer.control.neighbours import is_ours, is_private
 from balancer.control.problems import ApiError
-from balancer.protocol.addresses import Network, client_address, is_loopback, network_of, plain, told_clients
+from balancer.protocol.addresses import UNIX, Network, client_address, is_loopback, network_of, plain, told_clients
 from balancer.protocol.messages import is_claim
 from balancer.protocol.request import header_lines
 
@@ -217,7 +217,8 @@ def _sign_of_a_proxy() -> str | None:
 
 def _why_not_ours() -> str | None:
     """For writes, which do more harm: a proxy that adds nothing and rewrites Host still has a user of its own."""
-    is_found = is_ours(_peer(), request.environ.get("REMOTE_PORT") or "")
+    peer, environ = _peer(), request.environ
+    is_found = is_private(environ["SERVER_NAME"]) if peer == UNIX else is_ours(peer, environ.get("REMOTE_PORT") or "")
     return None if is_found else "another user of this machine sent this, maybe for somebody else"
 
 

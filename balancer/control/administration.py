@@ -11,9 +11,10 @@ from typing_extensions import TypedDict
 
 from balancer.balancing import strategies
 from balancer.balancing.backends import BackendView
+from balancer.balancing.options import StrategyOptions
 from balancer.balancing.strategies import StrategyView
 from balancer.control.control import current_control
-from balancer.control.inputs import AlgorithmChange, BackendChange, BackendCreate, Nothing, read_body, whole_number
+from balancer.control.inputs import AlgorithmChange, BackendChange, BackendCreate, Nothing, read_body, switch
 from balancer.control.problems import ApiError
 from balancer.errors import SettingsError
 from balancer.protocol.origin import Origin
@@ -58,7 +59,7 @@ def change_algorithm() -> Response:
     control = current_control()
     if name == control.pool.algorithm:
         return jsonify(AlgorithmChanged(message=f"{name} is already in use", current=name))
-    control.pool.use(strategies.create(name))
+    control.pool.use(strategies.create(name, control.settings.options(StrategyOptions)))
     return jsonify(AlgorithmChanged(message=f"algorithm changed to {name}", current=name))
 
 
@@ -75,9 +76,7 @@ def reset() -> Response:
 @blueprint.post("/reload")
 def reload() -> Response:
     read_body(Nothing)
-    if unknown := sorted(set(request.args) - {"dry_run"}):  # a slip of the pen must not become the real thing
-        raise ApiError(400, f"unknown parameter {unknown[0][:40]!r}; there is dry_run=1")
-    dry_run = whole_number("dry_run", 0, 1) == 1
+    dry_run = switch("dry_run")
     try:
         plan = current_control().reload(dry_run)
     except SettingsError as error:
@@ -102,7 +101,8 @@ def add_backend() -> tuple[Response, int, dict[str, str]]:
     except SettingsError as error:
         raise ApiError(422, str(error)) from None
     try:
-        backend = control.pool.add(wanted.id, origin, weight=wanted.weight, max_connections=wanted.max_connections)
+        fields = wanted.model_dump(exclude={"id", "url"})
+        backend = control.pool.add(wanted.id, origin, **fields)
     except SettingsError as error:
         raise ApiError(409, str(error)) from None
     return jsonify(_describe(backend.id)), 201, {"Location": f"{request.path}/{backend.id}"}
@@ -127,10 +127,14 @@ def change_backend(backend_id: str) -> Response:
 
 @blueprint.delete("/backends/<backend_id>")
 def remove_backend(backend_id: str) -> tuple[Response, int]:
+    force = switch("force")
     try:
-        active = current_control().pool.remove(backend_id)
+        active = current_control().pool.remove(backend_id, at_once=force)
     except KeyError:
         raise _unknown(backend_id) from None
+    if active and force:
+        text = f"{backend_id} removed, {active} requests in flight are cut off"
+        return jsonify(BackendRemoved(message=text, active=active)), 200
     if active:
         text = f"{backend_id} is removed when its requests have ended"
         return jsonify(BackendRemoved(message=text, active=active)), 202

@@ -16,8 +16,9 @@ from werkzeug.exceptions import RequestEntityTooLarge
 
 from balancer.balancing.backends import AdminState
 from balancer.config import validation
-from balancer.config.settings import MaxConnections, Weight
+from balancer.config.settings import DrainTimeout, MaxConnections, Weight
 from balancer.control.problems import ApiError, is_legacy
+from balancer.protocol.origin import EXPECTED
 
 MAX_BODY = 65536  # bytes of a control request
 
@@ -38,9 +39,10 @@ class Nothing(Body):
 
 class BackendCreate(Body):
     id: str | None = Field(None, pattern=validation.ID, description="unique name; chosen if left out")
-    url: str = Field(max_length=300, description="http://HOST:PORT or https://HOST:PORT")
+    url: str = Field(max_length=300, description=EXPECTED)
     weight: Weight = 1
     max_connections: MaxConnections | None = None
+    drain_timeout: DrainTimeout | None = None
 
 
 class BackendChange(Body):
@@ -49,6 +51,7 @@ class BackendChange(Body):
     # What is left out stays as it is: nobody asks for these defaults, and the schema has none.
     weight: Weight = Field(default_factory=int)
     max_connections: MaxConnections | None = Field(None, description="null for no limit")
+    drain_timeout: DrainTimeout | None = Field(None, description="null for backend_drain_timeout")
     admin_state: AdminState = Field(default_factory=lambda: "ready")
 
 
@@ -91,6 +94,13 @@ def whole_number(name: str, default: int, maximum: int) -> int:
     if not re.fullmatch(r"[0-9]{1,15}", text) or int(text) > maximum:
         raise ApiError(400, f"{name}={text[:40]!r}: expected a whole number from 0 to {maximum}")
     return int(text)
+
+
+def switch(name: str) -> bool:
+    """The only query parameter that there is: on if it is 1. Raises ApiError 400."""
+    if unknown := sorted(set(request.args) - {name}):  # a slip of the pen must not become the other thing
+        raise ApiError(400, f"unknown parameter {unknown[0][:40]!r}; there is {name}=1")
+    return whole_number(name, 0, 1) == 1
 
 
 def _validation_status() -> int:

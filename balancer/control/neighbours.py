@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import stat
 from pathlib import Path
 
 from balancer.protocol.addresses import Address, parse
@@ -20,6 +21,16 @@ def is_ours(host: str, port: str) -> bool:
     """
     user = owner(host, port)
     return user is None or user == os.geteuid()
+
+
+def is_private(path: str) -> bool:
+    """Whether our own user alone may connect to the Unix socket there, as far as its own mode tells: it cannot be seen
+    who does."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return False
+    return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)  # unix(7)
 
 
 def owner(host: str, port: str) -> int | None:

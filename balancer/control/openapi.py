@@ -18,12 +18,13 @@ from balancer.control.control import current_control
 from balancer.control.inputs import AlgorithmChange, BackendChange, BackendCreate, Body, Nothing
 from balancer.control.monitoring import Alive, EventsView, HistoryView, Readiness, Status
 from balancer.control.problems import Error
-from balancer.control.schemas import SCHEMAS, Schema, ref
+from balancer.control.schemas import Schema, ref, schemas
 from balancer.observe.record import ExplainedView
 
 TEXT: Schema = {"type": "string"}
 LEGACY = "application/json"  # of errors on the paths of the earlier program
 COUNT: Schema = {"type": "integer", "minimum": 0, "default": 0}
+SWITCH: Schema = {**COUNT, "maximum": 1}
 
 blueprint = Blueprint("openapi", __name__)
 
@@ -117,12 +118,14 @@ PATHS: dict[str, Schema] = {
         "parameters": _in_path("backend_id"),
         "get": _operation("getBackend", "One backend.", {200: BackendView}),
         "patch": _operation(
-            "changeBackend", "Change weight, max_connections or admin_state.", {200: BackendView}, body=BackendChange
+            "changeBackend", "Change weight, limits or admin_state.", {200: BackendView}, body=BackendChange
         ),
         "delete": _operation(
             "removeBackend",
-            "Remove: no new requests, gone when the last one in flight has ended, later if that is 202.",
+            "Remove: no new requests, gone when the last one in flight has ended, later if that is 202; with "
+            "`force` at once, and those in flight are cut off.",
             {200: BackendRemoved, 202: BackendRemoved},
+            query={"force": SWITCH},
         ),
     },
     "/requests/{request_id}": {
@@ -147,7 +150,7 @@ PATHS: dict[str, Schema] = {
             "`dry_run` it only says what would change.",
             {200: PlanView},
             body=Nothing,
-            query={"dry_run": {"type": "integer", "minimum": 0, "maximum": 1, "default": 0}},
+            query={"dry_run": SWITCH},
         )
     },
     "/events": {
@@ -191,7 +194,7 @@ def describe_api() -> Response:
 
 def document(prefix: str = "", protected: bool = False) -> Schema:
     """The whole description. `prefix` is `control_prefix`; `protected` if there is a token."""
-    components: Schema = {"schemas": SCHEMAS}
+    components: Schema = {"schemas": schemas()}
     result: Schema = {
         "openapi": "3.1.0",
         "info": {"title": "Load balancer control API", "version": __version__},

@@ -3,6 +3,7 @@ from the types that the answers have in the code."""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -11,7 +12,7 @@ from pydantic.json_schema import GenerateJsonSchema, NoDefault
 Schema = dict[str, Any]
 
 PLACE = "#/components/schemas/{model}"
-SCHEMAS: Schema = {}  # by name, of all that `ref` was asked for and of what is in them
+_REFERRED: list[type] = []
 
 
 class Generator(GenerateJsonSchema):
@@ -30,9 +31,22 @@ class Generator(GenerateJsonSchema):
 
 def ref(kind: type) -> Schema:
     """A reference to the schema of a body or an answer."""
-    schema = TypeAdapter(kind).json_schema(ref_template=PLACE, schema_generator=Generator)
-    name = kind.__name__.removesuffix("View")
-    for each, found in {**schema.pop("$defs", {}), name: schema}.items():
-        found.pop("title", None)  # the name once more
-        assert SCHEMAS.setdefault(each, found) == found, f"two types are called {each}"
-    return {"$ref": PLACE.format(model=name)}
+    _REFERRED.append(kind)
+    return {"$ref": PLACE.format(model=_name(kind))}
+
+
+@cache
+def schemas() -> Schema:
+    """By name, of all that `ref` was asked for and of what is in them. Made when somebody asks: every start would be a
+    tenth longer."""
+    made: Schema = {}
+    for kind in _REFERRED:
+        schema = TypeAdapter(kind).json_schema(ref_template=PLACE, schema_generator=Generator)
+        for each, found in {**schema.pop("$defs", {}), _name(kind): schema}.items():
+            found.pop("title", None)  # the name once more
+            assert made.setdefault(each, found) == found, f"two types are called {each}"
+    return made
+
+
+def _name(kind: type) -> str:
+    return kind.__name__.removesuffix("View")

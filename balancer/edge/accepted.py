@@ -13,19 +13,20 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from threading import Lock
 from typing import NamedTuple
 
 from balancer.upstream.tcpinfo import traffic
 
 Address = tuple[str, str]  # host and port, as Granian gives them
-Local = tuple[str, int]  # and of a listening socket, as the kernel does
+Local = tuple[str, int] | str  # and of a listening socket, as the kernel does; a path of a Unix socket
 
 EVERYWHERE = ("0.0.0.0", "::")  # to listen on all addresses
 IDLE_SECONDS = 75.0  # nginx's keepalive_timeout; hyper itself ends idle HTTP/1.1 connections, but not HTTP/2 ones
 LEAST_RATE = 240  # bytes/s, the default of `min_body_rate`: to read less does not count as reading
 MOST_OWED = 262_144  # bytes of answers that a client may leave unread for as long as it likes, such as a paused film
+TCP, UNIX = (socket.AF_INET, socket.AF_INET6), (getattr(socket, "AF_UNIX", None),)  # families
 SLICE = 64  # descriptors, about half a millisecond: whoever forwards requests waits for the interpreter meanwhile
 
 _passing = Lock()  # held during a pass; `_waiting` needs none, each step on it is one operation
@@ -45,7 +46,7 @@ def cut(addresses: tuple[Address, Address]) -> None:
 def cut_all(pairs: Iterable[tuple[Address, Address]]) -> None:
     """Shut down the connections between these (client, server) addresses, in one pass over all descriptors."""
     wanted = {(client[0], int(client[1]), int(server[1])): server[0] for client, server in pairs}
-    for connection in _sockets(_descriptors()):
+    for connection in _sockets(_descriptors(), TCP):
         with contextlib.suppress(OSError):  # not connected, or no more
             port: int = connection.getsockname()[1]
             host = wanted.get((*connection.getpeername()[:2], port))
@@ -55,14 +56,31 @@ def cut_all(pairs: Iterable[tuple[Address, Address]]) -> None:
 
 def cut_port(local: Local) -> None:
     """Shut down all connections that were accepted on this port."""
-    for connection in _sockets(_descriptors()):
-        with contextlib.suppress(OSError):  # not connected, or no more
-            if _is_from(connection, local):
+    for connections in slices(local):
+        for connection in connections:
+            with contextlib.suppress(OSError):  # no more
                 connection.shutdown(socket.SHUT_RDWR)
+
+
+def slices(local: Local) -> Iterator[Iterator[socket.socket]]:
+    """All connections that were accepted there, of a SLICE of descriptors at each step."""
+    descriptors = _descriptors()
+    for start in range(0, len(descriptors), SLICE):
+        yield _accepted(descriptors[start : start + SLICE], local)
+
+
+def _accepted(descriptors: Iterable[int], local: Local) -> Iterator[socket.socket]:
+    for connection in _sockets(descriptors, UNIX if isinstance(local, str) else TCP):
+        with contextlib.suppress(OSError):  # not connected, or no more; who listens may be shared with others
+            connection.getpeername()
+            if _is_from(connection, local):
+                yield connection
 
 
 def _is_from(connection: socket.socket, local: Local) -> bool:
     """If it was accepted there: another server in this process may have the same port of another address."""
+    if isinstance(local, str):
+        return bool(connection.getsockname() == local)
     host, port = connection.getsockname()[:2]
     return port == local[1] and (host == local[0] or local[0] in EVERYWHERE)
 
@@ -107,12 +125,10 @@ class Unused:
         that were handed over for it since then.
         """
         open_now: dict[tuple[Address, int], _Seen] = {}
-        descriptors = _descriptors()
-        for start in range(0, len(descriptors), SLICE):
-            for connection in _sockets(descriptors[start : start + SLICE]):
-                with contextlib.suppress(OSError):  # not connected, or no more
-                    if _is_from(connection, self._local):
-                        self._look(connection, is_used, handed or {}, idle_timeout, open_now)
+        for connections in slices(self._local):
+            for connection in connections:
+                with contextlib.suppress(OSError):  # no more
+                    self._look(connection, is_used, handed or {}, idle_timeout, open_now)
             yield
         self._known = open_now
 
@@ -143,13 +159,13 @@ class Unused:
             connection.shutdown(socket.SHUT_RDWR)
 
 
-def _sockets(descriptors: Iterable[int]) -> Iterator[socket.socket]:
-    """A duplicate of each TCP socket, closed again after each step."""
+def _sockets(descriptors: Iterable[int], families: Container[object]) -> Iterator[socket.socket]:
+    """A duplicate of each socket of these families, closed again after each step."""
     for descriptor in descriptors:
         duplicate = _duplicate(descriptor)
         if duplicate is not None:
             with duplicate:
-                if duplicate.family in (socket.AF_INET, socket.AF_INET6):
+                if duplicate.family in families:
                     yield duplicate
 
 

@@ -24,7 +24,7 @@ from balancer.edge.handshake import HandshakeCall
 from balancer.edge.listener import ClientLimits, Listener
 from balancer.edge.promise import result_of, when_done
 from balancer.edge.workers import WorkerPool
-from balancer.errors import ClientStalled
+from balancer.errors import BackendRemoved, ClientStalled
 from balancer.forwarding.stage import Stage
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from balancer.edge.express import Express
     from balancer.edge.sockets import Sockets
     from balancer.edge.wsgi import ReverseProxy
+    from balancer.forwarding.forwarding import Forwarding
 
 log = logging.getLogger("balancer.server")
 
@@ -220,11 +221,15 @@ class Bridge(Listener):
         elif self.pool.withdraw(call):
             call.refuse()
 
+    def leave_backend(self, is_there: Callable[[Forwarding], bool]) -> None:
+        """End what is in flight on a backend. From any thread; whoever has such a call sees its connection end."""
+        for call in list(self.calls):
+            if call.leave_backend(is_there) and self._take(call):
+                call.abandon(BackendRemoved)
+
     def abort(self) -> None:
-        """Cut every client off: the drain time is over."""
-        calls = list(self.calls)
-        accepted.cut_all({call.addresses for call in calls})  # first, or they would be told that they had left
-        for call in calls:
+        """Every client has been cut off."""
+        for call in list(self.calls):
             self._lost(call)
         if self.sockets is not None:
             self.sockets.give_up()

@@ -20,7 +20,7 @@ from balancer.edge.download import Download
 from balancer.edge.listener import Listener
 from balancer.edge.promise import is_done_within
 from balancer.edge.scope import environ_of, request_of
-from balancer.errors import BalancerError, ClientGone, ClientStalled
+from balancer.errors import BackendRemoved, BalancerError, ClientGone, ClientStalled
 from balancer.protocol.messages import SERVER_LINE, parse_content_length
 from balancer.protocol.request import Request, RequestBody
 
@@ -120,6 +120,19 @@ class Call:
             if self._attached is not None:
                 self._attached.abort()
 
+    # --- Any thread. ---
+
+    def leave_backend(self, is_there: Callable[[Forwarding], bool]) -> bool:
+        """End what it has in flight on a backend; False if it is not there. What is attached cannot become another
+        backend's meanwhile: that takes the lock."""
+        with self._lock:
+            forwarding = self.forwarding
+            if forwarding is None or not is_there(forwarding):
+                return False
+            if self._attached is not None:
+                self._attached.abort()
+        return True
+
     # --- A worker, or the thread that has it: what a `Client` does. ---
 
     def attach(self, target: Abortable) -> None:
@@ -133,7 +146,7 @@ class Call:
         with self._lock:
             self._attached = None
 
-    def watch_upload(self, look: Callable[[], int] | None) -> None:
+    def watch_upload(self, look: Callable[[bool], bool] | None) -> None:
         if self.body is not None:
             self.body.look = look
 
@@ -201,7 +214,7 @@ class Call:
         finally:
             self._end()
 
-    def abandon(self, why: type[ClientGone] = ClientGone) -> None:
+    def abandon(self, why: type[ClientGone | BackendRemoved] = ClientGone) -> None:
         """End a download that is parked, or about to go on. Neither blocks nor raises."""
         try:
             assert self.download is not None

@@ -60,7 +60,7 @@ class ClientBody:
         self._waits_for_word = self._is_expected and is_http2  # there, for longer than it likes
         self._left = head.length  # None if only its end will tell
         self._largest = 0  # bytes of a piece, so far
-        self.look: Callable[[], int] | None = None  # for an answer, see `Client.watch_upload`
+        self.look: Callable[[bool], bool] | None = None  # for an answer, see `Client.watch_upload`
         self._asked: list[Any] = []  # for pieces that have not been taken yet, in their order
         self.patience = GRACE_SECONDS
         self.is_here = False
@@ -183,6 +183,7 @@ class ClientBody:
         while not is_done_within(self._asked[0], limit, None if self.look is None else self._look_for_answer):
             if timeout is not None or not self._is_excused():
                 self.is_too_slow = True
+                self._look_for_answer()
                 if self._waits_for_word:
                     raise ExpectationFailed("100 (Continue) cannot be sent over HTTP/2, send it without Expect")
                 raise ClientTooSlow(
@@ -200,9 +201,8 @@ class ClientBody:
         return message
 
     def _look_for_answer(self) -> None:
-        """Raises Unwanted, and as `look`."""
-        status = self.look() if self.look is not None else 0
-        if status >= 300 or (status and self._waits_for_word):
+        """Raises Unwanted, and as `look`. Who sends no more, or waits for a word, gets any answer that is here."""
+        if self.look is not None and self.look(self.is_too_slow or self._waits_for_word):
             raise Unwanted
 
     def _is_excused(self) -> bool:

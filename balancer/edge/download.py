@@ -16,7 +16,7 @@ from typing import Any
 from balancer.edge.accepted import MOST_OWED
 from balancer.edge.listener import GRACE_SECONDS, Listener
 from balancer.edge.promise import is_done, is_done_within
-from balancer.errors import ClientGone
+from balancer.errors import BackendRemoved, ClientGone
 from balancer.forwarding.answer import ResponseStream
 from balancer.forwarding.forwarding import WHOLE_STREAM
 
@@ -124,7 +124,7 @@ class Download:
     def _limit(self) -> float:
         return self._listener.longest_wait(self._patience)
 
-    def close(self, why: type[ClientGone] = ClientGone) -> None:
+    def close(self, why: type[ClientGone | BackendRemoved] = ClientGone) -> None:
         """Idempotent for what we forward. Before the end, `why` is recorded."""
         if self._stream is not None:
             self._stream.close(why)

@@ -71,7 +71,8 @@ class Worker:
         self._signal = _native.WorkerSignal()
         self._signal.add_cb(tell)
         # How the holder is made differs by platform; it takes the descriptor over.
-        extra: tuple[Any, ...] = () if sys.platform == "win32" else (False,)
+        is_unix = listener.family == getattr(socket, "AF_UNIX", None)
+        extra: tuple[Any, ...] = () if sys.platform == "win32" else (is_unix,)
         if sys.platform in ("linux", "freebsd"):
             extra += (BACKLOG,)
         holder = _native.SocketHolder(listener.detach(), *extra)
@@ -84,7 +85,7 @@ class Worker:
             1,  # threads that call into Python
             30,
             options.max_clients,
-            HTTPModes.auto,
+            HTTPModes.http1 if is_unix else HTTPModes.auto,  # `unixsocket` says why
             HTTP1Settings(
                 header_read_timeout=int(options.header_timeout * 1000), max_buffer_size=options.max_header_bytes
             ),
@@ -104,7 +105,8 @@ class Worker:
         scheduler._schedule_fn = bridge.accept
         bridge.most_read = max(READ_BYTES, options.max_header_bytes)
         # On Windows Granian makes futures of the event loop, which are for its thread alone.
-        worker.serve_async(scheduler, loop if sys.platform == "win32" else _AtOnce(), self._signal)
+        serve = worker.serve_async_uds if is_unix else worker.serve_async
+        serve(scheduler, loop if sys.platform == "win32" else _AtOnce(), self._signal)
 
     def stop(self) -> None:
         """Accept no more, finish what is in flight; `stopped` is done when all connections have ended, and Granian's

@@ -144,7 +144,7 @@ class Listener:
 
     def source_of(self, host: str) -> str:
         """Whose requests share the worker threads: an address, in IPv6 the network that one customer has. "" for a
-        proxy that is trusted."""
+        proxy that is trusted, and for the clients of a Unix socket, whom nobody can tell apart."""
         return "" if is_in_networks(host, self.limits.networks) else network_of(host)
 
     def is_held_up(self, address: Address) -> bool:

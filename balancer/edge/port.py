@@ -7,12 +7,15 @@ import errno
 import logging
 import os
 import socket
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from balancer.edge import accepted
 from balancer.edge.bridge import Bridge
 from balancer.edge.granian import BACKLOG, PortOptions, Worker
+from balancer.edge.unixsocket import Unread
 from balancer.errors import SettingsError
+from balancer.protocol.origin import unix_url
 from balancer.protocol.texts import quoted
 
 log = logging.getLogger("balancer.server")
@@ -27,7 +30,8 @@ class Port:
 
     def __init__(self, bridge: Bridge, listener: socket.socket, options: PortOptions) -> None:
         self.bridge = bridge
-        self.address: accepted.Local = listener.getsockname()[:2]
+        name = listener.getsockname()
+        self.address: accepted.Local = name if isinstance(name, str) else name[:2]
         self._listener = listener
         self._options = options
         self._worker: Worker | None = None
@@ -35,6 +39,8 @@ class Port:
 
     @property
     def url(self) -> str:
+        if isinstance(self.address, str):
+            return unix_url(self.address)
         host, port = self.address
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
@@ -50,6 +56,12 @@ class Port:
         self._worker.stop()
         return self._worker.stopped
 
+    def abort(self) -> None:
+        """Cut every client off: the drain time is over. First their sockets, or they would be told that they had
+        left."""
+        self.cut()
+        self.bridge.abort()
+
     def cut(self) -> None:
         """Cut off whoever is still connected, such as a client that is silent in the middle of a request head."""
         accepted.cut_port(self.address)
@@ -60,16 +72,24 @@ class Port:
         self._listener.close()
 
     async def _close_unused(self) -> None:
-        """hyper limits the time for a request head in HTTP/1 only, and only once it knows that it is that."""
-        seconds = self._options.header_timeout
-        unused, bridge = accepted.Unused(self.address, seconds), self.bridge
+        begin = self._passes()
         while True:
-            await asyncio.sleep(min(seconds / 2, PASS_SECONDS))
+            await asyncio.sleep(min(self._options.header_timeout / 2, PASS_SECONDS))
             try:
-                for _ in unused.close(bridge.used(), bridge.handed(), bridge.limits.idle_timeout):
+                for _ in begin():
                     await asyncio.sleep(SLICE_PAUSE_SECONDS)
             except Exception:  # it must go on, or unused connections would pile up
                 log.exception("closing unused connections failed")
+
+    def _passes(self) -> Callable[[], Iterator[None]]:
+        """What begins a pass over all connections."""
+        bridge = self.bridge
+        if isinstance(self.address, str):
+            unread = Unread(self.address)
+            return lambda: unread.close(max(bridge.limits.idle_timeout, accepted.IDLE_SECONDS))
+        # hyper limits the time for a request head in HTTP/1 only, and only once it knows that it is that.
+        unused = accepted.Unused(self.address, self._options.header_timeout)
+        return lambda: unused.close(bridge.used(), bridge.handed(), bridge.limits.idle_timeout)
 
 
 def _keep_alive(listener: socket.socket) -> None:

@@ -94,6 +94,7 @@ async def _serve(
     gc.collect()
     gc.freeze()  # what exists now lives as long as the process: the collector need not walk it again
     gc.set_threshold(GC_THRESHOLD)
+    gc.enable()
     received = await signals.ending.get()
     second = asyncio.create_task(signals.ending.get())
     quick = received == signal.SIGINT

@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote_to_bytes
 
-from balancer.protocol.addresses import plain
+from balancer.protocol.addresses import UNIX, plain
 from balancer.protocol.request import CLIENT, HEADER_LINES, Request, RequestBody
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ VERSIONS = {"1": "1.0", "1.1": "1.1", "2": "2"}  # Granian calls HTTP/1.0 "1"
 
 
 def request_of(scope: dict[str, Any], heads: RequestHeads) -> Request:
-    peer: str = scope["client"][0]
+    peer: str = scope["client"][0] or UNIX
     path: bytes = scope["raw_path"]
     query: bytes = scope["query_string"]
     return Request(

@@ -120,7 +120,7 @@ class Server:
             if not stopped.done():
                 cause = "a second signal came" if hurry.done() else f"{min(self._limits)[1]:g} s are over"
                 log.warning("%s: cut off %d requests that were still in flight", cause, bridge.active)
-            bridge.abort()
+            port.abort()
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:

@@ -2,8 +2,8 @@
 
 Each check is `GET health_path` on a fresh connection (a kept one would not notice a full accept queue), with a short
 time-out. 200 to 399 is good; redirects are not followed. While a check contradicts what is believed of a backend, or
-nothing is known yet, the next one comes sooner, so that recovery, and failover from what refuses, stay under
-a second.
+nothing is known yet, the next one comes sooner; while one is late, further ones begin beside it. So recovery, and
+failover from what refuses or is frozen, stay under a second.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Event, Thread
 
 from balancer.balancing.backends import Backend, LastCheck
@@ -28,7 +28,8 @@ from balancer.upstream.transport import BackendAdapter
 log = logging.getLogger("balancer.health")
 
 GOOD_STATUSES = range(200, 400)
-JITTER = 0.1  # share of the interval, so that many balancers do not check in step
+JITTER = 0.1  # share of the interval by which it may be shorter, so that many balancers do not check in step
+LATE = 0.2  # share of the time-out after which a check is late
 TRANSITION_SPEEDUP = 5  # checks per interval while a change is in the air
 ROUND_SECONDS = 1.0  # at most between two rounds, however rare the checks: `on_round` lets time pass elsewhere
 MAX_BODY = 1_048_576  # bytes of an answer that are read, so that the backend can write all of it
@@ -43,6 +44,17 @@ class HealthOptions:
     health_host: str | None
     health_interval: float
     health_timeout: float
+    health_fall: int
+
+
+@dataclass(slots=True)
+class Checks:
+    """Of one backend: a row of checks begins when it is `due`, of time.monotonic(); `under_way` has the numbers, in
+    this row, of those that have not ended."""
+
+    due: float
+    began: float = 0.0
+    under_way: set[int] = field(default_factory=set)
 
 
 class Probe:
@@ -85,8 +97,8 @@ class Probe:
 class HealthChecker:
     """Runs the probes and tells the pool. `start` and `stop` once each; `wake` from any thread.
 
-    `_due` belongs to the health thread alone. `_probing` holds the ids being probed: the health thread adds, the
-    probe's own thread takes out again, each one step that needs no lock. `_nudge` wakes the health thread early.
+    `_checks` belongs to the health thread alone, but for `under_way`: the health thread adds, the check's own thread
+    takes out again, each one step that needs no lock. `_nudge` wakes the health thread early.
     """
 
     def __init__(
@@ -104,8 +116,7 @@ class HealthChecker:
         self._rng = rng or random.Random()
         self._nudge = Event()
         self.use(options)
-        self._due: dict[str, float] = {}
-        self._probing: set[str] = set()
+        self._checks: dict[str, Checks] = {}
         self._stopping = False
         self._probes = ThreadPoolExecutor(MAX_PROBES, thread_name_prefix="health-probe")
         self._thread = Thread(target=self._run, name="health", daemon=True)
@@ -130,7 +141,7 @@ class HealthChecker:
         """Look at the backends now: one was added, or the data path saw one refuse."""
         self._nudge.set()
 
-    def check_once(self, backend: Backend) -> None:
+    def check_once(self, backend: Backend, checks: Checks, number: int) -> None:
         """Probe one backend now and record the result."""
         try:
             origin = backend.origin
@@ -140,7 +151,7 @@ class HealthChecker:
         except Exception:  # a surprise must be seen, and the backend be probed again
             log.exception("health check of %s failed", backend.id)
         finally:
-            self._probing.discard(backend.id)
+            checks.under_way.discard(number)
             if backend.health.is_in_transition:
                 self._nudge.set()
 
@@ -157,24 +168,35 @@ class HealthChecker:
             self._nudge.clear()
 
     def _round(self) -> float:
-        """Start the probes that are due; returns seconds until the next one is."""
+        """Start the checks that are due; returns seconds until the next one is. While one is late, as many as it takes
+        to be sure run side by side: one after another they would take as many time-outs."""
         now = time.monotonic()
         backends = [backend for backend in self._pool.backends() if backend.admin_state != "maint"]
-        self._due = {backend.id: self._due.get(backend.id, now) for backend in backends}
+        self._checks = {backend.id: self._checks.get(backend.id) or Checks(now) for backend in backends}
+        is_full = sum(len(checks.under_way) for checks in self._checks.values()) >= MAX_PROBES
+        next_due = now + self.options.health_interval
         for backend in backends:
-            soonest = self._pace(backend)
-            due = min(self._due[backend.id], now + soonest)
-            if due <= now and backend.id not in self._probing:
-                self._probing.add(backend.id)
-                self._probes.submit(self.check_once, backend)
-                due = now + soonest
-            self._due[backend.id] = due
+            checks = self._checks[backend.id]
+            number = max([*checks.under_way], default=-1) + 1
+            if number == 0:
+                due = checks.due = min(checks.due, now + self._pace(backend))
+            elif number < self.options.health_fall and backend.health.status == "up" and not is_full:
+                due = checks.began + number * LATE * self.options.health_timeout
+            else:  # to see soon that they have ended, should it be due by then
+                next_due = min(next_due, checks.due)
+                continue
+            if due <= now:
+                if number == 0:
+                    checks.began, checks.due = now, now + self._pace(backend)
+                checks.under_way.add(number)
+                self._probes.submit(self.check_once, backend, checks, number)
+                due = now + LATE * self.options.health_timeout
+            next_due = min(next_due, due)
         if self._on_round is not None:
             self._on_round()
-        next_due = min(self._due.values(), default=now + self.options.health_interval)
         return max(0.01, min(next_due - now, ROUND_SECONDS))
 
     def _pace(self, backend: Backend) -> float:
         """Seconds to the next check of this backend."""
-        spread = 1 + self._rng.uniform(-JITTER, JITTER)
+        spread = 1 - self._rng.uniform(0, JITTER)
         return self.options.health_interval * spread / (TRANSITION_SPEEDUP if backend.health.is_in_transition else 1)

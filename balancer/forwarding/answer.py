@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from http import HTTPStatus
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from balancer.errors import BackendError, BalancerError, ClientGone
+from balancer.errors import BackendError, BackendRemoved, BalancerError, ClientGone
 from balancer.protocol.headerrules import check_filtered
 from balancer.protocol.messages import SERVER_LINE, Line
 
@@ -117,10 +117,11 @@ class ResponseStream:
             self._finish()
         return chunk
 
-    def close(self, why: type[ClientGone] = ClientGone) -> None:
+    def close(self, why: type[ClientGone | BackendRemoved] = ClientGone) -> None:
         """Idempotent. Before the end it means that the client left: the backend connection is closed at once."""
         if not self._is_finished:
-            self._status = why.status
+            if issubclass(why, ClientGone):
+                self._status = why.status
             self._finish(why.reason, complete=False)
 
     def _finish(self, reason: str | None = None, *, complete: bool = True, failure: str = "") -> None:

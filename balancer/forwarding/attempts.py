@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from balancer.errors import BackendError, ClientError, ClientGone, ConnectFailed, NoRoom, Unavailable
+from balancer.errors import BackendError, BackendRemoved, ClientError, ClientGone, ConnectFailed, NoRoom, Unavailable
 from balancer.forwarding.stage import Stage
 from balancer.observe.record import Attempt, Record
 
 if TYPE_CHECKING:
+    from balancer.balancing.backends import Backend
     from balancer.balancing.pool import Lease
     from balancer.forwarding.route import Route, RouteOptions
     from balancer.protocol.origin import Origin
@@ -191,6 +192,11 @@ class Attempts:
             if self._request.client.is_gone:
                 self._note("")
                 raise ClientGone("the client left while the backend was working") from None
+            if self._was_cut():
+                lease.release()
+                removed = BackendRemoved(f"{lease.backend.id} was taken out of service")
+                self._note(removed.reason, str(removed))
+                raise removed from None
             self._note(error.reason, str(error))
             if isinstance(error, ConnectFailed) and error.refused:
                 self._route.pool.record_refused(lease.backend, str(error), lease.choice.origin)
@@ -204,6 +210,14 @@ class Attempts:
         attempt.outcome, attempt.error = outcome, error
         attempt.seconds = time.perf_counter() - self._started - attempt.at
         attempt.connect, attempt.resent = self._outgoing.connect_seconds, self._outgoing.is_resent
+
+    def is_on(self, backend: Backend) -> bool:
+        """It has a place there. Any thread may ask."""
+        return self._lease is not None and self._lease.backend is backend and self._lease.is_held
+
+    def _was_cut(self) -> bool:
+        """The operator ended what the backend had in flight after this attempt began."""
+        return self._lease is not None and self._started + self._record.attempts[-1].at <= self._lease.backend.cut_at
 
     # The last one's place.
 
@@ -225,7 +239,10 @@ class Attempts:
             return
         if reason is None and not self._record.attempts[-1].outcome:
             self._note(str(status))
-        if failure:
+        if failure and self._was_cut():
+            self._record.reason = BackendRemoved.reason
+            lease.release()
+        elif failure:
             lease.release(failure=failure)
         elif reason is not None:  # our own answer, or it says nothing about the backend
             lease.release()

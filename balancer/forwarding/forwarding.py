@@ -30,6 +30,7 @@ from balancer.protocol.messages import Line
 from balancer.upstream.outgoing import OutgoingRequest
 
 if TYPE_CHECKING:
+    from balancer.balancing.backends import Backend
     from balancer.protocol.request import Request
     from balancer.upstream.response import BackendResponse
     from balancer.upstream.sent import Sent
@@ -240,6 +241,10 @@ class Forwarding:
             lines = [*answer(self._request, self._record, lines)]
         check_filtered(lines, before)
         return lines
+
+    def is_on(self, backend: Backend) -> bool:
+        """It has a place there. Any thread may ask."""
+        return Stage.BUILT <= self.stage < Stage.FINISHED and self._attempts.is_on(backend)
 
     # What a `ResponseStream` needs.
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Callable, Sequence
+from typing import Final, Literal
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+UNIX: Final = "unix:"  # in place of an address, of those who come through a Unix socket; as nginx has it
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network | Literal["unix:"]
 MAPPED_BITS = 96  # of an IPv6 address, before the IPv4 address that is mapped into it
 
 _WITH_PORT = re.compile(r"(?:\[([^]]*)\]|([^:]*))(?::[A-Za-z0-9._-]*)?\Z")  # RFC 7239 section 6: or a made-up one
@@ -41,19 +43,23 @@ def plain(host: str) -> str:
 def is_loopback(host: str) -> bool:
     """Of this machine."""
     found = parse(host)
-    return host == "localhost" if found is None else found.is_loopback
+    return host == "localhost" or host.startswith(UNIX) if found is None else found.is_loopback
 
 
 def parse_network(text: str) -> Network:
     """Raises ValueError."""
+    if text == UNIX.removesuffix(":"):
+        return UNIX
     found = ipaddress.ip_network(text)
     mapped = getattr(found.network_address, "ipv4_mapped", None) if found.prefixlen >= MAPPED_BITS else None
     return found if mapped is None else ipaddress.ip_network((mapped, found.prefixlen - MAPPED_BITS))
 
 
 def is_in_networks(host: str, networks: Sequence[Network]) -> bool:
+    if host == UNIX:
+        return UNIX in networks
     found = parse(host) if networks else None
-    return found is not None and any(found in network for network in networks)
+    return found is not None and any(network != UNIX and found in network for network in networks)
 
 
 def network_of(host: str) -> str:
@@ -85,10 +91,10 @@ def client_address(peer: str, told: str, trusted: Sequence[Network]) -> str:
     address = peer
     if not (told and trusted):
         return peer
-    for claim in reversed(told.split(",")):
+    for claim in filter(str.strip, reversed(told.split(","))):
         if not is_in_networks(address, trusted):
             break
-        found = parse(claim.strip())
+        found = parse(claim.strip('" '))
         if found is None:
             break
         address = str(found)

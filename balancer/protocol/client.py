@@ -33,9 +33,9 @@ class Client(Protocol):
 
     def detach(self) -> None: ...
 
-    def watch_upload(self, look: Callable[[], int] | None) -> None:
-        """Its request body is sent on as it comes. Whoever waits for more of it looks now and then whether the backend
-        has answered, by the status that `look` gives then, 0 until then. If that is final, Unwanted ends the wait."""
+    def watch_upload(self, look: Callable[[bool], bool] | None) -> None:
+        """Its request body is sent on as it comes. Whoever waits for more of it looks now and then whether an answer of
+        the backend has made that vain; with True any answer has. Then Unwanted ends the wait."""
 
     def end_connection(self) -> None:
         """The answer will be the last one; over HTTP/2 only a stream ends, which it does anyway."""
@@ -52,7 +52,7 @@ class Unwatched:
     def detach(self) -> None:
         pass
 
-    def watch_upload(self, look: Callable[[], int] | None) -> None:
+    def watch_upload(self, look: Callable[[bool], bool] | None) -> None:
         pass
 
     def end_connection(self) -> None:

@@ -19,7 +19,7 @@ from secrets import token_hex
 from urllib.parse import unquote
 
 from balancer.errors import ClientError, CodingUnsupported, LoopDetected, MethodRefused, TooManyHeaders
-from balancer.protocol.addresses import Network, is_in_networks, plain
+from balancer.protocol.addresses import UNIX, Network, is_in_networks, plain
 
 Line = tuple[bytes, bytes]
 
@@ -42,18 +42,22 @@ HOP_BY_HOP = frozenset(
 _HANDSHAKE = frozenset({b"sec-websocket-key", b"sec-websocket-version", b"sec-websocket-extensions"})
 _NOT_FORWARDED = HOP_BY_HOP | _HANDSHAKE | {b"expect", b"proxy", b"content-length", b"x-request-id"}
 # What a proxy tells of the client and of what it asked for, and what applications believe: all that begins like this,
-_CLAIMED = (b"x-forwarded-", b"x-original-", b"x-envoy-original-", b"x-ssl-", b"ssl-client-", b"client-cert")
-# and the rest by name: the standard's own, addresses, targets and hosts, schemes and TLS.
+_CLAIMED = (
+    *(b"x-original-", b"x-envoy-original-", b"x-ssl", b"ssl-client-", b"wl-proxy-", b"cf-connecting-", b"cloudfront-"),
+    *(b"fastly-", b"fly-", b"x-vercel-", b"x-amzn-mtls-", b"x-azure-clientip", b"x-azure-socketip"),
+)
+# all that has one of these in it,
+_CLAIMING = re.compile(
+    rb"forwarded|forward(?:er)?-for|client-?cert|(?:client|real|remote|source|originating|proxyuser|user)-?(?:ip|addr)\Z"
+)
+# and the rest by name: addresses, targets and hosts, schemes and TLS.
 _CLAIMS = frozenset(
     {
-        *(b"forwarded", b"x-real-ip", b"client-ip", b"x-client-ip", b"true-client-ip", b"x-true-client-ip"),
-        *(b"x-cluster-client-ip", b"x-originating-ip", b"x-remote-ip", b"x-remote-addr", b"x-proxyuser-ip"),
-        *(b"proxy-client-ip", b"wl-proxy-client-ip", b"cf-connecting-ip", b"cf-connecting-ipv6", b"fastly-client-ip"),
-        *(b"fly-client-ip", b"do-connecting-ip", b"x-azure-clientip", b"x-azure-socketip", b"x-appengine-user-ip"),
-        *(b"x-nf-client-connection-ip", b"cloudfront-viewer-address", b"x-envoy-external-address", b"x-envoy-internal"),
-        *(b"x-rewrite-url", b"x-http-destinationurl", b"x-host", b"x-http-host-override", b"x-forwarded"),
-        *(b"x-scheme", b"x-url-scheme", b"front-end-https", b"cf-visitor", b"cloudfront-forwarded-proto", b"x-ssl"),
-        *(b"x-arr-ssl", b"x-arr-clientcert", b"x-client-cert"),
+        *(b"do-connecting-ip", b"x-nf-client-connection-ip", b"x-envoy-external-address", b"x-envoy-internal"),
+        *(b"x-rewrite-url", b"x-replaced-path", b"x-request-uri", b"x-http-destinationurl", b"x-prefix"),
+        *(b"x-script-name", b"script-name", b"x-host", b"x-http-host-override", b"x-server-name", b"x-server-port"),
+        *(b"x-scheme", b"x-url-scheme", b"x-proto", b"x-https", b"front-end-https", b"cf-visitor", b"x-arr-ssl"),
+        *(b"x-client-dn", b"x-client-verify"),
     }
 )
 # Of these, what we tell ourselves, which is added to what a trusted proxy has told.
@@ -135,7 +139,7 @@ def is_content_length(value: bytes) -> bool:
 
 def is_claim(name: bytes) -> bool:
     """Whether this field says where a request comes from, or what it was after before a proxy changed it."""
-    return name in _CLAIMS or name.startswith(_CLAIMED)
+    return name in _CLAIMS or name.startswith(_CLAIMED) or _CLAIMING.search(name) is not None
 
 
 def is_plain(name: bytes) -> bool:
@@ -280,14 +284,17 @@ def request_lines(
         if claims and is_in_networks(peer, trusted):
             kept += [(name, value) for name, values in claims.items() if name not in _ADDED_TO for value in values]
             told = {name: b", ".join(values) for name, values in claims.items() if name in _ADDED_TO}
-    address, protocol = plain(peer).encode("ascii", "replace"), scheme.encode()
+    address = b"unknown" if peer == UNIX else plain(peer).encode("ascii", "replace")  # RFC 7239 section 6.2
+    protocol = scheme.encode()
     if b"forwarded" in told:
         kept.append((b"forwarded", told[b"forwarded"] + b", " + _forwarded(address, host, scheme)))
-    forwarded_for = told.get(b"x-forwarded-for")
+    forwarded_for = address
+    if b"x-forwarded-for" in told:  # of a proxy that has no address nothing is added, for most take all for addresses
+        forwarded_for = told[b"x-forwarded-for"] + (b"" if peer == UNIX else b", " + address)
     made = [
         (b"host", host),
         *kept,
-        (b"x-forwarded-for", address if forwarded_for is None else forwarded_for + b", " + address),
+        (b"x-forwarded-for", forwarded_for),
         (b"x-forwarded-proto", told.get(b"x-forwarded-proto", protocol)),
     ]
     if forwarded_host := told.get(b"x-forwarded-host", host):
@@ -318,6 +325,22 @@ def join_cookies(lines: tuple[Line, ...]) -> tuple[Line, ...]:
     if len(crumbs) < 2:
         return lines
     return (*(line for line in lines if line[0] != b"cookie"), (b"cookie", b"; ".join(crumbs)))
+
+
+def without_cookie(lines: tuple[Line, ...], name: bytes) -> tuple[tuple[Line, ...], bytes]:
+    """The lines without this cookie, and the value of the first one, which has the longest path (RFC 6265, 5.4)."""
+    value, left = b"", []
+    for line in lines:
+        if line[0] == b"cookie" and name in line[1]:
+            crumbs = [crumb.strip() for crumb in line[1].split(b";")]
+            ours = [crumb for crumb in crumbs if crumb.startswith(name + b"=")]
+            if ours:
+                value = value or ours[0][len(name) + 1 :]
+                line = (b"cookie", b"; ".join([crumb for crumb in crumbs if crumb not in ours]))
+                if not line[1]:
+                    continue
+        left.append(line)
+    return tuple(left), value
 
 
 def response_lines(lines: Sequence[Line], status: int, options: frozenset[bytes]) -> list[Line]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from typing import NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import quote, unquote_to_bytes, urlsplit
 
 from balancer.errors import SettingsError
 from balancer.protocol.texts import quoted
@@ -15,9 +17,16 @@ _IPV6 = r"[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*(?:%[A-Za-z0-9._-]+)?"
 # Of the whole authority: urlsplit would drop what stands between a bracket and the port.
 AUTHORITY_PATTERN = rf"(?:{NAME_PATTERN}|\[{_IPV6}\])(?::[0-9]*)?"
 
+EXPECTED = "http://HOST:PORT or https://HOST:PORT, or http+unix:///PATH"
+UNIX = "http+unix"
+LONGEST_PATH = 107  # bytes, the zero at its end aside (unix(7))
+
 
 class Origin(NamedTuple):
-    """Where a backend listens: what a connection needs, parsed once. Also the key of its pooled connections."""
+    """Where a backend listens: what a connection needs, parsed once. Also the key of its pooled connections.
+
+    `host` of a Unix socket is its path, and `port` 0.
+    """
 
     scheme: str
     host: str
@@ -25,7 +34,10 @@ class Origin(NamedTuple):
 
     @classmethod
     def parse(cls, url: str) -> Origin:
-        """From `http://host:port` or `https://host`. Raises SettingsError naming the part that is wrong."""
+        """From `http://host:port`, `https://host` or `http+unix:///path`. Raises SettingsError naming the part that is
+        wrong."""
+        if url.strip().startswith(f"{UNIX}://"):  # `@` may be a part of the path
+            return cls(UNIX, _socket_path(url.strip()), 0)
         if "@" in url:  # before anything else: no other message may repeat a password
             raise SettingsError(
                 f"backend URL of host {quoted(url.rpartition('@')[2])}: user info is not supported, remove it"
@@ -38,12 +50,16 @@ class Origin(NamedTuple):
         except ValueError as error:
             raise SettingsError(f"backend URL {quoted(url)}: {error}") from None
         if parts.scheme not in ("http", "https"):
-            raise SettingsError(f"backend URL {quoted(url)}: expected http://HOST:PORT or https://HOST:PORT")
+            raise SettingsError(f"backend URL {quoted(url)}: expected {EXPECTED}")
         if parts.path not in ("", "/") or parts.query or parts.fragment or "?" in url or "#" in url:
             raise SettingsError(f"backend URL {quoted(url)}: must not have a path; requests keep their own")
         if not parts.hostname or not re.fullmatch(AUTHORITY_PATTERN, parts.netloc) or port == 0:
-            raise SettingsError(f"backend URL {quoted(url)}: expected http://HOST:PORT or https://HOST:PORT")
+            raise SettingsError(f"backend URL {quoted(url)}: expected {EXPECTED}")
         return cls(parts.scheme, parts.hostname, port or (443 if parts.scheme == "https" else 80))
+
+    @property
+    def is_unix(self) -> bool:
+        return self.scheme == UNIX
 
     @property
     def name(self) -> str:
@@ -53,12 +69,44 @@ class Origin(NamedTuple):
 
     @property
     def authority(self) -> str:
-        """host:port, as in `Host`; the dot of an absolute name stays."""
-        return self._with_port(self.host.partition("%")[0])
+        """host:port, as in `Host`; the dot of an absolute name stays. A path is no name, so that curl says this too."""
+        return "localhost" if self.is_unix else self._with_port(self.host.partition("%")[0])
 
     @property
     def url(self) -> str:
-        return f"{self.scheme}://{self._with_port(self.host)}"
+        return unix_url(self.host) if self.is_unix else f"{self.scheme}://{self._with_port(self.host)}"
 
     def _with_port(self, host: str) -> str:
         return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+
+
+def unix_url(path: str) -> str:
+    """Of the socket at `path`, whatever bytes that has."""
+    return f"{UNIX}://{quote(os.fsencode(path))}"
+
+
+def _socket_path(url: str) -> str:
+    """Written as it is or, as other programs want it, as one word: `http+unix://%2Frun%2Fapp.sock`."""
+    told = url.removeprefix(f"{UNIX}://").removesuffix("/")
+    is_one_word = told[:3].upper() == "%2F"
+    try:
+        path = unquote_to_bytes(told)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        path = b""
+    if not path.startswith(b"/") or path == b"/" or set(told) & set("?#") or (is_one_word and "/" in told):
+        raise SettingsError(f"backend URL {quoted(url)}: expected {UNIX}:///PATH, where % ? # are %25 %3F %23")
+    try:
+        check_path(path)
+    except ValueError as error:
+        raise SettingsError(f"backend URL {quoted(url)}: {error}") from None
+    return os.fsdecode(path)
+
+
+def check_path(path: bytes) -> None:
+    """Raises ValueError if it cannot be a Unix socket's."""
+    if sys.platform == "win32":
+        raise ValueError("Unix sockets are not supported on Windows")
+    if b"\0" in path:
+        raise ValueError("a path must not have zero bytes")
+    if len(path) > LONGEST_PATH:
+        raise ValueError(f"the path has {len(path)} bytes, a Unix socket's has at most {LONGEST_PATH}")

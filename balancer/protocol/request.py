@@ -29,12 +29,13 @@ class Request:
 
     `target` is raw, `lines` are as they came with names in lower case, `head` is what follows from them. `refusal` is
     what speaks against it before anybody has looked at the body. `id` is X-Request-ID, the client's if it is a sane
-    one. `is_ended` says that the server tells where a body without a length ends.
+    one. `is_ended` says that the server tells where a body without a length ends. `preferred` is the id of the backend
+    that it is bound to, which a filter may set.
     """
 
     __slots__ = (
         *("method", "path", "target", "version", "peer", "lines", "head"),
-        *("refusal", "id", "is_ended", "stream", "client"),
+        *("refusal", "id", "is_ended", "stream", "client", "preferred"),
     )
 
     def __init__(
@@ -65,6 +66,7 @@ class Request:
         self.is_ended = False
         self.stream: InputStream | None = None
         self.client: Client = UNWATCHED
+        self.preferred = ""
 
     @classmethod
     def of(cls, environ: WSGIEnvironment, heads: RequestHeads) -> Request:

@@ -7,6 +7,7 @@ import socket
 import ssl
 import struct
 import sys
+from collections.abc import Sequence
 
 from balancer.errors import ConnectionLost, ResponseTimedOut
 from balancer.protocol.origin import Origin
@@ -19,13 +20,26 @@ _PEEK = int(getattr(socket, "MSG_PEEK", 0)) | DONTWAIT
 # and a slow client has up to six of them in flight, so larger is more memory: `download` says how much is asked for.
 CHUNK = 135168
 FIRST = 33792  # of an answer, 32 KiB of body and a head: how fast its client reads is not known yet
+TLS_RECORD = 16384  # bytes; a send of more may wait in its middle
+HANGUP = int(getattr(select, "POLLRDHUP", 0))
 CLOSE_ENOUGH = 0.99  # of a time limit
 
 
 class Connection:
     """Receives and sends with a time-out set by SO_RCVTIMEO: Python's own time-outs poll before every receive."""
 
-    __slots__ = ("sock", "origin", "server", "idle_since", "is_tls", "received", "received_before", "_timeout")
+    __slots__ = (
+        "sock",
+        "origin",
+        "server",
+        "idle_since",
+        "is_tls",
+        "received",
+        "received_before",
+        "_timeout",
+        "_is_told",
+        "is_aborted",
+    )
 
     def __init__(self, sock: socket.socket, origin: Origin) -> None:
         self.sock = sock
@@ -36,11 +50,13 @@ class Connection:
         self.received = 0  # bytes
         self.received_before: int | None = None  # it was kept and taken again; None: it is new
         self._timeout = 0.0
+        self.is_aborted = False
+        self._is_told = IS_TOLD and not self.is_tls and sock.family in (socket.AF_INET, socket.AF_INET6)
 
     @property
     def is_stale(self) -> bool:
         """It was kept, and no byte has come since: if it has ended, then before the request that it has now."""
-        return self.received == self.received_before
+        return self.received == self.received_before and not self.is_aborted
 
     def set_timeout(self, seconds: float) -> None:
         """For sends and receives from now on. What is left of a limit is hardly less at each step of a request: that is
@@ -101,6 +117,24 @@ class Connection:
         self.received += len(data)
         return data
 
+    def send_now(self, pieces: Sequence[bytes | memoryview]) -> int:
+        """As many bytes as go without waiting. Raises OSError. What TLS has not taken, it must get again first."""
+        if not self.is_tls:
+            try:
+                return self.sock.sendmsg(pieces, (), DONTWAIT)
+            except BlockingIOError:
+                return 0
+        data, done = memoryview(b"".join(pieces)), 0
+        self.sock.settimeout(0)
+        try:
+            while done < len(data):
+                done += self.sock.send(data[done : done + TLS_RECORD])
+        except (ssl.SSLWantWriteError, ssl.SSLWantReadError):
+            pass
+        finally:
+            self.sock.settimeout(self._timeout)
+        return done
+
     def wait_for_room(self, *, or_input: bool) -> None:
         """Until more can be sent, or something has come if that matters. Raises ResponseTimedOut."""
         poller = select.poll()
@@ -108,9 +142,15 @@ class Connection:
         if not poller.poll(self._timeout * 1000):
             raise ResponseTimedOut(f"{self.origin.url} stopped reading the request")
 
+    def has_hung_up(self) -> bool:
+        """It sends no more, whatever of that has been read; where the system tells."""
+        poller = select.poll()
+        poller.register(self.sock, HANGUP)
+        return bool(HANGUP and poller.poll(0))
+
     def has_input(self) -> bool:
         """True if a receive would not block: while idle, that means EOF, an alert, or bytes nobody asked for."""
-        if not IS_TOLD or self.is_tls:
+        if not self._is_told:
             return self._peek()
         # Asks the kernel instead of the socket: a system call that receives lets the interpreter lock go, and with it
         # comes a switch of threads.
@@ -123,6 +163,8 @@ class Connection:
         return self._peek()
 
     def _peek(self) -> bool:
+        if isinstance(self.sock, ssl.SSLSocket) and self.sock.pending():
+            return True
         if self.is_tls or not DONTWAIT:  # neither can peek without blocking
             return self._is_readable()
         try:
@@ -142,6 +184,7 @@ class Connection:
 
     def abort(self) -> None:
         """Wake whoever blocks on this socket, from any thread. The owner still has to close it."""
+        self.is_aborted = True
         try:
             # Not SSLSocket's own: it would turn the socket into a plain one under the thread that uses it.
             socket.socket.shutdown(self.sock, socket.SHUT_RDWR)

@@ -38,7 +38,8 @@ class Dialer:
         deadline = time.monotonic() + seconds
         sock = self._connect(origin, seconds, deadline)
         try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if not origin.is_unix:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if origin.scheme == "https":
                 sock.settimeout(max(0.001, deadline - time.monotonic()))
                 sock = self._wrap(sock, origin, seconds)
@@ -52,6 +53,9 @@ class Dialer:
     def _connect(self, origin: Origin, seconds: float, deadline: float) -> socket.socket:
         missing = "was not resolved"
         try:
+            if origin.is_unix:
+                missing = "did not accept"
+                return _connect_unix(origin, seconds)
             addresses = self._names.find(origin.host, origin.port, seconds)
             missing = "did not accept"
             return first_to_accept(in_turns(addresses)[:MOST_ADDRESSES], deadline)
@@ -60,7 +64,7 @@ class Dialer:
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 raise OutOfDescriptors("the load balancer may open no more connections, raise its file limit") from None
-            refused = isinstance(error, ConnectionRefusedError)
+            refused = isinstance(error, ConnectionRefusedError | FileNotFoundError)  # the latter of a Unix socket
             raise ConnectFailed(f"{origin.url}: {error.strerror or error}", refused=refused) from error
 
     def _wrap(self, sock: socket.socket, origin: Origin, seconds: float) -> ssl.SSLSocket:
@@ -132,6 +136,21 @@ def _begin(family: int, address: tuple[Any, ...], seconds: float) -> socket.sock
         sock.connect(address)
     except BlockingIOError:
         pass
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _connect_unix(origin: Origin, seconds: float) -> socket.socket:
+    """Where the queue of the listener is full, only a socket that blocks is let wait (unix(7), EAGAIN)."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        Connection(sock, origin).set_timeout(seconds)
+        sock.connect(origin.host)
+    except BlockingIOError:
+        sock.close()
+        raise TimeoutError from None
     except BaseException:
         sock.close()
         raise

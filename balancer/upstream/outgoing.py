@@ -105,6 +105,8 @@ class OutgoingRequest(PreparedRequest):
             check_target(method, self.target)
         except ClientError as error:
             raise ValueError(f"a filter made it {method} {self.target!r:.80}: {error}") from None
+        if self.shared is not None:
+            return  # its lines are as they were
         lines = self.lines
         check_filtered(lines, before)
         if [name.lower() for name, _ in lines].count(b"host") != 1:

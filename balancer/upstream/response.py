@@ -318,6 +318,8 @@ class ResponseBody(Body):
             self.is_complete = self._left == 0
             return data
         if not self._is_chunked:
+            if not data and self._connection is not None and self._connection.is_aborted:
+                raise BodyTruncated("the body was ended before its end")
             self.is_complete = not data
             return data
         if not data:

@@ -126,7 +126,7 @@ class Sent:
 
     def _write_stream(self, chunks: Iterator[bytes | list[bytes]]) -> bool:
         is_chunked, client = self.request.is_chunked, self.request.client
-        client.watch_upload(self.look)
+        client.watch_upload(self.is_unwanted)
         try:
             for chunk in chunks:
                 pieces = chunk if isinstance(chunk, list) else [chunk]
@@ -143,16 +143,14 @@ class Sent:
     def _push(self, pieces: Sequence[bytes | memoryview]) -> bool:
         """Send a part of a streamed body. False if no more is wanted, also of one that a backend stops reading."""
         connection, left = self.connection, sum(map(len, pieces))
-        if not DONTWAIT or connection.is_tls:
-            return self._write(*pieces) and self.look() < 300
+        if not DONTWAIT:
+            return self._write(*pieces) and not self.is_unwanted()
         while True:
             try:
-                done = connection.sock.sendmsg(pieces, (), DONTWAIT)
-            except BlockingIOError:
-                done = 0
+                done = connection.send_now(pieces)
             except OSError:
                 return False  # as in `_write`
-            if self.look() >= 300:
+            if self.is_unwanted():
                 return False
             left -= done
             if not left:
@@ -160,11 +158,12 @@ class Sent:
             pieces = [memoryview(b"".join(pieces) if len(pieces) > 1 else pieces[0])[done:]]
             connection.wait_for_room(or_input=not self.head.has_head)
 
-    def look(self) -> int:
-        """The status of an answer that is here before all of its request was sent, 0 if there is none yet. An interim
-        response is none, and a success no reason to stop. Raises as `take`."""
+    def is_unwanted(self, after_any: bool = False) -> bool:
+        """Whether an answer is here that ends the sending: a refusal, or one after which the backend has hung up. After
+        a success it may read on, unless `after_any` answer no more is to come. An interim response is none. Raises as
+        `take`."""
         if not self.head.has_head and self.connection.has_input():  # cheaper than to try
             data = self.connection.receive_now()
             if data is not None:
                 self.take(data)
-        return self.head.status if self.head.has_head else 0
+        return self.head.has_head and (after_any or self.head.status >= 300 or self.connection.has_hung_up())

@@ -124,7 +124,7 @@ class BackendAdapter(BaseAdapter):
     def send_now(self, request: OutgoingRequest, origin: Origin, may_connect: bool = False) -> Sent | None:
         """Send a replayable request on a kept connection or, if it `may_connect`, on a new one, as far as that needs no
         further waiting. None if neither will do. Raises as `exchange` until it is sent."""
-        if origin.scheme != "http" or request.is_special:
+        if origin.scheme == "https" or request.is_special:
             return None
         connection = self._take(origin, request)
         if connection is None:

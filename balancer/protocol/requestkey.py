@@ -1,0 +1,61 @@
+"""What tells requests apart, or makes them belong together: a client, a path, the value of one field."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+from urllib.parse import unquote_to_bytes
+
+from balancer.protocol.addresses import Network, client_address, network_of, told_clients
+
+if TYPE_CHECKING:
+    from balancer.protocol.request import Request
+
+KEY_PATTERN = r"(?:client_ip|path|(?:header|cookie|query):[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64})"
+
+Key = Callable[["Request"], bytes]  # b"" for a request that has none
+
+
+def request_key(text: str, trusted: Sequence[Network] = ()) -> Key:
+    """`client_ip` (behind `trusted` proxies, of IPv6 the /64), `path`, `header:NAME`, `cookie:NAME` or `query:NAME`.
+
+    What is looked at is what backends get, so that they cannot see another key than we do.
+    """
+    kind, _, name = text.partition(":")
+    if kind == "client_ip":
+        return lambda request: _client(request, trusted)
+    if kind == "path":
+        return lambda request: request.path.encode("latin-1")
+    if kind == "header":
+        return lambda request: field(request, name.lower().encode())
+    if kind == "cookie":
+        return lambda request: cookie(request, name.encode())
+    wanted = re.compile(rb"(?:^|&)%s=([^&]*)" % re.escape(name.encode()))
+    return lambda request: unquote_to_bytes(_first(wanted, request.target.partition(b"?")[2]))
+
+
+def field(request: Request, name: bytes) -> bytes:
+    """All lines of it in one, as RFC 9110 section 5.3 has it; a cookie's by its own rule."""
+    return (b"; " if name == b"cookie" else b", ").join(
+        [value for found, value in request.head.lines if found.lower() == name]
+    )
+
+
+def cookie(request: Request, name: bytes) -> bytes:
+    """The value of the first one of this name, which is the one with the longest path (RFC 6265 section 5.4)."""
+    for crumb in field(request, b"cookie").split(b";"):
+        found, _, value = crumb.strip().partition(b"=")
+        if found == name:
+            return value.strip(b'"')
+    return b""
+
+
+def _client(request: Request, trusted: Sequence[Network]) -> bytes:
+    told = told_clients(request.values) if trusted else ""
+    return network_of(client_address(request.peer, told, trusted)).encode()
+
+
+def _first(pattern: re.Pattern[bytes], text: bytes) -> bytes:
+    found = pattern.search(text)
+    return found[1] if found else b""
