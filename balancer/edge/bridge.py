@@ -80,7 +80,7 @@ class Bridge(Listener):
             return
         call = Call(self, watcher, is_control)
         self.calls[call] = None
-        self._begun[call.scope["client"]] = None
+        self._begun[scope["client"]] = None
         try:
             if is_control or self.proxy is None:
                 self._submit(call)
