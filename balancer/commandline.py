@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     configuration = balancer.configuration
                     configuration.file, configuration.read = file, lambda: settings.load(parsed, file=file)
                 return run(balancer, warnings)
-        _warn(warnings if show else [*warnings, *settings.advice(config)])
+        _warn(warnings if show else [*warnings, *balancer.advice()])
         print(settings.describe(config, sources) if show else "configuration ok")
         return 0
     except SettingsError as error:
@@ -104,7 +104,8 @@ def run(balancer: LoadBalancer, warnings: list[str]) -> int:
     logging.basicConfig(level=config.log_level.upper(), handlers=[handler])
     logging.getLogger("_granian").setLevel(logging.WARNING)  # it tells of every client that leaves
     balancer.listen()
-    where = ", ".join(map(" ".join, zip(("listening on", "control API on"), balancer.urls, strict=False)))
+    titles = ["listening on"] + ["control API on"] * (config.control_port is not None) + ["redirecting on"]
+    where = ", ".join(map(" ".join, zip(titles, balancer.urls, strict=False)))
 
     # At once and whatever log_level says: somebody waits for it.
     def tell(stream: TextIO, logger: str, level: int, text: str) -> None:
@@ -112,7 +113,7 @@ def run(balancer: LoadBalancer, warnings: list[str]) -> int:
             line = handler.format(logging.LogRecord(logger, level, "", 0, printable(text), None, None))
             print(line, file=stream, flush=True)
 
-    for warning in [*warnings, *settings.advice(config)]:
+    for warning in [*warnings, *balancer.advice()]:
         tell(sys.stderr, "balancer.settings", logging.WARNING, warning)
     tell(sys.stdout, "balancer", logging.INFO, f"{config.id}: {where}")
     return balancer.serve()

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from enum import Enum
+from functools import partial
 from threading import Thread
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -23,7 +24,7 @@ from balancer import wiring
 from balancer.balancing.options import PoolOptions
 from balancer.balancing.pool import BackendPool
 from balancer.config import settings, validation
-from balancer.config.reload import Plan
+from balancer.config.reload import Change, Plan
 from balancer.config.settings import BackendSettings, Settings
 from balancer.control.access import AccessOptions
 from balancer.edge import process, unixsocket
@@ -32,8 +33,10 @@ from balancer.edge.express import Express
 from balancer.edge.granian import BACKLOG, PortOptions
 from balancer.edge.listener import ClientLimits
 from balancer.edge.port import Port, listen
+from balancer.edge.redirect import redirect_to
 from balancer.edge.server import Server
 from balancer.edge.sockets import SocketOptions, Sockets
+from balancer.edge.tls import Certificate, TlsOptions
 from balancer.edge.workers import WorkerPool
 from balancer.errors import SettingsError
 from balancer.fleet.health import HealthOptions
@@ -102,11 +105,13 @@ class LoadBalancer:
         elif backends is not None or values:
             beside = ", ".join((["backends"] if backends is not None else []) + list(values))
             raise SettingsError(f"config has all settings, but {beside} came beside it; give either")
-        parts = wiring.make(config, sources, _checked(filters), self.reload)
+        parts = wiring.make(config, sources, _checked(filters), self.reload, self._renew)
         self.app, self.control_app, self.proxy = parts.app, parts.control_app, parts.proxy
         self.control, self.health, self.workers, self.routes = parts.control, parts.health, parts.workers, parts.routes
         self.configuration, self.adapter = parts.control.configuration, parts.control.adapter
+        self.renewal = parts.renewal
         self.app.extensions["balancer"] = self
+        self.port_options = config.options(PortOptions)
         self.express: Express | None = None
         self.sockets: Sockets | None = None
         self.bridges: list[Bridge] = []
@@ -129,7 +134,8 @@ class LoadBalancer:
 
     @property
     def urls(self) -> list[str]:
-        """Where it listens; the second one is the control API's, if it has a port of its own."""
+        """Where it listens; the second one is the control API's, if it has a port of its own, and the last one is
+        `http_redirect_port`, if there is one."""
         if self._server is None:
             raise RuntimeError("it does not listen yet: start() comes first")
         return [port.url for port in self._server.ports]
@@ -147,6 +153,11 @@ class LoadBalancer:
         if not isinstance(recent, int) or recent < 0:
             raise SettingsError(f"recent = {validation.shown(recent)}: expected a whole number, 0 or more")
         return [record.explain() for record in self.control.statistics.newest(recent)]
+
+    def advice(self) -> list[str]:
+        """A line for each setting that does not do what its owner may expect of it."""
+        certificate = self.renewal.certificate
+        return [*settings.advice(self.settings), *(certificate.advice() if certificate else [])]
 
     # In a thread of its own.
 
@@ -236,7 +247,7 @@ class LoadBalancer:
                 server,
                 drain_timeout=config.drain_timeout,
                 shutdown_delay=config.shutdown_delay,
-                on_hangup=self.hang_up if self.configuration.read is not None else None,
+                on_hangup=self.hang_up if self.configuration.can_reload else None,
             )
         finally:
             self._state = State.STOPPED
@@ -254,16 +265,19 @@ class LoadBalancer:
 
     def _open(self) -> Server:
         config = self.settings
-        listeners = [self._listen_main()]
-        if config.control_port is not None:
-            try:
-                listeners.append(listen(config.control_host, config.control_port))
-            except SettingsError:
-                listeners[0].close()
-                raise
-        options = replace(config.options(PortOptions), max_clients=_client_limit(config))
+        with contextlib.ExitStack() as opened:
+            listeners = [opened.enter_context(self._listen_main())]
+            for port in (config.control_port, config.http_redirect_port):
+                if port is not None:
+                    listeners.append(opened.enter_context(listen(config.control_host, port)))
+            opened.pop_all()  # nothing has failed
         self.bridges = self.make_bridges()
-        ports = [Port(bridge, listener, options) for bridge, listener in zip(self.bridges, listeners, strict=True)]
+        if config.http_redirect_port is not None:
+            redirect = redirect_to(listeners[0].getsockname()[1])
+            self.bridges.append(Bridge(redirect, self.workers, config.options(ClientLimits)))
+        self.port_options = _port_options(config)
+        wanted = self._wanted()
+        ports = [Port(*each) for each in zip(self.bridges, listeners, *zip(*wanted, strict=True), strict=True)]
         return Server(ports, on_start=self.start_parts, on_drain=self.drain, on_stop=self.stop_parts)
 
     def _listen_main(self) -> socket.socket:
@@ -311,11 +325,26 @@ class LoadBalancer:
         self.control.log.start()
         self.health.start()
         self.control.history.start()
+        self.renewal.start()
         if self.express is not None:
             self.express.start()
         if self.sockets is not None:
             self.sockets.start()
         self.control.lifecycle = "running"
+
+    def _wanted(self) -> list[tuple[PortOptions, Certificate | None]]:
+        """What the workers of each port are made of."""
+        wanted = [(self.port_options, self.renewal.certificate)] * len(self.bridges)
+        if self.settings.http_redirect_port is not None:
+            wanted[-1] = self.port_options, None
+        return wanted
+
+    def _renew(self) -> None:
+        """Let the ports know, from any thread."""
+        with self._lock:  # or the older of two could be the last
+            if self._server is not None:
+                for port, wanted in zip(self._server.ports, self._wanted(), strict=True):
+                    port.renew(*wanted)
 
     def drain(self, text: str) -> None:
         self.control.lifecycle = "draining"
@@ -328,6 +357,7 @@ class LoadBalancer:
         if self.sockets is not None:
             self.sockets.stop()
         self.health.stop()
+        self.renewal.stop()
         self.control.history.stop()
         self.adapter.close()
         self.control.log.stop()
@@ -336,9 +366,10 @@ class LoadBalancer:
         """Read the configuration again and apply what changed. Raises SettingsError; then nothing has changed."""
         events = self.control.events
         try:
-            plan = self.configuration.reload(self.control.pool, self._apply, dry_run=dry_run)
+            check = partial(self._check, dry_run)
+            plan = self.configuration.reload(self.control.pool, check, self._apply, dry_run=dry_run)
         except SettingsError as error:
-            if not dry_run:
+            if not dry_run and self.configuration.read is not None:
                 public = self.configuration.without_folders(str(error))
                 events.add("config_refused", None, str(error), "error", public=public)
                 log.error("configuration not reloaded: %s", error)
@@ -356,6 +387,18 @@ class LoadBalancer:
         with contextlib.suppress(SettingsError):  # `reload` has said why
             self.reload()
 
+    def _check(self, dry_run: bool, config: Settings, plan: Plan) -> None:
+        """Whether the certificate can be used, and whether it is another one."""
+        before = self.renewal.certificate
+        try:
+            after = self.renewal.check(config.options(TlsOptions))
+        except SettingsError as error:
+            if not dry_run:
+                self.renewal.refuse(error)
+            raise
+        if (before and before.digest) != (after and after.digest):
+            plan.changes.append(Change("certificate", before and str(before), after and str(after)))
+
     def _apply(self, config: Settings, plan: Plan) -> None:
         """From here on new requests see the new settings.
 
@@ -372,6 +415,9 @@ class LoadBalancer:
             bridge.limits = config.options(ClientLimits)
         if self.sockets is not None:
             self.sockets.options = config.options(SocketOptions)
+        self.port_options = _port_options(config)
+        self.renewal.use()
+        self._renew()
         logging.getLogger().setLevel(config.log_level.upper())
 
 
@@ -388,9 +434,9 @@ def create_app(
 def started_app() -> Flask:
     """The app as the environment says, for other WSGI servers; it stops when the process ends. Raises SettingsError."""
     config, sources = settings.load({})
-    for warning in [*settings.warnings(), *settings.advice(config)]:
-        log.warning(warning)
     balancer = LoadBalancer(config=config, sources=sources)
+    for warning in [*settings.warnings(), *balancer.advice()]:
+        log.warning(warning)
     balancer.start_parts()
     atexit.register(balancer.stop_parts)
     return balancer.app
@@ -438,9 +484,9 @@ def _checked(filters: Any) -> list[Filter]:
     return given
 
 
-def _client_limit(config: Settings) -> int:
-    """`max_clients`, or what the limit of open files allows: a request in flight needs two."""
+def _port_options(config: Settings) -> PortOptions:
+    """With `max_clients`, or what the limit of open files allows: a request in flight needs two."""
     room = max(1, process.descriptor_limit() // 2 - SPARE_DESCRIPTORS)
     if room < config.max_clients // 2:
         log.warning("the limit of open files allows %d clients, not max_clients = %d", room, config.max_clients)
-    return min(config.max_clients, room)
+    return replace(config.options(PortOptions), max_clients=min(config.max_clients, room))

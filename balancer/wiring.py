@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from flask import Flask
 
 from balancer.balancing import strategies
-from balancer.balancing.changes import Change
+from balancer.balancing.changes import Change, Severity
 from balancer.balancing.members import PoolChanges
 from balancer.balancing.options import PoolOptions, StrategyOptions
 from balancer.balancing.pool import BackendPool
@@ -22,7 +22,9 @@ from balancer.config.reload import Configuration, Plan, make_backend
 from balancer.config.settings import Settings
 from balancer.control import api
 from balancer.control.access import Access, AccessOptions
-from balancer.control.control import Control
+from balancer.control.control import Control, TlsView
+from balancer.edge.renewal import News, Renewal
+from balancer.edge.tls import TlsOptions
 from balancer.edge.workers import WorkerPool
 from balancer.edge.wsgi import ReverseProxy
 from balancer.errors import SettingsError
@@ -51,6 +53,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("balancer")
 
+NEWS_SEVERITY: dict[News, Severity] = {
+    "certificate_changed": "info",
+    "certificate_refused": "error",
+    "certificate_expires": "warning",
+}
+
 _PLACES = (Path(__file__).resolve().parents[1], Path(sys.prefix, "share", "load-balancer"))  # checkout, or installed
 _PAGES = [place / "dashboard.html" for place in _PLACES]
 DASHBOARD = next((page for page in _PAGES if page.exists()), _PAGES[0])
@@ -66,14 +74,20 @@ class Parts:
     control: Control
     health: HealthChecker
     workers: WorkerPool
+    renewal: Renewal
     routes: Callable[[Settings], Routes]
 
 
 def make(
-    config: Settings, sources: Mapping[str, str] | None, filters: Sequence[Filter], reload: Callable[[bool], Plan]
+    config: Settings,
+    sources: Mapping[str, str] | None,
+    filters: Sequence[Filter],
+    reload: Callable[[bool], Plan],
+    renew: Callable[[], None],
 ) -> Parts:
     """`sources` says where each setting came from; `filters` are asked about each request that is to be forwarded, in
-    their order. Raises SettingsError for an unknown algorithm or an unreadable CA file."""
+    their order; `renew` is called for each new certificate. Raises SettingsError for an unknown algorithm, an
+    unreadable CA file or a certificate that cannot be used."""
     strategies.load_entry_points()
     configuration = Configuration(config, sources)
     statistics, events = Statistics(), Events()
@@ -89,10 +103,12 @@ def make(
     history, writer = History(lambda: _look(statistics, pool)), LogWriter(standard_output())
     workers = WorkerPool(config.max_threads, config.max_queued, config.thread_idle_timeout)
     access = Access(config.options(AccessOptions))
+    renewal = _renewal(config, configuration, events, renew)
     control = Control(
         *(pool, statistics, events, history, writer, DASHBOARD, configuration, access, adapter),
         queued=lambda: workers.queued,
         reload=reload,
+        tls=lambda: _tls(renewal),
     )
     api.install(app, control)
     control_app = app.wsgi_app
@@ -100,7 +116,7 @@ def make(
     proxy = _proxy(control_app, control, routes(config))
     app.wsgi_app = proxy  # type: ignore[method-assign]
     _follow(pool, statistics, events, health)
-    return Parts(app, control_app, proxy, control, health, workers, routes)
+    return Parts(app, control_app, proxy, control, health, workers, renewal, routes)
 
 
 def _tls_context(ca_file: Path | None) -> ssl.SSLContext | None:
@@ -122,6 +138,27 @@ def _names(events: Events) -> Names:
         log.log(logging.WARNING if is_kept else logging.INFO, "%s", text)
 
     return Names(changed)
+
+
+def _renewal(config: Settings, configuration: Configuration, events: Events, renew: Callable[[], None]) -> Renewal:
+    def note(kind: News, text: str) -> None:
+        severity = NEWS_SEVERITY[kind]
+        events.add(kind, None, text, severity, public=configuration.without_folders(text))
+        log.log(logging.getLevelName(severity.upper()), "%s: %s", kind, text)
+
+    return Renewal(config.options(TlsOptions), renew=renew, note=note)
+
+
+def _tls(renewal: Renewal) -> TlsView | None:
+    if (certificate := renewal.certificate) is None:
+        return None
+    return {
+        "names": list(certificate.names),
+        "issuer": certificate.issuer,
+        "expires_at": certificate.expires_at,
+        "since": renewal.since,
+        "last_error": renewal.last_error,
+    }
 
 
 def _health(config: Settings, pool: BackendPool, adapter: BackendAdapter) -> HealthChecker:

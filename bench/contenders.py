@@ -27,13 +27,14 @@ FILES = {"/64k": random.Random(1).randbytes(64 << 10), "/10m": random.Random(2).
 
 @dataclass(frozen=True)
 class Place:
-    """Where a contender runs: its port, the ports of its backends, a directory of its own, and how it is to choose,
-    in its own words ("": in turn, or what it does by default)."""
+    """Where a contender runs: its port, the ports of its backends, a directory of its own, how it is to choose, in its
+    own words ("": in turn, or what it does by default), and certificate and key, if its clients speak TLS."""
 
     port: int
     backends: list[int]
     directory: Path
     method: str = ""
+    pair: tuple[Path, Path] | None = None
 
     def write(self, name: str, template: str, **values: object) -> str:
         """The path of a file in the directory: a template of config/ with `@NAME@` replaced by values."""
@@ -51,8 +52,9 @@ class Place:
 def balancer_command(place: Place) -> list[str]:
     backends = place.listed(" --backend=backend_{}=http://127.0.0.1:{}@1").split()
     method = [f"--algorithm={place.method}"] if place.method else []
+    tls = [f"--tls-certificate={place.pair[0]}", f"--tls-key={place.pair[1]}"] if place.pair else []
     program = str(HERE.parent / "load_balancer.py")
-    return [sys.executable, program, "--host=127.0.0.1", f"--port={place.port}", *backends, *method]
+    return [sys.executable, program, "--host=127.0.0.1", f"--port={place.port}", *backends, *method, *tls]
 
 
 def python_command(program: str) -> Callable[[Place], list[str]]:
@@ -64,7 +66,9 @@ def python_command(program: str) -> Callable[[Place], list[str]]:
 
 def nginx_command(place: Place) -> list[str]:
     method, backends = f"{place.method};" if place.method else "", place.listed("server 127.0.0.1:{1}; ")
-    return nginx(place, "nginx-proxy.conf", method=method, backends=backends)
+    tls = " ssl http2; ssl_certificate {}; ssl_certificate_key {}; ssl_session_cache shared:bench:1m"
+    listen = tls.format(*place.pair) if place.pair else ""
+    return nginx(place, "nginx-proxy.conf", method=method, backends=backends, tls=listen)
 
 
 def nginx(place: Place, servers: str, **values: object) -> list[str]:
@@ -83,7 +87,9 @@ def haproxy_command(place: Place) -> list[str]:
 
 def caddy_command(place: Place) -> list[str]:
     backends = place.listed("127.0.0.1:{1} ")
-    config = place.write("Caddyfile", "Caddyfile", method=place.method or "round_robin", backends=backends)
+    scheme, tls = ("https", "tls {} {}".format(*place.pair)) if place.pair else ("http", "")
+    method = place.method or "round_robin"
+    config = place.write("Caddyfile", "Caddyfile", method=method, backends=backends, scheme=scheme, tls=tls)
     environment = [f"HOME={place.directory}", f"XDG_DATA_HOME={place.directory}", "GOMAXPROCS=1"]
     return ["env", *environment, find_program("caddy") or "caddy", "run", "--config", config, "--adapter", "caddyfile"]
 

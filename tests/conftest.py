@@ -51,6 +51,20 @@ def restless() -> Iterator[None]:
 
 
 @pytest.fixture
+def short_grace(monkeypatch: pytest.MonkeyPatch) -> float:
+    """What a client may keep a balancer of this process waiting before `min_body_rate` counts, for this test."""
+    for module in ("listener", "clientbody", "download"):
+        monkeypatch.setattr(f"balancer.edge.{module}.GRACE_SECONDS", 1.5)
+    return 1.5
+
+
+@pytest.fixture
+def short_linger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What may follow an answer that came before its request's end is not waited for for long."""
+    monkeypatch.setattr("balancer.edge.call.LINGER_SECONDS", 0.3)
+
+
+@pytest.fixture
 def demo() -> Iterator[Demo]:
     """A balancer and three demo backends of its own, to be killed at will."""
     started = start_demo()

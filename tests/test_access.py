@@ -361,7 +361,7 @@ def test_a_reader_without_a_token_sees_no_more_of_paths_than_their_first_segment
 
 
 def test_a_query_is_never_told() -> None:
-    app = make_app(admin_token=TOKEN)
+    app = make_app(admin_token=TOKEN, queue_timeout=0.1)
     assert read(app, path=f"/elsewhere?token={SECRET}x").status_code == 503  # no backend is up
     app.test_client().post(f"/reset?token={SECRET}x", headers={"Origin": FOREIGN})
     for path in ("/status", "/events", "/metrics"):

@@ -1,5 +1,7 @@
 """The demo backend: the application by Flask's test client, the server as a real process on a real socket."""
 
+from __future__ import annotations
+
 import http.client
 import json
 import os
@@ -348,15 +350,14 @@ def test_no_answer_is_taken_for_a_page(client: FlaskClient, path: str) -> None:
 
 
 @pytest.mark.parametrize("command", [line for line in backend_server.EXAMPLES.splitlines() if "curl" in line])
-def test_the_commands_of_the_help_are_obeyed(command: str) -> None:
+def test_the_commands_of_the_help_are_obeyed(running: Backend, command: str) -> None:
     """As they stand there, with the port of a backend of our own."""
     typed = re.split(r" {3,}", command.strip())[0]
     assert re.search(r"127\.0\.0\.1:5001/faults", typed)
     json_header = next(line.strip() for line in backend_server.EXAMPLES.splitlines() if "JSON=" in line)
-    with backend() as running:
-        typed = typed.replace("curl ", "curl -sf ").replace(":5001", f":{running.port}")
-        done = subprocess.run(["bash", "-c", f"{json_header}\n{typed}"], capture_output=True, text=True, timeout=60)
-        assert (done.returncode, "added_latency" in done.stdout) == (0, True), done.stderr
+    typed = typed.replace("curl ", "curl -sf ").replace(":5001", f":{running.port}")
+    done = subprocess.run(["bash", "-c", f"{json_header}\n{typed}"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, "added_latency" in done.stdout) == (0, True), done.stderr
 
 
 # -- The real process
@@ -409,6 +410,19 @@ def backend(*arguments: str, **environment: str) -> Iterator[Backend]:
         running.process.communicate()
 
 
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Backend]:
+    with backend("--delay", "0") as running:
+        yield running
+
+
+@pytest.fixture
+def running(shared: Backend) -> Iterator[Backend]:
+    """One without delay or, before and after, any fault."""
+    yield shared
+    shared.call("DELETE", "/faults")
+
+
 def test_the_process_serves_by_flag_and_environment() -> None:
     with backend("--delay", "0", SERVER_ID="from-env ") as running:
         status, answer = running.call("POST", "/api/process", {"a": 1})
@@ -438,17 +452,16 @@ def test_it_is_one_process() -> None:
         wait_until(lambda: not running.is_up())
 
 
-def test_connections_are_kept() -> None:
-    with backend("--delay", "0") as running:
-        connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=60)
-        connection.connect()
-        first = connection.sock
-        for _ in range(5):
-            connection.request("POST", "/api/process", b"x" * 1000, {"Content-Type": "text/plain"})
-            response = connection.getresponse()
-            assert (response.version, response.status, len(response.read()) > 1000) == (11, 200, True)
-        assert connection.sock is first
-        connection.close()
+def test_connections_are_kept(running: Backend) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=60)
+    connection.connect()
+    first = connection.sock
+    for _ in range(5):
+        connection.request("POST", "/api/process", b"x" * 1000, {"Content-Type": "text/plain"})
+        response = connection.getresponse()
+        assert (response.version, response.status, len(response.read()) > 1000) == (11, 200, True)
+    assert connection.sock is first
+    connection.close()
 
 
 def test_200_slow_requests_at_once() -> None:
@@ -460,13 +473,12 @@ def test_200_slow_requests_at_once() -> None:
         assert time.monotonic() - started < 90  # one after the other they would take 100 s
 
 
-def test_a_body_over_1_mib_is_413_and_one_of_1_mib_is_not() -> None:
-    with backend("--delay", "0") as running:
-        assert send_body(running, 1024 * 1024, chunked=False) == 200
-        for chunked in (False, True):
-            assert send_body(running, 1024 * 1024 + 1, chunked) == 413
-            assert send_body(running, 8 * 1024 * 1024, chunked) == 413
-        assert running.is_up()
+def test_a_body_over_1_mib_is_413_and_one_of_1_mib_is_not(running: Backend) -> None:
+    assert send_body(running, 1024 * 1024, chunked=False) == 200
+    for chunked in (False, True):
+        assert send_body(running, 1024 * 1024 + 1, chunked) == 413
+        assert send_body(running, 8 * 1024 * 1024, chunked) == 413
+    assert running.is_up()
 
 
 def send_body(running: Backend, size: int, chunked: bool) -> int:
@@ -482,16 +494,15 @@ def send_body(running: Backend, size: int, chunked: bool) -> int:
     return response.status
 
 
-def test_a_hanging_request_is_forgotten_when_its_client_goes() -> None:
-    with backend() as running:
-        running.call("POST", "/faults", {"hang": True})
-        with pytest.raises(TimeoutError):
-            running.call("GET", "/api/process", timeout=0.3)
-        wait_until(lambda: running.hanging() == 0)
+def test_a_hanging_request_is_forgotten_when_its_client_goes(running: Backend) -> None:
+    running.call("POST", "/faults", {"hang": True})
+    with pytest.raises(TimeoutError):
+        running.call("GET", "/api/process", timeout=0.3)
+    wait_until(lambda: running.hanging() == 0)
 
 
-def test_faults_can_be_cleared_while_many_requests_hang() -> None:
-    with backend() as running, ThreadPoolExecutor(50) as pool:
+def test_faults_can_be_cleared_while_many_requests_hang(running: Backend) -> None:
+    with ThreadPoolExecutor(50) as pool:
         running.call("POST", "/faults", {"hang": True})
         hanging = [pool.submit(running.call, "GET", "/health", timeout=60) for _ in range(50)]
         wait_until(lambda: running.hanging() == 50)
@@ -503,24 +514,20 @@ def test_faults_can_be_cleared_while_many_requests_hang() -> None:
     ("arguments", "expected"),
     [(["--port", "none"], "--port must be"), (["--delay", "-1"], "--delay must be"), (["extra"], "extra")],
 )
-def test_bad_usage_is_one_line_and_2(arguments: list[str], expected: str) -> None:
-    done = subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=60)
+def test_bad_usage_is_one_line_and_2(capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str) -> None:
+    assert backend_server.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert (out, len(err.splitlines())) == ("", 1) and expected in err
+
+
+def test_a_taken_port_is_one_line_and_2(running: Backend) -> None:
+    command = [sys.executable, SCRIPT, "--port", str(running.port)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
-    assert expected in done.stderr
+    assert str(running.port) in done.stderr and "another port" in done.stderr
 
 
-def test_a_taken_port_is_one_line_and_2() -> None:
-    with backend() as running:
-        command = [sys.executable, SCRIPT, "--port", str(running.port)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
-        assert str(running.port) in done.stderr and "another port" in done.stderr
-
-
-def test_help_begins_with_examples_and_version_is_the_project_s() -> None:
-    from balancer import __version__
-
-    run = [sys.executable, str(SCRIPT)]
-    assert subprocess.run([*run, "--help"], capture_output=True, text=True, timeout=60).stdout.startswith("examples:")
-    shown = subprocess.run([*run, "--version"], capture_output=True, text=True, timeout=60)
-    assert (shown.returncode, shown.stdout) == (0, f"backend_server.py {__version__}\n")
+def test_help_begins_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        backend_server.main(["--help"])
+    assert not ended.value.code and capsys.readouterr().out.startswith("examples:")

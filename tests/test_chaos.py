@@ -60,7 +60,7 @@ def table(pytestconfig: pytest.Config) -> Table:
 def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     with running_fleet(tmp_path_factory.mktemp("chaos")) as fleet:
         with Traffic(fleet.balancer.port) as traffic:  # imports done, caches filled, threads there
-            traffic.wait_for(300)
+            traffic.wait_for(100)
         yield fleet
 
 
@@ -118,7 +118,7 @@ def faulty(victim: ChaosBackend, kind: str, every: int = 1, seconds: float = 0.0
 
 def slowed(fleet: Fleet, victim: ChaosBackend, traffic: Traffic) -> None:
     with faulty(victim, "slow", seconds=0.3):
-        traffic.wait_for(60)
+        traffic.wait_for(30)
 
 
 # A third of one backend's answers is bad: more would use up the retry budget, which is there to be used up then.
@@ -126,22 +126,22 @@ def slowed(fleet: Fleet, victim: ChaosBackend, traffic: Traffic) -> None:
 
 def talking_garbage(fleet: Fleet, victim: ChaosBackend, traffic: Traffic) -> None:
     with faulty(victim, "garbage", every=3):
-        traffic.wait_for(150)
+        traffic.wait_for(60)
 
 
 def resetting_before_the_head(fleet: Fleet, victim: ChaosBackend, traffic: Traffic) -> None:
     with faulty(victim, "reset_head", every=3):
-        traffic.wait_for(150)
+        traffic.wait_for(60)
 
 
 def resetting_in_the_body(fleet: Fleet, victim: ChaosBackend, traffic: Traffic) -> None:
     with faulty(victim, "reset_body", every=3):
-        traffic.wait_for(150)
+        traffic.wait_for(60)
 
 
 def ending_in_the_body(fleet: Fleet, victim: ChaosBackend, traffic: Traffic) -> None:
     with faulty(victim, "end_body", every=3):
-        traffic.wait_for(150)
+        traffic.wait_for(60)
 
 
 def hanging(fleet: Fleet, victim: ChaosBackend, traffic: Traffic) -> None:
@@ -237,7 +237,7 @@ def test_changes_by_the_operator_cost_nothing(
     fleet: Fleet, table: Table, change: Callable[[Fleet], Iterator[None]]
 ) -> None:
     with Traffic(fleet.balancer.port) as traffic:
-        for _ in range(3):
+        for _ in range(2):
             for _ in change(fleet):
                 traffic.wait_for(10)
     row = settle(fleet, table, change.__name__, traffic.outcomes)
@@ -253,7 +253,7 @@ def test_a_backend_that_only_fails_is_ejected_and_comes_back(fleet: Fleet, table
     with Traffic(fleet.balancer.port) as traffic:
         with faulty(victim, kind):
             wait_until(lambda: fleet.balancer.backend(victim.name)["ejection"]["status"] == "ejected")
-            traffic.wait_for(60)
+            traffic.wait_for(30)
         wait_until(lambda: fleet.balancer.backend(victim.name)["ejection"]["status"] == "none")
         traffic.wait_for(20)
     settle(fleet, table, f"ejected: {kind}", traffic.outcomes, passed=kind == "unavailable")
@@ -373,7 +373,7 @@ def test_thousands_of_idle_connections_cost_the_others_nothing(fleet: Fleet, tab
                 sock.sendall(b"GET /idle-%d?size=0&plain=1 HTTP/1.1\r\nHost: test\r\n\r\n" % number)
                 assert sock.recv(KIB).startswith(b"HTTP/1.1 200 ")
         wait_until(lambda: Footprint.of(fleet.balancer.pid).files >= IDLE_CLIENTS, "all are accepted")
-        traffic.wait_for(200)
+        traffic.wait_for(50)
         during = Footprint.of(fleet.balancer.pid)
         assert during.threads < before.threads + 64
     row = settle(fleet, table, f"{IDLE_CLIENTS} idle connections", traffic.outcomes, others=IDLE_CLIENTS // 4)

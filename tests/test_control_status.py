@@ -40,7 +40,9 @@ def test_status_of_a_balancer_without_traffic_or_checks(client: FlaskClient) -> 
     assert (first["state"], first["healthy"], first["health"]["last_check"]) == ("unknown", False, None)
 
 
-def test_status_counts_successes_failures_and_unassigned(app: Flask, client: FlaskClient) -> None:
+def test_status_counts_successes_failures_and_unassigned() -> None:
+    app = make_app(queue_timeout=0.1)
+    client = app.test_client()
     add_records(app, 4)
     add_records(app, 2, status=502)
     assert client.get("/api/process").status_code == 503  # no backend is up
@@ -136,8 +138,9 @@ def test_not_ready_until_the_first_health_round_is_done() -> None:
     """A backend that accepts and never answers keeps the first round going for the health time-out."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        with Balancer(f"--backend=silent={url}", "--health-timeout=4", wait_ready=False) as balancer:
+        with Balancer(f"--backend=silent={url}", "--health-timeout=30", wait_ready=False) as balancer:
             status, _, body = fetch(f"{balancer.url}/readyz")
             assert (status, json.loads(body)["status"]) == (503, "not ready")
             assert fetch(f"{balancer.url}/health")[0] == 200
+            silent.close()
             wait_until(balancer.is_ready)

@@ -327,6 +327,24 @@ def test_counters_that_fall_are_explained_and_no_rate_is_negative(
     expect(tab.at("#banner-restart")).to_be_hidden()
 
 
+def test_the_certificate_is_named_and_warned_of_in_time(tab: Tab, stub: Stub) -> None:
+    names = ["lb.example", "<b>.example", "a.example", "c.example"]
+    stub.answer["tls"] = {"names": names, "expires_at": 4102444800.5, "last_error": None}
+    tab.from_disk(stub.url).is_live()
+    tab.shows("#certificate", "Certificate: lb.example, <b>.example, a.example and 1 more, until 2100-01-01.")
+    expect(tab.at("#banner-certificate")).to_be_hidden()
+    stub.answer["tls"]["last_error"] = "tls_key 'key.pem': is empty"
+    tab.shows(
+        "#banner-certificate", "Another certificate was refused; the old one goes on. tls_key 'key.pem': is empty"
+    )
+    stub.answer["tls"] |= {"last_error": None, "expires_at": stub.answer["now"] + 13 * 86400 + 60}
+    tab.shows("#banner-certificate", "The certificate expires in 13 d")
+    stub.answer["tls"]["expires_at"] = stub.answer["now"] - 1
+    tab.shows("#banner-certificate", "The certificate has expired.")
+    stub.answer["tls"] = None
+    expect(tab.at("#banner-certificate")).to_be_hidden()
+
+
 def test_lifecycle_panic_a_refused_configuration_and_waiting_requests_are_told(tab: Tab, stub: Stub) -> None:
     stub.answer["lifecycle"] = "draining"
     tab.from_disk(stub.url).is_live()

@@ -43,6 +43,7 @@ def answer_early(sock: socket.socket, _: Any, *, backend: WireBackend, size: int
     return True
 
 
+@pytest.mark.usefixtures("short_linger")
 @pytest.mark.parametrize(("answer", "status"), [(REFUSED, 401), (b"", 502)], ids=["401", "hangs up"])
 @pytest.mark.parametrize(("framing", "begun"), BEGUN.values(), ids=BEGUN)
 def test_an_early_answer_reaches_a_client_that_pauses(

@@ -116,6 +116,7 @@ def test_the_ways_of_a_worker_and_of_http2_are_the_same(filtered: Filtered, scri
         wait_until(lambda ended=ended: filtered.telling.ended.count(ended) == 1)
 
 
+@pytest.mark.usefixtures("short_linger")
 @pytest.mark.parametrize(("path", "status", "told"), [("/no-entry", 403, b"no entry"), ("/error", 400, b"not this")])
 def test_what_is_not_admitted_is_answered_before_its_body_comes(
     filtered: Filtered, scripted: WireBackend, path: str, status: int, told: bytes

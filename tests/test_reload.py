@@ -120,7 +120,10 @@ def test_settings_of_every_part_are_applied() -> None:
     assert wired.pool._judge.options.queue_places == 3 and wired.pool._judge.options.eject_after == 1
 
 
-@pytest.mark.parametrize("name", sorted(set(Settings.model_fields) - {"backends", "allow_file_origin"}))
+NOT_ALONE = {name for name in Settings.model_fields if name.startswith("tls_")} | {"http_redirect_port"}
+
+
+@pytest.mark.parametrize("name", sorted(set(Settings.model_fields) - NOT_ALONE - {"backends", "allow_file_origin"}))
 def test_every_setting_is_either_applied_or_said_to_need_a_restart(name: str) -> None:
     """Whatever holds its own copy of a setting that can be reloaded must get the new one."""
     base: dict[str, Any] = {"backends": [A], "access_log": name != "access_log", "sticky": name != "sticky"}
@@ -145,7 +148,7 @@ def held(balancer: LoadBalancer) -> list[Any]:
         [done.__self__.options for done in route.done], heads.trusted, heads.max_lines, heads.rules, heads.via,
         heads.host, balancer.adapter.dialer.server_name, control.pool._judge.options, control.pool.algorithm,
         control.pool._strategy.options, control.access.options, balancer.adapter.timeouts, balancer.health.options,
-        balancer.bridges[0].limits, logging.getLogger().level,
+        balancer.bridges[0].limits, balancer.port_options, logging.getLogger().level,
     ]  # fmt: skip
 
 

@@ -116,22 +116,37 @@ class Configuration:
         self.read: Callable[[], tuple[Settings, Sources]] | None = None  # none: there is nothing to read again
         self.loaded_at = time.time()
         self.last_error: str | None = None
+        self._named = _files(settings)  # the files that settings have named since the start
         self._lock = Lock()
 
-    def reload(self, pool: BackendPool, apply: Callable[[Settings, Plan], None], *, dry_run: bool = False) -> Plan:
-        """Read, compare and, unless `dry_run`, `apply`. Raises SettingsError; then nothing has changed."""
+    @property
+    def can_reload(self) -> bool:
+        """A certificate can be read again without a file of settings."""
+        return self.read is not None or self.settings.tls_certificate is not None
+
+    def reload(
+        self,
+        pool: BackendPool,
+        check: Callable[[Settings, Plan], None],
+        apply: Callable[[Settings, Plan], None],
+        *,
+        dry_run: bool = False,
+    ) -> Plan:
+        """Read, compare, `check` and, unless `dry_run`, `apply`. Raises SettingsError; then nothing has changed."""
         with self._lock:
-            if self.read is None:
+            if not self.can_reload:
                 how = "" if "program" in self.sources.values() else "; start with --config FILE"
                 raise SettingsError(f"there is no configuration file to reload{how}")
             try:
-                wanted, sources = self.read()
+                wanted, sources = (self.settings, self.sources) if self.read is None else self.read()
+                self._named |= _files(wanted)
                 if sources["backends"] == "default" != self.sources["backends"]:
                     # An emptied or half-written file must not bring the demo's backends.
                     raise SettingsError(f"{self.file} names no backends any more; backends = [] if that is meant")
                 plan = compare(self.settings, wanted, sources, pool)
+                check(wanted, plan)
             except SettingsError as error:
-                if not dry_run:
+                if not dry_run and self.read is not None:
                     self.last_error = str(error)
                 raise
             if not dry_run:
@@ -166,10 +181,14 @@ class Configuration:
 
     def without_folders(self, text: str) -> str:
         """`text` with the names alone of files that the configuration consists of: for readers without a token."""
-        for file in (self.file, self.settings.ca_file, *environment.secret_files(os.environ)):
+        for file in (self.file, *self._named, *environment.secret_files(os.environ)):
             if file is not None:
                 text = text.replace(str(file), Path(file).name)
         return text
+
+
+def _files(settings: Settings) -> set[Path]:
+    return {value for _, value in settings if isinstance(value, Path)}
 
 
 def compare(base: Settings, wanted: Settings, sources: Sources, pool: BackendPool) -> Plan:

@@ -158,6 +158,21 @@ class Settings(BaseModel):
         None, pattern=validation.OWNER, description="whose a Unix socket is: USER, USER:GROUP or :GROUP"
     )
 
+    # TLS towards clients.
+    tls_certificate: Path | None = Field(
+        None, description="PEM file of the certificate and its chain; clients speak TLS then, on control_port too"
+    )
+    tls_key: Path | None = Field(None, description="PEM file of its private key")
+    tls_key_password_file: Path | None = Field(None, description="file with the password of that key")
+    tls_min_version: Literal["1.2", "1.3"] = Field("1.2", description="the oldest version that clients may speak")
+    tls_client_ca: Path | None = Field(None, description="PEM file of the CAs that sign clients' certificates")
+    tls_client_auth: Literal["off", "optional", "require"] = Field(
+        "off", description="whether clients are asked for a certificate; a wrong one is refused even if optional"
+    )
+    http_redirect_port: Fixed[Port | None] = Field(
+        None, description="port without TLS that sends everybody to https, on the same address"
+    )
+
     # Backends and choosing.
     backends: tuple[BackendSettings, ...] = Field(DEFAULT_BACKENDS, description="the backends; repeat --backend")
     algorithm: str = Field("weighted", description="how the backend is chosen; GET /algorithm lists all")
@@ -274,9 +289,7 @@ class Settings(BaseModel):
     )
     max_queued: Fixed[int] = Field(1024, ge=0, le=100000, description="requests that wait for a thread; above that 503")
     thread_idle_timeout: Fixed[Seconds] = Field(30.0, description="time after which an idle thread ends")
-    max_clients: Fixed[int] = Field(
-        10000, ge=1, le=1_000_000, description="client connections; more wait to be accepted"
-    )
+    max_clients: int = Field(10000, ge=1, le=1_000_000, description="client connections; more wait to be accepted")
     min_body_rate: BytesPerSecond = Field(
         240, description="rate of a body after 5 s, either way; slower clients get 408, or are cut off; 0 for no limit"
     )
@@ -293,12 +306,10 @@ class Settings(BaseModel):
         20.0, description="time between two pings to the backend; lost if one brings nothing until the next; 0 for none"
     )
     websocket_max_age: SecondsOrZero = Field(0.0, description="time after which it is closed with 1001; 0 for never")
-    header_timeout: Fixed[Seconds] = Field(
+    header_timeout: Seconds = Field(
         10.0, description="time for a client to send a request head; also between two on a kept connection"
     )
-    max_header_bytes: Fixed[Bytes] = Field(
-        65536, ge=8192, le=1048576, description="size of a request head; above that 431"
-    )
+    max_header_bytes: Bytes = Field(65536, ge=8192, le=1048576, description="size of a request head; above that 431")
     max_header_count: int = Field(100, ge=1, le=100, description="header lines of a request; above that 431")
     shutdown_delay: Fixed[SecondsOrZero] = Field(
         0.0, description="time after SIGTERM in which all is served while /readyz says 503; 5 to 10 in Kubernetes"
@@ -387,8 +398,14 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _check_pairs(self) -> Settings:
-        if self.control_port == self.port and not self.host.startswith(UNIX):
-            raise ValueError(f"control_port and port are both {self.port}; choose another for one of them")
+        if self.host.startswith(UNIX) and self.http_redirect_port is not None:
+            raise ValueError(f"http_redirect_port: {self.host} has no port to which it could send clients")
+        taken = {} if self.host.startswith(UNIX) else {self.port: "port"}
+        for name in ("control_port", "http_redirect_port"):
+            if (port := getattr(self, name)) is not None:
+                if port in taken:
+                    raise ValueError(f"{name} and {taken[port]} are both {port}; choose another for one of them")
+                taken[port] = name
         return self
 
     @property

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 from flask import current_app
+from typing_extensions import TypedDict
 
 from balancer.balancing.pool import BackendPool
 from balancer.config.reload import Configuration, Plan
@@ -23,6 +24,16 @@ if TYPE_CHECKING:
     from balancer.control.access import Access
 
 Lifecycle = Literal["starting", "running", "draining"]
+
+
+class TlsView(TypedDict):
+    """The certificate that clients are shown. `last_error`: why another one was refused since."""
+
+    names: list[str]
+    issuer: str
+    expires_at: float
+    since: float
+    last_error: str | None
 
 
 @dataclass(slots=True)
@@ -40,6 +51,7 @@ class Control:
     adapter: BackendAdapter
     queued: Callable[[], int]  # requests that wait for a thread
     reload: Callable[[bool], Plan]  # True only asks what it would do
+    tls: Callable[[], TlsView | None]
     lifecycle: Lifecycle = "starting"
     started: float = field(default_factory=time.monotonic)
 

@@ -18,7 +18,7 @@ from balancer.balancing.backends import BackendView
 from balancer.balancing.strategies import StrategyView
 from balancer.config.reload import ConfigView
 from balancer.control.access import first_segment, is_authorized
-from balancer.control.control import Lifecycle, current_control
+from balancer.control.control import Lifecycle, TlsView, current_control
 from balancer.control.inputs import whole_number
 from balancer.control.metrics import current_metrics
 from balancer.control.problems import ApiError
@@ -71,6 +71,7 @@ class Status(TypedDict):
     events_seq: int
     panic: bool
     config: ConfigView
+    tls: TlsView | None
     statistics: TotalsView
     backend_servers: list[ServerView]
     recent_requests: list[RecentView]
@@ -129,12 +130,21 @@ def status() -> Response:
             events_seq=control.events.latest,
             panic=control.pool.is_panicking,
             config=control.configuration.summary(is_authorized()),
+            tls=_tls(),
             statistics=totals,
             backend_servers=backends,
             recent_requests=[_shown(record) for record in newest],
             capabilities=_capabilities(),
         )
     )
+
+
+def _tls() -> TlsView | None:
+    control = current_control()
+    view = control.tls()
+    if view is not None and view["last_error"] is not None and not is_authorized():
+        view["last_error"] = control.configuration.without_folders(view["last_error"])
+    return view
 
 
 def _shown(record: F) -> F:
@@ -149,7 +159,7 @@ def _capabilities() -> Capabilities:
         "writes": access.may_write(),
         "token_required": access.has_tokens,
         "authorized": is_authorized(),
-        "reload": current_control().configuration.file is not None,
+        "reload": current_control().configuration.can_reload,
         "traffic": current_control().settings.control_port is None,  # a port of its own forwards nothing
         "algorithms": strategies.describe(),
     }

@@ -108,7 +108,7 @@ class Unused:
 
     def __init__(self, local: Local, header_timeout: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._local = local
-        self._header_timeout = header_timeout
+        self.header_timeout = header_timeout
         self._clock = clock
         self._known: dict[tuple[Address, int], _Seen] = {}
 
@@ -146,7 +146,7 @@ class Unused:
         acked, received = traffic(connection)
         taken = acked - received  # what a PING brings, its answer takes away again
         used_at, seconds, acked_before, owed, taken_before, read_at = self._known.get(
-            key, _Seen(now, self._header_timeout, 0, 0, taken, now)
+            key, _Seen(now, self.header_timeout, 0, 0, taken, now)
         )
         owed = max(0, owed + handed.get(client, 0) - (acked - acked_before))
         has_read = taken - taken_before > LEAST_RATE * (now - read_at)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("balancer.server")
 
+SPREAD = 0.8  # of the time in which WebSockets are closed; in the rest the last ones can end
 WATCH_AFTER_SECONDS = 0.1  # a request in flight longer than this is watched for its client leaving
 
 
@@ -62,6 +64,7 @@ class Bridge(Listener):
     ) -> None:
         super().__init__(app, limits)
         self.sockets = sockets  # without it, WebSockets are requests like others
+        self.is_leaving = False  # all WebSockets are being closed: no more are wanted
         self.pool = pool
         self.proxy = proxy
         self.express = express
@@ -71,14 +74,18 @@ class Bridge(Listener):
 
     # --- Granian's thread: nothing here may block. ---
 
-    def accept(self, watcher: Any) -> None:
-        """One request, as Granian's `watcher` has it."""
+    def accept_last(self, watcher: Any) -> None:
+        """One request to a worker that accepts no more: another has taken its place."""
+        self.accept(watcher, True)
+
+    def accept(self, watcher: Any, is_last: bool = False) -> None:
+        """One request, as Granian's `watcher` has it, the last one of its connection or not."""
         scope = watcher.scope
         is_control = self._is_control(scope["path"])
         if scope["type"] == "websocket":
-            self._accept_socket(watcher, is_control)
+            self._accept_socket(watcher, is_control, is_last)
             return
-        call = Call(self, watcher, is_control)
+        call = Call(self, watcher, is_control, is_last)
         self.calls[call] = None
         self._begun[scope["client"]] = None
         try:
@@ -92,16 +99,16 @@ class Bridge(Listener):
         except BaseException:
             self._surprised(call)
 
-    def _accept_socket(self, watcher: Any, is_control: bool) -> None:
+    def _accept_socket(self, watcher: Any, is_control: bool, is_last: bool) -> None:
         assert self.sockets is not None and self.proxy is not None  # else Granian is told to bring none
-        call = HandshakeCall(self, watcher, is_control, self.sockets)
+        call = HandshakeCall(self, watcher, is_control, is_last, self.sockets)
         self.calls[call] = self._begun[call.scope["client"]] = None
         try:
             if is_control:
                 call.refuse_plainly()
                 return
             call.forwarding = self.proxy.upgrade(call.request(self.proxy.heads))
-            if self.sockets.is_leaving or len(self.open_sockets) > self.sockets.options.max_websockets:
+            if self.is_leaving or len(self.open_sockets) > self.sockets.options.max_websockets:
                 call.refuse()
             else:
                 self._submit(call)
@@ -226,6 +233,18 @@ class Bridge(Listener):
         for call in list(self.calls):
             if call.leave_backend(is_there) and self._take(call):
                 call.abandon(BackendRemoved)
+
+    def sockets_before(self, moment: float) -> list[HandshakeCall]:
+        """WebSockets that were asked for by then, of time.monotonic(), or of a worker that accepted no more."""
+        return [call for call in list(self.open_sockets) if call.since <= moment]
+
+    def close_sockets(self, seconds: float, moment: float = math.inf) -> None:
+        """One after the other, so that their clients do not come back all at once."""
+        calls, now = self.sockets_before(moment), time.monotonic()
+        for number, call in enumerate(calls):
+            call.leave_at = now + SPREAD * seconds * number / len(calls)
+        if self.sockets is not None:
+            self.sockets.hurry()
 
     def abort(self) -> None:
         """Every client has been cut off."""

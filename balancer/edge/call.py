@@ -56,7 +56,7 @@ class Call:
         *("_status", "_headers", "_is_started", "_is_ended", "_is_last"),
     )
 
-    def __init__(self, listener: Listener, watcher: Any, is_control: bool = False) -> None:
+    def __init__(self, listener: Listener, watcher: Any, is_control: bool = False, is_last: bool = False) -> None:
         self.listener = listener
         self.is_control = is_control
         self.forwarding: Forwarding | None = None  # else the app answers
@@ -75,7 +75,7 @@ class Call:
         self._headers: list[tuple[bytes, bytes]] = []
         self._is_started = False
         self._is_ended = False
-        self._is_last = False  # of its connection
+        self._is_last = is_last  # of its connection
 
     # --- Granian's thread brings it, or a worker makes an environ of it: the request. ---
 

@@ -1,7 +1,8 @@
 """What Granian (Rust, hyper) insists upon: its ASGI worker in this process, in front of a bridge.
 
-The one place that touches Granian's internals, written for the version that requirements.txt names. Granian's own
-embedded server takes each request through an asyncio task; its scheduler hook here is `Bridge.accept` instead.
+The one place that touches Granian's internals, but for the trial in `tls`, written for the version that
+requirements.txt names. Granian's own embedded server takes each request through an asyncio task; its scheduler hook
+here is `Bridge.accept` instead.
 """
 
 from __future__ import annotations
@@ -9,10 +10,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
+import re
+import select
 import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import granian._granian
@@ -21,6 +28,7 @@ from granian.http import HTTP1Settings, HTTP2Settings
 
 from balancer.edge.bridge import Bridge
 from balancer.edge.listener import CONNECTION_WINDOW, READ_BYTES, STREAM_WINDOW
+from balancer.edge.tls import Certificate
 
 log = logging.getLogger("balancer.server")
 
@@ -30,6 +38,9 @@ BACKLOG = 4096  # connections the kernel holds while all is busy; it caps this a
 # Of one HTTP/2 connection; `listener` says what may be unread of it.
 STREAMS = 200
 SEND_BUFFER = 32768  # bytes that h2 takes of each answer when a client opens its windows and does not read
+# What a worker needs to begin: without it Granian would end the process.
+DESCRIPTORS, THREADS = 16, 4
+PLAIN: tuple[Any, ...] = (False, None, None, None, str(SSLProtocols.tls13), None, [], False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +68,16 @@ class _AtOnce:
 class Worker:
     """Granian's threads and connections on a socket that we bound, for its own would share a taken port.
 
-    Begins at once, in a thread with an event loop. The socket is Granian's from then on.
+    Begins at once, in a thread with an event loop. The socket is Granian's from then on. Raises OSError or RuntimeError
+    if the machine has no descriptor or no thread left.
     """
 
-    def __init__(self, bridge: Bridge, listener: socket.socket, options: PortOptions) -> None:
+    def __init__(
+        self, bridge: Bridge, listener: socket.socket, options: PortOptions, certificate: Certificate | None = None
+    ) -> None:
+        _ensure_room(listener)
+        self.made_of = (options, certificate)
+        self._bridge = bridge
         loop = asyncio.get_running_loop()
         self.stopped: asyncio.Future[None] = loop.create_future()
 
@@ -75,8 +92,10 @@ class Worker:
         extra: tuple[Any, ...] = () if sys.platform == "win32" else (is_unix,)
         if sys.platform in ("linux", "freebsd"):
             extra += (BACKLOG,)
-        holder = _native.SocketHolder(listener.detach(), *extra)
-        worker = _native.ASGIWorker(
+        self._family, self._descriptor = listener.family, listener.detach()
+        holder = _native.SocketHolder(self._descriptor, *extra)
+        make = partial(
+            _native.ASGIWorker,
             1,
             (None, holder),
             None,
@@ -98,17 +117,59 @@ class Worker:
             ),
             bridge.sockets is not None,  # WebSockets
             None,  # static files
-            *(False, None, None, None, str(SSLProtocols.tls13), None, [], False),
-            (None, None),  # metrics
         )
         scheduler = _native.CallbackScheduler(loop, bridge, None, None, None)
-        scheduler._schedule_fn = bridge.accept
+        # Granian takes this once and for all; what is behind it can still be changed, and costs no Python for that.
+        self._entry: Any = partial(bridge.accept)
+        scheduler._schedule_fn = self._entry
         bridge.most_read = max(READ_BYTES, options.max_header_bytes)
         # On Windows Granian makes futures of the event loop, which are for its thread alone.
-        serve = worker.serve_async_uds if is_unix else worker.serve_async
-        serve(scheduler, loop if sys.platform == "win32" else _AtOnce(), self._signal)
+        its_loop = loop if sys.platform == "win32" else _AtOnce()
+        with contextlib.nullcontext(PLAIN) if certificate is None else certificate.arguments() as tls:
+            worker = make(*tls, (None, None))
+            (worker.serve_async_uds if is_unix else worker.serve_async)(scheduler, its_loop, self._signal)
+
+    def park(self) -> None:
+        """Accept no more, while another worker accepts on a copy of the same socket. Whoever is connected is served on,
+        and told to come anew: every answer is the last one of an HTTP/1 connection."""
+        self._entry.__setstate__((self._bridge.accept_last, (), {}, None))
+        if hasattr(select, "epoll"):
+            _take_away(self._descriptor, self._family)
 
     def stop(self) -> None:
-        """Accept no more, finish what is in flight; `stopped` is done when all connections have ended, and Granian's
-        threads end by themselves then."""
+        """Accept no more, end idle connections, finish what is in flight; `stopped` is done when all connections have
+        ended, and Granian's threads end by themselves then."""
         self._signal.set()
+
+
+def _ensure_room(listener: socket.socket) -> None:
+    enough = Event()
+    with contextlib.ExitStack() as room:
+        for _ in range(DESCRIPTORS):
+            room.enter_context(listener.dup())
+        threads = [Thread(target=enough.wait, name="room", daemon=True) for _ in range(THREADS)]
+        try:
+            for thread in threads:
+                thread.start()
+                room.callback(thread.join)
+        finally:
+            enough.set()
+
+
+def _take_away(listener: int, family: int) -> None:
+    """Granian knows no way to accept no more but to end connections too. So its poller does not see the socket any
+    more, and the descriptor is one of a socket to which nobody connects, for a look that is under way."""
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # closed meanwhile
+            if os.readlink(f"/proc/self/fd/{name}") != "anon_inode:[eventpoll]":
+                continue
+            watched = Path(f"/proc/self/fdinfo/{name}").read_text(encoding="ascii")
+            if re.search(rf"^tfd:\s*{listener}\b", watched, re.MULTILINE):
+                with select.epoll.fromfd(os.dup(int(name))) as poller:
+                    poller.unregister(listener)
+    with contextlib.suppress(OSError), socket.socket(family) as nobody:
+        if family != socket.AF_UNIX:  # which finds a name by itself
+            nobody.bind(("::1" if family == socket.AF_INET6 else "127.0.0.1", 0))
+        nobody.listen(1)
+        nobody.setblocking(False)
+        os.dup2(nobody.fileno(), listener, inheritable=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from balancer.edge.call import Call
@@ -19,11 +20,13 @@ if TYPE_CHECKING:
 class HandshakeCall(Call):
     """A worker has it until its backend has answered; from then on nobody, for as long as the socket is open."""
 
-    __slots__ = ("_sockets",)
+    __slots__ = ("_sockets", "since", "leave_at")
 
-    def __init__(self, listener: Listener, watcher: Any, is_control: bool, sockets: Sockets) -> None:
-        super().__init__(listener, watcher, is_control)
+    def __init__(self, listener: Listener, watcher: Any, is_control: bool, is_last: bool, sockets: Sockets) -> None:
+        super().__init__(listener, watcher, is_control, is_last)
         self._sockets = sockets
+        self.since = -math.inf if is_last else self.started  # before its worker was parked, in any case
+        self.leave_at = math.inf  # of time.monotonic(): it has to end then, because we or its backend do
         self.is_watched = True  # Granian says of no client that it has left before it was let in
         listener.open_sockets[self] = None
 

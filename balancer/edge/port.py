@@ -1,18 +1,25 @@
-"""One port: a listening socket, the Granian worker that accepts on it, and the bridge that gets its requests."""
+"""One port: a listening socket, the Granian worker that accepts on it, and the bridge that gets its requests.
+
+What a worker begins with, such as its certificate, it keeps. So for other options another one begins on the same
+socket, and the old one accepts no more and ends when its connections have ended: none is lost.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 from balancer.edge import accepted
 from balancer.edge.bridge import Bridge
 from balancer.edge.granian import BACKLOG, PortOptions, Worker
+from balancer.edge.tls import Certificate
 from balancer.edge.unixsocket import Unread
 from balancer.errors import SettingsError
 from balancer.protocol.origin import unix_url
@@ -23,38 +30,73 @@ log = logging.getLogger("balancer.server")
 PASS_SECONDS = 5.0  # at most between two passes over all connections, 0.1 s of work each if there are 10,000
 KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}  # seconds, seconds, questions
 SLICE_PAUSE_SECONDS = 0.005  # between two slices of a pass
+RENEW_SECONDS = 1.0  # from one renewal to the next at least: a worker has begun before it is parked
+PARKED_SECONDS = 10.0  # in which whoever is connected can come anew: Granian's limit for a handshake
+SOCKETS_SECONDS, CLOSING_SECONDS = (
+    3600.0,
+    30.0,
+)  # that WebSockets live on beyond that; and in which they are closed then
+LOOK_SECONDS = 1.0  # between two looks whether they have ended
+MOST_PARKED = 4  # workers, each with about three threads; further renewals wait
 
 
 class Port:
-    """`start`, `stop` and `close` once each, in this order, the first two in the event loop's thread."""
+    """`start`, `stop` and `close` once each, in this order, the first two in the event loop's thread.
 
-    def __init__(self, bridge: Bridge, listener: socket.socket, options: PortOptions) -> None:
+    `wanted` is what a worker is made of; `renew` replaces it, from any thread. `_parked` are the workers before the
+    one that accepts, until they have ended.
+    """
+
+    def __init__(
+        self, bridge: Bridge, listener: socket.socket, options: PortOptions, certificate: Certificate | None = None
+    ) -> None:
         self.bridge = bridge
         name = listener.getsockname()
         self.address: accepted.Local = name if isinstance(name, str) else name[:2]
+        self.wanted = options, certificate
         self._listener = listener
-        self._options = options
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._worker: Worker | None = None
-        self._watches: list[asyncio.Task[Any]] = []
+        self._next_renewal = 0.0  # of time.monotonic(), at the earliest
+        self._parked: list[Worker] = []
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     @property
     def url(self) -> str:
         if isinstance(self.address, str):
             return unix_url(self.address)
         host, port = self.address
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        scheme = "http" if self.wanted[1] is None else "https"
+        return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
     def start(self) -> None:
-        # A copy: the port stays ours, whichever worker serves it.
-        self._worker = Worker(self.bridge, self._listener.dup(), self._options)
-        self._watches = [asyncio.create_task(watch) for watch in (self.bridge.watch(), self._close_unused())]
+        self._loop = asyncio.get_running_loop()
+        self._worker = self._make_worker()
+        self._keep(self.bridge.watch())
+        self._keep(self._close_unused())
 
-    def stop(self) -> asyncio.Future[None]:
+    def renew(self, options: PortOptions, certificate: Certificate | None) -> None:
+        """Whoever connects from now on, or a moment later, gets these. From any thread."""
+        self.wanted = options, certificate
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._renew)
+
+    def park(self) -> None:
+        """Accept no more, and serve on whoever is connected, until `stop`."""
+        assert self._worker is not None
+        with contextlib.suppress(OSError):
+            self._worker.park()
+        self._listener.close()
+
+    def stop(self) -> asyncio.Future[Any]:
         """Accept no more; what it returns is done when all connections have ended."""
         assert self._worker is not None
         self._listener.close()
-        self._worker.stop()
-        return self._worker.stopped
+        workers = [self._worker, *self._parked]
+        for worker in workers:
+            worker.stop()
+        return asyncio.gather(*(worker.stopped for worker in workers))
 
     def abort(self) -> None:
         """Cut every client off: the drain time is over. First their sockets, or they would be told that they had
@@ -67,14 +109,65 @@ class Port:
         accepted.cut_port(self.address)
 
     def close(self) -> None:
-        for watch in self._watches:
-            watch.cancel()
+        for task in self._tasks:
+            task.cancel()
         self._listener.close()
+
+    def _keep(self, steps: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(steps)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _make_worker(self) -> Worker:
+        self._next_renewal = time.monotonic() + RENEW_SECONDS
+        # A copy: the port stays ours, whichever worker serves it.
+        return Worker(self.bridge, self._listener.dup(), *self.wanted)
+
+    def _renew(self) -> None:
+        assert self._loop is not None and self._worker is not None
+        if self._worker.made_of == self.wanted or self._listener.fileno() < 0 or len(self._parked) >= MOST_PARKED:
+            return
+        if (wait := self._next_renewal - time.monotonic()) > 0:
+            self._loop.call_later(wait, self._renew)
+            return
+        try:
+            worker = self._make_worker()
+        except (OSError, RuntimeError) as error:
+            log.warning("%s is not renewed yet: %s", self.url, error)
+            self._loop.call_later(RENEW_SECONDS, self._renew)
+            return
+        with contextlib.suppress(OSError):  # no descriptor is left to look for it: until its end it accepts as well
+            self._worker.park()
+        self._parked.append(self._worker)
+        self._keep(self._end(self._worker))
+        self._worker = worker
+
+    async def _end(self, parked: Worker) -> None:
+        parked_at = time.monotonic()
+        await asyncio.sleep(PARKED_SECONDS)
+        await self._end_sockets(parked, parked_at)
+        parked.stop()
+        await asyncio.wait([parked.stopped])
+        self._parked.remove(parked)
+        self._renew()  # what had to wait for this
+
+    async def _end_sockets(self, parked: Worker, parked_at: float) -> None:
+        """WebSockets live on where they are, for a time, or until there are too many such workers. Then they are told:
+        `stop` would end them without a word."""
+        bridge = self.bridge
+        while bridge.sockets_before(parked_at) and time.monotonic() < parked_at + SOCKETS_SECONDS:
+            if self._parked[0] is parked and len(self._parked) >= MOST_PARKED:
+                break
+            await asyncio.sleep(LOOK_SECONDS)
+        bridge.close_sockets(CLOSING_SECONDS, parked_at)
+        deadline = time.monotonic() + CLOSING_SECONDS
+        while bridge.sockets_before(parked_at) and time.monotonic() < deadline:
+            await asyncio.sleep(LOOK_SECONDS)
 
     async def _close_unused(self) -> None:
         begin = self._passes()
         while True:
-            await asyncio.sleep(min(self._options.header_timeout / 2, PASS_SECONDS))
+            await asyncio.sleep(min(self.wanted[0].header_timeout / 2, PASS_SECONDS))
             try:
                 for _ in begin():
                     await asyncio.sleep(SLICE_PAUSE_SECONDS)
@@ -88,8 +181,13 @@ class Port:
             unread = Unread(self.address)
             return lambda: unread.close(max(bridge.limits.idle_timeout, accepted.IDLE_SECONDS))
         # hyper limits the time for a request head in HTTP/1 only, and only once it knows that it is that.
-        unused = accepted.Unused(self.address, self._options.header_timeout)
-        return lambda: unused.close(bridge.used(), bridge.handed(), bridge.limits.idle_timeout)
+        unused = accepted.Unused(self.address, self.wanted[0].header_timeout)
+
+        def begin() -> Iterator[None]:
+            unused.header_timeout = self.wanted[0].header_timeout
+            return unused.close(bridge.used(), bridge.handed(), bridge.limits.idle_timeout)
+
+        return begin
 
 
 def _keep_alive(listener: socket.socket) -> None:

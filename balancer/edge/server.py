@@ -97,8 +97,10 @@ class Server:
     async def _close_sockets(self, port: Port, limit: float, hurry: asyncio.Future[Any]) -> None:
         """WebSockets are told before `stop`, with which Granian ends them without a word."""
         bridge = port.bridge
-        if bridge.sockets is not None:
-            bridge.sockets.close_all(limit)
+        bridge.is_leaving = True
+        if bridge.open_sockets:
+            port.park()
+            bridge.close_sockets(limit)
         while bridge.open_sockets and not hurry.done() and time.monotonic() < min(self._limits)[0]:
             await asyncio.wait([hurry], timeout=DRAIN_LOOK_SECONDS)
 

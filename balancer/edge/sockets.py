@@ -22,7 +22,6 @@ from balancer.edge import accepted
 log = logging.getLogger("balancer.server")
 
 LOOK_SECONDS = 0.25  # between two looks for what is due, while any socket is open
-SPREAD = 0.8  # of the time for draining, over which sockets are closed; in the rest the last ones can end
 INPUT, ROOM = getattr(select, "EPOLLIN", 0), getattr(select, "EPOLLOUT", 0)
 
 
@@ -44,7 +43,9 @@ class Watched(Protocol):
     """
 
     due: float
-    leave_at: float
+
+    @property
+    def leave_at(self) -> float: ...
 
     @property
     def addresses(self) -> tuple[accepted.Address, accepted.Address]: ...
@@ -72,7 +73,6 @@ class Sockets:
         self._epoll = select.epoll()
         self._wake = os.eventfd(0)
         self._stopping = False
-        self._leaving = False
         self._next_look = 0.0  # of time.monotonic()
         self._thread = Thread(target=self._run, name="websockets", daemon=True)
 
@@ -95,15 +95,8 @@ class Sockets:
 
     # From any thread.
 
-    @property
-    def is_leaving(self) -> bool:
-        """All are being closed, and no more are wanted."""
-        return self._leaving
-
     def add(self, descriptor: int, socket: Watched) -> None:
         self._open[descriptor] = socket
-        if self._leaving:
-            socket.leave_at = 0.0
         self._nudge()  # it waits without a time limit where there are none
 
     def arm(self, descriptor: int, before: int, events: int) -> None:
@@ -119,14 +112,6 @@ class Sockets:
     def leave_to_thread(self, step: Callable[[], None]) -> None:
         self._todo.append(step)
         self._nudge()
-
-    def close_all(self, seconds: float) -> None:
-        """End all that are open, one after the other, so that their clients do not come back all at once."""
-        self._leaving = True
-        sockets, now = list(self._open.values()), time.monotonic()
-        for number, socket in enumerate(sockets):
-            socket.leave_at = now + SPREAD * seconds * number / len(sockets)
-        self.hurry()
 
     def give_up(self) -> None:
         """The time for it is over: those that are open still end at once."""

@@ -45,6 +45,7 @@ class Opened(Protocol):
     """The request that it came from."""
 
     protocol: Any
+    leave_at: float
 
     @property
     def addresses(self) -> tuple[Address, Address]: ...
@@ -64,7 +65,7 @@ class WebSocket:
     """
 
     __slots__ = (
-        *("_call", "_upgrade", "_sockets", "_options", "_client", "_backend", "_record", "_lock", "due", "leave_at"),
+        *("_call", "_upgrade", "_sockets", "_options", "_client", "_backend", "_record", "_lock", "due"),
         *("_events", "_receiving", "_is_client_open", "_is_backend_open", "_is_over", "_untold", "_unread"),
         *("_opened_at", "_used_at", "_pinged_at", "_deadline", "_reason", "_failure"),
     )
@@ -78,7 +79,7 @@ class WebSocket:
         self._backend = BackendSocket(upgrade.connection, upgrade.received, self._options.websocket_max_message)
         self._record = upgrade.socket
         self._lock = RLock()
-        self.due = self.leave_at = math.inf
+        self.due = math.inf
         self._events = 0  # that the thread waits for
         self._receiving: Any = None  # Granian's promise of the client's next message
         self._is_client_open = self._is_backend_open = True
@@ -92,6 +93,10 @@ class WebSocket:
     @property
     def addresses(self) -> tuple[Address, Address]:
         return self._call.addresses
+
+    @property
+    def leave_at(self) -> float:
+        return self._call.leave_at
 
     # What happens to it, in whichever thread.
 
@@ -114,7 +119,7 @@ class WebSocket:
 
     def abort(self) -> None:
         """As `Abortable` has it: it ends, and neither side is at fault."""
-        self.leave_at = 0.0
+        self._call.leave_at = 0.0
         self._sockets.hurry()
 
     def finish(self) -> None:

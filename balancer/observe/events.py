@@ -17,7 +17,16 @@ EVENTS_KEPT, MESSAGE_KEPT = 500, 1000  # bytes of each: a reload may have much t
 EventKind = (
     ChangeKind
     | Literal[
-        "statistics_reset", "write_refused", "config_reloaded", "config_refused", "draining", "name_kept", "name_found"
+        "statistics_reset",
+        "write_refused",
+        "config_reloaded",
+        "config_refused",
+        "certificate_changed",
+        "certificate_refused",
+        "certificate_expires",
+        "draining",
+        "name_kept",
+        "name_found",
     ]
 )
 REFUSED: EventKind = "write_refused"  # the one kind of event that anybody can cause
