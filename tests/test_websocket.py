@@ -36,10 +36,11 @@ from websockets.exceptions import ConnectionClosed, ConnectionClosedOK, InvalidS
 from websockets.frames import Frame, Opcode
 from websockets.http11 import Request, Response
 from websockets.protocol import Protocol, Side
-from websockets.sync.client import ClientConnection, connect
-from websockets.sync.server import Server, ServerConnection, serve
+from websockets.sync.client import ClientConnection, connect, unix_connect
+from websockets.sync.server import Server, ServerConnection, serve, unix_serve
 from wire import MIB, WireBackend, hang_up, resident_bytes
 
+from balancer.edge import port
 from balancer.protocol.websocket import accept_of
 
 
@@ -598,6 +599,62 @@ def test_a_reload_leaves_sockets_alone(echo: Echo) -> None:
         assert fetch(f"{balancer.url}/backends/only", {"weight": 3}, "PATCH")[0] == 200
         client.send("still")
         assert client.recv() == "still"
+
+
+def test_a_backend_that_is_removed_at_once_takes_its_sockets_along(echo: Echo) -> None:
+    with Balancer(f"--backend=only={echo.url}") as balancer, opened(balancer) as client:
+        fetch(f"{balancer.url}/backends/only?force=1", method="DELETE")
+        with pytest.raises(ConnectionClosed):
+            client.recv()
+        assert client.close_code == 1001
+        assert newest(balancer)["complete"]
+
+
+def test_a_renewal_of_the_port_lets_sockets_be(echo: Echo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a time; then they are told."""
+    monkeypatch.setattr(port, "PARKED_SECONDS", 0.1)
+    monkeypatch.setattr(port, "SOCKETS_SECONDS", 3.0)
+    monkeypatch.setattr(port, "CLOSING_SECONDS", 1.0)
+    monkeypatch.setattr(port, "LOOK_SECONDS", 0.1)
+    file = tmp_path / "balancer.toml"
+    settings = f'[[backends]]\nid = "only"\nurl = "{echo.url}"\n'
+    file.write_text("max_clients = 100\n" + settings)
+    with Balancer(f"--config={file}") as balancer, opened(balancer) as old:
+        served = balancer.library.bridges[0]
+        file.write_text("max_clients = 200\n" + settings)
+        assert fetch(f"{balancer.url}/reload", method="POST")[0] == 200
+        wait_until(lambda: served.sockets_before(time.monotonic() - 0.5), "a while after that")
+        with opened(balancer) as new:
+            old.send("old")
+            assert old.recv() == "old"
+            with pytest.raises(ConnectionClosed):
+                old.recv()
+            assert old.close_code == 1001
+            new.send("new")
+            assert new.recv() == "new"
+
+
+def test_over_unix_sockets(tmp_path: Path) -> None:
+    """On both sides."""
+    behind, before = str(tmp_path / "backend"), str(tmp_path / "balancer")
+
+    def process(connection: ServerConnection, request: Request) -> Response | None:
+        return connection.respond(HTTPStatus.OK, "") if request.path == "/health" else None
+
+    def handle(connection: ServerConnection) -> None:
+        for message in connection:
+            connection.send(message)
+
+    with unix_serve(handle, behind, process_request=process) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        with Balancer(f"--backend=only=http+unix://{behind}", f"--host=unix:{before}", wait_ready=False) as balancer:
+            wait_until(lambda: balancer.library.pool.has_had_first_round())
+            with unix_connect(before, "ws://x/y") as client:
+                client.send("abc")
+                assert client.recv() == "abc"
+        server.shutdown()
+        thread.join()
 
 
 def test_a_backend_that_is_killed_ends_its_sockets_with_1011() -> None:
