@@ -9,12 +9,13 @@ import os
 import sys
 import textwrap
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn, TextIO
 
 from balancer import __version__
 from balancer.config import settings
-from balancer.edge import process
+from balancer.edge import handover, process
 from balancer.errors import SettingsError
 from balancer.loadbalancer import LoadBalancer
 from balancer.observe.logrecords import LogFormatter, LogHandler
@@ -74,15 +75,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         file = Path(name)
     warnings = settings.warnings()
     try:
-        config, sources = settings.load(parsed, file=file)
+        handed = handover.take(os.environ)
+        load = partial(settings.load, parsed, file=file, handed=handover.settings_of(handed))
+        config, sources = load()
         if not show:
             balancer = LoadBalancer(config=config, sources=sources)
             process.cpus(config.cpu_affinity)
             if not check:
                 if file is not None:
                     configuration = balancer.configuration
-                    configuration.file, configuration.read = file, lambda: settings.load(parsed, file=file)
-                return run(balancer, warnings)
+                    configuration.file, configuration.read = file, load
+                return run(balancer, warnings, handed)
         _warn(warnings if show else [*warnings, *balancer.advice()])
         print(settings.describe(config, sources) if show else "configuration ok")
         return 0
@@ -96,14 +99,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def run(balancer: LoadBalancer, warnings: list[str]) -> int:
+def run(balancer: LoadBalancer, warnings: list[str], handed: handover.Handed) -> int:
     """Serve until a signal. Raises SettingsError if it cannot listen, before it has warned of anything."""
     config = balancer.settings
     handler = LogHandler(balancer.control.log)
     handler.setFormatter(LogFormatter(lambda: balancer.settings.access_log_format))
     logging.basicConfig(level=config.log_level.upper(), handlers=[handler])
     logging.getLogger("_granian").setLevel(logging.WARNING)  # it tells of every client that leaves
-    balancer.listen()
+    balancer.listen(handed)
     titles = ["listening on"] + ["control API on"] * (config.control_port is not None) + ["redirecting on"]
     where = ", ".join(map(" ".join, zip(titles, balancer.urls, strict=False)))
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -207,7 +208,8 @@ class Bridge(Listener):
             if call.leave_backend(is_there) and self._take(call):
                 call.abandon(BackendRemoved)
 
-    def abort(self) -> None:
-        """Every client has been cut off."""
+    def abort(self, before: float = math.inf) -> None:
+        """Every client has been cut off whose request began `before` then, of time.monotonic()."""
         for call in list(self.calls):
-            self._lost(call)
+            if call.started < before:
+                self._lost(call)
