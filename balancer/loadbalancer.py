@@ -36,6 +36,7 @@ from balancer.edge.listener import ClientLimits
 from balancer.edge.port import Port, listen
 from balancer.edge.redirect import redirect_to
 from balancer.edge.server import Server
+from balancer.edge.sockets import SocketOptions, Sockets
 from balancer.edge.tls import Certificate, TlsOptions
 from balancer.edge.workers import WorkerPool
 from balancer.errors import SettingsError
@@ -113,6 +114,7 @@ class LoadBalancer:
         self.app.extensions["balancer"] = self
         self.port_options = config.options(PortOptions)
         self.express: Express | None = None
+        self.sockets: Sockets | None = None
         self.bridges: list[Bridge] = []
         self._lock = threading.RLock()
         self._state = State.NEW
@@ -301,9 +303,10 @@ class LoadBalancer:
         """The main one, and the control API's if it has a port of its own; both share the threads."""
         config = self.settings
         limits = config.options(ClientLimits)
+        is_wrapped = self.app.wsgi_app is not self.proxy
         if hasattr(select, "epoll"):
             self.express = Express(self.adapter, self.workers)
-        is_wrapped = self.app.wsgi_app is not self.proxy
+            self.sockets = None if is_wrapped else Sockets(config.options(SocketOptions))
         bridges = [
             Bridge(
                 self.app.wsgi_app,
@@ -313,6 +316,7 @@ class LoadBalancer:
                 # A WSGI middleware around the proxy must see every request, so there is no way past it then.
                 proxy=None if is_wrapped else self.proxy,
                 express=self.express,
+                sockets=self.sockets,
             )
         ]
         self.pool.cut_off = lambda backend: bridges[0].leave_backend(lambda forwarding: forwarding.is_on(backend))
@@ -328,6 +332,8 @@ class LoadBalancer:
         self.renewal.start()
         if self.express is not None:
             self.express.start()
+        if self.sockets is not None:
+            self.sockets.start()
         self.control.lifecycle = "running"
 
     def _wanted(self) -> list[tuple[PortOptions, Certificate | None]]:
@@ -352,6 +358,8 @@ class LoadBalancer:
         self.control.lifecycle = "draining"
         if self.express is not None:
             self.express.stop()
+        if self.sockets is not None:
+            self.sockets.stop()
         self.health.stop()
         self.renewal.stop()
         self.control.history.stop()
@@ -409,6 +417,8 @@ class LoadBalancer:
         self.control.access.options = config.options(AccessOptions)
         for bridge in self.bridges:
             bridge.limits = config.options(ClientLimits)
+        if self.sockets is not None:
+            self.sockets.options = config.options(SocketOptions)
         self.port_options = _port_options(config)
         self.renewal.use()
         self._renew()
