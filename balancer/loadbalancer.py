@@ -35,7 +35,7 @@ from balancer.edge.listener import ClientLimits
 from balancer.edge.port import Port, listen
 from balancer.edge.redirect import redirect_to
 from balancer.edge.server import Server
-from balancer.edge.sockets import SocketOptions, Sockets
+from balancer.edge.sockets import Sockets
 from balancer.edge.tls import Certificate, TlsOptions
 from balancer.edge.workers import WorkerPool
 from balancer.errors import SettingsError
@@ -302,7 +302,7 @@ class LoadBalancer:
         is_wrapped = self.app.wsgi_app is not self.proxy
         if hasattr(select, "epoll"):
             self.express = Express(self.adapter, self.workers)
-            self.sockets = None if is_wrapped else Sockets(config.options(SocketOptions))
+            self.sockets = None if is_wrapped else Sockets()
         bridges = [
             Bridge(
                 self.app.wsgi_app,
@@ -413,8 +413,6 @@ class LoadBalancer:
         self.control.access.options = config.options(AccessOptions)
         for bridge in self.bridges:
             bridge.limits = config.options(ClientLimits)
-        if self.sockets is not None:
-            self.sockets.options = config.options(SocketOptions)
         self.port_options = _port_options(config)
         self.renewal.use()
         self._renew()
