@@ -9,7 +9,6 @@ import signal
 import socket
 import ssl
 import struct
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from certificates import Files
 from support import (
     PATIENCE,
     PYTHON,
@@ -194,19 +194,27 @@ def test_a_control_path_has_no_websocket_and_other_upgrades_are_plain_requests(b
     assert fetch(f"{balancer.url}/", Connection="Upgrade", Upgrade="h2c")[0] == 426  # as the backend says
 
 
+def test_a_client_behind_tls(echo: Echo, tmp_path: Path) -> None:
+    files = Files(tmp_path)
+    with Balancer(f"--backend=only={echo.url}", *files.flags, wait_ready=False) as balancer:
+        wait_until(lambda: balancer.library.pool.has_had_first_round())
+        with opened(balancer, ssl=ssl.create_default_context(cafile=files.certificate)) as client:
+            client.send(b"x" * 1_000_000)
+            assert client.recv() == b"x" * 1_000_000
+    assert echo.requests[-1].headers["X-Forwarded-Proto"] == "https"
+
+
 def test_a_backend_behind_tls(tmp_path: Path) -> None:
     """Frames that TLS keeps back, and large ones both ways at once, which it takes and gives in records of 16 KiB."""
-    key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "cert.pem")
-    names = ["-subj", "/CN=x", "-addext", "subjectAltName=IP:127.0.0.1"]
-    new = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "1"]
-    subprocess.run(
-        ["openssl", "req", "-x509", *new, "-keyout", key, "-out", certificate, *names], check=True, capture_output=True
-    )
+    files = Files(tmp_path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, key)
+    context.load_cert_chain(files.certificate, files.key)
     echo = Echo(context)
     messages = [b"x" * size for size in (0, 1, 16384, 16385, 100_000, 3_000_000)] * 3
-    with Balancer(f"--backend=only={echo.url}", f"--ca-file={certificate}") as balancer, opened(balancer) as client:
+    with (
+        Balancer(f"--backend=only={echo.url}", f"--ca-file={files.certificate}") as balancer,
+        opened(balancer) as client,
+    ):
         sender = threading.Thread(target=lambda: [client.send(message) for message in messages])
         sender.start()
         assert [client.recv() for _ in messages] == messages
@@ -242,7 +250,7 @@ def test_sockets_need_no_threads(scripted: WireBackend) -> None:
             client.sendall(HANDSHAKE)
         for client in clients:
             assert client.recv(4096).startswith(b"HTTP/1.1 101")
-        ended = balancer.status()["now"] + 3
+        ended = balancer.status()["now"] + 2
         wait_until(lambda: balancer.status()["now"] > ended)
         assert balancer.status()["statistics"]["websockets"] == SOCKETS
         assert len(list(task.iterdir())) <= before + 12
@@ -613,7 +621,7 @@ def test_a_backend_that_is_removed_at_once_takes_its_sockets_along(echo: Echo) -
 def test_a_renewal_of_the_port_lets_sockets_be(echo: Echo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For a time; then they are told."""
     monkeypatch.setattr(port, "PARKED_SECONDS", 0.1)
-    monkeypatch.setattr(port, "SOCKETS_SECONDS", 3.0)
+    monkeypatch.setattr(port, "SOCKETS_SECONDS", 2.0)
     monkeypatch.setattr(port, "CLOSING_SECONDS", 1.0)
     monkeypatch.setattr(port, "LOOK_SECONDS", 0.1)
     file = tmp_path / "balancer.toml"
