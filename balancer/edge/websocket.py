@@ -38,7 +38,7 @@ log = logging.getLogger("balancer.server")
 
 PAUSE, RESUME = 262144, 65536  # bytes that one side has not read: then the other is not read either, and again from
 LEAST_COUNTED = 512  # bytes of memory that a message takes until it is read, however small
-TOLD_EACH = 16384  # bytes to a client after which we ask when it has read them
+TOLD_EACH = 131072  # bytes to a client after which we ask when it has read them: each answer costs a switch of threads
 CLOSE_SECONDS = 5.0  # for either side to end, once it has been told
 
 
