@@ -27,10 +27,11 @@ from balancer.config import settings, validation
 from balancer.config.reload import Change, Plan
 from balancer.config.settings import BackendSettings, Settings
 from balancer.control.access import AccessOptions
-from balancer.edge import process, unixsocket
+from balancer.edge import handover, process, unixsocket
 from balancer.edge.bridge import Bridge
 from balancer.edge.express import Express
 from balancer.edge.granian import BACKLOG, PortOptions
+from balancer.edge.handover import Handed
 from balancer.edge.listener import ClientLimits
 from balancer.edge.port import Port, listen
 from balancer.edge.redirect import redirect_to
@@ -254,22 +255,25 @@ class LoadBalancer:
 
     # What both do.
 
-    def listen(self) -> None:
-        """Open the sockets, so that `url` is known; done by `start` and `serve` unless it was before."""
+    def listen(self, handed: Handed | None = None) -> None:
+        """Open the sockets that were not `handed` over, so that `url` is known; done by `start` and `serve` unless it
+        was before."""
         with self._lock:
             if self._state not in (State.NEW, State.LISTENING):
                 raise RuntimeError(ONCE)
             if self._state is State.NEW:
-                self._server = self._open()
+                self._server = self._open(handed or {})
                 self._state = State.LISTENING
 
-    def _open(self) -> Server:
+    def _open(self, handed: Handed) -> Server:
         config = self.settings
         with contextlib.ExitStack() as opened:
-            listeners = [opened.enter_context(self._listen_main())]
-            for port in (config.control_port, config.http_redirect_port):
+            listeners = [handed.get("http") or opened.enter_context(self._listen_main())]
+            for role, port in (("control", config.control_port), ("redirect", config.http_redirect_port)):
                 if port is not None:
-                    listeners.append(opened.enter_context(listen(config.control_host, port)))
+                    listeners.append(handed.get(role) or opened.enter_context(listen(config.control_host, port)))
+                elif role in handed:
+                    raise SettingsError(f"a Unix socket is handed over as {role}: set {handover.ROLES[role]} too")
             opened.pop_all()  # nothing has failed
         self.bridges = self.make_bridges()
         if config.http_redirect_port is not None:

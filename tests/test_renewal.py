@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from socket import socket
+from socket import AF_UNIX, socket
 
 import pytest
 from certificates import Files, make_pair
@@ -35,8 +35,8 @@ from support import (
 from support import options as options_of
 from wire import WireBackend, wait_closed
 
+from balancer.edge import granian, renewal
 from balancer.edge import port as ports
-from balancer.edge import renewal
 from balancer.edge.port import Port
 from balancer.edge.renewal import Renewal
 from balancer.edge.tls import DAY, TlsOptions
@@ -237,6 +237,7 @@ def test_what_a_listener_begins_with_is_reloaded(tmp_path: Path, scripted: WireB
             changes = balancer.library.reload().changes
             assert {change.what for change in changes} == {"max_header_bytes", "header_timeout", "max_clients"}
             assert split_response(read_all(second))[0] == 200
+        with connect(balancer.port) as silent:
             assert wait_closed(silent, 60)
         configure(**files.settings)
         balancer.library.reload()
@@ -259,7 +260,7 @@ def is_secure(port: int) -> bool:
 
 def test_no_request_is_lost(files: Files, secure: Balancer, monkeypatch: pytest.MonkeyPatch) -> None:
     """New connections, kept ones and HTTP/2, while the certificate is renewed again and again."""
-    monkeypatch.setattr(ports, "PARKED_SECONDS", 2.0)
+    monkeypatch.setattr(ports, "PARKED_SECONDS", 3.0)
     stop = threading.Event()
     done: list[int] = []
 
@@ -308,7 +309,10 @@ class background:
         self._thread.join()
 
 
-def test_generations_end_with_what_they_serve_and_are_no_more_than_a_few(start: Start, held: threading.Event) -> None:
+def test_generations_end_with_what_they_serve_and_are_no_more_than_a_few(
+    start: Start, held: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ports, "MOST_PARKED", 3)
     balancer = start()
     port = port_of(balancer)
     options, certificate = port.wanted
@@ -320,16 +324,41 @@ def test_generations_end_with_what_they_serve_and_are_no_more_than_a_few(start: 
             wait_until(lambda sock=downloads[-1]: sock.recv(1), "it has begun")
             port.renew(replace(options, max_header_bytes=10_000 + number), certificate)
             wait_until(lambda count=number + 1: generations(balancer) == min(count, ports.MOST_PARKED))
-        assert port.wanted[0].max_header_bytes == 10_005 and port._worker is not None
-        assert port._worker.made_of[0].max_header_bytes == 10_003
+        assert port._worker is not None and port._worker.made_of[0].max_header_bytes == 10_002
         assert fetch(f"{balancer.url}/livez")[0] == 200
         held.set()
         assert [len(split_response(b"H" + read_all(sock))[2]) for sock in downloads] == [200_000] * len(downloads)
         wait_until(lambda: generations(balancer) == 0 and port._worker.made_of == port.wanted, "the last one is used")
 
 
+def test_what_never_ends_keeps_no_renewal_waiting_for_ever(
+    start: Start, held: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ports, "MOST_PARKED", 1)
+    monkeypatch.setattr(ports, "LONGEST_PARKED", 0.3)
+    monkeypatch.setattr(ports, "PARKED_SECONDS", 0.0)
+    balancer = start()
+    port = port_of(balancer)
+    options, _ = port.wanted
+    with ExitStack() as stack:
+        downloads = []
+        for number in range(2):
+            downloads.append(stack.enter_context(connect(balancer.port)))
+            downloads[-1].sendall(get(b"/held"))
+            wait_until(lambda sock=downloads[-1]: sock.recv(1), "it has begun")
+            port.renew(replace(options, max_clients=100 + number), None)
+            wait_until(lambda: port._worker is not None and port._worker.made_of == port.wanted)
+        endless, newer = downloads
+        assert len(split_response(b"H" + read_all(endless))[2]) < 200_000
+        held.set()
+        assert len(split_response(b"H" + read_all(newer))[2]) == 200_000
+
+
 @pytest.mark.parametrize("is_given_up", [False, True])
-def test_the_end_while_an_old_generation_is_at_work(start: Start, held: threading.Event, is_given_up: bool) -> None:
+def test_the_end_while_an_old_generation_is_at_work(
+    start: Start, held: threading.Event, is_given_up: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ports, "PARKED_SECONDS", 60.0)  # nothing idle ends
     balancer = start()
     port = port_of(balancer)
     with connect(balancer.port) as sock, connect(balancer.port) as kept:
@@ -352,9 +381,17 @@ def test_the_end_while_an_old_generation_is_at_work(start: Start, held: threadin
     assert (len(split_response(received)[2]) == 200_000) is not is_given_up
 
 
-def test_level_after_many_renewals(start: Start) -> None:
+def test_level_after_many_renewals(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads and descriptors; a renewal for which the machine has no room is made up for."""
+    real, refusals = granian._ensure_room, [OSError("no descriptor"), RuntimeError("no thread")]
+
+    def ensure_room(listener: socket) -> None:
+        if refusals:
+            raise refusals.pop()
+        real(listener)
+
     balancer = start()
+    monkeypatch.setattr(granian, "_ensure_room", ensure_room)
     port = port_of(balancer)
     options, _ = port.wanted
     before = threading.active_count(), native_threads(), descriptors()
@@ -362,8 +399,24 @@ def test_level_after_many_renewals(start: Start) -> None:
         port.renew(replace(options, max_clients=1000 + number), None)
         wait_until(lambda wanted=port.wanted: port._worker is not None and port._worker.made_of == wanted)
         assert fetch(f"{balancer.url}/livez")[0] == 200
+    assert refusals == []
     wait_until(lambda: generations(balancer) == 0)
     wait_until(lambda: (threading.active_count(), native_threads()) <= before[:2] and descriptors() <= before[2] + 2)
+
+
+def test_a_unix_socket_is_renewed_too(tmp_path: Path) -> None:
+    path = tmp_path / "lb.sock"
+    with Balancer(f"--host=unix:{path}", "--backend=http://127.0.0.1:1", wait_ready=False) as balancer:
+        port = port_of(balancer)
+        for number in range(3):
+            port.renew(replace(port.wanted[0], max_clients=100 + number), None)
+            wait_until(lambda: port._worker is not None and port._worker.made_of == port.wanted)
+            with socket(AF_UNIX) as client:
+                client.settimeout(60)
+                client.connect(str(path))
+                client.sendall(get(b"/livez"))
+                assert read_all(client).startswith(b"HTTP/1.1 200")
+        wait_until(lambda: generations(balancer) == 0)
 
 
 def native_threads() -> int:

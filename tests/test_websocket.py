@@ -621,7 +621,7 @@ def test_a_backend_that_is_removed_at_once_takes_its_sockets_along(echo: Echo) -
 def test_a_renewal_of_the_port_lets_sockets_be(echo: Echo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For a time; then they are told."""
     monkeypatch.setattr(port, "PARKED_SECONDS", 0.1)
-    monkeypatch.setattr(port, "SOCKETS_SECONDS", 2.0)
+    monkeypatch.setattr(port, "LONGEST_PARKED", 2.0)
     monkeypatch.setattr(port, "CLOSING_SECONDS", 1.0)
     monkeypatch.setattr(port, "LOOK_SECONDS", 0.1)
     file = tmp_path / "balancer.toml"

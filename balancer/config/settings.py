@@ -472,9 +472,13 @@ def default_of(name: str) -> str:
 
 
 def load(
-    arguments: Mapping[str, Any], environ: Mapping[str, str] = os.environ, file: Path | None = None
+    arguments: Mapping[str, Any],
+    environ: Mapping[str, str] = os.environ,
+    file: Path | None = None,
+    handed: Mapping[str, Any] | None = None,
 ) -> tuple[Settings, dict[str, str]]:
-    """(settings, where each one came from). Raises SettingsError with one line per wrong setting."""
+    """(settings, where each one came from). What sockets stand for that were `handed` over wins. Raises SettingsError
+    with one line per wrong setting."""
     values: dict[str, Any] = {}
     sources: dict[str, str] = dict.fromkeys(Settings.model_fields, "default")
     flags = {name: value for name, value in arguments.items() if value is not None}
@@ -482,6 +486,7 @@ def load(
         ("file", _from_file(file)),
         ("environment", environment.read(environ, Settings.model_fields)),
         ("flag", flags),
+        ("systemd", handed or {}),
     ):
         for name, value in given.items():
             values[name] = _split(name, value)

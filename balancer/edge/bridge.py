@@ -246,9 +246,10 @@ class Bridge(Listener):
         if self.sockets is not None:
             self.sockets.hurry()
 
-    def abort(self) -> None:
-        """Every client has been cut off."""
+    def abort(self, before: float = math.inf) -> None:
+        """Every client has been cut off whose request began `before` then, of time.monotonic()."""
         for call in list(self.calls):
-            self._lost(call)
-        if self.sockets is not None:
+            if call.started < before:
+                self._lost(call)
+        if before == math.inf and self.sockets is not None:
             self.sockets.give_up()

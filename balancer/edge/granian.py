@@ -10,11 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import re
 import select
 import socket
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -68,8 +70,9 @@ class _AtOnce:
 class Worker:
     """Granian's threads and connections on a socket that we bound, for its own would share a taken port.
 
-    Begins at once, in a thread with an event loop. The socket is Granian's from then on. Raises OSError or RuntimeError
-    if the machine has no descriptor or no thread left.
+    Begins at once, in a thread with an event loop. A copy of the socket is Granian's from then on, so that the port
+    stays ours, whichever worker serves it. Raises OSError or RuntimeError if the machine has no descriptor or no thread
+    left.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Worker:
     ) -> None:
         _ensure_room(listener)
         self.made_of = (options, certificate)
+        self.parked_at = math.inf  # of time.monotonic()
         self._bridge = bridge
         loop = asyncio.get_running_loop()
         self.stopped: asyncio.Future[None] = loop.create_future()
@@ -92,7 +96,7 @@ class Worker:
         extra: tuple[Any, ...] = () if sys.platform == "win32" else (is_unix,)
         if sys.platform in ("linux", "freebsd"):
             extra += (BACKLOG,)
-        self._family, self._descriptor = listener.family, listener.detach()
+        self._family, self._descriptor = listener.family, listener.dup().detach()
         holder = _native.SocketHolder(self._descriptor, *extra)
         make = partial(
             _native.ASGIWorker,
@@ -132,6 +136,7 @@ class Worker:
     def park(self) -> None:
         """Accept no more, while another worker accepts on a copy of the same socket. Whoever is connected is served on,
         and told to come anew: every answer is the last one of an HTTP/1 connection."""
+        self.parked_at = time.monotonic()
         self._entry.__setstate__((self._bridge.accept_last, (), {}, None))
         if hasattr(select, "epoll"):
             _take_away(self._descriptor, self._family)
@@ -168,8 +173,8 @@ def _take_away(listener: int, family: int) -> None:
                 with select.epoll.fromfd(os.dup(int(name))) as poller:
                     poller.unregister(listener)
     with contextlib.suppress(OSError), socket.socket(family) as nobody:
-        if family != socket.AF_UNIX:  # which finds a name by itself
-            nobody.bind(("::1" if family == socket.AF_INET6 else "127.0.0.1", 0))
+        address: Any = ("::1" if family == socket.AF_INET6 else "127.0.0.1", 0)
+        nobody.bind("" if family == socket.AF_UNIX else address)  # any name that is free
         nobody.listen(1)
         nobody.setblocking(False)
         os.dup2(nobody.fileno(), listener, inheritable=False)

@@ -32,12 +32,10 @@ KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}  # secon
 SLICE_PAUSE_SECONDS = 0.005  # between two slices of a pass
 RENEW_SECONDS = 1.0  # from one renewal to the next at least: a worker has begun before it is parked
 PARKED_SECONDS = 10.0  # in which whoever is connected can come anew: Granian's limit for a handshake
-SOCKETS_SECONDS, CLOSING_SECONDS = (
-    3600.0,
-    30.0,
-)  # that WebSockets live on beyond that; and in which they are closed then
+MOST_PARKED = 8  # workers, each with three threads; one more has to wait until another has ended
+LONGEST_PARKED = 3600.0  # and no longer: a certificate must not expire because somebody's event stream never ends
+CLOSING_SECONDS = 30.0  # in which its WebSockets are told so
 LOOK_SECONDS = 1.0  # between two looks whether they have ended
-MOST_PARKED = 4  # workers, each with about three threads; further renewals wait
 
 
 class Port:
@@ -58,6 +56,7 @@ class Port:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._worker: Worker | None = None
         self._next_renewal = 0.0  # of time.monotonic(), at the earliest
+        self._later: asyncio.TimerHandle | None = None  # a renewal that had to wait
         self._parked: list[Worker] = []
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -120,27 +119,44 @@ class Port:
 
     def _make_worker(self) -> Worker:
         self._next_renewal = time.monotonic() + RENEW_SECONDS
-        # A copy: the port stays ours, whichever worker serves it.
-        return Worker(self.bridge, self._listener.dup(), *self.wanted)
+        return Worker(self.bridge, self._listener, *self.wanted)
 
     def _renew(self) -> None:
-        assert self._loop is not None and self._worker is not None
-        if self._worker.made_of == self.wanted or self._listener.fileno() < 0 or len(self._parked) >= MOST_PARKED:
+        assert self._worker is not None
+        if self._worker.made_of == self.wanted or self._listener.fileno() < 0:
             return
-        if (wait := self._next_renewal - time.monotonic()) > 0:
-            self._loop.call_later(wait, self._renew)
+        now = time.monotonic()
+        if len(self._parked) >= MOST_PARKED:
+            oldest = self._parked[0].parked_at
+            if now - oldest >= LONGEST_PARKED:
+                self._abort_older(oldest + PARKED_SECONDS)  # no request of this worker began later
+            self._renew_in(max(RENEW_SECONDS, oldest + LONGEST_PARKED - now))
+            return
+        if now < self._next_renewal:
+            self._renew_in(self._next_renewal - now)
             return
         try:
             worker = self._make_worker()
         except (OSError, RuntimeError) as error:
             log.warning("%s is not renewed yet: %s", self.url, error)
-            self._loop.call_later(RENEW_SECONDS, self._renew)
+            self._renew_in(RENEW_SECONDS)
             return
         with contextlib.suppress(OSError):  # no descriptor is left to look for it: until its end it accepts as well
             self._worker.park()
         self._parked.append(self._worker)
         self._keep(self._end(self._worker))
         self._worker = worker
+
+    def _abort_older(self, then: float) -> None:
+        if not isinstance(self.address, str):  # else whoever does not read keeps a worker for `idle_timeout` more
+            accepted.cut_all({call.addresses for call in list(self.bridge.calls) if call.started < then})
+        self.bridge.abort(then)
+
+    def _renew_in(self, seconds: float) -> None:
+        assert self._loop is not None
+        if self._later is not None:
+            self._later.cancel()
+        self._later = self._loop.call_later(seconds, self._renew)
 
     async def _end(self, parked: Worker) -> None:
         parked_at = time.monotonic()
@@ -155,7 +171,7 @@ class Port:
         """WebSockets live on where they are, for a time, or until there are too many such workers. Then they are told:
         `stop` would end them without a word."""
         bridge = self.bridge
-        while bridge.sockets_before(parked_at) and time.monotonic() < parked_at + SOCKETS_SECONDS:
+        while bridge.sockets_before(parked_at) and time.monotonic() < parked_at + LONGEST_PARKED:
             if self._parked[0] is parked and len(self._parked) >= MOST_PARKED:
                 break
             await asyncio.sleep(LOOK_SECONDS)
