@@ -302,7 +302,7 @@ class LoadBalancer:
     def make_bridges(self) -> list[Bridge]:
         """The main one, and the control API's if it has a port of its own; both share the threads."""
         config = self.settings
-        limits = config.options(ClientLimits)
+        limits = _client_limits(config)
         is_wrapped = self.app.wsgi_app is not self.proxy
         if hasattr(select, "epoll"):
             self.express = Express(self.adapter, self.workers)
@@ -416,7 +416,7 @@ class LoadBalancer:
         self.proxy.heads = wiring.request_heads(config, self.proxy.heads.pseudonym)
         self.control.access.options = config.options(AccessOptions)
         for bridge in self.bridges:
-            bridge.limits = config.options(ClientLimits)
+            bridge.limits = _client_limits(config)
         self.port_options = _port_options(config)
         self.renewal.use()
         self._renew()
@@ -486,9 +486,19 @@ def _checked(filters: Any) -> list[Filter]:
     return given
 
 
+def _room() -> int:
+    """Requests in flight that the limit of open files allows."""
+    return max(1, process.descriptor_limit() // 2 - SPARE_DESCRIPTORS)
+
+
+def _client_limits(config: Settings) -> ClientLimits:
+    """With `max_websockets`, or what leaves other requests half the room."""
+    return replace(config.options(ClientLimits), max_websockets=min(config.max_websockets, _room() // 2))
+
+
 def _port_options(config: Settings) -> PortOptions:
     """With `max_clients`, or what the limit of open files allows: a request in flight needs two."""
-    room = max(1, process.descriptor_limit() // 2 - SPARE_DESCRIPTORS)
+    room = _room()
     if room < config.max_clients // 2:
         log.warning("the limit of open files allows %d clients, not max_clients = %d", room, config.max_clients)
     return replace(config.options(PortOptions), max_clients=min(config.max_clients, room))

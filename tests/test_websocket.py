@@ -9,6 +9,7 @@ import signal
 import socket
 import ssl
 import struct
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -41,6 +42,10 @@ from websockets.sync.server import Server, ServerConnection, serve, unix_serve
 from wire import MIB, WireBackend, hang_up, resident_bytes
 
 from balancer.edge import port
+from balancer.forwarding.answer import Answer, whole
+from balancer.forwarding.filter import Filter
+from balancer.loadbalancer import LoadBalancer
+from balancer.protocol.request import Request as RequestSeen
 from balancer.protocol.websocket import accept_of
 
 
@@ -149,6 +154,27 @@ def test_a_refusal_of_the_backend_goes_to_the_client_as_it_is(balancer: Balancer
     response = caught.value.response
     assert (response.status_code, response.body) == (401, b"who?\n")
     assert response.headers["X-Request-ID"] == newest(balancer)["request_id"]
+
+
+class Nobody(Filter):
+    """Nor does its answer wait for a backend."""
+
+    def admit(self, request: RequestSeen) -> Answer | None:
+        return whole(403, b"not you\n", (b"x-why", b"because")) if request.path == "/closed" else None
+
+
+def test_a_refusal_of_a_filter_is_an_answer_like_any_other(echo: Echo) -> None:
+    upgrade = (
+        "Connection: Upgrade|Upgrade: websocket|Sec-WebSocket-Version: 13|Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA=="
+    )
+    lines = [argument for line in upgrade.split("|") for argument in ("-H", line)]
+    with LoadBalancer([f"only={echo.url}"], filters=[Nobody()]) as balancer:
+        wait_until(balancer.pool.has_had_first_round)
+        command = ["curl", "-si", "--http1.1", *lines, f"{balancer.url}/closed", f"{balancer.url}/secret"]
+        told = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True).stdout
+    first, second = told.split("HTTP/1.1 ")[1:]  # on one connection
+    assert first.startswith("403 ") and "x-why: because" in first and first.endswith("\n\nnot you\n")
+    assert second.startswith("401 ") and second.endswith("\n\nwho?\n")
 
 
 def test_close_codes_and_reasons_pass_both_ways_and_are_recorded(balancer: Balancer, echo: Echo) -> None:
