@@ -259,7 +259,7 @@ def test_the_access_log_has_a_line_for_each_that_ended(echo: Echo) -> None:
     assert line["total"] < told["seconds"]
 
 
-SOCKETS = 400
+SOCKETS = 200
 
 
 def test_sockets_need_no_threads(scripted: WireBackend) -> None:
