@@ -298,7 +298,7 @@ def assert_exact(status: Any, outcomes: list[Outcome], others: int, left: int) -
     """The balancer counted what the clients saw, no more and no less."""
     whole, servers = status["statistics"], status["backend_servers"]
     answered, sent = sum(outcome.kind == "answered" for outcome in outcomes) + others, len(outcomes) + others + left
-    assert whole["total_requests"] == sent
+    assert whole["total_requests"] == sent, [outcome for outcome in outcomes if outcome.kind == "empty"]
     assert whole["successful_requests"] == answered
     assert whole["failed_requests"] == sent - answered
     assert whole["aborted_requests"] == left

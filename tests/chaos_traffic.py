@@ -13,13 +13,16 @@ from dataclasses import dataclass, replace
 from itertools import count
 from threading import Event, Lock, Thread
 from typing import Any, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from chaos_backend import GOOD_BYE, PIECE, answer_body, checksum
 from support import PATIENCE, wait_until
 from test_http2 import WINDOW, WINDOW_UPDATE, Client, Stream, frame
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
-from websockets.sync.client import connect
+from websockets.client import ClientProtocol
+from websockets.frames import Frame, Opcode
+from websockets.http11 import Response
+from websockets.protocol import Event as Heard
+from websockets.uri import parse_uri
 
 KIB, MIB = 1024, 1024 * 1024
 REPLAYABLE = 64 * KIB  # bytes of a request body that the balancer keeps for another try
@@ -29,7 +32,7 @@ METHODS = ("GET", "GET", "GET", "HEAD", "PUT", "DELETE", "POST", "POST", "PATCH"
 ONCE = ("POST", "PATCH")  # must never be executed twice
 STREAMS = 4  # of an HTTP/2 client at once, at most
 MESSAGES = 5  # of a WebSocket, at most
-MESSAGE_SIZES = (0, 1, 200, 200, 3 * KIB, 100 * KIB)
+MESSAGE_SIZES = (0, 1, 200, 200, 3 * KIB, 40 * KIB)  # a whole burst is sent before its echo is read
 LINGERING = 0.05  # seconds between two messages, on every second one
 
 
@@ -157,6 +160,21 @@ def pieces(body: bytes) -> Iterator[bytes]:
     return (body[at : at + PIECE] for at in range(0, len(body), PIECE))
 
 
+def connect(url: SplitResult, *protocols: str) -> socket.socket:
+    """With TLS if it says so."""
+    sock = socket.create_connection((url.hostname, url.port), timeout=PATIENCE)
+    if url.scheme == "https":
+        context = ssl.create_default_context()
+        context.set_alpn_protocols(protocols)
+        return context.wrap_socket(sock, server_hostname=url.hostname)
+    return sock
+
+
+def failed(plan: Plan, error: OSError) -> Outcome:
+    """There was no connection."""
+    return Outcome(plan, "closed" if isinstance(error, ConnectionRefusedError) else "empty", 0, repr(error))
+
+
 class Http2Client:
     """Several streams at once on a connection that it keeps until it is told to go. Over TLS, or by prior knowledge."""
 
@@ -169,8 +187,8 @@ class Http2Client:
         plans = [replace(plan, method="GET") if plan.method == "HEAD" else plan for plan in plans]  # it reads no fields
         try:
             client = self._connected()
-        except ConnectionRefusedError:
-            return [Outcome(plan, "closed") for plan in plans]
+        except OSError as error:
+            return [failed(plan, error) for plan in plans]
         sent = [(plan, self._send(client, plan)) for plan in plans]
         return [self._judge(plan, client.finish(stream)) for plan, stream in sent]
 
@@ -180,11 +198,7 @@ class Http2Client:
             if self._client.is_told_to_go or self._client.is_closed:
                 self.close()
         if self._sock is None:
-            self._sock = socket.create_connection((self._url.hostname, self._url.port), timeout=PATIENCE)
-            if self._url.scheme == "https":
-                context = ssl.create_default_context()
-                context.set_alpn_protocols(["h2"])
-                self._sock = context.wrap_socket(self._sock, server_hostname=self._url.hostname)
+            self._sock = connect(self._url, "h2")
             self._client, self._ids = Client(self._sock), count(1, 2)
             self._client.raw(frame(WINDOW_UPDATE, 0, 0, (2**31 - 1 - WINDOW).to_bytes(4, "big")))
         return self._client
@@ -219,11 +233,12 @@ class WebSocketClient:
     """A socket for each turn: a burst, or messages one by one, and then a good bye, to which the backend closes.
 
     The backend, and not the client: what both of them would count otherwise depends on what comes first, the client's
-    close frame or the end of a backend that is killed.
+    close frame or the end of a backend that is killed. No thread reads while another writes: OpenSSL allows no such
+    thing, and a handshake in a thousand would hang.
     """
 
     def __init__(self, url: str, ended: Event) -> None:
-        self._url = url.replace("http", "ws", 1)
+        self._url = urlsplit(url)
         self._ended = ended
 
     def turn(self, keys: Iterator[str], rng: random.Random) -> list[Outcome]:
@@ -231,40 +246,82 @@ class WebSocketClient:
         plan = Plan(key, "GET", f"/{key}?size=0&plain=1", 0, False, 0)
         messages = [make_message(rng) for _ in range(rng.randint(1, MESSAGES))]
         groups = [[message] for message in messages] if rng.random() < 0.5 else [messages]
-        received: list[str | bytes] = []
         try:
-            self._talk(plan, groups, received)
-            return [Outcome(plan, "wrong", 101, "it goes on after its end")]
-        except ConnectionClosed as error:
-            code = error.rcvd.code if error.rcvd else 1006
-            is_right = received == messages[: len(received)] and (code != 1000 or len(received) == len(messages))
-            kind = {1000: "answered", 1001: "away", 1006: "cut", 1011: "cut"}.get(code, "wrong")
-            return [Outcome(plan, kind if is_right else "wrong", 101, f"{error}, {len(received)} of {len(messages)}")]
-        except InvalidStatus as error:
-            return [judge(plan, error.response.status_code, error.response.body or b"")]
-        except ConnectionRefusedError:
-            return [Outcome(plan, "closed")]
-        except TimeoutError as error:
-            return [Outcome(plan, "wrong", 101, f"{error!r}, {len(received)} of {len(messages)}")]
-        except (OSError, EOFError, InvalidHandshake) as error:
-            return [Outcome(plan, "empty", 0, repr(error))]
+            sock = connect(self._url)
+        except OSError as error:
+            return [failed(plan, error)]
+        with sock:
+            talk = Talk(sock, f"ws://{self._url.netloc}{plan.target}")
+            try:
+                talk.run(groups, self._ended)
+            except TimeoutError as error:
+                return [Outcome(plan, "wrong", 101, repr(error))]
+            except (OSError, EOFError):
+                pass  # what it is, the judge says
+        return [self._judge(plan, talk, messages)]
 
-    def _talk(self, plan: Plan, groups: list[list[str | bytes]], received: list[str | bytes]) -> None:
-        """Until the socket is closed."""
-        with connect(
-            self._url + plan.target, compression=None, ping_interval=None, max_size=None, open_timeout=PATIENCE
-        ) as client:
-            for group in groups:
-                for message in group:
-                    client.send(message)
-                for _ in group:
-                    received.append(client.recv(PATIENCE))
-                self._ended.wait(LINGERING)
-            client.send(GOOD_BYE.decode())
-            client.recv(PATIENCE)
+    def _judge(self, plan: Plan, talk: Talk, messages: list[str | bytes]) -> Outcome:
+        head, got, close = talk.response, talk.received, talk.protocol.close_rcvd
+        if head is None:
+            return Outcome(plan, "empty")
+        if head.status_code != 101:
+            return judge(plan, head.status_code, bytes(head.body or b""))
+        kind = {None: "cut", 1000: "answered", 1001: "away", 1011: "cut"}.get(close and close.code, "wrong")
+        if got != messages[: len(got)] or (kind == "answered" and len(got) < len(messages)):
+            kind = "wrong"
+        return Outcome(plan, kind, 101, f"{close}, {len(got)} of {len(messages)} messages")
 
     def close(self) -> None:
         pass
+
+
+class Talk:
+    """What is said over one WebSocket."""
+
+    def __init__(self, sock: socket.socket, uri: str) -> None:
+        self._sock = sock
+        self.protocol = ClientProtocol(parse_uri(uri), max_size=None)
+        self._events: list[Heard] = []
+        self.response: Response | None = None
+        self.received: list[str | bytes] = []
+
+    def run(self, groups: list[list[str | bytes]], ended: Event) -> None:
+        """Until it is closed."""
+        self.protocol.send_request(self.protocol.connect())
+        response = self._next()
+        assert isinstance(response, Response)
+        self.response = response
+        if response.status_code != 101:
+            return
+        for group in [*groups, [GOOD_BYE.decode()]]:
+            for message in group:
+                if isinstance(message, str):
+                    self.protocol.send_text(message.encode())
+                else:
+                    self.protocol.send_binary(message)
+            for _ in group:
+                frame = self._next()
+                assert isinstance(frame, Frame)
+                if frame.opcode is Opcode.CLOSE:
+                    self._flush()
+                    return
+                data = bytes(frame.data)
+                self.received.append(data.decode() if frame.opcode is Opcode.TEXT else data)
+            ended.wait(LINGERING)
+
+    def _next(self) -> Heard:
+        self._flush()
+        while not self._events:
+            data = self._sock.recv(65536)
+            if not data:
+                raise EOFError
+            self.protocol.receive_data(data)
+            self._events += self.protocol.events_received()
+        return self._events.pop(0)
+
+    def _flush(self) -> None:
+        for data in self.protocol.data_to_send():
+            self._sock.sendall(data)
 
 
 def make_message(rng: random.Random) -> str | bytes:

@@ -18,7 +18,6 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import count
-from pathlib import Path
 from threading import Event
 
 import pytest
@@ -155,12 +154,13 @@ def hanging(fleet: Fleet, victim: ChaosBackend, traffic: Traffic) -> None:
 CUTTING = (killed, all_others_killed, resetting_in_the_body, ending_in_the_body)
 DISORDERS = (*CUTTING, stopped, slowed, talking_garbage, resetting_before_the_head, hanging)
 LONG = (killed, all_others_killed, stopped, slowed, hanging)  # they last until something is noticed
-PAUSE = 0.04  # seconds between the requests of a client meanwhile
+LONGEST = (all_others_killed, stopped, hanging)  # which take seconds
+PAUSE = 0.06  # seconds between the requests of a client meanwhile
 
 
 @pytest.mark.parametrize("disorder", DISORDERS)
 def test_one_backend_after_another_goes_wrong(fleet: Fleet, table: Table, disorder: Disorder) -> None:
-    victims = fleet.backends[:1] if disorder in (stopped, hanging) else fleet.backends  # those take seconds
+    victims = fleet.backends[:1] if disorder in LONGEST else fleet.backends
     with Traffic(fleet.url, pause=PAUSE if disorder in LONG else 0.0) as traffic:
         for victim in victims:
             disorder(fleet, victim, traffic)
@@ -261,33 +261,6 @@ def test_a_backend_that_only_fails_is_ejected_and_comes_back(fleet: Fleet, table
     settle(fleet, table, f"ejected: {kind}", traffic.outcomes, passed=kind == "unavailable")
 
 
-# The end.
-
-
-def answered_while_busy(fleet: Fleet, traffic: Traffic) -> int:
-    """How many had ended when at least 8 were in flight, else 0."""
-    ended = len(traffic.outcomes)
-    return ended if fleet.balancer.status()["statistics"]["active_requests"] >= 8 else 0
-
-
-def test_sigterm_lets_requests_in_flight_finish(tmp_path: Path, table: Table) -> None:
-    """Who was not answered was not executed either: the balancer took nothing that it did not finish."""
-    with running_fleet(tmp_path) as fleet:
-        fleet.begin()
-        for backend in fleet.backends:
-            backend.fault("slow", seconds=0.5)
-        with Traffic(fleet.url, clients=16) as traffic:
-            before = wait_until(lambda: answered_while_busy(fleet, traffic), "8 requests in flight")
-            fleet.balancer.send(signal.SIGTERM)
-            assert fleet.balancer.wait() == 0
-        assert sum(outcome.kind == "answered" for outcome in traffic.outcomes[before:]) >= 8
-        assert {outcome.kind for outcome in traffic.outcomes} <= {"answered", "away", "empty"}
-        executed = fleet.executed()
-        assert [o for o in traffic.outcomes if o.kind == "empty" and executed[o.plan.key]] == []
-        judge_all(fleet, table, "SIGTERM", traffic.outcomes, {"answered", "away", "empty"}, 0)
-        assert fleet.balancer.output.count("draining: ") == 1
-
-
 # Clients that are no better.
 
 
@@ -385,13 +358,13 @@ def test_thousands_of_idle_connections_cost_the_others_nothing(fleet: Fleet, tab
 # Everything together, and what is left of it.
 
 
-@pytest.fixture
-def secure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Fleet, Change]]:
+@pytest.fixture(scope="module")
+def secure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Fleet, Change]]:
     """A fleet whose clients speak TLS, and what renews its listener."""
+    folder = tmp_path_factory.mktemp("secure")
     ca, serial = make_pair("the CA", is_ca=True), count()
-    files = Files(tmp_path, make_pair(signed_by=ca))
-    (tmp_path / "ca.pem").write_bytes(ca.certificate)
-    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))  # which OpenSSL takes for the system's
+    files = Files(folder, make_pair(signed_by=ca))
+    (folder / "ca.pem").write_bytes(ca.certificate)
 
     def renewing(fleet: Fleet) -> Iterator[None]:
         number = next(serial)
@@ -403,13 +376,15 @@ def secure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Fl
         fleet.reload()
         yield
 
-    with running_fleet(tmp_path, *files.flags) as fleet:
-        fleet.begin()
-        yield fleet, renewing
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SSL_CERT_FILE", str(folder / "ca.pem"))  # which OpenSSL takes for the system's
+        with running_fleet(folder, *files.flags) as fleet:
+            yield fleet, renewing
 
 
 def test_after_rounds_of_everything_nothing_is_left_over(secure: tuple[Fleet, Change], table: Table) -> None:
     fleet, renewing = secure
+    fleet.begin()
     rng, ended = random.Random(SEED), Event()
     before: Footprint | None = None
     with Traffic(fleet.url, seed=SEED) as traffic:
@@ -441,3 +416,30 @@ def paced(steps: Iterator[None], traffic: Traffic, ended: Event, answers: int) -
         goal = len(traffic.outcomes) + answers
         wait_until(lambda goal=goal: ended.is_set() or len(traffic.outcomes) >= goal)  # type: ignore[misc]
         yield
+
+
+# The end.
+
+
+def answered_while_busy(fleet: Fleet, traffic: Traffic) -> int:
+    """How many had ended when at least 8 were in flight, else 0."""
+    ended = len(traffic.outcomes)
+    return ended if fleet.balancer.status()["statistics"]["active_requests"] >= 8 else 0
+
+
+def test_sigterm_lets_requests_in_flight_finish(secure: tuple[Fleet, Change], table: Table) -> None:
+    """Who was not answered was not executed either: the balancer took nothing that it did not finish."""
+    fleet, _ = secure
+    fleet.begin()
+    for backend in fleet.backends:
+        backend.fault("slow", seconds=0.5)
+    with Traffic(fleet.url, clients=16) as traffic:
+        before = wait_until(lambda: answered_while_busy(fleet, traffic), "8 requests in flight")
+        fleet.balancer.send(signal.SIGTERM)
+        assert fleet.balancer.wait() == 0
+    assert sum(outcome.kind == "answered" for outcome in traffic.outcomes[before:]) >= 8
+    assert {outcome.kind for outcome in traffic.outcomes} <= {"answered", "away", "empty"}
+    executed = fleet.executed()
+    assert [o for o in traffic.outcomes if o.kind == "empty" and executed[o.plan.key]] == []
+    judge_all(fleet, table, "SIGTERM", traffic.outcomes, {"answered", "away", "empty"}, 0)
+    assert fleet.balancer.output.count("draining: ") == 1
