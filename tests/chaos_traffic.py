@@ -189,7 +189,9 @@ class Http2Client:
             client = self._connected()
         except OSError as error:
             return [failed(plan, error) for plan in plans]
-        sent = [(plan, self._send(client, plan)) for plan in plans]
+        sent = [(plan, self._begin(client, plan)) for plan in plans]  # all, for none may after a GOAWAY (RFC 9113 6.8)
+        for plan, stream in sent:
+            self._upload(client, plan, stream)
         return [self._judge(plan, client.finish(stream)) for plan, stream in sent]
 
     def _connected(self) -> Client:
@@ -203,19 +205,19 @@ class Http2Client:
             self._client.raw(frame(WINDOW_UPDATE, 0, 0, (2**31 - 1 - WINDOW).to_bytes(4, "big")))
         return self._client
 
-    def _send(self, client: Client, plan: Plan) -> int:
+    def _begin(self, client: Client, plan: Plan) -> int:
         stream = next(self._ids)
         fields = [(b":path", plan.target.encode()), (b":scheme", self._url.scheme.encode())]
         if plan.length and not plan.is_chunked:
             fields.append((b"content-length", str(plan.length).encode()))
         client.request(stream, *fields, method=plan.method.encode(), end=not plan.length)
-        if plan.length:
-            left = client.upload(stream, plan.body, patience=PATIENCE)
-            if left:
-                client.cancel(stream)  # it is answered already, or broken
-            else:
-                client.data(stream, b"")
         return stream
+
+    def _upload(self, client: Client, plan: Plan, stream: int) -> None:
+        if plan.length and client.upload(stream, plan.body, patience=PATIENCE):
+            client.cancel(stream)  # it is answered already, or broken
+        elif plan.length:
+            client.data(stream, b"")
 
     def _judge(self, plan: Plan, stream: Stream) -> Outcome:
         if stream.is_ended and stream.status:
