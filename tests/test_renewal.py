@@ -410,9 +410,9 @@ def test_connections_without_a_handshake_do_not_use_up_the_descriptors_for_ever(
 ) -> None:
     """Granian's handshakes have their time limit only while it can accept."""
     balancer = start_process(*files.flags, wait_ready=False)
-    resource.prlimit(balancer.pid, resource.RLIMIT_NOFILE, (100, 100))
+    resource.prlimit(balancer.pid, resource.RLIMIT_NOFILE, (150, 150))
     with ExitStack() as stack:
-        for _ in range(200):
+        for _ in range(300):
             stack.enter_context(connect(balancer.port))
         wait_until(lambda: "no descriptor is left" in balancer.output)
     assert name_at(balancer.port) == "lb.test"

@@ -55,6 +55,7 @@ class Port:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._worker: Worker | None = None
         self._next_renewal = 0.0  # of time.monotonic(), at the earliest
+        self._keeps_room = False
         self._later: asyncio.TimerHandle | None = None  # a renewal that had to wait
         self._parked: list[Worker] = []
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -72,8 +73,6 @@ class Port:
         self._worker = self._make_worker()
         self._keep(self.bridge.watch())
         self._keep(self._close_unused())
-        if hasattr(socket, "AF_UNIX"):
-            self._keep(self._keep_room())
 
     def renew(self, options: PortOptions, certificate: Certificate | None) -> None:
         """Whoever connects from now on, or a moment later, gets these. From any thread."""
@@ -113,6 +112,9 @@ class Port:
 
     def _make_worker(self) -> Worker:
         self._next_renewal = time.monotonic() + RENEW_SECONDS
+        if self.wanted[1] is not None and not self._keeps_room:
+            self._keep(self._keep_room(listening_for_nobody(socket.AF_UNIX), self._room(RESERVE)))
+            self._keeps_room = True
         return Worker(self.bridge, self._listener, *self.wanted)
 
     def _renew(self) -> None:
@@ -159,13 +161,11 @@ class Port:
         self._parked.remove(parked)
         self._renew()  # what had to wait for this
 
-    async def _keep_room(self) -> None:
+    async def _keep_room(self, nobody: socket.socket, reserve: contextlib.ExitStack) -> None:
         """Connections whose handshake is not done are no clients yet for `max_clients`. Granian looks at none of them,
         and so ends none, while `accept` fails for want of descriptors: that would be for ever. So a few are held back,
         with which `accept` finds that nobody is there until handshakes have ended."""
-        while self.wanted[1] is None:  # then they are clients at once
-            await asyncio.sleep(ROOM_SECONDS)
-        with listening_for_nobody(socket.AF_UNIX) as nobody, self._room(RESERVE) as reserve:
+        with nobody, reserve:
             while True:
                 await asyncio.sleep(ROOM_SECONDS)
                 if self._has_room(1) or self._worker is None or self._is_stopping:
@@ -177,9 +177,8 @@ class Port:
                 while not self._has_room(ROOM):
                     await asyncio.sleep(ROOM_SECONDS)
                 reserve.enter_context(self._room(RESERVE))
-                if (
-                    paused is self._worker and not self._is_stopping
-                ):  # else its descriptor may be somebody else's by now
+                # Else its descriptor may be somebody else's by now.
+                if paused is self._worker and not self._is_stopping:
                     paused.resume(self._listener)
                     self._knock()
 
