@@ -9,12 +9,13 @@ import os
 import sys
 import textwrap
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn, TextIO
 
 from balancer import __version__
 from balancer.config import settings
-from balancer.edge import process
+from balancer.edge import handover, process
 from balancer.errors import SettingsError
 from balancer.loadbalancer import LoadBalancer
 from balancer.observe.logrecords import LogFormatter, LogHandler
@@ -30,9 +31,9 @@ EXAMPLES = f"""examples:
   {COMMAND} --config balancer.toml --check-config
 
 Every setting is a flag, a key of the TOML file and an environment variable: --health-path, health_path, LB_HEALTH_PATH;
-backends are --backend, [[backends]] and LB_BACKENDS. Tokens are no flags, which every user of the machine could read:
-admin_token and page_token are LB_ADMIN_TOKEN and LB_PAGE_TOKEN, or stand in the files that LB_ADMIN_TOKEN_FILE and
-LB_PAGE_TOKEN_FILE name.
+backends are --backend, [[backends]] and LB_BACKENDS. Secrets are no flags, which every user of the machine could read:
+admin_token, page_token and sticky_secret are LB_ADMIN_TOKEN, LB_PAGE_TOKEN and LB_STICKY_SECRET, or stand in the files
+that LB_ADMIN_TOKEN_FILE, LB_PAGE_TOKEN_FILE and LB_STICKY_SECRET_FILE name.
 A flag wins over the environment, that over the file, that over the default (in parentheses)."""
 
 
@@ -74,15 +75,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         file = Path(name)
     warnings = settings.warnings()
     try:
-        config, sources = settings.load(parsed, file=file)
+        handed = handover.take(os.environ)
+        load = partial(settings.load, parsed, file=file, handed=handover.settings_of(handed))
+        config, sources = load()
         if not show:
             balancer = LoadBalancer(config=config, sources=sources)
             process.cpus(config.cpu_affinity)
             if not check:
                 if file is not None:
                     configuration = balancer.configuration
-                    configuration.file, configuration.read = file, lambda: settings.load(parsed, file=file)
-                return run(balancer, warnings)
+                    configuration.file, configuration.read = file, load
+                return run(balancer, warnings, handed)
         _warn(warnings if show else [*warnings, *balancer.advice()])
         print(settings.describe(config, sources) if show else "configuration ok")
         return 0
@@ -96,14 +99,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def run(balancer: LoadBalancer, warnings: list[str]) -> int:
+def run(balancer: LoadBalancer, warnings: list[str], handed: handover.Handed) -> int:
     """Serve until a signal. Raises SettingsError if it cannot listen, before it has warned of anything."""
     config = balancer.settings
     handler = LogHandler(balancer.control.log)
     handler.setFormatter(LogFormatter(lambda: balancer.settings.access_log_format))
     logging.basicConfig(level=config.log_level.upper(), handlers=[handler])
     logging.getLogger("_granian").setLevel(logging.WARNING)  # it tells of every client that leaves
-    balancer.listen()
+    balancer.listen(handed)
     titles = ["listening on"] + ["control API on"] * (config.control_port is not None) + ["redirecting on"]
     where = ", ".join(map(" ".join, zip(titles, balancer.urls, strict=False)))
 

@@ -27,14 +27,16 @@ from balancer.config import settings, validation
 from balancer.config.reload import Change, Plan
 from balancer.config.settings import BackendSettings, Settings
 from balancer.control.access import AccessOptions
-from balancer.edge import process, unixsocket
+from balancer.edge import handover, process, unixsocket
 from balancer.edge.bridge import Bridge
 from balancer.edge.express import Express
 from balancer.edge.granian import BACKLOG, PortOptions
+from balancer.edge.handover import Handed
 from balancer.edge.listener import ClientLimits
 from balancer.edge.port import Port, listen
 from balancer.edge.redirect import redirect_to
 from balancer.edge.server import Server
+from balancer.edge.sockets import SocketOptions, Sockets
 from balancer.edge.tls import Certificate, TlsOptions
 from balancer.edge.workers import WorkerPool
 from balancer.errors import SettingsError
@@ -112,6 +114,7 @@ class LoadBalancer:
         self.app.extensions["balancer"] = self
         self.port_options = config.options(PortOptions)
         self.express: Express | None = None
+        self.sockets: Sockets | None = None
         self.bridges: list[Bridge] = []
         self._lock = threading.RLock()
         self._state = State.NEW
@@ -252,22 +255,25 @@ class LoadBalancer:
 
     # What both do.
 
-    def listen(self) -> None:
-        """Open the sockets, so that `url` is known; done by `start` and `serve` unless it was before."""
+    def listen(self, handed: Handed | None = None) -> None:
+        """Open the sockets that were not `handed` over, so that `url` is known; done by `start` and `serve` unless it
+        was before."""
         with self._lock:
             if self._state not in (State.NEW, State.LISTENING):
                 raise RuntimeError(ONCE)
             if self._state is State.NEW:
-                self._server = self._open()
+                self._server = self._open(handed or {})
                 self._state = State.LISTENING
 
-    def _open(self) -> Server:
+    def _open(self, handed: Handed) -> Server:
         config = self.settings
         with contextlib.ExitStack() as opened:
-            listeners = [opened.enter_context(self._listen_main())]
-            for port in (config.control_port, config.http_redirect_port):
+            listeners = [handed.get("http") or opened.enter_context(self._listen_main())]
+            for role, port in (("control", config.control_port), ("redirect", config.http_redirect_port)):
                 if port is not None:
-                    listeners.append(opened.enter_context(listen(config.control_host, port)))
+                    listeners.append(handed.get(role) or opened.enter_context(listen(config.control_host, port)))
+                elif role in handed:
+                    raise SettingsError(f"a Unix socket is handed over as {role}: set {handover.ROLES[role]} too")
             opened.pop_all()  # nothing has failed
         self.bridges = self.make_bridges()
         if config.http_redirect_port is not None:
@@ -297,9 +303,10 @@ class LoadBalancer:
         """The main one, and the control API's if it has a port of its own; both share the threads."""
         config = self.settings
         limits = config.options(ClientLimits)
+        is_wrapped = self.app.wsgi_app is not self.proxy
         if hasattr(select, "epoll"):
             self.express = Express(self.adapter, self.workers)
-        is_wrapped = self.app.wsgi_app is not self.proxy
+            self.sockets = None if is_wrapped else Sockets(config.options(SocketOptions))
         bridges = [
             Bridge(
                 self.app.wsgi_app,
@@ -309,6 +316,7 @@ class LoadBalancer:
                 # A WSGI middleware around the proxy must see every request, so there is no way past it then.
                 proxy=None if is_wrapped else self.proxy,
                 express=self.express,
+                sockets=self.sockets,
             )
         ]
         self.pool.cut_off = lambda backend: bridges[0].leave_backend(lambda forwarding: forwarding.is_on(backend))
@@ -324,6 +332,8 @@ class LoadBalancer:
         self.renewal.start()
         if self.express is not None:
             self.express.start()
+        if self.sockets is not None:
+            self.sockets.start()
         self.control.lifecycle = "running"
 
     def _wanted(self) -> list[tuple[PortOptions, Certificate | None]]:
@@ -348,6 +358,8 @@ class LoadBalancer:
         self.control.lifecycle = "draining"
         if self.express is not None:
             self.express.stop()
+        if self.sockets is not None:
+            self.sockets.stop()
         self.health.stop()
         self.renewal.stop()
         self.control.history.stop()
@@ -405,6 +417,8 @@ class LoadBalancer:
         self.control.access.options = config.options(AccessOptions)
         for bridge in self.bridges:
             bridge.limits = config.options(ClientLimits)
+        if self.sockets is not None:
+            self.sockets.options = config.options(SocketOptions)
         self.port_options = _port_options(config)
         self.renewal.use()
         self._renew()

@@ -176,12 +176,13 @@ def judge(plan: Plan, head: http.client.HTTPResponse, data: bytes) -> Outcome:
 
 
 class Traffic:
-    """Keep-alive clients that send mixed requests until the block ends. `outcomes` grows as answers come."""
+    """Keep-alive clients that send mixed requests until the block ends, each after a `pause`. `outcomes` grows as
+    answers come."""
 
     _runs = count(1)
 
-    def __init__(self, port: int, clients: int = 8, seed: int = 1) -> None:
-        self._port = port
+    def __init__(self, port: int, clients: int = 8, seed: int = 1, pause: float = 0.0) -> None:
+        self._port, self._pause = port, pause
         self._ended = Event()
         self._lock = Lock()  # guards `outcomes`
         self._name = f"t{next(self._runs)}-{os.getpid()}"
@@ -192,7 +193,7 @@ class Traffic:
         rng = random.Random(seed * 1000 + number)
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=PATIENCE)
         serial = count()
-        while not self._ended.is_set():
+        while not self._ended.wait(self._pause):
             outcome = ask(connection, make_plan(f"{self._name}-{number}-{next(serial)}", rng))
             if outcome.kind == "closed":
                 break

@@ -70,7 +70,7 @@ def test_an_error_after_a_whole_answer_is_logged_and_spoils_nothing(
     body: App, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut: list[Any] = []
-    monkeypatch.setattr("balancer.edge.accepted.cut", cut.append)
+    monkeypatch.setattr("balancer.edge.accepted.cut_all", cut.append)
     client, _ = answer_of(body)
     assert (client.status, client.received, cut) == (200, b"12345", [])
     assert "failed after the answer" in caplog.text and "surprise" in caplog.text

@@ -154,12 +154,14 @@ def hanging(fleet: Fleet, victim: ChaosBackend, traffic: Traffic) -> None:
 # In these an answer may break off after its head.
 CUTTING = (killed, all_others_killed, resetting_in_the_body, ending_in_the_body)
 DISORDERS = (*CUTTING, stopped, slowed, talking_garbage, resetting_before_the_head, hanging)
+LONG = (killed, all_others_killed, stopped, slowed, hanging)  # they last until something is noticed
+PAUSE = 0.04  # seconds between the requests of a client meanwhile
 
 
 @pytest.mark.parametrize("disorder", DISORDERS)
 def test_one_backend_after_another_goes_wrong(fleet: Fleet, table: Table, disorder: Disorder) -> None:
     victims = fleet.backends[:1] if disorder in (stopped, hanging) else fleet.backends  # those take seconds
-    with Traffic(fleet.balancer.port) as traffic:
+    with Traffic(fleet.balancer.port, pause=PAUSE if disorder in LONG else 0.0) as traffic:
         for victim in victims:
             disorder(fleet, victim, traffic)
             traffic.wait_for(20)
@@ -250,7 +252,7 @@ def test_changes_by_the_operator_cost_nothing(
 @pytest.mark.parametrize("kind", ["unavailable", "garbage", "reset_head"])
 def test_a_backend_that_only_fails_is_ejected_and_comes_back(fleet: Fleet, table: Table, kind: str) -> None:
     victim = fleet.backends[1]
-    with Traffic(fleet.balancer.port) as traffic:
+    with Traffic(fleet.balancer.port, pause=PAUSE) as traffic:
         with faulty(victim, kind):
             wait_until(lambda: fleet.balancer.backend(victim.name)["ejection"]["status"] == "ejected")
             traffic.wait_for(30)
@@ -338,7 +340,7 @@ class SlowWriter:
 
 def test_slow_half_open_and_leaving_clients_cost_the_others_nothing(fleet: Fleet, table: Table) -> None:
     port = fleet.balancer.port
-    with ExitStack() as stack, Traffic(port) as traffic:
+    with ExitStack() as stack, Traffic(port, pause=PAUSE) as traffic:
         slow: list[SlowReader | SlowWriter] = [SlowReader(port, f"slow-reader-{n}") for n in range(10)]
         slow += [SlowWriter(port, f"slow-writer-{n}") for n in range(10)]
         for number in range(2 * UNFINISHED):
@@ -366,7 +368,7 @@ def test_slow_half_open_and_leaving_clients_cost_the_others_nothing(fleet: Fleet
 def test_thousands_of_idle_connections_cost_the_others_nothing(fleet: Fleet, table: Table) -> None:
     raise_descriptor_limit()
     before = Footprint.of(fleet.balancer.pid)
-    with ExitStack() as stack, Traffic(fleet.balancer.port) as traffic:
+    with ExitStack() as stack, Traffic(fleet.balancer.port, pause=PAUSE) as traffic:
         for number in range(IDLE_CLIENTS):
             sock = stack.enter_context(socket.create_connection(("127.0.0.1", fleet.balancer.port), timeout=PATIENCE))
             if number % 4 == 0:  # every fourth has been of use before

@@ -36,7 +36,7 @@ BODIES = {
     name: (body, status, word)
     for bodies, status, word in ((UNREADABLE, 400, "JSON"), (NOT_AN_OBJECT, 400, "object"), (TOO_LONG, 413, "65536"))
     for name, body in bodies.items()
-}
+} | {"a name twice": (b'{"a": 1, "b": 2, "a": 1}', 400, "'a' twice")}
 
 
 @pytest.fixture(autouse=True)

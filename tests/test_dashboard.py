@@ -356,6 +356,8 @@ def test_lifecycle_panic_a_refused_configuration_and_waiting_requests_are_told(t
     tab.shows("#banner-panic", "Fail-open is on.")
     tab.shows("#banner-config", "balancer.toml line 3: weight")
     tab.shows("#t-active-note", "waiting: 7 for a backend")
+    stub.answer["statistics"]["websockets"] = 3
+    tab.shows("#t-active-note", "3 WebSockets; waiting: 7 for a backend")
     stub.answer["statistics"]["waiting_requests"] = None
     tab.shows("#t-active-note", "none waiting")
     assert DASH not in tab.at("#t-active-note").inner_text()

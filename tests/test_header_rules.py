@@ -165,6 +165,7 @@ def test_a_reload_changes_them_and_values_are_told_nowhere(scripted: WireBackend
         ('{ set = { A = "hush-hush", a = "hush-hush" } }', "set: a name stands there twice"),
         ('{ remove = "A" }', "remove: expected a list"),
         ("{ remove = [1] }", "remove: 1 is no header name"),
+        (f"{{ set = {{ {'A' * 5000} = 1 }} }}", f"set: the value of {'A' * 80} is no header value"),
         ("{ set = 1 }", "set: expected a table"),
         ("{ replace = { A = 'hush-hush' } }", "expected { set = "),
         ("hush-hush", "expected { set = "),

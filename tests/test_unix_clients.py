@@ -243,6 +243,15 @@ def test_a_download_that_is_not_read_ends_for_its_backend_at_once(
         assert received.startswith(b"HTTP/1.1 200") and len(read_all(client)) < 9_000_000
 
 
+def test_an_answer_before_the_end_of_its_request_ends_the_connection(
+    start_at: Callable[..., Balancer], path: Path
+) -> None:
+    start_at("--max-request-body=10")
+    with connect_to(path) as client:
+        client.sendall(b"POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 1000000\r\n\r\n" + bytes(100_000))
+        assert read_all(client).startswith(b"HTTP/1.1 413 ")
+
+
 def test_a_stop_cuts_off_what_does_not_finish(
     start_at: Callable[..., Balancer], path: Path, scripted: WireBackend
 ) -> None:

@@ -41,6 +41,7 @@ from balancer.protocol.addresses import UNIX, Network, is_loopback, parse_networ
 from balancer.protocol.headerrules import NO_RULES, HeaderRules
 from balancer.protocol.origin import EXPECTED, Origin, check_path
 from balancer.protocol.texts import quoted
+from balancer.protocol.websocket import LARGEST_MESSAGE
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -292,6 +293,19 @@ class Settings(BaseModel):
     min_body_rate: BytesPerSecond = Field(
         240, description="rate of a body after 5 s, either way; slower clients get 408, or are cut off; 0 for no limit"
     )
+    max_websockets: int = Field(
+        10000, ge=0, le=1_000_000, description="WebSockets open at the same time; above that 503"
+    )
+    websocket_max_message: Bytes = Field(
+        LARGEST_MESSAGE, ge=1, le=LARGEST_MESSAGE, description="size of a message, either way; above that 1009"
+    )
+    websocket_idle_timeout: Seconds = Field(
+        3600.0, description="time without a message either way, after which a WebSocket is closed with 1001"
+    )
+    websocket_ping_interval: SecondsOrZero = Field(
+        20.0, description="time between two pings to the backend; lost if one brings nothing until the next; 0 for none"
+    )
+    websocket_max_age: SecondsOrZero = Field(0.0, description="time after which it is closed with 1001; 0 for never")
     header_timeout: Seconds = Field(
         10.0, description="time for a client to send a request head; also between two on a kept connection"
     )
@@ -458,9 +472,13 @@ def default_of(name: str) -> str:
 
 
 def load(
-    arguments: Mapping[str, Any], environ: Mapping[str, str] = os.environ, file: Path | None = None
+    arguments: Mapping[str, Any],
+    environ: Mapping[str, str] = os.environ,
+    file: Path | None = None,
+    handed: Mapping[str, Any] | None = None,
 ) -> tuple[Settings, dict[str, str]]:
-    """(settings, where each one came from). Raises SettingsError with one line per wrong setting."""
+    """(settings, where each one came from). What sockets stand for that were `handed` over wins. Raises SettingsError
+    with one line per wrong setting."""
     values: dict[str, Any] = {}
     sources: dict[str, str] = dict.fromkeys(Settings.model_fields, "default")
     flags = {name: value for name, value in arguments.items() if value is not None}
@@ -468,6 +486,7 @@ def load(
         ("file", _from_file(file)),
         ("environment", environment.read(environ, Settings.model_fields)),
         ("flag", flags),
+        ("systemd", handed or {}),
     ):
         for name, value in given.items():
             values[name] = _split(name, value)

@@ -6,7 +6,7 @@ paths of the earlier program know only 400.
 
 from __future__ import annotations
 
-from flask import Blueprint, Response, jsonify, request
+from flask import Blueprint, Response, jsonify
 from typing_extensions import TypedDict
 
 from balancer.balancing import strategies
@@ -105,7 +105,7 @@ def add_backend() -> tuple[Response, int, dict[str, str]]:
         backend = control.pool.add(wanted.id, origin, **fields)
     except SettingsError as error:
         raise ApiError(409, str(error)) from None
-    return jsonify(_describe(backend.id)), 201, {"Location": f"{request.path}/{backend.id}"}
+    return jsonify(_describe(backend.id)), 201, {"Location": f"backends/{backend.id}"}  # a proxy may have another path
 
 
 @blueprint.get("/backends/<backend_id>")

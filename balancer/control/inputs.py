@@ -19,6 +19,7 @@ from balancer.config import validation
 from balancer.config.settings import DrainTimeout, MaxConnections, Weight
 from balancer.control.problems import ApiError, is_legacy
 from balancer.protocol.origin import EXPECTED
+from balancer.protocol.texts import shown
 
 MAX_BODY = 65536  # bytes of a control request
 
@@ -62,7 +63,7 @@ def read_body(model: type[M]) -> M:
     """The request body as `model`. Raises ApiError 413 if it is too large, 400 if no JSON, 422 for a wrong value."""
     data = received()
     try:
-        given = json.loads(data, parse_constant=_refuse_constant) if data else {}
+        given = json.loads(data, parse_constant=_refuse_constant, object_pairs_hook=_unique) if data else {}
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not JSON: {str(error)[:200]}") from None
     if not isinstance(given, dict):
@@ -120,3 +121,12 @@ def _explain(detail: Any, model: type[Body]) -> str:
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Readers differ in which of two values counts (RFC 8259 section 4)."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name = next(name for name in found if sum(name == other for other, _ in pairs) > 1)
+        raise ApiError(400, f"the body has {shown(name, 80)!r} twice")
+    return found

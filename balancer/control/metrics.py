@@ -52,6 +52,7 @@ class Seen:
     traffic: Counters
     attempts: BackendTotals
     idle: int
+    websockets: int
 
     @property
     def check_seconds(self) -> float | None:
@@ -66,6 +67,7 @@ BACKEND_GAUGES: Sequence[tuple[str, str, Read]] = (
     ("weight", "Weight, as far as a slow start lets it count.", lambda s: s.state["weight"] * s.state["admission"]),
     ("expected_share", "Share of requests it should get, if the algorithm knows.", lambda s: s.state["expected_share"]),
     ("requests_in_flight", "Requests under way on it.", lambda seen: seen.state["active_connections"]),
+    ("websockets", "WebSockets open on it.", lambda seen: seen.websockets),
     ("connections_idle", "Kept connections to its address that nobody uses.", lambda seen: seen.idle),
     ("health_check_duration_seconds", "Duration of the last health check.", lambda seen: seen.check_seconds),
     (
@@ -149,6 +151,7 @@ class Collector:
         yield from self._process()
         yield from self._configuration()
         yield from self._requests(lifetime)
+        yield from self._websockets()
         yield from self._backends(lifetime)
 
     def _process(self) -> Iterator[Metric]:
@@ -207,6 +210,17 @@ class Collector:
         queued.add_metric([], buckets(totals.waits, QUEUE_BUCKETS), totals.waited)
         yield queued
 
+    def _websockets(self) -> Iterator[Metric]:
+        totals = self._control.statistics.websockets.totals()
+        yield add(counter("websockets_opened", "WebSockets opened."), [], totals.opened)
+        closed = counter("websockets_closed", "WebSockets closed, with which code and by whom.", "code", "by")
+        for labels, count in totals.closes.items():
+            closed.add_metric(labels, count)
+        yield closed
+        messages = counter("websocket_messages", "Messages of WebSockets, in from clients.", "direction")
+        yield add_each(messages, [], totals.messages)
+        yield add_each(counter("websocket_bytes", "Bytes of these messages.", "direction"), [], totals.bytes)
+
     # Per backend.
 
     def _backends(self, lifetime: Lifetime) -> Iterator[Metric]:
@@ -223,12 +237,13 @@ class Collector:
 
     def _seen(self, lifetime: Lifetime) -> Iterator[Seen]:
         counts, idle = self._control.pool.counts(), self._control.adapter.idle()
+        websockets = self._control.statistics.websockets.open()
         for state in self._control.pool.snapshot():
             name = state["id"]
             if name in counts:
                 traffic = lifetime.counters.get(name) or Counters()
                 attempts = lifetime.totals.backends.get(name) or BackendTotals()
-                yield Seen(state, counts[name], traffic, attempts, idle.get(state["url"], 0))
+                yield Seen(state, counts[name], traffic, attempts, idle.get(state["url"], 0), websockets[name])
 
     def _labelled(self, backends: Sequence[Seen]) -> Iterator[Metric]:
         info = gauge("backend_info", "Its address.", "backend", "url")

@@ -35,7 +35,9 @@ blueprint = Blueprint("monitoring", __name__)
 
 
 class ServerView(BackendView, CountersView):
-    """A backend and what its requests came to."""
+    """A backend and what its requests came to. `websockets` are those that are open."""
+
+    websockets: int
 
 
 class TotalsView(StatisticsView):
@@ -43,6 +45,7 @@ class TotalsView(StatisticsView):
     access_log_dropped: int
     waiting_requests: int
     unassigned_requests: int
+    websockets: int
 
 
 class Capabilities(TypedDict):
@@ -101,8 +104,10 @@ def status() -> Response:
     control = current_control()
     recent = whole_number("recent", 20, MAX_RECENT)
     whole, by_backend, newest = control.statistics.snapshot(recent)
+    websockets = control.statistics.websockets.open()
     backends: list[ServerView] = [
-        {**by_backend.get(backend["id"], NO_REQUESTS), **backend} for backend in control.pool.snapshot()
+        {**by_backend.get(backend["id"], NO_REQUESTS), **backend, "websockets": websockets[backend["id"]]}
+        for backend in control.pool.snapshot()
     ]
     shown = {backend["id"] for backend in backends}
     totals: TotalsView = {
@@ -111,6 +116,7 @@ def status() -> Response:
         "access_log_dropped": control.log.dropped,
         "waiting_requests": control.pool.waiting,
         "unassigned_requests": sum(c["total_requests"] for key, c in by_backend.items() if key not in shown),
+        "websockets": websockets.total(),
     }
     return jsonify(
         Status(

@@ -14,7 +14,6 @@ import os
 import socket
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from threading import Lock
 from typing import NamedTuple
 
 from balancer.upstream.tcpinfo import traffic
@@ -28,19 +27,6 @@ LEAST_RATE = 240  # bytes/s, the default of `min_body_rate`: to read less does n
 MOST_OWED = 262_144  # bytes of answers that a client may leave unread for as long as it likes, such as a paused film
 TCP, UNIX = (socket.AF_INET, socket.AF_INET6), (getattr(socket, "AF_UNIX", None),)  # families
 SLICE = 64  # descriptors, about half a millisecond: whoever forwards requests waits for the interpreter meanwhile
-
-_passing = Lock()  # held during a pass; `_waiting` needs none, each step on it is one operation
-_waiting: set[tuple[Address, Address]] = set()
-
-
-def cut(addresses: tuple[Address, Address]) -> None:
-    """Shut down the connection between (client, server). Those who come while a pass runs share the next one."""
-    _waiting.add(addresses)
-    with _passing:
-        if addresses in _waiting:
-            wanted = set(_waiting)
-            _waiting.difference_update(wanted)
-            cut_all(wanted)
 
 
 def cut_all(pairs: Iterable[tuple[Address, Address]]) -> None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from balancer.edge import accepted
 from balancer.edge.call import Call
+from balancer.edge.handshake import HandshakeCall
 from balancer.edge.listener import ClientLimits, Listener
 from balancer.edge.promise import result_of, when_done
 from balancer.edge.workers import WorkerPool
@@ -31,11 +32,13 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
 
     from balancer.edge.express import Express
+    from balancer.edge.sockets import Sockets
     from balancer.edge.wsgi import ReverseProxy
     from balancer.forwarding.forwarding import Forwarding
 
 log = logging.getLogger("balancer.server")
 
+SPREAD = 0.8  # of the time in which WebSockets are closed; in the rest the last ones can end
 WATCH_AFTER_SECONDS = 0.1  # a request in flight longer than this is watched for its client leaving
 
 
@@ -57,8 +60,11 @@ class Bridge(Listener):
         is_control: Callable[[str], bool] = lambda path: False,
         proxy: ReverseProxy | None = None,
         express: Express | None = None,
+        sockets: Sockets | None = None,
     ) -> None:
         super().__init__(app, limits)
+        self.sockets = sockets  # without it, WebSockets are requests like others
+        self.is_leaving = False  # all WebSockets are being closed: no more are wanted
         self.pool = pool
         self.proxy = proxy
         self.express = express
@@ -74,10 +80,14 @@ class Bridge(Listener):
 
     def accept(self, watcher: Any, is_last: bool = False) -> None:
         """One request, as Granian's `watcher` has it, the last one of its connection or not."""
-        is_control = self._is_control(watcher.scope["path"])
+        scope = watcher.scope
+        is_control = self._is_control(scope["path"])
+        if scope["type"] == "websocket":
+            self._accept_socket(watcher, is_control, is_last)
+            return
         call = Call(self, watcher, is_control, is_last)
         self.calls[call] = None
-        self._begun[call.scope["client"]] = None
+        self._begun[scope["client"]] = None
         try:
             if is_control or self.proxy is None:
                 self._submit(call)
@@ -86,6 +96,22 @@ class Bridge(Listener):
             if call.body is None and self.express is not None and forwarding.start() and self.express.wait_for(call):
                 return
             self._hand_on(call)
+        except BaseException:
+            self._surprised(call)
+
+    def _accept_socket(self, watcher: Any, is_control: bool, is_last: bool) -> None:
+        assert self.sockets is not None and self.proxy is not None  # else Granian is told to bring none
+        call = HandshakeCall(self, watcher, is_control, is_last, self.sockets)
+        self.calls[call] = self._begun[call.scope["client"]] = None
+        try:
+            if is_control:
+                call.refuse_plainly()
+                return
+            call.forwarding = self.proxy.upgrade(call.request(self.proxy.heads))
+            if self.is_leaving or len(self.open_sockets) > self.sockets.options.max_websockets:
+                call.refuse()
+            else:
+                self._submit(call)
         except BaseException:
             self._surprised(call)
 
@@ -208,8 +234,22 @@ class Bridge(Listener):
             if call.leave_backend(is_there) and self._take(call):
                 call.abandon(BackendRemoved)
 
+    def sockets_before(self, moment: float) -> list[HandshakeCall]:
+        """WebSockets that were asked for by then, of time.monotonic(), or of a worker that accepted no more."""
+        return [call for call in list(self.open_sockets) if call.since <= moment]
+
+    def close_sockets(self, seconds: float, moment: float = math.inf) -> None:
+        """One after the other, so that their clients do not come back all at once."""
+        calls, now = self.sockets_before(moment), time.monotonic()
+        for number, call in enumerate(calls):
+            call.leave_at = now + SPREAD * seconds * number / len(calls)
+        if self.sockets is not None:
+            self.sockets.hurry()
+
     def abort(self, before: float = math.inf) -> None:
         """Every client has been cut off whose request began `before` then, of time.monotonic()."""
         for call in list(self.calls):
             if call.started < before:
                 self._lost(call)
+        if before == math.inf and self.sockets is not None:
+            self.sockets.give_up()

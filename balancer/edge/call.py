@@ -230,7 +230,7 @@ class Call:
 
     def cut(self) -> None:
         """End the client's connection: hyper would wait for a client that neither reads nor says any more."""
-        accepted.cut(self.addresses)
+        accepted.cut_all([self.addresses])
 
     def _begin_answer(self) -> None:
         if self.forwarding is not None:
@@ -298,9 +298,6 @@ class Call:
                     self._linger(body, LINGER_SECONDS)
                 finally:
                     self.listener.lingering.release()
-        # HTTP/2 ends the stream alone.
-        if not (body.is_done or self.is_gone or self.is_http2):
-            self.cut()
 
     def _linger(self, body: ClientBody, seconds: float) -> None:
         received, deadline = 0, time.monotonic() + seconds
@@ -329,6 +326,9 @@ class Call:
             self.download = None  # as well
         self.listener.calls.pop(self, None)
         self._watcher.done()
+        if self.body is not None and not self.body.is_done:  # HTTP/1 ends the connection now, HTTP/2 the stream alone
+            self.body.let_go()
+            self._watcher = self.protocol = None
 
     # --- The same thread: what goes to Granian. ---
 

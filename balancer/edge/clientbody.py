@@ -9,7 +9,7 @@ from typing import Any
 
 from balancer.edge.accepted import Address
 from balancer.edge.listener import FRAME_BYTES, GRACE_SECONDS, Listener
-from balancer.edge.promise import is_done, is_done_within, result_of
+from balancer.edge.promise import cancel, is_done, is_done_within, result_of
 from balancer.errors import ClientGone, ClientTooSlow, ExpectationFailed
 from balancer.protocol.client import Unwanted
 from balancer.protocol.requestheads import RequestHead
@@ -122,6 +122,12 @@ class ClientBody:
                 size += len(piece)
         self.is_paused = not self.is_done
         return pieces
+
+    def let_go(self) -> None:
+        """No more of it is wanted. While somebody asks, or could ask, hyper waits for it, also after the answer."""
+        for promise in self._asked:
+            cancel(promise)
+        self._protocol = None
 
     def _is_here(self, most: int) -> bool:
         """True if the next piece has come, and has no more than so many bytes."""

@@ -119,7 +119,7 @@ class Worker:
                 initial_connection_window_size=CONNECTION_WINDOW,
                 max_send_buffer_size=SEND_BUFFER,
             ),
-            False,  # WebSockets
+            bridge.sockets is not None,  # WebSockets
             None,  # static files
         )
         scheduler = _native.CallbackScheduler(loop, bridge, None, None, None)

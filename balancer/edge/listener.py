@@ -50,7 +50,8 @@ class Listener:
 
     `calls` holds what is in flight, oldest first: Granian's thread adds, whoever answers takes out, the loop thread
     looks at a copy; each of these is one step that needs no lock. So are those on `downloads`: who is answered in
-    pieces, with the bytes of an answer that was ended and that hyper keeps until its client reads them.
+    pieces, with the bytes of an answer that was ended and that hyper keeps until its client reads them; and on
+    `open_sockets`: those of `calls` that are WebSockets, or ask for one.
     `_begun` has who sent a request since the loop thread last replaced it, `_handed` how many bytes they were handed.
     """
 
@@ -62,6 +63,7 @@ class Listener:
         self.most_read = READ_BYTES  # bytes of a body that hyper gives at a time; set by the server
         self.lingering = BoundedSemaphore(MAX_LINGERING)
         self.calls: dict[Any, None] = {}
+        self.open_sockets: dict[Any, None] = {}
         self.downloads: dict[Any, int] = {}
         self._begun: dict[Address, None] = {}
         self._handed: dict[Address, int] = {}
@@ -88,12 +90,12 @@ class Listener:
     @property
     def ahead_bytes(self) -> int:
         """Of one request body: what may be asked for before it is needed."""
-        return min(AHEAD_BYTES, AHEAD_IN_ALL // max(self.active, 1))
+        return min(AHEAD_BYTES, AHEAD_IN_ALL // max(self.active - len(self.open_sockets), 1))
 
     @property
     def small_bytes(self) -> int:
         """Of a request body that may be kept without a thread."""
-        return SMALL_IN_ALL // max(self.active, 1)
+        return SMALL_IN_ALL // max(self.active - len(self.open_sockets), 1)
 
     def patience_left(self, before: float, waited: float, size: int) -> float:
         """Seconds, of GRACE_SECONDS at first, after so many `waited` and `size` bytes: each pays for 1/`min_body_rate`,

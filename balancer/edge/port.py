@@ -28,13 +28,16 @@ from balancer.protocol.texts import quoted
 log = logging.getLogger("balancer.server")
 
 PASS_SECONDS = 5.0  # at most between two passes over all connections, 0.1 s of work each if there are 10,000
+KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}  # seconds, seconds, questions
 SLICE_PAUSE_SECONDS = 0.005  # between two slices of a pass
 RENEW_SECONDS = 1.0  # from one renewal to the next at least: a worker has begun before it is parked
 PARKED_SECONDS = 10.0  # in which whoever is connected can come anew: Granian's limit for a handshake
 MOST_PARKED = 8  # workers, each with three threads; one more has to wait until another has ended
+LONGEST_PARKED = 3600.0  # and no longer: a certificate must not expire because somebody's event stream never ends
+CLOSING_SECONDS = 30.0  # in which its WebSockets are told so
+LOOK_SECONDS = 1.0  # between two looks whether they have ended
 ROOM_SECONDS = 0.5  # between two looks whether a descriptor is left
 RESERVE, ROOM = 8, 64  # descriptors that are held back for then, and that there must be to accept again
-LONGEST_PARKED = 3600.0  # and no longer: a certificate must not expire because somebody's event stream never ends
 
 
 class Port:
@@ -80,6 +83,13 @@ class Port:
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 self._loop.call_soon_threadsafe(self._renew)
+
+    def park(self) -> None:
+        """Accept no more, and serve on whoever is connected, until `stop`."""
+        assert self._worker is not None
+        with contextlib.suppress(OSError):
+            self._worker.park()
+        self._listener.close()
 
     def stop(self) -> asyncio.Future[Any]:
         """Accept no more; what it returns is done when all connections have ended."""
@@ -155,11 +165,26 @@ class Port:
         self._later = self._loop.call_later(seconds, self._renew)
 
     async def _end(self, parked: Worker) -> None:
+        parked_at = time.monotonic()
         await asyncio.sleep(PARKED_SECONDS)
+        await self._end_sockets(parked, parked_at)
         parked.stop()
         await asyncio.wait([parked.stopped])
         self._parked.remove(parked)
         self._renew()  # what had to wait for this
+
+    async def _end_sockets(self, parked: Worker, parked_at: float) -> None:
+        """WebSockets live on where they are, for a time, or until there are too many such workers. Then they are told:
+        `stop` would end them without a word."""
+        bridge = self.bridge
+        while bridge.sockets_before(parked_at) and time.monotonic() < parked_at + LONGEST_PARKED:
+            if self._parked[0] is parked and len(self._parked) >= MOST_PARKED:
+                break
+            await asyncio.sleep(LOOK_SECONDS)
+        bridge.close_sockets(CLOSING_SECONDS, parked_at)
+        deadline = time.monotonic() + CLOSING_SECONDS
+        while bridge.sockets_before(parked_at) and time.monotonic() < deadline:
+            await asyncio.sleep(LOOK_SECONDS)
 
     async def _keep_room(self, nobody: socket.socket, reserve: contextlib.ExitStack) -> None:
         """Connections whose handshake is not done are no clients yet for `max_clients`. Granian looks at none of them,
@@ -230,6 +255,15 @@ class Port:
         return begin
 
 
+def _keep_alive(listener: socket.socket) -> None:
+    """What is accepted inherits it. So it shows that a client has vanished whose WebSocket is idle: Granian sends no
+    pings. Not TCP_USER_TIMEOUT, which would also end whoever pauses a download."""
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in KEEPALIVE.items():
+        if hasattr(socket, name):
+            listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket. Raises SettingsError for a taken port or an address that is not ours."""
     try:
@@ -242,6 +276,7 @@ def listen(host: str, port: int) -> socket.socket:
         if os.name == "posix":  # on Windows this option would let two programs share the port
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        _keep_alive(listener)
         listener.bind(address)
         listener.listen(BACKLOG)
         listener.setblocking(False)

@@ -38,6 +38,14 @@ def result_of(promise: Any) -> Any:
     raise RuntimeError("Granian returned an awaitable of an unknown kind")
 
 
+def cancel(promise: Any) -> None:
+    """Nobody waits for it any more."""
+    if isinstance(promise, asyncio.Future):
+        promise.get_loop().call_soon_threadsafe(promise.cancel)
+    elif not is_done(promise):
+        promise.cancel()
+
+
 def is_done_within(promise: Any, seconds: float, look: Callable[[], object] | None = None) -> bool:
     """Blocks this thread until it is done, at most so many seconds. Calls `look` now and then meanwhile, which may end
     the wait by what it raises."""

@@ -79,8 +79,9 @@ class Server:
         self._say_draining(why, limit, delay)
         await asyncio.wait([hurry], timeout=delay)  # served as before, until nobody sends new requests here any more
         first, *others = self.ports
-        stopped = [first.stop()]
         self.limit(limit)
+        await self._close_sockets(first, limit, hurry)
+        stopped = [first.stop()]
         await self._drain(first, stopped[0], hurry)
         stopped += [port.stop() for port in others]
         _, left = await asyncio.wait(stopped, timeout=FLUSH_SECONDS)
@@ -92,6 +93,16 @@ class Server:
         while any(port.bridge.active for port in self.ports) and time.monotonic() < deadline:
             await asyncio.sleep(DRAIN_LOOK_SECONDS)
         return not left
+
+    async def _close_sockets(self, port: Port, limit: float, hurry: asyncio.Future[Any]) -> None:
+        """WebSockets are told before `stop`, with which Granian ends them without a word."""
+        bridge = port.bridge
+        bridge.is_leaving = True
+        if bridge.open_sockets:
+            port.park()
+            bridge.close_sockets(limit)
+        while bridge.open_sockets and not hurry.done() and time.monotonic() < min(self._limits)[0]:
+            await asyncio.wait([hurry], timeout=DRAIN_LOOK_SECONDS)
 
     def _say_draining(self, why: str, limit: float, delay: float) -> None:
         for port in self.ports:

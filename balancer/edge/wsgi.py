@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from balancer.forwarding.forwarding import Forwarding
 from balancer.forwarding.route import Routes
+from balancer.forwarding.upgrade import Upgrade
 from balancer.protocol.request import Request
 from balancer.protocol.requestheads import RequestHeads
 
@@ -43,3 +44,9 @@ class ReverseProxy:
         route = self.routes.find(request)
         route.statistics.begin()
         return Forwarding(route, request)
+
+    def upgrade(self, request: Request) -> Upgrade:
+        """As `forward`, for one that asks for a WebSocket."""
+        route = self.routes.find(request)
+        route.statistics.begin()
+        return Upgrade(route, request)

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from balancer.balancing.backends import EXPLAINED
 from balancer.errors import (
@@ -49,6 +49,8 @@ class Forwarding:
     """
 
     __slots__ = ("_route", "_request", "_started", "_own", "_record", "stage", "_attempts", "sent", "_decision")
+
+    outgoing: ClassVar[type[OutgoingRequest]] = OutgoingRequest  # what is made of it for a backend
 
     def __init__(self, route: Route, request: Request) -> None:
         self._route = route
@@ -152,7 +154,7 @@ class Forwarding:
         """The request for a backend. Reads a small body, if its client does not pause or it `is_here`; `waited` are
         seconds for a thread. Raises as the body does."""
         request = self._request
-        outgoing = OutgoingRequest(request.method, request.target, (self._own,), request.head)
+        outgoing = self.outgoing(request.method, request.target, (self._own,), request.head)
         outgoing.client = request.client
         outgoing.heads = self._route.response_heads
         if not request.head.is_bodiless:

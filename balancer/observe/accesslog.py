@@ -11,6 +11,9 @@ may hold secrets. Times are in seconds:
     transfer    from there to the end of the answer
     total       all of it, with earlier attempts and the pauses between them
 
+A WebSocket has its line when it ends, with a total until it was let in; behind it stand, as `websocket` in JSON, how
+long it was open, messages both ways, the close code and who closed it.
+
 `reason` says why no whole answer of a backend reached the client, in the words of RFC 9209 section 2.3.
 """
 
@@ -25,6 +28,7 @@ from typing import Literal
 
 from balancer.observe.logwriter import LogWriter
 from balancer.observe.record import Record
+from balancer.observe.websockets import WebSocketRecord
 from balancer.protocol.addresses import Network, client_address, told_clients
 from balancer.protocol.request import Request
 
@@ -87,6 +91,7 @@ def as_text(record: Record, client: str | None, protocol: str, agent: bytes | No
         f"first_byte={_or(first_byte, '-')} transfer={_or(transfer, '-')} in={record.bytes_in} "
         f"out={record.bytes_out} attempts={attempts or '-'} id={record.request_id} "
         f"trace={record.trace_id or '-'} agent={'-' if agent is None else _quote(as_unicode(agent))}"
+        + ("" if record.websocket is None else _socket_as_text(record.websocket))
     )
 
 
@@ -105,7 +110,15 @@ def as_json(record: Record, client: str | None, protocol: str, agent: bytes | No
         f'"total":{record.seconds:.6f},"received":{_or(received, "null")},"queued":{record.queued:.6f},'
         f'"connect":{_or(connect, "null")},"first_byte":{_or(first_byte, "null")},'
         f'"transfer":{_or(transfer, "null")},"attempts":[{attempts}],'
-        f'"user_agent":{"null" if agent is None else _quote(as_unicode(agent))}}}'
+        f'"user_agent":{"null" if agent is None else _quote(as_unicode(agent))}'
+        + ("}" if record.websocket is None else f',"websocket":{_quote(record.websocket.describe())}}}')
+    )
+
+
+def _socket_as_text(socket: WebSocketRecord) -> str:
+    return (
+        f" open={socket.seconds:.6f} messages_in={socket.messages_in} messages_out={socket.messages_out} "
+        f"close={socket.code} by={socket.by}"
     )
 
 

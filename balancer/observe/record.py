@@ -9,6 +9,7 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from balancer.balancing.backends import Choice, ChoiceView
+from balancer.observe.websockets import WebSocketRecord, WebSocketView
 
 # Characters that are kept: about 1,200 requests are, and each may have a path as long as its head may be. So one takes
 # 5 kB at most, and of each attempt 1 kB, 50 bytes for each candidate and 100 for each that was none (`EXPLAINED`).
@@ -81,6 +82,7 @@ class FinishedView(TypedDict):
     reason: str | None
     not_retried: str | None
     complete: bool
+    websocket: WebSocketView | None
 
 
 class RecentView(FinishedView):
@@ -117,6 +119,7 @@ class Record:
     trace_id: str | None = later(None)  # of the client's `traceparent`
     not_retried: str | None = later(None)  # why the last failure was final, in words
     error: str | None = later(None)  # of our own answer, in words for the operator
+    websocket: WebSocketRecord | None = later(None)  # what came of it, if its backend switched; of no response time
     excluded: Mapping[str, str] | None = later(None)  # why no backend could take it, if that was the cause
 
     @property
@@ -151,6 +154,7 @@ class Record:
             "reason": self.reason,
             "not_retried": self.not_retried,
             "complete": self.complete,
+            "websocket": None if self.websocket is None else self.websocket.describe(),
         }
 
     def describe(self) -> RecentView:

@@ -22,6 +22,7 @@ from balancer.observe.histogram import Histogram, Percentiles
 from balancer.observe.rate import Rate
 from balancer.observe.record import RecentView, Record
 from balancer.observe.totals import Totals
+from balancer.observe.websockets import WebSockets
 
 # Finished requests that `/requests/<id>` can still explain: all of the newest, and the first of each second for longer.
 # To keep every one of thousands would cost each of them a tenth of its time: what is kept does not stay in the cache.
@@ -123,12 +124,13 @@ class Statistics:
 
     `_lock` guards everything: `_counters` (per backend id, or None for no backend), `_forgotten` (of former backends),
     `_before` (what resets and removals took out of `_counters`), `_totals`, `_recent`, `_sampled`, `_to_sample`,
-    `_troubled`, `_arrivals`, `_retries`, `_retries_before`, `_active` and `_start_time`.
+    `_troubled`, `_arrivals`, `_retries`, `_retries_before`, `_active` and `_start_time`; `websockets` lock themselves.
     """
 
     def __init__(
         self, *, clock: Callable[[], float] = time.monotonic, wall_clock: Callable[[], float] = time.time
     ) -> None:
+        self.websockets = WebSockets()
         self._lock = Lock()
         self._wall_clock = wall_clock
         self._active = 0

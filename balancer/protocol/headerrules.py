@@ -129,7 +129,7 @@ def _name(kind: str, name: object, kept: Mapping[bytes, str]) -> bytes:
 def _value(kind: str, name: str, value: object) -> bytes:
     if not isinstance(value, str) or not _VALUE.fullmatch(value):
         raise SettingsError(
-            f"{kind}: the value of {name} is no header value; expected text in Latin-1 without control characters, and "
-            "without blanks around it"
+            f"{kind}: the value of {name:.80} is no header value; expected text in Latin-1 without control characters, "
+            "and without blanks around it"
         )
     return value.encode("latin-1")

@@ -38,8 +38,9 @@ HOP_BY_HOP = frozenset(
     }
 )
 # Not for the backend: `Expect` is answered by our server (section 10.1.1), `Proxy` is CVE-2016-5385 (httpoxy), the
-# framing is made anew (section 8.6), and the request id is set by us.
-_NOT_FORWARDED = HOP_BY_HOP | {b"expect", b"proxy", b"content-length", b"x-request-id"}
+# framing is made anew (section 8.6), the request id is set by us, and for a WebSocket so is the handshake (RFC 6455).
+_HANDSHAKE = frozenset({b"sec-websocket-key", b"sec-websocket-version", b"sec-websocket-extensions"})
+_NOT_FORWARDED = HOP_BY_HOP | _HANDSHAKE | {b"expect", b"proxy", b"content-length", b"x-request-id"}
 # What a proxy tells of the client and of what it asked for, and what applications believe: all that begins like this,
 _CLAIMED = (
     *(b"x-original-", b"x-envoy-original-", b"x-ssl", b"ssl-client-", b"wl-proxy-", b"cf-connecting-", b"cloudfront-"),

@@ -35,7 +35,9 @@ LINE_BYTES, HEAD_BYTES = 200, 1200
 MOST_LINES = 100  # of a header section; more, which HTTP/2 may bring, are not even looked at
 NAMES_ROOM, NAME_BYTES, LONGEST_NAME = 65536, 150, 64  # for field names, of each beside its own bytes, and to be kept
 _RARE = frozenset({b"service-worker", b"max-forwards"})
-_EACH_TIME_NEW = frozenset({b"x-request-id", b"traceparent"})  # to keep a section that has one would be in vain
+_EACH_TIME_NEW = frozenset(
+    {b"x-request-id", b"traceparent", b"sec-websocket-key"}
+)  # to keep a section that has one would be in vain
 # Without a Host; or it may log its connection in.
 _SPECIAL = re.compile(rb"\Ahost: \r|^authorization: (?i:ntlm|nego)", re.MULTILINE)
 

@@ -42,6 +42,7 @@ class OutgoingRequest(PreparedRequest):
     # Of these `exchange` takes care, so they have a thread. One that lacks its Host gets the backend's; one that logs
     # in does so for its connection, and for all that follows on it (RFC 4559 section 6).
     is_special = lacks_host = logs_in = False
+    may_switch = False  # to another protocol, by a 101: `Handshake`
     is_resent = False  # the last attempt's kept connection had died, so it was sent once more on a fresh one
 
     def __init__(self, method: str, target: bytes, own: Sequence[Line], shared: RequestHead | None = None) -> None:

@@ -67,11 +67,12 @@ class ResponseHead:
 
     __slots__ = (
         *("_heads", "_parser", "status", "reason", "lines", "plain", "_collected", "options", "pieces", "size"),
-        *("version", "has_head", "has_end", "keeps_alive"),
+        *("_may_switch", "version", "has_head", "has_end", "keeps_alive"),
     )
 
-    def __init__(self, heads: ResponseHeads) -> None:
+    def __init__(self, heads: ResponseHeads, may_switch: bool = False) -> None:
         self._heads = heads
+        self._may_switch = may_switch
         self._parser: httptools.HttpResponseParser | None = None
         self.status = 0
         self.reason = ""
@@ -119,8 +120,10 @@ class ResponseHead:
     def _feed_parser(self, parser: httptools.HttpResponseParser, data: bytes) -> bool:
         try:
             parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            raise InvalidResponse("the backend switched protocols without being asked") from None
+        except httptools.HttpParserUpgrade as switched:
+            if not self._may_switch:
+                raise InvalidResponse("the backend switched protocols without being asked") from None
+            self.pieces.append(data[switched.args[0] :])  # of the other protocol
         except httptools.HttpParserError as error:
             if self.has_end:
                 return False
@@ -149,7 +152,7 @@ class ResponseHead:
         self.version = version = self._parser.get_http_version()
         if version not in ("1.1", "1.0"):  # llhttp also takes 0.9 and 2.0, which have no status line
             raise InvalidResponse(f"the backend's response has the version HTTP/{version}")
-        self.has_head = self.status >= 200
+        self.has_head = self.status >= 200 or (self.status == 101 and self._may_switch)
         # Not llhttp's own judgement: it takes an answer to HEAD without a length for one that lasts until EOF.
         self.options = nominated(self.lines)
         is_persistent = version == "1.1" or b"keep-alive" in self.options
@@ -276,19 +279,29 @@ class ResponseBody(Body):
                 return
             self.buffered += self._take(data)
 
-    def read_out(self, most: int, deadline: float) -> None:
-        """Receive what is left and drop it, so that the backend can write all of it, and close: no more than `most`
-        bytes, nor later than `deadline`, which is of time.monotonic()."""
+    def read_out(self, most: int, deadline: float) -> bytes:
+        """Receive what is left, so that the backend can write all of it, and close: no more than `most` bytes, nor
+        later than `deadline`, which is of time.monotonic()."""
+        data = self.buffered[:most]
+        self.buffered = b""
         try:
-            while self._connection is not None and not self.is_complete and (self._left or 1) <= most:
+            while self._connection is not None and not self.is_complete and (self._left or 1) <= most - len(data):
                 if (seconds := deadline - time.monotonic()) <= 0:
                     break
                 self._connection.set_timeout(max(0.001, seconds))
-                most -= len(self.read_chunk(min(most, CHUNK)))
+                data += self.read_chunk(min(most - len(data), CHUNK))
         except BackendError:
-            pass  # whoever calls this wanted the head alone
+            pass  # whoever calls this wanted the head above all
         finally:
             self.close()
+        return data
+
+    def take_over(self) -> tuple[Connection, bytes]:
+        """The connection, on which another protocol is spoken from now on, and what has come of that."""
+        connection, self._connection = self._connection, None
+        assert connection is not None
+        self._head.end()
+        return connection, self.buffered
 
     def _receive(self, receive: Callable[[int], Data], most: int) -> Data:
         try:

@@ -39,7 +39,7 @@ class Sent:
     @property
     def head(self) -> ResponseHead:
         if self.begun is None:
-            self.begun = ResponseHead(self.heads)
+            self.begun = ResponseHead(self.heads, self.request.may_switch)
         return self.begun
 
     def write(self) -> None:

@@ -26,6 +26,7 @@ from balancer.protocol.origin import Origin
 from balancer.protocol.responseheads import ResponseHeads
 from balancer.upstream.connection import FIRST, Connection
 from balancer.upstream.dialer import Dialer
+from balancer.upstream.handshake import Handshake
 from balancer.upstream.outgoing import OutgoingRequest, as_outgoing, origin_of
 from balancer.upstream.response import BackendResponse, Body, ResponseBody
 from balancer.upstream.sent import Sent
@@ -210,6 +211,8 @@ class BackendAdapter(BaseAdapter):
     def _respond(self, sent: Sent) -> BackendResponse:
         """The head is here. Gives the connection back at once if the body is here too."""
         request, connection = sent.request, sent.connection
+        if sent.head.status == 101 and isinstance(request, Handshake):
+            request.switched(sent.head.lines)
         body = ResponseBody(
             connection,
             sent.head,
