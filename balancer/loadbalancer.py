@@ -36,7 +36,7 @@ from balancer.edge.listener import ClientLimits
 from balancer.edge.port import Port, listen
 from balancer.edge.redirect import redirect_to
 from balancer.edge.server import Server
-from balancer.edge.sockets import SocketOptions, Sockets
+from balancer.edge.sockets import Sockets
 from balancer.edge.tls import Certificate, TlsOptions
 from balancer.edge.workers import WorkerPool
 from balancer.errors import SettingsError
@@ -302,11 +302,11 @@ class LoadBalancer:
     def make_bridges(self) -> list[Bridge]:
         """The main one, and the control API's if it has a port of its own; both share the threads."""
         config = self.settings
-        limits = config.options(ClientLimits)
+        limits = _client_limits(config)
         is_wrapped = self.app.wsgi_app is not self.proxy
         if hasattr(select, "epoll"):
             self.express = Express(self.adapter, self.workers)
-            self.sockets = None if is_wrapped else Sockets(config.options(SocketOptions))
+            self.sockets = None if is_wrapped else Sockets()
         bridges = [
             Bridge(
                 self.app.wsgi_app,
@@ -416,9 +416,7 @@ class LoadBalancer:
         self.proxy.heads = wiring.request_heads(config, self.proxy.heads.pseudonym)
         self.control.access.options = config.options(AccessOptions)
         for bridge in self.bridges:
-            bridge.limits = config.options(ClientLimits)
-        if self.sockets is not None:
-            self.sockets.options = config.options(SocketOptions)
+            bridge.limits = _client_limits(config)
         self.port_options = _port_options(config)
         self.renewal.use()
         self._renew()
@@ -488,9 +486,19 @@ def _checked(filters: Any) -> list[Filter]:
     return given
 
 
+def _room() -> int:
+    """Requests in flight that the limit of open files allows."""
+    return max(1, process.descriptor_limit() // 2 - SPARE_DESCRIPTORS)
+
+
+def _client_limits(config: Settings) -> ClientLimits:
+    """With `max_websockets`, or what leaves other requests half the room."""
+    return replace(config.options(ClientLimits), max_websockets=min(config.max_websockets, _room() // 2))
+
+
 def _port_options(config: Settings) -> PortOptions:
     """With `max_clients`, or what the limit of open files allows: a request in flight needs two."""
-    room = max(1, process.descriptor_limit() // 2 - SPARE_DESCRIPTORS)
+    room = _room()
     if room < config.max_clients // 2:
         log.warning("the limit of open files allows %d clients, not max_clients = %d", room, config.max_clients)
     return replace(config.options(PortOptions), max_clients=min(config.max_clients, room))

@@ -28,6 +28,8 @@ from balancer.balancing.pool import BackendPool, Lease  # noqa: E402
 from balancer.balancing.strategies import REGISTRY, create  # noqa: E402
 from balancer.config.settings import Settings  # noqa: E402
 from balancer.protocol.origin import Origin  # noqa: E402
+from balancer.protocol.request import Request  # noqa: E402
+from balancer.protocol.requestheads import RequestHeads  # noqa: E402
 
 FAST_SECONDS = 0.04
 SLOTS = 8
@@ -97,6 +99,13 @@ def simulate_all(rounds: int) -> list[Sample]:
     return [Sample("simulation", "", "simulated", name, n, simulate(n, name, SIMULATED_SECONDS)) for n, name in every]
 
 
+CLIENTS = 250  # that differ in their address
+
+
+def asked(client: int) -> Request:
+    return Request(RequestHeads(), "GET", "/", b"/", "1.1", "http", f"192.0.2.{client}", [(b"host", b"a")])
+
+
 def simulate(number: int, name: str, seconds: float) -> Figures:
     """One strategy under the traffic of round `number`."""
     now = 0.0
@@ -107,13 +116,14 @@ def simulate(number: int, name: str, seconds: float) -> Figures:
         backend.restart(now)
         pool.record_check(pool.add(backend_id, Origin("http", "127.0.0.1", 1)), LastCheck(now, 0.0, 200, None))
     shots = [Shot(due) for due in poisson(RATE, seconds, seed=number + 1)]
+    requests = [asked(client) for client in range(CLIENTS)]
     running: list[tuple[float, int, Lease]] = []  # by the time of the answer
     for index, shot in enumerate(shots):
         while running and running[0][0] <= shot.due:
             now, ended, lease = heapq.heappop(running)
             lease.release(shots[ended].latency)
         now = shot.due
-        lease = pool.lease(None)
+        lease = pool.lease(requests[index % len(requests)])
         chosen = backends[lease.backend.id]
         chosen.requests += 1
         answered = chosen.due(now)

@@ -1,7 +1,7 @@
 """This balancer beside others: CPU per request, speed, latency, memory, and how well it chooses. Linux only.
 
-./bench/run.sh                                 11 minutes: installs what is missing, tables, bench/results.json
-./bench/run.sh --full                          70 minutes: everything; renews docs/performance.md and its plot
+./bench/run.sh                                 12 minutes: installs what is missing, tables, bench/results.json
+./bench/run.sh --full                          80 minutes: everything; renews docs/performance.md and its plot
 ./bench/run.sh --parts speed --loads small-32,small-256 --rounds 5 --seconds 10 --contenders balancer,baseline
 ./bench/run.sh --render bench/results.json     seconds: renews the documentation from files, without measuring
 ./bench/run.sh --transfer 1GiB                 that many bytes up and down; growth of the balancer's memory

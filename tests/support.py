@@ -333,7 +333,7 @@ class BackendProcess(Process):
 
 # As somebody may set it up who has not read about it.
 NGINX = """
-daemon off; user root; pid nginx.pid; error_log stderr; worker_processes 1;
+daemon off; {main} pid nginx.pid; error_log stderr; worker_processes 1;
 events {{ worker_connections 64; }}
 http {{
     access_log off;
@@ -347,10 +347,10 @@ http {{
 
 
 @contextmanager
-def nginx_before(folder: Path, balancer: Served, more: str, at: str = "/") -> Iterator[str]:
-    """Its URL. The path `at` is taken off what it passes on."""
+def nginx_before(folder: Path, balancer: Served, more: str, at: str = "/", main: str = "") -> Iterator[str]:
+    """Its URL. The path `at` is taken off what it passes on; `main` and `more` are lines of its configuration."""
     port = free_port()
-    told = NGINX.format(port=port, at=at, url=balancer.url + ("" if at == "/" else "/"), more=more)
+    told = NGINX.format(port=port, at=at, url=balancer.url + ("" if at == "/" else "/"), more=more, main=main)
     url = f"http://127.0.0.1:{port}"
 
     def answers() -> bool:

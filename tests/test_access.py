@@ -376,6 +376,7 @@ def test_a_reader_without_a_token_sees_names_of_files_alone(tmp_path: Path, monk
     configuration = app.extensions["balancer"].configuration
     configuration.file, configuration.sources = file, dict.fromkeys(Settings.model_fields, f"file {file}")
     configuration.settings = configuration.settings.model_copy(update={"ca_file": folder / "ca.pem"})
+    configuration._named.add(folder / "ca.pem")
     for missing in (file, None):  # neither is the file of settings there, nor that of the token
         configuration.read = lambda missing=missing: load({}, file=missing)
         assert app.test_client().post("/reload", headers=bearer(TOKEN)).status_code == 422

@@ -108,7 +108,7 @@ class Bridge(Listener):
                 call.refuse_plainly()
                 return
             call.forwarding = self.proxy.upgrade(call.request(self.proxy.heads))
-            if self.is_leaving or len(self.open_sockets) > self.sockets.options.max_websockets:
+            if self.is_leaving or len(self.open_sockets) > self.limits.max_websockets:
                 call.refuse()
             else:
                 self._submit(call)

@@ -58,7 +58,7 @@ class HandshakeCall(Call):
     def _open(self, upgrade: Upgrade) -> None:
         from balancer.edge.websocket import WebSocket  # which loads what few need
 
-        socket = WebSocket(self, upgrade, self._sockets)
+        socket = WebSocket(self, upgrade, self._sockets, self.listener.limits)
         self.attach(socket)
         self.protocol.receive()  # "websocket.connect". To ask for it once the client has left would end this process.
         accepted = self.protocol.send({"type": "websocket.accept", "subprotocol": upgrade.subprotocol})

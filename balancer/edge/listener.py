@@ -42,6 +42,11 @@ class ClientLimits:
 
     idle_timeout: float
     min_body_rate: int
+    max_websockets: int
+    websocket_max_message: int
+    websocket_idle_timeout: float
+    websocket_ping_interval: float
+    websocket_max_age: float
     networks: tuple[Network, ...]
 
 

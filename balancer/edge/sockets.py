@@ -13,7 +13,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from threading import Thread
 from typing import Protocol
 
@@ -23,17 +22,6 @@ log = logging.getLogger("balancer.server")
 
 LOOK_SECONDS = 0.25  # between two looks for what is due, while any socket is open
 INPUT, ROOM = getattr(select, "EPOLLIN", 0), getattr(select, "EPOLLOUT", 0)
-
-
-@dataclass(frozen=True, slots=True)
-class SocketOptions:
-    """By the names of the settings."""
-
-    max_websockets: int
-    websocket_max_message: int
-    websocket_idle_timeout: float
-    websocket_ping_interval: float
-    websocket_max_age: float
 
 
 class Watched(Protocol):
@@ -60,14 +48,13 @@ class Watched(Protocol):
 
 
 class Sockets:
-    """`start` and `stop` once each. `options` may be replaced at any time, a socket keeps those it began with.
+    """`start` and `stop` once each.
 
     `_open` has the socket per descriptor of its backend's connection: whoever opens one puts it in, the thread takes it
     out. `_todo` has what others leave to the thread. Each is one step that needs no lock.
     """
 
-    def __init__(self, options: SocketOptions) -> None:
-        self.options = options
+    def __init__(self) -> None:
         self._open: dict[int, Watched] = {}
         self._todo: deque[Callable[[], None]] = deque()
         self._epoll = select.epoll()

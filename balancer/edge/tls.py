@@ -274,7 +274,11 @@ def _try_out(options: TlsOptions, paths: list[str]) -> None:
             capture_output=True,
             timeout=CHECK_SECONDS,
         )
-    except (OSError, subprocess.SubprocessError) as error:
+    except subprocess.TimeoutExpired:
+        raise _wrong(
+            "tls_certificate", options.tls_certificate, f"its trial took more than {CHECK_SECONDS:g} s"
+        ) from None
+    except OSError as error:
         raise _wrong("tls_certificate", options.tls_certificate, f"could not be tried out: {error}") from None
     if child.returncode != 0:
         said = child.stderr.decode(errors="replace")

@@ -15,8 +15,9 @@ from threading import RLock
 from typing import TYPE_CHECKING, Any, Protocol
 
 from balancer.edge.accepted import Address
+from balancer.edge.listener import ClientLimits
 from balancer.edge.promise import is_done, result_of, when_done
-from balancer.edge.sockets import INPUT, ROOM, SocketOptions, Sockets
+from balancer.edge.sockets import INPUT, ROOM, Sockets
 from balancer.errors import BackendError, ConnectionLost, InvalidResponse, ResponseTimedOut
 from balancer.protocol.websocket import (
     GOING_AWAY,
@@ -37,7 +38,7 @@ log = logging.getLogger("balancer.server")
 
 PAUSE, RESUME = 262144, 65536  # bytes that one side has not read: then the other is not read either, and again from
 LEAST_COUNTED = 512  # bytes of memory that a message takes until it is read, however small
-TOLD_EACH = 16384  # bytes to a client after which we ask when it has read them
+TOLD_EACH = 131072  # bytes to a client after which we ask when it has read them: each answer costs a switch of threads
 CLOSE_SECONDS = 5.0  # for either side to end, once it has been told
 
 
@@ -65,18 +66,18 @@ class WebSocket:
     """
 
     __slots__ = (
-        *("_call", "_upgrade", "_sockets", "_options", "_client", "_backend", "_record", "_lock", "due"),
+        *("_call", "_upgrade", "_sockets", "_limits", "_client", "_backend", "_record", "_lock", "due"),
         *("_events", "_receiving", "_is_client_open", "_is_backend_open", "_is_over", "_untold", "_unread"),
         *("_opened_at", "_used_at", "_pinged_at", "_deadline", "_reason", "_failure"),
     )
 
-    def __init__(self, call: Opened, upgrade: Upgrade, sockets: Sockets) -> None:
+    def __init__(self, call: Opened, upgrade: Upgrade, sockets: Sockets, limits: ClientLimits) -> None:
         self._call = call
         self._upgrade = upgrade
         self._sockets = sockets
-        self._options: SocketOptions = sockets.options
+        self._limits = limits  # as they were when it began
         self._client = call.protocol
-        self._backend = BackendSocket(upgrade.connection, upgrade.received, self._options.websocket_max_message)
+        self._backend = BackendSocket(upgrade.connection, upgrade.received, self._limits.websocket_max_message)
         self._record = upgrade.socket
         self._lock = RLock()
         self.due = math.inf
@@ -193,7 +194,7 @@ class WebSocket:
             self._pass_on(event["bytes"] if text is None else text.encode(), is_text=text is not None)
 
     def _pass_on(self, data: bytes, *, is_text: bool) -> None:
-        record, most = self._record, self._options.websocket_max_message
+        record, most = self._record, self._limits.websocket_max_message
         record.messages_in += 1
         record.bytes_in += len(data)
         self._used_at = time.monotonic()
@@ -264,33 +265,33 @@ class WebSocket:
     # Time, and the end.
 
     def _plan(self) -> None:
-        options, due = self._options, [self._used_at + self._options.websocket_idle_timeout]
-        if options.websocket_max_age:
-            due.append(self._opened_at + options.websocket_max_age)
-        if options.websocket_ping_interval:
-            due.append(self._pinged_at + options.websocket_ping_interval)
+        limits, due = self._limits, [self._used_at + self._limits.websocket_idle_timeout]
+        if limits.websocket_max_age:
+            due.append(self._opened_at + limits.websocket_max_age)
+        if limits.websocket_ping_interval:
+            due.append(self._pinged_at + limits.websocket_ping_interval)
         self.due = min(due) if self._deadline is None else self._deadline
 
     def _look(self, now: float) -> None:
-        options = self._options
+        limits = self._limits
         if self._deadline is not None:
             if now >= self._deadline:
                 self._client_over()
                 self._is_backend_open = False
         elif now >= self.leave_at:
             self._close(GOING_AWAY, "the balancer or the backend is going away", "balancer")
-        elif options.websocket_max_age and now >= self._opened_at + options.websocket_max_age:
-            self._close(GOING_AWAY, f"open for {options.websocket_max_age:g} s", "balancer")
-        elif now >= self._used_at + options.websocket_idle_timeout:
-            self._close(GOING_AWAY, f"idle for {options.websocket_idle_timeout:g} s", "balancer")
-        elif options.websocket_ping_interval and now >= self._pinged_at + options.websocket_ping_interval:
+        elif limits.websocket_max_age and now >= self._opened_at + limits.websocket_max_age:
+            self._close(GOING_AWAY, f"open for {limits.websocket_max_age:g} s", "balancer")
+        elif now >= self._used_at + limits.websocket_idle_timeout:
+            self._close(GOING_AWAY, f"idle for {limits.websocket_idle_timeout:g} s", "balancer")
+        elif limits.websocket_ping_interval and now >= self._pinged_at + limits.websocket_ping_interval:
             self._ping(now)
         self._plan()
 
     def _ping(self, now: float) -> None:
         """Whatever has come since the last one shows that the backend is there. While we do not read, nothing can."""
         if self._events & INPUT and not self._backend.heard:
-            self._lose(ResponseTimedOut, f"no answer to a ping for {self._options.websocket_ping_interval:g} s")
+            self._lose(ResponseTimedOut, f"no answer to a ping for {self._limits.websocket_ping_interval:g} s")
             return
         self._backend.ping()
         self._backend.heard = not self._events & INPUT

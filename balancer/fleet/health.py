@@ -75,8 +75,9 @@ class Probe:
             if status not in GOOD_STATUSES:
                 error = f"health check answered {status}"
         except BackendError as failure:
-            error = f"health check failed: {failure}"
             timed_out = isinstance(failure, ConnectTimedOut | ResponseTimedOut)
+            late = f"{origin.url} did not answer within {self._options.health_timeout:g} s"  # not what was left of it
+            error = f"health check failed: {late if isinstance(failure, ResponseTimedOut) else failure}"
         return LastCheck(time.time(), time.monotonic() - started, status, error, timed_out)
 
     def _status(self, origin: Origin, deadline: float) -> int:

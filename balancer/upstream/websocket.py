@@ -17,7 +17,7 @@ from balancer.protocol.texts import shown
 from balancer.protocol.websocket import NO_CODE
 from balancer.upstream.connection import Connection
 
-RECEIVE = 65536  # bytes at a time
+RECEIVE = 66560  # bytes at a time: a message of 64 KiB goes in one
 MOST_PONGS = 65536  # bytes of answers to pings that a backend may leave unread
 _NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 _quiet = logging.getLogger("balancer.websockets")  # one for all: the library asks it at each socket what it may say
