@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from exposition import Key, promtool, scrape
+from certificates import Files
+from exposition import Key, promtool, read, scrape
 from support import ROOT, Balancer, fetch, free_port
 from wire import WireBackend
+
+from balancer import LoadBalancer
 
 DEPLOY = ROOT / "deploy"
 PROMETHEUS = DEPLOY / "prometheus"
@@ -24,15 +27,18 @@ GROUPING = re.compile(r"\b(?:by|without|on|ignoring|group_left|group_right)\s*\(
 
 
 @pytest.fixture(scope="module")
-def told() -> Iterator[dict[Key, float]]:
-    """/metrics of a balancer that has had good and bad traffic."""
+def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Key, float]]:
+    """/metrics of a balancer that has had good and bad traffic, and of one that has a certificate."""
+    files = Files(tmp_path_factory.mktemp("certificate"))
+    with LoadBalancer([], **files.settings) as secure:
+        of_tls = read(secure.app.test_client().get("/metrics").text)
     with WireBackend() as good, WireBackend() as bad:
         bad.answer(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n")
         backends = {"good": good.url, "bad": bad.url, "gone": f"http://127.0.0.1:{free_port()}"}
         with Balancer(*(f"--backend={name}={url}" for name, url in backends.items())) as balancer:
             for _ in range(4):
                 fetch(f"{balancer.url}/x", b"body")
-            yield scrape(balancer.url)
+            yield of_tls | scrape(balancer.url)
 
 
 class Known:

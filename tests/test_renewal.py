@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import re
+import resource
 import signal
 import ssl
 import subprocess
@@ -402,6 +403,19 @@ def test_level_after_many_renewals(start: Start, monkeypatch: pytest.MonkeyPatch
     assert refusals == []
     wait_until(lambda: generations(balancer) == 0)
     wait_until(lambda: (threading.active_count(), native_threads()) <= before[:2] and descriptors() <= before[2] + 2)
+
+
+def test_connections_without_a_handshake_do_not_use_up_the_descriptors_for_ever(
+    files: Files, start_process: StartProcess
+) -> None:
+    """Granian's handshakes have their time limit only while it can accept."""
+    balancer = start_process(*files.flags, wait_ready=False)
+    resource.prlimit(balancer.pid, resource.RLIMIT_NOFILE, (150, 150))
+    with ExitStack() as stack:
+        for _ in range(300):
+            stack.enter_context(connect(balancer.port))
+        wait_until(lambda: "no descriptor is left" in balancer.output)
+    assert name_at(balancer.port) == "lb.test"
 
 
 def test_a_unix_socket_is_renewed_too(tmp_path: Path) -> None:

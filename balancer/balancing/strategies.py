@@ -175,6 +175,11 @@ def _weights(candidates: Sequence[Backend]) -> list[int]:
     return [backend.weight for backend in candidates]
 
 
+def _shares(ready: Sequence[Backend]) -> dict[str, float]:
+    total = sum(backend.weight for backend in ready)
+    return {backend.id: backend.weight / total for backend in ready}
+
+
 class TakingTurns(Strategy):
     """Base of the strategies that take turns by weight, at least among equals."""
 
@@ -216,8 +221,7 @@ class Weighted(TakingTurns):
         return self._turns.next(candidates)
 
     def expected_shares(self, ready: Sequence[Backend]) -> Mapping[str, float] | None:
-        total = sum(backend.weight for backend in ready)
-        return {backend.id: backend.weight / total for backend in ready}
+        return _shares(ready)
 
 
 @strategy(
@@ -277,8 +281,7 @@ class Random(Strategy):
         return self.rng.choices(candidates, _weights(candidates))[0]
 
     def expected_shares(self, ready: Sequence[Backend]) -> Mapping[str, float] | None:
-        total = sum(backend.weight for backend in ready)
-        return {backend.id: backend.weight / total for backend in ready}
+        return _shares(ready)
 
 
 @strategy(

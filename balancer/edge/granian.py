@@ -141,10 +141,27 @@ class Worker:
         if hasattr(select, "epoll"):
             _take_away(self._descriptor, self._family)
 
+    def pause(self, nobody: socket.socket) -> None:
+        """Accept no more until `resume`."""
+        os.dup2(nobody.fileno(), self._descriptor, inheritable=False)
+
+    def resume(self, listener: socket.socket) -> None:
+        os.dup2(listener.fileno(), self._descriptor, inheritable=False)
+
     def stop(self) -> None:
         """Accept no more, end idle connections, finish what is in flight; `stopped` is done when all connections have
         ended, and Granian's threads end by themselves then."""
         self._signal.set()
+
+
+def listening_for_nobody(family: int) -> socket.socket:
+    """For what must be a listening socket and is not to accept anything."""
+    nobody = socket.socket(family)
+    address: Any = ("::1" if family == socket.AF_INET6 else "127.0.0.1", 0)
+    nobody.bind("" if family == socket.AF_UNIX else address)  # any name that is free
+    nobody.listen(1)
+    nobody.setblocking(False)
+    return nobody
 
 
 def _ensure_room(listener: socket.socket) -> None:
@@ -172,9 +189,5 @@ def _take_away(listener: int, family: int) -> None:
             if re.search(rf"^tfd:\s*{listener}\b", watched, re.MULTILINE):
                 with select.epoll.fromfd(os.dup(int(name))) as poller:
                     poller.unregister(listener)
-    with contextlib.suppress(OSError), socket.socket(family) as nobody:
-        address: Any = ("::1" if family == socket.AF_INET6 else "127.0.0.1", 0)
-        nobody.bind("" if family == socket.AF_UNIX else address)  # any name that is free
-        nobody.listen(1)
-        nobody.setblocking(False)
+    with contextlib.suppress(OSError), listening_for_nobody(family) as nobody:
         os.dup2(nobody.fileno(), listener, inheritable=False)

@@ -18,7 +18,7 @@ from typing import Any
 
 from balancer.edge import accepted
 from balancer.edge.bridge import Bridge
-from balancer.edge.granian import BACKLOG, PortOptions, Worker
+from balancer.edge.granian import BACKLOG, PortOptions, Worker, listening_for_nobody
 from balancer.edge.tls import Certificate
 from balancer.edge.unixsocket import Unread
 from balancer.errors import SettingsError
@@ -36,6 +36,8 @@ MOST_PARKED = 8  # workers, each with three threads; one more has to wait until 
 LONGEST_PARKED = 3600.0  # and no longer: a certificate must not expire because somebody's event stream never ends
 CLOSING_SECONDS = 30.0  # in which its WebSockets are told so
 LOOK_SECONDS = 1.0  # between two looks whether they have ended
+ROOM_SECONDS = 0.5  # between two looks whether a descriptor is left
+RESERVE, ROOM = 8, 64  # descriptors that are held back for then, and that there must be to accept again
 
 
 class Port:
@@ -56,6 +58,7 @@ class Port:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._worker: Worker | None = None
         self._next_renewal = 0.0  # of time.monotonic(), at the earliest
+        self._keeps_room = False
         self._later: asyncio.TimerHandle | None = None  # a renewal that had to wait
         self._parked: list[Worker] = []
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -119,11 +122,14 @@ class Port:
 
     def _make_worker(self) -> Worker:
         self._next_renewal = time.monotonic() + RENEW_SECONDS
+        if self.wanted[1] is not None and not self._keeps_room:
+            self._keep(self._keep_room(listening_for_nobody(socket.AF_UNIX), self._room(RESERVE)))
+            self._keeps_room = True
         return Worker(self.bridge, self._listener, *self.wanted)
 
     def _renew(self) -> None:
         assert self._worker is not None
-        if self._worker.made_of == self.wanted or self._listener.fileno() < 0:
+        if self._worker.made_of == self.wanted or self._is_stopping:
             return
         now = time.monotonic()
         if len(self._parked) >= MOST_PARKED:
@@ -132,8 +138,8 @@ class Port:
                 self._abort_older(oldest + PARKED_SECONDS)  # no request of this worker began later
             self._renew_in(max(RENEW_SECONDS, oldest + LONGEST_PARKED - now))
             return
-        if now < self._next_renewal:
-            self._renew_in(self._next_renewal - now)
+        if now < self._next_renewal or not self._has_room(ROOM):
+            self._renew_in(max(RENEW_SECONDS, self._next_renewal - now))
             return
         try:
             worker = self._make_worker()
@@ -179,6 +185,49 @@ class Port:
         deadline = time.monotonic() + CLOSING_SECONDS
         while bridge.sockets_before(parked_at) and time.monotonic() < deadline:
             await asyncio.sleep(LOOK_SECONDS)
+
+    async def _keep_room(self, nobody: socket.socket, reserve: contextlib.ExitStack) -> None:
+        """Connections whose handshake is not done are no clients yet for `max_clients`. Granian looks at none of them,
+        and so ends none, while `accept` fails for want of descriptors: that would be for ever. So a few are held back,
+        with which `accept` finds that nobody is there until handshakes have ended."""
+        with nobody, reserve:
+            while True:
+                await asyncio.sleep(ROOM_SECONDS)
+                if self._has_room(1) or self._worker is None or self._is_stopping:
+                    continue
+                log.warning("%s: no descriptor is left; more clients are accepted when there are some", self.url)
+                paused = self._worker
+                paused.pause(nobody)
+                reserve.close()
+                while not self._has_room(ROOM):
+                    await asyncio.sleep(ROOM_SECONDS)
+                reserve.enter_context(self._room(RESERVE))
+                # Else its descriptor may be somebody else's by now.
+                if paused is self._worker and not self._is_stopping:
+                    paused.resume(self._listener)
+                    self._knock()
+
+    @property
+    def _is_stopping(self) -> bool:
+        return self._listener.fileno() < 0
+
+    def _room(self, descriptors: int) -> contextlib.ExitStack:
+        """Raises OSError if there are not so many."""
+        with contextlib.ExitStack() as room:
+            for _ in range(descriptors):
+                room.enter_context(self._listener.dup())
+            return room.pop_all()
+
+    def _has_room(self, descriptors: int) -> bool:
+        with contextlib.suppress(OSError), self._room(descriptors):
+            return True
+        return False
+
+    def _knock(self) -> None:
+        """Granian looks for those who wait to be accepted when one more comes."""
+        with contextlib.suppress(OSError), socket.socket(self._listener.family) as client:
+            client.setblocking(False)
+            client.connect(self._listener.getsockname())
 
     async def _close_unused(self) -> None:
         begin = self._passes()

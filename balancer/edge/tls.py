@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -103,8 +103,8 @@ class Files:
     """What the files hold, read once each."""
 
     certificate: bytes
-    key: bytes
-    password: bytes
+    key: bytes = field(repr=False)
+    password: bytes = field(repr=False)
     client_ca: bytes
 
     @property
@@ -120,7 +120,7 @@ class Certificate:
 
     options: TlsOptions
     chain: bytes
-    key: bytes
+    key: bytes = field(repr=False)
     client_ca: bytes
     digest: str
     names: tuple[str, ...]
