@@ -15,6 +15,7 @@ from support import PYTHON, ROOT, fetch, running, wait_until
 from test_unix_clients import curl
 
 from balancer.edge import handover
+from balancer.errors import SettingsError
 
 # Like systemd: descriptors from 3 on, then the program in the same process.
 LAUNCHER = """
@@ -72,6 +73,11 @@ def test_a_unix_socket_and_a_control_port_are_served(tmp_path: Path) -> None:
 def test_what_is_meant_for_another_process_is_left_alone_and_not_passed_on() -> None:
     environ = {"LISTEN_PID": str(os.getpid() + 1), "LISTEN_FDS": "1", "LISTEN_FDNAMES": "http", "OTHER": "x"}
     assert handover.take(environ) == {} and environ == {"OTHER": "x"}
+
+
+def test_so_many_there_cannot_be() -> None:
+    with pytest.raises(SettingsError, match="expected a number of sockets"):
+        handover.take({"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "9" * 20})
 
 
 @pytest.mark.parametrize(

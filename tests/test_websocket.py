@@ -390,6 +390,7 @@ ENDS: dict[str, tuple[bytes, int, str]] = {
     "close code 1005": (frame(Opcode.CLOSE, b"\x03\xed"), 1011, "http_protocol_error"),
     "too big": (frame(Opcode.BINARY, b"x" * 1001), 1009, ""),
     "too big in pieces": (frame(Opcode.TEXT, b"x" * 600, fin=False) + frame(Opcode.CONT, b"x" * 600), 1009, ""),
+    "frames that carry nothing": (frame(Opcode.PONG) * 5000, 1011, "http_protocol_error"),
     "closes without a code": (frame(Opcode.CLOSE), 1000, ""),
     "closes with another one": (frame(Opcode.CLOSE, b"\x0f\xa1why"), 4001, ""),
 }
@@ -451,6 +452,15 @@ def test_a_client_that_leaves_before_it_is_let_in_harms_nobody(
     left.set()
     assert newest(wired)["websocket"]["closed_by"] == "client"
     assert wired.status()["statistics"]["websockets"] == 0
+
+
+def test_whoever_leaves_while_the_backend_is_silent_frees_its_place(scripted: WireBackend) -> None:
+    scripted.script = lambda sock, request: read_all(sock)
+    with Balancer(f"--backend=only={scripted.url}", "--response-timeout=60", "--health-timeout=5") as balancer:
+        with connect_raw(balancer.port) as client:
+            client.sendall(HANDSHAKE)
+            wait_until(lambda: scripted.requests, "the backend was asked")
+        assert newest(balancer)["status"] == 499
 
 
 # A client that keeps to no rule.

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from balancer.upstream.tcpinfo import traffic
+from balancer.upstream.tcpinfo import has_hung_up, traffic
 
 Address = tuple[str, str]  # host and port, as Granian gives them
 Local = tuple[str, int] | str  # and of a listening socket, as the kernel does; a path of a Unix socket
@@ -38,6 +38,23 @@ def cut_all(pairs: Iterable[tuple[Address, Address]]) -> None:
             host = wanted.get((*connection.getpeername()[:2], port))
             if host is not None and _is_from(connection, (host, port)):
                 connection.shutdown(socket.SHUT_RDWR)
+
+
+def connected(pairs: Iterable[tuple[Address, Address]]) -> set[Address]:
+    """Of these (client, server) addresses, clients that have neither hung up nor reset their connection: in one pass
+    over all descriptors."""
+    wanted = {(client[0], int(client[1]), int(server[1])): (client, server[0]) for client, server in pairs}
+    descriptors, found = _descriptors(), set()
+    if not descriptors:  # the system does not tell
+        return {client for client, _ in wanted.values()}
+    for connection in _sockets(descriptors, TCP):
+        with contextlib.suppress(OSError):  # not connected, or no more
+            port: int = connection.getsockname()[1]
+            host, peer_port = connection.getpeername()[:2]
+            client, local = wanted.get((host.partition("%")[0], peer_port, port), (None, ""))  # Granian tells no zone
+            if client is not None and _is_from(connection, (local, port)) and not has_hung_up(connection):
+                found.add(client)
+    return found
 
 
 def cut_port(local: Local) -> None:

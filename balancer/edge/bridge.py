@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("balancer.server")
 
 SPREAD = 0.8  # of the time in which WebSockets are closed; in the rest the last ones can end
+SEARCH_SECONDS, SEARCH_PAUSE = 0.5, 20  # between two searches through all connections, and times what one takes
 WATCH_AFTER_SECONDS = 0.1  # a request in flight longer than this is watched for its client leaving
 
 
@@ -71,6 +72,7 @@ class Bridge(Listener):
         self._is_control = is_control
         self._collecting: dict[Call, None] = {}
         self._parked: dict[Call, float] = {}
+        self._next_search = 0.0  # of time.monotonic(), for clients that have left before they were let in
 
     # --- Granian's thread: nothing here may block. ---
 
@@ -189,6 +191,7 @@ class Bridge(Listener):
             try:
                 now = time.monotonic()
                 self._look_around(now - WATCH_AFTER_SECONDS)
+                self._look_for_left(now)
                 self._end_slow_downloads(now)
             except Exception:  # it must go on, or nobody would notice any more that clients leave
                 log.exception("watching clients failed")
@@ -203,6 +206,22 @@ class Bridge(Listener):
             if not call.is_watched and call.may_be_watched():
                 call.is_watched = True
                 self._watch_one(call)
+
+    def _look_for_left(self, now: float) -> None:
+        """Clients that wait for a WebSocket: Granian does not say that they have left, but the kernel does."""
+        oldest = now - SEARCH_SECONDS
+        pending = [
+            call
+            for call in list(self.open_sockets)
+            if call.is_pending and call.started <= oldest and call.scope["client"][0]
+        ]
+        if not pending or now < self._next_search:
+            return
+        here = accepted.connected(call.addresses for call in pending)
+        for call in pending:
+            if call.scope["client"] not in here:
+                self._lost(call)
+        self._next_search = now + max(SEARCH_SECONDS, SEARCH_PAUSE * (time.monotonic() - now))
 
     def _end_slow_downloads(self, now: float) -> None:
         """Connections that have to end too are cut in one pass, and before their requests are recorded."""

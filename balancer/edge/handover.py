@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Mapping, MutableMapping
 
@@ -22,7 +23,7 @@ def take(environ: MutableMapping[str, str]) -> Handed:
     pid, count, names, _ = (environ.pop(name, "") for name in VARIABLES)
     if pid != str(os.getpid()):
         return {}
-    if not count.isdecimal():
+    if not re.fullmatch("[0-9]{1,4}", count):
         raise SettingsError(f"LISTEN_FDS = {count!r:.40}: expected a number of sockets")
     given = names.split(":") if names else [""] * int(count)
     if len(given) != int(count):

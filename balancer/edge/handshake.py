@@ -20,14 +20,15 @@ if TYPE_CHECKING:
 class HandshakeCall(Call):
     """A worker has it until its backend has answered; from then on nobody, for as long as the socket is open."""
 
-    __slots__ = ("_sockets", "since", "leave_at")
+    __slots__ = ("_sockets", "since", "leave_at", "is_pending")
 
     def __init__(self, listener: Listener, watcher: Any, is_control: bool, is_last: bool, sockets: Sockets) -> None:
         super().__init__(listener, watcher, is_control, is_last)
         self._sockets = sockets
         self.since = -math.inf if is_last else self.started  # before its worker was parked, in any case
         self.leave_at = math.inf  # of time.monotonic(): it has to end then, because we or its backend do
-        self.is_watched = True  # Granian says of no client that it has left before it was let in
+        self.is_watched = True  # Granian says of no client that it has left before it was let in; `Bridge` looks itself
+        self.is_pending = True  # until then
         listener.open_sockets[self] = None
 
     def request(self, heads: RequestHeads) -> Request:
@@ -58,6 +59,7 @@ class HandshakeCall(Call):
     def _open(self, upgrade: Upgrade) -> None:
         from balancer.edge.websocket import WebSocket  # which loads what few need
 
+        self.is_pending = False
         socket = WebSocket(self, upgrade, self._sockets, self.listener.limits)
         self.attach(socket)
         self.protocol.receive()  # "websocket.connect". To ask for it once the client has left would end this process.

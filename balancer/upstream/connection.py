@@ -21,7 +21,6 @@ _PEEK = int(getattr(socket, "MSG_PEEK", 0)) | DONTWAIT
 CHUNK = 135168
 FIRST = 33792  # of an answer, 32 KiB of body and a head: how fast its client reads is not known yet
 TLS_RECORD = 16384  # bytes; a send of more may wait in its middle
-HANGUP = int(getattr(select, "POLLRDHUP", 0))
 CLOSE_ENOUGH = 0.99  # of a time limit
 
 
@@ -141,12 +140,6 @@ class Connection:
         poller.register(self.sock, select.POLLOUT | (select.POLLIN if or_input else 0))
         if not poller.poll(self._timeout * 1000):
             raise ResponseTimedOut(f"{self.origin.url} stopped reading the request")
-
-    def has_hung_up(self) -> bool:
-        """It sends no more, whatever of that has been read; where the system tells."""
-        poller = select.poll()
-        poller.register(self.sock, HANGUP)
-        return bool(HANGUP and poller.poll(0))
 
     def has_input(self) -> bool:
         """True if a receive would not block: while idle, that means EOF, an alert, or bytes nobody asked for."""

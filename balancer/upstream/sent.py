@@ -12,6 +12,7 @@ from balancer.protocol.responseheads import MAX_HEAD, ResponseHeads
 from balancer.upstream.connection import DONTWAIT, FIRST, Connection
 from balancer.upstream.outgoing import OutgoingRequest
 from balancer.upstream.response import BackendResponse, ResponseHead
+from balancer.upstream.tcpinfo import has_hung_up
 
 _HAS_SENDMSG = hasattr(socket.socket, "sendmsg")  # Windows has none
 
@@ -166,4 +167,4 @@ class Sent:
             data = self.connection.receive_now()
             if data is not None:
                 self.take(data)
-        return self.head.has_head and (after_any or self.head.status >= 300 or self.connection.has_hung_up())
+        return self.head.has_head and (after_any or self.head.status >= 300 or has_hung_up(self.connection.sock))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import socket
 import struct
 import sys
@@ -14,6 +15,18 @@ ACKED_AT, RECEIVED_AT = 120, 128  # bytes that the peer has acknowledged, and by
 
 state_and_received = struct.Struct("@B127xQ").unpack_from  # at 0 and RECEIVED_AT
 count_at = struct.Struct("@Q").unpack_from
+
+
+_HANGUP = int(getattr(select, "POLLRDHUP", 0))
+
+
+def has_hung_up(connection: socket.socket) -> bool:
+    """The peer sends no more, whatever of that has been read; False where the system does not tell."""
+    if not _HANGUP:
+        return False
+    poller = select.poll()
+    poller.register(connection, _HANGUP)
+    return bool(poller.poll(0))
 
 
 def traffic(connection: socket.socket) -> tuple[int, int]:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import logging
 import ssl
+import time
 from collections import deque
 from typing import cast
 
-from websockets.frames import Frame, Opcode
+from websockets.frames import CTRL_OPCODES, Frame, Opcode
 from websockets.protocol import Protocol, Side, State
 
 from balancer.protocol.texts import shown
@@ -18,6 +19,8 @@ from balancer.protocol.websocket import NO_CODE
 from balancer.upstream.connection import Connection
 
 RECEIVE = 66560  # bytes at a time: a message of 64 KiB goes in one
+# Frames that carry nothing: so many at once, and a second, are more than any use of them.
+EMPTY_FRAMES, EMPTY_PER_SECOND = 4096, 1000
 MOST_PONGS = 65536  # bytes of answers to pings that a backend may leave unread
 _NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 _quiet = logging.getLogger("balancer.websockets")  # one for all: the library asks it at each socket what it may say
@@ -33,7 +36,7 @@ class BackendSocket:
 
     __slots__ = (
         *("connection", "unsent", "heard", "has_ended", "close_code", "close_reason", "failure", "failure_code"),
-        *("_protocol", "_frames", "_message", "_is_text", "_pongs"),
+        *("_protocol", "_frames", "_message", "_is_text", "_pongs", "_empty", "_began"),
     )
 
     def __init__(self, connection: Connection, received: bytes, most: int) -> None:
@@ -51,6 +54,7 @@ class BackendSocket:
         self._message: bytearray | None = None  # which has begun, and goes on in further frames
         self._is_text = False
         self._pongs = 0  # bytes of them in `unsent`
+        self._empty, self._began = 0, time.monotonic()  # frames that carried nothing, and since when
         if received:
             self._feed(received)
 
@@ -75,7 +79,11 @@ class BackendSocket:
     def _feed(self, data: bytes) -> None:
         protocol = self._protocol
         protocol.receive_data(data)
-        self._frames.extend(cast(list[Frame], protocol.events_received()))
+        frames = cast(list[Frame], protocol.events_received())
+        self._frames.extend(frames)
+        self._empty += sum(not frame.data or frame.opcode in CTRL_OPCODES for frame in frames)
+        if self._empty > EMPTY_FRAMES + EMPTY_PER_SECOND * (time.monotonic() - self._began):
+            self._refuse(1008, "it sends frames that carry nothing")
         if protocol.writes:  # pongs, and what follows from a close frame or a broken one
             self._pongs = self._pongs + sum(map(len, protocol.writes)) if self.unsent else 0
             self._write()
@@ -125,6 +133,9 @@ class BackendSocket:
     def fail(self, code: int, why: str) -> None:
         """It broke the protocol: nothing that it sends counts any more."""
         self._frames.clear()
+        self._refuse(code, why)
+
+    def _refuse(self, code: int, why: str) -> None:
         self.failure, self.failure_code = why, code
         self._protocol.fail(code)
         self._write()
