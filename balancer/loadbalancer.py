@@ -106,7 +106,8 @@ class LoadBalancer:
         elif backends is not None or values:
             beside = ", ".join((["backends"] if backends is not None else []) + list(values))
             raise SettingsError(f"config has all settings, but {beside} came beside it; give either")
-        parts = wiring.make(config, sources, _checked(filters), self.reload, self._renew)
+        self._server: Server | None = None  # once it listens
+        parts = wiring.make(config, sources, _checked(filters), self.reload, self._renew, self._ports)
         self.app, self.control_app, self.proxy = parts.app, parts.control_app, parts.proxy
         self.control, self.health, self.workers, self.routes = parts.control, parts.health, parts.workers, parts.routes
         self.configuration, self.adapter = parts.control.configuration, parts.control.adapter
@@ -118,7 +119,6 @@ class LoadBalancer:
         self.bridges: list[Bridge] = []
         self._lock = threading.RLock()
         self._state = State.NEW
-        self._server: Server | None = None  # once it listens
         self._thread: Thread | None = None  # which serves, if `start` has made it
         self._ending: Future[float] = Future()  # seconds for what is in flight
         self._ended = threading.Event()  # `_thread` has closed everything
@@ -342,6 +342,9 @@ class LoadBalancer:
         if self.settings.http_redirect_port is not None:
             wanted[-1] = self.port_options, None
         return wanted
+
+    def _ports(self) -> list[Port]:
+        return [] if self._server is None else self._server.ports
 
     def _renew(self) -> None:
         """Let the ports know, from any thread."""

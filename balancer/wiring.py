@@ -8,6 +8,7 @@ import ssl
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ from balancer.config.settings import Settings
 from balancer.control import api
 from balancer.control.access import Access, AccessOptions
 from balancer.control.control import Control, TlsView
+from balancer.edge.port import Port
 from balancer.edge.renewal import News, Renewal
 from balancer.edge.tls import TlsOptions
 from balancer.edge.workers import WorkerPool
@@ -84,10 +86,11 @@ def make(
     filters: Sequence[Filter],
     reload: Callable[[bool], Plan],
     renew: Callable[[], None],
+    ports: Callable[[], Sequence[Port]],
 ) -> Parts:
     """`sources` says where each setting came from; `filters` are asked about each request that is to be forwarded, in
-    their order; `renew` is called for each new certificate. Raises SettingsError for an unknown algorithm, an
-    unreadable CA file or a certificate that cannot be used."""
+    their order; `renew` is called for each new certificate; `ports` are those that are listened on by then. Raises
+    SettingsError for an unknown algorithm, an unreadable CA file or a certificate that cannot be used."""
     strategies.load_entry_points()
     configuration = Configuration(config, sources)
     statistics, events = Statistics(), Events()
@@ -108,7 +111,7 @@ def make(
         *(pool, statistics, events, history, writer, DASHBOARD, configuration, access, adapter),
         queued=lambda: workers.queued,
         reload=reload,
-        tls=lambda: _tls(renewal),
+        tls=lambda: _tls(renewal, ports()),
     )
     api.install(app, control)
     control_app = app.wsgi_app
@@ -149,14 +152,17 @@ def _renewal(config: Settings, configuration: Configuration, events: Events, ren
     return Renewal(config.options(TlsOptions), renew=renew, note=note)
 
 
-def _tls(renewal: Renewal) -> TlsView | None:
-    if (certificate := renewal.certificate) is None:
+def _tls(renewal: Renewal, ports: Sequence[Port]) -> TlsView | None:
+    served = [port.certificate for port in ports] or [renewal.certificate]
+    certificate = min(filter(None, served), key=attrgetter("expires_at"), default=None)
+    if certificate is None:
         return None
     return {
         "names": list(certificate.names),
         "issuer": certificate.issuer,
         "expires_at": certificate.expires_at,
-        "since": renewal.since,
+        "since": certificate.read_at,
+        "pending": any(port.is_pending for port in ports),
         "last_error": renewal.last_error,
     }
 

@@ -332,6 +332,8 @@ def test_the_certificate_is_named_and_warned_of_in_time(tab: Tab, stub: Stub) ->
     stub.answer["tls"] = {"names": names, "expires_at": 4102444800.5, "last_error": None}
     tab.from_disk(stub.url).is_live()
     tab.shows("#certificate", "Certificate: lb.example, <b>.example, a.example and 1 more, until 2100-01-01.")
+    stub.answer["tls"]["pending"] = True
+    tab.shows("#certificate", "until 2100-01-01; its renewal is waiting.")
     expect(tab.at("#banner-certificate")).to_be_hidden()
     stub.answer["tls"]["last_error"] = "tls_key 'key.pem': is empty"
     tab.shows(

@@ -10,6 +10,7 @@ import signal
 import ssl
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -41,6 +42,7 @@ from balancer.edge import port as ports
 from balancer.edge.port import Port
 from balancer.edge.renewal import Renewal
 from balancer.edge.tls import DAY, TlsOptions
+from balancer.errors import SettingsError
 
 
 @pytest.fixture(autouse=True)
@@ -174,6 +176,42 @@ def test_the_end_is_told_fourteen_and_three_days_before_and_when_it_has_come(wat
         assert len(told) == bool(said) and said in "".join(told)
     watched.files.write(make_pair(days=60))
     assert [text.partition(":")[0] for text in watched.looks(3)] == ["certificate_changed"]
+
+
+def test_what_clients_refuse_replaces_nothing_that_they_take(watched: Watched) -> None:
+    clock, options = watched.renewal._wall_clock, watched.renewal._options
+    assert isinstance(clock, Clock)
+    clock.now = time.time()
+    watched.files.write(make_pair(days=-1))
+    (text,) = watched.looks(5)
+    assert text.startswith("certificate_refused: tls_certificate ") and ": has expired: lb.test" in text
+    with pytest.raises(SettingsError, match="has expired"):
+        watched.renewal.check(options)
+    watched.files.write(make_pair(days=100))  # from the tenth day on
+    (text,) = watched.looks(5)
+    assert ": is not valid before " in text and watched.renewed == 0
+    clock.now += 11 * DAY
+    (text,) = watched.looks(5)
+    assert text.startswith("certificate_changed") and watched.renewed == 1
+    clock.now += 100 * DAY
+    watched.files.write(make_pair(days=-1))
+    assert any(text.startswith("certificate_changed") for text in watched.looks(3)), "neither is valid"
+
+
+def test_a_renewal_that_waits_is_told(files: Files, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ports, "RENEW_SECONDS", 600.0)
+    balancer = start(*files.flags, wait_ready=False)
+    port, told = port_of(balancer), balancer.library.control.tls
+    before = told()
+    assert before is not None and not before["pending"]
+    files.write(make_pair("new.test", days=60))
+    wait_until(lambda: told() != before, "it is in force")
+    assert told() == {**before, "pending": True} and name_at(balancer.port) == "lb.test"
+    port._next_renewal = 0.0
+    port.renew(*port.wanted)
+    wait_until(lambda: told() != {**before, "pending": True}, "it is shown")
+    after = told()
+    assert after is not None and after["names"][0] == name_at(balancer.port) == "new.test" and not after["pending"]
 
 
 def test_files_behind_a_link_that_is_switched(tmp_path: Path, start: Start) -> None:

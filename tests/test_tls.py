@@ -6,14 +6,27 @@ import json
 import os
 import re
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from socket import AF_UNIX, socket
 from typing import Any
 
 import pytest
 from certificates import Files, Pair, make_pair, pem
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, PrivateFormat
-from support import PYTHON, ROOT, Balancer, Process, connect, fetch, free_port, read_all, split_response, wait_until
+from support import (
+    PYTHON,
+    ROOT,
+    Balancer,
+    Process,
+    connect,
+    fetch,
+    free_port,
+    get,
+    read_all,
+    split_response,
+    wait_until,
+)
 from test_http2 import run
 from wire import WireBackend
 
@@ -91,6 +104,7 @@ def test_the_control_port_speaks_it_too_and_tells_of_the_certificate(secure: Bal
     assert [url.partition(":")[0] for url in (main, control, redirect)] == ["https", "https", "http"]
     told = json.loads(fetch(f"{control}/status")[2])["tls"]
     assert told["names"] == ["lb.test", "127.0.0.1"] and told["issuer"] == "the CA" and told["last_error"] is None
+    assert told["pending"] is False
     metrics = dict(re.findall(r"^(lb_tls_\w+) (\S+)", fetch(f"{control}/metrics")[2].decode(), re.MULTILINE))
     assert float(metrics["lb_tls_certificate_expiry_timestamp_seconds"]) == told["expires_at"]
     assert metrics["lb_tls_reload_success"] == "1.0"
@@ -152,6 +166,18 @@ def is_answered(balancer: Balancer, context: ssl.SSLContext) -> bool:
             return sock.recv(12) == b"HTTP/1.1 200"
     except OSError:
         return False
+
+
+def test_a_unix_socket_speaks_it_too(tmp_path: Path, files: Files) -> None:
+    path = tmp_path / "lb.sock"
+    with Balancer(f"--host=unix:{path}", "--backend=http://127.0.0.1:1", *files.flags, wait_ready=False) as balancer:
+        assert balancer.url == f"https+unix://{path}"
+        with socket(AF_UNIX) as client:
+            client.settimeout(60)
+            client.connect(str(path))
+            with trusting(files).wrap_socket(client, server_hostname="lb.test") as secure:
+                secure.sendall(get(b"/livez"))
+                assert read_all(secure).startswith(b"HTTP/1.1 200")
 
 
 # From the plain port to the other one.
@@ -253,9 +279,65 @@ def test_pairs_that_do_not_fit(tmp_path: Path) -> None:
     files.write(pair._replace(certificate=other.certificate + pair.certificate))  # a chain in the wrong order
     assert "is not the key of tls_certificate" in refused(**files.settings)
     files.write(pair._replace(certificate=pair.certificate[:200]))
-    assert "holds no certificate" in refused(**files.settings)
-    files.write(pair._replace(key=pair.key[:100]))
-    assert "cannot be used with tls_key" in refused(**files.settings)
+    assert f"tls_certificate {str(files.certificate)!r}: is cut off" in refused(**files.settings)
+
+
+DAMAGED = b"-----BEGIN %s-----\n%s\n-----END %s-----\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda pair: pair._replace(key=pair.key[:100]), "tls_key '{}/key.pem': is cut off"),
+        (
+            lambda pair: pair._replace(key=DAMAGED % (b"PRIVATE KEY", b"@@@@", b"PRIVATE KEY")),
+            "tls_key '{}/key.pem': holds a key that cannot be read",
+        ),
+        (
+            lambda pair: pair._replace(certificate=b"\xef\xbb\xbf" + pair.certificate),
+            "tls_certificate '{}/cert.pem': has no line -----BEGIN CERTIFICATE-----",
+        ),
+        (
+            lambda pair: pair._replace(
+                certificate=pair.certificate + DAMAGED % (b"CERTIFICATE", b"@@@@", b"CERTIFICATE")
+            ),
+            "tls_certificate '{}/cert.pem': is damaged",
+        ),
+        # What only a client finds.
+        (
+            lambda pair: pair._replace(
+                certificate=pair.certificate + DAMAGED % (b"CERTIFICATE", b"AAAA", b"CERTIFICATE")
+            ),
+            "tls_certificate '{}/cert.pem': has a part that is no certificate",
+        ),
+        (
+            lambda pair: pair._replace(certificate=pair.certificate * 300),
+            "tls_certificate '{}/cert.pem': has more than clients take",
+        ),
+    ],
+)
+def test_files_that_cannot_be_used_are_named_in_plain_words(
+    tmp_path: Path, change: Callable[[Pair], Pair], said: str
+) -> None:
+    assert said.format(tmp_path) in refused(**Files(tmp_path, change(make_pair())).settings)
+
+
+def test_cas_of_clients_that_cannot_be_used(tmp_path: Path, files: Files) -> None:
+    path, ca = tmp_path / "ca.pem", make_pair("a" * 60, is_ca=True).certificate
+    settings = {**files.settings, "tls_client_ca": path, "tls_client_auth": "require"}
+    for content, said in (
+        (ca * 1200, "has more than clients take"),  # each is told whose certificate it may have
+        (ca.replace(b" CERTIFICATE", b" TRUSTED CERTIFICATE"), "has no line -----BEGIN CERTIFICATE-----"),
+    ):
+        path.write_bytes(content)
+        assert f"tls_client_ca {str(path)!r}: {said}" in refused(**settings)
+
+
+def test_a_file_of_no_password(tmp_path: Path, files: Files) -> None:
+    path = tmp_path / "password"
+    path.write_bytes(b"-" * 2_000_000)
+    text = refused(**files.settings, tls_key_password_file=path)
+    assert text == f"tls_key_password_file {str(path)!r}: has more than 1048576 bytes; expected a password"
 
 
 @pytest.mark.parametrize("kind", ["P-384", "RSA-2048", "Ed25519"])
@@ -287,6 +369,9 @@ def test_it_ends_with_one_line_and_warns_of_what_is_allowed(tmp_path: Path) -> N
     assert len(process.lines) == 3 and process.lines[-1] == "configuration ok"
     assert "the certificate has expired: lb.test, 127.0.0.1, valid until" in process.output
     assert f"{files.key} can be read by every user of the machine" in process.output
+    files.write(make_pair(days=100))
+    (line,) = LoadBalancer("http://127.0.0.1:1", **files.settings).advice()
+    assert line.startswith("the certificate is not valid before ") and "lb.test" in line
     files.key.write_bytes(b"nothing")
     with Process([PYTHON, str(ROOT / "load_balancer.py"), *files.flags]) as process:
         assert process.wait() == 2

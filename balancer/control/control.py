@@ -27,12 +27,15 @@ Lifecycle = Literal["starting", "running", "draining"]
 
 
 class TlsView(TypedDict):
-    """The certificate that clients are shown. `last_error`: why another one was refused since."""
+    """The certificate that clients are shown; of several, while ports are renewed, the first to expire. `since`: when
+    it was read. `pending`: a port serves with an older one, or older options, still. `last_error`: why another one was
+    refused since."""
 
     names: list[str]
     issuer: str
     expires_at: float
     since: float
+    pending: bool
     last_error: str | None
 
 

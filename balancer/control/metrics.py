@@ -181,9 +181,9 @@ class Collector:
         yield add(counter("config_reloads", "Times the configuration was to be reloaded."), [], good + bad)
         yield add(counter("config_reload_failures", "Times it was refused."), [], bad)
         if (tls := self._control.tls()) is not None:
-            expiry = gauge("tls_certificate_expiry_timestamp_seconds", "When the certificate in force expires.")
+            expiry = gauge("tls_certificate_expiry_timestamp_seconds", "When the certificate that is shown expires.")
             yield add(expiry, [], tls["expires_at"])
-            text = "Whether the newest certificate is the one in force."
+            text = "Whether the newest certificate was not refused."
             yield add(gauge("tls_reload_success", text), [], tls["last_error"] is None)
 
     def _requests(self, lifetime: Lifetime) -> Iterator[Metric]:

@@ -65,11 +65,21 @@ class Port:
 
     @property
     def url(self) -> str:
-        if isinstance(self.address, str):
-            return unix_url(self.address)
-        host, port = self.address
         scheme = "http" if self.wanted[1] is None else "https"
+        if isinstance(self.address, str):
+            return unix_url(self.address).replace("http", scheme, 1)
+        host, port = self.address
         return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """The one that whoever connects is shown."""
+        return self.wanted[1] if self._worker is None else self._worker.made_of[1]
+
+    @property
+    def is_pending(self) -> bool:
+        """It serves with older options or an older certificate still."""
+        return self._worker is not None and self._worker.made_of != self.wanted
 
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()

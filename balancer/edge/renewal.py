@@ -16,6 +16,7 @@ from typing import Literal
 from balancer.edge import tls
 from balancer.edge.tls import DAY, Certificate, TlsOptions
 from balancer.errors import SettingsError
+from balancer.protocol.texts import quoted
 
 log = logging.getLogger("balancer.server")
 
@@ -49,10 +50,10 @@ class Renewal:
         self._options = options
         self.certificate = tls.load(options)
         self._checked = options, self.certificate
-        self.since = wall_clock()
         self.last_error: str | None = None
         self._seen = ""  # what the last look found, if it is not in force: a digest, or why there is none
         self._judged = ""  # such a find that was refused
+        self._again_at = math.inf  # of the wall clock: when it is valid, and so judged once more
         self._warned = math.inf  # days before the end that were told of last
         self._stopping = Event()
         self._thread: Thread | None = None
@@ -95,12 +96,15 @@ class Renewal:
         is_settled, self._seen = found == self._seen, found
         if found == current.digest:
             self.last_error, self._judged = None, ""  # as it was: whoever changed something has taken it back
-        elif is_settled and found != self._judged:
-            self._judged = found
+        elif is_settled and (found != self._judged or self._wall_clock() >= self._again_at):
+            self._judged, self._again_at = found, math.inf
             try:
                 if files is None:
                     raise SettingsError(found)
                 certificate = tls.checked(self._options, files)
+                if certificate.starts_at > self._wall_clock():
+                    self._again_at = certificate.starts_at
+                self._compare(certificate)
             except SettingsError as error:
                 self._refuse(error)
             else:
@@ -122,10 +126,12 @@ class Renewal:
         with self._lock:
             current = self.certificate
             if options == self._options and current is not None and tls.read(options).digest == current.digest:
-                self._checked = options, current
+                certificate: Certificate | None = current
             else:
-                self._checked = options, tls.load(options)
-            return self._checked[1]
+                certificate = tls.load(options)
+                self._compare(certificate)
+            self._checked = options, certificate
+            return certificate
 
     def refuse(self, error: SettingsError) -> None:
         with self._lock:
@@ -143,9 +149,18 @@ class Renewal:
 
     # Under the lock.
 
+    def _compare(self, certificate: Certificate | None) -> None:
+        """What clients refuse must not replace what they take. Raises SettingsError."""
+        current, now = self.certificate, self._wall_clock()
+        if current is None or certificate is None or current.why_invalid(now):
+            return
+        if why := certificate.why_invalid(now):
+            path = quoted(str(certificate.options.tls_certificate))
+            raise SettingsError(f"tls_certificate {path}: {why}: {certificate}")
+
     def _put_in_force(self, certificate: Certificate | None) -> None:
         before, self.certificate = self.certificate, certificate
-        self.since, self.last_error, self._warned = self._wall_clock(), None, math.inf
+        self.last_error, self._warned = None, math.inf
         self._seen = self._judged = ""
         self._note("certificate_changed", f"from {before or 'none'} to {certificate or 'none'}")
 

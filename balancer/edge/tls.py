@@ -31,9 +31,10 @@ CHECK_SECONDS = 30.0  # a tenth of a second, unless the machine is busy
 DAY = 86400.0
 NAMES_TOLD = 3
 
-# The worker of `granian.Worker`, as far as it takes TLS, on a socket that nobody knows; argv: folder of Granian, files.
+# The worker of `granian.Worker`, as far as it takes TLS, on a socket that nobody knows, and a client; argv: folder of
+# Granian, files. In TLS 1.3 the client has all that the server shows before it is asked for its own certificate.
 CHECK = """
-import resource, socket, sys, threading
+import resource, socket, ssl, sys, threading
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 sys.path.insert(0, sys.argv[1])
 import granian._granian as native
@@ -44,6 +45,7 @@ listener, ended = socket.socket(socket.AF_UNIX), threading.Event()
 listener.bind("")
 listener.listen()
 listener.setblocking(False)
+address, problem = listener.getsockname(), None
 holder = native.SocketHolder(listener.detach(), True, 1)
 tls = (True, certificate, key, None, "tls1.2", ca or None, [], bool(ca), (None, None))
 limits = (None, 1, 512, 1, 30, 1, HTTPModes.auto, HTTP1Settings(), HTTP2Settings(), False, None)
@@ -55,14 +57,37 @@ signal, scheduler = native.WorkerSignal(), native.CallbackScheduler(loop, print,
 scheduler._schedule_fn = print
 signal.add_cb(ended.set)
 native.ASGIWorker(1, (None, holder), *limits, *tls).serve_async_uds(scheduler, loop, signal)
+context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+context.minimum_version = ssl.TLSVersion.TLSv1_3
+try:
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(address)
+        context.wrap_socket(client).close()
+except OSError as error:
+    reason = getattr(error, "reason", None) or str(error)
+    problem = "clients fail: " + reason.replace("_", " ").lower()
 signal.set()
 ended.wait()
+sys.exit(problem)
 """
-# What rustls says, in words of the settings.
+# What rustls or the client says, in words of the settings.
+NO_SECTION = "has no line -----BEGIN CERTIFICATE-----; expected a PEM file"
+TOO_MUCH = "has more than clients take; leave out what they need not be shown"
 CAUSES = {
-    "KeyMismatch": "is not the key of tls_certificate",
-    "failed to parse private key": "holds a key that cannot be used; expected RSA of 2048 bits or more, P-256, P-384 "
-    "or Ed25519",
+    "KeyMismatch": ("tls_key", "is not the key of tls_certificate"),
+    "failed to parse private key": (
+        "tls_key",
+        "holds a key that cannot be used; expected RSA of 2048 bits or more, P-256, P-384 or Ed25519",
+    ),
+    "invalid key": ("tls_key", "holds a key that cannot be read; expected a PEM file"),
+    "NoCertificatesPresented": ("tls_certificate", NO_SECTION),
+    "NoRootAnchors": ("tls_client_ca", NO_SECTION),
+    "Base64Decode": ("tls_certificate", "is damaged; expected a PEM file"),
+    "length mismatch": ("tls_certificate", TOO_MUCH),  # a list of CAs beyond 64 KiB: its length has 16 bits
+    "excessive message size": ("tls_certificate", TOO_MUCH),
+    "asn1 lib": ("tls_certificate", "has a part that is no certificate"),
+    "InvalidCertificate": ("tls_certificate", "is damaged or has what is not understood; expected X.509 version 3"),
 }
 
 ClientAuth = Literal["off", "optional", "require"]
@@ -125,22 +150,31 @@ class Certificate:
     digest: str
     names: tuple[str, ...]
     issuer: str
-    expires_at: float  # epoch seconds
+    starts_at: float  # epoch seconds
+    expires_at: float
+    read_at: float
     is_key_exposed: bool
 
     def __str__(self) -> str:
         more = len(self.names) - NAMES_TOLD
         names = ", ".join(self.names[:NAMES_TOLD]) + (f" and {more} more" if more > 0 else "")
-        return f"{names}, valid until {time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime(self.expires_at))}"
+        return f"{names}, valid until {_utc(self.expires_at)}"
+
+    def why_invalid(self, now: float) -> str:
+        """Empty if it is valid."""
+        if now < self.starts_at:
+            return f"is not valid before {_utc(self.starts_at)}"
+        return "has expired" if now >= self.expires_at else ""
 
     def advice(self) -> list[str]:
         """A line for what its owner may not expect."""
         lines = []
         if self.is_key_exposed:
             lines.append(f"tls_key {self.options.tls_key} can be read by every user of the machine; chmod 640")
-        if (left := self.expires_at - time.time()) <= 0:
-            lines.append(f"the certificate has expired: {self}")
-        elif left <= 14 * DAY:
+        now = time.time()
+        if why := self.why_invalid(now):
+            lines.append(f"the certificate {why}: {self}")
+        elif (left := self.expires_at - now) <= 14 * DAY:
             lines.append(f"the certificate expires in {left / DAY:.0f} days: {self}")
         return lines
 
@@ -182,8 +216,13 @@ def _read(name: str, path: Path | None) -> bytes:
     if not content.strip():
         raise _wrong(name, path, "is empty")
     if len(content) > MAX_FILE:
-        raise _wrong(name, path, f"has more than {MAX_FILE} bytes; expected a PEM file")
+        expected = "a password" if name == "tls_key_password_file" else "a PEM file"
+        raise _wrong(name, path, f"has more than {MAX_FILE} bytes; expected {expected}")
     return content
+
+
+def _utc(at: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(at))
 
 
 def _wrong(name: str, path: Path | None, what: str) -> SettingsError:
@@ -192,6 +231,13 @@ def _wrong(name: str, path: Path | None, what: str) -> SettingsError:
 
 def checked(options: TlsOptions, files: Files) -> Certificate:
     """A pair that may be started. Raises SettingsError."""
+    for name, content in (
+        ("tls_certificate", files.certificate),
+        ("tls_key", files.key),
+        ("tls_client_ca", files.client_ca),
+    ):
+        if content.count(b"-----BEGIN ") > content.count(b"-----END "):
+            raise _wrong(name, getattr(options, name), "is cut off: an END is missing; expected a PEM file")
     key = _plain_key(options, files)
     with _in_memory(files.certificate, key, files.client_ca) as paths:
         facts = _facts(options, paths[0])
@@ -206,13 +252,14 @@ def checked(options: TlsOptions, files: Files) -> Certificate:
         files.client_ca,
         files.digest,
         **facts,
+        read_at=time.time(),
         is_key_exposed=_is_readable_by_all(options.tls_key),
     )
 
 
 def _plain_key(options: TlsOptions, files: Files) -> bytes:
     """As Granian takes it: without a password."""
-    if b"PRIVATE KEY-----" not in files.key:
+    if not re.search(rb"^-----BEGIN ([A-Z0-9]+ )*PRIVATE KEY-----", files.key, re.MULTILINE):
         raise _wrong("tls_key", options.tls_key, "holds no private key; expected a PEM file")
     if not re.search(rb"BEGIN ENCRYPTED PRIVATE KEY|^Proc-Type: 4,ENCRYPTED", files.key, re.MULTILINE):
         return files.key
@@ -238,13 +285,14 @@ def _facts(options: TlsOptions, path: str) -> dict[str, Any]:
     decode: Any = ssl._ssl._test_decode_cert  # type: ignore[attr-defined]  # what `getpeercert` gives, of a file
     try:
         found: Mapping[str, Any] = decode(path)
-        expires_at = ssl.cert_time_to_seconds(found["notAfter"])
+        starts_at, expires_at = (ssl.cert_time_to_seconds(found[name]) for name in ("notBefore", "notAfter"))
     except (OSError, ValueError, KeyError):  # ssl.SSLError is an OSError
         raise _wrong("tls_certificate", options.tls_certificate, "holds no certificate; expected a PEM file") from None
     names = tuple(value for kind, value in found.get("subjectAltName", ()) if kind in ("DNS", "IP Address"))
     return {
         "names": names or (_name_in(found["subject"]),),
         "issuer": _name_in(found["issuer"]),
+        "starts_at": float(starts_at),
         "expires_at": float(expires_at),
     }
 
@@ -264,12 +312,27 @@ def _try_client_ca(path: Path, copy: str) -> None:
 
 
 def _try_out(options: TlsOptions, paths: list[str]) -> None:
+    """Raises SettingsError that names the file to blame."""
+    said = _trial(options, *paths)
+    if not said:
+        return
+    unknown = "tls_certificate", f"cannot be used: {said}"
+    name, cause = next((found for sign, found in CAUSES.items() if sign in said), unknown)
+    certificate, key, client_ca = paths
+    if client_ca and not _trial(options, certificate, key, ""):
+        name = "tls_client_ca"
+    raise _wrong(name, getattr(options, name), cause)
+
+
+def _trial(options: TlsOptions, *paths: str) -> str:
+    """What went wrong, as the child says it. Raises SettingsError if it could not be tried."""
     folder = str(Path(granian.__file__).parents[1])
     try:
         child = subprocess.run(
             [sys.executable, "-I", "-c", CHECK, folder, *paths],
             pass_fds=[int(path.rpartition("/")[2]) for path in paths if path],
-            env={**os.environ, "RUST_BACKTRACE": "0"},
+            # What this machine's OpenSSL may do says nothing of clients.
+            env={**os.environ, "RUST_BACKTRACE": "0", "OPENSSL_CONF": os.devnull},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=CHECK_SECONDS,
@@ -280,14 +343,12 @@ def _try_out(options: TlsOptions, paths: list[str]) -> None:
         ) from None
     except OSError as error:
         raise _wrong("tls_certificate", options.tls_certificate, f"could not be tried out: {error}") from None
-    if child.returncode != 0:
-        said = child.stderr.decode(errors="replace")
-        for sign, cause in CAUSES.items():
-            if sign in said:
-                raise _wrong("tls_key", options.tls_key, cause)
-        lines = [line for line in said.splitlines() if line and not line.startswith(("thread ", "note:", "stack "))]
-        told = lines[-1] if lines else f"the trial ended with {child.returncode}"
-        raise _wrong("tls_certificate", options.tls_certificate, f"cannot be used with tls_key: {told}")
+    if child.returncode == 0:
+        return ""
+    said = child.stderr.decode(errors="replace").splitlines()
+    lines = [line for line in said if line and not line.startswith(("thread ", "note:", "stack "))]
+    told = lines[-1] if lines else f"the trial ended with {child.returncode}"
+    return re.sub(r"^called `Result::unwrap\(\)` on an `Err` value: ", "", told)
 
 
 def _is_readable_by_all(path: Path) -> bool:
