@@ -370,7 +370,7 @@ def secure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Fleet, Ch
         number = next(serial)
         files.write(make_pair(f"n{number}.test", signed_by=ca))
         fleet.reload()
-        assert fleet.balancer.status()["tls"]["names"][0] == f"n{number}.test"
+        wait_until(lambda: fleet.balancer.status()["tls"]["names"][0] == f"n{number}.test", "it is shown to clients")
         yield
         fleet.configure(header_timeout=50 + number % 2)
         fleet.reload()
