@@ -1,4 +1,4 @@
-"""What the chaos suite is made of: backends that misbehave on command, traffic that checks every byte, and the judge.
+"""What the chaos suite is made of: backends that misbehave on command, a balancer before them, and the judge.
 
 A request has a key of its own. Its answer must carry the checksum of method, target and body; the backends write down
 every key they execute. So what a client saw can be held against what happened, also across kill -9.
@@ -6,30 +6,20 @@ every key they execute. So what a client saw can be held against what happened, 
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
-import random
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
-from threading import Event, Lock, Thread
+from threading import Event, Thread
 from typing import Any
 
 import pytest
-from chaos_backend import PIECE, answer_body, checksum
-from support import PATIENCE, PYTHON, BalancerProcess, Process, fetch, free_port, wait_until
-
-KIB, MIB = 1024, 1024 * 1024
-REPLAYABLE = 64 * KIB  # bytes of a request body that the balancer keeps for another try
-# Mostly small, as traffic is.
-SIZES = (0, 0, 1, 200, 200, 3 * KIB, 20 * KIB, REPLAYABLE, REPLAYABLE + 1, 300 * KIB, MIB)
-METHODS = ("GET", "GET", "GET", "HEAD", "PUT", "DELETE", "POST", "POST", "PATCH")
-ONCE = ("POST", "PATCH")  # must never be executed twice
+from chaos_traffic import KIB, MIB, ONCE, Outcome
+from support import PYTHON, BalancerProcess, Process, fetch, free_port, wait_until
 
 
 class ChaosBackend:
@@ -67,159 +57,6 @@ class ChaosBackend:
             self._process.popen.kill()
             self._process.wait()
             self._process = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One request: what is sent, and how much is asked for."""
-
-    key: str
-    method: str
-    target: str
-    length: int  # bytes of the request body
-    is_chunked: bool  # the request; the target says how the answer is to be framed
-    size: int  # bytes of the answer
-
-    @property
-    def body(self) -> bytes:
-        """Made anew each time: thousands of plans are remembered."""
-        return random.Random(self.key).randbytes(self.length)
-
-    @property
-    def digest(self) -> str:
-        return checksum(self.method, self.target, self.body)
-
-    @property
-    def may_repeat(self) -> bool:
-        """The balancer may try another backend whatever happens before the answer's head."""
-        return self.method not in ONCE and not self.is_chunked and self.length <= REPLAYABLE
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How it ended for the client.
-
-    `kind` is answered (whole and right), passed (a backend's own 503), refused (the balancer's own answer), cut (after
-    the head, and it shows), empty (no head), closed (nobody listens) or wrong (never allowed).
-    """
-
-    plan: Plan
-    kind: str
-    status: int = 0
-    text: str = ""
-
-
-def make_plan(key: str, rng: random.Random) -> Plan:
-    method, size = rng.choice(METHODS), rng.choice(SIZES)
-    length, is_chunked = 0, False
-    if method in ("PUT", "POST", "PATCH"):
-        length = rng.choice(SIZES)
-        is_chunked = rng.random() < 0.3
-        size = min(size, 20 * KIB)
-    framing = "chunked" if rng.random() < 0.3 else "plain"
-    return Plan(key, method, f"/{key}?size={size}&{framing}=1", length, is_chunked, size)
-
-
-def ask(connection: http.client.HTTPConnection, plan: Plan) -> Outcome:
-    """Send one request and judge its answer. Closes the connection unless the answer was good."""
-    head: http.client.HTTPResponse | None = None
-    try:
-        send(connection, plan)
-        head = connection.getresponse()
-        outcome = judge(plan, head, head.read())
-    except ConnectionRefusedError:
-        outcome = Outcome(plan, "closed")
-    except (OSError, http.client.HTTPException) as error:
-        kind = "empty" if head is None else "cut"
-        outcome = Outcome(plan, kind, head.status if head else 0, repr(error))
-    if outcome.kind != "answered":
-        connection.close()
-    return outcome
-
-
-def send(connection: http.client.HTTPConnection, plan: Plan) -> None:
-    connection.putrequest(plan.method, plan.target)
-    body: Any = plan.body or None
-    if plan.is_chunked:
-        connection.putheader("Transfer-Encoding", "chunked")
-        body = pieces(plan.body)
-    elif plan.method in ("PUT", "POST", "PATCH"):
-        connection.putheader("Content-Length", str(plan.length))
-    try:
-        connection.endheaders(body, encode_chunked=plan.is_chunked)
-    except (BrokenPipeError, ConnectionResetError):
-        pass  # refused in the middle of the body: the answer may be here already
-
-
-def pieces(body: bytes) -> Iterator[bytes]:
-    return (body[at : at + PIECE] for at in range(0, len(body), PIECE))
-
-
-def judge(plan: Plan, head: http.client.HTTPResponse, data: bytes) -> Outcome:
-    status = head.status
-    if status == 200:
-        expected = b"" if plan.method == "HEAD" else answer_body(plan.digest, plan.size)
-        right = head.headers.get("X-Digest") == plan.digest and data == expected
-        return Outcome(
-            plan, "answered" if right else "wrong", status, "" if right else f"{data[:200]!r} {head.headers.items()}"
-        )
-    if status == 503 and head.headers.get("X-Backend") == "unavailable":
-        return Outcome(plan, "passed", status)
-    if plan.method == "HEAD":
-        return Outcome(plan, "refused", status)
-    try:
-        refusal = json.loads(data)
-        is_ours = bool(refusal["error"] and refusal["request_id"])
-    except (ValueError, KeyError, TypeError):
-        is_ours = False
-    return Outcome(plan, "refused" if is_ours and status in (502, 503, 504) else "wrong", status, repr(data[:200]))
-
-
-class Traffic:
-    """Keep-alive clients that send mixed requests until the block ends, each after a `pause`. `outcomes` grows as
-    answers come."""
-
-    _runs = count(1)
-
-    def __init__(self, port: int, clients: int = 8, seed: int = 1, pause: float = 0.0) -> None:
-        self._port, self._pause = port, pause
-        self._ended = Event()
-        self._lock = Lock()  # guards `outcomes`
-        self._name = f"t{next(self._runs)}-{os.getpid()}"
-        self.outcomes: list[Outcome] = []
-        self._threads = [Thread(target=self._run, args=(n, seed), name=f"traffic-{n}") for n in range(clients)]
-
-    def _run(self, number: int, seed: int) -> None:
-        rng = random.Random(seed * 1000 + number)
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=PATIENCE)
-        serial = count()
-        while not self._ended.wait(self._pause):
-            outcome = ask(connection, make_plan(f"{self._name}-{number}-{next(serial)}", rng))
-            if outcome.kind == "closed":
-                break
-            with self._lock:
-                self.outcomes.append(outcome)
-        connection.close()
-
-    def __enter__(self) -> Traffic:
-        for thread in self._threads:
-            thread.start()
-        self.wait_for(20)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """Each client ends after the answer it waits for."""
-        self._ended.set()
-        for thread in self._threads:
-            thread.join()
-
-    def wait_for(self, number: int) -> None:
-        """That many more requests have ended, one way or another."""
-        goal = len(self.outcomes) + number
-        wait_until(lambda: len(self.outcomes) >= goal, f"{number} more answers")
 
 
 @dataclass(frozen=True)
@@ -276,7 +113,7 @@ class Fleet:
         """The sum over all series of each counter in /metrics, which no reset lowers."""
         found: Counter[str] = Counter()
         for line in fetch(f"{self.url}/metrics")[2].decode().splitlines():
-            name = line.partition("{")[0]
+            name = line.partition(" ")[0].partition("{")[0]
             if name.endswith("_total"):
                 found[name] += int(float(line.rpartition(" ")[2]))
         return found
@@ -291,10 +128,14 @@ class Fleet:
 
     def configure(self, *backends: ChaosBackend, **settings: Any) -> None:
         """Write the configuration file; it is read at the start and by a reload."""
+        settings = {"header_timeout": 60, **settings}
         lines = [f"{name} = {json.dumps(value)}" for name, value in settings.items()]
         for number, backend in enumerate(backends or self.backends):
             lines += ["[[backends]]", f'id = "{backend.name}"', f'url = "{backend.url}"', f"weight = {1 + number % 2}"]
         self.file.write_text("\n".join(lines), encoding="utf-8")
+
+    def reload(self) -> None:
+        assert fetch(f"{self.url}/reload", {})[0] == 200
 
     def idle(self) -> Any:
         """The status once nothing is in flight."""
@@ -314,7 +155,6 @@ class Fleet:
             "--slow-start=1",
             "--queue-timeout=30",
             "--min-body-rate=0",
-            "--header-timeout=60",
             "--thread-idle-timeout=1",
             "--pool-idle-timeout=1",
             *arguments,
@@ -419,6 +259,8 @@ def settle(
     row = judge_all(fleet, table, fault, outcomes, allowed, status["statistics"]["retries"])
     assert_exact(status, outcomes, others, left)
     counted = fleet.metrics() - fleet.counted
+    sockets = sum(outcome.status == 101 for outcome in outcomes)
+    assert counted["lb_websockets_opened_total"] == counted["lb_websockets_closed_total"] == sockets
     assert counted["lb_requests_total"] == status["statistics"]["total_requests"]
     assert counted["lb_retries_total"] == status["statistics"]["retries"]
     return row
@@ -456,13 +298,13 @@ def assert_exact(status: Any, outcomes: list[Outcome], others: int, left: int) -
     """The balancer counted what the clients saw, no more and no less."""
     whole, servers = status["statistics"], status["backend_servers"]
     answered, sent = sum(outcome.kind == "answered" for outcome in outcomes) + others, len(outcomes) + others + left
-    assert whole["total_requests"] == sent
+    assert whole["total_requests"] == sent, [outcome for outcome in outcomes if outcome.kind == "empty"]
     assert whole["successful_requests"] == answered
     assert whole["failed_requests"] == sent - answered
     assert whole["aborted_requests"] == left
     assert whole["total_requests"] == sum(whole["codes"].values()) + whole["aborted_requests"]
     assert sum(server["total_requests"] for server in servers) + whole["unassigned_requests"] == whole["total_requests"]
-    assert whole["active_requests"] == whole["queued_requests"] == 0
+    assert whole["active_requests"] == whole["queued_requests"] == whole["websockets"] == 0
     for server in servers:
         assert server["total_requests"] == server["successful_requests"] + server["failed_requests"]
         assert server["active_connections"] == 0

@@ -2,11 +2,13 @@
 
 Its answers carry a checksum of the request, so that no wrong body passes for a right one. What it executes it writes to
 LOG before it answers, one `METHOD KEY` a line in one append, which survives kill -9. `POST /fault` makes it misbehave.
-Standard library alone: it starts in a tenth of a second.
+Over a WebSocket it sends back what comes, and closes after GOOD_BYE. Standard library alone: it starts in a tenth of a
+second.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -30,6 +32,9 @@ GARBAGE = (
 )
 UNAVAILABLE = b"HTTP/1.1 503 No\r\nX-Backend: unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 PIECE = 65536  # bytes of an answer per write
+TEXT, CLOSE, PING, PONG = 0x81, 0x88, 0x89, 0x8A  # first bytes of frames (RFC 6455 section 5.2)
+GOOD_BYE = b"good bye"
+SWITCH = b"HTTP/1.1 101 On\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Accept: %s\r\n\r\n"
 
 
 def checksum(method: str, target: str, body: bytes) -> str:
@@ -104,25 +109,42 @@ class Backend:
             sock.sendall(b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n")
             return False
         os.write(self._log, f"{method} {key_of(target)}\n".encode())
-        self._answer(sock, method, target, body)
-        return True
-
-    def _answer(self, sock: socket.socket, method: str, target: str, body: bytes) -> None:
         with self._lock:
             self._served += 1
             served, fault = self._served, self._fault
         kind = fault.kind if served % fault.every == 0 else "none"
+        misbehave(sock, kind, fault, served)
+        if "sec-websocket-key" in fields:
+            sock.sendall(SWITCH % accept_of(fields["sec-websocket-key"]))
+            self._echo(sock, stream, kind)
+            return False
+        self._answer(sock, method, target, body, kind)
+        return True
+
+    def _answer(self, sock: socket.socket, method: str, target: str, body: bytes, kind: str) -> None:
         query = parse_qs(urlsplit(target).query)
         size, is_chunked = int(query["size"][0]), "chunked" in query
         digest = checksum(method, target, body)
         head = f"HTTP/1.1 200 OK\r\nX-Digest: {digest}\r\n"
         head += "Transfer-Encoding: chunked\r\n\r\n" if is_chunked else f"Content-Length: {size}\r\n\r\n"
-        misbehave(sock, kind, fault, served)
         data = b"" if method == "HEAD" else frame(answer_body(digest, size), is_chunked)
-        if kind in ("reset_body", "end_body"):
-            sock.sendall(head.encode() + data[: len(data) // 2])
-            raise Hangup(reset=kind == "reset_body")
-        sock.sendall(head.encode() + data)
+        send(sock, head.encode(), data, kind)
+
+    def _echo(self, sock: socket.socket, stream: IO[bytes], kind: str) -> None:
+        while (got := read_frame(stream)) is not None and got[0] != CLOSE:
+            first, data = got
+            if (first, data) == (TEXT, GOOD_BYE):
+                sock.sendall(make_frame(CLOSE, (1000).to_bytes(2, "big")))
+            else:
+                send(sock, b"", make_frame(PONG if first == PING else first, data), kind)
+
+
+def send(sock: socket.socket, head: bytes, data: bytes, kind: str) -> None:
+    """Half of the data, if that is what goes wrong."""
+    if kind in ("reset_body", "end_body"):
+        sock.sendall(head + data[: len(data) // 2])
+        raise Hangup(reset=kind == "reset_body")
+    sock.sendall(head + data)
 
 
 def misbehave(sock: socket.socket, kind: str, fault: Fault, served: int) -> None:
@@ -147,6 +169,32 @@ def frame(body: bytes, is_chunked: bool) -> bytes:
         return body
     pieces = [body[at : at + PIECE] for at in range(0, len(body), PIECE)]
     return b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+
+
+def accept_of(key: str) -> bytes:
+    return base64.b64encode(hashlib.sha1(f"{key}258EAFA5-E914-47DA-95CA-C5AB0DC85B11".encode()).digest())
+
+
+def make_frame(first: int, data: bytes) -> bytes:
+    size = len(data)
+    if size < 126:
+        return bytes([first, size]) + data
+    return bytes([first, 126 if size < 65536 else 127]) + size.to_bytes(2 if size < 65536 else 8, "big") + data
+
+
+def read_frame(stream: IO[bytes]) -> tuple[int, bytes] | None:
+    """(first byte, unmasked payload); None if none came whole."""
+    head = stream.read(2)
+    if len(head) < 2:
+        return None
+    size = head[1] & 127
+    if size > 125:
+        size = int.from_bytes(stream.read(2 if size == 126 else 8), "big")
+    mask, data = stream.read(4), stream.read(size)
+    if len(data) < size:
+        return None
+    masks = (mask * (size // 4 + 1))[:size]
+    return head[0], (int.from_bytes(data, "big") ^ int.from_bytes(masks, "big")).to_bytes(size, "big")
 
 
 def read_head(stream: IO[bytes]) -> tuple[str, dict[str, str]]:

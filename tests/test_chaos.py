@@ -1,8 +1,10 @@
-"""Real processes, mixed traffic, and everything going wrong that can: what may be lost is stated, and nothing else is.
+"""Real processes, mixed traffic (HTTP/1, HTTP/2, WebSocket), and everything going wrong that can: what may be lost is
+stated, and nothing else is.
 
 Of every request the balancer may lose only what it must: a POST or PATCH (or a body that it does not hold) whose
 backend failed after it was sent, and an answer whose backend broke off after its head, which then shows. It never
-executes a POST twice, never passes a wrong body, and its counters agree with its clients to the last request.
+executes a POST twice, never passes a wrong body or message, and its counters agree with its clients to the last
+request. A WebSocket may end with its backend alone, or with the balancer.
 
 CHAOS_ROUNDS=200 makes the last test run for longer, CHAOS_SEED=N with other dice; both are printed with the table.
 """
@@ -15,20 +17,16 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from itertools import count
 from threading import Event
 
 import pytest
+from certificates import Files, make_pair
 from chaos import (
-    KIB,
-    MIB,
-    PATIENCE,
     ChaosBackend,
     Fleet,
     Footprint,
-    Plan,
     Table,
-    Traffic,
     judge_all,
     make_table,
     repeat,
@@ -36,7 +34,8 @@ from chaos import (
     settle,
 )
 from chaos_backend import answer_body
-from support import fetch, fetch_json, wait_until
+from chaos_traffic import KIB, MIB, Plan, Traffic
+from support import PATIENCE, fetch, fetch_json, wait_until
 from wire import read_response, values
 
 from balancer.edge.process import raise_descriptor_limit
@@ -59,7 +58,7 @@ def table(pytestconfig: pytest.Config) -> Table:
 @pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     with running_fleet(tmp_path_factory.mktemp("chaos")) as fleet:
-        with Traffic(fleet.balancer.port) as traffic:  # imports done, caches filled, threads there
+        with Traffic(fleet.url) as traffic:  # imports done, caches filled, threads there
             traffic.wait_for(100)
         yield fleet
 
@@ -155,13 +154,14 @@ def hanging(fleet: Fleet, victim: ChaosBackend, traffic: Traffic) -> None:
 CUTTING = (killed, all_others_killed, resetting_in_the_body, ending_in_the_body)
 DISORDERS = (*CUTTING, stopped, slowed, talking_garbage, resetting_before_the_head, hanging)
 LONG = (killed, all_others_killed, stopped, slowed, hanging)  # they last until something is noticed
-PAUSE = 0.04  # seconds between the requests of a client meanwhile
+LONGEST = (all_others_killed, stopped, hanging)  # which take seconds
+PAUSE = 0.06  # seconds between the requests of a client meanwhile
 
 
 @pytest.mark.parametrize("disorder", DISORDERS)
 def test_one_backend_after_another_goes_wrong(fleet: Fleet, table: Table, disorder: Disorder) -> None:
-    victims = fleet.backends[:1] if disorder in (stopped, hanging) else fleet.backends  # those take seconds
-    with Traffic(fleet.balancer.port, pause=PAUSE if disorder in LONG else 0.0) as traffic:
+    victims = fleet.backends[:1] if disorder in LONGEST else fleet.backends
+    with Traffic(fleet.url, pause=PAUSE if disorder in LONG else 0.0) as traffic:
         for victim in victims:
             disorder(fleet, victim, traffic)
             traffic.wait_for(20)
@@ -171,6 +171,8 @@ def test_one_backend_after_another_goes_wrong(fleet: Fleet, table: Table, disord
 
 
 # The operator at work.
+
+Change = Callable[[Fleet], Iterator[None]]
 
 
 def switching(fleet: Fleet) -> Iterator[None]:
@@ -207,7 +209,7 @@ def reloading(fleet: Fleet) -> Iterator[None]:
         fleet.configure(*backends, algorithm="no such thing")
         assert fetch(f"{fleet.url}/reload", {})[0] == 422
     fleet.configure(algorithm="weighted", queue_limit=2000)
-    assert fetch(f"{fleet.url}/reload", {})[0] == 200
+    fleet.reload()
     yield
     fleet.configure()
     fleet.balancer.send(signal.SIGHUP)
@@ -220,7 +222,7 @@ def reweighing(fleet: Fleet) -> Iterator[None]:
     a, b, c = fleet.backends
     for backends in ((a, b, c), (b, c, a)):
         fleet.configure(*backends, expose_backend=backends[0] is a)
-        assert fetch(f"{fleet.url}/reload", {})[0] == 200
+        fleet.reload()
         yield
 
 
@@ -235,10 +237,8 @@ def filling_up(fleet: Fleet) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("change", [switching, coming_and_going, draining, reloading, filling_up])
-def test_changes_by_the_operator_cost_nothing(
-    fleet: Fleet, table: Table, change: Callable[[Fleet], Iterator[None]]
-) -> None:
-    with Traffic(fleet.balancer.port) as traffic:
+def test_changes_by_the_operator_cost_nothing(fleet: Fleet, table: Table, change: Change) -> None:
+    with Traffic(fleet.url) as traffic:
         for _ in range(2):
             for _ in change(fleet):
                 traffic.wait_for(10)
@@ -252,41 +252,13 @@ def test_changes_by_the_operator_cost_nothing(
 @pytest.mark.parametrize("kind", ["unavailable", "garbage", "reset_head"])
 def test_a_backend_that_only_fails_is_ejected_and_comes_back(fleet: Fleet, table: Table, kind: str) -> None:
     victim = fleet.backends[1]
-    with Traffic(fleet.balancer.port, pause=PAUSE) as traffic:
+    with Traffic(fleet.url, pause=PAUSE) as traffic:
         with faulty(victim, kind):
             wait_until(lambda: fleet.balancer.backend(victim.name)["ejection"]["status"] == "ejected")
             traffic.wait_for(30)
         wait_until(lambda: fleet.balancer.backend(victim.name)["ejection"]["status"] == "none")
         traffic.wait_for(20)
     settle(fleet, table, f"ejected: {kind}", traffic.outcomes, passed=kind == "unavailable")
-
-
-# The end.
-
-
-def answered_while_busy(fleet: Fleet, traffic: Traffic) -> int:
-    """How many had ended when at least 8 were in flight, else 0."""
-    ended = len(traffic.outcomes)
-    return ended if fleet.balancer.status()["statistics"]["active_requests"] >= 8 else 0
-
-
-def test_sigterm_lets_requests_in_flight_finish(tmp_path: Path, table: Table) -> None:
-    """Who was not answered was not executed either: the balancer took nothing that it did not finish."""
-    with running_fleet(tmp_path) as fleet:
-        fleet.begin()
-        for backend in fleet.backends:
-            backend.fault("slow", seconds=0.5)
-        with Traffic(fleet.balancer.port, clients=16) as traffic:
-            before = wait_until(lambda: answered_while_busy(fleet, traffic), "8 requests in flight")
-            fleet.balancer.send(signal.SIGTERM)
-            assert fleet.balancer.wait() == 0
-        assert sum(outcome.kind == "answered" for outcome in traffic.outcomes[before:]) >= 8
-        unheard = [outcome for outcome in traffic.outcomes if outcome.kind != "answered"]
-        assert {outcome.kind for outcome in unheard} <= {"empty"}
-        executed = fleet.executed()
-        assert [outcome for outcome in unheard if executed[outcome.plan.key]] == []
-        judge_all(fleet, table, "SIGTERM", traffic.outcomes, {"answered", "empty"}, 0)
-        assert fleet.balancer.output.count("draining: ") == 1
 
 
 # Clients that are no better.
@@ -340,7 +312,7 @@ class SlowWriter:
 
 def test_slow_half_open_and_leaving_clients_cost_the_others_nothing(fleet: Fleet, table: Table) -> None:
     port = fleet.balancer.port
-    with ExitStack() as stack, Traffic(port, pause=PAUSE) as traffic:
+    with ExitStack() as stack, Traffic(fleet.url, pause=PAUSE) as traffic:
         slow: list[SlowReader | SlowWriter] = [SlowReader(port, f"slow-reader-{n}") for n in range(10)]
         slow += [SlowWriter(port, f"slow-writer-{n}") for n in range(10)]
         for number in range(2 * UNFINISHED):
@@ -368,7 +340,7 @@ def test_slow_half_open_and_leaving_clients_cost_the_others_nothing(fleet: Fleet
 def test_thousands_of_idle_connections_cost_the_others_nothing(fleet: Fleet, table: Table) -> None:
     raise_descriptor_limit()
     before = Footprint.of(fleet.balancer.pid)
-    with ExitStack() as stack, Traffic(fleet.balancer.port, pause=PAUSE) as traffic:
+    with ExitStack() as stack, Traffic(fleet.url, pause=PAUSE) as traffic:
         for number in range(IDLE_CLIENTS):
             sock = stack.enter_context(socket.create_connection(("127.0.0.1", fleet.balancer.port), timeout=PATIENCE))
             if number % 4 == 0:  # every fourth has been of use before
@@ -386,13 +358,39 @@ def test_thousands_of_idle_connections_cost_the_others_nothing(fleet: Fleet, tab
 # Everything together, and what is left of it.
 
 
-def test_after_rounds_of_everything_nothing_is_left_over(fleet: Fleet, table: Table) -> None:
+@pytest.fixture(scope="module")
+def secure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Fleet, Change]]:
+    """A fleet whose clients speak TLS, and what renews its listener."""
+    folder = tmp_path_factory.mktemp("secure")
+    ca, serial = make_pair("the CA", is_ca=True), count()
+    files = Files(folder, make_pair(signed_by=ca))
+    (folder / "ca.pem").write_bytes(ca.certificate)
+
+    def renewing(fleet: Fleet) -> Iterator[None]:
+        number = next(serial)
+        files.write(make_pair(f"n{number}.test", signed_by=ca))
+        fleet.reload()
+        wait_until(lambda: fleet.balancer.status()["tls"]["names"][0] == f"n{number}.test", "it is shown to clients")
+        yield
+        fleet.configure(header_timeout=50 + number % 2)
+        fleet.reload()
+        yield
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SSL_CERT_FILE", str(folder / "ca.pem"))  # which OpenSSL takes for the system's
+        with running_fleet(folder, *files.flags) as fleet:
+            yield fleet, renewing
+
+
+def test_after_rounds_of_everything_nothing_is_left_over(secure: tuple[Fleet, Change], table: Table) -> None:
+    fleet, renewing = secure
+    fleet.begin()
     rng, ended = random.Random(SEED), Event()
     before: Footprint | None = None
-    with Traffic(fleet.balancer.port, seed=SEED) as traffic:
+    with Traffic(fleet.url, seed=SEED) as traffic:
         operators = [
-            repeat(lambda change=change: paced(change(fleet), traffic, ended), ended)  # type: ignore[misc]
-            for change in (switching, coming_and_going)
+            repeat(lambda change=change, answers=answers: paced(change(fleet), traffic, ended, answers), ended)  # type: ignore[misc]
+            for change, answers in ((switching, 25), (coming_and_going, 25), (renewing, 100))
         ]
         try:
             for number in range(ROUNDS):
@@ -412,9 +410,36 @@ def test_after_rounds_of_everything_nothing_is_left_over(fleet: Fleet, table: Ta
     table.notes.append(f"everything: after a third {before}; at the end {during}; when idle {after}")
 
 
-def paced(steps: Iterator[None], traffic: Traffic, ended: Event) -> Iterator[None]:
-    """A change by the operator for every 25 answers."""
+def paced(steps: Iterator[None], traffic: Traffic, ended: Event, answers: int) -> Iterator[None]:
+    """A change by the operator for every so many answers."""
     for _ in steps:
-        goal = len(traffic.outcomes) + 25
+        goal = len(traffic.outcomes) + answers
         wait_until(lambda goal=goal: ended.is_set() or len(traffic.outcomes) >= goal)  # type: ignore[misc]
         yield
+
+
+# The end.
+
+
+def answered_while_busy(fleet: Fleet, traffic: Traffic) -> int:
+    """How many had ended when at least 8 were in flight, else 0."""
+    ended = len(traffic.outcomes)
+    return ended if fleet.balancer.status()["statistics"]["active_requests"] >= 8 else 0
+
+
+def test_sigterm_lets_requests_in_flight_finish(secure: tuple[Fleet, Change], table: Table) -> None:
+    """Who was not answered was not executed either: the balancer took nothing that it did not finish."""
+    fleet, _ = secure
+    fleet.begin()
+    for backend in fleet.backends:
+        backend.fault("slow", seconds=0.5)
+    with Traffic(fleet.url, clients=16) as traffic:
+        before = wait_until(lambda: answered_while_busy(fleet, traffic), "8 requests in flight")
+        fleet.balancer.send(signal.SIGTERM)
+        assert fleet.balancer.wait() == 0
+    assert sum(outcome.kind == "answered" for outcome in traffic.outcomes[before:]) >= 8
+    assert {outcome.kind for outcome in traffic.outcomes} <= {"answered", "away", "empty"}
+    executed = fleet.executed()
+    assert [o for o in traffic.outcomes if o.kind == "empty" and executed[o.plan.key]] == []
+    judge_all(fleet, table, "SIGTERM", traffic.outcomes, {"answered", "away", "empty"}, 0)
+    assert fleet.balancer.output.count("draining: ") == 1

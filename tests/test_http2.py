@@ -94,13 +94,14 @@ class Client:
         self._windows[stream] -= len(data)
         self._send(DATA, END_STREAM if end else 0, stream, data)
 
-    def upload(self, stream: int, size: int, *, patience: float = 10) -> int:
-        """Send so many bytes, without END_STREAM, as the windows allow it (H 5.2). Returns how many could not be sent,
-        because nothing came for `patience` seconds that allows more."""
-        while size and (most := min(size, FRAME, self._room(stream, patience))):
-            self.data(stream, bytes(most), end=False)
-            size -= most
-        return size
+    def upload(self, stream: int, what: int | bytes, *, patience: float = 10) -> int:
+        """Send this, or zeros, without END_STREAM, as the windows allow it (H 5.2). Returns how many bytes could
+        not be sent, because nothing came for `patience` seconds that allows more."""
+        left = memoryview(bytes(what))
+        while left and (most := min(len(left), FRAME, self._room(stream, patience))):
+            self.data(stream, bytes(left[:most]), end=False)
+            left = left[most:]
+        return len(left)
 
     def _room(self, stream: int, patience: float) -> int:
         """What may be sent on it now, or within `patience` seconds."""

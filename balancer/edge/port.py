@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import os
 import socket
@@ -180,6 +181,7 @@ class Port:
         await self._end_sockets(parked, parked_at)
         parked.stop()
         await asyncio.wait([parked.stopped])
+        gc.collect()  # what a reload has left refers to itself, and some of it to Granian's threads: they would stay
         self._parked.remove(parked)
         self._renew()  # what had to wait for this
 
