@@ -166,7 +166,12 @@ def connect(url: SplitResult, *protocols: str) -> socket.socket:
     if url.scheme == "https":
         context = ssl.create_default_context()
         context.set_alpn_protocols(protocols)
-        return context.wrap_socket(sock, server_hostname=url.hostname)
+        sock = context.wrap_socket(sock, server_hostname=url.hostname, do_handshake_on_connect=False)
+        try:
+            sock.do_handshake()
+        except OSError:
+            sock.close()
+            raise
     return sock
 
 
@@ -200,9 +205,14 @@ class Http2Client:
             if self._client.is_told_to_go or self._client.is_closed:
                 self.close()
         if self._sock is None:
-            self._sock = connect(self._url, "h2")
-            self._client, self._ids = Client(self._sock), count(1, 2)
-            self._client.raw(frame(WINDOW_UPDATE, 0, 0, (2**31 - 1 - WINDOW).to_bytes(4, "big")))
+            sock = connect(self._url, "h2")
+            try:
+                self._client, self._ids = Client(sock), count(1, 2)
+                self._client.raw(frame(WINDOW_UPDATE, 0, 0, (2**31 - 1 - WINDOW).to_bytes(4, "big")))
+            except OSError:  # it is closed again already
+                sock.close()
+                raise
+            self._sock = sock
         return self._client
 
     def _begin(self, client: Client, plan: Plan) -> int:

@@ -460,6 +460,7 @@ def test_whoever_leaves_while_the_backend_is_silent_frees_its_place(scripted: Wi
         with connect_raw(balancer.port) as client:
             client.sendall(HANDSHAKE)
             wait_until(lambda: scripted.requests, "the backend was asked")
+        wait_until(lambda: balancer.status(1)["recent_requests"], "it is recorded")
         assert newest(balancer)["status"] == 499
 
 

@@ -169,8 +169,8 @@ class WebSocket:
 
     def _listen(self) -> None:
         """Ask for the client's next message, until one has to be waited for, or the backend has to read first. Granian
-        answers a client's pings while it is asked."""
-        while self._is_client_open and self._receiving is None and len(self._backend.unsent) <= PAUSE:
+        answers a client's pings while it is asked. Not once it is closing: that would keep the close frame back."""
+        while self._deadline is None and self._receiving is None and len(self._backend.unsent) <= PAUSE:
             promise = self._client.receive()
             if is_done(promise):
                 self._take(result_of(promise))
