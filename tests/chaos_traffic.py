@@ -8,7 +8,7 @@ import os
 import random
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from threading import Event, Lock, Thread
@@ -129,6 +129,8 @@ class Http1Client:
         head: http.client.HTTPResponse | None = None
         try:
             self._send(plan)
+            if self._connection.sock is None:  # its handshake had failed
+                return Outcome(plan, "empty")
             head = self._connection.getresponse()
             outcome = judge(plan, head.status, head.read())
         except ConnectionRefusedError:
@@ -341,7 +343,8 @@ def make_message(rng: random.Random) -> str | bytes:
     return data.hex() if rng.random() < 0.5 else data
 
 
-CLIENTS = (Http1Client, Http2Client, Http1Client, WebSocketClient)
+Kind = Callable[[str, Event], TrafficClient]
+CLIENTS: Sequence[Kind] = (Http1Client, Http2Client, Http1Client, WebSocketClient)
 
 
 class Traffic:
@@ -350,8 +353,10 @@ class Traffic:
 
     _runs = count(1)
 
-    def __init__(self, url: str, clients: int = 8, seed: int = 1, pause: float = 0.0) -> None:
-        self._url, self._pause = url, pause
+    def __init__(
+        self, url: str, clients: int = 8, seed: int = 1, pause: float = 0.0, kinds: Sequence[Kind] = CLIENTS
+    ) -> None:
+        self._url, self._pause, self._kinds = url, pause, kinds
         self._ended = Event()
         self._lock = Lock()  # guards `outcomes`
         self._name = f"t{next(self._runs)}-{os.getpid()}"
@@ -360,7 +365,7 @@ class Traffic:
 
     def _run(self, number: int, seed: int) -> None:
         rng = random.Random(seed * 1000 + number)
-        client: TrafficClient = CLIENTS[number % len(CLIENTS)](self._url, self._ended)
+        client = self._kinds[number % len(self._kinds)](self._url, self._ended)
         keys = (f"{self._name}-{number}-{serial}" for serial in count())
         while not self._ended.wait(self._pause):
             outcomes = client.turn(keys, rng)
