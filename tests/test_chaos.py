@@ -115,6 +115,11 @@ def faulty(victim: ChaosBackend, kind: str, every: int = 1, seconds: float = 0.0
         victim.fault()
 
 
+def retries(fleet: Fleet) -> int:
+    count: int = fleet.balancer.status()["statistics"]["retries"]
+    return count
+
+
 def slowed(fleet: Fleet, victim: ChaosBackend, traffic: Traffic) -> None:
     with faulty(victim, "slow", seconds=0.3):
         traffic.wait_for(30)
@@ -129,8 +134,11 @@ def talking_garbage(fleet: Fleet, victim: ChaosBackend, traffic: Traffic) -> Non
 
 
 def resetting_before_the_head(fleet: Fleet, victim: ChaosBackend, traffic: Traffic) -> None:
+    """Until one has been tried elsewhere: on a kept connection it is sent once more to the same backend, uncounted."""
+    before = retries(fleet)
     with faulty(victim, "reset_head", every=3):
         traffic.wait_for(60)
+        wait_until(lambda: retries(fleet) > before, "one was tried elsewhere")
 
 
 def resetting_in_the_body(fleet: Fleet, victim: ChaosBackend, traffic: Traffic) -> None:
@@ -145,9 +153,9 @@ def ending_in_the_body(fleet: Fleet, victim: ChaosBackend, traffic: Traffic) -> 
 
 def hanging(fleet: Fleet, victim: ChaosBackend, traffic: Traffic) -> None:
     """Until one has been given up and tried elsewhere, which takes the response time-out."""
-    before = fleet.balancer.status()["statistics"]["retries"]
+    before = retries(fleet)
     with faulty(victim, "hang", every=4):
-        wait_until(lambda: fleet.balancer.status()["statistics"]["retries"] > before)
+        wait_until(lambda: retries(fleet) > before, "one was tried elsewhere")
 
 
 # In these an answer may break off after its head.
