@@ -278,7 +278,7 @@ class LoadBalancer:
         self.bridges = self.make_bridges()
         if config.http_redirect_port is not None:
             redirect = redirect_to(listeners[0].getsockname()[1])
-            self.bridges.append(Bridge(redirect, self.workers, config.options(ClientLimits)))
+            self.bridges.append(Bridge(redirect, self.workers, _client_limits(config)))
         self.port_options = _port_options(config)
         wanted = self._wanted()
         ports = [Port(*each) for each in zip(self.bridges, listeners, *zip(*wanted, strict=True), strict=True)]

@@ -348,6 +348,14 @@ class background:
         self._thread.join()
 
 
+def begun(stack: ExitStack, balancer: Balancer) -> socket.socket:
+    """A download that has begun, and is held."""
+    sock = stack.enter_context(connect(balancer.port))
+    sock.sendall(get(b"/held"))
+    wait_until(lambda: sock.recv(1), "it has begun")
+    return sock
+
+
 def test_generations_end_with_what_they_serve_and_are_no_more_than_a_few(
     start: Start, held: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -358,9 +366,7 @@ def test_generations_end_with_what_they_serve_and_are_no_more_than_a_few(
     with ExitStack() as stack:
         downloads = []
         for number in range(ports.MOST_PARKED + 2):
-            downloads.append(stack.enter_context(connect(balancer.port)))
-            downloads[-1].sendall(get(b"/held"))
-            wait_until(lambda sock=downloads[-1]: sock.recv(1), "it has begun")
+            downloads.append(begun(stack, balancer))
             port.renew(replace(options, max_header_bytes=10_000 + number), certificate)
             wait_until(lambda count=number + 1: generations(balancer) == min(count, ports.MOST_PARKED))
         assert port._worker is not None and port._worker.made_of[0].max_header_bytes == 10_002
@@ -382,9 +388,7 @@ def test_what_never_ends_keeps_no_renewal_waiting_for_ever(
     with ExitStack() as stack:
         downloads = []
         for number in range(2):
-            downloads.append(stack.enter_context(connect(balancer.port)))
-            downloads[-1].sendall(get(b"/held"))
-            wait_until(lambda sock=downloads[-1]: sock.recv(1), "it has begun")
+            downloads.append(begun(stack, balancer))
             port.renew(replace(options, max_clients=100 + number), None)
             wait_until(lambda: port._worker is not None and port._worker.made_of == port.wanted)
         endless, newer = downloads

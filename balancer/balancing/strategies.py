@@ -175,6 +175,10 @@ def _weights(candidates: Sequence[Backend]) -> list[int]:
     return [backend.weight for backend in candidates]
 
 
+def _drawn(candidates: Sequence[Backend], rng: random.Random) -> Backend:
+    return rng.choices(candidates, _weights(candidates))[0]
+
+
 def _shares(ready: Sequence[Backend]) -> dict[str, float]:
     total = sum(backend.weight for backend in ready)
     return {backend.id: backend.weight / total for backend in ready}
@@ -258,15 +262,12 @@ class PowerOfTwo(Strategy):
     uses_times = False
 
     def select(self, candidates: Sequence[Backend], request: Request) -> Backend:
-        first = self._draw(candidates)
+        first = _drawn(candidates, self.rng)
         rest = [backend for backend in candidates if backend is not first]
         if not rest:
             return first
-        second = self._draw(rest)
+        second = _drawn(rest, self.rng)
         return second if second.active * first.weight < first.active * second.weight else first
-
-    def _draw(self, candidates: Sequence[Backend]) -> Backend:
-        return self.rng.choices(candidates, _weights(candidates))[0]
 
 
 @strategy(
@@ -278,7 +279,7 @@ class Random(Strategy):
     uses_times = False
 
     def select(self, candidates: Sequence[Backend], request: Request) -> Backend:
-        return self.rng.choices(candidates, _weights(candidates))[0]
+        return _drawn(candidates, self.rng)
 
     def expected_shares(self, ready: Sequence[Backend]) -> Mapping[str, float] | None:
         return _shares(ready)

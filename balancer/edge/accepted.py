@@ -31,30 +31,32 @@ SLICE = 64  # descriptors, about half a millisecond: whoever forwards requests w
 
 def cut_all(pairs: Iterable[tuple[Address, Address]]) -> None:
     """Shut down the connections between these (client, server) addresses, in one pass over all descriptors."""
-    wanted = {(client[0], int(client[1]), int(server[1])): server[0] for client, server in pairs}
-    for connection in _sockets(_descriptors(), TCP):
-        with contextlib.suppress(OSError):  # not connected, or no more
-            port: int = connection.getsockname()[1]
-            host = wanted.get((*connection.getpeername()[:2], port))
-            if host is not None and _is_from(connection, (host, port)):
-                connection.shutdown(socket.SHUT_RDWR)
+    for connection, _ in _between(pairs, _descriptors()):
+        with contextlib.suppress(OSError):  # no more
+            connection.shutdown(socket.SHUT_RDWR)
 
 
 def connected(pairs: Iterable[tuple[Address, Address]]) -> set[Address]:
     """Of these (client, server) addresses, clients that have neither hung up nor reset their connection: in one pass
     over all descriptors."""
-    wanted = {(client[0], int(client[1]), int(server[1])): (client, server[0]) for client, server in pairs}
-    descriptors, found = _descriptors(), set()
+    pairs, descriptors = list(pairs), _descriptors()
     if not descriptors:  # the system does not tell
-        return {client for client, _ in wanted.values()}
+        return {client for client, _ in pairs}
+    return {client for connection, client in _between(pairs, descriptors) if not has_hung_up(connection)}
+
+
+def _between(
+    pairs: Iterable[tuple[Address, Address]], descriptors: Iterable[int]
+) -> Iterator[tuple[socket.socket, Address]]:
+    """The connections between these (client, server) addresses, each with its client."""
+    wanted = {(client[0], int(client[1]), int(server[1])): (client, server[0]) for client, server in pairs}
     for connection in _sockets(descriptors, TCP):
         with contextlib.suppress(OSError):  # not connected, or no more
             port: int = connection.getsockname()[1]
             host, peer_port = connection.getpeername()[:2]
             client, local = wanted.get((host.partition("%")[0], peer_port, port), (None, ""))  # Granian tells no zone
-            if client is not None and _is_from(connection, (local, port)) and not has_hung_up(connection):
-                found.add(client)
-    return found
+            if client is not None and _is_from(connection, (local, port)):
+                yield connection, client
 
 
 def cut_port(local: Local) -> None:

@@ -209,13 +209,15 @@ class Bridge(Listener):
 
     def _look_for_left(self, now: float) -> None:
         """Clients that wait for a WebSocket: Granian does not say that they have left, but the kernel does."""
+        if now < self._next_search:
+            return
         oldest = now - SEARCH_SECONDS
         pending = [
             call
             for call in list(self.open_sockets)
             if call.is_pending and call.started <= oldest and call.scope["client"][0]
         ]
-        if not pending or now < self._next_search:
+        if not pending:
             return
         here = accepted.connected(call.addresses for call in pending)
         for call in pending:

@@ -136,8 +136,8 @@ class Worker:
     def park(self) -> None:
         """Accept no more, while another worker accepts on a copy of the same socket. Whoever is connected is served on,
         and told to come anew: every answer is the last one of an HTTP/1 connection."""
-        self.parked_at = time.monotonic()
         self._entry.__setstate__((self._bridge.accept_last, (), {}, None))
+        self.parked_at = time.monotonic()  # what it took without being told so is older
         if hasattr(select, "epoll"):
             _take_away(self._descriptor, self._family)
 
@@ -164,11 +164,17 @@ def listening_for_nobody(family: int) -> socket.socket:
     return nobody
 
 
+def held_back(listener: socket.socket, descriptors: int) -> contextlib.ExitStack:
+    """So many, until it is closed. Raises OSError if there are not."""
+    with contextlib.ExitStack() as held:
+        for _ in range(descriptors):
+            held.enter_context(listener.dup())
+        return held.pop_all()
+
+
 def _ensure_room(listener: socket.socket) -> None:
     enough = Event()
-    with contextlib.ExitStack() as room:
-        for _ in range(DESCRIPTORS):
-            room.enter_context(listener.dup())
+    with held_back(listener, DESCRIPTORS) as room:
         threads = [Thread(target=enough.wait, name="room", daemon=True) for _ in range(THREADS)]
         try:
             for thread in threads:

@@ -19,7 +19,7 @@ from typing import Any
 
 from balancer.edge import accepted
 from balancer.edge.bridge import Bridge
-from balancer.edge.granian import BACKLOG, PortOptions, Worker, listening_for_nobody
+from balancer.edge.granian import BACKLOG, PortOptions, Worker, held_back, listening_for_nobody
 from balancer.edge.tls import Certificate
 from balancer.edge.unixsocket import Unread
 from balancer.errors import SettingsError
@@ -134,7 +134,7 @@ class Port:
     def _make_worker(self) -> Worker:
         self._next_renewal = time.monotonic() + RENEW_SECONDS
         if self.wanted[1] is not None and not self._keeps_room:
-            self._keep(self._keep_room(listening_for_nobody(socket.AF_UNIX), self._room(RESERVE)))
+            self._keep(self._keep_room(listening_for_nobody(socket.AF_UNIX), held_back(self._listener, RESERVE)))
             self._keeps_room = True
         return Worker(self.bridge, self._listener, *self.wanted)
 
@@ -176,19 +176,18 @@ class Port:
         self._later = self._loop.call_later(seconds, self._renew)
 
     async def _end(self, parked: Worker) -> None:
-        parked_at = time.monotonic()
         await asyncio.sleep(PARKED_SECONDS)
-        await self._end_sockets(parked, parked_at)
+        await self._end_sockets(parked)
         parked.stop()
         await asyncio.wait([parked.stopped])
         gc.collect()  # what a reload has left refers to itself, and some of it to Granian's threads: they would stay
         self._parked.remove(parked)
         self._renew()  # what had to wait for this
 
-    async def _end_sockets(self, parked: Worker, parked_at: float) -> None:
+    async def _end_sockets(self, parked: Worker) -> None:
         """WebSockets live on where they are, for a time, or until there are too many such workers. Then they are told:
         `stop` would end them without a word."""
-        bridge = self.bridge
+        bridge, parked_at = self.bridge, parked.parked_at
         while bridge.sockets_before(parked_at) and time.monotonic() < parked_at + LONGEST_PARKED:
             if self._parked[0] is parked and len(self._parked) >= MOST_PARKED:
                 break
@@ -213,7 +212,7 @@ class Port:
                 reserve.close()
                 while not self._has_room(ROOM):
                     await asyncio.sleep(ROOM_SECONDS)
-                reserve.enter_context(self._room(RESERVE))
+                reserve.enter_context(held_back(self._listener, RESERVE))
                 # Else its descriptor may be somebody else's by now.
                 if paused is self._worker and not self._is_stopping:
                     paused.resume(self._listener)
@@ -223,15 +222,8 @@ class Port:
     def _is_stopping(self) -> bool:
         return self._listener.fileno() < 0
 
-    def _room(self, descriptors: int) -> contextlib.ExitStack:
-        """Raises OSError if there are not so many."""
-        with contextlib.ExitStack() as room:
-            for _ in range(descriptors):
-                room.enter_context(self._listener.dup())
-            return room.pop_all()
-
     def _has_room(self, descriptors: int) -> bool:
-        with contextlib.suppress(OSError), self._room(descriptors):
+        with contextlib.suppress(OSError), held_back(self._listener, descriptors):
             return True
         return False
 

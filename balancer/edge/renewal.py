@@ -14,7 +14,7 @@ from threading import Event, Lock, Thread
 from typing import Literal
 
 from balancer.edge import tls
-from balancer.edge.tls import DAY, Certificate, TlsOptions
+from balancer.edge.tls import DAY, WARN_DAYS, Certificate, TlsOptions
 from balancer.errors import SettingsError
 from balancer.protocol.texts import quoted
 
@@ -22,7 +22,6 @@ log = logging.getLogger("balancer.server")
 
 LOOK_SECONDS = 4.0  # between two looks
 STOP_SECONDS = 2.0  # for a look under way to end
-WARN_DAYS = (14, 3, 0)  # before the end
 
 News = Literal["certificate_changed", "certificate_refused", "certificate_expires"]
 

@@ -29,6 +29,7 @@ from balancer.protocol.texts import quoted
 MAX_FILE = 1_048_576  # bytes: room for a chain, and for the CAs of a whole system
 CHECK_SECONDS = 30.0  # a tenth of a second, unless the machine is busy
 DAY = 86400.0
+WARN_DAYS = (14, 3, 0)  # before the end
 NAMES_TOLD = 3
 
 # The worker of `granian.Worker`, as far as it takes TLS, on a socket that nobody knows, and a client; argv: folder of
@@ -174,7 +175,7 @@ class Certificate:
         now = time.time()
         if why := self.why_invalid(now):
             lines.append(f"the certificate {why}: {self}")
-        elif (left := self.expires_at - now) <= 14 * DAY:
+        elif (left := self.expires_at - now) <= WARN_DAYS[0] * DAY:
             lines.append(f"the certificate expires in {left / DAY:.0f} days: {self}")
         return lines
 
