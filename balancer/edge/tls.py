@@ -35,7 +35,7 @@ NAMES_TOLD = 3
 # The worker of `granian.Worker`, as far as it takes TLS, on a socket that nobody knows, and a client; argv: folder of
 # Granian, files. In TLS 1.3 the client has all that the server shows before it is asked for its own certificate.
 CHECK = """
-import resource, socket, ssl, sys, threading
+import os, resource, socket, ssl, sys, threading
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 sys.path.insert(0, sys.argv[1])
 import granian._granian as native
@@ -70,7 +70,8 @@ except OSError as error:
     problem = "clients fail: " + reason.replace("_", " ").lower()
 signal.set()
 ended.wait()
-sys.exit(problem)
+print(problem or "", end="", file=sys.stderr, flush=True)
+os._exit(bool(problem))  # Granian's threads may be in Python still, and end badly in an interpreter that goes
 """
 # What rustls or the client says, in words of the settings.
 NO_SECTION = "has no line -----BEGIN CERTIFICATE-----; expected a PEM file"
