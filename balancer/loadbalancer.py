@@ -25,7 +25,8 @@ from balancer.balancing.options import PoolOptions
 from balancer.balancing.pool import BackendPool
 from balancer.config import settings, validation
 from balancer.config.reload import Change, Plan
-from balancer.config.settings import BackendSettings, Settings
+from balancer.config.settings import Settings
+from balancer.config.values import BackendSettings
 from balancer.control.access import AccessOptions
 from balancer.edge import handover, process, unixsocket
 from balancer.edge.bridge import Bridge

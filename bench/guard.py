@@ -33,7 +33,8 @@ from backends import slow_backends  # noqa: E402
 from contenders import BODY  # noqa: E402
 
 from balancer.balancing.backends import LastCheck  # noqa: E402
-from balancer.config.settings import BackendSettings, Settings  # noqa: E402
+from balancer.config.settings import Settings  # noqa: E402
+from balancer.config.values import BackendSettings  # noqa: E402
 from balancer.edge.bridge import Bridge  # noqa: E402
 from balancer.edge.express import Express  # noqa: E402
 from balancer.edge.listener import ClientLimits  # noqa: E402

@@ -11,7 +11,8 @@ from support import make_attempt, make_record
 from werkzeug.test import TestResponse
 
 from balancer.balancing.backends import LastCheck
-from balancer.config.settings import BackendSettings, Settings
+from balancer.config.settings import Settings
+from balancer.config.values import BackendSettings
 from balancer.loadbalancer import create_app
 
 ALGORITHMS = {"round_robin", "weighted", "least_connections", "power_of_two", "least_response_time", "peak_ewma"}

@@ -18,7 +18,8 @@ from flask.testing import FlaskClient
 from support import PAGE_TOKEN, Clock, make_record
 from werkzeug.test import Client, TestResponse
 
-from balancer.config.settings import BackendSettings, Settings, load
+from balancer.config.settings import Settings, load
+from balancer.config.values import BackendSettings
 from balancer.control.access import GUESS_SECONDS, GUESSERS_KEPT, GUESSES, Guesses, first_segment
 from balancer.loadbalancer import create_app
 

@@ -15,7 +15,8 @@ from support import PYTHON, ROOT, BalancerProcess, connect, fetch, free_port, ge
 
 import load_balancer
 from balancer import __version__
-from balancer.config.settings import SECRETS, Settings
+from balancer.config.settings import SECRETS
+from balancer.config.values import Values
 
 PASSWORD = "hunter2-hunter2-"
 
@@ -71,7 +72,7 @@ def test_help_names_every_setting_and_fits_the_screen(run: Run) -> None:
     done = run("--help", env={"COLUMNS": "100"})
     assert (done.code, done.err) == (0, "")
     assert max(len(line) for line in done.out.splitlines()) <= 120
-    for name in set(Settings.model_fields) - {"backends", *SECRETS}:
+    for name in set(Values.model_fields) - {"backends", *SECRETS}:
         assert "--" + name.replace("_", "-") in done.out
     assert all(flag in done.out for flag in ("--backend ", "--config ", "--check-config", "--print-config"))
     assert all(f"LB_{name.upper()}{file}" in done.out for name in SECRETS for file in ("", "_FILE"))

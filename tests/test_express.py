@@ -30,7 +30,8 @@ from support import (
 from wire import WireBackend, hang_up, post, read_response, request
 
 from balancer.balancing.backends import LastCheck
-from balancer.config.settings import BackendSettings, Settings
+from balancer.config.settings import Settings
+from balancer.config.values import BackendSettings
 from balancer.edge import bridge
 from balancer.edge.bridge import WATCH_AFTER_SECONDS
 from balancer.edge.express import Express

@@ -21,7 +21,8 @@ from wire import WireBackend
 
 import balancer
 from balancer import Filter, LoadBalancer, SettingsError, loadbalancer
-from balancer.config.settings import BackendSettings, Settings
+from balancer.config.settings import Settings
+from balancer.config.values import BackendSettings
 
 LONG = 5000 * "x"
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0"  # and empty SETTINGS

@@ -39,7 +39,8 @@ from balancer.balancing.counts import BackendCounts
 from balancer.balancing.options import PoolOptions
 from balancer.balancing.pool import BackendPool
 from balancer.balancing.strategies import create
-from balancer.config.settings import BackendSettings, Settings
+from balancer.config.settings import Settings
+from balancer.config.values import BackendSettings
 from balancer.control.metrics import BACKEND_REASONS, BUCKETS, QUEUE_BUCKETS, REASONS, STATES
 from balancer.loadbalancer import create_app
 from balancer.observe.events import EVENT_KINDS

@@ -13,7 +13,8 @@ from flask import Flask
 from support import PYTHON, Process, RawRequest, fetch, fetch_json, free_port, ok, wait_until
 from wire import WireBackend
 
-from balancer.config.settings import BackendSettings, Settings
+from balancer.config.settings import Settings
+from balancer.config.values import BackendSettings
 from load_balancer import create_app
 
 

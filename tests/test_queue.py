@@ -17,7 +17,8 @@ from balancer.balancing.backends import Backend, LastCheck
 from balancer.balancing.options import PoolOptions
 from balancer.balancing.pool import BackendPool, Lease
 from balancer.balancing.strategies import Strategy, create
-from balancer.config.settings import BackendSettings, Settings
+from balancer.config.settings import Settings
+from balancer.config.values import BackendSettings
 from balancer.edge.workers import WorkerPool
 from balancer.errors import Unavailable
 from balancer.loadbalancer import create_app

@@ -18,6 +18,7 @@ from wire import WireBackend
 
 from balancer.balancing import strategies
 from balancer.config.settings import NEEDS_RESTART, Settings
+from balancer.config.values import Values
 from balancer.edge.bridge import Bridge
 from balancer.edge.listener import ClientLimits
 from balancer.edge.workers import WorkerPool
@@ -123,7 +124,7 @@ def test_settings_of_every_part_are_applied() -> None:
 NOT_ALONE = {name for name in Settings.model_fields if name.startswith("tls_")} | {"http_redirect_port"}
 
 
-@pytest.mark.parametrize("name", sorted(set(Settings.model_fields) - NOT_ALONE - {"backends", "allow_file_origin"}))
+@pytest.mark.parametrize("name", sorted(set(Values.model_fields) - NOT_ALONE - {"backends", "allow_file_origin"}))
 def test_every_setting_is_either_applied_or_said_to_need_a_restart(name: str) -> None:
     """Whatever holds its own copy of a setting that can be reloaded must get the new one."""
     base: dict[str, Any] = {"backends": [A], "access_log": name != "access_log", "sticky": name != "sticky"}

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from support import another_value
 
 from balancer.balancing.options import PoolOptions
-from balancer.config.settings import SECRETS, BackendSettings, Settings, add_arguments, describe, load, show
+from balancer.config.settings import SECRETS, Settings, add_arguments, describe, load, show
+from balancer.config.values import BackendSettings, Values
 from balancer.control.access import AccessOptions
 from balancer.edge.granian import PortOptions
 from balancer.edge.listener import ClientLimits
@@ -87,7 +88,7 @@ def test_flag_over_environment_over_file_over_default(
     assert source != "file" or sources["port"] == f"file {tmp_path / 'balancer.toml'}"
 
 
-@pytest.mark.parametrize("name", [name for name in Settings.model_fields if name not in {"backends", *SECRETS}])
+@pytest.mark.parametrize("name", [name for name in Values.model_fields if name not in {"backends", *SECRETS}])
 def test_every_setting_has_a_flag_and_a_variable_of_its_name(name: str) -> None:
     value = show(another_value(name))
     by_flag, flag_sources = settings(f"--{name.replace('_', '-')}={value}")
@@ -103,7 +104,7 @@ PARTS = [AccessOptions, ClientLimits, HealthOptions, LogOptions, PoolOptions, Ro
 def test_what_a_part_gets_of_the_settings_has_their_types(kind: type[Any]) -> None:
     types = get_type_hints(Settings) | {
         name: get_type_hints(value.fget)["return"]
-        for name, value in vars(Settings).items()
+        for name, value in vars(Values).items()
         if isinstance(value, property)
     }
     for name, its_type in get_type_hints(kind).items():
@@ -335,7 +336,7 @@ def test_a_wrong_backend_is_named_as_it_was_written() -> None:
     assert refusal(env={"LB_BACKENDS": "junk"}) == f"backend 1 of LB_BACKENDS: {told.format('environment')}"
 
 
-@pytest.mark.parametrize("name", [name for name in Settings.model_fields if name not in SECRETS])
+@pytest.mark.parametrize("name", [name for name in Values.model_fields if name not in SECRETS])
 def test_every_setting_of_a_wrong_type_is_refused_in_our_words(tmp_path: Path, name: str) -> None:
     for value in ("{a = {}}", "1979-05-27", "[[true]]"):
         text = refusal(toml=f"{name} = {value}", tmp_path=tmp_path)
@@ -490,7 +491,7 @@ def test_any_text_as_a_backend_is_taken_or_refused_in_one_line(text: str) -> Non
         assert config.backends[0] == BackendSettings.model_validate(config.backends[0].model_dump())
 
 
-@given(st.sampled_from([name for name in Settings.model_fields if name != "backends"]), st.text(max_size=20))
+@given(st.sampled_from([name for name in Values.model_fields if name != "backends"]), st.text(max_size=20))
 def test_any_text_as_any_setting_is_taken_or_refused_in_one_line(name: str, text: str) -> None:
     try:
         load({name: text}, {})

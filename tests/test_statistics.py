@@ -14,7 +14,8 @@ from support import Clock, make_attempt, make_record
 from werkzeug.test import Client
 
 from balancer.balancing.backends import LastCheck
-from balancer.config.settings import BackendSettings, Settings
+from balancer.config.settings import Settings
+from balancer.config.values import BackendSettings
 from balancer.errors import ResponseTimedOut
 from balancer.forwarding.retrybudget import RetryBudget
 from balancer.loadbalancer import create_app

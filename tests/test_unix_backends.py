@@ -10,7 +10,7 @@ import pytest
 from support import Balancer, fetch, fetch_json, nginx, wait_until
 from wire import WireBackend
 
-from balancer.config.settings import BackendSettings
+from balancer.config.values import BackendSettings
 from balancer.errors import ConnectFailed, ConnectTimedOut, SettingsError
 from balancer.protocol.origin import Origin
 from balancer.upstream.dialer import Dialer

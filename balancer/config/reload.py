@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -25,7 +25,9 @@ from balancer.balancing.members import PoolChanges
 from balancer.balancing.options import StrategyOptions
 from balancer.balancing.pool import BackendPool
 from balancer.config import environment
-from balancer.config.settings import NEEDS_RESTART, BackendSettings, Settings, show
+from balancer.config.settings import NEEDS_RESTART, TABLES, Settings, show
+from balancer.config.tables import Named
+from balancer.config.values import BackendSettings
 from balancer.errors import SettingsError
 from balancer.protocol.origin import Origin
 
@@ -202,6 +204,8 @@ def compare(base: Settings, wanted: Settings, sources: Sources, pool: BackendPoo
             continue
         if name in NEEDS_RESTART:
             plan.needs_restart.append(name)
+        elif name in TABLES:
+            plan.changes += _compare_table(name, before, after)
         else:
             plan.changes.append(Change(name, before, after))
     if wanted.algorithm == base.algorithm != pool.algorithm:
@@ -213,6 +217,14 @@ def compare(base: Settings, wanted: Settings, sources: Sources, pool: BackendPoo
     shares = strategy.expected_shares([backend for backend in planned if backend.is_wanted])
     plan.shares = None if shares is None else {backend.id: shares.get(backend.id, 0.0) for backend in planned}
     return plan
+
+
+def _compare_table(name: str, before: Sequence[Named], after: Sequence[Named]) -> Iterator[Change]:
+    """By name: the order says nothing."""
+    old, new = ({each.name: each for each in table} for table in (before, after))
+    for each in old | new:
+        if old.get(each) != new.get(each):
+            yield Change(f"{name}.{each}", old.get(each), new.get(each))
 
 
 def _compare_backends(

@@ -16,7 +16,7 @@ from werkzeug.exceptions import RequestEntityTooLarge
 
 from balancer.balancing.backends import AdminState
 from balancer.config import validation
-from balancer.config.settings import DrainTimeout, MaxConnections, Weight
+from balancer.config.values import DrainTimeout, MaxConnections, Weight
 from balancer.control.problems import ApiError, is_legacy
 from balancer.protocol.origin import EXPECTED
 from balancer.protocol.texts import shown
