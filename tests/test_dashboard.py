@@ -472,7 +472,7 @@ def test_reset_asks_first_and_says_what_goes(tab: Tab, stub: Stub) -> None:
     expect(tab.at("#reset")).to_be_focused()
     assert stub.writes == []
     tab.page.keyboard.press("Enter")
-    tab.page.click("#confirm-yes")
+    tab.page.press("#confirm-yes", "Enter")
     tab.shows("#toasts", "Statistics reset")
     assert stub.writes == [("/reset", {})]
 
