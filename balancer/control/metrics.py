@@ -117,8 +117,9 @@ def one_of(states: Iterable[str], current: str) -> dict[str, float]:
     return {state: state == current for state in states}
 
 
-def buckets(samples: Histogram, bounds: Sequence[float]) -> list[tuple[str, float]]:
-    return [*((str(bound), samples.up_to(bound)) for bound in bounds), ("+Inf", samples.total)]
+def measured(samples: Histogram, bounds: Sequence[float]) -> tuple[list[tuple[str, float]], float]:
+    """Buckets and sum."""
+    return [*((str(bound), samples.up_to(bound)) for bound in bounds), ("+Inf", samples.total)], samples.seconds
 
 
 class Metrics:
@@ -198,7 +199,7 @@ class Collector:
         yield add_each(errors, [], dict.fromkeys(REASONS, 0) | totals.errors)
         yield add(gauge("requests_in_flight", "Requests under way."), [], lifetime.active)
         duration = histogram("request_duration_seconds", "Time from a request's head to the end of its answer.")
-        duration.add_metric([], buckets(whole.latency, BUCKETS), whole.seconds)
+        duration.add_metric([], *measured(whole.times, BUCKETS))
         yield duration
         yield add(counter("request_bytes", "Bytes of request bodies."), [], totals.bytes_in)
         yield add(counter("response_bytes", "Bytes of response bodies."), [], totals.bytes_out)
@@ -207,7 +208,7 @@ class Collector:
         waiting = {"backend": self._control.pool.waiting, "thread": self._control.queued()}
         yield add_each(gauge("queue_length", "Requests that wait, by what for.", "queue"), [], waiting)
         queued = histogram("queue_duration_seconds", "Time in the queue for a backend, of requests that had to wait.")
-        queued.add_metric([], buckets(totals.waits, QUEUE_BUCKETS), totals.waited)
+        queued.add_metric([], *measured(totals.waits, QUEUE_BUCKETS))
         yield queued
 
     def _websockets(self) -> Iterator[Metric]:
@@ -260,5 +261,5 @@ class Collector:
             add_each(codes, [name], seen.attempts.codes())
             add_each(errors, [name], dict.fromkeys(BACKEND_REASONS, 0) | seen.attempts.failures())
             add_each(turns, [name], {"up": seen.counts.ups, "down": seen.counts.downs})
-            duration.add_metric([name], buckets(seen.traffic.latency, BUCKETS), seen.traffic.seconds)
+            duration.add_metric([name], *measured(seen.traffic.times, BUCKETS))
         yield from (info, states, codes, errors, turns, duration)

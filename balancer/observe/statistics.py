@@ -53,25 +53,32 @@ class StatisticsView(CountersView):
 class Counters:
     """Totals of the whole balancer or of one backend. Not locked; the owner's lock guards it."""
 
-    __slots__ = ("failed", "aborted", "seconds", "statuses", "latency")
+    __slots__ = ("failed", "aborted", "statuses", "latency", "other")
 
     def __init__(self) -> None:
         self.failed = self.aborted = 0
-        self.seconds = 0.0
         self.statuses: defaultdict[int, int] = defaultdict(int)  # of those that were not aborted
-        self.latency = Histogram()
+        self.latency = Histogram()  # of whole answers of backends
+        self.other = Histogram()  # of answers of our own, which would make an outage look fast, and of what broke off
 
     @property
     def total(self) -> int:
-        return self.latency.total
+        return self.aborted + sum(self.statuses.values())
+
+    @property
+    def times(self) -> Histogram:
+        """Of all requests, whoever answered them."""
+        times = self.latency.copy()
+        times += self.other
+        return times
 
     def __iadd__(self, other: Counters) -> Counters:
         self.failed += other.failed
         self.aborted += other.aborted
-        self.seconds += other.seconds
         for status, count in other.statuses.items():
             self.statuses[status] += count
         self.latency += other.latency
+        self.other += other.other
         return self
 
     def copy(self) -> Counters:
@@ -81,8 +88,7 @@ class Counters:
 
     def add(self, record: Record) -> bool:
         """True if it failed."""
-        self.seconds += record.seconds
-        self.latency.add(record.seconds)
+        (self.latency if record.reason is None else self.other).add(record.seconds)
         failed = record.failed
         if failed and record.aborted:
             self.aborted += 1
@@ -103,7 +109,7 @@ class Counters:
             "successful_requests": self.total - self.failed,
             "failed_requests": self.failed,
             "aborted_requests": self.aborted,
-            "avg_response_time": self.seconds / self.total if self.total else 0.0,
+            "avg_response_time": self.latency.seconds / (self.latency.total or 1),
             "latency": self.latency.summary(),
             "codes": self.codes(),
         }
