@@ -19,11 +19,11 @@ from balancer.balancing.changes import Change, Severity
 from balancer.balancing.members import PoolChanges
 from balancer.balancing.options import PoolOptions, StrategyOptions
 from balancer.balancing.pool import BackendPool
-from balancer.config.reload import Configuration, Plan, make_backend
+from balancer.config.reload import Configuration, make_backend
 from balancer.config.settings import Settings
 from balancer.control import api
 from balancer.control.access import Access, AccessOptions
-from balancer.control.control import Control, TlsView
+from balancer.control.control import Control, Reload, TlsView
 from balancer.edge.port import Port
 from balancer.edge.renewal import News, Renewal
 from balancer.edge.tls import TlsOptions
@@ -84,7 +84,7 @@ def make(
     config: Settings,
     sources: Mapping[str, str] | None,
     filters: Sequence[Filter],
-    reload: Callable[[bool], Plan],
+    reload: Reload,
     renew: Callable[[], None],
     ports: Callable[[], Sequence[Port]],
 ) -> Parts:

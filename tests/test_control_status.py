@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import socket
 from typing import Any
@@ -144,3 +145,26 @@ def test_not_ready_until_the_first_health_round_is_done() -> None:
             assert fetch(f"{balancer.url}/health")[0] == 200
             silent.close()
             wait_until(balancer.is_ready)
+
+
+# Packed for who asks for it: with 60 backends a page was sent 63 KB a second.
+
+
+@pytest.mark.parametrize("path", ["/status", "/history", "/dashboard"])
+def test_large_answers_are_packed_for_who_takes_gzip(path: str) -> None:
+    app = make_app()
+    add_records(app, 20)
+    client = app.test_client()
+    plain, refused, packed = (
+        client.get(path, headers=headers)
+        for headers in ({}, {"Accept-Encoding": "br, gzip;q=0"}, {"Accept-Encoding": "br, gzip;q=0.5"})
+    )
+    assert all("Accept-Encoding" in answer.vary for answer in (plain, packed))
+    assert "Content-Encoding" not in plain.headers and "Content-Encoding" not in refused.headers
+    if path == "/history":  # nothing has happened yet: too short to be worth it
+        assert "Content-Encoding" not in packed.headers
+        return
+    assert packed.headers["Content-Encoding"] == "gzip"
+    assert packed.content_length == len(packed.data) < len(plain.data) / 2
+    unpacked = gzip.decompress(packed.data)
+    assert unpacked == plain.data if path == "/dashboard" else json.loads(unpacked).keys() == plain.get_json().keys()

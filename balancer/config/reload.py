@@ -13,10 +13,12 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 from threading import Lock
 from typing import Any, cast
 
+from pydantic import SecretStr
 from typing_extensions import TypedDict
 
 from balancer.balancing import strategies
@@ -28,9 +30,10 @@ from balancer.config import environment
 from balancer.config.settings import NEEDS_RESTART, TABLES, Settings, show
 from balancer.config.tables import Named
 from balancer.config.values import BackendSettings
-from balancer.errors import SettingsError
+from balancer.errors import BalancerError, SettingsError
 from balancer.protocol.origin import Origin
 
+HASH_KEY = os.urandom(32)
 BACKEND_FIELDS = ("url", "weight", "max_connections", "drain_timeout")
 
 Sources = Mapping[str, str]
@@ -41,7 +44,10 @@ ChangeView = TypedDict("ChangeView", {"what": str, "from": Plain, "to": Plain})
 
 
 class PlanView(TypedDict):
+    """`hash` in If-Match applies this plan and no other."""
+
     applied: bool
+    hash: str
     changes: list[ChangeView]
     kept: list[str]
     needs_restart: list[str]
@@ -63,6 +69,10 @@ class SettingView(TypedDict):
 
 class SettingsView(ConfigView):
     settings: list[SettingView]
+
+
+class PlanChanged(BalancerError):
+    """A reload would do something else than what was looked at before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +104,17 @@ class Plan:
     pool: PoolChanges = field(default_factory=PoolChanges)
     shares: dict[str, float] | None = None
 
+    @property
+    def hash(self) -> str:
+        """Of what it would change, secrets included, and of all that it tells. It says nothing of the secrets."""
+        changes = [(change.what, _known(change.before), _known(change.after)) for change in self.changes]
+        told = repr((changes, self.kept, self.needs_restart, self.shares))
+        return blake2b(told.encode(), key=HASH_KEY, digest_size=16).hexdigest()
+
     def describe(self, applied: bool) -> PlanView:
         return {
             "applied": applied,
+            "hash": self.hash,
             "changes": [change.describe() for change in self.changes],
             "kept": self.kept,
             "needs_restart": self.needs_restart,
@@ -133,8 +151,10 @@ class Configuration:
         apply: Callable[[Settings, Plan], None],
         *,
         dry_run: bool = False,
+        accepts: Callable[[str], bool] = lambda hash: True,
     ) -> Plan:
-        """Read, compare, `check` and, unless `dry_run`, `apply`. Raises SettingsError; then nothing has changed."""
+        """Read, compare, `check` and, unless `dry_run`, `apply`. Raises SettingsError, or PlanChanged if `accepts` does
+        not take the hash of the plan; then nothing has changed."""
         with self._lock:
             if not self.can_reload:
                 how = "" if "program" in self.sources.values() else "; start with --config FILE"
@@ -151,6 +171,8 @@ class Configuration:
                 if not dry_run and self.read is not None:
                     self.last_error = str(error)
                 raise
+            if not accepts(plan.hash):
+                raise PlanChanged("the configuration would change something else by now; look at it with dry_run=1")
             if not dry_run:
                 # Restart-only settings stay as they are in force, or the next reload would not name them again.
                 still = {name: getattr(self.settings, name) for name in plan.needs_restart}
@@ -296,6 +318,10 @@ def configured(settings: BackendSettings) -> dict[str, Any]:
 def short(source: str) -> Source:
     """`file balancer.toml` is `file` where one word is expected."""
     return cast(Source, source.partition(" ")[0])
+
+
+def _known(value: Any) -> Any:
+    return value.get_secret_value() if isinstance(value, SecretStr) else value
 
 
 def _plain(value: Any) -> Plain:

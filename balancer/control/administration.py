@@ -6,13 +6,14 @@ paths of the earlier program know only 400.
 
 from __future__ import annotations
 
-from flask import Blueprint, Response, jsonify
+from flask import Blueprint, Response, jsonify, request
 from typing_extensions import TypedDict
 
 from balancer.balancing import strategies
 from balancer.balancing.backends import BackendView
 from balancer.balancing.options import StrategyOptions
 from balancer.balancing.strategies import StrategyView
+from balancer.config.reload import PlanChanged
 from balancer.control.control import current_control
 from balancer.control.inputs import AlgorithmChange, BackendChange, BackendCreate, Nothing, read_body, switch
 from balancer.control.problems import ApiError
@@ -76,11 +77,13 @@ def reset() -> Response:
 @blueprint.post("/reload")
 def reload() -> Response:
     read_body(Nothing)
-    dry_run = switch("dry_run")
+    dry_run, wanted = switch("dry_run"), request.if_match  # RFC 9110 section 13.1.1
     try:
-        plan = current_control().reload(dry_run)
+        plan = current_control().reload(dry_run, wanted.contains if wanted else lambda hash: True)
     except SettingsError as error:
         raise ApiError(422, str(error)) from None
+    except PlanChanged as error:
+        raise ApiError(412, str(error)) from None
     return jsonify(plan.describe(applied=not dry_run))
 
 

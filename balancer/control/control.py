@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from balancer.control.access import Access
 
 Lifecycle = Literal["starting", "running", "draining"]
+Reload = Callable[[bool, Callable[[str], bool]], Plan]  # True only asks what it would do
 
 
 class TlsView(TypedDict):
@@ -53,7 +54,7 @@ class Control:
     access: Access
     adapter: BackendAdapter
     queued: Callable[[], int]  # requests that wait for a thread
-    reload: Callable[[bool], Plan]  # True only asks what it would do
+    reload: Reload
     tls: Callable[[], TlsView | None]
     lifecycle: Lifecycle = "starting"
     started: float = field(default_factory=time.monotonic)
