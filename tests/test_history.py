@@ -30,7 +30,7 @@ class Recorded:
         self.statistics = Statistics(clock=self.clock, wall_clock=self.clock)
         self.in_flight: dict[str, int] = {}
         self.waiting = 0
-        self.history = History(self._read, wall_clock=self.clock)
+        self.history = History(self._read, wall_clock=self.clock, clock=self.clock)
         self.history.look()
 
     def _read(self) -> Reading:
@@ -279,6 +279,28 @@ def test_the_thread_is_named_stops_at_once_and_survives_a_surprise() -> None:
 
 def test_a_history_that_was_never_started_can_be_stopped() -> None:
     History(lambda: Reading(Statistics().lifetime(), {}, 0)).stop()
+
+
+def test_a_window_has_what_came_in_it_and_its_own_percentiles(recorded: Recorded) -> None:
+    recorded.finish(100, seconds=1.0)
+    for second in range(1, 70):
+        recorded.finish(9, seconds=0.01)
+        recorded.finish(1, "b", 503, seconds=0.2)
+        recorded.look_at(START + second)
+    recorded.finish(5)  # since the latest look
+    for seconds, covered in ((10, 19), (60, 69), (300, 69)):
+        window = recorded.history.window(seconds)
+        assert window is not None and window.seconds == covered
+        assert window.whole["requests"] == 10 * covered + (100 if covered == 69 else 0)
+        times = dict.fromkeys(("p50", "p95", "p99"), pytest.approx(0.2, rel=0.03))
+        assert window.backends["b"] == {"requests": covered, "failed": covered, **times}
+    recorded.history.clear()
+    assert recorded.history.window(10) is None
+    recorded.look_at(START + 70)
+    recorded.finish(3)
+    recorded.look_at(START + 71)
+    window = recorded.history.window(60)
+    assert window is not None and (window.seconds, window.whole["requests"], list(window.backends)) == (1, 3, ["a"])
 
 
 # Through the API of a real process.

@@ -77,7 +77,10 @@ PATHS: dict[str, Schema] = {
             "getStatus",
             "Everything at one moment. Times in seconds, points in time as epoch seconds.",
             {200: Status},
-            query={"recent": {"type": "integer", "minimum": 0, "maximum": 100, "default": 20}},
+            query={
+                "recent": {"type": "integer", "minimum": 0, "maximum": 100, "default": 20},
+                "window": {"type": "integer", "enum": [10, 60, 300], "description": "seconds: what they came to"},
+            },
             errors=LEGACY,
         )
     },

@@ -86,6 +86,15 @@ class Counters:
         copied += self
         return copied
 
+    def since(self, earlier: Counters) -> Counters:
+        """What was added after `earlier`, an older copy of these."""
+        added = Counters()
+        added.failed, added.aborted = self.failed - earlier.failed, self.aborted - earlier.aborted
+        for status, count in self.statuses.items():
+            added.statuses[status] = count - earlier.statuses.get(status, 0)
+        added.latency, added.other = self.latency.since(earlier.latency), self.other.since(earlier.other)
+        return added
+
     def add(self, record: Record) -> bool:
         """True if it failed."""
         (self.latency if record.reason is None else self.other).add(record.seconds)
