@@ -25,7 +25,7 @@ def split(*shares: float) -> Split:
 
 
 def picked(of: Split, key: bytes) -> Route:
-    return of.pick(cast(Request, key))
+    return of.find(cast(Request, key))
 
 
 @given(st.binary(min_size=1), st.floats(0, 1), st.floats(0, 1))

@@ -31,7 +31,7 @@ class Split:
         self._routes, self._shares, self._key = routes, shares, key
         self._rng = rng or random.Random()
 
-    def pick(self, request: Request) -> Route:
+    def find(self, request: Request) -> Route:
         key = self._key(request)
         point = place(key) if key else self._rng.random()
         for route, share in zip(self._routes, self._shares(), strict=True):
