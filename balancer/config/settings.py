@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_origin
 
 from pydantic import Field, SecretStr, ValidationError, model_validator
 
+from balancer.balancing.pool import DEFAULT_POOL
 from balancer.config import environment, validation
 from balancer.config.tables import Named, PoolSettings, RouteSettings, Table
 from balancer.config.values import DEFAULT_BACKENDS, RESTART, BackendSettings, Values
@@ -57,6 +58,11 @@ class Settings(Values):
         if twice := [backend_id for backend_id, count in ids.items() if count > 1]:
             raise ValueError(f"two backends have the id {twice[0]!r}; ids must differ over all pools")
         return self
+
+    def by_pool(self) -> dict[str, Settings]:
+        """The settings of each pool by its name: its own, and for all else those of the top level."""
+        own = {each.name: self.model_copy(update={**each.own, "backends": each.backends}) for each in self.pools}
+        return {DEFAULT_POOL: self, **own}
 
     def options(self, kind: type[Options]) -> Options:
         """What one part needs to know: a dataclass whose fields have the names of settings, or of properties here."""

@@ -7,10 +7,9 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, field_validator
 
+from balancer.balancing.pool import DEFAULT_POOL
 from balancer.config import validation
 from balancer.config.values import PER_POOL, PER_ROUTE, BackendSettings, Values, named
-
-DEFAULT_POOL = "default"  # the one of the file's own `backends`
 
 
 class Named(BaseModel):

@@ -107,14 +107,14 @@ def status() -> Response:
     websockets = control.statistics.websockets.open()
     backends: list[ServerView] = [
         {**by_backend.get(backend["id"], NO_REQUESTS), **backend, "websockets": websockets[backend["id"]]}
-        for backend in control.pool.snapshot()
+        for backend in control.pools.snapshot()
     ]
     shown = {backend["id"] for backend in backends}
     totals: TotalsView = {
         **whole,
         "queued_requests": control.queued(),
         "access_log_dropped": control.log.dropped,
-        "waiting_requests": control.pool.waiting,
+        "waiting_requests": control.pools.waiting,
         "unassigned_requests": sum(c["total_requests"] for key, c in by_backend.items() if key not in shown),
         "websockets": websockets.total(),
     }
