@@ -18,7 +18,7 @@ from balancer.balancing import strategies
 from balancer.balancing.changes import Change, Severity
 from balancer.balancing.pool import DEFAULT_POOL, BackendPool
 from balancer.balancing.pools import Pools
-from balancer.config.comparison import Plan, compare
+from balancer.config.comparison import NOTHING, Plan, compare
 from balancer.config.reload import Configuration
 from balancer.config.settings import Settings
 from balancer.control import api
@@ -93,8 +93,7 @@ def make(
     configuration = Configuration(config, sources)
     statistics, events = Statistics(), Events()
     wired = PoolWiring(Dialer(_tls_context(config.ca_file), _names(events)), statistics)
-    nothing = Settings(backends=())
-    wired.use(config, compare(nothing, config, configuration.sources, wired.pools).pools)
+    wired.use(config, compare(NOTHING, config, configuration.sources, wired.pools).pools)
 
     app = Flask(__name__, static_folder=None)
     history, writer = History(lambda: _look(statistics, wired.pools)), LogWriter(standard_output())

@@ -82,8 +82,6 @@ class BackendPool:
     it, is held while the strategy prepares, and guards `_prepared`: what it was given.
 
     `cut_off` ends what is in flight on a backend; whoever has the clients sets it. It is called without the lock.
-    `left_at`, of time.monotonic(), is when requests that are new began to go elsewhere, for the settings have the pool
-    no more; None while they have it.
     """
 
     def __init__(
@@ -115,7 +113,6 @@ class BackendPool:
         self._judge = Judge(self._backends, options, *judging)
         self._candidates = Candidates(self._backends, self._note)
         self.cut_off: Callable[[Backend], None] = lambda backend: None
-        self.left_at: float | None = None
 
     def __repr__(self) -> str:
         with self._lock:
