@@ -33,7 +33,7 @@ from balancer.errors import SettingsError
 from balancer.filters.maxforwards import MaxForwards
 from balancer.filters.servedby import ServedBy
 from balancer.filters.serviceworkers import ServiceWorkers
-from balancer.filters.sticky import COOKIE, Sticky, StickyOptions
+from balancer.filters.sticky import Sticky, StickyOptions, cookie_of
 from balancer.forwarding.filter import Filter
 from balancer.forwarding.route import Route, RouteOptions, Routes
 from balancer.observe.accesslog import AccessLog, LogOptions
@@ -173,7 +173,7 @@ def _routes(control: Control, pools: PoolWiring, filters: Sequence[Filter]) -> C
         default = pools.parts[DEFAULT_POOL]
         usual: list[Filter] = [*([ServedBy()] if config.expose_backend else []), *filters]
         if config.sticky:
-            usual.insert(0, Sticky(default.pool.backends, config.options(StickyOptions)))
+            usual.insert(0, Sticky(default.pool, config.options(StickyOptions)))
         access_log.options = config.options(LogOptions)
         route = Route(
             *(default.pool, default.adapter, control.statistics, default.budget),
@@ -202,7 +202,7 @@ def _proxy(control_app: WSGIApplication, control: Control, routes: Routes) -> Re
 def request_heads(config: Settings, pseudonym: bytes) -> RequestHeads:
     return RequestHeads(
         *(pseudonym, config.networks, config.max_header_count, config.request_headers, config.host_field, config.via),
-        cookie=COOKIE if config.sticky else b"",
+        cookies=[cookie_of(name) for name, each in config.by_pool().items() if each.sticky],
     )
 
 

@@ -16,6 +16,8 @@ from dataclasses import replace
 from threading import Lock
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from balancer.balancing.backends import Backend, BackendView, Choice, LastCheck, Source
 from balancer.balancing.candidates import Candidates
 from balancer.balancing.changes import Listener, Notifier
@@ -34,6 +36,18 @@ log = logging.getLogger("balancer.pool")
 
 DEFAULT_POOL = "default"  # of the backends at the top level of the settings
 STICKY = "sticky"  # in place of a strategy's name where none was asked
+
+
+class PoolView(TypedDict):
+    """`available` backends take requests as far as they have room."""
+
+    name: str
+    algorithm: str
+    panic: bool
+    backends: int
+    available: int
+    active_connections: int
+    waiting_requests: int
 
 
 class Lease:
@@ -433,6 +447,18 @@ class BackendPool:
         with self._lock:
             now = self._clock()
             return {b.id: replace(b.counts, down_seconds=b.counts.downtime(now)) for b in self._backends.values()}
+
+    def describe(self) -> PoolView:
+        with self._lock:
+            return {
+                "name": self.name,
+                "algorithm": self._strategy.name,
+                "panic": self._candidates.is_panicking,
+                "backends": len(self._backends),
+                "available": len(self._candidates.ready),
+                "active_connections": sum(backend.active for backend in self._backends.values()),
+                "waiting_requests": len(self._line),
+            }
 
     def snapshot(self) -> list[BackendView]:
         """All backends at one moment, as plain values in configured order, for `/status`."""

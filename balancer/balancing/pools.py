@@ -45,6 +45,9 @@ class Pools:
         """The pool that has a backend of this id."""
         return next((pool for pool in self if pool.get(backend_id) is not None), None)
 
+    def is_leaving(self, pool: BackendPool) -> bool:
+        return pool in self._leaving
+
     def backends(self) -> list[Backend]:
         return [backend for pool in self for backend in pool.backends()]
 

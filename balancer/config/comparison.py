@@ -20,7 +20,7 @@ from balancer.balancing.options import StrategyOptions
 from balancer.balancing.pool import DEFAULT_POOL, BackendPool
 from balancer.balancing.pools import Pools
 from balancer.balancing.strategies import Strategy
-from balancer.config.settings import NEEDS_RESTART, TABLES, Settings, show
+from balancer.config.settings import NEEDS_RESTART, TABLES, Settings, prefix_of, show
 from balancer.config.tables import Named
 from balancer.config.values import BackendSettings, Values
 from balancer.errors import SettingsError
@@ -126,13 +126,10 @@ class ComparedPool:
     source: str
     ids: Collection[str]
     changes: PoolChanges = field(default_factory=PoolChanges)
-
-    @property
-    def prefix(self) -> str:
-        """Of its settings, as they are told."""
-        return "" if self.name == DEFAULT_POOL else f"pools.{self.name}."
+    prefix: str = field(default="", init=False)
 
     def compare(self) -> None:
+        self.prefix = prefix_of(self.name)
         self.plan.pools[self.name] = self.changes
         if self.pool is None:
             self.plan.changes.append(Change(f"pools.{self.name}", None, self.name))

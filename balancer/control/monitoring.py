@@ -7,6 +7,7 @@ machine: of requests the first segment, of files the name.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import TypeVar, cast
 
 from flask import Blueprint, Response, jsonify, request
@@ -15,6 +16,7 @@ from typing_extensions import TypedDict
 from balancer import __version__
 from balancer.balancing import strategies
 from balancer.balancing.backends import BackendView
+from balancer.balancing.pool import BackendPool, PoolView
 from balancer.balancing.strategies import StrategyView
 from balancer.config.reload import ConfigView
 from balancer.control.access import first_segment, is_authorized
@@ -40,6 +42,14 @@ class ServerView(BackendView, CountersView):
     websockets: int
 
 
+class PoolStatus(PoolView):
+    """A pool and what the requests of its backends came to; `leaving`, for good, with its last requests."""
+
+    leaving: bool
+    total_requests: int
+    failed_requests: int
+
+
 class TotalsView(StatisticsView):
     queued_requests: int
     access_log_dropped: int
@@ -61,6 +71,8 @@ class Capabilities(TypedDict):
 
 
 class Status(TypedDict):
+    """`algorithm` and `panic` are those of the pool `default`."""
+
     schema_version: int
     version: str
     load_balancer_id: str
@@ -73,6 +85,7 @@ class Status(TypedDict):
     config: ConfigView
     tls: TlsView | None
     statistics: TotalsView
+    pools: list[PoolStatus]
     backend_servers: list[ServerView]
     recent_requests: list[RecentView]
     capabilities: Capabilities
@@ -132,11 +145,22 @@ def status() -> Response:
             config=control.configuration.summary(is_authorized()),
             tls=_tls(),
             statistics=totals,
+            pools=[_pool(pool, backends) for pool in control.pools],
             backend_servers=backends,
             recent_requests=[_shown(record) for record in newest],
             capabilities=_capabilities(),
         )
     )
+
+
+def _pool(pool: BackendPool, backends: Sequence[ServerView]) -> PoolStatus:
+    own = [backend for backend in backends if backend["pool"] == pool.name]
+    return {
+        **pool.describe(),
+        "leaving": current_control().pools.is_leaving(pool),
+        "total_requests": sum(backend["total_requests"] for backend in own),
+        "failed_requests": sum(backend["failed_requests"] for backend in own),
+    }
 
 
 def _tls() -> TlsView | None:
@@ -191,7 +215,7 @@ def explain_request(request_id: str) -> Response:
 @blueprint.get("/config")
 def show_configuration() -> Response:
     control = current_control()
-    return jsonify(control.configuration.describe(control.pool.algorithm, is_authorized()))
+    return jsonify(control.configuration.describe(control.pools, is_authorized()))
 
 
 @blueprint.get("/events")
