@@ -86,8 +86,10 @@ class PoolWiring:
         changes.strategy = None  # it has it
         pool.on_change(lambda change: self.tell(pool, change))
         pool.cut_off = lambda backend: self.cut_off(backend)
+        pool.waiting_elsewhere = lambda: self.pools.waiting - pool.waiting
         adapter = BackendAdapter(settings.options(Timeouts), dialer=self._dialer, server_name=settings.backend_sni)
-        return PoolParts(pool, adapter, RetryBudget(self._statistics), settings)
+        budget = RetryBudget(pool.recent_choices, self._statistics.retried)
+        return PoolParts(pool, adapter, budget, settings)
 
     def _all(self) -> list[PoolParts]:
         return [*self.parts.values(), *self._leaving]

@@ -118,7 +118,7 @@ def test_settings_of_every_part_are_applied() -> None:
     assert [each.options.health_interval for each in balancer.pools.health.checked] == [9]
     assert wired.pool.algorithm == "round_robin"
     assert wired.pool.snapshot()[0]["health"]["fall"] == 7
-    assert wired.pool._judge.options.queue_places == 3 and wired.pool._judge.options.eject_after == 1
+    assert wired.pool._judge.options.queue_limit == 3 and wired.pool._judge.options.eject_after == 1
 
 
 NOT_ALONE = {name for name in Settings.model_fields if name.startswith("tls_")} | {"http_redirect_port"}

@@ -26,6 +26,7 @@ from balancer.balancing.judge import Judge
 from balancer.balancing.members import Members, PoolChanges
 from balancer.balancing.options import PoolOptions
 from balancer.balancing.queue import Waiter, WaitingLine
+from balancer.balancing.recent import RecentChoices
 from balancer.balancing.strategies import Strategy
 from balancer.errors import NoRoom, Unavailable
 from balancer.protocol.client import UNWATCHED, Client
@@ -39,11 +40,13 @@ STICKY = "sticky"  # in place of a strategy's name where none was asked
 
 
 class PoolView(TypedDict):
-    """`available` backends take requests as far as they have room."""
+    """`available` backends take requests as far as they have room. A pool that is `leaving` has no place in the
+    settings any more, and goes with its last requests."""
 
     name: str
     algorithm: str
     panic: bool
+    leaving: bool
     backends: int
     available: int
     active_connections: int
@@ -91,11 +94,13 @@ class BackendPool:
 
     `_lock` guards every field of every Backend, `_strategy`, `_is_sticky`, `_is_timed`, `_had_first_round`, `_line`,
     and its helpers, which have no lock of their own: `_members` what the operator changes, `_judge` what checks and
-    traffic change, `_candidates` what follows for the next request. Nothing under it does I/O or calls out, but for the
-    strategy; `_notifier` for the listeners is noted under it and told after it is let go. `_preparing`, taken before
-    it, is held while the strategy prepares, and guards `_prepared`: what it was given.
+    traffic change, `_candidates` what follows for the next request, `_recent` how many there were. Nothing under it
+    does I/O or calls out, but for the strategy; `_notifier` for the listeners is noted under it and told after it is
+    let go. `_preparing`, taken before it, is held while the strategy prepares, and guards `_prepared`: what it was
+    given.
 
     `cut_off` ends what is in flight on a backend; whoever has the clients sets it. It is called without the lock.
+    `waiting_elsewhere` says how many wait in the queues of other pools.
     """
 
     def __init__(
@@ -126,7 +131,9 @@ class BackendPool:
         judging = (self._note, clock, wall_clock, rng or random.Random())
         self._judge = Judge(self._backends, options, *judging)
         self._candidates = Candidates(self._backends, self._note)
+        self._recent = RecentChoices(self._backends, clock)
         self.cut_off: Callable[[Backend], None] = lambda backend: None
+        self.waiting_elsewhere: Callable[[], int] = lambda: 0
 
     def __repr__(self) -> str:
         with self._lock:
@@ -209,9 +216,14 @@ class BackendPool:
 
     def _line_up(self, request: Request, exclude: Collection[str]) -> Waiter[Lease]:
         """A place in the queue, if there is any and waiting can help."""
-        if len(self._line) < self._judge.options.queue_places and self._candidates.is_worth_waiting(exclude):
+        if self._has_place() and self._candidates.is_worth_waiting(exclude):
             return self._line.join(request, exclude)
         raise self._refusal(exclude, f", and {len(self._line)} requests are waiting already" if self._line else "")
+
+    def _has_place(self) -> bool:
+        options = self._judge.options
+        waiting = len(self._line)
+        return waiting < options.queue_limit and waiting + self.waiting_elsewhere() < options.queue_places
 
     def _refusal(self, exclude: Collection[str], about_waiting: str) -> Unavailable:
         excluded = self._candidates.why_not(exclude)
@@ -289,6 +301,7 @@ class BackendPool:
         with self._lock:
             if self._judge.sweep():
                 self._judged()
+            self._recent.sweep()
             overdue = self._members.cut_overdue(self._judge.options.backend_drain_timeout)
         self._notifier.notify()
         for backend in overdue:
@@ -420,6 +433,11 @@ class BackendPool:
         """Requests in the queue."""
         return len(self._line)
 
+    def recent_choices(self) -> int:
+        """How many requests, retries among them, there were in the last 10 s."""
+        with self._lock:
+            return self._recent.count()
+
     @property
     def is_panicking(self) -> bool:
         return self._candidates.is_panicking
@@ -448,12 +466,13 @@ class BackendPool:
             now = self._clock()
             return {b.id: replace(b.counts, down_seconds=b.counts.downtime(now)) for b in self._backends.values()}
 
-    def describe(self) -> PoolView:
+    def describe(self, is_leaving: bool) -> PoolView:
         with self._lock:
             return {
                 "name": self.name,
                 "algorithm": self._strategy.name,
                 "panic": self._candidates.is_panicking,
+                "leaving": is_leaving,
                 "backends": len(self._backends),
                 "available": len(self._candidates.ready),
                 "active_connections": sum(backend.active for backend in self._backends.values()),

@@ -8,7 +8,7 @@ from typing import Any
 
 from balancer.balancing.backends import Backend, BackendView
 from balancer.balancing.members import PoolChanges
-from balancer.balancing.pool import DEFAULT_POOL, BackendPool
+from balancer.balancing.pool import DEFAULT_POOL, BackendPool, PoolView
 from balancer.protocol.origin import Origin
 
 
@@ -45,15 +45,16 @@ class Pools:
         """The pool that has a backend of this id."""
         return next((pool for pool in self if pool.get(backend_id) is not None), None)
 
-    def is_leaving(self, pool: BackendPool) -> bool:
-        return pool in self._leaving
-
     def backends(self) -> list[Backend]:
         return [backend for pool in self for backend in pool.backends()]
 
     def snapshot(self) -> list[BackendView]:
         """All backends, those of each pool at one moment."""
         return [backend for pool in self for backend in pool.snapshot()]
+
+    def describe(self) -> list[PoolView]:
+        leaving = self._leaving
+        return [pool.describe(pool in leaving) for pool in self]
 
     @property
     def waiting(self) -> int:

@@ -53,7 +53,7 @@ class Backends(TypedDict):
 @blueprint.get("/algorithm")
 def show_algorithm() -> Response:
     pools = current_control().pools
-    in_use = {pool.name: pool.algorithm for pool in pools if not pools.is_leaving(pool)}
+    in_use = {pool["name"]: pool["algorithm"] for pool in pools.describe() if not pool["leaving"]}
     current = pools.default.algorithm
     return jsonify(Algorithms(current=current, pools=in_use, algorithms=strategies.describe()))
 

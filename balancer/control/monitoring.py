@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 from balancer import __version__
 from balancer.balancing import strategies
 from balancer.balancing.backends import BackendView
-from balancer.balancing.pool import BackendPool, PoolView
+from balancer.balancing.pool import PoolView
 from balancer.balancing.strategies import StrategyView
 from balancer.config.reload import ConfigView
 from balancer.control.access import first_segment, is_authorized
@@ -43,9 +43,8 @@ class ServerView(BackendView, CountersView):
 
 
 class PoolStatus(PoolView):
-    """A pool and what the requests of its backends came to; `leaving`, for good, with its last requests."""
+    """A pool and what the requests of its backends came to."""
 
-    leaving: bool
     total_requests: int
     failed_requests: int
 
@@ -145,7 +144,7 @@ def status() -> Response:
             config=control.configuration.summary(is_authorized()),
             tls=_tls(),
             statistics=totals,
-            pools=[_pool(pool, backends) for pool in control.pools],
+            pools=[_counted(pool, backends) for pool in control.pools.describe()],
             backend_servers=backends,
             recent_requests=[_shown(record) for record in newest],
             capabilities=_capabilities(),
@@ -153,11 +152,10 @@ def status() -> Response:
     )
 
 
-def _pool(pool: BackendPool, backends: Sequence[ServerView]) -> PoolStatus:
-    own = [backend for backend in backends if backend["pool"] == pool.name]
+def _counted(pool: PoolView, backends: Sequence[ServerView]) -> PoolStatus:
+    own = [backend for backend in backends if backend["pool"] == pool["name"]]
     return {
-        **pool.describe(),
-        "leaving": current_control().pools.is_leaving(pool),
+        **pool,
         "total_requests": sum(backend["total_requests"] for backend in own),
         "failed_requests": sum(backend["failed_requests"] for backend in own),
     }
