@@ -96,8 +96,8 @@ def make(
     statistics, events = Statistics(), Events()
     strategy = strategies.create(config.algorithm, config.options(StrategyOptions))
     pool = BackendPool(strategy, config.options(PoolOptions))
-    dialer = Dialer(_tls_context(config.ca_file), _names(events), config.backend_sni)
-    adapter = BackendAdapter(config.options(Timeouts), dialer=dialer)
+    dialer = Dialer(_tls_context(config.ca_file), _names(events))
+    adapter = BackendAdapter(config.options(Timeouts), dialer=dialer, server_name=config.backend_sni)
     health = _health(config, pool, adapter)
     backends = [make_backend(backend, configuration.sources["backends"]) for backend in config.backends]
     pool.apply(PoolChanges(add=backends))

@@ -84,6 +84,12 @@ class Tab:
     def shows(self, selector: str, words: str | re.Pattern[str]) -> None:
         expect(self.at(selector)).to_contain_text(words)
 
+    def pick(self, selector: str) -> None:
+        """A choice, by keyboard: what is on its way under a mouse may be elsewhere when the button goes down."""
+        self.page.focus(selector)
+        self.page.keyboard.press("Space")
+        expect(self.at(selector)).to_be_checked()
+
     def is_live(self) -> Tab:
         self.shows("#pill", "Live")
         return self

@@ -472,7 +472,7 @@ def test_reset_asks_first_and_says_what_goes(tab: Tab, stub: Stub) -> None:
     expect(tab.at("#reset")).to_be_focused()
     assert stub.writes == []
     tab.page.keyboard.press("Enter")
-    tab.page.click("#confirm-yes")
+    tab.page.press("#confirm-yes", "Enter")
     tab.shows("#toasts", "Statistics reset")
     assert stub.writes == [("/reset", {})]
 
@@ -548,7 +548,7 @@ def test_unreadable_test_traffic_is_no_failure_and_the_balancer_is_asked(tab: Ta
 def test_test_traffic_is_bounded_leaves_room_for_polls_and_can_be_cancelled(tab: Tab, stub: Stub) -> None:
     tab.from_disk(stub.url).is_live()
     stub.traffic_gate.clear()
-    tab.page.check("input[name=amount][value='50']", force=True)
+    tab.pick("input[name=amount][value='50']")
     tab.page.click("#send")
     tab.shows("#traffic-result", "0 of 50 answered")
     stub.answer["statistics"]["total_requests"] = 4321

@@ -77,7 +77,7 @@ def test_the_range_chooses_the_resolution(tab: Tab, stub: Stub) -> None:
     with_past(stub)
     tab.from_disk(stub.url).is_live()
     for seconds, step, least in ((60, 1, 60), (300, 1, 59), (900, 10, 59), (3600, 10, 59)):
-        tab.page.check(f"#range input[value='{seconds}']", force=True)
+        tab.pick(f"#range input[value='{seconds}']")
         end = stub.history[step][-1]["at"] + step  # type: ignore[index]
         times = [tab.page.evaluate(CLOCK, end - back) for back in (seconds, seconds / 2, 0)]
         wait_until(lambda: tab.at(".chart").first.locator(".plot text").all_text_contents()[-3:] == times)  # noqa: B023
@@ -89,7 +89,7 @@ def test_more_slots_than_pixels_are_merged_without_loss(tab: Tab, stub: Stub) ->
     for point in stub.history[1]:  # type: ignore[index]
         point |= {"requests": 40, "failed": 10, "p99": 0.3 if point["at"] % 50 == 0 else 0.1}
     tab.from_disk(stub.url).is_live()
-    tab.page.check("#range input[value='300']", force=True)
+    tab.pick("#range input[value='300']")
     wait_until(lambda: 60 <= area_points(tab) <= 100)
     expect(tab.at(".chart").nth(0).locator(".title-value")).to_have_text("40.0")
     expect(tab.at(".chart").nth(3).locator(".keys b")).to_have_text("25.0 %")

@@ -147,7 +147,7 @@ def held(balancer: LoadBalancer) -> list[Any]:
     return [
         route.options, [vars(answer.__self__) for answer in route.answer], route.response_heads.rules,
         [done.__self__.options for done in route.done], heads.trusted, heads.max_lines, heads.rules, heads.via,
-        heads.host, balancer.adapter.dialer.server_name, control.pool._judge.options, control.pool.algorithm,
+        heads.host, balancer.adapter.server_name, control.pool._judge.options, control.pool.algorithm,
         control.pool._strategy.options, control.access.options, balancer.adapter.timeouts, balancer.health.options,
         balancer.bridges[0].limits, balancer.port_options, logging.getLogger().level,
     ]  # fmt: skip

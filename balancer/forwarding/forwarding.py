@@ -115,6 +115,11 @@ class Forwarding:
         """As `start`, after it, if a connection was all that was missing."""
         return self.stage is Stage.LEASED and self._decision is None and self.start(may_connect=True)
 
+    def look(self, most: int) -> bool:
+        """SENT: take in what has come of the answer, without waiting, as `BackendAdapter.look` does."""
+        assert self.sent is not None
+        return self._route.adapter.look(self.sent, most)
+
     def refuse(self) -> Answer:
         """The answer when no thread is free for the request; does not block."""
         if self.sent is not None:
