@@ -262,7 +262,7 @@ def balancer(port: int, **changes: Any) -> Iterator[Bridge]:
         )
     finally:
         express.stop()
-        parts.adapter.close()
+        parts.pools.close()
 
 
 # The budget.

@@ -32,6 +32,7 @@ from balancer.protocol.request import Request
 
 log = logging.getLogger("balancer.pool")
 
+DEFAULT_POOL = "default"  # of the backends at the top level of the settings
 STICKY = "sticky"  # in place of a strategy's name where none was asked
 
 
@@ -81,17 +82,21 @@ class BackendPool:
     it, is held while the strategy prepares, and guards `_prepared`: what it was given.
 
     `cut_off` ends what is in flight on a backend; whoever has the clients sets it. It is called without the lock.
+    `left_at`, of time.monotonic(), is when requests that are new began to go elsewhere, for the settings have the pool
+    no more; None while they have it.
     """
 
     def __init__(
         self,
         strategy: Strategy,
         options: PoolOptions,
+        name: str = DEFAULT_POOL,
         *,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
         rng: random.Random | None = None,
     ) -> None:
+        self.name = name
         self._lock = Lock()
         self._strategy = strategy
         self._is_sticky = options.sticky
@@ -110,6 +115,7 @@ class BackendPool:
         self._judge = Judge(self._backends, options, *judging)
         self._candidates = Candidates(self._backends, self._note)
         self.cut_off: Callable[[Backend], None] = lambda backend: None
+        self.left_at: float | None = None
 
     def __repr__(self) -> str:
         with self._lock:
@@ -295,15 +301,17 @@ class BackendPool:
         backend_id: str | None,
         origin: Origin,
         *,
+        others: Mapping[str, Backend] | None = None,
         weight: int = 1,
         max_connections: int | None = None,
         drain_timeout: float | None = None,
         source: Source = "api",
         configured: Mapping[str, Any] | None = None,
     ) -> Backend:
-        """Add a backend; it gets requests after its first good check. Raises SettingsError if the id is taken."""
+        """Add a backend; it gets requests after its first good check. `others` are those of other pools, by their ids.
+        Raises SettingsError if the id is taken."""
         with self._changing():
-            backend_id = self._members.new_id(backend_id)
+            backend_id = self._members.new_id(backend_id, others or {})
             backend = Backend(backend_id, origin, weight, max_connections, source=source, configured=configured or {})
             backend.drain_timeout = drain_timeout
             self._members.add(backend)
@@ -326,6 +334,12 @@ class BackendPool:
         if at_once and active:
             self.cut_off(backend)
         return active
+
+    def replace(self, backend_id: str) -> None:
+        """Another pool has one of that name from now on: it finishes what it has, out of sight."""
+        with self._changing():
+            if backend_id in self._backends:
+                self._members.replace(self._backends[backend_id])
 
     def use(self, strategy: Strategy) -> None:
         """Switch the strategy; the next `lease` uses it, with no memory of the past."""
@@ -404,6 +418,11 @@ class BackendPool:
         with self._lock:
             return list(self._backends.values())
 
+    @property
+    def is_empty(self) -> bool:
+        """No backends, and nothing in flight on any that was here."""
+        return not self._backends and not self._members.gone
+
     def get(self, backend_id: str) -> Backend | None:
         return self._backends.get(backend_id)
 
@@ -422,5 +441,5 @@ class BackendPool:
         """All backends at one moment, as plain values in configured order, for `/status`."""
         with self._lock:
             shares = self._strategy.expected_shares(self._candidates.ready)
-            seen = (self._clock(), self._wall_clock(), self._judge.options, shares)
+            seen = (self.name, self._clock(), self._wall_clock(), self._judge.options, shares)
             return [backend.describe(*seen) for backend in self._backends.values()]

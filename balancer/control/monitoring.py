@@ -40,6 +40,20 @@ class ServerView(BackendView, CountersView):
     websockets: int
 
 
+class RouteView(CountersView):
+    """A route, and what its requests came to. It leads to a pool, or else to `redirect` or to `answers_with`."""
+
+    name: str
+    host: str | None
+    path: str
+    methods: list[str]
+    pool: str | None
+    redirect: str | None
+    answers_with: int | None
+    auth: list[str]
+    limits: list[str]
+
+
 class TotalsView(StatisticsView):
     queued_requests: int
     access_log_dropped: int
@@ -74,6 +88,7 @@ class Status(TypedDict):
     tls: TlsView | None
     statistics: TotalsView
     backend_servers: list[ServerView]
+    routes: list[RouteView]
     recent_requests: list[RecentView]
     capabilities: Capabilities
 
@@ -107,14 +122,14 @@ def status() -> Response:
     websockets = control.statistics.websockets.open()
     backends: list[ServerView] = [
         {**by_backend.get(backend["id"], NO_REQUESTS), **backend, "websockets": websockets[backend["id"]]}
-        for backend in control.pool.snapshot()
+        for backend in control.pools.snapshot()
     ]
     shown = {backend["id"] for backend in backends}
     totals: TotalsView = {
         **whole,
         "queued_requests": control.queued(),
         "access_log_dropped": control.log.dropped,
-        "waiting_requests": control.pool.waiting,
+        "waiting_requests": control.pools.waiting,
         "unassigned_requests": sum(c["total_requests"] for key, c in by_backend.items() if key not in shown),
         "websockets": websockets.total(),
     }
@@ -133,10 +148,31 @@ def status() -> Response:
             tls=_tls(),
             statistics=totals,
             backend_servers=backends,
+            routes=_routes(),
             recent_requests=[_shown(record) for record in newest],
             capabilities=_capabilities(),
         )
     )
+
+
+def _routes() -> list[RouteView]:
+    control = current_control()
+    counted = control.routes.since_reset()
+    return [
+        {
+            **(counted[route.name].describe() if route.name in counted else NO_REQUESTS),
+            "name": route.name,
+            "host": route.host,
+            "path": route.path,
+            "methods": list(route.methods),
+            "pool": route.pool,
+            "redirect": route.redirect,
+            "answers_with": route.status,
+            "auth": list(route.auth),
+            "limits": list(route.limits),
+        }
+        for route in control.settings.routes
+    ]
 
 
 def _tls() -> TlsView | None:

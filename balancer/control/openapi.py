@@ -12,7 +12,8 @@ from flask import Blueprint, Response, jsonify
 
 from balancer import __version__
 from balancer.balancing.backends import BackendView
-from balancer.config.reload import PlanView, SettingsView
+from balancer.config.comparison import PlanView
+from balancer.config.reload import SettingsView
 from balancer.control.administration import AlgorithmChanged, Algorithms, BackendRemoved, Backends, Message
 from balancer.control.control import current_control
 from balancer.control.inputs import AlgorithmChange, BackendChange, BackendCreate, Body, Nothing

@@ -1,9 +1,9 @@
 """Which route a request takes: the best of those that match it, by the rules of the Gateway API.
 
-The more exact host counts first: itself, then the longest wildcard, then any. Then comes the exact path, then the longest
-prefix of whole segments; then a route that names methods, the one with more header fields, the one with more query
-parameters. Only what is equal in all of these is decided by the order of the routes. What is looked up is found by its
-host and by its path, so that a thousand routes cost what ten cost.
+The more exact host counts first: itself, then the longest wildcard, then any. Then comes the exact path, then the
+longest prefix of whole segments; then a route that names methods, the one with more header fields, the one with more
+query parameters. Only what is equal in all of these is decided by the order of the routes. Routes are looked up by host
+and by path, so that a thousand cost what ten cost.
 """
 
 from __future__ import annotations
@@ -122,8 +122,9 @@ class _Host(Generic[T]):
 
 
 class RouteTable(Generic[T]):
-    """Finds what a request is for: the target of its route, `missing` if no route matches it, `ambiguous` if its path may
-    mean something else to a backend, and any route of its host is guarded. Never changes, so any thread may look up."""
+    """Finds what a request is for: the target of its route, `missing` if no route matches it, `ambiguous` if its path
+    may mean something else to a backend, and any route of its host is guarded. Never changes, so any thread may look
+    up."""
 
     def __init__(self, candidates: Iterable[Candidate[T]], *, missing: T, ambiguous: T) -> None:
         self._missing, self._ambiguous = missing, ambiguous
