@@ -44,6 +44,7 @@ from balancer.forwarding.filter import Filter
 from balancer.observe.events import Event
 from balancer.observe.record import ExplainedView
 from balancer.protocol.addresses import UNIX
+from balancer.routewiring import check_expectations
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -394,7 +395,9 @@ class LoadBalancer:
             self.reload()
 
     def _check(self, dry_run: bool, config: Settings, plan: Plan) -> None:
-        """Whether the certificate can be used, and whether it is another one."""
+        """Whether requests take the routes that are expected, and the certificate can be used, and is another one."""
+        heads = wiring.request_heads(config, self.proxy.heads.pseudonym)
+        check_expectations(config, heads, self.proxy.is_control)
         before = self.renewal.certificate
         try:
             after = self.renewal.check(config.options(TlsOptions))

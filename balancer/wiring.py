@@ -20,6 +20,7 @@ from balancer.balancing.pool import DEFAULT_POOL, BackendPool
 from balancer.balancing.pools import Pools
 from balancer.config.comparison import NOTHING, Plan, compare
 from balancer.config.reload import Configuration
+from balancer.config.routes import RouteSettings
 from balancer.config.settings import Settings
 from balancer.control import api
 from balancer.control.access import Access, AccessOptions
@@ -40,11 +41,13 @@ from balancer.observe.accesslog import AccessLog, LogOptions
 from balancer.observe.events import Events
 from balancer.observe.history import History, Reading
 from balancer.observe.logwriter import LogWriter, standard_output
+from balancer.observe.routecounts import RouteCounts
 from balancer.observe.statistics import Statistics
-from balancer.poolwiring import PoolWiring
+from balancer.poolwiring import PoolParts, PoolWiring
 from balancer.protocol.requestheads import RequestHeads
 from balancer.protocol.responseheads import ResponseHeads
 from balancer.protocol.texts import quoted
+from balancer.routewiring import Guards, RouteWiring, Way, check_expectations
 from balancer.upstream.dialer import Dialer
 from balancer.upstream.names import Names
 
@@ -101,7 +104,7 @@ def make(
     access = Access(config.options(AccessOptions))
     renewal = _renewal(config, configuration, events, renew)
     control = Control(
-        *(wired.pools, statistics, events, history, writer, DASHBOARD, configuration, access),
+        *(wired.pools, statistics, events, history, writer, DASHBOARD, configuration, access, RouteCounts()),
         idle=wired.idle,
         queued=lambda: workers.queued,
         reload=reload,
@@ -111,6 +114,7 @@ def make(
     control_app = app.wsgi_app
     routes = _routes(control, wired, filters)
     proxy = _proxy(control_app, control, routes(config))
+    check_expectations(config, proxy.heads, proxy.is_control)
     app.wsgi_app = proxy  # type: ignore[method-assign]
     wired.tell = _follow(control, wired)
     return Parts(app, control_app, proxy, control, wired, workers, renewal, routes)
@@ -169,22 +173,37 @@ def _routes(control: Control, pools: PoolWiring, filters: Sequence[Filter]) -> C
     if started_with.control_port is None:  # else the control API is no neighbour of what is forwarded
         rare.append(ServiceWorkers(api.covers_control_path(started_with.control_prefix)))
 
-    def routes(config: Settings) -> Routes:
-        default = pools.parts[DEFAULT_POOL]
+    def way(parts: PoolParts, heads: ResponseHeads) -> Way:
+        """To one pool."""
+        config = parts.settings
         usual: list[Filter] = [*([ServedBy()] if config.expose_backend else []), *filters]
         if config.sticky:
-            usual.insert(0, Sticky(default.pool, config.options(StickyOptions)))
-        access_log.options = config.options(LogOptions)
+            usual.insert(0, Sticky(parts.pool, config.options(StickyOptions)))
         route = Route(
-            *(default.pool, default.adapter, control.statistics, default.budget),
+            *(parts.pool, parts.adapter, control.statistics, parts.budget),
             config.options(RouteOptions),
             on_refused=pools.health.wake,
-            response_heads=ResponseHeads(config.response_headers),
+            response_heads=heads,
             done=(access_log.done,) if config.access_log else (),
         )
-        return Routes(usual=route.with_filters(usual), rare=route.with_filters([*rare, *usual]))
+        return Way(config, route, usual)
+
+    def routes(config: Settings) -> Routes:
+        access_log.options = config.options(LogOptions)
+        heads = ResponseHeads(config.response_headers)
+        ways = {name: way(parts, heads) for name, parts in pools.parts.items()}
+        return RouteWiring(config, ways, rare, _guards(config)).routes(control.routes)
 
     return routes
+
+
+def _guards(config: Settings) -> Guards:
+    """What makes the filters that guard one route: who may (`auth`), and then how much (`limits`)."""
+
+    def guards(route: RouteSettings) -> list[Filter]:
+        return []
+
+    return guards
 
 
 def _proxy(control_app: WSGIApplication, control: Control, routes: Routes) -> ReverseProxy:

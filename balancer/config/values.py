@@ -46,6 +46,7 @@ Seconds = Annotated[float, Field(ge=0.001, le=86400, allow_inf_nan=False, json_s
 SecondsOrZero = Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False, json_schema_extra={"unit": "seconds"})]
 Bytes = Annotated[int, Field(json_schema_extra={"unit": "bytes"})]
 BytesPerSecond = Annotated[int, Field(ge=0, le=1_000_000_000, json_schema_extra={"unit": "bytes/s"})]
+Status = Annotated[int, Field(ge=200, le=599), BeforeValidator(validation.no_truth_value)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Weight = Annotated[int, Field(ge=0, le=MAX_WEIGHT), BeforeValidator(validation.no_truth_value)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]

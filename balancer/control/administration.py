@@ -76,6 +76,7 @@ def reset() -> Response:
     read_body(Nothing)
     control = current_control()
     control.statistics.reset()
+    control.routes.reset()
     control.history.clear()
     control.events.add("statistics_reset", None, "statistics, history and recent requests were reset")
     return jsonify(Message(message="statistics reset"))

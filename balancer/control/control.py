@@ -19,6 +19,7 @@ from balancer.config.settings import Settings
 from balancer.observe.events import Events
 from balancer.observe.history import History
 from balancer.observe.logwriter import LogWriter
+from balancer.observe.routecounts import RouteCounts
 from balancer.observe.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class Control:
     dashboard: Path
     configuration: Configuration
     access: Access
+    routes: RouteCounts
     idle: Callable[[], Mapping[str, Mapping[str, int]]]  # kept connections, by the name of a pool and a URL
     queued: Callable[[], int]  # requests that wait for a thread
     reload: Callable[[bool], Plan]  # True only asks what it would do

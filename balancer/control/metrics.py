@@ -157,6 +157,7 @@ class Collector:
         yield from self._process()
         yield from self._configuration()
         yield from self._requests(lifetime)
+        yield from self._routes()
         yield from self._websockets()
         yield from self._pools()
         yield from self._backends(lifetime)
@@ -192,6 +193,16 @@ class Collector:
             yield add(expiry, [], tls["expires_at"])
             text = "Whether the newest certificate was not refused."
             yield add(gauge("tls_reload_success", text), [], tls["last_error"] is None)
+
+    def _routes(self) -> Iterator[Metric]:
+        """Of those that there are now: names that a reload takes away would pile up."""
+        names, text = {route.name for route in self._control.settings.routes}, "Finished requests of a route."
+        answers = counter("route_requests", text, "route", "code")
+        for route, counters in self._control.routes.lifetime().items():
+            if route in names:
+                codes = {str(status): count for status, count in counters.statuses.items()}
+                add_each(answers, [route], {**codes, "499": codes.get("499", 0) + counters.aborted})
+        yield answers
 
     def _requests(self, lifetime: Lifetime) -> Iterator[Metric]:
         totals, whole = lifetime.totals, Counters()

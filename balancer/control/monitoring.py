@@ -49,6 +49,20 @@ class PoolStatus(PoolView):
     failed_requests: int
 
 
+class RouteView(CountersView):
+    """A route, and what its requests came to. It leads to a pool, or else to `redirect` or to `answers_with`."""
+
+    name: str
+    host: str | None
+    path: str
+    methods: list[str]
+    pool: str | None
+    redirect: str | None
+    answers_with: int | None
+    auth: list[str]
+    limits: list[str]
+
+
 class TotalsView(StatisticsView):
     queued_requests: int
     access_log_dropped: int
@@ -86,6 +100,7 @@ class Status(TypedDict):
     statistics: TotalsView
     pools: list[PoolStatus]
     backend_servers: list[ServerView]
+    routes: list[RouteView]
     recent_requests: list[RecentView]
     capabilities: Capabilities
 
@@ -146,6 +161,7 @@ def status() -> Response:
             statistics=totals,
             pools=[_counted(pool, backends) for pool in control.pools.describe()],
             backend_servers=backends,
+            routes=_routes(),
             recent_requests=[_shown(record) for record in newest],
             capabilities=_capabilities(),
         )
@@ -159,6 +175,26 @@ def _counted(pool: PoolView, backends: Sequence[ServerView]) -> PoolStatus:
         "total_requests": sum(backend["total_requests"] for backend in own),
         "failed_requests": sum(backend["failed_requests"] for backend in own),
     }
+
+
+def _routes() -> list[RouteView]:
+    control = current_control()
+    counted = control.routes.since_reset()
+    return [
+        {
+            **(counted[route.name].describe() if route.name in counted else NO_REQUESTS),
+            "name": route.name,
+            "host": route.host,
+            "path": route.path,
+            "methods": list(route.methods),
+            "pool": route.pool,
+            "redirect": route.redirect,
+            "answers_with": route.status,
+            "auth": list(route.auth),
+            "limits": list(route.limits),
+        }
+        for route in control.settings.routes
+    ]
 
 
 def _tls() -> TlsView | None:

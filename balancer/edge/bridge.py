@@ -138,8 +138,8 @@ class Bridge(Listener):
         """To a worker thread, if it has no body that is small enough for the express way. Such a body comes in without
         a worker: by this thread, which also brings each piece of it."""
         body, forwarding = call.body, call.forwarding
-        if self.express is not None and self.proxy is not None and forwarding is not None and body is not None:
-            if not body.is_done and body.is_small(min(self.proxy.routes.usual.small_body, self.small_bytes)):
+        if self.express is not None and forwarding is not None and body is not None:
+            if not body.is_done and body.is_small(min(forwarding.small_body, self.small_bytes)):
                 missing = body.missing()
                 if missing is not None:
                     when_done(missing, lambda _: self._go_on(call))  # first, or it could undo what a worker waits for

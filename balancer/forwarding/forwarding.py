@@ -66,6 +66,11 @@ class Forwarding:
         self.sent: Sent | None = None  # by `start`
         self._decision: Answer | BalancerError | None = None  # of our own, without a backend's answer
 
+    @property
+    def small_body(self) -> int:
+        """Bytes of a request body that is read before the request is sent on."""
+        return self._route.small_body
+
     def run(self) -> Answer:
         """The whole way: admit, build, lease, send, receive, answer. Waits where it has to. Never raises."""
         try:

@@ -12,6 +12,7 @@ the backend's own time-out cannot be near (`servers`), since it would be lost wi
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
@@ -52,7 +53,7 @@ class BackendAdapter(BaseAdapter):
     `server_name` is what backends are called over TLS, None for the host of each.
 
     `_lock` guards `_idle`: per origin, the idle connections, the newest last. Sockets are opened, checked and closed
-    outside it. `use` may be called at any time.
+    outside it. `use` may be called at any time. What `with_timeouts` makes shares the connections of `_first`.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class BackendAdapter(BaseAdapter):
         self._servers = Servers()
         self._clock = clock
         self._heads = ResponseHeads()
+        self._first = self
         self._lock = Lock()
         self._idle: defaultdict[Origin, deque[Connection]] = defaultdict(deque)
 
@@ -79,6 +81,12 @@ class BackendAdapter(BaseAdapter):
         """Another one, that keeps no connection and waits no longer than this."""
         timeouts = Timeouts(seconds, seconds, seconds, pool_idle_timeout=0)
         return BackendAdapter(timeouts, max_idle=0, dialer=self._dialer, server_name=self.server_name)
+
+    def with_timeouts(self, timeouts: Timeouts) -> BackendAdapter:
+        """The same one, for requests that wait for as long as this: they share its connections."""
+        made = copy.copy(self)
+        made.timeouts = timeouts
+        return made
 
     def note_old(self, origin: Origin) -> None:
         """A check was answered in HTTP/1.0. One in HTTP/1.1 proves less: another part of the server may answer it."""
@@ -238,7 +246,7 @@ class BackendAdapter(BaseAdapter):
     def _is_misnamed(self, connection: Connection) -> bool:
         """It is from before `server_name` was replaced."""
         named = getattr(connection.sock, "server_hostname", None)
-        return named != name_for(connection.origin, self.server_name)
+        return named != name_for(connection.origin, self._first.server_name)
 
     def _seconds_left(self, sent: Sent) -> float:
         """For the rest of the response head. A streamed body took its own time to be sent."""
@@ -319,7 +327,7 @@ class BackendAdapter(BaseAdapter):
     def close(self) -> None:
         """Close all idle connections; those in use are closed by their owners."""
         with self._lock:
-            pools, self._idle = self._idle, defaultdict(deque)
-        for idle in pools.values():
-            for connection in idle:
-                connection.close()
+            kept = [connection for idle in self._idle.values() for connection in idle]
+            self._idle.clear()
+        for connection in kept:
+            connection.close()
