@@ -3,36 +3,44 @@
 from __future__ import annotations
 
 import random
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from balancer.filters.canary import ENOUGH, INTERVAL_SECONDS, Canary, CanaryOptions, Side, is_worse
-from balancer.forwarding.route import Route
+from balancer.forwarding.route import Route, Routes
 from balancer.forwarding.split import Split
+from balancer.observe.canary import ENOUGH, INTERVAL_SECONDS, Canary, CanaryOptions, is_worse
+from balancer.observe.canary import Side as Counted
 from balancer.observe.record import Record
 from balancer.protocol.request import Request
 
-STABLE, CANARY = cast(Route, "stable"), cast(Route, "canary")
+
+class Side(Routes):
+    """Where a request may go: finds itself."""
+
+    def find(self, request: Request) -> Route:
+        return cast(Route, self)
 
 
 def split(*shares: float) -> Split:
-    routes = [STABLE, CANARY] if len(shares) == 2 else [cast(Route, str(number)) for number in range(len(shares))]
-    return Split(routes, lambda: shares, lambda request: cast(bytes, request), random.Random(1))
+    route = cast(Route, None)
+    sides = [Side(route, route) for _ in shares]
+    return Split(route, route, sides, lambda: shares, lambda request: cast(bytes, request), random.Random(1))
 
 
-def picked(of: Split, key: bytes) -> Route:
-    return of.find(cast(Request, key))
+def picked(of: Split, key: bytes) -> int:
+    """Which of them."""
+    found = of.find(cast(Request, key))
+    return next(number for number, side in enumerate(of.sides) if cast(Any, side) is found)
 
 
 @given(st.binary(min_size=1), st.floats(0, 1), st.floats(0, 1))
 def test_whoever_is_with_the_last_pool_stays_there_when_its_share_grows(key: bytes, one: float, other: float) -> None:
     less, more = sorted((one, other))
-    if picked(split(1 - less, less), key) == CANARY:
-        assert picked(split(1 - more, more), key) == CANARY
+    if picked(split(1 - less, less), key) == 1:
+        assert picked(split(1 - more, more), key) == 1
 
 
 @pytest.mark.parametrize("shares", [(0.95, 0.05), (0.5, 0.5), (0.2, 0.3, 0.5), (1.0, 0.0), (0.0, 1.0)])
@@ -40,8 +48,8 @@ def test_each_pool_has_its_share_of_the_keys_and_of_requests_without_one(shares:
     of = split(*shares)
     for keys in ([b"client %d" % number for number in range(10_000)], [b""] * 10_000):
         found = [picked(of, key) for key in keys]
-        for route, share in zip(of._routes, shares, strict=True):
-            assert found.count(route) / 10_000 == pytest.approx(share, abs=0.02)
+        for number, share in enumerate(shares):
+            assert found.count(number) / 10_000 == pytest.approx(share, abs=0.02)
 
 
 class Setting:
@@ -51,7 +59,7 @@ class Setting:
         self.now = 0.0
         self.news: list[tuple[str, str]] = []
         self.canary = Canary(
-            CanaryOptions((0.01, 0.25, 1.0), 60.0),
+            CanaryOptions(("stable", "canary"), (0.01, 0.25, 1.0), 60.0),
             lambda kind, text: self.news.append((kind, text)),
             clock=lambda: self.now,
         )
@@ -66,11 +74,11 @@ class Setting:
             self.canary.look()
 
 
-def serve(side: Side, total: int, failed: int, seconds: float) -> None:
+def serve(side: Counted, total: int, failed: int, seconds: float) -> None:
     for number in range(total):
         record = Record(0.0, "GET", "/", "id")
         record.status, record.backend, record.seconds = (502 if number < failed else 200), "b", seconds
-        side.done(cast(Request, SimpleNamespace()), record)
+        side.add(record)
 
 
 GOOD = (2 * ENOUGH, 0, 0.05)
@@ -109,10 +117,10 @@ def test_what_happens_to_both_sends_nobody_back_and_too_few_requests_say_nothing
 
 
 def test_clients_that_leave_say_nothing_of_a_canary() -> None:
-    side = Side()
+    side = Counted()
     record = Record(0.0, "GET", "/", "id")
     record.status, record.complete = 499, False
-    side.done(cast(Request, SimpleNamespace()), record)
+    side.add(record)
     assert side.counts() == (0, 0, 0.0)
 
 

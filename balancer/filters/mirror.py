@@ -9,12 +9,11 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Lock
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from balancer.errors import BackendError
 from balancer.forwarding.filter import Filter
@@ -23,6 +22,7 @@ from balancer.upstream.response import ResponseBody
 
 if TYPE_CHECKING:
     from balancer.balancing.pool import BackendPool
+    from balancer.observe.routecounts import Mirrored, RouteCounts
     from balancer.protocol.client import Abortable
     from balancer.protocol.request import Request
     from balancer.upstream.transport import BackendAdapter
@@ -31,7 +31,6 @@ log = logging.getLogger("balancer.mirror")
 
 MAX_THREADS = 64  # of all mirrors together, on demand
 MAX_ANSWER = 1_048_576  # bytes of an answer that are read, so that the backend can write all of it
-Outcome = Literal["answered", "failed", "full", "too_large", "no_backend"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,37 +77,28 @@ class Copy:
 
 
 class Copies:
-    """All that are on their way, the threads that bring them, and what came of each.
+    """All that are on their way, and the threads that bring them. `_lock` guards `_under_way`, per route, and
+    `_is_stopping`."""
 
-    `_lock` guards `_under_way`, per route, and `_counts`, per route and outcome.
-    """
-
-    def __init__(self) -> None:
+    def __init__(self, counts: RouteCounts) -> None:
+        self.counts = counts
         self._lock = Lock()
         self._under_way: dict[str, set[Copy]] = {}
-        self._counts: Counter[tuple[str, Outcome]] = Counter()
         self._threads = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="mirror")
         self._is_stopping = False
 
-    def add(self, route: str, most: int, bring: Callable[[Copy], Outcome]) -> None:
+    def add(self, route: str, most: int, bring: Callable[[Copy], Mirrored]) -> None:
         """Let a thread `bring` one, unless there are so many already. Never waits."""
         copy = Copy()
         with self._lock:
             under_way = self._under_way.setdefault(route, set())
-            if len(under_way) >= most or self._is_stopping:
-                self._counts[route, "full"] += 1
+            if self._is_stopping:
                 return
-            under_way.add(copy)
-        self._threads.submit(self._run, route, copy, bring)
-
-    def count(self, route: str, outcome: Outcome) -> None:
-        with self._lock:
-            self._counts[route, outcome] += 1
-
-    def counts(self) -> Mapping[tuple[str, Outcome], int]:
-        """By route and outcome, since the start."""
-        with self._lock:
-            return self._counts.copy()
+            if is_room := len(under_way) < most:
+                under_way.add(copy)
+                self._threads.submit(self._run, route, copy, bring)
+        if not is_room:
+            self.counts.mirrored(route, "full")
 
     def stop(self) -> None:
         """Cut off what is on its way, and join."""
@@ -119,8 +109,8 @@ class Copies:
             copy.leave()
         self._threads.shutdown()
 
-    def _run(self, route: str, copy: Copy, bring: Callable[[Copy], Outcome]) -> None:
-        outcome: Outcome = "failed"
+    def _run(self, route: str, copy: Copy, bring: Callable[[Copy], Mirrored]) -> None:
+        outcome: Mirrored = "failed"
         try:
             if not copy.is_gone:
                 outcome = bring(copy)
@@ -129,7 +119,7 @@ class Copies:
         finally:
             with self._lock:
                 self._under_way[route].discard(copy)
-                self._counts[route, outcome] += 1
+            self.counts.mirrored(route, outcome)
 
 
 class Mirror(Filter):
@@ -154,7 +144,7 @@ class Mirror(Filter):
             return
         body = outgoing.body or b""
         if not outgoing.is_replayable or len(body) > options.max_body:
-            self._copies.count(self._route, "too_large")
+            self._copies.counts.mirrored(self._route, "too_large")
             return
         own = [line for line in outgoing.own if line[0] != b"x-request-id"]
         own += [(b"x-request-id", request.id + b"-mirror"), (b"x-mirrored", b"1")]
@@ -163,7 +153,7 @@ class Mirror(Filter):
             copied.set_body(body)
         self._copies.add(self._route, options.max_in_flight, lambda copy: self._bring(request, copied, copy))
 
-    def _bring(self, request: Request, copied: OutgoingRequest, copy: Copy) -> Outcome:
+    def _bring(self, request: Request, copied: OutgoingRequest, copy: Copy) -> Mirrored:
         lease = self._pool.lease_now(request)
         if lease is None:
             return "no_backend"

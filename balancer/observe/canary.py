@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING, Literal
 
 from typing_extensions import TypedDict
 
-from balancer.forwarding.filter import Filter
 from balancer.observe.histogram import Histogram
 
 if TYPE_CHECKING:
     from balancer.observe.record import Record
-    from balancer.protocol.request import Request
 
 ENOUGH, INTERVAL_SECONDS = 200, 10.0  # requests of each side, and time, before they are compared
 # One-sided test of two proportions. A canary that is as good is compared thousands of times, so the bound is high.
@@ -32,6 +30,8 @@ Counts = tuple[int, int, float]  # requests, failed ones, seconds of the 95th pe
 
 
 class CanaryView(TypedDict):
+    """`text` are the figures of the last comparison."""
+
     state: State
     share: float
     since: float
@@ -40,13 +40,14 @@ class CanaryView(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class CanaryOptions:
-    """`split_steps` are shares from 0 to 1, `split_hold` seconds for each."""
+    """Of the `pools` the last one is the canary. `steps` are its shares from 0 to 1, `hold` are seconds for each."""
 
-    split_steps: tuple[float, ...]
-    split_hold: float
+    pools: tuple[str, ...]
+    steps: tuple[float, ...]
+    hold: float
 
 
-class Side(Filter):
+class Side:
     """What came of the requests of one pool in this interval. `_lock` guards it."""
 
     def __init__(self) -> None:
@@ -54,7 +55,7 @@ class Side(Filter):
         self._total = self._failed = 0
         self._times = Histogram()
 
-    def done(self, request: Request, record: Record) -> None:
+    def add(self, record: Record) -> None:
         if record.aborted:  # says nothing of the pool
             return
         with self._lock:
@@ -81,19 +82,19 @@ class Canary:
     def __init__(
         self,
         options: CanaryOptions,
-        note: Callable[[News, str], None],
+        notify: Callable[[News, str], None],
         *,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        self._options, self._note = options, note
+        self._options, self._notify = options, notify
         self._clock, self._wall_clock = clock, wall_clock
         self.stable, self.canary = Side(), Side()
         self.state: State = "growing"
         self.text = ""
         self._step = 0
         self._is_compared = False  # in this step
-        self._begin(options.split_steps[0])
+        self._begin(options.steps[0])
 
     def shares(self) -> Sequence[float]:
         return 1 - self.share, self.share
@@ -108,16 +109,16 @@ class Canary:
         now = self._clock()
         if now - self._interval_began >= INTERVAL_SECONDS:
             self._compare(self.stable.counts(), self.canary.counts())
-        steps = self._options.split_steps
-        if self.state != "growing" or not self._is_compared or now - self._step_began < self._options.split_hold:
+        steps = self._options.steps
+        if self.state != "growing" or not self._is_compared or now - self._step_began < self._options.hold:
             return
         self._step += 1
         if self._step == len(steps):
             self.state = "done"
-            self._tell("canary_done", f"stays at {self.share:.0%}: {self.text}")
+            self._note("canary_done", f"stays at {self.share:.0%}: {self.text}")
         else:
             self._begin(steps[self._step])
-            self._tell("canary_step", f"gets {self.share:.0%} now: {self.text}")
+            self._note("canary_step", f"gets {self.share:.0%} now: {self.text}")
 
     def _begin(self, share: float) -> None:
         self.share, self.since = share, self._wall_clock()
@@ -137,14 +138,14 @@ class Canary:
         if self.share < 1 and is_worse(canary, stable):
             self.state = "returned"
             self._begin(0.0)
-            self._tell("canary_returned", f"gets nothing any more, it did worse: {figures}")
+            self._note("canary_returned", f"gets nothing any more, it did worse: {figures}")
             return
         self.text, self._is_compared = figures, True
         self._begin_interval()
 
-    def _tell(self, kind: News, text: str) -> None:
+    def _note(self, kind: News, text: str) -> None:
         self.text = text
-        self._note(kind, text)
+        self._notify(kind, text)
 
 
 def is_worse(canary: Counts, stable: Counts) -> bool:
@@ -158,4 +159,34 @@ def is_worse(canary: Counts, stable: Counts) -> bool:
 
 def _told(counts: Counts) -> str:
     total, failed, p95 = counts
-    return f"{failed} of {total} requests failed, p95 {p95 * 1000:.0f} ms"
+    return f"{failed} of {total} requests failed, p95 {p95 * 1000:.3g} ms"
+
+
+class Canaries:
+    """One for each route whose split has steps. Kept over a reload that changes nothing of it; else it begins anew.
+
+    `_canaries` is replaced, never changed.
+    """
+
+    def __init__(self, note: Callable[[News, str], None]) -> None:
+        self._note = note
+        self._canaries: Mapping[str, tuple[CanaryOptions, Canary]] = {}
+
+    def use(self, wanted: Mapping[str, CanaryOptions]) -> None:
+        """These and no others, by the name of the route."""
+        old = self._canaries
+        self._canaries = {
+            route: old[route] if route in old and old[route][0] == options else (options, self._made(route, options))
+            for route, options in wanted.items()
+        }
+
+    def _made(self, route: str, options: CanaryOptions) -> Canary:
+        return Canary(options, lambda kind, text: self._note(kind, f"route {route}: {options.pools[-1]} {text}"))
+
+    def of(self, route: str) -> Canary | None:
+        found = self._canaries.get(route)
+        return None if found is None else found[1]
+
+    def look(self) -> None:
+        for _, canary in self._canaries.values():
+            canary.look()
