@@ -319,6 +319,7 @@ class LoadBalancer:
             )
         ]
         self.pools.cut_off = lambda backend: bridges[0].leave_backend(lambda forwarding: forwarding.is_on(backend))
+        self.pools.is_used = lambda pool: bridges[0].has(lambda forwarding: forwarding.is_for(pool))
         if config.control_port is not None:
             bridges.append(Bridge(self.control_app, self.workers, limits, is_control=lambda path: True))
         return bridges
@@ -414,6 +415,7 @@ class LoadBalancer:
         """
         self.pools.use(config, plan.pools)
         self.proxy.routes = self.routes(config)
+        self.pools.retire()
         self.proxy.heads = wiring.request_heads(config, self.proxy.heads.pseudonym)
         self.control.access.options = config.options(AccessOptions)
         for bridge in self.bridges:

@@ -18,7 +18,7 @@ from balancer.balancing import strategies
 from balancer.balancing.changes import Change, Severity
 from balancer.balancing.pool import DEFAULT_POOL, BackendPool
 from balancer.balancing.pools import Pools
-from balancer.config.comparison import Plan, compare
+from balancer.config.comparison import NOTHING, Plan, compare
 from balancer.config.reload import Configuration
 from balancer.config.routes import RouteSettings
 from balancer.config.settings import Settings
@@ -34,7 +34,7 @@ from balancer.errors import SettingsError
 from balancer.filters.maxforwards import MaxForwards
 from balancer.filters.servedby import ServedBy
 from balancer.filters.serviceworkers import ServiceWorkers
-from balancer.filters.sticky import COOKIE, Sticky, StickyOptions
+from balancer.filters.sticky import Sticky, StickyOptions, cookie_of
 from balancer.forwarding.filter import Filter
 from balancer.forwarding.route import Route, RouteOptions, Routes
 from balancer.observe.accesslog import AccessLog, LogOptions
@@ -96,8 +96,7 @@ def make(
     configuration = Configuration(config, sources)
     statistics, events = Statistics(), Events()
     wired = PoolWiring(Dialer(_tls_context(config.ca_file), _names(events)), statistics)
-    nothing = Settings(backends=())
-    wired.use(config, compare(nothing, config, configuration.sources, wired.pools).pools)
+    wired.use(config, compare(NOTHING, config, configuration.sources, wired.pools).pools)
 
     app = Flask(__name__, static_folder=None)
     history, writer = History(lambda: _look(statistics, wired.pools)), LogWriter(standard_output())
@@ -179,7 +178,7 @@ def _routes(control: Control, pools: PoolWiring, filters: Sequence[Filter]) -> C
         config = parts.settings
         usual: list[Filter] = [*([ServedBy()] if config.expose_backend else []), *filters]
         if config.sticky:
-            usual.insert(0, Sticky(parts.pool.backends, config.options(StickyOptions)))
+            usual.insert(0, Sticky(parts.pool, config.options(StickyOptions)))
         route = Route(
             *(parts.pool, parts.adapter, control.statistics, parts.budget),
             config.options(RouteOptions),
@@ -222,7 +221,7 @@ def _proxy(control_app: WSGIApplication, control: Control, routes: Routes) -> Re
 def request_heads(config: Settings, pseudonym: bytes) -> RequestHeads:
     return RequestHeads(
         *(pseudonym, config.networks, config.max_header_count, config.request_headers, config.host_field, config.via),
-        cookie=COOKIE if config.sticky else b"",
+        cookies=[cookie_of(name) for name, each in config.by_pool().items() if each.sticky],
     )
 
 

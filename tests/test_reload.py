@@ -118,7 +118,7 @@ def test_settings_of_every_part_are_applied() -> None:
     assert [each.options.health_interval for each in balancer.pools.health.checked] == [9]
     assert wired.pool.algorithm == "round_robin"
     assert wired.pool.snapshot()[0]["health"]["fall"] == 7
-    assert wired.pool._judge.options.queue_places == 3 and wired.pool._judge.options.eject_after == 1
+    assert wired.pool._judge.options.queue_limit == 3 and wired.pool._judge.options.eject_after == 1
 
 
 NOT_ALONE = {name for name in Settings.model_fields if name.startswith("tls_")} | {"http_redirect_port"}
@@ -239,7 +239,7 @@ def test_who_set_what_is_visible() -> None:
     assert (a["source"], a["overrides"]) == ("file", {"weight": 2})
     assert (z["source"], z["overrides"]) == ("api", {})
     wired.pool.use(strategies.create("round_robin"))
-    rows = {row["name"]: row for row in wired.balancer.configuration.describe(wired.pool.algorithm)["settings"]}
+    rows = {row["name"]: row for row in wired.balancer.configuration.describe(wired.balancer.control.pools)["settings"]}
     assert rows["algorithm"] == {
         "name": "algorithm", "value": "round_robin", "source": "api", "needs_restart": False,
     }  # fmt: skip
@@ -249,7 +249,9 @@ def test_who_set_what_is_visible() -> None:
 def test_secrets_are_not_shown() -> None:
     wired = Wired(backends=[A], admin_token="hunter2-hunter2-")
     wired.reload(backends=[A], admin_token="hunter3-hunter3-")
-    assert "hunter" not in str(wired.balancer.configuration.describe("weighted")) + str(wired.events())
+    assert "hunter" not in str(wired.balancer.configuration.describe(wired.balancer.control.pools)) + str(
+        wired.events()
+    )
 
 
 # For real.

@@ -16,6 +16,8 @@ from dataclasses import replace
 from threading import Lock
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from balancer.balancing.backends import Backend, BackendView, Choice, LastCheck, Source
 from balancer.balancing.candidates import Candidates
 from balancer.balancing.changes import Listener, Notifier
@@ -24,6 +26,7 @@ from balancer.balancing.judge import Judge
 from balancer.balancing.members import Members, PoolChanges
 from balancer.balancing.options import PoolOptions
 from balancer.balancing.queue import Waiter, WaitingLine
+from balancer.balancing.recent import RecentChoices
 from balancer.balancing.strategies import Strategy
 from balancer.errors import NoRoom, Unavailable
 from balancer.protocol.client import UNWATCHED, Client
@@ -34,6 +37,20 @@ log = logging.getLogger("balancer.pool")
 
 DEFAULT_POOL = "default"  # of the backends at the top level of the settings
 STICKY = "sticky"  # in place of a strategy's name where none was asked
+
+
+class PoolView(TypedDict):
+    """`available` backends take requests as far as they have room. A pool that is `leaving` has no place in the
+    settings any more, and goes with its last requests."""
+
+    name: str
+    algorithm: str
+    panic: bool
+    leaving: bool
+    backends: int
+    available: int
+    active_connections: int
+    waiting_requests: int
 
 
 class Lease:
@@ -77,13 +94,13 @@ class BackendPool:
 
     `_lock` guards every field of every Backend, `_strategy`, `_is_sticky`, `_is_timed`, `_had_first_round`, `_line`,
     and its helpers, which have no lock of their own: `_members` what the operator changes, `_judge` what checks and
-    traffic change, `_candidates` what follows for the next request. Nothing under it does I/O or calls out, but for the
-    strategy; `_notifier` for the listeners is noted under it and told after it is let go. `_preparing`, taken before
-    it, is held while the strategy prepares, and guards `_prepared`: what it was given.
+    traffic change, `_candidates` what follows for the next request, `_recent` how many there were. Nothing under it
+    does I/O or calls out, but for the strategy; `_notifier` for the listeners is noted under it and told after it is
+    let go. `_preparing`, taken before it, is held while the strategy prepares, and guards `_prepared`: what it was
+    given.
 
     `cut_off` ends what is in flight on a backend; whoever has the clients sets it. It is called without the lock.
-    `left_at`, of time.monotonic(), is when requests that are new began to go elsewhere, for the settings have the pool
-    no more; None while they have it.
+    `waiting_elsewhere` says how many wait in the queues of other pools.
     """
 
     def __init__(
@@ -114,8 +131,9 @@ class BackendPool:
         judging = (self._note, clock, wall_clock, rng or random.Random())
         self._judge = Judge(self._backends, options, *judging)
         self._candidates = Candidates(self._backends, self._note)
+        self._recent = RecentChoices(self._backends, clock)
         self.cut_off: Callable[[Backend], None] = lambda backend: None
-        self.left_at: float | None = None
+        self.waiting_elsewhere: Callable[[], int] = lambda: 0
 
     def __repr__(self) -> str:
         with self._lock:
@@ -198,9 +216,14 @@ class BackendPool:
 
     def _line_up(self, request: Request, exclude: Collection[str]) -> Waiter[Lease]:
         """A place in the queue, if there is any and waiting can help."""
-        if len(self._line) < self._judge.options.queue_places and self._candidates.is_worth_waiting(exclude):
+        if self._has_place() and self._candidates.is_worth_waiting(exclude):
             return self._line.join(request, exclude)
         raise self._refusal(exclude, f", and {len(self._line)} requests are waiting already" if self._line else "")
+
+    def _has_place(self) -> bool:
+        options = self._judge.options
+        waiting = len(self._line)
+        return waiting < options.queue_limit and waiting + self.waiting_elsewhere() < options.queue_places
 
     def _refusal(self, exclude: Collection[str], about_waiting: str) -> Unavailable:
         excluded = self._candidates.why_not(exclude)
@@ -278,6 +301,7 @@ class BackendPool:
         with self._lock:
             if self._judge.sweep():
                 self._judged()
+            self._recent.sweep()
             overdue = self._members.cut_overdue(self._judge.options.backend_drain_timeout)
         self._notifier.notify()
         for backend in overdue:
@@ -409,6 +433,11 @@ class BackendPool:
         """Requests in the queue."""
         return len(self._line)
 
+    def recent_choices(self) -> int:
+        """How many requests, retries among them, there were in the last 10 s."""
+        with self._lock:
+            return self._recent.count()
+
     @property
     def is_panicking(self) -> bool:
         return self._candidates.is_panicking
@@ -436,6 +465,19 @@ class BackendPool:
         with self._lock:
             now = self._clock()
             return {b.id: replace(b.counts, down_seconds=b.counts.downtime(now)) for b in self._backends.values()}
+
+    def describe(self, is_leaving: bool) -> PoolView:
+        with self._lock:
+            return {
+                "name": self.name,
+                "algorithm": self._strategy.name,
+                "panic": self._candidates.is_panicking,
+                "leaving": is_leaving,
+                "backends": len(self._backends),
+                "available": len(self._candidates.ready),
+                "active_connections": sum(backend.active for backend in self._backends.values()),
+                "waiting_requests": len(self._line),
+            }
 
     def snapshot(self) -> list[BackendView]:
         """All backends at one moment, as plain values in configured order, for `/status`."""

@@ -8,20 +8,22 @@ from typing import Any
 
 from balancer.balancing.backends import Backend, BackendView
 from balancer.balancing.members import PoolChanges
-from balancer.balancing.pool import DEFAULT_POOL, BackendPool
+from balancer.balancing.pool import DEFAULT_POOL, BackendPool, PoolView
 from balancer.protocol.origin import Origin
 
 
 class Pools:
-    """By name, `default` first. Ids of backends are unique over all of them.
+    """By name, `default` first; then those that the settings have no more, until their last requests have ended. Ids of
+    backends are unique over all of them.
 
-    `_lock` is held while backends are added, so that they stay unique, and while `_pools` is replaced, which anybody
-    may read. It is taken before the lock of a pool.
+    `_lock` is held while backends are added, so that they stay unique, and while `_pools` or `_leaving` is replaced,
+    which anybody may read. It is taken before the lock of a pool.
     """
 
     def __init__(self) -> None:
         self._lock = Lock()
         self._pools: Mapping[str, BackendPool] = {}
+        self._leaving: tuple[BackendPool, ...] = ()
         self._had_first_round = False
 
     @property
@@ -29,9 +31,14 @@ class Pools:
         return self._pools[DEFAULT_POOL]
 
     def __iter__(self) -> Iterator[BackendPool]:
-        return iter(self._pools.values())
+        return iter((*self._pools.values(), *self._leaving))
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._pools)
 
     def get(self, name: str) -> BackendPool | None:
+        """None if it is leaving, too."""
         return self._pools.get(name)
 
     def pool_of(self, backend_id: str) -> BackendPool | None:
@@ -44,6 +51,10 @@ class Pools:
     def snapshot(self) -> list[BackendView]:
         """All backends, those of each pool at one moment."""
         return [backend for pool in self for backend in pool.snapshot()]
+
+    def describe(self) -> list[PoolView]:
+        leaving = self._leaving
+        return [pool.describe(pool in leaving) for pool in self]
 
     @property
     def waiting(self) -> int:
@@ -65,13 +76,19 @@ class Pools:
             return pool.add(backend_id, origin, others=others, **fields)
 
     def apply(self, pools: Mapping[str, BackendPool], changes: Mapping[str, PoolChanges]) -> None:
-        """These are all there are from now on; change each, by its name."""
+        """These are all there are from now on, beside those that leave; change each, by its name."""
         with self._lock:
+            self._leaving += tuple(pool for name, pool in self._pools.items() if name not in pools)
             self._pools = pools
             for name, changed in changes.items():
                 pool = pools[name]
                 for backend in changed.add:
-                    for other in pools.values():
+                    for other in self:
                         if other is not pool:
                             other.replace(backend.id)
                 pool.apply(changed)
+
+    def forget(self, pool: BackendPool) -> None:
+        """It is gone."""
+        with self._lock:
+            self._leaving = tuple(each for each in self._leaving if each is not pool)

@@ -20,12 +20,13 @@ from balancer.balancing.options import StrategyOptions
 from balancer.balancing.pool import DEFAULT_POOL, BackendPool
 from balancer.balancing.pools import Pools
 from balancer.balancing.strategies import Strategy
-from balancer.config.settings import NEEDS_RESTART, TABLES, Settings, show
+from balancer.config.settings import NEEDS_RESTART, TABLES, Settings, prefix_of, show
 from balancer.config.tables import Named
 from balancer.config.values import BackendSettings, Values
 from balancer.errors import SettingsError
 from balancer.protocol.origin import Origin
 
+NOTHING = Settings(backends=())
 BACKEND_FIELDS = ("url", "weight", "max_connections", "drain_timeout")
 
 Sources = Mapping[str, str]
@@ -100,7 +101,7 @@ def compare(base: Settings, wanted: Settings, sources: Sources, pools: Pools) ->
     ids = {backend.id for settings in new.values() for backend in settings.backends}
     for name, settings in new.items():
         source = sources["backends" if name == DEFAULT_POOL else "pools"]
-        ComparedPool(plan, name, pools.get(name), old.get(name), settings, source, ids).compare()
+        ComparedPool(plan, name, pools.get(name), old.get(name, NOTHING), settings, source, ids).compare()
     return plan
 
 
@@ -114,29 +115,26 @@ def _compare_table(name: str, before: Sequence[Named], after: Sequence[Named]) -
 
 @dataclass(slots=True)
 class ComparedPool:
-    """One pool, for which this fills `plan`. There is no `pool` yet if it is new. One that had left, but is not gone,
-    comes back: it has no `base`. `ids` are of all backends that are wanted anywhere."""
+    """One pool, for which this fills `plan`. There is no `pool` if it is new, and its `base` has nothing. `ids` are of
+    all backends that are wanted anywhere."""
 
     plan: Plan
     name: str
     pool: BackendPool | None
-    base: Settings | None
+    base: Settings
     wanted: Settings
     source: str
     ids: Collection[str]
     changes: PoolChanges = field(default_factory=PoolChanges)
-
-    @property
-    def prefix(self) -> str:
-        """Of its settings, as they are told."""
-        return "" if self.name == DEFAULT_POOL else f"pools.{self.name}."
+    prefix: str = field(default="", init=False)
 
     def compare(self) -> None:
+        self.prefix = prefix_of(self.name)
         self.plan.pools[self.name] = self.changes
-        if self.base is None:
+        if self.pool is None:
             self.plan.changes.append(Change(f"pools.{self.name}", None, self.name))
         else:
-            self._compare_own(self.base)
+            self._compare_own()
         strategy = self._compare_strategy()
         planned = list(self._compare_backends())
         shares = strategy.expected_shares([backend for backend in planned if backend.is_wanted])
@@ -144,17 +142,17 @@ class ComparedPool:
             known = self.plan.shares or {}
             self.plan.shares = {**known, **{backend.id: shares.get(backend.id, 0.0) for backend in planned}}
 
-    def _compare_own(self, base: Settings) -> None:
+    def _compare_own(self) -> None:
         """What it has, or had, instead of the settings of the top level, whose changes are told there."""
         own = {
             name
-            for settings in (base, self.wanted)
+            for settings in (self.base, self.wanted)
             for each in settings.pools
             if each.name == self.name
             for name in each.own
         }
         for name in Values.model_fields:
-            before, after = getattr(base, name), getattr(self.wanted, name)
+            before, after = getattr(self.base, name), getattr(self.wanted, name)
             if name in own and name != "backends" and before != after:
                 self.plan.changes.append(Change(self.prefix + name, before, after))
 
@@ -163,7 +161,7 @@ class ComparedPool:
         wanted, base = self.wanted, self.base
         algorithm, options = wanted.algorithm, wanted.options(StrategyOptions)
         strategy = self._strategy(algorithm, options)
-        if base is None or self.pool is None:
+        if self.pool is None:
             self.changes.strategy = strategy
             return strategy
         if algorithm == base.algorithm != self.pool.algorithm:
@@ -183,7 +181,7 @@ class ComparedPool:
         """Yields the backends as they will be, if all are up."""
         new = {backend.id: backend for backend in self.wanted.backends}
         live = {backend.id: backend for backend in self.pool.backends() if not backend.is_leaving} if self.pool else {}
-        old = {backend.id: backend for backend in self.base.backends} if self.base else {}
+        old = {backend.id: backend for backend in self.base.backends}
         update: dict[str, dict[str, Any]] = {}
         add: list[Backend] = []
         for backend_id, now in new.items():
@@ -195,9 +193,10 @@ class ComparedPool:
                 self.plan.kept.append(f"{self.prefix}backends.{backend_id}: removed (by the API)")
             else:
                 add.append(make_backend(now, self.source))
-                self.plan.changes.append(Change(f"{self.prefix}backends.{backend_id}", None, now))
+                if self.pool is not None:  # else it came with its pool
+                    self.plan.changes.append(Change(f"{self.prefix}backends.{backend_id}", None, now))
                 yield add[-1]
-        remove = [each for each in live if each not in new and (each in old or each in self.ids or not self.base)]
+        remove = [each for each in live if each not in new and (each in old or each in self.ids)]
         for backend_id, backend in live.items():
             if backend_id in remove:
                 before = old.get(backend_id, backend.origin.url)

@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 from balancer.balancing.pools import Pools
 from balancer.config import environment
 from balancer.config.comparison import Plan, Sources, compare
-from balancer.config.settings import NEEDS_RESTART, Settings, show
+from balancer.config.settings import NEEDS_RESTART, Settings, prefix_of, rows, show
 from balancer.errors import SettingsError
 
 
@@ -95,20 +95,20 @@ class Configuration:
                 self.loaded_at, self.last_error = time.time(), None
             return plan
 
-    def describe(self, algorithm: str, whole: bool = True) -> SettingsView:
+    def describe(self, pools: Pools, whole: bool = True) -> SettingsView:
         """Every setting with its value, source, and whether it can change while running; secrets are hidden, and unless
         `whole` the folders of files too."""
         told = str if whole else self.without_folders
-        rows: list[SettingView] = []
-        for name in Settings.model_fields:
-            value, source = getattr(self.settings, name), self.sources[name]
-            if name == "algorithm" and algorithm != value:
-                value, source = algorithm, "api"
-            needs_restart = name in NEEDS_RESTART
-            rows.append(
-                {"name": name, "value": told(show(value)), "source": told(source), "needs_restart": needs_restart}
-            )
-        return {**self.summary(whole), "settings": rows}
+        found = rows(self.settings, self.sources)
+        for name, wanted in self.settings.by_pool().items():
+            pool = pools.get(name)
+            if pool is not None and pool.algorithm != wanted.algorithm:
+                found[f"{prefix_of(name)}algorithm"] = pool.algorithm, "api"
+        settings: list[SettingView] = [
+            {"name": name, "value": told(show(value)), "source": told(source), "needs_restart": name in NEEDS_RESTART}
+            for name, (value, source) in found.items()
+        ]
+        return {**self.summary(whole), "settings": settings}
 
     def summary(self, whole: bool = True) -> ConfigView:
         told = str if whole else self.without_folders

@@ -194,11 +194,25 @@ def show(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def rows(settings: Settings, sources: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
+    """The value and source of each setting, and of those that one of a table has of its own: `pools.api.algorithm`."""
+    found = {name: (getattr(settings, name), sources[name]) for name in Settings.model_fields}
+    for table in Settings.model_fields:
+        for each in getattr(settings, table) if table in TABLES else ():
+            found |= {f"{table}.{each.name}.{name}": (value, sources[table]) for name, value in each.own.items()}
+    return found
+
+
+def prefix_of(pool: str) -> str:
+    """What stands before the names of a pool's own settings."""
+    return "" if pool == DEFAULT_POOL else f"pools.{pool}."
+
+
 def describe(settings: Settings, sources: Mapping[str, str]) -> str:
     """A line per setting: name, value, source."""
-    rows = [(name, _whole(getattr(settings, name)), sources[name]) for name in Settings.model_fields]
-    wide = [max(len(row[column]) for row in rows) for column in (0, 1)]
-    return "\n".join(f"{name:{wide[0]}}  {value:{min(wide[1], 40)}}  {source}" for name, value, source in rows)
+    lines = [(name, _whole(value), source) for name, (value, source) in rows(settings, sources).items()]
+    wide = [max(len(line[column]) for line in lines) for column in (0, 1)]
+    return "\n".join(f"{name:{wide[0]}}  {value:{min(wide[1], 40)}}  {source}" for name, value, source in lines)
 
 
 def _whole(value: Any) -> str:

@@ -209,7 +209,10 @@ class Values(BaseModel):
         10, ge=0, le=1_000_000, description="retries a second that are always allowed"
     )
     queue_limit: PerPool[int] = Field(
-        500, ge=0, le=100_000, description="requests that wait while all are full; at most half of max_threads"
+        500,
+        ge=0,
+        le=100_000,
+        description="requests that wait while all are full; at most half of max_threads, over all pools",
     )
     queue_timeout: PerPool[Seconds] = Field(
         5.0, description="time a request waits for a place on a backend; after that 503"
@@ -438,4 +441,4 @@ class Values(BaseModel):
     @property
     def queue_places(self) -> int:
         """Whoever waits for a backend may hold a thread, and whoever has one may need a thread to finish."""
-        return min(self.queue_limit, self.max_threads // 2)
+        return self.max_threads // 2

@@ -159,18 +159,19 @@ class Collector:
         yield from self._requests(lifetime)
         yield from self._routes()
         yield from self._websockets()
+        yield from self._pools()
         yield from self._backends(lifetime)
 
     def _process(self) -> Iterator[Metric]:
         control, versions = self._control, (__version__, platform.python_version())
         yield add(gauge("build_info", "Versions.", "version", "python_version"), versions, 1)
         names = (control.settings.id, control.pool.algorithm)
-        yield add(gauge("info", "Name and algorithm in use.", "instance_id", "algorithm"), names, 1)
+        yield add(gauge("info", "Name, and algorithm of the default pool.", "instance_id", "algorithm"), names, 1)
         yield add(gauge("start_time_seconds", "When the process started."), [], self._started)
         lifecycle = gauge("lifecycle_state", "1 for the state the process is in.", "state")
         yield add_each(lifecycle, [], one_of(LIFECYCLES, control.lifecycle))
         yield add(
-            gauge("panic", "Whether health is ignored because too few backends are available."),
+            gauge("panic", "Whether the default pool ignores health, as lb_pool_panic tells of all."),
             [],
             control.pool.is_panicking,
         )
@@ -237,6 +238,19 @@ class Collector:
         messages = counter("websocket_messages", "Messages of WebSockets, in from clients.", "direction")
         yield add_each(messages, [], totals.messages)
         yield add_each(counter("websocket_bytes", "Bytes of these messages.", "direction"), [], totals.bytes)
+
+    def _pools(self) -> Iterator[Metric]:
+        info = gauge("pool_info", "The algorithm in use.", "pool", "algorithm")
+        panic = gauge("pool_panic", "Whether health is ignored because too few backends are available.", "pool")
+        available = gauge("pool_backends_available", "Backends that take requests as far as they have room.", "pool")
+        waiting = gauge("pool_queue_length", "Requests that wait for a backend.", "pool")
+        for each in self._control.pools.describe():
+            name = each["name"]
+            add(info, [name, each["algorithm"]], 1)
+            add(panic, [name], each["panic"])
+            add(available, [name], each["available"])
+            add(waiting, [name], each["waiting_requests"])
+        yield from (info, panic, available, waiting)
 
     # Per backend.
 

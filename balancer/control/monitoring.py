@@ -7,6 +7,7 @@ machine: of requests the first segment, of files the name.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import TypeVar, cast
 
 from flask import Blueprint, Response, jsonify, request
@@ -15,6 +16,7 @@ from typing_extensions import TypedDict
 from balancer import __version__
 from balancer.balancing import strategies
 from balancer.balancing.backends import BackendView
+from balancer.balancing.pool import PoolView
 from balancer.balancing.strategies import StrategyView
 from balancer.config.reload import ConfigView
 from balancer.control.access import first_segment, is_authorized
@@ -38,6 +40,13 @@ class ServerView(BackendView, CountersView):
     """A backend and what its requests came to. `websockets` are those that are open."""
 
     websockets: int
+
+
+class PoolStatus(PoolView):
+    """A pool and what the requests of its backends came to."""
+
+    total_requests: int
+    failed_requests: int
 
 
 class RouteView(CountersView):
@@ -75,6 +84,8 @@ class Capabilities(TypedDict):
 
 
 class Status(TypedDict):
+    """`algorithm` and `panic` are those of the pool `default`."""
+
     schema_version: int
     version: str
     load_balancer_id: str
@@ -87,6 +98,7 @@ class Status(TypedDict):
     config: ConfigView
     tls: TlsView | None
     statistics: TotalsView
+    pools: list[PoolStatus]
     backend_servers: list[ServerView]
     routes: list[RouteView]
     recent_requests: list[RecentView]
@@ -147,12 +159,22 @@ def status() -> Response:
             config=control.configuration.summary(is_authorized()),
             tls=_tls(),
             statistics=totals,
+            pools=[_counted(pool, backends) for pool in control.pools.describe()],
             backend_servers=backends,
             routes=_routes(),
             recent_requests=[_shown(record) for record in newest],
             capabilities=_capabilities(),
         )
     )
+
+
+def _counted(pool: PoolView, backends: Sequence[ServerView]) -> PoolStatus:
+    own = [backend for backend in backends if backend["pool"] == pool["name"]]
+    return {
+        **pool,
+        "total_requests": sum(backend["total_requests"] for backend in own),
+        "failed_requests": sum(backend["failed_requests"] for backend in own),
+    }
 
 
 def _routes() -> list[RouteView]:
@@ -227,7 +249,7 @@ def explain_request(request_id: str) -> Response:
 @blueprint.get("/config")
 def show_configuration() -> Response:
     control = current_control()
-    return jsonify(control.configuration.describe(control.pool.algorithm, is_authorized()))
+    return jsonify(control.configuration.describe(control.pools, is_authorized()))
 
 
 @blueprint.get("/events")

@@ -107,7 +107,7 @@ PATHS: dict[str, Schema] = {
         )
     },
     "/backends": {
-        "get": _operation("listBackends", "All backends.", {200: Backends}),
+        "get": _operation("listBackends", "All backends, or those of one pool.", {200: Backends}, query={"pool": TEXT}),
         "post": _operation(
             "addBackend",
             "Add a backend; it gets requests after its first good check.",

@@ -255,6 +255,10 @@ class Bridge(Listener):
             if call.leave_backend(is_there) and self._take(call):
                 call.abandon(BackendRemoved)
 
+    def has(self, is_one: Callable[[Forwarding], bool]) -> bool:
+        """Whether such a request is in flight. From any thread."""
+        return any(call.forwarding is not None and is_one(call.forwarding) for call in list(self.calls))
+
     def sockets_before(self, moment: float) -> list[HandshakeCall]:
         """WebSockets that were asked for by then, of time.monotonic(), or of a worker that accepted no more."""
         return [call for call in list(self.open_sockets) if call.since <= moment]

@@ -31,6 +31,7 @@ from balancer.upstream.outgoing import OutgoingRequest
 
 if TYPE_CHECKING:
     from balancer.balancing.backends import Backend
+    from balancer.balancing.pool import BackendPool
     from balancer.protocol.request import Request
     from balancer.upstream.response import BackendResponse
     from balancer.upstream.sent import Sent
@@ -255,6 +256,10 @@ class Forwarding:
     def is_on(self, backend: Backend) -> bool:
         """It has a place there. Any thread may ask."""
         return Stage.BUILT <= self.stage < Stage.FINISHED and self._attempts.is_on(backend)
+
+    def is_for(self, pool: BackendPool) -> bool:
+        """It may still need a backend of this pool. Any thread may ask."""
+        return self._route.pool is pool and self.stage < Stage.FINISHED
 
     # What a `ResponseStream` needs.
 

@@ -60,16 +60,16 @@ class RequestHead:
 
     __slots__ = (
         *("lines", "raw", "fields", "length", "is_bodiless", "request_id", "trace_id"),
-        *("is_rare", "is_special", "refusal", "binding"),
+        *("is_rare", "is_special", "refusal", "bindings"),
     )
 
     def __init__(self, section: Section, heads: RequestHeads) -> None:
         lines, peer, scheme, version = section
         if version == "2":
             lines = join_cookies(lines)
-        self.binding = b""  # the value of our own cookie
-        if heads.cookie:
-            lines, self.binding = without_cookie(lines, heads.cookie)
+        self.bindings: dict[bytes, bytes] = {}  # values of our own cookies, by their names
+        for cookie in heads.cookies:
+            lines, self.bindings[cookie] = without_cookie(lines, cookie)
         self.fields = heads.fields(lines[:MOST_LINES])  # values by name, one for each line, of what is not plain
         self.length: int | None = None  # of the body in bytes, if it is told
         # HTTP/2 tells only at its end whether there is a body (RFC 9113 section 8.1).
@@ -133,7 +133,7 @@ class RequestHeads:
 
     `pseudonym` is our name in `Via`, unless `via` says that there is none; claims of peers in `trusted` networks are
     believed; sections of more than `max_lines` are refused; `rules` change what goes to backends; `host` is their
-    `Host`, empty for the client's; `cookie` is the name of ours, which backends do not get, empty if there is none.
+    `Host`, empty for the client's; `cookies` are the names of ours, which backends do not get.
     """
 
     def __init__(
@@ -144,9 +144,9 @@ class RequestHeads:
         rules: HeaderRules = NO_RULES,
         host: bytes = b"",
         via: bool = True,
-        cookie: bytes = b"",
+        cookies: Sequence[bytes] = (),
     ) -> None:
-        self.via, self.cookie = via, cookie
+        self.via, self.cookies = via, cookies
         self.pseudonym, self.trusted, self.max_lines, self.rules = pseudonym, trusted, max_lines, rules
         self.host = host
         self._size_of_rules = rules.size
