@@ -30,6 +30,8 @@ from balancer.edge.tls import TlsOptions
 from balancer.edge.workers import WorkerPool
 from balancer.edge.wsgi import ReverseProxy
 from balancer.errors import SettingsError
+from balancer.filters.limit import LimitOptions
+from balancer.filters.limits import Limiter
 from balancer.filters.maxforwards import MaxForwards
 from balancer.filters.servedby import ServedBy
 from balancer.filters.serviceworkers import ServiceWorkers
@@ -105,10 +107,11 @@ def make(
     app = Flask(__name__, static_folder=None)
     history, writer = History(lambda: _look(statistics, pool)), LogWriter(standard_output())
     workers = WorkerPool(config.max_threads, config.max_queued, config.thread_idle_timeout)
+    limiter = Limiter(events)
     access = Access(config.options(AccessOptions))
     renewal = _renewal(config, configuration, events, renew)
     control = Control(
-        *(pool, statistics, events, history, writer, DASHBOARD, configuration, access, adapter),
+        *(pool, statistics, events, history, writer, DASHBOARD, configuration, access, adapter, limiter),
         queued=lambda: workers.queued,
         reload=reload,
         tls=lambda: _tls(renewal, ports()),
@@ -187,6 +190,7 @@ def _routes(control: Control, health: HealthChecker, filters: Sequence[Filter]) 
         usual: list[Filter] = [*([ServedBy()] if config.expose_backend else []), *filters]
         if config.sticky:
             usual.insert(0, Sticky(control.pool.backends, config.options(StickyOptions)))
+        control.limiter.use(LimitOptions(**each.model_dump()) for each in config.limits)
         access_log.options = config.options(LogOptions)
         route = Route(
             control.pool,

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from balancer import errors
-from balancer.config.settings import NEEDS_RESTART, Settings, default_of
+from balancer.config.limits import LimitSettings
+from balancer.config.settings import NEEDS_RESTART, Settings, default_of, show
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS, OPERATIONS = ROOT / "docs" / "settings.md", ROOT / "docs" / "operations.md"
@@ -27,8 +28,17 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def table_of_limits() -> str:
+    lines = ["| of `[[limits]]` | default | meaning |", "|---|---|---|"]
+    for name, field in LimitSettings.model_fields.items():
+        default = "needed" if field.is_required() else show(field.default).replace("(empty)", "none")
+        lines.append(f"| `{name}` | {default} | {field.description} |")
+    return "\n".join(lines)
+
+
 def test_the_table_of_settings_is_what_the_code_has() -> None:
-    assert table() in SETTINGS.read_text(encoding="utf-8"), "run PYTHONPATH=. python tests/test_docs.py"
+    for made in (table(), table_of_limits()):
+        assert made in SETTINGS.read_text(encoding="utf-8"), "run PYTHONPATH=. python tests/test_docs.py"
 
 
 def test_the_defaults_named_in_the_operations_guide_are_the_real_ones() -> None:
@@ -66,4 +76,4 @@ def test_every_error_answer_is_explained(error: type[errors.BalancerError]) -> N
 
 if __name__ == "__main__":
     head = SETTINGS.read_text(encoding="utf-8").partition("| setting |")[0]
-    SETTINGS.write_text(head + table() + "\n", encoding="utf-8")
+    SETTINGS.write_text(f"{head}{table()}\n\n{table_of_limits()}\n", encoding="utf-8")

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_origin
 from pydantic import Field, SecretStr, ValidationError, model_validator
 
 from balancer.config import environment, validation
+from balancer.config.limits import LimitSettings
 from balancer.config.tables import Named, PoolSettings, RouteSettings, Table
 from balancer.config.values import DEFAULT_BACKENDS, RESTART, BackendSettings, Values
 from balancer.errors import SettingsError
@@ -43,6 +44,7 @@ class Settings(Values):
 
     pools: Table[PoolSettings] = Field((), description="pools of backends beside those of `backends`")
     routes: Table[RouteSettings] = Field((), description="which requests go where; the best match counts")
+    limits: Table[LimitSettings] = Field((), description="how much a client may ask for, where a route names them")
 
     @model_validator(mode="before")
     @classmethod

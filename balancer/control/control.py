@@ -14,6 +14,7 @@ from typing_extensions import TypedDict
 from balancer.balancing.pool import BackendPool
 from balancer.config.reload import Configuration, Plan
 from balancer.config.settings import Settings
+from balancer.filters.limits import Limiter
 from balancer.observe.events import Events
 from balancer.observe.history import History
 from balancer.observe.logwriter import LogWriter
@@ -52,6 +53,7 @@ class Control:
     configuration: Configuration
     access: Access
     adapter: BackendAdapter
+    limiter: Limiter
     queued: Callable[[], int]  # requests that wait for a thread
     reload: Callable[[bool], Plan]  # True only asks what it would do
     tls: Callable[[], TlsView | None]

@@ -12,7 +12,8 @@ from balancer.protocol.addresses import Network, client_address, network_of, tol
 if TYPE_CHECKING:
     from balancer.protocol.request import Request
 
-KEY_PATTERN = r"(?:client_ip|path|(?:header|cookie|query):[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64})"
+TOKEN_PATTERN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}"
+KEY_PATTERN = rf"(?:client_ip|path|(?:header|cookie|query):{TOKEN_PATTERN})"
 
 Key = Callable[["Request"], bytes]  # b"" for a request that has none
 
@@ -24,7 +25,7 @@ def request_key(text: str, trusted: Sequence[Network] = ()) -> Key:
     """
     kind, _, name = text.partition(":")
     if kind == "client_ip":
-        return lambda request: _client(request, trusted)
+        return lambda request: network_of_client(request, trusted).encode()
     if kind == "path":
         return lambda request: request.path.encode("latin-1")
     if kind == "header":
@@ -51,9 +52,10 @@ def cookie(request: Request, name: bytes) -> bytes:
     return b""
 
 
-def _client(request: Request, trusted: Sequence[Network]) -> bytes:
-    told = told_clients(request.values) if trusted else ""
-    return network_of(client_address(request.peer, told, trusted)).encode()
+def network_of_client(request: Request, trusted: Sequence[Network]) -> str:
+    if not trusted:
+        return network_of(request.peer)
+    return network_of(client_address(request.peer, told_clients(request.values), trusted))
 
 
 def _first(pattern: re.Pattern[bytes], text: bytes) -> bytes:
