@@ -96,6 +96,7 @@ CALLS: list[tuple[str, str, str, Any, int]] = [
     ("GET", "/requests/{request_id}", "/requests/id-9", None, 404),
     ("GET", "/limits", "/limits", None, 200),
     ("GET", "/limits/{name}", "/limits/per_client?key=192.0.2.1", None, 200),
+    ("GET", "/limits/{name}", "/limits/per_client", None, 400),
     ("GET", "/limits/{name}", "/limits/x", None, 404),
     ("GET", "/config", "/config", None, 200),
     ("POST", "/reload", "/reload?dry_run=1", None, 422),

@@ -23,7 +23,10 @@ def list_limits() -> Response:
 
 @blueprint.get("/limits/<name>")
 def look_at_limit(name: str) -> Response:
-    view = current_control().limiter.look(name, request.args.get("key", ""))
-    if view is None:
+    limiter, key = current_control().limiter, request.args.get("key", "")
+    limit = limiter.find(name)
+    if limit is None:
         raise ApiError(404, f"no limit {name[:80]!r}")
-    return jsonify(view)
+    if not key and limit.options.key != "global":
+        raise ApiError(400, f"this limit goes by {limit.options.key}; expected ?key= and one of these")
+    return jsonify(limiter.look(limit, key))

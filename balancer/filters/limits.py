@@ -96,16 +96,16 @@ class Limiter:
         with self.lock:
             return [_view(limit) for limit in self._limits.values()]
 
-    def look(self, name: str, value: str) -> KeyView | None:
-        """How it stands with a key, without spending anything; None if there is no such limit."""
-        limit = self._limits.get(name)
-        if limit is None:
-            return None
+    def find(self, name: str) -> Limit | None:
+        return self._limits.get(name)
+
+    def look(self, limit: Limit, value: str) -> KeyView:
+        """How it stands with a key, without spending anything."""
         key, now = key_named(limit.options.key, value), self.clock()
         with self.lock:
             left, _, owed = limit.left(key, now)
             return {
-                "name": name,
+                "name": limit.options.name,
                 "key": value,
                 "remaining": left,
                 "retry_after": max(limit.wait(key, now), 0) / SECOND,
@@ -129,24 +129,26 @@ class Limits(Filter):
     def admit(self, request: Request) -> None:
         """All of them let it through, or none. Sets `request.limited`: what was asked of them, which are reached, and
         the time to wait if that is why it is refused."""
-        asked, full, reached, wait = [], [], NONE, 0
+        asked, full = [], []
         for limit, key in self._limits:
             asked.append((limit, key(request)))
         with self._lock:
             now = self._clock()
             for limit, named in asked:
                 if limit.wait(named, now) > 0:
-                    reached, wait = _reach(asked, now)
+                    request.limited = _, reached, wait = asked, *_reach(asked, now)
                     break
             else:
+                request.limited = asked, NONE, 0
                 for limit, named in asked:
                     if limit.take(named, now):
                         full.append(limit)
-        request.limited = asked, reached, wait
+                if not full:
+                    return
         if full:
             self._limiter.tell("limit_keys_full", full, now)
-        if reached:
-            self._limiter.tell("limit_reached", reached, now)
+            return
+        self._limiter.tell("limit_reached", reached, now)
         if wait:
             names = [limit.options.name for limit in reached if limit.is_enforced]
             raise LimitReached(names, -(-wait // SECOND))
@@ -160,8 +162,10 @@ class Limits(Filter):
             record.limit = reached[0].options.name
         if not self._policy[1]:
             return lines
-        now = self._clock()
-        told = b", ".join([limit.told(key, now) for limit, key in asked if limit.is_enforced])
+        now, told = self._clock(), b""
+        for limit, key in asked:
+            if limit.is_enforced:
+                told = b"%s, %s" % (told, limit.told(key, now)) if told else limit.told(key, now)
         return [*lines, self._policy, (b"ratelimit", told)]
 
 
