@@ -39,7 +39,8 @@ class BalancerError(Exception):
     reason: str = "proxy_internal_error"
     public: ClassVar[str] = ""  # what a client is told instead of the text, if that names things inside
     headers: tuple[tuple[bytes, bytes], ...] = ()  # of the answer, names in lower case
-    problem: Mapping[str, object] | None = None  # told in the problem details of RFC 9457, with these members more
+    is_problem: ClassVar[bool] = False  # answered in the problem details of RFC 9457
+    members: Mapping[str, object] = {}  # of these, beside the usual ones
 
     def to_keep(self) -> Self:
         """Itself, without the traceback and what came before it: these refer to whoever keeps it and to all that they
@@ -96,19 +97,18 @@ class TooManyHeaders(ClientError):
 
 
 class LimitReached(ClientError):
-    """The client has sent more than the limits of `names` allow; it may come again in `seconds`."""
+    """The client has sent more than the limits of these `names` allow; it may come again in `seconds`."""
 
     status = 429
     reason = "limit_reached"
+    is_problem = True
 
     def __init__(self, names: Sequence[str], seconds: int) -> None:
         super().__init__(f"{', '.join(names)}: the limit is reached, try again in {seconds} s")
         self.headers = ((b"retry-after", b"%d" % seconds),)
-        # draft-ietf-httpapi-ratelimit-headers-10, "Quota Exceeded"
-        self.problem = {
-            "type": "https://iana.org/assignments/http-problem-types#quota-exceeded",
-            "violated-policies": names,
-        }
+        # draft-ietf-httpapi-ratelimit-headers-10, section "Quota Exceeded"
+        kind = "https://iana.org/assignments/http-problem-types#quota-exceeded"
+        self.members = {"type": kind, "violated-policies": names}
 
 
 class WorkerRefused(ClientError):
