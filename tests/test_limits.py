@@ -169,6 +169,25 @@ def test_a_flood_of_keys_frees_nobody_and_the_table_stays_small() -> None:
     assert len(limit.debts) <= room and limit.debts.evicted == passed - (room - 1)
 
 
+@given(
+    room=st.integers(1, 5),
+    burst=st.integers(1, 4),
+    steps=st.lists(st.tuples(st.integers(0, 40), st.sampled_from("abcdefgh")), max_size=200),
+)
+def test_no_key_gets_more_than_with_room_for_all(room: int, burst: int, steps: list[tuple[int, str]]) -> None:
+    bounded, whole_table, now = Limit(LimitOptions("a", "1/s", burst)), Limit(LimitOptions("a", "1/s", burst)), 0
+    bounded.debts = Debts(room)
+    for tenths, key in steps:
+        now += tenths * SECOND // 10
+        if bounded.wait(key, now) <= 0:
+            bounded.take(key, now)
+            assert whole_table.wait(key, now) <= 0
+            whole_table.take(key, now)
+        debts = bounded.debts
+        assert len(debts) <= room and sorted(key for _, key in debts._heap) == sorted(debts)
+        assert all(at <= debts[key] for at, key in debts._heap)
+
+
 def test_keys_that_owe_nothing_are_forgotten_as_others_come() -> None:
     limit = Limit(LimitOptions("a", "1/s", 1))
     for number in range(10_000):

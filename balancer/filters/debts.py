@@ -1,8 +1,9 @@
 """What each key owes, in a table of bounded size.
 
 Who owes nothing need not be known, so nobody is let off by being forgotten. When more keys owe something than there is
-room for, the one that owes the least gives way, and the new one takes over its debt. So a flood of made-up keys frees
-nobody, neither whoever sends it nor those who owe much: all keys together get what so many as have room may have.
+room for, the one that owes the least gives way, and from then on whoever is not known owes as much. So a flood of
+made-up keys frees nobody, neither whoever sends it nor those who owe much, and no key ever gets more than it would with
+room for all.
 """
 
 from __future__ import annotations
@@ -17,28 +18,31 @@ class Debts(dict[str, int]):
     """By key, when it owes nothing any more. Not locked; the owner's lock guards it.
 
     `_heap` has each key once, by a time when that may be: no later than it is, and put right when it comes to the top.
+    `_evicted_until` is when all that gave way would owe nothing: until then owes whoever is not here.
     """
 
     def __init__(self, room: int = KEYS_KEPT) -> None:
         self._room = room
         self._heap: list[tuple[int, str]] = []
+        self._evicted_until = 0
         self.evicted = 0  # keys that gave way
 
     def of_another(self, now: int) -> int:
-        """What a key that is not here would take over."""
+        """What a key owes that is not here."""
         self._tidy(now)
-        return now if len(self) < self._room else max(self[self._heap[0][1]], now)
+        least = self[self._heap[0][1]] if len(self) >= self._room else now
+        return max(least, self._evicted_until, now)
 
     @property
     def floor(self) -> int:
-        """At least that long it would owe; needs no lock."""
-        return self._heap[0][0] if len(self) >= self._room else 0
+        """At least that much; needs no lock."""
+        return max(self._heap[0][0] if len(self) >= self._room else 0, self._evicted_until)
 
     def add(self, key: str, clear: int) -> bool:
         """One that was not here, right after `of_another`. True if another one gave way."""
         is_full = len(self) >= self._room
         if is_full:
-            del self[heappop(self._heap)[1]]
+            self._evicted_until = max(self.pop(heappop(self._heap)[1]), self._evicted_until)
             self.evicted += 1
         heappush(self._heap, (clear, key))
         self[key] = clear

@@ -143,12 +143,9 @@ def key_of(text: str, route: str, trusted: Sequence[Network]) -> Key:
     if text in ("route", "global"):
         fixed = route if text == "route" else ""
         return lambda request: fixed
-
-    def client(request: Request) -> str:
-        return network_of_client(request, trusted)
-
+    client = network_of_client(trusted)
     if text == "client_ip":
-        return client if trusted else lambda request: network_of(request.peer)
+        return client
     read = _subject if text == "subject" else request_key(text)
 
     def key(request: Request) -> str:
@@ -168,7 +165,7 @@ def key_named(text: str, value: str) -> str:
 
 
 def _subject(request: Request) -> bytes:
-    return request.subject.encode()
+    return request.subject.encode("utf-8", "surrogatepass")
 
 
 def _digest(value: bytes) -> str:

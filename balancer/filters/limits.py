@@ -87,7 +87,7 @@ class Limiter:
                 what = "are" if limit.is_enforced else "would be"
                 self._events.add("limit_reached", None, f"{limit} is reached: requests {what} refused", "warning")
             else:
-                text = f"{limit} has no room for more than {KEYS_KEPT} keys: a new one takes over what another owes"
+                text = f"{limit} has no room for more than {KEYS_KEPT} keys: new ones owe what others have owed"
                 self._events.add("limit_keys_full", None, text, "warning")
 
     # For the control API.
