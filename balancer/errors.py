@@ -6,7 +6,7 @@ the socket boundary (`connection`, `response`, `transport`); nothing above it ne
 
     BalancerError
       SettingsError         bad usage or configuration (exit code 2)
-      ClientError           the request is at fault: 400, 403, 405, 408, 411, 413, 417, 429, 431, 501, 508
+      ClientError           the request is at fault: 400, 403, 404, 405, 408, 411, 413, 417, 429, 431, 501, 508
       ClientGone            the client left before its answer was complete: 499 in logs, never sent
         ClientStalled         it read too slowly, and was cut off
       Unavailable           no backend: 503 with Retry-After
@@ -88,6 +88,19 @@ class MethodRefused(ClientError):
     def __init__(self, message: str, allowed: bytes) -> None:
         super().__init__(message)
         self.headers = ((b"allow", allowed),)  # RFC 9110 section 15.5.6
+
+
+class NoRoute(ClientError):
+    """No route matches, and the pool `default` has no backends."""
+
+    status = 404
+    reason = "no_route"
+
+
+class AmbiguousPath(ClientError):
+    """A backend could read the path in another way than the routes do, and go round what guards another path."""
+
+    reason = "ambiguous_path"
 
 
 class TooManyHeaders(ClientError):

