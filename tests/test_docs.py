@@ -12,6 +12,7 @@ import pytest
 from pydantic import BaseModel
 
 from balancer import errors
+from balancer.config.limits import LimitSettings
 from balancer.config.routes import ExpectSettings, RouteSettings
 from balancer.config.settings import NEEDS_RESTART, Settings, default_of, show
 from balancer.config.values import PER_ROUTE, Values
@@ -20,6 +21,7 @@ from balancer.protocol.headerrules import NO_RULES
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS, OPERATIONS = ROOT / "docs" / "settings.md", ROOT / "docs" / "operations.md"
 SOURCES = [ROOT / "load_balancer.py", *sorted((ROOT / "balancer").rglob("*.py"))]
+TABLES = (("Routes", RouteSettings), ("Limits", LimitSettings), ("Expectations", ExpectSettings))
 
 
 def table() -> str:
@@ -28,7 +30,7 @@ def table() -> str:
         default = "three on ports 5001 to 5003" if name == "backends" else default_of(name)
         reload = "no" if name in NEEDS_RESTART else "yes"
         lines.append(f"| `{name}` | {default} | {field.description} | {reload} |")
-    for title, model in (("Routes", RouteSettings), ("Expectations", ExpectSettings)):
+    for title, model in TABLES:
         lines += ["", f"## {title}", "", "| setting | default | meaning |", "|---|---|---|"]
         for name, field in model.model_fields.items():
             lines.append(f"| `{name}` | {_default_of(model, name)} | {field.description} |")
