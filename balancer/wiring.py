@@ -31,6 +31,8 @@ from balancer.edge.tls import TlsOptions
 from balancer.edge.workers import WorkerPool
 from balancer.edge.wsgi import ReverseProxy
 from balancer.errors import SettingsError
+from balancer.filters.limit import LimitOptions
+from balancer.filters.limits import Limiter
 from balancer.filters.maxforwards import MaxForwards
 from balancer.filters.mirror import Copies
 from balancer.filters.servedby import ServedBy
@@ -108,10 +110,11 @@ def make(
     app = Flask(__name__, static_folder=None)
     history, writer = History(lambda: _look(statistics, wired.pools)), LogWriter(standard_output())
     workers = WorkerPool(config.max_threads, config.max_queued, config.thread_idle_timeout)
+    limiter = Limiter(events)
     access = Access(config.options(AccessOptions))
     renewal = _renewal(config, configuration, events, renew)
     control = Control(
-        *(wired.pools, statistics, events, history, writer, DASHBOARD, configuration, access, RouteCounts()),
+        *(wired.pools, statistics, events, history, writer, DASHBOARD, configuration, access, RouteCounts(), limiter),
         canaries=canaries,
         idle=wired.idle,
         queued=lambda: workers.queued,
@@ -212,16 +215,19 @@ def _routes(
         access_log.options = config.options(LogOptions)
         heads = ResponseHeads(config.response_headers)
         ways = {name: way(parts, heads) for name, parts in pools.parts.items()}
-        return RouteWiring(config, ways, rare, _guards(config), control.canaries, copies).routes(control.routes)
+        return RouteWiring(config, ways, rare, _guards(config, control.limiter), control.canaries, copies).routes(
+            control.routes
+        )
 
     return routes
 
 
-def _guards(config: Settings) -> Guards:
+def _guards(config: Settings, limiter: Limiter) -> Guards:
     """What makes the filters that guard one route: who may (`auth`), and then how much (`limits`)."""
+    limiter.use(LimitOptions(**each.model_dump()) for each in config.limits)
 
     def guards(route: RouteSettings) -> list[Filter]:
-        return []
+        return [limiter.filter(route.limits, route.name, config.networks)] if route.limits else []
 
     return guards
 

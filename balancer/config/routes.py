@@ -122,7 +122,9 @@ class _Route(Named):
     match_query: Annotated[Fields, AfterValidator(partial(_check_fields, "query"))] = Field(
         {}, description="query parameters, and the value that each must have"
     )
-    pool: str | None = Field(None, pattern=validation.ID, description="pool that gets its requests")
+    pool: str | None = Field(
+        None, pattern=validation.ID, description="pool that gets its requests; default if nothing else is told"
+    )
     split: Annotated[dict[str, Annotated[int, Field(ge=0, le=1_000_000)]], AfterValidator(_check_split)] = Field(
         {}, description="pools that share its requests instead, and in which proportions, as { api = 95, canary = 5 }"
     )

@@ -30,6 +30,8 @@ EventKind = (
         "draining",
         "name_kept",
         "name_found",
+        "limit_reached",
+        "limit_keys_full",
     ]
 )
 REFUSED: EventKind = "write_refused"  # the one kind of event that anybody can cause
