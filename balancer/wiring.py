@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import secrets
 import ssl
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -19,6 +18,7 @@ from balancer.balancing.changes import Change, Severity
 from balancer.balancing.members import PoolChanges
 from balancer.balancing.options import PoolOptions, StrategyOptions
 from balancer.balancing.pool import BackendPool
+from balancer.commands import shipped
 from balancer.config.reload import Configuration, Plan, make_backend
 from balancer.config.settings import Settings
 from balancer.control import api
@@ -60,10 +60,6 @@ NEWS_SEVERITY: dict[News, Severity] = {
     "certificate_refused": "error",
     "certificate_expires": "warning",
 }
-
-_PLACES = (Path(__file__).resolve().parents[1], Path(sys.prefix, "share", "load-balancer"))  # checkout, or installed
-_PAGES = [place / "dashboard.html" for place in _PLACES]
-DASHBOARD = next((page for page in _PAGES if page.exists()), _PAGES[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +104,7 @@ def make(
     access = Access(config.options(AccessOptions))
     renewal = _renewal(config, configuration, events, renew)
     control = Control(
-        *(pool, statistics, events, history, writer, DASHBOARD, configuration, access, adapter),
+        *(pool, statistics, events, history, writer, shipped.find("dashboard.html"), configuration, access, adapter),
         queued=lambda: workers.queued,
         reload=reload,
         tls=lambda: _tls(renewal, ports()),
