@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import secrets
 import ssl
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -18,6 +17,7 @@ from balancer.balancing import strategies
 from balancer.balancing.changes import Change, Severity
 from balancer.balancing.pool import DEFAULT_POOL, BackendPool
 from balancer.balancing.pools import Pools
+from balancer.commands import shipped
 from balancer.config.comparison import NOTHING, Plan, compare
 from balancer.config.reload import Configuration
 from balancer.config.routes import RouteSettings
@@ -67,10 +67,6 @@ NEWS_SEVERITY: dict[News, Severity] = {
     "certificate_expires": "warning",
 }
 
-_PLACES = (Path(__file__).resolve().parents[1], Path(sys.prefix, "share", "load-balancer"))  # checkout, or installed
-_PAGES = [place / "dashboard.html" for place in _PLACES]
-DASHBOARD = next((page for page in _PAGES if page.exists()), _PAGES[0])
-
 
 @dataclass(frozen=True, slots=True)
 class Parts:
@@ -114,7 +110,8 @@ def make(
     access = Access(config.options(AccessOptions))
     renewal = _renewal(config, configuration, events, renew)
     control = Control(
-        *(wired.pools, statistics, events, history, writer, DASHBOARD, configuration, access, RouteCounts(), limiter),
+        *(wired.pools, statistics, events, history, writer, shipped.find("dashboard.html")),
+        *(configuration, access, RouteCounts(), limiter),
         canaries=canaries,
         idle=wired.idle,
         queued=lambda: workers.queued,

@@ -1,6 +1,6 @@
 """What the documentation says is what the code does: settings, events, error answers.
 
-`PYTHONPATH=. python tests/test_docs.py` writes the table of settings in docs/settings.md anew.
+`PYTHONPATH=. python tests/test_docs.py` writes the table of settings in docs/settings.md anew, and the manual page.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
+from manual import manual_page
 from pydantic import BaseModel
 
 from balancer import errors
@@ -20,6 +21,7 @@ from balancer.protocol.headerrules import NO_RULES
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS, OPERATIONS = ROOT / "docs" / "settings.md", ROOT / "docs" / "operations.md"
+MANUAL = ROOT / "docs" / "load-balancer.1"
 SOURCES = [ROOT / "load_balancer.py", *sorted((ROOT / "balancer").rglob("*.py"))]
 TABLES = (
     ("Routes", RouteSettings),
@@ -54,6 +56,10 @@ def _default_of(model: type[BaseModel], name: str) -> str:
 
 def test_the_table_of_settings_is_what_the_code_has() -> None:
     assert table() in SETTINGS.read_text(encoding="utf-8"), "run PYTHONPATH=. python tests/test_docs.py"
+
+
+def test_the_manual_page_says_what_help_says() -> None:
+    assert MANUAL.read_text(encoding="utf-8") == manual_page(), "run PYTHONPATH=. python tests/test_docs.py"
 
 
 def test_the_defaults_named_in_the_operations_guide_are_the_real_ones() -> None:
@@ -92,3 +98,4 @@ def test_every_error_answer_is_explained(error: type[errors.BalancerError]) -> N
 if __name__ == "__main__":
     head = SETTINGS.read_text(encoding="utf-8").partition("| setting |")[0]
     SETTINGS.write_text(head + table() + "\n", encoding="utf-8")
+    MANUAL.write_text(manual_page(), encoding="utf-8")
