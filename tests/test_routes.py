@@ -311,6 +311,8 @@ def test_it_says_which_way_and_why_not(routed: Routed) -> None:
 
 
 def test_status_and_metrics_count_by_route(routed: Routed) -> None:
+    routed.ask(b"/v1/x", host=b"api.test")
+    wait_until(lambda: routed.balancer.status()["statistics"]["active_requests"] == 0)
     fetch(f"{routed.url}/reset", {}, "POST")
     for _ in range(3):
         routed.ask(b"/v1/x", host=b"api.test")
