@@ -112,7 +112,7 @@ class LoadBalancer:
         self.app, self.control_app, self.proxy = parts.app, parts.control_app, parts.proxy
         self.control, self.health, self.workers, self.routes = parts.control, parts.health, parts.workers, parts.routes
         self.configuration, self.adapter = parts.control.configuration, parts.control.adapter
-        self.renewal = parts.renewal
+        self.renewal, self.authentication = parts.renewal, parts.authentication
         self.app.extensions["balancer"] = self
         self.port_options = config.options(PortOptions)
         self.express: Express | None = None
@@ -331,6 +331,7 @@ class LoadBalancer:
         self.health.start()
         self.control.history.start()
         self.renewal.start()
+        self.authentication.start()
         if self.express is not None:
             self.express.start()
         if self.sockets is not None:
@@ -366,6 +367,7 @@ class LoadBalancer:
             self.sockets.stop()
         self.health.stop()
         self.renewal.stop()
+        self.authentication.stop()
         self.control.history.stop()
         self.adapter.close()
         self.control.log.stop()
@@ -396,7 +398,8 @@ class LoadBalancer:
             self.reload()
 
     def _check(self, dry_run: bool, config: Settings, plan: Plan) -> None:
-        """Whether the certificate can be used, and whether it is another one."""
+        """Whether what files hold can be used, and whether it is another certificate."""
+        self.authentication.check(config)
         before = self.renewal.certificate
         try:
             after = self.renewal.check(config.options(TlsOptions))
@@ -416,8 +419,9 @@ class LoadBalancer:
         self.control.pool.apply(plan.pool)
         self.adapter.use(config.options(Timeouts), config.backend_sni)
         self.health.use(config.options(HealthOptions))
+        self.authentication.use()
         self.proxy.routes = self.routes(config)
-        self.proxy.heads = wiring.request_heads(config, self.proxy.heads.pseudonym)
+        self.proxy.heads = wiring.request_heads(config, self.proxy.heads.pseudonym, self.authentication.ours)
         self.control.access.options = config.options(AccessOptions)
         for bridge in self.bridges:
             bridge.limits = _client_limits(config)

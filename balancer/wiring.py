@@ -6,7 +6,7 @@ import logging
 import secrets
 import ssl
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from flask import Flask
 
+from balancer.authentication import Authentication
 from balancer.balancing import strategies
 from balancer.balancing.changes import Change, Severity
 from balancer.balancing.members import PoolChanges
@@ -77,6 +78,7 @@ class Parts:
     health: HealthChecker
     workers: WorkerPool
     renewal: Renewal
+    authentication: Authentication
     routes: Callable[[Settings], Routes]
 
 
@@ -96,7 +98,8 @@ def make(
     statistics, events = Statistics(), Events()
     strategy = strategies.create(config.algorithm, config.options(StrategyOptions))
     pool = BackendPool(strategy, config.options(PoolOptions))
-    dialer = Dialer(_tls_context(config.ca_file), _names(events), config.backend_sni)
+    tls, names = _tls_context(config.ca_file), _names(events)
+    dialer = Dialer(tls, names, config.backend_sni)
     adapter = BackendAdapter(config.options(Timeouts), dialer=dialer)
     health = _health(config, pool, adapter)
     backends = [make_backend(backend, configuration.sources["backends"]) for backend in config.backends]
@@ -114,12 +117,15 @@ def make(
         tls=lambda: _tls(renewal, ports()),
     )
     api.install(app, control)
+    authentication = Authentication(Dialer(tls, names), events, statistics.refusals)
+    authentication.check(config)
+    authentication.use()
     control_app = app.wsgi_app
     routes = _routes(control, health, filters)
-    proxy = _proxy(control_app, control, routes(config))
+    proxy = _proxy(control_app, control, routes(config), authentication)
     app.wsgi_app = proxy  # type: ignore[method-assign]
     _follow(pool, statistics, events, health)
-    return Parts(app, control_app, proxy, control, health, workers, renewal, routes)
+    return Parts(app, control_app, proxy, control, health, workers, renewal, authentication, routes)
 
 
 def _tls_context(ca_file: Path | None) -> ssl.SSLContext | None:
@@ -203,7 +209,9 @@ def _routes(control: Control, health: HealthChecker, filters: Sequence[Filter]) 
     return routes
 
 
-def _proxy(control_app: WSGIApplication, control: Control, routes: Routes) -> ReverseProxy:
+def _proxy(
+    control_app: WSGIApplication, control: Control, routes: Routes, authentication: Authentication
+) -> ReverseProxy:
     config = control.settings
     # The pseudonym is this very process: two balancers of one name in a chain are not a loop.
     pseudonym = f"{config.id}.{secrets.token_hex(4)}".encode("ascii")
@@ -211,14 +219,15 @@ def _proxy(control_app: WSGIApplication, control: Control, routes: Routes) -> Re
         control_app,
         (lambda path: False) if config.control_port is not None else api.is_control_path(config.control_prefix),
         routes=routes,
-        heads=request_heads(config, pseudonym),
+        heads=request_heads(config, pseudonym, authentication.ours),
     )
 
 
-def request_heads(config: Settings, pseudonym: bytes) -> RequestHeads:
+def request_heads(config: Settings, pseudonym: bytes, ours: Collection[bytes]) -> RequestHeads:
     return RequestHeads(
         *(pseudonym, config.networks, config.max_header_count, config.request_headers, config.host_field, config.via),
         cookie=COOKIE if config.sticky else b"",
+        ours=ours,
     )
 
 

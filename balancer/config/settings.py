@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_origin
 from pydantic import Field, SecretStr, ValidationError, model_validator
 
 from balancer.config import environment, validation
+from balancer.config.auth import AuthSettings, ControlTokenSettings
 from balancer.config.tables import Named, PoolSettings, RouteSettings, Table
 from balancer.config.values import DEFAULT_BACKENDS, RESTART, BackendSettings, Values
 from balancer.errors import SettingsError
@@ -43,6 +44,9 @@ class Settings(Values):
 
     pools: Table[PoolSettings] = Field((), description="pools of backends beside those of `backends`")
     routes: Table[RouteSettings] = Field((), description="which requests go where; the best match counts")
+
+    auth: Table[AuthSettings] = Field((), description="ways to know who sends a request, for routes to name")
+    control_tokens: Table[ControlTokenSettings] = Field((), description="tokens for the control API, each with a role")
 
     @model_validator(mode="before")
     @classmethod
@@ -67,6 +71,7 @@ TABLES = frozenset(Settings.model_fields.keys() - Values.model_fields.keys())
 NEEDS_RESTART = frozenset(name for name, field in Settings.model_fields.items() if RESTART in field.metadata)
 # Never shown, and no flags.
 SECRETS = frozenset(name for name, field in Settings.model_fields.items() if field.annotation == SecretStr | None)
+SECRET_FIELDS = frozenset({"keys", "sha256"})  # of tables: somebody may put there what only its digest should be
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -219,7 +224,9 @@ def _explain(detail: Mapping[str, Any], sources: Mapping[str, str]) -> str:
         return f"unknown setting {quoted(where)} ({sources.get(name, 'unknown')}); see {where_all}"
     told = f"({sources[name]}): {validation.complaint(detail, Settings)}"
     is_all = where in ("backends", "request_headers", "response_headers") and detail["type"] == "value_error"
-    if detail["type"] == "missing" or is_all:  # no value, or more than a line holds, maybe a secret
+    is_table = name in TABLES and isinstance(detail["input"], Mapping | list | tuple)
+    if detail["type"] == "missing" or is_all or is_table:  # no value, or more than a line holds, maybe a secret
         return f"{where} {told}"
-    value = "(hidden)" if name in SECRETS else validation.shown(detail["input"], hide=name == "backends")
+    is_secret = name in SECRETS or not SECRET_FIELDS.isdisjoint(path)
+    value = "(hidden)" if is_secret else validation.shown(detail["input"], hide=name in ("backends", *TABLES))
     return f"{where} = {value} {told}"

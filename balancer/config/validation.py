@@ -20,11 +20,13 @@ PATH = r"^/[\x21-\x7e]*$"
 NAME = f"^{NAME_PATTERN}$"
 HOST = f"^{AUTHORITY_PATTERN}$"
 KEY = f"^{KEY_PATTERN}$"
+SHA256 = r"^[0-9a-f]{64}$"
 _ID_WORDS = "up to 64 letters (a to z), digits, dots, hyphens and underscores, no dot in front"
 MODE = r"^0?[0-7]{3}$"
 OWNER = r"^(?:[A-Za-z0-9_.-]+|[A-Za-z0-9_.-]*:[A-Za-z0-9_.-]+)$"
 PATTERNS = {ID: _ID_WORDS, ID_OR_NONE: _ID_WORDS, PATH: "a path such as /health, without blanks"}
 PATTERNS |= {MODE: 'octal digits as text, such as "0660"', OWNER: "USER, USER:GROUP or :GROUP"}
+PATTERNS |= {SHA256: "a SHA-256 digest of 64 hexadecimal digits, as load-balancer new-key prints it"}
 PATTERNS |= {KEY: "client_ip, path, header:NAME, cookie:NAME or query:NAME"}
 PATTERNS |= {NAME: "a name such as api.example.com", HOST: "a host such as api.example.com, with or without a port"}
 
@@ -58,7 +60,12 @@ def _schema_of(path: tuple[str | int, ...], model: type[BaseModel]) -> Schema:
     root = model.model_json_schema()
     schema = root
     for step in path:
-        inner = schema["items"] if isinstance(step, int) else schema["properties"][step]
+        if isinstance(step, int):
+            inner = schema["items"]
+        elif "discriminator" in schema:  # the step is the type
+            inner = {"$ref": schema["discriminator"]["mapping"][step]}
+        else:
+            inner = schema.get("properties", {}).get(step) or schema["additionalProperties"]
         # Of what may be null the other choice; a reference is to another model.
         choices = [choice for choice in inner.get("anyOf", [inner]) if choice.get("type") != "null"]
         reference = choices[0].get("$ref", "").rpartition("/")[2]
@@ -67,6 +74,8 @@ def _schema_of(path: tuple[str | int, ...], model: type[BaseModel]) -> Schema:
 
 
 def _expected(schema: Schema) -> str:
+    if "discriminator" in schema:
+        return f"a table with type {', '.join(schema['discriminator']['mapping'])}"
     kind, unit = schema.get("type"), schema.get("unit")
     if options := schema.get("enum"):
         return f"{', '.join(options[:-1])} or {options[-1]}"
@@ -77,7 +86,7 @@ def _expected(schema: Schema) -> str:
     if kind == "boolean":
         return "true or false"
     if kind == "array":
-        return f"a list: {schema['description']}"
+        return f"a list: {schema['description']}" if "description" in schema else "a list"
     if kind == "object":
         return f"a table of {', '.join(schema['properties'])}"
     if pattern := schema.get("pattern"):

@@ -18,11 +18,7 @@ from __future__ import annotations
 import hmac
 import math
 import re
-import time
-from collections import deque
-from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from threading import Lock
 from typing import Literal
 from urllib.parse import urlsplit
 
@@ -33,6 +29,7 @@ from balancer.control.inputs import received
 from balancer.control.neighbours import is_ours, is_private
 from balancer.control.problems import ApiError
 from balancer.protocol.addresses import UNIX, Network, client_address, is_loopback, network_of, plain, told_clients
+from balancer.protocol.guesses import Guesses
 from balancer.protocol.messages import is_claim
 from balancer.protocol.request import header_lines
 
@@ -40,38 +37,6 @@ LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 SIGNS_OF_A_PROXY = frozenset({b"via", b"cdn-loop", b"cf-ray"})  # beside all that a proxy claims of its client
 CHALLENGE = {"WWW-Authenticate": 'Bearer realm="load balancer"'}  # RFC 6750 section 3
 SHOWN = 100  # characters of what somebody sent, in an answer or an event
-
-GUESSES, GUESS_SECONDS = 10, 60.0  # wrong tokens that one address may send within so many seconds
-GUESSERS_KEPT = 1000
-
-
-class Guesses:
-    """Counts wrong tokens. While there are too many from somewhere, right ones are refused from there too: else each
-    answer would still tell a guesser what the brake is meant to hide.
-
-    `_lock` guards `_wrong`: by who sent them, the times of the newest wrong tokens. Who has not guessed for the longest
-    time is forgotten first.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._lock = Lock()
-        self._wrong: dict[Hashable, deque[float]] = {}
-
-    def wait(self, who: Hashable, is_right: bool) -> float:
-        """Count this token unless it is right. Seconds until `who` may send one again, 0 if this one was in time."""
-        now = self._clock()
-        with self._lock:
-            times = self._wrong.get(who, deque(maxlen=GUESSES))
-            if len(times) == GUESSES and times[0] > now - GUESS_SECONDS:
-                return times[0] + GUESS_SECONDS - now
-            if not is_right:
-                times.append(now)
-                self._wrong.pop(who, None)  # and in again, as the newest
-                self._wrong[who] = times
-                if len(self._wrong) > GUESSERS_KEPT:
-                    del self._wrong[next(iter(self._wrong))]
-            return 0.0
 
 
 @dataclass(frozen=True, slots=True)

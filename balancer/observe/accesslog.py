@@ -11,6 +11,8 @@ may hold secrets. Times are in seconds:
     transfer    from there to the end of the answer
     total       all of it, with earlier attempts and the pauses between them
 
+Who sent it stands behind the rest, as `subject`, if it was let in as somebody.
+
 A WebSocket has its line when it ends, with a total until it was let in; behind it stand, as `websocket` in JSON, how
 long it was open, messages both ways, the close code and who closed it.
 
@@ -91,6 +93,7 @@ def as_text(record: Record, client: str | None, protocol: str, agent: bytes | No
         f"first_byte={_or(first_byte, '-')} transfer={_or(transfer, '-')} in={record.bytes_in} "
         f"out={record.bytes_out} attempts={attempts or '-'} id={record.request_id} "
         f"trace={record.trace_id or '-'} agent={'-' if agent is None else _quote(as_unicode(agent))}"
+        + ("" if record.subject is None else f" subject={_quote(record.subject)}")
         + ("" if record.websocket is None else _socket_as_text(record.websocket))
     )
 
@@ -111,6 +114,7 @@ def as_json(record: Record, client: str | None, protocol: str, agent: bytes | No
         f'"connect":{_or(connect, "null")},"first_byte":{_or(first_byte, "null")},'
         f'"transfer":{_or(transfer, "null")},"attempts":[{attempts}],'
         f'"user_agent":{"null" if agent is None else _quote(as_unicode(agent))}'
+        + ("" if record.subject is None else f',"subject":{_quote(record.subject)}')
         + ("}" if record.websocket is None else f',"websocket":{_quote(record.websocket.describe())}}}')
     )
 

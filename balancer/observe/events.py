@@ -27,6 +27,8 @@ EventKind = (
         "draining",
         "name_kept",
         "name_found",
+        "keys_kept",
+        "keys_found",
     ]
 )
 REFUSED: EventKind = "write_refused"  # the one kind of event that anybody can cause

@@ -30,12 +30,12 @@ class Request:
     `target` is raw, `lines` are as they came with names in lower case, `head` is what follows from them. `refusal` is
     what speaks against it before anybody has looked at the body. `id` is X-Request-ID, the client's if it is a sane
     one. `is_ended` says that the server tells where a body without a length ends. `preferred` is the id of the backend
-    that it is bound to, which a filter may set.
+    that it is bound to, and `subject` who sent it, which filters may set.
     """
 
     __slots__ = (
         *("method", "path", "target", "version", "peer", "lines", "head"),
-        *("refusal", "id", "is_ended", "stream", "client", "preferred"),
+        *("refusal", "id", "is_ended", "stream", "client", "preferred", "subject"),
     )
 
     def __init__(
@@ -66,7 +66,7 @@ class Request:
         self.is_ended = False
         self.stream: InputStream | None = None
         self.client: Client = UNWATCHED
-        self.preferred = ""
+        self.preferred = self.subject = ""
 
     @classmethod
     def of(cls, environ: WSGIEnvironment, heads: RequestHeads) -> Request:

@@ -7,13 +7,16 @@ up from then on.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from copy import copy
 from itertools import chain
+from typing import Self
 
 from balancer.errors import BalancerError
 from balancer.protocol.addresses import Network
 from balancer.protocol.headerrules import NO_RULES, HeaderRules
 from balancer.protocol.messages import (
+    CREDENTIALS,
     Line,
     body_length,
     check_codings,
@@ -58,6 +61,8 @@ class RequestHead:
         if version == "2":
             lines = join_cookies(lines)
         self.binding = b""  # the value of our own cookie
+        if heads.ours:
+            lines = tuple(line for line in lines if line[0] not in heads.ours)
         if heads.cookie:
             lines, self.binding = without_cookie(lines, heads.cookie)
         self.fields = heads.fields(lines[:MOST_LINES])  # values by name, one for each line, of what is not plain
@@ -89,8 +94,27 @@ class RequestHead:
             self.lines = tuple(heads.rules.applied(made) if heads.rules else made)
         except BalancerError as error:
             self.refusal = error.to_keep()
+        self._write()
+
+    def _write(self) -> None:
         self.raw = b"".join([b"%s: %s\r\n" % line for line in self.lines])  # as they go out
         self.is_special = _SPECIAL.search(self.raw) is not None  # `OutgoingRequest` looks closer
+
+    def replaced(self, gone: Collection[bytes], added: Sequence[Line]) -> Self:
+        """Another one, which goes to backends without the fields that are `gone` and with the lines that are `added`.
+        Credentials go as the client sent them: what the operator has set instead is for the backend."""
+        made = copy(self)
+        made.lines = (*(line for line in self.lines if not self._goes(gone, *line)), *added)
+        made._write()
+        return made
+
+    def _goes(self, gone: Collection[bytes], name: bytes, value: bytes) -> bool:
+        return name in gone and (name not in CREDENTIALS or value in self.fields.get(name, ()))
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes, about."""
+        return HEAD_BYTES + LINE_BYTES * len(self.lines) + 2 * len(self.raw)
 
     def _trace_id(self) -> str | None:
         """What is not valid does not go on, nor does `tracestate` without it (W3C Trace Context, section 3.3)."""
@@ -109,7 +133,8 @@ class RequestHeads:
 
     `pseudonym` is our name in `Via`, unless `via` says that there is none; claims of peers in `trusted` networks are
     believed; sections of more than `max_lines` are refused; `rules` change what goes to backends; `host` is their
-    `Host`, empty for the client's; `cookie` is the name of ours, which backends do not get, empty if there is none.
+    `Host`, empty for the client's; `cookie` is the name of ours, which backends do not get, empty if there is none;
+    `ours` are fields in which we alone tell backends something.
     """
 
     def __init__(
@@ -121,8 +146,9 @@ class RequestHeads:
         host: bytes = b"",
         via: bool = True,
         cookie: bytes = b"",
+        ours: Collection[bytes] = (),
     ) -> None:
-        self.via, self.cookie = via, cookie
+        self.via, self.cookie, self.ours = via, cookie, ours
         self.pseudonym, self.trusted, self.max_lines, self.rules = pseudonym, trusted, max_lines, rules
         self.host = host
         self._size_of_rules = rules.size
