@@ -6,20 +6,24 @@ import argparse
 import contextlib
 import logging
 import os
+import re
+import secrets
 import sys
 import textwrap
 from collections.abc import Sequence
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import NoReturn, TextIO
 
 from balancer import __version__
-from balancer.config import settings
+from balancer.balancing.backends import ID_PATTERN
+from balancer.config import settings, validation
 from balancer.edge import handover, process
 from balancer.errors import SettingsError
 from balancer.loadbalancer import LoadBalancer
 from balancer.observe.logrecords import LogFormatter, LogHandler
-from balancer.protocol.texts import printable
+from balancer.protocol.texts import printable, quoted
 
 # As it was started: the installed command, or the file of a checkout.
 PROGRAM = "load-balancer" if Path(sys.argv[0]).stem == "load-balancer" else "load_balancer.py"
@@ -29,6 +33,7 @@ EXAMPLES = f"""examples:
   {COMMAND} --backend http://127.0.0.1:8080  # in front of one service of yours
   {COMMAND} --backend a=http://10.0.0.1:80@3 --backend b=http://10.0.0.2:80@1 --algorithm weighted
   {COMMAND} --config balancer.toml --check-config
+  {COMMAND} new-key acme  # an API key, and what stands in the file for it
 
 Every setting is a flag, a key of the TOML file and an environment variable: --health-path, health_path, LB_HEALTH_PATH;
 backends are --backend, [[backends]] and LB_BACKENDS. Secrets are no flags, which every user of the machine could read:
@@ -67,8 +72,24 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def new_key(arguments: Sequence[str]) -> int:
+    """Print a key, which is kept nowhere, and the line of the configuration that lets it in."""
+    parser = OneLineParser(prog=f"{PROGRAM} new-key", description=new_key.__doc__, allow_abbrev=False)
+    parser.add_argument("name", metavar="NAME", help="whose key it is")
+    name = parser.parse_args(arguments).name
+    if not re.fullmatch(ID_PATTERN, name):
+        parser.error(f"NAME {quoted(name)}: expected {validation.ID_WORDS}")
+    key = f"lbk_{secrets.token_urlsafe(32)}"
+    print(key)
+    print(f'keys = [{{ id = "{name}", sha256 = "{sha256(key.encode()).hexdigest()}" }}]')
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 after SIGTERM, 130 after Ctrl-C, 2 for bad usage or configuration, 1 if serving failed."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["new-key"]:
+        return new_key(given[1:])
     parsed = vars(parse_arguments(arguments))
     check, show, file = parsed.pop("check_config"), parsed.pop("print_config"), parsed.pop("config")
     if file is None and (name := os.environ.get("LB_CONFIG", "").strip()):

@@ -21,6 +21,7 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from balancer import wiring
+from balancer.balancing.changes import ACTOR
 from balancer.balancing.options import PoolOptions
 from balancer.balancing.pool import BackendPool
 from balancer.config import settings, validation
@@ -381,14 +382,14 @@ class LoadBalancer:
         except SettingsError as error:
             if not dry_run and self.configuration.read is not None:
                 public = self.configuration.without_folders(str(error))
-                events.add("config_refused", None, str(error), "error", public=public)
+                events.add("config_refused", None, str(error), "error", ACTOR.get(), public=public)
                 log.error("configuration not reloaded: %s", error)
             raise
         if not dry_run:
             text = "; ".join(str(change) for change in plan.changes) or "nothing has changed"
             if plan.needs_restart:
                 text += f"; needs a restart: {', '.join(plan.needs_restart)}"
-            events.add("config_reloaded", None, text)
+            events.add("config_reloaded", None, text, by=ACTOR.get())
             log.info("configuration reloaded: %s", text)
         return plan
 

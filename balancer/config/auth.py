@@ -21,7 +21,7 @@ Algorithm = Literal[
 Digest = Annotated[str, Field(pattern=validation.SHA256)]
 # What backends are told by us, or by clients, and by nobody else.
 NOT_COPIED = {*OF_REQUESTS, b"cookie", b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto"}
-NOBODYS = ("admin_token", "page_token", "local")  # what events call those who have none of the control tokens
+OTHERS = ("admin_token", "page_token", "local")  # what events call whoever has none of `control_tokens`
 
 
 class KeySettings(BaseModel):
@@ -127,7 +127,7 @@ class ControlTokenSettings(Named):
     @field_validator("name")
     @classmethod
     def _check_name(cls, name: str) -> str:
-        if name in NOBODYS:
+        if name in OTHERS:
             raise ValueError("would be mistaken in events for somebody without a token of this table; choose another")
         return name
 

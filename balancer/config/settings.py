@@ -148,10 +148,10 @@ def advice(config: Settings) -> list[str]:
     lines = []
     if config.allow_file_origin:
         lines.append("allow_file_origin does nothing any more: a page from disk needs a token, set LB_PAGE_TOKEN")
-    can_read = config.control_reads == "open" or config.admin_token or config.page_token
-    if not can_read and not is_loopback(config.host):
+    has_tokens = config.admin_token or config.page_token or config.control_tokens
+    if not has_tokens and config.control_reads != "open" and not is_loopback(config.host):
         lines.append(f"host {config.host} without a token: the control API only answers probes, set LB_ADMIN_TOKEN")
-    if config.control_reads == "token" and not (config.admin_token or config.page_token):
+    if config.control_reads == "token" and not has_tokens:
         lines.append('control_reads = "token" without a token: nobody can read, set LB_ADMIN_TOKEN')
     return lines
 

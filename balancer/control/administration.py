@@ -11,6 +11,7 @@ from typing_extensions import TypedDict
 
 from balancer.balancing import strategies
 from balancer.balancing.backends import BackendView
+from balancer.balancing.changes import ACTOR
 from balancer.balancing.options import StrategyOptions
 from balancer.balancing.strategies import StrategyView
 from balancer.control.control import current_control
@@ -69,7 +70,7 @@ def reset() -> Response:
     control = current_control()
     control.statistics.reset()
     control.history.clear()
-    control.events.add("statistics_reset", None, "statistics, history and recent requests were reset")
+    control.events.add("statistics_reset", None, "statistics, history and recent requests were reset", by=ACTOR.get())
     return jsonify(Message(message="statistics reset"))
 
 

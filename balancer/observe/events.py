@@ -42,6 +42,7 @@ class Event(TypedDict):
     backend: str | None
     message: str
     severity: Severity
+    by: str | None
     count: int
 
 
@@ -65,10 +66,11 @@ class Events:
         backend: str | None,
         message: str,
         severity: Severity = "info",
+        by: str | None = None,
         *,
         public: str | None = None,
     ) -> None:
-        """`public` is the message for readers without a token, where that must be another one.
+        """`by` is who asked for it; `public` the message for readers without a token, where that must be another one.
 
         Refused writes that follow each other become one event with a `count`, or any page could flood the log.
         """
@@ -87,6 +89,7 @@ class Events:
                 "backend": backend or None,
                 "message": message,
                 "severity": severity,
+                "by": by,
                 "count": count,
             }
             self._events.append((event, public))
