@@ -6,7 +6,7 @@ the socket boundary (`connection`, `response`, `transport`); nothing above it ne
 
     BalancerError
       SettingsError         bad usage or configuration (exit code 2)
-      ClientError           the request is at fault: 400, 403, 405, 408, 411, 413, 417, 431, 501, 508
+      ClientError           the request is at fault: 400, 403, 404, 405, 408, 411, 413, 417, 431, 501, 508
         Unauthorized          who sent it is not known: 401
         Forbidden             who sent it is known, and may not: 403
         TooManyGuesses        wrong passwords came from its address: 429
@@ -92,6 +92,19 @@ class MethodRefused(ClientError):
     def __init__(self, message: str, allowed: bytes) -> None:
         super().__init__(message)
         self.headers = ((b"allow", allowed),)  # RFC 9110 section 15.5.6
+
+
+class NoRoute(ClientError):
+    """No route matches, and the pool `default` has no backends."""
+
+    status = 404
+    reason = "no_route"
+
+
+class AmbiguousPath(ClientError):
+    """A backend could read the path in another way than the routes do, and go round what guards another path."""
+
+    reason = "ambiguous_path"
 
 
 class TooManyHeaders(ClientError):

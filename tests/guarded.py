@@ -11,7 +11,6 @@ from support import exchange, get, split_response, wait_until
 from wire import WireBackend
 
 from balancer import LoadBalancer
-from balancer.forwarding.route import Routes
 
 Lines = dict[bytes, bytes]
 
@@ -24,11 +23,10 @@ class Guarded(LoadBalancer):
     """Each of `auth` is a table of the settings; one of them must say yes."""
 
     def __init__(self, backend: WireBackend, auth: Sequence[Mapping[str, Any]], **settings: Any) -> None:
-        super().__init__([{"id": "only", "url": backend.url}], auth=auth, health_timeout=5, **settings)
+        route = {"name": "all", "path": "/", "ambiguous_paths": "forward", "auth": [each["name"] for each in auth]}
+        backends = [{"id": "only", "url": backend.url}]
+        super().__init__(backends, auth=auth, routes=[route], health_timeout=5, **settings)
         self.backend = backend
-        named = self.authentication.filter(tuple(each["name"] for each in auth))
-        routes = self.proxy.routes
-        self.proxy.routes = Routes(routes.usual.with_filters([named]), routes.rare.with_filters([named]))
 
     @property
     def port(self) -> int:

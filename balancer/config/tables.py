@@ -7,10 +7,9 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, field_validator
 
+from balancer.balancing.pool import DEFAULT_POOL
 from balancer.config import validation
-from balancer.config.values import PER_POOL, PER_ROUTE, BackendSettings, Values, named
-
-DEFAULT_POOL = "default"  # the one of the file's own `backends`
+from balancer.config.values import PER_POOL, BackendSettings, Values, named
 
 
 class Named(BaseModel):
@@ -19,6 +18,9 @@ class Named(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(pattern=validation.ID, description="name, unique")
+
+    def __str__(self) -> str:
+        return self.name
 
     @property
     def own(self) -> Mapping[str, Any]:
@@ -40,7 +42,7 @@ def _unique(table: tuple[N, ...]) -> tuple[N, ...]:
 Table = Annotated[tuple[N, ...], AfterValidator(_unique)]
 
 
-def _may_have(marker: str) -> dict[str, Any]:
+def may_have(marker: str) -> dict[str, Any]:
     """The settings of the top level that one of a table may have of its own; only those that are given count."""
     return {name: (field.annotation, field) for name, field in Values.model_fields.items() if marker in field.metadata}
 
@@ -61,13 +63,5 @@ class _Pool(Named):
         return named(backends, info.data.get("name", ""))
 
 
-class _Route(Named):
-    pool: str = Field(DEFAULT_POOL, pattern=validation.ID, description="the pool that gets its requests")
-
-
-class PoolSettings(create_model("_PoolValues", __base__=_Pool, **_may_have(PER_POOL))):  # type: ignore[misc]
+class PoolSettings(create_model("_PoolValues", __base__=_Pool, **may_have(PER_POOL))):  # type: ignore[misc]
     """A pool of backends, and what it has of its own."""
-
-
-class RouteSettings(create_model("_RouteValues", __base__=_Route, **_may_have(PER_ROUTE))):  # type: ignore[misc]
-    """Which requests go where."""

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from balancer.balancing.backends import ID_PATTERN
-from balancer.protocol.origin import AUTHORITY_PATTERN, NAME_PATTERN
+from balancer.protocol.origin import AUTHORITY_PATTERN, IPV6_PATTERN, NAME_PATTERN
 from balancer.protocol.requestkey import KEY_PATTERN
 
 Schema = Mapping[str, Any]
@@ -20,6 +20,8 @@ PATH = r"^/[\x21-\x7e]*$"
 NAME = f"^{NAME_PATTERN}$"
 HOST = f"^{AUTHORITY_PATTERN}$"
 KEY = f"^{KEY_PATTERN}$"
+ROUTE_HOST = rf"(?:\*\.)?{NAME_PATTERN}|\[{IPV6_PATTERN}\]"
+EXPECTED_REQUEST = rf"^[A-Z-]+ https?://{AUTHORITY_PATTERN}(?:/[\x21-\x7e]*)?$"
 SHA256 = r"^[0-9a-f]{64}$"
 ID_WORDS = "up to 64 letters (a to z), digits, dots, hyphens and underscores, no dot in front"
 MODE = r"^0?[0-7]{3}$"
@@ -28,6 +30,7 @@ PATTERNS = {ID: ID_WORDS, ID_OR_NONE: ID_WORDS, PATH: "a path such as /health, w
 PATTERNS |= {MODE: 'octal digits as text, such as "0660"', OWNER: "USER, USER:GROUP or :GROUP"}
 PATTERNS |= {SHA256: "a SHA-256 digest of 64 hexadecimal digits, as load-balancer new-key prints it"}
 PATTERNS |= {KEY: "client_ip, path, header:NAME, cookie:NAME or query:NAME"}
+PATTERNS |= {EXPECTED_REQUEST: 'a method and a URL, as "GET http://api.example.com/v1/x"'}
 PATTERNS |= {NAME: "a name such as api.example.com", HOST: "a host such as api.example.com, with or without a port"}
 
 
@@ -65,7 +68,7 @@ def _schema_of(path: tuple[str | int, ...], model: type[BaseModel]) -> Schema:
         elif "discriminator" in schema:  # the step is the type
             inner = {"$ref": schema["discriminator"]["mapping"][step]}
         else:
-            inner = schema.get("properties", {}).get(step) or schema["additionalProperties"]
+            inner = schema["properties"][step] if "properties" in schema else schema["additionalProperties"]
         # Of what may be null the other choice; a reference is to another model.
         choices = [choice for choice in inner.get("anyOf", [inner]) if choice.get("type") != "null"]
         reference = choices[0].get("$ref", "").rpartition("/")[2]
@@ -78,7 +81,7 @@ def _expected(schema: Schema) -> str:
         return f"a table with type {', '.join(schema['discriminator']['mapping'])}"
     kind, unit = schema.get("type"), schema.get("unit")
     if options := schema.get("enum"):
-        return f"{', '.join(options[:-1])} or {options[-1]}"
+        return f"{', '.join(map(str, options[:-1]))} or {options[-1]}"
     if kind in ("integer", "number"):
         return (
             ("a whole number" if kind == "integer" else "a number") + (f" of {unit}" if unit else "") + _range(schema)
@@ -87,6 +90,8 @@ def _expected(schema: Schema) -> str:
         return "true or false"
     if kind == "array":
         return f"a list: {schema['description']}" if "description" in schema else "a list"
+    if kind == "object" and "properties" not in schema:
+        return f"a table: {schema['description']}"
     if kind == "object":
         return f"a table of {', '.join(schema['properties'])}"
     if pattern := schema.get("pattern"):

@@ -12,7 +12,8 @@ from flask import Blueprint, Response, jsonify
 
 from balancer import __version__
 from balancer.balancing.backends import BackendView
-from balancer.config.reload import PlanView, SettingsView
+from balancer.config.comparison import PlanView
+from balancer.config.reload import SettingsView
 from balancer.control.administration import AlgorithmChanged, Algorithms, BackendRemoved, Backends, Message
 from balancer.control.control import current_control
 from balancer.control.inputs import AlgorithmChange, BackendChange, BackendCreate, Body, Nothing
@@ -106,7 +107,7 @@ PATHS: dict[str, Schema] = {
         )
     },
     "/backends": {
-        "get": _operation("listBackends", "All backends.", {200: Backends}),
+        "get": _operation("listBackends", "All backends, or those of one pool.", {200: Backends}, query={"pool": TEXT}),
         "post": _operation(
             "addBackend",
             "Add a backend; it gets requests after its first good check.",

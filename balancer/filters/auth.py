@@ -14,17 +14,16 @@ from balancer.forwarding.answer import Answer
 from balancer.forwarding.filter import Filter
 from balancer.observe.refusals import WHYS, Refusals, Why
 from balancer.protocol.messages import CREDENTIALS, Line
+from balancer.protocol.requestheads import HEADS_ROOM, RequestHead, weigh_made
 from balancer.protocol.requestkey import field
 from balancer.protocol.tables import Table
 
 if TYPE_CHECKING:
     from balancer.observe.record import Record
     from balancer.protocol.request import Request
-    from balancer.protocol.requestheads import RequestHead
 
 SUBJECT = b"x-auth-subject"
 LONGEST_SUBJECT = 256  # characters
-HEADS_ROOM, LARGEST_HEAD = 2 * 1024 * 1024, 16384  # bytes of the heads that backends get instead, and of each
 
 
 class Granted(NamedTuple):
@@ -79,7 +78,7 @@ class Auth(Filter):
         self._refusals = refusals
         gone = frozenset({SUBJECT}).union(*(each.credentials | each.ours for each in authenticators))
         self._heads: Table[tuple[RequestHead, tuple[Line, ...]], RequestHead] = Table(
-            lambda given: given[0].replaced(gone, given[1]), HEADS_ROOM, _weigh
+            lambda given: given[0].replaced(gone, given[1]), HEADS_ROOM, weigh_made
         )
         self.waits = any(each.waits for each in authenticators)
 
@@ -131,11 +130,6 @@ class AuthWithCookies(Auth):
     def done(self, request: Request, record: Record) -> None:
         super().done(request, record)
         self._cookies.pop(request, None)
-
-
-def _weigh(given: tuple[RequestHead, tuple[Line, ...]], made: RequestHead) -> int:
-    size = given[0].size + made.size  # the table keeps both
-    return size if size <= LARGEST_HEAD else 0
 
 
 def _is_preflight(request: Request) -> bool:

@@ -73,8 +73,10 @@ class RemoteKeys:
     `_keys` is replaced whole, and only if other keys have come, by the thread alone.
     """
 
-    def __init__(self, url: Endpoint, dialer: Dialer, told: Told, clock: Callable[[], float] = time.monotonic) -> None:
-        self._url = url
+    def __init__(
+        self, name: str, url: Endpoint, dialer: Dialer, told: Told, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._name, self._url = name, url
         timeouts = Timeouts(FETCH_SECONDS, FETCH_SECONDS, FETCH_SECONDS, pool_idle_timeout=0)
         self._adapter = BackendAdapter(timeouts, max_idle=0, dialer=dialer)
         self._told = told
@@ -118,16 +120,15 @@ class RemoteKeys:
             data = self._download()
             if data != self._raw:
                 self._keys, self._raw = read_keys(data), data
-                self._told(True, f"{len(self._keys)} keys from {self._url}")
+                self._told(True, f"{self._name}: {len(self._keys)} keys from {self._url}")
             elif self._failure is not None:
-                self._told(True, f"{self._url} answers again")
+                self._told(True, f"{self._name}: {self._url} answers again")
             self._fetched_at, self._failure = self._clock(), None
         except Exception as error:  # whatever they serve, those that are here are used meanwhile
             failure = shown(str(error))
             if failure != self._failure:
-                self._told(
-                    False, f"{self._url}: {failure}; {'the old ones are used' if self._keys else 'there are none'}"
-                )
+                left = "the old ones are used" if self._keys else "there are none"
+                self._told(False, f"{self._name}: {self._url}: {failure}; {left}")
             self._failure = failure
 
     def _download(self) -> bytes:

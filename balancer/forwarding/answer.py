@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from balancer.errors import BackendError, BackendRemoved, BalancerError, ClientGone
 from balancer.protocol.headerrules import check_filtered
-from balancer.protocol.messages import SERVER_LINE, Line
+from balancer.protocol.messages import BODILESS_STATUSES, SERVER_LINE, Line
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse
 
     from balancer.upstream.response import Body
+
+
+_PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 
 class Answer(NamedTuple):
@@ -52,7 +55,8 @@ class Answer(NamedTuple):
 def whole(status: int, body: bytes = b"", *lines: Line) -> Answer:
     """One of the balancer's own."""
     length = (b"content-length", b"%d" % len(body))
-    return Answer(status, HTTPStatus(status).phrase, [SERVER_LINE, *lines, length], body)
+    lines = lines if status in BODILESS_STATUSES else (*lines, length)
+    return Answer(status, _PHRASES.get(status, ""), [SERVER_LINE, *lines], body)
 
 
 def refusal(error: BalancerError, balancer_id: str, request_id: str) -> Answer:

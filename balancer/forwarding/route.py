@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from balancer.balancing.pool import BackendPool
 from balancer.forwarding.filter import Filter
 from balancer.forwarding.retrybudget import RetryBudget
+from balancer.forwarding.routetable import RouteTable
 from balancer.observe.statistics import Statistics
 from balancer.protocol.responseheads import ResponseHeads
 from balancer.upstream.transport import BackendAdapter
@@ -56,7 +57,6 @@ class Route:
 
     @property
     def small_body(self) -> int:
-        """Bytes of a request body that is read before the request is sent on."""
         most = self.options.max_request_body
         return REPLAY_LIMIT if most is None else min(REPLAY_LIMIT, most)
 
@@ -89,3 +89,13 @@ class Routes:
 
     def find(self, request: Request) -> Route:
         return self.rare if request.head.is_rare else self.usual
+
+
+@dataclass(frozen=True, slots=True)
+class TableOfRoutes(Routes):
+    """For each request the route of the `table`."""
+
+    table: RouteTable[Routes]
+
+    def find(self, request: Request) -> Route:
+        return self.table.find(request).find(request)

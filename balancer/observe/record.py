@@ -9,6 +9,7 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from balancer.balancing.backends import Choice, ChoiceView
+from balancer.balancing.pool import DEFAULT_POOL
 from balancer.observe.websockets import WebSocketRecord, WebSocketView
 
 # Characters that are kept: about 1,200 requests are, and each may have a path as long as its head may be. So one takes
@@ -68,6 +69,8 @@ class Attempt:
 class FinishedView(TypedDict):
     timestamp: float
     server_id: str | None
+    route: str | None
+    pool: str | None
     response_time: float
     status: int
     method: str
@@ -109,6 +112,8 @@ class Record:
     path: str
     request_id: str
     attempts: list[Attempt] = field(default_factory=list, init=False)
+    route: str | None = later(None)  # its name, if there are any
+    pool: str | None = later(DEFAULT_POOL)  # to which that leads, None if it is answered without a backend
     backend: str | None = later(None)
     status: int = later(0)
     seconds: float = later(0.0)
@@ -142,6 +147,8 @@ class Record:
         return {
             "timestamp": self.timestamp,
             "server_id": self.backend,
+            "route": self.route,
+            "pool": self.pool,
             "response_time": self.seconds,
             "status": self.status,
             "method": self.method,

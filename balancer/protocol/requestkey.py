@@ -1,4 +1,4 @@
-"""What tells requests apart, or makes them belong together: a client, a path, the value of one field."""
+"""What tells requests apart, or makes them belong together: a client, a host, a path, the value of one field."""
 
 from __future__ import annotations
 
@@ -49,6 +49,18 @@ def cookie(request: Request, name: bytes) -> bytes:
         if found == name:
             return value.strip(b'"')
     return b""
+
+
+def host_of(request: Request) -> bytes:
+    """In lower case, without the port and the dot that makes a name absolute; empty if there is none."""
+    hosts = request.values(b"host")
+    return host_name(hosts[0]) if hosts else b""
+
+
+def host_name(authority: bytes) -> bytes:
+    lowered = authority.lower()
+    name, colon, port = lowered.rpartition(b":")
+    return (name if colon and not port.endswith(b"]") else lowered).rstrip(b".")
 
 
 def _client(request: Request, trusted: Sequence[Network]) -> bytes:
