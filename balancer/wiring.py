@@ -32,6 +32,8 @@ from balancer.edge.workers import WorkerPool
 from balancer.edge.wsgi import ReverseProxy
 from balancer.errors import SettingsError
 from balancer.filters.authentication import Authentication
+from balancer.filters.limit import LimitOptions
+from balancer.filters.limits import Limiter
 from balancer.filters.maxforwards import MaxForwards
 from balancer.filters.servedby import ServedBy
 from balancer.filters.serviceworkers import ServiceWorkers
@@ -107,10 +109,11 @@ def make(
     app = Flask(__name__, static_folder=None)
     history, writer = History(lambda: _look(statistics, wired.pools)), LogWriter(standard_output())
     workers = WorkerPool(config.max_threads, config.max_queued, config.thread_idle_timeout)
+    limiter = Limiter(events)
     access = Access(config.options(AccessOptions))
     renewal = _renewal(config, configuration, events, renew)
     control = Control(
-        *(wired.pools, statistics, events, history, writer, DASHBOARD, configuration, access, RouteCounts()),
+        *(wired.pools, statistics, events, history, writer, DASHBOARD, configuration, access, RouteCounts(), limiter),
         idle=wired.idle,
         queued=lambda: workers.queued,
         reload=reload,
@@ -211,16 +214,19 @@ def _routes(
         access_log.options = config.options(LogOptions)
         heads = ResponseHeads(config.response_headers)
         ways = {name: way(parts, heads) for name, parts in pools.parts.items()}
-        return RouteWiring(config, ways, rare, _guards(authentication)).routes(control.routes)
+        return RouteWiring(config, ways, rare, _guards(config, authentication, control.limiter)).routes(control.routes)
 
     return routes
 
 
-def _guards(authentication: Authentication) -> Guards:
+def _guards(config: Settings, authentication: Authentication, limiter: Limiter) -> Guards:
     """What makes the filters that guard one route: who may (`auth`), and then how much (`limits`)."""
+    limiter.use(LimitOptions(**each.model_dump()) for each in config.limits)
 
     def guards(route: RouteSettings) -> list[Filter]:
-        return [authentication.filter(route.auth)] if route.auth else []
+        who = [authentication.filter(route.auth)] if route.auth else []
+        how_much = [limiter.filter(route.limits, route.name, config.networks)] if route.limits else []
+        return [*who, *how_much]
 
     return guards
 

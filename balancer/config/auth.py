@@ -36,7 +36,7 @@ class KeySettings(BaseModel):
 class ApiKeySettings(Named):
     """Keys in X-API-Key or Authorization: Bearer."""
 
-    type: Literal["api_key"]
+    type: Literal["api_key"] = Field(description="api_key")
     keys: tuple[KeySettings, ...] = Field(description='of { id = "NAME", sha256 = "DIGEST" }')
 
     @field_validator("keys")
@@ -52,14 +52,14 @@ class ApiKeySettings(Named):
 class BasicSettings(Named):
     """Names and passwords (RFC 7617)."""
 
-    type: Literal["basic"]
+    type: Literal["basic"] = Field(description="basic")
     users_file: Path = Field(description="file of lines NAME:HASH, as htpasswd -B writes them")
 
 
 class JwtSettings(Named):
     """JSON Web Tokens in Authorization: Bearer."""
 
-    type: Literal["jwt"]
+    type: Literal["jwt"] = Field(description="jwt")
     algorithms: tuple[Algorithm, ...] = Field(description='those allowed, as ["RS256"]')
     secret_file: Path | None = Field(
         None, description="file with the secret of HS256, HS384 or HS512, 32 bytes or more"
@@ -94,7 +94,7 @@ class JwtSettings(Named):
 class ForwardSettings(Named):
     """Another server decides."""
 
-    type: Literal["forward"]
+    type: Literal["forward"] = Field(description="forward")
     url: str = Field(description="where it is asked about each request, as http://HOST:PORT/PATH")
     copy_headers: tuple[str, ...] = Field(
         (), description="fields of its answer that backends get, and from nobody else"

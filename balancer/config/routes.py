@@ -95,7 +95,9 @@ class _Route(Named):
     match_query: Annotated[Fields, AfterValidator(partial(_check_fields, "query"))] = Field(
         {}, description="query parameters, and the value that each must have"
     )
-    pool: str | None = Field(None, pattern=validation.ID, description="pool that gets its requests")
+    pool: str | None = Field(
+        None, pattern=validation.ID, description="pool that gets its requests; default without redirect or status"
+    )
     redirect: Annotated[str, AfterValidator(_check_redirect)] | None = Field(
         None, description="where clients are sent instead; {path}, {host}, {query} are those of the request"
     )

@@ -24,6 +24,7 @@ from pydantic import Field, SecretStr, ValidationError, model_validator
 from balancer.balancing.pool import DEFAULT_POOL
 from balancer.config import environment, validation
 from balancer.config.auth import AuthSettings, ControlTokenSettings
+from balancer.config.limits import LimitSettings
 from balancer.config.routes import ExpectSettings, RouteSettings
 from balancer.config.tables import Named, PoolSettings, Table
 from balancer.config.values import DEFAULT_BACKENDS, RESTART, BackendSettings, Values
@@ -46,9 +47,9 @@ class Settings(Values):
 
     pools: Table[PoolSettings] = Field((), description="pools of backends beside those of `backends`")
     routes: Table[RouteSettings] = Field((), description="which requests go where; the best match counts")
-    expect: tuple[ExpectSettings, ...] = Field((), description="requests, and which route and pool each must take")
-
     auth: Table[AuthSettings] = Field((), description="ways to know who sends a request, for routes to name")
+    limits: Table[LimitSettings] = Field((), description="how much a client may ask for, where a route names them")
+    expect: tuple[ExpectSettings, ...] = Field((), description="requests, and which route and pool each must take")
     control_tokens: Table[ControlTokenSettings] = Field((), description="tokens for the control API, each with a role")
 
     @model_validator(mode="before")

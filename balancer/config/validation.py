@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from balancer.balancing.backends import ID_PATTERN
 from balancer.protocol.origin import AUTHORITY_PATTERN, IPV6_PATTERN, NAME_PATTERN
-from balancer.protocol.requestkey import KEY_PATTERN
+from balancer.protocol.requestkey import KEY_PATTERN, TOKEN_PATTERN
 
 Schema = Mapping[str, Any]
 
@@ -23,6 +23,8 @@ KEY = f"^{KEY_PATTERN}$"
 ROUTE_HOST = rf"(?:\*\.)?{NAME_PATTERN}|\[{IPV6_PATTERN}\]"
 EXPECTED_REQUEST = rf"^[A-Z-]+ https?://{AUTHORITY_PATTERN}(?:/[\x21-\x7e]*)?$"
 SHA256 = r"^[0-9a-f]{64}$"
+LIMIT_KEY = f"^(?:client_ip|subject|route|global|header:{TOKEN_PATTERN})$"
+RATE = "^[1-9][0-9]{0,6}/[smh]$"
 ID_WORDS = "up to 64 letters (a to z), digits, dots, hyphens and underscores, no dot in front"
 MODE = r"^0?[0-7]{3}$"
 OWNER = r"^(?:[A-Za-z0-9_.-]+|[A-Za-z0-9_.-]*:[A-Za-z0-9_.-]+)$"
@@ -31,6 +33,7 @@ PATTERNS |= {MODE: 'octal digits as text, such as "0660"', OWNER: "USER, USER:GR
 PATTERNS |= {SHA256: "a SHA-256 digest of 64 hexadecimal digits, as load-balancer new-key prints it"}
 PATTERNS |= {KEY: "client_ip, path, header:NAME, cookie:NAME or query:NAME"}
 PATTERNS |= {EXPECTED_REQUEST: 'a method and a URL, as "GET http://api.example.com/v1/x"'}
+PATTERNS |= {LIMIT_KEY: "client_ip, subject, header:NAME, route or global", RATE: "N/s, N/m or N/h, such as 100/m"}
 PATTERNS |= {NAME: "a name such as api.example.com", HOST: "a host such as api.example.com, with or without a port"}
 
 

@@ -160,6 +160,7 @@ class Collector:
         yield from self._requests(lifetime)
         yield from self._routes()
         yield from self._websockets()
+        yield from self._limits()
         yield from self._pools()
         yield from self._backends(lifetime)
 
@@ -244,6 +245,20 @@ class Collector:
         messages = counter("websocket_messages", "Messages of WebSockets, in from clients.", "direction")
         yield add_each(messages, [], totals.messages)
         yield add_each(counter("websocket_bytes", "Bytes of these messages.", "direction"), [], totals.bytes)
+
+    def _limits(self) -> Iterator[Metric]:
+        text = "Requests that a limit let through, refused, or in shadow mode would have refused."
+        requests = counter("limit_requests", text, "limit", "outcome")
+        in_flight = gauge("limit_requests_in_flight", "Requests under way of all keys.", "limit")
+        keys = gauge("limit_keys", "Keys that are known just now.", "limit")
+        evicted = counter("limit_keys_evicted", "Keys that gave way to others, for want of room.", "limit")
+        for limit in self._control.limiter.describe():
+            name = [limit["name"]]
+            add_each(requests, name, limit["requests"])
+            add(in_flight, name, limit["requests_in_flight"])
+            add(keys, name, limit["keys"])
+            add(evicted, name, limit["evicted"])
+        yield from (requests, in_flight, keys, evicted)
 
     def _pools(self) -> Iterator[Metric]:
         info = gauge("pool_info", "The algorithm in use.", "pool", "algorithm")

@@ -29,6 +29,8 @@ EventKind = (
         "name_found",
         "keys_kept",
         "keys_found",
+        "limit_reached",
+        "limit_keys_full",
     ]
 )
 REFUSED: EventKind = "write_refused"  # the one kind of event that anybody can cause
