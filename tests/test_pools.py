@@ -18,6 +18,7 @@ from test_reload import A, Asking, B, C, Wired, whats
 from test_websocket import Echo, opened
 from wire import WireBackend, hang_up
 
+from balancer import poolwiring
 from balancer.balancing import strategies
 from balancer.balancing.options import PoolOptions
 from balancer.balancing.pool import BackendPool
@@ -196,9 +197,10 @@ def test_nothing_is_lost_while_pools_come_change_move_and_go(
 
 
 def test_a_pool_that_has_left_serves_its_requests_to_their_end(
-    balancer: Balancer, file: File, backends: dict[str, WireBackend]
+    balancer: Balancer, file: File, backends: dict[str, WireBackend], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also such as need another backend of it, and those of WebSockets, which have their time to end."""
+    """Also such as need another backend of it."""
+    monkeypatch.setattr(poolwiring, "LEAVE_SECONDS", 0.0)
     asked, go = threading.Event(), threading.Event()
 
     def fail_later(sock: socket.socket, request: RawRequest) -> None:
@@ -221,6 +223,8 @@ def test_a_pool_that_has_left_serves_its_requests_to_their_end(
         file.write(next="")
         assert "pools.api" in whats(fetch_json(f"{balancer.url}/reload", method="POST"))
         assert fetch(f"{balancer.url}/api/slow")[2] == b"main"
+        checks = balancer.library.pool.counts()["main"].checks
+        wait_until(lambda: balancer.library.pool.counts()["main"].checks > checks + 4, "rounds go by")
         pool = balancer.status()["pools"][-1]
         assert (pool["name"], pool["leaving"], pool["backends"]) == ("api", True, 2)
         assert fetch(f"{balancer.url}/backends", {"url": "http://a:1", "pool": "api"})[0] == 422
