@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import posixpath
 import re
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
 import pytest
 from exposition import read, value
-from support import Balancer, exchange, fetch, fetch_json, get, ok, split_response, wait_until
+from support import ROOT, Balancer, exchange, fetch, fetch_json, get, make_record, ok, split_response, wait_until
 from test_http2 import curl
+from test_websocket import Echo
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
 from wire import WireBackend
 
 from balancer import LoadBalancer
 from balancer.commandline import main
+from balancer.observe.accesslog import as_json, as_text
 from balancer.protocol.origin import Origin
 
 ROUTES = """
@@ -303,6 +311,8 @@ def test_it_says_which_way_and_why_not(routed: Routed) -> None:
 
 
 def test_status_and_metrics_count_by_route(routed: Routed) -> None:
+    routed.ask(b"/v1/x", host=b"api.test")
+    wait_until(lambda: routed.balancer.status()["statistics"]["active_requests"] == 0)
     fetch(f"{routed.url}/reset", {}, "POST")
     for _ in range(3):
         routed.ask(b"/v1/x", host=b"api.test")
@@ -316,6 +326,32 @@ def test_status_and_metrics_count_by_route(routed: Routed) -> None:
     assert value(samples, "lb_route_requests_total", route="v1", code="200") > 3  # a reset takes nothing off
     rows = {row["name"]: row["value"] for row in fetch_json(f"{routed.url}/config")["settings"]}
     assert "v1 (api.test/v1 to api)" in rows["routes"]
+
+
+def test_the_access_log_says_which_way(routed: Routed) -> None:
+    record = make_record(route="v1", pool="api")
+    assert " route=v1 pool=api backend=a " in as_text(record, None, "HTTP/1.1", None)
+    assert '"route":"v1","pool":"api",' in as_json(record, None, "HTTP/1.1", None)
+
+
+def test_a_websocket_takes_a_route(routed: Routed) -> None:
+    echo = Echo()
+    more = f'[[pools]]\nname = "talk"\n[[pools.backends]]\nid = "talk_1"\nurl = "{echo.url}"\n'
+    more += '[[routes]]\nname = "talk"\npath = "/talk"\npool = "talk"\nstrip_prefix = "/talk"\n'
+    try:
+        assert routed.reload(routed.text + more)[0] == 200
+        routed.balancer.wait_healthy("talk_1")
+        address = f"ws{routed.url.removeprefix('http')}"
+        with connect(f"{address}/talk/room") as socket:
+            socket.send("hello")
+            assert socket.recv() == "hello"
+        assert echo.requests[-1].path == "/room"
+        with pytest.raises(InvalidStatus) as refused, connect(f"{address}/gone"):
+            pass
+        assert refused.value.response.status_code == 410
+    finally:
+        assert routed.reload(routed.text)[0] == 200
+        echo.stop()
 
 
 # Expectations and reloads.
@@ -368,6 +404,54 @@ def test_a_reload_replaces_the_table_at_once(routed: Routed) -> None:
     finally:
         assert routed.reload(routed.text)[0] == 200
     assert routed.ask(b"/moved")[0] == 308
+
+
+def test_requests_keep_their_route_while_others_come(routed: Routed) -> None:
+    """Each is answered by the one or by the other, whole; what is under way goes on as it began."""
+    change, ended = routed.text.replace('strip_prefix = "/v1"', 'replace_prefix = ["/v1", "/other"]'), threading.Event()
+    routed.api.script = lambda sock, request: sock.sendall(ok(request.target + request.values(b"x-team")[0]))
+    wrong: list[Any] = []
+
+    def ask() -> int:
+        for count in itertools.count(1):
+            got = routed.ask(b"/v1/x", host=b"api.test")
+            if (got[0], got[2], got[1].get(b"x-both")) not in [(200, b"/xa", b"own"), (200, b"/other/xa", b"own")]:
+                wrong.append(got)
+            if ended.is_set():
+                return count
+
+    with ThreadPoolExecutor(4) as threads:
+        asked = [threads.submit(ask) for _ in range(4)]
+        for number in range(20):
+            assert routed.reload(routed.text if number % 2 else change)[0] == 200
+        ended.set()
+        assert sum(each.result() for each in asked) > 20
+    assert wrong == []
+
+
+def test_the_example_does_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example = ROOT / "docs" / "examples" / "gateway.toml"
+    assert (main(["--config", str(example), "--check-config"]), capsys.readouterr().out) == (0, "configuration ok\n")
+    with ExitStack() as stack:
+        text, backends = example.read_text(encoding="utf-8"), {}
+        for name, port in (("shop_1", 8080), ("api_1", 8081), ("api_2", 8082), ("files_1", 8083)):
+            backends[name] = stack.enter_context(WireBackend())
+            text = text.replace(f"http://127.0.0.1:{port}", backends[name].url)
+        file = tmp_path / "gateway.toml"
+        file.write_text("expose_backend = true\n" + text, encoding="utf-8")
+        balancer = stack.enter_context(Balancer("--config", str(file)))
+        wait_until(lambda: all(each["healthy"] for each in balancer.status()["backend_servers"]))
+        for host, target, status, server in (
+            (b"api.example.com", b"/v1/users", 200, b"api"), (b"api.example.com", b"/v0/x", 410, None),
+            (b"eu.shop.example.com", b"/cart", 301, None), (b"shop.example.com", b"/files/a%2F//b", 200, b"files"),
+            (b"shop.example.com", b"/admin", 404, None), (b"shop.example.com", b"/x/..;/admin", 400, None),
+            (b"shop.example.com", b"/", 200, b"shop"),
+        ):  # fmt: skip
+            got, lines, _ = split_response(exchange(balancer.port, get(target, host=host)))
+            served_by = dict(lines).get(b"x-served-by", b"").partition(b"_")[0]
+            assert (got, served_by or None) == (status, server)
+        sent = [request for name in ("api_1", "api_2") for request in backends[name].requests]
+        assert [(each.target, each.values(b"host")) for each in sent] == [(b"/users", [b"api.internal"])]
 
 
 def test_without_a_route_and_without_backends_it_is_404() -> None:

@@ -11,6 +11,8 @@ from balancer.balancing.pool import DEFAULT_POOL
 from balancer.config import validation
 from balancer.config.values import PER_POOL, BackendSettings, Values, named
 
+_OVERRIDDEN = {name for name, field in Values.model_fields.items() if PER_POOL in field.metadata}
+
 
 class Named(BaseModel):
     """One of a table."""
@@ -25,7 +27,7 @@ class Named(BaseModel):
     @property
     def own(self) -> Mapping[str, Any]:
         """The settings that it has instead of those of the file's top level."""
-        return {name: getattr(self, name) for name in self.model_fields_set & Values.model_fields.keys()}
+        return {name: getattr(self, name) for name in self.model_fields_set & _OVERRIDDEN}
 
 
 N = TypeVar("N", bound=Named)

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from balancer.balancing.backends import ID_PATTERN
 from balancer.protocol.origin import AUTHORITY_PATTERN, IPV6_PATTERN, NAME_PATTERN
-from balancer.protocol.requestkey import KEY_PATTERN
+from balancer.protocol.requestkey import KEY_PATTERN, TOKEN_PATTERN
 
 Schema = Mapping[str, Any]
 
@@ -22,6 +22,8 @@ HOST = f"^{AUTHORITY_PATTERN}$"
 KEY = f"^{KEY_PATTERN}$"
 ROUTE_HOST = rf"(?:\*\.)?{NAME_PATTERN}|\[{IPV6_PATTERN}\]"
 EXPECTED_REQUEST = rf"^[A-Z-]+ https?://{AUTHORITY_PATTERN}(?:/[\x21-\x7e]*)?$"
+LIMIT_KEY = f"^(?:client_ip|subject|route|global|header:{TOKEN_PATTERN})$"
+RATE = "^[1-9][0-9]{0,6}/[smh]$"
 _ID_WORDS = "up to 64 letters (a to z), digits, dots, hyphens and underscores, no dot in front"
 MODE = r"^0?[0-7]{3}$"
 OWNER = r"^(?:[A-Za-z0-9_.-]+|[A-Za-z0-9_.-]*:[A-Za-z0-9_.-]+)$"
@@ -29,6 +31,7 @@ PATTERNS = {ID: _ID_WORDS, ID_OR_NONE: _ID_WORDS, PATH: "a path such as /health,
 PATTERNS |= {MODE: 'octal digits as text, such as "0660"', OWNER: "USER, USER:GROUP or :GROUP"}
 PATTERNS |= {KEY: "client_ip, path, header:NAME, cookie:NAME or query:NAME"}
 PATTERNS |= {EXPECTED_REQUEST: 'a method and a URL, as "GET http://api.example.com/v1/x"'}
+PATTERNS |= {LIMIT_KEY: "client_ip, subject, header:NAME, route or global", RATE: "N/s, N/m or N/h, such as 100/m"}
 PATTERNS |= {NAME: "a name such as api.example.com", HOST: "a host such as api.example.com, with or without a port"}
 
 

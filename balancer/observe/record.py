@@ -85,6 +85,7 @@ class FinishedView(TypedDict):
     reason: str | None
     not_retried: str | None
     complete: bool
+    limit: str | None
     websocket: WebSocketView | None
 
 
@@ -125,6 +126,7 @@ class Record:
     not_retried: str | None = later(None)  # why the last failure was final, in words
     error: str | None = later(None)  # of our own answer, in words for the operator
     websocket: WebSocketRecord | None = later(None)  # what came of it, if its backend switched; of no response time
+    limit: str | None = later(None)  # the one that refused it, or would have, were its mode not `shadow`
     excluded: Mapping[str, str] | None = later(None)  # why no backend could take it, if that was the cause
 
     @property
@@ -161,6 +163,7 @@ class Record:
             "reason": self.reason,
             "not_retried": self.not_retried,
             "complete": self.complete,
+            "limit": self.limit,
             "websocket": None if self.websocket is None else self.websocket.describe(),
         }
 
