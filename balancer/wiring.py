@@ -244,7 +244,7 @@ def _proxy(control_app: WSGIApplication, control: Control, routes: Routes) -> Re
 def request_heads(config: Settings, pseudonym: bytes) -> RequestHeads:
     return RequestHeads(
         *(pseudonym, config.networks, config.max_header_count, config.request_headers, config.host_field, config.via),
-        cookies=[cookie_of(name) for name, each in config.by_pool().items() if each.sticky],
+        cookies={cookie_of(name) for name, each in config.by_pool().items() if each.sticky},
     )
 
 

@@ -7,7 +7,7 @@ up from then on.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from copy import copy
 from itertools import chain
 from typing import NamedTuple
@@ -26,7 +26,7 @@ from balancer.protocol.messages import (
     request_id,
     request_lines,
     trace_id,
-    without_cookie,
+    without_cookies,
 )
 from balancer.protocol.tables import Table
 
@@ -68,8 +68,8 @@ class RequestHead:
         if version == "2":
             lines = join_cookies(lines)
         self.bindings: dict[bytes, bytes] = {}  # values of our own cookies, by their names
-        for cookie in heads.cookies:
-            lines, self.bindings[cookie] = without_cookie(lines, cookie)
+        if heads.cookies:
+            lines, self.bindings = without_cookies(lines, heads.cookies)
         self.fields = heads.fields(lines[:MOST_LINES])  # values by name, one for each line, of what is not plain
         self.length: int | None = None  # of the body in bytes, if it is told
         # HTTP/2 tells only at its end whether there is a body (RFC 9113 section 8.1).
@@ -144,7 +144,7 @@ class RequestHeads:
         rules: HeaderRules = NO_RULES,
         host: bytes = b"",
         via: bool = True,
-        cookies: Sequence[bytes] = (),
+        cookies: Collection[bytes] = (),
     ) -> None:
         self.via, self.cookies = via, cookies
         self.pseudonym, self.trusted, self.max_lines, self.rules = pseudonym, trusted, max_lines, rules
