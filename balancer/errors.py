@@ -6,7 +6,7 @@ the socket boundary (`connection`, `response`, `transport`); nothing above it ne
 
     BalancerError
       SettingsError         bad usage or configuration (exit code 2)
-      ClientError           the request is at fault: 400, 403, 405, 408, 411, 413, 417, 431, 501, 508
+      ClientError           the request is at fault: 400, 403, 404, 405, 408, 411, 413, 417, 429, 431, 501, 508
       ClientGone            the client left before its answer was complete: 499 in logs, never sent
         ClientStalled         it read too slowly, and was cut off
       Unavailable           no backend: 503 with Retry-After
@@ -24,7 +24,7 @@ the socket boundary (`connection`, `response`, `transport`); nothing above it ne
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Self
 
 import requests.exceptions as requests_errors
@@ -39,6 +39,8 @@ class BalancerError(Exception):
     reason: str = "proxy_internal_error"
     public: ClassVar[str] = ""  # what a client is told instead of the text, if that names things inside
     headers: tuple[tuple[bytes, bytes], ...] = ()  # of the answer, names in lower case
+    is_problem: ClassVar[bool] = False  # answered in the problem details of RFC 9457
+    members: Mapping[str, object] = {}  # of these, beside the usual ones
 
     def to_keep(self) -> Self:
         """Itself, without the traceback and what came before it: these refer to whoever keeps it and to all that they
@@ -88,10 +90,38 @@ class MethodRefused(ClientError):
         self.headers = ((b"allow", allowed),)  # RFC 9110 section 15.5.6
 
 
+class NoRoute(ClientError):
+    """No route matches, and the pool `default` has no backends."""
+
+    status = 404
+    reason = "no_route"
+
+
+class AmbiguousPath(ClientError):
+    """A backend could read the path in another way than the routes do, and go round what guards another path."""
+
+    reason = "ambiguous_path"
+
+
 class TooManyHeaders(ClientError):
     """The request has more header lines than `max_header_count` (RFC 6585 section 5)."""
 
     status = 431
+
+
+class LimitReached(ClientError):
+    """The client has sent more than the limits of these `names` allow; it may come again in `seconds`."""
+
+    status = 429
+    reason = "limit_reached"
+    is_problem = True
+
+    def __init__(self, names: Sequence[str], seconds: int) -> None:
+        super().__init__(f"{', '.join(names)}: the limit is reached, try again in {seconds} s")
+        self.headers = ((b"retry-after", b"%d" % seconds),)
+        # draft-ietf-httpapi-ratelimit-headers-10, section "Quota Exceeded"
+        kind = "https://iana.org/assignments/http-problem-types#quota-exceeded"
+        self.members = {"type": kind, "violated-policies": names}
 
 
 class WorkerRefused(ClientError):

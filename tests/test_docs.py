@@ -10,14 +10,25 @@ from pathlib import Path
 
 import pytest
 from manual import manual_page
+from pydantic import BaseModel
 
 from balancer import errors
-from balancer.config.settings import NEEDS_RESTART, Settings, default_of
+from balancer.config.limits import LimitSettings
+from balancer.config.routes import ExpectSettings, MirrorSettings, RouteSettings
+from balancer.config.settings import NEEDS_RESTART, Settings, default_of, show
+from balancer.config.values import PER_ROUTE, Values
+from balancer.protocol.headerrules import NO_RULES
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS, OPERATIONS = ROOT / "docs" / "settings.md", ROOT / "docs" / "operations.md"
 MANUAL = ROOT / "docs" / "load-balancer.1"
 SOURCES = [ROOT / "load_balancer.py", *sorted((ROOT / "balancer").rglob("*.py"))]
+TABLES = (
+    ("Routes", RouteSettings),
+    ("Mirrors", MirrorSettings),
+    ("Limits", LimitSettings),
+    ("Expectations", ExpectSettings),
+)
 
 
 def table() -> str:
@@ -26,7 +37,21 @@ def table() -> str:
         default = "three on ports 5001 to 5003" if name == "backends" else default_of(name)
         reload = "no" if name in NEEDS_RESTART else "yes"
         lines.append(f"| `{name}` | {default} | {field.description} | {reload} |")
+    for title, model in TABLES:
+        lines += ["", f"## {title}", "", "| setting | default | meaning |", "|---|---|---|"]
+        for name, field in model.model_fields.items():
+            lines.append(f"| `{name}` | {_default_of(model, name)} | {field.description} |")
     return "\n".join(lines)
+
+
+def _default_of(model: type[BaseModel], name: str) -> str:
+    """In one of a table; what stands at the top level as well is the default there."""
+    field = model.model_fields[name]
+    if field.is_required():
+        return "needed"
+    if name in Values.model_fields and PER_ROUTE in Values.model_fields[name].metadata:
+        return "as above"
+    return "none" if field.default in (None, "", (), {}, NO_RULES) else show(field.default)
 
 
 def test_the_table_of_settings_is_what_the_code_has() -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from flask import Blueprint, Flask, Response, g, request
 from flask_cors import CORS
 
-from balancer.control import administration, dashboard, monitoring, openapi, problems
+from balancer.control import administration, dashboard, limits, monitoring, openapi, problems
 from balancer.control.access import first_segment, is_authorized
 from balancer.control.control import Control, current_control
 from balancer.control.inputs import MAX_BODY
@@ -29,7 +29,7 @@ PATH_KEPT = 200  # characters of a refused path
 
 # The routes are nested in it, so that its hooks below hold for all of them and for nothing else.
 blueprint = Blueprint("control", __name__)
-for part in (monitoring, administration, dashboard, openapi):
+for part in (monitoring, administration, limits, dashboard, openapi):
     blueprint.register_blueprint(part.blueprint)
 
 

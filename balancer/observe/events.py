@@ -24,9 +24,14 @@ EventKind = (
         "certificate_changed",
         "certificate_refused",
         "certificate_expires",
+        "canary_step",
+        "canary_done",
+        "canary_returned",
         "draining",
         "name_kept",
         "name_found",
+        "limit_reached",
+        "limit_keys_full",
     ]
 )
 REFUSED: EventKind = "write_refused"  # the one kind of event that anybody can cause

@@ -190,11 +190,6 @@ class Statistics:
         with self._lock:
             return list(islice(reversed(self._recent), count))
 
-    def recent_requests(self) -> int:
-        """How many have arrived in the last KEPT_SECONDS of a Rate."""
-        with self._lock:
-            return self._arrivals.recent()
-
     def retried(self) -> None:
         """A request is tried once more."""
         with self._lock:

@@ -13,9 +13,9 @@ from balancer.protocol.texts import quoted
 
 # Labels of 1 to 63 characters, as Python's resolver demands; or an IPv6 address in brackets, maybe with a zone.
 NAME_PATTERN = r"[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*\.?"
-_IPV6 = r"[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*(?:%[A-Za-z0-9._-]+)?"
+IPV6_PATTERN = r"[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*(?:%[A-Za-z0-9._-]+)?"
 # Of the whole authority: urlsplit would drop what stands between a bracket and the port.
-AUTHORITY_PATTERN = rf"(?:{NAME_PATTERN}|\[{_IPV6}\])(?::[0-9]*)?"
+AUTHORITY_PATTERN = rf"(?:{NAME_PATTERN}|\[{IPV6_PATTERN}\])(?::[0-9]*)?"
 
 EXPECTED = "http://HOST:PORT or https://HOST:PORT, or http+unix:///PATH"
 UNIX = "http+unix"
