@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from balancer import __version__
-from balancer.commands import completion, demo, probe
+from balancer.commands import completion, demo, newkey, probe
 from balancer.config import settings
 from balancer.edge import handover
 from balancer.errors import SettingsError
@@ -26,13 +26,14 @@ if TYPE_CHECKING:
 INSTALLED = "load-balancer"
 # As it was started: the installed command, or the file of a checkout.
 PROGRAM = INSTALLED if Path(sys.argv[0]).stem == INSTALLED else "load_balancer.py"
-COMMANDS = ("completion", "demo")  # the first word, instead of flags
+COMMANDS = ("completion", "demo", "new-key")  # the first word, instead of flags
 EXAMPLES = """examples:
   {command} demo  # three backends and a balancer in front of them, to try it
   {command}  # the balancer alone; three backends on ports 5001 to 5003
   {command} --backend http://127.0.0.1:8080  # in front of one service of yours
   {command} --backend a=http://10.0.0.1:80@3 --backend b=http://10.0.0.2:80@1 --algorithm weighted
   {command} --config balancer.toml --check-config
+  {command} new-key acme  # an API key, and what stands in the file for it
   {command} completion bash  # a script for the shell: bash, zsh, fish
 
 Every setting is a flag, a key of the TOML file and an environment variable: --health-path, health_path, LB_HEALTH_PATH;
@@ -130,6 +131,11 @@ def run_command(name: str, *arguments: str) -> int:
     if name == "demo":
         return demo.run(arguments)
     parser = OneLineParser(prog=f"{PROGRAM} {name}", allow_abbrev=False)
+    if name == "new-key":
+        parser.description = newkey.__doc__
+        parser.add_argument("name", metavar="NAME", type=newkey.checked, help="whose key it is")
+        print(newkey.new_key(parser.parse_args(arguments).name))
+        return 0
     parser.add_argument("shell", choices=completion.SHELLS)
     print(completion.script(parser.parse_args(arguments).shell, make_parser(INSTALLED), COMMANDS))
     return 0

@@ -7,8 +7,12 @@ the socket boundary (`connection`, `response`, `transport`); nothing above it ne
     BalancerError
       SettingsError         bad usage or configuration (exit code 2)
       ClientError           the request is at fault: 400, 403, 404, 405, 408, 411, 413, 417, 429, 431, 501, 508
+        Unauthorized          who sent it is not known: 401
+        Forbidden             who sent it is known, and may not: 403
+        TooManyGuesses        wrong passwords came from its address: 429
       ClientGone            the client left before its answer was complete: 499 in logs, never sent
         ClientStalled         it read too slowly, and was cut off
+      AuthUnavailable       who sent it cannot be found out now: 503
       Unavailable           no backend: 503 with Retry-After
         NoRoom                all are full, and nothing became free in time
         OutOfDescriptors      this process may open no more sockets
@@ -24,7 +28,8 @@ the socket boundary (`connection`, `response`, `transport`); nothing above it ne
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar, Self
 
 import requests.exceptions as requests_errors
@@ -129,6 +134,49 @@ class WorkerRefused(ClientError):
 
     status = 403
     reason = "http_request_denied"
+
+
+class Unauthorized(ClientError):
+    """No credentials, or wrong ones (RFC 9110 section 15.5.2); `challenges` say which would do."""
+
+    status = 401
+    reason = "http_request_denied"
+    public = "this needs valid credentials"
+    is_problem = True
+
+    def __init__(self, message: str, challenges: Iterable[bytes] = ()) -> None:
+        super().__init__(message)
+        self.headers = tuple((b"www-authenticate", challenge) for challenge in challenges)
+
+
+class Forbidden(Unauthorized):
+    """Valid credentials of somebody who may not do this."""
+
+    status = 403
+    public = "these credentials do not allow this"
+
+
+class TooManyGuesses(ClientError):
+    """So many wrong passwords came from this address that not even a right one is looked at for `seconds`."""
+
+    status = 429
+    reason = "http_request_denied"
+    public = "too many wrong passwords came from here; wait, then send the right one"
+    is_problem = True
+
+    def __init__(self, message: str, seconds: float) -> None:
+        super().__init__(message)
+        self.headers = ((b"retry-after", b"%d" % math.ceil(seconds)),)
+
+
+class AuthUnavailable(BalancerError):
+    """Whether these credentials are valid cannot be found out now; so they count for nothing."""
+
+    status = 503
+    reason = "auth_unavailable"
+    public = "credentials cannot be checked now, try again"
+    is_problem = True
+    headers = ((b"retry-after", b"1"),)
 
 
 class BodyTooLarge(ClientError):

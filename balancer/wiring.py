@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import ssl
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -31,6 +31,7 @@ from balancer.edge.tls import TlsOptions
 from balancer.edge.workers import WorkerPool
 from balancer.edge.wsgi import ReverseProxy
 from balancer.errors import SettingsError
+from balancer.filters.authentication import Authentication
 from balancer.filters.limit import LimitOptions
 from balancer.filters.limits import Limiter
 from balancer.filters.maxforwards import MaxForwards
@@ -80,6 +81,7 @@ class Parts:
     copies: Copies
     workers: WorkerPool
     renewal: Renewal
+    authentication: Authentication
     routes: Callable[[Settings], Routes]
 
 
@@ -97,8 +99,12 @@ def make(
     strategies.load_entry_points()
     configuration = Configuration(config, sources)
     statistics, events = Statistics(), Events()
-    wired = PoolWiring(Dialer(_tls_context(config.ca_file), _names(events)), statistics)
+    dialer = Dialer(_tls_context(config.ca_file), _names(events))
+    wired = PoolWiring(dialer, statistics)
     wired.use(config, compare(NOTHING, config, configuration.sources, wired.pools).pools)
+    authentication = Authentication(dialer, _keys(events), statistics.refusals)
+    authentication.check(config.auth, config.networks)
+    authentication.use()
 
     canaries = _canaries(events)
     wired.look = canaries.look
@@ -121,12 +127,12 @@ def make(
     api.install(app, control)
     control_app = app.wsgi_app
     copies = Copies(control.routes)
-    routes = _routes(control, wired, filters, copies)
-    proxy = _proxy(control_app, control, routes(config))
+    routes = _routes(control, wired, filters, copies, authentication)
+    proxy = _proxy(control_app, control, routes(config), authentication)
     check_expectations(config, proxy.heads, proxy.is_control)
     app.wsgi_app = proxy  # type: ignore[method-assign]
     wired.tell = _follow(control, wired)
-    return Parts(app, control_app, proxy, control, wired, copies, workers, renewal, routes)
+    return Parts(app, control_app, proxy, control, wired, copies, workers, renewal, authentication, routes)
 
 
 def _tls_context(ca_file: Path | None) -> ssl.SSLContext | None:
@@ -148,6 +154,17 @@ def _names(events: Events) -> Names:
         log.log(logging.WARNING if is_kept else logging.INFO, "%s", text)
 
     return Names(changed)
+
+
+def _keys(events: Events) -> Callable[[bool, str], None]:
+    def fetched(is_good: bool, text: str) -> None:
+        if is_good:
+            events.add("keys_found", None, text)
+        else:
+            events.add("keys_kept", None, text, "warning")
+        log.log(logging.INFO if is_good else logging.WARNING, "%s", text)
+
+    return fetched
 
 
 def _renewal(config: Settings, configuration: Configuration, events: Events, renew: Callable[[], None]) -> Renewal:
@@ -184,7 +201,7 @@ def _tls(renewal: Renewal, ports: Sequence[Port]) -> TlsView | None:
 
 
 def _routes(
-    control: Control, pools: PoolWiring, filters: Sequence[Filter], copies: Copies
+    control: Control, pools: PoolWiring, filters: Sequence[Filter], copies: Copies, authentication: Authentication
 ) -> Callable[[Settings], Routes]:
     """What makes the routes that settings ask for, at the start and at every reload."""
     started_with = control.settings
@@ -212,24 +229,27 @@ def _routes(
         access_log.options = config.options(LogOptions)
         heads = ResponseHeads(config.response_headers)
         ways = {name: way(parts, heads) for name, parts in pools.parts.items()}
-        return RouteWiring(config, ways, rare, _guards(config, control.limiter), control.canaries, copies).routes(
-            control.routes
-        )
+        guards = _guards(config, authentication, control.limiter)
+        return RouteWiring(config, ways, rare, guards, control.canaries, copies).routes(control.routes)
 
     return routes
 
 
-def _guards(config: Settings, limiter: Limiter) -> Guards:
+def _guards(config: Settings, authentication: Authentication, limiter: Limiter) -> Guards:
     """What makes the filters that guard one route: who may (`auth`), and then how much (`limits`)."""
     limiter.use(LimitOptions(**each.model_dump()) for each in config.limits)
 
     def guards(route: RouteSettings) -> list[Filter]:
-        return [limiter.filter(route.limits, route.name, config.networks)] if route.limits else []
+        who = [authentication.filter(route.auth)] if route.auth else []
+        how_much = [limiter.filter(route.limits, route.name, config.networks)] if route.limits else []
+        return [*who, *how_much]
 
     return guards
 
 
-def _proxy(control_app: WSGIApplication, control: Control, routes: Routes) -> ReverseProxy:
+def _proxy(
+    control_app: WSGIApplication, control: Control, routes: Routes, authentication: Authentication
+) -> ReverseProxy:
     config = control.settings
     # The pseudonym is this very process: two balancers of one name in a chain are not a loop.
     pseudonym = f"{config.id}.{secrets.token_hex(4)}".encode("ascii")
@@ -237,14 +257,15 @@ def _proxy(control_app: WSGIApplication, control: Control, routes: Routes) -> Re
         control_app,
         (lambda path: False) if config.control_port is not None else api.is_control_path(config.control_prefix),
         routes=routes,
-        heads=request_heads(config, pseudonym),
+        heads=request_heads(config, pseudonym, authentication.ours),
     )
 
 
-def request_heads(config: Settings, pseudonym: bytes) -> RequestHeads:
+def request_heads(config: Settings, pseudonym: bytes, ours: Collection[bytes] = ()) -> RequestHeads:
     return RequestHeads(
         *(pseudonym, config.networks, config.max_header_count, config.request_headers, config.host_field, config.via),
         cookies={cookie_of(name) for name, each in config.by_pool().items() if each.sticky},
+        ours=ours,
     )
 
 

@@ -13,6 +13,7 @@ from manual import manual_page
 from pydantic import BaseModel
 
 from balancer import errors
+from balancer.config.auth import ApiKeySettings, BasicSettings, ControlTokenSettings, ForwardSettings, JwtSettings
 from balancer.config.limits import LimitSettings
 from balancer.config.routes import ExpectSettings, MirrorSettings, RouteSettings
 from balancer.config.settings import NEEDS_RESTART, Settings, default_of, show
@@ -28,8 +29,13 @@ TABLES = (
     ("Pools", PoolSettings),
     ("Routes", RouteSettings),
     ("Mirrors", MirrorSettings),
-    ("Limits", LimitSettings),
     ("Expectations", ExpectSettings),
+    ("Limits", LimitSettings),
+    ("Auth: type api_key", ApiKeySettings),
+    ("Auth: type basic", BasicSettings),
+    ("Auth: type jwt", JwtSettings),
+    ("Auth: type forward", ForwardSettings),
+    ("Control tokens", ControlTokenSettings),
 )
 
 

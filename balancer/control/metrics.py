@@ -23,6 +23,7 @@ from balancer.balancing.counts import BackendCounts
 from balancer.control.control import Control, Lifecycle
 from balancer.errors import BackendError, BalancerError, ConnectFailed
 from balancer.observe.histogram import Histogram
+from balancer.observe.refusals import WHYS
 from balancer.observe.statistics import Counters, Lifetime
 from balancer.observe.totals import BackendTotals
 
@@ -225,6 +226,11 @@ class Collector:
         yield answers
         errors = counter("request_errors", "Requests without a whole answer of a backend.", "reason")
         yield add_each(errors, [], dict.fromkeys(REASONS, 0) | totals.errors)
+        refused = counter("auth_failures", "Requests that were not let in, by who decided that.", "auth", "reason")
+        known = {(auth.name, why): 0 for auth in self._control.settings.auth for why in WHYS}
+        for labels, count in {**known, **self._control.statistics.refusals.counts()}.items():
+            refused.add_metric(labels, count)
+        yield refused
         yield add(gauge("requests_in_flight", "Requests under way."), [], lifetime.active)
         duration = histogram("request_duration_seconds", "Time from a request's head to the end of its answer.")
         duration.add_metric([], buckets(whole.latency, BUCKETS), whole.seconds)

@@ -216,6 +216,7 @@ def _tls() -> TlsView | None:
 def _shown(record: F) -> F:
     if not is_authorized():
         record["path"] = first_segment(record["path"])
+        record["subject"] = None
     return record
 
 

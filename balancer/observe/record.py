@@ -77,6 +77,7 @@ class FinishedView(TypedDict):
     path: str
     request_id: str
     trace_id: str | None
+    subject: str | None
     queued: float
     first_byte: float | None
     bytes_in: int
@@ -123,6 +124,7 @@ class Record:
     complete: bool = later(True)
     reason: str | None = later(None)
     trace_id: str | None = later(None)  # of the client's `traceparent`
+    subject: str | None = later(None)  # who sent it, if it was let in as somebody
     not_retried: str | None = later(None)  # why the last failure was final, in words
     error: str | None = later(None)  # of our own answer, in words for the operator
     websocket: WebSocketRecord | None = later(None)  # what came of it, if its backend switched; of no response time
@@ -155,6 +157,7 @@ class Record:
             "path": self.path[:PATH_SHOWN],
             "request_id": self.request_id,
             "trace_id": self.trace_id,
+            "subject": self.subject,
             "queued": self.queued,
             "first_byte": self.first_byte,
             "bytes_in": self.bytes_in,

@@ -62,7 +62,8 @@ _CLAIMS = frozenset(
 )
 # Of these, what we tell ourselves, which is added to what a trusted proxy has told.
 _ADDED_TO = frozenset({b"forwarded", b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host"})
-_PASSED_ON = frozenset({b"via", b"max-forwards", b"traceparent", b"tracestate", b"service-worker"})
+CREDENTIALS = frozenset({b"authorization", b"x-api-key"})
+_PASSED_ON = CREDENTIALS | {b"via", b"max-forwards", b"traceparent", b"tracestate", b"service-worker"}
 _SPECIAL = _NOT_FORWARDED | _PASSED_ON | {b"host"}
 # `Alt-Svc` names another way to the backend's own origin, which is not ours (RFC 7838 section 2.1).
 _NOT_RETURNED = HOP_BY_HOP | {b"alt-svc", b"x-request-id", b"x-served-by"}
