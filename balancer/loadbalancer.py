@@ -21,6 +21,7 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from balancer import wiring
+from balancer.balancing.changes import ACTOR
 from balancer.balancing.pool import BackendPool
 from balancer.config import settings, validation
 from balancer.config.comparison import Change, Plan
@@ -109,7 +110,9 @@ class LoadBalancer:
         parts = wiring.make(config, sources, _checked(filters), self.reload, self._renew, self._ports)
         self.app, self.control_app, self.proxy = parts.app, parts.control_app, parts.proxy
         self.control, self.pools, self.workers, self.routes = parts.control, parts.pools, parts.workers, parts.routes
+        self.copies = parts.copies
         self.configuration, self.renewal = parts.control.configuration, parts.renewal
+        self.authentication = parts.authentication
         self.app.extensions["balancer"] = self
         self.port_options = config.options(PortOptions)
         self.express: Express | None = None
@@ -330,6 +333,7 @@ class LoadBalancer:
         self.pools.health.start()
         self.control.history.start()
         self.renewal.start()
+        self.authentication.start()
         if self.express is not None:
             self.express.start()
         if self.sockets is not None:
@@ -363,8 +367,10 @@ class LoadBalancer:
             self.express.stop()
         if self.sockets is not None:
             self.sockets.stop()
+        self.copies.stop()
         self.pools.health.stop()
         self.renewal.stop()
+        self.authentication.stop()
         self.control.history.stop()
         self.pools.close()
         self.control.log.stop()
@@ -378,14 +384,14 @@ class LoadBalancer:
         except SettingsError as error:
             if not dry_run and self.configuration.read is not None:
                 public = self.configuration.without_folders(str(error))
-                events.add("config_refused", None, str(error), "error", public=public)
+                events.add("config_refused", None, str(error), "error", ACTOR.get(), public=public)
                 log.error("configuration not reloaded: %s", error)
             raise
         if not dry_run:
             text = "; ".join(str(change) for change in plan.changes) or "nothing has changed"
             if plan.needs_restart:
                 text += f"; needs a restart: {', '.join(plan.needs_restart)}"
-            events.add("config_reloaded", None, text)
+            events.add("config_reloaded", None, text, by=ACTOR.get())
             log.info("configuration reloaded: %s", text)
         return plan
 
@@ -395,9 +401,11 @@ class LoadBalancer:
             self.reload()
 
     def _check(self, dry_run: bool, config: Settings, plan: Plan) -> None:
-        """Whether requests take the routes that are expected, and the certificate can be used, and is another one."""
+        """Whether requests take the routes that are expected, and what files hold can be used, and is another
+        certificate."""
         heads = wiring.request_heads(config, self.proxy.heads.pseudonym)
         check_expectations(config, heads, self.proxy.is_control)
+        self.authentication.check(config.auth, config.networks)
         before = self.renewal.certificate
         try:
             after = self.renewal.check(config.options(TlsOptions))
@@ -414,9 +422,10 @@ class LoadBalancer:
         Those under way keep their Route and RequestHead; all else they look up at each step anew.
         """
         self.pools.use(config, plan.pools)
+        self.authentication.use()
         self.proxy.routes = self.routes(config)
         self.pools.retire()
-        self.proxy.heads = wiring.request_heads(config, self.proxy.heads.pseudonym)
+        self.proxy.heads = wiring.request_heads(config, self.proxy.heads.pseudonym, self.authentication.ours)
         self.control.access.options = config.options(AccessOptions)
         for bridge in self.bridges:
             bridge.limits = _client_limits(config)

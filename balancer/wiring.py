@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import ssl
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -18,6 +17,7 @@ from balancer.balancing import strategies
 from balancer.balancing.changes import Change, Severity
 from balancer.balancing.pool import DEFAULT_POOL, BackendPool
 from balancer.balancing.pools import Pools
+from balancer.commands import shipped
 from balancer.config.comparison import NOTHING, Plan, compare
 from balancer.config.reload import Configuration
 from balancer.config.routes import RouteSettings
@@ -31,13 +31,19 @@ from balancer.edge.tls import TlsOptions
 from balancer.edge.workers import WorkerPool
 from balancer.edge.wsgi import ReverseProxy
 from balancer.errors import SettingsError
+from balancer.filters.authentication import Authentication
+from balancer.filters.limit import LimitOptions
+from balancer.filters.limits import Limiter
 from balancer.filters.maxforwards import MaxForwards
+from balancer.filters.mirror import Copies
 from balancer.filters.servedby import ServedBy
 from balancer.filters.serviceworkers import ServiceWorkers
 from balancer.filters.sticky import Sticky, StickyOptions, cookie_of
 from balancer.forwarding.filter import Filter
 from balancer.forwarding.route import Route, RouteOptions, Routes
 from balancer.observe.accesslog import AccessLog, LogOptions
+from balancer.observe.canary import Canaries
+from balancer.observe.canary import News as CanaryNews
 from balancer.observe.events import Events
 from balancer.observe.history import History, Reading
 from balancer.observe.logwriter import LogWriter, standard_output
@@ -62,10 +68,6 @@ NEWS_SEVERITY: dict[News, Severity] = {
     "certificate_expires": "warning",
 }
 
-_PLACES = (Path(__file__).resolve().parents[1], Path(sys.prefix, "share", "load-balancer"))  # checkout, or installed
-_PAGES = [place / "dashboard.html" for place in _PLACES]
-DASHBOARD = next((page for page in _PAGES if page.exists()), _PAGES[0])
-
 
 @dataclass(frozen=True, slots=True)
 class Parts:
@@ -76,8 +78,10 @@ class Parts:
     proxy: ReverseProxy
     control: Control
     pools: PoolWiring
+    copies: Copies
     workers: WorkerPool
     renewal: Renewal
+    authentication: Authentication
     routes: Callable[[Settings], Routes]
 
 
@@ -95,16 +99,26 @@ def make(
     strategies.load_entry_points()
     configuration = Configuration(config, sources)
     statistics, events = Statistics(), Events()
-    wired = PoolWiring(Dialer(_tls_context(config.ca_file), _names(events)), statistics)
+    dialer = Dialer(_tls_context(config.ca_file), _names(events))
+    wired = PoolWiring(dialer, statistics)
     wired.use(config, compare(NOTHING, config, configuration.sources, wired.pools).pools)
+    authentication = Authentication(dialer, _keys(events), statistics.refusals)
+    authentication.check(config.auth, config.networks)
+    authentication.use()
+
+    canaries = _canaries(events)
+    wired.look = canaries.look
 
     app = Flask(__name__, static_folder=None)
     history, writer = History(lambda: _look(statistics, wired.pools)), LogWriter(standard_output())
     workers = WorkerPool(config.max_threads, config.max_queued, config.thread_idle_timeout)
+    limiter = Limiter(events)
     access = Access(config.options(AccessOptions))
     renewal = _renewal(config, configuration, events, renew)
     control = Control(
-        *(wired.pools, statistics, events, history, writer, DASHBOARD, configuration, access, RouteCounts()),
+        *(wired.pools, statistics, events, history, writer, shipped.find("dashboard.html")),
+        *(configuration, access, RouteCounts(), limiter),
+        canaries=canaries,
         idle=wired.idle,
         queued=lambda: workers.queued,
         reload=reload,
@@ -112,12 +126,13 @@ def make(
     )
     api.install(app, control)
     control_app = app.wsgi_app
-    routes = _routes(control, wired, filters)
-    proxy = _proxy(control_app, control, routes(config))
+    copies = Copies(control.routes)
+    routes = _routes(control, wired, filters, copies, authentication)
+    proxy = _proxy(control_app, control, routes(config), authentication)
     check_expectations(config, proxy.heads, proxy.is_control)
     app.wsgi_app = proxy  # type: ignore[method-assign]
     wired.tell = _follow(control, wired)
-    return Parts(app, control_app, proxy, control, wired, workers, renewal, routes)
+    return Parts(app, control_app, proxy, control, wired, copies, workers, renewal, authentication, routes)
 
 
 def _tls_context(ca_file: Path | None) -> ssl.SSLContext | None:
@@ -141,6 +156,17 @@ def _names(events: Events) -> Names:
     return Names(changed)
 
 
+def _keys(events: Events) -> Callable[[bool, str], None]:
+    def fetched(is_good: bool, text: str) -> None:
+        if is_good:
+            events.add("keys_found", None, text)
+        else:
+            events.add("keys_kept", None, text, "warning")
+        log.log(logging.INFO if is_good else logging.WARNING, "%s", text)
+
+    return fetched
+
+
 def _renewal(config: Settings, configuration: Configuration, events: Events, renew: Callable[[], None]) -> Renewal:
     def note(kind: News, text: str) -> None:
         severity = NEWS_SEVERITY[kind]
@@ -148,6 +174,15 @@ def _renewal(config: Settings, configuration: Configuration, events: Events, ren
         log.log(logging.getLevelName(severity.upper()), "%s: %s", kind, text)
 
     return Renewal(config.options(TlsOptions), renew=renew, note=note)
+
+
+def _canaries(events: Events) -> Canaries:
+    def note(kind: CanaryNews, text: str) -> None:
+        severity: Severity = "warning" if kind == "canary_returned" else "info"
+        events.add(kind, None, text, severity)
+        log.log(logging.getLevelName(severity.upper()), "%s: %s", kind, text)
+
+    return Canaries(note)
 
 
 def _tls(renewal: Renewal, ports: Sequence[Port]) -> TlsView | None:
@@ -165,7 +200,9 @@ def _tls(renewal: Renewal, ports: Sequence[Port]) -> TlsView | None:
     }
 
 
-def _routes(control: Control, pools: PoolWiring, filters: Sequence[Filter]) -> Callable[[Settings], Routes]:
+def _routes(
+    control: Control, pools: PoolWiring, filters: Sequence[Filter], copies: Copies, authentication: Authentication
+) -> Callable[[Settings], Routes]:
     """What makes the routes that settings ask for, at the start and at every reload."""
     started_with = control.settings
     access_log = AccessLog(control.log, started_with.options(LogOptions))
@@ -192,21 +229,27 @@ def _routes(control: Control, pools: PoolWiring, filters: Sequence[Filter]) -> C
         access_log.options = config.options(LogOptions)
         heads = ResponseHeads(config.response_headers)
         ways = {name: way(parts, heads) for name, parts in pools.parts.items()}
-        return RouteWiring(config, ways, rare, _guards(config)).routes(control.routes)
+        guards = _guards(config, authentication, control.limiter)
+        return RouteWiring(config, ways, rare, guards, control.canaries, copies).routes(control.routes)
 
     return routes
 
 
-def _guards(config: Settings) -> Guards:
+def _guards(config: Settings, authentication: Authentication, limiter: Limiter) -> Guards:
     """What makes the filters that guard one route: who may (`auth`), and then how much (`limits`)."""
+    limiter.use(LimitOptions(**each.model_dump()) for each in config.limits)
 
     def guards(route: RouteSettings) -> list[Filter]:
-        return []
+        who = [authentication.filter(route.auth)] if route.auth else []
+        how_much = [limiter.filter(route.limits, route.name, config.networks)] if route.limits else []
+        return [*who, *how_much]
 
     return guards
 
 
-def _proxy(control_app: WSGIApplication, control: Control, routes: Routes) -> ReverseProxy:
+def _proxy(
+    control_app: WSGIApplication, control: Control, routes: Routes, authentication: Authentication
+) -> ReverseProxy:
     config = control.settings
     # The pseudonym is this very process: two balancers of one name in a chain are not a loop.
     pseudonym = f"{config.id}.{secrets.token_hex(4)}".encode("ascii")
@@ -214,14 +257,15 @@ def _proxy(control_app: WSGIApplication, control: Control, routes: Routes) -> Re
         control_app,
         (lambda path: False) if config.control_port is not None else api.is_control_path(config.control_prefix),
         routes=routes,
-        heads=request_heads(config, pseudonym),
+        heads=request_heads(config, pseudonym, authentication.ours),
     )
 
 
-def request_heads(config: Settings, pseudonym: bytes) -> RequestHeads:
+def request_heads(config: Settings, pseudonym: bytes, ours: Collection[bytes] = ()) -> RequestHeads:
     return RequestHeads(
         *(pseudonym, config.networks, config.max_header_count, config.request_headers, config.host_field, config.via),
-        cookies=[cookie_of(name) for name, each in config.by_pool().items() if each.sticky],
+        cookies={cookie_of(name) for name, each in config.by_pool().items() if each.sticky},
+        ours=ours,
     )
 
 

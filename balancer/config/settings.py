@@ -23,6 +23,8 @@ from pydantic import Field, SecretStr, ValidationError, model_validator
 
 from balancer.balancing.pool import DEFAULT_POOL
 from balancer.config import environment, validation
+from balancer.config.auth import AuthSettings, ControlTokenSettings
+from balancer.config.limits import LimitSettings
 from balancer.config.routes import ExpectSettings, RouteSettings
 from balancer.config.tables import Named, PoolSettings, Table
 from balancer.config.values import DEFAULT_BACKENDS, RESTART, BackendSettings, Values
@@ -45,7 +47,10 @@ class Settings(Values):
 
     pools: Table[PoolSettings] = Field((), description="pools of backends beside those of `backends`")
     routes: Table[RouteSettings] = Field((), description="which requests go where; the best match counts")
+    auth: Table[AuthSettings] = Field((), description="ways to know who sends a request, for routes to name")
+    limits: Table[LimitSettings] = Field((), description="how much a client may ask for, where a route names them")
     expect: tuple[ExpectSettings, ...] = Field((), description="requests, and which route and pool each must take")
+    control_tokens: Table[ControlTokenSettings] = Field((), description="tokens for the control API, each with a role")
 
     @model_validator(mode="before")
     @classmethod
@@ -69,8 +74,8 @@ class Settings(Values):
         }
         same: dict[Any, str] = {}
         for route in self.routes:
-            for kind, names in (("pool", [route.pool]), ("auth", route.auth), ("limits", route.limits)):
-                if unknown := [name for name in names if name is not None and name not in known[kind]]:
+            for kind, names in (("pool", _pools(route)), ("auth", route.auth), ("limits", route.limits)):
+                if unknown := [name for name in names if name not in known[kind]]:
                     told = ", ".join(sorted(known[kind])) or f"none is defined, add [[{kind}]]"
                     raise ValueError(f"routes.{route.name}: {kind} {unknown[0]!r} is unknown; there are: {told}")
             other = same.setdefault(route.requests, route.name)
@@ -91,10 +96,16 @@ class Settings(Values):
         return kind(**{field.name: getattr(self, field.name) for field in dataclasses.fields(kind)})
 
 
+def _pools(route: RouteSettings) -> list[str]:
+    """All that it names."""
+    return [*route.pools, *([route.mirror.pool] if route.mirror is not None else [])]
+
+
 TABLES = frozenset(Settings.model_fields.keys() - Values.model_fields.keys() - {"expect"})  # by their names
 NEEDS_RESTART = frozenset(name for name, field in Settings.model_fields.items() if RESTART in field.metadata)
 # Never shown, and no flags.
 SECRETS = frozenset(name for name, field in Settings.model_fields.items() if field.annotation == SecretStr | None)
+SECRET_FIELDS = frozenset({"keys", "sha256"})  # of tables: somebody may put there what only its digest should be
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -171,10 +182,10 @@ def advice(config: Settings) -> list[str]:
     lines = []
     if config.allow_file_origin:
         lines.append("allow_file_origin does nothing any more: a page from disk needs a token, set LB_PAGE_TOKEN")
-    can_read = config.control_reads == "open" or config.admin_token or config.page_token
-    if not can_read and not is_loopback(config.host):
+    has_tokens = config.admin_token or config.page_token or config.control_tokens
+    if not has_tokens and config.control_reads != "open" and not is_loopback(config.host):
         lines.append(f"host {config.host} without a token: the control API only answers probes, set LB_ADMIN_TOKEN")
-    if config.control_reads == "token" and not (config.admin_token or config.page_token):
+    if config.control_reads == "token" and not has_tokens:
         lines.append('control_reads = "token" without a token: nobody can read, set LB_ADMIN_TOKEN')
     return lines
 
@@ -262,9 +273,11 @@ def _explain(detail: Mapping[str, Any], sources: Mapping[str, str], values: Mapp
     told = f"({sources[name]}): {validation.complaint(detail, Settings)}"
     is_all = path[-1] in ("backends", "request_headers", "response_headers") or (name in TABLES and len(path) == 2)
     is_all = is_all and detail["type"] == "value_error"
-    if detail["type"] == "missing" or is_all:  # no value, or more than a line holds, maybe a secret
+    is_table = name in TABLES and isinstance(detail["input"], Mapping | list | tuple)
+    if detail["type"] == "missing" or is_all or is_table:  # no value, or more than a line holds, maybe a secret
         return f"{where} {told}"
-    value = "(hidden)" if name in SECRETS else validation.shown(detail["input"], hide=name == "backends")
+    is_secret = name in SECRETS or not SECRET_FIELDS.isdisjoint(path)
+    value = "(hidden)" if is_secret else validation.shown(detail["input"], hide=name in ("backends", *TABLES))
     return f"{where} = {value} {told}"
 
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from balancer.balancing.backends import ID_PATTERN
 from balancer.protocol.origin import AUTHORITY_PATTERN, IPV6_PATTERN, NAME_PATTERN
-from balancer.protocol.requestkey import KEY_PATTERN
+from balancer.protocol.requestkey import KEY_PATTERN, TOKEN_PATTERN
 
 Schema = Mapping[str, Any]
 
@@ -23,13 +23,18 @@ HOST = f"^{AUTHORITY_PATTERN}$"
 KEY = f"^{KEY_PATTERN}$"
 ROUTE_HOST = rf"(?:\*\.)?{NAME_PATTERN}|\[{IPV6_PATTERN}\]"
 EXPECTED_REQUEST = rf"^[A-Z-]+ https?://{AUTHORITY_PATTERN}(?:/[\x21-\x7e]*)?$"
-_ID_WORDS = "up to 64 letters (a to z), digits, dots, hyphens and underscores, no dot in front"
+SHA256 = r"^[0-9a-f]{64}$"
+LIMIT_KEY = f"^(?:client_ip|subject|route|global|header:{TOKEN_PATTERN})$"
+RATE = "^[1-9][0-9]{0,6}/[smh]$"
+ID_WORDS = "up to 64 letters (a to z), digits, dots, hyphens and underscores, no dot in front"
 MODE = r"^0?[0-7]{3}$"
 OWNER = r"^(?:[A-Za-z0-9_.-]+|[A-Za-z0-9_.-]*:[A-Za-z0-9_.-]+)$"
-PATTERNS = {ID: _ID_WORDS, ID_OR_NONE: _ID_WORDS, PATH: "a path such as /health, without blanks"}
+PATTERNS = {ID: ID_WORDS, ID_OR_NONE: ID_WORDS, PATH: "a path such as /health, without blanks"}
 PATTERNS |= {MODE: 'octal digits as text, such as "0660"', OWNER: "USER, USER:GROUP or :GROUP"}
+PATTERNS |= {SHA256: "a SHA-256 digest of 64 hexadecimal digits, as load-balancer new-key prints it"}
 PATTERNS |= {KEY: "client_ip, path, header:NAME, cookie:NAME or query:NAME"}
 PATTERNS |= {EXPECTED_REQUEST: 'a method and a URL, as "GET http://api.example.com/v1/x"'}
+PATTERNS |= {LIMIT_KEY: "client_ip, subject, header:NAME, route or global", RATE: "N/s, N/m or N/h, such as 100/m"}
 PATTERNS |= {NAME: "a name such as api.example.com", HOST: "a host such as api.example.com, with or without a port"}
 
 
@@ -69,6 +74,8 @@ def _schema_of(path: tuple[str | int, ...], model: type[BaseModel]) -> Schema:
     for step in path:
         if isinstance(step, int):
             inner = schema["items"]
+        elif "discriminator" in schema:  # the step is the type
+            inner = {"$ref": schema["discriminator"]["mapping"][step]}
         else:
             inner = schema["properties"][step] if "properties" in schema else schema["additionalProperties"]
         # Of what may be null the other choice; a reference is to another model.
@@ -79,6 +86,8 @@ def _schema_of(path: tuple[str | int, ...], model: type[BaseModel]) -> Schema:
 
 
 def _expected(schema: Schema) -> str:
+    if "discriminator" in schema:
+        return f"a table with type {', '.join(schema['discriminator']['mapping'])}"
     kind, unit = schema.get("type"), schema.get("unit")
     if options := schema.get("enum"):
         return f"{', '.join(map(str, options[:-1]))} or {options[-1]}"
@@ -89,7 +98,7 @@ def _expected(schema: Schema) -> str:
     if kind == "boolean":
         return "true or false"
     if kind == "array":
-        return f"a list: {schema['description']}"
+        return f"a list: {schema['description']}" if "description" in schema else "a list"
     if kind == "object" and "properties" not in schema:
         return f"a table: {schema['description']}"
     if kind == "object":

@@ -11,6 +11,7 @@ from typing_extensions import TypedDict
 
 from balancer.balancing import strategies
 from balancer.balancing.backends import BackendView
+from balancer.balancing.changes import ACTOR
 from balancer.balancing.options import StrategyOptions
 from balancer.balancing.pool import BackendPool
 from balancer.balancing.strategies import StrategyView
@@ -78,7 +79,7 @@ def reset() -> Response:
     control.statistics.reset()
     control.routes.reset()
     control.history.clear()
-    control.events.add("statistics_reset", None, "statistics, history and recent requests were reset")
+    control.events.add("statistics_reset", None, "statistics, history and recent requests were reset", by=ACTOR.get())
     return jsonify(Message(message="statistics reset"))
 
 

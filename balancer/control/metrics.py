@@ -23,6 +23,7 @@ from balancer.balancing.counts import BackendCounts
 from balancer.control.control import Control, Lifecycle
 from balancer.errors import BackendError, BalancerError, ConnectFailed
 from balancer.observe.histogram import Histogram
+from balancer.observe.refusals import WHYS
 from balancer.observe.statistics import Counters, Lifetime
 from balancer.observe.totals import BackendTotals
 
@@ -159,6 +160,7 @@ class Collector:
         yield from self._requests(lifetime)
         yield from self._routes()
         yield from self._websockets()
+        yield from self._limits()
         yield from self._pools()
         yield from self._backends(lifetime)
 
@@ -203,6 +205,16 @@ class Collector:
                 codes = {str(status): count for status, count in counters.statuses.items()}
                 add_each(answers, [route], {**codes, "499": codes.get("499", 0) + counters.aborted})
         yield answers
+        text = "Copies of requests, by what came of each."
+        copies = counter("route_copies", text, "route", "outcome")
+        for (route, outcome), count in self._control.routes.copies().items():
+            copies.add_metric([route, outcome], count)
+        yield copies
+        share = gauge("route_canary_share", "Share of a route's requests that its canary gets.", "route")
+        for route in sorted(names):
+            if (canary := self._control.canaries.of(route)) is not None:
+                share.add_metric([route], canary.share)
+        yield share
 
     def _requests(self, lifetime: Lifetime) -> Iterator[Metric]:
         totals, whole = lifetime.totals, Counters()
@@ -214,6 +226,11 @@ class Collector:
         yield answers
         errors = counter("request_errors", "Requests without a whole answer of a backend.", "reason")
         yield add_each(errors, [], dict.fromkeys(REASONS, 0) | totals.errors)
+        refused = counter("auth_failures", "Requests that were not let in, by who decided that.", "auth", "reason")
+        known = {(auth.name, why): 0 for auth in self._control.settings.auth for why in WHYS}
+        for labels, count in {**known, **self._control.statistics.refusals.counts()}.items():
+            refused.add_metric(labels, count)
+        yield refused
         yield add(gauge("requests_in_flight", "Requests under way."), [], lifetime.active)
         duration = histogram("request_duration_seconds", "Time from a request's head to the end of its answer.")
         duration.add_metric([], buckets(whole.latency, BUCKETS), whole.seconds)
@@ -238,6 +255,20 @@ class Collector:
         messages = counter("websocket_messages", "Messages of WebSockets, in from clients.", "direction")
         yield add_each(messages, [], totals.messages)
         yield add_each(counter("websocket_bytes", "Bytes of these messages.", "direction"), [], totals.bytes)
+
+    def _limits(self) -> Iterator[Metric]:
+        text = "Requests that a limit let through, refused, or in shadow mode would have refused."
+        requests = counter("limit_requests", text, "limit", "outcome")
+        in_flight = gauge("limit_requests_in_flight", "Requests under way of all keys.", "limit")
+        keys = gauge("limit_keys", "Keys that are known just now.", "limit")
+        evicted = counter("limit_keys_evicted", "Keys that gave way to others, for want of room.", "limit")
+        for limit in self._control.limiter.describe():
+            name = [limit["name"]]
+            add_each(requests, name, limit["requests"])
+            add(in_flight, name, limit["requests_in_flight"])
+            add(keys, name, limit["keys"])
+            add(evicted, name, limit["evicted"])
+        yield from (requests, in_flight, keys, evicted)
 
     def _pools(self) -> Iterator[Metric]:
         info = gauge("pool_info", "The algorithm in use.", "pool", "algorithm")

@@ -63,8 +63,14 @@ def refusal(error: BalancerError, balancer_id: str, request_id: str) -> Answer:
     """To a request that got no answer from a backend."""
     # A client that left reads no answer; 499 is for records alone.
     status = HTTPStatus.BAD_REQUEST if isinstance(error, ClientGone) else error.status
-    told = {"error": error.public or str(error), "load_balancer_id": balancer_id, "request_id": request_id}
-    return whole(status, json.dumps(told).encode(), (b"content-type", b"application/json"), *error.headers)
+    text = error.public or str(error)
+    told: dict[str, object] = {"error": text, "load_balancer_id": balancer_id, "request_id": request_id}
+    media_type = b"application/json"
+    if error.is_problem:
+        told |= {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": text}
+        told |= error.members
+        media_type = b"application/problem+json"
+    return whole(status, json.dumps(told).encode(), (b"content-type", media_type), *error.headers)
 
 
 class Ending(Protocol):

@@ -255,7 +255,8 @@ class Forwarding:
         before = [*lines]
         for answer in self._route.answer:
             lines = [*answer(self._request, self._record, lines)]
-        check_filtered(lines, before)
+        if not self._route.is_safe:
+            check_filtered(lines, before)
         return lines
 
     def is_on(self, backend: Backend) -> bool:
@@ -292,9 +293,11 @@ class Forwarding:
             if stage >= Stage.BUILT:
                 self._attempts.end(status, reason, failure)
             record.seconds = time.perf_counter() - self._started
-            for done in self._route.done:
-                done(self._request, record)
         except BaseException:  # too late to answer anything else
             log.exception("the end of request %s failed", record.request_id)
-        finally:
-            self._route.statistics.record(record)
+        for done in self._route.done:  # each, whatever becomes of the others: it may have something to give back
+            try:
+                done(self._request, record)
+            except BaseException:
+                log.exception("the end of request %s failed", record.request_id)
+        self._route.statistics.record(record)

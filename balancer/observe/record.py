@@ -77,6 +77,7 @@ class FinishedView(TypedDict):
     path: str
     request_id: str
     trace_id: str | None
+    subject: str | None
     queued: float
     first_byte: float | None
     bytes_in: int
@@ -85,6 +86,7 @@ class FinishedView(TypedDict):
     reason: str | None
     not_retried: str | None
     complete: bool
+    limit: str | None
     websocket: WebSocketView | None
 
 
@@ -122,9 +124,11 @@ class Record:
     complete: bool = later(True)
     reason: str | None = later(None)
     trace_id: str | None = later(None)  # of the client's `traceparent`
+    subject: str | None = later(None)  # who sent it, if it was let in as somebody
     not_retried: str | None = later(None)  # why the last failure was final, in words
     error: str | None = later(None)  # of our own answer, in words for the operator
     websocket: WebSocketRecord | None = later(None)  # what came of it, if its backend switched; of no response time
+    limit: str | None = later(None)  # the one that refused it, or would have, were its mode not `shadow`
     excluded: Mapping[str, str] | None = later(None)  # why no backend could take it, if that was the cause
 
     @property
@@ -153,6 +157,7 @@ class Record:
             "path": self.path[:PATH_SHOWN],
             "request_id": self.request_id,
             "trace_id": self.trace_id,
+            "subject": self.subject,
             "queued": self.queued,
             "first_byte": self.first_byte,
             "bytes_in": self.bytes_in,
@@ -161,6 +166,7 @@ class Record:
             "reason": self.reason,
             "not_retried": self.not_retried,
             "complete": self.complete,
+            "limit": self.limit,
             "websocket": None if self.websocket is None else self.websocket.describe(),
         }
 

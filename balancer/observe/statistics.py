@@ -21,6 +21,7 @@ from balancer.balancing.counts import FORMER_KEPT
 from balancer.observe.histogram import Histogram, Percentiles
 from balancer.observe.rate import Rate
 from balancer.observe.record import RecentView, Record
+from balancer.observe.refusals import Refusals
 from balancer.observe.totals import Totals
 from balancer.observe.websockets import WebSockets
 
@@ -131,6 +132,7 @@ class Statistics:
         self, *, clock: Callable[[], float] = time.monotonic, wall_clock: Callable[[], float] = time.time
     ) -> None:
         self.websockets = WebSockets()
+        self.refusals = Refusals()
         self._lock = Lock()
         self._wall_clock = wall_clock
         self._active = 0

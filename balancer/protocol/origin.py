@@ -80,6 +80,29 @@ class Origin(NamedTuple):
         return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
 
 
+class Endpoint(NamedTuple):
+    """What is asked at an origin: `target` is path and query."""
+
+    origin: Origin
+    target: bytes
+
+    @classmethod
+    def parse(cls, url: str) -> Endpoint:
+        """Raises SettingsError, whose text repeats no password."""
+        found = re.fullmatch(r"(https?://[^/?#@]+)(/[\x21\x22\x24-\x7e]*)?", url)
+        try:
+            if found is not None:
+                return cls(Origin.parse(found[1]), (found[2] or "/").encode("ascii"))
+        except SettingsError:
+            pass
+        raise SettingsError(
+            f"URL of host {quoted(url.rpartition('@')[2])}: expected http://HOST:PORT/PATH or https://..."
+        )
+
+    def __str__(self) -> str:
+        return f"{self.origin.url}{self.target.partition(b'?')[0].decode()}"
+
+
 def unix_url(path: str) -> str:
     """Of the socket at `path`, whatever bytes that has."""
     return f"{UNIX}://{quote(os.fsencode(path))}"

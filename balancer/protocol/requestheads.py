@@ -7,7 +7,7 @@ up from then on.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from copy import copy
 from itertools import chain
 from typing import NamedTuple
@@ -16,6 +16,7 @@ from balancer.errors import BalancerError
 from balancer.protocol.addresses import Network
 from balancer.protocol.headerrules import NO_RULES, HeaderRules
 from balancer.protocol.messages import (
+    CREDENTIALS,
     Line,
     body_length,
     check_codings,
@@ -26,7 +27,7 @@ from balancer.protocol.messages import (
     request_id,
     request_lines,
     trace_id,
-    without_cookie,
+    without_cookies,
 )
 from balancer.protocol.tables import Table
 
@@ -67,9 +68,11 @@ class RequestHead:
         lines, peer, scheme, version = section
         if version == "2":
             lines = join_cookies(lines)
+        if heads.ours:
+            lines = tuple(line for line in lines if line[0] not in heads.ours)
         self.bindings: dict[bytes, bytes] = {}  # values of our own cookies, by their names
-        for cookie in heads.cookies:
-            lines, self.bindings[cookie] = without_cookie(lines, cookie)
+        if heads.cookies:
+            lines, self.bindings = without_cookies(lines, heads.cookies)
         self.fields = heads.fields(lines[:MOST_LINES])  # values by name, one for each line, of what is not plain
         self.length: int | None = None  # of the body in bytes, if it is told
         # HTTP/2 tells only at its end whether there is a body (RFC 9113 section 8.1).
@@ -116,6 +119,17 @@ class RequestHead:
         made._write()
         return made
 
+    def replaced(self, gone: Collection[bytes], added: Sequence[Line]) -> RequestHead:
+        """Without the fields that are `gone` and with the lines that are `added`. Credentials go as the client sent
+        them: what the operator has set instead is for the backend."""
+        made = copy(self)
+        made.lines = (*(line for line in self.lines if not self._goes(gone, *line)), *added)
+        made._write()
+        return made
+
+    def _goes(self, gone: Collection[bytes], name: bytes, value: bytes) -> bool:
+        return name in gone and (name not in CREDENTIALS or value in self.fields.get(name, ()))
+
     def _trace_id(self) -> str | None:
         """What is not valid does not go on, nor does `tracestate` without it (W3C Trace Context, section 3.3)."""
         found = trace_id(self.fields.get(b"traceparent", ()))
@@ -133,7 +147,8 @@ class RequestHeads:
 
     `pseudonym` is our name in `Via`, unless `via` says that there is none; claims of peers in `trusted` networks are
     believed; sections of more than `max_lines` are refused; `rules` change what goes to backends; `host` is their
-    `Host`, empty for the client's; `cookies` are the names of ours, which backends do not get.
+    `Host`, empty for the client's; `cookies` are the names of ours, which backends do not get; `ours` are fields in
+    which we alone tell backends something.
     """
 
     def __init__(
@@ -144,9 +159,10 @@ class RequestHeads:
         rules: HeaderRules = NO_RULES,
         host: bytes = b"",
         via: bool = True,
-        cookies: Sequence[bytes] = (),
+        cookies: Collection[bytes] = (),
+        ours: Collection[bytes] = (),
     ) -> None:
-        self.via, self.cookies = via, cookies
+        self.via, self.cookies, self.ours = via, cookies, ours
         self.pseudonym, self.trusted, self.max_lines, self.rules = pseudonym, trusted, max_lines, rules
         self.host = host
         self._size_of_rules = rules.size
@@ -182,7 +198,7 @@ class ChangedHeads:
     may call."""
 
     def __init__(self) -> None:
-        self._table: Table[tuple[RequestHead, HeadChange], RequestHead] = Table(_change, HEADS_ROOM, _weigh_changed)
+        self._table: Table[tuple[RequestHead, HeadChange], RequestHead] = Table(_change, HEADS_ROOM, weigh_made)
 
     def of(self, head: RequestHead, change: HeadChange) -> RequestHead:
         return self._table[head, change]
@@ -193,7 +209,7 @@ def _change(given: tuple[RequestHead, HeadChange]) -> RequestHead:
     return head.changed(change)
 
 
-def _weigh_changed(given: tuple[RequestHead, HeadChange], made: RequestHead) -> int:
+def weigh_made(given: tuple[RequestHead, object], made: RequestHead) -> int:
     """With the head from which it is made, which may be in no other table any more."""
     if len(made.raw) > LARGEST_HEAD or not made.fields.keys().isdisjoint(_EACH_TIME_NEW):
         return 0

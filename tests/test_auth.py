@@ -1,0 +1,135 @@
+"""Whom a guarded route lets in, what backends learn of them, and that nothing of anybody else reaches a backend."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+from guarded import Guarded, api_keys, digest, guarded
+from support import fetch, fetch_json, wait_until
+from test_http2 import curl
+from wire import WireBackend
+
+KEYS = ("acme-key-of-a-test", "beta-key-of-a-test")
+KEY = b"X-API-Key: acme-key-of-a-test"
+BEARER = b"Authorization: Bearer beta-key-of-a-test"
+
+
+@pytest.fixture(scope="module")
+def balancer(scripted: WireBackend) -> Iterator[Guarded]:
+    with guarded(scripted, api_keys(*KEYS)) as made:
+        yield made
+
+
+@pytest.mark.parametrize(
+    ("lines", "subject"),
+    [
+        ([KEY], b"a"),
+        ([BEARER], b"b"),
+        ([b"authorization: bEaReR  beta-key-of-a-test"], b"b"),
+        ([KEY, b"Authorization: Basic eDp5"], b"a"),
+    ],
+)
+def test_a_key_is_known_and_its_owner_told(balancer: Guarded, lines: list[bytes], subject: bytes) -> None:
+    balancer.backend.reset()
+    forged = [
+        b"X-Auth-Subject: root",
+        b"x-auth-subject: root",
+        b"X_Auth_Subject: root",
+        b"Connection: X-Auth-Subject, close",
+    ]
+    for _ in range(3):  # the first, one that is noted, one that is found again
+        assert balancer.status(*lines, *forged, b"X-Else: 1") == 200
+    for request in balancer.backend.requests:
+        assert request.values(b"x-auth-subject") == [subject] and request.values(b"x-else") == [b"1"]
+        assert not request.values(b"authorization") + request.values(b"x-api-key") + request.values(b"x_auth_subject")
+    record = balancer.requests(1)[0]
+    assert (record["subject"], record["server_id"]) == (subject.decode(), "only")
+
+
+@pytest.mark.parametrize(
+    ("lines", "why"),
+    [
+        ([], "no key was sent"),
+        ([b"X-API-Key: acme-key-of-a-tesu"], "not known"),
+        ([b"X-API-Key:"], "not known"),
+        ([b"X-API-Key: " + b"k" * 40_000], "not known"),
+        ([KEY, KEY], "more than one"),
+        ([KEY, BEARER], "more than one"),
+        ([BEARER, BEARER], "more than one"),
+        ([BEARER + b", Bearer beta-key-of-a-test"], "not known"),
+        ([b"X-API-Key: acme-key-of-a-test, acme-key-of-a-test"], "not known"),
+        ([b"Cookie: x-api-key=acme-key-of-a-test"], "no key was sent"),
+        ([b"X_API_Key: acme-key-of-a-test"], "no key was sent"),
+        ([b"X-Auth-Subject: a"], "no key was sent"),
+    ],
+    ids=range(12),
+)
+def test_whoever_is_not_known_gets_no_further(balancer: Guarded, lines: list[bytes], why: str) -> None:
+    balancer.backend.reset()
+    status, answer, body = balancer.ask(*lines)
+    told = dict(answer)
+    assert (status, told[b"www-authenticate"]) == (401, b'Bearer realm="partners"')
+    assert told[b"content-type"] == b"application/problem+json"
+    problem = json.loads(body)
+    assert (problem["status"], problem["title"]) == (401, "Unauthorized") and why not in problem["detail"]
+    record = balancer.requests(1)[0]
+    assert (record["status"], record["reason"], record["server_id"]) == (401, "http_request_denied", None)
+    assert record["error"] and why in record["error"] and record["subject"] is None
+    assert balancer.backend.seen == 0
+    assert balancer.pool.snapshot()[0]["health"]["consecutive_failures"] == 0
+
+
+def test_every_way_to_a_backend_is_guarded(balancer: Guarded) -> None:
+    balancer.backend.reset()
+    url = balancer.url
+    upgrade = (
+        b"Connection: Upgrade, close",
+        b"Upgrade: websocket",
+        b"Sec-WebSocket-Version: 13",
+        b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==",
+    )
+    assert balancer.status(*upgrade) == 401
+    assert curl(balancer, path="/h2")[0] == 401
+    assert curl(balancer, "-H", KEY.decode(), path="/h2")[0] == 200
+    assert fetch(url + "/", b"x" * 100_000, "POST")[0] == 401
+    assert fetch(url + "/", b"x" * 100_000, "POST", X_API_Key=KEYS[0])[0] == 200
+    preflight = (b"Origin: https://a.example", b"Access-Control-Request-Method: PUT")
+    assert balancer.ask(*preflight, method=b"OPTIONS")[0] == 200  # browsers put no credentials into these
+    assert balancer.ask(preflight[0], method=b"OPTIONS")[0] == balancer.ask(*preflight)[0] == 401
+    seen = [(request.head.split(b" ")[0], request.values(b"x-auth-subject")) for request in balancer.backend.requests]
+    assert seen == [(b"GET", [b"a"]), (b"POST", [b"a"]), (b"OPTIONS", [])]
+
+
+def test_one_of_several_must_say_yes(scripted: WireBackend) -> None:
+    second = api_keys("second-key-of-a-test", name="others")
+    with guarded(scripted, api_keys(*KEYS), second) as both:
+        assert both.status(KEY) == both.status(b"X-API-Key: second-key-of-a-test") == 200
+        assert both.status(KEY, b"X-API-Key: second-key-of-a-test") == 401
+        status, answer, _ = both.ask(b"X-API-Key: wrong")
+        challenges = [value for name, value in answer if name == b"www-authenticate"]
+        assert (status, challenges) == (401, [b'Bearer realm="partners"', b'Bearer realm="others"'])
+
+
+def test_no_key_is_told_anywhere(scripted: WireBackend, capfd: pytest.CaptureFixture[str]) -> None:
+    """Not in records, events, the settings in force, metrics, the log; nor are digests."""
+    with guarded(scripted, api_keys(*KEYS), access_log=True) as balancer:
+        balancer.ask(KEY)
+        balancer.ask(b"X-API-Key: a-wrong-key-of-a-test")
+        wait_until(lambda: not balancer.control.statistics.lifetime().active)
+        record = balancer.requests(1)[0]["request_id"]
+        paths = ("/status?recent=100", "/events", "/config", "/metrics", f"/requests/{record}", "/openapi.json")
+        told = "".join(fetch(balancer.url + path)[2].decode() for path in paths)
+    log = capfd.readouterr().out
+    assert ' subject="a"' in log and 'lb_auth_failures_total{auth="partners",reason="invalid"} 1.0' in told
+    for secret in ("-key-of-a-test", digest(KEYS[0]), digest(KEYS[1])):
+        assert secret not in told + log
+
+
+def test_readers_without_a_token_are_not_told_who_sent_what(scripted: WireBackend) -> None:
+    with guarded(scripted, api_keys(*KEYS), admin_token="a-token-of-this-test") as made:
+        assert made.status(KEY) == 200
+        for headers, subject in (({}, None), ({"Authorization": "Bearer a-token-of-this-test"}, "a")):
+            recent = fetch_json(made.url + "/status", **headers)["recent_requests"]
+            assert recent[0]["subject"] == subject
