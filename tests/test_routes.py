@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import itertools
 import json
-import posixpath
-import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote_to_bytes
 
 import pytest
 from exposition import read, value
 from support import ROOT, Balancer, exchange, fetch, fetch_json, get, make_record, ok, split_response, wait_until
 from test_http2 import curl
+from test_route_table import readings
 from test_websocket import Echo
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
@@ -280,18 +278,6 @@ def test_a_guarded_path_has_no_second_spelling(routed: Routed) -> None:
         for reading in readings(request.target):
             assert reading == b"/public" or reading.startswith(b"/public/"), request.target
     assert not routed.api.requests
-
-
-def readings(target: bytes) -> set[bytes]:
-    """What servers make of a path: decoded once or twice, parameters cut off, backslashes turned, slashes merged, dot
-    segments resolved."""
-    found = set()
-    path = target.partition(b"?")[0]
-    for _ in range(3):
-        for cut in (path, re.sub(rb";[^/]*", b"", path)):
-            found.add(posixpath.normpath(re.sub(rb"/+", b"/", cut.replace(b"\\", b"/"))))
-        path = unquote_to_bytes(path)
-    return found
 
 
 def test_where_nothing_is_guarded_paths_go_on_as_they_are(routed: Routed) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from pydantic import BaseModel
@@ -62,9 +63,14 @@ def shown(value: Any, hide: bool = False) -> str:
     return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
 
 
+@cache
+def _root_of(model: type[BaseModel]) -> Schema:
+    """Each takes a while, and a table may have many faults."""
+    return model.model_json_schema()
+
+
 def _schema_of(path: tuple[str | int, ...], model: type[BaseModel]) -> Schema:
-    root = model.model_json_schema()
-    schema = root
+    root = schema = _root_of(model)
     for step in path:
         if isinstance(step, int):
             inner = schema["items"]
