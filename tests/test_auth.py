@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
+from base64 import b64encode
 from collections.abc import Iterator
+from pathlib import Path
 
+import bcrypt
 import pytest
 from guarded import Guarded, api_keys, digest, guarded
-from support import fetch, fetch_json, wait_until
+from support import Balancer, exchange, fetch, fetch_json, get, split_response, wait_until
 from test_http2 import curl
 from wire import WireBackend
+
+from balancer import LoadBalancer
+from balancer.errors import SettingsError
 
 KEYS = ("acme-key-of-a-test", "beta-key-of-a-test")
 KEY = b"X-API-Key: acme-key-of-a-test"
@@ -125,6 +132,91 @@ def test_no_key_is_told_anywhere(scripted: WireBackend, capfd: pytest.CaptureFix
     assert ' subject="a"' in log and 'lb_auth_failures_total{auth="partners",reason="invalid"} 1.0' in told
     for secret in ("-key-of-a-test", digest(KEYS[0]), digest(KEYS[1])):
         assert secret not in told + log
+
+
+FILE = """
+health_timeout = 5
+[[backends]]
+id = "only"
+url = "{url}"
+[[auth]]
+name = "partners"
+type = "api_key"
+keys = [{{ id = "acme", sha256 = "{digest}" }}]
+[[auth]]
+name = "staff"
+type = "basic"
+users_file = "{users}"
+[[routes]]
+name = "v1"
+path = "/v1"
+auth = ["partners", "staff"]
+"""
+
+
+def test_a_reload_changes_who_is_let_in_and_keeps_what_stays(scripted: WireBackend, tmp_path: Path) -> None:
+    scripted.reset()
+    file, users = tmp_path / "balancer.toml", tmp_path / "users"
+    ann = b"Authorization: Basic " + b64encode(b"ann:a")
+
+    def written(key: str, password: bytes) -> None:
+        file.write_text(FILE.format(url=scripted.url, digest=digest(key), users=users), encoding="utf-8")
+        users.write_text(f"ann:{bcrypt.hashpw(password, bcrypt.gensalt(4)).decode()}", encoding="ascii")
+
+    def statuses() -> list[int]:
+        asked = [get(b"/v1", *lines) for lines in ([KEY], [ann], [])]
+        return [
+            split_response(exchange(balancer.port, data))[0] for data in [*asked, get(b"/open", b"X-Auth-Subject: a")]
+        ]
+
+    written(KEYS[0], b"a")
+    with Balancer(f"--config={file}") as balancer:
+        library = balancer.library
+        assert statuses() == [200, 200, 401, 200]
+        assert not scripted.requests[-1].values(b"x-auth-subject")  # nor where nobody asks who it is
+        before = library.authentication.filter(("partners", "staff"))._authenticators
+        assert not library.reload().changes
+        assert library.authentication.filter(("partners", "staff"))._authenticators == before
+        written(KEYS[0], b"b")
+        assert [str(change) for change in library.reload().changes] == ["auth.staff: staff -> staff (values changed)"]
+        assert statuses() == [200, 401, 401, 200]
+        written(KEYS[1], b"a")
+        users.write_text("ann:plain", encoding="ascii")
+        with pytest.raises(SettingsError, match="auth staff: users_file .*line 1"):
+            library.reload()
+        assert statuses()[0] == 200  # all of it is as before
+        written(KEYS[1], b"a")
+        assert len(library.reload().changes) == 2 and statuses() == [401, 200, 401, 200]
+
+
+@pytest.mark.parametrize(("module", "table"), [("bcrypt", "basic"), ("joserfc", "jwt")])
+def test_the_extra_that_is_missing_is_named(
+    monkeypatch: pytest.MonkeyPatch, module: str, table: str, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    for name in ("basic", "jwt", "jwks"):
+        monkeypatch.delitem(sys.modules, f"balancer.filters.{name}", raising=False)
+        monkeypatch.delattr(f"balancer.filters.{name}", raising=False)
+    (tmp_path / "file").write_text("x", encoding="ascii")
+    fields = {"basic": {"users_file": "file"}, "jwt": {"secret_file": "file", "algorithms": ["HS256"]}}[table]
+    given = {name: str(tmp_path / "file") if name.endswith("_file") else value for name, value in fields.items()}
+    with pytest.raises(
+        SettingsError, match=r"^auth a: type \w+ needs the extra auth: pip install 'python-load-balancer\[auth\]'$"
+    ):
+        LoadBalancer(auth=[{"name": "a", "type": table, **given}])
+
+
+def test_what_is_kept_by_whom_counts_for_limits(scripted: WireBackend) -> None:
+    limit = {"name": "each", "rate": "1/h", "key": "subject"}
+    with guarded(scripted, api_keys(*KEYS), limits=[limit]) as made:
+        assert [made.status(line) for line in (KEY, BEARER, KEY, BEARER)] == [200, 200, 429, 429]
+        assert made.requests(1)[0]["subject"] == "b"
+
+
+def test_advice_about_what_guards_nothing() -> None:
+    jwt = {"name": "users", "type": "jwt", "algorithms": ["RS256"], "jwks_url": "http://keys.example/"}
+    told = "".join(LoadBalancer(auth=[jwt]).advice())
+    assert all(part in told for part in ("no route names it", "without issuer", "without audience", "without TLS"))
 
 
 def test_readers_without_a_token_are_not_told_who_sent_what(scripted: WireBackend) -> None:
