@@ -110,6 +110,7 @@ class LoadBalancer:
         parts = wiring.make(config, sources, _checked(filters), self.reload, self._renew, self._ports)
         self.app, self.control_app, self.proxy = parts.app, parts.control_app, parts.proxy
         self.control, self.pools, self.workers, self.routes = parts.control, parts.pools, parts.workers, parts.routes
+        self.copies = parts.copies
         self.configuration, self.renewal = parts.control.configuration, parts.renewal
         self.authentication = parts.authentication
         self.app.extensions["balancer"] = self
@@ -366,6 +367,7 @@ class LoadBalancer:
             self.express.stop()
         if self.sockets is not None:
             self.sockets.stop()
+        self.copies.stop()
         self.pools.health.stop()
         self.renewal.stop()
         self.authentication.stop()

@@ -38,7 +38,7 @@ class PoolWiring:
     """Makes the parts of pools, and lets them go. `parts` has them by name, `default` first, and is replaced whole.
 
     `tell` is called for each change of a pool, `cut_off` to end what is in flight on a backend, `is_used` to know
-    whether a request in flight may still need a pool; whoever cares sets them.
+    whether a request in flight may still need a pool, `look` about once a second; whoever cares sets them.
 
     `_lock` is held while `parts` is replaced, and guards `_leaving`: those that the settings have no more, and since
     when, of time.monotonic(), no new request comes to them. It is taken before that of `Pools`.
@@ -54,6 +54,7 @@ class PoolWiring:
         self.health = HealthChecker(self._let_time_pass)
         self.tell: Callable[[BackendPool, Change], None] = lambda pool, change: None
         self.cut_off: Callable[[Backend], None] = lambda backend: None
+        self.look: Callable[[], None] = lambda: None
         self.is_used: Callable[[BackendPool], bool] = lambda pool: False
 
     def use(self, config: Settings, changes: Mapping[str, PoolChanges]) -> None:
@@ -114,6 +115,7 @@ class PoolWiring:
         for each in self._all():
             each.adapter.close_idle()
             each.pool.sweep()
+        self.look()
         if self._leaving:
             with self._lock:
                 for each in self._leaving.copy():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 from urllib.parse import unquote_to_bytes, urlsplit
 
@@ -13,15 +13,19 @@ from balancer.config.settings import Settings
 from balancer.errors import AmbiguousPath, NoRoute, SettingsError
 from balancer.filters.directanswers import Ambiguous, FixedAnswer, Redirect, Unrouted
 from balancer.filters.headers import RequestHeaders
+from balancer.filters.mirror import Copies, Mirror, MirrorOptions
 from balancer.filters.rewrite import Rewrite, RewriteAnswers
 from balancer.forwarding.filter import Filter
 from balancer.forwarding.route import Route, RouteOptions, Routes, TableOfRoutes
 from balancer.forwarding.routetable import Candidate, Match, RouteTable
+from balancer.forwarding.split import Split
+from balancer.observe.canary import Canaries, CanaryOptions, Side
 from balancer.observe.record import Record
 from balancer.observe.routecounts import RouteCounts
 from balancer.protocol.headerrules import NO_RULES, HeaderRules
 from balancer.protocol.request import Request
 from balancer.protocol.requestheads import ChangedHeads, HeadChange, RequestHeads
+from balancer.protocol.requestkey import request_key
 from balancer.protocol.responseheads import ResponseHeads
 from balancer.upstream.transport import Timeouts
 
@@ -43,17 +47,28 @@ class RouteWiring:
     """Makes routes of `ways`, one for each pool by its name. `rare` are filters for requests of which there are few,
     `guards` makes those of one route."""
 
-    def __init__(self, config: Settings, ways: Mapping[str, Way], rare: Sequence[Filter], guards: Guards) -> None:
+    def __init__(
+        self,
+        config: Settings,
+        ways: Mapping[str, Way],
+        rare: Sequence[Filter],
+        guards: Guards,
+        canaries: Canaries,
+        copies: Copies,
+    ) -> None:
         self._config = config
         self._ways = ways
         self._rare = rare
         self._guards = guards
+        self._canaries = canaries
+        self._copies = copies
         self._request_heads = ChangedHeads()
         self._response_heads: dict[HeaderRules, ResponseHeads] = {}
 
     def routes(self, counts: RouteCounts) -> Routes:
         config, default = self._config, self._ways[DEFAULT_POOL]
         counts.keep({route.name for route in config.routes})
+        self._canaries.use({route.name: _canary(route) for route in config.routes if route.split_steps})
         if not config.routes and not config.pools:
             return self._pair(default.route, default.filters)
         unrouted = Unrouted(default.route.pool)
@@ -68,7 +83,28 @@ class RouteWiring:
         return Routes(usual=route.with_filters(filters), rare=route.with_filters([*self._rare, *filters]))
 
     def _made(self, route: RouteSettings, counts: RouteCounts) -> Routes:
-        way = self._ways[route.pool or DEFAULT_POOL]
+        guards = self._guards(route)  # one for all its pools: a limit is the route's
+        if not route.split:
+            return self._leading_to(route.pool or DEFAULT_POOL, route, counts, guards)
+        canary, whole = self._canaries.of(route.name), sum(route.split.values())
+        parts = [part / whole for part in route.split.values()]
+        watched = [None] * len(parts) if canary is None else [canary.stable, canary.canary]
+        sides = [
+            self._leading_to(pool, route, counts, guards, side) for pool, side in zip(route.split, watched, strict=True)
+        ]
+        shares = (lambda: parts) if canary is None else canary.shares
+        key = request_key(route.split_key, self._config.networks)
+        return Split(sides[0].usual, sides[0].rare, sides, shares, key)
+
+    def _leading_to(
+        self,
+        pool: str,
+        route: RouteSettings,
+        counts: RouteCounts,
+        guards: Sequence[Filter],
+        side: Side | None = None,
+    ) -> Routes:
+        way = self._ways[pool]
         settings = way.settings.model_copy(update=route.own)
         timeouts = settings.options(Timeouts)
         made = replace(
@@ -76,11 +112,19 @@ class RouteWiring:
             options=settings.options(RouteOptions),
             adapter=way.route.adapter if not route.own else way.route.adapter.with_timeouts(timeouts),
             response_heads=self._heads(way.route.response_heads, route.response_headers),
-            done=(_label(route, counts), *way.route.done),  # before it is logged
+            done=(_label(route, pool, counts, side), *way.route.done),  # before it is logged
         )
         return self._pair(
-            made.with_filters(self._changes(route, settings)), [*self._guards(route), *_ending(route), *way.filters]
+            made.with_filters(self._changes(route, settings)),
+            [*guards, *_ending(route), *way.filters, *self._mirrors(route)],
         )
+
+    def _mirrors(self, route: RouteSettings) -> list[Filter]:
+        if route.mirror is None:
+            return []
+        options = {field.name: getattr(route.mirror, field.name) for field in fields(MirrorOptions)}
+        way = self._ways[route.mirror.pool].route
+        return [Mirror(route.name, MirrorOptions(**options), way.pool, way.adapter, self._copies)]
 
     def _heads(self, general: ResponseHeads, own: HeaderRules) -> ResponseHeads:
         """Shared by those with the same rules: they keep much."""
@@ -110,12 +154,20 @@ def _ending(route: RouteSettings) -> list[Filter]:
     return [] if route.status is None else [FixedAnswer(route.status, route.body)]
 
 
-def _label(route: RouteSettings, counts: RouteCounts) -> Callable[[Request, Record], None]:
-    name, pool = route.name, route.pool
+def _canary(route: RouteSettings) -> CanaryOptions:
+    return CanaryOptions(route.pools, tuple(step / 100 for step in route.split_steps), route.split_hold)
+
+
+def _label(
+    route: RouteSettings, pool: str, counts: RouteCounts, side: Side | None
+) -> Callable[[Request, Record], None]:
+    name, told = route.name, pool if route.pools else None
 
     def label(request: Request, record: Record) -> None:
-        record.route, record.pool = name, pool
+        record.route, record.pool = name, told
         counts.add(name, record)
+        if side is not None:
+            side.add(record)
 
     return label
 
@@ -155,12 +207,12 @@ class Outcome:
     """What becomes of a request, as far as the settings decide it."""
 
     route: str | None = None
-    pool: str | None = None
+    pools: tuple[str, ...] = ()  # that may get it
     status: int | None = None  # if no backend is asked
 
     def __str__(self) -> str:
         told = [f"route {self.route}" if self.route else "no route"]
-        told += [f"pool {self.pool}"] if self.pool else []
+        told += [f"pool {' or '.join(self.pools)}"] if self.pools else []
         told += [f"status {self.status}"] if self.status else []
         return ", ".join(told)
 
@@ -169,7 +221,7 @@ def check_expectations(config: Settings, heads: RequestHeads, is_control: Callab
     """Raises SettingsError for the first one that is not met."""
     if not config.expect:
         return
-    missing = Outcome(pool=DEFAULT_POOL) if config.backends else Outcome(status=NoRoute.status)
+    missing = Outcome(pools=(DEFAULT_POOL,)) if config.backends else Outcome(status=NoRoute.status)
     table = make_table(config, _outcome, missing=missing, ambiguous=Outcome(status=AmbiguousPath.status))
     for each in config.expect:
         request = _request(each, heads)
@@ -179,14 +231,16 @@ def check_expectations(config: Settings, heads: RequestHeads, is_control: Callab
         if request.refusal is not None:
             found = Outcome(status=request.refusal.status)
         wanted = {name: getattr(each, name) for name in ("route", "pool", "status")}
-        wrong = [name for name, value in wanted.items() if value not in (None, getattr(found, name) or "")]
+        got: dict[str, Sequence[object]] = {"route": [found.route or ""], "pool": found.pools or [""]}
+        got["status"] = [found.status or ""]
+        wrong = [name for name, value in wanted.items() if value not in (None, *got[name])]
         if wrong:
             told = " and ".join(f"{name} {wanted[name]}" if wanted[name] else f"no {name}" for name in wrong)
             raise SettingsError(f"expect {each}: expected {told}, got {found}")
 
 
 def _outcome(route: RouteSettings) -> Outcome:
-    return Outcome(route.name, route.pool, route.status if route.redirect is None else route.redirect_status)
+    return Outcome(route.name, route.pools, route.status if route.redirect is None else route.redirect_status)
 
 
 def _request(expected: ExpectSettings, heads: RequestHeads) -> Request:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import secrets
 import ssl
-import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -18,6 +17,7 @@ from balancer.balancing import strategies
 from balancer.balancing.changes import Change, Severity
 from balancer.balancing.pool import DEFAULT_POOL, BackendPool
 from balancer.balancing.pools import Pools
+from balancer.commands import shipped
 from balancer.config.comparison import NOTHING, Plan, compare
 from balancer.config.reload import Configuration
 from balancer.config.routes import RouteSettings
@@ -35,12 +35,15 @@ from balancer.filters.authentication import Authentication
 from balancer.filters.limit import LimitOptions
 from balancer.filters.limits import Limiter
 from balancer.filters.maxforwards import MaxForwards
+from balancer.filters.mirror import Copies
 from balancer.filters.servedby import ServedBy
 from balancer.filters.serviceworkers import ServiceWorkers
 from balancer.filters.sticky import Sticky, StickyOptions, cookie_of
 from balancer.forwarding.filter import Filter
 from balancer.forwarding.route import Route, RouteOptions, Routes
 from balancer.observe.accesslog import AccessLog, LogOptions
+from balancer.observe.canary import Canaries
+from balancer.observe.canary import News as CanaryNews
 from balancer.observe.events import Events
 from balancer.observe.history import History, Reading
 from balancer.observe.logwriter import LogWriter, standard_output
@@ -65,10 +68,6 @@ NEWS_SEVERITY: dict[News, Severity] = {
     "certificate_expires": "warning",
 }
 
-_PLACES = (Path(__file__).resolve().parents[1], Path(sys.prefix, "share", "load-balancer"))  # checkout, or installed
-_PAGES = [place / "dashboard.html" for place in _PLACES]
-DASHBOARD = next((page for page in _PAGES if page.exists()), _PAGES[0])
-
 
 @dataclass(frozen=True, slots=True)
 class Parts:
@@ -79,6 +78,7 @@ class Parts:
     proxy: ReverseProxy
     control: Control
     pools: PoolWiring
+    copies: Copies
     workers: WorkerPool
     renewal: Renewal
     authentication: Authentication
@@ -106,6 +106,9 @@ def make(
     authentication.check(config.auth, config.networks)
     authentication.use()
 
+    canaries = _canaries(events)
+    wired.look = canaries.look
+
     app = Flask(__name__, static_folder=None)
     history, writer = History(lambda: _look(statistics, wired.pools)), LogWriter(standard_output())
     workers = WorkerPool(config.max_threads, config.max_queued, config.thread_idle_timeout)
@@ -113,7 +116,9 @@ def make(
     access = Access(config.options(AccessOptions))
     renewal = _renewal(config, configuration, events, renew)
     control = Control(
-        *(wired.pools, statistics, events, history, writer, DASHBOARD, configuration, access, RouteCounts(), limiter),
+        *(wired.pools, statistics, events, history, writer, shipped.find("dashboard.html")),
+        *(configuration, access, RouteCounts(), limiter),
+        canaries=canaries,
         idle=wired.idle,
         queued=lambda: workers.queued,
         reload=reload,
@@ -121,12 +126,13 @@ def make(
     )
     api.install(app, control)
     control_app = app.wsgi_app
-    routes = _routes(control, wired, filters, authentication)
+    copies = Copies(control.routes)
+    routes = _routes(control, wired, filters, authentication, copies)
     proxy = _proxy(control_app, control, routes(config), authentication)
     check_expectations(config, proxy.heads, proxy.is_control)
     app.wsgi_app = proxy  # type: ignore[method-assign]
     wired.tell = _follow(control, wired)
-    return Parts(app, control_app, proxy, control, wired, workers, renewal, authentication, routes)
+    return Parts(app, control_app, proxy, control, wired, copies, workers, renewal, authentication, routes)
 
 
 def _tls_context(ca_file: Path | None) -> ssl.SSLContext | None:
@@ -170,6 +176,15 @@ def _renewal(config: Settings, configuration: Configuration, events: Events, ren
     return Renewal(config.options(TlsOptions), renew=renew, note=note)
 
 
+def _canaries(events: Events) -> Canaries:
+    def note(kind: CanaryNews, text: str) -> None:
+        severity: Severity = "warning" if kind == "canary_returned" else "info"
+        events.add(kind, None, text, severity)
+        log.log(logging.getLevelName(severity.upper()), "%s: %s", kind, text)
+
+    return Canaries(note)
+
+
 def _tls(renewal: Renewal, ports: Sequence[Port]) -> TlsView | None:
     served = [port.certificate for port in ports] or [renewal.certificate]
     certificate = min(filter(None, served), key=attrgetter("expires_at"), default=None)
@@ -186,7 +201,7 @@ def _tls(renewal: Renewal, ports: Sequence[Port]) -> TlsView | None:
 
 
 def _routes(
-    control: Control, pools: PoolWiring, filters: Sequence[Filter], authentication: Authentication
+    control: Control, pools: PoolWiring, filters: Sequence[Filter], authentication: Authentication, copies: Copies
 ) -> Callable[[Settings], Routes]:
     """What makes the routes that settings ask for, at the start and at every reload."""
     started_with = control.settings
@@ -214,7 +229,8 @@ def _routes(
         access_log.options = config.options(LogOptions)
         heads = ResponseHeads(config.response_headers)
         ways = {name: way(parts, heads) for name, parts in pools.parts.items()}
-        return RouteWiring(config, ways, rare, _guards(config, authentication, control.limiter)).routes(control.routes)
+        guards = _guards(config, authentication, control.limiter)
+        return RouteWiring(config, ways, rare, guards, control.canaries, copies).routes(control.routes)
 
     return routes
 

@@ -1,6 +1,6 @@
 """What the documentation says is what the code does: settings, events, error answers.
 
-`PYTHONPATH=. python tests/test_docs.py` writes the table of settings in docs/settings.md anew.
+`PYTHONPATH=. python tests/test_docs.py` writes the table of settings in docs/settings.md anew, and the manual page.
 """
 
 from __future__ import annotations
@@ -9,23 +9,26 @@ import re
 from pathlib import Path
 
 import pytest
+from manual import manual_page
 from pydantic import BaseModel
 
 from balancer import errors
 from balancer.config.auth import ApiKeySettings, BasicSettings, ControlTokenSettings, ForwardSettings, JwtSettings
 from balancer.config.limits import LimitSettings
-from balancer.config.routes import ExpectSettings, RouteSettings
+from balancer.config.routes import ExpectSettings, MirrorSettings, RouteSettings
 from balancer.config.settings import NEEDS_RESTART, Settings, default_of, show
 from balancer.config.values import PER_ROUTE, Values
 from balancer.protocol.headerrules import NO_RULES
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS, OPERATIONS = ROOT / "docs" / "settings.md", ROOT / "docs" / "operations.md"
+MANUAL = ROOT / "docs" / "load-balancer.1"
 SOURCES = [ROOT / "load_balancer.py", *sorted((ROOT / "balancer").rglob("*.py"))]
 TABLES = (
     ("Routes", RouteSettings),
-    ("Expectations", ExpectSettings),
+    ("Mirrors", MirrorSettings),
     ("Limits", LimitSettings),
+    ("Expectations", ExpectSettings),
     ("Auth: type api_key", ApiKeySettings),
     ("Auth: type basic", BasicSettings),
     ("Auth: type jwt", JwtSettings),
@@ -59,6 +62,10 @@ def _default_of(model: type[BaseModel], name: str) -> str:
 
 def test_the_table_of_settings_is_what_the_code_has() -> None:
     assert table() in SETTINGS.read_text(encoding="utf-8"), "run PYTHONPATH=. python tests/test_docs.py"
+
+
+def test_the_manual_page_says_what_help_says() -> None:
+    assert MANUAL.read_text(encoding="utf-8") == manual_page(), "run PYTHONPATH=. python tests/test_docs.py"
 
 
 def test_the_defaults_named_in_the_operations_guide_are_the_real_ones() -> None:
@@ -97,3 +104,4 @@ def test_every_error_answer_is_explained(error: type[errors.BalancerError]) -> N
 if __name__ == "__main__":
     head = SETTINGS.read_text(encoding="utf-8").partition("| setting |")[0]
     SETTINGS.write_text(head + table() + "\n", encoding="utf-8")
+    MANUAL.write_text(manual_page(), encoding="utf-8")

@@ -311,6 +311,8 @@ def test_it_says_which_way_and_why_not(routed: Routed) -> None:
 
 
 def test_status_and_metrics_count_by_route(routed: Routed) -> None:
+    routed.ask(b"/v1/x", host=b"api.test")
+    wait_until(lambda: routed.balancer.status()["statistics"]["active_requests"] == 0)
     fetch(f"{routed.url}/reset", {}, "POST")
     for _ in range(3):
         routed.ask(b"/v1/x", host=b"api.test")
@@ -329,7 +331,7 @@ def test_status_and_metrics_count_by_route(routed: Routed) -> None:
 def test_the_access_log_says_which_way(routed: Routed) -> None:
     record = make_record(route="v1", pool="api")
     assert " route=v1 pool=api backend=a " in as_text(record, None, "HTTP/1.1", None)
-    assert '"route":"v1","pool":"api","backend":"a",' in as_json(record, None, "HTTP/1.1", None)
+    assert '"route":"v1","pool":"api",' in as_json(record, None, "HTTP/1.1", None)
 
 
 def test_a_websocket_takes_a_route(routed: Routed) -> None:

@@ -15,12 +15,12 @@ Most = Annotated[int, Field(ge=1, le=1_000_000), BeforeValidator(validation.no_t
 class LimitSettings(Named):
     """One limit, which routes name in their `limits`."""
 
-    rate: str | None = Field(None, pattern=validation.RATE, description="requests by second, minute or hour")
-    burst: Most | None = Field(None, description="requests of that which may come at once; all if left out")
+    rate: str | None = Field(None, pattern=validation.RATE, description="requests that each may send: N/s, N/m or N/h")
+    burst: Most | None = Field(None, description="of these so many at once; N if left out")
     key: str = Field(
         "client_ip",
         pattern=validation.LIMIT_KEY,
-        description="what each has its own: client_ip, subject, header:NAME or route; or global, one for all",
+        description="what each is: client_ip, subject, header:NAME, route, or global for all together",
     )
     in_flight: Most | None = Field(None, description="requests at the same time; no limit if left out")
     mode: Literal["enforce", "shadow"] = Field("enforce", description="shadow counts only, and refuses nothing")

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model,
 from balancer.balancing.pool import DEFAULT_POOL
 from balancer.config import validation
 from balancer.config.tables import Named, may_have
-from balancer.config.values import PER_ROUTE, RequestRules, ResponseRules, Status
+from balancer.config.values import PER_ROUTE, Bytes, RequestRules, ResponseRules, Seconds, Share, Status
 from balancer.protocol.headerrules import NO_RULES
 from balancer.protocol.messages import REFUSED_METHODS
 from balancer.protocol.paths import Rewriting, is_ambiguous, read_path
@@ -81,6 +81,33 @@ def _prefix(path: str) -> bytes:
     return read_path(path.encode()).rstrip(b"/")
 
 
+def _check_steps(steps: tuple[float, ...]) -> tuple[float, ...]:
+    if any(not 0 < step <= 100 for step in steps) or list(steps) != sorted(set(steps)):
+        raise ValueError("expected growing shares in percent, as [1, 5, 25, 50, 100]")
+    return steps
+
+
+def _check_split(split: Mapping[str, int]) -> Mapping[str, int]:
+    if split and (len(split) < 2 or sum(split.values()) == 0):
+        raise ValueError("expected two pools or more, and what each gets of the requests, as { api = 95, canary = 5 }")
+    return split
+
+
+class MirrorSettings(BaseModel):
+    """Copies of a route's requests, whose answers nobody waits for."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    pool: str = Field(pattern=validation.ID, description="pool that gets the copies")
+    share: Share = Field(1.0, description="share of the requests that are copied")
+    methods: Annotated[tuple[str, ...], AfterValidator(_check_methods)] = Field(
+        ("GET", "HEAD"), description="methods that are copied; what has effects has them twice"
+    )
+    max_body: Bytes = Field(65536, ge=0, le=65536, description="bytes; larger bodies are not copied")
+    max_in_flight: int = Field(32, ge=1, le=1024, description="copies at the same time; more are left out")
+    timeout: Seconds = Field(10.0, description="time for a copy to be answered, whole")
+
+
 class _Route(Named):
     host: Annotated[str, AfterValidator(_check_host)] | None = Field(
         None, description="host, or *.example.com for all below it; any if left out"
@@ -96,7 +123,21 @@ class _Route(Named):
         {}, description="query parameters, and the value that each must have"
     )
     pool: str | None = Field(
-        None, pattern=validation.ID, description="pool that gets its requests; default without redirect or status"
+        None, pattern=validation.ID, description="pool that gets its requests; default if nothing else is told"
+    )
+    split: Annotated[dict[str, Annotated[int, Field(ge=0, le=1_000_000)]], AfterValidator(_check_split)] = Field(
+        {}, description="pools that share its requests instead, and in which proportions, as { api = 95, canary = 5 }"
+    )
+    split_key: str = Field(
+        "client_ip", pattern=validation.KEY, description="whose requests stay together, as hash_key has it"
+    )
+    split_steps: Annotated[tuple[float, ...], AfterValidator(_check_steps)] = Field(
+        (),
+        description="percent that the last pool gets in turn, instead of its part, while it does as well as the first",
+    )
+    split_hold: Seconds = Field(300.0, description="time for each step, at least")
+    mirror: MirrorSettings | None = Field(
+        None, description='the pool that gets copies, as { pool = "next", share = 0.1 }'
     )
     redirect: Annotated[str, AfterValidator(_check_redirect)] | None = Field(
         None, description="where clients are sent instead; {path}, {host}, {query} are those of the request"
@@ -129,30 +170,47 @@ class RouteSettings(create_model("_RouteValues", __base__=_Route, **may_have(PER
     @classmethod
     def _lead_somewhere(cls, values: Any) -> Any:
         """To the backends of the top level, unless it says where."""
-        is_told = not isinstance(values, dict) or values.keys() & {"pool", "redirect", "status"}
+        is_told = not isinstance(values, dict) or values.keys() & {"pool", "split", "redirect", "status"}
         return values if is_told else {"pool": DEFAULT_POOL, **values}
 
     @model_validator(mode="after")
     def _check_parts(self) -> RouteSettings:
         told = self.model_fields_set
-        kinds = [name for name in ("pool", "redirect", "status") if getattr(self, name) is not None]
+        kinds = [name for name in ("pool", "split", "redirect", "status") if getattr(self, name) not in (None, {})]
         if len(kinds) != 1:
-            raise ValueError(f"has {' and '.join(kinds)}; expected one of pool, redirect and status")
-        for name, needed in (("redirect_status", "redirect"), ("body", "status")):
+            raise ValueError(
+                f"has {' and '.join(kinds) or 'no target'}; expected one of pool, split, redirect and status"
+            )
+        for name, needed in (
+            ("redirect_status", "redirect"),
+            ("body", "status"),
+            *((name, "split") for name in ("split_key", "split_steps", "split_hold")),
+        ):
             if name in told and needed != kinds[0]:
                 raise ValueError(f"has {name} without {needed}")
         if self.body and self.status in (204, 304):
             raise ValueError(f"has a body, but answers with {self.status} have none")
         if self.strip_prefix is not None and self.replace_prefix:
             raise ValueError("has strip_prefix and replace_prefix; expected one of them")
+        if self.split_steps and len(self.split) != 2:
+            raise ValueError(
+                f"has split_steps for {len(self.split)} pools; expected two, of which the second is the canary"
+            )
+        if self.mirror is not None and not self.pools:
+            raise ValueError(f"has mirror, but a {kinds[0]} instead of a pool")
         if self.rewriting is None:
             if self.rewrite_answers:
                 raise ValueError("has rewrite_answers, but neither strip_prefix nor replace_prefix")
-        elif kinds != ["pool"]:
+        elif not self.pools:
             raise ValueError(f"rewrites a path, but has a {kinds[0]} instead of a pool")
         elif not f"{self.prefix.decode('latin-1')}/".startswith(f"{self.rewriting.old.decode('latin-1')}/"):
             raise ValueError(f"takes off a prefix that its path {self.path!r} does not begin with")
         return self
+
+    @property
+    def pools(self) -> tuple[str, ...]:
+        """Those that may get its requests."""
+        return (self.pool,) if self.pool is not None else tuple(self.split)
 
     @property
     def is_exact(self) -> bool:
@@ -186,7 +244,7 @@ class RouteSettings(create_model("_RouteValues", __base__=_Route, **may_have(PER
         return self.host, self.is_exact, self.match_path, frozenset(self.methods), frozenset(fields), frozenset(query)
 
     def __str__(self) -> str:
-        where = self.redirect or self.status or self.pool
+        where = self.redirect or self.status or " or ".join(self.pools)
         return (
             f"{self.name} ({' '.join(self.methods)}{self.methods and ' ' or ''}{self.host or ''}{self.path} to {where})"
         )

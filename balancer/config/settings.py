@@ -74,8 +74,8 @@ class Settings(Values):
         }
         same: dict[Any, str] = {}
         for route in self.routes:
-            for kind, names in (("pool", [route.pool]), ("auth", route.auth), ("limits", route.limits)):
-                if unknown := [name for name in names if name is not None and name not in known[kind]]:
+            for kind, names in (("pool", _pools(route)), ("auth", route.auth), ("limits", route.limits)):
+                if unknown := [name for name in names if name not in known[kind]]:
                     told = ", ".join(sorted(known[kind])) or f"none is defined, add [[{kind}]]"
                     raise ValueError(f"routes.{route.name}: {kind} {unknown[0]!r} is unknown; there are: {told}")
             other = same.setdefault(route.requests, route.name)
@@ -94,6 +94,11 @@ class Settings(Values):
     def options(self, kind: type[Options]) -> Options:
         """What one part needs to know: a dataclass whose fields have the names of settings, or of properties here."""
         return kind(**{field.name: getattr(self, field.name) for field in dataclasses.fields(kind)})
+
+
+def _pools(route: RouteSettings) -> list[str]:
+    """All that it names."""
+    return [*route.pools, *([route.mirror.pool] if route.mirror is not None else [])]
 
 
 TABLES = frozenset(Settings.model_fields.keys() - Values.model_fields.keys() - {"expect"})  # by their names

@@ -17,6 +17,7 @@ from balancer.config.comparison import Plan
 from balancer.config.reload import Configuration
 from balancer.config.settings import Settings
 from balancer.filters.limits import Limiter
+from balancer.observe.canary import Canaries
 from balancer.observe.events import Events
 from balancer.observe.history import History
 from balancer.observe.logwriter import LogWriter
@@ -56,6 +57,7 @@ class Control:
     access: Access
     routes: RouteCounts
     limiter: Limiter
+    canaries: Canaries
     idle: Callable[[], Mapping[str, Mapping[str, int]]]  # kept connections, by the name of a pool and a URL
     queued: Callable[[], int]  # requests that wait for a thread
     reload: Callable[[bool], Plan]  # True only asks what it would do

@@ -205,6 +205,16 @@ class Collector:
                 codes = {str(status): count for status, count in counters.statuses.items()}
                 add_each(answers, [route], {**codes, "499": codes.get("499", 0) + counters.aborted})
         yield answers
+        text = "Copies of requests, by what came of each."
+        copies = counter("route_copies", text, "route", "outcome")
+        for (route, outcome), count in self._control.routes.copies().items():
+            copies.add_metric([route, outcome], count)
+        yield copies
+        share = gauge("route_canary_share", "Share of a route's requests that its canary gets.", "route")
+        for route in sorted(names):
+            if (canary := self._control.canaries.of(route)) is not None:
+                share.add_metric([route], canary.share)
+        yield share
 
     def _requests(self, lifetime: Lifetime) -> Iterator[Metric]:
         totals, whole = lifetime.totals, Counters()

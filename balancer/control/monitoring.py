@@ -24,6 +24,7 @@ from balancer.control.control import Lifecycle, TlsView, current_control
 from balancer.control.inputs import whole_number
 from balancer.control.metrics import current_metrics
 from balancer.control.problems import ApiError
+from balancer.observe.canary import CanaryView
 from balancer.observe.events import Event
 from balancer.observe.history import SLOTS, Slot
 from balancer.observe.record import FinishedView, RecentView
@@ -50,13 +51,17 @@ class PoolStatus(PoolView):
 
 
 class RouteView(CountersView):
-    """A route, and what its requests came to. It leads to a pool, or else to `redirect` or to `answers_with`."""
+    """A route, and what its requests came to. It leads to a pool, or else to those of `split`, to `redirect` or to
+    `answers_with`."""
 
     name: str
     host: str | None
     path: str
     methods: list[str]
     pool: str | None
+    split: dict[str, int] | None
+    canary: CanaryView | None
+    mirror: str | None
     redirect: str | None
     answers_with: int | None
     auth: list[str]
@@ -188,6 +193,9 @@ def _routes() -> list[RouteView]:
             "path": route.path,
             "methods": list(route.methods),
             "pool": route.pool,
+            "split": route.split or None,
+            "canary": canary.describe() if (canary := control.canaries.of(route.name)) is not None else None,
+            "mirror": route.mirror.pool if route.mirror is not None else None,
             "redirect": route.redirect,
             "answers_with": route.status,
             "auth": list(route.auth),

@@ -14,7 +14,8 @@ may hold secrets. Times are in seconds:
 A WebSocket has its line when it ends, with a total until it was let in; behind it stand, as `websocket` in JSON, how
 long it was open, messages both ways, the close code and who closed it.
 
-`reason` says why no whole answer of a backend reached the client, in the words of RFC 9209 section 2.3.
+`reason` says why no whole answer of a backend reached the client, in the words of RFC 9209 section 2.3; `limit` is the
+one that refused it, or in shadow mode would have.
 """
 
 from __future__ import annotations
