@@ -33,7 +33,7 @@ EXAMPLES = """examples:
   {command} --backend http://127.0.0.1:8080  # in front of one service of yours
   {command} --backend a=http://10.0.0.1:80@3 --backend b=http://10.0.0.2:80@1 --algorithm weighted
   {command} --config balancer.toml --check-config
-  {command} new-key acme  # an API key, and the line that lets it in
+  {command} new-key acme  # an API key, and what stands in the file for it
   {command} completion bash  # a script for the shell: bash, zsh, fish
 
 Every setting is a flag, a key of the TOML file and an environment variable: --health-path, health_path, LB_HEALTH_PATH;
@@ -132,11 +132,9 @@ def run_command(name: str, *arguments: str) -> int:
         return demo.run(arguments)
     parser = OneLineParser(prog=f"{PROGRAM} {name}", allow_abbrev=False)
     if name == "new-key":
-        parser.add_argument("name", metavar="NAME", help="whose key it is")
-        try:
-            print(newkey.new_key(parser.parse_args(arguments).name))
-        except SettingsError as error:
-            parser.error(printable(str(error)))
+        parser.description = newkey.__doc__
+        parser.add_argument("name", metavar="NAME", type=newkey.checked, help="whose key it is")
+        print(newkey.new_key(parser.parse_args(arguments).name))
         return 0
     parser.add_argument("shell", choices=completion.SHELLS)
     print(completion.script(parser.parse_args(arguments).shell, make_parser(INSTALLED), COMMANDS))

@@ -127,7 +127,7 @@ def make(
     api.install(app, control)
     control_app = app.wsgi_app
     copies = Copies(control.routes)
-    routes = _routes(control, wired, filters, authentication, copies)
+    routes = _routes(control, wired, filters, copies, authentication)
     proxy = _proxy(control_app, control, routes(config), authentication)
     check_expectations(config, proxy.heads, proxy.is_control)
     app.wsgi_app = proxy  # type: ignore[method-assign]
@@ -201,7 +201,7 @@ def _tls(renewal: Renewal, ports: Sequence[Port]) -> TlsView | None:
 
 
 def _routes(
-    control: Control, pools: PoolWiring, filters: Sequence[Filter], authentication: Authentication, copies: Copies
+    control: Control, pools: PoolWiring, filters: Sequence[Filter], copies: Copies, authentication: Authentication
 ) -> Callable[[Settings], Routes]:
     """What makes the routes that settings ask for, at the start and at every reload."""
     started_with = control.settings

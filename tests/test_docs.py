@@ -27,8 +27,8 @@ SOURCES = [ROOT / "load_balancer.py", *sorted((ROOT / "balancer").rglob("*.py"))
 TABLES = (
     ("Routes", RouteSettings),
     ("Mirrors", MirrorSettings),
-    ("Limits", LimitSettings),
     ("Expectations", ExpectSettings),
+    ("Limits", LimitSettings),
     ("Auth: type api_key", ApiKeySettings),
     ("Auth: type basic", BasicSettings),
     ("Auth: type jwt", JwtSettings),
