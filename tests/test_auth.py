@@ -7,6 +7,7 @@ import sys
 from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import bcrypt
 import pytest
@@ -63,6 +64,7 @@ def test_a_key_is_known_and_its_owner_told(balancer: Guarded, lines: list[bytes]
         ([b"X-API-Key:"], "not known"),
         ([b"X-API-Key: " + b"k" * 40_000], "not known"),
         ([KEY, KEY], "more than one"),
+        ([BEARER, b"Authorization: Basic eDp5"], "more than one"),
         ([KEY, BEARER], "more than one"),
         ([BEARER, BEARER], "more than one"),
         ([BEARER + b", Bearer beta-key-of-a-test"], "not known"),
@@ -71,7 +73,7 @@ def test_a_key_is_known_and_its_owner_told(balancer: Guarded, lines: list[bytes]
         ([b"X_API_Key: acme-key-of-a-test"], "no key was sent"),
         ([b"X-Auth-Subject: a"], "no key was sent"),
     ],
-    ids=range(12),
+    ids=range(13),
 )
 def test_whoever_is_not_known_gets_no_further(balancer: Guarded, lines: list[bytes], why: str) -> None:
     balancer.backend.reset()
@@ -211,6 +213,45 @@ def test_what_is_kept_by_whom_counts_for_limits(scripted: WireBackend) -> None:
     with guarded(scripted, api_keys(*KEYS), limits=[limit]) as made:
         assert [made.status(line) for line in (KEY, BEARER, KEY, BEARER)] == [200, 200, 429, 429]
         assert made.requests(1)[0]["subject"] == "b"
+
+
+KEYED = {"name": "a", "type": "api_key"}
+SIGNED = {"name": "a", "type": "jwt"}
+ASKED = {"name": "a", "type": "forward"}
+
+
+@pytest.mark.parametrize(
+    ("table", "told"),
+    [
+        ({"name": "a", "type": "none"}, "auth.a (program): expected a table with type api_key, basic, forward, jwt"),
+        ({"name": "a"}, "auth.a (program): expected a table with type api_key, basic, forward, jwt"),
+        ({**KEYED, "keys": []}, "no keys; make one by load-balancer new-key"),
+        ({**KEYED, "keys": "a-plain-secret"}, "keys = (hidden)"),
+        (
+            {**KEYED, "keys": [{"id": "x", "sha256": "a-plain-secret"}]},
+            "sha256 = (hidden) (program): expected a SHA-256 ",
+        ),
+        ({**KEYED, "keys": [{"id": "x", "sha256": "0" * 64}] * 2}, "two have the same sha256"),
+        ({**SIGNED, "algorithms": ["none"], "secret_file": "x"}, "algorithms.0 = 'none' (program): expected HS256, "),
+        ({**SIGNED, "secret_file": "x"}, "algorithms (program): is missing"),
+        ({**SIGNED, "algorithms": ["HS256"]}, "no keys; expected exactly one of secret_file, jwks_file, jwks_url"),
+        (
+            {**SIGNED, "algorithms": ["HS256", "RS256"], "secret_file": "x"},
+            "HS256, RS256 with secret_file; expected HS*",
+        ),
+        ({**SIGNED, "algorithms": ["HS256"], "jwks_url": "http://x/"}, "HS256 with jwks_url; expected HS*"),
+        ({**SIGNED, "algorithms": ["RS256"], "jwks_url": "https://u:a-plain-secret@x/"}, "URL of host 'x/': expected"),
+        ({**SIGNED, "algorithms": ["RS256"], "jwks_url": "file:///etc/passwd"}, "expected http://HOST:PORT/PATH"),
+        ({**SIGNED, "require": {"scope": ['"']}, "algorithms": ["RS256"]}, "is no scope"),
+        ({**ASKED, "url": "http://x/", "copy_headers": ["Host"]}, "'Host' is no field that can be copied"),
+        ({**ASKED, "url": "http://x/", "copy_headers": ["X_User"]}, "'X_User' is no field that can be copied"),
+    ],
+    ids=range(16),
+)
+def test_a_wrong_table_is_told_in_one_line_without_secrets(table: dict[str, Any], told: str) -> None:
+    with pytest.raises(SettingsError) as failed:
+        LoadBalancer(auth=[table])
+    assert told in str(failed.value) and "\n" not in str(failed.value) and "a-plain-secret" not in str(failed.value)
 
 
 def test_advice_about_what_guards_nothing() -> None:

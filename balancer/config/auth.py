@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,6 +21,7 @@ Algorithm = Literal[
     Symmetric, "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA", "Ed25519"
 ]
 Digest = Annotated[str, Field(pattern=validation.SHA256)]
+_SCOPE = re.compile(r"[\x21\x23-\x5b\x5d-\x7e]+")  # RFC 6749 section 3.3
 _WHOSE = {"issuer": "of any issuer that has these keys", "audience": "that are meant for somebody else"}
 # What backends are told by us, or by clients, and by nobody else.
 NOT_COPIED = {*OF_REQUESTS, b"cookie", b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto"}
@@ -86,6 +88,16 @@ class JwtSettings(_Auth):
     @classmethod
     def _check_url(cls, url: str | None) -> str | None:
         return None if url is None else _url(url)
+
+    @field_validator("require")
+    @classmethod
+    def _check_scope(cls, require: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        for scope in require.get("scope", ()):
+            if not _SCOPE.fullmatch(scope):
+                raise ValueError(
+                    f"{quoted(scope)} is no scope: expected visible ASCII without blanks, quotes, backslashes"
+                )
+        return require
 
     @model_validator(mode="after")
     def _check_keys(self) -> JwtSettings:
