@@ -264,7 +264,7 @@ def _proxy(
 def request_heads(config: Settings, pseudonym: bytes, ours: Collection[bytes] = ()) -> RequestHeads:
     return RequestHeads(
         *(pseudonym, config.networks, config.max_header_count, config.request_headers, config.host_field, config.via),
-        cookies=[cookie_of(name) for name, each in config.by_pool().items() if each.sticky],
+        cookies={cookie_of(name) for name, each in config.by_pool().items() if each.sticky},
         ours=ours,
     )
 

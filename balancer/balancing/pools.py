@@ -84,7 +84,7 @@ class Pools:
                 pool = pools[name]
                 for backend in changed.add:
                     for other in self:
-                        if other is not pool:
+                        if other is not pool and other.get(backend.id) is not None:
                             other.replace(backend.id)
                 pool.apply(changed)
 
