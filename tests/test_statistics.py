@@ -330,15 +330,16 @@ def test_reset_zeroes_everything_but_what_is_in_flight(statistics: Statistics, c
 
 
 def test_retries_keep_to_their_budget(statistics: Statistics, clock: Clock) -> None:
-    budget = RetryBudget(statistics, clock=clock)
+    choices = [0]
+    budget = RetryBudget(lambda: choices[0], statistics.retried, clock=clock)
     allowed = [budget.spend(0.2, 1) for _ in range(11)]  # one a second, of ten seconds
     assert allowed == [True] * 10 + [False]
-    for _ in range(60):
-        statistics.begin()
+    choices[0] = 60 + 12  # retries among them
     assert [budget.spend(0.2, 1) for _ in range(3)] == [True, True, False]  # 20 % of 60 are 12
     assert statistics.snapshot()[0]["retries"] == 12
     clock.now += 9
     assert not budget.spend(0.2, 1)
+    choices[0] = 0
     clock.now += 2  # now all of it is more than 10 s ago
     assert [budget.spend(0.2, 1) for _ in range(11)] == allowed
 

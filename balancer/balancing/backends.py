@@ -96,6 +96,7 @@ class Health:
 
 class BackendView(TypedDict):
     id: str
+    pool: str
     url: str
     healthy: bool
     active_connections: int
@@ -199,11 +200,12 @@ class Backend:
         self.speed, self.slow_start = Speed(), SlowStart()
 
     def describe(
-        self, now: float, wall_now: float, options: PoolOptions, shares: Mapping[str, float] | None
+        self, pool: str, now: float, wall_now: float, options: PoolOptions, shares: Mapping[str, float] | None
     ) -> BackendView:
         """As plain values, for the API. `now` is of the pool's clock, `shares` are those that the strategy aims at."""
         return {
             "id": self.id,
+            "pool": pool,
             "url": self.origin.url,
             "healthy": self.health.status == "up",
             "active_connections": self.active,

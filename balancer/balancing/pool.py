@@ -16,6 +16,8 @@ from dataclasses import replace
 from threading import Lock
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from balancer.balancing.backends import Backend, BackendView, Choice, LastCheck, Source
 from balancer.balancing.candidates import Candidates
 from balancer.balancing.changes import Listener, Notifier
@@ -24,6 +26,7 @@ from balancer.balancing.judge import Judge
 from balancer.balancing.members import Members, PoolChanges
 from balancer.balancing.options import PoolOptions
 from balancer.balancing.queue import Waiter, WaitingLine
+from balancer.balancing.recent import RecentChoices
 from balancer.balancing.strategies import Strategy
 from balancer.errors import NoRoom, Unavailable
 from balancer.protocol.client import UNWATCHED, Client
@@ -32,7 +35,22 @@ from balancer.protocol.request import Request
 
 log = logging.getLogger("balancer.pool")
 
+DEFAULT_POOL = "default"  # of the backends at the top level of the settings
 STICKY = "sticky"  # in place of a strategy's name where none was asked
+
+
+class PoolView(TypedDict):
+    """`available` backends take requests as far as they have room. A pool that is `leaving` has no place in the
+    settings any more, and goes with its last requests."""
+
+    name: str
+    algorithm: str
+    panic: bool
+    leaving: bool
+    backends: int
+    available: int
+    active_connections: int
+    waiting_requests: int
 
 
 class Lease:
@@ -76,22 +94,26 @@ class BackendPool:
 
     `_lock` guards every field of every Backend, `_strategy`, `_is_sticky`, `_is_timed`, `_had_first_round`, `_line`,
     and its helpers, which have no lock of their own: `_members` what the operator changes, `_judge` what checks and
-    traffic change, `_candidates` what follows for the next request. Nothing under it does I/O or calls out, but for the
-    strategy; `_notifier` for the listeners is noted under it and told after it is let go. `_preparing`, taken before
-    it, is held while the strategy prepares, and guards `_prepared`: what it was given.
+    traffic change, `_candidates` what follows for the next request, `_recent` how many there were. Nothing under it
+    does I/O or calls out, but for the strategy; `_notifier` for the listeners is noted under it and told after it is
+    let go. `_preparing`, taken before it, is held while the strategy prepares, and guards `_prepared`: what it was
+    given.
 
     `cut_off` ends what is in flight on a backend; whoever has the clients sets it. It is called without the lock.
+    `waiting_elsewhere` says how many wait in the queues of other pools.
     """
 
     def __init__(
         self,
         strategy: Strategy,
         options: PoolOptions,
+        name: str = DEFAULT_POOL,
         *,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
         rng: random.Random | None = None,
     ) -> None:
+        self.name = name
         self._lock = Lock()
         self._strategy = strategy
         self._is_sticky = options.sticky
@@ -109,7 +131,9 @@ class BackendPool:
         judging = (self._note, clock, wall_clock, rng or random.Random())
         self._judge = Judge(self._backends, options, *judging)
         self._candidates = Candidates(self._backends, self._note)
+        self._recent = RecentChoices(self._backends, clock)
         self.cut_off: Callable[[Backend], None] = lambda backend: None
+        self.waiting_elsewhere: Callable[[], int] = lambda: 0
 
     def __repr__(self) -> str:
         with self._lock:
@@ -192,9 +216,14 @@ class BackendPool:
 
     def _line_up(self, request: Request, exclude: Collection[str]) -> Waiter[Lease]:
         """A place in the queue, if there is any and waiting can help."""
-        if len(self._line) < self._judge.options.queue_places and self._candidates.is_worth_waiting(exclude):
+        if self._has_place() and self._candidates.is_worth_waiting(exclude):
             return self._line.join(request, exclude)
         raise self._refusal(exclude, f", and {len(self._line)} requests are waiting already" if self._line else "")
+
+    def _has_place(self) -> bool:
+        options = self._judge.options
+        waiting = len(self._line)
+        return waiting < options.queue_limit and waiting + self.waiting_elsewhere() < options.queue_places
 
     def _refusal(self, exclude: Collection[str], about_waiting: str) -> Unavailable:
         excluded = self._candidates.why_not(exclude)
@@ -272,6 +301,7 @@ class BackendPool:
         with self._lock:
             if self._judge.sweep():
                 self._judged()
+            self._recent.sweep()
             overdue = self._members.cut_overdue(self._judge.options.backend_drain_timeout)
         self._notifier.notify()
         for backend in overdue:
@@ -295,15 +325,17 @@ class BackendPool:
         backend_id: str | None,
         origin: Origin,
         *,
+        others: Mapping[str, Backend] | None = None,
         weight: int = 1,
         max_connections: int | None = None,
         drain_timeout: float | None = None,
         source: Source = "api",
         configured: Mapping[str, Any] | None = None,
     ) -> Backend:
-        """Add a backend; it gets requests after its first good check. Raises SettingsError if the id is taken."""
+        """Add a backend; it gets requests after its first good check. `others` are those of other pools, by their ids.
+        Raises SettingsError if the id is taken."""
         with self._changing():
-            backend_id = self._members.new_id(backend_id)
+            backend_id = self._members.new_id(backend_id, others or {})
             backend = Backend(backend_id, origin, weight, max_connections, source=source, configured=configured or {})
             backend.drain_timeout = drain_timeout
             self._members.add(backend)
@@ -326,6 +358,12 @@ class BackendPool:
         if at_once and active:
             self.cut_off(backend)
         return active
+
+    def replace(self, backend_id: str) -> None:
+        """Another pool has one of that name from now on: it finishes what it has, out of sight."""
+        with self._changing():
+            if backend_id in self._backends:
+                self._members.replace(self._backends[backend_id])
 
     def use(self, strategy: Strategy) -> None:
         """Switch the strategy; the next `lease` uses it, with no memory of the past."""
@@ -395,6 +433,11 @@ class BackendPool:
         """Requests in the queue."""
         return len(self._line)
 
+    def recent_choices(self) -> int:
+        """How many requests, retries among them, there were in the last 10 s."""
+        with self._lock:
+            return self._recent.count()
+
     @property
     def is_panicking(self) -> bool:
         return self._candidates.is_panicking
@@ -403,6 +446,11 @@ class BackendPool:
         """The live objects in configured order, for the health checker."""
         with self._lock:
             return list(self._backends.values())
+
+    @property
+    def is_empty(self) -> bool:
+        """No backends, and nothing in flight on any that was here."""
+        return not self._backends and not self._members.gone
 
     def get(self, backend_id: str) -> Backend | None:
         return self._backends.get(backend_id)
@@ -418,9 +466,22 @@ class BackendPool:
             now = self._clock()
             return {b.id: replace(b.counts, down_seconds=b.counts.downtime(now)) for b in self._backends.values()}
 
+    def describe(self, is_leaving: bool) -> PoolView:
+        with self._lock:
+            return {
+                "name": self.name,
+                "algorithm": self._strategy.name,
+                "panic": self._candidates.is_panicking,
+                "leaving": is_leaving,
+                "backends": len(self._backends),
+                "available": len(self._candidates.ready),
+                "active_connections": sum(backend.active for backend in self._backends.values()),
+                "waiting_requests": len(self._line),
+            }
+
     def snapshot(self) -> list[BackendView]:
         """All backends at one moment, as plain values in configured order, for `/status`."""
         with self._lock:
             shares = self._strategy.expected_shares(self._candidates.ready)
-            seen = (self._clock(), self._wall_clock(), self._judge.options, shares)
+            seen = (self.name, self._clock(), self._wall_clock(), self._judge.options, shares)
             return [backend.describe(*seen) for backend in self._backends.values()]

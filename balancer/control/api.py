@@ -13,8 +13,9 @@ from collections.abc import Callable
 from flask import Blueprint, Flask, Response, g, request
 from flask_cors import CORS
 
-from balancer.control import administration, dashboard, monitoring, openapi, problems
-from balancer.control.access import first_segment, is_authorized
+from balancer.balancing.changes import ACTOR
+from balancer.control import administration, dashboard, limits, monitoring, openapi, problems
+from balancer.control.access import LOCAL, first_segment, is_authorized
 from balancer.control.control import Control, current_control
 from balancer.control.inputs import MAX_BODY
 from balancer.control.metrics import Metrics, current_metrics
@@ -31,7 +32,7 @@ WORTH_PACKING = 1000  # bytes
 
 # The routes are nested in it, so that its hooks below hold for all of them and for nothing else.
 blueprint = Blueprint("control", __name__)
-for part in (monitoring, administration, dashboard, openapi):
+for part in (monitoring, administration, limits, dashboard, openapi):
     blueprint.register_blueprint(part.blueprint)
 
 
@@ -59,6 +60,7 @@ def install(app: Flask, control: Control) -> None:
     problems.install(app)
     # For every answer, also where no route is: an unknown path, or a method that a path has not.
     app.before_request(_admit)
+    app.teardown_request(_forget_actor)
     app.after_request(_protect)  # after what flask-cors does, for the last one comes first
     origins = [*control.access.options.cors_origins, *(["null"] if control.access.has_tokens else [])]
     CORS(
@@ -82,15 +84,22 @@ def _admit() -> None:
     if request.method == "OPTIONS" or (is_read and path in OPEN_PATHS):
         return
     try:
-        g.is_authorized = control.access.check(is_write=not is_read)
+        control.access.check(is_write=not is_read)
+        if not is_read:
+            ACTOR.set(g.holder or LOCAL)
     except ApiError as error:
         if not is_read:
             whole, public = (
                 f"{request.method} {repr(path[:PATH_KEPT])[1:-1]}: {error}"  # as text in one line
                 for path in (request.path, first_segment(request.path))
             )
-            control.events.add(REFUSED, None, whole, "warning", public=public)
+            control.events.add(REFUSED, None, whole, "warning", g.get("holder"), public=public)
         raise
+
+
+def _forget_actor(error: BaseException | None) -> None:
+    """The thread is for other requests too."""
+    ACTOR.set(None)
 
 
 def _protect(response: Response) -> Response:

@@ -13,13 +13,16 @@ from flask import Blueprint, Response, jsonify
 
 from balancer import __version__
 from balancer.balancing.backends import BackendView
-from balancer.config.reload import PlanView, SettingsView
+from balancer.config.comparison import PlanView
+from balancer.config.reload import SettingsView
 from balancer.control.administration import AlgorithmChanged, Algorithms, BackendRemoved, Backends, Message
 from balancer.control.control import current_control
 from balancer.control.inputs import AlgorithmChange, BackendChange, BackendCreate, Body, Nothing
+from balancer.control.limits import LimitsView
 from balancer.control.monitoring import Alive, EventsView, HistoryView, Readiness, Status
 from balancer.control.problems import Error
 from balancer.control.schemas import Schema, ref, schemas
+from balancer.filters.limits import KeyView
 from balancer.observe.record import ExplainedView
 
 TEXT: Schema = {"type": "string"}
@@ -113,7 +116,7 @@ PATHS: dict[str, Schema] = {
         )
     },
     "/backends": {
-        "get": _operation("listBackends", "All backends.", {200: Backends}),
+        "get": _operation("listBackends", "All backends, or those of one pool.", {200: Backends}, query={"pool": TEXT}),
         "post": _operation(
             "addBackend",
             "Add a backend; it gets requests after its first good check.",
@@ -141,6 +144,19 @@ PATHS: dict[str, Schema] = {
             "explainRequest",
             "Why a finished request went where it went: candidates, who was excluded and why, scores, attempts.",
             {200: ExplainedView},
+        ),
+    },
+    "/limits": {
+        "get": _operation("listLimits", "All limits, and how many requests each let through.", {200: LimitsView})
+    },
+    "/limits/{name}": {
+        "parameters": _in_path("name"),
+        "get": _operation(
+            "getLimit",
+            "How it stands with a key: an address, a value of the header, a subject or a route, as the limit has it. "
+            "Nothing is spent. Times in seconds.",
+            {200: KeyView},
+            query={"key": TEXT},
         ),
     },
     "/config": {

@@ -21,6 +21,7 @@ from balancer.balancing.counts import FORMER_KEPT
 from balancer.observe.histogram import Histogram, Percentiles
 from balancer.observe.rate import Rate
 from balancer.observe.record import RecentView, Record
+from balancer.observe.refusals import Refusals
 from balancer.observe.totals import Totals
 from balancer.observe.websockets import WebSockets
 
@@ -146,6 +147,7 @@ class Statistics:
         self, *, clock: Callable[[], float] = time.monotonic, wall_clock: Callable[[], float] = time.time
     ) -> None:
         self.websockets = WebSockets()
+        self.refusals = Refusals()
         self._lock = Lock()
         self._wall_clock = wall_clock
         self._active = 0
@@ -204,11 +206,6 @@ class Statistics:
         """The newest finished requests, newest first."""
         with self._lock:
             return list(islice(reversed(self._recent), count))
-
-    def recent_requests(self) -> int:
-        """How many have arrived in the last KEPT_SECONDS of a Rate."""
-        with self._lock:
-            return self._arrivals.recent()
 
     def retried(self) -> None:
         """A request is tried once more."""
