@@ -18,9 +18,10 @@ from playwright.sync_api import sync_playwright
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent.parent / "tests")]
 
-from support import PAGE_TOKEN, Demo, fetch, start_demo  # noqa: E402
+from fleet import Demo, start_demo  # noqa: E402
+from support import PAGE_TOKEN, fetch  # noqa: E402
 
-WIDTH, HEIGHT = 1440, 1300
+WIDTH, HEIGHT = 1440, 1700
 PATHS = ("/api/process", "/api/process?page=2", "/orders/1701", "/orders", "/login")
 
 
