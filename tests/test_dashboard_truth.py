@@ -279,6 +279,25 @@ def test_another_address_does_not_block_a_later_visit(tab: Tab, stub: Stub) -> N
     tab.errors.clear()  # the console tells of the policy
 
 
+def test_what_has_changed_is_told_first_when_something_is_wrong_and_can_be_saved(tab: Tab, stub: Stub) -> None:
+    now = time.time()
+    stub.answer = status([backend(1), down_backend(2, reason="a|b")])
+    stub.tell(
+        event(1, "backend_up", "backend_2", timestamp=now - 1000),
+        event(2, "backend_changed", "backend_2", timestamp=now - 60, message="weight set to 9 by the API"),
+    )
+    tab.from_disk(stub.url).is_live()
+    tab.shows("#sentence", "backend_2 down for 7 s (a|b).")
+    tab.page.click("#open-notices")
+    tab.shows("#changed-rows", "backend_2 changed: weight set to 9 by the API")
+    assert tab.at("#changed-rows li").count() == 1
+    with tab.page.expect_download() as caught:
+        tab.page.click("#incident")
+    saved = caught.value.path().read_text(encoding="utf-8")
+    for words in ("# lb-1, 20", "- **backend_2 down for", "| backend_2 | Down | a\\|b |", "weight set to 9"):
+        assert words in saved
+
+
 # ---- Words and numbers
 
 TOLD: list[tuple[str, str]] = [
