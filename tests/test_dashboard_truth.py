@@ -54,6 +54,22 @@ def test_a_removed_backend_keeps_its_past_and_all_keep_their_colours(tab: Tab, s
     assert colours(tab) == before
 
 
+def test_the_flow_map_gives_what_a_dead_backend_had_to_the_others(tab: Tab, stub: Stub) -> None:
+    three_up(stub)
+    tab.from_disk(stub.url).is_live()
+    labels = tab.at("#flow .node")
+    for index, name in enumerate(IDS):
+        expect(labels.nth(index)).to_contain_text(re.compile(rf"{name}[\d.]+/s . [\d.]+ %, expected 33.3 %"))
+    thick = "it => { const box = it.getBBox(); return box.height; }"
+    before = float(tab.at("#flow .ribbon").first.evaluate(thick))
+    stub.answer["backend_servers"][1] |= down_backend(2) | {"expected_share": 0.0}
+    expect(labels.nth(1)).to_have_text("backend_2Down")
+    expect(tab.at("#flow svg")).to_have_attribute("aria-label", re.compile("backend_2 Down"))
+    wait_until(lambda: float(tab.at("#flow .ribbon").first.evaluate(thick)) > before)
+    tab.page.locator("#flow .node").nth(1).click()
+    expect(tab.at("#drawer-title")).to_have_text("backend_2")
+
+
 def test_an_open_menu_names_its_backend_and_stays_with_its_row(tab: Tab, stub: Stub) -> None:
     """A banner moved the rows by 56 px, but not the menu."""
     three_up(stub)
