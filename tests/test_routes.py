@@ -280,6 +280,21 @@ def test_a_guarded_path_has_no_second_spelling(routed: Routed) -> None:
     assert not routed.api.requests
 
 
+def test_a_guarded_host_has_no_second_spelling(routed: Routed) -> None:
+    for host in (
+        b"deny%2etest",
+        b"deny.test;",
+        b"deny.test,x",
+        b"x,deny.test",
+        b".deny.test",
+        b"deny..test",
+        b"deny.test%00",
+    ):
+        assert (host, routed.ask(b"/admin", host=host)[0]) == (host, 400)
+    assert routed.ask(b"/admin", host=b"DENY.test.:80")[0] == 403
+    assert routed.ask(b"/", host=b"[::1]:80")[0] == routed.ask(b"/", host=b"a_b.xn--80ak6aa92e.test:1")[0] == 200
+
+
 def test_where_nothing_is_guarded_paths_go_on_as_they_are(routed: Routed) -> None:
     for target in (b"/a%2fb//c/../%2e", b"/a;b=1/\\x", b"/x%zz"):
         assert routed.ask(target)[0] == 200
