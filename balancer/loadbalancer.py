@@ -405,7 +405,8 @@ class LoadBalancer:
         certificate."""
         heads = wiring.request_heads(config, self.proxy.heads.pseudonym)
         check_expectations(config, heads, self.proxy.is_control)
-        self.authentication.check(config.auth, config.networks)
+        for name in self.authentication.check(config.auth, config.networks):
+            plan.changes.append(Change(f"auth.{name}", name, name))
         before = self.renewal.certificate
         try:
             after = self.renewal.check(config.options(TlsOptions))

@@ -347,6 +347,19 @@ def test_a_pool_follows_the_top_level_in_what_it_has_not_of_its_own() -> None:
     assert [each.algorithm for each in wired.balancer.control.pools] == ["round_robin", "round_robin", "random"]
 
 
+def test_parts_of_a_pool_go_by_its_own_settings() -> None:
+    own = {"hash_key": "path", "connect_timeout": 9, "backend_sni": "b.test", "health_timeout": 7, "queue_limit": 3}
+    wired = Wired(backends=[A], pools=[pool("api", B, algorithm="consistent_hash", **own)])
+    for _ in range(2):
+        default, api = wired.balancer.pools.parts.values()
+        checked = [each.options.health_timeout for each in wired.balancer.pools.health.checked]
+        assert api.pool._strategy.options.hash_key == "path" and checked == [0.4, 7]
+        assert (api.adapter.timeouts.connect_timeout, default.adapter.timeouts.connect_timeout) == (9, 3)
+        assert (api.adapter.server_name, default.adapter.server_name) == ("b.test", None)
+        assert (api.pool._judge.options.queue_limit, default.pool._judge.options.queue_limit) == (3, 500)
+        wired.reload(backends=[A], pools=[pool("api", B, algorithm="consistent_hash", **own)], retries=9)
+
+
 def test_an_unknown_algorithm_is_told_with_its_pool() -> None:
     with pytest.raises(SettingsError, match=r"^pools.api.algorithm: unknown algorithm 'x', expected one of: "):
         LoadBalancer(pools=[pool("api", A, algorithm="x")])
@@ -375,6 +388,21 @@ def test_it_is_ready_after_the_first_round_of_all_and_no_later_pool_changes_that
     assert wired.balancer.control.is_serving()
     wired.reload(backends=[A], pools=[pool("api", B), pool("new", C)])
     assert wired.balancer.control.is_serving()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"backends": [A], "pools": [pool("api", A)]}, "two backends have the id 'a'; ids must differ over all pools"),
+        ({"pools": [pool("api"), pool("api")]}, "two have the name 'api'; names must differ"),
+        ({"pools": [pool("default", A)]}, "is the pool of the backends at the file's top level"),
+        ({"pools": [pool("api", admin_token="x")]}, "unknown setting 'pools.api.admin_token'"),
+    ],
+)
+def test_settings_that_are_no_pools_are_refused(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(SettingsError) as refused:
+        LoadBalancer(**given)
+    assert said in str(refused.value)
 
 
 # What pools share.

@@ -187,6 +187,11 @@ def advice(config: Settings) -> list[str]:
         lines.append(f"host {config.host} without a token: the control API only answers probes, set LB_ADMIN_TOKEN")
     if config.control_reads == "token" and not has_tokens:
         lines.append('control_reads = "token" without a token: nobody can read, set LB_ADMIN_TOKEN')
+    named = {name for route in config.routes for name in route.auth}
+    for each in config.auth:
+        lines += [f"auth {each.name}: {text}" for text in each.advice]
+        if each.name not in named:
+            lines.append(f"auth {each.name}: no route names it, so it guards nothing")
     return lines
 
 

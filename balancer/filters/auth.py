@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from balancer.errors import BalancerError, Unauthorized
+from balancer.errors import BalancerError, Forbidden, Unauthorized
 from balancer.forwarding.answer import Answer
 from balancer.forwarding.filter import Filter
 from balancer.observe.refusals import WHYS, Refusals, Why
@@ -71,7 +71,10 @@ class Authenticator:
 
 
 class Auth(Filter):
-    """Lets in whom one of `authenticators` knows."""
+    """Lets in whom one of `authenticators` knows.
+
+    `_answered` has, of requests that one of them has answered itself, why: put in and taken out in one step each.
+    """
 
     def __init__(self, authenticators: Sequence[Authenticator], refusals: Refusals) -> None:
         self._authenticators = authenticators
@@ -81,6 +84,7 @@ class Auth(Filter):
             lambda given: given[0].replaced(gone, given[1]), HEADS_ROOM, weigh_made
         )
         self.waits = any(each.waits for each in authenticators)
+        self._answered: dict[Request, str] = {}
 
     def admit(self, request: Request) -> Answer | None:
         if request.method == "OPTIONS" and _is_preflight(request):
@@ -96,9 +100,10 @@ class Auth(Filter):
         name, decisive = max(refused, key=lambda one: (WHYS.index(one[1].why), one[1].decision is not None))
         self._refusals.count(name, decisive.why)
         request.subject = decisive.subject
-        if isinstance(decisive.decision, Answer):
-            return decisive.decision
         text = "; ".join(each.text for _, each in refused)
+        if isinstance(decisive.decision, Answer):
+            self._answered[request] = text
+            return decisive.decision
         raise decisive.decision or Unauthorized(text, [each.challenge for _, each in refused if each.challenge])
 
     def _let_in(self, request: Request, granted: Granted) -> None:
@@ -107,6 +112,8 @@ class Auth(Filter):
 
     def done(self, request: Request, record: Record) -> None:
         record.subject = request.subject or None
+        if (text := self._answered.pop(request, None)) is not None:
+            record.reason, record.error = Forbidden.reason, text
 
 
 class AuthWithCookies(Auth):
@@ -125,7 +132,8 @@ class AuthWithCookies(Auth):
             self._cookies[request] = granted.cookies
 
     def answer(self, request: Request, record: Record, lines: list[Line]) -> list[Line]:
-        return [*lines, *self._cookies.get(request, ())]
+        cookies = self._cookies.get(request)
+        return [*lines, *cookies, (b"cache-control", b"private")] if cookies else lines  # nobody else's
 
     def done(self, request: Request, record: Record) -> None:
         super().done(request, record)
@@ -148,6 +156,8 @@ def is_subject(text: object) -> bool:
 
 
 def sent(request: Request, scheme: bytes) -> list[bytes]:
-    """Credentials in `Authorization` of this scheme, whose name has no case (RFC 9110 section 11.1)."""
-    found = [value.partition(b" ") for value in request.values(b"authorization")]
-    return [given.strip() for name, _, given in found if name.lower() == scheme]
+    """Credentials in `Authorization` of this scheme, whose name has no case (RFC 9110 section 11.1). Several lines of
+    that count as such, whatever they say: who knows which one others would take."""
+    values = request.values(b"authorization")
+    found = [value.partition(b" ") for value in values]
+    return [given.strip() for name, _, given in found if name.lower() == scheme or len(values) > 1]
