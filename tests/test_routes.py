@@ -440,13 +440,15 @@ def test_the_example_does_what_it_says(tmp_path: Path, capsys: pytest.CaptureFix
         file.write_text("health_timeout = 10\nexpose_backend = true\n" + text, encoding="utf-8")
         balancer = stack.enter_context(Balancer("--config", str(file)))
         wait_until(lambda: all(each["healthy"] for each in balancer.status()["backend_servers"]))
+        key = b"X-API-Key: the-example-key-of-acme"
+        assert fetch(f"{balancer.url}/v1/users", Host="api.example.com")[0] == 401
         for host, target, status, server in (
             (b"api.example.com", b"/v1/users", 200, b"api"), (b"api.example.com", b"/v0/x", 410, None),
             (b"eu.shop.example.com", b"/cart", 301, None), (b"shop.example.com", b"/files/a%2F//b", 200, b"files"),
             (b"shop.example.com", b"/admin", 404, None), (b"shop.example.com", b"/x/..;/admin", 400, None),
             (b"shop.example.com", b"/", 200, b"shop"),
         ):  # fmt: skip
-            got, lines, _ = split_response(exchange(balancer.port, get(target, host=host)))
+            got, lines, _ = split_response(exchange(balancer.port, get(target, key, host=host)))
             served_by = dict(lines).get(b"x-served-by", b"").partition(b"_")[0]
             assert (got, served_by or None) == (status, server)
         sent = [request for name in ("api_1", "api_2") for request in backends[name].requests]
