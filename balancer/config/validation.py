@@ -111,5 +111,7 @@ def _expected(schema: Schema) -> str:
 
 
 def _range(schema: Schema) -> str:
-    least, most = schema["minimum"], schema.get("maximum")
+    least, most = schema.get("minimum"), schema.get("maximum")
+    if least is None:  # a validator of ours has it
+        return ""
     return f", {least} or more" if most is None else f" from {least} to {most}"
