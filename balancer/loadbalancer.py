@@ -375,12 +375,13 @@ class LoadBalancer:
         self.pools.close()
         self.control.log.stop()
 
-    def reload(self, dry_run: bool = False) -> Plan:
-        """Read the configuration again and apply what changed. Raises SettingsError; then nothing has changed."""
+    def reload(self, dry_run: bool = False, accepts: Callable[[str], bool] = lambda hash: True) -> Plan:
+        """Read the configuration again and apply what changed, if `accepts` takes the hash of the plan. Raises
+        SettingsError or PlanChanged; then nothing has changed."""
         events = self.control.events
         try:
             check = partial(self._check, dry_run)
-            plan = self.configuration.reload(self.control.pools, check, self._apply, dry_run=dry_run)
+            plan = self.configuration.reload(self.control.pools, check, self._apply, dry_run=dry_run, accepts=accepts)
         except SettingsError as error:
             if not dry_run and self.configuration.read is not None:
                 public = self.configuration.without_folders(str(error))

@@ -18,13 +18,13 @@ from balancer.balancing.changes import Change, Severity
 from balancer.balancing.pool import DEFAULT_POOL, BackendPool
 from balancer.balancing.pools import Pools
 from balancer.commands import shipped
-from balancer.config.comparison import NOTHING, Plan, compare
+from balancer.config.comparison import NOTHING, compare
 from balancer.config.reload import Configuration
 from balancer.config.routes import RouteSettings
 from balancer.config.settings import Settings
 from balancer.control import api
 from balancer.control.access import Access, AccessOptions
-from balancer.control.control import Control, TlsView
+from balancer.control.control import Control, Reload, TlsView
 from balancer.edge.port import Port
 from balancer.edge.renewal import News, Renewal
 from balancer.edge.tls import TlsOptions
@@ -89,7 +89,7 @@ def make(
     config: Settings,
     sources: Mapping[str, str] | None,
     filters: Sequence[Filter],
-    reload: Callable[[bool], Plan],
+    reload: Reload,
     renew: Callable[[], None],
     ports: Callable[[], Sequence[Port]],
 ) -> Parts:

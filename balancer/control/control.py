@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from balancer.control.access import Access
 
 Lifecycle = Literal["starting", "running", "draining"]
+Reload = Callable[[bool, Callable[[str], bool]], Plan]  # True only asks what it would do
 
 
 class TlsView(TypedDict):
@@ -60,7 +61,7 @@ class Control:
     canaries: Canaries
     idle: Callable[[], Mapping[str, Mapping[str, int]]]  # kept connections, by the name of a pool and a URL
     queued: Callable[[], int]  # requests that wait for a thread
-    reload: Callable[[bool], Plan]  # True only asks what it would do
+    reload: Reload
     tls: Callable[[], TlsView | None]
     lifecycle: Lifecycle = "starting"
     started: float = field(default_factory=time.monotonic)

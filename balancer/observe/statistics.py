@@ -54,25 +54,32 @@ class StatisticsView(CountersView):
 class Counters:
     """Totals of the whole balancer or of one backend. Not locked; the owner's lock guards it."""
 
-    __slots__ = ("failed", "aborted", "seconds", "statuses", "latency")
+    __slots__ = ("failed", "aborted", "statuses", "latency", "other")
 
     def __init__(self) -> None:
         self.failed = self.aborted = 0
-        self.seconds = 0.0
         self.statuses: defaultdict[int, int] = defaultdict(int)  # of those that were not aborted
-        self.latency = Histogram()
+        self.latency = Histogram()  # of whole answers of backends
+        self.other = Histogram()  # of answers of our own, which would make an outage look fast, and of what broke off
 
     @property
     def total(self) -> int:
-        return self.latency.total
+        return self.aborted + sum(self.statuses.values())
+
+    @property
+    def times(self) -> Histogram:
+        """Of all requests, whoever answered them."""
+        times = self.latency.copy()
+        times += self.other
+        return times
 
     def __iadd__(self, other: Counters) -> Counters:
         self.failed += other.failed
         self.aborted += other.aborted
-        self.seconds += other.seconds
         for status, count in other.statuses.items():
             self.statuses[status] += count
         self.latency += other.latency
+        self.other += other.other
         return self
 
     def copy(self) -> Counters:
@@ -80,10 +87,18 @@ class Counters:
         copied += self
         return copied
 
+    def since(self, earlier: Counters) -> Counters:
+        """What was added after `earlier`, an older copy of these."""
+        added = Counters()
+        added.failed, added.aborted = self.failed - earlier.failed, self.aborted - earlier.aborted
+        for status, count in self.statuses.items():
+            added.statuses[status] = count - earlier.statuses.get(status, 0)
+        added.latency, added.other = self.latency.since(earlier.latency), self.other.since(earlier.other)
+        return added
+
     def add(self, record: Record) -> bool:
         """True if it failed."""
-        self.seconds += record.seconds
-        self.latency.add(record.seconds)
+        (self.latency if record.reason is None else self.other).add(record.seconds)
         failed = record.failed
         if failed and record.aborted:
             self.aborted += 1
@@ -104,7 +119,7 @@ class Counters:
             "successful_requests": self.total - self.failed,
             "failed_requests": self.failed,
             "aborted_requests": self.aborted,
-            "avg_response_time": self.seconds / self.total if self.total else 0.0,
+            "avg_response_time": self.latency.seconds / (self.latency.total or 1),
             "latency": self.latency.summary(),
             "codes": self.codes(),
         }
