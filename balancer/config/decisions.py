@@ -171,11 +171,13 @@ class Decisions:
             for backend_id in said.keys() - live.keys():
                 yield Key(name, backend_id, ""), (None, said[backend_id])
             for backend in live.values():
-                if backend.source == "api":
-                    yield Key(name, backend.id, ""), (backend.origin.url, said.get(backend.id))
+                over = said.get(backend.id)
+                yield Key(name, backend.id, ""), (backend.origin.url if backend.source == "api" else over, over)
                 for field, default in Fields():
-                    over = backend.configured.get(field, default)
-                    yield Key(name, backend.id, field), (getattr(backend, field), over)
+                    yield (
+                        Key(name, backend.id, field),
+                        (getattr(backend, field), backend.configured.get(field, default)),
+                    )
 
     def _set(self, key: Key, value: Any) -> None:
         """Raises KeyError, ValueError or SettingsError if that cannot be any more."""
@@ -203,32 +205,33 @@ class Decisions:
     def restore(self, kept: Mapping[str, Decision]) -> None:
         """Decide this again, before the first request. Raises TypeError for a key that is none."""
         found = [(Key(*name.split(" ")), each) for name, each in kept.items()]
-        held: list[str] = []
-        lost: list[str] = []
+        lost: dict[Key, str] = {}
         with self._lock:
             for is_field in (False, True):  # of backends that are added first
                 facts = dict(self._facts())
                 for key, each in found:
-                    if bool(key.field) is is_field:
-                        why = self._why_not(key, each, facts)
-                        (lost if why else held).append(f"{key} {show(each['value'])}{why}")
+                    if bool(key.field) is is_field and (why := self._why_not(key, each, facts, lost)):
+                        lost[key] = why
         if found:
-            left_out = f"; left out: {', '.join(lost)}" if lost else ""
-            self._note("state_restored", "", f"decided before: {', '.join(held) or 'nothing'}{left_out}")
+            held = ", ".join(f"{key} {show(each['value'])}" for key, each in found if key not in lost)
+            left_out = ", ".join(f"{key} {show(each['value'])} ({lost[key]})" for key, each in found if key in lost)
+            text = f"decided before: {held or 'nothing that holds'}"
+            self._note("state_restored", "", f"{text}; left out: {left_out}" if lost else text)
 
-    def _why_not(self, key: Key, each: Decision, facts: Facts) -> str:
+    def _why_not(self, key: Key, each: Decision, facts: Facts, lost: Collection[Key]) -> str:
         """Decide it again; why that cannot be, empty if it is done."""
         if each["until"] is not None and each["until"] <= self._wall_clock():
             back = each["before"]
-            return " (its time is over)" if back is None else self._why_not(key, back, facts)
+            return "its time is over" if back is None else self._why_not(key, back, facts, lost)
         if key.field and key not in facts:
-            return " (there is no such backend or pool)"
-        if facts.get(key, (None, None))[1] != each["over"]:
-            return " (the configuration has changed)"
+            return "there is no such backend or pool"
+        is_configured_now = Key(key.pool, key.backend, "") in lost and key.field != "admin_state"
+        if facts.get(key, (None, None))[1] != each["over"] or is_configured_now:
+            return "the configuration has changed"
         try:
             self._set(key, each["value"])
         except (KeyError, ValueError, SettingsError):
-            return " (that is not possible any more)"
+            return "that is not possible any more"
         self._made = {**self._made, key: each}
         return ""
 
