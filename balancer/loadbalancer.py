@@ -380,12 +380,13 @@ class LoadBalancer:
             self.memory.stop()
         self.control.log.stop()
 
-    def reload(self, dry_run: bool = False) -> Plan:
-        """Read the configuration again and apply what changed. Raises SettingsError; then nothing has changed."""
+    def reload(self, dry_run: bool = False, accepts: Callable[[str], bool] = lambda hash: True) -> Plan:
+        """Read the configuration again and apply what changed, if `accepts` takes the hash of the plan. Raises
+        SettingsError or PlanChanged; then nothing has changed."""
         events = self.control.events
         try:
             check = partial(self._check, dry_run)
-            plan = self.configuration.reload(self.control.pools, check, self._apply, dry_run=dry_run)
+            plan = self.configuration.reload(self.control.pools, check, self._apply, dry_run=dry_run, accepts=accepts)
         except SettingsError as error:
             if not dry_run and self.configuration.read is not None:
                 public = self.configuration.without_folders(str(error))
@@ -410,7 +411,8 @@ class LoadBalancer:
         certificate."""
         heads = wiring.request_heads(config, self.proxy.heads.pseudonym)
         check_expectations(config, heads, self.proxy.is_control)
-        self.authentication.check(config.auth, config.networks)
+        for name in self.authentication.check(config.auth, config.networks):
+            plan.changes.append(Change(f"auth.{name}", name, name))
         before = self.renewal.certificate
         try:
             after = self.renewal.check(config.options(TlsOptions))

@@ -20,7 +20,7 @@ from balancer.balancing.ejection import KeptEjection
 from balancer.balancing.pool import DEFAULT_POOL, BackendPool
 from balancer.balancing.pools import Pools
 from balancer.commands import shipped
-from balancer.config.comparison import NOTHING, Plan, compare
+from balancer.config.comparison import NOTHING, compare
 from balancer.config.decisions import Decision, Decisions
 from balancer.config.decisions import News as DecisionNews
 from balancer.config.reload import Configuration
@@ -28,7 +28,7 @@ from balancer.config.routes import RouteSettings
 from balancer.config.settings import Settings
 from balancer.control import api
 from balancer.control.access import Access, AccessOptions
-from balancer.control.control import Control, TlsView
+from balancer.control.control import Control, Reload, TlsView
 from balancer.edge.port import Port
 from balancer.edge.renewal import News, Renewal
 from balancer.edge.tls import TlsOptions
@@ -98,7 +98,7 @@ def make(
     config: Settings,
     sources: Mapping[str, str] | None,
     filters: Sequence[Filter],
-    reload: Callable[[bool], Plan],
+    reload: Reload,
     renew: Callable[[], None],
     ports: Callable[[], Sequence[Port]],
 ) -> Parts:
@@ -234,7 +234,7 @@ def _memory(control: Control) -> Memory | None:
 
     def whole(read: Callable[[], Any], restore: Callable[[Any], None]) -> Kept:
         """In one value what one part counts."""
-        return Kept(lambda: {"all": plain(read())}, lambda kept: restore(kept["all"]) if kept else None)
+        return Kept(lambda: {"all": plain(read())}, lambda kept: restore(kept["all"]))
 
     kept = {
         "events": Kept(events.kept, lambda kept: events.restore(kept.values()), KeptEvent),
@@ -341,7 +341,7 @@ def _proxy(
 def request_heads(config: Settings, pseudonym: bytes, ours: Collection[bytes] = ()) -> RequestHeads:
     return RequestHeads(
         *(pseudonym, config.networks, config.max_header_count, config.request_headers, config.host_field, config.via),
-        cookies=[cookie_of(name) for name, each in config.by_pool().items() if each.sticky],
+        cookies={cookie_of(name) for name, each in config.by_pool().items() if each.sticky},
         ours=ours,
     )
 
@@ -365,7 +365,7 @@ def _follow(control: Control, pools: PoolWiring) -> Callable[[BackendPool, Chang
         elif change.kind == "backend_added":
             statistics.forget(change.backend)  # a failed last request of a removed one is recorded after its removal
             health.wake()
-        elif change.kind == "backend_removed":
+        elif change.kind == "backend_removed" and pools.pools.pool_of(change.backend) is None:
             statistics.forget(change.backend)
 
     return changed

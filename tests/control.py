@@ -102,6 +102,7 @@ STATUS |= fields(NUMBER, "now uptime") | {"statistics": STATISTICS, "recent_requ
 STATUS |= {"backend_servers": [BACKEND | {"health": HEALTH}]}
 CAPABILITIES = fields(FLAG, "writes token_required authorized traffic")
 STATUS |= {"capabilities": CAPABILITIES | {"algorithms": [fields(TEXT, "name description")]}}
+WINDOW = fields(COUNT, "requests failed") | fields(ANY_NUMBER, "p50 p95 p99")
 EVENT = fields(TEXT, "kind message severity") | {"seq": COUNT, "timestamp": NUMBER, "backend": ANY_TEXT}
 
 

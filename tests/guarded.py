@@ -23,8 +23,15 @@ class Guarded(LoadBalancer):
     """Each of `auth` is a table of the settings; one of them must say yes."""
 
     def __init__(self, backend: WireBackend, auth: Sequence[Mapping[str, Any]], **settings: Any) -> None:
-        route = {"name": "all", "path": "/", "ambiguous_paths": "forward", "auth": [each["name"] for each in auth]}
+        route: dict[str, Any] = {
+            "name": "all",
+            "path": "/",
+            "ambiguous_paths": "forward",
+            "auth": [each["name"] for each in auth],
+        }
         backends = [{"id": "only", "url": backend.url}]
+        if "limits" in settings:
+            route["limits"] = [each["name"] for each in settings["limits"]]
         super().__init__(backends, auth=auth, routes=[route], health_timeout=5, **settings)
         self.backend = backend
 

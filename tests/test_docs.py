@@ -17,7 +17,8 @@ from balancer.config.auth import ApiKeySettings, BasicSettings, ControlTokenSett
 from balancer.config.limits import LimitSettings
 from balancer.config.routes import ExpectSettings, MirrorSettings, RouteSettings
 from balancer.config.settings import NEEDS_RESTART, Settings, default_of, show
-from balancer.config.values import PER_ROUTE, Values
+from balancer.config.tables import PoolSettings
+from balancer.config.values import PER_POOL, Values
 from balancer.protocol.headerrules import NO_RULES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +26,7 @@ SETTINGS, OPERATIONS = ROOT / "docs" / "settings.md", ROOT / "docs" / "operation
 MANUAL = ROOT / "docs" / "load-balancer.1"
 SOURCES = [ROOT / "load_balancer.py", *sorted((ROOT / "balancer").rglob("*.py"))]
 TABLES = (
+    ("Pools", PoolSettings),
     ("Routes", RouteSettings),
     ("Mirrors", MirrorSettings),
     ("Expectations", ExpectSettings),
@@ -55,7 +57,7 @@ def _default_of(model: type[BaseModel], name: str) -> str:
     field = model.model_fields[name]
     if field.is_required():
         return "needed"
-    if name in Values.model_fields and PER_ROUTE in Values.model_fields[name].metadata:
+    if name in Values.model_fields and PER_POOL in Values.model_fields[name].metadata:
         return "as above"
     return "none" if field.default in (None, "", (), {}, NO_RULES) else show(field.default)
 

@@ -61,6 +61,7 @@ def test_it_is_told_of_the_same_request_and_backends_get_what_it_says(balancer: 
     )
     status, answer, _ = balancer.ask(*lines, target=b"/a%2f/../b?q=%20", method=b"DELETE")
     assert status == 200 and [value for name, value in answer if name == b"set-cookie"] == [b"a=1", b"b=2"]
+    assert (b"cache-control", b"private") in answer
     (asked,), (forwarded,) = server.requests, balancer.backend.requests
     assert asked.head.startswith(b"GET /verify?x=1 HTTP/1.1\r\n") and asked.body == b""
     told = (b"x-forwarded-method", b"x-forwarded-uri", b"x-forwarded-host", b"cookie", b"authorization", b"host")
@@ -100,6 +101,8 @@ def test_its_refusal_is_the_answer(balancer: Guarded, server: WireBackend, statu
     server.answer(said.replace(b"200 OK", b"%d No" % status))
     found, lines, told = balancer.ask()
     assert (found, told) == (status, b"no") and balancer.backend.seen == 0
+    record = balancer.requests(1)[0]
+    assert (record["reason"], record["error"]) == ("http_request_denied", f"sso: {server.url}/verify answered {status}")
     assert (b"location", b"https://login.example/") in lines and (b"set-cookie", b"a=1") in lines
     assert [value for name, value in lines if name == b"server"] == [b"load-balancer"]
     sent = post(b"Content-Length: 100000", b"Connection: close")  # and no body: nobody waits for one

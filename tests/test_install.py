@@ -118,7 +118,11 @@ def test_the_demo_starts_from_anywhere_and_leaves_nothing(command: Path, elsewhe
 
 def test_its_documents_are_installed(command: Path) -> None:
     share = command.parents[1] / "share"
-    for name, place in (("load-balancer.1", "man/man1"), ("settings.md", "doc/load-balancer")):
+    for name, place in (
+        ("load-balancer.1", "man/man1"),
+        ("settings.md", "doc/load-balancer"),
+        ("examples/gateway.toml", "doc/load-balancer"),
+    ):
         assert (share / place / name).read_bytes() == (ROOT / "docs" / name).read_bytes()
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from support import Balancer, BalancerProcess, RawRequest, another_value, fetch, fetch_json, ok, options, wait_until
+from werkzeug.test import Client
 from wire import WireBackend
 
 from balancer.balancing import strategies
@@ -60,10 +61,29 @@ def whats(answer: dict[str, Any]) -> list[str]:
 def test_nothing_changed_changes_nothing() -> None:
     wired = Wired(backends=[A, B])
     answer = wired.reload(backends=[A, B])
+    answer.pop("hash")
     assert answer == {
         "applied": True, "changes": [], "kept": [], "needs_restart": [], "shares": {"a": 0.5, "b": 0.5},
     }  # fmt: skip
     assert wired.events()[-1] == ("config_reloaded", "nothing has changed")
+
+
+def test_only_what_was_looked_at_is_applied() -> None:
+    wired = Wired(backends=[A, B], sticky_secret="one-of-sixteen-signs-and-more")
+    other = {"backends": [A | {"weight": 3}, B], "sticky_secret": "two-of-sixteen-signs-and-more"}
+    looked_at = wired.reload(dry_run=True, **other)["hash"]
+    assert wired.reload(dry_run=True, **other)["hash"] == looked_at
+    client = Client(wired.balancer.control_app)
+
+    def apply() -> int:
+        headers = {"If-Match": f'"{looked_at}"'}
+        return client.post("/reload", headers=headers, environ_base={"REMOTE_ADDR": "127.0.0.1"}).status_code
+
+    for changed in ({"backends": [A, B]}, {"sticky_secret": "six-of-sixteen-signs-and-more"}):
+        wired.wanted = Settings(**other | changed)
+        assert (apply(), wired.weights(), wired.balancer.configuration.last_error) == (412, {"a": 1, "b": 1}, None)
+    wired.wanted = Settings(**other)
+    assert (apply(), wired.weights()) == (200, {"a": 3, "b": 1})
 
 
 def test_backends_are_added_changed_and_removed() -> None:

@@ -23,7 +23,7 @@ from balancer import commandline
 from balancer.config.settings import Settings
 from balancer.edge import accepted
 from balancer.loadbalancer import LoadBalancer, create_app
-from balancer.state.store import MIGRATIONS, Store
+from balancer.state.store import MIGRATIONS, Store, StoreError
 
 A, B, C = ({"id": name, "url": f"http://127.0.0.1:{port}"} for name, port in (("a", 1), ("b", 2), ("c", 3)))
 
@@ -388,7 +388,7 @@ def test_what_a_full_disk_has_no_room_for_is_written_later(tmp_path: Path) -> No
     assert rows(file, "decisions")["default a weight"]["value"] == 8
 
 
-def test_one_that_is_removed_or_spoilt_meanwhile_is_made_anew(tmp_path: Path) -> None:
+def test_one_that_is_removed_meanwhile_is_made_anew(tmp_path: Path) -> None:
     file = tmp_path / "state.db"
     with Balancer(f"--state-file={file}", "--backend=a=http://127.0.0.1:9", wait_ready=False) as balancer:
         patch(balancer, "a", weight=7)
@@ -396,6 +396,22 @@ def test_one_that_is_removed_or_spoilt_meanwhile_is_made_anew(tmp_path: Path) ->
         file.unlink()
         wait_until(file.exists, "it is there again")
     assert rows(file, "decisions")["default a weight"]["value"] == 7
+
+
+def test_one_that_turns_out_to_be_damaged_gives_way_too(restarted: Restarted, monkeypatch: pytest.MonkeyPatch) -> None:
+    with restarted.started() as balancer:
+        decide(balancer, "PATCH", "/backends/a", weight=7)
+        memory = balancer.memory
+        assert memory is not None
+        with monkeypatch.context() as patched:
+            patched.setattr(Store, "save", lambda self, changes: raise_damaged())
+            memory._look()
+    assert rows(restarted.file, "decisions")["default a weight"]["value"] == 7
+    assert sum(".damaged-" in each.name for each in restarted.file.parent.iterdir()) >= 1
+
+
+def raise_damaged() -> None:
+    raise StoreError("database disk image is malformed", is_damaged=True)
 
 
 def test_values_that_make_no_sense_are_left_out(restarted: Restarted) -> None:

@@ -21,19 +21,21 @@ def probe(config: Settings, path: str) -> tuple[int, str]:
     """(exit code, what was asked and what came). Raises SettingsError if the settings do not say where to ask."""
     target = f"{config.control_prefix}/{path}"
     request = f"GET {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
-    deadline = time.monotonic() + PROBE_SECONDS
     where, family, address = _where(config)
+    deadline = time.monotonic() + PROBE_SECONDS
     head = b""
+
+    def timed(sock: socket.socket) -> socket.socket:
+        sock.settimeout(max(0.001, deadline - time.monotonic()))  # 0 would mean something else
+        return sock
+
     try:
         with socket.socket(family, socket.SOCK_STREAM) as plain:
-            plain.settimeout(PROBE_SECONDS)
-            plain.connect(address)
-            with plain if config.tls_certificate is None else _encrypted(plain) as sock:
+            timed(plain).connect(address)
+            with plain if config.tls_certificate is None else _encrypted(timed(plain)) as sock:
                 sock.sendall(request.encode("ascii"))
                 while len(head) < STATUS_LINE:
-                    sock.settimeout(
-                        max(0.001, deadline - time.monotonic())
-                    )  # 0 would not wait, but mean something else
+                    timed(sock)
                     piece = sock.recv(STATUS_LINE - len(head))
                     if not piece:
                         return 1, f"{where}{target}: no answer"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from balancer.config import validation
 from balancer.config.tables import Named
 from balancer.errors import SettingsError
+from balancer.protocol.addresses import is_loopback
 from balancer.protocol.headerrules import OF_REQUESTS, is_token
 from balancer.protocol.origin import Endpoint
 from balancer.protocol.texts import quoted
@@ -18,10 +21,28 @@ Symmetric = Literal["HS256", "HS384", "HS512"]  # whoever can check such a token
 Algorithm = Literal[
     Symmetric, "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA", "Ed25519"
 ]
-Digest = Annotated[str, Field(pattern=validation.SHA256)]
+OF_NOTHING = sha256(b"").hexdigest()
+
+
+def _check_digest(digest: str) -> str:
+    if digest == OF_NOTHING:
+        raise ValueError("is the digest of nothing at all; make a key by load-balancer new-key NAME")
+    return digest
+
+
+Digest = Annotated[str, Field(pattern=validation.SHA256), AfterValidator(_check_digest)]
+_SCOPE = re.compile(r"[\x21\x23-\x5b\x5d-\x7e]+")  # RFC 6749 section 3.3
+_WHOSE = {"issuer": "of any issuer that has these keys", "audience": "that are meant for somebody else"}
 # What backends are told by us, or by clients, and by nobody else.
 NOT_COPIED = {*OF_REQUESTS, b"cookie", b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto"}
 OTHERS = ("admin_token", "page_token", "local")  # what events call whoever has none of `control_tokens`
+
+
+class _Auth(Named):
+    @property
+    def advice(self) -> list[str]:
+        """What its owner may not expect of it."""
+        return []
 
 
 class KeySettings(BaseModel):
@@ -33,7 +54,7 @@ class KeySettings(BaseModel):
     sha256: Digest = Field(description="its SHA-256 digest, as load-balancer new-key prints it")
 
 
-class ApiKeySettings(Named):
+class ApiKeySettings(_Auth):
     """Keys in X-API-Key or Authorization: Bearer."""
 
     type: Literal["api_key"] = Field(description="api_key")
@@ -49,14 +70,14 @@ class ApiKeySettings(Named):
         return keys
 
 
-class BasicSettings(Named):
+class BasicSettings(_Auth):
     """Names and passwords (RFC 7617)."""
 
     type: Literal["basic"] = Field(description="basic")
     users_file: Path = Field(description="file of lines NAME:HASH, as htpasswd -B writes them")
 
 
-class JwtSettings(Named):
+class JwtSettings(_Auth):
     """JSON Web Tokens in Authorization: Bearer."""
 
     type: Literal["jwt"] = Field(description="jwt")
@@ -78,6 +99,16 @@ class JwtSettings(Named):
     def _check_url(cls, url: str | None) -> str | None:
         return None if url is None else _url(url)
 
+    @field_validator("require")
+    @classmethod
+    def _check_scope(cls, require: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        for scope in require.get("scope", ()):
+            if not _SCOPE.fullmatch(scope):
+                raise ValueError(
+                    f"{quoted(scope)} is no scope: expected visible ASCII without blanks, quotes, backslashes"
+                )
+        return require
+
     @model_validator(mode="after")
     def _check_keys(self) -> JwtSettings:
         kinds = ("secret_file", "jwks_file", "jwks_url")
@@ -90,8 +121,19 @@ class JwtSettings(Named):
             raise ValueError(f"{told} with {given[0]}; expected HS* alone with a secret_file, all others with keys")
         return self
 
+    @property
+    def advice(self) -> list[str]:
+        lines = [
+            f"without {name}, tokens {whose} count too" for name, whose in _WHOSE.items() if not getattr(self, name)
+        ]
+        if self.jwks_url is not None and self.jwks_url.startswith("http://"):
+            origin = Endpoint.parse(self.jwks_url).origin
+            if not is_loopback(origin.host):
+                lines.append("jwks_url without TLS: whoever is on the way can put keys of his own there")
+        return lines
 
-class ForwardSettings(Named):
+
+class ForwardSettings(_Auth):
     """Another server decides."""
 
     type: Literal["forward"] = Field(description="forward")

@@ -7,10 +7,13 @@ survives a reload that is about something else, and an edited file does what it 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any, cast
 
+from pydantic import BaseModel, SecretStr
 from typing_extensions import TypedDict
 
 from balancer.balancing import strategies
@@ -26,6 +29,7 @@ from balancer.config.values import BackendSettings, Values
 from balancer.errors import SettingsError
 from balancer.protocol.origin import Origin
 
+HASH_KEY = os.urandom(32)
 NOTHING = Settings(backends=())
 BACKEND_FIELDS = ("url", "weight", "max_connections", "drain_timeout")
 
@@ -37,7 +41,10 @@ ChangeView = TypedDict("ChangeView", {"what": str, "from": Plain, "to": Plain})
 
 
 class PlanView(TypedDict):
+    """`hash` in If-Match applies this plan and no other."""
+
     applied: bool
+    hash: str
     changes: list[ChangeView]
     kept: list[str]
     needs_restart: list[str]
@@ -73,9 +80,17 @@ class Plan:
     pools: dict[str, PoolChanges] = field(default_factory=dict)  # by name
     shares: dict[str, float] | None = None
 
+    @property
+    def hash(self) -> str:
+        """Of what it would change, secrets included, and of all that it tells. It says nothing of the secrets."""
+        changes = [(change.what, _known(change.before), _known(change.after)) for change in self.changes]
+        told = repr((changes, self.kept, self.needs_restart, self.shares))
+        return blake2b(told.encode(), key=HASH_KEY, digest_size=16).hexdigest()
+
     def describe(self, applied: bool) -> PlanView:
         return {
             "applied": applied,
+            "hash": self.hash,
             "changes": [change.describe() for change in self.changes],
             "kept": self.kept,
             "needs_restart": self.needs_restart,
@@ -246,6 +261,13 @@ def configured(settings: BackendSettings) -> dict[str, Any]:
 def short(source: str) -> Source:
     """`file balancer.toml` is `file` where one word is expected."""
     return cast(Source, source.partition(" ")[0])
+
+
+def _known(value: Any) -> Any:
+    """With its secrets, in which alone two values may differ."""
+    if isinstance(value, BaseModel):
+        return [(name, _known(one)) for name, one in value]
+    return value.get_secret_value() if isinstance(value, SecretStr) else value
 
 
 def _plain(value: Any) -> Plain:

@@ -212,11 +212,10 @@ class Decisions:
                 for key, each in found:
                     if bool(key.field) is is_field and (why := self._why_not(key, each, facts, lost)):
                         lost[key] = why
-        if found:
-            held = ", ".join(f"{key} {show(each['value'])}" for key, each in found if key not in lost)
-            left_out = ", ".join(f"{key} {show(each['value'])} ({lost[key]})" for key, each in found if key in lost)
-            text = f"decided before: {held or 'nothing that holds'}"
-            self._note("state_restored", "", f"{text}; left out: {left_out}" if lost else text)
+        held = ", ".join(f"{key} {show(each['value'])}" for key, each in found if key not in lost)
+        left_out = ", ".join(f"{key} {show(each['value'])} ({lost[key]})" for key, each in found if key in lost)
+        text = f"decided before: {held or 'nothing that holds'}"
+        self._note("state_restored", "", f"{text}; left out: {left_out}" if lost else text)
 
     def _why_not(self, key: Key, each: Decision, facts: Facts, lost: Collection[Key]) -> str:
         """Decide it again; why that cannot be, empty if it is done."""

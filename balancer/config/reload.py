@@ -18,7 +18,7 @@ from balancer.config import environment
 from balancer.config.comparison import Plan, Sources, compare
 from balancer.config.decisions import Decisions
 from balancer.config.settings import NEEDS_RESTART, Settings, rows, show
-from balancer.errors import SettingsError
+from balancer.errors import BalancerError, SettingsError
 
 
 class ConfigView(TypedDict):
@@ -41,6 +41,10 @@ class SettingView(TypedDict):
 
 class SettingsView(ConfigView):
     settings: list[SettingView]
+
+
+class PlanChanged(BalancerError):
+    """A reload would do something else than what was looked at before."""
 
 
 class Configuration:
@@ -73,8 +77,10 @@ class Configuration:
         apply: Callable[[Settings, Plan], None],
         *,
         dry_run: bool = False,
+        accepts: Callable[[str], bool] = lambda hash: True,
     ) -> Plan:
-        """Read, compare, `check` and, unless `dry_run`, `apply`. Raises SettingsError; then nothing has changed."""
+        """Read, compare, `check` and, unless `dry_run`, `apply`. Raises SettingsError, or PlanChanged if `accepts` does
+        not take the hash of the plan; then nothing has changed."""
         with self._lock:
             if not self.can_reload:
                 how = "" if "program" in self.sources.values() else "; start with --config FILE"
@@ -92,6 +98,8 @@ class Configuration:
                 if not dry_run and self.read is not None:
                     self.last_error = str(error)
                 raise
+            if not accepts(plan.hash):
+                raise PlanChanged("the configuration would change something else by now; look at it with dry_run=1")
             if not dry_run:
                 # Restart-only settings stay as they are in force, or the next reload would not name them again.
                 still = {name: getattr(self.settings, name) for name in plan.needs_restart}

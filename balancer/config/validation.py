@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from pydantic import BaseModel
@@ -64,9 +65,14 @@ def shown(value: Any, hide: bool = False) -> str:
     return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
 
 
+@cache
+def _root_of(model: type[BaseModel]) -> Schema:
+    """Each takes a while, and a table may have many faults."""
+    return model.model_json_schema()
+
+
 def _schema_of(path: tuple[str | int, ...], model: type[BaseModel]) -> Schema:
-    root = model.model_json_schema()
-    schema = root
+    root = schema = _root_of(model)
     for step in path:
         if isinstance(step, int):
             inner = schema["items"]
@@ -107,5 +113,7 @@ def _expected(schema: Schema) -> str:
 
 
 def _range(schema: Schema) -> str:
-    least, most = schema["minimum"], schema.get("maximum")
+    least, most = schema.get("minimum"), schema.get("maximum")
+    if least is None:  # a validator of ours has it
+        return ""
     return f", {least} or more" if most is None else f" from {least} to {most}"

@@ -15,6 +15,7 @@ from balancer.balancing.options import StrategyOptions
 from balancer.balancing.pool import BackendPool
 from balancer.balancing.strategies import StrategyView
 from balancer.config.decisions import ALGORITHM, Fields, Key
+from balancer.config.reload import PlanChanged
 from balancer.control.control import ManagedView, current_control
 from balancer.control.inputs import AlgorithmChange, BackendChange, BackendCreate, Nothing, read_body, seconds, switch
 from balancer.control.problems import ApiError
@@ -87,11 +88,13 @@ def reset() -> Response:
 @blueprint.post("/reload")
 def reload() -> Response:
     read_body(Nothing)
-    dry_run = switch("dry_run")
+    dry_run, wanted = switch("dry_run"), request.if_match  # RFC 9110 section 13.1.1
     try:
-        plan = current_control().reload(dry_run)
+        plan = current_control().reload(dry_run, wanted.contains if wanted else lambda hash: True)
     except SettingsError as error:
         raise ApiError(422, str(error)) from None
+    except PlanChanged as error:
+        raise ApiError(412, str(error)) from None
     return jsonify(plan.describe(applied=not dry_run))
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from balancer.state.memory import Memory
 
 Lifecycle = Literal["starting", "running", "draining"]
+Reload = Callable[[bool, Callable[[str], bool]], Plan]  # True only asks what it would do
 
 
 class TlsView(TypedDict):
@@ -77,7 +78,7 @@ class Control:
     canaries: Canaries
     idle: Callable[[], Mapping[str, Mapping[str, int]]]  # kept connections, by the name of a pool and a URL
     queued: Callable[[], int]  # requests that wait for a thread
-    reload: Callable[[bool], Plan]  # True only asks what it would do
+    reload: Reload
     tls: Callable[[], TlsView | None]
     memory: Memory | None = None  # without a `state_file`
     lifecycle: Lifecycle = "starting"

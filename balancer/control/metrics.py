@@ -124,8 +124,9 @@ def one_of(states: Iterable[str], current: str) -> dict[str, float]:
     return {state: state == current for state in states}
 
 
-def buckets(samples: Histogram, bounds: Sequence[float]) -> list[tuple[str, float]]:
-    return [*((str(bound), samples.up_to(bound)) for bound in bounds), ("+Inf", samples.total)]
+def measured(samples: Histogram, bounds: Sequence[float]) -> tuple[list[tuple[str, float]], float]:
+    """Buckets and sum."""
+    return [*((str(bound), samples.up_to(bound)) for bound in bounds), ("+Inf", samples.total)], samples.seconds
 
 
 class Metrics:
@@ -233,7 +234,7 @@ class Collector:
         yield refused
         yield add(gauge("requests_in_flight", "Requests under way."), [], lifetime.active)
         duration = histogram("request_duration_seconds", "Time from a request's head to the end of its answer.")
-        duration.add_metric([], buckets(whole.latency, BUCKETS), whole.seconds)
+        duration.add_metric([], *measured(whole.times, BUCKETS))
         yield duration
         yield add(counter("request_bytes", "Bytes of request bodies."), [], totals.bytes_in)
         yield add(counter("response_bytes", "Bytes of response bodies."), [], totals.bytes_out)
@@ -242,7 +243,7 @@ class Collector:
         waiting = {"backend": self._control.pools.waiting, "thread": self._control.queued()}
         yield add_each(gauge("queue_length", "Requests that wait, by what for.", "queue"), [], waiting)
         queued = histogram("queue_duration_seconds", "Time in the queue for a backend, of requests that had to wait.")
-        queued.add_metric([], buckets(totals.waits, QUEUE_BUCKETS), totals.waited)
+        queued.add_metric([], *measured(totals.waits, QUEUE_BUCKETS))
         yield queued
 
     def _websockets(self) -> Iterator[Metric]:
@@ -322,5 +323,5 @@ class Collector:
             add_each(codes, seen.labels, seen.attempts.codes())
             add_each(errors, seen.labels, dict.fromkeys(BACKEND_REASONS, 0) | seen.attempts.failures())
             add_each(turns, seen.labels, {"up": seen.counts.ups, "down": seen.counts.downs})
-            duration.add_metric(seen.labels, buckets(seen.traffic.latency, BUCKETS), seen.traffic.seconds)
+            duration.add_metric(seen.labels, *measured(seen.traffic.times, BUCKETS))
         yield from (info, states, codes, errors, turns, duration)

@@ -26,7 +26,7 @@ from balancer.control.metrics import current_metrics
 from balancer.control.problems import ApiError
 from balancer.observe.canary import CanaryView
 from balancer.observe.events import Event
-from balancer.observe.history import SLOTS, Slot
+from balancer.observe.history import SLOTS, WINDOWS, Figures, Slot
 from balancer.observe.record import FinishedView, RecentView
 from balancer.observe.statistics import NO_REQUESTS, CountersView, StatisticsView
 
@@ -38,9 +38,17 @@ blueprint = Blueprint("monitoring", __name__)
 
 
 class ServerView(ManagedView, CountersView):
-    """A backend and what its requests came to. `websockets` are those that are open."""
+    """A backend and what its requests came to. `websockets` are those that are open. `window`: of the window that was
+    asked for, None without a request in it."""
 
     websockets: int
+    window: Figures | None
+
+
+class WindowView(Figures):
+    """`seconds` may be up to 10 more than asked for, or less after a start or a reset."""
+
+    seconds: int
 
 
 class PoolStatus(PoolView):
@@ -75,6 +83,7 @@ class TotalsView(StatisticsView):
     waiting_requests: int
     unassigned_requests: int
     websockets: int
+    window: WindowView | None
 
 
 class Capabilities(TypedDict):
@@ -136,11 +145,20 @@ class HistoryView(TypedDict):
 @blueprint.get("/status")
 def status() -> Response:
     control = current_control()
-    recent = whole_number("recent", 20, MAX_RECENT)
+    recent, seconds = whole_number("recent", 20, MAX_RECENT), whole_number("window", 0, max(WINDOWS))
+    if seconds not in (0, *WINDOWS):
+        raise ApiError(400, f"window={seconds}: expected one of {', '.join(map(str, WINDOWS))}")
+    window = control.history.window(seconds) if seconds else None
+    in_window = {} if window is None else window.backends
     whole, by_backend, newest = control.statistics.snapshot(recent)
     websockets = control.statistics.websockets.open()
     backends: list[ServerView] = [
-        {**by_backend.get(backend["id"], NO_REQUESTS), **backend, "websockets": websockets[backend["id"]]}
+        {
+            **by_backend.get(backend["id"], NO_REQUESTS),
+            **backend,
+            "websockets": websockets[backend["id"]],
+            "window": in_window.get(backend["id"]),
+        }
         for backend in control.backends()
     ]
     shown = {backend["id"] for backend in backends}
@@ -151,6 +169,7 @@ def status() -> Response:
         "waiting_requests": control.pools.waiting,
         "unassigned_requests": sum(c["total_requests"] for key, c in by_backend.items() if key not in shown),
         "websockets": websockets.total(),
+        "window": None if window is None else {**window.whole, "seconds": window.seconds},
     }
     return jsonify(
         Status(

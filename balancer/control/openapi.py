@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -38,6 +39,7 @@ def _operation(
     *,
     body: type[Body] | None = None,
     query: dict[str, Schema] | None = None,
+    headers: Sequence[str] = (),
     media_type: str = "application/json",
     errors: str = "application/problem+json",
 ) -> Schema:
@@ -52,8 +54,10 @@ def _operation(
     }
     if body is not None:
         operation["requestBody"] = {"required": body is not Nothing, "content": {"application/json": _schema(body)}}
-    if query:
-        operation["parameters"] = [{"name": name, "in": "query", "schema": query[name]} for name in query]
+    parameters = [{"name": name, "in": "query", "schema": schema} for name, schema in (query or {}).items()]
+    parameters += [{"name": name, "in": "header", "schema": TEXT} for name in headers]
+    if parameters:
+        operation["parameters"] = parameters
     return operation
 
 
@@ -75,7 +79,10 @@ PATHS: dict[str, Schema] = {
             "getStatus",
             "Everything at one moment. Times in seconds, points in time as epoch seconds.",
             {200: Status},
-            query={"recent": {"type": "integer", "minimum": 0, "maximum": 100, "default": 20}},
+            query={
+                "recent": {"type": "integer", "minimum": 0, "maximum": 100, "default": 20},
+                "window": {"type": "integer", "enum": [10, 60, 300], "description": "seconds: what they came to"},
+            },
             errors=LEGACY,
         )
     },
@@ -162,10 +169,11 @@ PATHS: dict[str, Schema] = {
         "post": _operation(
             "reloadConfiguration",
             "Read the configuration file again and apply what changed in it; a bad file changes nothing. With "
-            "`dry_run` it only says what would change.",
+            "`dry_run` it only says what would change; its `hash` in If-Match applies nothing but that (else 412).",
             {200: PlanView},
             body=Nothing,
             query={"dry_run": SWITCH},
+            headers=("If-Match",),
         )
     },
     "/events": {

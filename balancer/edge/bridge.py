@@ -97,7 +97,10 @@ class Bridge(Listener):
             forwarding = call.forwarding = self.proxy.forward(call.request(self.proxy.heads))
             if call.body is None and self.express is not None and forwarding.start() and self.express.wait_for(call):
                 return
-            self._hand_on(call)
+            if call.body is None and forwarding.is_decided:
+                call.answer()
+            else:
+                self._hand_on(call)
         except BaseException:
             self._surprised(call)
 

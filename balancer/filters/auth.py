@@ -6,16 +6,15 @@ told in X-Auth-Subject who it is; whatever a client says of itself there is not 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from balancer.errors import BalancerError, Unauthorized
+from balancer.errors import BalancerError, Forbidden, Unauthorized
 from balancer.forwarding.answer import Answer
 from balancer.forwarding.filter import Filter
 from balancer.observe.refusals import WHYS, Refusals, Why
 from balancer.protocol.messages import CREDENTIALS, Line
 from balancer.protocol.requestheads import HEADS_ROOM, RequestHead, weigh_made
-from balancer.protocol.requestkey import field
 from balancer.protocol.tables import Table
 
 if TYPE_CHECKING:
@@ -71,19 +70,24 @@ class Authenticator:
 
 
 class Auth(Filter):
-    """Lets in whom one of `authenticators` knows."""
+    """Lets in whom one of `authenticators` knows.
+
+    `_answered` has, of requests that one of them has answered itself, why: put in and taken out in one step each.
+    """
 
     def __init__(self, authenticators: Sequence[Authenticator], refusals: Refusals) -> None:
         self._authenticators = authenticators
         self._refusals = refusals
+        self._credentials = CREDENTIALS | {b"cookie"}
         gone = frozenset({SUBJECT}).union(*(each.credentials | each.ours for each in authenticators))
         self._heads: Table[tuple[RequestHead, tuple[Line, ...]], RequestHead] = Table(
             lambda given: given[0].replaced(gone, given[1]), HEADS_ROOM, weigh_made
         )
         self.waits = any(each.waits for each in authenticators)
+        self._answered: dict[Request, str] = {}
 
     def admit(self, request: Request) -> Answer | None:
-        if request.method == "OPTIONS" and _is_preflight(request):
+        if request.method == "OPTIONS" and _is_preflight(request, self._credentials):
             request.head = self._heads[request.head, ()]
             return None
         refused = []
@@ -96,9 +100,10 @@ class Auth(Filter):
         name, decisive = max(refused, key=lambda one: (WHYS.index(one[1].why), one[1].decision is not None))
         self._refusals.count(name, decisive.why)
         request.subject = decisive.subject
-        if isinstance(decisive.decision, Answer):
-            return decisive.decision
         text = "; ".join(each.text for _, each in refused)
+        if isinstance(decisive.decision, Answer):
+            self._answered[request] = text
+            return decisive.decision
         raise decisive.decision or Unauthorized(text, [each.challenge for _, each in refused if each.challenge])
 
     def _let_in(self, request: Request, granted: Granted) -> None:
@@ -107,6 +112,8 @@ class Auth(Filter):
 
     def done(self, request: Request, record: Record) -> None:
         record.subject = request.subject or None
+        if (text := self._answered.pop(request, None)) is not None:
+            record.reason, record.error = Forbidden.reason, text
 
 
 class AuthWithCookies(Auth):
@@ -125,17 +132,26 @@ class AuthWithCookies(Auth):
             self._cookies[request] = granted.cookies
 
     def answer(self, request: Request, record: Record, lines: list[Line]) -> list[Line]:
-        return [*lines, *self._cookies.get(request, ())]
+        cookies = self._cookies.get(request)
+        return [*lines, *cookies, (b"cache-control", b"private")] if cookies else lines  # nobody else's
 
     def done(self, request: Request, record: Record) -> None:
         super().done(request, record)
         self._cookies.pop(request, None)
 
 
-def _is_preflight(request: Request) -> bool:
-    """A browser asks for a page of another origin whether it may send a request, and puts no credentials into this one
-    (Fetch standard, section "CORS-preflight fetch")."""
-    return bool(field(request, b"origin") and field(request, b"access-control-request-method"))
+def _is_preflight(request: Request, credentials: Collection[bytes]) -> bool:
+    """A browser asks for a page of another origin whether it may send a request, and puts neither credentials nor a
+    body into this one (Fetch standard, section "CORS-preflight fetch"). What has either, or asks a backend to take it
+    for another method, is a request like others."""
+    names = {name.lower() for name, _ in request.head.lines}
+    return (
+        {b"origin", b"access-control-request-method"} <= names
+        and names.isdisjoint(credentials)
+        and not any(b"method-override" in name or name == b"x-http-method" for name in names)
+        and b"transfer-encoding" not in request.head.fields
+        and not request.head.length
+    )
 
 
 def granted(subject: str, lines: Sequence[Line] = (), cookies: Sequence[Line] = ()) -> Granted:
@@ -148,6 +164,8 @@ def is_subject(text: object) -> bool:
 
 
 def sent(request: Request, scheme: bytes) -> list[bytes]:
-    """Credentials in `Authorization` of this scheme, whose name has no case (RFC 9110 section 11.1)."""
-    found = [value.partition(b" ") for value in request.values(b"authorization")]
-    return [given.strip() for name, _, given in found if name.lower() == scheme]
+    """Credentials in `Authorization` of this scheme, whose name has no case (RFC 9110 section 11.1). Several lines of
+    that count as such, whatever they say: who knows which one others would take."""
+    values = request.values(b"authorization")
+    found = [value.partition(b" ") for value in values]
+    return [given.strip() for name, _, given in found if name.lower() == scheme or len(values) > 1]

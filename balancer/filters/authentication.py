@@ -50,14 +50,20 @@ class Authentication:
         used = [each for _, each in self._used.values()]
         return frozenset({SUBJECT}).union(*(each.ours for each in used)) - CREDENTIALS if used else frozenset()
 
-    def check(self, tables: Sequence[Any], networks: tuple[Network, ...]) -> None:
-        """Make what `use` will put in force. Raises SettingsError, in one line without anything that is in a file."""
-        checked = {}
+    def check(self, tables: Sequence[Any], networks: tuple[Network, ...]) -> list[str]:
+        """Make what `use` will put in force. Returns the names of those whose file alone is another one. Raises
+        SettingsError, in one line without anything that is in a file."""
+        checked, changed = {}, []
         for table in tables:
             definition, before = Definition(table, _content(table), networks), self._used.get(table.name)
-            is_kept = before is not None and before[0] == definition
-            checked[table.name] = before if before is not None and is_kept else (definition, self._made(definition))
+            if before is not None and before[0] == definition:
+                checked[table.name] = before
+                continue
+            checked[table.name] = definition, self._made(definition)
+            if before is not None and before[0].table == table and before[0].content != definition.content:
+                changed.append(table.name)
         self._checked = checked
+        return changed
 
     def use(self) -> None:
         with self._lock:

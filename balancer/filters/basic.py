@@ -72,10 +72,10 @@ class Basic(Authenticator):
 
     def check(self, request: Request) -> Granted | Refused:
         found = sent(request, b"basic")
-        if len(found) != 1:
-            return self.refused(
-                *(("invalid", "more than one password") if found else ("missing", "no password")), self._challenge
-            )
+        if not found:
+            return self.refused("missing", "no password was sent", self._challenge)
+        if len(found) > 1:
+            return self.refused("invalid", "more than one password was sent", self._challenge)
         client = self._client(request)
         if seconds := self._guesses.wait(client, True):
             return self._throttled(seconds)

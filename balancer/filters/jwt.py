@@ -97,7 +97,8 @@ class Jwt(Authenticator):
         self._challenge = f'{realm}, error="invalid_token"'  # RFC 6750 section 3.1
         self._repeated = self.refused("invalid", "more than one token was sent", self._challenge)
         scope = " ".join(options.require.get("scope", ()))
-        self._insufficient = f'{realm}, error="insufficient_scope", scope="{scope}"'.encode()
+        told = f', scope="{scope}"' if scope else ""
+        self._insufficient = f'{realm}, error="insufficient_scope"{told}'.encode()
 
     def start(self) -> None:
         if isinstance(self._keys, RemoteKeys):

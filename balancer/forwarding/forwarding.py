@@ -71,6 +71,11 @@ class Forwarding:
         """Bytes of a request body that is read before the request is sent on."""
         return self._route.small_body
 
+    @property
+    def is_decided(self) -> bool:
+        """It has an answer of our own: nothing has to be waited for any more, and `run` gives it at once."""
+        return self._decision is not None
+
     def run(self) -> Answer:
         """The whole way: admit, build, lease, send, receive, answer. Waits where it has to. Never raises."""
         try:

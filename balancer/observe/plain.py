@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+from balancer.observe.histogram import BOUNDS
 
 
 def plain(value: Any) -> Any:
@@ -14,6 +17,19 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [*value]
     return {name: plain(getattr(value, name)) for name in value.__slots__}
+
+
+def with_bounds(values: Mapping[str, Any]) -> dict[str, Any]:
+    """With what makes histograms of another version known: their counts go by place in BOUNDS."""
+    return {**values, "bounds": len(BOUNDS)}
+
+
+def without_bounds(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Raises LookupError or ValueError if these are of another version."""
+    values = dict(given)
+    if values.pop("bounds") != len(BOUNDS):
+        raise ValueError
+    return values
 
 
 def fill(value: Any, given: Any) -> Any:

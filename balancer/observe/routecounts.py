@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from threading import Lock
 from typing import Any, Literal
 
-from balancer.observe.plain import fill, plain
+from balancer.observe.plain import fill, plain, with_bounds, without_bounds
 from balancer.observe.record import Record
 from balancer.observe.statistics import Counters
 
@@ -59,12 +59,12 @@ class RouteCounts:
         with self._lock:
             counted = {f"since {route}": plain(each) for route, each in self._counters.items()}
             counted |= {f"before {route}": plain(each) for route, each in self._before.items()}
-            return {**counted, "mirrored": plain(self._mirrored)}
+            return with_bounds({**counted, "mirrored": plain(self._mirrored)})
 
     def restore(self, kept: Mapping[str, Any]) -> None:
-        """Go on from there, before the first request. Raises as `fill` does."""
+        """Go on from there, before the first request. Raises as `fill`."""
         with self._lock:
-            for name, value in kept.items():
+            for name, value in without_bounds(kept).items():
                 when, _, route = name.partition(" ")
                 if when == "mirrored":
                     fill(self._mirrored, value)

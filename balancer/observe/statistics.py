@@ -19,7 +19,7 @@ from typing_extensions import TypedDict
 
 from balancer.balancing.counts import FORMER_KEPT
 from balancer.observe.histogram import Histogram, Percentiles
-from balancer.observe.plain import fill, plain
+from balancer.observe.plain import fill, plain, with_bounds, without_bounds
 from balancer.observe.rate import Rate
 from balancer.observe.record import RecentView, Record
 from balancer.observe.refusals import Refusals
@@ -56,25 +56,32 @@ class StatisticsView(CountersView):
 class Counters:
     """Totals of the whole balancer or of one backend. Not locked; the owner's lock guards it."""
 
-    __slots__ = ("failed", "aborted", "seconds", "statuses", "latency")
+    __slots__ = ("failed", "aborted", "statuses", "latency", "other")
 
     def __init__(self) -> None:
         self.failed = self.aborted = 0
-        self.seconds = 0.0
         self.statuses: defaultdict[int, int] = defaultdict(int)  # of those that were not aborted
-        self.latency = Histogram()
+        self.latency = Histogram()  # of whole answers of backends
+        self.other = Histogram()  # of answers of our own, which would make an outage look fast, and of what broke off
 
     @property
     def total(self) -> int:
-        return self.latency.total
+        return self.aborted + sum(self.statuses.values())
+
+    @property
+    def times(self) -> Histogram:
+        """Of all requests, whoever answered them."""
+        times = self.latency.copy()
+        times += self.other
+        return times
 
     def __iadd__(self, other: Counters) -> Counters:
         self.failed += other.failed
         self.aborted += other.aborted
-        self.seconds += other.seconds
         for status, count in other.statuses.items():
             self.statuses[status] += count
         self.latency += other.latency
+        self.other += other.other
         return self
 
     def copy(self) -> Counters:
@@ -82,10 +89,18 @@ class Counters:
         copied += self
         return copied
 
+    def since(self, earlier: Counters) -> Counters:
+        """What was added after `earlier`, an older copy of these."""
+        added = Counters()
+        added.failed, added.aborted = self.failed - earlier.failed, self.aborted - earlier.aborted
+        for status, count in self.statuses.items():
+            added.statuses[status] = count - earlier.statuses.get(status, 0)
+        added.latency, added.other = self.latency.since(earlier.latency), self.other.since(earlier.other)
+        return added
+
     def add(self, record: Record) -> bool:
         """True if it failed."""
-        self.seconds += record.seconds
-        self.latency.add(record.seconds)
+        (self.latency if record.reason is None else self.other).add(record.seconds)
         failed = record.failed
         if failed and record.aborted:
             self.aborted += 1
@@ -106,7 +121,7 @@ class Counters:
             "successful_requests": self.total - self.failed,
             "failed_requests": self.failed,
             "aborted_requests": self.aborted,
-            "avg_response_time": self.seconds / self.total if self.total else 0.0,
+            "avg_response_time": self.latency.seconds / (self.latency.total or 1),
             "latency": self.latency.summary(),
             "codes": self.codes(),
         }
@@ -250,12 +265,11 @@ class Statistics:
         attempts = {f"attempts {key}": plain(each) for key, each in totals.backends.items()}
         totals.backends.clear()
         whole |= {"totals": plain(totals), "forgotten": plain(forgotten)}
-        return {"whole": whole, **attempts, **{key: plain(counters) for key, counters in copies}}
+        return with_bounds({"whole": whole, **attempts, **{key: plain(counters) for key, counters in copies}})
 
     def restore(self, kept: Mapping[str, Any], backends: Collection[str]) -> None:
-        """Go on from there, before the first request; `backends` are those that there are. Raises as `fill` does."""
-        if not kept:
-            return
+        """Go on from there, before the first request; `backends` are those that there are. Raises as `fill`."""
+        kept = without_bounds(kept)
         counted: dict[str, dict[str | None, Counters]] = {"since": {None: Counters()}, "before": {}}
         whole = kept["whole"]
         totals, forgotten = fill(Totals(), whole["totals"]), fill(Counters(), whole["forgotten"])

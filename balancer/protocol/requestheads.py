@@ -27,7 +27,7 @@ from balancer.protocol.messages import (
     request_id,
     request_lines,
     trace_id,
-    without_cookie,
+    without_cookies,
 )
 from balancer.protocol.tables import Table
 
@@ -71,8 +71,8 @@ class RequestHead:
         if heads.ours:
             lines = tuple(line for line in lines if line[0] not in heads.ours)
         self.bindings: dict[bytes, bytes] = {}  # values of our own cookies, by their names
-        for cookie in heads.cookies:
-            lines, self.bindings[cookie] = without_cookie(lines, cookie)
+        if heads.cookies:
+            lines, self.bindings = without_cookies(lines, heads.cookies)
         self.fields = heads.fields(lines[:MOST_LINES])  # values by name, one for each line, of what is not plain
         self.length: int | None = None  # of the body in bytes, if it is told
         # HTTP/2 tells only at its end whether there is a body (RFC 9113 section 8.1).
@@ -159,7 +159,7 @@ class RequestHeads:
         rules: HeaderRules = NO_RULES,
         host: bytes = b"",
         via: bool = True,
-        cookies: Sequence[bytes] = (),
+        cookies: Collection[bytes] = (),
         ours: Collection[bytes] = (),
     ) -> None:
         self.via, self.cookies, self.ours = via, cookies, ours

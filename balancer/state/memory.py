@@ -106,7 +106,8 @@ class Memory:
                 wrong += 1
         self._written[name] = dict.fromkeys(found)  # whatever is there now is another value
         try:
-            self._kept[name].restore({} if is_forgotten else values)
+            if values and not is_forgotten:
+                self._kept[name].restore(values)
         except UNFIT:
             wrong = len(found)
         if wrong:
