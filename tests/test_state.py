@@ -203,6 +203,26 @@ def test_backends_that_were_added_or_removed_stay_so_until_the_file_says_somethi
         assert {each.id: each.weight for each in balancer.pool.backends()} == {"a": 1, "b": 3, "c": 1}
 
 
+def test_what_a_reload_keeps_a_restart_keeps(restarted: Restarted) -> None:
+    """Among it one that took the place of another; and what a reload keeps of what was decided before the start."""
+    with restarted.started() as balancer:
+        decide(balancer, "DELETE", "/backends/a")
+        decide(balancer, "POST", "/backends", id="a", url=C["url"])
+        decide(balancer, "PATCH", "/backends/b", admin_state="drain")
+        kept = ["backends.a.url: http://127.0.0.1:3 (set by the API)", "backends.b.admin_state: drain (set by the API)"]
+        assert reloaded(balancer) == kept
+    with restarted.started() as balancer:
+        assert made(balancer) == {"backends.a": C["url"], "backends.b.admin_state": "drain"}
+        assert reloaded(balancer) == kept
+
+
+def reloaded(balancer: LoadBalancer) -> list[str]:
+    """What is kept of what was decided, when the same configuration is read again."""
+    configuration = balancer.configuration
+    configuration.read = lambda: (configuration.settings, configuration.sources)
+    return balancer.reload().kept
+
+
 def test_pools_keep_their_own(restarted: Restarted) -> None:
     pools = [{"name": "api", "backends": [C]}]
     with restarted.started(pools=pools) as balancer:

@@ -171,8 +171,9 @@ class Decisions:
             for backend_id in said.keys() - live.keys():
                 yield Key(name, backend_id, ""), (None, said[backend_id])
             for backend in live.values():
-                over = said.get(backend.id)
-                yield Key(name, backend.id, ""), (backend.origin.url if backend.source == "api" else over, over)
+                over, url = said.get(backend.id), backend.origin.url
+                is_another = backend.source == "api" or (over is not None and over["url"] != url)
+                yield Key(name, backend.id, ""), (url if is_another else over, over)
                 for field, default in Fields():
                     yield (
                         Key(name, backend.id, field),

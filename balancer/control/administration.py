@@ -132,10 +132,11 @@ def show_backend(backend_id: str) -> Response:
 
 @blueprint.patch("/backends/<backend_id>")
 def change_backend(backend_id: str) -> Response:
-    wanted, pool = read_body(BackendChange), _pool_of(backend_id)
+    wanted = read_body(BackendChange)
     changes = wanted.model_dump(exclude_unset=True, exclude={"duration"})
     if not changes:
         raise ApiError(422, f"nothing to change; give one of: {', '.join(Fields.model_fields)}")
+    pool = _pool_of(backend_id)
     keys = [Key(pool.name, backend_id, field) for field in changes]
     try:
         with current_control().decisions.making(keys, seconds(wanted.duration)):

@@ -188,7 +188,7 @@ PATHS: dict[str, Schema] = {
         "get": _operation(
             "getMetrics",
             "Metrics for Prometheus, or OpenMetrics if Accept asks for it. Counters count since the start of the "
-            "process.",
+            "process, or of its state_file.",
             {200: TEXT},
             media_type="text/plain",
             query={"name[]": {"type": "string", "description": "this metric alone"}},

@@ -20,7 +20,7 @@ from balancer.state.store import Store, StoreError
 
 log = logging.getLogger("balancer.state")
 
-LOOK_SECONDS = 1.0
+LOOK_SECONDS = 0.9  # with what a look takes, no more than a second is lost
 
 News = Literal["state_failed", "state_written"]
 UNFIT = (LookupError, TypeError, ValueError)
