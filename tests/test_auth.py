@@ -107,6 +107,8 @@ def test_every_way_to_a_backend_is_guarded(balancer: Guarded) -> None:
     preflight = (b"Origin: https://a.example", b"Access-Control-Request-Method: PUT")
     assert balancer.ask(*preflight, method=b"OPTIONS")[0] == 200  # browsers put no credentials into these
     assert balancer.ask(preflight[0], method=b"OPTIONS")[0] == balancer.ask(*preflight)[0] == 401
+    for more in (b"X-API-Key: wrong", b"Cookie: a=b", b"X-HTTP-Method-Override: DELETE", b"Content-Length: 1"):
+        assert balancer.ask(*preflight, more, method=b"OPTIONS")[0] == 401  # so it is none
     seen = [(request.head.split(b" ")[0], request.values(b"x-auth-subject")) for request in balancer.backend.requests]
     assert seen == [(b"GET", [b"a"]), (b"POST", [b"a"]), (b"OPTIONS", [])]
 

@@ -196,6 +196,24 @@ def test_nothing_is_lost_while_pools_come_change_move_and_go(
     assert balancer.is_ready()
 
 
+def test_nothing_is_lost_while_a_pool_changes_its_name(
+    balancer: Balancer, file: File, backends: dict[str, WireBackend]
+) -> None:
+    """Its backends keep theirs: for a moment two pools have one of that id."""
+    with Asking(f"{balancer.url}/api/x", clients=8) as asking:
+        for step in range(12):
+            file.write(api="", next="")
+            if step % 2 == 0:
+                text = file.path.read_text(encoding="utf-8")
+                file.path.write_text(text.replace('"api"', '"other"'), encoding="utf-8")
+            before = asking.sent
+            assert fetch(f"{balancer.url}/reload", method="POST")[0] == 200
+            ids = [backend["id"] for backend in balancer.status()["backend_servers"]]
+            assert sorted(ids) == ["api_1", "api_2", "main", "next_1"]
+            wait_until(lambda before=before: asking.sent > before + 40, "requests go on")
+    assert asking.failed == []
+
+
 def test_a_pool_that_has_left_serves_its_requests_to_their_end(
     balancer: Balancer, file: File, backends: dict[str, WireBackend], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from balancer.protocol.origin import Origin
 
 class Pools:
     """By name, `default` first; then those that the settings have no more, until their last requests have ended. Ids of
-    backends are unique over all of them.
+    backends are unique over all of them, but that one of a pool that leaves is out of sight if another pool has its id.
 
     `_lock` is held while backends are added, so that they stay unique, and while `_pools` or `_leaving` is replaced,
     which anybody may read. It is taken before the lock of a pool.
@@ -46,11 +46,19 @@ class Pools:
         return next((pool for pool in self if pool.get(backend_id) is not None), None)
 
     def backends(self) -> list[Backend]:
-        return [backend for pool in self for backend in pool.backends()]
+        known: dict[str, Backend] = {}
+        for pool in self:
+            for backend in pool.backends():
+                known.setdefault(backend.id, backend)
+        return list(known.values())
 
     def snapshot(self) -> list[BackendView]:
         """All backends, those of each pool at one moment."""
-        return [backend for pool in self for backend in pool.snapshot()]
+        known: dict[str, BackendView] = {}
+        for pool in self:
+            for view in pool.snapshot():
+                known.setdefault(view["id"], view)
+        return list(known.values())
 
     def describe(self) -> list[PoolView]:
         leaving = self._leaving
@@ -83,7 +91,7 @@ class Pools:
             for name, changed in changes.items():
                 pool = pools[name]
                 for backend in changed.add:
-                    for other in self:
+                    for other in pools.values():  # one that leaves may need its own for requests under way
                         if other is not pool and other.get(backend.id) is not None:
                             other.replace(backend.id)
                 pool.apply(changed)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from balancer.config import validation
 from balancer.config.tables import Named
@@ -20,7 +21,16 @@ Symmetric = Literal["HS256", "HS384", "HS512"]  # whoever can check such a token
 Algorithm = Literal[
     Symmetric, "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA", "Ed25519"
 ]
-Digest = Annotated[str, Field(pattern=validation.SHA256)]
+OF_NOTHING = sha256(b"").hexdigest()
+
+
+def _check_digest(digest: str) -> str:
+    if digest == OF_NOTHING:
+        raise ValueError("is the digest of nothing at all; make a key by load-balancer new-key NAME")
+    return digest
+
+
+Digest = Annotated[str, Field(pattern=validation.SHA256), AfterValidator(_check_digest)]
 _SCOPE = re.compile(r"[\x21\x23-\x5b\x5d-\x7e]+")  # RFC 6749 section 3.3
 _WHOSE = {"issuer": "of any issuer that has these keys", "audience": "that are meant for somebody else"}
 # What backends are told by us, or by clients, and by nobody else.

@@ -188,6 +188,8 @@ class RouteSettings(create_model("_RouteValues", __base__=_Route, **may_have(PER
         ):
             if name in told and needed != kinds[0]:
                 raise ValueError(f"has {name} without {needed}")
+        if "auth" in told and not self.auth:
+            raise ValueError("has auth = [], so nobody could say yes; leave it out to let everybody in")
         if self.body and self.status in (204, 304):
             raise ValueError(f"has a body, but answers with {self.status} have none")
         if self.strip_prefix is not None and self.replace_prefix:

@@ -19,7 +19,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_origin
 
-from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 
 from balancer.balancing.pool import DEFAULT_POOL
 from balancer.config import environment, validation
@@ -51,6 +51,13 @@ class Settings(Values):
     limits: Table[LimitSettings] = Field((), description="how much a client may ask for, where a route names them")
     expect: tuple[ExpectSettings, ...] = Field((), description="requests, and which route and pool each must take")
     control_tokens: Table[ControlTokenSettings] = Field((), description="tokens for the control API, each with a role")
+
+    @field_validator("control_tokens")
+    @classmethod
+    def _check_tokens(cls, tokens: tuple[ControlTokenSettings, ...]) -> tuple[ControlTokenSettings, ...]:
+        if len({token.sha256 for token in tokens}) < len(tokens):
+            raise ValueError("two have the same sha256; a token belongs to one name")
+        return tokens
 
     @model_validator(mode="before")
     @classmethod

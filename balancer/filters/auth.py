@@ -6,7 +6,7 @@ told in X-Auth-Subject who it is; whatever a client says of itself there is not 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from balancer.errors import BalancerError, Forbidden, Unauthorized
@@ -15,7 +15,6 @@ from balancer.forwarding.filter import Filter
 from balancer.observe.refusals import WHYS, Refusals, Why
 from balancer.protocol.messages import CREDENTIALS, Line
 from balancer.protocol.requestheads import HEADS_ROOM, RequestHead, weigh_made
-from balancer.protocol.requestkey import field
 from balancer.protocol.tables import Table
 
 if TYPE_CHECKING:
@@ -79,6 +78,7 @@ class Auth(Filter):
     def __init__(self, authenticators: Sequence[Authenticator], refusals: Refusals) -> None:
         self._authenticators = authenticators
         self._refusals = refusals
+        self._credentials = CREDENTIALS | {b"cookie"}
         gone = frozenset({SUBJECT}).union(*(each.credentials | each.ours for each in authenticators))
         self._heads: Table[tuple[RequestHead, tuple[Line, ...]], RequestHead] = Table(
             lambda given: given[0].replaced(gone, given[1]), HEADS_ROOM, weigh_made
@@ -87,7 +87,7 @@ class Auth(Filter):
         self._answered: dict[Request, str] = {}
 
     def admit(self, request: Request) -> Answer | None:
-        if request.method == "OPTIONS" and _is_preflight(request):
+        if request.method == "OPTIONS" and _is_preflight(request, self._credentials):
             request.head = self._heads[request.head, ()]
             return None
         refused = []
@@ -140,10 +140,18 @@ class AuthWithCookies(Auth):
         self._cookies.pop(request, None)
 
 
-def _is_preflight(request: Request) -> bool:
-    """A browser asks for a page of another origin whether it may send a request, and puts no credentials into this one
-    (Fetch standard, section "CORS-preflight fetch")."""
-    return bool(field(request, b"origin") and field(request, b"access-control-request-method"))
+def _is_preflight(request: Request, credentials: Collection[bytes]) -> bool:
+    """A browser asks for a page of another origin whether it may send a request, and puts neither credentials nor a
+    body into this one (Fetch standard, section "CORS-preflight fetch"). What has either, or asks a backend to take it
+    for another method, is a request like others."""
+    names = {name.lower() for name, _ in request.head.lines}
+    return (
+        {b"origin", b"access-control-request-method"} <= names
+        and names.isdisjoint(credentials)
+        and not any(b"method-override" in name or name == b"x-http-method" for name in names)
+        and b"transfer-encoding" not in request.head.fields
+        and not request.head.length
+    )
 
 
 def granted(subject: str, lines: Sequence[Line] = (), cookies: Sequence[Line] = ()) -> Granted:

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from balancer.protocol.request import Request
 
 _FIELD = re.compile(rb"\{(path|host|query)\}")
-AMBIGUOUS = "the path can be read in more than one way: leave out what is encoded without need, //, dot segments and \\"
+AMBIGUOUS = (
+    "the path or the host can be read in more than one way: leave out what is encoded without need, //, dot segments "
+    "and \\"
+)
 
 
 class Redirect(Filter):

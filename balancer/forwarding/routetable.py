@@ -8,6 +8,7 @@ and by path, so that a thousand cost what ten cost.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_PLAIN_HOST = re.compile(rb"(?:[a-z0-9_-]+(?:\.[a-z0-9_-]+)*)?|\[[0-9a-f:.]+\]")
 LONGEST_HOST = 255  # bytes (RFC 1035 section 2.3.4): no wildcard covers a longer one
 
 
@@ -81,9 +83,11 @@ class _Paths(Generic[T]):
         self.exact: dict[bytes, list[Candidate[T]]] = {}
         self.prefixes: dict[bytes, list[Candidate[T]]] = {}
         self._depth = 0  # segments of the longest prefix
+        self.is_guarded = False
 
     def add(self, candidate: Candidate[T]) -> None:
         match = candidate.match
+        self.is_guarded = self.is_guarded or candidate.is_guarded
         by_path = self.exact if match.is_exact else self.prefixes
         by_path.setdefault(match.path, []).append(candidate)
         by_path[match.path].sort(key=lambda each: each.match.rank, reverse=True)  # stable: the order decides ties
@@ -110,8 +114,7 @@ class _Host(Generic[T]):
 
     def __init__(self, own: _Paths[T] | None, rest: _Host[T] | None) -> None:
         self._levels: tuple[_Paths[T], ...] = ((own,) if own else ()) + (rest._levels if rest else ())
-        every = (each for level in self._levels for each in (*level.exact.values(), *level.prefixes.values()))
-        self.is_guarded = any(candidate.is_guarded for candidates in every for candidate in candidates)
+        self.is_guarded = any(level.is_guarded for level in self._levels)
 
     def find(self, path: bytes, request: Request) -> Candidate[T] | None:
         for paths in self._levels:
@@ -122,15 +125,16 @@ class _Host(Generic[T]):
 
 
 class RouteTable(Generic[T]):
-    """Finds what a request is for: the target of its route, `missing` if no route matches it, `ambiguous` if its path
-    may mean something else to a backend, and any route of its host is guarded. Never changes, so any thread may look
-    up."""
+    """Finds what a request is for: the target of its route; `missing` if no route matches it; `ambiguous` if its path
+    may mean something else to a backend and any route of its host is guarded, or if its host may and any host is.
+    Never changes, so any thread may look up."""
 
     def __init__(self, candidates: Iterable[Candidate[T]], *, missing: T, ambiguous: T) -> None:
         self._missing, self._ambiguous = missing, ambiguous
         by_host: dict[bytes, _Paths[T]] = {}
         for candidate in candidates:
             by_host.setdefault(candidate.match.host, _Paths()).add(candidate)
+        self._has_guarded_host = any(paths.is_guarded for host, paths in by_host.items() if host)
         self._any = _Host(by_host.pop(b"", None), None)
         self._wildcards: dict[bytes, _Host[T]] = {}  # by what follows `*.`
         self._hosts: dict[bytes, _Host[T]] = {}
@@ -143,17 +147,16 @@ class RouteTable(Generic[T]):
 
     def find(self, request: Request) -> T:
         raw = raw_path(request.target)
-        path, host = read_path(raw), self._host(request)
+        path, name = read_path(raw), host_of(request)
+        host = self._hosts.get(name) or self._covering(name)
+        if self._has_guarded_host and name not in self._hosts and not _PLAIN_HOST.fullmatch(name):
+            return self._ambiguous  # somebody else may take it for one that is
         found = host.find(path, request)
         if host.is_guarded and not (found is not None and found.takes_ambiguous):
             # Where parameters are left out it may be another route.
             if is_ambiguous(raw) or (b";" in path and host.find(without_parameters(path), request) is not found):
                 return self._ambiguous
         return self._missing if found is None else found.target
-
-    def _host(self, request: Request) -> _Host[T]:
-        name = host_of(request)
-        return self._hosts.get(name) or self._covering(name)
 
     def _covering(self, name: bytes) -> _Host[T]:
         """The longest wildcard's, or any host's."""
