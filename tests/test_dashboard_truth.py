@@ -362,6 +362,25 @@ def test_many_backends_fit(tab: Tab, stub: Stub, count: int, width: int, most: i
     assert tab.page.evaluate("() => document.documentElement.scrollWidth") <= width
 
 
+def test_many_backends_are_a_heat_map_and_few_are_none(tab: Tab, stub: Stub) -> None:
+    stub.answer = many(12)
+    ids = [f"backend_{index}" for index in range(1, 13)]
+    stub.history = {1: history(ids), 10: []}
+    tab.from_disk(stub.url).is_live()
+    tab.view("traffic")
+    rows = tab.at("#heat svg")
+    expect(rows).to_have_count(12)
+    expect(rows.first).to_have_attribute("aria-label", re.compile(r"backend_1: at most \d+"))
+    darkest = rows.first.locator("path").last
+    wait_until(lambda: (darkest.get_attribute("d") or "").count("v12") > 3)
+    tab.page.select_option("#heat-field", "p95")
+    expect(rows.first).to_have_attribute("aria-label", "backend_1: at most 50 ms")
+    tab.page.select_option("#heat-field", "failed")
+    expect(darkest).to_have_attribute("d", "M0 0")
+    three_up(stub)
+    expect(tab.at("#heat-panel")).to_be_hidden()
+
+
 def test_the_address_holds_what_is_shown(tab: Tab, stub: Stub) -> None:
     three_up(stub)
     stub.answer["recent_requests"] = [recent(1)]
