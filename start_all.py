@@ -1,7 +1,8 @@
 """Starts and stops the demo: three backends and the load balancer in front of them.
 
-start_all.sh and start_all.bat only find a Python and call this, so that both do and say the same. This is the command
-line, the rest is in demo/. Nothing but the standard library is imported: this runs before anything is installed.
+start_all.sh and start_all.bat only find a Python and call this, so that both do and say the same; installed, it is
+`load-balancer demo`. This is the command line, the rest is in demo/. Nothing but the standard library is imported: this
+runs before anything is installed.
 
 Rules: nothing is started unless its port is free; ready means that it answered, never that some time has passed;
 whatever ends this program, everything it started is stopped; a process that it did not start is left alone.
@@ -24,10 +25,13 @@ from typing import NoReturn
 
 from balancer import __version__  # has no imports of its own, so it needs no .venv
 from demo.console import STOP, Failure, Stopped, say
-from demo.files import HERE, SCRIPT, locked
+from demo.files import HERE, IS_INSTALLED, NAME, SCRIPT, STATE, locked
 from demo.running import ensure_venv, run_services, stop_command, without_running
 from demo.services import backend_services, balancer_service
 
+COMMANDS = ["all", "backends", "balancer", *([] if IS_INSTALLED else ["setup"]), "stop"]
+SETUP = "" if IS_INSTALLED else f"  {SCRIPT} setup               only make .venv and install requirements.txt\n"
+WHERE = f" of {STATE}" if IS_INSTALLED else ""
 HELP = f"""\
 examples:
   {SCRIPT}                     three backends and the load balancer, until Ctrl-C
@@ -35,9 +39,8 @@ examples:
   {SCRIPT} stop                stop what runs in the background
   {SCRIPT} backends            only the backends; of those of a running demo, the ones that have ended
   {SCRIPT} balancer            only the load balancer
-  {SCRIPT} setup               only make .venv and install requirements.txt
-
-usage: {SCRIPT} [all | backends | balancer | setup | stop] [--detach] [--help] [--version]
+{SETUP}
+usage: {SCRIPT} [{" | ".join(COMMANDS)}] [--detach] [--help] [--version]
 
 environment:
   LB_PORT         port of the load balancer (default 9000)
@@ -46,7 +49,7 @@ environment:
   RESPONSE_DELAY, ALGORITHM and every other LB_ setting are passed on
 
 Logs are written to logs/, process ids to run/, and until the balancer is stopped its token to run/access.js, where
-dashboard.html finds it when it is opened from disk. Both folders are readable by you alone.
+dashboard.html finds it when it is opened from disk. Both folders{WHERE} are readable by you alone.
 """
 
 
@@ -62,12 +65,12 @@ class Parser(argparse.ArgumentParser):
 
 def run(argv: Sequence[str]) -> int:
     parser = Parser(prog="start_all", allow_abbrev=False)
-    parser.add_argument("command", nargs="?", default="all", choices=["all", "backends", "balancer", "setup", "stop"])
+    parser.add_argument("command", nargs="?", default="all", choices=COMMANDS)
     parser.add_argument("--detach", action="store_true")
     parser.add_argument("--version", action="store_true")
     options = parser.parse_args(argv)
     if options.version:
-        say(f"start_all {__version__}")
+        say(f"{NAME} {__version__}")
         return 0
     if options.command == "stop":
         return stop_command()
@@ -87,15 +90,16 @@ def main() -> int:
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     STOP.install()
     try:
-        os.chdir(HERE)  # paths in settings are meant from here
+        if not IS_INSTALLED:
+            os.chdir(HERE)  # paths in settings are meant from here
         return run(sys.argv[1:])
     except Stopped:
         return STOP.exit_code
     except Failure as failure:
-        print(f"start_all: error: {failure}", file=sys.stderr, flush=True)
+        print(f"{NAME}: error: {failure}", file=sys.stderr, flush=True)
         return failure.code
     except OSError as error:
-        print(f"start_all: error: {error}", file=sys.stderr, flush=True)
+        print(f"{NAME}: error: {error}", file=sys.stderr, flush=True)
         return 1
 
 

@@ -11,24 +11,30 @@ import textwrap
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from balancer import __version__
+from balancer.commands import completion, demo, newkey, probe
 from balancer.config import settings
-from balancer.edge import handover, process
+from balancer.edge import handover
 from balancer.errors import SettingsError
-from balancer.loadbalancer import LoadBalancer
-from balancer.observe.logrecords import LogFormatter, LogHandler
 from balancer.protocol.texts import printable
 
+if TYPE_CHECKING:
+    from balancer.loadbalancer import LoadBalancer
+
+INSTALLED = "load-balancer"
 # As it was started: the installed command, or the file of a checkout.
-PROGRAM = "load-balancer" if Path(sys.argv[0]).stem == "load-balancer" else "load_balancer.py"
-COMMAND = PROGRAM if PROGRAM == "load-balancer" else f"python {PROGRAM}"
-EXAMPLES = f"""examples:
-  {COMMAND}  # three backends on ports 5001 to 5003
-  {COMMAND} --backend http://127.0.0.1:8080  # in front of one service of yours
-  {COMMAND} --backend a=http://10.0.0.1:80@3 --backend b=http://10.0.0.2:80@1 --algorithm weighted
-  {COMMAND} --config balancer.toml --check-config
+PROGRAM = INSTALLED if Path(sys.argv[0]).stem == INSTALLED else "load_balancer.py"
+COMMANDS = ("completion", "demo", "new-key")  # the first word, instead of flags
+EXAMPLES = """examples:
+  {command} demo  # three backends and a balancer in front of them, to try it
+  {command}  # the balancer alone; three backends on ports 5001 to 5003
+  {command} --backend http://127.0.0.1:8080  # in front of one service of yours
+  {command} --backend a=http://10.0.0.1:80@3 --backend b=http://10.0.0.2:80@1 --algorithm weighted
+  {command} --config balancer.toml --check-config
+  {command} new-key acme  # an API key, and what stands in the file for it
+  {command} completion bash  # a script for the shell: bash, zsh, fish
 
 Every setting is a flag, a key of the TOML file and an environment variable: --health-path, health_path, LB_HEALTH_PATH;
 backends are --backend, [[backends]] and LB_BACKENDS. Secrets are no flags, which every user of the machine could read:
@@ -51,26 +57,41 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see --help\n")
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+def make_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     parser = OneLineParser(
-        prog=PROGRAM,
+        prog=program,
         description="A load balancer: HTTP/1.1 and HTTP/2 in, HTTP backends out.",
-        epilog=EXAMPLES,
+        epilog=EXAMPLES.format(command=program if program == INSTALLED else f"python {program}"),
         formatter_class=Formatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"load-balancer {__version__}")
     parser.add_argument("--check-config", action="store_true", help="check all settings and exit")
     parser.add_argument("--print-config", action="store_true", help="print all settings and where each came from")
+    parser.add_argument(
+        "--probe",
+        nargs="?",
+        const=probe.PATHS[0],
+        choices=probe.PATHS,
+        help="ask the balancer that has these settings for this path (readyz); exit code 0 if it says 200, else 1",
+    )
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with settings")
     settings.add_arguments(parser)
-    return parser.parse_args(arguments)
+    return parser
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    return make_parser().parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 after SIGTERM, 130 after Ctrl-C, 2 for bad usage or configuration, 1 if serving failed."""
-    parsed = vars(parse_arguments(arguments))
+    given = sys.argv[1:] if arguments is None else arguments
+    if given and given[0] in COMMANDS:
+        return run_command(*given)
+    parsed = vars(parse_arguments(given))
     check, show, file = parsed.pop("check_config"), parsed.pop("print_config"), parsed.pop("config")
+    probed = parsed.pop("probe")
     if file is None and (name := os.environ.get("LB_CONFIG", "").strip()):
         file = Path(name)
     warnings = settings.warnings()
@@ -78,6 +99,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         handed = handover.take(os.environ)
         load = partial(settings.load, parsed, file=file, handed=handover.settings_of(handed))
         config, sources = load()
+        if probed is not None:
+            code, told = probe.probe(config, probed)
+            print(printable(told))
+            return code
+        from balancer.edge import process  # which takes as long again as all this
+        from balancer.loadbalancer import LoadBalancer
+
         if not show:
             balancer = LoadBalancer(config=config, sources=sources)
             process.cpus(config.cpu_affinity)
@@ -99,8 +127,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+def run_command(name: str, *arguments: str) -> int:
+    if name == "demo":
+        return demo.run(arguments)
+    parser = OneLineParser(prog=f"{PROGRAM} {name}", allow_abbrev=False)
+    if name == "new-key":
+        parser.description = newkey.__doc__
+        parser.add_argument("name", metavar="NAME", type=newkey.checked, help="whose key it is")
+        print(newkey.new_key(parser.parse_args(arguments).name))
+        return 0
+    parser.add_argument("shell", choices=completion.SHELLS)
+    print(completion.script(parser.parse_args(arguments).shell, make_parser(INSTALLED), COMMANDS))
+    return 0
+
+
 def run(balancer: LoadBalancer, warnings: list[str], handed: handover.Handed) -> int:
     """Serve until a signal. Raises SettingsError if it cannot listen, before it has warned of anything."""
+    from balancer.observe.logrecords import LogFormatter, LogHandler
+
     config = balancer.settings
     handler = LogHandler(balancer.control.log)
     handler.setFormatter(LogFormatter(lambda: balancer.settings.access_log_format))

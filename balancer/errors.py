@@ -6,9 +6,13 @@ the socket boundary (`connection`, `response`, `transport`); nothing above it ne
 
     BalancerError
       SettingsError         bad usage or configuration (exit code 2)
-      ClientError           the request is at fault: 400, 403, 405, 408, 411, 413, 417, 431, 501, 508
+      ClientError           the request is at fault: 400, 403, 404, 405, 408, 411, 413, 417, 429, 431, 501, 508
+        Unauthorized          who sent it is not known: 401
+        Forbidden             who sent it is known, and may not: 403
+        TooManyGuesses        wrong passwords came from its address: 429
       ClientGone            the client left before its answer was complete: 499 in logs, never sent
         ClientStalled         it read too slowly, and was cut off
+      AuthUnavailable       who sent it cannot be found out now: 503
       Unavailable           no backend: 503 with Retry-After
         NoRoom                all are full, and nothing became free in time
         OutOfDescriptors      this process may open no more sockets
@@ -24,7 +28,8 @@ the socket boundary (`connection`, `response`, `transport`); nothing above it ne
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar, Self
 
 import requests.exceptions as requests_errors
@@ -39,6 +44,8 @@ class BalancerError(Exception):
     reason: str = "proxy_internal_error"
     public: ClassVar[str] = ""  # what a client is told instead of the text, if that names things inside
     headers: tuple[tuple[bytes, bytes], ...] = ()  # of the answer, names in lower case
+    is_problem: ClassVar[bool] = False  # answered in the problem details of RFC 9457
+    members: Mapping[str, object] = {}  # of these, beside the usual ones
 
     def to_keep(self) -> Self:
         """Itself, without the traceback and what came before it: these refer to whoever keeps it and to all that they
@@ -88,10 +95,38 @@ class MethodRefused(ClientError):
         self.headers = ((b"allow", allowed),)  # RFC 9110 section 15.5.6
 
 
+class NoRoute(ClientError):
+    """No route matches, and the pool `default` has no backends."""
+
+    status = 404
+    reason = "no_route"
+
+
+class AmbiguousPath(ClientError):
+    """A backend could read the path in another way than the routes do, and go round what guards another path."""
+
+    reason = "ambiguous_path"
+
+
 class TooManyHeaders(ClientError):
     """The request has more header lines than `max_header_count` (RFC 6585 section 5)."""
 
     status = 431
+
+
+class LimitReached(ClientError):
+    """The client has sent more than the limits of these `names` allow; it may come again in `seconds`."""
+
+    status = 429
+    reason = "limit_reached"
+    is_problem = True
+
+    def __init__(self, names: Sequence[str], seconds: int) -> None:
+        super().__init__(f"{', '.join(names)}: the limit is reached, try again in {seconds} s")
+        self.headers = ((b"retry-after", b"%d" % seconds),)
+        # draft-ietf-httpapi-ratelimit-headers-10, section "Quota Exceeded"
+        kind = "https://iana.org/assignments/http-problem-types#quota-exceeded"
+        self.members = {"type": kind, "violated-policies": names}
 
 
 class WorkerRefused(ClientError):
@@ -99,6 +134,49 @@ class WorkerRefused(ClientError):
 
     status = 403
     reason = "http_request_denied"
+
+
+class Unauthorized(ClientError):
+    """No credentials, or wrong ones (RFC 9110 section 15.5.2); `challenges` say which would do."""
+
+    status = 401
+    reason = "http_request_denied"
+    public = "this needs valid credentials"
+    is_problem = True
+
+    def __init__(self, message: str, challenges: Iterable[bytes] = ()) -> None:
+        super().__init__(message)
+        self.headers = tuple((b"www-authenticate", challenge) for challenge in challenges)
+
+
+class Forbidden(Unauthorized):
+    """Valid credentials of somebody who may not do this."""
+
+    status = 403
+    public = "these credentials do not allow this"
+
+
+class TooManyGuesses(ClientError):
+    """So many wrong passwords came from this address that not even a right one is looked at for `seconds`."""
+
+    status = 429
+    reason = "http_request_denied"
+    public = "too many wrong passwords came from here; wait, then send the right one"
+    is_problem = True
+
+    def __init__(self, message: str, seconds: float) -> None:
+        super().__init__(message)
+        self.headers = ((b"retry-after", b"%d" % math.ceil(seconds)),)
+
+
+class AuthUnavailable(BalancerError):
+    """Whether these credentials are valid cannot be found out now; so they count for nothing."""
+
+    status = 503
+    reason = "auth_unavailable"
+    public = "credentials cannot be checked now, try again"
+    is_problem = True
+    headers = ((b"retry-after", b"1"),)
 
 
 class BodyTooLarge(ClientError):

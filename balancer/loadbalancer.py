@@ -21,10 +21,10 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from balancer import wiring
-from balancer.balancing.options import PoolOptions
+from balancer.balancing.changes import ACTOR
 from balancer.balancing.pool import BackendPool
 from balancer.config import settings, validation
-from balancer.config.reload import Change, Plan
+from balancer.config.comparison import Change, Plan
 from balancer.config.settings import Settings
 from balancer.config.values import BackendSettings
 from balancer.control.access import AccessOptions
@@ -41,12 +41,11 @@ from balancer.edge.sockets import Sockets
 from balancer.edge.tls import Certificate, TlsOptions
 from balancer.edge.workers import WorkerPool
 from balancer.errors import SettingsError
-from balancer.fleet.health import HealthOptions
 from balancer.forwarding.filter import Filter
 from balancer.observe.events import Event
 from balancer.observe.record import ExplainedView
 from balancer.protocol.addresses import UNIX
-from balancer.upstream.transport import Timeouts
+from balancer.routewiring import check_expectations
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -110,9 +109,10 @@ class LoadBalancer:
         self._server: Server | None = None  # once it listens
         parts = wiring.make(config, sources, _checked(filters), self.reload, self._renew, self._ports)
         self.app, self.control_app, self.proxy = parts.app, parts.control_app, parts.proxy
-        self.control, self.health, self.workers, self.routes = parts.control, parts.health, parts.workers, parts.routes
-        self.configuration, self.adapter = parts.control.configuration, parts.control.adapter
-        self.renewal = parts.renewal
+        self.control, self.pools, self.workers, self.routes = parts.control, parts.pools, parts.workers, parts.routes
+        self.copies = parts.copies
+        self.configuration, self.renewal = parts.control.configuration, parts.renewal
+        self.authentication = parts.authentication
         self.app.extensions["balancer"] = self
         self.port_options = config.options(PortOptions)
         self.express: Express | None = None
@@ -144,6 +144,7 @@ class LoadBalancer:
 
     @property
     def pool(self) -> BackendPool:
+        """The default one."""
         return self.control.pool
 
     def events(self, since: int = 0) -> list[Event]:
@@ -306,7 +307,7 @@ class LoadBalancer:
         limits = _client_limits(config)
         is_wrapped = self.app.wsgi_app is not self.proxy
         if hasattr(select, "epoll"):
-            self.express = Express(self.adapter, self.workers)
+            self.express = Express(self.workers)
             self.sockets = None if is_wrapped else Sockets()
         bridges = [
             Bridge(
@@ -320,7 +321,8 @@ class LoadBalancer:
                 sockets=self.sockets,
             )
         ]
-        self.pool.cut_off = lambda backend: bridges[0].leave_backend(lambda forwarding: forwarding.is_on(backend))
+        self.pools.cut_off = lambda backend: bridges[0].leave_backend(lambda forwarding: forwarding.is_on(backend))
+        self.pools.is_used = lambda pool: bridges[0].has(lambda forwarding: forwarding.is_for(pool))
         if config.control_port is not None:
             bridges.append(Bridge(self.control_app, self.workers, limits, is_control=lambda path: True))
         return bridges
@@ -328,9 +330,10 @@ class LoadBalancer:
     def start_parts(self) -> None:
         """All but the sockets, which another WSGI server has."""
         self.control.log.start()
-        self.health.start()
+        self.pools.health.start()
         self.control.history.start()
         self.renewal.start()
+        self.authentication.start()
         if self.express is not None:
             self.express.start()
         if self.sockets is not None:
@@ -364,29 +367,32 @@ class LoadBalancer:
             self.express.stop()
         if self.sockets is not None:
             self.sockets.stop()
-        self.health.stop()
+        self.copies.stop()
+        self.pools.health.stop()
         self.renewal.stop()
+        self.authentication.stop()
         self.control.history.stop()
-        self.adapter.close()
+        self.pools.close()
         self.control.log.stop()
 
-    def reload(self, dry_run: bool = False) -> Plan:
-        """Read the configuration again and apply what changed. Raises SettingsError; then nothing has changed."""
+    def reload(self, dry_run: bool = False, accepts: Callable[[str], bool] = lambda hash: True) -> Plan:
+        """Read the configuration again and apply what changed, if `accepts` takes the hash of the plan. Raises
+        SettingsError or PlanChanged; then nothing has changed."""
         events = self.control.events
         try:
             check = partial(self._check, dry_run)
-            plan = self.configuration.reload(self.control.pool, check, self._apply, dry_run=dry_run)
+            plan = self.configuration.reload(self.control.pools, check, self._apply, dry_run=dry_run, accepts=accepts)
         except SettingsError as error:
             if not dry_run and self.configuration.read is not None:
                 public = self.configuration.without_folders(str(error))
-                events.add("config_refused", None, str(error), "error", public=public)
+                events.add("config_refused", None, str(error), "error", ACTOR.get(), public=public)
                 log.error("configuration not reloaded: %s", error)
             raise
         if not dry_run:
             text = "; ".join(str(change) for change in plan.changes) or "nothing has changed"
             if plan.needs_restart:
                 text += f"; needs a restart: {', '.join(plan.needs_restart)}"
-            events.add("config_reloaded", None, text)
+            events.add("config_reloaded", None, text, by=ACTOR.get())
             log.info("configuration reloaded: %s", text)
         return plan
 
@@ -396,7 +402,12 @@ class LoadBalancer:
             self.reload()
 
     def _check(self, dry_run: bool, config: Settings, plan: Plan) -> None:
-        """Whether the certificate can be used, and whether it is another one."""
+        """Whether requests take the routes that are expected, and what files hold can be used, and is another
+        certificate."""
+        heads = wiring.request_heads(config, self.proxy.heads.pseudonym)
+        check_expectations(config, heads, self.proxy.is_control)
+        for name in self.authentication.check(config.auth, config.networks):
+            plan.changes.append(Change(f"auth.{name}", name, name))
         before = self.renewal.certificate
         try:
             after = self.renewal.check(config.options(TlsOptions))
@@ -412,12 +423,11 @@ class LoadBalancer:
 
         Those under way keep their Route and RequestHead; all else they look up at each step anew.
         """
-        plan.pool.options = config.options(PoolOptions)
-        self.control.pool.apply(plan.pool)
-        self.adapter.use(config.options(Timeouts), config.backend_sni)
-        self.health.use(config.options(HealthOptions))
+        self.pools.use(config, plan.pools)
+        self.authentication.use()
         self.proxy.routes = self.routes(config)
-        self.proxy.heads = wiring.request_heads(config, self.proxy.heads.pseudonym)
+        self.pools.retire()
+        self.proxy.heads = wiring.request_heads(config, self.proxy.heads.pseudonym, self.authentication.ours)
         self.control.access.options = config.options(AccessOptions)
         for bridge in self.bridges:
             bridge.limits = _client_limits(config)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import ssl
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -16,39 +15,47 @@ from flask import Flask
 
 from balancer.balancing import strategies
 from balancer.balancing.changes import Change, Severity
-from balancer.balancing.members import PoolChanges
-from balancer.balancing.options import PoolOptions, StrategyOptions
-from balancer.balancing.pool import BackendPool
-from balancer.config.reload import Configuration, Plan, make_backend
+from balancer.balancing.pool import DEFAULT_POOL, BackendPool
+from balancer.balancing.pools import Pools
+from balancer.commands import shipped
+from balancer.config.comparison import NOTHING, compare
+from balancer.config.reload import Configuration
+from balancer.config.routes import RouteSettings
 from balancer.config.settings import Settings
 from balancer.control import api
 from balancer.control.access import Access, AccessOptions
-from balancer.control.control import Control, TlsView
+from balancer.control.control import Control, Reload, TlsView
 from balancer.edge.port import Port
 from balancer.edge.renewal import News, Renewal
 from balancer.edge.tls import TlsOptions
 from balancer.edge.workers import WorkerPool
 from balancer.edge.wsgi import ReverseProxy
 from balancer.errors import SettingsError
+from balancer.filters.authentication import Authentication
+from balancer.filters.limit import LimitOptions
+from balancer.filters.limits import Limiter
 from balancer.filters.maxforwards import MaxForwards
+from balancer.filters.mirror import Copies
 from balancer.filters.servedby import ServedBy
 from balancer.filters.serviceworkers import ServiceWorkers
-from balancer.filters.sticky import COOKIE, Sticky, StickyOptions
-from balancer.fleet.health import HealthChecker, HealthOptions
+from balancer.filters.sticky import Sticky, StickyOptions, cookie_of
 from balancer.forwarding.filter import Filter
-from balancer.forwarding.retrybudget import RetryBudget
 from balancer.forwarding.route import Route, RouteOptions, Routes
 from balancer.observe.accesslog import AccessLog, LogOptions
+from balancer.observe.canary import Canaries
+from balancer.observe.canary import News as CanaryNews
 from balancer.observe.events import Events
 from balancer.observe.history import History, Reading
 from balancer.observe.logwriter import LogWriter, standard_output
+from balancer.observe.routecounts import RouteCounts
 from balancer.observe.statistics import Statistics
+from balancer.poolwiring import PoolParts, PoolWiring
 from balancer.protocol.requestheads import RequestHeads
 from balancer.protocol.responseheads import ResponseHeads
 from balancer.protocol.texts import quoted
+from balancer.routewiring import Guards, RouteWiring, Way, check_expectations
 from balancer.upstream.dialer import Dialer
 from balancer.upstream.names import Names
-from balancer.upstream.transport import BackendAdapter, Timeouts
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
@@ -61,10 +68,6 @@ NEWS_SEVERITY: dict[News, Severity] = {
     "certificate_expires": "warning",
 }
 
-_PLACES = (Path(__file__).resolve().parents[1], Path(sys.prefix, "share", "load-balancer"))  # checkout, or installed
-_PAGES = [place / "dashboard.html" for place in _PLACES]
-DASHBOARD = next((page for page in _PAGES if page.exists()), _PAGES[0])
-
 
 @dataclass(frozen=True, slots=True)
 class Parts:
@@ -74,9 +77,11 @@ class Parts:
     control_app: WSGIApplication
     proxy: ReverseProxy
     control: Control
-    health: HealthChecker
+    pools: PoolWiring
+    copies: Copies
     workers: WorkerPool
     renewal: Renewal
+    authentication: Authentication
     routes: Callable[[Settings], Routes]
 
 
@@ -84,7 +89,7 @@ def make(
     config: Settings,
     sources: Mapping[str, str] | None,
     filters: Sequence[Filter],
-    reload: Callable[[bool], Plan],
+    reload: Reload,
     renew: Callable[[], None],
     ports: Callable[[], Sequence[Port]],
 ) -> Parts:
@@ -94,32 +99,40 @@ def make(
     strategies.load_entry_points()
     configuration = Configuration(config, sources)
     statistics, events = Statistics(), Events()
-    strategy = strategies.create(config.algorithm, config.options(StrategyOptions))
-    pool = BackendPool(strategy, config.options(PoolOptions))
-    dialer = Dialer(_tls_context(config.ca_file), _names(events), config.backend_sni)
-    adapter = BackendAdapter(config.options(Timeouts), dialer=dialer)
-    health = _health(config, pool, adapter)
-    backends = [make_backend(backend, configuration.sources["backends"]) for backend in config.backends]
-    pool.apply(PoolChanges(add=backends))
+    dialer = Dialer(_tls_context(config.ca_file), _names(events))
+    wired = PoolWiring(dialer, statistics)
+    wired.use(config, compare(NOTHING, config, configuration.sources, wired.pools).pools)
+    authentication = Authentication(dialer, _keys(events), statistics.refusals)
+    authentication.check(config.auth, config.networks)
+    authentication.use()
+
+    canaries = _canaries(events)
+    wired.look = canaries.look
 
     app = Flask(__name__, static_folder=None)
-    history, writer = History(lambda: _look(statistics, pool)), LogWriter(standard_output())
+    history, writer = History(lambda: _look(statistics, wired.pools)), LogWriter(standard_output())
     workers = WorkerPool(config.max_threads, config.max_queued, config.thread_idle_timeout)
+    limiter = Limiter(events)
     access = Access(config.options(AccessOptions))
     renewal = _renewal(config, configuration, events, renew)
     control = Control(
-        *(pool, statistics, events, history, writer, DASHBOARD, configuration, access, adapter),
+        *(wired.pools, statistics, events, history, writer, shipped.find("dashboard.html")),
+        *(configuration, access, RouteCounts(), limiter),
+        canaries=canaries,
+        idle=wired.idle,
         queued=lambda: workers.queued,
         reload=reload,
         tls=lambda: _tls(renewal, ports()),
     )
     api.install(app, control)
     control_app = app.wsgi_app
-    routes = _routes(control, health, filters)
-    proxy = _proxy(control_app, control, routes(config))
+    copies = Copies(control.routes)
+    routes = _routes(control, wired, filters, copies, authentication)
+    proxy = _proxy(control_app, control, routes(config), authentication)
+    check_expectations(config, proxy.heads, proxy.is_control)
     app.wsgi_app = proxy  # type: ignore[method-assign]
-    _follow(pool, statistics, events, health)
-    return Parts(app, control_app, proxy, control, health, workers, renewal, routes)
+    wired.tell = _follow(control, wired)
+    return Parts(app, control_app, proxy, control, wired, copies, workers, renewal, authentication, routes)
 
 
 def _tls_context(ca_file: Path | None) -> ssl.SSLContext | None:
@@ -143,6 +156,17 @@ def _names(events: Events) -> Names:
     return Names(changed)
 
 
+def _keys(events: Events) -> Callable[[bool, str], None]:
+    def fetched(is_good: bool, text: str) -> None:
+        if is_good:
+            events.add("keys_found", None, text)
+        else:
+            events.add("keys_kept", None, text, "warning")
+        log.log(logging.INFO if is_good else logging.WARNING, "%s", text)
+
+    return fetched
+
+
 def _renewal(config: Settings, configuration: Configuration, events: Events, renew: Callable[[], None]) -> Renewal:
     def note(kind: News, text: str) -> None:
         severity = NEWS_SEVERITY[kind]
@@ -150,6 +174,15 @@ def _renewal(config: Settings, configuration: Configuration, events: Events, ren
         log.log(logging.getLevelName(severity.upper()), "%s: %s", kind, text)
 
     return Renewal(config.options(TlsOptions), renew=renew, note=note)
+
+
+def _canaries(events: Events) -> Canaries:
+    def note(kind: CanaryNews, text: str) -> None:
+        severity: Severity = "warning" if kind == "canary_returned" else "info"
+        events.add(kind, None, text, severity)
+        log.log(logging.getLevelName(severity.upper()), "%s: %s", kind, text)
+
+    return Canaries(note)
 
 
 def _tls(renewal: Renewal, ports: Sequence[Port]) -> TlsView | None:
@@ -167,43 +200,56 @@ def _tls(renewal: Renewal, ports: Sequence[Port]) -> TlsView | None:
     }
 
 
-def _health(config: Settings, pool: BackendPool, adapter: BackendAdapter) -> HealthChecker:
-    def on_round() -> None:
-        adapter.close_idle()
-        pool.sweep()
-
-    return HealthChecker(pool, config.options(HealthOptions), adapter, on_round=on_round)
-
-
-def _routes(control: Control, health: HealthChecker, filters: Sequence[Filter]) -> Callable[[Settings], Routes]:
+def _routes(
+    control: Control, pools: PoolWiring, filters: Sequence[Filter], copies: Copies, authentication: Authentication
+) -> Callable[[Settings], Routes]:
     """What makes the routes that settings ask for, at the start and at every reload."""
     started_with = control.settings
-    budget, access_log = RetryBudget(control.statistics), AccessLog(control.log, started_with.options(LogOptions))
+    access_log = AccessLog(control.log, started_with.options(LogOptions))
     rare: list[Filter] = [MaxForwards()]
     if started_with.control_port is None:  # else the control API is no neighbour of what is forwarded
         rare.append(ServiceWorkers(api.covers_control_path(started_with.control_prefix)))
 
-    def routes(config: Settings) -> Routes:
+    def way(parts: PoolParts, heads: ResponseHeads) -> Way:
+        """To one pool."""
+        config = parts.settings
         usual: list[Filter] = [*([ServedBy()] if config.expose_backend else []), *filters]
         if config.sticky:
-            usual.insert(0, Sticky(control.pool.backends, config.options(StickyOptions)))
-        access_log.options = config.options(LogOptions)
+            usual.insert(0, Sticky(parts.pool, config.options(StickyOptions)))
         route = Route(
-            control.pool,
-            control.adapter,
-            control.statistics,
-            budget,
+            *(parts.pool, parts.adapter, control.statistics, parts.budget),
             config.options(RouteOptions),
-            on_refused=health.wake,
-            response_heads=ResponseHeads(config.response_headers),
+            on_refused=pools.health.wake,
+            response_heads=heads,
             done=(access_log.done,) if config.access_log else (),
         )
-        return Routes(usual=route.with_filters(usual), rare=route.with_filters([*rare, *usual]))
+        return Way(config, route, usual)
+
+    def routes(config: Settings) -> Routes:
+        access_log.options = config.options(LogOptions)
+        heads = ResponseHeads(config.response_headers)
+        ways = {name: way(parts, heads) for name, parts in pools.parts.items()}
+        guards = _guards(config, authentication, control.limiter)
+        return RouteWiring(config, ways, rare, guards, control.canaries, copies).routes(control.routes)
 
     return routes
 
 
-def _proxy(control_app: WSGIApplication, control: Control, routes: Routes) -> ReverseProxy:
+def _guards(config: Settings, authentication: Authentication, limiter: Limiter) -> Guards:
+    """What makes the filters that guard one route: who may (`auth`), and then how much (`limits`)."""
+    limiter.use(LimitOptions(**each.model_dump()) for each in config.limits)
+
+    def guards(route: RouteSettings) -> list[Filter]:
+        who = [authentication.filter(route.auth)] if route.auth else []
+        how_much = [limiter.filter(route.limits, route.name, config.networks)] if route.limits else []
+        return [*who, *how_much]
+
+    return guards
+
+
+def _proxy(
+    control_app: WSGIApplication, control: Control, routes: Routes, authentication: Authentication
+) -> ReverseProxy:
     config = control.settings
     # The pseudonym is this very process: two balancers of one name in a chain are not a loop.
     pseudonym = f"{config.id}.{secrets.token_hex(4)}".encode("ascii")
@@ -211,26 +257,30 @@ def _proxy(control_app: WSGIApplication, control: Control, routes: Routes) -> Re
         control_app,
         (lambda path: False) if config.control_port is not None else api.is_control_path(config.control_prefix),
         routes=routes,
-        heads=request_heads(config, pseudonym),
+        heads=request_heads(config, pseudonym, authentication.ours),
     )
 
 
-def request_heads(config: Settings, pseudonym: bytes) -> RequestHeads:
+def request_heads(config: Settings, pseudonym: bytes, ours: Collection[bytes] = ()) -> RequestHeads:
     return RequestHeads(
         *(pseudonym, config.networks, config.max_header_count, config.request_headers, config.host_field, config.via),
-        cookie=COOKIE if config.sticky else b"",
+        cookies={cookie_of(name) for name, each in config.by_pool().items() if each.sticky},
+        ours=ours,
     )
 
 
-def _look(statistics: Statistics, pool: BackendPool) -> Reading:
-    in_flight = {backend.id: backend.active for backend in pool.backends()}
-    return Reading(statistics.lifetime(), in_flight, pool.waiting)
+def _look(statistics: Statistics, pools: Pools) -> Reading:
+    in_flight = {backend.id: backend.active for backend in pools.backends()}
+    return Reading(statistics.lifetime(), in_flight, pools.waiting)
 
 
-def _follow(pool: BackendPool, statistics: Statistics, events: Events, health: HealthChecker) -> None:
-    """Changes of the pool become events and log lines, and the parts that care are told."""
+def _follow(control: Control, pools: PoolWiring) -> Callable[[BackendPool, Change], None]:
+    """Changes of a pool become events and log lines, and the parts that care are told."""
+    statistics, events, health = control.statistics, control.events, pools.health
 
-    def changed(change: Change) -> None:
+    def changed(pool: BackendPool, change: Change) -> None:
+        if pool.name != DEFAULT_POOL and (not change.backend or change.kind == "backend_added"):
+            change = change._replace(text=f"{change.text}, pool {pool.name}")
         events.add(*change)
         log.log(logging.getLevelName(change.severity.upper()), "%s %s: %s", change.kind, change.backend, change.text)
         if change.kind == "backend_changed":
@@ -238,7 +288,7 @@ def _follow(pool: BackendPool, statistics: Statistics, events: Events, health: H
         elif change.kind == "backend_added":
             statistics.forget(change.backend)  # a failed last request of a removed one is recorded after its removal
             health.wake()
-        elif change.kind == "backend_removed":
+        elif change.kind == "backend_removed" and pools.pools.pool_of(change.backend) is None:
             statistics.forget(change.backend)
 
-    pool.on_change(changed)
+    return changed

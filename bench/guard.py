@@ -254,7 +254,7 @@ def balancer(port: int, **changes: Any) -> Iterator[Bridge]:
     for each in parts.control.pool.backends():
         parts.control.pool.record_check(each, LastCheck(0.0, 0.0, 200, None))
     workers: Any = SameThread()
-    express = Express(parts.adapter, workers)
+    express = Express(workers)
     limits = settings.options(ClientLimits)
     try:
         yield Bridge(
@@ -262,7 +262,7 @@ def balancer(port: int, **changes: Any) -> Iterator[Bridge]:
         )
     finally:
         express.stop()
-        parts.adapter.close()
+        parts.pools.close()
 
 
 # The budget.

@@ -19,10 +19,16 @@ from demo.console import STOP, Failure, pause, say
 from demo.processes import had_started, identify
 
 HERE = Path(__file__).resolve().parents[1]
+IS_INSTALLED = not (HERE / "balancer").exists()  # as `load-balancer demo`: that package is elsewhere, on our path
 VENV = HERE / ".venv"
 VENV_PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-LOGS, RUN = HERE / "logs", HERE / "run"
-SCRIPT = "start_all.bat" if os.name == "nt" else "./start_all.sh"
+PYTHON = Path(sys.executable) if IS_INSTALLED else VENV_PYTHON
+# Where an installed program keeps what it writes (XDG Base Directory Specification).
+HOME = os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+STATE = Path(HOME, "load-balancer") if IS_INSTALLED else HERE
+LOGS, RUN = STATE / "logs", STATE / "run"
+NAME = "load-balancer demo" if IS_INSTALLED else "start_all"
+SCRIPT = NAME if IS_INSTALLED else "start_all.bat" if os.name == "nt" else "./start_all.sh"
 OURS = ("start_all.py", "load_balancer.py", "backend_server.py")
 # A script, because a page from disk can load nothing else; a page from the web cannot load it. It has an entry for each
 # balancer of this folder, by the name of its pid file, so that demos on different ports keep apart.
@@ -31,10 +37,15 @@ VARIABLE = "window.LB_ACCESS = "  # dashboard.html reads it
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)  # one is not there on Windows, one only there
 
 
+def shown(path: Path) -> str:
+    """As a person types it, who is in the folder of the checkout, or anywhere."""
+    return str(path if IS_INSTALLED else path.relative_to(HERE))
+
+
 def open_private(path: Path, flags: int) -> IO[bytes]:
     """The file opened with these flags of os.open(), made if it is not there. Raises Failure for a link."""
     refuse_link(path.parent)
-    path.parent.mkdir(mode=0o700, exist_ok=True)
+    path.parent.mkdir(mode=0o700, parents=IS_INSTALLED, exist_ok=True)
     if os.name == "posix" and path.parent.stat().st_mode & 0o077:  # made by an earlier version, or by hand
         path.parent.chmod(0o700)
     refuse_link(path)

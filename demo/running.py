@@ -168,7 +168,7 @@ def name_survivors(services: Sequence[Service]) -> None:
 
 def print_urls(services: Sequence[Service], detached: bool) -> None:
     for service in services:
-        say(f"  {service.name + ':':<11} http://127.0.0.1:{service.port}  log: {service.log.relative_to(files.HERE)}")
+        say(f"  {service.name + ':':<11} http://127.0.0.1:{service.port}  log: {files.shown(service.log)}")
     for service in services:
         if service.is_balancer:
             print_balancer_urls(service)
@@ -197,14 +197,15 @@ def print_balancer_urls(balancer: Service) -> None:
     host, control = host_names(balancer, balancer.port)[-1], control_urls(balancer)[-1]
     base = f"http://{host}:{balancer.port}"
     page = (files.HERE / "dashboard.html").as_uri() + ("" if control == "http://localhost:9000" else f"?lb={control}")
-    check = [str(files.VENV_PYTHON.relative_to(files.HERE)), "test_client.py"]
+    check = [files.shown(files.PYTHON), files.shown(files.HERE / "test_client.py")]
     where = ([] if control == base else ["--control", control]) + ([] if base == "http://localhost:9000" else [base])
     say()
     if given_token(os.environ):  # known to whoever set it, and not for every log
         say(f"  Dashboard:  {control}/dashboard  (its token is your LB_PAGE_TOKEN)")
     else:  # behind a # it stays in the browser, which sends it to nobody
         say(f"  Dashboard:  {control}/dashboard#token={quote(balancer.environment['LB_PAGE_TOKEN'], safe='')}")
-    say(f"              {page}")
+    if not files.IS_INSTALLED:  # else nobody would look for it there
+        say(f"              {page}")
     say(f"  API:        curl {base}/api/process")
     say(f"  Status:     {control}/status")
     say(f"  Check:      {printable_command([*check, *where])}")
@@ -245,6 +246,8 @@ def repeat_warnings(balancer: Service) -> None:
 
 def ensure_venv() -> None:
     """Make .venv, install requirements.txt, and write the stamp; nothing to do if the stamp is there and right."""
+    if files.IS_INSTALLED:  # with all that it needs
+        return
     wanted = hashlib.sha256((files.HERE / "requirements.txt").read_bytes()).hexdigest()
     with suppress(OSError):
         # A Python that was upgraded or removed leaves a dangling link, so look through it.

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from demo.console import STOP, Failure, pause
-from demo.files import HERE, LOGS, RUN, VENV_PYTHON, last_line, open_log, remove_pid, write_pid
+from demo.files import HERE, LOGS, PYTHON, RUN, last_line, open_log, remove_pid, write_pid
 from demo.processes import kill_orphans
 
 WEIGHTS = (3, 2, 1)  # of the first backends; further ones weigh 1
@@ -36,7 +36,7 @@ class Service:
     def __post_init__(self) -> None:
         self.is_balancer = self.name == "balancer"
         self.script = "load_balancer.py" if self.is_balancer else "backend_server.py"
-        self.command = [str(VENV_PYTHON), str(HERE / self.script), *self.arguments]
+        self.command = [str(PYTHON), str(HERE / self.script), *self.arguments]
         # The port is in the names so that two demos on different ports keep apart.
         self.log: Path = LOGS / f"{self.name}-{self.port}.log"
         self.pid_file: Path = RUN / f"{self.name}-{self.port}.pid"

@@ -126,13 +126,13 @@ class Fleet:
     def names(self) -> set[str]:
         return {server["id"] for server in self.balancer.status()["backend_servers"]}
 
-    def configure(self, *backends: ChaosBackend, **settings: Any) -> None:
+    def configure(self, *backends: ChaosBackend, tables: str = "", **settings: Any) -> None:
         """Write the configuration file; it is read at the start and by a reload."""
         settings = {"header_timeout": 60, **settings}
         lines = [f"{name} = {json.dumps(value)}" for name, value in settings.items()]
         for number, backend in enumerate(backends or self.backends):
             lines += ["[[backends]]", f'id = "{backend.name}"', f'url = "{backend.url}"', f"weight = {1 + number % 2}"]
-        self.file.write_text("\n".join(lines), encoding="utf-8")
+        self.file.write_text("\n".join([*lines, tables]), encoding="utf-8")
 
     def reload(self) -> None:
         assert fetch(f"{self.url}/reload", {})[0] == 200

@@ -19,7 +19,7 @@ ALGORITHMS = {"round_robin", "weighted", "least_connections", "power_of_two", "l
 TOKEN, PAGE_TOKEN = "s3cret-t0ken-of-the-test", "an0ther-t0ken-for-pages"
 ALLOWED, FOREIGN = "https://ops.example", "https://evil.example"
 READS = ["/status", "/algorithm", "/backends", "/backends/a", "/requests/id-1", "/config", "/events", "/history"]
-READS += ["/metrics", "/openapi.json"]
+READS += ["/metrics", "/openapi.json", "/limits"]
 WRITES = [("POST", "/algorithm"), ("POST", "/reset"), ("POST", "/backends"), ("PATCH", "/backends/a")]
 WEIGHTS = (("a", 3), ("b", 2), ("c", 1))
 
@@ -102,6 +102,7 @@ STATUS |= fields(NUMBER, "now uptime") | {"statistics": STATISTICS, "recent_requ
 STATUS |= {"backend_servers": [BACKEND | {"health": HEALTH}]}
 CAPABILITIES = fields(FLAG, "writes token_required authorized traffic")
 STATUS |= {"capabilities": CAPABILITIES | {"algorithms": [fields(TEXT, "name description")]}}
+WINDOW = fields(COUNT, "requests failed") | fields(ANY_NUMBER, "p50 p95 p99")
 EVENT = fields(TEXT, "kind message severity") | {"seq": COUNT, "timestamp": NUMBER, "backend": ANY_TEXT}
 
 

@@ -247,6 +247,9 @@ class StubHandler(BaseHTTPRequestHandler):
             step, since = int(query["step"]), int(query["since"])
             newer = [one for one in self.stub.history.get(step, []) if one["at"] > since]
             self.reply(200, {"step": step, "now": time.time(), "points": newer})
+        elif target.path == "/config":
+            rows = [{"name": "algorithm", "value": "weighted", "source": "file", "needs_restart": False}]
+            self.reply(200, {"settings": rows})
         elif target.path.removeprefix("/requests/") in self.stub.requests:
             self.reply(200, self.stub.requests[target.path.removeprefix("/requests/")])
         else:

@@ -94,6 +94,20 @@ class Tab:
         self.shows("#pill", "Live")
         return self
 
+    def view(self, name: str) -> None:
+        self.page.click(f"#tabs a[data-view={name}]")
+        expect(self.at("body")).to_have_attribute("data-view", name)
+
+    def use_gear(self) -> None:
+        """What is seldom set is behind one button: address, refresh, theme, settings."""
+        if not self.at("#gear").is_visible():
+            self.page.click("#open-gear")
+
+    def connect_to(self, address: str) -> None:
+        self.use_gear()
+        self.page.fill("#address", address)
+        self.page.keyboard.press("Enter")
+
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
@@ -117,7 +131,7 @@ def tab(chromium: Browser, stub: Stub, tmp_path_factory: pytest.TempPathFactory)
 
     It uses `stub` to be gone before it: a page that outlives its server reports refused connections.
     """
-    context = chromium.new_context(viewport={"width": 1280, "height": 900})
+    context = chromium.new_context(viewport={"width": 1280, "height": 900}, reduced_motion="reduce")
     context.add_init_script(FASTER)
     tab = Tab(context.new_page(), tmp_path_factory.mktemp("disk"))
     tab.watch()

@@ -24,6 +24,8 @@ def read(text: str) -> dict[Key, float]:
 
 
 def value(samples: dict[Key, float], name: str, **labels: str) -> float:
+    if "backend" in labels:
+        labels = {"pool": "default"} | labels
     return samples[name, frozenset(labels.items())]
 
 

@@ -20,8 +20,9 @@ from werkzeug.test import Client, TestResponse
 
 from balancer.config.settings import Settings, load
 from balancer.config.values import BackendSettings
-from balancer.control.access import GUESS_SECONDS, GUESSERS_KEPT, GUESSES, Guesses, first_segment
+from balancer.control.access import first_segment
 from balancer.loadbalancer import create_app
+from balancer.protocol.guesses import GUESS_SECONDS, GUESSERS_KEPT, GUESSES, Guesses
 
 OPEN = ["/health", "/livez", "/readyz", "/dashboard"]
 WRITES = [("POST", "/algorithm"), ("POST", "/reset"), ("POST", "/reload"), ("POST", "/backends")]

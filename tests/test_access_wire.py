@@ -25,7 +25,7 @@ from test_http2 import client as http2
 from wire import post
 
 from balancer.control import neighbours
-from balancer.control.access import GUESS_SECONDS, GUESSES
+from balancer.protocol.guesses import GUESS_SECONDS, GUESSES
 
 
 @pytest.fixture(scope="module")

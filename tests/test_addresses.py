@@ -7,6 +7,8 @@ import os
 import socket
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from support import Start, exchange, get, wait_until
 from wire import WireBackend
 
@@ -52,10 +54,17 @@ def test_an_address_may_be_written_in_many_ways(text: str, value: str | None) ->
     assert (found and str(found)) == value
 
 
+@given(st.ip_addresses(v=6))
+def test_a_customer_is_a_64(address: ipaddress.IPv6Address) -> None:
+    network = str(ipaddress.ip_network((address, 64), strict=False).network_address)
+    assert addresses.network_of(str(address)) == (str(address.ipv4_mapped) if address.ipv4_mapped else network)
+
+
 def test_ipv4_in_ipv6_is_ipv4_wherever_it_is_looked_at() -> None:
     assert plain("::ffff:192.0.2.1") == "192.0.2.1" and plain("2001:DB8:0::1") == "2001:db8::1"
     assert addresses.network_of("::ffff:192.0.2.1") == "192.0.2.1"
     assert addresses.network_of("2001:db8::1") == addresses.network_of("2001:db8::2")
+    assert addresses.network_of("fe80::1%eth0") == "fe80::" and addresses.network_of("made:up") == "made:up"
     assert is_loopback("::ffff:127.0.0.1") and not is_loopback("::ffff:192.0.2.1")
     assert is_in_networks("10.1.2.3", [parse_network("::ffff:10.0.0.0/104")])
 

@@ -234,6 +234,26 @@ def reweighing(fleet: Fleet) -> Iterator[None]:
         yield
 
 
+def rerouting(fleet: Fleet) -> Iterator[None]:
+    """Routes come, change and go, and so does the pool of some, which takes a backend from the others."""
+    a, b, c = fleet.backends
+    pool = f'[[pools]]\nname = "some"\n[[pools.backends]]\nid = "{c.name}"\nurl = "{c.url}"\n'
+    routes = [
+        f'[[routes]]\nname = "some"\npool = "some"\n{more}\n'
+        for more in ('methods = ["POST"]', 'methods = ["POST", "GET"]\nresponse_timeout = 2', 'host = "*.test"')
+    ]
+    routes.append(routes[0] + "request_headers = { set = { X-Some = '1' } }\n[[routes]]\nname = 'all'\nretries = 2\n")
+    for tables in ("", *routes, ""):  # a new pool has no backend that is known to be up
+        fleet.configure(a, b, tables=pool + tables)
+        fleet.reload()
+        fleet.balancer.wait_healthy(c.name)
+        yield
+    fleet.configure()
+    fleet.reload()
+    fleet.balancer.wait_healthy(c.name)
+    yield
+
+
 def filling_up(fleet: Fleet) -> Iterator[None]:
     """One request at a time for each backend: the others wait their turn."""
     for limit in (1, None):
@@ -244,7 +264,7 @@ def filling_up(fleet: Fleet) -> Iterator[None]:
             wait_until(lambda: fleet.balancer.status()["statistics"]["waiting_requests"] > 0)
 
 
-@pytest.mark.parametrize("change", [switching, coming_and_going, draining, reloading, filling_up])
+@pytest.mark.parametrize("change", [switching, coming_and_going, draining, reloading, rerouting, filling_up])
 def test_changes_by_the_operator_cost_nothing(fleet: Fleet, table: Table, change: Change) -> None:
     with Traffic(fleet.url) as traffic:
         for _ in range(2):

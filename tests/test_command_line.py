@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
@@ -103,6 +104,19 @@ def test_check_config_says_ok_from_any_directory(run: Run, tmp_path: Path, monke
     file.write_text('backends = ["http://127.0.0.1:8080"]', encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     assert run("--config", file.name, "--check-config") == (0, "configuration ok\n", "")
+
+
+def test_a_new_key_and_its_line(run: Run, tmp_path: Path) -> None:
+    made = [run("new-key", "acme") for _ in range(2)]
+    assert [(done.code, done.err) for done in made] == [(0, "")] * 2 and made[0].out != made[1].out
+    key, line = made[0].out.splitlines()
+    assert line == f'keys = [{{ id = "acme", sha256 = "{sha256(key.encode()).hexdigest()}" }}]' and len(key) > 40
+    file = tmp_path / "balancer.toml"
+    file.write_text(f'[[auth]]\nname = "partners"\ntype = "api_key"\n{line}\n', encoding="utf-8")
+    assert run("--config", str(file), "--check-config").code == 0
+    for wrong in ([], ["a b"], ["a", "b"]):
+        done = run("new-key", *wrong)
+        assert done.code == 2 and done.out == "" and done.err.count("\n") == 1
 
 
 def test_print_config_shows_values_sources_and_no_secrets(run: Run, tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_a_wrong_value_is_refused_and_named_and_does_not_fit_the_description(
 @pytest.mark.parametrize(
     ("method", "path", "body", "said"),
     [
-        ("POST", "/algorithm", {}, "algorithm: is missing; expected name from GET /algorithm (fields: algorithm)"),
+        ("POST", "/algorithm", {}, "algorithm: is missing; expected name from GET /algorithm (fields: algorithm,"),
         ("POST", "/algorithm", {"algorithm": 3}, "algorithm = 3: expected text: name from GET /algorithm"),
         ("POST", "/reset", {"x": 1}, "unknown field 'x' (fields: no fields)"),
         ("PATCH", "/backends/a", {"weight": 257}, "weight = 257: expected a whole number from 0 to 256"),

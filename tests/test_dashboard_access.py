@@ -92,7 +92,7 @@ def test_text_has_contrast_in_both_themes(tab: Tab, stub: Stub) -> None:
             stub.stop()
             tab.shows("#pill", "Disconnected")
         for theme in ("light", "dark"):
-            tab.page.select_option("#theme", theme)
+            tab.page.emulate_media(color_scheme=theme, reduced_motion="reduce")
             assert tab.page.evaluate(CONTRAST) == [], (theme, is_stopped)
 
 
@@ -101,20 +101,28 @@ def test_nothing_runs_out_of_the_page(tab: Tab, stub: Stub) -> None:
     for one in stub.answer["backend_servers"]:
         one |= {"id": f"a-rather-long-name-of-{one['id']}", "active_connections": 1234, "total_requests": 9_999_999}
     tab.from_disk(stub.url).is_live()
-    tab.page.get_by_role("button", name=re.compile("^Details of a-rather")).first.click()
     for width in (320, 400, 719, 720, 899, 900, 1080, 1199, 1200, 1279, 1280, 1366, 1440, 1920):
         tab.page.set_viewport_size({"width": width, "height": 800})
-        for box in ("html", "#backends-scroll", "#recent-scroll"):
-            over = tab.at(box).evaluate("it => it.scrollWidth - it.clientWidth")
-            assert over <= 0, (width, box)
+        for view, box in (
+            ("system", "#log"),
+            ("lab", "#mix-rows"),
+            ("traffic", "#recent-scroll"),
+            ("overview", "#backends-scroll"),
+        ):
+            tab.view(view)
+            for one in ("html", box):
+                over = tab.at(one).evaluate("it => it.scrollWidth - it.clientWidth")
+                assert over <= 0, (width, one)
 
 
 def test_the_page_is_built_of_real_landmarks_and_tables(tab: Tab, stub: Stub) -> None:
     tab.from_disk(stub.url).is_live()
     for selector in ("h1", "main", "header", "footer", "[role=status]", "[role=alert]:not(dialog *)", "[role=log]"):
         assert tab.at(selector).count() == 1, selector
-    assert tab.at("main table > caption").count() == tab.at("main table:not(.chart *)").count() == 2
+    tab.view("system")
+    assert tab.at("main table:visible > caption").count() == tab.at("main table:visible").count() == 1
     assert tab.at("main thead th:not([scope=col]), main tbody th:not([scope=row])").count() == 0
+    assert tab.at("nav [aria-current=page]").all_inner_texts() == ["System"]
     assert tab.page.evaluate(UNNAMED_FIELDS) == 0
     assert not re.search(r"\s(style|on\w+)=\"", PAGE.read_text(encoding="utf-8"))
 
@@ -123,12 +131,20 @@ def test_every_control_is_reached_by_the_keyboard(tab: Tab, stub: Stub) -> None:
     tab.from_disk(stub.url).is_live()
     tab.page.locator("body").click(position={"x": 1, "y": 1})
     reached = set()
-    for _ in range(70):
+    for view in ("overview", "traffic", "lab", "system"):
+        tab.view(view)
+        for _ in range(45):
+            tab.page.keyboard.press("Tab")
+            reached.add(tab.page.evaluate("() => document.activeElement.id || document.activeElement.name"))
+    tab.page.focus("#open-gear")
+    tab.page.keyboard.press("Enter")
+    for _ in range(8):
         tab.page.keyboard.press("Tab")
-        reached.add(tab.page.evaluate("() => document.activeElement.id || document.activeElement.name"))
+        reached.add(tab.page.evaluate("() => document.activeElement.id"))
     assert {
         "pause", "interval", "theme", "address", "algorithm", "apply", "amount", "traffic-path", "send", "reset",
-        "add-backend", "reload", "settings", "range", "filter", "only-problems", "share-window", "event-severity",
+        "add-backend", "reload", "settings", "range", "window", "filter", "only-problems",
+        "event-severity", "recent-kind",
     } <= reached  # fmt: skip
 
 
@@ -138,17 +154,25 @@ def test_axe_finds_nothing_serious(tab: Tab, stub: Stub, theme: str, rule: str |
     tab.page.emulate_media(reduced_motion="reduce")
     busy(stub)
     tab.from_disk(stub.url).is_live()
-    tab.page.select_option("#theme", theme)
+    tab.page.emulate_media(color_scheme=theme, reduced_motion="reduce")
     tab.shows("#event-rows", "algorithm changed")
-    for opener in ("Details of backend_3", "Details of backend_1", "View Requests/s as table"):
-        tab.page.get_by_role("button", name=opener, exact=True).click()
+    tab.page.get_by_role("button", name="View Requests/s as table", exact=True).click()
     tab.page.locator("#backend-rows input[type=checkbox]").first.check()
-    assert findings(tab.page, None, rule) == []
+    for view in ("traffic", "lab", "system", "overview"):
+        tab.view(view)
+        assert findings(tab.page, None, rule) == [], view
+    tab.page.get_by_role("button", name="Details of backend_3", exact=True).click()
+    assert findings(tab.page, "#drawer", rule) == []
+    tab.page.keyboard.press("Escape")
     parts = {
-        "#backend-rows .c-menu button": "#menu", "#settings": "#settings-dialog", "#help": "#help-dialog",
-        "#reset": "#confirm", "#add-backend": "#backend-dialog", "#recent-rows .c-why button": "#request-dialog",
+        "#backend-rows .c-menu button": "#menu", "#open-gear": "#gear", "#settings": "#settings-dialog",
+        "#open-notices": "#notices", "#add-backend": "#backend-dialog", "#tabs a[data-view=traffic]": "#recent-scroll",
+        "#recent-rows .c-why button": "#request-dialog", "#tabs a[data-view=system]": "#config-facts",
+        "#reset": "#confirm",
     }  # fmt: skip
     for opener, part in parts.items():
+        if opener == "#settings":
+            tab.use_gear()
         tab.page.locator(opener).first.click()
         expect(tab.at(part)).to_be_visible()
         assert findings(tab.page, part, rule) == [], part
@@ -169,8 +193,8 @@ def test_axe_finds_nothing_serious_on_a_phone_and_when_disconnected(tab: Tab, st
 
 def test_a_finding_is_found(tab: Tab, stub: Stub) -> None:
     tab.from_disk(stub.url).is_live()
-    tab.page.evaluate("() => document.querySelector('#address').parentElement.querySelector('label').remove()")
-    tab.page.evaluate("() => document.querySelector('#address').removeAttribute('title')")
+    tab.page.evaluate("() => document.querySelector('#filter').removeAttribute('aria-label')")
+    tab.page.evaluate("() => document.querySelector('#filter').parentElement.firstElementChild.remove()")
     assert any(it.startswith("label") for it in findings(tab.page, rule="label"))
 
 
@@ -223,6 +247,7 @@ def test_shortcuts_work_outside_of_fields_and_can_be_switched_off(tab: Tab, stub
     press("?")
     expect(tab.at("#help-dialog")).to_be_visible()
     press("Escape")
+    tab.use_gear()
     tab.page.click("#settings")
     tab.page.uncheck("#shortcuts")
     tab.page.click("#settings-form button[type=submit]")
@@ -262,9 +287,9 @@ def test_charts_are_read_by_keyboard_and_as_tables(tab: Tab, stub: Stub) -> None
 def test_print_forced_colours_and_less_motion_are_obeyed(tab: Tab, stub: Stub) -> None:
     tab.from_disk(stub.url).is_live()
     tab.page.emulate_media(media="print")
-    for selector in ("#send", "#pause", "#range", "#backend-rows .c-menu button", "#export-csv"):
+    for selector in ("#send", "#pause", "#range", "#backend-rows .c-menu button", "#tabs"):
         expect(tab.at(selector).first).to_be_hidden()
-    for selector in ("#t-total", "#backend-rows", ".plot"):
+    for selector in ("#t-total", "#backend-rows", ".plot", "#printed"):
         expect(tab.at(selector).first).to_be_visible()
     tab.page.emulate_media(media="screen", forced_colors="active", reduced_motion="reduce")
     bar = tab.at("#backend-rows .fill").first

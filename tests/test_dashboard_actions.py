@@ -76,7 +76,7 @@ def test_several_are_changed_and_undone_together(tab: Tab, stub: Stub) -> None:
         tab.page.locator("#backend-rows input[type=checkbox]").nth(index).check()
     tab.shows("#bulk-note", "2 selected")
     tab.page.click("#bulk-drain")
-    tab.shows("#toasts", "backend_2, backend_4 gets no new requests.")
+    tab.shows("#toasts", "backend_2 and backend_4 get no new requests.")
     expect(tab.at("#bulk")).to_be_hidden()
     tab.page.get_by_role("button", name="Undo").click()
     wait_until(lambda: len(stub.writes) == 4)
@@ -114,18 +114,21 @@ def test_a_weight_is_typed_checked_and_undone(tab: Tab, stub: Stub) -> None:
     weight.fill("257")
     weight.press("Enter")
     expect(weight).to_have_attribute("aria-invalid", "true")
+    tab.shows("#backend-rows .o-weight >> nth=0", "0 to 256")
     weight.press("Escape")
     expect(weight).to_have_value("3")
     weight.fill("8")
     weight.press("Enter")
     tab.shows("#toasts", "backend_1: weight 8.")
     expect(weight).to_have_value("8")
+    expect(weight).to_be_focused()
     tab.page.get_by_role("button", name="Undo").click()
     tab.shows("#toasts", "backend_1: weight 3.")
     assert [body for _, body in stub.writes] == [{"weight": 8}, {"weight": 3}]
 
 
-def test_a_weight_being_typed_is_not_overwritten_and_leaving_drops_it(tab: Tab, stub: Stub) -> None:
+def test_a_weight_being_typed_stays_until_it_is_applied_or_dropped(tab: Tab, stub: Stub) -> None:
+    """Tab dropped it without a word."""
     tab.from_disk(stub.url).is_live()
     weight = tab.at("#backend-rows .weight").first
     weight.fill("77")
@@ -133,7 +136,10 @@ def test_a_weight_being_typed_is_not_overwritten_and_leaving_drops_it(tab: Tab, 
     stub.answer["statistics"]["total_requests"] = 4321
     tab.shows("#t-total", "4,321")
     expect(weight).to_have_value("77")
-    tab.page.focus("#filter")
+    tab.page.keyboard.press("Tab")
+    expect(weight).to_have_value("77")
+    tab.shows("#backend-rows .o-weight >> nth=0", "Enter applies")
+    weight.press("Escape")
     expect(weight).to_have_value("9")
     assert stub.writes == []
 
@@ -225,7 +231,7 @@ def test_a_refused_change_makes_the_page_read_only_until_asked_otherwise(tab: Ta
     choose(tab, 0, "Drain")
     tab.shows(".toast.bad", "changes are off")
     tab.shows("#write-note", "Read-only here")
-    expect(tab.at("#reset")).to_have_attribute("aria-disabled", "true")
+    expect(tab.at("#add-backend")).to_have_attribute("aria-disabled", "true")
     tab.page.locator("#backend-rows .c-menu button").first.click()
     expect(tab.page.get_by_role("menuitem", name="Drain")).to_have_attribute("aria-disabled", "true")
     tab.page.keyboard.press("Escape")
@@ -244,6 +250,7 @@ def test_a_reload_is_previewed_before_it_is_applied(tab: Tab, stub: Stub) -> Non
     stub.answer["config"] = {"file": "/etc/balancer.toml", "loaded_at": None, "last_error": None}
     stub.reload_answer = PREVIEW
     tab.from_disk(stub.url).is_live()
+    tab.view("system")
     tab.page.click("#reload")
     for words in ("/etc/balancer.toml", "backend_1.weight", "5", "62.5 %", "50.0 %", "backend_2.weight", "port"):
         tab.shows("#confirm", words)
@@ -264,6 +271,7 @@ def test_a_reload_is_previewed_before_it_is_applied(tab: Tab, stub: Stub) -> Non
 def test_a_reload_without_changes_cannot_be_applied(tab: Tab, stub: Stub) -> None:
     stub.reload_answer = {"changes": [], "shares": None, "kept": [], "needs_restart": []}
     tab.from_disk(stub.url).is_live()
+    tab.view("system")
     tab.page.click("#reload")
     tab.shows("#confirm", "Nothing would change.")
     tab.page.click("#confirm-yes")
@@ -278,12 +286,15 @@ def test_a_request_tells_why_this_backend(tab: Tab, stub: Stub) -> None:
     stub.requests["request-1"] = explained("request-1")
     stub.answer["recent_requests"] = [recent(1, attempts=2)]
     tab.from_disk(stub.url).is_live()
-    opener = tab.page.get_by_role("button", name=re.compile("^Details of GET"))
+    tab.view("traffic")
+    opener = tab.page.get_by_role("button", name=re.compile("^Why this backend: GET"))
     opener.click()
     dialog = tab.at("#request-dialog")
     for words in (
         "request-1", "Least connections", "1. backend_1: connect (connection refused)", "0.667",
-        "Not considered: backend_3 (down).", "2. backend_2: 200", "backend_1 (already tried)", "connected in 0.30 ms",
+        "Not considered: backend_3 (down).", "2. backend_2: 200", "backend_1 (already tried)", "connected in 0.3 ms",
+        "backend_1 was chosen because 0.667 is the lowest score; next backend_2 with 1.50.",
+        "backend_2 was chosen because no other backend could take it.",
     ):  # fmt: skip
         expect(dialog).to_contain_text(words)
     expect(dialog.locator("tr.chosen")).to_have_count(2)
@@ -295,7 +306,8 @@ def test_a_request_that_is_no_longer_kept_shows_what_is_known(tab: Tab, stub: St
     tab.network_errors_expected = True
     stub.answer["recent_requests"] = [recent(1, status=502, reason="no answer", tried=[])]
     tab.from_disk(stub.url).is_live()
-    tab.page.get_by_role("button", name=re.compile("^Details of GET")).click()
+    tab.view("traffic")
+    tab.page.get_by_role("button", name=re.compile("^Why this backend: GET")).click()
     tab.shows("#request-dialog", "no longer keeps the details")
     tab.shows("#request-dialog", "no answer")
     tab.shows("#request-dialog", "No backend was tried.")
@@ -304,6 +316,7 @@ def test_a_request_that_is_no_longer_kept_shows_what_is_known(tab: Tab, stub: St
 def test_rows_stay_while_somebody_points_at_them(tab: Tab, stub: Stub) -> None:
     stub.answer["recent_requests"] = [recent(1, path="/old")]
     tab.from_disk(stub.url).is_live()
+    tab.view("traffic")
     tab.at("#recent-rows tr").hover()
     tab.shows("#recent-note", "held while in use")
     stub.answer["recent_requests"] = [recent(2, path="/new")]
@@ -314,17 +327,18 @@ def test_rows_stay_while_somebody_points_at_them(tab: Tab, stub: Stub) -> None:
     tab.shows("#recent-rows", "/new")
 
 
-def test_only_failed_or_retried_requests_are_asked_for(tab: Tab, stub: Stub) -> None:
-    stub.answer["recent_requests"] = [
-        recent(1),
-        recent(2, status=503),
-        recent(3, attempts=2),
-        recent(4, complete=False),
-    ]
+def test_failed_retried_or_slow_requests_are_asked_for_and_six_rows_are_shown(tab: Tab, stub: Stub) -> None:
+    trouble = [recent(2, status=503), recent(3, attempts=2), recent(4, complete=False), recent(5, response_time=0.9)]
+    stub.answer["recent_requests"] = [recent(1), *trouble, *(recent(index) for index in range(6, 20))]
     tab.from_disk(stub.url).is_live()
-    tab.page.check("#only-errors")
-    expect(tab.at("#recent-rows tr")).to_have_count(3)
-    wait_until(lambda: "/status?recent=100" in stub.asked)
+    tab.view("traffic")
+    expect(tab.at("#recent-rows tr")).to_have_count(6)
+    tab.pick("#recent-kind input[value='trouble']")
+    expect(tab.at("#recent-rows tr")).to_have_count(4)
+    wait_until(lambda: "/status?recent=100&window=60" in stub.asked)
+    tab.pick("#recent-kind input[value='all']")
+    tab.page.click("#recent-more")
+    expect(tab.at("#recent-rows tr")).to_have_count(19)
 
 
 def test_backends_are_sorted_filtered_and_keep_the_focus(tab: Tab, stub: Stub) -> None:

@@ -112,6 +112,7 @@ def test_a_question_that_was_answered_elsewhere_says_so(tab: Tab, stub: Stub) ->
 def test_counts_to_be_reset_and_a_preview_are_those_of_now(tab: Tab, stub: Stub) -> None:
     stub.reload_answer = PREVIEW
     tab.from_disk(stub.url).is_live()
+    tab.view("system")
     tab.page.click("#reset")
     stub.answer["statistics"]["total_requests"] = 4321
     tab.shows("#confirm", "total (4,321)")
@@ -127,7 +128,7 @@ def test_counts_to_be_reset_and_a_preview_are_those_of_now(tab: Tab, stub: Stub)
 def test_a_limit_follows_the_balancer_until_another_one_is_typed(tab: Tab, stub: Stub) -> None:
     tab.from_disk(stub.url).is_live()
     choose(tab, 1, "Limit connections")
-    limit, save, note = tab.at("#new-max"), tab.at("#backend-yes"), tab.at("#backend-note")
+    limit, save, note = tab.at("#new-max"), tab.at("#backend-yes"), tab.at("#backend-hint")
     stub.answer["backend_servers"][1]["max_connections"] = 60
     expect(limit).to_have_value("60")
     limit.fill("70")
@@ -150,7 +151,7 @@ def test_a_limit_for_a_backend_that_is_gone_adds_none(tab: Tab, stub: Stub) -> N
     choose(tab, 1, "Limit connections")
     tab.page.fill("#new-max", "70")
     del stub.answer["backend_servers"][1]
-    tab.shows("#backend-note", "backend_2 was removed.")
+    tab.shows("#backend-hint", "backend_2 was removed.")
     tab.page.press("#new-max", "Enter")
     is_blocked(tab.at("#backend-yes"))
     expect(tab.at("#backend-dialog")).to_be_visible()
@@ -173,8 +174,8 @@ def test_the_dialog_of_the_token_tells_a_refusal_that_came_later(tab: Tab, stub:
     tab.network_errors_expected = True
     tab.page.goto(f"{stub.url}/dashboard#token={PAGE_TOKEN}")
     tab.is_live()
-    tab.page.click("#settings")
-    tab.page.click("#settings-token")
+    tab.use_gear()
+    tab.page.click("#gear-token")
     tab.page.fill("#token", "half-typed")
     expect(tab.at("#token-forget")).to_be_visible()
     stub.page_token = "another-token-by-now"
@@ -187,8 +188,9 @@ def test_details_of_a_request_opened_first_come_once_connected(tab: Tab, stub: S
     stub.requests["request-1"] = explained("request-1")
     stub.answer["recent_requests"] = [recent(1, attempts=2)]
     tab.from_disk(stub.url).is_live()
+    tab.view("traffic")
     lose(tab, stub)
-    tab.page.get_by_role("button", name=re.compile("^Details of GET")).click()
+    tab.page.get_by_role("button", name=re.compile("^Why this backend: GET")).click()
     tab.shows("#request-dialog", "Not connected")
     find(tab, stub)
     tab.shows("#request-dialog", "Not considered: backend_3 (down).")
@@ -196,15 +198,15 @@ def test_details_of_a_request_opened_first_come_once_connected(tab: Tab, stub: S
     assert stub.asked.count("/requests/request-1") == 1
 
 
-def test_details_of_a_backend_opened_first_are_renewed_and_go_with_it(tab: Tab, stub: Stub) -> None:
+def test_details_of_a_backend_opened_first_are_renewed_and_tell_its_removal(tab: Tab, stub: Stub) -> None:
     tab.from_disk(stub.url).is_live()
     lose(tab, stub)
     tab.page.get_by_role("button", name="Details of backend_1").click()
     stub.answer["backend_servers"][0] |= {"weight": 9, "source": "api"}
     find(tab, stub)
-    tab.shows("#backend-rows .detail", "api")
+    tab.shows("#drawer", "api")
     del stub.answer["backend_servers"][0]
-    expect(tab.at("#backend-rows .detail")).to_have_count(0)
+    tab.shows("#drawer-badge", "Removed")
 
 
 def test_an_undo_waits_for_the_connection(tab: Tab, stub: Stub) -> None:

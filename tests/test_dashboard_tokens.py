@@ -98,8 +98,7 @@ def test_a_token_from_disk_never_goes_to_another_address(tab: Tab, stub: Stub) -
         tab.page.on(
             "request", lambda it: sent.append(it.headers.get("authorization")) if it.url.startswith(other.url) else None
         )
-        tab.page.fill("#address", other.url)
-        tab.page.keyboard.press("Enter")
+        tab.connect_to(other.url)
         tab.shows("#lb-id", "other")
         tab.page.close()
     assert sent and set(sent) == {None}
@@ -176,8 +175,7 @@ def test_no_other_path_of_its_own_origin_is_taken_for_the_balancer(tab: Tab, stu
         tab.page.reload()
     tab.is_live()
     if how == "typed":
-        tab.page.fill("#address", posing)
-        tab.page.keyboard.press("Enter")
+        tab.connect_to(posing)
         tab.is_live()
     expect(tab.at("#address")).to_have_value(stub.url)
     assert not [url for url in tab.requests if url.startswith(posing)]

@@ -144,7 +144,14 @@ def test_a_rule_names_only_what_there_is(known: Known, name: str, expression: st
 
 def test_a_text_of_a_rule_names_only_labels_that_it_has() -> None:
     text = (PROMETHEUS / "alerts.yml").read_text(encoding="utf-8")
-    assert set(re.findall(r"\$labels\.(\w+)", text)) <= BY_SCRAPE | {"backend", "queue"}
+    assert set(re.findall(r"\$labels\.(\w+)", text)) <= BY_SCRAPE | {"backend", "pool", "queue"}
+
+
+def test_the_autoscaler_goes_by_a_metric_that_there_is(known: Known) -> None:
+    for name in ("autoscaler.yaml", "adapter-rules.yaml"):
+        text = (DEPLOY / "kubernetes" / "overlays" / "autoscaling" / name).read_text(encoding="utf-8")
+        found = set(METRIC.findall(re.sub("(?m)#.*$", "", text)))
+        assert found and found <= set(known.labels)
 
 
 # Grafana.

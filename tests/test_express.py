@@ -359,10 +359,10 @@ def test_a_middleware_around_the_app_sees_every_request(wrap: bool) -> None:
 def test_it_stops_and_leaves_nothing() -> None:
     threads, descriptors = threading.active_count(), len(os.listdir("/proc/self/fd"))
     for _ in range(20):
-        express = Express(BackendAdapter(options(Timeouts)), WorkerPool(1, 1, 1.0))
+        express = Express(WorkerPool(1, 1, 1.0))
         express.start()
         express.stop()
-    unstarted = Express(BackendAdapter(options(Timeouts)), WorkerPool(1, 1, 1.0))
+    unstarted = Express(WorkerPool(1, 1, 1.0))
     unstarted.stop()
     assert threading.active_count() <= threads  # of earlier tests, some may end meanwhile
     assert len(os.listdir("/proc/self/fd")) <= descriptors
@@ -493,7 +493,7 @@ class SentCall:
 def test_a_call_that_is_overdue_before_it_is_armed_is_not_lost() -> None:
     """The thread that brings it is between its two steps."""
     workers, call = Handed(), SentCall(0.0)
-    express = Express(BackendAdapter(options(Timeouts)), workers)
+    express = Express(workers)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         express._waiting[listener.fileno()] = call  # type: ignore[assignment]
         express.run_once()
@@ -515,7 +515,7 @@ def test_a_descriptor_that_is_used_again_loses_no_call() -> None:
                 assert self.wait_for(following)  # type: ignore[arg-type]
             super()._arm(descriptor)
 
-    express = Interrupted(BackendAdapter(options(Timeouts)), workers)
+    express = Interrupted(workers)
     with ExitStack() as listeners:
         overdue.connection.sock = listeners.enter_context(socket.create_server(("127.0.0.1", 0)))
         assert express.wait_for(overdue)  # type: ignore[arg-type]
@@ -529,7 +529,7 @@ def test_a_surprise_with_one_answer_holds_up_no_other(caplog: pytest.LogCaptureF
         def _look(self, call: Any) -> None:
             raise RuntimeError("surprise")
 
-    express = Surprised(BackendAdapter(options(Timeouts)), Handed())
+    express = Surprised(Handed())
     with ExitStack() as stack:
         for _ in range(3):
             ours, peer = (stack.enter_context(sock) for sock in socket.socketpair())

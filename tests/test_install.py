@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from launched import free_ports
 from support import PYTHON, ROOT, Process, fetch, wait_until
 
 from balancer import __version__
@@ -34,7 +35,8 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     assert run(PYTHON, "-m", "venv", "--without-pip", folder / "venv", cwd=folder).returncode == 0
     scripts = folder / "venv" / ("Scripts" if os.name == "nt" else "bin")
     pip = [PYTHON, "-m", "pip", "--python", scripts / "python", "--disable-pip-version-check", "--no-input"]
-    done = run(*pip, "wheel", "--quiet", "--no-deps", folder / "source", cwd=folder)
+    # The sdist, and from that the wheel.
+    done = run(PYTHON, "-m", "build", "--quiet", "--outdir", folder, folder / "source", cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     shutil.rmtree(folder / "source")  # nothing may be needed from it any more
     done = run(*pip, "install", "--quiet", "--no-compile", *folder.glob("*.whl"), "pytest", cwd=folder)
@@ -96,6 +98,32 @@ def test_the_installed_balancer_forwards_and_has_its_dashboard(running: str) -> 
     status, _, page = fetch(f"{running}/dashboard")
     assert status == 200
     assert page == (ROOT / "dashboard.html").read_bytes()
+
+
+def test_the_demo_starts_from_anywhere_and_leaves_nothing(command: Path, elsewhere: Path) -> None:
+    port, *backends = free_ports(4)
+    state = elsewhere / "state"
+    env = {"LB_PORT": str(port), "BACKEND_PORTS": " ".join(map(str, backends)), "XDG_STATE_HOME": str(state)}
+    with Process([str(command), "demo"], env=env, cwd=elsewhere) as process:
+        wait_until(lambda: "Stop with Ctrl-C" in process.output or process.popen.poll() is not None, "it is ready")
+        assert fetch(f"http://127.0.0.1:{port}/api/process")[0] == 200, process.output
+        assert run(command, "--probe", f"--port={port}", cwd=elsewhere).returncode == 0
+        assert f"{command.parent}" in process.output and "dashboard.html" not in process.output
+        process.send(signal.SIGINT)
+        assert process.wait() == 130
+    assert run(command, "--probe", f"--port={port}", cwd=elsewhere).returncode == 1
+    assert {path.name for path in (state / "load-balancer" / "run").iterdir()} <= {"lock", "access.lock"}
+    assert not (elsewhere / "run").exists() and not (elsewhere / "logs").exists()
+
+
+def test_its_documents_are_installed(command: Path) -> None:
+    share = command.parents[1] / "share"
+    for name, place in (
+        ("load-balancer.1", "man/man1"),
+        ("settings.md", "doc/load-balancer"),
+        ("examples/gateway.toml", "doc/load-balancer"),
+    ):
+        assert (share / place / name).read_bytes() == (ROOT / "docs" / name).read_bytes()
 
 
 FAILING = """

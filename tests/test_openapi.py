@@ -94,6 +94,10 @@ CALLS: list[tuple[str, str, str, Any, int]] = [
     ("DELETE", "/backends/{backend_id}", "/backends/x", None, 404),
     ("GET", "/requests/{request_id}", "/requests/id-1", None, 200),
     ("GET", "/requests/{request_id}", "/requests/id-9", None, 404),
+    ("GET", "/limits", "/limits", None, 200),
+    ("GET", "/limits/{name}", "/limits/per_client?key=192.0.2.1", None, 200),
+    ("GET", "/limits/{name}", "/limits/per_client", None, 400),
+    ("GET", "/limits/{name}", "/limits/x", None, 404),
     ("GET", "/config", "/config", None, 200),
     ("POST", "/reload", "/reload?dry_run=1", None, 422),
     ("GET", "/events", "/events?since=0", None, 200),
@@ -114,7 +118,7 @@ def test_every_operation_is_tried(document: dict[str, Any]) -> None:
 def test_every_operation_answers_as_described(
     document: dict[str, Any], method: str, template: str, path: str, body: Any, status: int
 ) -> None:
-    app = make_app()
+    app = make_app(limits=[{"name": "per_client", "rate": "100/m", "in_flight": 10}])
     if path != "/readyz":
         check_all(app)
     add_records(app, 3)

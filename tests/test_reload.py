@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from support import Balancer, BalancerProcess, RawRequest, another_value, fetch, fetch_json, ok, options, wait_until
+from werkzeug.test import Client
 from wire import WireBackend
 
 from balancer.balancing import strategies
@@ -60,10 +61,29 @@ def whats(answer: dict[str, Any]) -> list[str]:
 def test_nothing_changed_changes_nothing() -> None:
     wired = Wired(backends=[A, B])
     answer = wired.reload(backends=[A, B])
+    answer.pop("hash")
     assert answer == {
         "applied": True, "changes": [], "kept": [], "needs_restart": [], "shares": {"a": 0.5, "b": 0.5},
     }  # fmt: skip
     assert wired.events()[-1] == ("config_reloaded", "nothing has changed")
+
+
+def test_only_what_was_looked_at_is_applied() -> None:
+    wired = Wired(backends=[A, B], sticky_secret="one-of-sixteen-signs-and-more")
+    other = {"backends": [A | {"weight": 3}, B], "sticky_secret": "two-of-sixteen-signs-and-more"}
+    looked_at = wired.reload(dry_run=True, **other)["hash"]
+    assert wired.reload(dry_run=True, **other)["hash"] == looked_at
+    client = Client(wired.balancer.control_app)
+
+    def apply() -> int:
+        headers = {"If-Match": f'"{looked_at}"'}
+        return client.post("/reload", headers=headers, environ_base={"REMOTE_ADDR": "127.0.0.1"}).status_code
+
+    for changed in ({"backends": [A, B]}, {"sticky_secret": "six-of-sixteen-signs-and-more"}):
+        wired.wanted = Settings(**other | changed)
+        assert (apply(), wired.weights(), wired.balancer.configuration.last_error) == (412, {"a": 1, "b": 1}, None)
+    wired.wanted = Settings(**other)
+    assert (apply(), wired.weights()) == (200, {"a": 3, "b": 1})
 
 
 def test_backends_are_added_changed_and_removed() -> None:
@@ -112,13 +132,13 @@ def test_settings_of_every_part_are_applied() -> None:
         expose_backend=True,
     )
     assert len(answer["changes"]) == 9 and answer["needs_restart"] == []
-    balancer = wired.balancer
+    balancer, adapter = wired.balancer, wired.balancer.pools.parts["default"].adapter
     assert (balancer.proxy.routes.usual.options.retries, len(balancer.proxy.routes.usual.answer)) == (0, 1)
-    assert (balancer.adapter.timeouts.connect_timeout, balancer.adapter.timeouts.pool_idle_timeout) == (1.5, 2)
-    assert balancer.health.options.health_interval == 9
+    assert (adapter.timeouts.connect_timeout, adapter.timeouts.pool_idle_timeout) == (1.5, 2)
+    assert [each.options.health_interval for each in balancer.pools.health.checked] == [9]
     assert wired.pool.algorithm == "round_robin"
     assert wired.pool.snapshot()[0]["health"]["fall"] == 7
-    assert wired.pool._judge.options.queue_places == 3 and wired.pool._judge.options.eject_after == 1
+    assert wired.pool._judge.options.queue_limit == 3 and wired.pool._judge.options.eject_after == 1
 
 
 NOT_ALONE = {name for name in Settings.model_fields if name.startswith("tls_")} | {"http_redirect_port"}
@@ -147,8 +167,9 @@ def held(balancer: LoadBalancer) -> list[Any]:
     return [
         route.options, [vars(answer.__self__) for answer in route.answer], route.response_heads.rules,
         [done.__self__.options for done in route.done], heads.trusted, heads.max_lines, heads.rules, heads.via,
-        heads.host, balancer.adapter.dialer.server_name, control.pool._judge.options, control.pool.algorithm,
-        control.pool._strategy.options, control.access.options, balancer.adapter.timeouts, balancer.health.options,
+        heads.host, route.adapter.server_name, control.pool._judge.options, control.pool.algorithm,
+        control.pool._strategy.options, control.access.options, route.adapter.timeouts,
+        balancer.pools.health.checked[0].options,
         balancer.bridges[0].limits, balancer.port_options, logging.getLogger().level,
     ]  # fmt: skip
 
@@ -238,7 +259,7 @@ def test_who_set_what_is_visible() -> None:
     assert (a["source"], a["overrides"]) == ("file", {"weight": 2})
     assert (z["source"], z["overrides"]) == ("api", {})
     wired.pool.use(strategies.create("round_robin"))
-    rows = {row["name"]: row for row in wired.balancer.configuration.describe(wired.pool.algorithm)["settings"]}
+    rows = {row["name"]: row for row in wired.balancer.configuration.describe(wired.balancer.control.pools)["settings"]}
     assert rows["algorithm"] == {
         "name": "algorithm", "value": "round_robin", "source": "api", "needs_restart": False,
     }  # fmt: skip
@@ -248,7 +269,9 @@ def test_who_set_what_is_visible() -> None:
 def test_secrets_are_not_shown() -> None:
     wired = Wired(backends=[A], admin_token="hunter2-hunter2-")
     wired.reload(backends=[A], admin_token="hunter3-hunter3-")
-    assert "hunter" not in str(wired.balancer.configuration.describe("weighted")) + str(wired.events())
+    assert "hunter" not in str(wired.balancer.configuration.describe(wired.balancer.control.pools)) + str(
+        wired.events()
+    )
 
 
 # For real.

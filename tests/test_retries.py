@@ -133,7 +133,7 @@ def test_a_refused_connect_is_retried_for_any_method(data: bytes) -> None:
 
 def warm_up(balancer: Balancer, backend: WireBackend) -> None:
     """Leave one idle connection in the pool, the only one, of which no POST is afraid however busy this machine is."""
-    balancer.library.adapter._servers.at(Origin.parse(backend.url)).safe_idle = 60
+    balancer.library.pools.parts["default"].adapter._servers.at(Origin.parse(backend.url)).safe_idle = 60
     assert ask(balancer.port, request(b"/warm-up"))[0] == 200
     wait_until(lambda: is_idle(balancer))
 

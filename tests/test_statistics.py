@@ -1,4 +1,4 @@
-"""Counters that add up, percentiles within 15 %, bounded rings."""
+"""Counters that add up, percentiles within 3 %, bounded rings."""
 
 from __future__ import annotations
 
@@ -70,15 +70,26 @@ def exact(samples: list[float], share: float) -> float:
 
 
 @given(st.lists(st.floats(BOUNDS[0], BOUNDS[-1]), min_size=1, max_size=200))
-def test_percentiles_are_within_15_percent_and_never_too_low(samples: list[float]) -> None:
+def test_percentiles_are_within_3_percent(samples: list[float]) -> None:
     histogram = Histogram()
     for seconds in samples:
         histogram.add(seconds)
     for name, share in (("p50", 0.50), ("p95", 0.95), ("p99", 0.99)):
         told = histogram.summary()[name]
         assert told is not None
-        assert exact(samples, share) * 0.999999 <= told <= exact(samples, share) * 1.150001
-        assert told <= max(samples)
+        assert told == pytest.approx(exact(samples, share), rel=0.03)
+
+
+@given(st.floats(0.001, 100))
+def test_what_takes_51_to_53_ms_is_told_so(scale: float) -> None:
+    """It was told as 54 ms, then as 62, 71 and 82."""
+    histogram = Histogram()
+    samples = [scale * (0.051 + 0.002 * step / 1000) for step in range(1000)]
+    for seconds in samples:
+        histogram.add(seconds)
+    assert [histogram.percentile(share) for share in (0.5, 0.95, 0.99)] == pytest.approx(
+        [exact(samples, share) for share in (0.5, 0.95, 0.99)], rel=0.03
+    )
 
 
 @pytest.mark.parametrize("count", [1, 2, 20, 100, 700, 1000, 1100, 2300])
@@ -88,15 +99,15 @@ def test_percentiles_pick_the_exact_rank_where_it_is_a_whole_number(count: int) 
     samples = [10.0] * (count // 100) + [0.01] * (count - count // 100)
     for seconds in samples:
         histogram.add(seconds)
-    assert histogram.percentile(0.99) == pytest.approx(exact(samples, 0.99), rel=0.15)
-    assert histogram.percentile(0.50) == pytest.approx(0.01, rel=0.15)
+    assert histogram.percentile(0.99) == pytest.approx(exact(samples, 0.99), rel=0.03)
+    assert histogram.percentile(0.50) == pytest.approx(0.01, rel=0.03)
 
 
-@pytest.mark.parametrize("seconds", [0.0, 1e-9, 0.00005, 150.0, 1e6])
-def test_beyond_the_buckets_the_maximum_is_told(seconds: float) -> None:
+@pytest.mark.parametrize(("seconds", "told"), [(0.0, BOUNDS[0]), (1e-9, BOUNDS[0]), (1e6, BOUNDS[-1])])
+def test_beyond_the_buckets_their_end_is_told(seconds: float, told: float) -> None:
     histogram = Histogram()
     histogram.add(seconds)
-    assert histogram.percentile(0.5) == histogram.percentile(0.99) == seconds
+    assert histogram.percentile(0.5) == histogram.percentile(0.99) == told
 
 
 def test_no_samples_no_percentiles() -> None:
@@ -105,13 +116,28 @@ def test_no_samples_no_percentiles() -> None:
 
 def test_a_histogram_does_not_grow() -> None:
     histogram = Histogram()
-    size = len(histogram.counts)
     for step in range(10_000):
         histogram.add(step / 10)
-    assert len(histogram.counts) == size and histogram.total == sum(histogram.counts) == 10_000
+    assert len(histogram.counts) <= len(BOUNDS) + 1 and histogram.total == 10_000
 
 
 # What counts as what.
+
+
+def test_answers_of_our_own_and_what_broke_off_are_no_response_times(statistics: Statistics) -> None:
+    """With all backends drained p50 fell to 0.1 ms."""
+    own = [record(503, backend=None, seconds=0.0001), record(502, backend="a", seconds=0.0001)]
+    for one in own:
+        one.reason = "no_backend"
+    finish(statistics, *own, record(backend="a", seconds=0.2))
+    whole, backends, _ = statistics.snapshot()
+    assert (
+        whole["latency"]
+        == backends["a"]["latency"]
+        == dict.fromkeys(("p50", "p95", "p99"), pytest.approx(0.2, rel=0.03))
+    )
+    assert whole["avg_response_time"] == pytest.approx(0.2)
+    assert (whole["total_requests"], backends["a"]["total_requests"]) == (3, 2)
 
 
 @pytest.mark.parametrize(
@@ -304,15 +330,16 @@ def test_reset_zeroes_everything_but_what_is_in_flight(statistics: Statistics, c
 
 
 def test_retries_keep_to_their_budget(statistics: Statistics, clock: Clock) -> None:
-    budget = RetryBudget(statistics, clock=clock)
+    choices = [0]
+    budget = RetryBudget(lambda: choices[0], statistics.retried, clock=clock)
     allowed = [budget.spend(0.2, 1) for _ in range(11)]  # one a second, of ten seconds
     assert allowed == [True] * 10 + [False]
-    for _ in range(60):
-        statistics.begin()
+    choices[0] = 60 + 12  # retries among them
     assert [budget.spend(0.2, 1) for _ in range(3)] == [True, True, False]  # 20 % of 60 are 12
     assert statistics.snapshot()[0]["retries"] == 12
     clock.now += 9
     assert not budget.spend(0.2, 1)
+    choices[0] = 0
     clock.now += 2  # now all of it is more than 10 s ago
     assert [budget.spend(0.2, 1) for _ in range(11)] == allowed
 

@@ -208,7 +208,7 @@ def test_open_sockets_are_told_and_their_time_is_no_response_time(balancer: Bala
         whole, only = balancer.status()["statistics"], balancer.backend("only")
         assert whole["websockets"] == only["websockets"] == only["active_connections"] == 2
         told = fetch(f"{balancer.url}/metrics")[2].decode()
-        assert 'lb_backend_websockets{backend="only"} 2.0' in told
+        assert 'lb_backend_websockets{backend="only",pool="default"} 2.0' in told
         assert re.search(r'^lb_websocket_messages_total\{direction="in"\} [1-9]', told, re.M)
     record = newest(balancer)
     assert balancer.status()["statistics"]["websockets"] == 0

@@ -96,6 +96,7 @@ class Health:
 
 class BackendView(TypedDict):
     id: str
+    pool: str
     url: str
     healthy: bool
     active_connections: int
@@ -199,11 +200,12 @@ class Backend:
         self.speed, self.slow_start = Speed(), SlowStart()
 
     def describe(
-        self, now: float, wall_now: float, options: PoolOptions, shares: Mapping[str, float] | None
+        self, pool: str, now: float, wall_now: float, options: PoolOptions, shares: Mapping[str, float] | None
     ) -> BackendView:
         """As plain values, for the API. `now` is of the pool's clock, `shares` are those that the strategy aims at."""
         return {
             "id": self.id,
+            "pool": pool,
             "url": self.origin.url,
             "healthy": self.health.status == "up",
             "active_connections": self.active,
@@ -270,6 +272,7 @@ class Scene:
 # What a single choice saw beside its scene, where that matters: when it looked, of the strategy's clock; the rank of
 # whom it chose; ids that were tried before; whom the strategy passed over, and why.
 Seen = tuple[float, Any, Collection[str], Mapping[str, str]]
+NOTHING_MORE: Seen = (0.0, None, (), {})
 
 
 class Choice:
@@ -277,7 +280,7 @@ class Choice:
 
     __slots__ = ("backend", "origin", "_scene", "_moment", "_seen")
 
-    def __init__(self, backend: Backend, scene: Scene, seen: Seen = (0.0, None, (), {})) -> None:  # noqa: B006
+    def __init__(self, backend: Backend, scene: Scene, seen: Seen | None = None) -> None:
         self.backend = backend
         self.origin = backend.origin  # as chosen: a reload may move the backend meanwhile
         self._scene = scene
@@ -290,7 +293,7 @@ class Choice:
 
     def describe(self) -> ChoiceView:
         scene, candidates = self._scene, self._candidates()
-        now, _, exclude, passed_over = self._seen
+        now, _, exclude, passed_over = self._seen or NOTHING_MORE
         excluded = dict(passed_over)
         shown: list[CandidateView] = []
         for backend, (active, rank) in candidates.items():
@@ -316,5 +319,6 @@ class Choice:
                 candidates[backend] = active, rank
         if len(candidates) == EXPLAINED and self.backend not in candidates:
             candidates.popitem()
-            candidates[self.backend] = scene.changes[self._moment][1] - 1, self._seen[1]  # it has one more since
+            _, rank, _, _ = self._seen or NOTHING_MORE
+            candidates[self.backend] = scene.changes[self._moment][1] - 1, rank  # it has had one more since
         return candidates

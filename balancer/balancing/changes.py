@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from contextvars import ContextVar
 from threading import Lock
 from typing import Literal, NamedTuple
 
@@ -26,14 +27,18 @@ ChangeKind = Literal[
 ]
 Severity = Literal["info", "warning", "error"]
 
+# Who has asked for what is being done in this context, through the control API; None for what happens by itself.
+ACTOR: ContextVar[str | None] = ContextVar("actor", default=None)
+
 
 class Change(NamedTuple):
-    """`backend` is an id, empty if it is about the pool as a whole; `text` is for people."""
+    """`backend` is an id, empty if it is about the pool as a whole; `text` is for people, `by` the ACTOR."""
 
     kind: ChangeKind
     backend: str
     text: str
     severity: Severity = "info"
+    by: str | None = None
 
 
 Note = Callable[[ChangeKind, str, str, Severity], None]
@@ -57,7 +62,7 @@ class Notifier:
         self._listeners.append(listener)
 
     def note(self, kind: ChangeKind, backend_id: str, text: str, severity: Severity) -> None:
-        self.pending.append(Change(kind, backend_id, text, severity))
+        self.pending.append(Change(kind, backend_id, text, severity, ACTOR.get()))
 
     def notify(self) -> None:
         """Tell the listeners in the order of the notes; first wait while another thread is telling them."""

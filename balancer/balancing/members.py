@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, count
 from typing import Any
 
 from balancer.balancing.backends import Backend, Health
@@ -59,26 +59,22 @@ class Members:
         for backend in changes.add:
             self.add(backend)
 
-    def new_id(self, wanted: str | None) -> str:
-        """`wanted`, or a free one if that is empty. Raises SettingsError if it is taken."""
+    def new_id(self, wanted: str | None, others: Mapping[str, Backend]) -> str:
+        """`wanted`, or a free one if that is empty. `others` are not here, but have their ids as well. Raises
+        SettingsError if it is taken."""
+        known = {**others, **self.backends}
         if not wanted:
-            return self._free_id()
-        if wanted in self.backends:
-            leaving = self.backends[wanted].is_leaving
+            return next(each for number in count(len(known) + 1) if (each := f"backend_{number}") not in known)
+        if wanted in known:
+            leaving = known[wanted].is_leaving
             hint = "is being removed; admin_state ready calls that off" if leaving else "is taken, choose another"
             raise SettingsError(f"backend id {wanted!r} {hint}")
         return wanted
 
-    def _free_id(self) -> str:
-        number = len(self.backends) + 1
-        while f"backend_{number}" in self.backends:
-            number += 1
-        return f"backend_{number}"
-
     def add(self, backend: Backend) -> None:
         backend.health.since = self._wall_clock()
-        if backend.id in self.backends:  # one that is leaving: it finishes what it has, out of sight
-            self._take_out(self.backends[backend.id], "another one takes its name")
+        if backend.id in self.backends:  # one that is leaving
+            self.replace(self.backends[backend.id])
         self.backends[backend.id] = backend
         backend.counts = self._former.pop(backend.id, backend.counts)
         self._note("backend_added", backend.id, f"{backend.origin.url}, weight {backend.weight}", "info")
@@ -119,6 +115,13 @@ class Members:
         else:
             self._note("backend_draining", backend.id, f"to be removed, {active} requests in flight", "info")
         return active
+
+    def replace(self, backend: Backend) -> None:
+        """Another one takes its name, maybe in another pool: it finishes what it has, out of sight."""
+        backend.admin_state = "drain"
+        backend.is_leaving = True
+        self._note_draining(backend)
+        self._take_out(backend, "another one takes its name")
 
     def drained(self, backend: Backend) -> None:
         """The last request has ended of one that gets no more."""

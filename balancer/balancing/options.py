@@ -35,7 +35,8 @@ class PoolOptions:
     latency_ejection_factor: float
     panic_threshold: float
     slow_start: float
-    queue_places: int
+    queue_limit: int
+    queue_places: int  # of all pools together
     queue_timeout: float
     backend_drain_timeout: float
     sticky: bool

@@ -17,6 +17,8 @@ from itertools import islice
 from threading import Lock
 from typing import Any, cast
 
+from typing_extensions import TypedDict
+
 from balancer.balancing.backends import EXPLAINED, Backend, BackendView, Choice, LastCheck, Scene, Source
 from balancer.balancing.candidates import Candidates
 from balancer.balancing.changes import Listener, Notifier
@@ -25,6 +27,7 @@ from balancer.balancing.judge import Judge
 from balancer.balancing.members import Members, PoolChanges
 from balancer.balancing.options import PoolOptions
 from balancer.balancing.queue import Waiter, WaitingLine
+from balancer.balancing.recent import RecentChoices
 from balancer.balancing.strategies import Indexed, Strategy
 from balancer.errors import NoRoom, Unavailable
 from balancer.protocol.client import UNWATCHED, Client
@@ -33,8 +36,23 @@ from balancer.protocol.request import Request
 
 log = logging.getLogger("balancer.pool")
 
+DEFAULT_POOL = "default"  # of the backends at the top level of the settings
 STICKY = "sticky"  # in place of a strategy's name where none was asked
 SHORTEST_ROW = 16  # changes of backends until what choices see is noted anew, and one more for each candidate
+
+
+class PoolView(TypedDict):
+    """`available` backends take requests as far as they have room. A pool that is `leaving` has no place in the
+    settings any more, and goes with its last requests."""
+
+    name: str
+    algorithm: str
+    panic: bool
+    leaving: bool
+    backends: int
+    available: int
+    active_connections: int
+    waiting_requests: int
 
 
 class Lease:
@@ -47,7 +65,7 @@ class Lease:
         self.choice = choice
         self.backend = choice.backend
         self.is_trial = choice.backend.ejection.status == "trial"
-        self.is_answered = False
+        self.is_answered = not pool._is_timed  # then its time is of no use to the strategy, nor to ejections
         self.queued = 0.0  # seconds it waited in the queue
 
     @property
@@ -78,22 +96,25 @@ class BackendPool:
 
     `_lock` guards every field of every Backend, all other fields here, and its helpers, which have no lock of their
     own: `_members` what the operator changes, `_judge` what checks and traffic change, `_candidates` what follows for
-    the next request. Nothing under it does I/O or calls out, but for the strategy; `_notifier` for the listeners is
-    noted under it and told after it is let go. `_preparing`, taken before it, is held while the strategy prepares, and
-    guards `_prepared`: what it was given.
+    the next request, `_recent` how many there were. Nothing under it does I/O or calls out, but for the strategy;
+    `_notifier` for the listeners is noted under it and told after it is let go. `_preparing`, taken before it, is held
+    while the strategy prepares, and guards `_prepared`: what it was given.
 
     `cut_off` ends what is in flight on a backend; whoever has the clients sets it. It is called without the lock.
+    `waiting_elsewhere` says how many wait in the queues of other pools.
     """
 
     def __init__(
         self,
         strategy: Strategy,
         options: PoolOptions,
+        name: str = DEFAULT_POOL,
         *,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
         rng: random.Random | None = None,
     ) -> None:
+        self.name = name
         self._lock = Lock()
         self._strategy = strategy
         self._index: Indexed | None = None  # the strategy, if that is one
@@ -118,7 +139,9 @@ class BackendPool:
         judging = (self._note, clock, wall_clock, rng or random.Random())
         self._judge = Judge(self._backends, options, *judging)
         self._candidates = Candidates(self._backends, self._note)
+        self._recent = RecentChoices(self._backends, clock)
         self.cut_off: Callable[[Backend], None] = lambda backend: None
+        self.waiting_elsewhere: Callable[[], int] = lambda: 0
 
     def __repr__(self) -> str:
         with self._lock:
@@ -159,33 +182,27 @@ class BackendPool:
             return self._choose(request, ())
 
     def _choose(self, request: Request, exclude: Collection[str]) -> Lease | None:
-        index, is_turn = self._index, True
+        index, choice, seen, is_turn = self._index, None, None, True
         if index is None or exclude or self._is_special:
-            special, is_turn = self._choose_specially(request, exclude)
-            if special is None:
-                return None
-            choice = special
+            choice, is_turn = self._choose_specially(request, exclude)
+            chosen = None if choice is None else choice.backend
         else:
             chosen = index.choose(request)
-            if chosen is None:
-                return None
-            if self._sees_more:
-                choice = Choice(chosen, self._scene, (index.now, index.rank(chosen), (), index.passed_over))
-            else:
-                choice = Choice(chosen, self._scene)
-        backend = choice.backend
-        lease = Lease(self, choice)
-        backend.active += 1  # not before the last step that a strategy's answer can make fail
-        backend.counts.selected += 1
+            if self._sees_more and chosen is not None:
+                seen = index.now, index.rank(chosen), (), index.passed_over
+        if chosen is None:
+            return None
+        chosen.active += 1  # not before the last step that a strategy's answer can make fail
+        chosen.counts.selected += 1
         if self._is_timed:
-            backend.speed.sent(self._clock())
-        else:
-            lease.is_answered = True  # its time is of no use to the strategy, nor to ejections
+            chosen.speed.sent(self._clock())
+        rank = None if index is None else index.taken(chosen) if is_turn else index.changed(chosen)
+        lease = Lease(self, choice or Choice(chosen, self._scene, seen))
         if index is not None:
-            changes, changed = self._scene.changes, index.taken if is_turn else index.changed
-            changes.append((backend, backend.active, changed(backend)))
+            changes = self._scene.changes
+            changes.append((chosen, chosen.active, rank))
             if len(changes) > self._row:
-                self._begin_scene()
+                self._begin_scene(index)
         if exclude or self._is_special:
             self._follow(lease)
         return lease
@@ -277,20 +294,24 @@ class BackendPool:
             self._is_followed = index.follows or self._is_special
             self._sees_more = index.explains or (current.are_many and index.has_ranks)
             index.gather(current.first)
-            self._begin_scene()
+            self._begin_scene(index)
 
-    def _begin_scene(self) -> None:
-        index, current = self._index, self._candidates
-        assert index is not None
+    def _begin_scene(self, index: Indexed) -> None:
+        current = self._candidates
         shown = current.first[:EXPLAINED]
         self._row = SHORTEST_ROW + len(shown)
         self._scene = Scene(index.name, shown, index.ranks(shown), index.score, current.excluded, current.limits)
 
     def _line_up(self, request: Request, exclude: Collection[str]) -> Waiter[Lease]:
         """A place in the queue, if there is any and waiting can help."""
-        if len(self._line) < self._judge.options.queue_places and self._candidates.is_worth_waiting(exclude):
+        if self._has_place() and self._candidates.is_worth_waiting(exclude):
             return self._line.join(request, exclude)
         raise self._refusal(exclude, f", and {len(self._line)} requests are waiting already" if self._line else "")
+
+    def _has_place(self) -> bool:
+        options = self._judge.options
+        waiting = len(self._line)
+        return waiting < options.queue_limit and waiting + self.waiting_elsewhere() < options.queue_places
 
     def _refusal(self, exclude: Collection[str], about_waiting: str) -> Unavailable:
         excluded = self._candidates.why_not(exclude)
@@ -376,6 +397,7 @@ class BackendPool:
                 self._judged()
             elif self._candidates.starting:
                 self._earn()
+            self._recent.sweep()
             overdue = self._members.cut_overdue(self._judge.options.backend_drain_timeout)
         self._notifier.notify()
         for backend in overdue:
@@ -399,15 +421,17 @@ class BackendPool:
         backend_id: str | None,
         origin: Origin,
         *,
+        others: Mapping[str, Backend] | None = None,
         weight: int = 1,
         max_connections: int | None = None,
         drain_timeout: float | None = None,
         source: Source = "api",
         configured: Mapping[str, Any] | None = None,
     ) -> Backend:
-        """Add a backend; it gets requests after its first good check. Raises SettingsError if the id is taken."""
+        """Add a backend; it gets requests after its first good check. `others` are those of other pools, by their ids.
+        Raises SettingsError if the id is taken."""
         with self._changing():
-            backend_id = self._members.new_id(backend_id)
+            backend_id = self._members.new_id(backend_id, others or {})
             backend = Backend(backend_id, origin, weight, max_connections, source=source, configured=configured or {})
             backend.drain_timeout = drain_timeout
             self._members.add(backend)
@@ -430,6 +454,12 @@ class BackendPool:
         if at_once and active:
             self.cut_off(backend)
         return active
+
+    def replace(self, backend_id: str) -> None:
+        """Another pool has one of that name from now on: it finishes what it has, out of sight."""
+        with self._changing():
+            if backend_id in self._backends:
+                self._members.replace(self._backends[backend_id])
 
     def use(self, strategy: Strategy) -> None:
         """Switch the strategy; the next `lease` uses it, with no memory of the past."""
@@ -508,6 +538,11 @@ class BackendPool:
         """Requests in the queue."""
         return len(self._line)
 
+    def recent_choices(self) -> int:
+        """How many requests, retries among them, there were in the last 10 s."""
+        with self._lock:
+            return self._recent.count()
+
     @property
     def is_panicking(self) -> bool:
         return self._candidates.is_panicking
@@ -516,6 +551,11 @@ class BackendPool:
         """The live objects in configured order, for the health checker."""
         with self._lock:
             return list(self._backends.values())
+
+    @property
+    def is_empty(self) -> bool:
+        """No backends, and nothing in flight on any that was here."""
+        return not self._backends and not self._members.gone
 
     def get(self, backend_id: str) -> Backend | None:
         return self._backends.get(backend_id)
@@ -531,9 +571,22 @@ class BackendPool:
             now = self._clock()
             return {b.id: replace(b.counts, down_seconds=b.counts.downtime(now)) for b in self._backends.values()}
 
+    def describe(self, is_leaving: bool) -> PoolView:
+        with self._lock:
+            return {
+                "name": self.name,
+                "algorithm": self._strategy.name,
+                "panic": self._candidates.is_panicking,
+                "leaving": is_leaving,
+                "backends": len(self._backends),
+                "available": len(self._candidates.ready),
+                "active_connections": sum(backend.active for backend in self._backends.values()),
+                "waiting_requests": len(self._line),
+            }
+
     def snapshot(self) -> list[BackendView]:
         """All backends at one moment, as plain values in configured order, for `/status`."""
         with self._lock:
             shares = self._strategy.expected_shares(self._candidates.ready)
-            seen = (self._clock(), self._wall_clock(), self._judge.options, shares)
+            seen = (self.name, self._clock(), self._wall_clock(), self._judge.options, shares)
             return [backend.describe(*seen) for backend in self._backends.values()]

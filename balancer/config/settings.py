@@ -19,10 +19,14 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_origin
 
-from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 
+from balancer.balancing.pool import DEFAULT_POOL
 from balancer.config import environment, validation
-from balancer.config.tables import Named, PoolSettings, RouteSettings, Table
+from balancer.config.auth import AuthSettings, ControlTokenSettings
+from balancer.config.limits import LimitSettings
+from balancer.config.routes import ExpectSettings, RouteSettings
+from balancer.config.tables import Named, PoolSettings, Table
 from balancer.config.values import DEFAULT_BACKENDS, RESTART, BackendSettings, Values
 from balancer.errors import SettingsError
 from balancer.protocol.addresses import is_loopback
@@ -43,6 +47,17 @@ class Settings(Values):
 
     pools: Table[PoolSettings] = Field((), description="pools of backends beside those of `backends`")
     routes: Table[RouteSettings] = Field((), description="which requests go where; the best match counts")
+    auth: Table[AuthSettings] = Field((), description="ways to know who sends a request, for routes to name")
+    limits: Table[LimitSettings] = Field((), description="how much a client may ask for, where a route names them")
+    expect: tuple[ExpectSettings, ...] = Field((), description="requests, and which route and pool each must take")
+    control_tokens: Table[ControlTokenSettings] = Field((), description="tokens for the control API, each with a role")
+
+    @field_validator("control_tokens")
+    @classmethod
+    def _check_tokens(cls, tokens: tuple[ControlTokenSettings, ...]) -> tuple[ControlTokenSettings, ...]:
+        if len({token.sha256 for token in tokens}) < len(tokens):
+            raise ValueError("two have the same sha256; a token belongs to one name")
+        return tokens
 
     @model_validator(mode="before")
     @classmethod
@@ -58,15 +73,46 @@ class Settings(Values):
             raise ValueError(f"two backends have the id {twice[0]!r}; ids must differ over all pools")
         return self
 
+    @model_validator(mode="after")
+    def _check_routes(self) -> Settings:
+        known = {
+            "pool": {DEFAULT_POOL, *(pool.name for pool in self.pools)},
+            **{kind: {each.name for each in getattr(self, kind, ())} for kind in ("auth", "limits", "routes")},
+        }
+        same: dict[Any, str] = {}
+        for route in self.routes:
+            for kind, names in (("pool", _pools(route)), ("auth", route.auth), ("limits", route.limits)):
+                if unknown := [name for name in names if name not in known[kind]]:
+                    told = ", ".join(sorted(known[kind])) or f"none is defined, add [[{kind}]]"
+                    raise ValueError(f"routes.{route.name}: {kind} {unknown[0]!r} is unknown; there are: {told}")
+            other = same.setdefault(route.requests, route.name)
+            if other != route.name:
+                raise ValueError(f"routes.{route.name} matches the same requests as routes.{other}; leave out one")
+        for each in self.expect:
+            if each.route and each.route not in known["routes"]:
+                raise ValueError(f"expect {each.request!r}: there is no route {each.route!r}")
+        return self
+
+    def by_pool(self) -> dict[str, Settings]:
+        """The settings of each pool by its name: its own, and for all else those of the top level."""
+        own = {each.name: self.model_copy(update={**each.own, "backends": each.backends}) for each in self.pools}
+        return {DEFAULT_POOL: self, **own}
+
     def options(self, kind: type[Options]) -> Options:
         """What one part needs to know: a dataclass whose fields have the names of settings, or of properties here."""
         return kind(**{field.name: getattr(self, field.name) for field in dataclasses.fields(kind)})
 
 
-TABLES = frozenset(Settings.model_fields.keys() - Values.model_fields.keys())
+def _pools(route: RouteSettings) -> list[str]:
+    """All that it names."""
+    return [*route.pools, *([route.mirror.pool] if route.mirror is not None else [])]
+
+
+TABLES = frozenset(Settings.model_fields.keys() - Values.model_fields.keys() - {"expect"})  # by their names
 NEEDS_RESTART = frozenset(name for name, field in Settings.model_fields.items() if RESTART in field.metadata)
 # Never shown, and no flags.
 SECRETS = frozenset(name for name, field in Settings.model_fields.items() if field.annotation == SecretStr | None)
+SECRET_FIELDS = frozenset({"keys", "sha256"})  # of tables: somebody may put there what only its digest should be
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -130,7 +176,7 @@ def _checked(values: Mapping[str, Any], sources: Mapping[str, str]) -> Settings:
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
-        raise SettingsError("; ".join(_explain(detail, sources) for detail in error.errors())) from None
+        raise SettingsError("; ".join(_explain(detail, sources, values) for detail in error.errors())) from None
 
 
 def warnings(environ: Mapping[str, str] = os.environ) -> list[str]:
@@ -143,11 +189,16 @@ def advice(config: Settings) -> list[str]:
     lines = []
     if config.allow_file_origin:
         lines.append("allow_file_origin does nothing any more: a page from disk needs a token, set LB_PAGE_TOKEN")
-    can_read = config.control_reads == "open" or config.admin_token or config.page_token
-    if not can_read and not is_loopback(config.host):
+    has_tokens = config.admin_token or config.page_token or config.control_tokens
+    if not has_tokens and config.control_reads != "open" and not is_loopback(config.host):
         lines.append(f"host {config.host} without a token: the control API only answers probes, set LB_ADMIN_TOKEN")
-    if config.control_reads == "token" and not (config.admin_token or config.page_token):
+    if config.control_reads == "token" and not has_tokens:
         lines.append('control_reads = "token" without a token: nobody can read, set LB_ADMIN_TOKEN')
+    named = {name for route in config.routes for name in route.auth}
+    for each in config.auth:
+        lines += [f"auth {each.name}: {text}" for text in each.advice]
+        if each.name not in named:
+            lines.append(f"auth {each.name}: no route names it, so it guards nothing")
     return lines
 
 
@@ -158,7 +209,7 @@ def show(value: Any) -> str:
     if isinstance(value, tuple):
         return ", ".join(show(item) for item in value) or "(empty)"
     if isinstance(value, Named):
-        return value.name
+        return str(value)
     if isinstance(value, BackendSettings):
         return f"{value.id}={value.url}@{value.weight}"
     if value is None or value == "":
@@ -166,11 +217,25 @@ def show(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def rows(settings: Settings, sources: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
+    """The value and source of each setting, and of those that one of a table has of its own: `pools.api.algorithm`."""
+    found = {name: (getattr(settings, name), sources[name]) for name in Settings.model_fields}
+    for table in Settings.model_fields:
+        for each in getattr(settings, table) if table in TABLES else ():
+            found |= {f"{table}.{each.name}.{name}": (value, sources[table]) for name, value in each.own.items()}
+    return found
+
+
+def prefix_of(pool: str) -> str:
+    """What stands before the names of a pool's own settings."""
+    return "" if pool == DEFAULT_POOL else f"pools.{pool}."
+
+
 def describe(settings: Settings, sources: Mapping[str, str]) -> str:
     """A line per setting: name, value, source."""
-    rows = [(name, _whole(getattr(settings, name)), sources[name]) for name in Settings.model_fields]
-    wide = [max(len(row[column]) for row in rows) for column in (0, 1)]
-    return "\n".join(f"{name:{wide[0]}}  {value:{min(wide[1], 40)}}  {source}" for name, value, source in rows)
+    lines = [(name, _whole(value), source) for name, (value, source) in rows(settings, sources).items()]
+    wide = [max(len(line[column]) for line in lines) for column in (0, 1)]
+    return "\n".join(f"{name:{wide[0]}}  {value:{min(wide[1], 40)}}  {source}" for name, value, source in lines)
 
 
 def _whole(value: Any) -> str:
@@ -206,20 +271,32 @@ def _split(name: str, value: Any) -> Any:
     return value.strip() if isinstance(value, str) else value
 
 
-def _explain(detail: Mapping[str, Any], sources: Mapping[str, str]) -> str:
+def _explain(detail: Mapping[str, Any], sources: Mapping[str, str], values: Mapping[str, Any]) -> str:
     """One wrong setting in words: name, value, source, what is expected."""
     path: Sequence[Any] = detail["loc"]
     if not path:  # two settings that do not go together
         return validation.complaint(detail, Settings)
-    name, where = str(path[0]), ".".join(str(part) for part in path)
+    name, where = str(path[0]), ".".join(map(str, _named(path, values)))
     if name == "backends" and len(path) > 1 and sources[name] in SHORT_FORMS:
         where = f"{SHORT_FORMS[sources[name]].format(path[1] + 1)}: {path[2]}"
     if detail["type"] == "extra_forbidden":
         where_all = "docs/settings.md" if sources.get(name) == "program" else "--help"
         return f"unknown setting {quoted(where)} ({sources.get(name, 'unknown')}); see {where_all}"
     told = f"({sources[name]}): {validation.complaint(detail, Settings)}"
-    is_all = where in ("backends", "request_headers", "response_headers") and detail["type"] == "value_error"
-    if detail["type"] == "missing" or is_all:  # no value, or more than a line holds, maybe a secret
+    is_all = path[-1] in ("backends", "request_headers", "response_headers") or (name in TABLES and len(path) == 2)
+    is_all = is_all and detail["type"] == "value_error"
+    is_table = name in TABLES and isinstance(detail["input"], Mapping | list | tuple)
+    if detail["type"] == "missing" or is_all or is_table:  # no value, or more than a line holds, maybe a secret
         return f"{where} {told}"
-    value = "(hidden)" if name in SECRETS else validation.shown(detail["input"], hide=name == "backends")
+    is_secret = name in SECRETS or not SECRET_FIELDS.isdisjoint(path)
+    value = "(hidden)" if is_secret else validation.shown(detail["input"], hide=name in ("backends", *TABLES))
     return f"{where} = {value} {told}"
+
+
+def _named(path: Sequence[Any], values: Mapping[str, Any]) -> Sequence[Any]:
+    """One of a table by its name, if it has one, instead of its number."""
+    if path[0] in TABLES and len(path) > 1:
+        row = values[path[0]][path[1]]
+        if isinstance(row, Mapping) and isinstance(row.get("name"), str):
+            return [path[0], validation.shown(row["name"])[1:-1], *path[2:]]
+    return path

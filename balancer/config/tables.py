@@ -7,10 +7,11 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, field_validator
 
+from balancer.balancing.pool import DEFAULT_POOL
 from balancer.config import validation
-from balancer.config.values import PER_POOL, PER_ROUTE, BackendSettings, Values, named
+from balancer.config.values import PER_POOL, BackendSettings, Values, named
 
-DEFAULT_POOL = "default"  # the one of the file's own `backends`
+_OVERRIDDEN = {name for name, field in Values.model_fields.items() if PER_POOL in field.metadata}
 
 
 class Named(BaseModel):
@@ -20,10 +21,13 @@ class Named(BaseModel):
 
     name: str = Field(pattern=validation.ID, description="name, unique")
 
+    def __str__(self) -> str:
+        return self.name
+
     @property
     def own(self) -> Mapping[str, Any]:
         """The settings that it has instead of those of the file's top level."""
-        return {name: getattr(self, name) for name in self.model_fields_set & Values.model_fields.keys()}
+        return {name: getattr(self, name) for name in self.model_fields_set & _OVERRIDDEN}
 
 
 N = TypeVar("N", bound=Named)
@@ -40,7 +44,7 @@ def _unique(table: tuple[N, ...]) -> tuple[N, ...]:
 Table = Annotated[tuple[N, ...], AfterValidator(_unique)]
 
 
-def _may_have(marker: str) -> dict[str, Any]:
+def may_have(marker: str) -> dict[str, Any]:
     """The settings of the top level that one of a table may have of its own; only those that are given count."""
     return {name: (field.annotation, field) for name, field in Values.model_fields.items() if marker in field.metadata}
 
@@ -61,13 +65,5 @@ class _Pool(Named):
         return named(backends, info.data.get("name", ""))
 
 
-class _Route(Named):
-    pool: str = Field(DEFAULT_POOL, pattern=validation.ID, description="the pool that gets its requests")
-
-
-class PoolSettings(create_model("_PoolValues", __base__=_Pool, **_may_have(PER_POOL))):  # type: ignore[misc]
+class PoolSettings(create_model("_PoolValues", __base__=_Pool, **may_have(PER_POOL))):  # type: ignore[misc]
     """A pool of backends, and what it has of its own."""
-
-
-class RouteSettings(create_model("_RouteValues", __base__=_Route, **_may_have(PER_ROUTE))):  # type: ignore[misc]
-    """Which requests go where."""

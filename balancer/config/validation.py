@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from pydantic import BaseModel
 
 from balancer.balancing.backends import ID_PATTERN
-from balancer.protocol.origin import AUTHORITY_PATTERN, NAME_PATTERN
-from balancer.protocol.requestkey import KEY_PATTERN
+from balancer.protocol.origin import AUTHORITY_PATTERN, IPV6_PATTERN, NAME_PATTERN
+from balancer.protocol.requestkey import KEY_PATTERN, TOKEN_PATTERN
 
 Schema = Mapping[str, Any]
 
@@ -20,12 +21,20 @@ PATH = r"^/[\x21-\x7e]*$"
 NAME = f"^{NAME_PATTERN}$"
 HOST = f"^{AUTHORITY_PATTERN}$"
 KEY = f"^{KEY_PATTERN}$"
-_ID_WORDS = "up to 64 letters (a to z), digits, dots, hyphens and underscores, no dot in front"
+ROUTE_HOST = rf"(?:\*\.)?{NAME_PATTERN}|\[{IPV6_PATTERN}\]"
+EXPECTED_REQUEST = rf"^[A-Z-]+ https?://{AUTHORITY_PATTERN}(?:/[\x21-\x7e]*)?$"
+SHA256 = r"^[0-9a-f]{64}$"
+LIMIT_KEY = f"^(?:client_ip|subject|route|global|header:{TOKEN_PATTERN})$"
+RATE = "^[1-9][0-9]{0,6}/[smh]$"
+ID_WORDS = "up to 64 letters (a to z), digits, dots, hyphens and underscores, no dot in front"
 MODE = r"^0?[0-7]{3}$"
 OWNER = r"^(?:[A-Za-z0-9_.-]+|[A-Za-z0-9_.-]*:[A-Za-z0-9_.-]+)$"
-PATTERNS = {ID: _ID_WORDS, ID_OR_NONE: _ID_WORDS, PATH: "a path such as /health, without blanks"}
+PATTERNS = {ID: ID_WORDS, ID_OR_NONE: ID_WORDS, PATH: "a path such as /health, without blanks"}
 PATTERNS |= {MODE: 'octal digits as text, such as "0660"', OWNER: "USER, USER:GROUP or :GROUP"}
+PATTERNS |= {SHA256: "a SHA-256 digest of 64 hexadecimal digits, as load-balancer new-key prints it"}
 PATTERNS |= {KEY: "client_ip, path, header:NAME, cookie:NAME or query:NAME"}
+PATTERNS |= {EXPECTED_REQUEST: 'a method and a URL, as "GET http://api.example.com/v1/x"'}
+PATTERNS |= {LIMIT_KEY: "client_ip, subject, header:NAME, route or global", RATE: "N/s, N/m or N/h, such as 100/m"}
 PATTERNS |= {NAME: "a name such as api.example.com", HOST: "a host such as api.example.com, with or without a port"}
 
 
@@ -54,11 +63,21 @@ def shown(value: Any, hide: bool = False) -> str:
     return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
 
 
+@cache
+def _root_of(model: type[BaseModel]) -> Schema:
+    """Each takes a while, and a table may have many faults."""
+    return model.model_json_schema()
+
+
 def _schema_of(path: tuple[str | int, ...], model: type[BaseModel]) -> Schema:
-    root = model.model_json_schema()
-    schema = root
+    root = schema = _root_of(model)
     for step in path:
-        inner = schema["items"] if isinstance(step, int) else schema["properties"][step]
+        if isinstance(step, int):
+            inner = schema["items"]
+        elif "discriminator" in schema:  # the step is the type
+            inner = {"$ref": schema["discriminator"]["mapping"][step]}
+        else:
+            inner = schema["properties"][step] if "properties" in schema else schema["additionalProperties"]
         # Of what may be null the other choice; a reference is to another model.
         choices = [choice for choice in inner.get("anyOf", [inner]) if choice.get("type") != "null"]
         reference = choices[0].get("$ref", "").rpartition("/")[2]
@@ -67,9 +86,11 @@ def _schema_of(path: tuple[str | int, ...], model: type[BaseModel]) -> Schema:
 
 
 def _expected(schema: Schema) -> str:
+    if "discriminator" in schema:
+        return f"a table with type {', '.join(schema['discriminator']['mapping'])}"
     kind, unit = schema.get("type"), schema.get("unit")
     if options := schema.get("enum"):
-        return f"{', '.join(options[:-1])} or {options[-1]}"
+        return f"{', '.join(map(str, options[:-1]))} or {options[-1]}"
     if kind in ("integer", "number"):
         return (
             ("a whole number" if kind == "integer" else "a number") + (f" of {unit}" if unit else "") + _range(schema)
@@ -77,7 +98,9 @@ def _expected(schema: Schema) -> str:
     if kind == "boolean":
         return "true or false"
     if kind == "array":
-        return f"a list: {schema['description']}"
+        return f"a list: {schema['description']}" if "description" in schema else "a list"
+    if kind == "object" and "properties" not in schema:
+        return f"a table: {schema['description']}"
     if kind == "object":
         return f"a table of {', '.join(schema['properties'])}"
     if pattern := schema.get("pattern"):
@@ -88,5 +111,7 @@ def _expected(schema: Schema) -> str:
 
 
 def _range(schema: Schema) -> str:
-    least, most = schema["minimum"], schema.get("maximum")
+    least, most = schema.get("minimum"), schema.get("maximum")
+    if least is None:  # a validator of ours has it
+        return ""
     return f", {least} or more" if most is None else f" from {least} to {most}"

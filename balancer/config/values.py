@@ -46,6 +46,7 @@ Seconds = Annotated[float, Field(ge=0.001, le=86400, allow_inf_nan=False, json_s
 SecondsOrZero = Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False, json_schema_extra={"unit": "seconds"})]
 Bytes = Annotated[int, Field(json_schema_extra={"unit": "bytes"})]
 BytesPerSecond = Annotated[int, Field(ge=0, le=1_000_000_000, json_schema_extra={"unit": "bytes/s"})]
+Status = Annotated[int, Field(ge=200, le=599), BeforeValidator(validation.no_truth_value)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Weight = Annotated[int, Field(ge=0, le=MAX_WEIGHT), BeforeValidator(validation.no_truth_value)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -208,7 +209,10 @@ class Values(BaseModel):
         10, ge=0, le=1_000_000, description="retries a second that are always allowed"
     )
     queue_limit: PerPool[int] = Field(
-        500, ge=0, le=100_000, description="requests that wait while all are full; at most half of max_threads"
+        500,
+        ge=0,
+        le=100_000,
+        description="requests that wait while all are full; at most half of max_threads, over all pools",
     )
     queue_timeout: PerPool[Seconds] = Field(
         5.0, description="time a request waits for a place on a backend; after that 503"
@@ -437,4 +441,4 @@ class Values(BaseModel):
     @property
     def queue_places(self) -> int:
         """Whoever waits for a backend may hold a thread, and whoever has one may need a thread to finish."""
-        return min(self.queue_limit, self.max_threads // 2)
+        return self.max_threads // 2

@@ -6,7 +6,8 @@ this machine comes from anywhere. So whoever is not known to be a program on thi
 
     who                                     reads                       writes
     anybody with the admin or page token    yes                         yes
-    a local caller that is no browser       yes, unless `control_reads` of our own user, without an admin token
+    with a token of `control_tokens`        yes                         if its role is "write"
+    a local caller that is no browser       yes, unless `control_reads` of our own user, without a token that writes
     a page of our own origin, local         the same                    unless there is any token
     a page of `cors_origins`                as the caller that it is    the same
     `Origin: null`, any other origin        no                          no, the latter not even with a token
@@ -18,60 +19,28 @@ from __future__ import annotations
 import hmac
 import math
 import re
-import time
-from collections import deque
-from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from threading import Lock
+from hashlib import sha256
 from typing import Literal
 from urllib.parse import urlsplit
 
 from flask import g, request
 from pydantic import SecretStr
 
+from balancer.config.auth import ControlTokenSettings
 from balancer.control.inputs import received
 from balancer.control.neighbours import is_ours, is_private
 from balancer.control.problems import ApiError
 from balancer.protocol.addresses import UNIX, Network, client_address, is_loopback, network_of, plain, told_clients
+from balancer.protocol.guesses import Guesses
 from balancer.protocol.messages import is_claim
 from balancer.protocol.request import header_lines
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 SIGNS_OF_A_PROXY = frozenset({b"via", b"cdn-loop", b"cf-ray"})  # beside all that a proxy claims of its client
 CHALLENGE = {"WWW-Authenticate": 'Bearer realm="load balancer"'}  # RFC 6750 section 3
+ADMIN, PAGE, LOCAL = "admin_token", "page_token", "local"  # who did something, if not with one of `control_tokens`
 SHOWN = 100  # characters of what somebody sent, in an answer or an event
-
-GUESSES, GUESS_SECONDS = 10, 60.0  # wrong tokens that one address may send within so many seconds
-GUESSERS_KEPT = 1000
-
-
-class Guesses:
-    """Counts wrong tokens. While there are too many from somewhere, right ones are refused from there too: else each
-    answer would still tell a guesser what the brake is meant to hide.
-
-    `_lock` guards `_wrong`: by who sent them, the times of the newest wrong tokens. Who has not guessed for the longest
-    time is forgotten first.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._lock = Lock()
-        self._wrong: dict[Hashable, deque[float]] = {}
-
-    def wait(self, who: Hashable, is_right: bool) -> float:
-        """Count this token unless it is right. Seconds until `who` may send one again, 0 if this one was in time."""
-        now = self._clock()
-        with self._lock:
-            times = self._wrong.get(who, deque(maxlen=GUESSES))
-            if len(times) == GUESSES and times[0] > now - GUESS_SECONDS:
-                return times[0] + GUESS_SECONDS - now
-            if not is_right:
-                times.append(now)
-                self._wrong.pop(who, None)  # and in again, as the newest
-                self._wrong[who] = times
-                if len(self._wrong) > GUESSERS_KEPT:
-                    del self._wrong[next(iter(self._wrong))]
-            return 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +50,7 @@ class AccessOptions:
     host: str
     admin_token: SecretStr | None
     page_token: SecretStr | None
+    control_tokens: tuple[ControlTokenSettings, ...]
     control_reads: Literal["open", "token"] | None
     cors_origins: tuple[str, ...]
     networks: tuple[Network, ...]
@@ -95,25 +65,41 @@ class Access:
 
     @property
     def has_tokens(self) -> bool:
-        return self.options.admin_token is not None or self.options.page_token is not None
+        return bool(self.options.admin_token or self.options.page_token or self.options.control_tokens)
 
-    def check(self, is_write: bool) -> bool:
-        """True if a valid token came with the request. Raises ApiError 401, 403, 415 or 429 if it may not be done."""
+    @property
+    def has_writers(self) -> bool:
+        """Besides the holders of `page_token`."""
+        return self.options.admin_token is not None or any(each.role == "write" for each in self.options.control_tokens)
+
+    def check(self, is_write: bool) -> None:
+        """Set `g.holder`, whose valid token came with the request, None without one. Raises ApiError 401, 403, 415 or
+        429 if it may not be done."""
         origin = request.headers.get("Origin")
         self._check_site(origin, is_write)  # first: what a page of another site sends does not count as a guess
-        is_authorized = self._is_authorized(origin)
-        missing = None if is_authorized else self._why_token(origin, is_write)
-        if missing is not None and self.has_tokens:
+        holder = g.holder = self._holder(origin)
+        if is_write and self._only_reads(holder):
+            raise ApiError(403, f"the token {holder} may only read; send one that may write")
+        missing = None if holder else self._why_token(origin, is_write)
+        if missing is not None and self._can_help(is_write):
             raise ApiError(401, f"{missing}, so this needs a token: Authorization: Bearer TOKEN", CHALLENGE)
         if missing is not None:
             raise ApiError(403, f"{missing}; {_way_out(origin, is_write)}")
         if is_write:
             _check_content_type()
-        return is_authorized
+
+    def _can_help(self, is_write: bool) -> bool:
+        """Whether there is a token with which this may be done."""
+        return self.has_writers or self.options.page_token is not None if is_write else self.has_tokens
 
     def may_write(self) -> bool:
         """Whether who sent this request could write too, if it had a token that exists."""
-        return self.has_tokens or (self._why_not_local() or _why_not_ours()) is None
+        if self._only_reads(g.get("holder")):
+            return False
+        return self._can_help(True) or (self._why_not_local() or _why_not_ours()) is None
+
+    def _only_reads(self, holder: str | None) -> bool:
+        return any(each.name == holder and each.role == "read" for each in self.options.control_tokens)
 
     def _check_site(self, origin: str | None, is_write: bool) -> None:
         """Pages of other sites: a token does not make them ours."""
@@ -124,25 +110,26 @@ class Access:
         if is_write and request.headers.get("Sec-Fetch-Site") == "cross-site":
             raise ApiError(403, "a page of another site may not write; add its origin to cors_origins")
 
-    def _is_authorized(self, origin: str | None) -> bool:
+    def _holder(self, origin: str | None) -> str | None:
+        """Whose token came along."""
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")
         if not self.has_tokens or scheme.lower() != "bearer":  # case-insensitive by RFC 9110 section 11.1
-            return False
+            return None
         sent = given.encode("latin-1", "replace")
-        tokens = (self.options.admin_token, self.options.page_token)
-        # Both, every time.
-        is_admin, is_page = (
-            token is not None and hmac.compare_digest(sent, token.get_secret_value().encode()) for token in tokens
-        )
-        is_right = is_admin or is_page
-        if is_page and origin == "null":  # not braked, or any sandboxed frame could lock the page from disk out
-            return True
-        wait = math.ceil(self.guesses.wait((self._sender(), origin == "null"), is_right))
+        digest = sha256(sent).hexdigest()
+        # All of them, every time.
+        right = [each.name for each in self.options.control_tokens if hmac.compare_digest(digest, each.sha256)]
+        for name, token in ((PAGE, self.options.page_token), (ADMIN, self.options.admin_token)):
+            if token is not None and hmac.compare_digest(sent, token.get_secret_value().encode()):
+                right.append(name)
+        if PAGE in right and origin == "null":  # not braked, or any sandboxed frame could lock the page from disk out
+            return PAGE
+        wait = math.ceil(self.guesses.wait((self._sender(), origin == "null"), bool(right)))
         if wait:
             raise ApiError(429, f"too many wrong tokens from here, wait {wait} s", {"Retry-After": str(wait)})
-        if not is_right:
+        if not right:
             raise ApiError(401, "this token is wrong; send Authorization: Bearer TOKEN", CHALLENGE)
-        return True
+        return right[-1]
 
     def _sender(self) -> str:
         """Whose guesses count together. `Origin: null` is counted apart, or any sandboxed frame could lock this machine
@@ -155,8 +142,10 @@ class Access:
         """Why this needs a token, None if it does not."""
         if origin == "null":
             return "a page from disk or in a sandboxed frame could be anybody's"
-        if is_write and self.options.admin_token is not None:
-            return "admin_token is set"
+        if is_write and self.has_writers:
+            return (
+                "admin_token is set" if self.options.admin_token is not None else "control_tokens has one that writes"
+            )
         if is_write and self.options.page_token is not None and _is_browser():
             return "pages of backends have the same origin as the dashboard"
         if not is_write and self.options.control_reads is not None:
@@ -190,7 +179,7 @@ def _peer() -> str:
 
 def is_authorized() -> bool:
     """Whether a valid token came with the request that is being answered: then nothing is cut out of what is told."""
-    return bool(g.get("is_authorized", False))
+    return bool(g.get("holder"))
 
 
 def first_segment(path: str) -> str:

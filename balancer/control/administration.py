@@ -6,13 +6,16 @@ paths of the earlier program know only 400.
 
 from __future__ import annotations
 
-from flask import Blueprint, Response, jsonify
+from flask import Blueprint, Response, jsonify, request
 from typing_extensions import TypedDict
 
 from balancer.balancing import strategies
 from balancer.balancing.backends import BackendView
+from balancer.balancing.changes import ACTOR
 from balancer.balancing.options import StrategyOptions
+from balancer.balancing.pool import BackendPool
 from balancer.balancing.strategies import StrategyView
+from balancer.config.reload import PlanChanged
 from balancer.control.control import current_control
 from balancer.control.inputs import AlgorithmChange, BackendChange, BackendCreate, Nothing, read_body, switch
 from balancer.control.problems import ApiError
@@ -23,7 +26,10 @@ blueprint = Blueprint("administration", __name__)
 
 
 class Algorithms(TypedDict):
+    """`current` is that of the pool `default`, `pools` has those of all by name."""
+
     current: str
+    pools: dict[str, str]
     algorithms: list[StrategyView]
 
 
@@ -48,18 +54,22 @@ class Backends(TypedDict):
 
 @blueprint.get("/algorithm")
 def show_algorithm() -> Response:
-    return jsonify(Algorithms(current=current_control().pool.algorithm, algorithms=strategies.describe()))
+    pools = current_control().pools
+    in_use = {pool["name"]: pool["algorithm"] for pool in pools.describe() if not pool["leaving"]}
+    current = pools.default.algorithm
+    return jsonify(Algorithms(current=current, pools=in_use, algorithms=strategies.describe()))
 
 
 @blueprint.post("/algorithm")
 def change_algorithm() -> Response:
-    name = read_body(AlgorithmChange).algorithm.strip()
+    wanted = read_body(AlgorithmChange)
+    name, pool = wanted.algorithm.strip(), _pool(wanted.pool, 400)
     if name not in strategies.REGISTRY:
         raise ApiError(400, f"unknown algorithm {name[:80]!r}", valid_options=list(strategies.REGISTRY))
-    control = current_control()
-    if name == control.pool.algorithm:
+    if name == pool.algorithm:
         return jsonify(AlgorithmChanged(message=f"{name} is already in use", current=name))
-    control.pool.use(strategies.create(name, control.settings.options(StrategyOptions)))
+    settings = current_control().settings.by_pool()[pool.name]
+    pool.use(strategies.create(name, settings.options(StrategyOptions)))
     return jsonify(AlgorithmChanged(message=f"algorithm changed to {name}", current=name))
 
 
@@ -68,19 +78,22 @@ def reset() -> Response:
     read_body(Nothing)
     control = current_control()
     control.statistics.reset()
+    control.routes.reset()
     control.history.clear()
-    control.events.add("statistics_reset", None, "statistics, history and recent requests were reset")
+    control.events.add("statistics_reset", None, "statistics, history and recent requests were reset", by=ACTOR.get())
     return jsonify(Message(message="statistics reset"))
 
 
 @blueprint.post("/reload")
 def reload() -> Response:
     read_body(Nothing)
-    dry_run = switch("dry_run")
+    dry_run, wanted = switch("dry_run"), request.if_match  # RFC 9110 section 13.1.1
     try:
-        plan = current_control().reload(dry_run)
+        plan = current_control().reload(dry_run, wanted.contains if wanted else lambda hash: True)
     except SettingsError as error:
         raise ApiError(422, str(error)) from None
+    except PlanChanged as error:
+        raise ApiError(412, str(error)) from None
     return jsonify(plan.describe(applied=not dry_run))
 
 
@@ -89,20 +102,22 @@ def reload() -> Response:
 
 @blueprint.get("/backends")
 def list_backends() -> Response:
-    return jsonify(Backends(backends=current_control().pool.snapshot()))
+    name = request.args.get("pool")
+    found = current_control().pools.snapshot() if name is None else _pool(name, 400).snapshot()
+    return jsonify(Backends(backends=found))
 
 
 @blueprint.post("/backends")
 def add_backend() -> tuple[Response, int, dict[str, str]]:
     wanted = read_body(BackendCreate)
-    control = current_control()
+    pool = _pool(wanted.pool, 422)
     try:
         origin = Origin.parse(wanted.url)
     except SettingsError as error:
         raise ApiError(422, str(error)) from None
     try:
-        fields = wanted.model_dump(exclude={"id", "url"})
-        backend = control.pool.add(wanted.id, origin, **fields)
+        fields = wanted.model_dump(exclude={"id", "pool", "url"})
+        backend = current_control().pools.add(pool, wanted.id, origin, **fields)
     except SettingsError as error:
         raise ApiError(409, str(error)) from None
     return jsonify(_describe(backend.id)), 201, {"Location": f"backends/{backend.id}"}  # a proxy may have another path
@@ -119,7 +134,7 @@ def change_backend(backend_id: str) -> Response:
     if not changes:
         raise ApiError(422, f"nothing to change; give one of: {', '.join(BackendChange.model_fields)}")
     try:
-        current_control().pool.update(backend_id, changes)
+        _pool_of(backend_id).update(backend_id, changes)
     except KeyError:
         raise _unknown(backend_id) from None
     return jsonify(_describe(backend_id))
@@ -129,7 +144,7 @@ def change_backend(backend_id: str) -> Response:
 def remove_backend(backend_id: str) -> tuple[Response, int]:
     force = switch("force")
     try:
-        active = current_control().pool.remove(backend_id, at_once=force)
+        active = _pool_of(backend_id).remove(backend_id, at_once=force)
     except KeyError:
         raise _unknown(backend_id) from None
     if active and force:
@@ -141,13 +156,31 @@ def remove_backend(backend_id: str) -> tuple[Response, int]:
     return jsonify(BackendRemoved(message=f"{backend_id} removed", active=0)), 200
 
 
+def _pool(name: str, status: int) -> BackendPool:
+    """Raises ApiError with this status if there is none, or it is about to go."""
+    pools = current_control().pools
+    pool = pools.get(name)
+    if pool is None:
+        raise ApiError(
+            status, f"no pool {name[:80]!r}, expected one of: {', '.join(pools.names)}", valid_options=pools.names
+        )
+    return pool
+
+
+def _pool_of(backend_id: str) -> BackendPool:
+    pool = current_control().pools.pool_of(backend_id)
+    if pool is None:
+        raise _unknown(backend_id)
+    return pool
+
+
 def _describe(backend_id: str) -> BackendView:
-    for backend in current_control().pool.snapshot():
+    for backend in _pool_of(backend_id).snapshot():
         if backend["id"] == backend_id:
             return backend
     raise _unknown(backend_id)
 
 
 def _unknown(backend_id: str) -> ApiError:
-    known = [backend["id"] for backend in current_control().pool.snapshot()]
+    known = [backend.id for backend in current_control().pools.backends()]
     return ApiError(404, f"no backend {backend_id[:80]!r}", valid_options=known)

@@ -6,14 +6,16 @@ also goes into `openapi.PATHS`, else it is forwarded.
 
 from __future__ import annotations
 
+import gzip
 import re
 from collections.abc import Callable
 
 from flask import Blueprint, Flask, Response, g, request
 from flask_cors import CORS
 
-from balancer.control import administration, dashboard, monitoring, openapi, problems
-from balancer.control.access import first_segment, is_authorized
+from balancer.balancing.changes import ACTOR
+from balancer.control import administration, dashboard, limits, monitoring, openapi, problems
+from balancer.control.access import LOCAL, first_segment, is_authorized
 from balancer.control.control import Control, current_control
 from balancer.control.inputs import MAX_BODY
 from balancer.control.metrics import Metrics, current_metrics
@@ -26,10 +28,11 @@ READS = frozenset({"GET", "HEAD"})
 # Open to all: probes tell nothing but that it is alive, and the page has to be there to ask for a token.
 OPEN_PATHS = frozenset({"/health", "/livez", "/readyz", "/dashboard"})
 PATH_KEPT = 200  # characters of a refused path
+WORTH_PACKING = 1000  # bytes
 
 # The routes are nested in it, so that its hooks below hold for all of them and for nothing else.
 blueprint = Blueprint("control", __name__)
-for part in (monitoring, administration, dashboard, openapi):
+for part in (monitoring, administration, limits, dashboard, openapi):
     blueprint.register_blueprint(part.blueprint)
 
 
@@ -57,12 +60,13 @@ def install(app: Flask, control: Control) -> None:
     problems.install(app)
     # For every answer, also where no route is: an unknown path, or a method that a path has not.
     app.before_request(_admit)
+    app.teardown_request(_forget_actor)
     app.after_request(_protect)  # after what flask-cors does, for the last one comes first
     origins = [*control.access.options.cors_origins, *(["null"] if control.access.has_tokens else [])]
     CORS(
         app,
         origins=[re.compile(re.escape(origin) + r"\Z") for origin in origins],  # as text: `[` would make it a pattern
-        allow_headers=["Content-Type", "Authorization"],
+        allow_headers=["Content-Type", "Authorization", "If-Match"],
         methods=["GET", "POST", "PATCH", "DELETE"],
         max_age=600,
         vary_header=False,
@@ -80,15 +84,22 @@ def _admit() -> None:
     if request.method == "OPTIONS" or (is_read and path in OPEN_PATHS):
         return
     try:
-        g.is_authorized = control.access.check(is_write=not is_read)
+        control.access.check(is_write=not is_read)
+        if not is_read:
+            ACTOR.set(g.holder or LOCAL)
     except ApiError as error:
         if not is_read:
             whole, public = (
                 f"{request.method} {repr(path[:PATH_KEPT])[1:-1]}: {error}"  # as text in one line
                 for path in (request.path, first_segment(request.path))
             )
-            control.events.add(REFUSED, None, whole, "warning", public=public)
+            control.events.add(REFUSED, None, whole, "warning", g.get("holder"), public=public)
         raise
+
+
+def _forget_actor(error: BaseException | None) -> None:
+    """The thread is for other requests too."""
+    ACTOR.set(None)
 
 
 def _protect(response: Response) -> Response:
@@ -98,6 +109,17 @@ def _protect(response: Response) -> Response:
     response.vary.add("Origin")
     if request.headers.get("Origin") == "null" and request.method != "OPTIONS" and not is_authorized():
         response.headers.pop("Access-Control-Allow-Origin", None)
+    return response
+
+
+@blueprint.after_request
+def _pack(response: Response) -> Response:
+    """With gzip for who takes it (RFC 9110 section 12.5.3): once a second a page asks for what is mostly the same."""
+    response.vary.add("Accept-Encoding")
+    wanted = request.accept_encodings.quality("gzip") > 0 and "Content-Encoding" not in response.headers
+    if wanted and (response.content_length or 0) >= WORTH_PACKING:
+        response.set_data(gzip.compress(response.get_data(), compresslevel=1))
+        response.headers["Content-Encoding"] = "gzip"
     return response
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
@@ -12,18 +12,23 @@ from flask import current_app
 from typing_extensions import TypedDict
 
 from balancer.balancing.pool import BackendPool
-from balancer.config.reload import Configuration, Plan
+from balancer.balancing.pools import Pools
+from balancer.config.comparison import Plan
+from balancer.config.reload import Configuration
 from balancer.config.settings import Settings
+from balancer.filters.limits import Limiter
+from balancer.observe.canary import Canaries
 from balancer.observe.events import Events
 from balancer.observe.history import History
 from balancer.observe.logwriter import LogWriter
+from balancer.observe.routecounts import RouteCounts
 from balancer.observe.statistics import Statistics
-from balancer.upstream.transport import BackendAdapter
 
 if TYPE_CHECKING:
     from balancer.control.access import Access
 
 Lifecycle = Literal["starting", "running", "draining"]
+Reload = Callable[[bool, Callable[[str], bool]], Plan]  # True only asks what it would do
 
 
 class TlsView(TypedDict):
@@ -43,7 +48,7 @@ class TlsView(TypedDict):
 class Control:
     """What the control API acts on. `lifecycle` is set when serving starts and ends, everything else locks itself."""
 
-    pool: BackendPool
+    pools: Pools
     statistics: Statistics
     events: Events
     history: History
@@ -51,9 +56,12 @@ class Control:
     dashboard: Path
     configuration: Configuration
     access: Access
-    adapter: BackendAdapter
+    routes: RouteCounts
+    limiter: Limiter
+    canaries: Canaries
+    idle: Callable[[], Mapping[str, Mapping[str, int]]]  # kept connections, by the name of a pool and a URL
     queued: Callable[[], int]  # requests that wait for a thread
-    reload: Callable[[bool], Plan]  # True only asks what it would do
+    reload: Reload
     tls: Callable[[], TlsView | None]
     lifecycle: Lifecycle = "starting"
     started: float = field(default_factory=time.monotonic)
@@ -62,9 +70,14 @@ class Control:
     def settings(self) -> Settings:
         return self.configuration.settings
 
+    @property
+    def pool(self) -> BackendPool:
+        """The default one."""
+        return self.pools.default
+
     def is_serving(self) -> bool:
         """Ready for traffic: the first round of health checks is done, and no shutdown is under way."""
-        return self.lifecycle != "draining" and self.pool.has_had_first_round()
+        return self.lifecycle != "draining" and self.pools.has_had_first_round()
 
 
 def current_control() -> Control:

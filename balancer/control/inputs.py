@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from werkzeug.exceptions import RequestEntityTooLarge
 
 from balancer.balancing.backends import AdminState
+from balancer.balancing.pool import DEFAULT_POOL
 from balancer.config import validation
 from balancer.config.values import DrainTimeout, MaxConnections, Weight
 from balancer.control.problems import ApiError, is_legacy
@@ -32,6 +33,7 @@ class Body(BaseModel):
 
 class AlgorithmChange(Body):
     algorithm: str = Field(description="name from GET /algorithm")
+    pool: str = Field(DEFAULT_POOL, description="name of the pool")
 
 
 class Nothing(Body):
@@ -40,6 +42,7 @@ class Nothing(Body):
 
 class BackendCreate(Body):
     id: str | None = Field(None, pattern=validation.ID, description="unique name; chosen if left out")
+    pool: str = Field(DEFAULT_POOL, description="name of its pool")
     url: str = Field(max_length=300, description=EXPECTED)
     weight: Weight = 1
     max_connections: MaxConnections | None = None

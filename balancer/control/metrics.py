@@ -1,8 +1,8 @@
 """`/metrics` for Prometheus: read from the parts when it is asked for, so that requests pay nothing for it.
 
 Counters count since the start of the process. Neither a reset nor the removal of a backend lowers them: series of a
-removed backend end, and go on from where they were if one of that id comes back. The label `backend` is the id; nothing
-that a client can make up (paths, names of methods, addresses) is a label.
+removed backend end, and go on from where they were if one of that id comes back. The label `backend` is the id, `pool`
+the name of its pool; nothing that a client can make up (paths, names of methods, addresses) is a label.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ from balancer.balancing.counts import BackendCounts
 from balancer.control.control import Control, Lifecycle
 from balancer.errors import BackendError, BalancerError, ConnectFailed
 from balancer.observe.histogram import Histogram
+from balancer.observe.refusals import WHYS
 from balancer.observe.statistics import Counters, Lifetime
 from balancer.observe.totals import BackendTotals
 
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 QUEUE_BUCKETS = (0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0)
+BACKEND_LABELS = ("backend", "pool")
 LIFECYCLES, STATES = get_args(Lifecycle), get_args(State)
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each counter, and nobody reads them
@@ -53,6 +55,11 @@ class Seen:
     attempts: BackendTotals
     idle: int
     websockets: int
+
+    @property
+    def labels(self) -> list[str]:
+        """Values of BACKEND_LABELS."""
+        return [self.state["id"], self.state["pool"]]
 
     @property
     def check_seconds(self) -> float | None:
@@ -117,8 +124,9 @@ def one_of(states: Iterable[str], current: str) -> dict[str, float]:
     return {state: state == current for state in states}
 
 
-def buckets(samples: Histogram, bounds: Sequence[float]) -> list[tuple[str, float]]:
-    return [*((str(bound), samples.up_to(bound)) for bound in bounds), ("+Inf", samples.total)]
+def measured(samples: Histogram, bounds: Sequence[float]) -> tuple[list[tuple[str, float]], float]:
+    """Buckets and sum."""
+    return [*((str(bound), samples.up_to(bound)) for bound in bounds), ("+Inf", samples.total)], samples.seconds
 
 
 class Metrics:
@@ -151,19 +159,22 @@ class Collector:
         yield from self._process()
         yield from self._configuration()
         yield from self._requests(lifetime)
+        yield from self._routes()
         yield from self._websockets()
+        yield from self._limits()
+        yield from self._pools()
         yield from self._backends(lifetime)
 
     def _process(self) -> Iterator[Metric]:
         control, versions = self._control, (__version__, platform.python_version())
         yield add(gauge("build_info", "Versions.", "version", "python_version"), versions, 1)
         names = (control.settings.id, control.pool.algorithm)
-        yield add(gauge("info", "Name and algorithm in use.", "instance_id", "algorithm"), names, 1)
+        yield add(gauge("info", "Name, and algorithm of the default pool.", "instance_id", "algorithm"), names, 1)
         yield add(gauge("start_time_seconds", "When the process started."), [], self._started)
         lifecycle = gauge("lifecycle_state", "1 for the state the process is in.", "state")
         yield add_each(lifecycle, [], one_of(LIFECYCLES, control.lifecycle))
         yield add(
-            gauge("panic", "Whether health is ignored because too few backends are available."),
+            gauge("panic", "Whether the default pool ignores health, as lb_pool_panic tells of all."),
             [],
             control.pool.is_panicking,
         )
@@ -186,6 +197,26 @@ class Collector:
             text = "Whether the newest certificate was not refused."
             yield add(gauge("tls_reload_success", text), [], tls["last_error"] is None)
 
+    def _routes(self) -> Iterator[Metric]:
+        """Of those that there are now: names that a reload takes away would pile up."""
+        names, text = {route.name for route in self._control.settings.routes}, "Finished requests of a route."
+        answers = counter("route_requests", text, "route", "code")
+        for route, counters in self._control.routes.lifetime().items():
+            if route in names:
+                codes = {str(status): count for status, count in counters.statuses.items()}
+                add_each(answers, [route], {**codes, "499": codes.get("499", 0) + counters.aborted})
+        yield answers
+        text = "Copies of requests, by what came of each."
+        copies = counter("route_copies", text, "route", "outcome")
+        for (route, outcome), count in self._control.routes.copies().items():
+            copies.add_metric([route, outcome], count)
+        yield copies
+        share = gauge("route_canary_share", "Share of a route's requests that its canary gets.", "route")
+        for route in sorted(names):
+            if (canary := self._control.canaries.of(route)) is not None:
+                share.add_metric([route], canary.share)
+        yield share
+
     def _requests(self, lifetime: Lifetime) -> Iterator[Metric]:
         totals, whole = lifetime.totals, Counters()
         for counters in lifetime.counters.values():
@@ -196,18 +227,23 @@ class Collector:
         yield answers
         errors = counter("request_errors", "Requests without a whole answer of a backend.", "reason")
         yield add_each(errors, [], dict.fromkeys(REASONS, 0) | totals.errors)
+        refused = counter("auth_failures", "Requests that were not let in, by who decided that.", "auth", "reason")
+        known = {(auth.name, why): 0 for auth in self._control.settings.auth for why in WHYS}
+        for labels, count in {**known, **self._control.statistics.refusals.counts()}.items():
+            refused.add_metric(labels, count)
+        yield refused
         yield add(gauge("requests_in_flight", "Requests under way."), [], lifetime.active)
         duration = histogram("request_duration_seconds", "Time from a request's head to the end of its answer.")
-        duration.add_metric([], buckets(whole.latency, BUCKETS), whole.seconds)
+        duration.add_metric([], *measured(whole.times, BUCKETS))
         yield duration
         yield add(counter("request_bytes", "Bytes of request bodies."), [], totals.bytes_in)
         yield add(counter("response_bytes", "Bytes of response bodies."), [], totals.bytes_out)
         retries = counter("retries", "Further attempts, by what had failed before.", "reason")
         yield add_each(retries, [], dict.fromkeys(BACKEND_REASONS, 0) | totals.retries)
-        waiting = {"backend": self._control.pool.waiting, "thread": self._control.queued()}
+        waiting = {"backend": self._control.pools.waiting, "thread": self._control.queued()}
         yield add_each(gauge("queue_length", "Requests that wait, by what for.", "queue"), [], waiting)
         queued = histogram("queue_duration_seconds", "Time in the queue for a backend, of requests that had to wait.")
-        queued.add_metric([], buckets(totals.waits, QUEUE_BUCKETS), totals.waited)
+        queued.add_metric([], *measured(totals.waits, QUEUE_BUCKETS))
         yield queued
 
     def _websockets(self) -> Iterator[Metric]:
@@ -221,44 +257,71 @@ class Collector:
         yield add_each(messages, [], totals.messages)
         yield add_each(counter("websocket_bytes", "Bytes of these messages.", "direction"), [], totals.bytes)
 
+    def _limits(self) -> Iterator[Metric]:
+        text = "Requests that a limit let through, refused, or in shadow mode would have refused."
+        requests = counter("limit_requests", text, "limit", "outcome")
+        in_flight = gauge("limit_requests_in_flight", "Requests under way of all keys.", "limit")
+        keys = gauge("limit_keys", "Keys that are known just now.", "limit")
+        evicted = counter("limit_keys_evicted", "Keys that gave way to others, for want of room.", "limit")
+        for limit in self._control.limiter.describe():
+            name = [limit["name"]]
+            add_each(requests, name, limit["requests"])
+            add(in_flight, name, limit["requests_in_flight"])
+            add(keys, name, limit["keys"])
+            add(evicted, name, limit["evicted"])
+        yield from (requests, in_flight, keys, evicted)
+
+    def _pools(self) -> Iterator[Metric]:
+        info = gauge("pool_info", "The algorithm in use.", "pool", "algorithm")
+        panic = gauge("pool_panic", "Whether health is ignored because too few backends are available.", "pool")
+        available = gauge("pool_backends_available", "Backends that take requests as far as they have room.", "pool")
+        waiting = gauge("pool_queue_length", "Requests that wait for a backend.", "pool")
+        for each in self._control.pools.describe():
+            name = each["name"]
+            add(info, [name, each["algorithm"]], 1)
+            add(panic, [name], each["panic"])
+            add(available, [name], each["available"])
+            add(waiting, [name], each["waiting_requests"])
+        yield from (info, panic, available, waiting)
+
     # Per backend.
 
     def _backends(self, lifetime: Lifetime) -> Iterator[Metric]:
         backends = list(self._seen(lifetime))
         for make, table in ((gauge, BACKEND_GAUGES), (counter, BACKEND_COUNTERS)):
             for name, text, read in table:
-                family = make(f"backend_{name}", text, "backend")
+                family = make(f"backend_{name}", text, *BACKEND_LABELS)
                 for seen in backends:
                     value = read(seen)
                     if value is not None:
-                        family.add_metric([seen.state["id"]], value)
+                        family.add_metric(seen.labels, value)
                 yield family
         yield from self._labelled(backends)
 
     def _seen(self, lifetime: Lifetime) -> Iterator[Seen]:
-        counts, idle = self._control.pool.counts(), self._control.adapter.idle()
-        websockets = self._control.statistics.websockets.open()
-        for state in self._control.pool.snapshot():
-            name = state["id"]
-            if name in counts:
-                traffic = lifetime.counters.get(name) or Counters()
-                attempts = lifetime.totals.backends.get(name) or BackendTotals()
-                yield Seen(state, counts[name], traffic, attempts, idle.get(state["url"], 0), websockets[name])
+        websockets, idle = self._control.statistics.websockets.open(), self._control.idle()
+        for pool in self._control.pools:
+            counts, kept = pool.counts(), idle.get(pool.name, {})
+            for state in pool.snapshot():
+                name = state["id"]
+                if name in counts:
+                    traffic = lifetime.counters.get(name) or Counters()
+                    attempts = lifetime.totals.backends.get(name) or BackendTotals()
+                    yield Seen(state, counts[name], traffic, attempts, kept.get(state["url"], 0), websockets[name])
 
     def _labelled(self, backends: Sequence[Seen]) -> Iterator[Metric]:
-        info = gauge("backend_info", "Its address.", "backend", "url")
-        states = gauge("backend_state", "1 for the state it is in.", "backend", "state")
-        codes = counter("backend_requests", "Attempts by status; none if there was none.", "backend", "code")
-        errors = counter("backend_errors", "Attempts that failed.", "backend", "reason")
-        turns = counter("backend_health_transitions", "Times its health changed.", "backend", "to")
+        info = gauge("backend_info", "Its address.", *BACKEND_LABELS, "url")
+        states = gauge("backend_state", "1 for the state it is in.", *BACKEND_LABELS, "state")
+        codes = counter("backend_requests", "Attempts by status; none if there was none.", *BACKEND_LABELS, "code")
+        errors = counter("backend_errors", "Attempts that failed.", *BACKEND_LABELS, "reason")
+        turns = counter("backend_health_transitions", "Times its health changed.", *BACKEND_LABELS, "to")
         text = "Time of whole requests that it answered or was the last to be tried for."
-        duration = histogram("backend_request_duration_seconds", text, "backend")
+        duration = histogram("backend_request_duration_seconds", text, *BACKEND_LABELS)
         for seen in backends:
-            name = seen.state["id"]
-            add(info, [name, seen.state["url"]], 1)
-            add_each(states, [name], one_of(STATES, seen.state["state"]))
-            add_each(codes, [name], seen.attempts.codes())
-            add_each(errors, [name], dict.fromkeys(BACKEND_REASONS, 0) | seen.attempts.failures())
-            add_each(turns, [name], {"up": seen.counts.ups, "down": seen.counts.downs})
-            duration.add_metric([name], buckets(seen.traffic.latency, BUCKETS), seen.traffic.seconds)
+            add(info, [*seen.labels, seen.state["url"]], 1)
+            add_each(states, seen.labels, one_of(STATES, seen.state["state"]))
+            add_each(codes, seen.labels, seen.attempts.codes())
+            add_each(errors, seen.labels, dict.fromkeys(BACKEND_REASONS, 0) | seen.attempts.failures())
+            add_each(turns, seen.labels, {"up": seen.counts.ups, "down": seen.counts.downs})
+            duration.add_metric(seen.labels, *measured(seen.traffic.times, BUCKETS))
         yield from (info, states, codes, errors, turns, duration)

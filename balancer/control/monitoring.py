@@ -7,6 +7,7 @@ machine: of requests the first segment, of files the name.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import TypeVar, cast
 
 from flask import Blueprint, Response, jsonify, request
@@ -15,6 +16,7 @@ from typing_extensions import TypedDict
 from balancer import __version__
 from balancer.balancing import strategies
 from balancer.balancing.backends import BackendView
+from balancer.balancing.pool import PoolView
 from balancer.balancing.strategies import StrategyView
 from balancer.config.reload import ConfigView
 from balancer.control.access import first_segment, is_authorized
@@ -22,8 +24,9 @@ from balancer.control.control import Lifecycle, TlsView, current_control
 from balancer.control.inputs import whole_number
 from balancer.control.metrics import current_metrics
 from balancer.control.problems import ApiError
+from balancer.observe.canary import CanaryView
 from balancer.observe.events import Event
-from balancer.observe.history import SLOTS, Slot
+from balancer.observe.history import SLOTS, WINDOWS, Figures, Slot
 from balancer.observe.record import FinishedView, RecentView
 from balancer.observe.statistics import NO_REQUESTS, CountersView, StatisticsView
 
@@ -35,9 +38,42 @@ blueprint = Blueprint("monitoring", __name__)
 
 
 class ServerView(BackendView, CountersView):
-    """A backend and what its requests came to. `websockets` are those that are open."""
+    """A backend and what its requests came to. `websockets` are those that are open. `window`: of the window that was
+    asked for, None without a request in it."""
 
     websockets: int
+    window: Figures | None
+
+
+class WindowView(Figures):
+    """`seconds` may be up to 10 more than asked for, or less after a start or a reset."""
+
+    seconds: int
+
+
+class PoolStatus(PoolView):
+    """A pool and what the requests of its backends came to."""
+
+    total_requests: int
+    failed_requests: int
+
+
+class RouteView(CountersView):
+    """A route, and what its requests came to. It leads to a pool, or else to those of `split`, to `redirect` or to
+    `answers_with`."""
+
+    name: str
+    host: str | None
+    path: str
+    methods: list[str]
+    pool: str | None
+    split: dict[str, int] | None
+    canary: CanaryView | None
+    mirror: str | None
+    redirect: str | None
+    answers_with: int | None
+    auth: list[str]
+    limits: list[str]
 
 
 class TotalsView(StatisticsView):
@@ -46,6 +82,7 @@ class TotalsView(StatisticsView):
     waiting_requests: int
     unassigned_requests: int
     websockets: int
+    window: WindowView | None
 
 
 class Capabilities(TypedDict):
@@ -61,6 +98,8 @@ class Capabilities(TypedDict):
 
 
 class Status(TypedDict):
+    """`algorithm` and `panic` are those of the pool `default`."""
+
     schema_version: int
     version: str
     load_balancer_id: str
@@ -73,7 +112,9 @@ class Status(TypedDict):
     config: ConfigView
     tls: TlsView | None
     statistics: TotalsView
+    pools: list[PoolStatus]
     backend_servers: list[ServerView]
+    routes: list[RouteView]
     recent_requests: list[RecentView]
     capabilities: Capabilities
 
@@ -102,21 +143,31 @@ class HistoryView(TypedDict):
 @blueprint.get("/status")
 def status() -> Response:
     control = current_control()
-    recent = whole_number("recent", 20, MAX_RECENT)
+    recent, seconds = whole_number("recent", 20, MAX_RECENT), whole_number("window", 0, max(WINDOWS))
+    if seconds not in (0, *WINDOWS):
+        raise ApiError(400, f"window={seconds}: expected one of {', '.join(map(str, WINDOWS))}")
+    window = control.history.window(seconds) if seconds else None
+    in_window = {} if window is None else window.backends
     whole, by_backend, newest = control.statistics.snapshot(recent)
     websockets = control.statistics.websockets.open()
     backends: list[ServerView] = [
-        {**by_backend.get(backend["id"], NO_REQUESTS), **backend, "websockets": websockets[backend["id"]]}
-        for backend in control.pool.snapshot()
+        {
+            **by_backend.get(backend["id"], NO_REQUESTS),
+            **backend,
+            "websockets": websockets[backend["id"]],
+            "window": in_window.get(backend["id"]),
+        }
+        for backend in control.pools.snapshot()
     ]
     shown = {backend["id"] for backend in backends}
     totals: TotalsView = {
         **whole,
         "queued_requests": control.queued(),
         "access_log_dropped": control.log.dropped,
-        "waiting_requests": control.pool.waiting,
+        "waiting_requests": control.pools.waiting,
         "unassigned_requests": sum(c["total_requests"] for key, c in by_backend.items() if key not in shown),
         "websockets": websockets.total(),
+        "window": None if window is None else {**window.whole, "seconds": window.seconds},
     }
     return jsonify(
         Status(
@@ -132,11 +183,45 @@ def status() -> Response:
             config=control.configuration.summary(is_authorized()),
             tls=_tls(),
             statistics=totals,
+            pools=[_counted(pool, backends) for pool in control.pools.describe()],
             backend_servers=backends,
+            routes=_routes(),
             recent_requests=[_shown(record) for record in newest],
             capabilities=_capabilities(),
         )
     )
+
+
+def _counted(pool: PoolView, backends: Sequence[ServerView]) -> PoolStatus:
+    own = [backend for backend in backends if backend["pool"] == pool["name"]]
+    return {
+        **pool,
+        "total_requests": sum(backend["total_requests"] for backend in own),
+        "failed_requests": sum(backend["failed_requests"] for backend in own),
+    }
+
+
+def _routes() -> list[RouteView]:
+    control = current_control()
+    counted = control.routes.since_reset()
+    return [
+        {
+            **(counted[route.name].describe() if route.name in counted else NO_REQUESTS),
+            "name": route.name,
+            "host": route.host,
+            "path": route.path,
+            "methods": list(route.methods),
+            "pool": route.pool,
+            "split": route.split or None,
+            "canary": canary.describe() if (canary := control.canaries.of(route.name)) is not None else None,
+            "mirror": route.mirror.pool if route.mirror is not None else None,
+            "redirect": route.redirect,
+            "answers_with": route.status,
+            "auth": list(route.auth),
+            "limits": list(route.limits),
+        }
+        for route in control.settings.routes
+    ]
 
 
 def _tls() -> TlsView | None:
@@ -150,6 +235,7 @@ def _tls() -> TlsView | None:
 def _shown(record: F) -> F:
     if not is_authorized():
         record["path"] = first_segment(record["path"])
+        record["subject"] = None
     return record
 
 
@@ -191,7 +277,7 @@ def explain_request(request_id: str) -> Response:
 @blueprint.get("/config")
 def show_configuration() -> Response:
     control = current_control()
-    return jsonify(control.configuration.describe(control.pool.algorithm, is_authorized()))
+    return jsonify(control.configuration.describe(control.pools, is_authorized()))
 
 
 @blueprint.get("/events")

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -12,13 +13,16 @@ from flask import Blueprint, Response, jsonify
 
 from balancer import __version__
 from balancer.balancing.backends import BackendView
-from balancer.config.reload import PlanView, SettingsView
+from balancer.config.comparison import PlanView
+from balancer.config.reload import SettingsView
 from balancer.control.administration import AlgorithmChanged, Algorithms, BackendRemoved, Backends, Message
 from balancer.control.control import current_control
 from balancer.control.inputs import AlgorithmChange, BackendChange, BackendCreate, Body, Nothing
+from balancer.control.limits import LimitsView
 from balancer.control.monitoring import Alive, EventsView, HistoryView, Readiness, Status
 from balancer.control.problems import Error
 from balancer.control.schemas import Schema, ref, schemas
+from balancer.filters.limits import KeyView
 from balancer.observe.record import ExplainedView
 
 TEXT: Schema = {"type": "string"}
@@ -36,6 +40,7 @@ def _operation(
     *,
     body: type[Body] | None = None,
     query: dict[str, Schema] | None = None,
+    headers: Sequence[str] = (),
     media_type: str = "application/json",
     errors: str = "application/problem+json",
 ) -> Schema:
@@ -50,8 +55,10 @@ def _operation(
     }
     if body is not None:
         operation["requestBody"] = {"required": body is not Nothing, "content": {"application/json": _schema(body)}}
-    if query:
-        operation["parameters"] = [{"name": name, "in": "query", "schema": query[name]} for name in query]
+    parameters = [{"name": name, "in": "query", "schema": schema} for name, schema in (query or {}).items()]
+    parameters += [{"name": name, "in": "header", "schema": TEXT} for name in headers]
+    if parameters:
+        operation["parameters"] = parameters
     return operation
 
 
@@ -73,7 +80,10 @@ PATHS: dict[str, Schema] = {
             "getStatus",
             "Everything at one moment. Times in seconds, points in time as epoch seconds.",
             {200: Status},
-            query={"recent": {"type": "integer", "minimum": 0, "maximum": 100, "default": 20}},
+            query={
+                "recent": {"type": "integer", "minimum": 0, "maximum": 100, "default": 20},
+                "window": {"type": "integer", "enum": [10, 60, 300], "description": "seconds: what they came to"},
+            },
             errors=LEGACY,
         )
     },
@@ -106,7 +116,7 @@ PATHS: dict[str, Schema] = {
         )
     },
     "/backends": {
-        "get": _operation("listBackends", "All backends.", {200: Backends}),
+        "get": _operation("listBackends", "All backends, or those of one pool.", {200: Backends}, query={"pool": TEXT}),
         "post": _operation(
             "addBackend",
             "Add a backend; it gets requests after its first good check.",
@@ -136,6 +146,19 @@ PATHS: dict[str, Schema] = {
             {200: ExplainedView},
         ),
     },
+    "/limits": {
+        "get": _operation("listLimits", "All limits, and how many requests each let through.", {200: LimitsView})
+    },
+    "/limits/{name}": {
+        "parameters": _in_path("name"),
+        "get": _operation(
+            "getLimit",
+            "How it stands with a key: an address, a value of the header, a subject or a route, as the limit has it. "
+            "Nothing is spent. Times in seconds.",
+            {200: KeyView},
+            query={"key": TEXT},
+        ),
+    },
     "/config": {
         "get": _operation(
             "getConfiguration",
@@ -147,10 +170,11 @@ PATHS: dict[str, Schema] = {
         "post": _operation(
             "reloadConfiguration",
             "Read the configuration file again and apply what changed in it; a bad file changes nothing. With "
-            "`dry_run` it only says what would change.",
+            "`dry_run` it only says what would change; its `hash` in If-Match applies nothing but that (else 412).",
             {200: PlanView},
             body=Nothing,
             query={"dry_run": SWITCH},
+            headers=("If-Match",),
         )
     },
     "/events": {

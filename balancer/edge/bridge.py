@@ -97,7 +97,10 @@ class Bridge(Listener):
             forwarding = call.forwarding = self.proxy.forward(call.request(self.proxy.heads))
             if call.body is None and self.express is not None and forwarding.start() and self.express.wait_for(call):
                 return
-            self._hand_on(call)
+            if call.body is None and forwarding.is_decided:
+                call.answer()
+            else:
+                self._hand_on(call)
         except BaseException:
             self._surprised(call)
 
@@ -138,8 +141,8 @@ class Bridge(Listener):
         """To a worker thread, if it has no body that is small enough for the express way. Such a body comes in without
         a worker: by this thread, which also brings each piece of it."""
         body, forwarding = call.body, call.forwarding
-        if self.express is not None and self.proxy is not None and forwarding is not None and body is not None:
-            if not body.is_done and body.is_small(min(self.proxy.routes.usual.small_body, self.small_bytes)):
+        if self.express is not None and forwarding is not None and body is not None:
+            if not body.is_done and body.is_small(min(forwarding.small_body, self.small_bytes)):
                 missing = body.missing()
                 if missing is not None:
                     when_done(missing, lambda _: self._go_on(call))  # first, or it could undo what a worker waits for
@@ -254,6 +257,10 @@ class Bridge(Listener):
         for call in list(self.calls):
             if call.leave_backend(is_there) and self._take(call):
                 call.abandon(BackendRemoved)
+
+    def has(self, is_one: Callable[[Forwarding], bool]) -> bool:
+        """Whether such a request is in flight. From any thread."""
+        return any(call.forwarding is not None and is_one(call.forwarding) for call in list(self.calls))
 
     def sockets_before(self, moment: float) -> list[HandshakeCall]:
         """WebSockets that were asked for by then, of time.monotonic(), or of a worker that accepted no more."""

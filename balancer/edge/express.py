@@ -22,7 +22,6 @@ from balancer.edge.call import Call
 from balancer.edge.workers import WorkerPool
 from balancer.errors import InvalidResponse
 from balancer.upstream.sent import Sent
-from balancer.upstream.transport import BackendAdapter
 
 log = logging.getLogger("balancer.server")
 
@@ -38,8 +37,7 @@ class Express:
     arming fails. Each is one step that needs no lock, and so a call belongs to one thread at any time.
     """
 
-    def __init__(self, adapter: BackendAdapter, workers: WorkerPool) -> None:
-        self._adapter = adapter
+    def __init__(self, workers: WorkerPool) -> None:
         self._workers = workers
         self._waiting: dict[int, Call] = {}
         self._epoll = select.epoll()
@@ -119,11 +117,13 @@ class Express:
                 log.exception("passing on an answer failed")
 
     def _look(self, call: Call) -> None:
-        sent = self._sent(call)
+        forwarding = call.forwarding
+        assert forwarding is not None
         try:
-            is_whole = self._adapter.look(sent, call.listener.most_held)
+            is_whole = forwarding.look(call.listener.most_held)
         except BaseException:  # no call may be lost: its client would wait for ever
             log.exception("looking at an answer failed")
+            sent = self._sent(call)
             sent.fail(InvalidResponse(f"{sent.connection.origin.url}: its answer could not be read"))
             is_whole = False
         if is_whole:

@@ -10,9 +10,11 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 
 from balancer.edge.server import STOP_SECONDS, Server
 from balancer.edge.signals import Signals
+from balancer.edge.supervisor import Supervisor
 from balancer.errors import SettingsError
 from balancer.protocol.texts import quoted
 
@@ -88,19 +90,24 @@ async def _serve(
     server: Server, drain_timeout: float, shutdown_delay: float, on_hangup: Callable[[], None] | None
 ) -> tuple[int, bool]:
     """(exit code, True if every client connection has ended)."""
-    signals = Signals(on_hangup)
+    supervisor = Supervisor(os.environ)
+    signals = Signals(on_hangup and partial(supervisor.reload, on_hangup))
     server.start()
     hangups = asyncio.create_task(signals.call_on_hangup())
+    pulse = asyncio.create_task(supervisor.keep_alive())
     gc.collect()
     gc.freeze()  # what exists now lives as long as the process: the collector need not walk it again
     gc.set_threshold(GC_THRESHOLD)
     gc.enable()
+    supervisor.ready()
     received = await signals.ending.get()
     second = asyncio.create_task(signals.ending.get())
     quick = received == signal.SIGINT
     delay, limit = (0.0, INTERRUPT_DRAIN_SECONDS) if quick else (shutdown_delay, drain_timeout)
+    supervisor.stopping(delay + limit)
     ended = await server.end(received.name, limit, delay, second)
-    for task in (hangups, second):
+    for task in (hangups, second, pulse):
         task.cancel()
     signals.join(STOP_SECONDS)
+    supervisor.close()
     return 130 if quick else 0, ended

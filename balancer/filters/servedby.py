@@ -15,5 +15,7 @@ if TYPE_CHECKING:
 class ServedBy(Filter):
     """`expose_backend`: X-Served-By with the id of the last backend that was asked."""
 
+    is_safe = True
+
     def answer(self, request: Request, record: Record, lines: list[Line]) -> list[Line]:
         return lines if record.backend is None else [*lines, (b"x-served-by", record.backend.encode("ascii"))]

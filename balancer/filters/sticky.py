@@ -6,21 +6,24 @@ has moved to another address.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
+from balancer.balancing.pool import DEFAULT_POOL
 from balancer.forwarding.filter import Filter
 from balancer.protocol.requestkey import field
 
 if TYPE_CHECKING:
-    from balancer.balancing.backends import Backend
+    from balancer.balancing.pool import BackendPool
     from balancer.observe.record import Record
     from balancer.protocol.messages import Line
     from balancer.protocol.request import Request
 
-COOKIE = b"lb"  # `RequestHeads` takes it out: it means nothing to backends, and could end in their caches and logs
+
+def cookie_of(pool: str) -> bytes:
+    """Its name. `RequestHeads` takes it out: it means nothing to backends, and could end in their caches and logs."""
+    return b"lb" if pool == DEFAULT_POOL else b"lb_" + pool.encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +41,9 @@ class Sticky(Filter):
     lock: two threads that do so at once find the same.
     """
 
-    def __init__(self, backends: Callable[[], Sequence[Backend]], options: StickyOptions) -> None:
-        self._backends = backends
+    def __init__(self, pool: BackendPool, options: StickyOptions) -> None:
+        self._pool = pool
+        self._cookie = cookie_of(pool.name)
         self._key = options.sticky_key
         self._attributes = b"; Path=/; HttpOnly; SameSite=Lax"
         if options.sticky_max_age:
@@ -48,7 +52,7 @@ class Sticky(Filter):
         self._ids: dict[bytes, str] = {}
 
     def admit(self, request: Request) -> None:
-        value = request.head.binding
+        value = request.head.bindings.get(self._cookie)
         if value:
             if value not in self._ids:
                 self._look_again()
@@ -64,12 +68,14 @@ class Sticky(Filter):
         if value is None:  # removed while it answered
             return lines
         secure = b"; Secure" if field(request, b"x-forwarded-proto") == b"https" else b""
-        told = b"%s=%s%s%s" % (COOKIE, value, self._attributes, secure)
+        told = b"%s=%s%s%s" % (self._cookie, value, self._attributes, secure)
         return [*lines, (b"set-cookie", told), (b"cache-control", b"private")]  # no cache may bind others
 
     def _look_again(self) -> None:
         known = self._values
-        self._values = {backend.id: known.get(backend.id) or self._value(backend.id) for backend in self._backends()}
+        self._values = {
+            backend.id: known.get(backend.id) or self._value(backend.id) for backend in self._pool.backends()
+        }
         self._ids = {value: backend_id for backend_id, value in self._values.items()}
 
     def _value(self, backend_id: str) -> bytes:

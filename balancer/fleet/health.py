@@ -1,4 +1,4 @@
-"""Active health checks: one thread drives the checks of all backends side by side.
+"""Active health checks: one thread drives the checks of all backends of all pools side by side.
 
 Each check is `GET health_path` on a fresh connection (a kept one would not notice a full accept queue), with a short
 time-out. 200 to 399 is good; redirects are not followed. While a check contradicts what is believed of a backend, or
@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Event, Thread
@@ -33,7 +33,7 @@ LATE = 0.2  # share of the time-out after which a check is late
 TRANSITION_SPEEDUP = 5  # checks per interval while a change is in the air
 ROUND_SECONDS = 1.0  # at most between two rounds, however rare the checks: `on_round` lets time pass elsewhere
 MAX_BODY = 1_048_576  # bytes of an answer that are read, so that the backend can write all of it
-MAX_PROBES = 64  # checks at the same time; one that hangs holds one of these until its time-out
+MAX_PROBES = 64  # checks at the same time, of all pools; one that hangs holds one of these until its time-out
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,29 +95,26 @@ class Probe:
         return response.status_code
 
 
+class Checked:
+    """A pool, and how its backends are checked."""
+
+    def __init__(self, pool: BackendPool, options: HealthOptions, adapter: BackendAdapter) -> None:
+        self.pool, self.options, self.probe = pool, options, Probe(options, adapter)
+
+
 class HealthChecker:
-    """Runs the probes and tells the pool. `start` and `stop` once each; `wake` from any thread.
+    """Runs the probes and tells the pools. `start` and `stop` once each; `wake` and `use` from any thread.
 
     `_checks` belongs to the health thread alone, but for `under_way`: the health thread adds, the check's own thread
     takes out again, each one step that needs no lock. `_nudge` wakes the health thread early.
     """
 
-    def __init__(
-        self,
-        pool: BackendPool,
-        options: HealthOptions,
-        adapter: BackendAdapter,
-        *,
-        on_round: Callable[[], None] | None = None,
-        rng: random.Random | None = None,
-    ) -> None:
-        self._pool = pool
-        self._adapter = adapter
+    def __init__(self, on_round: Callable[[], None], rng: random.Random | None = None) -> None:
+        self.checked: Sequence[Checked] = ()
         self._on_round = on_round
         self._rng = rng or random.Random()
         self._nudge = Event()
-        self.use(options)
-        self._checks: dict[str, Checks] = {}
+        self._checks: dict[Backend, Checks] = {}
         self._stopping = False
         self._probes = ThreadPoolExecutor(MAX_PROBES, thread_name_prefix="health-probe")
         self._thread = Thread(target=self._run, name="health", daemon=True)
@@ -133,20 +130,20 @@ class HealthChecker:
             self._thread.join()
         self._probes.shutdown(wait=True, cancel_futures=True)
 
-    def use(self, options: HealthOptions) -> None:
-        """Other checks from now on; one under way still counts."""
-        self.options, self._probe = options, Probe(options, self._adapter)
+    def use(self, checked: Sequence[Checked]) -> None:
+        """Check these from now on; a check under way still counts."""
+        self.checked = checked
         self.wake()
 
     def wake(self) -> None:
         """Look at the backends now: one was added, or the data path saw one refuse."""
         self._nudge.set()
 
-    def check_once(self, backend: Backend, checks: Checks, number: int) -> None:
+    def check_once(self, checked: Checked, backend: Backend, checks: Checks, number: int) -> None:
         """Probe one backend now and record the result."""
         try:
             origin = backend.origin
-            self._pool.record_check(backend, self._probe.check(origin), origin)
+            checked.pool.record_check(backend, checked.probe.check(origin), origin)
         except OutOfDescriptors as error:  # says nothing about the backend
             log.error("cannot check %s: %s", backend.id, error)
         except Exception:  # a surprise must be seen, and the backend be probed again
@@ -164,7 +161,7 @@ class HealthChecker:
                 if isinstance(error, RuntimeError) and "shutdown" in str(error):
                     return  # no thread may start any more: the process ends, and another server has not stopped us
                 log.exception("health round failed")
-                wait = self.options.health_interval
+                wait = ROUND_SECONDS
             self._nudge.wait(wait)
             self._nudge.clear()
 
@@ -172,32 +169,36 @@ class HealthChecker:
         """Start the checks that are due; returns seconds until the next one is. While one is late, as many as it takes
         to be sure run side by side: one after another they would take as many time-outs."""
         now = time.monotonic()
-        backends = [backend for backend in self._pool.backends() if backend.admin_state != "maint"]
-        self._checks = {backend.id: self._checks.get(backend.id) or Checks(now) for backend in backends}
-        is_full = sum(len(checks.under_way) for checks in self._checks.values()) >= MAX_PROBES
-        next_due = now + self.options.health_interval
-        for backend in backends:
-            checks = self._checks[backend.id]
-            number = max([*checks.under_way], default=-1) + 1
-            if number == 0:
-                due = checks.due = min(checks.due, now + self._pace(backend))
-            elif number < self.options.health_fall and backend.health.status == "up" and not is_full:
-                due = checks.began + number * LATE * self.options.health_timeout
-            else:  # to see soon that they have ended, should it be due by then
-                next_due = min(next_due, checks.due)
-                continue
-            if due <= now:
-                if number == 0:
-                    checks.began, checks.due = now, now + self._pace(backend)
-                checks.under_way.add(number)
-                self._probes.submit(self.check_once, backend, checks, number)
-                due = now + LATE * self.options.health_timeout
-            next_due = min(next_due, due)
-        if self._on_round is not None:
-            self._on_round()
-        return max(0.01, min(next_due - now, ROUND_SECONDS))
+        known, self._checks = self._checks, {}
+        is_full = sum(len(checks.under_way) for checks in known.values()) >= MAX_PROBES
+        next_due = now + ROUND_SECONDS
+        for checked in self.checked:
+            for backend in checked.pool.backends():
+                if backend.admin_state != "maint":
+                    self._checks[backend] = known.get(backend) or Checks(now)
+                    next_due = min(next_due, self._next(checked, backend, now, is_full))
+        self._on_round()
+        return max(0.01, next_due - now)
 
-    def _pace(self, backend: Backend) -> float:
+    def _next(self, checked: Checked, backend: Backend, now: float, is_full: bool) -> float:
+        """Start a check of this backend if one is due; returns when to look at it again."""
+        checks, options = self._checks[backend], checked.options
+        number = max([*checks.under_way], default=-1) + 1
+        if number == 0:
+            due = checks.due = min(checks.due, now + self._pace(options, backend))
+        elif number < options.health_fall and backend.health.status == "up" and not is_full:
+            due = checks.began + number * LATE * options.health_timeout
+        else:  # to see soon that they have ended, should it be due by then
+            return checks.due
+        if due > now:
+            return due
+        if number == 0:
+            checks.began, checks.due = now, now + self._pace(options, backend)
+        checks.under_way.add(number)
+        self._probes.submit(self.check_once, checked, backend, checks, number)
+        return now + LATE * options.health_timeout
+
+    def _pace(self, options: HealthOptions, backend: Backend) -> float:
         """Seconds to the next check of this backend."""
         spread = 1 - self._rng.uniform(0, JITTER)
-        return self.options.health_interval * spread / (TRANSITION_SPEEDUP if backend.health.is_in_transition else 1)
+        return options.health_interval * spread / (TRANSITION_SPEEDUP if backend.health.is_in_transition else 1)

@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from balancer.errors import BackendError, BackendRemoved, BalancerError, ClientGone
 from balancer.protocol.headerrules import check_filtered
-from balancer.protocol.messages import SERVER_LINE, Line
+from balancer.protocol.messages import BODILESS_STATUSES, SERVER_LINE, Line
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse
 
     from balancer.upstream.response import Body
+
+
+_PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 
 class Answer(NamedTuple):
@@ -52,15 +55,22 @@ class Answer(NamedTuple):
 def whole(status: int, body: bytes = b"", *lines: Line) -> Answer:
     """One of the balancer's own."""
     length = (b"content-length", b"%d" % len(body))
-    return Answer(status, HTTPStatus(status).phrase, [SERVER_LINE, *lines, length], body)
+    lines = lines if status in BODILESS_STATUSES else (*lines, length)
+    return Answer(status, _PHRASES.get(status, ""), [SERVER_LINE, *lines], body)
 
 
 def refusal(error: BalancerError, balancer_id: str, request_id: str) -> Answer:
     """To a request that got no answer from a backend."""
     # A client that left reads no answer; 499 is for records alone.
     status = HTTPStatus.BAD_REQUEST if isinstance(error, ClientGone) else error.status
-    told = {"error": error.public or str(error), "load_balancer_id": balancer_id, "request_id": request_id}
-    return whole(status, json.dumps(told).encode(), (b"content-type", b"application/json"), *error.headers)
+    text = error.public or str(error)
+    told: dict[str, object] = {"error": text, "load_balancer_id": balancer_id, "request_id": request_id}
+    media_type = b"application/json"
+    if error.is_problem:
+        told |= {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": text}
+        told |= error.members
+        media_type = b"application/problem+json"
+    return whole(status, json.dumps(told).encode(), (b"content-type", media_type), *error.headers)
 
 
 class Ending(Protocol):

@@ -22,6 +22,8 @@ class Filter:
     # Whether `admit` or `send` may wait, for a disk or a peer: then a worker thread has the request from beginning to
     # end. All other hooks are called by threads that serve everybody, and must not.
     waits = False
+    # Whether `answer` adds header lines alone that no client or backend can have made up: then they are not checked.
+    is_safe = False
 
     def admit(self, request: Request) -> Answer | None:
         """Before any body is read: None lets it pass, an Answer is what its client gets instead."""

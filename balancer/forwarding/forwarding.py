@@ -31,6 +31,7 @@ from balancer.upstream.outgoing import OutgoingRequest
 
 if TYPE_CHECKING:
     from balancer.balancing.backends import Backend
+    from balancer.balancing.pool import BackendPool
     from balancer.protocol.request import Request
     from balancer.upstream.response import BackendResponse
     from balancer.upstream.sent import Sent
@@ -64,6 +65,16 @@ class Forwarding:
         self._attempts: Attempts  # from BUILT on
         self.sent: Sent | None = None  # by `start`
         self._decision: Answer | BalancerError | None = None  # of our own, without a backend's answer
+
+    @property
+    def small_body(self) -> int:
+        """Bytes of a request body that is read before the request is sent on."""
+        return self._route.small_body
+
+    @property
+    def is_decided(self) -> bool:
+        """It has an answer of our own: nothing has to be waited for any more, and `run` gives it at once."""
+        return self._decision is not None
 
     def run(self) -> Answer:
         """The whole way: admit, build, lease, send, receive, answer. Waits where it has to. Never raises."""
@@ -114,6 +125,11 @@ class Forwarding:
     def connect(self) -> bool:
         """As `start`, after it, if a connection was all that was missing."""
         return self.stage is Stage.LEASED and self._decision is None and self.start(may_connect=True)
+
+    def look(self, most: int) -> bool:
+        """SENT: take in what has come of the answer, without waiting, as `BackendAdapter.look` does."""
+        assert self.sent is not None
+        return self._route.adapter.look(self.sent, most)
 
     def refuse(self) -> Answer:
         """The answer when no thread is free for the request; does not block."""
@@ -239,12 +255,17 @@ class Forwarding:
         before = [*lines]
         for answer in self._route.answer:
             lines = [*answer(self._request, self._record, lines)]
-        check_filtered(lines, before)
+        if not self._route.is_safe:
+            check_filtered(lines, before)
         return lines
 
     def is_on(self, backend: Backend) -> bool:
         """It has a place there. Any thread may ask."""
         return Stage.BUILT <= self.stage < Stage.FINISHED and self._attempts.is_on(backend)
+
+    def is_for(self, pool: BackendPool) -> bool:
+        """It may still need a backend of this pool. Any thread may ask."""
+        return self._route.pool is pool and self.stage < Stage.FINISHED
 
     # What a `ResponseStream` needs.
 
@@ -272,9 +293,11 @@ class Forwarding:
             if stage >= Stage.BUILT:
                 self._attempts.end(status, reason, failure)
             record.seconds = time.perf_counter() - self._started
-            for done in self._route.done:
-                done(self._request, record)
         except BaseException:  # too late to answer anything else
             log.exception("the end of request %s failed", record.request_id)
-        finally:
-            self._route.statistics.record(record)
+        for done in self._route.done:  # each, whatever becomes of the others: it may have something to give back
+            try:
+                done(self._request, record)
+            except BaseException:
+                log.exception("the end of request %s failed", record.request_id)
+        self._route.statistics.record(record)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from balancer.balancing.pool import BackendPool
 from balancer.forwarding.filter import Filter
 from balancer.forwarding.retrybudget import RetryBudget
+from balancer.forwarding.routetable import RouteTable
 from balancer.observe.statistics import Statistics
 from balancer.protocol.responseheads import ResponseHeads
 from balancer.upstream.transport import BackendAdapter
@@ -52,22 +53,23 @@ class Route:
     send: tuple[Callable[[Request, OutgoingRequest], None], ...] = ()
     answer: tuple[Callable[[Request, Record, list[Line]], list[Line]], ...] = ()
     done: tuple[Callable[[Request, Record], None], ...] = ()
+    is_safe: bool = True  # what `answer` makes need not be checked
     waits: bool = False  # `admit` or `send` may: requests have a worker thread for their whole way
 
     @property
     def small_body(self) -> int:
-        """Bytes of a request body that is read before the request is sent on."""
         most = self.options.max_request_body
         return REPLAY_LIMIT if most is None else min(REPLAY_LIMIT, most)
 
     def with_filters(self, filters: Sequence[Filter]) -> Route:
-        """With their hooks after its own."""
+        """With their hooks after its own, but for `done`: what they add to the record, the access log tells."""
         return replace(
             self,
             admit=(*self.admit, *(each.admit for each in filters if _has(each, "admit"))),
             send=(*self.send, *(each.send for each in filters if _has(each, "send"))),
             answer=(*self.answer, *(each.answer for each in filters if _has(each, "answer"))),
-            done=(*self.done, *(each.done for each in filters if _has(each, "done"))),
+            done=(*(each.done for each in filters if _has(each, "done")), *self.done),
+            is_safe=self.is_safe and all(each.is_safe or not _has(each, "answer") for each in filters),
             waits=self.waits or any(each.waits for each in filters),
         )
 
@@ -89,3 +91,13 @@ class Routes:
 
     def find(self, request: Request) -> Route:
         return self.rare if request.head.is_rare else self.usual
+
+
+@dataclass(frozen=True, slots=True)
+class TableOfRoutes(Routes):
+    """For each request the route of the `table`."""
+
+    table: RouteTable[Routes]
+
+    def find(self, request: Request) -> Route:
+        return self.table.find(request).find(request)

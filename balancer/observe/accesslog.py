@@ -14,7 +14,8 @@ may hold secrets. Times are in seconds:
 A WebSocket has its line when it ends, with a total until it was let in; behind it stand, as `websocket` in JSON, how
 long it was open, messages both ways, the close code and who closed it.
 
-`reason` says why no whole answer of a backend reached the client, in the words of RFC 9209 section 2.3.
+`reason` says why no whole answer of a backend reached the client, in the words of RFC 9209 section 2.3; `limit` is the
+one that refused it, or in shadow mode would have.
 """
 
 from __future__ import annotations
@@ -86,7 +87,9 @@ def as_text(record: Record, client: str | None, protocol: str, agent: bytes | No
     return (
         f"{timestamp(record.timestamp)} {client or '-'} "
         f"{_quote(f'{record.method} {path_of(record)} {protocol}')} {record.status} "
-        f"backend={record.backend or '-'} reason={record.reason or '-'} total={record.seconds:.6f} "
+        f"route={record.route or '-'} pool={record.pool or '-'} backend={record.backend or '-'} "
+        f"reason={record.reason or '-'} limit={record.limit or '-'} "
+        f"subject={'-' if record.subject is None else _quote(record.subject)} total={record.seconds:.6f} "
         f"received={_or(received, '-')} queued={record.queued:.6f} connect={_or(connect, '-')} "
         f"first_byte={_or(first_byte, '-')} transfer={_or(transfer, '-')} in={record.bytes_in} "
         f"out={record.bytes_out} attempts={attempts or '-'} id={record.request_id} "
@@ -106,7 +109,9 @@ def as_json(record: Record, client: str | None, protocol: str, agent: bytes | No
         f'"trace_id":{_or_null(record.trace_id)},"client":{_or_null(client)},"method":{_quote(record.method)},'
         f'"path":{_quote(path_of(record))},"protocol":{_quote(protocol)},"status":{record.status},'
         f'"complete":{"true" if record.complete else "false"},"reason":{_or_null(record.reason)},'
-        f'"backend":{_or_null(record.backend)},"bytes_in":{record.bytes_in},"bytes_out":{record.bytes_out},'
+        f'"route":{_or_null(record.route)},"pool":{_or_null(record.pool)},"backend":{_or_null(record.backend)},'
+        f'"limit":{_or_null(record.limit)},"subject":{_or_null(record.subject)},'
+        f'"bytes_in":{record.bytes_in},"bytes_out":{record.bytes_out},'
         f'"total":{record.seconds:.6f},"received":{_or(received, "null")},"queued":{record.queued:.6f},'
         f'"connect":{_or(connect, "null")},"first_byte":{_or(first_byte, "null")},'
         f'"transfer":{_or(transfer, "null")},"attempts":[{attempts}],'

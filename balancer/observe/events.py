@@ -24,9 +24,16 @@ EventKind = (
         "certificate_changed",
         "certificate_refused",
         "certificate_expires",
+        "canary_step",
+        "canary_done",
+        "canary_returned",
         "draining",
         "name_kept",
         "name_found",
+        "keys_kept",
+        "keys_found",
+        "limit_reached",
+        "limit_keys_full",
     ]
 )
 REFUSED: EventKind = "write_refused"  # the one kind of event that anybody can cause
@@ -40,6 +47,7 @@ class Event(TypedDict):
     backend: str | None
     message: str
     severity: Severity
+    by: str | None
     count: int
 
 
@@ -63,10 +71,11 @@ class Events:
         backend: str | None,
         message: str,
         severity: Severity = "info",
+        by: str | None = None,
         *,
         public: str | None = None,
     ) -> None:
-        """`public` is the message for readers without a token, where that must be another one.
+        """`by` is who asked for it; `public` the message for readers without a token, where that must be another one.
 
         Refused writes that follow each other become one event with a `count`, or any page could flood the log.
         """
@@ -85,6 +94,7 @@ class Events:
                 "backend": backend or None,
                 "message": message,
                 "severity": severity,
+                "by": by,
                 "count": count,
             }
             self._events.append((event, public))

@@ -6,7 +6,8 @@ wall clock, and only one that is over is shown. What a look finds belongs to the
 if a look comes late (the process was stopped, the machine slept, the clock was set forward), the slots in between are
 missing rather than made up. When the clock is set back, slots that now lie in the future go.
 
-Memory: 660 slots of about 200 bytes, and 120 more for each backend that had requests in it: 5 MB with 50 busy backends.
+Memory: 660 slots of about 200 bytes, and 120 more for each backend that had requests in it: 5 MB with 50 busy backends;
+and 31 copies of all counts, from which the windows are made: 3 MB with 50 busy backends.
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from threading import Event, Lock, Thread
 
+from typing_extensions import TypedDict
+
 from balancer.observe.statistics import Counters, Lifetime
 
 log = logging.getLogger("balancer.history")
 
 SLOTS = {1: 300, 10: 360}  # seconds per slot: how many are kept
+WINDOWS = (10, 60, 300)  # seconds
+MARKS = 10  # seconds from one to the next: so much longer a window may be
 NO_COUNTS = Counters()
 
 
@@ -37,7 +42,7 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """One slot of a backend. Percentiles in seconds, None without a finished request."""
+    """One slot of a backend. Percentiles in seconds, None without a whole answer."""
 
     requests: int
     failed: int
@@ -72,6 +77,25 @@ class Peaks:
             self.in_flight[backend_id] = max(self.in_flight.get(backend_id, 0), active)
 
 
+class Figures(TypedDict):
+    """What a time came to. Percentiles in seconds, None without a whole answer of a backend."""
+
+    requests: int
+    failed: int
+    p50: float | None
+    p95: float | None
+    p99: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The last `seconds`, of all and by backend; percentiles cannot be made of those of slots."""
+
+    seconds: int
+    whole: Figures
+    backends: dict[str, Figures]
+
+
 class Series:
     """Slots of one length. Not locked; the owner's lock guards it."""
 
@@ -98,42 +122,52 @@ class Series:
 
     def _slot(self, at: int, start: Reading, end: Reading) -> Slot:
         before, after, peaks = start.counts, end.counts, self._peaks
-        whole_before, whole_after = Counters(), Counters()
-        backends: dict[str, Traffic] = {}
-        for backend_id, counters in after.counters.items():
-            earlier = before.counters.get(backend_id, NO_COUNTS)
-            whole_before += earlier
-            whole_after += counters
-            if backend_id is not None and counters.total > earlier.total:
-                backends[backend_id] = Traffic(*_figures(earlier, counters, peaks.in_flight.get(backend_id, 0)))
+        whole, figures = _between(before, after)
+        backends = {
+            backend_id: Traffic(in_flight=peaks.in_flight.get(backend_id, 0), **one)
+            for backend_id, one in figures.items()
+        }
         for backend_id, active in peaks.in_flight.items():
             if active and backend_id not in backends:
                 backends[backend_id] = Traffic(0, 0, active, None, None, None)
-        whole = _figures(whole_before, whole_after, peaks.active)
-        return Slot(*whole, at, after.retries - before.retries, peaks.waiting, backends)
+        rest = {"at": at, "retries": after.retries - before.retries, "waiting": peaks.waiting}
+        return Slot(in_flight=peaks.active, backends=backends, **whole, **rest)
 
 
-Figures = tuple[int, int, int, float | None, float | None, float | None]
+def _between(before: Lifetime, after: Lifetime) -> tuple[Figures, dict[str, Figures]]:
+    """What came between two readings: of all, and by backend of those that had requests."""
+    whole, backends = Counters(), {}
+    for backend_id, counters in after.counters.items():
+        earlier = before.counters.get(backend_id, NO_COUNTS)
+        if counters.total > earlier.total:
+            added = counters.since(earlier)
+            whole += added
+            if backend_id is not None:
+                backends[backend_id] = _figures(added)
+    return _figures(whole), backends
 
 
-def _figures(before: Counters, after: Counters, in_flight: int) -> Figures:
-    """Of a Traffic: what came between two readings of the same counters."""
-    latency = after.latency.since(before.latency).summary()
-    return (
-        *(after.total - before.total, after.failed - before.failed, in_flight),
-        *(latency["p50"], latency["p95"], latency["p99"]),
-    )
+def _figures(counters: Counters) -> Figures:
+    return {"requests": counters.total, "failed": counters.failed, **counters.latency.summary()}
 
 
 class History:
     """Takes a look every second. `start` and `stop` once each.
 
-    `_lock` guards `_series`. One thread alone takes looks (`start` before that one runs), so that they come in order.
+    `_lock` guards `_series`, `_marks`, `_latest` and `_windows`. One thread alone takes looks (`start` before that one
+    runs), so that they come in order.
     """
 
-    def __init__(self, read: Callable[[], Reading], *, wall_clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        read: Callable[[], Reading],
+        *,
+        wall_clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._read = read
         self._wall_clock = wall_clock
+        self._clock = clock
         self._lock = Lock()
         self._stopping = Event()
         self._thread = Thread(target=self._run, name="history", daemon=True)
@@ -143,6 +177,21 @@ class History:
         """Forget all slots, the open ones too: what comes next counts from the next look."""
         with self._lock:
             self._series = {step: Series(step, kept) for step, kept in SLOTS.items()}
+            self._marks: deque[tuple[float, Lifetime]] = deque(maxlen=max(WINDOWS) // MARKS + 1)
+            self._latest: tuple[float, Lifetime] | None = None
+            self._windows: dict[int, Window] = {}  # as they were at the latest look
+
+    def window(self, seconds: int) -> Window | None:
+        """The last `seconds`, one of WINDOWS, or what there is of them; None before the first look."""
+        with self._lock:
+            if self._latest is None:
+                return None
+            if seconds not in self._windows:
+                now, latest = self._latest
+                old_enough = [mark for mark in self._marks if now - mark[0] >= seconds]
+                at, before = old_enough[-1] if old_enough else self._marks[0]
+                self._windows[seconds] = Window(round(now - at), *_between(before, latest))
+            return self._windows[seconds]
 
     def since(self, step: int, at: int) -> list[Slot]:
         """Slots of `step` seconds that are over and start after `at`, oldest first. `step` is one of SLOTS."""
@@ -166,6 +215,9 @@ class History:
         with self._lock:
             for series in self._series.values():
                 series.take(reading, int(now))
+            self._latest, self._windows = (self._clock(), reading.counts), {}
+            if not self._marks or self._latest[0] - self._marks[-1][0] >= MARKS:
+                self._marks.append(self._latest)
         return int(now) + 1 - self._wall_clock()
 
     def _run(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from balancer.balancing.backends import Choice, ChoiceView
+from balancer.balancing.pool import DEFAULT_POOL
 from balancer.observe.websockets import WebSocketRecord, WebSocketView
 
 # Characters that are kept: about 1,200 requests are, and each may have a path as long as its head may be. So one takes
@@ -68,12 +69,15 @@ class Attempt:
 class FinishedView(TypedDict):
     timestamp: float
     server_id: str | None
+    route: str | None
+    pool: str | None
     response_time: float
     status: int
     method: str
     path: str
     request_id: str
     trace_id: str | None
+    subject: str | None
     queued: float
     first_byte: float | None
     bytes_in: int
@@ -82,6 +86,7 @@ class FinishedView(TypedDict):
     reason: str | None
     not_retried: str | None
     complete: bool
+    limit: str | None
     websocket: WebSocketView | None
 
 
@@ -108,6 +113,8 @@ class Record:
     path: str
     request_id: str
     attempts: list[Attempt] = field(default_factory=list, init=False)
+    route: str | None = later(None)  # its name, if there are any
+    pool: str | None = later(DEFAULT_POOL)  # to which that leads, None if it is answered without a backend
     backend: str | None = later(None)
     status: int = later(0)
     seconds: float = later(0.0)
@@ -117,9 +124,11 @@ class Record:
     complete: bool = later(True)
     reason: str | None = later(None)
     trace_id: str | None = later(None)  # of the client's `traceparent`
+    subject: str | None = later(None)  # who sent it, if it was let in as somebody
     not_retried: str | None = later(None)  # why the last failure was final, in words
     error: str | None = later(None)  # of our own answer, in words for the operator
     websocket: WebSocketRecord | None = later(None)  # what came of it, if its backend switched; of no response time
+    limit: str | None = later(None)  # the one that refused it, or would have, were its mode not `shadow`
     excluded: Mapping[str, str] | None = later(None)  # why no backend could take it, if that was the cause
 
     @property
@@ -140,12 +149,15 @@ class Record:
         return {
             "timestamp": self.timestamp,
             "server_id": self.backend,
+            "route": self.route,
+            "pool": self.pool,
             "response_time": self.seconds,
             "status": self.status,
             "method": self.method,
             "path": self.path[:PATH_SHOWN],
             "request_id": self.request_id,
             "trace_id": self.trace_id,
+            "subject": self.subject,
             "queued": self.queued,
             "first_byte": self.first_byte,
             "bytes_in": self.bytes_in,
@@ -154,6 +166,7 @@ class Record:
             "reason": self.reason,
             "not_retried": self.not_retried,
             "complete": self.complete,
+            "limit": self.limit,
             "websocket": None if self.websocket is None else self.websocket.describe(),
         }
 

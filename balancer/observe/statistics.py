@@ -21,6 +21,7 @@ from balancer.balancing.counts import FORMER_KEPT
 from balancer.observe.histogram import Histogram, Percentiles
 from balancer.observe.rate import Rate
 from balancer.observe.record import RecentView, Record
+from balancer.observe.refusals import Refusals
 from balancer.observe.totals import Totals
 from balancer.observe.websockets import WebSockets
 
@@ -53,25 +54,32 @@ class StatisticsView(CountersView):
 class Counters:
     """Totals of the whole balancer or of one backend. Not locked; the owner's lock guards it."""
 
-    __slots__ = ("failed", "aborted", "seconds", "statuses", "latency")
+    __slots__ = ("failed", "aborted", "statuses", "latency", "other")
 
     def __init__(self) -> None:
         self.failed = self.aborted = 0
-        self.seconds = 0.0
         self.statuses: defaultdict[int, int] = defaultdict(int)  # of those that were not aborted
-        self.latency = Histogram()
+        self.latency = Histogram()  # of whole answers of backends
+        self.other = Histogram()  # of answers of our own, which would make an outage look fast, and of what broke off
 
     @property
     def total(self) -> int:
-        return self.latency.total
+        return self.aborted + sum(self.statuses.values())
+
+    @property
+    def times(self) -> Histogram:
+        """Of all requests, whoever answered them."""
+        times = self.latency.copy()
+        times += self.other
+        return times
 
     def __iadd__(self, other: Counters) -> Counters:
         self.failed += other.failed
         self.aborted += other.aborted
-        self.seconds += other.seconds
         for status, count in other.statuses.items():
             self.statuses[status] += count
         self.latency += other.latency
+        self.other += other.other
         return self
 
     def copy(self) -> Counters:
@@ -79,10 +87,18 @@ class Counters:
         copied += self
         return copied
 
+    def since(self, earlier: Counters) -> Counters:
+        """What was added after `earlier`, an older copy of these."""
+        added = Counters()
+        added.failed, added.aborted = self.failed - earlier.failed, self.aborted - earlier.aborted
+        for status, count in self.statuses.items():
+            added.statuses[status] = count - earlier.statuses.get(status, 0)
+        added.latency, added.other = self.latency.since(earlier.latency), self.other.since(earlier.other)
+        return added
+
     def add(self, record: Record) -> bool:
         """True if it failed."""
-        self.seconds += record.seconds
-        self.latency.add(record.seconds)
+        (self.latency if record.reason is None else self.other).add(record.seconds)
         failed = record.failed
         if failed and record.aborted:
             self.aborted += 1
@@ -103,7 +119,7 @@ class Counters:
             "successful_requests": self.total - self.failed,
             "failed_requests": self.failed,
             "aborted_requests": self.aborted,
-            "avg_response_time": self.seconds / self.total if self.total else 0.0,
+            "avg_response_time": self.latency.seconds / (self.latency.total or 1),
             "latency": self.latency.summary(),
             "codes": self.codes(),
         }
@@ -131,6 +147,7 @@ class Statistics:
         self, *, clock: Callable[[], float] = time.monotonic, wall_clock: Callable[[], float] = time.time
     ) -> None:
         self.websockets = WebSockets()
+        self.refusals = Refusals()
         self._lock = Lock()
         self._wall_clock = wall_clock
         self._active = 0
@@ -189,11 +206,6 @@ class Statistics:
         """The newest finished requests, newest first."""
         with self._lock:
             return list(islice(reversed(self._recent), count))
-
-    def recent_requests(self) -> int:
-        """How many have arrived in the last KEPT_SECONDS of a Rate."""
-        with self._lock:
-            return self._arrivals.recent()
 
     def retried(self) -> None:
         """A request is tried once more."""

@@ -70,7 +70,7 @@ class BackendTotals:
 class Totals:
     """All requests. Not locked; the owner's lock guards it."""
 
-    __slots__ = ("answers", "errors", "retries", "backends", "bytes_in", "bytes_out", "waits", "waited")
+    __slots__ = ("answers", "errors", "retries", "backends", "bytes_in", "bytes_out", "waits")
 
     def __init__(self) -> None:
         self.answers: defaultdict[tuple[int, str], int] = defaultdict(int)  # by status and method
@@ -79,7 +79,6 @@ class Totals:
         self.backends: defaultdict[str, BackendTotals] = defaultdict(BackendTotals)
         self.bytes_in = self.bytes_out = 0
         self.waits = Histogram()  # of the requests that had to wait for a place
-        self.waited = 0.0  # seconds
 
     def add(self, record: Record) -> None:
         method, attempts = record.method, record.attempts
@@ -90,7 +89,6 @@ class Totals:
             self.backends[attempt.choice.backend.id].outcomes[attempt.outcome, attempt.connect is None] += 1
         if record.queued:
             self.waits.add(record.queued)
-            self.waited += record.queued
         if record.reason is not None or len(attempts) > 1:
             self._add_trouble(record)
 
@@ -109,7 +107,7 @@ class Totals:
         copied.answers, copied.errors, copied.retries = self.answers.copy(), self.errors.copy(), self.retries.copy()
         copied.backends.update((backend, totals.copy()) for backend, totals in self.backends.items())
         copied.bytes_in, copied.bytes_out = self.bytes_in, self.bytes_out
-        copied.waits, copied.waited = self.waits.copy(), self.waited
+        copied.waits = self.waits.copy()
         return copied
 
     def forget(self, backend: str) -> None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Callable, Sequence
+from socket import AF_INET6, inet_ntop, inet_pton
 from typing import Final, Literal
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 UNIX: Final = "unix:"  # in place of an address, of those who come through a Unix socket; as nginx has it
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network | Literal["unix:"]
 MAPPED_BITS = 96  # of an IPv6 address, before the IPv4 address that is mapped into it
+MAPPED = bytes(10) + b"\xff\xff"
 
 _WITH_PORT = re.compile(r"(?:\[([^]]*)\]|([^:]*))(?::[A-Za-z0-9._-]*)?\Z")  # RFC 7239 section 6: or a made-up one
 # A comma in quotes separates nothing (RFC 9110 section 5.6.4).
@@ -64,7 +66,15 @@ def is_in_networks(host: str, networks: Sequence[Network]) -> bool:
 
 def network_of(host: str) -> str:
     """One customer has a whole /64 of IPv6 addresses (RFC 6177); an IPv4 address stands for itself."""
-    found = parse(host) if ":" in host else None
+    if ":" not in host:
+        return host
+    try:
+        packed = inet_pton(AF_INET6, host)  # as nearly all are spelt, and in a tenth of the time
+    except (OSError, ValueError):
+        packed = b""
+    if packed and not packed.startswith(MAPPED):
+        return inet_ntop(AF_INET6, packed[:8] + bytes(8))
+    found = parse(host)
     if found is None:
         return host
     return str(ipaddress.IPv6Address(int(found) >> 64 << 64) if found.version == 6 else found)

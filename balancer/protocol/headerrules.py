@@ -67,6 +67,15 @@ class HeaderRules:
             parts.append(f"remove = {json.dumps([name.decode() for name in self.remove])}")
         return f"{{ {', '.join(parts)} }}"
 
+    def then(self, later: HeaderRules) -> HeaderRules:
+        """What it is to apply these, and then `later`."""
+        gone = {*later.remove, *(name for name, _ in later.set)}
+        return HeaderRules(
+            (*(line for line in self.set if line[0] not in gone), *later.set),
+            (*(line for line in self.add if line[0] not in gone), *later.add),
+            (*self.remove, *(name for name, _ in self.set), *later.remove),
+        )
+
     def applied(self, lines: Iterable[Line]) -> list[Line]:
         replaced = {*self.remove, *(name for name, _ in self.set)}
         return [*(line for line in lines if line[0] not in replaced), *self.set, *self.add]

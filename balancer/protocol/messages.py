@@ -13,7 +13,7 @@ Facts this module rests on:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from secrets import token_hex
 from urllib.parse import unquote
@@ -62,7 +62,8 @@ _CLAIMS = frozenset(
 )
 # Of these, what we tell ourselves, which is added to what a trusted proxy has told.
 _ADDED_TO = frozenset({b"forwarded", b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host"})
-_PASSED_ON = frozenset({b"via", b"max-forwards", b"traceparent", b"tracestate", b"service-worker"})
+CREDENTIALS = frozenset({b"authorization", b"x-api-key"})
+_PASSED_ON = CREDENTIALS | {b"via", b"max-forwards", b"traceparent", b"tracestate", b"service-worker"}
 _SPECIAL = _NOT_FORWARDED | _PASSED_ON | {b"host"}
 # `Alt-Svc` names another way to the backend's own origin, which is not ours (RFC 7838 section 2.1).
 _NOT_RETURNED = HOP_BY_HOP | {b"alt-svc", b"x-request-id", b"x-served-by"}
@@ -327,20 +328,27 @@ def join_cookies(lines: tuple[Line, ...]) -> tuple[Line, ...]:
     return (*(line for line in lines if line[0] != b"cookie"), (b"cookie", b"; ".join(crumbs)))
 
 
-def without_cookie(lines: tuple[Line, ...], name: bytes) -> tuple[tuple[Line, ...], bytes]:
-    """The lines without this cookie, and the value of the first one, which has the longest path (RFC 6265, 5.4)."""
-    value, left = b"", []
+def without_cookies(lines: tuple[Line, ...], names: Collection[bytes]) -> tuple[tuple[Line, ...], dict[bytes, bytes]]:
+    """The lines without these cookies, and the value of the first one of each name, which has the longest path
+    (RFC 6265, 5.4)."""
+    values: dict[bytes, bytes] = {}
+    left = []
     for line in lines:
-        if line[0] == b"cookie" and name in line[1]:
+        if line[0] == b"cookie":
+            others = []
             crumbs = [crumb.strip() for crumb in line[1].split(b";")]
-            ours = [crumb for crumb in crumbs if crumb.startswith(name + b"=")]
-            if ours:
-                value = value or ours[0][len(name) + 1 :]
-                line = (b"cookie", b"; ".join([crumb for crumb in crumbs if crumb not in ours]))
+            for crumb in crumbs:
+                name, equals, value = crumb.partition(b"=")
+                if equals and name in names:
+                    values[name] = values.get(name) or value
+                else:
+                    others.append(crumb)
+            if len(others) < len(crumbs):
+                line = (b"cookie", b"; ".join(others))
                 if not line[1]:
                     continue
         left.append(line)
-    return tuple(left), value
+    return tuple(left), values
 
 
 def response_lines(lines: Sequence[Line], status: int, options: frozenset[bytes]) -> list[Line]:

@@ -13,9 +13,9 @@ from balancer.protocol.texts import quoted
 
 # Labels of 1 to 63 characters, as Python's resolver demands; or an IPv6 address in brackets, maybe with a zone.
 NAME_PATTERN = r"[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*\.?"
-_IPV6 = r"[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*(?:%[A-Za-z0-9._-]+)?"
+IPV6_PATTERN = r"[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*(?:%[A-Za-z0-9._-]+)?"
 # Of the whole authority: urlsplit would drop what stands between a bracket and the port.
-AUTHORITY_PATTERN = rf"(?:{NAME_PATTERN}|\[{_IPV6}\])(?::[0-9]*)?"
+AUTHORITY_PATTERN = rf"(?:{NAME_PATTERN}|\[{IPV6_PATTERN}\])(?::[0-9]*)?"
 
 EXPECTED = "http://HOST:PORT or https://HOST:PORT, or http+unix:///PATH"
 UNIX = "http+unix"
@@ -78,6 +78,29 @@ class Origin(NamedTuple):
 
     def _with_port(self, host: str) -> str:
         return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+
+
+class Endpoint(NamedTuple):
+    """What is asked at an origin: `target` is path and query."""
+
+    origin: Origin
+    target: bytes
+
+    @classmethod
+    def parse(cls, url: str) -> Endpoint:
+        """Raises SettingsError, whose text repeats no password."""
+        found = re.fullmatch(r"(https?://[^/?#@]+)(/[\x21\x22\x24-\x7e]*)?", url)
+        try:
+            if found is not None:
+                return cls(Origin.parse(found[1]), (found[2] or "/").encode("ascii"))
+        except SettingsError:
+            pass
+        raise SettingsError(
+            f"URL of host {quoted(url.rpartition('@')[2])}: expected http://HOST:PORT/PATH or https://..."
+        )
+
+    def __str__(self) -> str:
+        return f"{self.origin.url}{self.target.partition(b'?')[0].decode()}"
 
 
 def unix_url(path: str) -> str:

@@ -6,7 +6,7 @@ Our own server puts into environ what PEP 3333 has no place for; under any other
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote_from_bytes
 
 from balancer.errors import BalancerError, BodyTooLarge, ClientGone
@@ -30,12 +30,13 @@ class Request:
     `target` is raw, `lines` are as they came with names in lower case, `head` is what follows from them. `refusal` is
     what speaks against it before anybody has looked at the body. `id` is X-Request-ID, the client's if it is a sane
     one. `is_ended` says that the server tells where a body without a length ends. `preferred` is the id of the backend
-    that it is bound to, which a filter may set.
+    that it is bound to, `subject` who sent it, where that was proved, `limited` what the limits of its route made
+    of it: filters set them.
     """
 
     __slots__ = (
         *("method", "path", "target", "version", "peer", "lines", "head"),
-        *("refusal", "id", "is_ended", "stream", "client", "preferred"),
+        *("refusal", "id", "is_ended", "stream", "client", "preferred", "subject", "limited"),
     )
 
     def __init__(
@@ -66,7 +67,8 @@ class Request:
         self.is_ended = False
         self.stream: InputStream | None = None
         self.client: Client = UNWATCHED
-        self.preferred = ""
+        self.preferred = self.subject = ""
+        self.limited: Any = None
 
     @classmethod
     def of(cls, environ: WSGIEnvironment, heads: RequestHeads) -> Request:

@@ -7,13 +7,16 @@ up from then on.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from copy import copy
 from itertools import chain
+from typing import NamedTuple
 
 from balancer.errors import BalancerError
 from balancer.protocol.addresses import Network
 from balancer.protocol.headerrules import NO_RULES, HeaderRules
 from balancer.protocol.messages import (
+    CREDENTIALS,
     Line,
     body_length,
     check_codings,
@@ -24,7 +27,7 @@ from balancer.protocol.messages import (
     request_id,
     request_lines,
     trace_id,
-    without_cookie,
+    without_cookies,
 )
 from balancer.protocol.tables import Table
 
@@ -45,21 +48,31 @@ _SPECIAL = re.compile(rb"\Ahost: \r|^authorization: (?i:ntlm|nego)", re.MULTILIN
 Section = tuple[tuple[Line, ...], str, str, str]
 
 
+class HeadChange(NamedTuple):
+    """What a route changes in header sections, after the rules that hold for all: the `Host`, empty for the client's
+    and None to leave it, and by its own rules."""
+
+    host: bytes | None
+    rules: HeaderRules
+
+
 class RequestHead:
     """What follows from the header section of a request. One may serve many requests, so it never changes."""
 
     __slots__ = (
         *("lines", "raw", "fields", "length", "is_bodiless", "request_id", "trace_id"),
-        *("is_rare", "is_special", "refusal", "binding"),
+        *("is_rare", "is_special", "refusal", "bindings"),
     )
 
     def __init__(self, section: Section, heads: RequestHeads) -> None:
         lines, peer, scheme, version = section
         if version == "2":
             lines = join_cookies(lines)
-        self.binding = b""  # the value of our own cookie
-        if heads.cookie:
-            lines, self.binding = without_cookie(lines, heads.cookie)
+        if heads.ours:
+            lines = tuple(line for line in lines if line[0] not in heads.ours)
+        self.bindings: dict[bytes, bytes] = {}  # values of our own cookies, by their names
+        if heads.cookies:
+            lines, self.bindings = without_cookies(lines, heads.cookies)
         self.fields = heads.fields(lines[:MOST_LINES])  # values by name, one for each line, of what is not plain
         self.length: int | None = None  # of the body in bytes, if it is told
         # HTTP/2 tells only at its end whether there is a body (RFC 9113 section 8.1).
@@ -89,8 +102,33 @@ class RequestHead:
             self.lines = tuple(heads.rules.applied(made) if heads.rules else made)
         except BalancerError as error:
             self.refusal = error.to_keep()
+        self._write()
+
+    def _write(self) -> None:
         self.raw = b"".join([b"%s: %s\r\n" % line for line in self.lines])  # as they go out
         self.is_special = _SPECIAL.search(self.raw) is not None  # `OutgoingRequest` looks closer
+
+    def changed(self, change: HeadChange) -> RequestHead:
+        """With what one route makes of its lines."""
+        host, rules = change
+        made = copy(self)
+        lines = self.lines
+        if host is not None and lines:  # of what is refused there are none
+            lines = ((b"host", host or self.fields.get(b"host", [b""])[0]), *lines[1:])
+        made.lines = tuple(rules.applied(lines))
+        made._write()
+        return made
+
+    def replaced(self, gone: Collection[bytes], added: Sequence[Line]) -> RequestHead:
+        """Without the fields that are `gone` and with the lines that are `added`. Credentials go as the client sent
+        them: what the operator has set instead is for the backend."""
+        made = copy(self)
+        made.lines = (*(line for line in self.lines if not self._goes(gone, *line)), *added)
+        made._write()
+        return made
+
+    def _goes(self, gone: Collection[bytes], name: bytes, value: bytes) -> bool:
+        return name in gone and (name not in CREDENTIALS or value in self.fields.get(name, ()))
 
     def _trace_id(self) -> str | None:
         """What is not valid does not go on, nor does `tracestate` without it (W3C Trace Context, section 3.3)."""
@@ -109,7 +147,8 @@ class RequestHeads:
 
     `pseudonym` is our name in `Via`, unless `via` says that there is none; claims of peers in `trusted` networks are
     believed; sections of more than `max_lines` are refused; `rules` change what goes to backends; `host` is their
-    `Host`, empty for the client's; `cookie` is the name of ours, which backends do not get, empty if there is none.
+    `Host`, empty for the client's; `cookies` are the names of ours, which backends do not get; `ours` are fields in
+    which we alone tell backends something.
     """
 
     def __init__(
@@ -120,9 +159,10 @@ class RequestHeads:
         rules: HeaderRules = NO_RULES,
         host: bytes = b"",
         via: bool = True,
-        cookie: bytes = b"",
+        cookies: Collection[bytes] = (),
+        ours: Collection[bytes] = (),
     ) -> None:
-        self.via, self.cookie = via, cookie
+        self.via, self.cookies, self.ours = via, cookies, ours
         self.pseudonym, self.trusted, self.max_lines, self.rules = pseudonym, trusted, max_lines, rules
         self.host = host
         self._size_of_rules = rules.size
@@ -151,3 +191,26 @@ class RequestHeads:
 
     def _work_out(self, section: Section) -> RequestHead:
         return RequestHead(section, self)
+
+
+class ChangedHeads:
+    """The same, as routes change them: what follows from a RequestHead and a HeadChange is worked out once. Any thread
+    may call."""
+
+    def __init__(self) -> None:
+        self._table: Table[tuple[RequestHead, HeadChange], RequestHead] = Table(_change, HEADS_ROOM, weigh_made)
+
+    def of(self, head: RequestHead, change: HeadChange) -> RequestHead:
+        return self._table[head, change]
+
+
+def _change(given: tuple[RequestHead, HeadChange]) -> RequestHead:
+    head, change = given
+    return head.changed(change)
+
+
+def weigh_made(given: tuple[RequestHead, object], made: RequestHead) -> int:
+    """With the head from which it is made, which may be in no other table any more."""
+    if len(made.raw) > LARGEST_HEAD or not made.fields.keys().isdisjoint(_EACH_TIME_NEW):
+        return 0
+    return sum(HEAD_BYTES + LINE_BYTES * len(head.lines) + 2 * len(head.raw) for head in (given[0], made))

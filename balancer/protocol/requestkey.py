@@ -1,4 +1,4 @@
-"""What tells requests apart, or makes them belong together: a client, a path, the value of one field."""
+"""What tells requests apart, or makes them belong together: a client, a host, a path, the value of one field."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote_to_bytes
 
 from balancer.protocol.addresses import Network, client_address, network_of, told_clients
+from balancer.protocol.tables import Table
 
 if TYPE_CHECKING:
     from balancer.protocol.request import Request
 
-KEY_PATTERN = r"(?:client_ip|path|(?:header|cookie|query):[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64})"
+TOKEN_PATTERN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}"
+KEY_PATTERN = rf"(?:client_ip|path|(?:header|cookie|query):{TOKEN_PATTERN})"
+CLIENTS_ROOM, CLIENT_BYTES, LONGEST_TOLD = 1_000_000, 400, 200  # of what proxies tell: room for 2,000 clients
 
 Key = Callable[["Request"], bytes]  # b"" for a request that has none
 
@@ -24,7 +27,8 @@ def request_key(text: str, trusted: Sequence[Network] = ()) -> Key:
     """
     kind, _, name = text.partition(":")
     if kind == "client_ip":
-        return lambda request: _client(request, trusted)
+        client = network_of_client(trusted)
+        return lambda request: client(request).encode()
     if kind == "path":
         return lambda request: request.path.encode("latin-1")
     if kind == "header":
@@ -51,9 +55,28 @@ def cookie(request: Request, name: bytes) -> bytes:
     return b""
 
 
-def _client(request: Request, trusted: Sequence[Network]) -> bytes:
-    told = told_clients(request.values) if trusted else ""
-    return network_of(client_address(request.peer, told, trusted)).encode()
+def host_of(request: Request) -> bytes:
+    """In lower case, without the port and the dot that makes a name absolute; empty if there is none."""
+    hosts = request.values(b"host")
+    return host_name(hosts[0]) if hosts else b""
+
+
+def host_name(authority: bytes) -> bytes:
+    lowered = authority.lower()
+    name, colon, port = lowered.rpartition(b":")
+    return (name if colon and not port.endswith(b"]") else lowered).rstrip(b".")
+
+
+def network_of_client(trusted: Sequence[Network]) -> Callable[[Request], str]:
+    """Whose a request is; of IPv6 the /64. Behind `trusted` proxies that is worked out once for each client."""
+    if not trusted:
+        return lambda request: network_of(request.peer)
+    known = Table(lambda told: network_of(client_address(*told, trusted)), CLIENTS_ROOM, _weigh_client)
+    return lambda request: known[request.peer, told_clients(request.values)]
+
+
+def _weigh_client(told: tuple[str, str], network: str) -> int:
+    return CLIENT_BYTES + len(told[1]) if len(told[1]) <= LONGEST_TOLD else 0
 
 
 def _first(pattern: re.Pattern[bytes], text: bytes) -> bytes:

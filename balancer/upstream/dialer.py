@@ -23,18 +23,15 @@ MOST_ADDRESSES = 16  # of one name that are tried
 
 
 class Dialer:
-    """Any thread may dial. `server_name` is what backends are called over TLS, None for the host of each; it may be
-    replaced at any time. Without `tls`, certificates are checked against the system's CAs."""
+    """Any thread may dial. Without `tls`, certificates are checked against the system's CAs."""
 
-    def __init__(
-        self, tls: ssl.SSLContext | None = None, names: Names | None = None, server_name: str | None = None
-    ) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None, names: Names | None = None) -> None:
         self._tls = tls
         self._names = names or Names()
-        self.server_name = server_name
 
-    def dial(self, origin: Origin, seconds: float) -> Connection:
-        """A new connection within so many seconds. Raises ConnectFailed, ConnectTimedOut, OutOfDescriptors."""
+    def dial(self, origin: Origin, seconds: float, server_name: str | None = None) -> Connection:
+        """A new connection within so many seconds. `server_name` is what the backend is called over TLS, None for its
+        host. Raises ConnectFailed, ConnectTimedOut, OutOfDescriptors."""
         deadline = time.monotonic() + seconds
         sock = self._connect(origin, seconds, deadline)
         try:
@@ -42,7 +39,7 @@ class Dialer:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if origin.scheme == "https":
                 sock.settimeout(max(0.001, deadline - time.monotonic()))
-                sock = self._wrap(sock, origin, seconds)
+                sock = self._wrap(sock, origin, seconds, server_name)
             else:
                 sock.settimeout(None)
         except BaseException:
@@ -67,22 +64,20 @@ class Dialer:
             refused = isinstance(error, ConnectionRefusedError | FileNotFoundError)  # the latter of a Unix socket
             raise ConnectFailed(f"{origin.url}: {error.strerror or error}", refused=refused) from error
 
-    def _wrap(self, sock: socket.socket, origin: Origin, seconds: float) -> ssl.SSLSocket:
+    def _wrap(self, sock: socket.socket, origin: Origin, seconds: float, server_name: str | None) -> ssl.SSLSocket:
         if self._tls is None:
             self._tls = ssl.create_default_context()
         try:
-            return self._tls.wrap_socket(sock, server_hostname=self._server_name(origin))
+            return self._tls.wrap_socket(sock, server_hostname=name_for(origin, server_name))
         except TimeoutError:
             raise ConnectTimedOut(f"{origin.url}: no TLS handshake within {seconds:.3g} s") from None
         except (OSError, ValueError) as error:
             raise ConnectFailed(f"{origin.url}: TLS: {error}") from error
 
-    def _server_name(self, origin: Origin) -> str:
-        return self.server_name.removesuffix(".") if self.server_name else origin.name
 
-    def has_changed(self, connection: Connection) -> bool:
-        """Whether a TLS connection is from before `server_name` was replaced."""
-        return getattr(connection.sock, "server_hostname", None) != self._server_name(connection.origin)
+def name_for(origin: Origin, server_name: str | None) -> str:
+    """What a backend is called over TLS."""
+    return server_name.removesuffix(".") if server_name else origin.name
 
 
 def in_turns(addresses: Sequence[Address]) -> list[Address]:

@@ -56,6 +56,12 @@ class OutgoingRequest(PreparedRequest):
         if method in ("POST", "PUT", "PATCH"):  # RFC 9110 section 8.6
             self.framing = b"content-length: 0\r\n"
 
+    def share(self, head: RequestHead) -> None:
+        """Go out with the lines of this one, before a filter has changed any."""
+        self.shared = head
+        if self.is_special or head.is_special:
+            self._look_closer()
+
     def set_body(self, body: bytes | Iterator[bytes | list[bytes]], length: int | None = None) -> None:
         """Bytes, which are sent with the head; or an iterator of bytes or of lists of them, which are sent at once:
         streamed, once, and chunked unless its `length` is known."""

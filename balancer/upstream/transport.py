@@ -12,6 +12,7 @@ the backend's own time-out cannot be near (`servers`), since it would be lost wi
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
@@ -25,7 +26,7 @@ from balancer.errors import BackendError, ConnectionLost
 from balancer.protocol.origin import Origin
 from balancer.protocol.responseheads import ResponseHeads
 from balancer.upstream.connection import FIRST, Connection
-from balancer.upstream.dialer import Dialer
+from balancer.upstream.dialer import Dialer, name_for
 from balancer.upstream.handshake import Handshake
 from balancer.upstream.outgoing import OutgoingRequest, as_outgoing, origin_of
 from balancer.upstream.response import BackendResponse, Body, ResponseBody
@@ -49,8 +50,10 @@ class Timeouts:
 class BackendAdapter(BaseAdapter):
     """Sends requests to backends over pooled connections. Thread-safe.
 
+    `server_name` is what backends are called over TLS, None for the host of each.
+
     `_lock` guards `_idle`: per origin, the idle connections, the newest last. Sockets are opened, checked and closed
-    outside it. `use` may be called at any time.
+    outside it. `use` may be called at any time. What `with_timeouts` makes shares the connections of `_first`.
     """
 
     def __init__(
@@ -59,21 +62,31 @@ class BackendAdapter(BaseAdapter):
         *,
         max_idle: int = MAX_IDLE_PER_BACKEND,
         dialer: Dialer | None = None,
+        server_name: str | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__()
         self.timeouts = timeouts
         self._max_idle = max_idle
-        self.dialer = dialer or Dialer()
+        self._dialer = dialer or Dialer()
+        self.server_name = server_name
         self._servers = Servers()
         self._clock = clock
         self._heads = ResponseHeads()
+        self._first = self
         self._lock = Lock()
         self._idle: defaultdict[Origin, deque[Connection]] = defaultdict(deque)
 
     def for_checks(self, seconds: float) -> BackendAdapter:
         """Another one, that keeps no connection and waits no longer than this."""
-        return BackendAdapter(Timeouts(seconds, seconds, seconds, pool_idle_timeout=0), max_idle=0, dialer=self.dialer)
+        timeouts = Timeouts(seconds, seconds, seconds, pool_idle_timeout=0)
+        return BackendAdapter(timeouts, max_idle=0, dialer=self._dialer, server_name=self.server_name)
+
+    def with_timeouts(self, timeouts: Timeouts) -> BackendAdapter:
+        """The same one, for requests that wait for as long as this: they share its connections."""
+        made = copy.copy(self)
+        made.timeouts = timeouts
+        return made
 
     def note_old(self, origin: Origin) -> None:
         """A check was answered in HTTP/1.0. One in HTTP/1.1 proves less: another part of the server may answer it."""
@@ -82,8 +95,8 @@ class BackendAdapter(BaseAdapter):
     def use(self, timeouts: Timeouts, server_name: str | None) -> None:
         """From the next wait and the next connection on; those with another server name are not kept."""
         self.timeouts = timeouts
-        if server_name != self.dialer.server_name:
-            self.dialer.server_name = server_name
+        if server_name != self.server_name:
+            self.server_name = server_name
             self.close()
 
     def send(
@@ -221,7 +234,7 @@ class BackendAdapter(BaseAdapter):
             client=request.client,
         )
         connection.server.is_old = sent.head.version == "1.0"
-        is_spoilt = request.logs_in or (connection.is_tls and self.dialer.has_changed(connection))
+        is_spoilt = request.logs_in or (connection.is_tls and self._is_misnamed(connection))
         if is_spoilt or not (sent.is_whole and sent.is_clean):
             body.refuse_reuse()
         if body.is_complete:
@@ -229,6 +242,11 @@ class BackendAdapter(BaseAdapter):
         else:
             connection.set_timeout(self.timeouts.idle_timeout)
         return BackendResponse(sent.head, body, request)
+
+    def _is_misnamed(self, connection: Connection) -> bool:
+        """It is from before `server_name` was replaced."""
+        named = getattr(connection.sock, "server_hostname", None)
+        return named != name_for(connection.origin, self._first.server_name)
 
     def _seconds_left(self, sent: Sent) -> float:
         """For the rest of the response head. A streamed body took its own time to be sent."""
@@ -240,7 +258,7 @@ class BackendAdapter(BaseAdapter):
         started = time.monotonic()
         try:
             seconds = min(self.timeouts.connect_timeout, request.deadline - started)
-            connection = self.dialer.dial(origin, max(0.001, seconds))
+            connection = self._dialer.dial(origin, max(0.001, seconds), self.server_name)
         finally:
             request.connect_seconds = time.monotonic() - started
         connection.server = self._servers.at(origin)
@@ -309,7 +327,7 @@ class BackendAdapter(BaseAdapter):
     def close(self) -> None:
         """Close all idle connections; those in use are closed by their owners."""
         with self._lock:
-            pools, self._idle = self._idle, defaultdict(deque)
-        for idle in pools.values():
-            for connection in idle:
-                connection.close()
+            kept = [connection for idle in self._idle.values() for connection in idle]
+            self._idle.clear()
+        for connection in kept:
+            connection.close()

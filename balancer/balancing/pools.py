@@ -1,0 +1,102 @@
+"""All pools of one balancer: what is asked of whichever has it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from threading import Lock
+from typing import Any
+
+from balancer.balancing.backends import Backend, BackendView
+from balancer.balancing.members import PoolChanges
+from balancer.balancing.pool import DEFAULT_POOL, BackendPool, PoolView
+from balancer.protocol.origin import Origin
+
+
+class Pools:
+    """By name, `default` first; then those that the settings have no more, until their last requests have ended. Ids of
+    backends are unique over all of them, but that one of a pool that leaves is out of sight if another pool has its id.
+
+    `_lock` is held while backends are added, so that they stay unique, and while `_pools` or `_leaving` is replaced,
+    which anybody may read. It is taken before the lock of a pool.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._pools: Mapping[str, BackendPool] = {}
+        self._leaving: tuple[BackendPool, ...] = ()
+        self._had_first_round = False
+
+    @property
+    def default(self) -> BackendPool:
+        return self._pools[DEFAULT_POOL]
+
+    def __iter__(self) -> Iterator[BackendPool]:
+        return iter((*self._pools.values(), *self._leaving))
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._pools)
+
+    def get(self, name: str) -> BackendPool | None:
+        """None if it is leaving, too."""
+        return self._pools.get(name)
+
+    def pool_of(self, backend_id: str) -> BackendPool | None:
+        """The pool that has a backend of this id."""
+        return next((pool for pool in self if pool.get(backend_id) is not None), None)
+
+    def backends(self) -> list[Backend]:
+        known: dict[str, Backend] = {}
+        for pool in self:
+            for backend in pool.backends():
+                known.setdefault(backend.id, backend)
+        return list(known.values())
+
+    def snapshot(self) -> list[BackendView]:
+        """All backends, those of each pool at one moment."""
+        known: dict[str, BackendView] = {}
+        for pool in self:
+            for view in pool.snapshot():
+                known.setdefault(view["id"], view)
+        return list(known.values())
+
+    def describe(self) -> list[PoolView]:
+        leaving = self._leaving
+        return [pool.describe(pool in leaving) for pool in self]
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queues."""
+        return sum(pool.waiting for pool in self)
+
+    def has_had_first_round(self) -> bool:
+        """True from the moment when every backend that is checked had a health status; later ones, and later pools,
+        change nothing."""
+        self._had_first_round = self._had_first_round or all(pool.has_had_first_round() for pool in self)
+        return self._had_first_round
+
+    # What is changed at run time.
+
+    def add(self, pool: BackendPool, backend_id: str | None, origin: Origin, **fields: Any) -> Backend:
+        """As `BackendPool.add`, if no other pool has the id either."""
+        with self._lock:
+            others = {backend.id: backend for each in self if each is not pool for backend in each.backends()}
+            return pool.add(backend_id, origin, others=others, **fields)
+
+    def apply(self, pools: Mapping[str, BackendPool], changes: Mapping[str, PoolChanges]) -> None:
+        """These are all there are from now on, beside those that leave; change each, by its name."""
+        with self._lock:
+            self._leaving += tuple(pool for name, pool in self._pools.items() if name not in pools)
+            self._pools = pools
+            for name, changed in changes.items():
+                pool = pools[name]
+                for backend in changed.add:
+                    for other in pools.values():  # one that leaves may need its own for requests under way
+                        if other is not pool and other.get(backend.id) is not None:
+                            other.replace(backend.id)
+                pool.apply(changed)
+
+    def forget(self, pool: BackendPool) -> None:
+        """It is gone."""
+        with self._lock:
+            self._leaving = tuple(each for each in self._leaving if each is not pool)

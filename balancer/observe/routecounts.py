@@ -1,0 +1,66 @@
+"""What came of the requests of each route."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping
+from threading import Lock
+from typing import Literal
+
+from balancer.observe.record import Record
+from balancer.observe.statistics import Counters
+
+Mirrored = Literal["answered", "failed", "full", "too_large", "no_backend"]  # what came of a copy
+
+
+class RouteCounts:
+    """By the name of the route: since the start or the last reset, and since the start of the process.
+
+    `_lock` guards them, and `_mirrored`: the copies since the start by route and outcome. Requests of no route do not
+    come here, and cost nothing.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._counters: defaultdict[str, Counters] = defaultdict(Counters)
+        self._before: defaultdict[str, Counters] = defaultdict(Counters)  # what resets took out of `_counters`
+        self._mirrored: Counter[tuple[str, Mirrored]] = Counter()
+
+    def add(self, route: str, record: Record) -> None:
+        with self._lock:
+            self._counters[route].add(record)
+
+    def mirrored(self, route: str, outcome: Mirrored) -> None:
+        with self._lock:
+            self._mirrored[route, outcome] += 1
+
+    def copies(self) -> Mapping[tuple[str, Mirrored], int]:
+        """Since the start, by route and outcome."""
+        with self._lock:
+            return self._mirrored.copy()
+
+    def reset(self) -> None:
+        with self._lock:
+            for route, counters in self._counters.items():
+                self._before[route] += counters
+            self._counters.clear()
+
+    def keep(self, routes: Collection[str]) -> None:
+        """There are no others any more."""
+        with self._lock:
+            for counted in (self._counters, self._before):
+                for route in counted.keys() - set(routes):
+                    del counted[route]
+            self._mirrored = Counter({key: count for key, count in self._mirrored.items() if key[0] in routes})
+
+    def since_reset(self) -> dict[str, Counters]:
+        """Of those that have had requests."""
+        with self._lock:
+            return {route: counters.copy() for route, counters in self._counters.items()}
+
+    def lifetime(self) -> dict[str, Counters]:
+        with self._lock:
+            total = defaultdict(Counters, {route: counters.copy() for route, counters in self._before.items()})
+            for route, counters in self._counters.items():
+                total[route] += counters
+        return total
