@@ -116,6 +116,43 @@ def test_the_focus_stays_when_a_row_goes(tab: Tab, stub: Stub) -> None:
     assert tab.page.evaluate("() => document.activeElement.id") == "h-backends"
 
 
+def test_pools_and_routes_are_told_where_there_are_some(tab: Tab, stub: Stub) -> None:
+    """What a backend should get is of its pool, and so is what it gets."""
+    three_up(stub)
+    tab.from_disk(stub.url).is_live()
+    tab.view("traffic")
+    expect(tab.at("#pools")).to_be_hidden()
+    for one, pool, share in zip(
+        stub.answer["backend_servers"], ("default", "default", "api"), (0.5, 0.5, 1.0), strict=True
+    ):
+        one |= {"pool": pool, "expected_share": share}
+    pool = {"algorithm": "weighted", "panic": False, "leaving": False, "active_connections": 1, "waiting_requests": 0}
+    pool |= {"backends": 2, "available": 2, "total_requests": 300, "failed_requests": 0}
+    stub.answer["pools"] = [pool | {"name": "default"}, pool | {"name": "api", "leaving": True}]
+    route = {"host": None, "methods": [], "pool": None, "split": None, "redirect": None, "answers_with": None}
+    route |= {"auth": [], "limits": [], "total_requests": 0, "failed_requests": 0, "latency": {}, "mirror": None}
+    stub.answer["routes"] = [
+        route | {"name": "v1", "path": "/v1/", "pool": "api", "auth": ["staff"]},
+        route | {"name": "old", "host": "old.example", "path": "/", "redirect": "https://new.example"},
+        route | {"name": "try", "path": "/try", "split": {"api": 1, "default": 9}, "methods": ["GET"]},
+    ]
+    for words in (
+        "api; guarded by staff",
+        "old.example/",
+        "redirect to https://new.example",
+        "GET /try",
+        "api 1, default 9",
+    ):
+        tab.shows("#route-table", words)
+    tab.shows("#pool-table", "api (leaving)")
+    rows = tab.at("#backend-rows tr")
+    for index, words in enumerate(("33.3 %exp. 50.0 %, -16.7 pt", "66.7 %", "100.0 %exp. 100.0 %, +0.0 pt")):
+        expect(rows.nth(index).locator(".share-text")).to_contain_text(
+            re.compile(words.replace("%", "%\\s*", 1).replace("+", "\\+"))
+        )
+    tab.shows("#backend-rows tr >> nth=2", "api: http://127.0.0.1:5003")
+
+
 # ---- The past
 
 
@@ -240,6 +277,25 @@ def test_another_address_does_not_block_a_later_visit(tab: Tab, stub: Stub) -> N
     tab.page.goto(f"{stub.url}/dashboard")
     tab.is_live()
     tab.errors.clear()  # the console tells of the policy
+
+
+def test_what_has_changed_is_told_first_when_something_is_wrong_and_can_be_saved(tab: Tab, stub: Stub) -> None:
+    now = time.time()
+    stub.answer = status([backend(1), down_backend(2, reason="a|b")])
+    stub.tell(
+        event(1, "backend_up", "backend_2", timestamp=now - 1000),
+        event(2, "backend_changed", "backend_2", timestamp=now - 60, message="weight set to 9 by the API"),
+    )
+    tab.from_disk(stub.url).is_live()
+    tab.shows("#sentence", "backend_2 down for 7 s (a|b).")
+    tab.page.click("#open-notices")
+    tab.shows("#changed-rows", "backend_2 changed: weight set to 9 by the API")
+    assert tab.at("#changed-rows li").count() == 1
+    with tab.page.expect_download() as caught:
+        tab.page.click("#incident")
+    saved = caught.value.path().read_text(encoding="utf-8")
+    for words in ("# lb-1, 20", "- **backend_2 down for", "| backend_2 | Down | a\\|b |", "weight set to 9"):
+        assert words in saved
 
 
 # ---- Words and numbers
