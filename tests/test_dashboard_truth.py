@@ -54,6 +54,22 @@ def test_a_removed_backend_keeps_its_past_and_all_keep_their_colours(tab: Tab, s
     assert colours(tab) == before
 
 
+def test_the_flow_map_gives_what_a_dead_backend_had_to_the_others(tab: Tab, stub: Stub) -> None:
+    three_up(stub)
+    tab.from_disk(stub.url).is_live()
+    labels = tab.at("#flow .node")
+    for index, name in enumerate(IDS):
+        expect(labels.nth(index)).to_contain_text(re.compile(rf"{name}[\d.]+/s . [\d.]+ %, expected 33.3 %"))
+    thick = "it => { const box = it.getBBox(); return box.height; }"
+    before = float(tab.at("#flow .ribbon").first.evaluate(thick))
+    stub.answer["backend_servers"][1] |= down_backend(2) | {"expected_share": 0.0}
+    expect(labels.nth(1)).to_have_text("backend_2Down")
+    expect(tab.at("#flow svg")).to_have_attribute("aria-label", re.compile("backend_2 Down"))
+    wait_until(lambda: float(tab.at("#flow .ribbon").first.evaluate(thick)) > before)
+    tab.page.locator("#flow .node").nth(1).click()
+    expect(tab.at("#drawer-title")).to_have_text("backend_2")
+
+
 def test_an_open_menu_names_its_backend_and_stays_with_its_row(tab: Tab, stub: Stub) -> None:
     """A banner moved the rows by 56 px, but not the menu."""
     three_up(stub)
@@ -317,6 +333,8 @@ def test_numbers_and_words_are_as_a_person_would_say_them(tab: Tab, stub: Stub) 
         "at => new Date(at * 1000).toLocaleDateString('en-GB', {day: 'numeric', month: 'short'})", started
     )
     tab.shows("#t-total-since", f"since {day}, ")
+    stub.answer = status([backend(1)])
+    tab.shows("#sentence", "All good: 1 of 1 backend serves, 42.5 requests/s, p95 64 ms.")
     stub.answer = status([backend(1, state="drained", admin_state="drain", weight=1)])
     tab.shows("#sentence", "No backend takes traffic. Clients get 503")
 
@@ -344,6 +362,25 @@ def test_many_backends_fit(tab: Tab, stub: Stub, count: int, width: int, most: i
         end = tab.page.evaluate("() => document.querySelector('footer').getBoundingClientRect().bottom + scrollY")
         assert height <= max(at_most, 800) and height - end < 60, (view, height, end)
     assert tab.page.evaluate("() => document.documentElement.scrollWidth") <= width
+
+
+def test_many_backends_are_a_heat_map_and_few_are_none(tab: Tab, stub: Stub) -> None:
+    stub.answer = many(12)
+    ids = [f"backend_{index}" for index in range(1, 13)]
+    stub.history = {1: history(ids), 10: []}
+    tab.from_disk(stub.url).is_live()
+    tab.view("traffic")
+    rows = tab.at("#heat svg")
+    expect(rows).to_have_count(12)
+    expect(rows.first).to_have_attribute("aria-label", re.compile(r"backend_1: at most \d+"))
+    darkest = rows.first.locator("path").last
+    wait_until(lambda: (darkest.get_attribute("d") or "").count("v12") > 3)
+    tab.page.select_option("#heat-field", "p95")
+    expect(rows.first).to_have_attribute("aria-label", "backend_1: at most 50 ms")
+    tab.page.select_option("#heat-field", "failed")
+    expect(darkest).to_have_attribute("d", "M0 0")
+    three_up(stub)
+    expect(tab.at("#heat-panel")).to_be_hidden()
 
 
 def test_the_address_holds_what_is_shown(tab: Tab, stub: Stub) -> None:
