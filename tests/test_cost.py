@@ -13,8 +13,9 @@ import pytest
 from support import wait_until
 from wire import WireBackend
 
+from balancer.balancing.strategies import REGISTRY
 from balancer.edge.bridge import Bridge
-from bench import guard, way
+from bench import choice, guard, way
 
 MOST_RETURNS = 15
 
@@ -139,3 +140,9 @@ def test_a_failed_request_leaves_no_cycles(answer: bytes, scripted: WireBackend)
 def test_a_plain_get_goes_back_to_few_files() -> None:
     """Whoever reads its way must not have to go to and fro."""
     assert way.trace_all()["GET"].returns <= MOST_RETURNS
+
+
+@pytest.mark.parametrize("algorithm", REGISTRY)
+def test_a_choice_costs_no_more_with_many_backends_than_with_few(algorithm: str) -> None:
+    (_, few), (_, many) = choice.measure(algorithm, rounds=1, requests=100)
+    assert many <= choice.MOST * few

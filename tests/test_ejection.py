@@ -7,19 +7,21 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
+from heapq import heappop, heappush
 from typing import Any
 
 import pytest
 from support import Balancer, Clock, fetch, fetch_json, ok, options, wait_until
 from wire import WireBackend
 
-from balancer.balancing.backends import Backend, Health, LastCheck
-from balancer.balancing.candidates import Candidates
+from balancer.balancing.backends import Backend, LastCheck
 from balancer.balancing.ejection import MIN_SAMPLES, WINDOW_SECONDS, slow_outliers
 from balancer.balancing.options import PoolOptions
-from balancer.balancing.pool import BackendPool
-from balancer.balancing.strategies import create
+from balancer.balancing.pool import BackendPool, Lease
+from balancer.balancing.strategies import REGISTRY, create
 from balancer.protocol.origin import Origin
+from balancer.protocol.request import Request
+from balancer.protocol.requestheads import RequestHeads
 
 ORIGIN = Origin("http", "127.0.0.1", 5001)
 GOOD = LastCheck(at=1.0, duration=0.001, status=200, error=None)
@@ -388,21 +390,42 @@ def test_an_ejected_backend_starts_slowly_too() -> None:
     assert pool.shares(100)["a"] <= 6
 
 
-def test_asking_why_not_changes_nothing_of_who_is_chosen_next() -> None:
-    def choices(is_asked: bool) -> list[list[str]]:
-        backends = {name: Backend(name, ORIGIN, health=Health("up")) for name in "ab"}
-        backends["a"].slow_start.began_at = 0.0
-        candidates = Candidates(backends, lambda *news: None)
-        candidates.refresh(0.0)
-        chosen = []
-        for _ in range(20):
-            if is_asked:
-                assert candidates.why_not(["b"]) == {"a": "slow start", "b": "already tried"}
-            chosen.append([backend.id for backend in candidates.narrow((), 5.0, 10.0)])
-        return chosen
+def traffic_of_one_that_came_back(algorithm: str, size: int, weight: int = 1) -> float:
+    """What it gets in the first 3 of 20 s, as a share of what it got before. Each has about two requests in flight."""
+    time, chance = Clock(), random.Random(1)
+    pool = BackendPool(
+        create(algorithm, clock=time, rng=chance), options(PoolOptions, slow_start=20.0), clock=time, wall_clock=time
+    )
+    for number in range(size):
+        pool.record_check(pool.add(f"b{number}", ORIGIN, weight=weight if number == 0 else 1), GOOD)
+    first, *_ = pool.backends()
+    in_flight: list[tuple[float, int, Lease]] = []
+    rate = 60 * (size - 1 + weight)
 
-    assert choices(is_asked=True) == choices(is_asked=False)
-    assert choices(is_asked=False).count(["a", "b"]) == 10  # half of them
+    def run(seconds: float) -> float:
+        """Its share of the requests of so many seconds."""
+        before = first.counts.selected
+        for number in range(int(seconds * rate)):
+            time.now += 1 / rate
+            while in_flight and in_flight[0][0] <= time.now:
+                _, _, lease = heappop(in_flight)
+                lease.release(0.03)
+            client = f"192.0.{chance.randrange(256)}.{chance.randrange(256)}"
+            lease = pool.lease(Request(RequestHeads(), "GET", "/", b"/", "1.1", "http", client, [(b"host", b"a")]))
+            heappush(in_flight, (time.now + chance.uniform(0.02, 0.04), number, lease))
+        return (first.counts.selected - before) / int(seconds * rate)
+
+    usual = run(10)
+    pool.record_refused(first, "refused")
+    run(1)
+    pool.record_check(first, GOOD)
+    return run(3) / usual
+
+
+@pytest.mark.parametrize("algorithm", REGISTRY)
+@pytest.mark.parametrize(("size", "weight"), [(2, 1), (10, 1), (10, 3), (30, 1)])
+def test_a_slow_start_thins_traffic_out_whatever_chooses(algorithm: str, size: int, weight: int) -> None:
+    assert 0.095 <= traffic_of_one_that_came_back(algorithm, size, weight) <= 0.15
 
 
 # For real.

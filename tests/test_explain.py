@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import socket
 import threading
 from collections.abc import Iterator
@@ -9,14 +10,28 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from support import Balancer, exchange, fetch, fetch_json, free_port, get, ok, options, split_response, wait_until
+from support import (
+    Balancer,
+    Clock,
+    exchange,
+    fetch,
+    fetch_json,
+    free_port,
+    get,
+    ok,
+    options,
+    split_response,
+    wait_until,
+)
 from wire import WireBackend, hang_up
 
 from balancer.balancing.backends import EXPLAINED, Backend, LastCheck
 from balancer.balancing.options import PoolOptions
-from balancer.balancing.pool import BackendPool
+from balancer.balancing.pool import BackendPool, Lease
 from balancer.balancing.strategies import REGISTRY, create
 from balancer.protocol.origin import Origin
+from balancer.protocol.request import Request
+from balancer.protocol.requestheads import RequestHeads
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +72,11 @@ def balancer(started: Balancer, backends: tuple[WireBackend, WireBackend]) -> Ba
 def explain(balancer: Balancer, request_id: str, status: int, **how: Any) -> Any:
     assert fetch(f"{balancer.url}/x?secret=1", X_Request_ID=request_id, **how)[0] == status
     return fetch_json(f"{balancer.url}/requests/{request_id}")
+
+
+def asked(number: int) -> Request:
+    """Of another client each."""
+    return Request(RequestHeads(), "GET", "/", b"/", "1.1", "http", f"192.0.2.{number % 256}", [(b"host", b"a")])
 
 
 def test_candidates_scores_and_who_was_excluded(balancer: Balancer) -> None:
@@ -226,3 +246,39 @@ def test_of_hundreds_of_backends_that_are_full_a_refusal_names_the_first() -> No
     with Balancer(*backends) as balancer:
         identifier = fetch(f"{balancer.url}/")[1]["x-request-id"]
         assert len(fetch_json(f"{balancer.url}/requests/{identifier}")["excluded"]) == EXPLAINED
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+def test_each_choice_is_told_as_it_was_made_and_the_lowest_score_went(name: str) -> None:
+    """Whatever has come and gone since, with backends that are full and such as were tried before."""
+    time, chance = Clock(), random.Random(1)
+    pool = BackendPool(create(name, clock=time, rng=chance), options(PoolOptions, eject_after=0), clock=time)
+    for number, limit in enumerate((None, 2, None, 3, 1, None)):
+        origin = Origin("http", "127.0.0.1", 1 + number)
+        added = pool.add(f"b{number}", origin, weight=1 + number % 3, max_connections=limit)
+        pool.record_check(added, LastCheck(0.0, 0.0, 200, None))
+    held: list[Lease] = []
+    seen: list[tuple[Lease, dict[str, int], dict[str, str]]] = []
+    for number in range(500):
+        time.now += chance.expovariate(10)
+        if number == 250:
+            pool.update("b0", {"weight": 3})
+        while held and chance.random() < 0.5:
+            lease = held.pop(chance.randrange(len(held)))
+            lease.release(chance.choice([None, 0.01, 0.2]), failure=chance.choice(["", "", "reset"]))
+        exclude = chance.choice([(), (), ("b0",), ("b2", "b3")])
+        excluded = {
+            each.id: f"full: {each.active} of {each.max_connections}" for each in pool.backends() if each.is_full
+        }
+        excluded |= dict.fromkeys(exclude, "already tried")
+        active = {each.id: each.active for each in pool.backends() if each.id not in excluded}
+        held.append(pool.lease(asked(number), exclude))
+        seen.append((held[-1], active, excluded))
+    for lease, active, excluded in seen:
+        told = lease.choice.describe()
+        assert {each["id"]: each["active"] for each in told["candidates"]} == active
+        if name != "consistent_hash":  # which passes others over for reasons of its own
+            assert told["excluded"] == excluded
+        scores = {each["id"]: each["score"] for each in told["candidates"]}
+        if scores[lease.backend.id] is not None:
+            assert scores[lease.backend.id] == pytest.approx(min(scores.values()))

@@ -322,6 +322,12 @@ def make_newer(file: Path) -> None:
     connection.close()
 
 
+def make_another(file: Path) -> None:
+    connection = sqlite3.connect(file)
+    connection.execute("CREATE TABLE bookmarks (url TEXT)")
+    connection.close()
+
+
 def make_folder(file: Path) -> None:
     file.mkdir()
 
@@ -332,10 +338,11 @@ def make_folder(file: Path) -> None:
         (damage, "malformed|not a database|damaged|btree", True),
         (lambda file: file.write_bytes(b"no database, but a letter\n" * 100), "is not a database", True),
         (make_newer, "a newer version of the balancer has written it", False),
+        (make_another, "is another program's", False),
         (make_folder, "is no regular file", False),
         (lambda file: file.symlink_to("/nowhere/state.db"), "No such file or directory", False),
     ],
-    ids=["damaged", "another file", "newer", "folder", "nowhere"],
+    ids=["damaged", "no database", "newer", "another's", "folder", "nowhere"],
 )
 def test_a_file_that_cannot_be_used_is_told_once_and_the_balancer_runs(
     tmp_path: Path, spoil: Callable[[Path], None], said: str, is_kept: bool

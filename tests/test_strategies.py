@@ -425,3 +425,37 @@ def test_going_by_time_is_not_drawn_to_a_backend_that_only_fails(clock: Clock, n
         else:
             lease.release(failure="test")
     assert chosen.count("bad") <= 2
+
+
+# Turns go on, whatever changes.
+
+
+@pytest.mark.parametrize("name", ["round_robin", "weighted", "least_connections"])
+def test_shares_are_right_with_other_weights_after_each_request(clock: Clock, name: str) -> None:
+    pool = pool_of(clock, name, "a", "b", "c")
+    counts: Counter[str] = Counter()
+    for number in range(1200):
+        weights = (3, 2, 1) if number % 2 else (1, 2, 3)
+        for backend_id, weight in zip("abc", weights, strict=True):
+            pool.update(backend_id, {"weight": weight})
+        lease = pool.lease(None)
+        counts[lease.backend.id] += 1
+        lease.release(0.01)
+    assert [counts[backend_id] for backend_id in "abc"] == pytest.approx([400, 400, 400], abs=2)
+
+
+@pytest.mark.parametrize("name", ["round_robin", "weighted", "least_connections"])
+def test_shares_are_right_while_backends_come_and_go(clock: Clock, name: str) -> None:
+    """One is away for every other request, another is new each time: the two that stay share the rest."""
+    pool = pool_of(clock, name, "a", "b", "c")
+    counts: Counter[str] = Counter()
+    for number in range(600):
+        pool.update("c", {"admin_state": "ready" if number % 2 else "drain"})
+        added = pool.add(f"new-{number}", ORIGIN)
+        pool.record_check(added, LastCheck(0.0, 0.0, 200, None))
+        lease = pool.lease(None)
+        counts[lease.backend.id[0]] += 1
+        lease.release(0.01)
+        pool.remove(added.id)
+    # Of three on even turns, of four on odd ones.
+    assert [counts[backend_id] for backend_id in "abc"] == pytest.approx([175, 175, 75], abs=3)

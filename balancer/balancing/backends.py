@@ -10,7 +10,7 @@ in flight finish) or `maint` (the same, and no checks). `health` is what the che
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal
@@ -240,46 +240,85 @@ class ChoiceView(TypedDict):
     excluded: dict[str, str]
 
 
-class Choice:
-    """Why a request went to `backend`: what the strategy saw. Kept as it was then, put into words when asked."""
+class Scene:
+    """The candidates of a row of choices: as they were at first, and what has changed of each since. So a choice needs
+    no copy of them, and can still be told as it was made. Of many it has the first.
 
-    __slots__ = ("algorithm", "backend", "origin", "_candidates", "_active", "_scores", "_excluded")
+    `ranks` are what the strategy goes by, and `score` says what one came to at a moment. `limits` are of those that may
+    be full. `changes` have requests in flight and rank of a backend after each change.
+    """
+
+    __slots__ = ("algorithm", "candidates", "active", "ranks", "score", "excluded", "limits", "changes")
 
     def __init__(
         self,
         algorithm: str,
-        backend: Backend,
         candidates: Sequence[Backend],
-        active: Sequence[int],
-        scores: Sequence[float] | None,
+        ranks: Sequence[Any],
+        score: Callable[[Any, float], float | None],
         excluded: Mapping[str, str],
+        limits: Mapping[Backend, int],
     ) -> None:
         self.algorithm = algorithm
+        self.candidates = candidates
+        self.active = [backend.active for backend in candidates]
+        self.ranks = ranks
+        self.score = score
+        self.excluded = excluded
+        self.limits = limits
+        self.changes: list[tuple[Backend, int, Any]] = []
+
+
+# What a single choice saw beside its scene, where that matters: when it looked, of the strategy's clock; the rank of
+# whom it chose; ids that were tried before; whom the strategy passed over, and why.
+Seen = tuple[float, Any, Collection[str], Mapping[str, str]]
+NOTHING_MORE: Seen = (0.0, None, (), {})
+
+
+class Choice:
+    """Why a request went to `backend`: what the strategy saw. Put into words when asked."""
+
+    __slots__ = ("backend", "origin", "_scene", "_moment", "_seen")
+
+    def __init__(self, backend: Backend, scene: Scene, seen: Seen | None = None) -> None:
         self.backend = backend
         self.origin = backend.origin  # as chosen: a reload may move the backend meanwhile
-        self._candidates = candidates
-        self._active = active
-        self._scores = scores
-        self._excluded = excluded
+        self._scene = scene
+        self._moment = len(scene.changes)
+        self._seen = seen
 
-    def shorten(self) -> None:
-        """To the first EXPLAINED of each, with the chosen one among them."""
-        places = list(range(min(EXPLAINED, len(self._candidates))))
-        chosen = self._candidates.index(self.backend)
-        if chosen >= EXPLAINED:
-            places[-1] = chosen
-        self._candidates = [self._candidates[place] for place in places]
-        self._active = [self._active[place] for place in places]
-        self._scores = None if self._scores is None else [self._scores[place] for place in places]
-        self._excluded = dict(islice(self._excluded.items(), EXPLAINED))
+    @property
+    def algorithm(self) -> str:
+        return self._scene.algorithm
 
     def describe(self) -> ChoiceView:
-        scores: Sequence[float | None] = self._scores or [None] * len(self._candidates)
+        scene, candidates = self._scene, self._candidates()
+        now, _, exclude, passed_over = self._seen or NOTHING_MORE
+        excluded = dict(passed_over)
+        shown: list[CandidateView] = []
+        for backend, (active, rank) in candidates.items():
+            if backend.id in exclude:
+                excluded[backend.id] = "already tried"
+            elif active >= scene.limits.get(backend, active + 1):
+                excluded[backend.id] = f"full: {active} of {scene.limits[backend]}"
+            else:
+                shown.append({"id": backend.id, "active": active, "score": scene.score(rank, now)})
+        excluded |= scene.excluded
         return {
-            "algorithm": self.algorithm,
-            "candidates": [
-                {"id": backend.id, "active": active, "score": score}
-                for backend, active, score in zip(self._candidates, self._active, scores, strict=True)
-            ],
-            "excluded": dict(self._excluded),
+            "algorithm": scene.algorithm,
+            "candidates": shown,
+            "excluded": dict(islice(excluded.items(), EXPLAINED)),
         }
+
+    def _candidates(self) -> dict[Backend, tuple[int, Any]]:
+        """Requests in flight and rank of each as they were; of many only EXPLAINED, with the chosen one among them."""
+        scene = self._scene
+        candidates = dict(zip(scene.candidates, zip(scene.active, scene.ranks, strict=True), strict=True))
+        for backend, active, rank in scene.changes[: self._moment]:
+            if backend in candidates:
+                candidates[backend] = active, rank
+        if len(candidates) == EXPLAINED and self.backend not in candidates:
+            candidates.popitem()
+            _, rank, _, _ = self._seen or NOTHING_MORE
+            candidates[self.backend] = scene.changes[self._moment][1] - 1, rank  # it has had one more since
+        return candidates

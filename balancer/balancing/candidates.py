@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import islice
+from math import ceil
 
 from balancer.balancing.backends import EXPLAINED, Backend
 from balancer.balancing.changes import Note
+
+MOST_PATIENCE = 1000  # requests
+
+Shares = Callable[[Sequence[Backend]], Mapping[str, float] | None]
 
 
 class Candidates:
     """Derived from the backends of one pool, so that a request need not ask each of them.
 
-    It has no lock of its own: all it has and touches is guarded by the pool's. `ready` and `absent` are replaced by
-    `refresh`, never changed, so a Choice may keep them.
+    It has no lock of its own: all it has and touches is guarded by the pool's. `ready`, `first`, `absent` and
+    `excluded` are replaced, never changed, so a Choice may keep them.
     """
 
     def __init__(self, backends: Mapping[str, Backend], note: Note) -> None:
         self.ready: tuple[Backend, ...] = ()
-        self.absent: dict[str, str] = {}  # why each of the others is not among them
-        self.is_conditional = False  # not everybody in `ready` takes every request: ask `narrow`
-        self.is_panicking = False
+        self.first: tuple[Backend, ...] = ()  # those of them who are asked before the others
+        self.absent: dict[str, str] = {}  # why each of the others is not `ready`
+        self.excluded: dict[str, str] = {}  # why each of the others is not among the `first`; of many, some
+        self.limits: dict[Backend, int] = {}  # of those that may be full
+        self.is_conditional = False  # not each of the `first` takes every request, or not only these do
         self.are_many = False  # too many to explain each of them
+        self.is_panicking = False
+        self._is_judged = False  # one of them is ejected, or on trial
+        self.starting: dict[Backend, float] = {}  # slowly, and the usual share of each
+        self.waited = 0  # requests for which none of these has earned anything
+        self.patience = 0  # how many that may be
         self._backends = backends
         self._note = note
 
-    def refresh(self, panic_threshold: float) -> None:
+    def refresh(self, panic_threshold: float, usual_shares: Shares = lambda ready: None) -> None:
         """After any change of a backend. With less than this share of the known ones ready, health is ignored."""
         backends = self._backends.values()
         wanted = [backend for backend in backends if backend.is_wanted]
@@ -34,16 +47,26 @@ class Candidates:
         known = [backend for backend in wanted if backend.health.status != "unknown"]
         self._panic(len(ready) < panic_threshold * len(known))
         self.ready = tuple(known if self.is_panicking else ready)
-        self.are_many = len(backends) > EXPLAINED
+        self.limits = {b: b.max_connections for b in self.ready if b.max_connections is not None}
+        self._is_judged = any(backend.ejection.status != "none" for backend in self.ready)
+        self.are_many = len(self.ready) > EXPLAINED
         names = {backend.id for backend in self.ready}
         self.absent = {backend.id: backend.absence for backend in backends if backend.id not in names}
-        self.is_conditional = any(
-            backend.max_connections is not None
-            or backend.slow_start.began_at is not None
-            or backend.ejection.status != "none"
-            or backend.health.is_busy
-            for backend in self.ready
-        )
+        starting = [backend for backend in self.ready if backend.slow_start.began_at is not None]
+        self.starting, self.waited, self.patience = {}, 0, 1
+        if starting:
+            total = sum(backend.weight for backend in self.ready)
+            usual = usual_shares(self.ready) or {backend.id: backend.weight / total for backend in starting}
+            self.starting = {backend: usual[backend.id] for backend in starting}
+        self.sort()
+
+    def sort(self) -> None:
+        """Who is asked first: after a change that leaves all who were ready so."""
+        self.first = tuple(_first(self.ready))
+        is_all = len(self.first) == len(self.ready)
+        self.is_conditional = bool(not is_all or self.limits or self.starting or self._is_judged)
+        reasons = self.absent if is_all else self.why_not((), self.first)
+        self.excluded = dict(islice(reasons.items(), EXPLAINED))
 
     def _panic(self, is_due: bool) -> None:
         """So few are available that sending to all is the smaller evil."""
@@ -54,20 +77,23 @@ class Candidates:
             else:
                 self._note("panic_off", "", "enough backends are available again", "info")
 
-    def narrow(self, exclude: Collection[str], now: float, slow_start: float) -> list[Backend]:
-        """Those of `ready` among whom the strategy may choose this time; call it once for each choice, because it
-        moves the turns of a slow start on."""
-        free: list[Backend] = []
-        on_trial: list[Backend] = []
-        for backend in self.ready:
-            if backend.id not in exclude and not backend.is_full:
-                (on_trial if backend.ejection.is_tried else free).append(backend)
-        free = free or on_trial  # better a second request to one on trial than no backend
-        free = [backend for backend in free if not backend.health.is_busy] or free
-        return [backend for backend in free if backend.slow_start.takes_part(now, slow_start)] or free
+    def earn(self, now: float, slow_start: float) -> None:
+        """What those who start slowly have earned by the requests since the last time; `sort` afterwards."""
+        waited, self.waited = self.waited, 0
+        missing: list[float] = [MOST_PATIENCE]
+        for backend, usual in self.starting.items():
+            share = usual * backend.slow_start.share(now, slow_start)
+            backend.slow_start.earn(waited * share)
+            if backend.slow_start.is_waiting:
+                missing.append((1 - backend.slow_start.earned) / share)
+        self.patience = ceil(min(missing))
+
+    def narrow(self, exclude: Collection[str]) -> list[Backend]:
+        """Those of `ready` among whom a strategy may choose for a request."""
+        return _first(backend for backend in self.ready if backend.id not in exclude and not backend.is_full)
 
     def why_not(self, exclude: Collection[str], candidates: Collection[Backend] = ()) -> dict[str, str]:
-        """In words, why each backend is not among the `candidates` that `narrow` found. Changes nothing."""
+        """In words, why each backend is not among the `candidates` that `narrow` found."""
         chosen = set(candidates)
         reasons = dict(self.absent)
         for backend in self.ready:
@@ -89,6 +115,17 @@ class Candidates:
         if not self._backends:
             return "no backend is configured"
         return "no other backend is available" if exclude and self.ready else "no backend is available"
+
+
+def _first(backends: Iterable[Backend]) -> list[Backend]:
+    """Those that are asked before the others. Better a second request to one on trial than no backend; better one that
+    is busy than that; better one that starts slowly than a busy one."""
+    ranked = [
+        (4 * backend.ejection.is_tried + 2 * backend.health.is_busy + backend.slow_start.is_waiting, backend)
+        for backend in backends
+    ]
+    lowest = min((rank for rank, _ in ranked), default=0)
+    return [backend for rank, backend in ranked if rank == lowest]
 
 
 def _obstacle(backend: Backend, exclude: Collection[str]) -> str:

@@ -13,6 +13,7 @@ from balancer.balancing.backends import Backend, HealthStatus, LastCheck
 from balancer.balancing.changes import Note
 from balancer.balancing.ejection import WINDOW_SECONDS, slow_outliers
 from balancer.balancing.options import PoolOptions
+from balancer.balancing.slowstart import SlowStart
 from balancer.balancing.speed import FAILURE_SECONDS
 
 
@@ -113,7 +114,7 @@ class Judge:
     def _start_slowly(self, backend: Backend) -> None:
         """It has been away, and may not bear its full share at once."""
         if self.options.slow_start > 0:
-            backend.slow_start.began_at = self._clock()
+            backend.slow_start = SlowStart(self._clock())
 
     # Time.
 

@@ -13,12 +13,13 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from threading import Lock
-from typing import Any
+from typing import Any, cast
 
 from typing_extensions import TypedDict
 
-from balancer.balancing.backends import Backend, BackendView, Choice, LastCheck, Source
+from balancer.balancing.backends import EXPLAINED, Backend, BackendView, Choice, LastCheck, Scene, Source
 from balancer.balancing.candidates import Candidates
 from balancer.balancing.changes import Listener, Notifier
 from balancer.balancing.counts import BackendCounts
@@ -28,7 +29,7 @@ from balancer.balancing.members import Members, PoolChanges
 from balancer.balancing.options import PoolOptions
 from balancer.balancing.queue import Waiter, WaitingLine
 from balancer.balancing.recent import RecentChoices
-from balancer.balancing.strategies import Strategy
+from balancer.balancing.strategies import Indexed, Strategy
 from balancer.errors import NoRoom, Unavailable
 from balancer.protocol.client import UNWATCHED, Client
 from balancer.protocol.origin import Origin
@@ -38,6 +39,7 @@ log = logging.getLogger("balancer.pool")
 
 DEFAULT_POOL = "default"  # of the backends at the top level of the settings
 STICKY = "sticky"  # in place of a strategy's name where none was asked
+SHORTEST_ROW = 16  # changes of backends until what choices see is noted anew, and one more for each candidate
 
 
 class PoolView(TypedDict):
@@ -64,7 +66,7 @@ class Lease:
         self.choice = choice
         self.backend = choice.backend
         self.is_trial = choice.backend.ejection.status == "trial"
-        self.is_answered = False
+        self.is_answered = not pool._is_timed  # then its time is of no use to the strategy, nor to ejections
         self.queued = 0.0  # seconds it waited in the queue
 
     @property
@@ -93,12 +95,11 @@ class Lease:
 class BackendPool:
     """The backends, the strategy that chooses among them, and the counts both depend on.
 
-    `_lock` guards every field of every Backend, `_strategy`, `_is_sticky`, `_is_timed`, `_had_first_round`, `_line`,
-    and its helpers, which have no lock of their own: `_members` what the operator changes, `_judge` what checks and
-    traffic change, `_candidates` what follows for the next request, `_recent` how many there were. Nothing under it
-    does I/O or calls out, but for the strategy; `_notifier` for the listeners is noted under it and told after it is
-    let go. `_preparing`, taken before it, is held while the strategy prepares, and guards `_prepared`: what it was
-    given.
+    `_lock` guards every field of every Backend, all other fields here, and its helpers, which have no lock of their
+    own: `_members` what the operator changes, `_judge` what checks and traffic change, `_candidates` what follows for
+    the next request, `_recent` how many there were. Nothing under it does I/O or calls out, but for the strategy;
+    `_notifier` for the listeners is noted under it and told after it is let go. `_preparing`, taken before it, is held
+    while the strategy prepares, and guards `_prepared`: what it was given.
 
     `cut_off` ends what is in flight on a backend; whoever has the clients sets it. It is called without the lock.
     `waiting_elsewhere` says how many wait in the queues of other pools.
@@ -117,6 +118,13 @@ class BackendPool:
         self.name = name
         self._lock = Lock()
         self._strategy = strategy
+        self._index: Indexed | None = None  # the strategy, if that is one
+        self._is_special = True  # not every candidate takes every request, or the strategy wants a list
+        self._is_followed = False  # the index must know of every change
+        self._sees_more = False  # than a scene can tell
+        self._scene = Scene("", (), (), lambda rank, now: None, {}, {})
+        self._row = SHORTEST_ROW
+        self._set_aside: list[Backend] = []  # within one choice
         self._is_sticky = options.sticky
         self._preparing = Lock()
         self._prepared: tuple[Strategy, Mapping[str, int]] | None = None
@@ -175,36 +183,76 @@ class BackendPool:
             return self._choose(request, ())
 
     def _choose(self, request: Request, exclude: Collection[str]) -> Lease | None:
-        choice = self._bound(request, exclude) if self._is_sticky else None
-        if choice is None:
-            current = self._candidates
-            candidates: Sequence[Backend] = current.ready
-            excluded = current.absent
-            if exclude or current.is_conditional:
-                candidates = current.narrow(exclude, self._clock(), self._judge.options.slow_start)
-                excluded = current.why_not(exclude, candidates)
-            if not candidates:
-                return None
-            strategy = self._strategy
-            active = [backend.active for backend in candidates]
-            scores = strategy.scores(candidates)
-            chosen = strategy.select(candidates, request)
-            if strategy.passed_over:
-                excluded = {**excluded, **strategy.passed_over}
-            choice = Choice(strategy.name, chosen, candidates, active, scores, excluded)
-            if current.are_many:
-                choice.shorten()
-        backend = choice.backend
-        lease = Lease(self, choice)
-        backend.active += 1  # not before the last step that a strategy's answer can make fail
-        backend.counts.selected += 1
-        if lease.is_trial:
-            backend.ejection.is_tried = True
-        if self._is_timed:
-            backend.speed.sent(self._clock())
+        index, choice, seen, is_turn = self._index, None, None, True
+        if index is None or exclude or self._is_special:
+            choice, is_turn = self._choose_specially(request, exclude)
+            chosen = None if choice is None else choice.backend
         else:
-            lease.is_answered = True  # its time is of no use to the strategy, nor to ejections
+            chosen = index.choose(request)
+            if self._sees_more and chosen is not None:
+                seen = index.now, index.rank(chosen), (), index.passed_over
+        if chosen is None:
+            return None
+        chosen.active += 1  # not before the last step that a strategy's answer can make fail
+        chosen.counts.selected += 1
+        if self._is_timed:
+            chosen.speed.sent(self._clock())
+        rank = None if index is None else index.taken(chosen) if is_turn else index.changed(chosen)
+        lease = Lease(self, choice or Choice(chosen, self._scene, seen))
+        if index is not None:
+            changes = self._scene.changes
+            changes.append((chosen, chosen.active, rank))
+            if len(changes) > self._row:
+                self._begin_scene(index)
+        if exclude or self._is_special:
+            self._follow(lease)
         return lease
+
+    def _choose_specially(self, request: Request, exclude: Collection[str]) -> tuple[Choice | None, bool]:
+        """Where not every candidate takes every request, or the strategy wants a list. Also, whether it is the turn of
+        whom the index has chosen."""
+        if self._candidates.starting:
+            self._let_in()
+        choice, index = self._bound(request, exclude) if self._is_sticky else None, self._index
+        if choice is not None or index is None:
+            return choice or self._ask(request, exclude), False
+        chosen = index.choose(request)
+        while chosen is not None and (chosen.is_full or chosen.id in exclude):
+            index.leave(chosen)
+            if not chosen.is_full:
+                self._set_aside.append(chosen)
+            chosen = index.choose(request)
+        if chosen is not None:
+            return Choice(chosen, self._scene, (index.now, index.rank(chosen), exclude, index.passed_over)), True
+        self._bring_back()
+        if len(self._candidates.first) == len(self._candidates.ready):
+            return None, False  # there is nobody else
+        choice = self._ask(request, exclude)
+        index.gather(self._candidates.first)
+        return choice, False
+
+    def _bring_back(self) -> None:
+        """Who was set aside because this request has tried it."""
+        while self._set_aside and self._index is not None:
+            self._index.changed(self._set_aside.pop())
+
+    def _ask(self, request: Request, exclude: Collection[str]) -> Choice | None:
+        """Let the strategy choose from a list."""
+        current, strategy = self._candidates, self._strategy
+        candidates: Sequence[Backend] = current.first
+        excluded = current.excluded
+        if exclude or current.is_conditional:
+            candidates = current.narrow(exclude)
+            excluded = current.why_not(exclude, candidates)
+        if not candidates:
+            return None
+        scores: Sequence[float | None] = strategy.scores(candidates) or [None] * len(candidates)
+        chosen = strategy.select(candidates, request)
+        shown, excluded = candidates[:EXPLAINED], dict(islice(excluded.items(), EXPLAINED))
+        scene = Scene(strategy.name, shown, scores[:EXPLAINED], lambda score, now: score, excluded, {})
+        choice = Choice(chosen, scene, (0.0, scores[candidates.index(chosen)], (), strategy.passed_over))
+        scene.changes.append((chosen, chosen.active + 1, None))
+        return choice
 
     def _bound(self, request: Request, exclude: Collection[str]) -> Choice | None:
         """The backend that the request is bound to, if it can take it. One that drains can: its clients may finish."""
@@ -213,7 +261,47 @@ class BackendPool:
             return None
         if backend.health.status != "up" or backend.ejection.status != "none" or backend.is_full:
             return None
-        return Choice(STICKY, backend, (backend,), (backend.active,), None, {})
+        return Choice(backend, Scene(STICKY, (backend,), (None,), lambda rank, now: None, {}, {}))
+
+    def _follow(self, lease: Lease) -> None:
+        """What a choice among some means for the next one."""
+        self._bring_back()
+        if lease.is_trial:
+            lease.backend.ejection.is_tried = True
+            self._sort()
+        if lease.backend.slow_start.began_at is not None:
+            lease.backend.slow_start.earned -= 1
+            self._earn()
+
+    def _let_in(self) -> None:
+        """Those who start slowly, when they have earned it."""
+        self._candidates.waited += 1
+        if self._candidates.waited >= self._candidates.patience:
+            self._earn()
+
+    def _earn(self) -> None:
+        self._candidates.earn(self._clock(), self._judge.options.slow_start)
+        self._sort()
+
+    def _sort(self) -> None:
+        self._candidates.sort()
+        self._gather()
+
+    def _gather(self) -> None:
+        """Others are asked first from now on."""
+        index, current = self._index, self._candidates
+        self._is_special = index is None or self._is_sticky or current.is_conditional
+        if index is not None:
+            self._is_followed = index.follows or self._is_special
+            self._sees_more = index.explains or (current.are_many and index.has_ranks)
+            index.gather(current.first)
+            self._begin_scene(index)
+
+    def _begin_scene(self, index: Indexed) -> None:
+        current = self._candidates
+        shown = current.first[:EXPLAINED]
+        self._row = SHORTEST_ROW + len(shown)
+        self._scene = Scene(index.name, shown, index.ranks(shown), index.score, current.excluded, current.limits)
 
     def _line_up(self, request: Request, exclude: Collection[str]) -> Waiter[Lease]:
         """A place in the queue, if there is any and waiting can help."""
@@ -251,6 +339,8 @@ class BackendPool:
             if lease.choice.origin == backend.origin:
                 if not was_answered:
                     self._judge.answered(backend, first_byte_seconds)
+                    if self._index is not None:
+                        self._scene.changes.append((backend, backend.active, self._index.changed(backend)))
                 if lease.is_trial and is_good:
                     lease.is_trial = backend.ejection.is_tried = False
                     if self._judge.succeeded(backend, is_trial=True):
@@ -268,10 +358,14 @@ class BackendPool:
             backend.active -= 1
             if lease.is_trial:
                 backend.ejection.is_tried = False
+                self._sort()
             if lease.choice.origin == backend.origin:  # else it has moved: this says nothing of where it is now
                 judge, is_trial, is_answered = self._judge, lease.is_trial, lease.is_answered
                 if judge.ended(backend, first_byte_seconds, failure, is_trial, is_answered):
                     self._judged()
+            if (index := self._index) is not None:
+                rank = index.changed(backend) if self._is_followed else None
+                self._scene.changes.append((backend, backend.active, rank))
             if backend.active == 0 and (backend.is_leaving or backend.admin_state == "drain"):
                 self._members.drained(backend)
                 self._settle()
@@ -302,6 +396,8 @@ class BackendPool:
         with self._lock:
             if self._judge.sweep():
                 self._judged()
+            elif self._candidates.starting:
+                self._earn()
             self._recent.sweep()
             overdue = self._members.cut_overdue(self._judge.options.backend_drain_timeout)
         self._notifier.notify()
@@ -417,11 +513,20 @@ class BackendPool:
 
     def _settle(self) -> None:
         """After any change: serve the waiters for whom there is room now."""
-        self._is_timed = self._strategy.uses_times or self._judge.options.latency_ejection != "off"
-        self._candidates.refresh(self._judge.options.panic_threshold if self._had_first_round else 0.0)
+        options, strategy = self._judge.options, self._strategy
+        self._is_timed = strategy.uses_times or options.latency_ejection != "off"
+        is_indexed = isinstance(strategy, Indexed) and type(strategy).select is Indexed.select
+        self._index = cast(Indexed, strategy) if is_indexed else None
+        if self._candidates.starting:
+            self._candidates.earn(self._clock(), options.slow_start)
+        self._candidates.refresh(options.panic_threshold if self._had_first_round else 0.0, self._usual_shares)
+        self._gather()
         self._line.serve(self._choose)
         if self._line and not self._candidates.is_worth_waiting(()):
             self._line.dismiss()
+
+    def _usual_shares(self, ready: Sequence[Backend]) -> Mapping[str, float] | None:
+        return None if self._index is None else self._index.expected_shares(ready)
 
     # Over restarts.
 

@@ -1,10 +1,16 @@
-"""Slow start: a backend that has just come back is spared its full share for a while."""
+"""Slow start: a backend that has just come back is spared its full share for a while.
+
+It gets a share of its usual traffic, whatever chooses: with every request for the pool it earns a part of one, and it
+takes part in choices while it has earned a whole one that it has not had. To let it take part in so many choices only
+would not do: whoever goes by load would take it, idle as it is, each time.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 FIRST_SHARE = 0.1  # of its traffic when it has just come back (Envoy's minimum)
+MOST_EARNED = 2.0  # requests: it need not be chosen at once, but shall not get many together later
 
 
 @dataclass(slots=True)
@@ -12,7 +18,7 @@ class SlowStart:
     """Of one backend; the pool's lock guards it."""
 
     began_at: float | None = None  # pool clock when it came back, while it gets less than its share
-    _turns: float = 0.0  # choices it has earned to take part in
+    earned: float = 0.5  # requests that it may have and has not had; half of one rounds to the nearest
 
     def share(self, now: float, seconds: float) -> float:
         """Of its usual traffic, rising from FIRST_SHARE to 1 over so many seconds."""
@@ -20,12 +26,10 @@ class SlowStart:
             return 1.0
         return min(1.0, max(FIRST_SHARE, (now - self.began_at) / seconds))
 
-    def takes_part(self, now: float, seconds: float) -> bool:
-        """Whether it is among the candidates this time: so often that it gets its share, without chance."""
-        if self.began_at is None:
-            return True
-        self._turns += self.share(now, seconds)
-        if self._turns < 1:
-            return False
-        self._turns -= 1
-        return True
+    @property
+    def is_waiting(self) -> bool:
+        """It has had all that it has earned: others are asked first."""
+        return self.began_at is not None and self.earned < 1
+
+    def earn(self, requests: float) -> None:
+        self.earned = min(MOST_EARNED, self.earned + requests)

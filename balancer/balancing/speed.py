@@ -31,11 +31,11 @@ class Speed:
 
     def response_time(self, now: float) -> float:
         """Remembered time to first byte in seconds, 0.0 if never measured; decays while there are no samples."""
-        return self.ewma * self._freshness(now)
+        return faded(self.ewma, now - self.ewma_at)
 
     def peak_time(self, now: float) -> float:
         """Like `response_time`, but a worse sample counts in full at once and is forgotten only as time passes."""
-        return self.peak * self._freshness(now)
+        return faded(self.peak, now - self.ewma_at)
 
     def silence(self, now: float) -> float:
         """Seconds for which requests have been waiting here without one being answered: what a backend that stalls
@@ -60,11 +60,13 @@ class Speed:
 
     def observe(self, seconds: float, now: float) -> None:
         """Blend in one measured time to first byte. The staler the memory, the more the new sample counts."""
-        staleness = 1 - self._freshness(now)
+        staleness = 1 - faded(1.0, now - self.ewma_at)
         share = max(EWMA_SHARE, staleness) if self.ewma else 1.0
         self.ewma += share * (seconds - self.ewma)
         self.peak = max(seconds, self.peak + staleness * (seconds - self.peak))
         self.ewma_at = now
 
-    def _freshness(self, now: float) -> float:
-        return math.exp2((self.ewma_at - now) / EWMA_HALF_LIFE_SECONDS)
+
+def faded(remembered: float, seconds: float) -> float:
+    """What is left of it after so many seconds without samples."""
+    return remembered * math.exp2(-seconds / EWMA_HALF_LIFE_SECONDS)

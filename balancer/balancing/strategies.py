@@ -15,10 +15,13 @@ import inspect
 import random
 import re
 import time
+from bisect import bisect
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from heapq import heapify, heappop, heappush, heapreplace
 from importlib.metadata import entry_points
-from math import ceil
+from itertools import accumulate
+from math import ceil, exp2, inf
 from typing import Any, ClassVar, TypeVar
 
 from typing_extensions import TypedDict
@@ -26,6 +29,8 @@ from typing_extensions import TypedDict
 from balancer.balancing.backends import Backend
 from balancer.balancing.options import StrategyOptions
 from balancer.balancing.ring import Ring
+from balancer.balancing.speed import EWMA_HALF_LIFE_SECONDS, Speed, faded
+from balancer.balancing.turns import DIGITS, FORGOTTEN, SmoothTurns
 from balancer.errors import SettingsError
 from balancer.protocol.request import Request
 from balancer.protocol.requestkey import Key, request_key
@@ -34,6 +39,8 @@ from balancer.protocol.texts import quoted
 ENTRY_POINT_GROUP = "load_balancer.strategies"
 NAME_PATTERN = r"[!-~]{1,64}"  # visible ASCII
 UNMEASURED_SECONDS = 1.0  # what a backend without a sample counts as once it is busy; Linkerd starts there too
+MOST_FADED = 1000.0  # seconds: what has not faded for so long is well within what a float can tell
+DRAWS = 16  # until one is drawn that is not away, before those who are not are gathered
 
 
 class Strategy:
@@ -65,7 +72,7 @@ class Strategy:
         return None
 
     def backends_changed(self) -> None:
-        """Called with the lock held when a weight was set or a backend removed: forget what was saved up."""
+        """Called with the lock held when a weight was set or a backend removed."""
 
     def prepare(self, weights: Mapping[str, int]) -> None:
         """Called without the lock, by one thread at a time, before the first choice and whenever these have changed:
@@ -136,47 +143,56 @@ def describe() -> list[StrategyView]:
     return [{"name": name, "description": cls.description()} for name, cls in REGISTRY.items()]
 
 
-class SmoothTurns:
-    """Smooth weighted round robin, the turn-taking that every strategy here uses for itself or for its ties.
+class Indexed(Strategy):
+    """Base of the strategies that keep their candidates in order, and so need not ask each of them for each request.
 
-    Each turn every candidate gains its weight; the richest goes and pays what all gained. Over sum(weights) turns each
-    gets exactly its weight, spread as evenly as possible. Candidates that are away neither gain nor pay.
-
-    `_credits` and `_weights` are those of `_candidates`, in their order, as long as these stay the same list, which
-    they mostly do; `_saved` are the credits of all that have ever been candidates.
+    The pool tells them of every change, with its lock held: `gather` who the candidates are, `taken` or `changed` after
+    a change of one of them. What these two return is what the strategy goes by, for the record of a choice. A class
+    that has a `select` of its own is asked by that alone.
     """
 
-    def __init__(self, weigh: Callable[[Sequence[Backend]], list[int]]) -> None:
-        self._weigh = weigh
-        self._saved: dict[Backend, int] = {}
-        self._candidates: Sequence[Backend] = ()
-        self._credits: list[int] = []
-        self._weights: list[int] = []
-        self._total = 0
+    follows: ClassVar[bool] = True  # every change of a backend; False: only of those that are away
+    explains: ClassVar[bool] = False  # a choice cannot be told without `now` or `passed_over`
+    has_ranks: ClassVar[bool] = False
+    now = 0.0  # of `clock`, when the last choice was made
 
-    def next(self, candidates: Sequence[Backend]) -> Backend:
-        if candidates is not self._candidates:
-            self._turn_to(candidates)
-        credits = [credit + weight for credit, weight in zip(self._credits, self._weights, strict=True)]
-        richest = credits.index(max(credits))
-        credits[richest] -= self._total
-        self._credits = credits
-        return candidates[richest]
+    def select(self, candidates: Sequence[Backend], request: Request) -> Backend:
+        self.gather(candidates)
+        chosen = self.choose(request)
+        assert chosen is not None
+        self.taken(chosen)
+        return chosen
 
-    def _turn_to(self, candidates: Sequence[Backend]) -> None:
-        self._saved.update(zip(self._candidates, self._credits, strict=True))
-        self._candidates = candidates
-        self._credits = [self._saved.get(backend, 0) for backend in candidates]
-        self._weights = self._weigh(candidates)
-        self._total = sum(self._weights)
+    def gather(self, candidates: Sequence[Backend]) -> None:
+        """These are the candidates until the next time."""
+        raise NotImplementedError
 
+    def choose(self, request: Request) -> Backend | None:
+        """One of them, for this request; None if all are away. It has not been `taken` yet."""
+        raise NotImplementedError
 
-def _weights(candidates: Sequence[Backend]) -> list[int]:
-    return [backend.weight for backend in candidates]
+    def leave(self, backend: Backend) -> None:
+        """The one that was just chosen has no room: it is away until it has `changed`."""
+        raise NotImplementedError
 
+    def taken(self, backend: Backend) -> Any:
+        """The one that was just chosen has the request."""
+        return self.changed(backend)
 
-def _drawn(candidates: Sequence[Backend], rng: random.Random) -> Backend:
-    return rng.choices(candidates, _weights(candidates))[0]
+    def changed(self, backend: Backend) -> Any:
+        """Any backend has one request more or less, or has answered, or can be chosen again."""
+        raise NotImplementedError
+
+    def rank(self, backend: Backend) -> Any:
+        """What the strategy goes by, None if that is nothing of the backend's own."""
+
+    def ranks(self, candidates: Sequence[Backend]) -> Sequence[Any]:
+        """Of some that were gathered."""
+        return [None] * len(candidates)
+
+    def score(self, rank: Any, now: float) -> float | None:
+        """What a rank comes to at a moment: the lowest goes."""
+        return None
 
 
 def _shares(ready: Sequence[Backend]) -> dict[str, float]:
@@ -184,15 +200,14 @@ def _shares(ready: Sequence[Backend]) -> dict[str, float]:
     return {backend.id: backend.weight / total for backend in ready}
 
 
-class TakingTurns(Strategy):
-    """Base of the strategies that take turns by weight, at least among equals."""
+class TakingTurns(SmoothTurns, Indexed):
+    """Base of the strategies that take turns."""
+
+    follows = False
 
     def __init__(self, **injected: Any) -> None:
-        super().__init__(**injected)
-        self.backends_changed()
-
-    def backends_changed(self) -> None:
-        self._turns = SmoothTurns(_weights)
+        Indexed.__init__(self, **injected)
+        SmoothTurns.__init__(self)
 
 
 @strategy(
@@ -203,11 +218,9 @@ class TakingTurns(Strategy):
 class RoundRobin(TakingTurns):
     uses_times = False
 
-    def backends_changed(self) -> None:
-        self._turns = SmoothTurns(lambda candidates: [1] * len(candidates))
-
-    def select(self, candidates: Sequence[Backend], request: Request) -> Backend:
-        return self._turns.next(candidates)
+    @staticmethod
+    def weigh(backend: Backend) -> int:
+        return 1
 
     def expected_shares(self, ready: Sequence[Backend]) -> Mapping[str, float] | None:
         return {backend.id: 1 / len(ready) for backend in ready}
@@ -221,11 +234,103 @@ class RoundRobin(TakingTurns):
 class Weighted(TakingTurns):
     uses_times = False
 
-    def select(self, candidates: Sequence[Backend], request: Request) -> Backend:
-        return self._turns.next(candidates)
-
     def expected_shares(self, ready: Sequence[Backend]) -> Mapping[str, float] | None:
         return _shares(ready)
+
+
+# What a strategy goes by: the lowest is chosen. Score, turn among equals, place among the candidates, itself, its rank.
+Entry = tuple[float, float, int, Backend, Any]
+
+
+class LowestFirst(Indexed):
+    """Base of the strategies that go by a score: the lowest goes, and equals take turns by weight.
+
+    A heap has an entry for each candidate. One that has changed gets another entry, and its old one is dropped when it
+    comes up. Among equals goes who is due first. A round is the time in which each gets its weight, so each is due
+    1 / weight of a round after its last turn: no sooner, and while others have a lower score no turns are saved up.
+    What is left of that is kept, whatever changes.
+    """
+
+    has_ranks = True
+
+    def __init__(self, **injected: Any) -> None:
+        super().__init__(**injected)
+        self._heap: list[Entry] = []
+        self._entries: dict[Backend, Entry] = {}  # the valid ones
+        self._candidates: dict[Backend, tuple[int, int]] = {}  # place and weight
+        self._due: dict[Backend, float] = {}  # in rounds
+        self._left: dict[Backend, float] = {}  # of those that are no candidates: turns of their own until they are due
+        self._total = 0  # weight of all
+        self._time = 0.0  # in rounds
+
+    def scores(self, candidates: Sequence[Backend]) -> Sequence[float]:
+        self.look()
+        return [self.score(self.rank(backend), self.now) for backend in candidates]
+
+    def look(self) -> None:
+        """Before scores are compared with those of before."""
+
+    def score(self, rank: Any, now: float) -> float:
+        raise NotImplementedError
+
+    def key(self, rank: Any) -> float:
+        """What is compared: in the order of scores at any time, until the rank changes."""
+        raise NotImplementedError
+
+    def gather(self, candidates: Sequence[Backend]) -> None:
+        self.look()
+        for backend, (_, weight) in self._candidates.items():
+            self._left[backend] = round((self._due[backend] - self._time) * weight, DIGITS)
+        self._candidates = {backend: (place, backend.weight) for place, backend in enumerate(candidates)}
+        self._total = sum(backend.weight for backend in candidates)
+        self._due = {backend: self._time + self._left.pop(backend, 1.0) / backend.weight for backend in candidates}
+        if len(self._left) > FORGOTTEN:
+            self._left = {}
+        self._heap = [self._entry(backend) for backend in candidates]
+        self._entries = {entry[3]: entry for entry in self._heap}
+        heapify(self._heap)
+
+    def _entry(self, backend: Backend) -> Entry:
+        rank, due = self.rank(backend), self._due[backend]
+        if due < self._time:
+            due = self._due[backend] = self._time
+        return self.key(rank), due, self._candidates[backend][0], backend, rank
+
+    def ranks(self, candidates: Sequence[Backend]) -> Sequence[Any]:
+        entries = self._entries
+        return [entries[each][4] if each in entries else self.rank(each) for each in candidates]
+
+    def choose(self, request: Request) -> Backend | None:
+        heap, entries = self._heap, self._entries
+        if len(heap) > 4 * len(entries) + 64:  # most of them are old
+            self._heap = heap = [*entries.values()]
+            heapify(heap)
+        while heap:
+            entry = heap[0]
+            backend = entry[3]
+            if entries.get(backend) is entry:
+                return backend
+            heappop(heap)
+        return None
+
+    def leave(self, backend: Backend) -> None:
+        del self._entries[backend]
+
+    def taken(self, backend: Backend) -> Any:
+        due, weight = self._due[backend], backend.weight
+        self._time = max(self._time + 1 / self._total, due - 1 / weight)
+        self._due[backend] = due + 1 / weight
+        entry = self._entries[backend] = self._entry(backend)
+        heapreplace(self._heap, entry)
+        return entry[4]
+
+    def changed(self, backend: Backend) -> Any:
+        if backend not in self._candidates:
+            return None
+        self.look()
+        entry = self._entries[backend] = self._entry(backend)
+        heappush(self._heap, entry)
+        return entry[4]
 
 
 @strategy(
@@ -233,23 +338,50 @@ class Weighted(TakingTurns):
     "The backend with the fewest requests in flight for its weight; ties take turns by weight. Right for requests "
     "of very different duration, and for backends of different or changing speed.",
 )
-class LeastConnections(TakingTurns):
+class LeastConnections(LowestFirst):
+    """Its rank is its score. Loads that are equal are so exactly: division rounds equal fractions to the same."""
+
     uses_times = False
 
-    def scores(self, candidates: Sequence[Backend]) -> Sequence[float]:
-        return [backend.active / backend.weight for backend in candidates]
+    def rank(self, backend: Backend) -> float:
+        return backend.active / backend.weight
 
-    def select(self, candidates: Sequence[Backend], request: Request) -> Backend:
-        least = candidates[0]
-        tied = [least]
-        for backend in candidates[1:]:
-            # active / weight compared without dividing, so equal loads are exactly equal
-            ours, theirs = backend.active * least.weight, least.active * backend.weight
-            if ours < theirs:
-                least, tied = backend, [backend]
-            elif ours == theirs:
-                tied.append(backend)
-        return least if len(tied) == 1 else self._turns.next(tied)
+    def score(self, rank: float, now: float) -> float:
+        return rank
+
+    def key(self, rank: float) -> float:
+        return rank
+
+
+class Drawing(Indexed):
+    """Base of the strategies that draw by weight: a number on a line on which each has so much room."""
+
+    follows = False
+
+    def __init__(self, **injected: Any) -> None:
+        super().__init__(**injected)
+        self.gather(())
+
+    def gather(self, candidates: Sequence[Backend]) -> None:
+        self._candidates = candidates
+        self._ends = [*accumulate(backend.weight for backend in candidates)]
+        self._away: set[Backend] = set()
+
+    def leave(self, backend: Backend) -> None:
+        self._away.add(backend)
+
+    def changed(self, backend: Backend) -> None:
+        self._away.discard(backend)
+
+    def draw(self, other_than: Backend | None = None) -> Backend | None:
+        """None if there is nobody else."""
+        candidates, ends, away = self._candidates, self._ends, self._away
+        for _ in range(DRAWS if candidates else 0):
+            drawn = candidates[bisect(ends, self.rng.random() * ends[-1], 0, len(ends) - 1)]
+            if drawn is not other_than and drawn not in away:
+                return drawn
+        here = [backend for backend in candidates if backend is not other_than and backend not in away]
+        return self.rng.choices(here, [backend.weight for backend in here])[0] if here else None
 
 
 @strategy(
@@ -258,15 +390,14 @@ class LeastConnections(TakingTurns):
     "balancers in front of the same backends do not all run to the same one. Right for many backends, or many "
     "balancers.",
 )
-class PowerOfTwo(Strategy):
+class PowerOfTwo(Drawing):
     uses_times = False
 
-    def select(self, candidates: Sequence[Backend], request: Request) -> Backend:
-        first = _drawn(candidates, self.rng)
-        rest = [backend for backend in candidates if backend is not first]
-        if not rest:
+    def choose(self, request: Request) -> Backend | None:
+        first = self.draw()
+        second = self.draw(first) if first is not None else None
+        if first is None or second is None:
             return first
-        second = _drawn(rest, self.rng)
         return second if second.active * first.weight < first.active * second.weight else first
 
 
@@ -275,11 +406,11 @@ class PowerOfTwo(Strategy):
     "A backend drawn by weight, whoever had the request before. Right for very many requests, or for many balancers "
     "that know nothing of each other.",
 )
-class Random(Strategy):
+class Random(Drawing):
     uses_times = False
 
-    def select(self, candidates: Sequence[Backend], request: Request) -> Backend:
-        return _drawn(candidates, self.rng)
+    def choose(self, request: Request) -> Backend | None:
+        return self.draw()
 
     def expected_shares(self, ready: Sequence[Backend]) -> Mapping[str, float] | None:
         return _shares(ready)
@@ -296,67 +427,133 @@ class ConsistentHash(TakingTurns):
     """`_ring` is replaced by `prepare` in one step; a backend that it does not have yet gets no keys until then."""
 
     uses_times = False
+    follows = explains = True
 
     def __init__(self, **injected: Any) -> None:
         super().__init__(**injected)
         self._ring = Ring({})
+        self.gather(())
 
     def prepare(self, weights: Mapping[str, int]) -> None:
         self._ring = Ring(weights)
 
-    def select(self, candidates: Sequence[Backend], request: Request) -> Backend:
-        self.passed_over = {}
+    def gather(self, candidates: Sequence[Backend]) -> None:
+        super().gather(candidates)
+        self._here: dict[str, Backend] = {}
+        self._active: dict[str, int] = {}  # of each that is here, as it is counted in `_in_flight`
+        self._in_flight = self._weight = 0  # of all that are here
+        for backend in candidates:
+            self._enter(backend)
+
+    def _enter(self, backend: Backend) -> None:
+        self._here[backend.id], self._active[backend.id] = backend, backend.active
+        self._in_flight += backend.active
+        self._weight += backend.weight
+
+    def choose(self, request: Request) -> Backend | None:
+        self._is_turn = False
+        self.passed_over = passed_over = {}
         key = self._key(request)
         if key:
-            by_id = {backend.id: backend for backend in candidates}
-            in_all = self.options.hash_load_factor * (sum(backend.active for backend in candidates) + 1)
-            weights = sum(backend.weight for backend in candidates)
+            in_all = self.options.hash_load_factor * (self._in_flight + 1)
             for owner in self._ring.owners(key):
-                backend = by_id.pop(owner, None)
-                if backend is None:
+                backend = self._here.get(owner)
+                if backend is None or owner in passed_over:
                     continue
-                most = ceil(in_all * backend.weight / weights)
+                most = ceil(in_all * backend.weight / self._weight)
                 if backend.active < most:
                     return backend
-                self.passed_over[owner] = f"above its share: {backend.active} in flight of at most {most}"
-                if not by_id:
+                passed_over[owner] = f"above its share: {backend.active} in flight of at most {most}"
+                if len(passed_over) == len(self._here):
                     break
-        return self._turns.next(candidates)
+        self._is_turn = True
+        return super().choose(request)
+
+    def leave(self, backend: Backend) -> None:
+        if self._is_turn:
+            super().leave(backend)
+        else:
+            self._in_flight -= self._active.pop(backend.id)
+            self._weight -= backend.weight
+            del self._here[backend.id]
+
+    def taken(self, backend: Backend) -> None:
+        if self._is_turn:
+            super().taken(backend)
+        self.changed(backend)
+
+    def changed(self, backend: Backend) -> None:
+        if backend not in self._places:
+            return
+        super().changed(backend)
+        if backend.id in self._here:
+            self._in_flight += backend.active - self._active[backend.id]
+            self._active[backend.id] = backend.active
+        else:
+            self._enter(backend)
 
     @cached_property
     def _key(self) -> Key:
         return request_key(self.options.hash_key, self.options.networks)
 
 
-class ExpectedSoonest(TakingTurns):
+# Seconds that are remembered, and of when; since when it owes an answer; requests in flight; weight.
+Expectation = tuple[float, float, float | None, int, int]
+
+
+class ExpectedSoonest(LowestFirst):
     """Base of the strategies that go by time: expected time of one request x (those in flight + 1) / weight.
 
     The expected time is what is remembered, or for how long a backend has owed an answer by now if that is longer: a
     backend that stalls gives no samples that would tell.
+
+    Memories fade all at the same pace, so that their order does not change: keys are scores as they would be if they
+    had not faded since `_epoch`. What a backend owes only grows by that measure: a key is too low at most, and is made
+    anew when it comes up.
     """
 
-    def remembered(self, backend: Backend, now: float) -> float:
+    explains = True
+
+    def __init__(self, **injected: Any) -> None:
+        super().__init__(**injected)
+        self._epoch, self._unfaded = -inf, 1.0
+
+    def memory(self, speed: Speed) -> float:
         """Seconds to the first byte, 0.0 if never measured."""
         raise NotImplementedError
 
-    def scores(self, candidates: Sequence[Backend]) -> list[float]:
-        now = self.clock()
-        # Never measured: first if idle, else as if slow, or it would draw all traffic until its first answer.
-        return [
-            max(
-                self.remembered(backend, now) or (UNMEASURED_SECONDS if backend.active else 0.0),
-                backend.speed.silence(now),
-            )
-            * (backend.active + 1)
-            / backend.weight
-            for backend in candidates
-        ]
+    def look(self) -> None:
+        self.now = self.clock()
+        if self.now - self._epoch > MOST_FADED:
+            self._epoch = self.now
+            self.gather([*self._candidates])
+        self._unfaded = exp2((self.now - self._epoch) / EWMA_HALF_LIFE_SECONDS)
 
-    def select(self, candidates: Sequence[Backend], request: Request) -> Backend:
-        scores = self.scores(candidates)
-        lowest = min(scores)
-        tied = [backend for backend, score in zip(candidates, scores, strict=True) if score == lowest]
-        return tied[0] if len(tied) == 1 else self._turns.next(tied)
+    def rank(self, backend: Backend) -> Expectation:
+        speed = backend.speed
+        owes_since = speed.answered_at if speed.unanswered else None
+        return self.memory(speed), speed.ewma_at, owes_since, backend.active, backend.weight
+
+    def score(self, rank: Expectation, now: float) -> float:
+        seconds, at, owes_since, active, weight = rank
+        # Never measured: first if idle, else as if slow, or it would draw all traffic until its first answer.
+        expected = faded(seconds, now - at) or (UNMEASURED_SECONDS if active else 0.0)
+        if owes_since is not None and now - owes_since > expected:
+            expected = now - owes_since
+        return expected * (active + 1) / weight
+
+    def key(self, rank: Expectation) -> float:
+        return self.score(rank, self.now) * self._unfaded
+
+    def choose(self, request: Request) -> Backend | None:
+        self.look()
+        while (backend := super().choose(request)) is not None:
+            too_low, turn, place, _, rank = self._heap[0]
+            if rank[2] is None or (key := self.key(rank)) <= too_low:
+                break
+            entry = self._entries[backend] = key, turn, place, backend, rank
+            heapreplace(self._heap, entry)
+        return backend
 
 
 @strategy(
@@ -367,8 +564,8 @@ class ExpectedSoonest(TakingTurns):
     "Right when speed differs for reasons nobody knows beforehand.",
 )
 class LeastResponseTime(ExpectedSoonest):
-    def remembered(self, backend: Backend, now: float) -> float:
-        return backend.speed.response_time(now)
+    def memory(self, speed: Speed) -> float:
+        return speed.ewma
 
 
 @strategy(
@@ -378,5 +575,5 @@ class LeastResponseTime(ExpectedSoonest):
     "avoided, and the others have room for its share.",
 )
 class PeakEwma(ExpectedSoonest):
-    def remembered(self, backend: Backend, now: float) -> float:
-        return backend.speed.peak_time(now)
+    def memory(self, speed: Speed) -> float:
+        return speed.peak

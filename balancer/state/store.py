@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+OURS = 0x6C622D31  # in files of ours, as their application_id
 LOCK_SECONDS = 1.0  # for a predecessor that ends just now
 # What brings a file from one version to the next; user_version says how many are done.
 MIGRATIONS = (
@@ -76,6 +77,10 @@ class Store:
         (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
         if found != "ok":
             raise StoreError(found.replace("\n", " "), is_damaged=True)
+        (owner,) = connection.execute("PRAGMA application_id").fetchone()
+        (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        if tables and owner != OURS:
+            raise StoreError("is another program's")
         (version,) = connection.execute("PRAGMA user_version").fetchone()
         if version > len(MIGRATIONS):
             raise StoreError(f"a newer version of the balancer has written it ({version}, not {len(MIGRATIONS)})")
@@ -86,6 +91,7 @@ class Store:
                 connection.execute("BEGIN EXCLUSIVE")
                 for statement in MIGRATIONS[version:]:
                     connection.execute(statement)
+                connection.execute(f"PRAGMA application_id = {OURS}")
                 connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
 
     def load(self, space: str) -> dict[str, str]:
