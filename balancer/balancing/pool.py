@@ -223,7 +223,8 @@ class BackendPool:
                 self._set_aside.append(chosen)
             chosen = index.choose(request)
         if chosen is not None:
-            return Choice(chosen, self._scene, (index.now, index.rank(chosen), exclude, index.passed_over)), True
+            # A retry takes nobody's turn: else each of these would lead the next request to whom it was for.
+            return Choice(chosen, self._scene, (index.now, index.rank(chosen), exclude, index.passed_over)), not exclude
         self._bring_back()
         if len(self._candidates.first) == len(self._candidates.ready):
             return None, False  # there is nobody else
