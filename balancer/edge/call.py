@@ -21,6 +21,7 @@ from balancer.edge.listener import Listener
 from balancer.edge.promise import is_done_within
 from balancer.edge.scope import environ_of, request_of
 from balancer.errors import BackendRemoved, BalancerError, ClientGone, ClientStalled
+from balancer.protocol.client import Leaving
 from balancer.protocol.messages import SERVER_LINE, parse_content_length
 from balancer.protocol.request import Request, RequestBody
 
@@ -38,7 +39,7 @@ FLUSH_SECONDS = 0.25  # for an answer to be written, of which Granian says nothi
 PACKED_HEAD = 4096  # bytes of a head that HPACK may make small from what it has seen (RFC 7541 section 4.2)
 
 
-class Call:
+class Call(Leaving):
     """One request, from hyper and back: answered by its `forwarding`, or by the app. To whoever waits on its behalf it
     is the `Client`.
 
@@ -46,13 +47,12 @@ class Call:
     again. While its client has no room for more of its `download` it is parked with the listener and belongs to nobody:
     whoever takes it out goes on with it.
 
-    `_lock` guards `_attached` and the setting of `is_gone`, for which the client's leaving comes from Granian's thread
-    at any time; `is_gone` only ever becomes True, and may be read without the lock.
+    Granian's thread says that its client has left.
     """
 
     __slots__ = (
         *("listener", "is_control", "forwarding", "scope", "is_http2", "protocol", "_watcher", "started"),
-        *("is_gone", "is_watched", "body", "download", "_lock", "_attached"),
+        *("is_watched", "body", "download"),
         *("_status", "_headers", "_is_started", "_is_ended", "_is_last"),
     )
 
@@ -113,13 +113,6 @@ class Call:
         """Whose share of the worker threads it uses; "" has no limit."""
         return self.listener.source_of(self.scope["client"][0])
 
-    def disconnect(self) -> None:
-        """Wake the worker if it waits for a backend. The lock is held so that what is attached is still this call's."""
-        with self._lock:
-            self.is_gone = True
-            if self._attached is not None:
-                self._attached.abort()
-
     # --- Any thread. ---
 
     def leave_backend(self, is_there: Callable[[Forwarding], bool]) -> bool:
@@ -134,17 +127,6 @@ class Call:
         return True
 
     # --- A worker, or the thread that has it: what a `Client` does. ---
-
-    def attach(self, target: Abortable) -> None:
-        with self._lock:
-            self._attached = target
-            gone = self.is_gone
-        if gone:  # by the thread that has it: no lock needed
-            target.abort()
-
-    def detach(self) -> None:
-        with self._lock:
-            self._attached = None
 
     def watch_upload(self, look: Callable[[bool], bool] | None) -> None:
         if self.body is not None:

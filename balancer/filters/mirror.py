@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 
 from balancer.errors import BackendError
 from balancer.forwarding.filter import Filter
+from balancer.protocol.client import Leaving
 from balancer.upstream.outgoing import OutgoingRequest
 from balancer.upstream.response import ResponseBody
 
 if TYPE_CHECKING:
     from balancer.balancing.pool import BackendPool
     from balancer.observe.routecounts import Mirrored, RouteCounts
-    from balancer.protocol.client import Abortable
     from balancer.protocol.request import Request
     from balancer.upstream.transport import BackendAdapter
 
@@ -44,36 +44,17 @@ class MirrorOptions:
     timeout: float
 
 
-class Copy:
-    """One on its way. To whoever waits on its behalf it is the `Client`, which leaves when the balancer ends.
-
-    `_lock` guards `_attached` and the setting of `is_gone`, as of a `Call`.
-    """
+class Copy(Leaving):
+    """One on its way. To whoever waits on its behalf it is the `Client`, which leaves when the balancer ends."""
 
     def __init__(self) -> None:
         self.is_gone = False
         self._lock = Lock()
-        self._attached: Abortable | None = None
-
-    def attach(self, target: Abortable) -> None:
-        with self._lock:
-            self._attached = target
-        if self.is_gone:
-            target.abort()
-
-    def detach(self) -> None:
-        with self._lock:
-            self._attached = None
+        self._attached = None
 
     def watch_upload(self, look: Callable[[bool], bool] | None) -> None: ...
 
     def end_connection(self) -> None: ...
-
-    def leave(self) -> None:
-        with self._lock:
-            self.is_gone = True
-            if self._attached is not None:
-                self._attached.abort()
 
 
 class Copies:
@@ -106,7 +87,7 @@ class Copies:
             self._is_stopping = True
             copies = [copy for under_way in self._under_way.values() for copy in under_way]
         for copy in copies:
-            copy.leave()
+            copy.disconnect()
         self._threads.shutdown()
 
     def _run(self, route: str, copy: Copy, bring: Callable[[Copy], Mirrored]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import Lock
 from typing import Protocol
 
 
@@ -39,6 +40,38 @@ class Client(Protocol):
 
     def end_connection(self) -> None:
         """The answer will be the last one; over HTTP/2 only a stream ends, which it does anyway."""
+
+
+class Leaving:
+    """Base of those that may leave: whoever makes one sets `is_gone` to False, `_lock`, and `_attached` to None.
+
+    `_lock` guards `_attached` and the setting of `is_gone`, for which the leaving comes from another thread at any
+    time; `is_gone` only ever becomes True, and may be read without the lock.
+    """
+
+    __slots__ = ("is_gone", "_lock", "_attached")
+
+    is_gone: bool
+    _lock: Lock
+    _attached: Abortable | None
+
+    def attach(self, target: Abortable) -> None:
+        with self._lock:
+            self._attached = target
+            gone = self.is_gone
+        if gone:  # by the thread that has it: no lock needed
+            target.abort()
+
+    def detach(self) -> None:
+        with self._lock:
+            self._attached = None
+
+    def disconnect(self) -> None:
+        """Wake whoever waits on its behalf. The lock is held so that what is attached is still this one's."""
+        with self._lock:
+            self.is_gone = True
+            if self._attached is not None:
+                self._attached.abort()
 
 
 class Unwatched:
