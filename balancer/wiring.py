@@ -30,7 +30,7 @@ from balancer.control import api
 from balancer.control.access import Access, AccessOptions
 from balancer.control.control import Control, Reload, TlsView
 from balancer.edge.port import Port
-from balancer.edge.renewal import News, Renewal
+from balancer.edge.renewal import Renewal
 from balancer.edge.tls import TlsOptions
 from balancer.edge.workers import WorkerPool
 from balancer.edge.wsgi import ReverseProxy
@@ -47,8 +47,7 @@ from balancer.forwarding.filter import Filter
 from balancer.forwarding.route import Route, RouteOptions, Routes
 from balancer.observe.accesslog import AccessLog, LogOptions
 from balancer.observe.canary import Canaries
-from balancer.observe.canary import News as CanaryNews
-from balancer.observe.events import Events, KeptEvent
+from balancer.observe.events import EventKind, Events, KeptEvent
 from balancer.observe.history import History, Reading
 from balancer.observe.logwriter import LogWriter, standard_output
 from balancer.observe.plain import fill, plain
@@ -66,14 +65,14 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
 
     from balancer.state.memory import Memory
-    from balancer.state.memory import News as StateNews
 
 log = logging.getLogger("balancer")
 
-NEWS_SEVERITY: dict[News, Severity] = {
-    "certificate_changed": "info",
+NEWS_SEVERITY: dict[EventKind, Severity] = {  # all others are told for information
     "certificate_refused": "error",
     "certificate_expires": "warning",
+    "canary_returned": "warning",
+    "state_failed": "error",
 }
 
 
@@ -115,7 +114,7 @@ def make(
     authentication.check(config.auth, config.networks)
     authentication.use()
 
-    canaries, decisions = _canaries(events), _decisions(configuration, wired.pools, events)
+    canaries, decisions = Canaries(_noting(events)), _decisions(configuration, wired.pools, events)
     wired.look = lambda: _pass_time(canaries, decisions)
 
     app = Flask(__name__, static_folder=None)
@@ -179,13 +178,19 @@ def _keys(events: Events) -> Callable[[bool, str], None]:
     return fetched
 
 
-def _renewal(config: Settings, configuration: Configuration, events: Events, renew: Callable[[], None]) -> Renewal:
-    def note(kind: News, text: str) -> None:
-        severity = NEWS_SEVERITY[kind]
-        events.add(kind, None, text, severity, public=configuration.without_folders(text))
+def _noting(events: Events, public: Callable[[str], str] | None = None) -> Callable[[EventKind, str], None]:
+    """What a part has to tell becomes an event, `public` for readers without a token, and a line of the log."""
+
+    def note(kind: EventKind, text: str) -> None:
+        severity = NEWS_SEVERITY.get(kind, "info")
+        events.add(kind, None, text, severity, public=None if public is None else public(text))
         log.log(logging.getLevelName(severity.upper()), "%s: %s", kind, text)
 
-    return Renewal(config.options(TlsOptions), renew=renew, note=note)
+    return note
+
+
+def _renewal(config: Settings, configuration: Configuration, events: Events, renew: Callable[[], None]) -> Renewal:
+    return Renewal(config.options(TlsOptions), renew=renew, note=_noting(events, configuration.without_folders))
 
 
 def _decisions(configuration: Configuration, pools: Pools, events: Events) -> Decisions:
@@ -207,11 +212,6 @@ def _memory(control: Control) -> Memory | None:
     if config.state_file is None:
         return None
     from balancer.state.memory import Kept, Memory  # and with it SQLite
-
-    def note(kind: StateNews, text: str) -> None:
-        severity: Severity = "error" if kind == "state_failed" else "info"
-        events.add(kind, None, text, severity, public=control.configuration.without_folders(text))
-        log.log(logging.getLevelName(severity.upper()), "%s: %s", kind, text)
 
     def eject(kept: Mapping[str, Any]) -> None:
         for pool in pools:
@@ -250,16 +250,7 @@ def _memory(control: Control) -> Memory | None:
         "limits": whole(control.limiter.counts, control.limiter.restore),
         "event_counts": whole(events.counts, events.restore_counts),
     }
-    return Memory(config.state_file, kept, note)
-
-
-def _canaries(events: Events) -> Canaries:
-    def note(kind: CanaryNews, text: str) -> None:
-        severity: Severity = "warning" if kind == "canary_returned" else "info"
-        events.add(kind, None, text, severity)
-        log.log(logging.getLevelName(severity.upper()), "%s: %s", kind, text)
-
-    return Canaries(note)
+    return Memory(config.state_file, kept, _noting(events, control.configuration.without_folders))
 
 
 def _tls(renewal: Renewal, ports: Sequence[Port]) -> TlsView | None:
