@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 from urllib.parse import unquote_to_bytes, urlsplit
 
@@ -122,9 +122,9 @@ class RouteWiring:
     def _mirrors(self, route: RouteSettings) -> list[Filter]:
         if route.mirror is None:
             return []
-        options = {field.name: getattr(route.mirror, field.name) for field in fields(MirrorOptions)}
+        options = MirrorOptions(**route.mirror.model_dump(exclude={"pool"}))
         way = self._ways[route.mirror.pool].route
-        return [Mirror(route.name, MirrorOptions(**options), way.pool, way.adapter, self._copies)]
+        return [Mirror(route.name, options, way.pool, way.adapter, self._copies)]
 
     def _heads(self, general: ResponseHeads, own: HeaderRules) -> ResponseHeads:
         """Shared by those with the same rules: they keep much."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 
 from balancer.balancing.backends import Backend, BackendView
 from balancer.balancing.members import PoolChanges
 from balancer.balancing.pool import DEFAULT_POOL, BackendPool, PoolView
 from balancer.protocol.origin import Origin
+
+T = TypeVar("T")
 
 
 class Pools:
@@ -46,19 +48,11 @@ class Pools:
         return next((pool for pool in self if pool.get(backend_id) is not None), None)
 
     def backends(self) -> list[Backend]:
-        known: dict[str, Backend] = {}
-        for pool in self:
-            for backend in pool.backends():
-                known.setdefault(backend.id, backend)
-        return list(known.values())
+        return _in_sight((backend.id, backend) for pool in self for backend in pool.backends())
 
     def snapshot(self) -> list[BackendView]:
         """All backends, those of each pool at one moment."""
-        known: dict[str, BackendView] = {}
-        for pool in self:
-            for view in pool.snapshot():
-                known.setdefault(view["id"], view)
-        return list(known.values())
+        return _in_sight((view["id"], view) for pool in self for view in pool.snapshot())
 
     def describe(self) -> list[PoolView]:
         leaving = self._leaving
@@ -100,3 +94,11 @@ class Pools:
         """It is gone."""
         with self._lock:
             self._leaving = tuple(each for each in self._leaving if each is not pool)
+
+
+def _in_sight(told: Iterable[tuple[str, T]]) -> list[T]:
+    """The first one of each id."""
+    known: dict[str, T] = {}
+    for backend_id, each in told:
+        known.setdefault(backend_id, each)
+    return list(known.values())

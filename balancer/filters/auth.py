@@ -6,7 +6,7 @@ told in X-Auth-Subject who it is; whatever a client says of itself there is not 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from balancer.errors import BalancerError, Forbidden, Unauthorized
@@ -78,7 +78,6 @@ class Auth(Filter):
     def __init__(self, authenticators: Sequence[Authenticator], refusals: Refusals) -> None:
         self._authenticators = authenticators
         self._refusals = refusals
-        self._credentials = CREDENTIALS | {b"cookie"}
         gone = frozenset({SUBJECT}).union(*(each.credentials | each.ours for each in authenticators))
         self._heads: Table[tuple[RequestHead, tuple[Line, ...]], RequestHead] = Table(
             lambda given: given[0].replaced(gone, given[1]), HEADS_ROOM, weigh_made
@@ -87,7 +86,7 @@ class Auth(Filter):
         self._answered: dict[Request, str] = {}
 
     def admit(self, request: Request) -> Answer | None:
-        if request.method == "OPTIONS" and _is_preflight(request, self._credentials):
+        if request.method == "OPTIONS" and _is_preflight(request):
             request.head = self._heads[request.head, ()]
             return None
         refused = []
@@ -140,14 +139,14 @@ class AuthWithCookies(Auth):
         self._cookies.pop(request, None)
 
 
-def _is_preflight(request: Request, credentials: Collection[bytes]) -> bool:
+def _is_preflight(request: Request) -> bool:
     """A browser asks for a page of another origin whether it may send a request, and puts neither credentials nor a
     body into this one (Fetch standard, section "CORS-preflight fetch"). What has either, or asks a backend to take it
     for another method, is a request like others."""
     names = {name.lower() for name, _ in request.head.lines}
     return (
         {b"origin", b"access-control-request-method"} <= names
-        and names.isdisjoint(credentials)
+        and names.isdisjoint(CREDENTIALS | {b"cookie"})
         and not any(b"method-override" in name or name == b"x-http-method" for name in names)
         and b"transfer-encoding" not in request.head.fields
         and not request.head.length

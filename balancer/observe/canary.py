@@ -52,8 +52,7 @@ class Side:
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._total = self._failed = 0
-        self._times = Histogram()
+        self.begin()
 
     def add(self, record: Record) -> None:
         if record.aborted:  # says nothing of the pool
