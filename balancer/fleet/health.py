@@ -177,6 +177,7 @@ class HealthChecker:
         self._thread = Thread(target=self._run, name="health", daemon=True)
 
     def start(self) -> None:
+        self._answers.open()
         self._thread.start()
 
     def stop(self) -> None:
@@ -233,13 +234,14 @@ class HealthChecker:
     def _run(self) -> None:
         while not self._stopping:
             try:
-                for checks in self._answers.wait(self._round()):
-                    self._answered(checks)
+                answered = self._answers.wait(self._round())
             except Exception as error:  # the thread must outlive any surprise, or failover would silently end
                 if isinstance(error, RuntimeError) and "shutdown" in str(error):
                     return  # no thread may start any more: the process ends, and another server has not stopped us
                 log.exception("health round failed")
-                self._answers.wait(ROUND_SECONDS)
+                answered = self._answers.wait(ROUND_SECONDS)
+            for checks in answered:
+                self._take(checks)
 
     def _round(self) -> float:
         """Start the checks that are due; returns seconds until the next one may be."""
@@ -329,15 +331,20 @@ class HealthChecker:
         checks.sent = sent
         return True
 
-    def _answered(self, checks: Checks) -> None:
+    def _take(self, checks: Checks) -> None:
+        """Something has come, which mostly is the whole answer."""
         sent, checks.sent = checks.sent, None
         if sent is None:
             return
         probe, origin = checks.checked.probe, sent.connection.origin
-        if not probe.look(sent) or sent.response is None:
-            self._submit(checks, 0, True, sent)  # a long answer, or none on a connection that had died
-            return
-        self._record(checks, probe.result(origin, checks.began, sent.response.status_code), origin)
+        try:
+            if probe.look(sent) and sent.response is not None:
+                self._record(checks, probe.result(origin, checks.began, sent.response.status_code), origin)
+            else:  # a long answer, or none on a connection that had died
+                self._submit(checks, 0, True, sent)
+        except Exception:  # a surprise must be seen, and is no reason to lose the others
+            log.exception("health check of %s failed", checks.backend.id)
+            checks.under_way.discard(0)
 
     def _expire(self, checks: Checks) -> None:
         sent, checks.sent = checks.sent, None
