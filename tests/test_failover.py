@@ -440,7 +440,10 @@ def test_a_backend_that_stops_listening_but_keeps_its_connections_is_down(stack:
     wait_until(lambda: len(backend.requests) >= 4)
     backend.listener.shutdown(socket.SHUT_RDWR)
     balancer.wait_healthy("keeps", False)
-    assert "refused" in balancer.backend("keeps")["health"]["reason"].lower()
+    wait_until(lambda: "refused" in balancer.backend("keeps")["health"]["reason"].lower())
+    before = balancer.library.pool.counts()["keeps"]
+    wait_until(lambda: balancer.library.pool.counts()["keeps"].failed_checks >= before.failed_checks + 5)
+    assert balancer.library.pool.counts()["keeps"].ups == before.ups
 
 
 def test_a_hundred_hanging_backends_delay_no_check_of_the_others(stack: ExitStack) -> None:

@@ -222,12 +222,16 @@ class HealthChecker:
         except Exception:  # a surprise must be seen, and the backend be probed again
             log.exception("health check of %s failed", backend.id)
         finally:
-            if checked not in self.checked:
-                checked.probe.close()  # what was given back to it since
+            self._let_go(checked)
             checks.under_way.discard(number)
             if backend.health.is_in_transition:
                 self._again.append(checks)
                 self._answers.wake()
+
+    def _let_go(self, checked: Checked) -> None:
+        """Of a connection that was given back to a probe which is not used any more."""
+        if checked not in self.checked:
+            checked.probe.close()
 
     # The health thread.
 
@@ -307,7 +311,8 @@ class HealthChecker:
             spread = 1 if checks.rows else self._rng.random()
             checks.began, checks.due = now, now + self._pace(checks.checked.options, backend) * spread
             checks.rows += 1
-            is_quiet = not backend.health.is_in_transition and checks.rows % FRESH_EVERY != 0
+            is_settled = backend.health.status == "up" and not backend.health.is_in_transition
+            is_quiet = is_settled and checks.rows % FRESH_EVERY != 0
         checks.under_way.add(number)
         if not (is_quiet and self._send(checks)):
             self._submit(checks, number, is_quiet)
@@ -345,6 +350,8 @@ class HealthChecker:
         except Exception:  # a surprise must be seen, and is no reason to lose the others
             log.exception("health check of %s failed", checks.backend.id)
             checks.under_way.discard(0)
+        finally:
+            self._let_go(checks.checked)
 
     def _expire(self, checks: Checks) -> None:
         sent, checks.sent = checks.sent, None
