@@ -18,6 +18,7 @@ RUN install --directory --owner=10001 --group=10001 --mode=0700 /var/lib/load-ba
 ENV PATH=/opt/load-balancer/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     LB_HOST=0.0.0.0 \
+    LB_STATE_FILE=/var/lib/load-balancer/state.db \
     LB_CPU_AFFINITY=none
 WORKDIR /var/lib/load-balancer
 USER 10001:10001

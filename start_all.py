@@ -37,19 +37,22 @@ examples:
   {SCRIPT}                     three backends and the load balancer, until Ctrl-C
   {SCRIPT} --detach            the same in the background
   {SCRIPT} stop                stop what runs in the background
+  {SCRIPT} --forget            without what was decided in earlier runs: weights, drains, the algorithm
   {SCRIPT} backends            only the backends; of those of a running demo, the ones that have ended
   {SCRIPT} balancer            only the load balancer
 {SETUP}
-usage: {SCRIPT} [{" | ".join(COMMANDS)}] [--detach] [--help] [--version]
+usage: {SCRIPT} [{" | ".join(COMMANDS)}] [--detach] [--forget] [--help] [--version]
 
 environment:
   LB_PORT         port of the load balancer (default 9000)
   BACKEND_PORTS   ports of the backends (default "5001 5002 5003")
+  LB_STATE_FILE   what keeps them (default: state/balancer-PORT.db, unless there is an LB_CONFIG); empty for nothing
   LB_PAGE_TOKEN   what the dashboard shows the balancer (default: a new one for each start); also beside LB_ADMIN_TOKEN
   RESPONSE_DELAY, ALGORITHM and every other LB_ setting are passed on
 
 Logs are written to logs/, process ids to run/, and until the balancer is stopped its token to run/access.js, where
-dashboard.html finds it when it is opened from disk. Both folders{WHERE} are readable by you alone.
+dashboard.html finds it when it is opened from disk. In state/ is what survives a restart: decisions, events and counts.
+These folders{WHERE} are readable by you alone.
 """
 
 
@@ -67,6 +70,7 @@ def run(argv: Sequence[str]) -> int:
     parser = Parser(prog="start_all", allow_abbrev=False)
     parser.add_argument("command", nargs="?", default="all", choices=COMMANDS)
     parser.add_argument("--detach", action="store_true")
+    parser.add_argument("--forget", action="store_true")
     parser.add_argument("--version", action="store_true")
     options = parser.parse_args(argv)
     if options.version:
@@ -81,7 +85,7 @@ def run(argv: Sequence[str]) -> int:
     backends = backend_services(os.environ)
     if options.command == "backends":
         return run_services(without_running(backends), options.detach)
-    balancer = balancer_service(os.environ)
+    balancer = balancer_service(os.environ, *(["--forget"] if options.forget else []))
     return run_services([balancer] if options.command == "balancer" else [*backends, balancer], options.detach)
 
 

@@ -75,6 +75,9 @@ def make_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
         choices=probe.PATHS,
         help="ask the balancer that has these settings for this path (readyz); exit code 0 if it says 200, else 1",
     )
+    parser.add_argument(
+        "--forget", action="store_true", help="forget what was decided at run time, and start from the configuration"
+    )
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with settings")
     settings.add_arguments(parser)
     return parser
@@ -91,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run_command(*given)
     parsed = vars(parse_arguments(given))
     check, show, file = parsed.pop("check_config"), parsed.pop("print_config"), parsed.pop("config")
-    probed = parsed.pop("probe")
+    probed, forget = parsed.pop("probe"), parsed.pop("forget")
     if file is None and (name := os.environ.get("LB_CONFIG", "").strip()):
         file = Path(name)
     warnings = settings.warnings()
@@ -109,7 +112,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not show:
             balancer = LoadBalancer(config=config, sources=sources)
             process.cpus(config.cpu_affinity)
+            if forget and config.state_file is None:
+                raise SettingsError("--forget: nothing is kept, there is no state_file")
             if not check:
+                balancer.is_forgetful = forget
                 if file is not None:
                     configuration = balancer.configuration
                     configuration.file, configuration.read = file, load

@@ -110,7 +110,8 @@ class LoadBalancer:
         parts = wiring.make(config, sources, _checked(filters), self.reload, self._renew, self._ports)
         self.app, self.control_app, self.proxy = parts.app, parts.control_app, parts.proxy
         self.control, self.pools, self.workers, self.routes = parts.control, parts.pools, parts.workers, parts.routes
-        self.copies = parts.copies
+        self.copies, self.memory = parts.copies, parts.memory
+        self.is_forgetful = False  # what was decided before counts no more
         self.configuration, self.renewal = parts.control.configuration, parts.renewal
         self.authentication = parts.authentication
         self.app.extensions["balancer"] = self
@@ -330,6 +331,8 @@ class LoadBalancer:
     def start_parts(self) -> None:
         """All but the sockets, which another WSGI server has."""
         self.control.log.start()
+        if self.memory is not None:
+            self.memory.start("decisions" if self.is_forgetful else None)
         self.pools.health.start()
         self.control.history.start()
         self.renewal.start()
@@ -373,6 +376,8 @@ class LoadBalancer:
         self.authentication.stop()
         self.control.history.stop()
         self.pools.close()
+        if self.memory is not None:
+            self.memory.stop()
         self.control.log.stop()
 
     def reload(self, dry_run: bool = False, accepts: Callable[[str], bool] = lambda hash: True) -> Plan:

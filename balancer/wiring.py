@@ -9,16 +9,20 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flask import Flask
 
 from balancer.balancing import strategies
 from balancer.balancing.changes import Change, Severity
+from balancer.balancing.counts import BackendCounts
+from balancer.balancing.ejection import KeptEjection
 from balancer.balancing.pool import DEFAULT_POOL, BackendPool
 from balancer.balancing.pools import Pools
 from balancer.commands import shipped
 from balancer.config.comparison import NOTHING, compare
+from balancer.config.decisions import Decision, Decisions
+from balancer.config.decisions import News as DecisionNews
 from balancer.config.reload import Configuration
 from balancer.config.routes import RouteSettings
 from balancer.config.settings import Settings
@@ -44,9 +48,10 @@ from balancer.forwarding.route import Route, RouteOptions, Routes
 from balancer.observe.accesslog import AccessLog, LogOptions
 from balancer.observe.canary import Canaries
 from balancer.observe.canary import News as CanaryNews
-from balancer.observe.events import Events
+from balancer.observe.events import Events, KeptEvent
 from balancer.observe.history import History, Reading
 from balancer.observe.logwriter import LogWriter, standard_output
+from balancer.observe.plain import fill, plain
 from balancer.observe.routecounts import RouteCounts
 from balancer.observe.statistics import Statistics
 from balancer.poolwiring import PoolParts, PoolWiring
@@ -59,6 +64,9 @@ from balancer.upstream.names import Names
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
+
+    from balancer.state.memory import Memory
+    from balancer.state.memory import News as StateNews
 
 log = logging.getLogger("balancer")
 
@@ -82,6 +90,7 @@ class Parts:
     workers: WorkerPool
     renewal: Renewal
     authentication: Authentication
+    memory: Memory | None
     routes: Callable[[Settings], Routes]
 
 
@@ -106,8 +115,8 @@ def make(
     authentication.check(config.auth, config.networks)
     authentication.use()
 
-    canaries = _canaries(events)
-    wired.look = canaries.look
+    canaries, decisions = _canaries(events), _decisions(configuration, wired.pools, events)
+    wired.look = lambda: _pass_time(canaries, decisions)
 
     app = Flask(__name__, static_folder=None)
     history, writer = History(lambda: _look(statistics, wired.pools)), LogWriter(standard_output())
@@ -117,13 +126,14 @@ def make(
     renewal = _renewal(config, configuration, events, renew)
     control = Control(
         *(wired.pools, statistics, events, history, writer, shipped.find("dashboard.html")),
-        *(configuration, access, RouteCounts(), limiter),
+        *(configuration, decisions, access, RouteCounts(), limiter),
         canaries=canaries,
         idle=wired.idle,
         queued=lambda: workers.queued,
         reload=reload,
         tls=lambda: _tls(renewal, ports()),
     )
+    control.memory = _memory(control)
     api.install(app, control)
     control_app = app.wsgi_app
     copies = Copies(control.routes)
@@ -132,7 +142,9 @@ def make(
     check_expectations(config, proxy.heads, proxy.is_control)
     app.wsgi_app = proxy  # type: ignore[method-assign]
     wired.tell = _follow(control, wired)
-    return Parts(app, control_app, proxy, control, wired, copies, workers, renewal, authentication, routes)
+    return Parts(
+        app, control_app, proxy, control, wired, copies, workers, renewal, authentication, control.memory, routes
+    )
 
 
 def _tls_context(ca_file: Path | None) -> ssl.SSLContext | None:
@@ -174,6 +186,71 @@ def _renewal(config: Settings, configuration: Configuration, events: Events, ren
         log.log(logging.getLevelName(severity.upper()), "%s: %s", kind, text)
 
     return Renewal(config.options(TlsOptions), renew=renew, note=note)
+
+
+def _decisions(configuration: Configuration, pools: Pools, events: Events) -> Decisions:
+    def note(kind: DecisionNews, backend: str, text: str) -> None:
+        events.add(kind, backend, text)
+        log.info("%s: %s", kind, text)
+
+    return Decisions(lambda: configuration.settings, pools, note)
+
+
+def _pass_time(canaries: Canaries, decisions: Decisions) -> None:
+    decisions.undo()
+    canaries.look()
+
+
+def _memory(control: Control) -> Memory | None:
+    """What is kept in the `state_file`, by the names under which it is there."""
+    config, events, statistics, pools = control.settings, control.events, control.statistics, control.pools
+    if config.state_file is None:
+        return None
+    from balancer.state.memory import Kept, Memory  # and with it SQLite
+
+    def note(kind: StateNews, text: str) -> None:
+        severity: Severity = "error" if kind == "state_failed" else "info"
+        events.add(kind, None, text, severity, public=control.configuration.without_folders(text))
+        log.log(logging.getLevelName(severity.upper()), "%s: %s", kind, text)
+
+    def eject(kept: Mapping[str, Any]) -> None:
+        for pool in pools:
+            pool.eject(kept)
+
+    def backends() -> dict[str, Any]:
+        return {f"{pool.name} {key}": plain(counts) for pool in pools for key, counts in pool.kept_counts().items()}
+
+    def restore_backends(kept: Mapping[str, Any]) -> None:
+        counts = {tuple(name.split(" ")): fill(BackendCounts(), each) for name, each in kept.items()}
+        for pool in pools:
+            pool.restore_counts({backend: each for (name, backend), each in counts.items() if name == pool.name})
+
+    def restore_requests(kept: Mapping[str, Any]) -> None:
+        statistics.restore(kept, {backend.id for backend in pools.backends()})
+
+    def restore_routes(kept: Mapping[str, Any]) -> None:
+        control.routes.restore(kept)
+        control.routes.keep([route.name for route in config.routes])
+
+    def whole(read: Callable[[], Any], restore: Callable[[Any], None]) -> Kept:
+        """In one value what one part counts."""
+        return Kept(lambda: {"all": plain(read())}, lambda kept: restore(kept["all"]))
+
+    kept = {
+        "events": Kept(events.kept, lambda kept: events.restore(kept.values()), KeptEvent),
+        "decisions": Kept(control.decisions.kept, control.decisions.restore, Decision),
+        "ejections": Kept(
+            lambda: {key: each for pool in pools for key, each in pool.ejections().items()}, eject, KeptEjection
+        ),
+        "backends": Kept(backends, restore_backends),
+        "requests": Kept(statistics.kept, restore_requests),
+        "routes": Kept(control.routes.kept, restore_routes),
+        "websockets": whole(statistics.websockets.totals, statistics.websockets.restore),
+        "refusals": whole(statistics.refusals.counts, statistics.refusals.restore),
+        "limits": whole(control.limiter.counts, control.limiter.restore),
+        "event_counts": whole(events.counts, events.restore_counts),
+    }
+    return Memory(config.state_file, kept, note)
 
 
 def _canaries(events: Events) -> Canaries:

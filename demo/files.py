@@ -26,7 +26,7 @@ PYTHON = Path(sys.executable) if IS_INSTALLED else VENV_PYTHON
 # Where an installed program keeps what it writes (XDG Base Directory Specification).
 HOME = os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
 STATE = Path(HOME, "load-balancer") if IS_INSTALLED else HERE
-LOGS, RUN = STATE / "logs", STATE / "run"
+LOGS, RUN, MEMORY = STATE / "logs", STATE / "run", STATE / "state"  # the last has what survives a restart
 NAME = "load-balancer demo" if IS_INSTALLED else "start_all"
 SCRIPT = NAME if IS_INSTALLED else "start_all.bat" if os.name == "nt" else "./start_all.sh"
 OURS = ("start_all.py", "load_balancer.py", "backend_server.py")
@@ -44,10 +44,7 @@ def shown(path: Path) -> str:
 
 def open_private(path: Path, flags: int) -> IO[bytes]:
     """The file opened with these flags of os.open(), made if it is not there. Raises Failure for a link."""
-    refuse_link(path.parent)
-    path.parent.mkdir(mode=0o700, parents=IS_INSTALLED, exist_ok=True)
-    if os.name == "posix" and path.parent.stat().st_mode & 0o077:  # made by an earlier version, or by hand
-        path.parent.chmod(0o700)
+    make_private(path.parent)
     refuse_link(path)
     try:
         descriptor = os.open(path, flags | os.O_CREAT | NO_FOLLOW, 0o600)
@@ -58,6 +55,14 @@ def open_private(path: Path, flags: int) -> IO[bytes]:
     if os.name == "posix":
         os.fchmod(descriptor, 0o600)  # one that was there before
     return os.fdopen(descriptor, "r+b" if flags & os.O_RDWR else "wb")
+
+
+def make_private(folder: Path) -> None:
+    """Raises Failure for a link."""
+    refuse_link(folder)
+    folder.mkdir(mode=0o700, parents=IS_INSTALLED, exist_ok=True)
+    if os.name == "posix" and folder.stat().st_mode & 0o077:  # made by an earlier version, or by hand
+        folder.chmod(0o700)
 
 
 def refuse_link(path: Path) -> None:

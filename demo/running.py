@@ -172,6 +172,7 @@ def print_urls(services: Sequence[Service], detached: bool) -> None:
     for service in services:
         if service.is_balancer:
             print_balancer_urls(service)
+            name_decisions(service)
             warn_of_unhealthy(service)
             repeat_warnings(service)
     say(f"Stop with: {files.SCRIPT} stop" if detached else "Stop with Ctrl-C.")
@@ -213,6 +214,19 @@ def print_balancer_urls(balancer: Service) -> None:
     for port in sorted({balancer.port, balancer.control_port}):
         if host_names(balancer, port) == ["127.0.0.1"]:
             say(f"  Warning: another program listens on [::1]:{port}, where localhost leads as well; use 127.0.0.1")
+
+
+def name_decisions(balancer: Service) -> None:
+    """What was decided in an earlier run holds, or what is seen would surprise."""
+    try:
+        rows = json.loads(balancer.ask("/config", balancer.environment["LB_PAGE_TOKEN"]) or "")["settings"]
+        decided = [f"{row['name']} = {row['value']}" for row in rows if row["source"] == "state"]
+    except (ValueError, KeyError):
+        return  # as below
+    if decided:
+        say(f"  Decided before, and still so: {', '.join(decided)}")
+        say(f"  To start without: {files.SCRIPT} --forget")
+        say()
 
 
 def warn_of_unhealthy(balancer: Service) -> None:

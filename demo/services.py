@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from demo.console import STOP, Failure, pause
-from demo.files import HERE, LOGS, PYTHON, RUN, last_line, open_log, remove_pid, write_pid
+from demo.files import HERE, LOGS, MEMORY, PYTHON, RUN, last_line, make_private, open_log, remove_pid, write_pid
 from demo.processes import kill_orphans
 
 WEIGHTS = (3, 2, 1)  # of the first backends; further ones weigh 1
@@ -58,6 +58,7 @@ class Service:
         return self.process.poll() if self.process else None
 
     def start(self, detached: bool) -> None:
+        make_private(MEMORY)
         # A session of its own: Ctrl-C then reaches only this program, which stops its processes in the right order.
         # On Windows the console tells them all at once, which is quick and does no harm.
         with open_log(self.log) as output:
@@ -118,7 +119,7 @@ def backend_services(environ: Mapping[str, str]) -> list[Service]:
     return [Service(name, port, ["--id", name, "--port", str(port), *more]) for name, port in names]
 
 
-def balancer_service(environ: Mapping[str, str]) -> Service:
+def balancer_service(environ: Mapping[str, str], *arguments: str) -> Service:
     port, *backend_ports = read_ports(environ)
     variables = {
         "LB_PORT": str(port),
@@ -126,6 +127,8 @@ def balancer_service(environ: Mapping[str, str]) -> Service:
         # A new one for each start, beside an admin token too: that one is the user's, and is written to no file.
         "LB_PAGE_TOKEN": given_token(environ) or secrets.token_urlsafe(32),
     }
+    if "LB_STATE_FILE" not in environ and not environ.get("LB_CONFIG", "").strip():  # whose file may name another
+        variables["LB_STATE_FILE"] = str(MEMORY / f"balancer-{port}.db")
     if environ.get("BACKEND_PORTS", "").strip(" ,"):  # else the balancer knows them
         weights = dict(enumerate(WEIGHTS))
         each = [f"backend_{n + 1}=http://127.0.0.1:{at}@{weights.get(n, 1)}" for n, at in enumerate(backend_ports)]
@@ -134,6 +137,7 @@ def balancer_service(environ: Mapping[str, str]) -> Service:
     return Service(
         "balancer",
         port,
+        list(arguments),
         environment=variables,
         host=environ.get("LB_HOST", "").strip().strip("[]") or "127.0.0.1",
         control_port=parse_port("LB_CONTROL_PORT", control_port) if control_port else port,

@@ -22,7 +22,7 @@ from typing import Any, Self, get_args
 
 from pydantic import ValidationError
 
-from balancer.balancing.backends import Backend, Choice
+from balancer.balancing.backends import Backend, Choice, Scene
 from balancer.commandline import parse_arguments
 from balancer.config import settings
 from balancer.config.settings import Settings
@@ -105,7 +105,8 @@ def another_value(name: str) -> Any:
 def make_choice(backend_id: str) -> Choice:
     """Why an attempt went to this backend: the only candidate, with 3 requests in flight."""
     backend = Backend(backend_id, Origin("http", "127.0.0.1", 1))
-    return Choice("weighted", backend, [backend], [3], None, {"absent": "maint"})
+    backend.active = 3
+    return Choice(backend, Scene("weighted", [backend], [None], lambda rank, now: None, {"absent": "maint"}, {}))
 
 
 def make_attempt(backend_id: str, outcome: str, seconds: float = 0.01, at: float = 0.0, **fields: Any) -> Attempt:

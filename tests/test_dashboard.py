@@ -435,11 +435,13 @@ def test_hostile_text_is_only_text(tab: Tab, stub: Stub) -> None:
 def test_algorithms_come_from_the_balancer(tab: Tab, stub: Stub) -> None:
     stub.answer["capabilities"]["algorithms"] = [
         {"name": "weighted", "description": "By weight."},
-        {"name": "moon_phase", "description": "New."},
+        {"name": "moon_phase", "description": "New. " * 150},
     ]
     tab.from_disk(stub.url).is_live()
     assert tab.at("#algorithm option").all_inner_texts() == ["Weighted", "Moon phase"]
     tab.shows("#algorithm-about", "By weight.")
+    tab.page.select_option("#algorithm", "moon_phase")
+    tab.shows("#algorithm-about", "New. " * 150)  # it was cut in mid-sentence
 
 
 def test_a_choice_is_not_overwritten_and_apply_sends_it(tab: Tab, stub: Stub) -> None:

@@ -115,6 +115,20 @@ def test_nothing_runs_out_of_the_page(tab: Tab, stub: Stub) -> None:
                 assert over <= 0, (width, one)
 
 
+def test_text_of_twice_the_size_has_room(tab: Tab, stub: Stub) -> None:
+    busy(stub)
+    tab.from_disk(stub.url).is_live()
+    tab.page.context.new_cdp_session(tab.page).send("Page.setFontSizes", {"fontSizes": {"standard": 32, "fixed": 26}})
+    tab.page.reload()
+    tab.is_live()
+    assert tab.at("html").evaluate("it => getComputedStyle(it).fontSize") == "32px"
+    for view in ("overview", "traffic", "lab", "system"):
+        tab.view(view)
+        assert tab.page.evaluate("() => document.documentElement.scrollWidth") <= 1280, view
+        cut = "all => all.filter((it) => it.scrollWidth > it.clientWidth + 1).length"
+        assert tab.at(".tile:visible, .head:visible").evaluate_all(cut) == 0, view
+
+
 def test_the_page_is_built_of_real_landmarks_and_tables(tab: Tab, stub: Stub) -> None:
     tab.from_disk(stub.url).is_live()
     for selector in ("h1", "main", "header", "footer", "[role=status]", "[role=alert]:not(dialog *)", "[role=log]"):

@@ -242,6 +242,45 @@ def test_a_refused_change_makes_the_page_read_only_until_asked_otherwise(tab: Ta
     tab.shows("#lb-algorithm", "Round robin")
 
 
+# ---- The laboratory, and traffic that goes on
+
+
+def test_weights_are_tried_before_they_are_applied(tab: Tab, stub: Stub) -> None:
+    stub.answer = status([backend(1, weight=1), backend(2, weight=1)])
+    tab.from_disk(stub.url).is_live()
+    tab.view("lab")
+    rows = tab.at("#mix-rows li")
+    expect(tab.at("#mix-apply")).to_have_attribute("aria-disabled", "true")
+    rows.nth(0).locator("input").fill("9")
+    expect(rows.nth(0)).to_contain_text("50.0 % now, 90.0 % then")
+    expect(rows.nth(1)).to_contain_text("50.0 % now, 10.0 % then")
+    assert stub.writes == []
+    tab.page.click("#mix-reset")
+    expect(rows.nth(0)).to_contain_text("50.0 % now, 50.0 % then")
+    rows.nth(0).locator("input").fill("3")
+    tab.page.click("#mix-apply")
+    tab.shows("#toasts", "backend_1: weight 3.")
+    assert stub.writes == [("PATCH /backends/backend_1", {"weight": 3})]
+
+
+def test_traffic_goes_on_until_it_is_stopped(tab: Tab, stub: Stub) -> None:
+    stub.answer = status([backend(1), backend(2)])
+    tab.from_disk(stub.url).is_live()
+    expect(tab.at("#field-rate")).to_be_hidden()
+    tab.pick("input[name=amount][value='on']")
+    tab.page.fill("#traffic-rate", "50")
+    tab.page.click("#send")
+    tab.shows("#traffic-result", re.compile(r"\d+ sent; last 10 s: \d+ answered, 0 failed, p95 [\d.]+ ms"))
+    wait_until(lambda: stub.traffic > 20)
+    assert stub.most_at_once["traffic"] <= 5
+    tab.page.click("#cancel")
+    tab.shows("#traffic-result", re.compile(r"\d+ requests in .* ok, 0 failed"))
+    sent = stub.traffic
+    tab.shows("#traffic-counts", "backend_2")
+    wait_until(lambda: stub.running["traffic"] == 0)
+    assert stub.traffic == sent
+
+
 # ---- Configuration
 
 

@@ -54,6 +54,22 @@ def test_a_removed_backend_keeps_its_past_and_all_keep_their_colours(tab: Tab, s
     assert colours(tab) == before
 
 
+def test_the_flow_map_gives_what_a_dead_backend_had_to_the_others(tab: Tab, stub: Stub) -> None:
+    three_up(stub)
+    tab.from_disk(stub.url).is_live()
+    labels = tab.at("#flow .node")
+    for index, name in enumerate(IDS):
+        expect(labels.nth(index)).to_contain_text(re.compile(rf"{name}[\d.]+/s . [\d.]+ %, expected 33.3 %"))
+    thick = "it => { const box = it.getBBox(); return box.height; }"
+    before = float(tab.at("#flow .ribbon").first.evaluate(thick))
+    stub.answer["backend_servers"][1] |= down_backend(2) | {"expected_share": 0.0}
+    expect(labels.nth(1)).to_have_text("backend_2Down")
+    expect(tab.at("#flow svg")).to_have_attribute("aria-label", re.compile("backend_2 Down"))
+    wait_until(lambda: float(tab.at("#flow .ribbon").first.evaluate(thick)) > before)
+    tab.page.locator("#flow .node").nth(1).click()
+    expect(tab.at("#drawer-title")).to_have_text("backend_2")
+
+
 def test_an_open_menu_names_its_backend_and_stays_with_its_row(tab: Tab, stub: Stub) -> None:
     """A banner moved the rows by 56 px, but not the menu."""
     three_up(stub)
@@ -114,6 +130,43 @@ def test_the_focus_stays_when_a_row_goes(tab: Tab, stub: Stub) -> None:
     tab.page.click("#confirm-yes")
     expect(tab.at("#backend-rows tr")).to_have_count(2)
     assert tab.page.evaluate("() => document.activeElement.id") == "h-backends"
+
+
+def test_pools_and_routes_are_told_where_there_are_some(tab: Tab, stub: Stub) -> None:
+    """What a backend should get is of its pool, and so is what it gets."""
+    three_up(stub)
+    tab.from_disk(stub.url).is_live()
+    tab.view("traffic")
+    expect(tab.at("#pools")).to_be_hidden()
+    for one, pool, share in zip(
+        stub.answer["backend_servers"], ("default", "default", "api"), (0.5, 0.5, 1.0), strict=True
+    ):
+        one |= {"pool": pool, "expected_share": share}
+    pool = {"algorithm": "weighted", "panic": False, "leaving": False, "active_connections": 1, "waiting_requests": 0}
+    pool |= {"backends": 2, "available": 2, "total_requests": 300, "failed_requests": 0}
+    stub.answer["pools"] = [pool | {"name": "default"}, pool | {"name": "api", "leaving": True}]
+    route = {"host": None, "methods": [], "pool": None, "split": None, "redirect": None, "answers_with": None}
+    route |= {"auth": [], "limits": [], "total_requests": 0, "failed_requests": 0, "latency": {}, "mirror": None}
+    stub.answer["routes"] = [
+        route | {"name": "v1", "path": "/v1/", "pool": "api", "auth": ["staff"]},
+        route | {"name": "old", "host": "old.example", "path": "/", "redirect": "https://new.example"},
+        route | {"name": "try", "path": "/try", "split": {"api": 1, "default": 9}, "methods": ["GET"]},
+    ]
+    for words in (
+        "api; guarded by staff",
+        "old.example/",
+        "redirect to https://new.example",
+        "GET /try",
+        "api 1, default 9",
+    ):
+        tab.shows("#route-table", words)
+    tab.shows("#pool-table", "api (leaving)")
+    rows = tab.at("#backend-rows tr")
+    for index, words in enumerate(("33.3 %exp. 50.0 %, -16.7 pt", "66.7 %", "100.0 %exp. 100.0 %, +0.0 pt")):
+        expect(rows.nth(index).locator(".share-text")).to_contain_text(
+            re.compile(words.replace("%", "%\\s*", 1).replace("+", "\\+"))
+        )
+    tab.shows("#backend-rows tr >> nth=2", "api: http://127.0.0.1:5003")
 
 
 # ---- The past
@@ -242,6 +295,25 @@ def test_another_address_does_not_block_a_later_visit(tab: Tab, stub: Stub) -> N
     tab.errors.clear()  # the console tells of the policy
 
 
+def test_what_has_changed_is_told_first_when_something_is_wrong_and_can_be_saved(tab: Tab, stub: Stub) -> None:
+    now = time.time()
+    stub.answer = status([backend(1), down_backend(2, reason="a|b")])
+    stub.tell(
+        event(1, "backend_up", "backend_2", timestamp=now - 1000),
+        event(2, "backend_changed", "backend_2", timestamp=now - 60, message="weight set to 9 by the API"),
+    )
+    tab.from_disk(stub.url).is_live()
+    tab.shows("#sentence", "backend_2 down for 7 s (a|b).")
+    tab.page.click("#open-notices")
+    tab.shows("#changed-rows", "backend_2 changed: weight set to 9 by the API")
+    assert tab.at("#changed-rows li").count() == 1
+    with tab.page.expect_download() as caught:
+        tab.page.click("#incident")
+    saved = caught.value.path().read_text(encoding="utf-8")
+    for words in ("# lb-1, 20", "- **backend_2 down for", "| backend_2 | Down | a\\|b |", "weight set to 9"):
+        assert words in saved
+
+
 # ---- Words and numbers
 
 TOLD: list[tuple[str, str]] = [
@@ -261,6 +333,9 @@ def test_numbers_and_words_are_as_a_person_would_say_them(tab: Tab, stub: Stub) 
         "at => new Date(at * 1000).toLocaleDateString('en-GB', {day: 'numeric', month: 'short'})", started
     )
     tab.shows("#t-total-since", f"since {day}, ")
+    stub.answer = status([backend(1)])
+    tab.page.click("#dismiss-restart")
+    tab.shows("#sentence", "All good: 1 of 1 backend serves, 42.5 requests/s, p95 64 ms.")
     stub.answer = status([backend(1, state="drained", admin_state="drain", weight=1)])
     tab.shows("#sentence", "No backend takes traffic. Clients get 503")
 
@@ -288,6 +363,25 @@ def test_many_backends_fit(tab: Tab, stub: Stub, count: int, width: int, most: i
         end = tab.page.evaluate("() => document.querySelector('footer').getBoundingClientRect().bottom + scrollY")
         assert height <= max(at_most, 800) and height - end < 60, (view, height, end)
     assert tab.page.evaluate("() => document.documentElement.scrollWidth") <= width
+
+
+def test_many_backends_are_a_heat_map_and_few_are_none(tab: Tab, stub: Stub) -> None:
+    stub.answer = many(12)
+    ids = [f"backend_{index}" for index in range(1, 13)]
+    stub.history = {1: history(ids), 10: []}
+    tab.from_disk(stub.url).is_live()
+    tab.view("traffic")
+    rows = tab.at("#heat svg")
+    expect(rows).to_have_count(12)
+    expect(rows.first).to_have_attribute("aria-label", re.compile(r"backend_1: at most \d+"))
+    darkest = rows.first.locator("path").last
+    wait_until(lambda: (darkest.get_attribute("d") or "").count("v12") > 3)
+    tab.page.select_option("#heat-field", "p95")
+    expect(rows.first).to_have_attribute("aria-label", "backend_1: at most 50 ms")
+    tab.page.select_option("#heat-field", "failed")
+    expect(darkest).to_have_attribute("d", "M0 0")
+    three_up(stub)
+    expect(tab.at("#heat-panel")).to_be_hidden()
 
 
 def test_the_address_holds_what_is_shown(tab: Tab, stub: Stub) -> None:

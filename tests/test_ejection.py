@@ -138,6 +138,15 @@ def test_a_trial_that_nobody_can_judge_is_repeated() -> None:
     assert pool.states()["a"] == "up"
 
 
+def test_maintenance_ends_an_ejection() -> None:
+    pool = Pool()
+    pool.fail("a")
+    for admin_state in ("maint", "ready"):
+        pool.update("a", {"admin_state": admin_state})
+    pool.record_check(pool.one("a"), GOOD)
+    assert pool.states()["a"] == "up"
+
+
 def test_each_ejection_in_a_row_is_longer_up_to_the_limit() -> None:
     pool = Pool(eject_max_seconds=100.0)
     pool.fail("a")

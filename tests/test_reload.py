@@ -259,17 +259,21 @@ def test_who_set_what_is_visible() -> None:
     assert (a["source"], a["overrides"]) == ("file", {"weight": 2})
     assert (z["source"], z["overrides"]) == ("api", {})
     wired.pool.use(strategies.create("round_robin"))
-    rows = {row["name"]: row for row in wired.balancer.configuration.describe(wired.balancer.control.pools)["settings"]}
+    rows = {
+        row["name"]: row for row in wired.balancer.configuration.describe(wired.balancer.control.decisions)["settings"]
+    }
+    since = rows["algorithm"].pop("since")
     assert rows["algorithm"] == {
-        "name": "algorithm", "value": "round_robin", "source": "api", "needs_restart": False,
+        "name": "algorithm", "value": "round_robin", "source": "api", "by": None, "until": None, "needs_restart": False,
     }  # fmt: skip
+    assert rows["backends.a.weight"]["value"] == "5" and since > rows["retries"]["since"]
     assert rows["port"]["needs_restart"] is True and rows["retries"]["source"].startswith("file")
 
 
 def test_secrets_are_not_shown() -> None:
     wired = Wired(backends=[A], admin_token="hunter2-hunter2-")
     wired.reload(backends=[A], admin_token="hunter3-hunter3-")
-    assert "hunter" not in str(wired.balancer.configuration.describe(wired.balancer.control.pools)) + str(
+    assert "hunter" not in str(wired.balancer.configuration.describe(wired.balancer.control.decisions)) + str(
         wired.events()
     )
 

@@ -18,6 +18,7 @@ import pytest
 from launched import PROJECT, Demo, connects, demo, free_ports, get, mode, tree
 from support import running, wait_until
 
+from balancer.state.store import Store
 from demo import processes, services
 from demo.console import Failure, say
 
@@ -86,6 +87,26 @@ def test_moved_control_paths_are_followed_and_slips_of_the_pen_told(demo: Demo) 
     run.process.send_signal(signal.SIGHUP)
     assert (run.end(), run.err) == (0, "")
     demo.assert_nothing_left()
+
+
+def test_what_was_decided_in_an_earlier_run_is_told_and_can_be_forgotten(demo: Demo) -> None:
+    file = demo.tree / "state" / f"balancer-{demo.port}.db"
+    file.parent.mkdir(exist_ok=True)
+    decision = {"value": "drain", "over": "ready", "by": "local", "at": 1.0, "until": None, "before": None}
+    store = Store(file)
+    store.open()
+    store.save({"decisions": {"default backend_2 admin_state": json.dumps(decision)}})
+    store.close()
+    run = demo.ready()
+    assert "  Decided before, and still so: backends.backend_2.admin_state = drain\n" in run.out
+    assert "  To start without: ./start_all.sh --forget\n" in run.out
+    assert mode(file.parent) == "0o700"
+    run.process.terminate()
+    assert run.end() == 0
+    run = demo.ready("--forget")
+    assert "Decided before" not in run.out
+    run.process.terminate()
+    assert run.end() == 0
 
 
 def test_a_signal_while_starting_stops_everything(demo: Demo) -> None:

@@ -87,7 +87,7 @@ def test_what_takes_51_to_53_ms_is_told_so(scale: float) -> None:
     samples = [scale * (0.051 + 0.002 * step / 1000) for step in range(1000)]
     for seconds in samples:
         histogram.add(seconds)
-    assert [histogram.percentile(share) for share in (0.5, 0.95, 0.99)] == pytest.approx(
+    assert histogram.percentiles(0.5, 0.95, 0.99) == pytest.approx(
         [exact(samples, share) for share in (0.5, 0.95, 0.99)], rel=0.03
     )
 
@@ -99,15 +99,14 @@ def test_percentiles_pick_the_exact_rank_where_it_is_a_whole_number(count: int) 
     samples = [10.0] * (count // 100) + [0.01] * (count - count // 100)
     for seconds in samples:
         histogram.add(seconds)
-    assert histogram.percentile(0.99) == pytest.approx(exact(samples, 0.99), rel=0.03)
-    assert histogram.percentile(0.50) == pytest.approx(0.01, rel=0.03)
+    assert histogram.percentiles(0.99, 0.50) == pytest.approx([exact(samples, 0.99), 0.01], rel=0.03)
 
 
 @pytest.mark.parametrize(("seconds", "told"), [(0.0, BOUNDS[0]), (1e-9, BOUNDS[0]), (1e6, BOUNDS[-1])])
 def test_beyond_the_buckets_their_end_is_told(seconds: float, told: float) -> None:
     histogram = Histogram()
     histogram.add(seconds)
-    assert histogram.percentile(0.5) == histogram.percentile(0.99) == told
+    assert histogram.percentiles(0.5, 0.99) == [told, told]
 
 
 def test_no_samples_no_percentiles() -> None:

@@ -39,6 +39,15 @@ class EjectionView(TypedDict):
     reason: str | None
 
 
+class KeptEjection(TypedDict):
+    """Of one that is out, over restarts. `url` is where it was then, `until` in epoch seconds."""
+
+    url: str
+    until: float
+    count: int
+    reason: str | None
+
+
 @dataclass(slots=True)
 class Ejection:
     """Where one backend stands. `until` and `returned_at` are of the pool's clock. Guarded by the pool's lock."""
@@ -66,6 +75,13 @@ class Ejection:
         self.status, self.reason, self.is_tried = "none", None, False
         self.consecutive_failures = 0
         self.returned_at = now
+
+    def kept(self, url: str, to_epoch: float) -> KeptEjection:
+        return {"url": url, "until": round(self.until + to_epoch, 1), "count": self.count, "reason": self.reason}
+
+    def restore(self, kept: KeptEjection, to_epoch: float) -> None:
+        self.status, self.until = "ejected", kept["until"] - to_epoch
+        self.count, self.reason = kept["count"], kept["reason"]
 
     def describe(self, to_epoch: float) -> EjectionView:
         """As plain values, for the API. `to_epoch` added to the pool's clock gives epoch seconds."""

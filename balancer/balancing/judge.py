@@ -174,8 +174,8 @@ class Judge:
             return False
         if health.status == "down":
             self._start_slowly(backend)
+            backend.ejection.end(self._clock())
         backend.speed.forget()
-        backend.ejection.end(self._clock())
         return self._set(backend, "up", None)
 
     def _checked_bad(self, backend: Backend, check: LastCheck, error: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, count
 from typing import Any
 
@@ -79,11 +79,29 @@ class Members:
         backend.counts = self._former.pop(backend.id, backend.counts)
         self._note("backend_added", backend.id, f"{backend.origin.url}, weight {backend.weight}", "info")
 
+    def kept(self) -> dict[str, BackendCounts]:
+        """What happened to each that there is, or was."""
+        now = self._clock()
+        known = self._former | {backend.id: backend.counts for backend in self.backends.values()}
+        return {
+            backend_id: replace(counts, down_seconds=counts.downtime(now), down_since=None)
+            for backend_id, counts in known.items()
+        }
+
+    def restore(self, kept: Mapping[str, BackendCounts]) -> None:
+        """Go on from there, before the first check."""
+        for backend_id, counts in kept.items():
+            if backend_id in self.backends:
+                self.backends[backend_id].counts = counts
+            else:
+                self._former[backend_id] = counts
+
     def update(self, backend: Backend, changes: Mapping[str, Any]) -> None:
         """Set fields, already validated."""
         real = {name: value for name, value in changes.items() if getattr(backend, name) != value}
         if "admin_state" in real and backend.admin_state == "maint":  # its health was not checked meanwhile
             backend.health = Health(since=self._wall_clock())
+            backend.ejection.end(self._clock())
         for name, value in real.items():
             setattr(backend, name, value)
             if name not in ("source", "configured"):

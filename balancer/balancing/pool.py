@@ -23,6 +23,7 @@ from balancer.balancing.backends import EXPLAINED, Backend, BackendView, Choice,
 from balancer.balancing.candidates import Candidates
 from balancer.balancing.changes import Listener, Notifier
 from balancer.balancing.counts import BackendCounts
+from balancer.balancing.ejection import KeptEjection
 from balancer.balancing.judge import Judge
 from balancer.balancing.members import Members, PoolChanges
 from balancer.balancing.options import PoolOptions
@@ -222,7 +223,8 @@ class BackendPool:
                 self._set_aside.append(chosen)
             chosen = index.choose(request)
         if chosen is not None:
-            return Choice(chosen, self._scene, (index.now, index.rank(chosen), exclude, index.passed_over)), True
+            # A retry takes nobody's turn: else each of these would lead the next request to whom it was for.
+            return Choice(chosen, self._scene, (index.now, index.rank(chosen), exclude, index.passed_over)), not exclude
         self._bring_back()
         if len(self._candidates.first) == len(self._candidates.ready):
             return None, False  # there is nobody else
@@ -526,6 +528,36 @@ class BackendPool:
 
     def _usual_shares(self, ready: Sequence[Backend]) -> Mapping[str, float] | None:
         return None if self._index is None else self._index.expected_shares(ready)
+
+    # Over restarts.
+
+    def kept_counts(self) -> dict[str, BackendCounts]:
+        """Of backends that there are, or were, by their ids."""
+        with self._lock:
+            return self._members.kept()
+
+    def restore_counts(self, kept: Mapping[str, BackendCounts]) -> None:
+        """Go on from there, before the first check."""
+        with self._lock:
+            self._members.restore(kept)
+
+    def ejections(self) -> dict[str, KeptEjection]:
+        """Of those that are out, by their ids; the time of one on trial is over."""
+        with self._lock:
+            to_epoch, out = self._to_epoch, [b for b in self._backends.values() if b.ejection.status != "none"]
+            return {backend.id: backend.ejection.kept(backend.origin.url, to_epoch) for backend in out}
+
+    def eject(self, kept: Mapping[str, KeptEjection]) -> None:
+        """Take out again who is where it was then, before the first check."""
+        with self._changing():
+            for backend_id, backend in self._backends.items():
+                if backend_id in kept and kept[backend_id]["url"] == backend.origin.url:
+                    backend.ejection.restore(kept[backend_id], self._to_epoch)
+
+    @property
+    def _to_epoch(self) -> float:
+        """What its clock lacks."""
+        return self._wall_clock() - self._clock()
 
     # Reading.
 

@@ -16,7 +16,8 @@ from typing_extensions import TypedDict
 from balancer.balancing.pools import Pools
 from balancer.config import environment
 from balancer.config.comparison import Plan, Sources, compare
-from balancer.config.settings import NEEDS_RESTART, Settings, prefix_of, rows, show
+from balancer.config.decisions import Decisions
+from balancer.config.settings import NEEDS_RESTART, Settings, rows, show
 from balancer.errors import BalancerError, SettingsError
 
 
@@ -27,9 +28,14 @@ class ConfigView(TypedDict):
 
 
 class SettingView(TypedDict):
+    """`by` decided it at run time, `until` if it is for a time."""
+
     name: str
     value: str
     source: str
+    since: float
+    by: str | None
+    until: float | None
     needs_restart: bool
 
 
@@ -55,6 +61,7 @@ class Configuration:
         self.read: Callable[[], tuple[Settings, Sources]] | None = None  # none: there is nothing to read again
         self.loaded_at = time.time()
         self.last_error: str | None = None
+        self._since = dict.fromkeys(Settings.model_fields, self.loaded_at)  # when each was set to what it is
         self._named = _files(settings)  # the files that settings have named since the start
         self._lock = Lock()
 
@@ -99,24 +106,33 @@ class Configuration:
                 wanted = wanted.model_copy(update=still)
                 sources = {**sources, **{name: self.sources[name] for name in still}}
                 apply(wanted, plan)
+                changed = [
+                    name for name in Settings.model_fields if getattr(self.settings, name) != getattr(wanted, name)
+                ]
                 self.settings, self.sources = wanted, sources
                 self.loaded_at, self.last_error = time.time(), None
+                self._since |= dict.fromkeys(changed, self.loaded_at)
             return plan
 
-    def describe(self, pools: Pools, whole: bool = True) -> SettingsView:
-        """Every setting with its value, source, and whether it can change while running; secrets are hidden, and unless
-        `whole` the folders of files too."""
+    def describe(self, decisions: Decisions, whole: bool = True) -> SettingsView:
+        """Every setting with its value, source, since when, and whether it can change while running, and what was
+        decided over them; secrets are hidden, and unless `whole` the folders of files too."""
         told = str if whole else self.without_folders
-        found = rows(self.settings, self.sources)
-        for name, wanted in self.settings.by_pool().items():
-            pool = pools.get(name)
-            if pool is not None and pool.algorithm != wanted.algorithm:
-                found[f"{prefix_of(name)}algorithm"] = pool.algorithm, "api"
-        settings: list[SettingView] = [
-            {"name": name, "value": told(show(value)), "source": told(source), "needs_restart": name in NEEDS_RESTART}
-            for name, (value, source) in found.items()
-        ]
-        return {**self.summary(whole), "settings": settings}
+        found: dict[str, SettingView] = {
+            name: {
+                "name": name,
+                "value": told(show(value)),
+                "source": told(source),
+                "since": self._since[name.partition(".")[0]],
+                "by": None,
+                "until": None,
+                "needs_restart": name in NEEDS_RESTART,
+            }
+            for name, (value, source) in rows(self.settings, self.sources).items()
+        }
+        for name, each in decisions.describe().items():
+            found[name] = {"name": name, **each, "needs_restart": False}
+        return {**self.summary(whole), "settings": list(found.values())}
 
     def summary(self, whole: bool = True) -> ConfigView:
         told = str if whole else self.without_folders

@@ -331,6 +331,9 @@ class Values(BaseModel):
         0.0, description="time after SIGTERM in which all is served while /readyz says 503; 5 to 10 in Kubernetes"
     )
     drain_timeout: Fixed[SecondsOrZero] = Field(30.0, description="time after that for requests in flight to finish")
+    state_file: Fixed[Path | None] = Field(
+        None, description="file for what was decided at run time, events and counts, so that they survive a restart"
+    )
     access_log: bool = Field(False, description="log every request to stdout, in a thread of its own")
     access_log_format: Literal["text", "json"] = Field("text", description="text or json; of all other lines as well")
     cpu_affinity: Fixed[str] = Field("auto", description="auto pins to one CPU, none to no CPU, or a list as 0,2")

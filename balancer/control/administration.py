@@ -10,14 +10,14 @@ from flask import Blueprint, Response, jsonify, request
 from typing_extensions import TypedDict
 
 from balancer.balancing import strategies
-from balancer.balancing.backends import BackendView
 from balancer.balancing.changes import ACTOR
 from balancer.balancing.options import StrategyOptions
 from balancer.balancing.pool import BackendPool
 from balancer.balancing.strategies import StrategyView
+from balancer.config.decisions import ALGORITHM, Fields, Key
 from balancer.config.reload import PlanChanged
-from balancer.control.control import current_control
-from balancer.control.inputs import AlgorithmChange, BackendChange, BackendCreate, Nothing, read_body, switch
+from balancer.control.control import ManagedView, current_control
+from balancer.control.inputs import AlgorithmChange, BackendChange, BackendCreate, Nothing, read_body, seconds, switch
 from balancer.control.problems import ApiError
 from balancer.errors import SettingsError
 from balancer.protocol.origin import Origin
@@ -46,7 +46,7 @@ class BackendRemoved(Message):
 
 
 class Backends(TypedDict):
-    backends: list[BackendView]
+    backends: list[ManagedView]
 
 
 # The algorithm, the statistics, the configuration.
@@ -66,10 +66,11 @@ def change_algorithm() -> Response:
     name, pool = wanted.algorithm.strip(), _pool(wanted.pool, 400)
     if name not in strategies.REGISTRY:
         raise ApiError(400, f"unknown algorithm {name[:80]!r}", valid_options=list(strategies.REGISTRY))
-    if name == pool.algorithm:
-        return jsonify(AlgorithmChanged(message=f"{name} is already in use", current=name))
     settings = current_control().settings.by_pool()[pool.name]
-    pool.use(strategies.create(name, settings.options(StrategyOptions)))
+    with current_control().decisions.making([Key(pool.name, "", ALGORITHM)], seconds(wanted.duration)):
+        if name == pool.algorithm:
+            return jsonify(AlgorithmChanged(message=f"{name} is already in use", current=name))
+        pool.use(strategies.create(name, settings.options(StrategyOptions)))
     return jsonify(AlgorithmChanged(message=f"algorithm changed to {name}", current=name))
 
 
@@ -103,7 +104,7 @@ def reload() -> Response:
 @blueprint.get("/backends")
 def list_backends() -> Response:
     name = request.args.get("pool")
-    found = current_control().pools.snapshot() if name is None else _pool(name, 400).snapshot()
+    found = current_control().backends(None if name is None else _pool(name, 400))
     return jsonify(Backends(backends=found))
 
 
@@ -117,7 +118,8 @@ def add_backend() -> tuple[Response, int, dict[str, str]]:
         raise ApiError(422, str(error)) from None
     try:
         fields = wanted.model_dump(exclude={"id", "pool", "url"})
-        backend = current_control().pools.add(pool, wanted.id, origin, **fields)
+        with current_control().decisions.making():
+            backend = current_control().pools.add(pool, wanted.id, origin, **fields)
     except SettingsError as error:
         raise ApiError(409, str(error)) from None
     return jsonify(_describe(backend.id)), 201, {"Location": f"backends/{backend.id}"}  # a proxy may have another path
@@ -130,11 +132,15 @@ def show_backend(backend_id: str) -> Response:
 
 @blueprint.patch("/backends/<backend_id>")
 def change_backend(backend_id: str) -> Response:
-    changes = read_body(BackendChange).model_dump(exclude_unset=True)
+    wanted = read_body(BackendChange)
+    changes = wanted.model_dump(exclude_unset=True, exclude={"duration"})
     if not changes:
-        raise ApiError(422, f"nothing to change; give one of: {', '.join(BackendChange.model_fields)}")
+        raise ApiError(422, f"nothing to change; give one of: {', '.join(Fields.model_fields)}")
+    pool = _pool_of(backend_id)
+    keys = [Key(pool.name, backend_id, field) for field in changes]
     try:
-        _pool_of(backend_id).update(backend_id, changes)
+        with current_control().decisions.making(keys, seconds(wanted.duration)):
+            pool.update(backend_id, changes)
     except KeyError:
         raise _unknown(backend_id) from None
     return jsonify(_describe(backend_id))
@@ -144,7 +150,8 @@ def change_backend(backend_id: str) -> Response:
 def remove_backend(backend_id: str) -> tuple[Response, int]:
     force = switch("force")
     try:
-        active = _pool_of(backend_id).remove(backend_id, at_once=force)
+        with current_control().decisions.making():
+            active = _pool_of(backend_id).remove(backend_id, at_once=force)
     except KeyError:
         raise _unknown(backend_id) from None
     if active and force:
@@ -174,8 +181,8 @@ def _pool_of(backend_id: str) -> BackendPool:
     return pool
 
 
-def _describe(backend_id: str) -> BackendView:
-    for backend in _pool_of(backend_id).snapshot():
+def _describe(backend_id: str) -> ManagedView:
+    for backend in current_control().backends(_pool_of(backend_id)):
         if backend["id"] == backend_id:
             return backend
     raise _unknown(backend_id)

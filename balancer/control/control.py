@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Literal, cast
 from flask import current_app
 from typing_extensions import TypedDict
 
+from balancer.balancing.backends import BackendView
 from balancer.balancing.pool import BackendPool
 from balancer.balancing.pools import Pools
 from balancer.config.comparison import Plan
+from balancer.config.decisions import Decisions
 from balancer.config.reload import Configuration
 from balancer.config.settings import Settings
 from balancer.filters.limits import Limiter
@@ -26,6 +28,7 @@ from balancer.observe.statistics import Statistics
 
 if TYPE_CHECKING:
     from balancer.control.access import Access
+    from balancer.state.memory import Memory
 
 Lifecycle = Literal["starting", "running", "draining"]
 Reload = Callable[[bool, Callable[[str], bool]], Plan]  # True only asks what it would do
@@ -44,6 +47,19 @@ class TlsView(TypedDict):
     last_error: str | None
 
 
+class StateView(TypedDict):
+    """The `state_file`, and why it does not keep all just now."""
+
+    file: str
+    last_error: str | None
+
+
+class ManagedView(BackendView):
+    """`until` is when the first of what was decided for a time ends."""
+
+    until: float | None
+
+
 @dataclass(slots=True)
 class Control:
     """What the control API acts on. `lifecycle` is set when serving starts and ends, everything else locks itself."""
@@ -55,6 +71,7 @@ class Control:
     log: LogWriter
     dashboard: Path
     configuration: Configuration
+    decisions: Decisions
     access: Access
     routes: RouteCounts
     limiter: Limiter
@@ -63,6 +80,7 @@ class Control:
     queued: Callable[[], int]  # requests that wait for a thread
     reload: Reload
     tls: Callable[[], TlsView | None]
+    memory: Memory | None = None  # without a `state_file`
     lifecycle: Lifecycle = "starting"
     started: float = field(default_factory=time.monotonic)
 
@@ -74,6 +92,12 @@ class Control:
     def pool(self) -> BackendPool:
         """The default one."""
         return self.pools.default
+
+    def backends(self, pool: BackendPool | None = None) -> list[ManagedView]:
+        """All, or those of one pool."""
+        ends = self.decisions.ends()
+        found = self.pools.snapshot() if pool is None else pool.snapshot()
+        return [{**backend, "until": ends.get((backend["pool"], backend["id"]))} for backend in found]
 
     def is_serving(self) -> bool:
         """Ready for traffic: the first round of health checks is done, and no shutdown is under way."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from flask import request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -23,6 +23,7 @@ from balancer.protocol.origin import EXPECTED
 from balancer.protocol.texts import shown
 
 MAX_BODY = 65536  # bytes of a control request
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}  # of a time, in seconds
 
 
 class Body(BaseModel):
@@ -31,9 +32,17 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+# Of a change that may be for a time; `for` is a word of Python's own.
+Duration = Annotated[
+    str | None,
+    Field(alias="for", pattern=validation.DURATION, description="undo it after this time, such as 15m; else it stays"),
+]
+
+
 class AlgorithmChange(Body):
     algorithm: str = Field(description="name from GET /algorithm")
     pool: str = Field(DEFAULT_POOL, description="name of the pool")
+    duration: Duration = None
 
 
 class Nothing(Body):
@@ -57,6 +66,7 @@ class BackendChange(Body):
     max_connections: MaxConnections | None = Field(None, description="null for no limit")
     drain_timeout: DrainTimeout | None = Field(None, description="null for backend_drain_timeout")
     admin_state: AdminState = Field(default_factory=lambda: "ready")
+    duration: Duration = None
 
 
 M = TypeVar("M", bound=Body)
@@ -74,9 +84,18 @@ def read_body(model: type[M]) -> M:
     try:
         return model.model_validate(given)
     except ValidationError as error:
-        known = ", ".join(model.model_fields) or "no fields"
+        known = ", ".join(names(model)) or "no fields"
         details = "; ".join(_explain(detail, model) for detail in error.errors(include_url=False))
         raise ApiError(_validation_status(), f"{details} (fields: {known})"[:1000]) from None
+
+
+def names(model: type[Body]) -> list[str]:
+    """Of its fields, as they are sent."""
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def seconds(duration: str | None) -> int | None:
+    return None if duration is None else int(duration[:-1]) * UNITS[duration[-1]]
 
 
 def received() -> bytes:

@@ -1,8 +1,9 @@
 """`/metrics` for Prometheus: read from the parts when it is asked for, so that requests pay nothing for it.
 
-Counters count since the start of the process. Neither a reset nor the removal of a backend lowers them: series of a
-removed backend end, and go on from where they were if one of that id comes back. The label `backend` is the id, `pool`
-the name of its pool; nothing that a client can make up (paths, names of methods, addresses) is a label.
+Counters count since the start of the process, or of its `state_file`. Neither a reset nor the removal of a backend
+lowers them: series of a removed backend end, and go on from where they were if one of that id comes back. The label
+`backend` is the id, `pool` the name of its pool; nothing that a client can make up (paths, names of methods, addresses)
+is a label.
 """
 
 from __future__ import annotations

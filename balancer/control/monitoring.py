@@ -7,6 +7,7 @@ machine: of requests the first segment, of files the name.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import TypeVar, cast
 
@@ -15,12 +16,11 @@ from typing_extensions import TypedDict
 
 from balancer import __version__
 from balancer.balancing import strategies
-from balancer.balancing.backends import BackendView
 from balancer.balancing.pool import PoolView
 from balancer.balancing.strategies import StrategyView
 from balancer.config.reload import ConfigView
 from balancer.control.access import first_segment, is_authorized
-from balancer.control.control import Lifecycle, TlsView, current_control
+from balancer.control.control import Lifecycle, ManagedView, StateView, TlsView, current_control
 from balancer.control.inputs import whole_number
 from balancer.control.metrics import current_metrics
 from balancer.control.problems import ApiError
@@ -37,7 +37,7 @@ F = TypeVar("F", bound=FinishedView)
 blueprint = Blueprint("monitoring", __name__)
 
 
-class ServerView(BackendView, CountersView):
+class ServerView(ManagedView, CountersView):
     """A backend and what its requests came to. `websockets` are those that are open. `window`: of the window that was
     asked for, None without a request in it."""
 
@@ -52,10 +52,11 @@ class WindowView(Figures):
 
 
 class PoolStatus(PoolView):
-    """A pool and what the requests of its backends came to."""
+    """A pool and what the requests of its backends came to. `until` is when its algorithm ends that is for a time."""
 
     total_requests: int
     failed_requests: int
+    until: float | None
 
 
 class RouteView(CountersView):
@@ -111,6 +112,7 @@ class Status(TypedDict):
     panic: bool
     config: ConfigView
     tls: TlsView | None
+    state: StateView | None
     statistics: TotalsView
     pools: list[PoolStatus]
     backend_servers: list[ServerView]
@@ -157,7 +159,7 @@ def status() -> Response:
             "websockets": websockets[backend["id"]],
             "window": in_window.get(backend["id"]),
         }
-        for backend in control.pools.snapshot()
+        for backend in control.backends()
     ]
     shown = {backend["id"] for backend in backends}
     totals: TotalsView = {
@@ -182,8 +184,9 @@ def status() -> Response:
             panic=control.pool.is_panicking,
             config=control.configuration.summary(is_authorized()),
             tls=_tls(),
+            state=_state(),
             statistics=totals,
-            pools=[_counted(pool, backends) for pool in control.pools.describe()],
+            pools=_pools(backends),
             backend_servers=backends,
             routes=_routes(),
             recent_requests=[_shown(record) for record in newest],
@@ -192,13 +195,21 @@ def status() -> Response:
     )
 
 
-def _counted(pool: PoolView, backends: Sequence[ServerView]) -> PoolStatus:
-    own = [backend for backend in backends if backend["pool"] == pool["name"]]
-    return {
-        **pool,
-        "total_requests": sum(backend["total_requests"] for backend in own),
-        "failed_requests": sum(backend["failed_requests"] for backend in own),
-    }
+def _pools(backends: Sequence[ServerView]) -> list[PoolStatus]:
+    requests, failed = Counter[str](), Counter[str]()
+    for backend in backends:
+        requests[backend["pool"]] += backend["total_requests"]
+        failed[backend["pool"]] += backend["failed_requests"]
+    ends = current_control().decisions.ends()
+    return [
+        {
+            **pool,
+            "total_requests": requests[pool["name"]],
+            "failed_requests": failed[pool["name"]],
+            "until": ends.get((pool["name"], "")),
+        }
+        for pool in current_control().pools.describe()
+    ]
 
 
 def _routes() -> list[RouteView]:
@@ -230,6 +241,14 @@ def _tls() -> TlsView | None:
     if view is not None and view["last_error"] is not None and not is_authorized():
         view["last_error"] = control.configuration.without_folders(view["last_error"])
     return view
+
+
+def _state() -> StateView | None:
+    control, memory = current_control(), current_control().memory
+    if memory is None:
+        return None
+    told = str if is_authorized() else control.configuration.without_folders
+    return {"file": told(str(memory.path)), "last_error": memory.last_error and told(memory.last_error)}
 
 
 def _shown(record: F) -> F:
@@ -277,7 +296,7 @@ def explain_request(request_id: str) -> Response:
 @blueprint.get("/config")
 def show_configuration() -> Response:
     control = current_control()
-    return jsonify(control.configuration.describe(control.pools, is_authorized()))
+    return jsonify(control.configuration.describe(control.decisions, is_authorized()))
 
 
 @blueprint.get("/events")

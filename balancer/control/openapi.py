@@ -12,11 +12,10 @@ from typing import Any
 from flask import Blueprint, Response, jsonify
 
 from balancer import __version__
-from balancer.balancing.backends import BackendView
 from balancer.config.comparison import PlanView
 from balancer.config.reload import SettingsView
 from balancer.control.administration import AlgorithmChanged, Algorithms, BackendRemoved, Backends, Message
-from balancer.control.control import current_control
+from balancer.control.control import ManagedView, current_control
 from balancer.control.inputs import AlgorithmChange, BackendChange, BackendCreate, Body, Nothing
 from balancer.control.limits import LimitsView
 from balancer.control.monitoring import Alive, EventsView, HistoryView, Readiness, Status
@@ -120,15 +119,15 @@ PATHS: dict[str, Schema] = {
         "post": _operation(
             "addBackend",
             "Add a backend; it gets requests after its first good check.",
-            {201: BackendView},
+            {201: ManagedView},
             body=BackendCreate,
         ),
     },
     "/backends/{backend_id}": {
         "parameters": _in_path("backend_id"),
-        "get": _operation("getBackend", "One backend.", {200: BackendView}),
+        "get": _operation("getBackend", "One backend.", {200: ManagedView}),
         "patch": _operation(
-            "changeBackend", "Change weight, limits or admin_state.", {200: BackendView}, body=BackendChange
+            "changeBackend", "Change weight, limits or admin_state.", {200: ManagedView}, body=BackendChange
         ),
         "delete": _operation(
             "removeBackend",
@@ -189,7 +188,7 @@ PATHS: dict[str, Schema] = {
         "get": _operation(
             "getMetrics",
             "Metrics for Prometheus, or OpenMetrics if Accept asks for it. Counters count since the start of the "
-            "process.",
+            "process, or of its state_file.",
             {200: TEXT},
             media_type="text/plain",
             query={"name[]": {"type": "string", "description": "this metric alone"}},

@@ -12,6 +12,7 @@ import contextlib
 import math
 import os
 import socket
+import stat
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import NamedTuple
@@ -175,8 +176,11 @@ def _sockets(descriptors: Iterable[int], families: Container[object]) -> Iterato
 
 
 def _duplicate(descriptor: int) -> socket.socket | None:
-    """None if it is not a socket, or closed meanwhile."""
+    """None if it is not a socket, or closed meanwhile. No file is touched: to close a duplicate of it would end all
+    locks that this process has on it, such as SQLite's (fcntl(2))."""
     with contextlib.suppress(OSError):
+        if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+            return None
         copy = os.dup(descriptor)
         try:
             return socket.socket(fileno=copy)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from typing_extensions import TypedDict
 
@@ -17,6 +17,7 @@ from balancer.filters.debts import KEYS_KEPT
 from balancer.filters.limit import SECOND, Key, Limit, LimitOptions, Mode, News, key_named, key_of
 from balancer.forwarding.filter import Filter
 from balancer.observe.events import Events
+from balancer.observe.plain import fill
 
 if TYPE_CHECKING:
     from balancer.observe.record import Record
@@ -89,6 +90,20 @@ class Limiter:
             else:
                 text = f"{limit} has no room for more than {KEYS_KEPT} keys: new ones owe what others have owed"
                 self._events.add("limit_keys_full", None, text, "warning")
+
+    # Over restarts.
+
+    def counts(self) -> dict[str, int]:
+        """Requests by the name of the limit, a blank, and what became of them."""
+        with self.lock:
+            return {f"{name} {what}": n for name, limit in self._limits.items() for what, n in limit.counts.items()}
+
+    def restore(self, kept: Any) -> None:
+        """Go on from what `plain` made of `counts`."""
+        with self.lock:
+            for name, limit in self._limits.items():
+                for what in limit.counts:
+                    limit.counts[what] += fill({}, kept).get(f"{name} {what}", 0)
 
     # For the control API.
 

@@ -67,7 +67,7 @@ class Side:
     def counts(self) -> tuple[int, int, float]:
         """(requests, failed ones, seconds of the 95th percentile)"""
         with self._lock:
-            return self._total, self._failed, self._times.percentile(0.95) or 0.0
+            return self._total, self._failed, self._times.percentiles(0.95)[0] or 0.0
 
     def begin(self) -> None:
         """Another interval."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from threading import Lock
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from typing_extensions import TypedDict
 
 from balancer.balancing.changes import ChangeKind, Severity
+from balancer.observe.plain import fill
 from balancer.protocol.texts import shown
 
 EVENTS_KEPT, MESSAGE_KEPT = 500, 1000  # bytes of each: a reload may have much to say; 600 kB in all
@@ -32,6 +33,10 @@ EventKind = (
         "name_found",
         "keys_kept",
         "keys_found",
+        "change_undone",
+        "state_restored",
+        "state_failed",
+        "state_written",
         "limit_reached",
         "limit_keys_full",
     ]
@@ -49,6 +54,13 @@ class Event(TypedDict):
     severity: Severity
     by: str | None
     count: int
+
+
+class KeptEvent(TypedDict):
+    """With its message for readers without a token."""
+
+    event: Event
+    public: str
 
 
 class Events:
@@ -104,6 +116,33 @@ class Events:
         with self._lock:
             newer, latest = [(event, public) for event, public in self._events if event["seq"] > seq], self._seq
         return [event if whole else {**event, "message": public} for event, public in newer], latest
+
+    # Over restarts.
+
+    def kept(self) -> dict[str, KeptEvent]:
+        """Those that `since` tells, by their `seq`."""
+        with self._lock:
+            return {str(event["seq"]): {"event": event, "public": public} for event, public in self._events}
+
+    def restore(self, kept: Iterable[KeptEvent]) -> None:
+        """These came before those that there are. What came last may not have been kept, and its `seq` be known to a
+        reader, who would not ask for another event of that number: so some are left out."""
+        with self._lock:
+            ours = self._events.copy()
+            self._events.clear()
+            self._events.extend(
+                (each["event"], each["public"]) for each in sorted(kept, key=lambda each: each["event"]["seq"])
+            )
+            self._seq = self._events[-1][0]["seq"] + EVENTS_KEPT if self._events else 0
+            for event, public in ours:
+                self._seq += 1
+                self._events.append(({**event, "seq": self._seq}, public))
+
+    def restore_counts(self, kept: Any) -> None:
+        """Go on from what `plain` made of `counts`."""
+        with self._lock:
+            for kind, count in fill({}, kept).items():
+                self._counts[kind] = self._counts.get(kind, 0) + count
 
     def counts(self) -> dict[str, int]:
         """How many of each kind there have been, also those that are no longer kept."""

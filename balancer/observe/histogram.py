@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from math import sqrt
 
 from typing_extensions import TypedDict
 
 # Upper bounds in seconds that people ask for by name, in alerts and as objectives: `/metrics` shows no others.
 ROUND_BOUNDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-# All of them: 10 us to about an hour, each at most 1.04 times the last. A percentile is told as the middle of a bucket,
-# which is within 2 % of everything in it.
+# All of them: 10 us to about an hour, each at most 1.04 times the last.
 BOUNDS = tuple(sorted({*ROUND_BOUNDS, *(0.00001 * 1.04**step for step in range(504))}))
+# How a bucket is told: as its middle, within 2 % of everything in it; at the ends, where one bound is missing, as the
+# other.
+MIDDLES = (BOUNDS[0], *(sqrt(low * high) for low, high in pairwise(BOUNDS)), BOUNDS[-1])
 
 
 class Percentiles(TypedDict):
@@ -66,16 +68,14 @@ class Histogram:
         last = bisect_left(BOUNDS, bound)
         return sum(count for place, count in self.counts.items() if place <= last)
 
-    def percentile(self, share: float) -> float | None:
+    def percentiles(self, *shares: float) -> list[float | None]:
         """About what the `share` (0 to 1) smallest took at most, in seconds; None without samples."""
         places = sorted(self.counts)
-        running = list(accumulate(self.counts[place] for place in places))
-        return _middle(places[bisect_left(running, share * running[-1])]) if running else None
+        running = list(accumulate(map(self.counts.__getitem__, places)))
+        if not running:
+            return [None] * len(shares)
+        return [MIDDLES[places[bisect_left(running, share * running[-1])]] for share in shares]
 
     def summary(self) -> Percentiles:
-        return {"p50": self.percentile(0.50), "p95": self.percentile(0.95), "p99": self.percentile(0.99)}
-
-
-def _middle(place: int) -> float:
-    """Beyond the ends no bucket has two bounds: of those the bound is told."""
-    return sqrt(BOUNDS[place - 1] * BOUNDS[place]) if 0 < place < len(BOUNDS) else BOUNDS[min(place, len(BOUNDS) - 1)]
+        p50, p95, p99 = self.percentiles(0.50, 0.95, 0.99)
+        return {"p50": p50, "p95": p95, "p99": p99}

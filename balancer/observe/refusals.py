@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from threading import Lock
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
+
+from balancer.observe.plain import fill
 
 # From what says least to what says most: of several, the last one decides about the answer.
 Why = Literal["missing", "invalid", "throttled", "unavailable", "forbidden"]
@@ -21,6 +23,11 @@ class Refusals:
     def count(self, name: str, why: Why) -> None:
         with self._lock:
             self._counts[name, why] += 1
+
+    def restore(self, kept: Any) -> None:
+        """Go on from what `plain` made of `counts`."""
+        with self._lock:
+            fill(self._counts, kept)
 
     def counts(self) -> dict[tuple[str, Why], int]:
         with self._lock:

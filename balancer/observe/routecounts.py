@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 from threading import Lock
-from typing import Literal
+from typing import Any, Literal
 
+from balancer.observe.plain import fill, plain, with_bounds, without_bounds
 from balancer.observe.record import Record
 from balancer.observe.statistics import Counters
 
@@ -52,6 +53,23 @@ class RouteCounts:
                 for route in counted.keys() - set(routes):
                     del counted[route]
             self._mirrored = Counter({key: count for key, count in self._mirrored.items() if key[0] in routes})
+
+    def kept(self) -> dict[str, Any]:
+        """All counts as plain values: `since ROUTE` and `before ROUTE` of the last reset, and `mirrored`."""
+        with self._lock:
+            counted = {f"since {route}": plain(each) for route, each in self._counters.items()}
+            counted |= {f"before {route}": plain(each) for route, each in self._before.items()}
+            return with_bounds({**counted, "mirrored": plain(self._mirrored)})
+
+    def restore(self, kept: Mapping[str, Any]) -> None:
+        """Go on from there, before the first request. Raises as `fill`."""
+        with self._lock:
+            for name, value in without_bounds(kept).items():
+                when, _, route = name.partition(" ")
+                if when == "mirrored":
+                    fill(self._mirrored, value)
+                else:
+                    fill((self._counters if when == "since" else self._before)[route], value)
 
     def since_reset(self) -> dict[str, Counters]:
         """Of those that have had requests."""

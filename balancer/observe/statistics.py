@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
 from threading import Lock
-from typing import cast
+from typing import Any, cast
 
 from typing_extensions import TypedDict
 
 from balancer.balancing.counts import FORMER_KEPT
 from balancer.observe.histogram import Histogram, Percentiles
+from balancer.observe.plain import fill, plain, with_bounds, without_bounds
 from balancer.observe.rate import Rate
 from balancer.observe.record import RecentView, Record
 from balancer.observe.refusals import Refusals
@@ -32,6 +33,7 @@ SAMPLED_KEPT, SAMPLED_PER_SECOND = 900, 100
 TROUBLED_KEPT = 200  # those that failed or were tried more than once stay longer: they are the ones people ask about
 Codes = TypedDict("Codes", {"1xx": int, "2xx": int, "3xx": int, "4xx": int, "5xx": int})
 CODE_CLASSES = tuple(Codes.__annotations__)
+WHOLE = ("start_time", "retries", "retries_before")  # numbers of the whole that are kept over restarts
 
 
 class CountersView(TypedDict):
@@ -136,7 +138,8 @@ class Lifetime:
 
 
 class Statistics:
-    """What happened since the start or the last reset, and since the start of the process.
+    """What happened since the start or the last reset, and since the start of the process, or what was before it, if
+    that is kept.
 
     `_lock` guards everything: `_counters` (per backend id, or None for no backend), `_forgotten` (of former backends),
     `_before` (what resets and removals took out of `_counters`), `_totals`, `_recent`, `_sampled`, `_to_sample`,
@@ -248,6 +251,42 @@ class Statistics:
             else:
                 total[backend_id] = counters
         return Lifetime(active, retries, total, totals)
+
+    # Over restarts.
+
+    def kept(self) -> dict[str, Any]:
+        """All counts as plain values: `since BACKEND` and `before BACKEND` of the last reset, without an id for no
+        backend, `attempts BACKEND`, and `whole`."""
+        with self._lock:
+            copies = [(f"since {key or ''}", counters.copy()) for key, counters in self._counters.items()]
+            copies += [(f"before {key or ''}", counters.copy()) for key, counters in self._before.items()]
+            totals, forgotten = self._totals.copy(), self._forgotten.copy()
+            whole = {name: getattr(self, f"_{name}") for name in WHOLE}
+        attempts = {f"attempts {key}": plain(each) for key, each in totals.backends.items()}
+        totals.backends.clear()
+        whole |= {"totals": plain(totals), "forgotten": plain(forgotten)}
+        return with_bounds({"whole": whole, **attempts, **{key: plain(counters) for key, counters in copies}})
+
+    def restore(self, kept: Mapping[str, Any], backends: Collection[str]) -> None:
+        """Go on from there, before the first request; `backends` are those that there are. Raises as `fill`."""
+        kept = without_bounds(kept)
+        counted: dict[str, dict[str | None, Counters]] = {"since": {None: Counters()}, "before": {}}
+        whole = kept["whole"]
+        totals, forgotten = fill(Totals(), whole["totals"]), fill(Counters(), whole["forgotten"])
+        for name, value in kept.items():
+            when, _, backend = name.partition(" ")
+            if when == "attempts":
+                fill(totals.backends[backend], value)
+            elif when in counted:
+                counted[when][backend or None] = fill(Counters(), value)
+        numbers = {name: fill(getattr(self, f"_{name}"), whole[name]) for name in WHOLE}
+        with self._lock:
+            self._counters, self._before = counted["since"], counted["before"]
+            self._totals, self._forgotten = totals, forgotten
+            for name, number in numbers.items():
+                setattr(self, f"_{name}", number)
+        for gone in counted["since"].keys() - {None, *backends}:
+            self.forget(cast(str, gone))
 
     def snapshot(self, recent: int = 20) -> tuple[StatisticsView, dict[str | None, CountersView], list[RecentView]]:
         """(whole, per backend id or None, newest `recent` requests first), all of one moment."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from threading import Lock
+from typing import Any
 
 from typing_extensions import TypedDict
 
+from balancer.observe.plain import fill
 from balancer.protocol.websocket import By
 
 
@@ -81,6 +83,11 @@ class WebSockets:
         """How many, by backend."""
         with self._lock:
             return Counter(record.backend for record in self._open)
+
+    def restore(self, kept: Any) -> None:
+        """Go on from what `plain` made of `totals`."""
+        with self._lock:
+            fill(self._ended, kept)
 
     def totals(self) -> WebSocketTotals:
         """With what went over those that are open."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import random
 import shutil
+import socket
 import sys
 import threading
 from pathlib import Path
@@ -18,9 +19,11 @@ from playwright.sync_api import sync_playwright
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent.parent / "tests")]
 
-from support import PAGE_TOKEN, Demo, fetch, start_demo  # noqa: E402
+from fleet import Demo, start_demo  # noqa: E402
+from support import PAGE_TOKEN, fetch  # noqa: E402
+from wire import RawRequest, Script  # noqa: E402
 
-WIDTH, HEIGHT = 1440, 1300
+WIDTH, HEIGHT = 1440, 1700
 PATHS = ("/api/process", "/api/process?page=2", "/orders/1701", "/orders", "/login")
 
 
@@ -32,6 +35,19 @@ def browse(demo: Demo, stop: threading.Event, pace: float) -> None:
         connection.request("GET", rng.choices(PATHS, (9, 3, 1, 1, 1))[0])
         connection.getresponse().read()
     connection.close()
+
+
+def unsteady(usual: Script) -> Script:
+    """As usual, but one in twenty is answered with an error."""
+    rng = random.Random(1)
+
+    def answer(sock: socket.socket, request: RawRequest) -> None:
+        if rng.random() < 0.05:
+            sock.sendall(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n")
+        else:
+            usual(sock, request)
+
+    return answer
 
 
 def live(demo: Demo, stop: threading.Event) -> None:
@@ -46,9 +62,9 @@ def live(demo: Demo, stop: threading.Event) -> None:
     stop.wait(10)
     set_state("ready")
     stop.wait(8)
-    fetch(f"{first.url}/faults", {"error_rate": 0.05})
+    usual, first.script = first.script, unsteady(first.script)
     stop.wait(8)
-    fetch(f"{first.url}/faults", method="DELETE")
+    first.script = usual
     stop.wait(4)
     third.kill()
     stop.wait(12)
@@ -72,7 +88,9 @@ def take_pictures(url: str) -> None:
 
 
 def main() -> None:
-    demo = start_demo("--id=lb-demo", delays=(0.012, 0.02, 0.035))
+    demo = start_demo("--id=lb-demo")
+    for backend, delay in zip(demo.backends, (0.012, 0.02, 0.035), strict=True):
+        backend.delay = delay
     stop = threading.Event()
     clients = [threading.Thread(target=browse, args=(demo, stop, pace)) for pace in (0.02, 0.03, 0.05, 0.05, 0.08)]
     try:
