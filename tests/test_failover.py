@@ -8,6 +8,7 @@ import signal
 import socket
 import struct
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -18,7 +19,9 @@ from typing import Any
 import pytest
 from fleet import Demo, DemoBackend
 from support import BackendProcess, Balancer, Served, fetch, fetch_json, ok, wait_until
-from wire import WireBackend
+from wire import WireBackend, hang_up
+
+from balancer.fleet.health import FRESH_EVERY
 
 
 @dataclass(frozen=True)
@@ -229,7 +232,7 @@ def reset(sock: socket.socket, request: Any) -> None:
 class Checked:
     """Scripted backends behind one balancer that asks each for /check."""
 
-    def __init__(self, stack: ExitStack, **scripts: Any) -> None:
+    def __init__(self, stack: ExitStack, *more_flags: str, **scripts: Any) -> None:
         self.backends: dict[str, WireBackend] = {}
         for name, script in scripts.items():
             backend = self.backends[name] = WireBackend()
@@ -239,7 +242,7 @@ class Checked:
             else:
                 backend.answer(script)
         flags = [f"--backend={name}={backend.url}" for name, backend in self.backends.items()]
-        self.balancer = Balancer(*flags, "--health-path=/check", "--expose-backend")
+        self.balancer = Balancer(*flags, "--health-path=/check", "--expose-backend", *more_flags)
         stack.callback(self.balancer.stop)
 
 
@@ -368,7 +371,7 @@ def test_backends_with_one_worker_each_lose_no_request(stack: ExitStack) -> None
 
 
 def test_the_page_of_a_check_is_read_to_its_end(stack: ExitStack) -> None:
-    """A backend that is cut off while it writes sees a reset."""
+    """A backend that is cut off while it writes sees a reset, others the end or the next check."""
     ends: list[bytes | None] = []
 
     def script(sock: socket.socket, request: Any) -> None:
@@ -380,28 +383,71 @@ def test_the_page_of_a_check_is_read_to_its_end(stack: ExitStack) -> None:
 
     checked = Checked(stack, large=script)
     wait_until(lambda: len(ends) >= 3)
-    assert set(ends) == {b""}
+    assert set(ends) <= {b"", b"G"}
     assert checked.balancer.backend("large")["healthy"]
 
 
-def test_every_health_check_has_a_connection_of_its_own(stack: ExitStack) -> None:
-    """A kept one would not notice that nobody can connect any more. This backend would keep it if asked to."""
-    backend = Checked(stack, keeps=ok()).backends["keeps"]
-    wait_until(lambda: len(backend.requests) >= 5)
-    assert len(set(backend.peers)) == len(backend.peers)
+OFTEN = "--health-interval=0.1"
+
+
+def test_a_quiet_backend_is_checked_on_a_kept_connection_and_now_and_then_on_its_own(stack: ExitStack) -> None:
+    """A kept one would not notice that nobody can connect any more."""
+    backend = Checked(stack, OFTEN, keeps=ok()).backends["keeps"]
+    wait_until(lambda: len(backend.requests) >= 2 * FRESH_EVERY + 2)
+    often = Counter(backend.peers)
+    closing = [b"close" in request.values(b"connection") for request in backend.requests]
+    assert max(often.values()) >= FRESH_EVERY and closing.count(True) >= 3  # the very first is, too
+
+
+def test_a_kept_connection_that_has_died_is_no_failure(stack: ExitStack) -> None:
+    """Its server may end it at any time, even when the check is on its way."""
+    checked = Checked(stack, OFTEN, drops=ok())
+    backend = checked.backends["drops"]
+    served: Counter[socket.socket] = Counter()
+
+    def twice(sock: socket.socket, request: Any) -> None:
+        served[sock] += 1
+        if served[sock] == 3:
+            hang_up(sock)
+        sock.sendall(ok())
+
+    backend.script = twice
+    wait_until(lambda: list(served.values()).count(3) >= 3)
+    backend.answer(ok())
+    wait_until(lambda: max(Counter(backend.peers).values()) >= 4)
+    backend.drop_connections()
+    wait_until(lambda: len(backend.used) == 1)
+    assert checked.balancer.library.pool.counts()["drops"].failed_checks == 0
+
+
+def test_a_long_or_late_answer_on_a_kept_connection_is_waited_for(stack: ExitStack) -> None:
+    pause = Event()
+
+    def in_pieces(sock: socket.socket, request: Any) -> None:
+        answer = ok(b"x" * 300_000)
+        sock.sendall(answer[:30])
+        pause.wait(0.05)
+        sock.sendall(answer[30:])
+
+    checked = Checked(stack, "--health-timeout=5", slow=in_pieces)
+    wait_until(lambda: max(Counter(checked.backends["slow"].peers).values(), default=0) >= 4)
+    assert checked.balancer.library.pool.counts()["slow"].failed_checks == 0
 
 
 def test_a_backend_that_stops_listening_but_keeps_its_connections_is_down(stack: ExitStack) -> None:
-    checked = Checked(stack, keeps=ok())
+    checked = Checked(stack, OFTEN, keeps=ok())
     backend, balancer = checked.backends["keeps"], checked.balancer
-    wait_until(lambda: len(backend.requests) >= 2)
+    wait_until(lambda: len(backend.requests) >= 4)
     backend.listener.shutdown(socket.SHUT_RDWR)
     balancer.wait_healthy("keeps", False)
-    assert "refused" in balancer.backend("keeps")["health"]["reason"].lower()
+    wait_until(lambda: "refused" in balancer.backend("keeps")["health"]["reason"].lower())
+    before = balancer.library.pool.counts()["keeps"]
+    wait_until(lambda: balancer.library.pool.counts()["keeps"].failed_checks >= before.failed_checks + 5)
+    assert balancer.library.pool.counts()["keeps"].ups == before.ups
 
 
 def test_a_hundred_hanging_backends_delay_no_check_of_the_others(stack: ExitStack) -> None:
-    """More than there are probe threads."""
+    """More than there are places for such."""
     silent = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=4096))
     checked = Checked(stack, good=ok())
     for number in range(100):

@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from typing import Any, cast, get_args
 
 from flask import current_app
-from prometheus_client import CollectorRegistry, Counter, ProcessCollector, disable_created_metrics, make_wsgi_app
+from prometheus_client import CollectorRegistry, Counter, ProcessCollector, disable_created_metrics
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
 
 from balancer import __version__
 from balancer.balancing.backends import State
 from balancer.balancing.counts import BackendCounts
 from balancer.control.control import Control, Lifecycle
+from balancer.control.exposition import Family, Kind, Pieces, labels_of, number, render
 from balancer.errors import BackendError, BalancerError, ConnectFailed
 from balancer.observe.histogram import Histogram
 from balancer.observe.refusals import WHYS
@@ -29,8 +31,8 @@ from balancer.observe.statistics import Counters, Lifetime
 from balancer.observe.totals import BackendTotals
 
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+EOF = "# EOF\n"  # the end, in OpenMetrics
 QUEUE_BUCKETS = (0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0)
-BACKEND_LABELS = ("backend", "pool")
 LIFECYCLES, STATES = get_args(Lifecycle), get_args(State)
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each counter, and nobody reads them
@@ -50,17 +52,13 @@ REASONS = sorted(_reasons(BalancerError) | {REFUSED})
 class Seen:
     """One backend: its snapshot and its counts."""
 
+    labels: str  # as each of its samples has them
     state: Mapping[str, Any]
     counts: BackendCounts
     traffic: Counters
     attempts: BackendTotals
     idle: int
     websockets: int
-
-    @property
-    def labels(self) -> list[str]:
-        """Values of BACKEND_LABELS."""
-        return [self.state["id"], self.state["pool"]]
 
     @property
     def check_seconds(self) -> float | None:
@@ -116,8 +114,8 @@ def add_each(
     family: GaugeMetricFamily | CounterMetricFamily, labels: Sequence[str], values: Mapping[str, float]
 ) -> Metric:
     """One sample per value of the last label."""
-    for value, number in values.items():
-        family.add_metric([*labels, value], number)
+    for value, count in values.items():
+        family.add_metric([*labels, value], count)
     return family
 
 
@@ -131,16 +129,28 @@ def measured(samples: Histogram, bounds: Sequence[float]) -> tuple[list[tuple[st
 
 
 class Metrics:
-    """What `/metrics` answers with (`app`), and the one counter that is not read from elsewhere."""
+    """What `/metrics` answers with, and the one counter that is not read from elsewhere."""
 
     def __init__(self, control: Control) -> None:
-        registry = CollectorRegistry(auto_describe=True)
-        registry.register(Collector(control))
-        ProcessCollector(registry=registry)
+        self._registry = CollectorRegistry(auto_describe=True)
+        self._collector = Collector(control)
+        self._registry.register(self._collector)
+        ProcessCollector(registry=self._registry)
         self.admin_requests = Counter(
-            "lb_admin_requests", "Requests to the control API.", ["action", "code"], registry=registry
+            "lb_admin_requests", "Requests to the control API.", ["action", "code"], registry=self._registry
         )
-        self.app = make_wsgi_app(registry)
+
+    def text(self, accept: str, names: Sequence[str]) -> tuple[bytes, str]:
+        """In the format that this header asks for, with its content type; only samples of these `names` if there are
+        any."""
+        encode, content_type = choose_encoder(accept)
+        is_openmetrics = content_type.startswith("application/openmetrics-text")
+        pieces = render(self._collector.backends(), is_openmetrics, names)
+        whole = encode(self._registry.restricted_registry(names) if names else self._registry).decode()
+        if is_openmetrics:
+            whole = whole.removesuffix(EOF)
+            pieces.append(EOF)
+        return "".join([whole, *pieces]).encode(), content_type
 
 
 def current_metrics() -> Metrics:
@@ -154,8 +164,10 @@ class Collector:
     def __init__(self, control: Control) -> None:
         self._control = control
         self._started = time.time()
+        self._pieces = Pieces()
 
     def collect(self) -> Iterator[Metric]:
+        """All but those of each backend."""
         lifetime = self._control.statistics.lifetime()
         yield from self._process()
         yield from self._configuration()
@@ -164,7 +176,6 @@ class Collector:
         yield from self._websockets()
         yield from self._limits()
         yield from self._pools()
-        yield from self._backends(lifetime)
 
     def _process(self) -> Iterator[Metric]:
         control, versions = self._control, (__version__, platform.python_version())
@@ -285,18 +296,23 @@ class Collector:
             add(waiting, [name], each["waiting_requests"])
         yield from (info, panic, available, waiting)
 
-    # Per backend.
+    # Of each backend: with hundreds of them by far the most.
 
-    def _backends(self, lifetime: Lifetime) -> Iterator[Metric]:
-        backends = list(self._seen(lifetime))
-        for make, table in ((gauge, BACKEND_GAUGES), (counter, BACKEND_COUNTERS)):
+    def backends(self) -> Iterator[Family]:
+        backends = list(self._seen(self._control.statistics.lifetime()))
+        tables: Sequence[tuple[Kind, str, Sequence[tuple[str, str, Read]]]] = (
+            ("gauge", "", BACKEND_GAUGES),
+            ("counter", "_total", BACKEND_COUNTERS),
+        )
+        for kind, suffix, table in tables:
             for name, text, read in table:
-                family = make(f"backend_{name}", text, *BACKEND_LABELS)
-                for seen in backends:
-                    value = read(seen)
-                    if value is not None:
-                        family.add_metric(seen.labels, value)
-                yield family
+                start = f"lb_backend_{name}{suffix}{{"
+                lines = [
+                    f"{start}{seen.labels}}} {number(value)}\n"
+                    for seen in backends
+                    if (value := read(seen)) is not None
+                ]
+                yield Family(f"lb_backend_{name}", kind, text, lines)
         yield from self._labelled(backends)
 
     def _seen(self, lifetime: Lifetime) -> Iterator[Seen]:
@@ -306,23 +322,87 @@ class Collector:
             for state in pool.snapshot():
                 name = state["id"]
                 if name in counts:
-                    traffic = lifetime.counters.get(name) or Counters()
-                    attempts = lifetime.totals.backends.get(name) or BackendTotals()
-                    yield Seen(state, counts[name], traffic, attempts, kept.get(state["url"], 0), websockets[name])
+                    labels = self._pieces.get(_labels, name, state["pool"])
+                    traffic = lifetime.counters.get(name) or NO_TRAFFIC
+                    attempts = lifetime.totals.backends.get(name) or NO_ATTEMPTS
+                    idle_here = kept.get(state["url"], 0)
+                    yield Seen(labels, state, counts[name], traffic, attempts, idle_here, websockets[name])
 
-    def _labelled(self, backends: Sequence[Seen]) -> Iterator[Metric]:
-        info = gauge("backend_info", "Its address.", *BACKEND_LABELS, "url")
-        states = gauge("backend_state", "1 for the state it is in.", *BACKEND_LABELS, "state")
-        codes = counter("backend_requests", "Attempts by status; none if there was none.", *BACKEND_LABELS, "code")
-        errors = counter("backend_errors", "Attempts that failed.", *BACKEND_LABELS, "reason")
-        turns = counter("backend_health_transitions", "Times its health changed.", *BACKEND_LABELS, "to")
-        text = "Time of whole requests that it answered or was the last to be tried for."
-        duration = histogram("backend_request_duration_seconds", text, *BACKEND_LABELS)
+    def _labelled(self, backends: Sequence[Seen]) -> Iterator[Family]:
+        pieces = self._pieces
+        info, states, codes, errors, turns, durations = [], [], [], [], [], []
         for seen in backends:
-            add(info, [*seen.labels, seen.state["url"]], 1)
-            add_each(states, seen.labels, one_of(STATES, seen.state["state"]))
-            add_each(codes, seen.labels, seen.attempts.codes())
-            add_each(errors, seen.labels, dict.fromkeys(BACKEND_REASONS, 0) | seen.attempts.failures())
-            add_each(turns, seen.labels, {"up": seen.counts.ups, "down": seen.counts.downs})
-            duration.add_metric(seen.labels, *measured(seen.traffic.times, BUCKETS))
-        yield from (info, states, codes, errors, turns, duration)
+            labels, state, attempts = seen.labels, seen.state, seen.attempts
+            info.append(pieces.get(_info, labels, state["url"]))
+            states.append(pieces.get(_states, labels, state["state"]))
+            codes.append(pieces.get(_codes, labels, *attempts.codes().items()))
+            errors.append(pieces.get(_errors, labels, *attempts.failures().items()))
+            turns.append(pieces.get(_turns, labels, seen.counts.ups, seen.counts.downs))
+            durations.append(pieces.get(_durations, labels, Times(seen.traffic)))
+        self._pieces = pieces.turn()
+        yield Family("lb_backend_info", "gauge", "Its address.", info)
+        yield Family("lb_backend_state", "gauge", "1 for the state it is in.", states)
+        yield Family("lb_backend_requests", "counter", "Attempts by status; none if there was none.", codes)
+        yield Family("lb_backend_errors", "counter", "Attempts that failed.", errors)
+        yield Family("lb_backend_health_transitions", "counter", "Times its health changed.", turns)
+        text = "Time of whole requests that it answered or was the last to be tried for."
+        yield Family("lb_backend_request_duration_seconds", "histogram", text, durations)
+
+
+class Times:
+    """Of a backend's requests. They are the same as others if as many requests took as long in all."""
+
+    __slots__ = ("traffic", "_key")
+
+    def __init__(self, traffic: Counters) -> None:
+        self.traffic = traffic
+        self._key = (traffic.total, traffic.latency.seconds, traffic.other.seconds)
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Times) and self._key == other._key
+
+
+# The pieces of a backend's text.
+
+
+def _each(name: str, labels: str, label: str, values: Iterable[tuple[str, float]]) -> str:
+    """One sample per value of the last label."""
+    return "".join(f'{name}{{{labels},{label}="{value}"}} {number(count)}\n' for value, count in values)
+
+
+def _labels(backend: str, pool: str) -> str:
+    return labels_of(backend=backend, pool=pool)
+
+
+def _info(labels: str, url: str) -> str:
+    return f"lb_backend_info{{{labels},{labels_of(url=url)}}} 1.0\n"
+
+
+def _states(labels: str, current: str) -> str:
+    return _each("lb_backend_state", labels, "state", one_of(STATES, current).items())
+
+
+def _codes(labels: str, *codes: tuple[str, int]) -> str:
+    return _each("lb_backend_requests_total", labels, "code", codes)
+
+
+def _errors(labels: str, *failures: tuple[str, int]) -> str:
+    found = dict.fromkeys(BACKEND_REASONS, 0) | dict(failures)
+    return _each("lb_backend_errors_total", labels, "reason", found.items())
+
+
+def _turns(labels: str, ups: int, downs: int) -> str:
+    return _each("lb_backend_health_transitions_total", labels, "to", (("up", ups), ("down", downs)))
+
+
+def _durations(labels: str, times: Times) -> str:
+    buckets, total = measured(times.traffic.times, BUCKETS)
+    name = "lb_backend_request_duration_seconds"
+    lines = _each(f"{name}_bucket", labels, "le", buckets)
+    return f"{lines}{name}_count{{{labels}}} {number(buckets[-1][1])}\n{name}_sum{{{labels}}} {number(total)}\n"
+
+
+NO_TRAFFIC, NO_ATTEMPTS = Counters(), BackendTotals()

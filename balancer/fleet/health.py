@@ -1,9 +1,12 @@
 """Active health checks: one thread drives the checks of all backends of all pools side by side.
 
-Each check is `GET health_path` on a fresh connection (a kept one would not notice a full accept queue), with a short
-time-out. 200 to 399 is good; redirects are not followed. While a check contradicts what is believed of a backend, or
-nothing is known yet, the next one comes sooner; while one is late, further ones begin beside it. So recovery, and
-failover from what refuses or is frozen, stay under a second.
+Each check is `GET health_path` with a short time-out. 200 to 399 is good; redirects are not followed. While a check
+contradicts what is believed of a backend, or nothing is known yet, the next one comes sooner; while one is late,
+further ones begin beside it. So recovery, and failover from what refuses or is frozen, stay under a second.
+
+A quiet backend that keeps connections is checked on a kept one, for which no thread waits. A kept one would not notice
+that nobody can connect any more, with a full accept queue for one. So every FRESH_EVERY-th check has a connection of
+its own, and so has every one while a change is in the air.
 """
 
 from __future__ import annotations
@@ -11,18 +14,23 @@ from __future__ import annotations
 import logging
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from threading import Event, Thread
+from heapq import heappop, heappush
+from math import inf
+from threading import Thread
 
 from balancer.balancing.backends import Backend, LastCheck
 from balancer.balancing.pool import BackendPool
 from balancer.errors import BackendError, ConnectTimedOut, OutOfDescriptors, ResponseTimedOut
+from balancer.fleet.answers import Answers
 from balancer.protocol.messages import Line
 from balancer.protocol.origin import Origin
 from balancer.upstream.outgoing import OutgoingRequest
 from balancer.upstream.response import ResponseBody
+from balancer.upstream.sent import Sent
 from balancer.upstream.transport import BackendAdapter
 
 log = logging.getLogger("balancer.health")
@@ -32,8 +40,14 @@ JITTER = 0.1  # share of the interval by which it may be shorter, so that many b
 LATE = 0.2  # share of the time-out after which a check is late
 TRANSITION_SPEEDUP = 5  # checks per interval while a change is in the air
 ROUND_SECONDS = 1.0  # at most between two rounds, however rare the checks: `on_round` lets time pass elsewhere
+TICK_SECONDS = 0.02  # between two looks for checks that are due: what is due by then is sent together
+CLOSE_EVERY = 10  # rounds between two looks for kept connections that nobody uses any more
+FRESH_EVERY = 10  # checks of a backend of which one opens a connection
 MAX_BODY = 1_048_576  # bytes of an answer that are read, so that the backend can write all of it
-MAX_PROBES = 64  # checks at the same time, of all pools; one that hangs holds one of these until its time-out
+MOST_REQUESTS = 10_000  # that are remembered; above that all are made again
+# Checks with a thread at the same time, of all pools: one that hangs has it until its time-out. Backends that did so
+# the last time share places of their own, so that no other waits for them.
+MAX_PROBES, MAX_SICK = 128, 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,52 +61,71 @@ class HealthOptions:
     health_fall: int
 
 
-@dataclass(slots=True)
-class Checks:
-    """Of one backend: a row of checks begins when it is `due`, of time.monotonic(); `under_way` has the numbers, in
-    this row, of those that have not ended."""
-
-    due: float
-    began: float = 0.0
-    under_way: set[int] = field(default_factory=set)
-
-
 class Probe:
-    """One `GET health_path` to a backend."""
+    """One `GET health_path` to a backend, on a connection of its own or, if it `keeps`, on one that is kept."""
 
     def __init__(self, options: HealthOptions, adapter: BackendAdapter) -> None:
         self._options = options
-        self._adapter, self._note_old = adapter.for_checks(options.health_timeout), adapter.note_old
+        self._fresh, self._kept = (adapter.for_checks(options.health_timeout, keeps) for keeps in (False, True))
+        self._note_old = adapter.note_old
+        self._requests: dict[Origin, OutgoingRequest] = {}  # on kept connections: one at a time for each origin
 
-    def check(self, origin: Origin) -> LastCheck:
-        """Ask once; what went wrong is `error`. Raises OutOfDescriptors alone."""
-        started = time.monotonic()
+    def send(self, origin: Origin) -> Sent | None:
+        """On a kept connection, if there is one that needs no waiting. Raises BackendError."""
+        request = self._requests.get(origin)
+        if request is None:
+            if len(self._requests) >= MOST_REQUESTS:
+                self._requests.clear()
+            request = self._requests[origin] = self._request(origin, keeps=True)
+        return self._kept.send_now(request, origin)
+
+    def look(self, sent: Sent) -> bool:
+        """Whether all of its answer is here by now."""
+        return self._kept.look(sent)
+
+    def check(self, origin: Origin, started: float, keeps: bool, sent: Sent | None = None) -> LastCheck:
+        """Ask once, unless it was `sent`, and wait; what went wrong is `error`. Raises OutOfDescriptors alone."""
         status: int | None = None
-        error: str | None = None
-        timed_out = False
+        failure: BackendError | None = None
         try:
-            status = self._status(origin, started + self._options.health_timeout)
-            if status not in GOOD_STATUSES:
-                error = f"health check answered {status}"
-        except BackendError as failure:
-            timed_out = isinstance(failure, ConnectTimedOut | ResponseTimedOut)
+            adapter = self._kept if keeps else self._fresh
+            response = adapter.exchange(self._request(origin, keeps) if sent is None else sent.request, origin, sent)
+            status = response.status_code
+            if response.head.version == "1.0":
+                self._note_old(origin)
+            if isinstance(response.body, ResponseBody):
+                response.body.read_out(MAX_BODY, started + self._options.health_timeout)
+        except BackendError as error:
+            failure = error
+        return self.result(origin, started, status, failure)
+
+    def result(
+        self, origin: Origin, started: float, status: int | None, failure: BackendError | None = None
+    ) -> LastCheck:
+        error: str | None = None
+        if failure is not None:
             late = f"{origin.url} did not answer within {self._options.health_timeout:g} s"  # not what was left of it
             error = f"health check failed: {late if isinstance(failure, ResponseTimedOut) else failure}"
+        elif status not in GOOD_STATUSES:
+            error = f"health check answered {status}"
+        timed_out = isinstance(failure, ConnectTimedOut | ResponseTimedOut)
         return LastCheck(time.time(), time.monotonic() - started, status, error, timed_out)
 
-    def _status(self, origin: Origin, deadline: float) -> int:
+    def _request(self, origin: Origin, keeps: bool) -> OutgoingRequest:
         lines: list[Line] = [
             (b"host", (self._options.health_host or origin.authority).encode("ascii")),
             (b"user-agent", b"load-balancer-health"),
-            (b"connection", b"close"),
         ]
-        target = self._options.health_path.encode("ascii")
-        response = self._adapter.exchange(OutgoingRequest("GET", target, lines), origin)
-        if response.head.version == "1.0":
-            self._note_old(origin)
-        assert isinstance(response.body, ResponseBody)
-        response.body.read_out(MAX_BODY, deadline)
-        return response.status_code
+        if not keeps:
+            lines.append((b"connection", b"close"))
+        return OutgoingRequest("GET", self._options.health_path.encode("ascii"), lines)
+
+    def close(self) -> None:
+        """Of kept connections, and of such as are not in use any more."""
+        self._kept.close()
+
+    def close_idle(self) -> None:
+        self._kept.close_idle()
 
 
 class Checked:
@@ -102,101 +135,237 @@ class Checked:
         self.pool, self.options, self.probe = pool, options, Probe(options, adapter)
 
 
+@dataclass(slots=True, eq=False)
+class Checks:
+    """Of one backend: a row of checks begins when it is `due`, of time.monotonic(); `under_way` has the numbers, in
+    this row, of those that have not ended. `rows` counts them; `sent` is the first check of a row while nobody but the
+    health thread waits for it."""
+
+    checked: Checked
+    backend: Backend
+    due: float
+    began: float = 0.0
+    rows: int = 0
+    under_way: set[int] = field(default_factory=set)
+    sent: Sent | None = None
+    look_at: float = 0.0  # when to look at it again
+
+
 class HealthChecker:
     """Runs the probes and tells the pools. `start` and `stop` once each; `wake` and `use` from any thread.
 
-    `_checks` belongs to the health thread alone, but for `under_way`: the health thread adds, the check's own thread
-    takes out again, each one step that needs no lock. `_nudge` wakes the health thread early.
+    All fields belong to the health thread alone, but for these, of which each access is one step that needs no lock:
+    `use` replaces `checked`; a check's own thread takes its number out of `under_way` and adds to `_again`, whom to
+    look at soon; `wake` sets `_is_nudged`, to look at all. `_agenda` has when to look at each; an entry whose time is
+    not its `look_at` is old.
     """
 
     def __init__(self, on_round: Callable[[], None], rng: random.Random | None = None) -> None:
         self.checked: Sequence[Checked] = ()
         self._on_round = on_round
         self._rng = rng or random.Random()
-        self._nudge = Event()
+        self._answers: Answers[Checks] = Answers()
+        self._is_nudged = False
+        self._again: deque[Checks] = deque()
         self._checks: dict[Backend, Checks] = {}
+        self._agenda: list[tuple[float, int, Checks]] = []
+        self._entries = 0  # that the agenda has had
+        self._next_round = 0.0
         self._stopping = False
         self._probes = ThreadPoolExecutor(MAX_PROBES, thread_name_prefix="health-probe")
+        self._sick = ThreadPoolExecutor(MAX_SICK, thread_name_prefix="health-sick")
         self._thread = Thread(target=self._run, name="health", daemon=True)
 
     def start(self) -> None:
+        self._answers.open()
         self._thread.start()
 
     def stop(self) -> None:
         """Stop and join; probes under way end within their time-out."""
         self._stopping = True
-        self._nudge.set()
+        self._answers.wake()
         if self._thread.is_alive():
             self._thread.join()
-        self._probes.shutdown(wait=True, cancel_futures=True)
+        for probes in (self._probes, self._sick):
+            probes.shutdown(wait=True, cancel_futures=True)
+        for checks in self._checks.values():
+            if checks.sent is not None:
+                checks.sent.close()
+        for checked in self.checked:
+            checked.probe.close()
+        self._answers.close()
 
     def use(self, checked: Sequence[Checked]) -> None:
         """Check these from now on; a check under way still counts."""
-        self.checked = checked
+        before, self.checked = self.checked, checked
+        for each in before:
+            each.probe.close()
         self.wake()
 
     def wake(self) -> None:
         """Look at the backends now: one was added, or the data path saw one refuse."""
-        self._nudge.set()
+        self._is_nudged = True
+        self._answers.wake()
 
-    def check_once(self, checked: Checked, backend: Backend, checks: Checks, number: int) -> None:
-        """Probe one backend now and record the result."""
+    # A thread of its own.
+
+    def check_once(self, checks: Checks, number: int, keeps: bool, sent: Sent | None = None) -> None:
+        """Probe one backend now, or go on with what was `sent`, and record the result."""
+        checked, backend = checks.checked, checks.backend
         try:
-            origin = backend.origin
-            checked.pool.record_check(backend, checked.probe.check(origin), origin)
+            started, origin = time.monotonic(), backend.origin
+            if sent is not None:
+                started, origin = checks.began, sent.connection.origin
+            checked.pool.record_check(backend, checked.probe.check(origin, started, keeps, sent), origin)
         except OutOfDescriptors as error:  # says nothing about the backend
             log.error("cannot check %s: %s", backend.id, error)
         except Exception:  # a surprise must be seen, and the backend be probed again
             log.exception("health check of %s failed", backend.id)
         finally:
+            self._let_go(checked)
             checks.under_way.discard(number)
             if backend.health.is_in_transition:
-                self._nudge.set()
+                self._again.append(checks)
+                self._answers.wake()
+
+    def _let_go(self, checked: Checked) -> None:
+        """Of a connection that was given back to a probe which is not used any more."""
+        if checked not in self.checked:
+            checked.probe.close()
+
+    # The health thread.
 
     def _run(self) -> None:
         while not self._stopping:
             try:
-                wait = self._round()
+                answered = self._answers.wait(self._round())
             except Exception as error:  # the thread must outlive any surprise, or failover would silently end
                 if isinstance(error, RuntimeError) and "shutdown" in str(error):
                     return  # no thread may start any more: the process ends, and another server has not stopped us
                 log.exception("health round failed")
-                wait = ROUND_SECONDS
-            self._nudge.wait(wait)
-            self._nudge.clear()
+                answered = self._answers.wait(ROUND_SECONDS)
+            for checks in answered:
+                self._take(checks)
 
     def _round(self) -> float:
-        """Start the checks that are due; returns seconds until the next one is. While one is late, as many as it takes
-        to be sure run side by side: one after another they would take as many time-outs."""
+        """Start the checks that are due; returns seconds until the next one may be."""
         now = time.monotonic()
+        if self._is_nudged or now >= self._next_round:
+            is_nudged, self._is_nudged, self._next_round = self._is_nudged, False, now + ROUND_SECONDS
+            self._gather(now, is_nudged)
+            self._on_round()
+        while self._again:
+            self._enter(self._again.popleft(), now)
+        while self._agenda and self._agenda[0][0] <= now:
+            at, _, checks = heappop(self._agenda)
+            if at == checks.look_at and checks.backend in self._checks:
+                self._enter(checks, self._next(checks, now))
+        next_at = self._agenda[0][0] if self._agenda else self._next_round
+        return max(TICK_SECONDS, min(next_at, self._next_round) - now)
+
+    def _gather(self, now: float, is_nudged: bool) -> None:
+        """Who is to be checked; whoever is new is looked at now, and everybody if that was asked for."""
         known, self._checks = self._checks, {}
-        is_full = sum(len(checks.under_way) for checks in known.values()) >= MAX_PROBES
-        next_due = now + ROUND_SECONDS
         for checked in self.checked:
+            if int(now) % CLOSE_EVERY == 0:
+                checked.probe.close_idle()
             for backend in checked.pool.backends():
                 if backend.admin_state != "maint":
-                    self._checks[backend] = known.get(backend) or Checks(now)
-                    next_due = min(next_due, self._next(checked, backend, now, is_full))
-        self._on_round()
-        return max(0.01, next_due - now)
+                    checks = self._checks[backend] = known.get(backend) or Checks(checked, backend, now)
+                    if is_nudged or backend not in known:
+                        checks.checked = checked
+                        self._enter(checks, now)
 
-    def _next(self, checked: Checked, backend: Backend, now: float, is_full: bool) -> float:
-        """Start a check of this backend if one is due; returns when to look at it again."""
-        checks, options = self._checks[backend], checked.options
+    def _enter(self, checks: Checks, at: float) -> None:
+        checks.look_at, self._entries = at, self._entries + 1
+        heappush(self._agenda, (at, self._entries, checks))
+
+    def _next(self, checks: Checks, now: float) -> float:
+        """Start a check of this backend if one is due; returns when to look at it again. While one is late, as many as
+        it takes to be sure run side by side: one after another they would take as many time-outs."""
+        options, backend = checks.checked.options, checks.backend
+        expires = checks.began + options.health_timeout if checks.sent is not None else inf
+        if expires <= now:
+            self._expire(checks)
+            return now
         number = max([*checks.under_way], default=-1) + 1
         if number == 0:
-            due = checks.due = min(checks.due, now + self._pace(options, backend))
-        elif number < options.health_fall and backend.health.status == "up" and not is_full:
+            soon = self._pace(options, backend) if backend.health.is_in_transition else options.health_interval
+            due = checks.due = min(checks.due, now + soon)
+        elif number < options.health_fall and backend.health.status == "up" and not self._is_full():
             due = checks.began + number * LATE * options.health_timeout
         else:  # to see soon that they have ended, should it be due by then
-            return checks.due
+            return min(max(checks.due, now + TICK_SECONDS), expires)
         if due > now:
-            return due
+            return min(due, expires)
+        self._begin(checks, number, now)
+        return min(now + LATE * options.health_timeout, expires)
+
+    def _is_full(self) -> bool:
+        return sum(len(checks.under_way) for checks in self._checks.values() if checks.sent is None) >= MAX_PROBES
+
+    def _begin(self, checks: Checks, number: int, now: float) -> None:
+        backend, is_quiet = checks.backend, False
         if number == 0:
-            checks.began, checks.due = now, now + self._pace(options, backend)
+            # The first ones of all are made at once, the second ones at any time, so that they are spread from then on.
+            spread = 1 if checks.rows else self._rng.random()
+            checks.began, checks.due = now, now + self._pace(checks.checked.options, backend) * spread
+            checks.rows += 1
+            is_settled = backend.health.status == "up" and not backend.health.is_in_transition
+            is_quiet = is_settled and checks.rows % FRESH_EVERY != 0
         checks.under_way.add(number)
-        self._probes.submit(self.check_once, checked, backend, checks, number)
-        return now + LATE * options.health_timeout
+        if not (is_quiet and self._send(checks)):
+            self._submit(checks, number, is_quiet)
+
+    def _submit(self, checks: Checks, number: int, keeps: bool, sent: Sent | None = None) -> None:
+        last = checks.backend.health.last_check
+        probes = self._sick if last is not None and last.timed_out and not checks.backend.is_ready else self._probes
+        probes.submit(self.check_once, checks, number, keeps, sent)
+
+    def _send(self, checks: Checks) -> bool:
+        """Without a thread, if a connection is kept."""
+        try:
+            sent = checks.checked.probe.send(checks.backend.origin)
+        except BackendError:
+            return False
+        if sent is None:
+            return False
+        if sent.rest or not self._answers.expect(sent.connection.sock, checks):
+            sent.close()
+            return False
+        checks.sent = sent
+        return True
+
+    def _take(self, checks: Checks) -> None:
+        """Something has come, which mostly is the whole answer."""
+        sent, checks.sent = checks.sent, None
+        if sent is None:
+            return
+        probe, origin = checks.checked.probe, sent.connection.origin
+        try:
+            if probe.look(sent) and sent.response is not None:
+                self._record(checks, probe.result(origin, checks.began, sent.response.status_code), origin)
+            else:  # a long answer, or none on a connection that had died
+                self._submit(checks, 0, True, sent)
+        except Exception:  # a surprise must be seen, and is no reason to lose the others
+            log.exception("health check of %s failed", checks.backend.id)
+            checks.under_way.discard(0)
+        finally:
+            self._let_go(checks.checked)
+
+    def _expire(self, checks: Checks) -> None:
+        sent, checks.sent = checks.sent, None
+        assert sent is not None
+        self._answers.forget(sent.connection.sock)
+        sent.expire()
+        sent.close()
+        origin = sent.connection.origin
+        self._record(checks, checks.checked.probe.result(origin, checks.began, None, sent.failure), origin)
+
+    def _record(self, checks: Checks, result: LastCheck, origin: Origin) -> None:
+        checks.under_way.discard(0)
+        checks.checked.pool.record_check(checks.backend, result, origin)
+        self._enter(checks, time.monotonic() if checks.backend.health.is_in_transition else checks.due)
 
     def _pace(self, options: HealthOptions, backend: Backend) -> float:
         """Seconds to the next check of this backend."""

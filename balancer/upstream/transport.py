@@ -34,6 +34,7 @@ from balancer.upstream.sent import Sent
 from balancer.upstream.servers import Servers
 
 MAX_IDLE_PER_BACKEND = 1024  # idle sockets kept; above that they are closed after use
+CHECKS_IDLE_TIMEOUT = 60.0  # seconds for which a connection is kept on which a backend is checked now and then
 SMALL_BODY = 131072  # bytes of an answer that is passed on in one piece if all of it is here
 
 
@@ -77,10 +78,10 @@ class BackendAdapter(BaseAdapter):
         self._lock = Lock()
         self._idle: defaultdict[Origin, deque[Connection]] = defaultdict(deque)
 
-    def for_checks(self, seconds: float) -> BackendAdapter:
-        """Another one, that keeps no connection and waits no longer than this."""
-        timeouts = Timeouts(seconds, seconds, seconds, pool_idle_timeout=0)
-        return BackendAdapter(timeouts, max_idle=0, dialer=self._dialer, server_name=self.server_name)
+    def for_checks(self, seconds: float, keeps: bool) -> BackendAdapter:
+        """Another one, that waits no longer than this, and keeps no connection, or one to each backend."""
+        timeouts = Timeouts(seconds, seconds, seconds, pool_idle_timeout=CHECKS_IDLE_TIMEOUT if keeps else 0)
+        return BackendAdapter(timeouts, max_idle=int(keeps), dialer=self._dialer, server_name=self.server_name)
 
     def with_timeouts(self, timeouts: Timeouts) -> BackendAdapter:
         """The same one, for requests that wait for as long as this: they share its connections."""
