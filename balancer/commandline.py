@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, NoReturn, TextIO
 from balancer import __version__
 from balancer.commands import completion, demo, newkey, probe
 from balancer.config import settings
-from balancer.edge import handover
+from balancer.edge import handover, quota
 from balancer.errors import SettingsError
 from balancer.protocol.texts import printable
 
 if TYPE_CHECKING:
+    from balancer.config.settings import Settings
     from balancer.loadbalancer import LoadBalancer
 
 INSTALLED = "load-balancer"
@@ -107,10 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(printable(told))
             return code
         from balancer.edge import process  # which takes as long again as all this
-        from balancer.loadbalancer import LoadBalancer
 
         if not show:
-            balancer = LoadBalancer(config=config, sources=sources)
+            balancer = make(config, sources)
             process.cpus(config.cpu_affinity)
             if forget and config.state_file is None:
                 raise SettingsError("--forget: nothing is kept, there is no state_file")
@@ -133,6 +133,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+def make(config: Settings, sources: Mapping[str, str]) -> LoadBalancer:
+    """Raises SettingsError."""
+    if quota.workers(config.workers) == 1:
+        from balancer.loadbalancer import LoadBalancer
+
+        return LoadBalancer(config=config, sources=sources)
+    from balancer.processes.master import Master
+
+    return Master(config, sources)
+
+
 def run_command(name: str, *arguments: str) -> int:
     if name == "demo":
         return demo.run(arguments)
@@ -149,13 +160,10 @@ def run_command(name: str, *arguments: str) -> int:
 
 def run(balancer: LoadBalancer, warnings: list[str], handed: handover.Handed) -> int:
     """Serve until a signal. Raises SettingsError if it cannot listen, before it has warned of anything."""
-    from balancer.observe.logrecords import LogFormatter, LogHandler
+    from balancer.observe import logrecords
 
     config = balancer.settings
-    handler = LogHandler(balancer.control.log)
-    handler.setFormatter(LogFormatter(lambda: balancer.settings.access_log_format))
-    logging.basicConfig(level=config.log_level.upper(), handlers=[handler])
-    logging.getLogger("_granian").setLevel(logging.WARNING)  # it tells of every client that leaves
+    handler = logrecords.install(balancer.control.log, config.log_level, lambda: balancer.settings.access_log_format)
     balancer.listen(handed)
     titles = ["listening on"] + ["control API on"] * (config.control_port is not None) + ["redirecting on"]
     where = ", ".join(map(" ".join, zip(titles, balancer.urls, strict=False)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import ssl
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -28,10 +29,9 @@ from balancer.config.routes import RouteSettings
 from balancer.config.settings import Settings
 from balancer.control import api
 from balancer.control.access import Access, AccessOptions
-from balancer.control.control import Control, Reload, TlsView
-from balancer.edge.port import Port
+from balancer.control.control import Control, Reload, TlsView, this_process
 from balancer.edge.renewal import Renewal
-from balancer.edge.tls import TlsOptions
+from balancer.edge.tls import Certificate, TlsOptions
 from balancer.edge.workers import WorkerPool
 from balancer.edge.wsgi import ReverseProxy
 from balancer.errors import SettingsError
@@ -43,6 +43,7 @@ from balancer.filters.mirror import Copies
 from balancer.filters.servedby import ServedBy
 from balancer.filters.serviceworkers import ServiceWorkers
 from balancer.filters.sticky import Sticky, StickyOptions, cookie_of
+from balancer.fleet.health import HealthChecker
 from balancer.forwarding.filter import Filter
 from balancer.forwarding.route import Route, RouteOptions, Routes
 from balancer.observe.accesslog import AccessLog, LogOptions
@@ -64,6 +65,7 @@ from balancer.upstream.names import Names
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
 
+    from balancer.edge.port import Port
     from balancer.state.memory import Memory
 
 log = logging.getLogger("balancer")
@@ -73,6 +75,7 @@ NEWS_SEVERITY: dict[EventKind, Severity] = {  # all others are told for informat
     "certificate_expires": "warning",
     "canary_returned": "warning",
     "state_failed": "error",
+    "worker_lost": "error",
 }
 
 
@@ -100,21 +103,26 @@ def make(
     reload: Reload,
     renew: Callable[[], None],
     ports: Callable[[], Sequence[Port]],
+    *,
+    events: Events | None = None,
+    health: Callable[[Callable[[], None]], HealthChecker] = HealthChecker,
+    certificate: Certificate | None = None,
 ) -> Parts:
     """`sources` says where each setting came from; `filters` are asked about each request that is to be forwarded, in
-    their order; `renew` is called for each new certificate; `ports` are those that are listened on by then. Raises
-    SettingsError for an unknown algorithm, an unreadable CA file or a certificate that cannot be used."""
+    their order; `renew` is called for each new certificate; `ports` are those that are listened on by then. `events`,
+    `health` and `certificate` are what a worker process has instead of its own. Raises SettingsError for an unknown
+    algorithm, an unreadable CA file or a certificate that cannot be used."""
     strategies.load_entry_points()
     configuration = Configuration(config, sources)
-    statistics, events = Statistics(), Events()
+    statistics, events = Statistics(), events or Events()
     dialer = Dialer(_tls_context(config.ca_file), _names(events))
-    wired = PoolWiring(dialer, statistics)
+    wired = PoolWiring(dialer, statistics, health)
     wired.use(config, compare(NOTHING, config, configuration.sources, wired.pools).pools)
     authentication = Authentication(dialer, _keys(events), statistics.refusals)
     authentication.check(config.auth, config.networks)
     authentication.use()
 
-    canaries, decisions = Canaries(_noting(events)), _decisions(configuration, wired.pools, events)
+    canaries, decisions = Canaries(noting(events)), _decisions(configuration, wired.pools, events)
     wired.look = lambda: _pass_time(canaries, decisions)
 
     app = Flask(__name__, static_folder=None)
@@ -122,7 +130,7 @@ def make(
     workers = WorkerPool(config.max_threads, config.max_queued, config.thread_idle_timeout)
     limiter = Limiter(events)
     access = Access(config.options(AccessOptions))
-    renewal = _renewal(config, configuration, events, renew)
+    renewal = _renewal(config, configuration, events, renew, certificate)
     control = Control(
         *(wired.pools, statistics, events, history, writer, shipped.find("dashboard.html")),
         *(configuration, decisions, access, RouteCounts(), limiter),
@@ -132,6 +140,8 @@ def make(
         reload=reload,
         tls=lambda: _tls(renewal, ports()),
     )
+    started = time.time()
+    control.workers = lambda: [this_process(started)]
     control.memory = _memory(control)
     api.install(app, control)
     control_app = app.wsgi_app
@@ -178,7 +188,7 @@ def _keys(events: Events) -> Callable[[bool, str], None]:
     return fetched
 
 
-def _noting(events: Events, public: Callable[[str], str] | None = None) -> Callable[[EventKind, str], None]:
+def noting(events: Events, public: Callable[[str], str] | None = None) -> Callable[[EventKind, str], None]:
     """What a part has to tell becomes an event, `public` for readers without a token, and a line of the log."""
 
     def note(kind: EventKind, text: str) -> None:
@@ -189,8 +199,15 @@ def _noting(events: Events, public: Callable[[str], str] | None = None) -> Calla
     return note
 
 
-def _renewal(config: Settings, configuration: Configuration, events: Events, renew: Callable[[], None]) -> Renewal:
-    return Renewal(config.options(TlsOptions), renew=renew, note=_noting(events, configuration.without_folders))
+def _renewal(
+    config: Settings,
+    configuration: Configuration,
+    events: Events,
+    renew: Callable[[], None],
+    certificate: Certificate | None,
+) -> Renewal:
+    note = noting(events, configuration.without_folders)
+    return Renewal(config.options(TlsOptions), renew=renew, note=note, certificate=certificate)
 
 
 def _decisions(configuration: Configuration, pools: Pools, events: Events) -> Decisions:
@@ -250,7 +267,7 @@ def _memory(control: Control) -> Memory | None:
         "limits": whole(control.limiter.counts, control.limiter.restore),
         "event_counts": whole(events.counts, events.restore_counts),
     }
-    return Memory(config.state_file, kept, _noting(events, control.configuration.without_folders))
+    return Memory(config.state_file, kept, noting(events, control.configuration.without_folders))
 
 
 def _tls(renewal: Renewal, ports: Sequence[Port]) -> TlsView | None:

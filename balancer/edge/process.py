@@ -68,6 +68,14 @@ def descriptor_limit() -> int:
     return sys.maxsize
 
 
+def settle_memory() -> None:
+    """What exists now lives as long as the process: the collector need not walk it again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GC_THRESHOLD)
+    gc.enable()
+
+
 def serve(
     server: Server,
     *,
@@ -86,27 +94,31 @@ def serve(
     return code
 
 
+async def _tell_ready(server: Server, supervisor: Supervisor) -> None:
+    await server.ready()
+    supervisor.ready()
+
+
 async def _serve(
     server: Server, drain_timeout: float, shutdown_delay: float, on_hangup: Callable[[], None] | None
 ) -> tuple[int, bool]:
     """(exit code, True if every client connection has ended)."""
     supervisor = Supervisor(os.environ)
-    signals = Signals(on_hangup and partial(supervisor.reload, on_hangup))
+    signals = Signals(on_hangup and partial(supervisor.reload, on_hangup), server.signals())
     server.start()
-    hangups = asyncio.create_task(signals.call_on_hangup())
-    pulse = asyncio.create_task(supervisor.keep_alive())
-    gc.collect()
-    gc.freeze()  # what exists now lives as long as the process: the collector need not walk it again
-    gc.set_threshold(GC_THRESHOLD)
-    gc.enable()
-    supervisor.ready()
+    tasks = [
+        asyncio.create_task(signals.call_on_hangup()),
+        asyncio.create_task(supervisor.keep_alive()),
+        asyncio.create_task(_tell_ready(server, supervisor)),
+    ]
+    settle_memory()
     received = await signals.ending.get()
     second = asyncio.create_task(signals.ending.get())
     quick = received == signal.SIGINT
     delay, limit = (0.0, INTERRUPT_DRAIN_SECONDS) if quick else (shutdown_delay, drain_timeout)
     supervisor.stopping(delay + limit)
     ended = await server.end(received.name, limit, delay, second)
-    for task in (hangups, second, pulse):
+    for task in (*tasks, second):
         task.cancel()
     signals.join(STOP_SECONDS)
     supervisor.close()

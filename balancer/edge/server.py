@@ -8,10 +8,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from balancer.edge.port import Port
+if TYPE_CHECKING:
+    from balancer.edge.port import Port
 
 log = logging.getLogger("balancer.server")
 
@@ -71,6 +72,13 @@ class Server:
     def start(self) -> None:
         for port in self.ports:
             port.start()
+
+    async def ready(self) -> None:
+        """Returns once it serves."""
+
+    def signals(self) -> Mapping[int, Callable[[], None]]:
+        """What else it does for a signal, in the event loop."""
+        return {}
 
     async def end(self, why: str, limit: float, delay: float = 0.0, hurry: asyncio.Future[Any] | None = None) -> bool:
         """Finish what is in flight, within `limit` seconds after `delay` in which all is served; `hurry` cuts it off.
