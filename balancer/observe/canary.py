@@ -95,6 +95,10 @@ class Canary:
         self._is_compared = False  # in this step
         self._begin(options.steps[0])
 
+    def add(self, record: Record) -> None:
+        """That of a request which another process has forwarded."""
+        (self.canary if record.pool == self._options.pools[-1] else self.stable).add(record)
+
     def shares(self) -> Sequence[float]:
         return 1 - self.share, self.share
 
