@@ -7,7 +7,7 @@ import secrets
 import ssl
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from balancer.balancing.counts import BackendCounts
 from balancer.balancing.ejection import KeptEjection
 from balancer.balancing.pool import DEFAULT_POOL, BackendPool
 from balancer.balancing.pools import Pools
+from balancer.balancing.shared import SharedLoads
 from balancer.commands import shipped
 from balancer.config.comparison import NOTHING, compare
 from balancer.config.decisions import Decision, Decisions
@@ -80,6 +81,19 @@ NEWS_SEVERITY: dict[EventKind, Severity] = {  # all others are told for informat
 
 
 @dataclass(frozen=True, slots=True)
+class Own:
+    """Parts that are others where several processes make one balancer. `loads` are then those of all, and
+    `certificate` was loaded by the master."""
+
+    statistics: Statistics = field(default_factory=Statistics)
+    routes: RouteCounts = field(default_factory=RouteCounts)
+    events: Events = field(default_factory=Events)
+    health: Callable[[Callable[[], None]], HealthChecker] = HealthChecker
+    loads: SharedLoads | None = None
+    certificate: Certificate | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Parts:
     """What a LoadBalancer starts and stops. `control_app` is the control API alone."""
 
@@ -103,20 +117,17 @@ def make(
     reload: Reload,
     renew: Callable[[], None],
     ports: Callable[[], Sequence[Port]],
-    *,
-    events: Events | None = None,
-    health: Callable[[Callable[[], None]], HealthChecker] = HealthChecker,
-    certificate: Certificate | None = None,
+    own: Own | None = None,
 ) -> Parts:
     """`sources` says where each setting came from; `filters` are asked about each request that is to be forwarded, in
-    their order; `renew` is called for each new certificate; `ports` are those that are listened on by then. `events`,
-    `health` and `certificate` are what a worker process has instead of its own. Raises SettingsError for an unknown
-    algorithm, an unreadable CA file or a certificate that cannot be used."""
+    their order; `renew` is called for each new certificate; `ports` are those that are listened on by then. Raises
+    SettingsError for an unknown algorithm, an unreadable CA file or a certificate that cannot be used."""
+    own = own or Own()
     strategies.load_entry_points()
     configuration = Configuration(config, sources)
-    statistics, events = Statistics(), events or Events()
+    statistics, events = own.statistics, own.events
     dialer = Dialer(_tls_context(config.ca_file), _names(events))
-    wired = PoolWiring(dialer, statistics, health)
+    wired = PoolWiring(dialer, statistics, own.health, own.loads)
     wired.use(config, compare(NOTHING, config, configuration.sources, wired.pools).pools)
     authentication = Authentication(dialer, _keys(events), statistics.refusals)
     authentication.check(config.auth, config.networks)
@@ -130,10 +141,10 @@ def make(
     workers = WorkerPool(config.max_threads, config.max_queued, config.thread_idle_timeout)
     limiter = Limiter(events)
     access = Access(config.options(AccessOptions))
-    renewal = _renewal(config, configuration, events, renew, certificate)
+    renewal = _renewal(config, configuration, events, renew, own.certificate)
     control = Control(
         *(wired.pools, statistics, events, history, writer, shipped.find("dashboard.html")),
-        *(configuration, decisions, access, RouteCounts(), limiter),
+        *(configuration, decisions, access, own.routes, limiter),
         canaries=canaries,
         idle=wired.idle,
         queued=lambda: workers.queued,

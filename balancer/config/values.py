@@ -53,7 +53,7 @@ Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 MaxConnections = Annotated[int, Field(ge=1, le=MAX_CONNECTIONS)]
 DrainTimeout = Annotated[SecondsOrZero, BeforeValidator(validation.no_truth_value)]
 
-MAX_WORKERS = 256
+MAX_WORKERS = 64
 SHORTEST_TOKEN = 16  # characters: fewer can be guessed
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from balancer.config.values import MAX_WORKERS
 from balancer.control.control import WorkerState, WorkerView
 from balancer.edge.server import DRAIN_LOOK_SECONDS, STOP_SECONDS, Server
 from balancer.processes import reuseport
@@ -90,6 +91,7 @@ class Place:
 class Meeting:
     """What the master does when a worker comes and goes."""
 
+    passes: Callable[[Place], list[int]]  # descriptors that the worker is to have
     begin: Callable[[Place], None]
     lost: Callable[[Place, str], None]
     cpus: Callable[[int], Sequence[int]]
@@ -159,7 +161,10 @@ class Crew(Server):
 
     def more(self) -> None:
         """SIGTTIN: one worker more."""
-        number = max(place.number for place in self.places) + 1
+        number = min({*range(len(self.places) + 1)} - {place.number for place in self.places})
+        if number == MAX_WORKERS:
+            log.warning("SIGTTIN: there are %d workers, and cannot be more", number)
+            return
         listener = self.places[0].listener
         if self._is_reuseport:
             reuseport.steer([listener], len(self._staying))
@@ -234,7 +239,7 @@ class Crew(Server):
     def _begin(self, place: Place) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            passed = [each.fileno() for each in (theirs, place.listener, *self._others)]
+            passed = [each.fileno() for each in (theirs, place.listener, *self._others)] + self._meeting.passes(place)
             command = [sys.executable, "-P", "-m", "balancer.processes.worker", str(theirs.fileno())]
             path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
             # They stay blocked in the child, and those that come to us meanwhile are not lost.
@@ -245,6 +250,7 @@ class Crew(Server):
                 )
             except OSError:
                 ours.close()
+                self._meeting.lost(place, "")
                 raise
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -8,28 +8,37 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from balancer import wiring
 from balancer.balancing.backends import Backend, LastCheck
 from balancer.balancing.changes import Change as PoolChange
 from balancer.balancing.pool import BackendPool
+from balancer.balancing.shared import SharedLoads
 from balancer.config.comparison import Plan
 from balancer.config.settings import Settings
 from balancer.control.control import WorkerView
 from balancer.edge import process, quota, tcpsocket
 from balancer.edge.server import Server
+from balancer.forwarding.filter import Filter
 from balancer.loadbalancer import LoadBalancer
 from balancer.observe.events import EventKind
+from balancer.observe.reports import Collector
+from balancer.observe.ring import Ring
 from balancer.processes import reuseport, shares
 from balancer.processes.crew import Crew, Meeting, Place
 from balancer.processes.forwarded import AnsweringWorkers
 from balancer.processes.link import Link
-from balancer.processes.news import Start, news_of
+from balancer.processes.news import Numbers, Start, news_of
 from balancer.protocol.addresses import UNIX
 from balancer.protocol.origin import Origin
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
 # After them workers have to know of the pool anew; what traffic or checks change is told by itself.
 OF_MEMBERS = frozenset({"backend_added", "backend_removed", "backend_changed", "backend_draining", "algorithm_changed"})
@@ -47,13 +56,25 @@ class Master(LoadBalancer):
         self._listeners: Mapping[str, socket.socket] = {}
         self._mains: list[socket.socket] = []
         self._config = config  # that workers have
+        self._loads = SharedLoads()
+        self._rings: dict[int, Ring] = {}  # by the number of the worker
+        self._numbers: dict[int, Numbers] = {}  # as well
         super().__init__(config=config, sources=sources)
-        self._answering = AnsweringWorkers(self.control_app)
+        self._answering = AnsweringWorkers(self._answer)
         self._follow = self.pools.tell
         self.pools.tell = self._changed
         self.pools.cut_off = self._cut_off
         self.pools.health.on_check = self._checked
         self.control.workers = self._describe
+        self.control.queued = lambda: sum(each.queued for each in list(self._numbers.values()))
+        self.control.idle = self._idle
+        self.control.log.dropped_elsewhere = lambda: sum(each.dropped for each in list(self._numbers.values()))
+        self._collector = Collector(self.control.statistics, self.control.routes, self.control.canaries)
+        self._look, self.pools.look = self.pools.look, self._look_around
+
+    def make(self, config: Settings, sources: Mapping[str, str] | None, filters: Sequence[Filter]) -> wiring.Parts:
+        own = wiring.Own(loads=self._loads)
+        return wiring.make(config, sources, filters, self.reload, self.renew, self.ports, own)
 
     # What it is as a whole.
 
@@ -87,16 +108,37 @@ class Master(LoadBalancer):
         mains = self._mains or [listeners["http"]] * self.count
         others = [each for role, each in listeners.items() if role != "http"]
         self._crew = Crew(
-            *(mains, others, Meeting(self._welcome, self._lost, self._cpus_of)),
+            *(mains, others, Meeting(self._passes, self._welcome, self._lost, self._cpus_of)),
             on_start=self.start_parts,
             on_drain=self.drain,
             on_stop=self.stop_parts,
         )
         return self._crew
 
-    def stop_parts(self) -> None:
+    def start_single_parts(self) -> None:
+        super().start_single_parts()
+        self._collector.start()
+
+    def stop_single_parts(self) -> None:
         self._answering.stop()
-        super().stop_parts()
+        self._collector.stop()
+        super().stop_single_parts()
+
+    def _answer(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        """A control request. What has happened before it is counted."""
+        self._collector.take()
+        return self.control_app(environ, start_response)
+
+    def _look_around(self) -> None:
+        self._look()
+        self._tell("canaries", self.control.canaries.shares())
+
+    def _idle(self) -> dict[str, Counter[str]]:
+        found: dict[str, Counter[str]] = {}
+        for numbers in list(self._numbers.values()):
+            for pool, idle in numbers.idle.items():
+                found.setdefault(pool, Counter()).update(idle)
+        return found
 
     def _cpus_of(self, number: int) -> Sequence[int]:
         wanted = self.settings.cpu_affinity
@@ -111,6 +153,12 @@ class Master(LoadBalancer):
 
     # Its workers come and go.
 
+    def _passes(self, place: Place) -> list[int]:
+        ring = self._rings[place.number] = Ring()
+        self._loads.forget(place.number)
+        self._collector.add(ring)
+        return [self._loads.fd, ring.fd]
+
     def _welcome(self, place: Place) -> None:
         assert place.child is not None
         child, link = place.child, place.child.link
@@ -121,6 +169,9 @@ class Master(LoadBalancer):
                 sources=self.configuration.sources,
                 certificate=self.renewal.certificate,
                 pools={pool.name: news_of(pool) for pool in self.control.pools},
+                canaries=self.control.canaries.shares(),
+                loads=self._loads.fd,
+                ring=self._rings[place.number].fd,
                 pseudonym=self.proxy.heads.pseudonym,
                 sockets={role: each.fileno() for role, each in {**self._listeners, "http": place.listener}.items()},
                 cpus=place.cpus,
@@ -139,16 +190,23 @@ class Master(LoadBalancer):
                 "judged": self._take_verdict,
                 "wake": self.pools.health.wake,
                 "event": self._take_event,
+                "numbers": partial(self._take_numbers, place.number),
             },
             lambda: None,
         )
 
     def _lost(self, place: Place, text: str) -> None:
+        """It may have begun, or not."""
+        ring = self._rings.pop(place.number)
+        in_flight = self._collector.end(ring)
+        ring.close()
+        self._loads.forget(place.number)
+        self._numbers.pop(place.number, None)
         with self._telling:
             living = [] if self._crew is None else [each.child.link for each in self._crew.places if each.child]
             self._links = [link for link in self._links if link in living]
         if text:
-            wiring.noting(self.control.events)("worker_lost", text)
+            wiring.noting(self.control.events)("worker_lost", f"{text}, with {in_flight} requests in flight")
 
     # What workers say, each in the thread of its link.
 
@@ -168,6 +226,12 @@ class Master(LoadBalancer):
 
     def _take_event(self, kind: EventKind, backend: str | None, message: str, more: Any, named: Any) -> None:
         self.control.events.add(kind, backend, message, *more, **named)
+
+    def _take_numbers(self, worker: int, numbers: Numbers) -> None:
+        self._numbers[worker] = numbers
+        self.control.limiter.restore(numbers.limits)
+        for pool in self.control.pools:
+            pool.note_selected(numbers.selected.get(pool.name, {}))
 
     # What they are told.
 

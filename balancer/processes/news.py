@@ -38,16 +38,32 @@ class PoolNews:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What a worker begins with. `sockets` are descriptors by their role, `cpus` those to run on."""
+    """What a worker begins with. `sockets` are descriptors by their role, as `loads` and `ring` are of memory; `cpus`
+    are those to run on, `canaries` the shares that they have."""
 
     number: int
     settings: Settings
     sources: Mapping[str, str]
     certificate: Certificate | None
     pools: Mapping[str, PoolNews]
+    canaries: Mapping[str, float]
+    loads: int
+    ring: int
     pseudonym: bytes
     sockets: Mapping[str, int]
     cpus: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """What a worker tells once a second. `selected`, by pool and backend, and `limits`, as the Limiter counts, are what
+    has come to them since; the others are as they are now."""
+
+    queued: int
+    idle: Mapping[str, Mapping[str, int]]
+    selected: Mapping[str, Mapping[str, int]]
+    limits: Mapping[str, int]
+    dropped: int
 
 
 def news_of(pool: BackendPool) -> PoolNews:

@@ -20,6 +20,7 @@ from balancer.balancing.backends import Backend, LastCheck
 from balancer.balancing.changes import Change
 from balancer.balancing.ejection import KeptEjection
 from balancer.balancing.pool import BackendPool
+from balancer.balancing.shared import SharedLoads
 from balancer.config.comparison import Plan
 from balancer.config.settings import Settings
 from balancer.edge import process, startup
@@ -32,9 +33,11 @@ from balancer.forwarding.filter import Filter
 from balancer.loadbalancer import LoadBalancer
 from balancer.observe import logrecords
 from balancer.observe.events import EventKind, Events
+from balancer.observe.reports import Reports
+from balancer.observe.ring import Ring
 from balancer.processes.forwarded import AskingMaster
 from balancer.processes.link import Link
-from balancer.processes.news import PoolNews, Start, changes
+from balancer.processes.news import Numbers, PoolNews, Start, changes
 from balancer.protocol.origin import Origin
 
 log = logging.getLogger("balancer.processes")
@@ -78,12 +81,16 @@ class Worker(LoadBalancer):
         self._link = link
         self._start = start
         self._ask = AskingMaster(link)
+        self.reports = Reports(Ring(start.ring))
         self._hurry: Future[None] = Future()
         self._orders: Future[tuple[str, float, float]] = Future()
         super().__init__(config=start.settings, sources=start.sources)
         self.proxy.control_app = self.control_app = self._ask
         self.proxy.heads = wiring.request_heads(self.settings, start.pseudonym, self.authentication.ours)
         self.pools.tell = self._tell
+        self.pools.look = self._tell_numbers
+        self._counted: dict[str, Mapping[str, int]] = {}  # what was told of, by what it is
+        self.control.canaries.take(start.canaries)
         for name, news in start.pools.items():
             self.take_pool(name, news)
             pool = self.control.pools.get(name)
@@ -94,9 +101,11 @@ class Worker(LoadBalancer):
     def make(self, config: Settings, sources: Mapping[str, str] | None, filters: Sequence[Filter]) -> wiring.Parts:
         parts = wiring.make(
             *(config, sources, filters, self.reload, self.renew, self.ports),
-            events=ToldEvents(self._link),
-            health=Untold,
-            certificate=self._start.certificate,
+            wiring.Own(
+                *(self.reports, self.reports.routes, ToldEvents(self._link), Untold),
+                loads=SharedLoads(self._start.loads, self._start.number),
+                certificate=self._start.certificate,
+            ),
         )
         assert isinstance(parts.pools.health, Untold)
         parts.pools.health.ask_master = lambda: self._link.tell("wake")
@@ -136,6 +145,7 @@ class Worker(LoadBalancer):
                 "refused": self.take_refused,
                 "ejection": self.take_ejection,
                 "cut": self.take_cut,
+                "canaries": self.control.canaries.take,
                 "answer": self._ask.answered,
                 "end": self._end,
                 "leave": lambda: self._end("one worker less", self.settings.drain_timeout, 0.0),
@@ -227,6 +237,22 @@ class Worker(LoadBalancer):
         if change.by != MASTER and change.kind in JUDGED and backend is not None:
             reason = backend.ejection.reason if change.kind == "backend_ejected" else change.text
             self._link.tell("judged", pool.name, backend.id, backend.origin, change.kind, reason)
+
+    def _tell_numbers(self) -> None:
+        """In the thread of `health`, about once a second."""
+        self.reports.flush()
+        selected = {
+            pool.name: self._added(pool.name, {each.id: each.counts.selected for each in pool.backends()})
+            for pool in self.control.pools
+        }
+        limits = self._added("", self.control.limiter.counts())
+        told = Numbers(self.workers.queued, self.pools.idle(), selected, limits, self.control.log.dropped)
+        self._link.tell("numbers", told)
+
+    def _added(self, kind: str, counts: Mapping[str, int]) -> dict[str, int]:
+        """Since it was asked last."""
+        before, self._counted[kind] = self._counted.get(kind, {}), counts
+        return {name: more for name, count in counts.items() if (more := count - before.get(name, 0)) > 0}
 
 
 def main(descriptor: str) -> int:
