@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn, TextIO
 from balancer import __version__
 from balancer.commands import completion, demo, newkey, probe
 from balancer.config import settings
-from balancer.edge import handover, quota
+from balancer.edge import handover, quota, upgrade
 from balancer.errors import SettingsError
 from balancer.protocol.texts import printable
 
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         file = Path(name)
     warnings = settings.warnings()
     try:
-        handed = handover.take(os.environ)
+        handed, predecessor = upgrade.take(os.environ)
         load = partial(settings.load, parsed, file=file, handed=handover.settings_of(handed))
         config, sources = load()
         if probed is not None:
@@ -115,7 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if forget and config.state_file is None:
                 raise SettingsError("--forget: nothing is kept, there is no state_file")
             if not check:
-                balancer.is_forgetful = forget
+                balancer.is_forgetful = forget and predecessor is None
+                balancer.is_command, balancer.predecessor = True, predecessor
                 if file is not None:
                     configuration = balancer.configuration
                     configuration.file, configuration.read = file, load

@@ -37,6 +37,7 @@ from balancer.edge.redirect import redirect_to
 from balancer.edge.server import Server
 from balancer.edge.sockets import Sockets
 from balancer.edge.tls import Certificate, TlsOptions
+from balancer.edge.upgrade import Predecessor, Successor
 from balancer.edge.workers import WorkerPool
 from balancer.errors import SettingsError
 from balancer.forwarding.filter import Filter
@@ -57,6 +58,7 @@ log = logging.getLogger("balancer")
 
 SPARE_DESCRIPTORS = 64  # for everything that is no client's
 ONCE = "a LoadBalancer starts or serves once; make a new one"
+LOOK_SECONDS = 0.05  # from one look whether its backends are known to the next
 DRAIN_SECONDS = 1.0  # of `stop`, unless it is told otherwise: somebody waits for it
 
 
@@ -111,11 +113,14 @@ class LoadBalancer:
             beside = ", ".join((["backends"] if backends is not None else []) + list(values))
             raise SettingsError(f"config has all settings, but {beside} came beside it; give either")
         self._server: Server | None = None  # once it listens
+        self._listeners: Handed = {}
         parts = self.make(config, sources, _checked(filters))
         self.app, self.control_app, self.proxy = parts.app, parts.control_app, parts.proxy
         self.control, self.pools, self.workers, self.routes = parts.control, parts.pools, parts.workers, parts.routes
         self.copies, self.memory = parts.copies, parts.memory
         self.is_forgetful = False  # what was decided before counts no more
+        self.predecessor: Predecessor | None = None  # the process whose place this one takes
+        self.is_command = False  # started as one, which can be started once more
         self.configuration, self.renewal = parts.control.configuration, parts.renewal
         self.authentication = parts.authentication
         self.app.extensions["balancer"] = self
@@ -259,9 +264,21 @@ class LoadBalancer:
                 drain_timeout=config.drain_timeout,
                 shutdown_delay=config.shutdown_delay,
                 on_hangup=self.hang_up if self.configuration.can_reload else None,
+                on_ready=self.succeed,
+                successor=Successor(self.sockets_to_hand_over, self.memory) if self.is_command else None,
             )
         finally:
             self._state = State.STOPPED
+
+    async def succeed(self) -> None:
+        """The process before this one may end once this one knows its backends."""
+        if self.predecessor is not None:
+            while not self.control.is_serving():
+                await asyncio.sleep(LOOK_SECONDS)
+            self.predecessor.tell_serving()
+
+    def sockets_to_hand_over(self) -> Handed:
+        return self._listeners
 
     def cpus(self) -> list[int]:
         """Those to run on, [] for no choice. Raises SettingsError."""
@@ -280,11 +297,14 @@ class LoadBalancer:
                 self._state = State.LISTENING
 
     def _open(self, handed: Handed) -> Server:
-        return self.server(self._bound(handed))
+        self._listeners = self.bound(handed)
+        return self.server(self._listeners)
 
-    def _bound(self, handed: Handed) -> dict[str, socket.socket]:
+    def bound(self, handed: Handed) -> dict[str, socket.socket]:
         """The sockets by their roles."""
         config = self.settings
+        if set(handed) - set(handover.ROLES):
+            raise SettingsError("workers = 1 after several of them: that takes a restart, SIGUSR2 cannot do it")
         with contextlib.ExitStack() as opened:
             listeners = {"http": handed.get("http") or opened.enter_context(self.listen_main())}
             for role, port in (("control", config.control_port), ("redirect", config.http_redirect_port)):
@@ -366,6 +386,8 @@ class LoadBalancer:
     def start_single_parts(self) -> None:
         """Those that there are once, however many worker processes there are."""
         if self.memory is not None:
+            if self.predecessor is not None:
+                self.predecessor.ask_for_state()
             self.memory.start("decisions" if self.is_forgetful else None)
         self.control.history.start()
         self.renewal.start()

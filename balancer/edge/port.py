@@ -94,6 +94,10 @@ class Port:
             self._worker.park()
         self._listener.close()
 
+    def has_clients(self) -> bool:
+        """Somebody is connected."""
+        return any(True for connections in accepted.slices(self.address) for _ in connections)
+
     def stop(self) -> asyncio.Future[Any]:
         """Accept no more; what it returns is done when all connections have ended."""
         assert self._worker is not None

@@ -22,7 +22,7 @@ from typing import Any
 
 from balancer.config.values import MAX_WORKERS
 from balancer.control.control import WorkerState, WorkerView
-from balancer.edge.server import DRAIN_LOOK_SECONDS, STOP_SECONDS, Server
+from balancer.edge.server import DRAIN_LOOK_SECONDS, PARKED_SECONDS, STOP_SECONDS, Server
 from balancer.processes import reuseport
 from balancer.processes.link import Link
 
@@ -140,6 +140,13 @@ class Crew(Server):
     def signals(self) -> Mapping[int, Callable[[], None]]:
         return {signal.SIGTTIN: self.more, signal.SIGTTOU: self.fewer}
 
+    async def give_way(self, hurry: asyncio.Future[Any]) -> None:
+        self._is_ending = True
+        self._tell_all("leave")
+        deadline = time.monotonic() + PARKED_SECONDS + STOP_SECONDS
+        while any(place.child for place in self.places) and time.monotonic() < deadline and not hurry.done():
+            await asyncio.wait([hurry], timeout=LOOK_SECONDS)
+
     async def end(self, why: str, limit: float, delay: float = 0.0, hurry: asyncio.Future[Any] | None = None) -> bool:
         hurry = hurry or asyncio.get_running_loop().create_future()
         self._is_ending = True
@@ -184,6 +191,17 @@ class Crew(Server):
         leaving = asyncio.create_task(self._leave(place))
         self._leaving.add(leaving)
         leaving.add_done_callback(self._leaving.discard)
+
+    def adapt(self, count: int) -> None:
+        """So many are to stay."""
+        while len(self._staying) > count:
+            self.fewer()
+        if self._is_reuseport:
+            reuseport.steer([self.places[0].listener], count)
+
+    def sockets(self) -> list[socket.socket]:
+        """One for each worker, or the same one for all."""
+        return [place.listener for place in self._staying]
 
     @property
     def _staying(self) -> list[Place]:

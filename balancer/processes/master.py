@@ -23,6 +23,7 @@ from balancer.config.comparison import Plan
 from balancer.config.settings import Settings
 from balancer.control.control import WorkerView
 from balancer.edge import process, quota, tcpsocket
+from balancer.edge.handover import ROLES, Handed
 from balancer.edge.server import Server
 from balancer.forwarding.filter import Filter
 from balancer.loadbalancer import LoadBalancer
@@ -53,7 +54,6 @@ class Master(LoadBalancer):
         self._telling = Lock()
         self._links: list[Link] = []
         self._crew: Crew | None = None
-        self._listeners: Mapping[str, socket.socket] = {}
         self._mains: list[socket.socket] = []
         self._config = config  # that workers have
         self._loads = SharedLoads()
@@ -103,9 +103,26 @@ class Master(LoadBalancer):
         self._mains = reuseport.listen(config.host, config.port, self.count)
         return self._mains[0]
 
+    def bound(self, handed: Handed) -> dict[str, socket.socket]:
+        self._mains = [each for role, each in handed.items() if role.startswith("http")]
+        return super().bound({role: each for role, each in handed.items() if role in ROLES})
+
+    def sockets_to_hand_over(self) -> Handed:
+        assert self._crew is not None
+        mains = dict.fromkeys(self._crew.sockets())  # the same one may be everybody's
+        named = {f"http{number or ''}": each for number, each in enumerate(mains)}
+        return {**named, **{role: each for role, each in self._listeners.items() if role != "http"}}
+
+    async def succeed(self) -> None:
+        """The process before this one may have had more workers, or fewer."""
+        if self.predecessor is not None and self._crew is not None:
+            self._crew.adapt(self.count)
+        await super().succeed()
+
     def server(self, listeners: Mapping[str, socket.socket]) -> Server:
-        self._listeners = listeners
-        mains = self._mains or [listeners["http"]] * self.count
+        mains = self._mains if len(self._mains) > 1 else [listeners["http"]] * self.count
+        mains += [reuseport.listen_too(*mains[0].getsockname()[:2]) for _ in range(self.count - len(mains))]
+        self._mains = mains
         others = [each for role, each in listeners.items() if role != "http"]
         self._crew = Crew(
             *(mains, others, Meeting(self._passes, self._welcome, self._lost, self._cpus_of)),

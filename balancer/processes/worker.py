@@ -83,7 +83,7 @@ class Worker(LoadBalancer):
         self._ask = AskingMaster(link)
         self.reports = Reports(Ring(start.ring))
         self._hurry: Future[None] = Future()
-        self._orders: Future[tuple[str, float, float]] = Future()
+        self._orders: Future[tuple[str, float, float, bool]] = Future()
         super().__init__(config=start.settings, sources=start.sources)
         self.proxy.control_app = self.control_app = self._ask
         self.proxy.heads = wiring.request_heads(self.settings, start.pseudonym, self.authentication.ours)
@@ -148,7 +148,7 @@ class Worker(LoadBalancer):
                 "canaries": self.control.canaries.take,
                 "answer": self._ask.answered,
                 "end": self._end,
-                "leave": lambda: self._end("one worker less", self.settings.drain_timeout, 0.0),
+                "leave": lambda: self._end("others take over", self.settings.drain_timeout, 0.0, True),
                 "hurry": lambda: self._hurry.set_result(None),
             },
             self._left_alone,
@@ -156,8 +156,11 @@ class Worker(LoadBalancer):
         process.settle_memory()
         self._link.tell("ready")
         beat = asyncio.create_task(self._beat())
-        why, limit, delay = await asyncio.wrap_future(self._orders)
-        ended = await server.end(why, limit, delay, asyncio.wrap_future(self._hurry))
+        why, limit, delay, gives_way = await asyncio.wrap_future(self._orders)
+        hurry = asyncio.wrap_future(self._hurry)
+        if gives_way:
+            await server.give_way(hurry)
+        ended = await server.end(why, limit, delay, hurry)
         beat.cancel()
         return ended
 
@@ -167,9 +170,9 @@ class Worker(LoadBalancer):
             self._link.tell("beat")
             await asyncio.sleep(BEAT_SECONDS)
 
-    def _end(self, why: str, limit: float, delay: float) -> None:
+    def _end(self, why: str, limit: float, delay: float, gives_way: bool = False) -> None:
         if not self._orders.done():
-            self._orders.set_result((why, limit, delay))
+            self._orders.set_result((why, limit, delay, gives_way))
 
     def _left_alone(self) -> None:
         self._ask.give_up()
