@@ -170,6 +170,10 @@ class LoadBalancer:
             raise SettingsError(f"recent = {validation.shown(recent)}: expected a whole number, 0 or more")
         return [record.explain() for record in self.control.statistics.newest(recent)]
 
+    def told(self) -> list[str]:
+        """What else is worth a word when it starts."""
+        return []
+
     def advice(self) -> list[str]:
         """A line for each setting that does not do what its owner may expect of it."""
         certificate = self.renewal.certificate

@@ -431,7 +431,7 @@ def test_a_unix_socket_is_shared(start_process: StartProcess, tmp_path: Path) ->
     balancer = start_process("--workers=2", f"--host=unix:{path}", wait_ready=False)
 
     def answers() -> bool:
-        command = ["curl", "-s", "-m", "60", "--unix-socket", str(path), "http://lb/cluster"]
+        command = ["curl", "-s", "-m", "60", "--unix-socket", str(path), "http://localhost/cluster"]
         out = subprocess.run(command, capture_output=True, check=False).stdout
         return bool(out) and [each["state"] for each in json.loads(out)["workers"]] == ["running"] * 2
 

@@ -87,6 +87,9 @@ class Master(LoadBalancer):
             found.append(tcpsocket.url_of(name if isinstance(name, str) else name[:2], scheme))
         return found
 
+    def told(self) -> list[str]:
+        return [f"{self.count} workers"]
+
     def cpus(self) -> list[int]:
         """Its workers are pinned."""
         return []
@@ -249,6 +252,9 @@ class Master(LoadBalancer):
         self.control.limiter.restore(numbers.limits)
         for pool in self.control.pools:
             pool.note_selected(numbers.selected.get(pool.name, {}))
+            pool.note_alive(numbers.alive.get(pool.name, {}))
+        if numbers.alive:
+            self._tell("alive", numbers.alive)
 
     # What they are told.
 
