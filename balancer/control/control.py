@@ -18,6 +18,7 @@ from balancer.config.comparison import Plan
 from balancer.config.decisions import Decisions
 from balancer.config.reload import Configuration
 from balancer.config.settings import Settings
+from balancer.control.revisions import Revisions
 from balancer.filters.limits import Limiter
 from balancer.observe.canary import Canaries
 from balancer.observe.events import Events
@@ -80,6 +81,7 @@ class Control:
     queued: Callable[[], int]  # requests that wait for a thread
     reload: Reload
     tls: Callable[[], TlsView | None]
+    revisions: Revisions = field(default_factory=Revisions)
     memory: Memory | None = None  # without a `state_file`
     lifecycle: Lifecycle = "starting"
     started: float = field(default_factory=time.monotonic)

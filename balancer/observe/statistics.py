@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Container, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
 from threading import Lock
-from typing import Any, cast
+from typing import Any, NotRequired, cast
 
 from typing_extensions import TypedDict
 
@@ -37,13 +37,15 @@ WHOLE = ("start_time", "retries", "retries_before")  # numbers of the whole that
 
 
 class CountersView(TypedDict):
+    """What requests came to. Times and codes are left out of backends that are not `timed`, and then of the whole."""
+
     total_requests: int
     successful_requests: int
     failed_requests: int
     aborted_requests: int
-    avg_response_time: float
-    latency: Percentiles
-    codes: Codes
+    avg_response_time: NotRequired[float]
+    latency: NotRequired[Percentiles]
+    codes: NotRequired[Codes]
 
 
 class StatisticsView(CountersView):
@@ -76,17 +78,24 @@ class Counters:
         return times
 
     def __iadd__(self, other: Counters) -> Counters:
+        self.add_numbers(other)
+        self.add_times(other)
+        return self
+
+    def add_numbers(self, other: Counters) -> None:
         self.failed += other.failed
         self.aborted += other.aborted
         for status, count in other.statuses.items():
             self.statuses[status] += count
+
+    def add_times(self, other: Counters) -> None:
         self.latency += other.latency
         self.other += other.other
-        return self
 
     def copy(self) -> Counters:
         copied = Counters()
-        copied += self
+        copied.failed, copied.aborted, copied.statuses = self.failed, self.aborted, self.statuses.copy()
+        copied.latency, copied.other = self.latency.copy(), self.other.copy()
         return copied
 
     def since(self, earlier: Counters) -> Counters:
@@ -115,12 +124,18 @@ class Counters:
             found[CODE_CLASSES[min(status // 100, 5) - 1]] += count  # above 599 is as good as 5xx (RFC 9110 section 15)
         return cast(Codes, found)
 
-    def describe(self) -> CountersView:
+    def numbers(self) -> CountersView:
+        total = self.total
         return {
-            "total_requests": self.total,
-            "successful_requests": self.total - self.failed,
+            "total_requests": total,
+            "successful_requests": total - self.failed,
             "failed_requests": self.failed,
             "aborted_requests": self.aborted,
+        }
+
+    def describe(self) -> CountersView:
+        return {
+            **self.numbers(),
             "avg_response_time": self.latency.seconds / (self.latency.total or 1),
             "latency": self.latency.summary(),
             "codes": self.codes(),
@@ -288,23 +303,31 @@ class Statistics:
         for gone in counted["since"].keys() - {None, *backends}:
             self.forget(cast(str, gone))
 
-    def snapshot(self, recent: int = 20) -> tuple[StatisticsView, dict[str | None, CountersView], list[RecentView]]:
-        """(whole, per backend id or None, newest `recent` requests first), all of one moment."""
+    def snapshot(
+        self, recent: int = 20, timed: Container[str | None] | None = None
+    ) -> tuple[StatisticsView, dict[str | None, CountersView], list[RecentView]]:
+        """(whole, per backend id or None, newest `recent` requests first), all of one moment. If `timed` is given, only
+        the backends in it have times and codes: those of 500, and of all of them together, take long."""
         with self._lock:
             nobody = self._forgotten.copy()
             nobody += self._counters[None]
             counted = self._counters | {None: nobody}
             total = Counters()
             for counters in counted.values():
-                total += counters
+                total.add_numbers(counters)
+                if timed is None:
+                    total.add_times(counters)
             whole: StatisticsView = {
-                **total.describe(),
+                **(total.describe() if timed is None else total.numbers()),
                 "start_time": self._start_time,
                 "active_requests": self._active,
                 "retries": self._retries,
                 "requests_per_second": self._arrivals.per_second(),
             }
-            backends = {key: counters.describe() for key, counters in counted.items()}
+            backends = {
+                key: counters.describe() if timed is None or key in timed else counters.numbers()
+                for key, counters in counted.items()
+            }
             newest = list(islice(reversed(self._recent), recent))
         return whole, backends, [record.describe() for record in newest]
 
