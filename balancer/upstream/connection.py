@@ -29,6 +29,7 @@ class Connection:
 
     __slots__ = (
         "sock",
+        "descriptor",
         "origin",
         "server",
         "idle_since",
@@ -42,6 +43,7 @@ class Connection:
 
     def __init__(self, sock: socket.socket, origin: Origin) -> None:
         self.sock = sock
+        self.descriptor = sock.fileno()
         self.origin = origin
         self.server = Server()  # what is known of it, by whoever keeps it
         self.idle_since = 0.0
