@@ -552,12 +552,13 @@ def test_what_comes_while_nobody_waits_for_it_is_left_and_found_later() -> None:
             if expected != b"first":  # else it was never watched
                 peer.send(expected)
                 express.run_once()
-                assert not looked and express._watched == {}
+                assert not looked and express._watched == {} and not call.connection.is_watched
             assert express.wait_for(call)  # type: ignore[arg-type]
             if expected == b"first":
                 peer.send(expected)
             express.run_once()
             assert looked.pop() == expected and list(express._watched.values()) == [call.connection]
+            assert call.connection.is_watched
     express.stop()
 
 

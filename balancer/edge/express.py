@@ -38,7 +38,7 @@ class Express:
     if the kernel watches no more. Each is one step that needs no lock, and so a call belongs to one thread at any time.
 
     A connection stays watched, `_watched` by its descriptor, while one request after the other waits on it: that saves
-    each a system call. When something comes for which nobody waits here, to a worker or to nobody, it is left.
+    each two system calls. When something comes for which nobody waits here, to a worker or to nobody, it is left.
     """
 
     def __init__(self, workers: WorkerPool) -> None:
@@ -79,13 +79,14 @@ class Express:
             try:
                 self._watch(descriptor, connection)
             except (OSError, ValueError):  # the kernel watches no more descriptors for us, or we have stopped
-                self._watched.pop(descriptor, None)
+                self._forget(descriptor)
                 return not self._claim(descriptor, call)  # else it was found overdue
         return True
 
     def _watch(self, descriptor: int, connection: Connection) -> None:
         """The kernel forgets each when it is closed."""
         self._watched[descriptor] = connection
+        connection.is_watched = True
         with suppress(FileExistsError):  # about to be left
             self._epoll.register(descriptor, INPUT)
 
@@ -143,13 +144,19 @@ class Express:
 
     def _leave(self, descriptor: int) -> None:
         """Watch it no more, unless somebody waits on it by now: who did not see that it is left would wait in vain."""
-        if self._watched.pop(descriptor, None) is None:
+        if not self._forget(descriptor):
             return
         with suppress(OSError):  # closed meanwhile
             self._epoll.unregister(descriptor)
         call = self._waiting.get(descriptor)
         if call is not None:
             self._watch(descriptor, self._sent(call).connection)
+
+    def _forget(self, descriptor: int) -> bool:
+        connection = self._watched.pop(descriptor, None)
+        if connection is not None:
+            connection.is_watched = False
+        return connection is not None
 
     def _sent(self, call: Call) -> Sent:
         assert call.forwarding is not None and call.forwarding.sent is not None
