@@ -14,6 +14,7 @@ from balancer.balancing.members import PoolChanges
 from balancer.balancing.options import PoolOptions
 from balancer.balancing.pool import BackendPool
 from balancer.balancing.pools import Pools
+from balancer.balancing.shared import SharedLoads
 from balancer.config.settings import Settings
 from balancer.fleet.health import Checked, HealthChecker, HealthOptions
 from balancer.forwarding.retrybudget import RetryBudget
@@ -44,14 +45,21 @@ class PoolWiring:
     when, of time.monotonic(), no new request comes to them. It is taken before that of `Pools`.
     """
 
-    def __init__(self, dialer: Dialer, statistics: Statistics) -> None:
+    def __init__(
+        self,
+        dialer: Dialer,
+        statistics: Statistics,
+        health: Callable[[Callable[[], None]], HealthChecker] = HealthChecker,
+        loads: SharedLoads | None = None,
+    ) -> None:
+        self._loads = loads  # of all processes
         self._dialer = dialer
         self._statistics = statistics
         self._lock = Lock()
         self.pools = Pools()
         self.parts: Mapping[str, PoolParts] = {}
         self._leaving: dict[PoolParts, float] = {}
-        self.health = HealthChecker(self._let_time_pass)
+        self.health = health(self._let_time_pass)
         self.tell: Callable[[BackendPool, Change], None] = lambda pool, change: None
         self.cut_off: Callable[[Backend], None] = lambda backend: None
         self.look: Callable[[], None] = lambda: None
@@ -83,7 +91,8 @@ class PoolWiring:
 
     def _made(self, name: str, settings: Settings, changes: PoolChanges) -> PoolParts:
         assert changes.strategy is not None
-        pool = BackendPool(changes.strategy, settings.options(PoolOptions), name)
+        loads = None if self._loads is None else self._loads.of(name)
+        pool = BackendPool(changes.strategy, settings.options(PoolOptions), name, loads=loads)
         changes.strategy = None  # it has it
         pool.on_change(lambda change: self.tell(pool, change))
         pool.cut_off = lambda backend: self.cut_off(backend)
@@ -131,5 +140,7 @@ class PoolWiring:
         if pool.is_empty:
             del self._leaving[parts]
             self.pools.forget(pool)
+            if self._loads is not None and pool.loads is not None:
+                self._loads.release(pool.loads)
             parts.adapter.close()
             self._check_all()

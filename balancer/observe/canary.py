@@ -95,6 +95,10 @@ class Canary:
         self._is_compared = False  # in this step
         self._begin(options.steps[0])
 
+    def add(self, record: Record) -> None:
+        """That of a request which another process has forwarded."""
+        (self.canary if record.pool == self._options.pools[-1] else self.stable).add(record)
+
     def shares(self) -> Sequence[float]:
         return 1 - self.share, self.share
 
@@ -185,6 +189,15 @@ class Canaries:
     def of(self, route: str) -> Canary | None:
         found = self._canaries.get(route)
         return None if found is None else found[1]
+
+    def shares(self) -> dict[str, float]:
+        return {route: canary.share for route, (_, canary) in self._canaries.items()}
+
+    def take(self, shares: Mapping[str, float]) -> None:
+        """They are compared elsewhere, and have these now."""
+        for route, share in shares.items():
+            if (canary := self.of(route)) is not None:
+                canary.share = share
 
     def look(self) -> None:
         for _, canary in self._canaries.values():

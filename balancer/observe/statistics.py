@@ -189,15 +189,20 @@ class Statistics:
         self._sampled: deque[Record] = deque(maxlen=SAMPLED_KEPT)
         self._troubled: deque[Record] = deque(maxlen=TROUBLED_KEPT)
 
-    def begin(self) -> None:
+    def begin(self, count: int = 1) -> None:
         """A request has arrived; exactly one `record` follows."""
         with self._lock:
-            self._active += 1
-            if self._arrivals.add():
+            self._active += count
+            if self._arrivals.add(count):
                 self._to_sample = SAMPLED_PER_SECOND
 
-    def record(self, record: Record) -> None:
-        """A request has ended, one way or another."""
+    def lost(self, count: int) -> None:
+        """So many have begun of which no `record` follows: they are gone with a process."""
+        with self._lock:
+            self._active -= count
+
+    def record(self, record: Record, *, is_sample: bool = True) -> None:
+        """A request has ended, one way or another. `is_sample`: it can tell why it went where it did."""
         with self._lock:
             self._active -= 1
             counters = self._counters.get(record.backend)
@@ -206,7 +211,7 @@ class Statistics:
             failed = counters.add(record)
             self._totals.add(record)
             self._recent.append(record)
-            if self._to_sample:
+            if self._to_sample and is_sample:
                 self._to_sample -= 1
                 self._sampled.append(record)
             if failed or len(record.attempts) > 1:
