@@ -121,7 +121,7 @@ class BackendPool:
     ) -> None:
         self.name = name
         self._lock = Lock()
-        self._loads = loads
+        self.loads = loads
         self._is_unsettled = False  # what `_look` has found may change who is a candidate
         self._strategy = strategy
         self._index: Indexed | None = None  # the strategy, if that is one
@@ -203,8 +203,8 @@ class BackendPool:
         chosen.counts.selected += 1
         if self._is_timed:
             chosen.speed.sent(self._clock())
-        if self._loads is not None:
-            self._loads.add(chosen, 1, self._is_timed)
+        if self.loads is not None:
+            self.loads.add(chosen, 1, self._is_timed)
         rank = None if index is None else index.taken(chosen) if is_turn else index.changed(chosen)
         lease = Lease(self, choice or Choice(chosen, self._scene, seen))
         if index is not None:
@@ -219,7 +219,7 @@ class BackendPool:
     def _choose_specially(self, request: Request, exclude: Collection[str]) -> tuple[Choice | None, bool]:
         """Where not every candidate takes every request, or the strategy wants a list, or goes by what other processes
         have in flight as well. Also, whether it is the turn of whom the index has chosen."""
-        if self._loads is not None:
+        if self.loads is not None:
             self._look()
         if self._candidates.starting:
             self._let_in()
@@ -244,7 +244,7 @@ class BackendPool:
 
     def _look(self, *, at_all: bool = False) -> None:
         """Take in what other processes have in flight."""
-        for backend, before in self._loads.look(at_all=at_all) if self._loads is not None else ():
+        for backend, before in self.loads.look(at_all=at_all) if self.loads is not None else ():
             if self._index is not None:
                 rank = self._index.changed(backend) if self._is_followed else None
                 self._scene.changes.append((backend, backend.active, rank))
@@ -318,7 +318,7 @@ class BackendPool:
         """Others are asked first from now on."""
         index, current = self._index, self._candidates
         self._is_special = index is None or self._is_sticky or current.is_conditional
-        self._is_special |= self._loads is not None and self._strategy.uses_load
+        self._is_special |= self.loads is not None and self._strategy.uses_load
         if index is not None:
             self._is_followed = index.follows or self._is_special
             self._sees_more = index.explains or (current.are_many and index.has_ranks)
@@ -345,8 +345,8 @@ class BackendPool:
         return waiting < options.queue_limit and waiting + self.waiting_elsewhere() < options.queue_places
 
     def _tell_waiting(self) -> None:
-        if self._loads is not None:
-            self._loads.wait(len(self._line))
+        if self.loads is not None:
+            self.loads.wait(len(self._line))
 
     def _refusal(self, exclude: Collection[str], about_waiting: str) -> Unavailable:
         excluded = self._candidates.why_not(exclude)
@@ -357,7 +357,7 @@ class BackendPool:
     def _wait(self, waiter: Waiter[Lease], client: Client, seconds: float) -> Lease:
         started = self._clock()
         client.attach(waiter)
-        if self._loads is None:
+        if self.loads is None:
             waiter.wait(seconds)
         else:
             self._look_until(waiter, started + seconds)
@@ -386,8 +386,8 @@ class BackendPool:
             if lease.choice.origin == backend.origin:
                 if not was_answered:
                     self._judge.answered(backend, first_byte_seconds)
-                    if self._loads is not None:
-                        self._loads.add(backend, 0, -1)
+                    if self.loads is not None:
+                        self.loads.add(backend, 0, -1)
                     if self._index is not None:
                         self._scene.changes.append((backend, backend.active, self._index.changed(backend)))
                 if lease.is_trial and is_good:
@@ -412,9 +412,9 @@ class BackendPool:
                 judge, is_trial, is_answered = self._judge, lease.is_trial, lease.is_answered
                 if judge.ended(backend, first_byte_seconds, failure, is_trial, is_answered):
                     self._judged()
-            if self._loads is not None:
+            if self.loads is not None:
                 owed = not lease.is_answered and lease.choice.origin == backend.origin
-                self._loads.add(backend, -1, -owed)
+                self.loads.add(backend, -1, -owed)
             if (index := self._index) is not None:
                 rank = index.changed(backend) if self._is_followed else None
                 self._scene.changes.append((backend, backend.active, rank))
@@ -574,9 +574,9 @@ class BackendPool:
         self._index = cast(Indexed, strategy) if is_indexed else None
         if self._candidates.starting:
             self._candidates.earn(self._clock(), options.slow_start)
-        if self._loads is not None:
-            self._loads.is_timed = self._is_timed
-            self._loads.follow((*self._backends.values(), *self._members.gone))
+        if self.loads is not None:
+            self.loads.is_timed = self._is_timed
+            self.loads.follow((*self._backends.values(), *self._members.gone))
         self._candidates.refresh(options.panic_threshold if self._had_first_round else 0.0, self._usual_shares)
         self._gather()
         self._line.serve(self._choose)
@@ -625,7 +625,7 @@ class BackendPool:
     @property
     def waiting(self) -> int:
         """Requests in the queue, of all processes."""
-        return len(self._line) if self._loads is None else self._loads.waiting
+        return len(self._line) if self.loads is None else self.loads.waiting
 
     def recent_choices(self) -> int:
         """How many requests, retries among them, there were in the last 10 s."""

@@ -75,7 +75,7 @@ class SharedLoads:
         start = HEAD + place * AREA
         return PoolLoads(self._head, self._memory[start : start + AREA], self._row)
 
-    def release(self, loads: PoolLoads) -> None:
+    def release(self, loads: PoolLoads | None) -> None:
         """In the master: its pool is gone, and has nothing in flight anywhere."""
         for place, each in [*self._used.items()]:
             if each is loads:
