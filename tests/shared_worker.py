@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Thread
 
-from support import make_record, options
-
 from balancer.balancing.backends import LastCheck
 from balancer.balancing.options import PoolOptions
 from balancer.balancing.pool import BackendPool, Lease
 from balancer.balancing.shared import PoolLoads, SharedLoads
 from balancer.balancing.strategies import create
+from balancer.config.settings import Settings
+from balancer.observe.record import Record
 from balancer.observe.reports import Ledger, Reports
 from balancer.protocol.origin import Origin
 
@@ -27,9 +27,8 @@ GOOD = LastCheck(at=1.0, duration=0.001, status=200, error=None)
 def make_pool(
     loads: PoolLoads | None, names: Sequence[str], algorithm: str = "least_connections", limit: int | None = None
 ) -> BackendPool:
-    pool = BackendPool(
-        create(algorithm), options(PoolOptions, queue_timeout=60.0, queue_limit=1000, eject_after=0), loads=loads
-    )
+    options = Settings(queue_timeout=60.0, queue_limit=1000, eject_after=0).options(PoolOptions)
+    pool = BackendPool(create(algorithm), options, loads=loads)
     for name in names:
         add(pool, name, limit)
     return pool
@@ -78,7 +77,9 @@ class Worker:
         self.most = max(self.most, *self.active())
         between()
         lease.release(0.01)
-        self.reports.record(make_record(lease.backend.id))
+        record = Record(time.time(), "GET", "/", "id-1")
+        record.backend, record.status = lease.backend.id, 200
+        self.reports.record(record)
 
     def requests(self) -> None:
         """One after another for ever; a line is printed for each that has ended."""
