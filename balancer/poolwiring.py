@@ -47,7 +47,13 @@ class PoolWiring:
     when, of time.monotonic(), no new request comes to them. It is taken before that of `Pools`.
     """
 
-    def __init__(self, dialer: Dialer, statistics: Statistics, loads: SharedLoads | None = None) -> None:
+    def __init__(
+        self,
+        dialer: Dialer,
+        statistics: Statistics,
+        health: Callable[[Callable[[], None]], HealthChecker] = HealthChecker,
+        loads: SharedLoads | None = None,
+    ) -> None:
         self._dialer = dialer
         self._statistics = statistics
         self._loads = loads
@@ -55,7 +61,7 @@ class PoolWiring:
         self.pools = Pools()
         self.parts: Mapping[str, PoolParts] = {}
         self._leaving: dict[PoolParts, float] = {}
-        self.health = HealthChecker(self._let_time_pass)
+        self.health = health(self._let_time_pass)
         self.tell: Callable[[BackendPool, Change], None] = lambda pool, change: None
         self.cut_off: Callable[[Backend], None] = lambda backend: None
         self.look: Callable[[], None] = lambda: None

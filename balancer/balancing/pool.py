@@ -19,7 +19,7 @@ from typing import Any, cast
 
 from typing_extensions import TypedDict
 
-from balancer.balancing.backends import EXPLAINED, Backend, BackendView, Choice, LastCheck, Scene, Source
+from balancer.balancing.backends import EXPLAINED, Backend, BackendView, Choice, Health, LastCheck, Scene, Source
 from balancer.balancing.candidates import Candidates
 from balancer.balancing.changes import Listener, Notifier
 from balancer.balancing.counts import BackendCounts
@@ -448,6 +448,21 @@ class BackendPool:
                 self._judged()
         self._notifier.notify()
 
+    def record_verdict(self, backend: Backend, reason: str | None, origin: Origin | None = None) -> None:
+        """What traffic of another process has made of it: out for this reason, or back."""
+        with self._lock:
+            if self._is_here(backend, origin) and self._judge.take_over(backend, reason):
+                self._judged()
+        self._notifier.notify()
+
+    def adopt(self, health: Mapping[str, Health]) -> None:
+        """What another process has seen of them, by their ids, before the first request."""
+        with self._changing():
+            for backend_id, seen in health.items():
+                if backend_id in self._backends:
+                    self._backends[backend_id].health = seen
+            self._judged()
+
     def sweep(self) -> None:
         """Let time pass: ejections, slow starts and drains end, response times are compared. Call about once a
         second."""
@@ -660,6 +675,13 @@ class BackendPool:
         """True from the moment when every backend that is checked had a health status; later ones change nothing."""
         with self._lock:
             return self._had_first_round or self._is_all_known()
+
+    def note_selected(self, chosen: Mapping[str, int]) -> None:
+        """How often another process has chosen each."""
+        with self._lock:
+            for backend_id, times in chosen.items():
+                if backend_id in self._backends:
+                    self._backends[backend_id].counts.selected += times
 
     def counts(self) -> dict[str, BackendCounts]:
         """Copies, with the time that a backend has been down so far."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from balancer.state.memory import Memory
 
 Lifecycle = Literal["starting", "running", "draining"]
+WorkerState = Literal["starting", "running", "draining", "waiting"]
 Reload = Callable[[bool, Callable[[str], bool]], Plan]  # True only asks what it would do
 
 
@@ -52,6 +54,22 @@ class StateView(TypedDict):
 
     file: str
     last_error: str | None
+
+
+class WorkerView(TypedDict):
+    """A process that serves. `since` is when it was started, `cpu` the only one that it runs on."""
+
+    id: int
+    pid: int | None
+    cpu: int | None
+    since: float | None
+    state: WorkerState
+
+
+def this_process(since: float) -> WorkerView:
+    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
+    cpu = next(iter(cpus)) if len(cpus) == 1 else None
+    return {"id": 0, "pid": os.getpid(), "cpu": cpu, "since": since, "state": "running"}
 
 
 class ManagedView(BackendView):
@@ -81,6 +99,7 @@ class Control:
     reload: Reload
     tls: Callable[[], TlsView | None]
     memory: Memory | None = None  # without a `state_file`
+    workers: Callable[[], list[WorkerView]] = list
     lifecycle: Lifecycle = "starting"
     started: float = field(default_factory=time.monotonic)
 

@@ -22,7 +22,7 @@ from balancer.balancing.pool import PoolView
 from balancer.balancing.strategies import StrategyView
 from balancer.config.reload import ConfigView
 from balancer.control.access import first_segment, is_authorized
-from balancer.control.control import Lifecycle, ManagedView, StateView, TlsView, current_control
+from balancer.control.control import Lifecycle, ManagedView, StateView, TlsView, WorkerView, current_control
 from balancer.control.inputs import whole_number
 from balancer.control.metrics import current_metrics
 from balancer.control.problems import ApiError
@@ -137,6 +137,10 @@ class Readiness(TypedDict):
 class EventsView(TypedDict):
     events: list[Event]
     latest: int
+
+
+class ClusterView(TypedDict):
+    workers: list[WorkerView]
 
 
 class HistoryView(TypedDict):
@@ -306,6 +310,11 @@ def show_configuration() -> Response:
 def events() -> Response:
     newer, latest = current_control().events.since(whole_number("since", 0, 10**15), is_authorized())
     return jsonify(EventsView(events=newer, latest=latest))
+
+
+@blueprint.get("/cluster")
+def cluster() -> Response:
+    return jsonify(ClusterView(workers=current_control().workers()))
 
 
 @blueprint.get("/metrics")

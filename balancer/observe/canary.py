@@ -200,6 +200,15 @@ class Canaries:
         found = self._canaries.get(route)
         return None if found is None else found[1]
 
+    def shares(self) -> dict[str, float]:
+        return {route: canary.share for route, (_, canary) in self._canaries.items()}
+
+    def take(self, shares: Mapping[str, float]) -> None:
+        """They are compared elsewhere, and have these now."""
+        for route, share in shares.items():
+            if (canary := self.of(route)) is not None:
+                canary.share = share
+
     def look(self) -> None:
         for _, canary in self._canaries.values():
             canary.look()
