@@ -26,6 +26,7 @@ from balancer.control.control import Lifecycle, ManagedView, StateView, TlsView,
 from balancer.control.inputs import whole_number
 from balancer.control.metrics import current_metrics
 from balancer.control.problems import ApiError
+from balancer.fleet.discovery import SourceView
 from balancer.observe.canary import CanaryView
 from balancer.observe.events import Event
 from balancer.observe.history import SLOTS, WINDOWS, Figures, Slot
@@ -118,6 +119,7 @@ class Status(TypedDict):
     state: StateView | None
     statistics: TotalsView
     pools: list[PoolStatus]
+    sources: list[SourceView]
     backend_servers: list[ServerView]
     routes: list[RouteView]
     recent_requests: list[RecentView]
@@ -190,6 +192,7 @@ def status() -> Response:
             state=_state(),
             statistics=totals,
             pools=_pools(backends),
+            sources=_sources(),
             backend_servers=backends,
             routes=_routes(),
             recent_requests=[_shown(record) for record in newest],
@@ -252,6 +255,13 @@ def _state() -> StateView | None:
         return None
     told = str if is_authorized() else control.configuration.without_folders
     return {"file": told(str(memory.path)), "last_error": memory.last_error and told(memory.last_error)}
+
+
+def _sources() -> list[SourceView]:
+    control = current_control()
+    told = str if is_authorized() else control.configuration.without_folders
+    found = control.discovery.describe()
+    return [{**source, "last_error": source["last_error"] and told(source["last_error"])} for source in found]
 
 
 def _shown(record: F) -> F:
