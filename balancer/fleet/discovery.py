@@ -27,6 +27,7 @@ from balancer.protocol.texts import shown
 
 RETRY_SECONDS = 1.0  # after a first failure; twice as long after each further one
 CONFIRM_SECONDS = 1.0  # until the second look at what seems to take many backends away
+ID_LENGTH = 64  # at most
 JOIN_SECONDS = 1.0  # for a source that does not end at once; it can change nothing any more
 DECIDED = ("weight", "max_connections", "drain_timeout")  # what a source says of a backend, beside where it is
 
@@ -319,6 +320,12 @@ def _by_pool(found: Mapping[str, Found]) -> dict[str, dict[str, Found]]:
     for key, each in found.items():
         pools.setdefault(each.pool, {})[key] = each
     return pools
+
+
+def id_of(prefix: str, address: str, port: int | None = None) -> str:
+    """The same for the same address; `:` stands in IPv6 ones alone."""
+    end = "-" + address.replace(":", "-") + ("" if port is None else f"-{port}")
+    return prefix[: ID_LENGTH - len(end)] + end
 
 
 def _join(watches: Collection[Watch]) -> None:

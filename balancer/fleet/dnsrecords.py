@@ -20,7 +20,7 @@ import dns.resolver
 
 from balancer.balancing.backends import MAX_WEIGHT
 from balancer.config.values import BackendSettings, name_server
-from balancer.fleet.discovery import Found, Source, SourceFailed
+from balancer.fleet.discovery import Found, Source, SourceFailed, id_of
 from balancer.protocol.origin import Discovered
 
 LOOK_SECONDS = 4.0  # for all that is asked in one look
@@ -29,7 +29,6 @@ SHORTEST_SECONDS, LONGEST_SECONDS = 1.0, 60.0  # that an answer is used before t
 LOST_SECONDS = 1.0  # between two looks at who is lost
 UDP_BYTES = 1232  # of an answer, which fit into one packet everywhere; larger ones come over TCP
 MOST = 256  # addresses, and SRV records
-ID_LENGTH = 64
 FAILURES = {
     dns.resolver.NXDOMAIN: "there is no such name",
     dns.resolver.NoAnswer: "it has no such records",
@@ -171,9 +170,7 @@ class DnsSource(Source):
         return used
 
     def _id(self, place: Place) -> str:
-        """The same for the same address; `:` stands in IPv6 ones alone."""
-        end = "-" + place.address.replace(":", "-") + (f"-{place.port}" if self.kind == "srv" else "")
-        return self._entry.id[: ID_LENGTH - len(end)] + end
+        return id_of(self._entry.id, place.address, place.port if self.kind == "srv" else None)
 
 
 async def _addresses(resolver: dns.asyncresolver.Resolver, name: str | dns.name.Name) -> tuple[list[str], int]:

@@ -10,6 +10,7 @@ from balancer.errors import SettingsError
 from balancer.fleet.backendsfile import FileSource
 from balancer.fleet.discovery import Source
 from balancer.fleet.docker import DockerSource
+from balancer.fleet.kubernetes import KubernetesSource
 from balancer.protocol.origin import Origin
 
 
@@ -24,7 +25,9 @@ def made(config: Settings, is_lost: Callable[[str], bool]) -> list[Source]:
     for pool, entry in config.discovered().values():
         where = entry.discovered
         assert where is not None
-        if where.kind != "kubernetes":
+        if where.kind == "kubernetes":
+            found.append(KubernetesSource(pool, entry, where))
+        else:
             try:
                 from balancer.fleet.dnsrecords import DnsSource
             except ImportError:
