@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import ssl
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from balancer.errors import BalancerError
@@ -26,7 +27,7 @@ class Refused(SourceFailed):
     """It answered, but with another status than 200."""
 
     def __init__(self, origin: Origin, status: int) -> None:
-        super().__init__(f"{origin.url} answered {status}")
+        super().__init__(f"{origin.url} answered {status}" + (": it is not allowed" if status in (401, 403) else ""))
         self.status = status
 
 
@@ -57,12 +58,17 @@ class JsonApi:
             raise SourceFailed(f"{self._origin.url}: no whole answer of at most {MOST_BYTES} bytes in time")
         return json.loads(data)
 
-    def watch(self, target: str, seconds: float) -> Generator[list[Any], None, None]:
+    @contextmanager
+    def watch(self, target: str, seconds: float) -> Iterator[Iterator[list[Any]]]:
         """What comes, a line each, several if they come together; it ends when the server ends it, or after so many
         seconds. Raises SourceFailed at once if it is refused; later ValueError."""
-        return self._news(self._ask(target, seconds), time.monotonic() + seconds)
+        body = self._ask(target, seconds)
+        try:
+            yield self._news(body, time.monotonic() + seconds)
+        finally:
+            body.close()
 
-    def _news(self, body: ResponseBody, deadline: float) -> Generator[list[Any], None, None]:
+    def _news(self, body: ResponseBody, deadline: float) -> Iterator[list[Any]]:
         rest = b""
         try:
             while time.monotonic() < deadline and (data := body.read_chunk()):
@@ -73,8 +79,6 @@ class JsonApi:
                     yield news
         except BalancerError:
             pass  # cut off, or silent for as long as it may: whoever asks again will see
-        finally:
-            body.close()
 
     def _ask(self, target: str, seconds: float) -> ResponseBody:
         timeouts = Timeouts(CONNECT_SECONDS, ANSWER_SECONDS, seconds, pool_idle_timeout=0)
