@@ -27,6 +27,7 @@ from balancer.control.inputs import whole_number
 from balancer.control.metrics import current_metrics
 from balancer.control.problems import ApiError
 from balancer.control.revisions import Patch
+from balancer.fleet.discovery import SourceView
 from balancer.observe.canary import CanaryView
 from balancer.observe.events import Event
 from balancer.observe.history import SLOTS, WINDOWS, Figures, Slot
@@ -121,6 +122,7 @@ class Status(TypedDict):
     state: StateView | None
     statistics: TotalsView
     pools: list[PoolStatus]
+    sources: list[SourceView]
     backend_servers: list[ServerView]
     revision: int | None
     changed_backends: dict[str, Patch] | None
@@ -202,6 +204,7 @@ def status() -> Response:
             state=_state(),
             statistics=totals,
             pools=_pools(backends),
+            sources=_sources(),
             backend_servers=backends if changed is None else [],
             revision=revision,
             changed_backends=changed,
@@ -266,6 +269,13 @@ def _state() -> StateView | None:
         return None
     told = str if is_authorized() else control.configuration.without_folders
     return {"file": told(str(memory.path)), "last_error": memory.last_error and told(memory.last_error)}
+
+
+def _sources() -> list[SourceView]:
+    control = current_control()
+    told = str if is_authorized() else control.configuration.without_folders
+    found = control.discovery.describe()
+    return [{**source, "last_error": source["last_error"] and told(source["last_error"])} for source in found]
 
 
 def _shown(record: F) -> F:
