@@ -40,6 +40,7 @@ from balancer.edge.tls import Certificate, TlsOptions
 from balancer.edge.upgrade import Predecessor, Successor
 from balancer.edge.workers import WorkerPool
 from balancer.errors import SettingsError
+from balancer.fleet import sources
 from balancer.forwarding.filter import Filter
 from balancer.observe.events import Event
 from balancer.observe.record import ExplainedView
@@ -393,6 +394,7 @@ class LoadBalancer:
             if self.predecessor is not None:
                 self.predecessor.ask_for_state()
             self.memory.start("decisions" if self.is_forgetful else None)
+        self.control.discovery.start()
         self.control.history.start()
         self.renewal.start()
 
@@ -432,6 +434,7 @@ class LoadBalancer:
 
     def stop_single_parts(self) -> None:
         self.renewal.stop()
+        self.control.discovery.stop()
         self.control.history.stop()
         if self.memory is not None:
             self.memory.stop()
@@ -485,6 +488,7 @@ class LoadBalancer:
         Those under way keep their Route and RequestHead; all else they look up at each step anew.
         """
         self.pools.use(config, plan.pools)
+        self.control.discovery.use(sources.made(config, self.control.discovery.is_lost))
         self.authentication.use()
         self.proxy.routes = self.routes(config)
         self.pools.retire()

@@ -41,6 +41,8 @@ class PoolWiring:
     `tell` is called for each change of a pool, `cut_off` to end what is in flight on a backend, `is_used` to know
     whether a request in flight may still need a pool, `look` about once a second; whoever cares sets them.
 
+    `loads` are what the processes of the balancer share, if there are several.
+
     `_lock` is held while `parts` is replaced, and guards `_leaving`: those that the settings have no more, and since
     when, of time.monotonic(), no new request comes to them. It is taken before that of `Pools`.
     """
@@ -52,9 +54,9 @@ class PoolWiring:
         health: Callable[[Callable[[], None]], HealthChecker] = HealthChecker,
         loads: SharedLoads | None = None,
     ) -> None:
-        self._loads = loads  # of all processes
         self._dialer = dialer
         self._statistics = statistics
+        self._loads = loads
         self._lock = Lock()
         self.pools = Pools()
         self.parts: Mapping[str, PoolParts] = {}
@@ -140,7 +142,7 @@ class PoolWiring:
         if pool.is_empty:
             del self._leaving[parts]
             self.pools.forget(pool)
-            if self._loads is not None and pool.loads is not None:
+            if self._loads is not None:
                 self._loads.release(pool.loads)
             parts.adapter.close()
             self._check_all()

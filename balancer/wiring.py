@@ -44,6 +44,8 @@ from balancer.filters.mirror import Copies
 from balancer.filters.servedby import ServedBy
 from balancer.filters.serviceworkers import ServiceWorkers
 from balancer.filters.sticky import Sticky, StickyOptions, cookie_of
+from balancer.fleet import sources as sources_of
+from balancer.fleet.discovery import Discovery, Found
 from balancer.fleet.health import HealthChecker
 from balancer.forwarding.filter import Filter
 from balancer.forwarding.route import Route, RouteOptions, Routes
@@ -77,6 +79,7 @@ NEWS_SEVERITY: dict[EventKind, Severity] = {  # all others are told for informat
     "canary_returned": "warning",
     "state_failed": "error",
     "worker_lost": "error",
+    "source_failed": "warning",
 }
 
 
@@ -134,6 +137,8 @@ def make(
     authentication.use()
 
     canaries, decisions = Canaries(noting(events)), _decisions(configuration, wired.pools, events)
+    discovery = Discovery(wired.pools, noting(events, configuration.without_folders))
+    discovery.use(sources_of.made(config, discovery.is_lost))
     wired.look = lambda: _pass_time(canaries, decisions)
 
     app = Flask(__name__, static_folder=None)
@@ -144,7 +149,7 @@ def make(
     renewal = _renewal(config, configuration, events, renew, own.certificate)
     control = Control(
         *(wired.pools, statistics, events, history, writer, shipped.find("dashboard.html")),
-        *(configuration, decisions, access, own.routes, limiter),
+        *(configuration, decisions, access, own.routes, limiter, discovery),
         canaries=canaries,
         idle=wired.idle,
         queued=lambda: workers.queued,
@@ -266,6 +271,7 @@ def _memory(control: Control) -> Memory | None:
 
     kept = {
         "events": Kept(events.kept, lambda kept: events.restore(kept.values()), KeptEvent),
+        "sources": Kept(control.discovery.kept, control.discovery.restore, list[Found]),
         "decisions": Kept(control.decisions.kept, control.decisions.restore, Decision),
         "ejections": Kept(
             lambda: {key: each for pool in pools for key, each in pool.ejections().items()}, eject, KeptEjection

@@ -1,6 +1,6 @@
-"""A worker process as far as numbers are shared: a pool, and a ring for records. Evaluates each line that it is sent.
+"""A worker process as far as numbers are shared: a pool, and a ledger for records. Evaluates each line that it is sent.
 
-python tests/shared_worker.py LOADS RING ROW ALGORITHM LIMIT BACKEND...
+python tests/shared_worker.py LOADS LEDGER ROW ALGORITHM LIMIT BACKEND...
 """
 
 from __future__ import annotations
@@ -11,15 +11,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Thread
 
-from support import make_record, options
-
 from balancer.balancing.backends import LastCheck
 from balancer.balancing.options import PoolOptions
 from balancer.balancing.pool import BackendPool, Lease
 from balancer.balancing.shared import PoolLoads, SharedLoads
 from balancer.balancing.strategies import create
-from balancer.observe.reports import Reports
-from balancer.observe.ring import Ring
+from balancer.config.settings import Settings
+from balancer.observe.record import Record
+from balancer.observe.reports import Ledger, Reports
 from balancer.protocol.origin import Origin
 
 GOOD = LastCheck(at=1.0, duration=0.001, status=200, error=None)
@@ -28,9 +27,8 @@ GOOD = LastCheck(at=1.0, duration=0.001, status=200, error=None)
 def make_pool(
     loads: PoolLoads | None, names: Sequence[str], algorithm: str = "least_connections", limit: int | None = None
 ) -> BackendPool:
-    pool = BackendPool(
-        create(algorithm), options(PoolOptions, queue_timeout=60.0, queue_limit=1000, eject_after=0), loads=loads
-    )
+    options = Settings(queue_timeout=60.0, queue_limit=1000, eject_after=0).options(PoolOptions)
+    pool = BackendPool(create(algorithm), options, loads=loads)
     for name in names:
         add(pool, name, limit)
     return pool
@@ -43,9 +41,9 @@ def add(pool: BackendPool, name: str, limit: int | None = None) -> None:
 class Worker:
     """What the lines call."""
 
-    def __init__(self, fd: int, ring: int, row: int, algorithm: str, limit: int, names: Sequence[str]) -> None:
+    def __init__(self, fd: int, ledger: int, row: int, algorithm: str, limit: int, names: Sequence[str]) -> None:
         self.pool = make_pool(SharedLoads(fd, row).of("default"), names, algorithm, limit or None)
-        self.reports = Reports(Ring(ring))
+        self.reports = Reports(Ledger(ledger))
         self.leases: list[Lease] = []
         self.most = 0  # in flight on one backend, as seen right after a lease
 
@@ -79,7 +77,9 @@ class Worker:
         self.most = max(self.most, *self.active())
         between()
         lease.release(0.01)
-        self.reports.record(make_record(lease.backend.id))
+        record = Record(time.time(), "GET", "/", "id-1")
+        record.backend, record.status = lease.backend.id, 200
+        self.reports.record(record)
 
     def requests(self) -> None:
         """One after another for ever; a line is printed for each that has ended."""
@@ -89,8 +89,8 @@ class Worker:
 
 
 def main() -> None:
-    fd, ring, row = map(int, sys.argv[1:4])
-    worker = Worker(fd, ring, row, sys.argv[4], int(sys.argv[5]), sys.argv[6:])
+    fd, ledger, row = map(int, sys.argv[1:4])
+    worker = Worker(fd, ledger, row, sys.argv[4], int(sys.argv[5]), sys.argv[6:])
     names = {name: getattr(worker, name) for name in dir(worker)} | {"add": add, "worker": worker}
     for line in sys.stdin:
         print(repr(eval(line, names)), flush=True)

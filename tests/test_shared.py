@@ -22,7 +22,7 @@ from balancer.balancing.pool import BackendPool
 from balancer.balancing.shared import SLOTS, SharedLoads
 from balancer.observe.canary import Canaries
 from balancer.observe.record import Attempt
-from balancer.observe.reports import Collector, Reports
+from balancer.observe.reports import DROPPED, Collector, Ledger, Reports
 from balancer.observe.ring import Ring
 from balancer.observe.routecounts import RouteCounts
 from balancer.observe.statistics import Statistics
@@ -31,14 +31,22 @@ from balancer.protocol.origin import Origin
 
 WORKER = Path(__file__).with_name("shared_worker.py")
 NAMES = ("a", "b", "c")
+RECORDS: list[dict[str, Any]] = [
+    {"backend": "a", "attempts": [make_attempt("a", "200")]},
+    {"backend": "b", "attempts": [make_attempt("a", "connect_failed"), make_attempt("b", "200", connect=0.1)]},
+    {"backend": "b", "status": 502, "reason": "connection_terminated", "attempts": [make_attempt("b", "200")]},
+    {"backend": None, "status": 429, "reason": "limited", "method": "POST", "bytes_in": 7},
+    {"backend": "a", "status": 499, "reason": "client_gone", "complete": False, "attempts": [make_attempt("a", "")]},
+    {"backend": "a", "queued": 0.25, "bytes_out": 9, "method": "ODD", "attempts": [make_attempt("a", "404")]},
+]
 
 
 class Worker:
     """A process as a worker is one, which does what it is told."""
 
-    def __init__(self, process: subprocess.Popen[str], ring: Ring) -> None:
+    def __init__(self, process: subprocess.Popen[str], ledger: Ledger) -> None:
         self.process = process
-        self.ring = ring
+        self.ledger = ledger
 
     def tell(self, line: str) -> None:
         assert self.process.stdin is not None
@@ -75,14 +83,14 @@ class Master:
     def start(self, workers: int, algorithm: str = "least_connections", limit: int = 0) -> list[Worker]:
         started = []
         for row in range(workers):
-            ring = Ring()
+            ledger = Ledger()
             self.loads.forget(row)
-            self.collector.add(ring)
-            command = map(str, (PYTHON, WORKER, self.loads.fd, ring.fd, row, algorithm, limit, *self.names))
+            self.collector.add(ledger)
+            command = map(str, (PYTHON, WORKER, self.loads.fd, ledger.fd, row, algorithm, limit, *self.names))
             pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-            kept, env = (self.loads.fd, ring.fd), os.environ | {"PYTHONPATH": str(ROOT)}
+            kept, env = (self.loads.fd, ledger.fd), os.environ | {"PYTHONPATH": str(ROOT)}
             process = self._stack.enter_context(running([*command], pass_fds=kept, env=env, **pipes))
-            started.append(Worker(process, ring))
+            started.append(Worker(process, ledger))
         for worker in started:
             worker.do("0")  # it has begun
         return started
@@ -217,10 +225,10 @@ def test_a_pool_of_the_name_of_one_that_leaves_has_numbers_of_its_own(master: Ma
 # Records.
 
 
-def collector(ring: Ring) -> tuple[Collector, Statistics]:
+def collector(ledger: Ledger) -> tuple[Collector, Statistics]:
     statistics = Statistics()
     made = Collector(statistics, RouteCounts(), Canaries(lambda kind, text: None))
-    made.add(ring)
+    made.add(ledger)
     return made, statistics
 
 
@@ -237,7 +245,7 @@ def test_totals_are_exact_although_workers_are_killed(master: Master) -> None:
         assert worker.process.stdout is not None
         ended += len(worker.process.stdout.read().split())
         worker.process.wait()
-    lost = sum(master.collector.end(worker.ring) for worker in workers)
+    lost = sum(master.collector.end(worker.ledger) for worker in workers)
     whole = master.statistics.snapshot()[0]
     assert 0 <= whole["total_requests"] - ended <= len(workers)  # one was recorded, but not yet told of
     assert 0 <= lost <= len(workers)
@@ -245,8 +253,8 @@ def test_totals_are_exact_although_workers_are_killed(master: Master) -> None:
 
 
 def test_a_record_arrives_as_it_was_made() -> None:
-    ring = Ring()
-    reports, (taking, statistics) = Reports(ring), collector(ring)
+    ledger = Ledger()
+    reports, (taking, statistics) = Reports(ledger), collector(ledger)
     pool = make_pool(None, NAMES)
     lease = pool.lease(None)
     record = make_record(None, 503, route="r", pool="p", error="\ud800 odd", excluded={"a": "full"}, complete=False)
@@ -267,28 +275,72 @@ def make_attempt_of(choice: Choice, outcome: str) -> Attempt:
     return attempt
 
 
-def test_a_master_that_stands_still_costs_no_request_and_the_rest_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_master_that_stands_still_costs_no_request_and_loses_no_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest are told late then, and some not at all."""
     monkeypatch.setattr("balancer.observe.reports.QUEUED", 10)
-    ring = Ring(size=4096)
-    reports, (taking, statistics) = Reports(ring), collector(ring)
+    monkeypatch.setattr("balancer.observe.reports.SHOWN", 100)
+    ledger = Ledger(ring=4096)
+    reports, (taking, statistics) = Reports(ledger), collector(ledger)
     for _ in range(100):
         reports.begin()
         reports.record(make_record())
-    taking.take()  # what was in the ring
-    held = statistics.snapshot()[0]["total_requests"]
-    assert held < 90
-    assert taking.dropped == 100 - held - 10
-    reports.flush()
-    taking.take()  # what had waited
+    taking.take()
     whole = statistics.snapshot()[0]
-    assert (whole["total_requests"], whole["active_requests"]) == (held + 10, 0)
+    assert (whole["total_requests"], whole["active_requests"]) == (100, 0)
+    shown = len(statistics.newest(100))
+    assert shown < 90
+    assert ledger.counts[DROPPED] == 100 - shown - 10
+    reports.flush()
+    taking.take()
+    assert len(statistics.newest(100)) == shown + 10
+
+
+def test_what_there_is_no_cell_for_is_told_and_counted() -> None:
+    ledger = Ledger(cells=1)
+    reports, (taking, statistics) = Reports(ledger), collector(ledger)
+    for number in range(200):
+        reports.begin()
+        reports.record(make_record(status=200 + number % 2, queued=0.5, bytes_out=10))
+    taking.take()
+    whole = statistics.snapshot()[0]
+    assert (whole["total_requests"], whole["active_requests"]) == (200, 0)
+    assert statistics.lifetime().totals.bytes_out == 2000
+
+
+@given(st.lists(st.tuples(st.sampled_from(RECORDS), st.floats(0, 10), st.integers(0, 9)), max_size=30))
+def test_counts_are_those_of_one_process(made: list[tuple[dict[str, Any], float, int]]) -> None:
+    """Whatever was recorded, and however often the master looked meanwhile."""
+    ledger, alone = Ledger(cells=20), Statistics(wall_clock=lambda: 0.0)
+    reports, (taking, statistics) = Reports(ledger), collector(ledger)
+    for fields, seconds, look in made:
+        record = make_record(seconds=seconds, **fields)
+        for each in (alone, reports):
+            each.begin()
+            each.record(record)
+        if look == 0:
+            taking.take()
+    taking.take()
+    theirs, ours = statistics.kept(), alone.kept()
+    theirs["whole"].pop("start_time")
+    ours["whole"].pop("start_time")
+    assert flat(theirs) == flat(ours)
+    ledger.close()
+
+
+def flat(value: Any) -> Any:
+    """Whatever the order, and rounded as sums are."""
+    if isinstance(value, dict):
+        return {key: flat(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return sorted((flat(each) for each in value), key=repr)
+    return round(value, 6) if isinstance(value, float) else value
 
 
 def test_counts_of_other_things_arrive_and_open_websockets_end_with_their_worker() -> None:
-    ring = Ring()
-    reports, statistics, routes = Reports(ring), Statistics(), RouteCounts()
+    ledger = Ledger()
+    reports, statistics, routes = Reports(ledger), Statistics(), RouteCounts()
     taking = Collector(statistics, routes, Canaries(lambda kind, text: None))
-    taking.add(ring)
+    taking.add(ledger)
     sockets = [WebSocketRecord("a"), WebSocketRecord("b")]
     for socket in sockets:
         reports.websockets.opened(socket)
@@ -307,17 +359,17 @@ def test_counts_of_other_things_arrive_and_open_websockets_end_with_their_worker
     sockets[1].code = 1000
     reports.websockets.closed(sockets[1])
     assert statistics.snapshot()[0]["active_requests"] == 1
-    assert taking.end(ring) == 1
+    assert taking.end(ledger) == 1
     assert statistics.websockets.open() == {}
     assert statistics.websockets.totals().closes == {("1000", "balancer"): 1, ("1006", "balancer"): 1}
     assert statistics.snapshot()[0]["active_requests"] == 0
 
 
 def test_records_count_for_their_routes() -> None:
-    ring = Ring()
-    reports, statistics, routes = Reports(ring), Statistics(), RouteCounts()
+    ledger = Ledger()
+    reports, statistics, routes = Reports(ledger), Statistics(), RouteCounts()
     taking = Collector(statistics, routes, Canaries(lambda kind, text: None))
-    taking.add(ring)
+    taking.add(ledger)
     reports.record(make_record(route="r"))
     reports.record(make_record())
     taking.take()
@@ -327,8 +379,8 @@ def test_records_count_for_their_routes() -> None:
 @given(st.lists(st.one_of(st.none(), st.binary(max_size=70)), max_size=60))
 def test_a_ring_gives_what_was_put_in(steps: list[bytes | None]) -> None:
     """None reads; what finds no room is left out."""
-    ring = Ring(size=128)
-    other = Ring(ring.fd)
+    memory = memoryview(bytearray(64 + 128))
+    ring, other = Ring(memory), Ring(memory)
     waiting: list[bytes] = []
     for message in steps:
         if message is None:
@@ -339,4 +391,3 @@ def test_a_ring_gives_what_was_put_in(steps: list[bytes | None]) -> None:
         else:
             assert sum(4 + len(each) for each in (*waiting, message)) > 128
     assert other.read() == waiting
-    ring.close()

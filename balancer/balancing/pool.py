@@ -19,7 +19,7 @@ from typing import Any, cast
 
 from typing_extensions import TypedDict
 
-from balancer.balancing.backends import EXPLAINED, Backend, BackendView, Choice, Health, LastCheck, Scene, Source
+from balancer.balancing.backends import EXPLAINED, Backend, BackendView, Choice, Health, LastCheck, Scene
 from balancer.balancing.candidates import Candidates
 from balancer.balancing.changes import Listener, Notifier
 from balancer.balancing.counts import BackendCounts
@@ -40,7 +40,8 @@ log = logging.getLogger("balancer.pool")
 
 DEFAULT_POOL = "default"  # of the backends at the top level of the settings
 STICKY = "sticky"  # in place of a strategy's name where none was asked
-LOOK_SECONDS = 0.003  # from one look to the next at what other processes have given back, while somebody waits for it
+LOOK_SECONDS = 0.0005  # from one look at what other processes have in flight to the next, but for limits
+WAIT_SECONDS = 0.003  # as well, while somebody waits for them to give a place back
 SHORTEST_ROW = 16  # changes of backends until what choices see is noted anew, and one more for each candidate
 
 
@@ -122,6 +123,8 @@ class BackendPool:
         self.name = name
         self._lock = Lock()
         self.loads = loads
+        self._is_looking = False  # a choice depends on what other processes have in flight
+        self._look_at = 0.0  # then, if it does not have to be sooner
         self._is_unsettled = False  # what `_look` has found may change who is a candidate
         self._strategy = strategy
         self._index: Indexed | None = None  # the strategy, if that is one
@@ -190,6 +193,8 @@ class BackendPool:
 
     def _choose(self, request: Request, exclude: Collection[str]) -> Lease | None:
         index, choice, seen, is_turn = self._index, None, None, True
+        if self._is_looking and (self._is_special or self._clock() >= self._look_at):
+            self._look()
         if index is None or exclude or self._is_special:
             choice, is_turn = self._choose_specially(request, exclude)
             chosen = None if choice is None else choice.backend
@@ -217,10 +222,8 @@ class BackendPool:
         return lease
 
     def _choose_specially(self, request: Request, exclude: Collection[str]) -> tuple[Choice | None, bool]:
-        """Where not every candidate takes every request, or the strategy wants a list, or goes by what other processes
-        have in flight as well. Also, whether it is the turn of whom the index has chosen."""
-        if self.loads is not None:
-            self._look()
+        """Where not every candidate takes every request, or the strategy wants a list. Also, whether it is the turn of
+        whom the index has chosen."""
         if self._candidates.starting:
             self._let_in()
         choice, index = self._bound(request, exclude) if self._is_sticky else None, self._index
@@ -244,7 +247,10 @@ class BackendPool:
 
     def _look(self, *, at_all: bool = False) -> None:
         """Take in what other processes have in flight."""
-        for backend, before in self.loads.look(at_all=at_all) if self.loads is not None else ():
+        if self.loads is None:
+            return
+        self._look_at = self._clock() + LOOK_SECONDS
+        for backend, before in self.loads.look(at_all=at_all):
             if self._index is not None:
                 rank = self._index.changed(backend) if self._is_followed else None
                 self._scene.changes.append((backend, backend.active, rank))
@@ -318,7 +324,7 @@ class BackendPool:
         """Others are asked first from now on."""
         index, current = self._index, self._candidates
         self._is_special = index is None or self._is_sticky or current.is_conditional
-        self._is_special |= self.loads is not None and self._strategy.uses_load
+        self._is_looking = self.loads is not None and (self._strategy.uses_load or self._is_special)
         if index is not None:
             self._is_followed = index.follows or self._is_special
             self._sees_more = index.explains or (current.are_many and index.has_ranks)
@@ -374,7 +380,7 @@ class BackendPool:
 
     def _look_until(self, waiter: Waiter[Lease], end: float) -> None:
         """What other processes give back wakes nobody here: those who wait take turns at looking."""
-        while (left := end - self._clock()) > 0 and not waiter.wait(min(left, LOOK_SECONDS * len(self._line))):
+        while (left := end - self._clock()) > 0 and not waiter.wait(min(left, WAIT_SECONDS * len(self._line))):
             with self._lock:
                 self._catch_up()
                 self._line.serve(self._choose)
@@ -494,7 +500,7 @@ class BackendPool:
         weight: int = 1,
         max_connections: int | None = None,
         drain_timeout: float | None = None,
-        source: Source = "api",
+        source: str = "api",
         configured: Mapping[str, Any] | None = None,
     ) -> Backend:
         """Add a backend; it gets requests after its first good check. `others` are those of other pools, by their ids.

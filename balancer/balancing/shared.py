@@ -6,7 +6,8 @@ written by the master alone: before it tells anybody of a backend. Numbers of on
 sum is one step. Beside them each row has the slots that it changed last and how many changes there were, which is
 written last: so others look at what has changed, however many backends there are.
 
-A process may act before it has seen what another has just done: limits and orders hold within one request per process.
+A process may act before it has seen what another has just done: limits hold within one request per process, and so does
+an order, but for the last half millisecond.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class SharedLoads:
         start = HEAD + place * AREA
         return PoolLoads(self._head, self._memory[start : start + AREA], self._row)
 
-    def release(self, loads: PoolLoads) -> None:
+    def release(self, loads: PoolLoads | None) -> None:
         """In the master: its pool is gone, and has nothing in flight anywhere."""
         for place, each in [*self._used.items()]:
             if each is loads:

@@ -19,7 +19,9 @@ from balancer.config.comparison import Plan
 from balancer.config.decisions import Decisions
 from balancer.config.reload import Configuration
 from balancer.config.settings import Settings
+from balancer.control.revisions import Revisions
 from balancer.filters.limits import Limiter
+from balancer.fleet.discovery import Discovery
 from balancer.observe.canary import Canaries
 from balancer.observe.events import Events
 from balancer.observe.history import History
@@ -93,11 +95,13 @@ class Control:
     access: Access
     routes: RouteCounts
     limiter: Limiter
+    discovery: Discovery
     canaries: Canaries
     idle: Callable[[], Mapping[str, Mapping[str, int]]]  # kept connections, by the name of a pool and a URL
     queued: Callable[[], int]  # requests that wait for a thread
     reload: Reload
     tls: Callable[[], TlsView | None]
+    revisions: Revisions = field(default_factory=Revisions)
     memory: Memory | None = None  # without a `state_file`
     workers: Callable[[], list[WorkerView]] = list
     lifecycle: Lifecycle = "starting"
@@ -119,8 +123,9 @@ class Control:
         return [{**backend, "until": ends.get((backend["pool"], backend["id"]))} for backend in found]
 
     def is_serving(self) -> bool:
-        """Ready for traffic: the first round of health checks is done, and no shutdown is under way."""
-        return self.lifecycle != "draining" and self.pools.has_had_first_round()
+        """Ready for traffic: sources have told of backends, the first round of health checks is done, and no shutdown
+        is under way."""
+        return self.lifecycle != "draining" and self.discovery.has_looked() and self.pools.has_had_first_round()
 
 
 def current_control() -> Control:

@@ -63,6 +63,16 @@ class Side:
             if record.backend is not None:
                 self._times.add(record.seconds)
 
+    def count(self, record: Record, times: Histogram) -> None:
+        """As many as there are `times`, all of its kind."""
+        if record.aborted:
+            return
+        with self._lock:
+            self._total += times.total
+            self._failed += times.total * record.failed
+            if record.backend is not None:
+                self._times += times
+
     def counts(self) -> tuple[int, int, float]:
         """(requests, failed ones, seconds of the 95th percentile)"""
         with self._lock:
@@ -95,9 +105,9 @@ class Canary:
         self._is_compared = False  # in this step
         self._begin(options.steps[0])
 
-    def add(self, record: Record) -> None:
-        """That of a request which another process has forwarded."""
-        (self.canary if record.pool == self._options.pools[-1] else self.stable).add(record)
+    def count(self, record: Record, times: Histogram) -> None:
+        """As many as there are `times`, all of its kind, which another process has forwarded."""
+        (self.canary if record.pool == self._options.pools[-1] else self.stable).count(record, times)
 
     def shares(self) -> Sequence[float]:
         return 1 - self.share, self.share

@@ -7,32 +7,18 @@ reader never sees a part of a message.
 
 from __future__ import annotations
 
-import mmap
-import os
-
-SIZE = 2**21  # bytes: about 10,000 records of requests
 LENGTH = 4  # bytes in front of each message
-WRITTEN, READ, COUNTS = 0, 1, 2  # places of the numbers in front; behind them some that the writer counts for itself
-HEAD = 4096
+HEAD = 64  # bytes in front of all
+WRITTEN, READ = 0, 1  # places of the numbers there
 
 
 class Ring:
-    """`Ring()` is a new one, `Ring(fd)` that of another process."""
+    """In a part of `memory` that was all 0 when it began."""
 
-    def __init__(self, fd: int | None = None, size: int = SIZE) -> None:
-        if fd is None:
-            fd = os.memfd_create("ring")
-            os.truncate(fd, HEAD + size)
-        self.fd = fd
-        self._memory = memoryview(mmap.mmap(fd, 0))
-        self._head = self._memory[:HEAD].cast("q")
-        self._body = self._memory[HEAD:]
-        self.counts = self._head[COUNTS:]  # the writer's
+    def __init__(self, memory: memoryview) -> None:
+        self._head = memory[:HEAD].cast("q")
+        self._body = memory[HEAD:]
         self._size = len(self._body)
-
-    def close(self) -> None:
-        """For this process."""
-        os.close(self.fd)
 
     def write(self, message: bytes) -> bool:
         """False if there is no room for it now. It must be smaller than the ring."""

@@ -28,8 +28,7 @@ from balancer.edge.server import Server
 from balancer.forwarding.filter import Filter
 from balancer.loadbalancer import LoadBalancer
 from balancer.observe.events import EventKind
-from balancer.observe.reports import Collector
-from balancer.observe.ring import Ring
+from balancer.observe.reports import Collector, Ledger
 from balancer.processes import reuseport, shares
 from balancer.processes.crew import Crew, Meeting, Place
 from balancer.processes.forwarded import AnsweringWorkers
@@ -57,7 +56,7 @@ class Master(LoadBalancer):
         self._mains: list[socket.socket] = []
         self._config = config  # that workers have
         self._loads = SharedLoads()
-        self._rings: dict[int, Ring] = {}  # by the number of the worker
+        self._ledgers: dict[int, Ledger] = {}  # by the number of the worker
         self._numbers: dict[int, Numbers] = {}  # as well
         super().__init__(config=config, sources=sources)
         self._answering = AnsweringWorkers(self._answer)
@@ -174,10 +173,10 @@ class Master(LoadBalancer):
     # Its workers come and go.
 
     def _passes(self, place: Place) -> list[int]:
-        ring = self._rings[place.number] = Ring()
+        ledger = self._ledgers[place.number] = Ledger()
         self._loads.forget(place.number)
-        self._collector.add(ring)
-        return [self._loads.fd, ring.fd]
+        self._collector.add(ledger)
+        return [self._loads.fd, ledger.fd]
 
     def _welcome(self, place: Place) -> None:
         assert place.child is not None
@@ -191,7 +190,7 @@ class Master(LoadBalancer):
                 pools={pool.name: news_of(pool) for pool in self.control.pools},
                 canaries=self.control.canaries.shares(),
                 loads=self._loads.fd,
-                ring=self._rings[place.number].fd,
+                ledger=self._ledgers[place.number].fd,
                 pseudonym=self.proxy.heads.pseudonym,
                 sockets={role: each.fileno() for role, each in {**self._listeners, "http": place.listener}.items()},
                 cpus=place.cpus,
@@ -217,9 +216,9 @@ class Master(LoadBalancer):
 
     def _lost(self, place: Place, text: str) -> None:
         """It may have begun, or not."""
-        ring = self._rings.pop(place.number)
-        in_flight = self._collector.end(ring)
-        ring.close()
+        ledger = self._ledgers.pop(place.number)
+        in_flight = self._collector.end(ledger)
+        ledger.close()
         self._loads.forget(place.number)
         self._numbers.pop(place.number, None)
         with self._telling:

@@ -38,7 +38,7 @@ class PoolNews:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What a worker begins with. `sockets` are descriptors by their role, as `loads` and `ring` are of memory; `cpus`
+    """What a worker begins with. `sockets` are descriptors by their role, as `loads` and `ledger` are of memory; `cpus`
     are those to run on, `canaries` the shares that they have."""
 
     number: int
@@ -48,7 +48,7 @@ class Start:
     pools: Mapping[str, PoolNews]
     canaries: Mapping[str, float]
     loads: int
-    ring: int
+    ledger: int
     pseudonym: bytes
     sockets: Mapping[str, int]
     cpus: Sequence[int]

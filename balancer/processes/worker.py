@@ -33,8 +33,7 @@ from balancer.forwarding.filter import Filter
 from balancer.loadbalancer import LoadBalancer
 from balancer.observe import logrecords
 from balancer.observe.events import EventKind, Events
-from balancer.observe.reports import Reports
-from balancer.observe.ring import Ring
+from balancer.observe.reports import Ledger, Reports
 from balancer.processes.forwarded import AskingMaster
 from balancer.processes.link import Link
 from balancer.processes.news import Numbers, PoolNews, Start, changes
@@ -81,7 +80,7 @@ class Worker(LoadBalancer):
         self._link = link
         self._start = start
         self._ask = AskingMaster(link)
-        self.reports = Reports(Ring(start.ring))
+        self.reports = Reports(Ledger(start.ledger))
         self._hurry: Future[None] = Future()
         self._orders: Future[tuple[str, float, float, bool]] = Future()
         super().__init__(config=start.settings, sources=start.sources)
