@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import fields
 from operator import attrgetter
-from threading import Event, Lock, Thread
+from threading import Lock
 from typing import Any, cast
 
 from balancer.balancing.backends import Backend, Choice, ChoiceView
@@ -39,7 +39,6 @@ QUEUED = 10_000  # messages that wait in a worker for room in its ring
 LARGEST = 2**18  # bytes that say why the attempts of a request went where they did
 # Requests that are told whole in a time, and as many that were refused, failed or were tried again.
 SHOWN, SHOWN_SECONDS = 50, 0.1
-TAKE_SECONDS = 1.0  # from one look of the master to the next, if nobody asks
 ABNORMAL = 1006  # RFC 6455 section 7.4.1: what a connection that just ended is told as
 
 BEGUN, RETRIED, DROPPED = range(3)  # places of numbers: requests that have begun; retries; messages without room
@@ -231,7 +230,7 @@ class Told(Choice):
 
 
 class Collector:
-    """Counts what the workers tell. `start` and `stop` once each; `take` for who wants to know at once.
+    """Counts what the workers tell: `take` before anybody reads the counts, and about once a second.
 
     `_lock` guards all of it, and the reading end of every ledger.
     """
@@ -240,21 +239,6 @@ class Collector:
         self._parts = statistics, routes, canaries
         self._lock = Lock()
         self._sources: dict[Ledger, Source] = {}
-        self._stopping = Event()
-        self._thread = Thread(target=self._run, name="collector", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Stop and join."""
-        self._stopping.set()
-        if self._thread.is_alive():
-            self._thread.join()
-
-    def _run(self) -> None:
-        while not self._stopping.wait(TAKE_SECONDS):
-            self.take()
 
     def add(self, ledger: Ledger) -> None:
         """Of a worker that begins."""
