@@ -72,7 +72,7 @@ class Master(LoadBalancer):
         self._look, self.pools.look = self.pools.look, self._look_around
 
     def make(self, config: Settings, sources: Mapping[str, str] | None, filters: Sequence[Filter]) -> wiring.Parts:
-        own = wiring.Own(loads=self._loads)
+        own = wiring.Own(loads=self._loads, take=lambda: self._collector.take())
         return wiring.make(config, sources, filters, self.reload, self.renew, self.ports, own)
 
     # What it is as a whole.
@@ -134,13 +134,8 @@ class Master(LoadBalancer):
         )
         return self._crew
 
-    def start_single_parts(self) -> None:
-        super().start_single_parts()
-        self._collector.start()
-
     def stop_single_parts(self) -> None:
         self._answering.stop()
-        self._collector.stop()
         super().stop_single_parts()
 
     def _answer(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
