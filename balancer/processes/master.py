@@ -145,7 +145,8 @@ class Master(LoadBalancer):
 
     def _look_around(self) -> None:
         self._look()
-        self._tell("canaries", self.control.canaries.shares())
+        if told := self.control.canaries.shares():
+            self._tell("canaries", told)
 
     def _idle(self) -> dict[str, Counter[str]]:
         found: dict[str, Counter[str]] = {}
