@@ -41,6 +41,7 @@ EventKind = (
         "state_written",
         "limit_reached",
         "limit_keys_full",
+        "worker_lost",
     ]
 )
 REFUSED: EventKind = "write_refused"  # the one kind of event that anybody can cause
