@@ -114,6 +114,13 @@ class Watch:
     in_a_row: int = 0
     last_error: str | None = None
     thread: Thread | None = None
+    _kept: tuple[Mapping[str, Found] | None, list[dict[str, Any]]] = (None, [])
+
+    def kept(self) -> list[dict[str, Any]]:
+        """What is applied, as a file can keep it: it is asked for once a second, and hardly ever another."""
+        if self._kept[0] is not self.applied:
+            self._kept = self.applied, [asdict(each) for each in self.applied.values()]
+        return self._kept[1]
 
     @property
     def state(self) -> State:
@@ -211,8 +218,7 @@ class Discovery:
     def kept(self) -> dict[str, list[dict[str, Any]]]:
         """What each has found, for the time after a restart in which it may fail."""
         with self._lock:
-            found = {watch.source.title: watch.applied.values() for watch in self._watches.values() if watch.applied}
-            return {title: [asdict(each) for each in applied] for title, applied in found.items()}
+            return {watch.source.title: watch.kept() for watch in self._watches.values() if watch.applied}
 
     def restore(self, kept: Mapping[str, Sequence[Found]]) -> None:
         """Before the start."""
