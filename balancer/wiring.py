@@ -78,8 +78,8 @@ NEWS_SEVERITY: dict[EventKind, Severity] = {  # all others are told for informat
     "certificate_expires": "warning",
     "canary_returned": "warning",
     "state_failed": "error",
-    "source_failed": "warning",
     "worker_lost": "error",
+    "source_failed": "warning",
 }
 
 
