@@ -433,8 +433,8 @@ class LoadBalancer:
         self.control.log.stop()
 
     def stop_single_parts(self) -> None:
-        self.renewal.stop()
         self.control.discovery.stop()
+        self.renewal.stop()
         self.control.history.stop()
         if self.memory is not None:
             self.memory.stop()
