@@ -111,6 +111,7 @@ class LoadBalancer:
         self.app, self.control_app, self.proxy = parts.app, parts.control_app, parts.proxy
         self.control, self.pools, self.workers, self.routes = parts.control, parts.pools, parts.workers, parts.routes
         self.copies, self.memory = parts.copies, parts.memory
+        self.cluster = parts.control.cluster
         self.is_forgetful = False  # what was decided before counts no more
         self.configuration, self.renewal = parts.control.configuration, parts.renewal
         self.authentication = parts.authentication
@@ -333,6 +334,8 @@ class LoadBalancer:
         self.control.log.start()
         if self.memory is not None:
             self.memory.start("decisions" if self.is_forgetful else None)
+        if self.cluster is not None:
+            self.cluster.start()
         self.pools.health.start()
         self.control.history.start()
         self.renewal.start()
@@ -371,6 +374,8 @@ class LoadBalancer:
         if self.sockets is not None:
             self.sockets.stop()
         self.copies.stop()
+        if self.cluster is not None:
+            self.cluster.stop()
         self.pools.health.stop()
         self.renewal.stop()
         self.authentication.stop()

@@ -14,6 +14,7 @@ from typing_extensions import TypedDict
 from balancer.balancing.backends import BackendView
 from balancer.balancing.pool import BackendPool
 from balancer.balancing.pools import Pools
+from balancer.cluster.figures import Figures
 from balancer.config.comparison import Plan
 from balancer.config.decisions import Decisions
 from balancer.config.reload import Configuration
@@ -27,6 +28,7 @@ from balancer.observe.routecounts import RouteCounts
 from balancer.observe.statistics import Statistics
 
 if TYPE_CHECKING:
+    from balancer.cluster.cluster import Cluster
     from balancer.control.access import Access
     from balancer.state.memory import Memory
 
@@ -80,9 +82,12 @@ class Control:
     queued: Callable[[], int]  # requests that wait for a thread
     reload: Reload
     tls: Callable[[], TlsView | None]
+    figures: Callable[[], Figures]
     memory: Memory | None = None  # without a `state_file`
+    cluster: Cluster | None = None  # without a `redis_url`
     lifecycle: Lifecycle = "starting"
     started: float = field(default_factory=time.monotonic)
+    began: float = field(default_factory=time.time)  # the same, of the wall clock
 
     @property
     def settings(self) -> Settings:

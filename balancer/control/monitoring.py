@@ -21,7 +21,9 @@ from balancer.balancing import strategies
 from balancer.balancing.pool import PoolView
 from balancer.balancing.strategies import StrategyView
 from balancer.config.reload import ConfigView
+from balancer.control import cluster
 from balancer.control.access import first_segment, is_authorized
+from balancer.control.cluster import ClusterState
 from balancer.control.control import Lifecycle, ManagedView, StateView, TlsView, current_control
 from balancer.control.inputs import whole_number
 from balancer.control.metrics import current_metrics
@@ -116,6 +118,7 @@ class Status(TypedDict):
     config: ConfigView
     tls: TlsView | None
     state: StateView | None
+    cluster: ClusterState
     statistics: TotalsView
     pools: list[PoolStatus]
     backend_servers: list[ServerView]
@@ -188,6 +191,7 @@ def status() -> Response:
             config=control.configuration.summary(is_authorized()),
             tls=_tls(),
             state=_state(),
+            cluster=cluster.state(control),
             statistics=totals,
             pools=_pools(backends),
             backend_servers=backends,

@@ -15,6 +15,7 @@ from balancer import __version__
 from balancer.config.comparison import PlanView
 from balancer.config.reload import SettingsView
 from balancer.control.administration import AlgorithmChanged, Algorithms, BackendRemoved, Backends, Message
+from balancer.control.cluster import ClusterView
 from balancer.control.control import ManagedView, current_control
 from balancer.control.inputs import AlgorithmChange, BackendChange, BackendCreate, Body, Nothing
 from balancer.control.limits import LimitsView
@@ -157,6 +158,13 @@ PATHS: dict[str, Schema] = {
             {200: KeyView},
             query={"key": TEXT},
         ),
+    },
+    "/cluster": {
+        "get": _operation(
+            "getCluster",
+            "The balancers that share a redis_url, and what all of them come to; only this one without.",
+            {200: ClusterView},
+        )
     },
     "/config": {
         "get": _operation(

@@ -37,6 +37,11 @@ EventKind = (
         "state_restored",
         "state_failed",
         "state_written",
+        "cluster_found",
+        "cluster_lost",
+        "member_joined",
+        "member_left",
+        "decision_left_out",
         "limit_reached",
         "limit_keys_full",
     ]
