@@ -91,6 +91,8 @@ def another_value(name: str) -> Any:
         "unix_socket_mode": "0660",
         "unix_socket_owner": "root",
         "redis_url": "redis://10.0.0.9:6380/1",
+        "docker": "unix:///run/docker.sock",
+        "dns_servers": ("10.0.0.2:53",),
     }
     texts |= dict.fromkeys(("backend_host", "backend_sni", "health_host"), "api.example")
     texts |= {"request_headers": '{ set = { X-Team = "a" } }', "response_headers": '{ remove = ["Server"] }'}

@@ -28,13 +28,15 @@ class Load(TypedDict):
 
 
 class Figures(Load):
-    """`url` is where it listens. `backends` has requests in flight by the ids of backends that have any."""
+    """`url` is where it listens, `processes` are those of it that serve. `backends` has requests in flight by ids of
+    backends that have any."""
 
     id: str
     url: str | None
     since: float
     version: str
     lifecycle: str
+    processes: int
     backends: dict[str, int]
 
 

@@ -9,7 +9,7 @@ from flask import Blueprint, Response, jsonify
 from typing_extensions import TypedDict
 
 from balancer.cluster.figures import Figures, Load, together
-from balancer.control.control import Control, current_control
+from balancer.control.control import Control, WorkerView, current_control
 
 blueprint = Blueprint("cluster", __name__)
 
@@ -34,12 +34,13 @@ class ClusterState(TypedDict):
 
 
 class ClusterView(TypedDict):
-    """`redis` is the server, without a password. `backends` has requests in flight by id, of all members, as the
-    figures in `whole` are."""
+    """`redis` is the server, without a password. `workers` are the processes of this balancer. `backends` has requests
+    in flight by id, of all members, as the figures in `whole` are."""
 
     cluster: ClusterState
     redis: str | None
     members: list[MemberView]
+    workers: list[WorkerView]
     whole: Load
     backends: dict[str, int]
 
@@ -56,6 +57,7 @@ def show_cluster() -> Response:
         cluster=state(control),
         redis=None if control.cluster is None else control.cluster.link.address,
         members=found,
+        workers=control.workers(),
         whole=together(found),
         backends=backends,
     )

@@ -28,6 +28,8 @@ from balancer.control.control import Lifecycle, ManagedView, StateView, TlsView,
 from balancer.control.inputs import whole_number
 from balancer.control.metrics import current_metrics
 from balancer.control.problems import ApiError
+from balancer.control.revisions import Patch
+from balancer.fleet.discovery import SourceView
 from balancer.observe.canary import CanaryView
 from balancer.observe.events import Event
 from balancer.observe.history import SLOTS, WINDOWS, Figures, Slot
@@ -104,7 +106,9 @@ class Capabilities(TypedDict):
 
 
 class Status(TypedDict):
-    """`algorithm` and `panic` are those of the pool `default`."""
+    """`algorithm` and `panic` are those of the pool `default`. If `since` was given and is still known, then
+    `backend_servers` is empty, and `changed_backends` has a JSON Merge Patch (RFC 7396) for each that is not as it was
+    in that `revision`."""
 
     schema_version: int
     version: str
@@ -121,7 +125,10 @@ class Status(TypedDict):
     cluster: ClusterState
     statistics: TotalsView
     pools: list[PoolStatus]
+    sources: list[SourceView]
     backend_servers: list[ServerView]
+    revision: int | None
+    changed_backends: dict[str, Patch] | None
     routes: list[RouteView]
     recent_requests: list[RecentView]
     capabilities: Capabilities
@@ -154,20 +161,23 @@ def status() -> Response:
     recent, seconds = whole_number("recent", 20, MAX_RECENT), whole_number("window", 0, max(WINDOWS))
     if seconds not in (0, *WINDOWS):
         raise ApiError(400, f"window={seconds}: expected one of {', '.join(map(str, WINDOWS))}")
+    timed = frozenset(request.args["timed"].split(",")) if "timed" in request.args else None
     window = control.history.window(seconds) if seconds else None
-    in_window = {} if window is None else window.backends
-    whole, by_backend, newest = control.statistics.snapshot(recent)
+    whole, by_backend, newest = control.statistics.snapshot(recent, timed)
     websockets = control.statistics.websockets.open()
     backends: list[ServerView] = [
         {
             **by_backend.get(backend["id"], NO_REQUESTS),
             **backend,
             "websockets": websockets[backend["id"]],
-            "window": in_window.get(backend["id"]),
+            "window": None if window is None else window.of(backend["id"], timed is None or backend["id"] in timed),
         }
         for backend in control.backends()
     ]
     shown = {backend["id"] for backend in backends}
+    revision, changed = None, None
+    if "since" in request.args:
+        revision, changed = control.revisions.since(whole_number("since", 0, 10**15), backends)
     totals: TotalsView = {
         **whole,
         "queued_requests": control.queued(),
@@ -194,7 +204,10 @@ def status() -> Response:
             cluster=cluster.state(control),
             statistics=totals,
             pools=_pools(backends),
-            backend_servers=backends,
+            sources=_sources(),
+            backend_servers=backends if changed is None else [],
+            revision=revision,
+            changed_backends=changed,
             routes=_routes(),
             recent_requests=[_shown(record) for record in newest],
             capabilities=_capabilities(),
@@ -256,6 +269,13 @@ def _state() -> StateView | None:
         return None
     told = str if is_authorized() else control.configuration.without_folders
     return {"file": told(str(memory.path)), "last_error": memory.last_error and told(memory.last_error)}
+
+
+def _sources() -> list[SourceView]:
+    control = current_control()
+    told = str if is_authorized() else control.configuration.without_folders
+    found = control.discovery.describe()
+    return [{**source, "last_error": source["last_error"] and told(source["last_error"])} for source in found]
 
 
 def _shown(record: F) -> F:

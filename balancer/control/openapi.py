@@ -83,6 +83,8 @@ PATHS: dict[str, Schema] = {
             query={
                 "recent": {"type": "integer", "minimum": 0, "maximum": 100, "default": 20},
                 "window": {"type": "integer", "enum": [10, 60, 300], "description": "seconds: what they came to"},
+                "since": COUNT | {"description": "a revision: only what has changed of backends; 0 for the first one"},
+                "timed": TEXT | {"description": "ids, with commas: times and codes of these backends alone"},
             },
             errors=LEGACY,
         )
@@ -162,7 +164,7 @@ PATHS: dict[str, Schema] = {
     "/cluster": {
         "get": _operation(
             "getCluster",
-            "The balancers that share a redis_url, and what all of them come to; only this one without.",
+            "The processes that serve, and how each does; the balancers that share a redis_url, and what all come to.",
             {200: ClusterView},
         )
     },
