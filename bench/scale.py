@@ -16,12 +16,13 @@ from heapq import heappop, heappush, heapreplace
 from itertools import accumulate
 from pathlib import Path
 from statistics import fmean, quantiles
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from balancer.balancing.backends import Backend  # noqa: E402
 from balancer.balancing.counts import BackendCounts  # noqa: E402
+from balancer.balancing.options import StrategyOptions  # noqa: E402
 from balancer.balancing.speed import Speed  # noqa: E402
 from balancer.balancing.strategies import Indexed, create  # noqa: E402
 from balancer.filters.limit import SECOND, LimitOptions  # noqa: E402
@@ -35,7 +36,7 @@ PLACES = 4  # of a backend: it works on so many requests at a time, the others w
 SERVICE_SECONDS = 0.5  # mean; exponential
 LOAD = 0.6  # share of what all backends can do together
 SLOW_SHARE, SLOW_FACTOR = 0.1, 3.0
-WARMUP_SECONDS, SECONDS = 3.0, 10.0  # the first are a part of all
+WARMUP_SECONDS, SECONDS = 2.0, 4.0  # the first ones are not looked at; they last until the first news at least
 CLIENTS = 5000
 LOOK_SECONDS = 0.1
 ALGORITHMS = ("round_robin", "random", "least_connections", "power_of_two", "peak_ewma", "consistent_hash")
@@ -53,9 +54,10 @@ class Shot(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Milliseconds until the answer; requests in flight on the busiest backend, and on the mean one."""
+    """Requests that had to wait at their backend, in percent; the time that 1 % of all waited at least, in seconds; in
+    flight on the busiest backend, and on the mean one."""
 
-    p50: float
+    waited: float
     p99: float
     busiest: float
     mean: float
@@ -68,12 +70,13 @@ class Balancer:
         self.backends = backends
         self.others = [0] * len(backends)
 
-    def begin(self, strategy: Indexed) -> None:
+    def begin(self, strategy: Indexed, alike: Indexed) -> None:
+        """`alike` has prepared: what came of it is the same for all."""
         for backend in self.backends:
             backend.active, backend.speed, backend.counts = 0, Speed(), BackendCounts()
         self.others = [0] * len(self.backends)
         self.strategy = strategy
-        strategy.prepare({backend.id: backend.weight for backend in self.backends})
+        vars(strategy).update({name: value for name, value in vars(alike).items() if name == "_ring"})
         strategy.gather(self.backends)
 
     def hear(self, in_flight: Sequence[int]) -> None:
@@ -94,27 +97,39 @@ class Fleet:
         self.requests = [_request(client) for client in range(CLIENTS)]
 
     def simulate(
-        self, name: str, news: float | None, is_unequal: bool = False, seconds: float = SECONDS, seed: int = 1
+        self,
+        name: str,
+        news: float | None = None,
+        *,
+        is_unequal: bool = False,
+        in_step: bool = False,
+        seconds: float = SECONDS,
+        seed: int = 1,
     ) -> Result:
-        now, chance = 0.0, random.Random(seed)
-        for number, each in enumerate(self.balancers):
-            strategy = create(name, clock=lambda: now, rng=random.Random(seed * 1000 + number))
-            assert isinstance(strategy, Indexed)
-            each.begin(strategy)
+        """`in_step`: all have the same order, and begin at the same moment."""
+        now, chance, warm = 0.0, random.Random(seed), WARMUP_SECONDS + (news or 0.0)
+        options = StrategyOptions(is_member=not in_step)
+        made = [
+            cast(Indexed, create(name, options, clock=lambda: now, rng=random.Random(seed * 1000 + number)))
+            for number in range(len(self.balancers))
+        ]
+        made[0].prepare({backend.id: backend.weight for backend in self.balancers[0].backends})
+        for each, strategy in zip(self.balancers, made, strict=True):
+            each.begin(strategy, made[0])
         pace = [SLOW_FACTOR if is_unequal and number < SLOW_SHARE * self.size else 1.0 for number in range(self.size)]
         places = [[0.0] * PLACES for _ in range(self.size)]  # when each is free
         in_flight = [0] * self.size
         running: list[tuple[float, int, int, float]] = []  # end, balancer, backend, begin
         told = [(number + 1) / len(self.balancers) * (news or 0.0) for number in range(len(self.balancers))]
-        times, busiest, means, look = [], [], [], WARMUP_SECONDS
-        for shot in self._shots(chance, pace, seconds):
+        waits, busiest, means, look = [], [], [], warm
+        for shot in self._shots(chance, pace, seconds + warm):
             while running and running[0][0] <= shot.at:
-                now, number, place, began = heappop(running)
+                now, number, place, sent = heappop(running)
                 balancer = self.balancers[number]
                 backend = balancer.backends[place]
                 in_flight[place] -= 1
                 backend.active -= 1
-                backend.speed.answered(now - began, now)
+                backend.speed.answered(now - sent, now)
                 balancer.strategy.changed(backend)
             now = shot.at
             if now >= look:
@@ -132,13 +147,14 @@ class Fleet:
             chosen.speed.sent(now)
             balancer.strategy.taken(chosen)
             in_flight[place] += 1
-            end = max(now, places[place][0]) + shot.work * SERVICE_SECONDS * pace[place]
+            began = max(now, places[place][0])
+            end = began + shot.work * SERVICE_SECONDS * pace[place]
             heapreplace(places[place], end)
             heappush(running, (end, shot.balancer, place, now))
-            if now >= WARMUP_SECONDS:
-                times.append(1000 * (end - now))
-        cuts = quantiles(times, n=100)
-        return Result(cuts[49], cuts[98], fmean(busiest), fmean(means))
+            if now >= warm:
+                waits.append(began - now)
+        waited = 100 * sum(wait > 0 for wait in waits) / len(waits)
+        return Result(waited, quantiles(waits, n=100)[98], fmean(busiest), fmean(means))
 
     def _shots(self, chance: random.Random, pace: Sequence[float], seconds: float) -> list[Shot]:
         rate = LOAD * PLACES / SERVICE_SECONDS * sum(1 / each for each in pace)
@@ -214,23 +230,24 @@ def limit(
 def main() -> None:
     fleet = Fleet()
     for is_unequal in (False, True):
-        print("one in ten backends takes three times as long" if is_unequal else "equal backends")
-        print(
-            f"{'':20}" + "".join(f"{'own counts' if news is None else f'news every {news:g} s':>28}" for news in NEWS)
-        )
+        about = "one in ten backends takes three times as long" if is_unequal else "equal backends"
+        print(f"{about}: share that waited, how long 1 % did, in flight on the busiest and on the mean one")
+        columns = (None, 1.0) if is_unequal else NEWS
+        print(" " * 20 + "".join(f"{'own counts' if n is None else f'news every {n:g} s':>32}" for n in columns))
         for name in ALGORITHMS:
-            found = [fleet.simulate(name, news, is_unequal) for news in (NEWS[:1] if name in BLIND else NEWS)]
-            cells = [f"p50 {r.p50:5.0f} p99 {r.p99:5.0f} most {r.busiest:4.1f}" for r in found]
-            print(f"{name:20}" + "".join(f"{cell:>28}" for cell in cells), flush=True)
-        print(f"in flight on the mean backend: {found[0].mean:.1f}")
+            found = [fleet.simulate(name, n, is_unequal=is_unequal) for n in columns if n is None or name not in BLIND]
+            print(f"{name:20}" + "".join(f"{_cell(each):>32}" for each in found), flush=True)
+    print(f"least_connections, all begin in step: {_cell(fleet.simulate('least_connections', in_step=True))}")
     for balancers, only, every in ((2, 0, 0.05), (2, 1, 0.05), (50, 0, 0.05), (50, 1, 0.05), (50, 0, 1.0)):
-        found_limit = limit(balancers, every, only=only)
+        passed = limit(balancers, every, only=only)
         where = f"{only or balancers} of {balancers} balancers, settled every {every:g} s"
-        print(
-            f"limit 100/s, {where}: {found_limit.percent:.0f} % passed, {found_limit.excess:.0f} too many at the worst"
-        )
+        print(f"limit 100/s, {where}: {passed.percent:.0f} % passed, {passed.excess:.0f} too many at the worst")
     alone = limit(50, 1.0, only=1, knows=False)
     print(f"limit 100/s, 1 of 50 balancers without a store: {alone.percent:.0f} % passed")
+
+
+def _cell(found: Result) -> str:
+    return f"{found.waited:.0f} %, p99 {found.p99:.2f} s, {found.busiest:.0f} of {found.mean:.1f}"
 
 
 if __name__ == "__main__":

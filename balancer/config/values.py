@@ -508,6 +508,11 @@ class Values(BaseModel):
         return tuple(map(parse_network, self.trusted_proxies))
 
     @property
+    def is_member(self) -> bool:
+        """Of a cluster."""
+        return self.redis_url is not None
+
+    @property
     def host_field(self) -> bytes:
         """`backend_host` as it is sent, empty to keep the client's."""
         return b"" if self.backend_host == "keep" else self.backend_host.encode("ascii")
