@@ -92,8 +92,8 @@ NEWS_SEVERITY: dict[EventKind, Severity] = {  # all others are told for informat
 
 @dataclass(frozen=True, slots=True)
 class Own:
-    """Parts that are others where several processes make one balancer. `loads` are then those of all, and
-    `certificate` was loaded by the master."""
+    """Parts that are others where several processes make one balancer. `loads` are then those of all, `certificate`
+    was loaded by the master, and `take` counts what the others have counted."""
 
     statistics: Statistics = field(default_factory=Statistics)
     routes: RouteCounts = field(default_factory=RouteCounts)
@@ -101,6 +101,7 @@ class Own:
     health: Callable[[Callable[[], None]], HealthChecker] = HealthChecker
     loads: SharedLoads | None = None
     certificate: Certificate | None = None
+    take: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +150,7 @@ def make(
     discovery.use(sources_of.made(config, discovery.is_lost))
 
     app = Flask(__name__, static_folder=None)
-    history, writer = History(lambda: _look(statistics, wired.pools)), LogWriter(standard_output())
+    history, writer = History(lambda: _look(own.take, statistics, wired.pools)), LogWriter(standard_output())
     workers = WorkerPool(config.max_threads, config.max_queued, config.thread_idle_timeout)
     limiter = Limiter(events, cluster=None if config.redis_url is None else config.cluster)
     access = Access(config.options(AccessOptions))
@@ -420,7 +421,8 @@ def request_heads(config: Settings, pseudonym: bytes, ours: Collection[bytes] = 
     )
 
 
-def _look(statistics: Statistics, pools: Pools) -> Reading:
+def _look(take: Callable[[], None], statistics: Statistics, pools: Pools) -> Reading:
+    take()
     in_flight = {backend.id: backend.active for backend in pools.backends()}
     return Reading(statistics.lifetime(), in_flight, pools.waiting)
 
