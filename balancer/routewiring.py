@@ -221,7 +221,8 @@ def check_expectations(config: Settings, heads: RequestHeads, is_control: Callab
     """Raises SettingsError for the first one that is not met."""
     if not config.expect:
         return
-    missing = Outcome(pools=(DEFAULT_POOL,)) if config.backends else Outcome(status=NoRoute.status)
+    has_some = config.backends or config.backends_file or config.docker
+    missing = Outcome(pools=(DEFAULT_POOL,)) if has_some else Outcome(status=NoRoute.status)
     table = make_table(config, _outcome, missing=missing, ambiguous=Outcome(status=AmbiguousPath.status))
     for each in config.expect:
         request = _request(each, heads)
