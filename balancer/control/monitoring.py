@@ -22,11 +22,12 @@ from balancer.balancing.pool import PoolView
 from balancer.balancing.strategies import StrategyView
 from balancer.config.reload import ConfigView
 from balancer.control.access import first_segment, is_authorized
-from balancer.control.control import Lifecycle, ManagedView, StateView, TlsView, current_control
+from balancer.control.control import Lifecycle, ManagedView, StateView, TlsView, WorkerView, current_control
 from balancer.control.inputs import whole_number
 from balancer.control.metrics import current_metrics
 from balancer.control.problems import ApiError
 from balancer.control.revisions import Patch
+from balancer.fleet.discovery import SourceView
 from balancer.observe.canary import CanaryView
 from balancer.observe.events import Event
 from balancer.observe.history import SLOTS, WINDOWS, Figures, Slot
@@ -123,6 +124,7 @@ class Status(TypedDict):
     state: StateView | None
     statistics: TotalsView
     pools: list[PoolStatus]
+    sources: list[SourceView]
     backend_servers: list[ServerView]
     revision: int | None
     changed_backends: dict[str, Patch] | None
@@ -144,6 +146,10 @@ class Readiness(TypedDict):
 class EventsView(TypedDict):
     events: list[Event]
     latest: int
+
+
+class ClusterView(TypedDict):
+    workers: list[WorkerView]
 
 
 class HistoryView(TypedDict):
@@ -200,6 +206,7 @@ def status() -> Response:
             state=_state(),
             statistics=totals,
             pools=_pools(backends),
+            sources=_sources(),
             backend_servers=backends if changed is None else [],
             revision=revision,
             changed_backends=changed,
@@ -266,6 +273,13 @@ def _state() -> StateView | None:
     return {"file": told(str(memory.path)), "last_error": memory.last_error and told(memory.last_error)}
 
 
+def _sources() -> list[SourceView]:
+    control = current_control()
+    told = str if is_authorized() else control.configuration.without_folders
+    found = control.discovery.describe()
+    return [{**source, "last_error": source["last_error"] and told(source["last_error"])} for source in found]
+
+
 def _shown(record: F) -> F:
     if not is_authorized():
         record["path"] = first_segment(record["path"])
@@ -319,6 +333,11 @@ def show_configuration() -> Response:
 def events() -> Response:
     newer, latest = current_control().events.since(whole_number("since", 0, 10**15), is_authorized())
     return jsonify(EventsView(events=newer, latest=latest))
+
+
+@blueprint.get("/cluster")
+def cluster() -> Response:
+    return jsonify(ClusterView(workers=current_control().workers()))
 
 
 @blueprint.get("/metrics")

@@ -18,7 +18,7 @@ from balancer.control.administration import AlgorithmChanged, Algorithms, Backen
 from balancer.control.control import ManagedView, current_control
 from balancer.control.inputs import AlgorithmChange, Anything, BackendChange, BackendCreate, Body, Nothing
 from balancer.control.limits import LimitsView
-from balancer.control.monitoring import Alive, EventsView, HistoryView, Readiness, Status
+from balancer.control.monitoring import Alive, ClusterView, EventsView, HistoryView, Readiness, Status
 from balancer.control.problems import Error
 from balancer.control.schemas import Schema, ref, schemas
 from balancer.filters.limits import KeyView
@@ -196,6 +196,7 @@ PATHS: dict[str, Schema] = {
             query={"since": COUNT},
         )
     },
+    "/cluster": {"get": _operation("getCluster", "The processes that serve, and how each does.", {200: ClusterView})},
     "/metrics": {
         "get": _operation(
             "getMetrics",

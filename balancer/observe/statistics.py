@@ -110,13 +110,26 @@ class Counters:
     def add(self, record: Record) -> bool:
         """True if it failed."""
         (self.latency if record.reason is None else self.other).add(record.seconds)
-        failed = record.failed
-        if failed and record.aborted:
+        status = record.status
+        if record.complete and status < 500:  # by far the most
+            self.statuses[status] += 1
+            return False
+        if record.aborted:
             self.aborted += 1
         else:
-            self.statuses[record.status] += 1
-        self.failed += failed
-        return failed
+            self.statuses[status] += 1
+        self.failed += 1
+        return True
+
+    def count(self, record: Record, times: Histogram) -> None:
+        """As many as there are `times`, all of its kind."""
+        histogram, count = self.latency if record.reason is None else self.other, times.total
+        histogram += times
+        if record.failed and record.aborted:
+            self.aborted += count
+        else:
+            self.statuses[record.status] += count
+        self.failed += count * record.failed
 
     def codes(self) -> Codes:
         found = dict.fromkeys(CODE_CLASSES, 0)
@@ -171,7 +184,7 @@ class Statistics:
         self._active = 0
         self._to_sample = 0  # of this second
         self._arrivals = Rate(clock)
-        self._counters: dict[str | None, Counters] = {}
+        self._counters: defaultdict[str | None, Counters] = defaultdict(Counters)
         self._before: dict[str | None, Counters] = {}
         self._totals = Totals()
         self._retries = self._retries_before = 0
@@ -181,7 +194,7 @@ class Statistics:
         for backend_id, counters in self._counters.items():
             self._keep(backend_id, counters)
         self._start_time = self._wall_clock()
-        self._counters = {None: Counters()}
+        self._counters = defaultdict(Counters, {None: Counters()})
         self._forgotten = Counters()
         self._retries_before += self._retries
         self._retries = 0
@@ -189,28 +202,45 @@ class Statistics:
         self._sampled: deque[Record] = deque(maxlen=SAMPLED_KEPT)
         self._troubled: deque[Record] = deque(maxlen=TROUBLED_KEPT)
 
-    def begin(self) -> None:
+    def begin(self, count: int = 1) -> None:
         """A request has arrived; exactly one `record` follows."""
         with self._lock:
-            self._active += 1
-            if self._arrivals.add():
+            self._active += count
+            if self._arrivals.add(count):
                 self._to_sample = SAMPLED_PER_SECOND
 
-    def record(self, record: Record) -> None:
-        """A request has ended, one way or another."""
+    def lost(self, count: int) -> None:
+        """So many have begun of which no `record` follows: they are gone with a process."""
         with self._lock:
-            self._active -= 1
-            counters = self._counters.get(record.backend)
-            if counters is None:
-                counters = self._counters[record.backend] = Counters()
-            failed = counters.add(record)
-            self._totals.add(record)
+            self._active -= count
+
+    def record(self, record: Record, *, is_counted: bool = False) -> None:
+        """A request has ended, one way or another. `is_counted`: by `count`."""
+        with self._lock:
+            if is_counted:
+                failed = record.failed
+            else:
+                self._active -= 1
+                failed = self._counters[record.backend].add(record)
+                self._totals.add(record)
             self._recent.append(record)
             if self._to_sample:
                 self._to_sample -= 1
                 self._sampled.append(record)
             if failed or len(record.attempts) > 1:
                 self._troubled.append(record)
+
+    def count(self, record: Record, times: Histogram) -> None:
+        """As many as there are `times` have ended in another process, all of its kind; the bytes are those of all."""
+        with self._lock:
+            self._active -= times.total
+            self._counters[record.backend].count(record, times)
+            self._totals.add(record, times.total)
+
+    def waited(self, times: Histogram) -> None:
+        """So long some of these had waited for a place."""
+        with self._lock:
+            self._totals.waits += times
 
     def find(self, request_id: str) -> Record | None:
         """The newest finished request of this id that is still kept; clients may send the same id twice."""
@@ -225,10 +255,10 @@ class Statistics:
         with self._lock:
             return list(islice(reversed(self._recent), count))
 
-    def retried(self) -> None:
+    def retried(self, count: int = 1) -> None:
         """A request is tried once more."""
         with self._lock:
-            self._retries += 1
+            self._retries += count
 
     def forget(self, backend_id: str) -> None:
         """A backend was removed: its requests stay in the total, and a later backend of that id starts at 0."""
@@ -296,7 +326,7 @@ class Statistics:
                 counted[when][backend or None] = fill(Counters(), value)
         numbers = {name: fill(getattr(self, f"_{name}"), whole[name]) for name in WHOLE}
         with self._lock:
-            self._counters, self._before = counted["since"], counted["before"]
+            self._counters, self._before = defaultdict(Counters, counted["since"]), counted["before"]
             self._totals, self._forgotten = totals, forgotten
             for name, number in numbers.items():
                 setattr(self, f"_{name}", number)
