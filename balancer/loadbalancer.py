@@ -113,7 +113,7 @@ class LoadBalancer:
         self.copies, self.memory = parts.copies, parts.memory
         self.is_forgetful = False  # what was decided before counts no more
         self.configuration, self.renewal = parts.control.configuration, parts.renewal
-        self.authentication = parts.authentication
+        self.authentication, self.scaling = parts.authentication, parts.scaling
         self.app.extensions["balancer"] = self
         self.port_options = config.options(PortOptions)
         self.express: Express | None = None
@@ -337,6 +337,7 @@ class LoadBalancer:
         self.control.history.start()
         self.renewal.start()
         self.authentication.start()
+        self.scaling.start()
         if self.express is not None:
             self.express.start()
         if self.sockets is not None:
@@ -372,6 +373,7 @@ class LoadBalancer:
             self.sockets.stop()
         self.copies.stop()
         self.pools.health.stop()
+        self.scaling.stop()  # what has ended from here on is no failure
         self.renewal.stop()
         self.authentication.stop()
         self.control.history.stop()
@@ -432,6 +434,7 @@ class LoadBalancer:
         self.authentication.use()
         self.proxy.routes = self.routes(config)
         self.pools.retire()
+        wiring.scale(self.scaling, config)
         self.proxy.heads = wiring.request_heads(config, self.proxy.heads.pseudonym, self.authentication.ours)
         self.control.access.options = config.options(AccessOptions)
         for bridge in self.bridges:

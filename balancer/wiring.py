@@ -43,6 +43,9 @@ from balancer.filters.mirror import Copies
 from balancer.filters.servedby import ServedBy
 from balancer.filters.serviceworkers import ServiceWorkers
 from balancer.filters.sticky import Sticky, StickyOptions, cookie_of
+from balancer.fleet.providers import Providers
+from balancer.fleet.scaler import Scaling
+from balancer.fleet.scaling import ScalingNews, ScalingOptions
 from balancer.forwarding.filter import Filter
 from balancer.forwarding.route import Route, RouteOptions, Routes
 from balancer.observe.accesslog import AccessLog, LogOptions
@@ -90,6 +93,7 @@ class Parts:
     renewal: Renewal
     authentication: Authentication
     memory: Memory | None
+    scaling: Scaling
     routes: Callable[[Settings], Routes]
 
 
@@ -123,10 +127,13 @@ def make(
     limiter = Limiter(events)
     access = Access(config.options(AccessOptions))
     renewal = _renewal(config, configuration, events, renew)
+    scaling = Scaling(wired.pools, Providers(wired.pools, config.id, dialer).make, _scaled(events))
+    scale(scaling, config)
     control = Control(
         *(wired.pools, statistics, events, history, writer, shipped.find("dashboard.html")),
         *(configuration, decisions, access, RouteCounts(), limiter),
         canaries=canaries,
+        scaling=scaling.describe,
         idle=wired.idle,
         queued=lambda: workers.queued,
         reload=reload,
@@ -142,8 +149,25 @@ def make(
     app.wsgi_app = proxy  # type: ignore[method-assign]
     wired.tell = _follow(control, wired)
     return Parts(
-        app, control_app, proxy, control, wired, copies, workers, renewal, authentication, control.memory, routes
+        *(app, control_app, proxy, control, wired, copies, workers, renewal, authentication),
+        *(control.memory, scaling, routes),
     )
+
+
+def scale(scaling: Scaling, config: Settings) -> None:
+    """As these settings have it."""
+    scaling.use([ScalingOptions(kind=each.kind, **each.model_dump()) for each in config.scaling])
+
+
+def _scaled(events: Events) -> Callable[[ScalingNews, str, str | None, str], None]:
+    def tell(kind: ScalingNews, pool: str, backend: str | None, text: str) -> None:
+        severity: Severity = "warning" if kind in ("start_failed", "scaling_failed", "backend_ended") else "info"
+        if pool != DEFAULT_POOL:
+            text = f"{text}, pool {pool}"
+        events.add(kind, backend, text, severity)
+        log.log(logging.getLevelName(severity.upper()), "%s %s: %s", kind, backend or pool, text)
+
+    return tell
 
 
 def _tls_context(ca_file: Path | None) -> ssl.SSLContext | None:

@@ -27,7 +27,7 @@ from balancer.protocol.origin import Origin
 AdminState = Literal["ready", "drain", "maint"]
 HealthStatus = Literal["unknown", "up", "down"]
 State = Literal[HealthStatus, "ejected", "trial", "drain", "drained", "maint"]
-Source = Literal["default", "file", "environment", "flag", "program", "api"]
+Source = Literal["default", "file", "environment", "flag", "program", "api", "scaling"]
 
 ID_PATTERN = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}"  # also one step of a URL path, so not "." or ".."
 MAX_CONNECTIONS = 1_000_000
@@ -145,6 +145,11 @@ class Backend:
     def is_wanted(self) -> bool:
         """The operator lets it have requests."""
         return self.admin_state == "ready" and self.weight > 0
+
+    @property
+    def is_starting(self) -> bool:
+        """Scaling has started it, and it has not been up yet."""
+        return self.source == "scaling" and self.health.status == "unknown"
 
     @property
     def is_ready(self) -> bool:

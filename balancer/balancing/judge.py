@@ -184,6 +184,9 @@ class Judge:
         health.consecutive_successes = 0
         if health.status == "up" and health.consecutive_failures < self.options.health_fall:
             return False
+        if backend.is_starting:
+            health.reason = error  # which is to be expected; whoever has started it knows when to give up
+            return False
         if health.status == "up" and check.timed_out and self._keeps_waiting(backend, check):
             was_busy, health.reason = health.is_busy, error
             return not was_busy

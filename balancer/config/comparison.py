@@ -217,7 +217,8 @@ class ComparedPool:
                 before = old.get(backend_id, backend.origin.url)
                 self.plan.changes.append(Change(f"{self.prefix}backends.{backend_id}", before, None))
             elif backend_id not in new:
-                self.plan.kept.append(f"{self.prefix}backends.{backend_id}: added (by the API)")
+                if backend.source != "scaling":
+                    self.plan.kept.append(f"{self.prefix}backends.{backend_id}: added (by the API)")
                 yield backend
         self.changes.add, self.changes.update, self.changes.remove = add, update, remove
 

@@ -88,8 +88,8 @@ class Configuration:
             try:
                 wanted, sources = (self.settings, self.sources) if self.read is None else self.read()
                 self._named |= _files(wanted)
-                had_some = self.sources["backends"] != "default" or self.settings.pools
-                if had_some and sources["backends"] == "default" and not wanted.pools:
+                had_some = self.sources["backends"] != "default" or self.settings.pools or self.settings.scaling
+                if had_some and sources["backends"] == "default" and not (wanted.pools or wanted.scaling):
                     # An emptied or half-written file must not bring the demo's backends.
                     raise SettingsError(f"{self.file} names no backends any more; backends = [] if that is meant")
                 plan = compare(self.settings, wanted, sources, pools)

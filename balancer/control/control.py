@@ -19,6 +19,7 @@ from balancer.config.decisions import Decisions
 from balancer.config.reload import Configuration
 from balancer.config.settings import Settings
 from balancer.filters.limits import Limiter
+from balancer.fleet.scaler import ScalingView
 from balancer.observe.canary import Canaries
 from balancer.observe.events import Events
 from balancer.observe.history import History
@@ -76,6 +77,7 @@ class Control:
     routes: RouteCounts
     limiter: Limiter
     canaries: Canaries
+    scaling: Callable[[], list[ScalingView]]
     idle: Callable[[], Mapping[str, Mapping[str, int]]]  # kept connections, by the name of a pool and a URL
     queued: Callable[[], int]  # requests that wait for a thread
     reload: Reload

@@ -26,6 +26,7 @@ from balancer.control.control import Lifecycle, ManagedView, StateView, TlsView,
 from balancer.control.inputs import whole_number
 from balancer.control.metrics import current_metrics
 from balancer.control.problems import ApiError
+from balancer.fleet.scaler import ScalingView
 from balancer.observe.canary import CanaryView
 from balancer.observe.events import Event
 from balancer.observe.history import SLOTS, WINDOWS, Figures, Slot
@@ -120,6 +121,7 @@ class Status(TypedDict):
     pools: list[PoolStatus]
     backend_servers: list[ServerView]
     routes: list[RouteView]
+    scaling: list[ScalingView]
     recent_requests: list[RecentView]
     capabilities: Capabilities
 
@@ -192,6 +194,7 @@ def status() -> Response:
             pools=_pools(backends),
             backend_servers=backends,
             routes=_routes(),
+            scaling=current_control().scaling(),
             recent_requests=[_shown(record) for record in newest],
             capabilities=_capabilities(),
         )

@@ -39,6 +39,12 @@ EventKind = (
         "state_written",
         "limit_reached",
         "limit_keys_full",
+        "scaled_up",
+        "scaled_down",
+        "scaling_advised",
+        "scaling_failed",
+        "start_failed",
+        "backend_ended",
     ]
 )
 REFUSED: EventKind = "write_refused"  # the one kind of event that anybody can cause
