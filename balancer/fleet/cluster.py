@@ -20,8 +20,7 @@ ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 class Cluster:
     """`ask` raises ScalingError. Files are read anew each time: the token is replaced about once an hour."""
 
-    def __init__(self, account: Path = ACCOUNT) -> None:
-        self._account = account
+    def __init__(self) -> None:
         self._api: JsonApi | None = None
 
     @property
@@ -34,9 +33,9 @@ class Cluster:
             raise ScalingError("KUBERNETES_SERVICE_HOST is not set: this is no pod of Kubernetes")
         if self._api is None:
             try:
-                tls = ssl.create_default_context(cafile=self._account / "ca.crt")
+                tls = ssl.create_default_context(cafile=ACCOUNT / "ca.crt")
             except (OSError, ssl.SSLError) as error:
-                raise ScalingError(f"{self._account / 'ca.crt'}: {error.strerror or error}") from None
+                raise ScalingError(f"{ACCOUNT / 'ca.crt'}: {error.strerror or error}") from None
             self._api = JsonApi(Dialer(tls), self._lines)
         url = Endpoint.parse(f"https://{f'[{host}]' if ':' in host else host}:{port}{path}")
         return self._api.ask(method, url, body, content_type)
@@ -46,6 +45,6 @@ class Cluster:
 
     def _read(self, name: str) -> str:
         try:
-            return (self._account / name).read_text(encoding="utf-8").strip()
+            return (ACCOUNT / name).read_text(encoding="utf-8").strip()
         except (OSError, ValueError) as error:
-            raise ScalingError(f"{self._account / name}: {getattr(error, 'strerror', None) or 'no text'}") from None
+            raise ScalingError(f"{ACCOUNT / name}: {getattr(error, 'strerror', None) or 'no text'}") from None

@@ -60,9 +60,9 @@ class JsonApi:
             assert isinstance(response.body, ResponseBody)
             data = response.body.read_out(MOST_BYTES, deadline)
         except BalancerError as error:
-            raise ScalingError(f"{url}: {error}") from None
+            raise ScalingError(str(error)) from None
         if response.status_code not in range(200, 300) and response.status_code not in tolerated:
-            raise ScalingError(f"{url} answered {response.status_code}: {shown(data.strip())}")
+            raise ScalingError(f"{url} answered {response.status_code} {shown(data.strip())}".rstrip())
         if not response.body.is_complete:
             raise ScalingError(f"{url}: no whole answer of at most {MOST_BYTES} bytes within {ANSWER_SECONDS:g} s")
         return data

@@ -117,13 +117,15 @@ class Scaler:
             if self._drains:
                 provider.retire()
         provider.tend()
-        load = provider.load()
-        if load is None or self._is_retired:
+        if self._is_retired:
+            return
+        load, is_enforced = provider.load(), options.mode == "enforce"
+        has_more = load is None or load.there < options.max or load.starting > 0
+        self.pool.let_grow(is_enforced and has_more and not self._starts.failed_in_row)
+        if load is None:
             return
         wanted = self._demand.wanted(load, now)
         self._load, self._wanted = load, wanted
-        is_enforced, is_healthy = options.mode == "enforce", not self._starts.failed_in_row
-        self.pool.let_grow(is_enforced and is_healthy and (load.there < options.max or load.starting > 0))
         if not is_enforced:
             self._advise(wanted, load.there)
         elif wanted != load.there and self._starts.are_due(now):
