@@ -18,8 +18,10 @@ import pytest
 from certificates import Files
 from fleet import DemoBackend
 from support import Balancer, RawRequest, fetch, fetch_json, wait_until
-from test_scaling import Clients, healthy, kinds, quick, scaled, seen  # noqa: F401
+from test_scaling import Clients, healthy, kinds, quick, scaled, seen
 from wire import WireBackend
+
+__all__ = ["quick"]  # a fixture
 
 pytestmark = pytest.mark.usefixtures("quick")
 
