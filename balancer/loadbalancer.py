@@ -41,6 +41,7 @@ from balancer.edge.sockets import Sockets
 from balancer.edge.tls import Certificate, TlsOptions
 from balancer.edge.workers import WorkerPool
 from balancer.errors import SettingsError
+from balancer.fleet import sources
 from balancer.forwarding.filter import Filter
 from balancer.observe.events import Event
 from balancer.observe.record import ExplainedView
@@ -334,6 +335,7 @@ class LoadBalancer:
         if self.memory is not None:
             self.memory.start("decisions" if self.is_forgetful else None)
         self.pools.health.start()
+        self.control.discovery.start()
         self.control.history.start()
         self.renewal.start()
         self.authentication.start()
@@ -372,6 +374,7 @@ class LoadBalancer:
         if self.sockets is not None:
             self.sockets.stop()
         self.copies.stop()
+        self.control.discovery.stop()
         self.pools.health.stop()
         self.scaling.stop()  # what has ended from here on is no failure
         self.renewal.stop()
@@ -431,6 +434,7 @@ class LoadBalancer:
         Those under way keep their Route and RequestHead; all else they look up at each step anew.
         """
         self.pools.use(config, plan.pools)
+        self.control.discovery.use(sources.made(config, self.control.discovery.is_lost))
         self.authentication.use()
         self.proxy.routes = self.routes(config)
         self.pools.retire()

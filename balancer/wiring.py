@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import ssl
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -43,6 +44,8 @@ from balancer.filters.mirror import Copies
 from balancer.filters.servedby import ServedBy
 from balancer.filters.serviceworkers import ServiceWorkers
 from balancer.filters.sticky import Sticky, StickyOptions, cookie_of
+from balancer.fleet import sources as sources_of
+from balancer.fleet.discovery import Discovery, Found
 from balancer.fleet.providers import Providers
 from balancer.fleet.scaler import Scaling
 from balancer.fleet.scaling import ScalingNews, ScalingOptions
@@ -71,11 +74,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("balancer")
 
+DOCKER = "unix:///var/run/docker.sock"
 NEWS_SEVERITY: dict[EventKind, Severity] = {  # all others are told for information
     "certificate_refused": "error",
     "certificate_expires": "warning",
     "canary_returned": "warning",
     "state_failed": "error",
+    "source_failed": "warning",
 }
 
 
@@ -111,7 +116,8 @@ def make(
     strategies.load_entry_points()
     configuration = Configuration(config, sources)
     statistics, events = Statistics(), Events()
-    dialer = Dialer(_tls_context(config.ca_file), _names(events))
+    tls = _tls_context(config.ca_file)
+    dialer = Dialer(tls, _names(events))
     wired = PoolWiring(dialer, statistics)
     wired.use(config, compare(NOTHING, config, configuration.sources, wired.pools).pools)
     authentication = Authentication(dialer, _keys(events), statistics.refusals)
@@ -119,6 +125,8 @@ def make(
     authentication.use()
 
     canaries, decisions = Canaries(_noting(events)), _decisions(configuration, wired.pools, events)
+    discovery = Discovery(wired.pools, _noting(events, configuration.without_folders))
+    discovery.use(sources_of.made(config, discovery.is_lost))
     wired.look = lambda: _pass_time(canaries, decisions)
 
     app = Flask(__name__, static_folder=None)
@@ -127,11 +135,11 @@ def make(
     limiter = Limiter(events)
     access = Access(config.options(AccessOptions))
     renewal = _renewal(config, configuration, events, renew)
-    scaling = Scaling(wired.pools, Providers(wired.pools, config.id, dialer).make, _scaled(events))
+    scaling = Scaling(wired.pools, Providers(wired.pools, config.id, tls).make, _scaled(events))
     scale(scaling, config)
     control = Control(
         *(wired.pools, statistics, events, history, writer, shipped.find("dashboard.html")),
-        *(configuration, decisions, access, RouteCounts(), limiter),
+        *(configuration, decisions, access, RouteCounts(), limiter, discovery),
         canaries=canaries,
         scaling=scaling.describe,
         idle=wired.idle,
@@ -156,7 +164,8 @@ def make(
 
 def scale(scaling: Scaling, config: Settings) -> None:
     """As these settings have it."""
-    scaling.use([ScalingOptions(kind=each.kind, **each.model_dump()) for each in config.scaling])
+    docker = config.docker or os.environ.get("DOCKER_HOST") or DOCKER
+    scaling.use([ScalingOptions(kind=each.kind, docker=docker, **each.model_dump()) for each in config.scaling])
 
 
 def _scaled(events: Events) -> Callable[[ScalingNews, str, str | None, str], None]:
@@ -262,6 +271,7 @@ def _memory(control: Control) -> Memory | None:
 
     kept = {
         "events": Kept(events.kept, lambda kept: events.restore(kept.values()), KeptEvent),
+        "sources": Kept(control.discovery.kept, control.discovery.restore, list[Found]),
         "decisions": Kept(control.decisions.kept, control.decisions.restore, Decision),
         "ejections": Kept(
             lambda: {key: each for pool in pools for key, each in pool.ejections().items()}, eject, KeptEjection

@@ -90,6 +90,8 @@ def another_value(name: str) -> Any:
         "ca_file": "ca.pem",
         "unix_socket_mode": "0660",
         "unix_socket_owner": "root",
+        "docker": "unix:///run/docker.sock",
+        "dns_servers": ("10.0.0.2:53",),
     }
     texts |= dict.fromkeys(("backend_host", "backend_sni", "health_host"), "api.example")
     texts |= {"request_headers": '{ set = { X-Team = "a" } }', "response_headers": '{ remove = ["Server"] }'}

@@ -26,7 +26,8 @@ from balancer.balancing.strategies import create
 from balancer.config import settings
 from balancer.config.settings import Settings
 from balancer.errors import SettingsError
-from balancer.fleet.scaling import Demand, Load, ScalingError, ScalingOptions, Starts
+from balancer.fleet.discovery import SourceFailed
+from balancer.fleet.scaling import Demand, Load, ScalingOptions, Starts
 from balancer.fleet.started import StartedBackends
 from balancer.protocol.origin import Origin
 from balancer.protocol.request import Request
@@ -42,7 +43,7 @@ def command(*flags: str) -> str:
 
 def scaling_options(**table: Any) -> ScalingOptions:
     (made,) = Settings(scaling=[{"command": "x {port}", "max": 6, **table}]).scaling  # type: ignore[list-item]
-    return ScalingOptions(kind=made.kind, **made.model_dump())
+    return ScalingOptions(kind=made.kind, docker="", **made.model_dump())
 
 
 # The decision.
@@ -150,7 +151,7 @@ class Launched:
 
     def start(self, backend_id: str) -> Origin:
         if self.refusal:
-            raise ScalingError(self.refusal)
+            raise SourceFailed(self.refusal)
         self.running.append(backend_id)
         return Origin("http", "127.0.0.1", 9)
 

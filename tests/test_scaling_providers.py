@@ -179,7 +179,7 @@ def kubernetes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kube
     server = Kubernetes(files)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), name="kubernetes")
     thread.start()
-    monkeypatch.setattr("balancer.fleet.cluster.ACCOUNT", tmp_path)
+    monkeypatch.setattr("balancer.fleet.kubernetes.ACCOUNT", tmp_path)
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
     monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(server.server_address[1]))
     yield server

@@ -19,7 +19,7 @@ from typing import Any, cast
 
 from typing_extensions import TypedDict
 
-from balancer.balancing.backends import EXPLAINED, Backend, BackendView, Choice, LastCheck, Scene, Source
+from balancer.balancing.backends import EXPLAINED, Backend, BackendView, Choice, LastCheck, Scene
 from balancer.balancing.candidates import Candidates
 from balancer.balancing.changes import Listener, Notifier
 from balancer.balancing.counts import BackendCounts
@@ -427,7 +427,7 @@ class BackendPool:
         weight: int = 1,
         max_connections: int | None = None,
         drain_timeout: float | None = None,
-        source: Source = "api",
+        source: str = "api",
         configured: Mapping[str, Any] | None = None,
     ) -> Backend:
         """Add a backend; it gets requests after its first good check. `others` are those of other pools, by their ids.

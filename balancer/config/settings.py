@@ -28,7 +28,7 @@ from balancer.config.limits import LimitSettings
 from balancer.config.routes import ExpectSettings, RouteSettings
 from balancer.config.scaling import ScalingSettings
 from balancer.config.tables import Named, PoolSettings, Table
-from balancer.config.values import DEFAULT_BACKENDS, RESTART, BackendSettings, Values
+from balancer.config.values import DEFAULT_BACKENDS, RESTART, BackendSettings, Listed, Values
 from balancer.errors import SettingsError
 from balancer.protocol.addresses import is_loopback
 from balancer.protocol.headerrules import NO_RULES, HeaderRules
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 Options = TypeVar("Options", bound="DataclassInstance")
 
+NAMING_BACKENDS = ("pools", "backends_file", "docker", "scaling")  # beside `backends`
 SHORT_FORMS = {"flag": "--backend {}", "environment": "backend {} of LB_BACKENDS"}  # where backends are told by number
 MAX_FILE = 1_048_576  # bytes of a configuration file: room for ten thousand backends
 
@@ -65,8 +66,8 @@ class Settings(Values):
     @classmethod
     def _leave_the_demo_out(cls, values: Any) -> Any:
         """Its backends are for those who name none."""
-        has_others = isinstance(values, dict) and (values.get("pools") or values.get("scaling"))
-        return {"backends": (), **values} if has_others else values
+        names_some = isinstance(values, dict) and any(values.get(name) for name in NAMING_BACKENDS)
+        return {"backends": (), **values} if names_some else values
 
     @model_validator(mode="after")
     def _check_names(self) -> Settings:
@@ -107,13 +108,27 @@ class Settings(Values):
         return bool(self.backends) or any(each.name == DEFAULT_POOL for each in self.scaling)
 
     def by_pool(self) -> dict[str, Settings]:
-        """The settings of each pool by its name: its own, and for all else those of the top level."""
-        own = {each.name: self.model_copy(update={**each.own, "backends": each.backends}) for each in self.pools}
-        return {DEFAULT_POOL: self, **own}
+        """The settings of each pool by its name: its own, and for all else those of the top level. Without backends
+        that are looked up."""
+        own = {each.name: self.model_copy(update={**each.own, "backends": _here(each.backends)}) for each in self.pools}
+        is_all_here = _here(self.backends) == self.backends
+        return {
+            DEFAULT_POOL: self if is_all_here else self.model_copy(update={"backends": _here(self.backends)}),
+            **own,
+        }
+
+    def discovered(self) -> dict[str, Listed]:
+        """Those that are looked up, by their ids."""
+        listed = [(DEFAULT_POOL, self.backends), *((pool.name, pool.backends) for pool in self.pools)]
+        return {each.id: (name, each) for name, backends in listed for each in backends if each.discovered}
 
     def options(self, kind: type[Options]) -> Options:
         """What one part needs to know: a dataclass whose fields have the names of settings, or of properties here."""
         return kind(**{field.name: getattr(self, field.name) for field in dataclasses.fields(kind)})
+
+
+def _here(backends: tuple[BackendSettings, ...]) -> tuple[BackendSettings, ...]:
+    return tuple(backend for backend in backends if not backend.discovered)
 
 
 def _pools(route: RouteSettings) -> list[str]:

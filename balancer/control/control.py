@@ -19,6 +19,7 @@ from balancer.config.decisions import Decisions
 from balancer.config.reload import Configuration
 from balancer.config.settings import Settings
 from balancer.filters.limits import Limiter
+from balancer.fleet.discovery import Discovery
 from balancer.fleet.scaler import ScalingView
 from balancer.observe.canary import Canaries
 from balancer.observe.events import Events
@@ -76,6 +77,7 @@ class Control:
     access: Access
     routes: RouteCounts
     limiter: Limiter
+    discovery: Discovery
     canaries: Canaries
     scaling: Callable[[], list[ScalingView]]
     idle: Callable[[], Mapping[str, Mapping[str, int]]]  # kept connections, by the name of a pool and a URL
@@ -102,8 +104,9 @@ class Control:
         return [{**backend, "until": ends.get((backend["pool"], backend["id"]))} for backend in found]
 
     def is_serving(self) -> bool:
-        """Ready for traffic: the first round of health checks is done, and no shutdown is under way."""
-        return self.lifecycle != "draining" and self.pools.has_had_first_round()
+        """Ready for traffic: sources have told of backends, the first round of health checks is done, and no shutdown
+        is under way."""
+        return self.lifecycle != "draining" and self.discovery.has_looked() and self.pools.has_had_first_round()
 
 
 def current_control() -> Control:

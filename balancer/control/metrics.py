@@ -177,6 +177,7 @@ class Collector:
         yield from self._limits()
         yield from self._pools()
         yield from self._scaling()
+        yield from self._sources()
 
     def _process(self) -> Iterator[Metric]:
         control, versions = self._control, (__version__, platform.python_version())
@@ -308,6 +309,18 @@ class Collector:
             add(available, [name], each["available"])
             add(waiting, [name], each["waiting_requests"])
         yield from (info, panic, available, waiting)
+
+    def _sources(self) -> Iterator[Metric]:
+        age = gauge("source_age_seconds", "Since a source of backends last told who is there.", "source")
+        backends = gauge("source_backends", "Backends that are there by its word.", "source")
+        failures = counter("source_failures", "Times that it could not tell, or told of nobody.", "source")
+        for source in self._control.discovery.describe():
+            name = [source["name"]]
+            if source["age"] is not None:
+                add(age, name, source["age"])
+            add(backends, name, source["backends"])
+            add(failures, name, source["failures"])
+        yield from (age, backends, failures)
 
     # Of each backend: with hundreds of them by far the most.
 

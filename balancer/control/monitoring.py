@@ -26,6 +26,7 @@ from balancer.control.control import Lifecycle, ManagedView, StateView, TlsView,
 from balancer.control.inputs import whole_number
 from balancer.control.metrics import current_metrics
 from balancer.control.problems import ApiError
+from balancer.fleet.discovery import SourceView
 from balancer.fleet.scaler import ScalingView
 from balancer.observe.canary import CanaryView
 from balancer.observe.events import Event
@@ -119,6 +120,7 @@ class Status(TypedDict):
     state: StateView | None
     statistics: TotalsView
     pools: list[PoolStatus]
+    sources: list[SourceView]
     backend_servers: list[ServerView]
     routes: list[RouteView]
     scaling: list[ScalingView]
@@ -192,6 +194,7 @@ def status() -> Response:
             state=_state(),
             statistics=totals,
             pools=_pools(backends),
+            sources=_sources(),
             backend_servers=backends,
             routes=_routes(),
             scaling=current_control().scaling(),
@@ -255,6 +258,13 @@ def _state() -> StateView | None:
         return None
     told = str if is_authorized() else control.configuration.without_folders
     return {"file": told(str(memory.path)), "last_error": memory.last_error and told(memory.last_error)}
+
+
+def _sources() -> list[SourceView]:
+    control = current_control()
+    told = str if is_authorized() else control.configuration.without_folders
+    found = control.discovery.describe()
+    return [{**source, "last_error": source["last_error"] and told(source["last_error"])} for source in found]
 
 
 def _shown(record: F) -> F:

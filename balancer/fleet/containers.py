@@ -4,19 +4,17 @@ balancer leaves, because it was killed, are taken over by the next one of its na
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 from urllib.parse import quote
 
-from balancer.errors import SettingsError
-from balancer.fleet.jsonapi import JsonApi
-from balancer.fleet.scaling import ScalingError, ScalingOptions
-from balancer.protocol.origin import Endpoint, Origin, unix_url
-from balancer.upstream.dialer import Dialer
+from balancer.config.values import docker_url
+from balancer.fleet.discovery import SourceFailed
+from balancer.fleet.jsonapi import JsonApi, Refused
+from balancer.fleet.scaling import ScalingOptions
+from balancer.protocol.origin import Origin
 
-SOCKET = "unix:///var/run/docker.sock"  # where DOCKER_HOST says nothing else
 STOP_SECONDS = 5  # after SIGTERM
 DONE_ALREADY = (304, 404, 409)  # it is not running, or gone
 BALANCER, POOL, ID = "load-balancer.name", "load-balancer.pool", "load-balancer.id"  # labels
@@ -25,10 +23,9 @@ BALANCER, POOL, ID = "load-balancer.name", "load-balancer.pool", "load-balancer.
 class Containers:
     """Those of one pool. A Launcher. `name` is this balancer's."""
 
-    def __init__(self, options: ScalingOptions, name: str, dialer: Dialer) -> None:
+    def __init__(self, options: ScalingOptions, name: str) -> None:
         self.options = options
         self._name = name
-        self._api = JsonApi(dialer)
         self._containers: dict[str, str] = {}  # by our id, theirs
 
     def found(self) -> Mapping[str, Origin]:
@@ -47,22 +44,19 @@ class Containers:
         host: dict[str, Any] = {"NetworkMode": options.docker_network} if options.docker_network else {}
         if not options.docker_network:
             host = {"PortBindings": {port: [{"HostIp": "127.0.0.1", "HostPort": ""}]}}
-        made = self._ask(
-            "POST",
-            "/containers/create",
-            {
-                "Image": options.docker_image,
-                "Labels": {BALANCER: self._name, POOL: options.name, ID: backend_id},
-                "ExposedPorts": {port: {}},
-                "HostConfig": host,
-            },
-        )
-        container = str(made["Id"])
+        wanted: dict[str, Any] = {
+            "Image": options.docker_image,
+            "Labels": {BALANCER: self._name, POOL: options.name, ID: backend_id},
+            "ExposedPorts": {port: {}},
+            "HostConfig": host,
+        }
+        container = str(json.loads(self._api.send("POST", "/containers/create", wanted))["Id"])
         try:
-            self._ask("POST", f"/containers/{container}/start")
+            self._api.send("POST", f"/containers/{container}/start")
             origin = self._origin(container)
-        except ScalingError:
-            self._remove(container)
+        except BaseException:
+            with suppress(SourceFailed):
+                self._remove(container)
             raise
         self._containers[backend_id] = container
         return origin
@@ -82,25 +76,25 @@ class Containers:
     def close(self) -> None:
         """All are told at once, so that none has to wait for another one."""
         for container in self._containers.values():
-            with suppress(ScalingError):
+            with suppress(SourceFailed):
                 self._have("POST", f"/containers/{container}/kill?signal=SIGTERM")
         for backend_id in [*self._containers]:
-            with suppress(ScalingError):  # the next balancer finds it
+            with suppress(SourceFailed):  # the next balancer finds it
                 self.stop(backend_id)
 
     def _port(self) -> str:
         """In the container, as Docker has it: 8080/tcp."""
         if self.options.docker_port is not None:
             return f"{self.options.docker_port}/tcp"
-        image = self._ask("GET", f"/images/{quote(self.options.docker_image or '', safe='/:@')}/json")
+        image = self._api.get(f"/images/{quote(self.options.docker_image or '', safe='/:@')}/json")
         exposed = [*(image["Config"].get("ExposedPorts") or {})]
         if len(exposed) != 1:
             told = ", ".join(exposed) or "no port"
-            raise ScalingError(f"the image {self.options.docker_image} exposes {told}; set docker_port")
+            raise SourceFailed(f"the image {self.options.docker_image} exposes {told}; set docker_port")
         return str(exposed[0])
 
     def _origin(self, container: str) -> Origin:
-        network = self._ask("GET", f"/containers/{container}/json")["NetworkSettings"]
+        network = self._api.get(f"/containers/{container}/json")["NetworkSettings"]
         port = self._port()
         if self.options.docker_network:
             return Origin(
@@ -111,22 +105,19 @@ class Containers:
     def _listed(self) -> list[dict[str, Any]]:
         """All of ours, running or not."""
         labels = {"label": [f"{BALANCER}={self._name}", f"{POOL}={self.options.name}"]}
-        return list(self._ask("GET", f"/containers/json?all=1&filters={quote(json.dumps(labels))}"))
+        return list(self._api.get(f"/containers/json?all=1&filters={quote(json.dumps(labels))}"))
 
     def _remove(self, container: str) -> None:
         self._have("DELETE", f"/containers/{container}?force=1&v=1")
 
     def _have(self, method: str, target: str) -> None:
-        self._api.send(method, self._at(target), tolerated=DONE_ALREADY)
-
-    def _ask(self, method: str, target: str, body: object = None) -> Any:
-        return self._api.ask(method, self._at(target), body)
-
-    def _at(self, target: str) -> Endpoint:
-        host = os.environ.get("DOCKER_HOST") or SOCKET
-        path = host.removeprefix("unix://")
         try:
-            origin = Origin.parse(host.replace("tcp://", "http://", 1) if path == host else unix_url(path))
-        except SettingsError as error:
-            raise ScalingError(f"DOCKER_HOST: {error}") from None
-        return Endpoint(origin, target.encode("ascii"))
+            self._api.send(method, target)
+        except Refused as error:
+            if error.status not in DONE_ALREADY:
+                raise
+
+    @property
+    def _api(self) -> JsonApi:
+        """Where it is may be changed by a reload."""
+        return JsonApi(Origin.parse(docker_url(self.options.docker)))

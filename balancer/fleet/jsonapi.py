@@ -1,68 +1,104 @@
-"""Servers that are told something and answer in JSON, such as those of Docker and Kubernetes."""
+"""A server that answers in JSON, once or with news as it comes. One time limit holds for the whole of either."""
 
 from __future__ import annotations
 
 import json
+import ssl
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from balancer.errors import BalancerError
-from balancer.fleet.scaling import ScalingError
+from balancer.fleet.discovery import SourceFailed
+from balancer.protocol.client import Caller
 from balancer.protocol.messages import Line
-from balancer.protocol.origin import Endpoint
-from balancer.protocol.texts import shown
+from balancer.protocol.origin import Origin
+from balancer.protocol.texts import SHOWN, shown
 from balancer.upstream.dialer import Dialer
 from balancer.upstream.outgoing import OutgoingRequest
 from balancer.upstream.response import ResponseBody
 from balancer.upstream.transport import BackendAdapter, Timeouts
 
-ANSWER_SECONDS = 10.0  # for a whole answer
-MOST_BYTES = 4_194_304
+CONNECT_SECONDS, ANSWER_SECONDS = 3.0, 10.0
+MOST_BYTES = 16_777_216  # of one answer, or of one line of news
 JSON = b"application/json"
 
 
+class Refused(SourceFailed):
+    """It answered, but with another status than 2xx, and maybe said why."""
+
+    def __init__(self, origin: Origin, status: int, why: bytes) -> None:
+        super().__init__(f"{origin.url} answered {status} {shown(why.strip())}".rstrip())
+        self.status = status
+
+
 class JsonApi:
-    """One of them. `lines` are header lines that go with each request."""
+    """Asks for one thing at a time; `stop` ends that from another thread, at once, and all that is asked later. What
+    `lines` are and how to speak TLS is asked for each time, so that their files may change."""
 
-    def __init__(self, dialer: Dialer, lines: Callable[[], Sequence[Line]] = lambda: ()) -> None:
-        timeouts = Timeouts(ANSWER_SECONDS, ANSWER_SECONDS, ANSWER_SECONDS, pool_idle_timeout=0)
-        self._adapter = BackendAdapter(timeouts, max_idle=0, dialer=dialer)
-        self._lines = lines
-
-    def ask(self, method: str, url: Endpoint, body: object = None, content_type: bytes = JSON) -> Any:
-        """What it answers, None for nothing. Raises ScalingError, as `send` does."""
-        data = self.send(method, url, body, content_type).strip()
-        try:
-            return json.loads(data) if data else None
-        except (ValueError, RecursionError):
-            raise ScalingError(f"{url} answered something else than JSON: {shown(data)}") from None
-
-    def send(
+    def __init__(
         self,
-        method: str,
-        url: Endpoint,
-        body: object = None,
-        content_type: bytes = JSON,
-        tolerated: Collection[int] = (),
-    ) -> bytes:
-        """Its answer. Raises ScalingError for one that is neither 2xx nor `tolerated`, and if there is none in time."""
+        origin: Origin,
+        tls: Callable[[], ssl.SSLContext | None] = lambda: None,
+        lines: Callable[[], Sequence[Line]] = lambda: (),
+    ) -> None:
+        self._origin = origin
+        self._tls = tls
+        self._lines = lines
+        self._caller = Caller()
+
+    def stop(self) -> None:
+        self._caller.disconnect()
+
+    def get(self, target: str) -> Any:
+        """Raises SourceFailed, ValueError."""
+        return json.loads(self.send("GET", target))
+
+    def send(self, method: str, target: str, told: object = None, kind: bytes = JSON) -> bytes:
+        """Its answer, when it was `told` something, if that is not None. Raises SourceFailed."""
         deadline = time.monotonic() + ANSWER_SECONDS
-        lines = [(b"host", url.origin.authority.encode("ascii")), (b"connection", b"close"), *self._lines()]
-        if body is not None:
-            lines.append((b"content-type", content_type))
-        request = OutgoingRequest(method, url.target, lines)
-        request.deadline = deadline
-        if body is not None:
-            request.set_body(json.dumps(body).encode())
-        try:
-            response = self._adapter.exchange(request, url.origin)
-            assert isinstance(response.body, ResponseBody)
-            data = response.body.read_out(MOST_BYTES, deadline)
-        except BalancerError as error:
-            raise ScalingError(str(error)) from None
-        if response.status_code not in range(200, 300) and response.status_code not in tolerated:
-            raise ScalingError(f"{url} answered {response.status_code} {shown(data.strip())}".rstrip())
-        if not response.body.is_complete:
-            raise ScalingError(f"{url}: no whole answer of at most {MOST_BYTES} bytes within {ANSWER_SECONDS:g} s")
+        body = self._ask(method, target, ANSWER_SECONDS, told, kind)
+        data = body.read_out(MOST_BYTES, deadline)
+        if not body.is_complete:
+            raise SourceFailed(f"{self._origin.url}: no whole answer of at most {MOST_BYTES} bytes in time")
         return data
+
+    def watch(self, target: str, seconds: float) -> Generator[list[Any], None, None]:
+        """What comes, a line each, several if they come together; it ends when the server ends it, or after so many
+        seconds. Raises SourceFailed at once if it is refused; later ValueError."""
+        return self._news(self._ask("GET", target, seconds), time.monotonic() + seconds)
+
+    def _news(self, body: ResponseBody, deadline: float) -> Generator[list[Any], None, None]:
+        rest = b""
+        try:
+            while time.monotonic() < deadline and (data := body.read_chunk()):
+                *whole, rest = (rest + data).split(b"\n")
+                if len(rest) > MOST_BYTES:
+                    raise SourceFailed(f"{self._origin.url}: a line of more than {MOST_BYTES} bytes")
+                if news := [json.loads(line) for line in whole if line.strip()]:
+                    yield news
+        except BalancerError:
+            pass  # cut off, or silent for as long as it may: whoever asks again will see
+        finally:
+            body.close()
+
+    def _ask(self, method: str, target: str, seconds: float, told: object = None, kind: bytes = JSON) -> ResponseBody:
+        timeouts = Timeouts(CONNECT_SECONDS, ANSWER_SECONDS, seconds, pool_idle_timeout=0)
+        adapter = BackendAdapter(timeouts, max_idle=0, dialer=Dialer(self._tls()))
+        lines = [(b"host", self._origin.authority.encode("ascii")), (b"accept", b"application/json")]
+        lines += [(b"connection", b"close"), *self._lines()]
+        request = OutgoingRequest(method, target.encode("ascii"), lines)
+        if told is not None:
+            request.lines = [*lines, (b"content-type", kind)]
+            request.set_body(json.dumps(told).encode())
+        request.client, request.deadline = self._caller, time.monotonic() + ANSWER_SECONDS
+        try:
+            response = adapter.exchange(request, self._origin)
+        except BalancerError as error:
+            raise SourceFailed(str(error)) from None
+        assert isinstance(response.body, ResponseBody)
+        if response.status_code not in range(200, 300):
+            why = response.body.read_out(SHOWN, request.deadline)
+            response.body.close()
+            raise Refused(self._origin, response.status_code, why)
+        return response.body

@@ -16,7 +16,8 @@ from pathlib import Path
 from threading import Thread
 
 from balancer.fleet import keeper
-from balancer.fleet.scaling import ScalingError, ScalingOptions
+from balancer.fleet.discovery import SourceFailed
+from balancer.fleet.scaling import ScalingOptions
 from balancer.protocol.origin import Origin
 from balancer.protocol.texts import shown
 
@@ -104,7 +105,7 @@ class Processes:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
             )
         except OSError as error:
-            raise ScalingError(f"no process can be started: {error.strerror}") from None
+            raise SourceFailed(f"no process can be started: {error.strerror}") from None
         self._keeper = process
         self._reader = Thread(target=self._read, args=(process,), name=f"keeper-{self.options.name}", daemon=True)
         self._reader.start()
@@ -115,7 +116,7 @@ class Processes:
             self._keeper.stdin.write(json.dumps(what).encode() + b"\n")
             self._keeper.stdin.flush()
         except OSError:
-            raise ScalingError("the keeper of its processes has ended") from None
+            raise SourceFailed("the keeper of its processes has ended") from None
 
     # The keeper's reader.
 

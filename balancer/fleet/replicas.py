@@ -5,14 +5,16 @@ They come to the pool, and leave it, by discovery.
 
 from __future__ import annotations
 
+import ssl
 import time
 from collections.abc import Callable
 from typing import Protocol
 
 from balancer.balancing.pool import BackendPool
-from balancer.fleet.cluster import Cluster
+from balancer.fleet.discovery import SourceFailed
 from balancer.fleet.jsonapi import JsonApi
-from balancer.fleet.scaling import Load, ScalingError, ScalingOptions, Starts, Tell
+from balancer.fleet.kubernetes import cluster, own_namespace
+from balancer.fleet.scaling import Load, ScalingOptions, Starts, Tell
 from balancer.protocol.origin import Endpoint
 
 LOOK_AGAIN_SECONDS = 15.0  # what is wanted may be changed by others
@@ -20,7 +22,7 @@ MERGE_PATCH = b"application/merge-patch+json"  # RFC 7396
 
 
 class Replicator(Protocol):
-    """Knows how many there are to be. Each may raise ScalingError."""
+    """Knows how many there are to be. Each may raise SourceFailed."""
 
     options: ScalingOptions
 
@@ -85,7 +87,7 @@ class Replicas:
     def scale(self, load: Load, wanted: int, why: str) -> bool:
         try:
             self._replicator.write(load.there, wanted, why)
-        except ScalingError as error:
+        except SourceFailed as error:
             self._starts.fail(str(error), self._clock())
             raise
         self._tell("scaled_up" if wanted > load.there else "scaled_down", self._pool.name, None, why)
@@ -105,32 +107,29 @@ class Replicas:
 class KubernetesScale:
     """The scale subresource of a deployment in our own namespace, as the service account of this pod may have it."""
 
-    def __init__(self, options: ScalingOptions, cluster: Cluster) -> None:
+    def __init__(self, options: ScalingOptions) -> None:
         self.options = options
-        self._cluster = cluster
+        self._cluster = cluster()
 
     def read(self) -> int:
-        try:
-            return int(self._cluster.ask("GET", self._path)["spec"].get("replicas", 0))
-        except (LookupError, TypeError, ValueError):
-            raise ScalingError(f"{self._path}: no scale of a deployment") from None
+        return int(self._cluster.get(self._path)["spec"].get("replicas", 0))
 
     def write(self, before: int, after: int, why: str) -> None:
-        self._cluster.ask("PATCH", self._path, {"spec": {"replicas": after}}, MERGE_PATCH)
+        self._cluster.send("PATCH", self._path, {"spec": {"replicas": after}}, MERGE_PATCH)
 
     @property
     def _path(self) -> str:
         assert self.options.kubernetes is not None
         name = self.options.kubernetes.removeprefix("deployment/")
-        return f"/apis/apps/v1/namespaces/{self._cluster.namespace}/deployments/{name}/scale"
+        return f"/apis/apps/v1/namespaces/{own_namespace()}/deployments/{name}/scale"
 
 
 class Webhook:
     """A POST that it takes with 2xx has been heard. One that it does not take is sent again, later and later."""
 
-    def __init__(self, options: ScalingOptions, api: JsonApi) -> None:
+    def __init__(self, options: ScalingOptions, tls: ssl.SSLContext | None) -> None:
         self.options = options
-        self._api = api
+        self._tls = tls
 
     def read(self) -> None:
         return None
@@ -138,4 +137,5 @@ class Webhook:
     def write(self, before: int, after: int, why: str) -> None:
         assert self.options.webhook is not None
         told = {"pool": self.options.name, "from": before, "to": after, "reason": why}
-        self._api.send("POST", Endpoint.parse(self.options.webhook), told)
+        url = Endpoint.parse(self.options.webhook)
+        JsonApi(url.origin, lambda: self._tls).send("POST", url.target.decode("ascii"), told)

@@ -11,7 +11,8 @@ from typing_extensions import TypedDict
 
 from balancer.balancing.pool import BackendPool
 from balancer.balancing.pools import Pools
-from balancer.fleet.scaling import Demand, Load, Provider, ScalingError, ScalingOptions, Starts, Tell
+from balancer.fleet.discovery import SourceFailed
+from balancer.fleet.scaling import Demand, Load, Provider, ScalingOptions, Starts, Tell
 
 log = logging.getLogger("balancer.scaling")
 
@@ -105,7 +106,7 @@ class Scaler:
         except Exception as error:  # the thread must outlive any surprise, or nothing would be scaled from then on
             if str(error) != self._failure:
                 self._failure = str(error)
-                if not isinstance(error, ScalingError):  # an answer of another shape, for one
+                if not isinstance(error, SourceFailed):  # an answer of another shape, for one
                     log.exception("scaling of %s failed", self.pool.name)
                 self._tell("scaling_failed", self.pool.name, None, self._failure)
 

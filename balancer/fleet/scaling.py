@@ -22,17 +22,14 @@ ScalingNews = Literal["scaled_up", "scaled_down", "scaling_advised", "scaling_fa
 Tell = Callable[[ScalingNews, str, str | None, str], None]  # what happens in which pool, maybe to one of its backends
 
 
-class ScalingError(Exception):
-    """Whoever starts backends could not; `str(error)` is one line for a person."""
-
-
 @dataclass(frozen=True, slots=True)
 class ScalingOptions:
     """One `[[scaling]]`, by the names of its settings; `name` is the pool's, `kind` the setting that says who starts
-    backends."""
+    backends, `docker` where its API is."""
 
     name: str
     kind: str
+    docker: str
     min: int
     max: int
     target_in_flight: float
@@ -151,7 +148,7 @@ class Starts:
 
 
 class Provider(Protocol):
-    """Brings backends to one pool, and takes them away; for its scaler alone. Each may raise ScalingError."""
+    """Brings backends to one pool, and takes them away; for its scaler alone. Each may raise SourceFailed."""
 
     options: ScalingOptions
 

@@ -12,14 +12,15 @@ from balancer.balancing.backends import Backend
 from balancer.balancing.pool import DEFAULT_POOL, BackendPool
 from balancer.balancing.pools import Pools
 from balancer.errors import SettingsError
-from balancer.fleet.scaling import Load, ScalingError, ScalingOptions, Starts, Tell
+from balancer.fleet.discovery import SourceFailed
+from balancer.fleet.scaling import Load, ScalingOptions, Starts, Tell
 from balancer.protocol.origin import Origin
 
 STEADY_SECONDS = 10.0  # of being up, after which a start was a good one
 
 
 class Launcher(Protocol):
-    """Starts and stops what listens for one pool. Each may raise ScalingError."""
+    """Starts and stops what listens for one pool. Each may raise SourceFailed."""
 
     options: ScalingOptions
 
@@ -156,8 +157,11 @@ class StartedBackends:
         backend_id = self._free_id()
         try:
             origin = self._launcher.start(backend_id)
-        except ScalingError as error:
+        except SourceFailed as error:
             self._failed(backend_id, str(error))
+            return
+        except (LookupError, TypeError, ValueError) as error:
+            self._failed(backend_id, f"what its engine says makes no sense: {error!r}")
             return
         self._starts.started += 1
         self._join(backend_id, origin)

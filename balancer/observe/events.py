@@ -31,6 +31,8 @@ EventKind = (
         "draining",
         "name_kept",
         "name_found",
+        "source_failed",
+        "source_recovered",
         "keys_kept",
         "keys_found",
         "change_undone",
