@@ -36,6 +36,19 @@ class BackendsFile(BaseModel):
 
     backends: tuple[ListedBackend, ...] = Field((), description="the backends")
 
+    @field_validator("backends", mode="before")
+    @classmethod
+    def _read_short_forms(cls, backends: Any) -> Any:
+        try:
+            is_list = isinstance(backends, list)
+            return (
+                [BackendSettings.parse(each) if isinstance(each, str) else each for each in backends]
+                if is_list
+                else backends
+            )
+        except SettingsError as error:
+            raise ValueError(str(error)) from None
+
 
 def parse(data: bytes, is_json: bool) -> tuple[ListedBackend, ...]:
     """Each with an id, made of its address if it has none. Raises SettingsError, in one line."""

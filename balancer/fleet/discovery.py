@@ -107,8 +107,8 @@ class Watch:
 
     source: Source
     applied: Mapping[str, Found] = field(default_factory=dict)  # is in the pools
-    answer: Mapping[str, Found] = field(default_factory=dict)  # the last one
-    doubted: Mapping[str, Found] | None = None  # an answer that must come twice
+    trusted: Mapping[str, Found] = field(default_factory=dict)  # the last answer that was not in doubt
+    doubted: Mapping[str, Found] | None = None  # one that must come twice
     told_at: float | None = None
     failures: int = 0
     in_a_row: int = 0
@@ -174,7 +174,8 @@ class Discovery:
             for source in sources:
                 known = before.get(source.name)
                 if known is None or known.source.key != source.key:
-                    known = Watch(source, {} if known is None else known.applied)
+                    applied = {} if known is None else known.applied
+                    known = Watch(source, applied, applied)
                 self._watches[source.name] = known
             gone = [watch for name, watch in before.items() if self._watches.get(name) is not watch]
             for watch in gone:
@@ -184,8 +185,8 @@ class Discovery:
             for watch in self._watches.values():
                 # Pools may have gone, and others have come.
                 watch.applied = {key: each for key, each in watch.applied.items() if self._pools.get(each.pool)}
-                if watch.answer and watch.doubted is None:
-                    self._apply(watch, watch.answer)
+                if watch.told_at is not None and watch.doubted is None:
+                    self._apply(watch, watch.trusted)
                 if self._is_running and watch.thread is None:
                     self._start(watch)
         _join(gone)
@@ -217,7 +218,8 @@ class Discovery:
         """Before the start."""
         with self._lock:
             for watch in self._watches.values():
-                self._apply(watch, {each.id: each for each in kept.get(watch.source.title, ())})
+                watch.trusted = {each.id: each for each in kept.get(watch.source.title, ())}
+                self._apply(watch, watch.trusted)
 
     # The thread of each.
 
@@ -247,12 +249,12 @@ class Discovery:
                 return False
             if watch.applied and not now:
                 raise SourceFailed(f"it names no backends any more; the {len(watch.applied)} that it named stay")
-            gone = {key: each for key, each in watch.applied.items() if key not in now}
-            is_sure = 2 * len(gone) <= len(watch.applied) or now == watch.doubted
+            is_sure = now == watch.doubted or 2 * len(watch.trusted.keys() - now.keys()) <= len(watch.trusted)
+            is_same = now == watch.trusted and watch.doubted is None and watch.told_at is not None
             failed = watch.last_error
-            if now != watch.answer or watch.doubted is not None or failed or watch.source.complaints:
-                left_out = self._apply(watch, now if is_sure else {**gone, **now})
-            watch.answer, watch.doubted = now, None if is_sure else now
+            if not is_same or failed or watch.source.complaints:
+                left_out = self._apply(watch, now if is_sure else {**watch.applied, **now})
+            watch.trusted, watch.doubted = (now, None) if is_sure else (watch.trusted, now)
             watch.told_at, watch.in_a_row, watch.last_error = self._clock(), 0, left_out or None
         if left_out and left_out != failed:
             self._note("source_failed", f"{watch.source.name}: {left_out}")

@@ -40,13 +40,10 @@ class DockerSource(Source):
     def look(self) -> Generator[Sequence[Found], None, None]:
         while not self.stopping.is_set():
             # Listened to first, so that nothing happens unheard between the list and the news.
-            news = self._news.watch(f"/events?filters={_filters(type=['container'])}", ROUND_SECONDS)
-            try:
+            with self._news.watch(f"/events?filters={_filters(type=['container'])}", ROUND_SECONDS) as news:
                 yield self._found()
                 for _ in news:
                     yield self._found()
-            finally:
-                news.close()
             self.stopping.wait(PAUSE_SECONDS)
 
     def _found(self) -> list[Found]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import ssl
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from balancer.errors import BalancerError
@@ -27,8 +28,9 @@ JSON = b"application/json"
 class Refused(SourceFailed):
     """It answered, but with another status than 2xx, and maybe said why."""
 
-    def __init__(self, origin: Origin, status: int, why: bytes) -> None:
-        super().__init__(f"{origin.url} answered {status} {shown(why.strip())}".rstrip())
+    def __init__(self, origin: Origin, status: int, why: bytes = b"") -> None:
+        hint = ": it is not allowed" if status in (401, 403) else ""
+        super().__init__(f"{origin.url} answered {status}{hint} {shown(why.strip())}".rstrip())
         self.status = status
 
 
@@ -42,7 +44,7 @@ class JsonApi:
         tls: Callable[[], ssl.SSLContext | None] = lambda: None,
         lines: Callable[[], Sequence[Line]] = lambda: (),
     ) -> None:
-        self._origin = origin
+        self.origin = origin
         self._tls = tls
         self._lines = lines
         self._caller = Caller()
@@ -60,32 +62,35 @@ class JsonApi:
         body = self._ask(method, target, ANSWER_SECONDS, told, kind)
         data = body.read_out(MOST_BYTES, deadline)
         if not body.is_complete:
-            raise SourceFailed(f"{self._origin.url}: no whole answer of at most {MOST_BYTES} bytes in time")
+            raise SourceFailed(f"{self.origin.url}: no whole answer of at most {MOST_BYTES} bytes in time")
         return data
 
-    def watch(self, target: str, seconds: float) -> Generator[list[Any], None, None]:
+    @contextmanager
+    def watch(self, target: str, seconds: float) -> Iterator[Iterator[list[Any]]]:
         """What comes, a line each, several if they come together; it ends when the server ends it, or after so many
         seconds. Raises SourceFailed at once if it is refused; later ValueError."""
-        return self._news(self._ask("GET", target, seconds), time.monotonic() + seconds)
+        body = self._ask("GET", target, seconds)
+        try:
+            yield self._news(body, time.monotonic() + seconds)
+        finally:
+            body.close()
 
-    def _news(self, body: ResponseBody, deadline: float) -> Generator[list[Any], None, None]:
+    def _news(self, body: ResponseBody, deadline: float) -> Iterator[list[Any]]:
         rest = b""
         try:
             while time.monotonic() < deadline and (data := body.read_chunk()):
                 *whole, rest = (rest + data).split(b"\n")
                 if len(rest) > MOST_BYTES:
-                    raise SourceFailed(f"{self._origin.url}: a line of more than {MOST_BYTES} bytes")
+                    raise SourceFailed(f"{self.origin.url}: a line of more than {MOST_BYTES} bytes")
                 if news := [json.loads(line) for line in whole if line.strip()]:
                     yield news
         except BalancerError:
             pass  # cut off, or silent for as long as it may: whoever asks again will see
-        finally:
-            body.close()
 
     def _ask(self, method: str, target: str, seconds: float, told: object = None, kind: bytes = JSON) -> ResponseBody:
         timeouts = Timeouts(CONNECT_SECONDS, ANSWER_SECONDS, seconds, pool_idle_timeout=0)
         adapter = BackendAdapter(timeouts, max_idle=0, dialer=Dialer(self._tls()))
-        lines = [(b"host", self._origin.authority.encode("ascii")), (b"accept", b"application/json")]
+        lines = [(b"host", self.origin.authority.encode("ascii")), (b"accept", b"application/json")]
         lines += [(b"connection", b"close"), *self._lines()]
         request = OutgoingRequest(method, target.encode("ascii"), lines)
         if told is not None:
@@ -93,12 +98,12 @@ class JsonApi:
             request.set_body(json.dumps(told).encode())
         request.client, request.deadline = self._caller, time.monotonic() + ANSWER_SECONDS
         try:
-            response = adapter.exchange(request, self._origin)
+            response = adapter.exchange(request, self.origin)
         except BalancerError as error:
             raise SourceFailed(str(error)) from None
         assert isinstance(response.body, ResponseBody)
         if response.status_code not in range(200, 300):
             why = response.body.read_out(SHOWN, request.deadline)
             response.body.close()
-            raise Refused(self._origin, response.status_code, why)
+            raise Refused(self.origin, response.status_code, why)
         return response.body

@@ -52,25 +52,27 @@ class KubernetesSource(Source):
         while not self.stopping.is_set():
             wanted = f"&watch=1&allowWatchBookmarks=true&timeoutSeconds={WATCH_SECONDS:.0f}&resourceVersion={version}"
             try:
-                news = self._api.watch(target + wanted, WATCH_SECONDS + LATE_SECONDS)
+                with self._api.watch(target + wanted, WATCH_SECONDS + LATE_SECONDS) as news:
+                    yield self._found(slices)
+                    for told in news:
+                        for each in told:
+                            version = self._note(slices, each["type"], each["object"])
+                        yield self._found(slices)
             except Refused as error:
                 if error.status == GONE:
                     return
                 raise
-            try:
-                yield self._found(slices)
-                for told in news:
-                    for each in told:
-                        if each["type"] == "ERROR":
-                            if each["object"].get("code") == GONE:
-                                return
-                            raise SourceFailed(f"the watch ended: {each['object'].get('message')}")
-                        version = str(each["object"]["metadata"]["resourceVersion"])
-                        _note(slices, each["type"], each["object"])
-                    yield self._found(slices)
-            finally:
-                news.close()
             self.stopping.wait(PAUSE_SECONDS)
+
+    def _note(self, slices: dict[str, Slice], kind: str, found: Slice) -> str:
+        """Returns the version to go on from. Raises Refused if the watch is over."""
+        if kind == "ERROR":
+            raise Refused(self._api.origin, int(found["code"]))
+        if kind == "DELETED":
+            slices.pop(found["metadata"]["name"], None)
+        elif kind != "BOOKMARK":  # ADDED or MODIFIED; a bookmark has a version alone
+            slices[found["metadata"]["name"]] = found
+        return str(found["metadata"]["resourceVersion"])
 
     def _target(self) -> str:
         service, _, namespace = self._where.name.partition(".")
@@ -110,14 +112,6 @@ class KubernetesSource(Source):
         return int(named[0]["port"]) if named else None
 
 
-def _note(slices: dict[str, Slice], kind: str, found: Slice) -> None:
-    name = found["metadata"].get("name", "")
-    if kind == "DELETED":
-        slices.pop(name, None)
-    elif kind != "BOOKMARK":  # ADDED or MODIFIED; a bookmark has a version alone
-        slices[name] = found
-
-
 def _is_ready(endpoint: Mapping[str, Any]) -> bool:
     """What is not known counts as ready."""
     conditions = endpoint.get("conditions") or {}
@@ -127,7 +121,7 @@ def _is_ready(endpoint: Mapping[str, Any]) -> bool:
 def cluster() -> JsonApi:
     """The API of the cluster that this pod is in."""
     host, port = (os.environ.get(f"KUBERNETES_SERVICE_{name}", "") for name in ("HOST", "PORT"))
-    return JsonApi(Origin("https", host, int(port or 443)), _tls, _authorization)
+    return JsonApi(Origin("https", host, int(port) if port.isdecimal() else 443), _tls, _authorization)
 
 
 def own_namespace() -> str:
