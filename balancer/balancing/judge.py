@@ -172,7 +172,7 @@ class Judge:
             return True
         if health.status == "down" and health.consecutive_successes < self.options.health_rise:
             return False
-        if health.status == "down":
+        if health.status == "down" or backend.is_starting:
             self._start_slowly(backend)
             backend.ejection.end(self._clock())
         backend.speed.forget()

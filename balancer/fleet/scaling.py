@@ -78,8 +78,8 @@ class Demand:
         if there and abs(work / there / options.target_in_flight - 1) <= TOLERANCE:
             needed = there
         bounded = max(min(max(needed, options.min), options.max), load.fixed)
-        limit = "" if bounded == needed else f", {'min' if bounded > needed else 'max'} {bounded}"
         wanted, later = self._in_time(bounded, load, now)
+        limit = f", {'min' if bounded > needed else 'max'} {bounded}" if needed != bounded == wanted else ""
         over = f"{load.healthy} healthy" + (f" and {load.starting} starting" if load.starting else "")
         share = f" = {_short(work / there)} each" if there else ""
         change = f"{there} stay" if wanted == there else f"{there} -> {wanted}"
