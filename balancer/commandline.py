@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, NoReturn, TextIO
 from balancer import __version__
 from balancer.commands import completion, demo, newkey, probe
 from balancer.config import settings
-from balancer.edge import handover
+from balancer.edge import handover, quota, upgrade
 from balancer.errors import SettingsError
 from balancer.protocol.texts import printable
 
 if TYPE_CHECKING:
+    from balancer.config.settings import Settings
     from balancer.loadbalancer import LoadBalancer
 
 INSTALLED = "load-balancer"
@@ -99,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         file = Path(name)
     warnings = settings.warnings()
     try:
-        handed = handover.take(os.environ)
+        handed, predecessor = upgrade.take(os.environ)
         load = partial(settings.load, parsed, file=file, handed=handover.settings_of(handed))
         config, sources = load()
         if probed is not None:
@@ -107,15 +108,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(printable(told))
             return code
         from balancer.edge import process  # which takes as long again as all this
-        from balancer.loadbalancer import LoadBalancer
 
         if not show:
-            balancer = LoadBalancer(config=config, sources=sources)
+            balancer = make(config, sources)
             process.cpus(config.cpu_affinity)
             if forget and config.state_file is None:
                 raise SettingsError("--forget: nothing is kept, there is no state_file")
             if not check:
-                balancer.is_forgetful = forget
+                balancer.is_forgetful = forget and predecessor is None
+                balancer.is_command, balancer.predecessor = True, predecessor
                 if file is not None:
                     configuration = balancer.configuration
                     configuration.file, configuration.read = file, load
@@ -131,6 +132,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{PROGRAM}: {printable(str(error))}", file=sys.stderr)
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # else Python tries once more at its end
         return 1
+
+
+def make(config: Settings, sources: Mapping[str, str]) -> LoadBalancer:
+    """Raises SettingsError."""
+    if quota.workers(config.workers) == 1:
+        from balancer.loadbalancer import LoadBalancer
+
+        return LoadBalancer(config=config, sources=sources)
+    from balancer.processes.master import Master
+
+    return Master(config, sources)
 
 
 def run_command(name: str, *arguments: str) -> int:
@@ -149,13 +161,10 @@ def run_command(name: str, *arguments: str) -> int:
 
 def run(balancer: LoadBalancer, warnings: list[str], handed: handover.Handed) -> int:
     """Serve until a signal. Raises SettingsError if it cannot listen, before it has warned of anything."""
-    from balancer.observe.logrecords import LogFormatter, LogHandler
+    from balancer.observe import logrecords
 
     config = balancer.settings
-    handler = LogHandler(balancer.control.log)
-    handler.setFormatter(LogFormatter(lambda: balancer.settings.access_log_format))
-    logging.basicConfig(level=config.log_level.upper(), handlers=[handler])
-    logging.getLogger("_granian").setLevel(logging.WARNING)  # it tells of every client that leaves
+    handler = logrecords.install(balancer.control.log, config.log_level, lambda: balancer.settings.access_log_format)
     balancer.listen(handed)
     titles = ["listening on"] + ["control API on"] * (config.control_port is not None) + ["redirecting on"]
     where = ", ".join(map(" ".join, zip(titles, balancer.urls, strict=False)))

@@ -185,7 +185,7 @@ class Trial:
             lambda kind, pool, backend, text: self.events.append((kind, backend)),
             self.clock,
         )
-        self.started.tend()
+        self.started.adopt()
 
     def scale(self, wanted: int) -> None:
         self.started.scale(self.started.load(), wanted, "")
@@ -485,6 +485,22 @@ def test_nothing_outlives_the_balancer(tmp_path: Path, number: signal.Signals) -
         balancer.send(number)
         balancer.wait()
         wait_until(lambda: not any(process.is_running() for process in children), "all have ended")
+
+
+def test_of_several_workers_each_waits_for_what_the_master_starts(tmp_path: Path) -> None:
+    file = written(tmp_path, min=0, max=2, down_after=1, command=command("--delay", "0.1"))
+    with BalancerProcess(f"--config={file}", "--workers=2") as balancer:
+        assert ours() == []
+        clients = Clients(balancer.url, 6)
+        wait_until(lambda: healthy(balancer) == 2, "six in flight at two workers have two backends")
+        clients.stop()
+        assert set(clients.answers) == {200}
+        wait_until(lambda: not ours(), "nobody is left when nobody asks")
+        assert fetch(f"{balancer.url}/x")[0] == 200
+        children = psutil.Process(balancer.pid).children(recursive=True)
+        balancer.send(signal.SIGKILL)
+        balancer.wait()
+        wait_until(lambda: not any(process.is_running() for process in children), "workers and backends have ended")
 
 
 def test_a_keeper_that_is_killed_takes_its_backends_with_it_and_another_begins(quick: None, tmp_path: Path) -> None:

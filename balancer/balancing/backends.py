@@ -43,6 +43,23 @@ class LastCheck:
     error: str | None
     timed_out: bool = False
 
+    def describe(self) -> LastCheckView:
+        return {
+            "at": self.at,
+            "duration": self.duration,
+            "status": self.status,
+            "error": self.error,
+            "timed_out": self.timed_out,
+        }
+
+
+class LastCheckView(TypedDict):
+    at: float
+    duration: float
+    status: int | None
+    error: str | None
+    timed_out: bool
+
 
 class HealthView(TypedDict):
     status: HealthStatus
@@ -52,7 +69,7 @@ class HealthView(TypedDict):
     rise: int
     consecutive_failures: int
     consecutive_successes: int
-    last_check: LastCheck | None
+    last_check: LastCheckView | None
 
 
 @dataclass(slots=True)
@@ -89,7 +106,7 @@ class Health:
             "rise": options.health_rise,
             "consecutive_failures": self.consecutive_failures,
             "consecutive_successes": self.consecutive_successes,
-            "last_check": self.last_check,
+            "last_check": None if self.last_check is None else self.last_check.describe(),
         }
 
 

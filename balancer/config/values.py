@@ -53,6 +53,7 @@ Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 MaxConnections = Annotated[int, Field(ge=1, le=MAX_CONNECTIONS)]
 DrainTimeout = Annotated[SecondsOrZero, BeforeValidator(validation.no_truth_value)]
 
+MAX_WORKERS = 64
 SHORTEST_TOKEN = 16  # characters: fewer can be guessed
 
 
@@ -372,6 +373,9 @@ class Values(BaseModel):
     )
     access_log: bool = Field(False, description="log every request to stdout, in a thread of its own")
     access_log_format: Literal["text", "json"] = Field("text", description="text or json; of all other lines as well")
+    workers: Fixed[int | Literal["auto"]] = Field(
+        1, description="processes that serve, each on a CPU of its own; auto for as many as there are CPUs to use"
+    )
     cpu_affinity: Fixed[str] = Field("auto", description="auto pins to one CPU, none to no CPU, or a list as 0,2")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged, to stdout")
 
@@ -432,6 +436,13 @@ class Values(BaseModel):
             if not found or scheme not in ("http", "https") or not host or set(host) & set("/*, "):
                 raise ValueError(f"origin {quoted(origin)}: expected scheme and host such as https://ops.example")
         return origins
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _check_workers(cls, given: Any) -> Any:
+        if given == "auto" or (re.fullmatch("[0-9]{1,3}", str(given)) and 1 <= int(given) <= MAX_WORKERS):
+            return given
+        raise ValueError(f"expected auto, or a whole number from 1 to {MAX_WORKERS}")
 
     @field_validator("cpu_affinity")
     @classmethod

@@ -63,7 +63,7 @@ class Seen:
     @property
     def check_seconds(self) -> float | None:
         check = self.state["health"]["last_check"]
-        return None if check is None else check.duration
+        return None if check is None else check["duration"]
 
 
 Read = Callable[[Seen], float | None]  # None: no sample

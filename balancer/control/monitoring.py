@@ -22,10 +22,11 @@ from balancer.balancing.pool import PoolView
 from balancer.balancing.strategies import StrategyView
 from balancer.config.reload import ConfigView
 from balancer.control.access import first_segment, is_authorized
-from balancer.control.control import Lifecycle, ManagedView, StateView, TlsView, current_control
+from balancer.control.control import Lifecycle, ManagedView, StateView, TlsView, WorkerView, current_control
 from balancer.control.inputs import whole_number
 from balancer.control.metrics import current_metrics
 from balancer.control.problems import ApiError
+from balancer.control.revisions import Patch
 from balancer.fleet.discovery import SourceView
 from balancer.fleet.scaler import ScalingView
 from balancer.observe.canary import CanaryView
@@ -104,7 +105,9 @@ class Capabilities(TypedDict):
 
 
 class Status(TypedDict):
-    """`algorithm` and `panic` are those of the pool `default`."""
+    """`algorithm` and `panic` are those of the pool `default`. If `since` was given and is still known, then
+    `backend_servers` is empty, and `changed_backends` has a JSON Merge Patch (RFC 7396) for each that is not as it was
+    in that `revision`."""
 
     schema_version: int
     version: str
@@ -122,6 +125,8 @@ class Status(TypedDict):
     pools: list[PoolStatus]
     sources: list[SourceView]
     backend_servers: list[ServerView]
+    revision: int | None
+    changed_backends: dict[str, Patch] | None
     routes: list[RouteView]
     scaling: list[ScalingView]
     recent_requests: list[RecentView]
@@ -143,6 +148,10 @@ class EventsView(TypedDict):
     latest: int
 
 
+class ClusterView(TypedDict):
+    workers: list[WorkerView]
+
+
 class HistoryView(TypedDict):
     step: int
     now: float
@@ -155,20 +164,23 @@ def status() -> Response:
     recent, seconds = whole_number("recent", 20, MAX_RECENT), whole_number("window", 0, max(WINDOWS))
     if seconds not in (0, *WINDOWS):
         raise ApiError(400, f"window={seconds}: expected one of {', '.join(map(str, WINDOWS))}")
+    timed = frozenset(request.args["timed"].split(",")) if "timed" in request.args else None
     window = control.history.window(seconds) if seconds else None
-    in_window = {} if window is None else window.backends
-    whole, by_backend, newest = control.statistics.snapshot(recent)
+    whole, by_backend, newest = control.statistics.snapshot(recent, timed)
     websockets = control.statistics.websockets.open()
     backends: list[ServerView] = [
         {
             **by_backend.get(backend["id"], NO_REQUESTS),
             **backend,
             "websockets": websockets[backend["id"]],
-            "window": in_window.get(backend["id"]),
+            "window": None if window is None else window.of(backend["id"], timed is None or backend["id"] in timed),
         }
         for backend in control.backends()
     ]
     shown = {backend["id"] for backend in backends}
+    revision, changed = None, None
+    if "since" in request.args:
+        revision, changed = control.revisions.since(whole_number("since", 0, 10**15), backends)
     totals: TotalsView = {
         **whole,
         "queued_requests": control.queued(),
@@ -195,7 +207,9 @@ def status() -> Response:
             statistics=totals,
             pools=_pools(backends),
             sources=_sources(),
-            backend_servers=backends,
+            backend_servers=backends if changed is None else [],
+            revision=revision,
+            changed_backends=changed,
             routes=_routes(),
             scaling=current_control().scaling(),
             recent_requests=[_shown(record) for record in newest],
@@ -319,6 +333,11 @@ def show_configuration() -> Response:
 def events() -> Response:
     newer, latest = current_control().events.since(whole_number("since", 0, 10**15), is_authorized())
     return jsonify(EventsView(events=newer, latest=latest))
+
+
+@blueprint.get("/cluster")
+def cluster() -> Response:
+    return jsonify(ClusterView(workers=current_control().workers()))
 
 
 @blueprint.get("/metrics")

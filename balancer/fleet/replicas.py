@@ -54,6 +54,9 @@ class Replicas:
         self._began = self._complete_at = clock()  # the latter: when there were so many
         self._look_at = 0.0
 
+    def adopt(self) -> None:
+        """They are nobody's."""
+
     def tend(self) -> None:
         self._replicator.options = self.options
         now = self._clock()

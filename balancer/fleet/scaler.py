@@ -64,12 +64,14 @@ class Scaler:
         self._wanted: int | None = None
         self._advised: int | None = None
         self._failure = ""  # of the provider, that was told
+        self._adopts = False  # what another has left, once that can be told
         self._is_retired = self._drains = False
         self._stopping = Event()
         self._thread = Thread(target=self._run, name=f"scaling-{pool.name}", daemon=True)
 
-    def start(self) -> None:
+    def start(self, adopts: bool) -> None:
         """With a first look, so that whoever waits for all backends to be checked waits for the first ones too."""
+        self._adopts = adopts
         self._look_safely()
         self._thread.start()
 
@@ -117,6 +119,9 @@ class Scaler:
             self.pool.let_grow(False)
             if self._drains:
                 provider.retire()
+        if self._adopts:
+            provider.adopt()
+            self._adopts = False
         provider.tend()
         if self._is_retired:
             return
@@ -191,16 +196,17 @@ class Scaling:
         if self._is_running:
             for scaler in scalers.values():
                 if scaler not in before.values():
-                    scaler.start()
+                    scaler.start(adopts=False)
 
     def _made(self, pool: BackendPool, options: ScalingOptions) -> Scaler:
         starts = self._starts.setdefault(options.name, Starts())
         return Scaler(pool, options, self._make(options, pool, starts, self._tell), starts, self._tell)
 
-    def start(self) -> None:
+    def start(self, adopts: bool) -> None:
+        """If it `adopts`, with what a balancer that was killed has left."""
         self._is_running = True
         for scaler in self._scalers.values():
-            scaler.start()
+            scaler.start(adopts)
 
     def stop(self) -> None:
         """Stop and join; what was started is stopped with it."""

@@ -152,6 +152,9 @@ class Provider(Protocol):
 
     options: ScalingOptions
 
+    def adopt(self) -> None:
+        """Take over what a balancer before this one has left."""
+
     def tend(self) -> None:
         """Look after those that there are."""
 

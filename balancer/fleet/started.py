@@ -70,16 +70,15 @@ class StartedBackends:
         self._starts = starts
         self._tell = tell
         self._clock = clock
-        self._started: dict[str, Started] | None = None  # before the first look
+        self._started: dict[str, Started] = {}  # by id
+
+    def adopt(self) -> None:
+        for backend_id, origin in self._launcher.found().items():
+            self._join(backend_id, origin)
 
     def tend(self) -> None:
         """Whoever has left the pool is stopped: it was drained, here or by the operator, and has no request left."""
         self._launcher.options = self.options
-        if self._started is None:
-            found = self._launcher.found()
-            self._started = {}
-            for backend_id, origin in found.items():
-                self._join(backend_id, origin)
         ended = self._launcher.ended() if self._started else {}
         for backend_id, started in self._started.copy().items():
             if not self._is_here(started.backend):
@@ -149,7 +148,7 @@ class StartedBackends:
 
     def _least_useful(self) -> list[Backend]:
         """With the fewest requests, of these the newest first."""
-        ours = [each for each in (self._started or {}).values() if self._is_here(each.backend)]
+        ours = [each for each in self._started.values() if self._is_here(each.backend)]
         free = [each for each in ours if each.backend.is_wanted]
         return [each.backend for each in sorted(free, key=lambda each: (each.backend.active, -each.at))]
 
@@ -168,13 +167,11 @@ class StartedBackends:
 
     def _free_id(self) -> str:
         """As if it had none in the configuration. One that has left may have not ended yet."""
-        assert self._started is not None
         taken = {backend.id for backend in self._pools.backends()} | self._started.keys()
         prefix = "backend" if self._pool.name == DEFAULT_POOL else self._pool.name
         return next(each for number in count(1) if (each := f"{prefix}_{number}") not in taken)
 
     def _join(self, backend_id: str, origin: Origin) -> None:
-        assert self._started is not None
         try:
             backend = self._pools.add(self._pool, backend_id, origin, source="scaling")
         except SettingsError as error:  # somebody has taken the id in this moment
@@ -185,7 +182,7 @@ class StartedBackends:
         self._started[backend_id] = Started(backend, now, now)
 
     def retire(self) -> None:
-        for started in (self._started or {}).values():
+        for started in self._started.values():
             if self._is_here(started.backend) and not started.backend.is_leaving:
                 self._pool.remove(started.backend.id)
 

@@ -47,6 +47,7 @@ EventKind = (
         "scaling_failed",
         "start_failed",
         "backend_ended",
+        "worker_lost",
     ]
 )
 REFUSED: EventKind = "write_refused"  # the one kind of event that anybody can cause

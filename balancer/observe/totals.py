@@ -27,6 +27,10 @@ UNCONNECTED = frozenset({ConnectFailed.reason, ConnectFailed("", refused=True).r
 BROKEN_OFF = frozenset(error.reason for error in (BodyTruncated, ConnectionLost, InvalidResponse, ResponseTimedOut))
 
 
+def known_method(method: str) -> str:
+    return method if method in _KNOWN else OTHER
+
+
 class BackendTotals:
     """Attempts on one backend. Not locked; the owner's lock guards it."""
 
@@ -80,27 +84,28 @@ class Totals:
         self.bytes_in = self.bytes_out = 0
         self.waits = Histogram()  # of the requests that had to wait for a place
 
-    def add(self, record: Record) -> None:
+    def add(self, record: Record, count: int = 1) -> None:
+        """So many of its kind; the bytes are those of all of them."""
         method, attempts = record.method, record.attempts
-        self.answers[record.status, method if method in _KNOWN else OTHER] += 1
+        self.answers[record.status, method if method in _KNOWN else OTHER] += count
         self.bytes_in += record.bytes_in
         self.bytes_out += record.bytes_out
         for attempt in attempts:  # without a call: every request comes here
-            self.backends[attempt.choice.backend.id].outcomes[attempt.outcome, attempt.connect is None] += 1
+            self.backends[attempt.choice.backend.id].outcomes[attempt.outcome, attempt.connect is None] += count
         if record.queued:
             self.waits.add(record.queued)
         if record.reason is not None or len(attempts) > 1:
-            self._add_trouble(record)
+            self._add_trouble(record, count)
 
-    def _add_trouble(self, record: Record) -> None:
+    def _add_trouble(self, record: Record, count: int) -> None:
         reason, attempts = record.reason, record.attempts
         for attempt in attempts[:-1]:
-            self.retries[attempt.outcome] += 1
+            self.retries[attempt.outcome] += count
         if reason is None:
             return
-        self.errors[reason] += 1
+        self.errors[reason] += count
         if reason in BROKEN_OFF and attempts and attempts[-1].outcome.isdecimal():
-            self.backends[attempts[-1].backend].broken[reason] += 1
+            self.backends[attempts[-1].backend].broken[reason] += count
 
     def copy(self) -> Totals:
         copied = Totals()
