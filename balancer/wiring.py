@@ -85,6 +85,9 @@ NEWS_SEVERITY: dict[EventKind, Severity] = {  # all others are told for informat
     "state_failed": "error",
     "worker_lost": "error",
     "source_failed": "warning",
+    "start_failed": "warning",
+    "scaling_failed": "warning",
+    "backend_ended": "warning",
 }
 
 
@@ -191,7 +194,7 @@ def scale(scaling: Scaling, config: Settings) -> None:
 
 def _scaled(events: Events) -> Callable[[ScalingNews, str, str | None, str], None]:
     def tell(kind: ScalingNews, pool: str, backend: str | None, text: str) -> None:
-        severity: Severity = "warning" if kind in ("start_failed", "scaling_failed", "backend_ended") else "info"
+        severity = NEWS_SEVERITY.get(kind, "info")
         if pool != DEFAULT_POOL:
             text = f"{text}, pool {pool}"
         events.add(kind, backend, text, severity)

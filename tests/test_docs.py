@@ -85,7 +85,7 @@ def test_the_defaults_named_in_the_operations_guide_are_the_real_ones() -> None:
 def kinds() -> set[str]:
     """Every kind of event: the first argument of whatever makes one."""
     code = "".join(path.read_text(encoding="utf-8") for path in SOURCES)
-    return set(re.findall(r"(?:_note|_tell|events\.add)\(\s*\"([a-z_]+)\"", code)) | {"write_refused"}
+    return set(re.findall(r"(?:_note|events\.add)\(\s*\"([a-z_]+)\"", code)) | {"write_refused"}
 
 
 def test_every_kind_of_event_is_explained() -> None:

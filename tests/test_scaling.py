@@ -475,7 +475,7 @@ def test_the_operator_may_remove_one_and_another_takes_its_place(quick: None, tm
 # However the balancer ends.
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_nothing_outlives_the_balancer(tmp_path: Path, number: signal.Signals) -> None:
     file = written(tmp_path, min=2, command=command("--child"))
     with BalancerProcess(f"--config={file}") as balancer:

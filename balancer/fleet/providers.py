@@ -10,7 +10,7 @@ from balancer.balancing.pools import Pools
 from balancer.fleet.containers import Containers
 from balancer.fleet.processes import Processes
 from balancer.fleet.replicas import KubernetesScale, Replicas, Replicator, Webhook
-from balancer.fleet.scaling import Provider, ScalingOptions, Starts, Tell
+from balancer.fleet.scaling import Note, Provider, ScalingOptions, Starts
 from balancer.fleet.started import Launcher, StartedBackends
 
 
@@ -24,13 +24,13 @@ class Providers:
         self._tls = tls
         self._cpus = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset[int]()
 
-    def make(self, options: ScalingOptions, pool: BackendPool, starts: Starts, tell: Tell) -> Provider:
+    def make(self, options: ScalingOptions, pool: BackendPool, starts: Starts, note: Note) -> Provider:
         if options.kind in ("kubernetes", "webhook"):
             replicator: Replicator = (
                 KubernetesScale(options) if options.kind == "kubernetes" else Webhook(options, self._tls)
             )
-            return Replicas(pool, options, replicator, starts, tell)
+            return Replicas(pool, options, replicator, starts, note)
         launcher: Launcher = (
             Processes(options, self._cpus) if options.kind == "command" else Containers(options, self._name)
         )
-        return StartedBackends(pool, self._pools, options, launcher, starts, tell)
+        return StartedBackends(pool, self._pools, options, launcher, starts, note)

@@ -14,7 +14,7 @@ from balancer.balancing.pool import BackendPool
 from balancer.fleet.discovery import SourceFailed
 from balancer.fleet.jsonapi import JsonApi
 from balancer.fleet.kubernetes import cluster, own_namespace
-from balancer.fleet.scaling import Load, ScalingOptions, Starts, Tell
+from balancer.fleet.scaling import Load, Note, ScalingOptions, Starts
 from balancer.protocol.origin import Endpoint
 
 LOOK_AGAIN_SECONDS = 15.0  # what is wanted may be changed by others
@@ -41,14 +41,14 @@ class Replicas:
         options: ScalingOptions,
         replicator: Replicator,
         starts: Starts,
-        tell: Tell,
+        note: Note,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.options = options
         self._pool = pool
         self._replicator = replicator
         self._starts = starts
-        self._tell = tell
+        self._note = note
         self._clock = clock
         self._count: int | None = None  # that there are to be
         self._began = self._complete_at = clock()  # the latter: when there were so many
@@ -74,7 +74,7 @@ class Replicas:
             self._complete_at = now
             text = f"{healthy} of {self._count} are healthy after {self.options.start_timeout:g} s"
             self._starts.fail(text, now)
-            self._tell("start_failed", self._pool.name, None, text)
+            self._note("start_failed", self._pool.name, None, text)
 
     def _healthy(self) -> int:
         return sum(backend.is_ready for backend in self._pool.backends())
@@ -93,7 +93,7 @@ class Replicas:
         except SourceFailed as error:
             self._starts.fail(str(error), self._clock())
             raise
-        self._tell("scaled_up" if wanted > load.there else "scaled_down", self._pool.name, None, why)
+        self._note("scaled_up" if wanted > load.there else "scaled_down", self._pool.name, None, why)
         self._starts.started += max(0, wanted - load.there)
         self._count, self._complete_at = wanted, self._clock()
         return True

@@ -12,14 +12,14 @@ from typing_extensions import TypedDict
 from balancer.balancing.pool import BackendPool
 from balancer.balancing.pools import Pools
 from balancer.fleet.discovery import SourceFailed
-from balancer.fleet.scaling import Demand, Load, Provider, ScalingOptions, Starts, Tell
+from balancer.fleet.scaling import Demand, Load, Note, Provider, ScalingOptions, Starts
 
 log = logging.getLogger("balancer.scaling")
 
 LOOK_SECONDS = 1.0
 FIRST_SECONDS = 0.1  # between two looks while there is nobody, for the first request waits
 
-Make = Callable[[ScalingOptions, BackendPool, Starts, Tell], Provider]
+Make = Callable[[ScalingOptions, BackendPool, Starts, Note], Provider]
 
 
 class ScalingView(TypedDict):
@@ -50,7 +50,7 @@ class Scaler:
         options: ScalingOptions,
         provider: Provider,
         starts: Starts,
-        tell: Tell,
+        note: Note,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.pool = pool
@@ -58,7 +58,7 @@ class Scaler:
         self._provider = provider
         self._demand = Demand(options)
         self._starts = starts
-        self._tell = tell
+        self._note = note
         self._clock = clock
         self._load = Load(0, 0, 0)
         self._wanted: int | None = None
@@ -110,7 +110,7 @@ class Scaler:
                 self._failure = str(error)
                 if not isinstance(error, SourceFailed):  # an answer of another shape, for one
                     log.exception("scaling of %s failed", self.pool.name)
-                self._tell("scaling_failed", self.pool.name, None, self._failure)
+                self._note("scaling_failed", self.pool.name, None, self._failure)
 
     def look(self) -> None:
         provider, options, now = self._provider, self.options, self._clock()
@@ -139,7 +139,7 @@ class Scaler:
 
     def _advise(self, wanted: int, there: int) -> None:
         if wanted not in (there, self._advised):
-            self._tell("scaling_advised", self.pool.name, None, f"shadow: {self._demand.why}")
+            self._note("scaling_advised", self.pool.name, None, f"shadow: {self._demand.why}")
         self._advised = wanted
 
     def describe(self) -> ScalingView:
@@ -168,10 +168,10 @@ class Scaling:
     `_scalers`, by pool, is replaced whole, so that anybody may read it; `_leaving` are those that still drain.
     """
 
-    def __init__(self, pools: Pools, make: Make, tell: Tell) -> None:
+    def __init__(self, pools: Pools, make: Make, note: Note) -> None:
         self._pools = pools
         self._make = make
-        self._tell = tell
+        self._note = note
         self._scalers: dict[str, Scaler] = {}
         self._leaving: list[Scaler] = []
         self._starts: dict[str, Starts] = {}  # by pool: what counts goes on when others bring its backends
@@ -200,7 +200,7 @@ class Scaling:
 
     def _made(self, pool: BackendPool, options: ScalingOptions) -> Scaler:
         starts = self._starts.setdefault(options.name, Starts())
-        return Scaler(pool, options, self._make(options, pool, starts, self._tell), starts, self._tell)
+        return Scaler(pool, options, self._make(options, pool, starts, self._note), starts, self._note)
 
     def start(self, adopts: bool) -> None:
         """If it `adopts`, with what a balancer that was killed has left."""

@@ -19,7 +19,7 @@ BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 60.0  # after a failed start; double
 
 ScalingNews = Literal["scaled_up", "scaled_down", "scaling_advised", "scaling_failed", "start_failed", "backend_ended"]
 
-Tell = Callable[[ScalingNews, str, str | None, str], None]  # what happens in which pool, maybe to one of its backends
+Note = Callable[[ScalingNews, str, str | None, str], None]  # what happens in which pool, maybe to one of its backends
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from balancer.balancing.pool import DEFAULT_POOL, BackendPool
 from balancer.balancing.pools import Pools
 from balancer.errors import SettingsError
 from balancer.fleet.discovery import SourceFailed
-from balancer.fleet.scaling import Load, ScalingOptions, Starts, Tell
+from balancer.fleet.scaling import Load, Note, ScalingOptions, Starts
 from balancer.protocol.origin import Origin
 
 STEADY_SECONDS = 10.0  # of being up, after which a start was a good one
@@ -60,7 +60,7 @@ class StartedBackends:
         options: ScalingOptions,
         launcher: Launcher,
         starts: Starts,
-        tell: Tell,
+        note: Note,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.options = options
@@ -68,7 +68,7 @@ class StartedBackends:
         self._pools = pools
         self._launcher = launcher
         self._starts = starts
-        self._tell = tell
+        self._note = note
         self._clock = clock
         self._started: dict[str, Started] = {}  # by id
 
@@ -110,14 +110,14 @@ class StartedBackends:
         if backend.is_leaving:
             return
         if started.is_steady:
-            self._tell("backend_ended", self._pool.name, backend.id, text)
+            self._note("backend_ended", self._pool.name, backend.id, text)
         else:
             self._failed(backend.id, text)
         self._pool.remove(backend.id)
 
     def _failed(self, backend_id: str, text: str) -> None:
         self._starts.fail(f"{backend_id}: {text}", self._clock())
-        self._tell("start_failed", self._pool.name, backend_id, text)
+        self._note("start_failed", self._pool.name, backend_id, text)
 
     def load(self) -> Load:
         """Without those that drain, and what they still have in flight."""
@@ -133,7 +133,7 @@ class StartedBackends:
 
     def scale(self, load: Load, wanted: int, why: str) -> bool:
         if wanted < load.there:
-            self._tell("scaled_down", self._pool.name, None, why)
+            self._note("scaled_down", self._pool.name, None, why)
             for backend in self._least_useful()[: load.there - wanted]:
                 self._pool.remove(backend.id)
             return True
@@ -141,7 +141,7 @@ class StartedBackends:
         room = self.options.max - sum(not backend.is_leaving for backend in self._pool.backends())
         more = min(wanted - load.there, room, 1 if self._starts.failed_in_row else room)
         if more > 0:
-            self._tell("scaled_up", self._pool.name, None, why)
+            self._note("scaled_up", self._pool.name, None, why)
         for _ in range(more):
             self._start()
         return more > 0
