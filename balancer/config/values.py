@@ -143,7 +143,7 @@ def named(backends: Sequence[B], prefix: str) -> tuple[B, ...]:
 
 def docker_url(text: str) -> str:
     """As Docker's own settings have it."""
-    return re.sub(r"^unix:", "http+unix:", text)
+    return re.sub(r"^unix:", "http+unix:", re.sub(r"^tcp:", "http:", text))
 
 
 def name_server(text: str) -> tuple[str, int]:

@@ -23,6 +23,7 @@ from balancer.config.settings import Settings
 from balancer.control.revisions import Revisions
 from balancer.filters.limits import Limiter
 from balancer.fleet.discovery import Discovery
+from balancer.fleet.scaler import ScalingView
 from balancer.observe.canary import Canaries
 from balancer.observe.events import Events
 from balancer.observe.history import History
@@ -99,6 +100,7 @@ class Control:
     limiter: Limiter
     discovery: Discovery
     canaries: Canaries
+    scaling: Callable[[], list[ScalingView]]
     idle: Callable[[], Mapping[str, Mapping[str, int]]]  # kept connections, by the name of a pool and a URL
     queued: Callable[[], int]  # requests that wait for a thread
     reload: Reload

@@ -177,6 +177,7 @@ class Collector:
         yield from self._limits()
         yield from self._pools()
         yield from self._cluster()
+        yield from self._scaling()
         yield from self._sources()
 
     def _process(self) -> Iterator[Metric]:
@@ -210,6 +211,18 @@ class Collector:
             yield add(expiry, [], tls["expires_at"])
             text = "Whether the newest certificate was not refused."
             yield add(gauge("tls_reload_success", text), [], tls["last_error"] is None)
+
+    def _scaling(self) -> Iterator[Metric]:
+        wanted = gauge("scaling_wanted", "Backends that scaling wants a pool to have, or would.", "pool")
+        started = counter("scaling_started", "Backends that scaling has started.", "pool")
+        failed = counter("scaling_failed_starts", "Of these, those that ended or were not healthy in time.", "pool")
+        for scaled in self._control.scaling():
+            pool = [scaled["pool"]]
+            if scaled["wanted"] is not None:
+                wanted.add_metric(pool, scaled["wanted"])
+            started.add_metric(pool, scaled["started"])
+            failed.add_metric(pool, scaled["failed_starts"])
+        yield from (wanted, started, failed)
 
     def _routes(self) -> Iterator[Metric]:
         """Of those that there are now: names that a reload takes away would pile up."""

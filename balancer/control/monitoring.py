@@ -30,6 +30,7 @@ from balancer.control.metrics import current_metrics
 from balancer.control.problems import ApiError
 from balancer.control.revisions import Patch
 from balancer.fleet.discovery import SourceView
+from balancer.fleet.scaler import ScalingView
 from balancer.observe.canary import CanaryView
 from balancer.observe.events import Event
 from balancer.observe.history import SLOTS, WINDOWS, Figures, Slot
@@ -132,6 +133,7 @@ class Status(TypedDict):
     revision: int | None
     changed_backends: dict[str, Patch] | None
     routes: list[RouteView]
+    scaling: list[ScalingView]
     recent_requests: list[RecentView]
     capabilities: Capabilities
 
@@ -211,6 +213,7 @@ def status() -> Response:
             revision=revision,
             changed_backends=changed,
             routes=_routes(),
+            scaling=current_control().scaling(),
             recent_requests=[_shown(record) for record in newest],
             capabilities=_capabilities(),
         )
