@@ -97,6 +97,7 @@ CALLS: list[tuple[str, str, str, Any, int]] = [
     ("GET", "/requests/{request_id}", "/requests/id-1", None, 200),
     ("GET", "/requests/{request_id}", "/requests/id-9", None, 404),
     ("GET", "/limits", "/limits", None, 200),
+    ("GET", "/cluster", "/cluster", None, 200),
     ("GET", "/limits/{name}", "/limits/per_client?key=192.0.2.1", None, 200),
     ("GET", "/limits/{name}", "/limits/per_client", None, 400),
     ("GET", "/limits/{name}", "/limits/x", None, 404),
