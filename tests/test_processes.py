@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import ssl
 import subprocess
@@ -20,7 +21,21 @@ from typing import Any
 import pytest
 from certificates import Files, make_pair
 from fleet import DemoBackend
-from support import BalancerProcess, RawRequest, StartProcess, connect, fetch, fetch_json, get, ok, read_all, wait_until
+from support import (
+    PYTHON,
+    ROOT,
+    BalancerProcess,
+    Process,
+    RawRequest,
+    StartProcess,
+    connect,
+    fetch,
+    fetch_json,
+    get,
+    ok,
+    read_all,
+    wait_until,
+)
 from wire import WireBackend
 
 from balancer.config.limits import LimitSettings
@@ -398,6 +413,26 @@ def test_the_next_one_takes_over_without_losing_a_request(
     assert not failed
     assert balancer.backend("only")["weight"] == 7
     assert fetch_json(f"{url}/status")["state"]["last_error"] is None
+
+
+def test_a_program_that_was_replaced_starts_no_worker_until_all_is_new(
+    scripted: WireBackend, tmp_path: Path, heirs: list[int]
+) -> None:
+    package, program = tmp_path / "balancer", shutil.copy(ROOT / "load_balancer.py", tmp_path)
+    shutil.copytree(ROOT / "balancer", package, ignore=shutil.ignore_patterns("__pycache__"))
+    with Process([PYTHON, program, "--port=0", "--workers=2", f"--backend=only={scripted.url}"]) as master:
+        url = wait_until(lambda: re.search(r"http://[^ ,]+", master.output), "it listens")[0]
+        wait_until(lambda: are_running(url), "two workers")
+        os.utime(package / "errors.py")
+        first, second = pids(url)
+        os.kill(first, signal.SIGKILL)
+        wait_until(lambda: "the program's files are others now" in master.output, "it is told")
+        assert second in pids(url)
+        master.send(signal.SIGUSR2)
+        wait_until(lambda: is_gone(master.pid), "another one takes over")
+        heirs.append(int(re.findall(r"process (\d+) is to take over", master.output)[-1]))
+        assert are_running(url)
+        os.kill(heirs[0], signal.SIGTERM)
 
 
 # Sockets of every kind.
