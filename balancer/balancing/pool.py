@@ -193,7 +193,7 @@ class BackendPool:
 
     def _choose(self, request: Request, exclude: Collection[str]) -> Lease | None:
         index, choice, seen, is_turn = self._index, None, None, True
-        if self._is_looking and (self._is_special or self._clock() >= self._look_at):
+        if self._is_looking and (self._candidates.limits or self._clock() >= self._look_at):
             self._look()
         if index is None or exclude or self._is_special:
             choice, is_turn = self._choose_specially(request, exclude)
@@ -324,7 +324,8 @@ class BackendPool:
         """Others are asked first from now on."""
         index, current = self._index, self._candidates
         self._is_special = index is None or self._is_sticky or current.is_conditional
-        self._is_looking = self.loads is not None and (self._strategy.uses_load or self._is_special)
+        if self.loads is not None:
+            self._is_looking = self.loads.is_told = self._strategy.uses_load or bool(current.limits)
         if index is not None:
             self._is_followed = index.follows or self._is_special
             self._sees_more = index.explains or (current.are_many and index.has_ranks)
@@ -559,7 +560,7 @@ class BackendPool:
     @contextmanager
     def _changing(self) -> Iterator[None]:
         with self._lock:
-            self._look()
+            self._look(at_all=True)
             yield
             self._settle()
         self._prepare()
