@@ -557,6 +557,16 @@ class BackendPool:
                 self._note("algorithm_changed", "", changes.strategy.name, "info")
             self._members.apply(changes)
 
+    def let_grow(self, may_grow: bool) -> None:
+        """Whether it is worth waiting for backends that are still to come, even where there are none."""
+        if may_grow != self._candidates.may_grow:
+            with self._changing():
+                self._candidates.may_grow = may_grow
+
+    @property
+    def may_grow(self) -> bool:
+        return self._candidates.may_grow
+
     @contextmanager
     def _changing(self) -> Iterator[None]:
         with self._lock:

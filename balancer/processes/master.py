@@ -58,6 +58,7 @@ class Master(LoadBalancer):
         self._loads = SharedLoads()
         self._ledgers: dict[int, Ledger] = {}  # by the number of the worker
         self._numbers: dict[int, Numbers] = {}  # as well
+        self._growing: dict[str, bool] = {}  # pools, as workers know of it
         super().__init__(config=config, sources=sources)
         self._answering = AnsweringWorkers(self._answer)
         self._follow = self.pools.tell
@@ -145,7 +146,12 @@ class Master(LoadBalancer):
 
     def _look_around(self) -> None:
         self._look()
-        self._tell("canaries", self.control.canaries.shares())
+        if told := self.control.canaries.shares():
+            self._tell("canaries", told)
+        for pool in self.control.pools:
+            if pool.may_grow != self._growing.get(pool.name, False):
+                self._growing[pool.name] = pool.may_grow
+                self._tell_of(pool)
 
     def _idle(self) -> dict[str, Counter[str]]:
         found: dict[str, Counter[str]] = {}
@@ -260,10 +266,13 @@ class Master(LoadBalancer):
     def _changed(self, pool: BackendPool, change: PoolChange) -> None:
         self._follow(pool, change)
         if change.kind in OF_MEMBERS:
-            with self._telling:  # so that the newest comes last
-                news = news_of(pool)
-                for link in self._links:
-                    link.tell("pool", pool.name, news)
+            self._tell_of(pool)
+
+    def _tell_of(self, pool: BackendPool) -> None:
+        with self._telling:  # so that the newest comes last
+            news = news_of(pool)
+            for link in self._links:
+                link.tell("pool", pool.name, news)
 
     def _checked(self, pool: BackendPool, backend: Backend, check: LastCheck, origin: Origin) -> None:
         self._tell("check", pool.name, backend.id, origin, check)

@@ -216,6 +216,7 @@ class Worker(LoadBalancer):
         pool, config = self.control.pools.get(name), self.settings.by_pool().get(name)
         if pool is not None and config is not None:
             pool.apply(changes(pool, news, config, config))
+            pool.let_grow(news.may_grow)
 
     def take_check(self, pool: str, backend: str, origin: Origin, check: LastCheck) -> None:
         for found, member in self._found(pool, backend):
