@@ -43,6 +43,7 @@ from balancer.filters.mirror import Copies
 from balancer.filters.servedby import ServedBy
 from balancer.filters.serviceworkers import ServiceWorkers
 from balancer.filters.sticky import Sticky, StickyOptions, cookie_of
+from balancer.forwarding import race
 from balancer.forwarding.filter import Filter
 from balancer.forwarding.route import Route, RouteOptions, Routes
 from balancer.observe.accesslog import AccessLog, LogOptions
@@ -289,7 +290,10 @@ def _routes(
             config.options(RouteOptions),
             on_refused=pools.health.wake,
             response_heads=heads,
-            done=(access_log.done,) if config.access_log else (),
+            done=(
+                *((race.noting(parts.pool.hedging),) if config.hedge != "off" else ()),
+                *((access_log.done,) if config.access_log else ()),
+            ),
         )
         return Way(config, route, usual)
 

@@ -8,6 +8,7 @@ is a label.
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from prometheus_client.exposition import choose_encoder
 from balancer import __version__
 from balancer.balancing.backends import State
 from balancer.balancing.counts import BackendCounts
+from balancer.balancing.hedging import RESULTS
 from balancer.control.control import Control, Lifecycle
 from balancer.control.exposition import Family, Kind, Pieces, labels_of, number, render
 from balancer.errors import BackendError, BalancerError, ConnectFailed
@@ -288,13 +290,21 @@ class Collector:
         panic = gauge("pool_panic", "Whether health is ignored because too few backends are available.", "pool")
         available = gauge("pool_backends_available", "Backends that take requests as far as they have room.", "pool")
         waiting = gauge("pool_queue_length", "Requests that wait for a backend.", "pool")
+        hedges = counter("hedges", "Requests that a second backend got too, by what came of it.", "pool", "result")
+        late = gauge("hedge_late_seconds", "After how long without an answer that happens; +Inf for never.", "pool")
+        saved = gauge("hedge_saved", "Hedges that the budget allows now.", "pool")
         for each in self._control.pools.describe():
             name = each["name"]
             add(info, [name, each["algorithm"]], 1)
             add(panic, [name], each["panic"])
             add(available, [name], each["available"])
             add(waiting, [name], each["waiting_requests"])
-        yield from (info, panic, available, waiting)
+            hedge = each["hedge"]
+            if hedge["mode"] != "off":
+                add_each(hedges, [name], {result: hedge[result] for result in RESULTS})
+                add(late, [name], math.inf if hedge["late"] is None else hedge["late"])
+                add(saved, [name], hedge["saved"])
+        yield from (info, panic, available, waiting, hedges, late, saved)
 
     # Of each backend: with hundreds of them by far the most.
 

@@ -22,6 +22,7 @@ from balancer.errors import (
 )
 from balancer.forwarding.answer import Answer, ResponseStream, refusal
 from balancer.forwarding.attempts import Attempts, no_thread
+from balancer.forwarding.race import Race
 from balancer.forwarding.route import REPLAY_LIMIT, Route
 from balancer.forwarding.stage import Stage
 from balancer.observe.record import METHOD_KEPT, PATH_KEPT, Record
@@ -130,6 +131,13 @@ class Forwarding:
         """SENT: take in what has come of the answer, without waiting, as `BackendAdapter.look` does."""
         assert self.sent is not None
         return self._route.adapter.look(self.sent, most)
+
+    def race(self) -> Race | None:
+        """SENT: two attempts at a time, if this one is late and may have a second one beside it."""
+        late = self._attempts.lateness()
+        if late is None or self.sent is None:
+            return None
+        return Race(self._attempts, self._route, self._request.client, self.sent, late)
 
     def refuse(self) -> Answer:
         """The answer when no thread is free for the request; does not block."""

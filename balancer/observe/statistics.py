@@ -194,7 +194,7 @@ class Statistics:
             if self._to_sample:
                 self._to_sample -= 1
                 self._sampled.append(record)
-            if failed or len(record.attempts) > 1:
+            if failed or (len(record.attempts) > 1 and record.retried()):
                 self._troubled.append(record)
 
     def find(self, request_id: str) -> Record | None:

@@ -16,7 +16,7 @@ from balancer.errors import (
     ResponseTimedOut,
 )
 from balancer.observe.histogram import Histogram
-from balancer.observe.record import Record
+from balancer.observe.record import DROPPED, Record
 from balancer.protocol.messages import METHODS
 
 _KNOWN = frozenset(METHODS)
@@ -49,10 +49,10 @@ class BackendTotals:
         return found
 
     def failures(self) -> dict[str, int]:
-        """Failed attempts by reason. One whose client left is none: it has no outcome."""
+        """Failed attempts by reason. One whose client left is none: it has no outcome; nor is one that was dropped."""
         found = self.broken.copy()
         for (outcome, _), count in self.outcomes.items():
-            if outcome and not outcome.isdecimal():
+            if outcome and outcome != DROPPED and not outcome.isdecimal():
                 found[outcome] += count
         return found
 
@@ -94,7 +94,7 @@ class Totals:
 
     def _add_trouble(self, record: Record) -> None:
         reason, attempts = record.reason, record.attempts
-        for attempt in attempts[:-1]:
+        for attempt in record.retried():
             self.retries[attempt.outcome] += 1
         if reason is None:
             return
