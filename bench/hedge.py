@@ -4,8 +4,8 @@ python bench/hedge.py [SECONDS]    12 minutes with 30 s for each figure; exit 1 
 
 Unequal backends as in `quality`, one of which stands still for 2 s every 15 s, with `hedge` off and auto: simulated and
 measured, at the rate of that benchmark and at half of it, where the other two have room while one stands still. Beside
-it, what comes out if each request goes to whichever backend will have answered it first, stalls to come included. Nobody
-can know that, so no chooser that asks one backend comes far below.
+it, what comes out if each request goes to whichever backend will have answered it first, stalls to come included. No
+chooser can know that.
 
 Then equal healthy backends that take 10 ms: latency and CPU time with hedging must be those without.
 """

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,17 @@ def test_a_backend_without_a_kept_connection_is_asked_on_a_new_one(make: Make, p
     fleet = make()
     for backend in fleet.backends.values():
         backend.drop_connections()
+    answer = pool.submit(fetch, fleet.balancer.url)
+    fleet.wait_asked(2)
+    fleet.answer(1)
+    assert answer.result(60)[2] == fleet.asked[1].encode() and fleet.is_closed(0)
+
+
+def test_a_request_whose_filters_wait_is_sent_twice_too(make: Make, pool: ThreadPoolExecutor) -> None:
+    fleet = make()
+    proxy = fleet.balancer.library.proxy
+    waits = replace(proxy.routes.usual, waits=True)
+    proxy.routes = replace(proxy.routes, usual=waits, rare=waits)
     answer = pool.submit(fetch, fleet.balancer.url)
     fleet.wait_asked(2)
     fleet.answer(1)
