@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, NoReturn, TextIO
 from balancer import __version__
 from balancer.commands import completion, demo, newkey, probe
 from balancer.config import settings
-from balancer.edge import handover
+from balancer.edge import handover, quota, upgrade
 from balancer.errors import SettingsError
 from balancer.protocol.texts import printable
 
 if TYPE_CHECKING:
+    from balancer.config.settings import Settings
     from balancer.loadbalancer import LoadBalancer
 
 INSTALLED = "load-balancer"
@@ -32,6 +33,7 @@ EXAMPLES = """examples:
   {command}  # the balancer alone; three backends on ports 5001 to 5003
   {command} --backend http://127.0.0.1:8080  # in front of one service of yours
   {command} --backend a=http://10.0.0.1:80@3 --backend b=http://10.0.0.2:80@1 --algorithm weighted
+  {command} --backend dns+http://api:8080  # each address of a name
   {command} --config balancer.toml --check-config
   {command} new-key acme  # an API key, and what stands in the file for it
   {command} completion bash  # a script for the shell: bash, zsh, fish
@@ -99,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         file = Path(name)
     warnings = settings.warnings()
     try:
-        handed = handover.take(os.environ)
+        handed, predecessor = upgrade.take(os.environ)
         load = partial(settings.load, parsed, file=file, handed=handover.settings_of(handed))
         config, sources = load()
         if probed is not None:
@@ -107,15 +109,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(printable(told))
             return code
         from balancer.edge import process  # which takes as long again as all this
-        from balancer.loadbalancer import LoadBalancer
 
         if not show:
-            balancer = LoadBalancer(config=config, sources=sources)
+            balancer = make(config, sources)
             process.cpus(config.cpu_affinity)
             if forget and config.state_file is None:
                 raise SettingsError("--forget: nothing is kept, there is no state_file")
             if not check:
-                balancer.is_forgetful = forget
+                balancer.is_forgetful = forget and predecessor is None
+                balancer.is_command, balancer.predecessor = True, predecessor
                 if file is not None:
                     configuration = balancer.configuration
                     configuration.file, configuration.read = file, load
@@ -131,6 +133,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{PROGRAM}: {printable(str(error))}", file=sys.stderr)
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # else Python tries once more at its end
         return 1
+
+
+def make(config: Settings, sources: Mapping[str, str]) -> LoadBalancer:
+    """Raises SettingsError."""
+    if quota.workers(config.workers) == 1:
+        from balancer.loadbalancer import LoadBalancer
+
+        return LoadBalancer(config=config, sources=sources)
+    if not hasattr(os, "memfd_create"):
+        raise SettingsError(f"workers = {config.workers}: several processes need Linux; expected 1")
+    from balancer.processes.master import Master
+
+    return Master(config, sources)
 
 
 def run_command(name: str, *arguments: str) -> int:
@@ -149,16 +164,13 @@ def run_command(name: str, *arguments: str) -> int:
 
 def run(balancer: LoadBalancer, warnings: list[str], handed: handover.Handed) -> int:
     """Serve until a signal. Raises SettingsError if it cannot listen, before it has warned of anything."""
-    from balancer.observe.logrecords import LogFormatter, LogHandler
+    from balancer.observe import logrecords
 
     config = balancer.settings
-    handler = LogHandler(balancer.control.log)
-    handler.setFormatter(LogFormatter(lambda: balancer.settings.access_log_format))
-    logging.basicConfig(level=config.log_level.upper(), handlers=[handler])
-    logging.getLogger("_granian").setLevel(logging.WARNING)  # it tells of every client that leaves
+    handler = logrecords.install(balancer.control.log, config.log_level, lambda: balancer.settings.access_log_format)
     balancer.listen(handed)
     titles = ["listening on"] + ["control API on"] * (config.control_port is not None) + ["redirecting on"]
-    where = ", ".join(map(" ".join, zip(titles, balancer.urls, strict=False)))
+    where = ", ".join([*map(" ".join, zip(titles, balancer.urls, strict=False)), *balancer.told()])
 
     # At once and whatever log_level says: somebody waits for it.
     def tell(stream: TextIO, logger: str, level: int, text: str) -> None:

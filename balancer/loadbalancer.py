@@ -12,7 +12,7 @@ import logging
 import select
 import socket
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from enum import Enum
@@ -28,19 +28,19 @@ from balancer.config.comparison import Change, Plan
 from balancer.config.settings import Settings
 from balancer.config.values import BackendSettings
 from balancer.control.access import AccessOptions
-from balancer.edge import handover, process, unixsocket
+from balancer.edge import handover, process, tcpsocket, unixsocket
 from balancer.edge.bridge import Bridge
 from balancer.edge.express import Express
-from balancer.edge.granian import BACKLOG, PortOptions
 from balancer.edge.handover import Handed
-from balancer.edge.listener import ClientLimits
-from balancer.edge.port import Port, listen
+from balancer.edge.listener import ClientLimits, PortOptions
 from balancer.edge.redirect import redirect_to
 from balancer.edge.server import Server
 from balancer.edge.sockets import Sockets
 from balancer.edge.tls import Certificate, TlsOptions
+from balancer.edge.upgrade import Predecessor, Successor
 from balancer.edge.workers import WorkerPool
 from balancer.errors import SettingsError
+from balancer.fleet import sources
 from balancer.forwarding.filter import Filter
 from balancer.observe.events import Event
 from balancer.observe.record import ExplainedView
@@ -53,10 +53,13 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
     from flask import Flask
 
+    from balancer.edge.port import Port
+
 log = logging.getLogger("balancer")
 
 SPARE_DESCRIPTORS = 64  # for everything that is no client's
 ONCE = "a LoadBalancer starts or serves once; make a new one"
+LOOK_SECONDS = 0.05  # from one look whether its backends are known to the next
 DRAIN_SECONDS = 1.0  # of `stop`, unless it is told otherwise: somebody waits for it
 
 
@@ -101,17 +104,24 @@ class LoadBalancer:
     ) -> None:
         if config is None:
             config, sources = settings.given({"port": 0, "backends": _listed(backends), **values})
+            if config.workers != 1:
+                raise SettingsError(
+                    f"workers = {config.workers}: a program has one; the command load-balancer has more"
+                )
         elif not isinstance(config, Settings):
             raise SettingsError(f"config = {validation.shown(config)}: expected Settings; a file is not read")
         elif backends is not None or values:
             beside = ", ".join((["backends"] if backends is not None else []) + list(values))
             raise SettingsError(f"config has all settings, but {beside} came beside it; give either")
         self._server: Server | None = None  # once it listens
-        parts = wiring.make(config, sources, _checked(filters), self.reload, self._renew, self._ports)
+        self._listeners: Handed = {}
+        parts = self.make(config, sources, _checked(filters))
         self.app, self.control_app, self.proxy = parts.app, parts.control_app, parts.proxy
         self.control, self.pools, self.workers, self.routes = parts.control, parts.pools, parts.workers, parts.routes
         self.copies, self.memory = parts.copies, parts.memory
         self.is_forgetful = False  # what was decided before counts no more
+        self.predecessor: Predecessor | None = None  # the process whose place this one takes
+        self.is_command = False  # started as one, which can be started once more
         self.configuration, self.renewal = parts.control.configuration, parts.renewal
         self.authentication = parts.authentication
         self.app.extensions["balancer"] = self
@@ -124,6 +134,9 @@ class LoadBalancer:
         self._thread: Thread | None = None  # which serves, if `start` has made it
         self._ending: Future[float] = Future()  # seconds for what is in flight
         self._ended = threading.Event()  # `_thread` has closed everything
+
+    def make(self, config: Settings, sources: Mapping[str, str] | None, filters: Sequence[Filter]) -> wiring.Parts:
+        return wiring.make(config, sources, filters, self.reload, self.renew, self.ports)
 
     @property
     def settings(self) -> Settings:
@@ -157,6 +170,10 @@ class LoadBalancer:
         if not isinstance(recent, int) or recent < 0:
             raise SettingsError(f"recent = {validation.shown(recent)}: expected a whole number, 0 or more")
         return [record.explain() for record in self.control.statistics.newest(recent)]
+
+    def told(self) -> list[str]:
+        """What else is worth a word when it starts."""
+        return []
 
     def advice(self) -> list[str]:
         """A line for each setting that does not do what its owner may expect of it."""
@@ -242,7 +259,7 @@ class LoadBalancer:
         process.raise_descriptor_limit()
         self.listen()
         config = self.settings
-        process.pin(process.cpus(config.cpu_affinity))
+        process.pin(self.cpus())
         server = self._begin(None)
         if server is None:
             raise RuntimeError(ONCE)
@@ -252,9 +269,25 @@ class LoadBalancer:
                 drain_timeout=config.drain_timeout,
                 shutdown_delay=config.shutdown_delay,
                 on_hangup=self.hang_up if self.configuration.can_reload else None,
+                on_ready=self.succeed,
+                successor=Successor(self.sockets_to_hand_over, self.memory) if self.is_command else None,
             )
         finally:
             self._state = State.STOPPED
+
+    async def succeed(self) -> None:
+        """The process before this one may end once this one knows its backends."""
+        if self.predecessor is not None:
+            while not self.control.is_serving():
+                await asyncio.sleep(LOOK_SECONDS)
+            self.predecessor.tell_serving()
+
+    def sockets_to_hand_over(self) -> Handed:
+        return self._listeners
+
+    def cpus(self) -> list[int]:
+        """Those to run on, [] for no choice. Raises SettingsError."""
+        return process.cpus(self.settings.cpu_affinity)
 
     # What both do.
 
@@ -269,30 +302,45 @@ class LoadBalancer:
                 self._state = State.LISTENING
 
     def _open(self, handed: Handed) -> Server:
+        self._listeners = self.bound(handed)
+        return self.server(self._listeners)
+
+    def bound(self, handed: Handed) -> dict[str, socket.socket]:
+        """The sockets by their roles."""
         config = self.settings
+        if set(handed) - set(handover.ROLES):
+            raise SettingsError("workers = 1 after several of them: that takes a restart, SIGUSR2 cannot do it")
         with contextlib.ExitStack() as opened:
-            listeners = [handed.get("http") or opened.enter_context(self._listen_main())]
+            listeners = {"http": handed.get("http") or opened.enter_context(self.listen_main())}
             for role, port in (("control", config.control_port), ("redirect", config.http_redirect_port)):
                 if port is not None:
-                    listeners.append(handed.get(role) or opened.enter_context(listen(config.control_host, port)))
+                    listeners[role] = handed.get(role) or opened.enter_context(
+                        tcpsocket.listen(config.control_host, port)
+                    )
                 elif role in handed:
                     raise SettingsError(f"a Unix socket is handed over as {role}: set {handover.ROLES[role]} too")
             opened.pop_all()  # nothing has failed
+        return listeners
+
+    def server(self, listeners: Mapping[str, socket.socket]) -> Server:
+        from balancer.edge.port import Port  # and with it Granian, which a master does without
+
+        config = self.settings
         self.bridges = self.make_bridges()
         if config.http_redirect_port is not None:
-            redirect = redirect_to(listeners[0].getsockname()[1])
+            redirect = redirect_to(listeners["http"].getsockname()[1])
             self.bridges.append(Bridge(redirect, self.workers, _client_limits(config)))
         self.port_options = _port_options(config)
-        wanted = self._wanted()
-        ports = [Port(*each) for each in zip(self.bridges, listeners, *zip(*wanted, strict=True), strict=True)]
+        wanted = self.wanted(len(listeners))
+        ports = [Port(*each) for each in zip(self.bridges, listeners.values(), *zip(*wanted, strict=True), strict=True)]
         return Server(ports, on_start=self.start_parts, on_drain=self.drain, on_stop=self.stop_parts)
 
-    def _listen_main(self) -> socket.socket:
+    def listen_main(self) -> socket.socket:
         config = self.settings
         if not config.host.startswith(UNIX):
-            return listen(config.host, config.port)
+            return tcpsocket.listen(config.host, config.port)
         path = config.host.removeprefix(UNIX)
-        return unixsocket.listen(path, config.unix_socket_mode, config.unix_socket_owner, BACKLOG)
+        return unixsocket.listen(path, config.unix_socket_mode, config.unix_socket_owner, tcpsocket.BACKLOG)
 
     def _begin(self, thread: Thread | None) -> Server | None:
         """It is this thread's to run and to close; None if it is another's, or was stopped."""
@@ -331,11 +379,8 @@ class LoadBalancer:
     def start_parts(self) -> None:
         """All but the sockets, which another WSGI server has."""
         self.control.log.start()
-        if self.memory is not None:
-            self.memory.start("decisions" if self.is_forgetful else None)
+        self.start_single_parts()
         self.pools.health.start()
-        self.control.history.start()
-        self.renewal.start()
         self.authentication.start()
         if self.express is not None:
             self.express.start()
@@ -343,22 +388,32 @@ class LoadBalancer:
             self.sockets.start()
         self.control.lifecycle = "running"
 
-    def _wanted(self) -> list[tuple[PortOptions, Certificate | None]]:
+    def start_single_parts(self) -> None:
+        """Those that there are once, however many worker processes there are."""
+        if self.memory is not None:
+            if self.predecessor is not None:
+                self.predecessor.ask_for_state()
+            self.memory.start("decisions" if self.is_forgetful else None)
+        self.control.discovery.start()
+        self.control.history.start()
+        self.renewal.start()
+
+    def wanted(self, ports: int) -> list[tuple[PortOptions, Certificate | None]]:
         """What the workers of each port are made of."""
-        wanted = [(self.port_options, self.renewal.certificate)] * len(self.bridges)
-        if self.settings.http_redirect_port is not None:
+        wanted = [(self.port_options, self.renewal.certificate)] * ports
+        if ports and self.settings.http_redirect_port is not None:
             wanted[-1] = self.port_options, None
         return wanted
 
-    def _ports(self) -> list[Port]:
+    def ports(self) -> Sequence[Port]:
         return [] if self._server is None else self._server.ports
 
-    def _renew(self) -> None:
+    def renew(self) -> None:
         """Let the ports know, from any thread."""
         with self._lock:  # or the older of two could be the last
-            if self._server is not None:
-                for port, wanted in zip(self._server.ports, self._wanted(), strict=True):
-                    port.renew(*wanted)
+            ports = self.ports()
+            for port, wanted in zip(ports, self.wanted(len(ports)), strict=True):
+                port.renew(*wanted)
 
     def drain(self, text: str) -> None:
         self.control.lifecycle = "draining"
@@ -372,13 +427,17 @@ class LoadBalancer:
             self.sockets.stop()
         self.copies.stop()
         self.pools.health.stop()
-        self.renewal.stop()
         self.authentication.stop()
-        self.control.history.stop()
+        self.stop_single_parts()
         self.pools.close()
+        self.control.log.stop()
+
+    def stop_single_parts(self) -> None:
+        self.control.discovery.stop()
+        self.renewal.stop()
+        self.control.history.stop()
         if self.memory is not None:
             self.memory.stop()
-        self.control.log.stop()
 
     def reload(self, dry_run: bool = False, accepts: Callable[[str], bool] = lambda hash: True) -> Plan:
         """Read the configuration again and apply what changed, if `accepts` takes the hash of the plan. Raises
@@ -386,7 +445,7 @@ class LoadBalancer:
         events = self.control.events
         try:
             check = partial(self._check, dry_run)
-            plan = self.configuration.reload(self.control.pools, check, self._apply, dry_run=dry_run, accepts=accepts)
+            plan = self.configuration.reload(self.control.pools, check, self.apply, dry_run=dry_run, accepts=accepts)
         except SettingsError as error:
             if not dry_run and self.configuration.read is not None:
                 public = self.configuration.without_folders(str(error))
@@ -423,12 +482,13 @@ class LoadBalancer:
         if (before and before.digest) != (after and after.digest):
             plan.changes.append(Change("certificate", before and str(before), after and str(after)))
 
-    def _apply(self, config: Settings, plan: Plan) -> None:
+    def apply(self, config: Settings, plan: Plan) -> None:
         """From here on new requests see the new settings.
 
         Those under way keep their Route and RequestHead; all else they look up at each step anew.
         """
         self.pools.use(config, plan.pools)
+        self.control.discovery.use(sources.made(config, self.control.discovery.is_lost))
         self.authentication.use()
         self.proxy.routes = self.routes(config)
         self.pools.retire()
@@ -438,7 +498,7 @@ class LoadBalancer:
             bridge.limits = _client_limits(config)
         self.port_options = _port_options(config)
         self.renewal.use()
-        self._renew()
+        self.renew()
         logging.getLogger().setLevel(config.log_level.upper())
 
 
@@ -478,10 +538,12 @@ def serve_app(
     signal has come: requests that wait for something of the app's own should end then. Raises SettingsError if it
     cannot listen. `environ["balancer.client"].is_gone` says whether the client of a request has left.
     """
+    from balancer.edge.port import Port
+
     config = Settings()  # by default
     workers = WorkerPool(threads, threads, config.thread_idle_timeout)
     bridge = Bridge(app, workers, config.options(ClientLimits))
-    served = Port(bridge, listen(host, port), config.options(PortOptions))
+    served = Port(bridge, tcpsocket.listen(host, port), config.options(PortOptions))
     on_listen(served.url)
     return process.serve(
         Server([served], on_drain=lambda text: on_drain()),

@@ -14,6 +14,7 @@ from balancer.balancing.members import PoolChanges
 from balancer.balancing.options import PoolOptions
 from balancer.balancing.pool import BackendPool
 from balancer.balancing.pools import Pools
+from balancer.balancing.shared import SharedLoads
 from balancer.config.settings import Settings
 from balancer.fleet.health import Checked, HealthChecker, HealthOptions
 from balancer.forwarding.retrybudget import RetryBudget
@@ -40,18 +41,27 @@ class PoolWiring:
     `tell` is called for each change of a pool, `cut_off` to end what is in flight on a backend, `is_used` to know
     whether a request in flight may still need a pool, `look` about once a second; whoever cares sets them.
 
+    `loads` are what the processes of the balancer share, if there are several.
+
     `_lock` is held while `parts` is replaced, and guards `_leaving`: those that the settings have no more, and since
     when, of time.monotonic(), no new request comes to them. It is taken before that of `Pools`.
     """
 
-    def __init__(self, dialer: Dialer, statistics: Statistics) -> None:
+    def __init__(
+        self,
+        dialer: Dialer,
+        statistics: Statistics,
+        health: Callable[[Callable[[], None]], HealthChecker] = HealthChecker,
+        loads: SharedLoads | None = None,
+    ) -> None:
         self._dialer = dialer
         self._statistics = statistics
+        self._loads = loads
         self._lock = Lock()
         self.pools = Pools()
         self.parts: Mapping[str, PoolParts] = {}
         self._leaving: dict[PoolParts, float] = {}
-        self.health = HealthChecker(self._let_time_pass)
+        self.health = health(self._let_time_pass)
         self.tell: Callable[[BackendPool, Change], None] = lambda pool, change: None
         self.cut_off: Callable[[Backend], None] = lambda backend: None
         self.look: Callable[[], None] = lambda: None
@@ -83,7 +93,8 @@ class PoolWiring:
 
     def _made(self, name: str, settings: Settings, changes: PoolChanges) -> PoolParts:
         assert changes.strategy is not None
-        pool = BackendPool(changes.strategy, settings.options(PoolOptions), name)
+        loads = None if self._loads is None else self._loads.of(name)
+        pool = BackendPool(changes.strategy, settings.options(PoolOptions), name, loads=loads)
         changes.strategy = None  # it has it
         pool.on_change(lambda change: self.tell(pool, change))
         pool.cut_off = lambda backend: self.cut_off(backend)
@@ -135,5 +146,7 @@ class PoolWiring:
         if pool.is_empty:
             del self._leaving[parts]
             self.pools.forget(pool)
+            if self._loads is not None:
+                self._loads.release(pool.loads)
             parts.adapter.close()
             self._check_all()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import secrets
 import ssl
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from balancer.balancing.counts import BackendCounts
 from balancer.balancing.ejection import KeptEjection
 from balancer.balancing.pool import DEFAULT_POOL, BackendPool
 from balancer.balancing.pools import Pools
+from balancer.balancing.shared import SharedLoads
 from balancer.commands import shipped
 from balancer.config.comparison import NOTHING, compare
 from balancer.config.decisions import Decision, Decisions
@@ -28,10 +30,9 @@ from balancer.config.routes import RouteSettings
 from balancer.config.settings import Settings
 from balancer.control import api
 from balancer.control.access import Access, AccessOptions
-from balancer.control.control import Control, Reload, TlsView
-from balancer.edge.port import Port
+from balancer.control.control import Control, Reload, TlsView, this_process
 from balancer.edge.renewal import Renewal
-from balancer.edge.tls import TlsOptions
+from balancer.edge.tls import Certificate, TlsOptions
 from balancer.edge.workers import WorkerPool
 from balancer.edge.wsgi import ReverseProxy
 from balancer.errors import SettingsError
@@ -43,6 +44,9 @@ from balancer.filters.mirror import Copies
 from balancer.filters.servedby import ServedBy
 from balancer.filters.serviceworkers import ServiceWorkers
 from balancer.filters.sticky import Sticky, StickyOptions, cookie_of
+from balancer.fleet import sources as sources_of
+from balancer.fleet.discovery import Discovery, Found
+from balancer.fleet.health import HealthChecker
 from balancer.forwarding import race
 from balancer.forwarding.filter import Filter
 from balancer.forwarding.route import Route, RouteOptions, Routes
@@ -65,6 +69,7 @@ from balancer.upstream.names import Names
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
 
+    from balancer.edge.port import Port
     from balancer.state.memory import Memory
 
 log = logging.getLogger("balancer")
@@ -74,7 +79,23 @@ NEWS_SEVERITY: dict[EventKind, Severity] = {  # all others are told for informat
     "certificate_expires": "warning",
     "canary_returned": "warning",
     "state_failed": "error",
+    "worker_lost": "error",
+    "source_failed": "warning",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """Parts that are others where several processes make one balancer. `loads` are then those of all, `certificate`
+    was loaded by the master, and `take` counts what the others have counted."""
+
+    statistics: Statistics = field(default_factory=Statistics)
+    routes: RouteCounts = field(default_factory=RouteCounts)
+    events: Events = field(default_factory=Events)
+    health: Callable[[Callable[[], None]], HealthChecker] = HealthChecker
+    loads: SharedLoads | None = None
+    certificate: Certificate | None = None
+    take: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,38 +122,44 @@ def make(
     reload: Reload,
     renew: Callable[[], None],
     ports: Callable[[], Sequence[Port]],
+    own: Own | None = None,
 ) -> Parts:
     """`sources` says where each setting came from; `filters` are asked about each request that is to be forwarded, in
     their order; `renew` is called for each new certificate; `ports` are those that are listened on by then. Raises
     SettingsError for an unknown algorithm, an unreadable CA file or a certificate that cannot be used."""
+    own = own or Own()
     strategies.load_entry_points()
     configuration = Configuration(config, sources)
-    statistics, events = Statistics(), Events()
+    statistics, events = own.statistics, own.events
     dialer = Dialer(_tls_context(config.ca_file), _names(events))
-    wired = PoolWiring(dialer, statistics)
+    wired = PoolWiring(dialer, statistics, own.health, own.loads)
     wired.use(config, compare(NOTHING, config, configuration.sources, wired.pools).pools)
     authentication = Authentication(dialer, _keys(events), statistics.refusals)
     authentication.check(config.auth, config.networks)
     authentication.use()
 
-    canaries, decisions = Canaries(_noting(events)), _decisions(configuration, wired.pools, events)
+    canaries, decisions = Canaries(noting(events)), _decisions(configuration, wired.pools, events)
+    discovery = Discovery(wired.pools, noting(events, configuration.without_folders))
+    discovery.use(sources_of.made(config, discovery.is_lost))
     wired.look = lambda: _pass_time(canaries, decisions)
 
     app = Flask(__name__, static_folder=None)
-    history, writer = History(lambda: _look(statistics, wired.pools)), LogWriter(standard_output())
+    history, writer = History(lambda: _look(own.take, statistics, wired.pools)), LogWriter(standard_output())
     workers = WorkerPool(config.max_threads, config.max_queued, config.thread_idle_timeout)
     limiter = Limiter(events)
     access = Access(config.options(AccessOptions))
-    renewal = _renewal(config, configuration, events, renew)
+    renewal = _renewal(config, configuration, events, renew, own.certificate)
     control = Control(
         *(wired.pools, statistics, events, history, writer, shipped.find("dashboard.html")),
-        *(configuration, decisions, access, RouteCounts(), limiter),
+        *(configuration, decisions, access, own.routes, limiter, discovery),
         canaries=canaries,
         idle=wired.idle,
         queued=lambda: workers.queued,
         reload=reload,
         tls=lambda: _tls(renewal, ports()),
     )
+    started = time.time()
+    control.workers = lambda: [this_process(started)]
     control.memory = _memory(control)
     api.install(app, control)
     control_app = app.wsgi_app
@@ -179,7 +206,7 @@ def _keys(events: Events) -> Callable[[bool, str], None]:
     return fetched
 
 
-def _noting(events: Events, public: Callable[[str], str] | None = None) -> Callable[[EventKind, str], None]:
+def noting(events: Events, public: Callable[[str], str] | None = None) -> Callable[[EventKind, str], None]:
     """What a part has to tell becomes an event, `public` for readers without a token, and a line of the log."""
 
     def note(kind: EventKind, text: str) -> None:
@@ -190,8 +217,15 @@ def _noting(events: Events, public: Callable[[str], str] | None = None) -> Calla
     return note
 
 
-def _renewal(config: Settings, configuration: Configuration, events: Events, renew: Callable[[], None]) -> Renewal:
-    return Renewal(config.options(TlsOptions), renew=renew, note=_noting(events, configuration.without_folders))
+def _renewal(
+    config: Settings,
+    configuration: Configuration,
+    events: Events,
+    renew: Callable[[], None],
+    certificate: Certificate | None,
+) -> Renewal:
+    note = noting(events, configuration.without_folders)
+    return Renewal(config.options(TlsOptions), renew=renew, note=note, certificate=certificate)
 
 
 def _decisions(configuration: Configuration, pools: Pools, events: Events) -> Decisions:
@@ -239,6 +273,7 @@ def _memory(control: Control) -> Memory | None:
 
     kept = {
         "events": Kept(events.kept, lambda kept: events.restore(kept.values()), KeptEvent),
+        "sources": Kept(control.discovery.kept, control.discovery.restore, list[Found]),
         "decisions": Kept(control.decisions.kept, control.decisions.restore, Decision),
         "ejections": Kept(
             lambda: {key: each for pool in pools for key, each in pool.ejections().items()}, eject, KeptEjection
@@ -251,7 +286,7 @@ def _memory(control: Control) -> Memory | None:
         "limits": whole(control.limiter.counts, control.limiter.restore),
         "event_counts": whole(events.counts, events.restore_counts),
     }
-    return Memory(config.state_file, kept, _noting(events, control.configuration.without_folders))
+    return Memory(config.state_file, kept, noting(events, control.configuration.without_folders))
 
 
 def _tls(renewal: Renewal, ports: Sequence[Port]) -> TlsView | None:
@@ -341,7 +376,8 @@ def request_heads(config: Settings, pseudonym: bytes, ours: Collection[bytes] = 
     )
 
 
-def _look(statistics: Statistics, pools: Pools) -> Reading:
+def _look(take: Callable[[], None], statistics: Statistics, pools: Pools) -> Reading:
+    take()
     in_flight = {backend.id: backend.active for backend in pools.backends()}
     return Reading(statistics.lifetime(), in_flight, pools.waiting)
 

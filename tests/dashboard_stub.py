@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import hashlib
 import json
 import math
@@ -18,6 +19,8 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from support import PAGE_TOKEN
+
+from balancer.control.revisions import Revisions
 
 Json = dict[str, Any]
 STARTED = time.time() - 750
@@ -171,6 +174,7 @@ class Stub:
     traffic: int = 0
     running: dict[str, int] = field(default_factory=lambda: {"poll": 0, "traffic": 0})
     most_at_once: dict[str, int] = field(default_factory=lambda: {"poll": 0, "traffic": 0})
+    revisions: Revisions = field(default_factory=Revisions)
     lock: threading.Lock = field(default_factory=threading.Lock)
     server: ThreadingHTTPServer | None = None
 
@@ -233,7 +237,7 @@ class StubHandler(BaseHTTPRequestHandler):
         query = {name: values[0] for name, values in parse_qs(target.query).items()}
         if target.path == "/status":
             with self.stub.counted("poll"):
-                self.send_status()
+                self.send_status(query)
         elif target.path.startswith("/api/"):
             with self.stub.counted("traffic"):
                 self.stub.traffic_gate.wait(60)
@@ -255,7 +259,7 @@ class StubHandler(BaseHTTPRequestHandler):
         else:
             self.reply(404, {"error": "not found"})
 
-    def send_status(self) -> None:
+    def send_status(self, query: dict[str, str]) -> None:
         self.stub.gate.wait(60)
         if self.lacks_token(is_write=False):
             self.reply(401, {"error": "a token is required"})
@@ -265,6 +269,11 @@ class StubHandler(BaseHTTPRequestHandler):
             answer = self.stub.answer
             if isinstance(answer.get("capabilities"), dict):
                 answer = answer | {"capabilities": answer["capabilities"] | told}
+            backends = answer.get("backend_servers")
+            if "since" in query and backends and all("id" in one for one in backends):
+                revision, changed = self.stub.revisions.since(int(query["since"]), copy.deepcopy(backends))
+                whole = backends if changed is None else []
+                answer = answer | {"backend_servers": whole, "revision": revision, "changed_backends": changed}
             self.reply(self.stub.status_code, answer)
 
     def is_authorized(self) -> bool:

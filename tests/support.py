@@ -90,6 +90,8 @@ def another_value(name: str) -> Any:
         "ca_file": "ca.pem",
         "unix_socket_mode": "0660",
         "unix_socket_owner": "root",
+        "docker": "unix:///run/docker.sock",
+        "dns_servers": ("10.0.0.2:53",),
     }
     texts |= dict.fromkeys(("backend_host", "backend_sni", "health_host"), "api.example")
     texts |= {"request_headers": '{ set = { X-Team = "a" } }', "response_headers": '{ remove = ["Server"] }'}
@@ -283,7 +285,7 @@ class BalancerProcess(Process, Served):
     def _listening(self) -> re.Match[str] | None:
         if self.popen.poll() is not None:
             raise AssertionError(f"the balancer ended: {self.output}")
-        return re.search(r'listening on (https?://[^\s",]+)', self.output)
+        return re.search(r'listening on ((?:https?|http\+unix)://[^\s",]+)', self.output)
 
 
 Start = Callable[..., Balancer]

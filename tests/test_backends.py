@@ -403,7 +403,7 @@ def test_a_down_backend_shows_its_newest_reason_and_since_when(pool: Pool) -> No
         pool.record_check(backend, LastCheck(pool.now, 0.4, None, error))
     health = pool.snapshot()[0]["health"]
     assert (health["status"], health["reason"], health["since"]) == ("down", "third", 1011.0)
-    assert health["last_check"] == LastCheck(at=1012.0, duration=0.4, status=None, error="third")
+    assert health["last_check"] == LastCheck(at=1012.0, duration=0.4, status=None, error="third").describe()
     assert (health["consecutive_failures"], health["consecutive_successes"]) == (3, 0)
 
 

@@ -159,7 +159,7 @@ def test_one_window_is_chosen_for_all_figures_and_named(tab: Tab, stub: Stub) ->
         expect(row).to_contain_text(words)
     expect(tab.at("#backend-rows .c-errors .is-bad")).to_have_text(["60"])
     tab.pick("#window input[value='300']")
-    wait_until(lambda: "/status?window=300" in stub.asked)
+    wait_until(lambda: any(path.startswith("/status?window=300&") for path in stub.asked))
     tab.pick("#window input[value='0']")
     tab.shows("#window-note", "since reset")
     expect(row).to_contain_text("4.1 ms")

@@ -223,11 +223,11 @@ RELOADING = """
 import logging, os, sys, threading
 from balancer.config.settings import Settings
 from balancer.edge.bridge import Bridge
-from balancer.edge.granian import PortOptions
-from balancer.edge.listener import ClientLimits
-from balancer.edge.port import Port, listen
+from balancer.edge.listener import ClientLimits, PortOptions
+from balancer.edge.port import Port
 from balancer.edge.process import serve
 from balancer.edge.server import Server
+from balancer.edge.tcpsocket import listen
 from balancer.edge.workers import WorkerPool
 
 logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")

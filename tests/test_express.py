@@ -480,21 +480,24 @@ class SentCall:
 
     def __init__(self, deadline: float) -> None:
         self.forwarding = self.sent = self
-        self.connection = Connection(socket.socket(), Origin("http", "127.0.0.1", 1))
-        self.connection.close()  # a test opens its own
+        self.connection: Connection
         self.rest = b""
         self.deadline = deadline
         self.is_expired = False
+
+    def connect(self, sock: socket.socket) -> None:
+        self.connection = Connection(sock, Origin("http", "127.0.0.1", 1))
 
     def expire(self) -> None:
         self.is_expired = True
 
 
-def test_a_call_that_is_overdue_before_it_is_armed_is_not_lost() -> None:
+def test_a_call_that_is_overdue_before_it_is_watched_is_not_lost() -> None:
     """The thread that brings it is between its two steps."""
     workers, call = Handed(), SentCall(0.0)
     express = Express(workers)
     with socket.create_server(("127.0.0.1", 0)) as listener:
+        call.connect(listener)
         express._waiting[listener.fileno()] = call  # type: ignore[assignment]
         express.run_once()
     assert workers.calls == [(call, True)] and call.is_expired and express._waiting == {}
@@ -502,25 +505,60 @@ def test_a_call_that_is_overdue_before_it_is_armed_is_not_lost() -> None:
 
 
 def test_a_descriptor_that_is_used_again_loses_no_call() -> None:
-    """The first call is found overdue before it is armed, its connection closed, and the next one gets its number."""
+    """The first call is found overdue before it is watched, its connection closed, and the next one gets its number."""
     workers, overdue, following = Handed(), SentCall(0.0), SentCall(math.inf)
+    looked: list[Any] = []
 
     class Interrupted(Express):
-        def _arm(self, descriptor: int) -> None:
+        def _watch(self, descriptor: int, connection: Connection) -> None:
             if self._waiting[descriptor] is overdue:  # type: ignore[comparison-overlap]
                 self._expire(time.monotonic())
-                overdue.connection.sock.close()
-                following.connection.sock = listeners.enter_context(socket.create_server(("127.0.0.1", 0)))
-                assert following.connection.sock.fileno() == descriptor
+                overdue.connection.close()
+                ours, peer = (sockets.enter_context(each) for each in socket.socketpair())
+                assert ours.fileno() == descriptor
+                following.connect(ours)
                 assert self.wait_for(following)  # type: ignore[arg-type]
-            super()._arm(descriptor)
+                peer.send(b"x")
+            super()._watch(descriptor, connection)
+
+        def _look(self, call: Any) -> None:
+            looked.append(call)
 
     express = Interrupted(workers)
-    with ExitStack() as listeners:
-        overdue.connection.sock = listeners.enter_context(socket.create_server(("127.0.0.1", 0)))
+    with ExitStack() as sockets:
+        overdue.connect(sockets.enter_context(socket.socket()))
         assert express.wait_for(overdue)  # type: ignore[arg-type]
-        assert list(express._waiting.values()) == [following]  # and armed
+        for _ in range(2):  # each time on the same connection
+            express.run_once()
+            assert looked.pop() is following and not looked
+            assert express.wait_for(following)  # type: ignore[arg-type]
     assert workers.calls == [(overdue, True)] and overdue.is_expired and not following.is_expired
+    express.stop()
+
+
+def test_what_comes_while_nobody_waits_for_it_is_left_and_found_later() -> None:
+    """The thread that brings a call is between sending its request and saying so; then a worker reads an answer."""
+    looked: list[Any] = []
+
+    class Looking(Express):
+        def _look(self, call: Any) -> None:
+            looked.append(call.connection.sock.recv(9))
+
+    express, call = Looking(Handed()), SentCall(math.inf)
+    with ExitStack() as sockets:
+        ours, peer = (sockets.enter_context(each) for each in socket.socketpair())
+        call.connect(ours)
+        for expected in (b"first", b"second", b"third"):
+            if expected != b"first":  # else it was never watched
+                peer.send(expected)
+                express.run_once()
+                assert not looked and express._watched == {} and not call.connection.is_watched
+            assert express.wait_for(call)  # type: ignore[arg-type]
+            if expected == b"first":
+                peer.send(expected)
+            express.run_once()
+            assert looked.pop() == expected and list(express._watched.values()) == [call.connection]
+            assert call.connection.is_watched
     express.stop()
 
 
@@ -534,7 +572,7 @@ def test_a_surprise_with_one_answer_holds_up_no_other(caplog: pytest.LogCaptureF
         for _ in range(3):
             ours, peer = (stack.enter_context(sock) for sock in socket.socketpair())
             call = SentCall(math.inf)
-            call.connection.sock = ours
+            call.connect(ours)
             assert express.wait_for(call)  # type: ignore[arg-type]
             peer.send(b"x")
         express.run_once()

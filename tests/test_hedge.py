@@ -15,7 +15,20 @@ from typing import Any
 
 import pytest
 from exposition import scrape, value
-from support import Balancer, Clock, RawRequest, connect, fetch, get, is_idle, newest, ok, options, wait_until
+from support import (
+    Balancer,
+    Clock,
+    RawRequest,
+    StartProcess,
+    connect,
+    fetch,
+    get,
+    is_idle,
+    newest,
+    ok,
+    options,
+    wait_until,
+)
 from wire import WireBackend, ask, hang_up, wait_closed
 
 from balancer.balancing.hedging import FEWEST_TIMES, RESERVED, SAVED, Hedging
@@ -46,8 +59,9 @@ class Fleet:
             backend.script = lambda sock, request, name=name: self._hold(name, sock)
 
     def warm(self) -> None:
+        """By requests that are not hedged."""
         for _ in self.backends:
-            assert fetch(f"{self.balancer.url}/warm")[0] == 200
+            assert fetch(f"{self.balancer.url}/warm", method="POST")[0] == 200
 
     def _hold(self, name: str, sock: socket.socket) -> None:
         does: Future[Callable[[socket.socket], None]] = Future()
@@ -84,8 +98,8 @@ class Fleet:
     _looks = [0]  # noqa: RUF012
 
     def hedges(self) -> dict[str, int]:
-        found: dict[str, int] = self.balancer.status()["pools"][0]["hedge"]
-        return {name: found[name] for name in ("won", "lost", "failed", "left")}
+        found: dict[str, int] = self.balancer.status()["pools"][0]["hedges"]
+        return found
 
     def is_blamed(self, name: str) -> bool:
         found: int = self.balancer.backend(name)["ejection"]["consecutive_failures"]
@@ -457,6 +471,31 @@ def test_a_storm_leaves_nothing_behind(make: Make, pool: ThreadPoolExecutor) -> 
     wait_until(
         lambda: len(os.listdir("/proc/self/fd")) <= descriptors + 2 * kept + 16, "connections of the losers are closed"
     )
+
+
+def test_all_workers_count_as_one(start_process: StartProcess) -> None:
+    held, quick = WireBackend(), WireBackend()
+    go = threading.Event()
+
+    def hold(sock: socket.socket, request: RawRequest) -> None:
+        go.wait(60)
+        sock.sendall(ok())
+
+    with held, quick:
+        balancer = start_process(
+            f"--backend=held={held.url}", f"--backend=quick={quick.url}", "--algorithm=round_robin",
+            "--workers=2", f"--hedge={LATE}", "--hedge-budget=1",
+        )  # fmt: skip
+        held.script = hold
+        assert [fetch(balancer.url)[0] for _ in range(20)] == [200] * 20
+        wait_until(lambda: is_idle(balancer), "all have ended")
+        (shown,) = balancer.status()["pools"]
+        assert shown["hedges"]["won"] == len(held.requests) > 0
+        assert balancer.status()["statistics"]["retries"] == 0
+        told = scrape(balancer.url)
+        assert value(told, "lb_hedges_total", pool="default", result="won") == len(held.requests)
+        assert not any(name == "lb_retries_total" and count for (name, _), count in told.items())
+        go.set()
 
 
 # What is late, and how many there may be.

@@ -147,7 +147,8 @@ NOT_ALONE = {name for name in Settings.model_fields if name.startswith("tls_")} 
 @pytest.mark.parametrize("name", sorted(set(Values.model_fields) - NOT_ALONE - {"backends", "allow_file_origin"}))
 def test_every_setting_is_either_applied_or_said_to_need_a_restart(name: str) -> None:
     """Whatever holds its own copy of a setting that can be reloaded must get the new one."""
-    base: dict[str, Any] = {"backends": [A], "access_log": name != "access_log", "sticky": name != "sticky"}
+    looked_up = {"id": "d", "url": "dns+http://api:1"}
+    base: dict[str, Any] = {"backends": [A, looked_up], "access_log": name != "access_log", "sticky": name != "sticky"}
     wired = Wired(**base)
     balancer = wired.balancer
     balancer.bridges.append(Bridge(balancer.control_app, WorkerPool(1, 1, 1.0), options(ClientLimits)))
@@ -171,6 +172,7 @@ def held(balancer: LoadBalancer) -> list[Any]:
         control.pool._strategy.options, control.access.options, route.adapter.timeouts,
         balancer.pools.health.checked[0].options,
         balancer.bridges[0].limits, balancer.port_options, logging.getLogger().level,
+        [watch.source.key for watch in control.discovery._watches.values()],
     ]  # fmt: skip
 
 

@@ -17,8 +17,7 @@ from balancer.balancing.options import PoolOptions
 from balancer.config.settings import SECRETS, Settings, add_arguments, describe, load, show
 from balancer.config.values import BackendSettings, Values
 from balancer.control.access import AccessOptions
-from balancer.edge.granian import PortOptions
-from balancer.edge.listener import ClientLimits
+from balancer.edge.listener import ClientLimits, PortOptions
 from balancer.errors import SettingsError
 from balancer.fleet.health import HealthOptions
 from balancer.forwarding.route import RouteOptions

@@ -496,6 +496,21 @@ def test_a_stale_connection_gets_one_fresh_try_if_it_may(
     assert len(backend.requests) == 2
 
 
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_only_what_can_be_sent_once_more_trusts_whoever_watches(
+    adapter: BackendAdapter, backend: WireBackend, method: str
+) -> None:
+    """The connection has ended, and whoever watches it has not said so yet."""
+    fetch(adapter, backend.url)
+    ((connection,),) = adapter._idle.values()
+    connection.is_watched = True
+    backend.drop_connections()
+    wait_until(connection.has_input, "the connection has ended")
+    request = outgoing(method)
+    assert fetch(adapter, backend.url, request) == b"ok"
+    assert request.is_resent == (method == "GET")
+
+
 def test_a_connection_that_dies_after_a_byte_is_not_stale(adapter: BackendAdapter, backend: WireBackend) -> None:
     fetch(adapter, backend.url)
     backend.answer(b"HTTP/1.1 2", close=True)

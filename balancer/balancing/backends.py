@@ -27,7 +27,6 @@ from balancer.protocol.origin import Origin
 AdminState = Literal["ready", "drain", "maint"]
 HealthStatus = Literal["unknown", "up", "down"]
 State = Literal[HealthStatus, "ejected", "trial", "drain", "drained", "maint"]
-Source = Literal["default", "file", "environment", "flag", "program", "api"]
 
 ID_PATTERN = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}"  # also one step of a URL path, so not "." or ".."
 MAX_CONNECTIONS = 1_000_000
@@ -44,6 +43,23 @@ class LastCheck:
     error: str | None
     timed_out: bool = False
 
+    def describe(self) -> LastCheckView:
+        return {
+            "at": self.at,
+            "duration": self.duration,
+            "status": self.status,
+            "error": self.error,
+            "timed_out": self.timed_out,
+        }
+
+
+class LastCheckView(TypedDict):
+    at: float
+    duration: float
+    status: int | None
+    error: str | None
+    timed_out: bool
+
 
 class HealthView(TypedDict):
     status: HealthStatus
@@ -53,7 +69,7 @@ class HealthView(TypedDict):
     rise: int
     consecutive_failures: int
     consecutive_successes: int
-    last_check: LastCheck | None
+    last_check: LastCheckView | None
 
 
 @dataclass(slots=True)
@@ -90,7 +106,7 @@ class Health:
             "rise": options.health_rise,
             "consecutive_failures": self.consecutive_failures,
             "consecutive_successes": self.consecutive_successes,
-            "last_check": self.last_check,
+            "last_check": None if self.last_check is None else self.last_check.describe(),
         }
 
 
@@ -106,7 +122,7 @@ class BackendView(TypedDict):
     state: State
     admin_state: AdminState
     drained: bool
-    source: Source
+    source: str
     overrides: dict[str, Any]
     ejection: EjectionView
     health: HealthView
@@ -116,7 +132,8 @@ class BackendView(TypedDict):
 
 @dataclass(slots=True, eq=False)
 class Backend:
-    """One server. `configured` are the fields that the configuration gave it, `source` where it came from.
+    """One server. `configured` are the fields that the configuration gave it, or who found it. `source` says where it
+    came from: a word for a part of the configuration, `api`, or the name of who found it.
 
     `draining_since`, of the pool's clock, is when it was to get no more requests. What it had in flight at `cut_at`, of
     time.perf_counter(), was cut off.
@@ -135,7 +152,7 @@ class Backend:
     window: LatencyWindow = field(default_factory=LatencyWindow)
     slow_start: SlowStart = field(default_factory=SlowStart)
     counts: BackendCounts = field(default_factory=BackendCounts)
-    source: Source = "api"
+    source: str = "api"
     configured: Mapping[str, Any] = field(default_factory=dict)
     drain_timeout: float | None = None
     draining_since: float | None = None

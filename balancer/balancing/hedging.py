@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
 from math import ceil
 from threading import Lock
-from typing import Literal, get_args
 
 from typing_extensions import TypedDict
 
 from balancer.balancing.options import Hedge, PoolOptions
-
-Result = Literal["won", "lost", "failed", "left"]
-RESULTS: tuple[Result, ...] = get_args(Result)
 
 LATE_SHARE = 0.95  # of the answers come before one is late
 LEAST_SECONDS = 0.01  # before that none is
@@ -26,20 +23,14 @@ SAVED, RESERVED = 30, 10
 
 
 class HedgeView(TypedDict):
-    """`mode` is the setting; `late` seconds until a second backend is asked, None for never; `saved` is what is left of
-    the budget."""
+    """`mode` is the setting, `late` seconds until a second backend is asked, None for never."""
 
     mode: Hedge
     late: float | None
-    saved: float
-    won: int
-    lost: int
-    failed: int
-    left: int
 
 
 class Hedging:
-    """Of one pool. `_lock` guards `_saved` and `_results`; `_times` may be added to without it, and `_late` is as old
+    """Of one pool. `_lock` guards `_saved`; `_times` may be added to without it, and `_late` is as old
     as ESTIMATE_SECONDS allow, whoever looked last."""
 
     def __init__(self, options: PoolOptions, clock: Callable[[], float] = time.monotonic) -> None:
@@ -47,7 +38,6 @@ class Hedging:
         self._clock = clock
         self._lock = Lock()
         self._saved = 0.0
-        self._results: dict[Result, int] = dict.fromkeys(RESULTS, 0)
         self._times: deque[float] = deque(maxlen=TIMES_KEPT)
         self._late: float | None = None
         self._estimated_at = clock()
@@ -94,11 +84,9 @@ class Hedging:
         with self._lock:
             self._saved = min(SAVED, self._saved + 1)
 
-    def ended(self, result: Result) -> None:
-        with self._lock:
-            self._results[result] += 1
+    def note_late(self, late: float | None) -> None:
+        """What another process of ours, which has the traffic, has found."""
+        self._late, self._estimated_at = late, math.inf
 
     def describe(self) -> HedgeView:
-        late = self.late()
-        with self._lock:
-            return {"mode": self.options.hedge, "late": late, "saved": self._saved, **self._results}  # type: ignore[typeddict-item]
+        return {"mode": self.options.hedge, "late": self.late()}

@@ -112,6 +112,15 @@ class Judge:
         self._note("backend_ejected", backend.id, f"for {seconds:.0f} s: {reason}", "warning")
         return True
 
+    def take_over(self, backend: Backend, reason: str | None) -> bool:
+        """The verdict of another process on its own traffic: to be ejected for this reason, or back."""
+        if reason is not None:
+            return self._eject(backend, reason)
+        if backend.ejection.status == "none":
+            return False
+        self._return(backend, "its trial request was answered")
+        return True
+
     def _return(self, backend: Backend, reason: str) -> None:
         backend.ejection.end(self._clock())
         self._start_slowly(backend)

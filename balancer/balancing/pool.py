@@ -19,7 +19,7 @@ from typing import Any, cast
 
 from typing_extensions import TypedDict
 
-from balancer.balancing.backends import EXPLAINED, Backend, BackendView, Choice, LastCheck, Scene, Source
+from balancer.balancing.backends import EXPLAINED, Backend, BackendView, Choice, Health, LastCheck, Scene
 from balancer.balancing.candidates import Candidates
 from balancer.balancing.changes import Listener, Notifier
 from balancer.balancing.counts import BackendCounts
@@ -30,6 +30,7 @@ from balancer.balancing.members import Members, PoolChanges
 from balancer.balancing.options import PoolOptions
 from balancer.balancing.queue import Waiter, WaitingLine
 from balancer.balancing.recent import RecentChoices
+from balancer.balancing.shared import PoolLoads
 from balancer.balancing.strategies import Indexed, Strategy
 from balancer.errors import NoRoom, Unavailable
 from balancer.protocol.client import UNWATCHED, Client
@@ -40,6 +41,8 @@ log = logging.getLogger("balancer.pool")
 
 DEFAULT_POOL = "default"  # of the backends at the top level of the settings
 STICKY = "sticky"  # in place of a strategy's name where none was asked
+LOOK_SECONDS = 0.0005  # from one look at what other processes have in flight to the next, but for limits
+WAIT_SECONDS = 0.003  # as well, while somebody waits for them to give a place back
 SHORTEST_ROW = 16  # changes of backends until what choices see is noted anew, and one more for each candidate
 
 
@@ -115,7 +118,8 @@ class BackendPool:
     while the strategy prepares, and guards `_prepared`: what it was given.
 
     `cut_off` ends what is in flight on a backend; whoever has the clients sets it. It is called without the lock.
-    `waiting_elsewhere` says how many wait in the queues of other pools.
+    `waiting_elsewhere` says how many wait in the queues of other pools. `loads` are what all processes of the balancer
+    have in flight, None if there is but one: `Backend.active` and `Speed` are then theirs together.
     """
 
     def __init__(
@@ -127,9 +131,14 @@ class BackendPool:
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
         rng: random.Random | None = None,
+        loads: PoolLoads | None = None,
     ) -> None:
         self.name = name
         self._lock = Lock()
+        self.loads = loads
+        self._is_looking = False  # a choice depends on what other processes have in flight
+        self._look_at = 0.0  # then, if it does not have to be sooner
+        self._is_unsettled = False  # what `_look` has found may change who is a candidate
         self._strategy = strategy
         self._index: Indexed | None = None  # the strategy, if that is one
         self._is_special = True  # not every candidate takes every request, or the strategy wants a list
@@ -203,6 +212,8 @@ class BackendPool:
 
     def _choose(self, request: Request, exclude: Collection[str]) -> Lease | None:
         index, choice, seen, is_turn = self._index, None, None, True
+        if self._is_looking and (self._is_special or self._clock() >= self._look_at):
+            self._look()
         if index is None or exclude or self._is_special:
             choice, is_turn = self._choose_specially(request, exclude)
             chosen = None if choice is None else choice.backend
@@ -216,6 +227,8 @@ class BackendPool:
         chosen.counts.selected += 1
         if self._is_timed:
             chosen.speed.sent(self._clock())
+        if self.loads is not None:
+            self.loads.add(chosen, 1, self._is_timed)
         rank = None if index is None else index.taken(chosen) if is_turn else index.changed(chosen)
         lease = Lease(self, choice or Choice(chosen, self._scene, seen))
         if index is not None:
@@ -250,6 +263,25 @@ class BackendPool:
         choice = self._ask(request, exclude)
         index.gather(self._candidates.first)
         return choice, False
+
+    def _look(self, *, at_all: bool = False) -> None:
+        """Take in what other processes have in flight."""
+        if self.loads is None:
+            return
+        self._look_at = self._clock() + LOOK_SECONDS
+        for backend, before in self.loads.look(at_all=at_all):
+            if self._index is not None:
+                rank = self._index.changed(backend) if self._is_followed else None
+                self._scene.changes.append((backend, backend.active, rank))
+            if backend.active == 0 < before and (backend.is_leaving or backend.admin_state == "drain"):
+                self._members.drained(backend)
+                self._is_unsettled = True  # not now: the queue may just be served
+
+    def _catch_up(self, *, at_all: bool = False) -> None:
+        """`_look`, where nobody is choosing."""
+        self._look(at_all=at_all)
+        if self._is_unsettled:
+            self._settle()
 
     def _bring_back(self) -> None:
         """Who was set aside because this request has tried it."""
@@ -311,6 +343,7 @@ class BackendPool:
         """Others are asked first from now on."""
         index, current = self._index, self._candidates
         self._is_special = index is None or self._is_sticky or current.is_conditional
+        self._is_looking = self.loads is not None and (self._strategy.uses_load or self._is_special)
         if index is not None:
             self._is_followed = index.follows or self._is_special
             self._sees_more = index.explains or (current.are_many and index.has_ranks)
@@ -326,13 +359,19 @@ class BackendPool:
     def _line_up(self, request: Request, exclude: Collection[str]) -> Waiter[Lease]:
         """A place in the queue, if there is any and waiting can help."""
         if self._has_place() and self._candidates.is_worth_waiting(exclude):
-            return self._line.join(request, exclude)
+            waiter = self._line.join(request, exclude)
+            self._tell_waiting()
+            return waiter
         raise self._refusal(exclude, f", and {len(self._line)} requests are waiting already" if self._line else "")
 
     def _has_place(self) -> bool:
         options = self._judge.options
-        waiting = len(self._line)
+        waiting = self.waiting
         return waiting < options.queue_limit and waiting + self.waiting_elsewhere() < options.queue_places
+
+    def _tell_waiting(self) -> None:
+        if self.loads is not None:
+            self.loads.wait(len(self._line))
 
     def _refusal(self, exclude: Collection[str], about_waiting: str) -> Unavailable:
         excluded = self._candidates.why_not(exclude)
@@ -343,14 +382,27 @@ class BackendPool:
     def _wait(self, waiter: Waiter[Lease], client: Client, seconds: float) -> Lease:
         started = self._clock()
         client.attach(waiter)
-        waiter.wait(seconds)
+        if self.loads is None:
+            waiter.wait(seconds)
+        else:
+            self._look_until(waiter, started + seconds)
         client.detach()
         with self._lock:
-            lease = self._line.leave(waiter)
+            try:
+                lease = self._line.leave(waiter)
+            finally:
+                self._tell_waiting()
             if lease is None:
                 raise self._refusal(waiter.exclude, f", also after {max(0.0, seconds):.3g} s")
         lease.queued = self._clock() - started
         return lease
+
+    def _look_until(self, waiter: Waiter[Lease], end: float) -> None:
+        """What other processes give back wakes nobody here: those who wait take turns at looking."""
+        while (left := end - self._clock()) > 0 and not waiter.wait(min(left, WAIT_SECONDS * len(self._line))):
+            with self._lock:
+                self._catch_up()
+                self._line.serve(self._choose)
 
     def _answered(self, lease: Lease, first_byte_seconds: float, is_good: bool) -> None:
         backend = lease.backend
@@ -359,6 +411,8 @@ class BackendPool:
             if lease.choice.origin == backend.origin:
                 if not was_answered:
                     self._judge.answered(backend, first_byte_seconds)
+                    if self.loads is not None:
+                        self.loads.add(backend, 0, -1)
                     if self._index is not None:
                         self._scene.changes.append((backend, backend.active, self._index.changed(backend)))
                 if lease.is_trial and is_good:
@@ -390,6 +444,9 @@ class BackendPool:
                 judge, is_trial, is_answered = self._judge, lease.is_trial, lease.is_answered
                 if judge.ended(backend, first_byte_seconds, failure, is_trial, is_answered):
                     self._judged()
+            if self.loads is not None:
+                owed = not lease.is_answered and lease.choice.origin == backend.origin
+                self.loads.add(backend, -1, -owed)
             if (index := self._index) is not None:
                 rank = index.changed(backend) if self._is_followed else None
                 self._scene.changes.append((backend, backend.active, rank))
@@ -417,10 +474,26 @@ class BackendPool:
                 self._judged()
         self._notifier.notify()
 
+    def record_verdict(self, backend: Backend, reason: str | None, origin: Origin | None = None) -> None:
+        """What traffic of another process has made of it: out for this reason, or back."""
+        with self._lock:
+            if self._is_here(backend, origin) and self._judge.take_over(backend, reason):
+                self._judged()
+        self._notifier.notify()
+
+    def adopt(self, health: Mapping[str, Health]) -> None:
+        """What another process has seen of them, by their ids, before the first request."""
+        with self._changing():
+            for backend_id, seen in health.items():
+                if backend_id in self._backends:
+                    self._backends[backend_id].health = seen
+            self._judged()
+
     def sweep(self) -> None:
         """Let time pass: ejections, slow starts and drains end, response times are compared. Call about once a
         second."""
         with self._lock:
+            self._catch_up(at_all=True)
             if self._judge.sweep():
                 self._judged()
             elif self._candidates.starting:
@@ -453,7 +526,7 @@ class BackendPool:
         weight: int = 1,
         max_connections: int | None = None,
         drain_timeout: float | None = None,
-        source: Source = "api",
+        source: str = "api",
         configured: Mapping[str, Any] | None = None,
     ) -> Backend:
         """Add a backend; it gets requests after its first good check. `others` are those of other pools, by their ids.
@@ -513,6 +586,7 @@ class BackendPool:
     @contextmanager
     def _changing(self) -> Iterator[None]:
         with self._lock:
+            self._look()
             yield
             self._settle()
         self._prepare()
@@ -542,11 +616,15 @@ class BackendPool:
     def _settle(self) -> None:
         """After any change: serve the waiters for whom there is room now."""
         options, strategy = self._judge.options, self._strategy
+        self._is_unsettled = False
         self._is_timed = strategy.uses_times or options.latency_ejection != "off"
         is_indexed = isinstance(strategy, Indexed) and type(strategy).select is Indexed.select
         self._index = cast(Indexed, strategy) if is_indexed else None
         if self._candidates.starting:
             self._candidates.earn(self._clock(), options.slow_start)
+        if self.loads is not None:
+            self.loads.is_timed = self._is_timed
+            self.loads.follow((*self._backends.values(), *self._members.gone))
         self._candidates.refresh(options.panic_threshold if self._had_first_round else 0.0, self._usual_shares)
         self._gather()
         self._line.serve(self._choose)
@@ -594,8 +672,8 @@ class BackendPool:
 
     @property
     def waiting(self) -> int:
-        """Requests in the queue."""
-        return len(self._line)
+        """Requests in the queue, of all processes."""
+        return len(self._line) if self.loads is None else self.loads.waiting
 
     def recent_choices(self) -> int:
         """How many requests, retries among them, there were in the last 10 s."""
@@ -609,6 +687,7 @@ class BackendPool:
     def backends(self) -> list[Backend]:
         """The live objects in configured order, for the health checker."""
         with self._lock:
+            self._catch_up()
             return list(self._backends.values())
 
     @property
@@ -624,6 +703,24 @@ class BackendPool:
         with self._lock:
             return self._had_first_round or self._is_all_known()
 
+    def note_selected(self, chosen: Mapping[str, int]) -> None:
+        """How often another process has chosen each."""
+        with self._lock:
+            for backend_id in chosen.keys() & self._backends.keys():
+                self._backends[backend_id].counts.selected += chosen[backend_id]
+
+    def alive(self) -> dict[str, float]:
+        """When those last answered whose checks fail, of the pool's clock."""
+        with self._lock:
+            return {b.id: b.health.alive_at for b in self._backends.values() if b.health.consecutive_failures}
+
+    def note_alive(self, alive: Mapping[str, float]) -> None:
+        """They have answered another process: busy is not dead."""
+        with self._lock:
+            for backend_id in alive.keys() & self._backends.keys():
+                health = self._backends[backend_id].health
+                health.alive_at = max(health.alive_at, alive[backend_id])
+
     def counts(self) -> dict[str, BackendCounts]:
         """Copies, with the time that a backend has been down so far."""
         with self._lock:
@@ -633,6 +730,7 @@ class BackendPool:
     def describe(self, is_leaving: bool) -> PoolView:
         hedge = self.hedging.describe()
         with self._lock:
+            self._catch_up()
             return {
                 "name": self.name,
                 "algorithm": self._strategy.name,
@@ -641,13 +739,14 @@ class BackendPool:
                 "backends": len(self._backends),
                 "available": len(self._candidates.ready),
                 "active_connections": sum(backend.active for backend in self._backends.values()),
-                "waiting_requests": len(self._line),
+                "waiting_requests": self.waiting,
                 "hedge": hedge,
             }
 
     def snapshot(self) -> list[BackendView]:
         """All backends at one moment, as plain values in configured order, for `/status`."""
         with self._lock:
+            self._catch_up()
             shares = self._strategy.expected_shares(self._candidates.ready)
             seen = (self.name, self._clock(), self._wall_clock(), self._judge.options, shares)
             return [backend.describe(*seen) for backend in self._backends.values()]

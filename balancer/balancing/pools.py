@@ -82,13 +82,30 @@ class Pools:
         with self._lock:
             self._leaving += tuple(pool for name, pool in self._pools.items() if name not in pools)
             self._pools = pools
-            for name, changed in changes.items():
-                pool = pools[name]
-                for backend in changed.add:
-                    for other in pools.values():  # one that leaves may need its own for requests under way
-                        if other is not pool and other.get(backend.id) is not None:
-                            other.replace(backend.id)
-                pool.apply(changed)
+            self._apply(changes)
+
+    def change(self, changes: Mapping[str, PoolChanges]) -> set[str]:
+        """Change these pools, by name. Returns the ids of backends that were not added, since others have them."""
+        with self._lock:
+            staying = [
+                backend for pool in self._pools.values() for backend in pool.backends() if not backend.is_leaving
+            ]
+            taken = {backend.id for backend in staying}
+            taken -= {backend_id for changed in changes.values() for backend_id in changed.remove}
+            passed_over = {backend.id for changed in changes.values() for backend in changed.add} & taken
+            for changed in changes.values():
+                changed.add = [backend for backend in changed.add if backend.id not in passed_over]
+            self._apply({name: changed for name, changed in changes.items() if name in self._pools})
+        return passed_over
+
+    def _apply(self, changes: Mapping[str, PoolChanges]) -> None:
+        for name, changed in changes.items():
+            pool = self._pools[name]
+            for backend in changed.add:
+                for other in self._pools.values():  # one that leaves may need its own for requests under way
+                    if other is not pool and other.get(backend.id) is not None:
+                        other.replace(backend.id)
+            pool.apply(changed)
 
     def forget(self, pool: BackendPool) -> None:
         """It is gone."""

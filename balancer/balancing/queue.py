@@ -29,9 +29,9 @@ class Waiter(Generic[Place]):
         self._wake = Lock()
         self._wake.acquire()
 
-    def wait(self, seconds: float) -> None:
-        """Until there is a place, the client has left, or the time is over."""
-        self._wake.acquire(timeout=max(0.0, seconds))
+    def wait(self, seconds: float) -> bool:
+        """Until there is a place or the client has left; False if the time is over before."""
+        return self._wake.acquire(timeout=max(0.0, seconds))
 
     def wake(self) -> None:
         with suppress(RuntimeError):  # it was woken already

@@ -79,6 +79,12 @@ class Speed:
         self.peak = max(seconds, self.peak + staleness * (seconds - self.peak))
         self.ewma_at = now
 
+    def merge(self, ewma: float, peak: float, ewma_at: float, answered_at: float) -> None:
+        """Take in what another process remembers: whoever has seen the newest sample has taken in the others."""
+        if ewma_at > self.ewma_at:
+            self.ewma, self.peak, self.ewma_at = ewma, max(peak, self.peak_time(ewma_at)), ewma_at
+        self.answered_at = max(answered_at, self.answered_at)
+
 
 def faded(remembered: float, seconds: float) -> float:
     """What is left of it after so many seconds without samples."""

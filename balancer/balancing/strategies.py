@@ -50,6 +50,8 @@ class Strategy:
     text: ClassVar[str] = ""
     # Whether `select` looks at response times. They are measured only for those that do: it costs every request.
     uses_times: ClassVar[bool] = True
+    # Whether it looks at requests in flight, so that it matters at once what other processes of the balancer have.
+    uses_load: ClassVar[bool] = True
     options: StrategyOptions = StrategyOptions()  # set by `create`, before anything is chosen
     # Candidates that the last `select` went past, and why each, in words: only to explain the choice.
     passed_over: dict[str, str] = {}  # noqa: RUF012
@@ -216,7 +218,7 @@ class TakingTurns(SmoothTurns, Indexed):
     "about equal cost; ignores weights and load.",
 )
 class RoundRobin(TakingTurns):
-    uses_times = False
+    uses_times = uses_load = False
 
     @staticmethod
     def weigh(backend: Backend) -> int:
@@ -232,7 +234,7 @@ class RoundRobin(TakingTurns):
     "evenly spread rather than in bursts. Right for backends of known, unequal size.",
 )
 class Weighted(TakingTurns):
-    uses_times = False
+    uses_times = uses_load = False
 
     def expected_shares(self, ready: Sequence[Backend]) -> Mapping[str, float] | None:
         return _shares(ready)
@@ -407,7 +409,7 @@ class PowerOfTwo(Drawing):
     "that know nothing of each other.",
 )
 class Random(Drawing):
-    uses_times = False
+    uses_times = uses_load = False
 
     def choose(self, request: Request) -> Backend | None:
         return self.draw()

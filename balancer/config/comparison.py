@@ -11,13 +11,13 @@ import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Any, cast
+from typing import Any
 
 from pydantic import BaseModel, SecretStr
 from typing_extensions import TypedDict
 
 from balancer.balancing import strategies
-from balancer.balancing.backends import Backend, Source
+from balancer.balancing.backends import Backend
 from balancer.balancing.members import PoolChanges
 from balancer.balancing.options import StrategyOptions
 from balancer.balancing.pool import DEFAULT_POOL, BackendPool
@@ -25,7 +25,7 @@ from balancer.balancing.pools import Pools
 from balancer.balancing.strategies import Strategy
 from balancer.config.settings import NEEDS_RESTART, TABLES, Settings, prefix_of, show
 from balancer.config.tables import Named
-from balancer.config.values import BackendSettings, Values
+from balancer.config.values import BackendSettings, Listed, Values
 from balancer.errors import SettingsError
 from balancer.protocol.origin import Origin
 
@@ -111,6 +111,7 @@ def compare(base: Settings, wanted: Settings, sources: Sources, pools: Pools) ->
             plan.changes += _compare_table(name, before, after)
         else:
             plan.changes.append(Change(name, before, after))
+    plan.changes += _compare_sources(base.discovered(), wanted.discovered())
     old, new = base.by_pool(), wanted.by_pool()
     plan.changes += [Change(f"pools.{name}", name, None) for name in old if name not in new]
     ids = {backend.id for settings in new.values() for backend in settings.backends}
@@ -126,6 +127,13 @@ def _compare_table(name: str, before: Sequence[Named], after: Sequence[Named]) -
     for each in old | new:
         if old.get(each) != new.get(each):
             yield Change(f"{name}.{each}", old.get(each), new.get(each))
+
+
+def _compare_sources(old: Mapping[str, Listed], new: Mapping[str, Listed]) -> Iterator[Change]:
+    for each in {**old, **new}:
+        if old.get(each) != new.get(each):
+            before, after = (found and found[1] for found in (old.get(each), new.get(each)))
+            yield Change(f"{prefix_of((new.get(each) or old[each])[0])}backends.{each}", before, after)
 
 
 @dataclass(slots=True)
@@ -217,7 +225,8 @@ class ComparedPool:
                 before = old.get(backend_id, backend.origin.url)
                 self.plan.changes.append(Change(f"{self.prefix}backends.{backend_id}", before, None))
             elif backend_id not in new:
-                self.plan.kept.append(f"{self.prefix}backends.{backend_id}: added (by the API)")
+                if backend.source == "api":  # else a source has found it
+                    self.plan.kept.append(f"{self.prefix}backends.{backend_id}: added (by the API)")
                 yield backend
         self.changes.add, self.changes.update, self.changes.remove = add, update, remove
 
@@ -258,9 +267,9 @@ def configured(settings: BackendSettings) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in BACKEND_FIELDS}
 
 
-def short(source: str) -> Source:
+def short(source: str) -> str:
     """`file balancer.toml` is `file` where one word is expected."""
-    return cast(Source, source.partition(" ")[0])
+    return source.partition(" ")[0]
 
 
 def _known(value: Any) -> Any:

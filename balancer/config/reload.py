@@ -88,8 +88,7 @@ class Configuration:
             try:
                 wanted, sources = (self.settings, self.sources) if self.read is None else self.read()
                 self._named |= _files(wanted)
-                had_some = self.sources["backends"] != "default" or self.settings.pools
-                if had_some and sources["backends"] == "default" and not wanted.pools:
+                if not _is_demo(self.settings, self.sources) and _is_demo(wanted, sources):
                     # An emptied or half-written file must not bring the demo's backends.
                     raise SettingsError(f"{self.file} names no backends any more; backends = [] if that is meant")
                 plan = compare(self.settings, wanted, sources, pools)
@@ -145,6 +144,11 @@ class Configuration:
             if file is not None:
                 text = text.replace(str(file), Path(file).name)
         return text
+
+
+def _is_demo(settings: Settings, sources: Sources) -> bool:
+    """Nothing names any backends."""
+    return sources["backends"] == "default" and settings.backends != ()
 
 
 def _files(settings: Settings) -> set[Path]:

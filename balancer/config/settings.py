@@ -27,7 +27,7 @@ from balancer.config.auth import AuthSettings, ControlTokenSettings
 from balancer.config.limits import LimitSettings
 from balancer.config.routes import ExpectSettings, RouteSettings
 from balancer.config.tables import Named, PoolSettings, Table
-from balancer.config.values import DEFAULT_BACKENDS, RESTART, BackendSettings, Values
+from balancer.config.values import DEFAULT_BACKENDS, RESTART, BackendSettings, Listed, Values
 from balancer.errors import SettingsError
 from balancer.protocol.addresses import is_loopback
 from balancer.protocol.headerrules import NO_RULES, HeaderRules
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 Options = TypeVar("Options", bound="DataclassInstance")
 
+NAMING_BACKENDS = ("pools", "backends_file", "docker")  # beside `backends`
 SHORT_FORMS = {"flag": "--backend {}", "environment": "backend {} of LB_BACKENDS"}  # where backends are told by number
 MAX_FILE = 1_048_576  # bytes of a configuration file: room for ten thousand backends
 
@@ -63,7 +64,8 @@ class Settings(Values):
     @classmethod
     def _leave_the_demo_out(cls, values: Any) -> Any:
         """Its backends are for those who name none."""
-        return {"backends": (), **values} if isinstance(values, dict) and values.get("pools") else values
+        names_some = isinstance(values, dict) and any(values.get(name) for name in NAMING_BACKENDS)
+        return {"backends": (), **values} if names_some else values
 
     @model_validator(mode="after")
     def _check_names(self) -> Settings:
@@ -94,13 +96,25 @@ class Settings(Values):
         return self
 
     def by_pool(self) -> dict[str, Settings]:
-        """The settings of each pool by its name: its own, and for all else those of the top level."""
-        own = {each.name: self.model_copy(update={**each.own, "backends": each.backends}) for each in self.pools}
-        return {DEFAULT_POOL: self, **own}
+        """The settings of each pool by its name: its own, and for all else those of the top level. Without backends
+        that are looked up."""
+        own = {each.name: self.model_copy(update={**each.own, "backends": _here(each.backends)}) for each in self.pools}
+        here = _here(self.backends)
+        usual = self if here == self.backends else self.model_copy(update={"backends": here})
+        return {DEFAULT_POOL: usual, **own}
+
+    def discovered(self) -> dict[str, Listed]:
+        """Those that are looked up, by their ids."""
+        listed = [(DEFAULT_POOL, self.backends), *((pool.name, pool.backends) for pool in self.pools)]
+        return {each.id: (name, each) for name, backends in listed for each in backends if each.discovered}
 
     def options(self, kind: type[Options]) -> Options:
         """What one part needs to know: a dataclass whose fields have the names of settings, or of properties here."""
         return kind(**{field.name: getattr(self, field.name) for field in dataclasses.fields(kind)})
+
+
+def _here(backends: tuple[BackendSettings, ...]) -> tuple[BackendSettings, ...]:
+    return tuple(backend for backend in backends if not backend.discovered)
 
 
 def _pools(route: RouteSettings) -> list[str]:

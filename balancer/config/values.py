@@ -29,7 +29,7 @@ from balancer.errors import SettingsError
 from balancer.protocol import headerrules
 from balancer.protocol.addresses import UNIX, Network, parse_network
 from balancer.protocol.headerrules import NO_RULES, HeaderRules
-from balancer.protocol.origin import EXPECTED, Origin, check_path
+from balancer.protocol.origin import EXPECTED, LOOKED_UP, Discovered, Origin, check_path
 from balancer.protocol.texts import quoted
 from balancer.protocol.websocket import LARGEST_MESSAGE
 
@@ -53,6 +53,7 @@ Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 MaxConnections = Annotated[int, Field(ge=1, le=MAX_CONNECTIONS)]
 DrainTimeout = Annotated[SecondsOrZero, BeforeValidator(validation.no_truth_value)]
 
+MAX_WORKERS = 64
 SHORTEST_TOKEN = 16  # characters: fewer can be guessed
 
 
@@ -94,7 +95,7 @@ class BackendSettings(BaseModel):
     id: str = Field(
         "", pattern=validation.ID_OR_NONE, description="name, unique; backend_1, backend_2, ... if left out"
     )
-    url: str = Field(description=EXPECTED)
+    url: str = Field(description=f"{EXPECTED}; or where they are looked up: {LOOKED_UP}")
     weight: Weight = Field(1, description="share of the traffic relative to the others; 0 for no new requests")
     max_connections: MaxConnections | None = Field(None, description="requests at the same time; no limit if left out")
     drain_timeout: DrainTimeout | None = Field(
@@ -105,9 +106,14 @@ class BackendSettings(BaseModel):
     @classmethod
     def _check_url(cls, url: str) -> str:
         try:
-            return Origin.parse(url).url
+            return (Discovered.parse(url.strip()) or Origin.parse(url)).url
         except SettingsError as error:
             raise ValueError(str(error)) from None
+
+    @property
+    def discovered(self) -> Discovered | None:
+        """Where to look for the backends that this one stands for, None if it is one."""
+        return Discovered.parse(self.url)
 
     @classmethod
     def parse(cls, text: str) -> dict[str, Any]:
@@ -129,15 +135,34 @@ DEFAULT_BACKENDS = tuple(
 )
 
 
-def named(backends: Sequence[BackendSettings], prefix: str) -> tuple[BackendSettings, ...]:
-    """Each with an id, PREFIX_1 and so on if it has none. Raises ValueError for one that two have."""
-    found: dict[str, BackendSettings] = {}
+B = TypeVar("B", bound=BackendSettings)
+Listed = tuple[str, BackendSettings]  # with the name of its pool
+
+
+def named(backends: Sequence[B], prefix: str) -> tuple[B, ...]:
+    """Each with an id: if it has none, the name that is looked up, or PREFIX_1 and so on. Raises ValueError for one
+    that two have."""
+    found: dict[str, B] = {}
     for number, backend in enumerate(backends, start=1):
-        backend_id = backend.id or f"{prefix}_{number}"
+        backend_id = backend.id or (backend.discovered and backend.discovered.host[:64]) or f"{prefix}_{number}"
         if backend_id in found:
             raise ValueError(f"two backends have the id {backend_id!r}; ids must differ")
         found[backend_id] = backend.model_copy(update={"id": backend_id})
     return tuple(found.values())
+
+
+def docker_url(text: str) -> str:
+    """As Docker's own settings have it."""
+    return re.sub(r"^unix:", "http+unix:", text)
+
+
+def name_server(text: str) -> tuple[str, int]:
+    """Address and port. Raises ValueError."""
+    found = re.fullmatch(r"\[(.+)\]:([0-9]{1,5})|([0-9.]+):([0-9]{1,5})|(.+)", text)
+    address, port = (found[1] or found[3] or found[5], found[2] or found[4] or "53") if found else ("", "0")
+    if not 0 < int(port) < 65536:
+        raise ValueError
+    return str(ipaddress.ip_address(address)), int(port)
 
 
 class Values(BaseModel):
@@ -186,6 +211,18 @@ class Values(BaseModel):
 
     # Backends and choosing.
     backends: tuple[BackendSettings, ...] = Field(DEFAULT_BACKENDS, description="the backends; repeat --backend")
+    backends_file: Path | None = Field(
+        None,
+        description="file with more backends, in TOML as [[backends]] or a JSON list, each of the pool that it names",
+    )
+    docker: str | None = Field(
+        None,
+        description="API of Docker, as unix:///var/run/docker.sock or http://HOST:PORT; running containers that are "
+        "labelled lb.enable=true are backends",
+    )
+    dns_servers: tuple[str, ...] = Field(
+        (), description="ADDRESS or ADDRESS:PORT of name servers for dns+ and srv+, instead of the system's"
+    )
     algorithm: PerPool[str] = Field("weighted", description="how the backend is chosen; GET /algorithm lists all")
     hash_key: PerPool[str] = Field(
         "client_ip",
@@ -254,6 +291,9 @@ class Values(BaseModel):
         (), description="networks whose X-Forwarded-* and Forwarded are believed; unix for clients of a Unix socket"
     )
     expose_backend: bool = Field(False, description="add X-Served-By with the backend's id to answers")
+    demo_faults: bool = Field(
+        False, description="who may write may also trouble the demo's backends, as the dashboard's lessons do"
+    )
     request_headers: RequestRules = Field(
         NO_RULES, description='changes of what backends get, as { set = { X-Team = "a" }, remove = ["X-Debug"] }'
     )
@@ -354,6 +394,9 @@ class Values(BaseModel):
     )
     access_log: bool = Field(False, description="log every request to stdout, in a thread of its own")
     access_log_format: Literal["text", "json"] = Field("text", description="text or json; of all other lines as well")
+    workers: Fixed[int | Literal["auto"]] = Field(
+        1, description="processes that serve, each on a CPU of its own; auto for as many as there are CPUs to use"
+    )
     cpu_affinity: Fixed[str] = Field("auto", description="auto pins to one CPU, none to no CPU, or a list as 0,2")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged, to stdout")
 
@@ -415,12 +458,39 @@ class Values(BaseModel):
                 raise ValueError(f"origin {quoted(origin)}: expected scheme and host such as https://ops.example")
         return origins
 
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _check_workers(cls, given: Any) -> Any:
+        if given == "auto" or (re.fullmatch("[0-9]{1,3}", str(given)) and 1 <= int(given) <= MAX_WORKERS):
+            return given
+        raise ValueError(f"expected auto, or a whole number from 1 to {MAX_WORKERS}")
+
     @field_validator("cpu_affinity")
     @classmethod
     def _check_affinity(cls, text: str) -> str:
         if text not in ("auto", "none") and not all(part.strip().isdecimal() for part in text.split(",")):
             raise ValueError("expected auto, none, or a list of CPU numbers such as 0,2")
         return text
+
+    @field_validator("docker")
+    @classmethod
+    def _check_docker(cls, url: str | None) -> str | None:
+        if url is not None:
+            try:
+                Origin.parse(docker_url(url))
+            except SettingsError:
+                raise ValueError("expected unix:///PATH or http://HOST:PORT") from None
+        return url
+
+    @field_validator("dns_servers")
+    @classmethod
+    def _check_dns_servers(cls, servers: tuple[str, ...]) -> tuple[str, ...]:
+        for server in servers:
+            try:
+                name_server(server)
+            except ValueError:
+                raise ValueError(f"{quoted(server)}: expected ADDRESS or ADDRESS:PORT, as 10.0.0.2:53") from None
+        return servers
 
     @field_validator("backends")
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,9 @@ from balancer.config.comparison import Plan
 from balancer.config.decisions import Decisions
 from balancer.config.reload import Configuration
 from balancer.config.settings import Settings
+from balancer.control.revisions import Revisions
 from balancer.filters.limits import Limiter
+from balancer.fleet.discovery import Discovery
 from balancer.observe.canary import Canaries
 from balancer.observe.events import Events
 from balancer.observe.history import History
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from balancer.state.memory import Memory
 
 Lifecycle = Literal["starting", "running", "draining"]
+WorkerState = Literal["starting", "running", "draining", "waiting"]
 Reload = Callable[[bool, Callable[[str], bool]], Plan]  # True only asks what it would do
 
 
@@ -54,6 +58,22 @@ class StateView(TypedDict):
     last_error: str | None
 
 
+class WorkerView(TypedDict):
+    """A process that serves. `since` is when it was started, `cpu` the only one that it runs on."""
+
+    id: int
+    pid: int | None
+    cpu: int | None
+    since: float | None
+    state: WorkerState
+
+
+def this_process(since: float) -> WorkerView:
+    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
+    cpu = next(iter(cpus)) if len(cpus) == 1 else None
+    return {"id": 0, "pid": os.getpid(), "cpu": cpu, "since": since, "state": "running"}
+
+
 class ManagedView(BackendView):
     """`until` is when the first of what was decided for a time ends."""
 
@@ -75,12 +95,15 @@ class Control:
     access: Access
     routes: RouteCounts
     limiter: Limiter
+    discovery: Discovery
     canaries: Canaries
     idle: Callable[[], Mapping[str, Mapping[str, int]]]  # kept connections, by the name of a pool and a URL
     queued: Callable[[], int]  # requests that wait for a thread
     reload: Reload
     tls: Callable[[], TlsView | None]
+    revisions: Revisions = field(default_factory=Revisions)
     memory: Memory | None = None  # without a `state_file`
+    workers: Callable[[], list[WorkerView]] = list
     lifecycle: Lifecycle = "starting"
     started: float = field(default_factory=time.monotonic)
 
@@ -100,8 +123,9 @@ class Control:
         return [{**backend, "until": ends.get((backend["pool"], backend["id"]))} for backend in found]
 
     def is_serving(self) -> bool:
-        """Ready for traffic: the first round of health checks is done, and no shutdown is under way."""
-        return self.lifecycle != "draining" and self.pools.has_had_first_round()
+        """Ready for traffic: sources have told of backends, the first round of health checks is done, and no shutdown
+        is under way."""
+        return self.lifecycle != "draining" and self.discovery.has_looked() and self.pools.has_had_first_round()
 
 
 def current_control() -> Control:

@@ -23,7 +23,6 @@ from prometheus_client.exposition import choose_encoder
 from balancer import __version__
 from balancer.balancing.backends import State
 from balancer.balancing.counts import BackendCounts
-from balancer.balancing.hedging import RESULTS
 from balancer.control.control import Control, Lifecycle
 from balancer.control.exposition import Family, Kind, Pieces, labels_of, number, render
 from balancer.errors import BackendError, BalancerError, ConnectFailed
@@ -65,7 +64,7 @@ class Seen:
     @property
     def check_seconds(self) -> float | None:
         check = self.state["health"]["last_check"]
-        return None if check is None else check.duration
+        return None if check is None else check["duration"]
 
 
 Read = Callable[[Seen], float | None]  # None: no sample
@@ -178,6 +177,7 @@ class Collector:
         yield from self._websockets()
         yield from self._limits()
         yield from self._pools()
+        yield from self._sources()
 
     def _process(self) -> Iterator[Metric]:
         control, versions = self._control, (__version__, platform.python_version())
@@ -292,19 +292,30 @@ class Collector:
         waiting = gauge("pool_queue_length", "Requests that wait for a backend.", "pool")
         hedges = counter("hedges", "Requests that a second backend got too, by what came of it.", "pool", "result")
         late = gauge("hedge_late_seconds", "After how long without an answer that happens; +Inf for never.", "pool")
-        saved = gauge("hedge_saved", "Hedges that the budget allows now.", "pool")
+        counted = self._control.statistics.hedges()
         for each in self._control.pools.describe():
             name = each["name"]
             add(info, [name, each["algorithm"]], 1)
             add(panic, [name], each["panic"])
             add(available, [name], each["available"])
             add(waiting, [name], each["waiting_requests"])
-            hedge = each["hedge"]
-            if hedge["mode"] != "off":
-                add_each(hedges, [name], {result: hedge[result] for result in RESULTS})
-                add(late, [name], math.inf if hedge["late"] is None else hedge["late"])
-                add(saved, [name], hedge["saved"])
-        yield from (info, panic, available, waiting, hedges, late, saved)
+            seconds = each["hedge"]["late"]
+            if each["hedge"]["mode"] != "off":
+                add_each(hedges, [name], counted[name])
+                add(late, [name], math.inf if seconds is None else seconds)
+        yield from (info, panic, available, waiting, hedges, late)
+
+    def _sources(self) -> Iterator[Metric]:
+        age = gauge("source_age_seconds", "Since a source of backends last told who is there.", "source")
+        backends = gauge("source_backends", "Backends that are there by its word.", "source")
+        failures = counter("source_failures", "Times that it could not tell, or told of nobody.", "source")
+        for source in self._control.discovery.describe():
+            name = [source["name"]]
+            if source["age"] is not None:
+                add(age, name, source["age"])
+            add(backends, name, source["backends"])
+            add(failures, name, source["failures"])
+        yield from (age, backends, failures)
 
     # Of each backend: with hundreds of them by far the most.
 

@@ -22,10 +22,12 @@ from balancer.balancing.pool import PoolView
 from balancer.balancing.strategies import StrategyView
 from balancer.config.reload import ConfigView
 from balancer.control.access import first_segment, is_authorized
-from balancer.control.control import Lifecycle, ManagedView, StateView, TlsView, current_control
+from balancer.control.control import Lifecycle, ManagedView, StateView, TlsView, WorkerView, current_control
 from balancer.control.inputs import whole_number
 from balancer.control.metrics import current_metrics
 from balancer.control.problems import ApiError
+from balancer.control.revisions import Patch
+from balancer.fleet.discovery import SourceView
 from balancer.observe.canary import CanaryView
 from balancer.observe.events import Event
 from balancer.observe.history import SLOTS, WINDOWS, Figures, Slot
@@ -55,11 +57,13 @@ class WindowView(Figures):
 
 
 class PoolStatus(PoolView):
-    """A pool and what the requests of its backends came to. `until` is when its algorithm ends that is for a time."""
+    """A pool and what the requests of its backends came to. `until` is when its algorithm ends that is for a time;
+    `hedges` are of the process's lifetime."""
 
     total_requests: int
     failed_requests: int
     until: float | None
+    hedges: dict[str, int]
 
 
 class RouteView(CountersView):
@@ -91,18 +95,22 @@ class TotalsView(StatisticsView):
 
 class Capabilities(TypedDict):
     """What the reader may do. `writes`: if need be with a token, which a page needs if `token_required`. `authorized`:
-    a token came with this request, else paths are cut. `traffic`: this address forwards requests too."""
+    a token came with this request, else paths are cut. `traffic`: this address forwards requests too. `faults`: the
+    backends are those of the demo, and can be troubled."""
 
     writes: bool
     token_required: bool
     authorized: bool
     reload: bool
     traffic: bool
+    faults: bool
     algorithms: list[StrategyView]
 
 
 class Status(TypedDict):
-    """`algorithm` and `panic` are those of the pool `default`."""
+    """`algorithm` and `panic` are those of the pool `default`. If `since` was given and is still known, then
+    `backend_servers` is empty, and `changed_backends` has a JSON Merge Patch (RFC 7396) for each that is not as it was
+    in that `revision`."""
 
     schema_version: int
     version: str
@@ -118,7 +126,10 @@ class Status(TypedDict):
     state: StateView | None
     statistics: TotalsView
     pools: list[PoolStatus]
+    sources: list[SourceView]
     backend_servers: list[ServerView]
+    revision: int | None
+    changed_backends: dict[str, Patch] | None
     routes: list[RouteView]
     recent_requests: list[RecentView]
     capabilities: Capabilities
@@ -139,6 +150,10 @@ class EventsView(TypedDict):
     latest: int
 
 
+class ClusterView(TypedDict):
+    workers: list[WorkerView]
+
+
 class HistoryView(TypedDict):
     step: int
     now: float
@@ -151,20 +166,23 @@ def status() -> Response:
     recent, seconds = whole_number("recent", 20, MAX_RECENT), whole_number("window", 0, max(WINDOWS))
     if seconds not in (0, *WINDOWS):
         raise ApiError(400, f"window={seconds}: expected one of {', '.join(map(str, WINDOWS))}")
+    timed = frozenset(request.args["timed"].split(",")) if "timed" in request.args else None
     window = control.history.window(seconds) if seconds else None
-    in_window = {} if window is None else window.backends
-    whole, by_backend, newest = control.statistics.snapshot(recent)
+    whole, by_backend, newest = control.statistics.snapshot(recent, timed)
     websockets = control.statistics.websockets.open()
     backends: list[ServerView] = [
         {
             **by_backend.get(backend["id"], NO_REQUESTS),
             **backend,
             "websockets": websockets[backend["id"]],
-            "window": in_window.get(backend["id"]),
+            "window": None if window is None else window.of(backend["id"], timed is None or backend["id"] in timed),
         }
         for backend in control.backends()
     ]
     shown = {backend["id"] for backend in backends}
+    revision, changed = None, None
+    if "since" in request.args:
+        revision, changed = control.revisions.since(whole_number("since", 0, 10**15), backends)
     totals: TotalsView = {
         **whole,
         "queued_requests": control.queued(),
@@ -190,7 +208,10 @@ def status() -> Response:
             state=_state(),
             statistics=totals,
             pools=_pools(backends),
-            backend_servers=backends,
+            sources=_sources(),
+            backend_servers=backends if changed is None else [],
+            revision=revision,
+            changed_backends=changed,
             routes=_routes(),
             recent_requests=[_shown(record) for record in newest],
             capabilities=_capabilities(),
@@ -203,13 +224,14 @@ def _pools(backends: Sequence[ServerView]) -> list[PoolStatus]:
     for backend in backends:
         requests[backend["pool"]] += backend["total_requests"]
         failed[backend["pool"]] += backend["failed_requests"]
-    ends = current_control().decisions.ends()
+    ends, hedges = current_control().decisions.ends(), current_control().statistics.hedges()
     return [
         {
             **pool,
             "total_requests": requests[pool["name"]],
             "failed_requests": failed[pool["name"]],
             "until": ends.get((pool["name"], "")),
+            "hedges": hedges[pool["name"]],
         }
         for pool in current_control().pools.describe()
     ]
@@ -254,6 +276,13 @@ def _state() -> StateView | None:
     return {"file": told(str(memory.path)), "last_error": memory.last_error and told(memory.last_error)}
 
 
+def _sources() -> list[SourceView]:
+    control = current_control()
+    told = str if is_authorized() else control.configuration.without_folders
+    found = control.discovery.describe()
+    return [{**source, "last_error": source["last_error"] and told(source["last_error"])} for source in found]
+
+
 def _shown(record: F) -> F:
     if not is_authorized():
         record["path"] = first_segment(record["path"])
@@ -269,6 +298,7 @@ def _capabilities() -> Capabilities:
         "authorized": is_authorized(),
         "reload": current_control().configuration.can_reload,
         "traffic": current_control().settings.control_port is None,  # a port of its own forwards nothing
+        "faults": current_control().settings.demo_faults,
         "algorithms": strategies.describe(),
     }
 
@@ -306,6 +336,11 @@ def show_configuration() -> Response:
 def events() -> Response:
     newer, latest = current_control().events.since(whole_number("since", 0, 10**15), is_authorized())
     return jsonify(EventsView(events=newer, latest=latest))
+
+
+@blueprint.get("/cluster")
+def cluster() -> Response:
+    return jsonify(ClusterView(workers=current_control().workers()))
 
 
 @blueprint.get("/metrics")

@@ -16,9 +16,9 @@ from balancer.config.comparison import PlanView
 from balancer.config.reload import SettingsView
 from balancer.control.administration import AlgorithmChanged, Algorithms, BackendRemoved, Backends, Message
 from balancer.control.control import ManagedView, current_control
-from balancer.control.inputs import AlgorithmChange, BackendChange, BackendCreate, Body, Nothing
+from balancer.control.inputs import AlgorithmChange, Anything, BackendChange, BackendCreate, Body, Nothing
 from balancer.control.limits import LimitsView
-from balancer.control.monitoring import Alive, EventsView, HistoryView, Readiness, Status
+from balancer.control.monitoring import Alive, ClusterView, EventsView, HistoryView, Readiness, Status
 from balancer.control.problems import Error
 from balancer.control.schemas import Schema, ref, schemas
 from balancer.filters.limits import KeyView
@@ -82,6 +82,8 @@ PATHS: dict[str, Schema] = {
             query={
                 "recent": {"type": "integer", "minimum": 0, "maximum": 100, "default": 20},
                 "window": {"type": "integer", "enum": [10, 60, 300], "description": "seconds: what they came to"},
+                "since": COUNT | {"description": "a revision: only what has changed of backends; 0 for the first one"},
+                "timed": TEXT | {"description": "ids, with commas: times and codes of these backends alone"},
             },
             errors=LEGACY,
         )
@@ -137,6 +139,16 @@ PATHS: dict[str, Schema] = {
             query={"force": SWITCH},
         ),
     },
+    "/backends/{backend_id}/faults": {
+        "parameters": _in_path("backend_id"),
+        "post": _operation(
+            "troubleBackend",
+            "In the demo (`demo_faults`): faults of its backends, as `backend_server.py` has them.",
+            {200: {"type": "object"}},
+            body=Anything,
+        ),
+        "delete": _operation("cureBackend", "End the faults of a backend of the demo.", {200: {"type": "object"}}),
+    },
     "/requests/{request_id}": {
         "parameters": _in_path("request_id"),
         "get": _operation(
@@ -184,6 +196,7 @@ PATHS: dict[str, Schema] = {
             query={"since": COUNT},
         )
     },
+    "/cluster": {"get": _operation("getCluster", "The processes that serve, and how each does.", {200: ClusterView})},
     "/metrics": {
         "get": _operation(
             "getMetrics",

@@ -221,11 +221,11 @@ class Call(Leaving):
             self._start_download(self._call_app())
 
     def _pass_on(self, answer: Answer) -> None:
-        self._status, self._headers = answer.status, answer.lines
-        if isinstance(answer.body, bytes):
-            self._send_last(answer.body)
+        self._status, _, self._headers, body = answer
+        if isinstance(body, bytes):
+            self._send_last(body)
         else:
-            self._start_download(answer.body)
+            self._start_download(body)
 
     def _start_download(self, chunks: Iterable[bytes]) -> None:
         self.download = Download(self.listener, chunks, self._length(), is_http2=self.is_http2)

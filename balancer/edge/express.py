@@ -25,11 +25,12 @@ from balancer.edge.workers import WorkerPool
 from balancer.errors import InvalidResponse
 from balancer.forwarding.attempts import Leg
 from balancer.forwarding.race import Opening, Race
+from balancer.upstream.connection import Connection
 from balancer.upstream.sent import Sent
 
 log = logging.getLogger("balancer.server")
 
-ONE_INPUT = getattr(select, "EPOLLIN", 0) | getattr(select, "EPOLLONESHOT", 0)  # elsewhere than on Linux not used
+INPUT = getattr(select, "EPOLLIN", 0)  # elsewhere than on Linux not used
 LOOK_SECONDS = 0.05  # at most between two looks for answers that are overdue
 LEAST_TICK, TICK_SHARE = 0.005, 0.125  # seconds between two looks for those that are late, and of what is late
 
@@ -37,9 +38,12 @@ LEAST_TICK, TICK_SHARE = 0.005, 0.125  # seconds between two looks for those tha
 class Express:
     """Call `wait_for` from any thread; `start` once.
 
-    `_waiting` has the call per descriptor of its backend connection. Who brings a call puts it in and then arms the
-    descriptor, for one event; whoever takes it out goes on with it: the express thread, or the one that brought it if
-    arming fails. Each is one step that needs no lock, and so a call belongs to one thread at any time.
+    `_waiting` has the call per descriptor of its backend connection. Who brings a call puts it in and then sees to it
+    that the descriptor is watched; whoever takes it out goes on with it: the express thread, or the one that brought it
+    if the kernel watches no more. Each is one step that needs no lock, and so a call belongs to one thread at any time.
+
+    A connection stays watched, `_watched` by its descriptor, while one request after the other waits on it: that saves
+    each two system calls. When something comes for which nobody waits here, to a worker or to nobody, it is left.
 
     `_races` has the calls of this thread that are late, and wait for a second backend too or will soon: such a call is
     in `_waiting` once for each. `soonest_late` says after how many seconds the first one is.
@@ -50,6 +54,7 @@ class Express:
         self._soonest_late = soonest_late
         self._waiting: dict[int, Call] = {}
         self._races: dict[Call, Race] = {}
+        self._watched: dict[int, Connection] = {}
         self._epoll = select.epoll()
         self._wake = os.eventfd(0)
         self._stopping = False
@@ -78,19 +83,23 @@ class Express:
         sent = self._sent(call)
         if sent.rest:
             return False
-        descriptor = sent.connection.sock.fileno()
+        connection = sent.connection
+        descriptor = connection.descriptor
         self._waiting[descriptor] = call
-        try:
-            self._arm(descriptor)
-        except (OSError, ValueError):  # the kernel watches no more descriptors for us, or we have stopped
-            return not self._claim(descriptor, call)  # else it was found overdue
+        if self._watched.get(descriptor) is not connection:
+            try:
+                self._watch(descriptor, connection)
+            except (OSError, ValueError):  # the kernel watches no more descriptors for us, or we have stopped
+                self._forget(descriptor)
+                return not self._claim(descriptor, call)  # else it was found overdue
         return True
 
-    def _arm(self, descriptor: int) -> None:
-        try:
-            self._epoll.modify(descriptor, ONE_INPUT)
-        except FileNotFoundError:  # a new connection; the kernel forgets each when it is closed
-            self._epoll.register(descriptor, ONE_INPUT)
+    def _watch(self, descriptor: int, connection: Connection) -> None:
+        """The kernel forgets each when it is closed."""
+        self._watched[descriptor] = connection
+        connection.is_watched = True
+        with suppress(FileExistsError):  # about to be left
+            self._epoll.register(descriptor, INPUT)
 
     def _claim(self, descriptor: int, call: Call) -> bool:
         """Take the call out; False if somebody has. The descriptor may be another connection's by now: a worker goes on
@@ -124,6 +133,7 @@ class Express:
         for descriptor, _ in self._epoll.poll(self._tick):
             call = self._waiting.pop(descriptor, None)
             if call is None:
+                self._leave(descriptor)
                 continue
             try:
                 if self._races and call in self._races:
@@ -146,7 +156,24 @@ class Express:
         if is_whole:
             call.answer()
         else:
+            self._leave(self._sent(call).connection.descriptor)
             self._hand_over(call)
+
+    def _leave(self, descriptor: int) -> None:
+        """Watch it no more, unless somebody waits on it by now: who did not see that it is left would wait in vain."""
+        if not self._forget(descriptor):
+            return
+        with suppress(OSError):  # closed meanwhile
+            self._epoll.unregister(descriptor)
+        call = self._waiting.get(descriptor)
+        if call is not None:
+            self._watch(descriptor, self._sent(call).connection)
+
+    def _forget(self, descriptor: int) -> bool:
+        connection = self._watched.pop(descriptor, None)
+        if connection is not None:
+            connection.is_watched = False
+        return connection is not None
 
     def _sent(self, call: Call) -> Sent:
         assert call.forwarding is not None and call.forwarding.sent is not None
@@ -159,8 +186,7 @@ class Express:
     def _expire(self, now: float) -> None:
         for descriptor, call in self._waiting.copy().items():
             if self._is_overdue(call, now) and self._claim(descriptor, call):
-                with suppress(OSError):  # not armed yet
-                    self._epoll.unregister(descriptor)
+                self._leave(descriptor)
                 if call in self._races:
                     self._decide(call, Race.expire)
                 else:
@@ -196,13 +222,18 @@ class Express:
         if race is None or not self._claim(descriptor, call):
             return
         self._races[call] = race
-        self._waiting[descriptor] = call
         try:
-            self._arm(descriptor)  # whoever brought it may have failed to, and found it gone
+            self._wait_on(self._sent(call), call)  # whoever brought it may have failed to, and found it gone
         except (OSError, ValueError):
             self._decide(call, Race.expire)
         else:
             self._begin(call, race)
+
+    def _wait_on(self, sent: Sent, call: Call) -> None:
+        connection = sent.connection
+        self._waiting[connection.descriptor] = call
+        if self._watched.get(connection.descriptor) is not connection:
+            self._watch(connection.descriptor, connection)
 
     def _begin(self, call: Call, race: Race) -> None:
         try:
@@ -211,8 +242,7 @@ class Express:
                 if not self._workers.submit(begun, False):
                     begun.is_over = True
             elif begun is not None:
-                self._waiting[begun] = call
-                self._arm(begun)
+                self._wait_on(begun, call)
         except BaseException:  # the first attempt goes on
             log.exception("asking a second backend failed")
             race.is_waiting = False
@@ -241,4 +271,5 @@ class Express:
         if winner.is_whole:
             call.answer()
         else:
+            self._leave(winner.sent.connection.descriptor)
             self._hand_over(call)

@@ -18,7 +18,6 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Event, Thread
@@ -29,29 +28,20 @@ from granian.constants import HTTPModes, SSLProtocols
 from granian.http import HTTP1Settings, HTTP2Settings
 
 from balancer.edge.bridge import Bridge
-from balancer.edge.listener import CONNECTION_WINDOW, READ_BYTES, STREAM_WINDOW
+from balancer.edge.listener import CONNECTION_WINDOW, READ_BYTES, STREAM_WINDOW, PortOptions
+from balancer.edge.tcpsocket import BACKLOG
 from balancer.edge.tls import Certificate
 
 log = logging.getLogger("balancer.server")
 
 _native: Any = granian._granian  # its type stub does not match what it takes
 
-BACKLOG = 4096  # connections the kernel holds while all is busy; it caps this at somaxconn
 # Of one HTTP/2 connection; `listener` says what may be unread of it.
 STREAMS = 200
 SEND_BUFFER = 32768  # bytes that h2 takes of each answer when a client opens its windows and does not read
 # What a worker needs to begin: without it Granian would end the process.
 DESCRIPTORS, THREADS = 16, 4
 PLAIN: tuple[Any, ...] = (False, None, None, None, str(SSLProtocols.tls13), None, [], False)
-
-
-@dataclass(frozen=True, slots=True)
-class PortOptions:
-    """What clients may take, by the names of the settings."""
-
-    max_clients: int
-    header_timeout: float
-    max_header_bytes: int
 
 
 class _AtOnce:

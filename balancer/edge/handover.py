@@ -31,7 +31,7 @@ def take(environ: MutableMapping[str, str]) -> Handed:
     handed: dict[str, socket.socket] = {}
     for descriptor, name in enumerate(given, start=FIRST):
         role = _role(name, handed)
-        handed[role] = _listening(descriptor, role)
+        handed[role] = listening(descriptor, role)
     if handed and "http" not in handed:
         raise SettingsError("no socket that is handed over is called http; FileDescriptorName=http names one")
     return handed
@@ -62,7 +62,7 @@ def _role(name: str, taken: Handed) -> str:
     return role
 
 
-def _listening(descriptor: int, role: str) -> socket.socket:
+def listening(descriptor: int, role: str) -> socket.socket:
     try:
         found = socket.socket(fileno=descriptor)
     except OSError:

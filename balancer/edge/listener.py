@@ -50,6 +50,15 @@ class ClientLimits:
     networks: tuple[Network, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class PortOptions:
+    """What clients may take, by the names of the settings."""
+
+    max_clients: int
+    header_timeout: float
+    max_header_bytes: int
+
+
 class Listener:
     """Each call is a `Call`, which this module does not know.
 

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import gc
 import logging
-import os
 import socket
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -19,17 +17,15 @@ from typing import Any
 
 from balancer.edge import accepted
 from balancer.edge.bridge import Bridge
-from balancer.edge.granian import BACKLOG, PortOptions, Worker, held_back, listening_for_nobody
+from balancer.edge.granian import Worker, held_back, listening_for_nobody
+from balancer.edge.listener import PortOptions
+from balancer.edge.tcpsocket import url_of
 from balancer.edge.tls import Certificate
 from balancer.edge.unixsocket import Unread
-from balancer.errors import SettingsError
-from balancer.protocol.origin import unix_url
-from balancer.protocol.texts import quoted
 
 log = logging.getLogger("balancer.server")
 
 PASS_SECONDS = 5.0  # at most between two passes over all connections, 0.1 s of work each if there are 10,000
-KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}  # seconds, seconds, questions
 SLICE_PAUSE_SECONDS = 0.005  # between two slices of a pass
 RENEW_SECONDS = 1.0  # from one renewal to the next at least: a worker has begun before it is parked
 PARKED_SECONDS = 10.0  # in which whoever is connected can come anew: Granian's limit for a handshake
@@ -66,11 +62,7 @@ class Port:
 
     @property
     def url(self) -> str:
-        scheme = "http" if self.wanted[1] is None else "https"
-        if isinstance(self.address, str):
-            return unix_url(self.address).replace("http", scheme, 1)
-        host, port = self.address
-        return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+        return url_of(self.address, "http" if self.wanted[1] is None else "https")
 
     @property
     def certificate(self) -> Certificate | None:
@@ -101,6 +93,10 @@ class Port:
         with contextlib.suppress(OSError):
             self._worker.park()
         self._listener.close()
+
+    def has_clients(self) -> bool:
+        """Somebody is connected."""
+        return any(True for connections in accepted.slices(self.address) for _ in connections)
 
     def stop(self) -> asyncio.Future[Any]:
         """Accept no more; what it returns is done when all connections have ended."""
@@ -257,36 +253,3 @@ class Port:
             return unused.close(bridge.used(), bridge.handed(), bridge.limits.idle_timeout)
 
         return begin
-
-
-def _keep_alive(listener: socket.socket) -> None:
-    """What is accepted inherits it. So it shows that a client has vanished whose WebSocket is idle: Granian sends no
-    pings. Not TCP_USER_TIMEOUT, which would also end whoever pauses a download."""
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in KEEPALIVE.items():
-        if hasattr(socket, name):
-            listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises SettingsError for a taken port or an address that is not ours."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except (OSError, UnicodeError) as error:  # UnicodeError: an empty label, or one of more than 63 characters
-        cause = getattr(error, "strerror", None) or "not a host name"
-        raise SettingsError(f"host {quoted(host)}: {cause}; expected an address such as 127.0.0.1") from None
-    listener = socket.socket(family, kind, protocol)
-    try:
-        if os.name == "posix":  # on Windows this option would let two programs share the port
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        _keep_alive(listener)
-        listener.bind(address)
-        listener.listen(BACKLOG)
-        listener.setblocking(False)
-    except OSError as error:
-        listener.close()
-        if error.errno == errno.EADDRINUSE:
-            raise SettingsError(f"port {port} on {host} is in use; stop what uses it or choose another port") from None
-        raise SettingsError(f"cannot listen on {host} port {port}: {error.strerror}") from None
-    return listener

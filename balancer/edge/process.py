@@ -9,14 +9,18 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from functools import partial
+from typing import Any
 
 from balancer.edge.server import STOP_SECONDS, Server
 from balancer.edge.signals import Signals
 from balancer.edge.supervisor import Supervisor
+from balancer.edge.upgrade import Successor
 from balancer.errors import SettingsError
 from balancer.protocol.texts import quoted
+
+log = logging.getLogger("balancer.server")
 
 INTERRUPT_DRAIN_SECONDS = 1.0  # Ctrl-C: somebody is waiting
 # Container objects made and not freed again between two looks of the garbage collector, 700 by default. A plain GET has
@@ -68,18 +72,33 @@ def descriptor_limit() -> int:
     return sys.maxsize
 
 
+def _keep_log() -> None:
+    log.info("SIGUSR1: the log goes to standard output, and there is no file to open again")
+
+
+def settle_memory() -> None:
+    """What exists now lives as long as the process: the collector need not walk it again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GC_THRESHOLD)
+    gc.enable()
+
+
 def serve(
     server: Server,
     *,
     drain_timeout: float,
     shutdown_delay: float,
     on_hangup: Callable[[], None] | None = None,
+    on_ready: Callable[[], Coroutine[Any, Any, None]] | None = None,
+    successor: Successor | None = None,
 ) -> int:
     """Serve until SIGTERM (finish what is in flight, exit code 0) or SIGINT (quickly, 130); a second signal cuts off.
 
-    `on_hangup` runs for SIGHUP, in a thread of its own; without it SIGHUP is as good as SIGTERM.
+    `on_hangup` runs for SIGHUP, in a thread of its own; without it SIGHUP is as good as SIGTERM. `on_ready` is awaited
+    once it serves. A `successor` may take over for SIGUSR2.
     """
-    code, ended = server.run(_serve(server, drain_timeout, shutdown_delay, on_hangup))
+    code, ended = server.run(_serve(server, drain_timeout, shutdown_delay, on_hangup, on_ready, successor))
     if not ended:  # a client that could not be cut off: Granian would wait for it
         logging.shutdown()
         os._exit(code)
@@ -87,26 +106,55 @@ def serve(
 
 
 async def _serve(
-    server: Server, drain_timeout: float, shutdown_delay: float, on_hangup: Callable[[], None] | None
+    server: Server,
+    drain_timeout: float,
+    shutdown_delay: float,
+    on_hangup: Callable[[], None] | None,
+    on_ready: Callable[[], Coroutine[Any, Any, None]] | None,
+    successor: Successor | None,
 ) -> tuple[int, bool]:
     """(exit code, True if every client connection has ended)."""
     supervisor = Supervisor(os.environ)
-    signals = Signals(on_hangup and partial(supervisor.reload, on_hangup))
+
+    async def tell_ready() -> None:
+        await server.ready()
+        supervisor.ready()
+        if on_ready is not None:
+            await on_ready()
+
+    async def upgrade() -> None:
+        assert successor is not None
+        if await successor.start(supervisor.environ) and successor.process is not None:
+            supervisor.replaced(successor.process.pid)
+            signals.ending.put_nowait(signal.SIGUSR2)
+
+    def begin_upgrade() -> None:
+        tasks.append(asyncio.create_task(upgrade()))
+
+    others = {**server.signals(), "SIGUSR1": _keep_log}
+    if successor is not None:
+        others["SIGUSR2"] = begin_upgrade
+    signals = Signals(on_hangup and partial(supervisor.reload, on_hangup), others)
     server.start()
-    hangups = asyncio.create_task(signals.call_on_hangup())
-    pulse = asyncio.create_task(supervisor.keep_alive())
-    gc.collect()
-    gc.freeze()  # what exists now lives as long as the process: the collector need not walk it again
-    gc.set_threshold(GC_THRESHOLD)
-    gc.enable()
-    supervisor.ready()
+    tasks = [
+        asyncio.create_task(signals.call_on_hangup()),
+        asyncio.create_task(supervisor.keep_alive()),
+        asyncio.create_task(tell_ready()),
+    ]
+    settle_memory()
     received = await signals.ending.get()
     second = asyncio.create_task(signals.ending.get())
-    quick = received == signal.SIGINT
+    quick, is_replaced = received == signal.SIGINT, received.name == "SIGUSR2"
     delay, limit = (0.0, INTERRUPT_DRAIN_SECONDS) if quick else (shutdown_delay, drain_timeout)
-    supervisor.stopping(delay + limit)
+    if is_replaced:
+        delay = 0.0
+        await server.give_way(second)
+    else:
+        supervisor.stopping(delay + limit)
+        if successor is not None:
+            successor.give_up()
     ended = await server.end(received.name, limit, delay, second)
-    for task in (hangups, second, pulse):
+    for task in (*tasks, second):
         task.cancel()
     signals.join(STOP_SECONDS)
     supervisor.close()

@@ -27,8 +27,8 @@ News = Literal["certificate_changed", "certificate_refused", "certificate_expire
 
 
 class Renewal:
-    """`certificate` is None without TLS. `renew` is called once there is a new one, `note` for what people want to
-    know.
+    """`certificate` is None without TLS; one that is given is not loaded again. `renew` is called once there is a new
+    one, `note` for what people want to know.
 
     `_lock` guards all that changes, and is held for a whole look or reload, the trial in a child process included:
     only these two wait for it. The attributes without `_` may be read without it.
@@ -40,6 +40,7 @@ class Renewal:
         *,
         renew: Callable[[], None],
         note: Callable[[News, str], None],
+        certificate: Certificate | None = None,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._renew = renew
@@ -47,7 +48,7 @@ class Renewal:
         self._wall_clock = wall_clock
         self._lock = Lock()
         self._options = options
-        self.certificate = tls.load(options)
+        self.certificate = certificate or tls.load(options)
         self._checked = options, self.certificate
         self.last_error: str | None = None
         self._seen = ""  # what the last look found, if it is not in force: a digest, or why there is none
@@ -131,6 +132,11 @@ class Renewal:
                 self._compare(certificate)
             self._checked = options, certificate
             return certificate
+
+    def take(self, options: TlsOptions, certificate: Certificate | None) -> None:
+        """What somebody else has checked: `use` puts it in force."""
+        with self._lock:
+            self._checked = options, certificate
 
     def refuse(self, error: SettingsError) -> None:
         with self._lock:

@@ -8,14 +8,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from balancer.edge.port import Port
+if TYPE_CHECKING:
+    from balancer.edge.port import Port
 
 log = logging.getLogger("balancer.server")
 
 DRAIN_LOOK_SECONDS = 0.05
+PARKED_SECONDS, LOOK_SECONDS = 10.0, 0.5  # for clients to come anew; between two looks whether they have
 FLUSH_SECONDS = 1.0  # for connections to end once no request is in flight any more; the others are cut off then
 CUT_SECONDS = 1.0  # for Granian to notice that
 STOP_SECONDS = 2.0  # for worker threads to end once nothing is in flight
@@ -71,6 +73,23 @@ class Server:
     def start(self) -> None:
         for port in self.ports:
             port.start()
+
+    async def ready(self) -> None:
+        """Returns once it serves."""
+
+    def signals(self) -> Mapping[str, Callable[[], None]]:
+        """What else it does for signals, by their names, in the event loop."""
+        return {}
+
+    async def give_way(self, hurry: asyncio.Future[Any]) -> None:
+        """Another process accepts from now on. Whoever is connected is served, and asked to come anew, until nobody is
+        left, or only such as have nothing to say."""
+        for port in self.ports:
+            port.bridge.is_draining = True
+            port.park()
+        deadline = time.monotonic() + PARKED_SECONDS
+        while time.monotonic() < deadline and not hurry.done() and any(port.has_clients() for port in self.ports):
+            await asyncio.wait([hurry], timeout=LOOK_SECONDS)
 
     async def end(self, why: str, limit: float, delay: float = 0.0, hurry: asyncio.Future[Any] | None = None) -> bool:
         """Finish what is in flight, within `limit` seconds after `delay` in which all is served; `hurry` cuts it off.

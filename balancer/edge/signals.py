@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from threading import Thread
 
 from balancer.edge.startup import ignore_unused_signals
@@ -17,17 +17,22 @@ log = logging.getLogger("balancer.server")
 class Signals:
     """The signals of this process, from now on. Everything but the `reload` thread is for the loop thread.
 
-    `ending` gets each signal that asks for the end. SIGHUP is one of them if there is nothing to call for it, unless
-    nohup had it ignored. Windows has no SIGHUP.
+    `others` are called for their signals. `ending` gets each signal that asks for the end. SIGHUP is one of them if
+    there is nothing to call for it, unless nohup had it ignored. Windows has no SIGHUP.
     """
 
-    def __init__(self, on_hangup: Callable[[], None] | None) -> None:
+    def __init__(
+        self, on_hangup: Callable[[], None] | None, others: Mapping[str, Callable[[], None]] | None = None
+    ) -> None:
         self.ending: asyncio.Queue[signal.Signals] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._on_hangup = on_hangup or (lambda: None)
         self._hung_up, self._called = asyncio.Event(), asyncio.Event()
         self._thread: Thread | None = None
         ignore_unused_signals()
+        for name, react in (others or {}).items():
+            if number := getattr(signal, name, None):  # Windows has few
+                self._handle(number, react)
         ending = [signal.SIGTERM, signal.SIGINT]
         if hangup := getattr(signal, "SIGHUP", None):
             if on_hangup is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import os
 import re
 import ssl
@@ -20,8 +21,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-
-import granian
 
 from balancer.errors import SettingsError
 from balancer.protocol.texts import quoted
@@ -328,7 +327,9 @@ def _try_out(options: TlsOptions, paths: list[str]) -> None:
 
 def _trial(options: TlsOptions, *paths: str) -> str:
     """What went wrong, as the child says it. Raises SettingsError if it could not be tried."""
-    folder = str(Path(granian.__file__).parents[1])
+    found = importlib.util.find_spec("granian")  # which is not imported here
+    assert found is not None and found.origin is not None
+    folder = str(Path(found.origin).parents[1])
     try:
         child = subprocess.run(
             [sys.executable, "-I", "-c", CHECK, folder, *paths],

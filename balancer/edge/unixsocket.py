@@ -30,6 +30,15 @@ class UnixListener(socket.socket):
         super().bind(path)
         self._path, self._file = path, _file_at(path)
 
+    def leave(self) -> None:
+        """The file is another process's from now on."""
+        self._file = None
+
+    def take(self) -> None:
+        """The file is ours, which another process has made."""
+        self._path = self.getsockname()
+        self._file = _file_at(self._path)
+
     def close(self) -> None:
         if self._file is not None and _file_at(self._path) == self._file:
             with suppress(OSError):

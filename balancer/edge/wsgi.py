@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 
 class ReverseProxy:
-    """The WSGI callable. `routes` and `heads` may be replaced at any time: a request keeps those it began with."""
+    """The WSGI callable. `routes`, `heads` and `control_app` may be replaced at any time: a request keeps what it began
+    with."""
 
     def __init__(
         self,
@@ -29,14 +30,14 @@ class ReverseProxy:
         routes: Routes,
         heads: RequestHeads | None = None,
     ) -> None:
-        self._control_app = control_app
+        self.control_app = control_app
         self.is_control = is_control
         self.routes = routes
         self.heads = heads or RequestHeads()
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         if self.is_control(environ["PATH_INFO"]):
-            return self._control_app(environ, start_response)
+            return self.control_app(environ, start_response)
         return self.forward(Request.of(environ, self.heads)).run().as_wsgi(start_response)
 
     def forward(self, request: Request) -> Forwarding:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from balancer.errors import BackendError
 from balancer.forwarding.filter import Filter
-from balancer.protocol.client import Leaving
+from balancer.protocol.client import Caller
 from balancer.upstream.outgoing import OutgoingRequest
 from balancer.upstream.response import ResponseBody
 
@@ -44,19 +44,6 @@ class MirrorOptions:
     timeout: float
 
 
-class Copy(Leaving):
-    """One on its way. To whoever waits on its behalf it is the `Client`, which leaves when the balancer ends."""
-
-    def __init__(self) -> None:
-        self.is_gone = False
-        self._lock = Lock()
-        self._attached = None
-
-    def watch_upload(self, look: Callable[[bool], bool] | None) -> None: ...
-
-    def end_connection(self) -> None: ...
-
-
 class Copies:
     """All that are on their way, and the threads that bring them. `_lock` guards `_under_way`, per route, and
     `_is_stopping`."""
@@ -64,13 +51,13 @@ class Copies:
     def __init__(self, counts: RouteCounts) -> None:
         self.counts = counts
         self._lock = Lock()
-        self._under_way: dict[str, set[Copy]] = {}
+        self._under_way: dict[str, set[Caller]] = {}
         self._threads = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="mirror")
         self._is_stopping = False
 
-    def add(self, route: str, most: int, bring: Callable[[Copy], Mirrored]) -> None:
+    def add(self, route: str, most: int, bring: Callable[[Caller], Mirrored]) -> None:
         """Let a thread `bring` one, unless there are so many already. Never waits."""
-        copy = Copy()
+        copy = Caller()
         with self._lock:
             under_way = self._under_way.setdefault(route, set())
             if self._is_stopping:
@@ -90,7 +77,7 @@ class Copies:
             copy.disconnect()
         self._threads.shutdown()
 
-    def _run(self, route: str, copy: Copy, bring: Callable[[Copy], Mirrored]) -> None:
+    def _run(self, route: str, copy: Caller, bring: Callable[[Caller], Mirrored]) -> None:
         outcome: Mirrored = "failed"
         try:
             if not copy.is_gone:
@@ -134,7 +121,7 @@ class Mirror(Filter):
             copied.set_body(body)
         self._copies.add(self._route, options.max_in_flight, lambda copy: self._bring(request, copied, copy))
 
-    def _bring(self, request: Request, copied: OutgoingRequest, copy: Copy) -> Mirrored:
+    def _bring(self, request: Request, copied: OutgoingRequest, copy: Caller) -> Mirrored:
         lease = self._pool.lease_now(request)
         if lease is None:
             return "no_backend"

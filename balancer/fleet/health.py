@@ -152,7 +152,8 @@ class Checks:
 
 
 class HealthChecker:
-    """Runs the probes and tells the pools. `start` and `stop` once each; `wake` and `use` from any thread.
+    """Runs the probes and tells the pools, and `on_check`. `start` and `stop` once each; `wake` and `use` from any
+    thread.
 
     All fields belong to the health thread alone, but for these, of which each access is one step that needs no lock:
     `use` replaces `checked`; a check's own thread takes its number out of `under_way` and adds to `_again`, whom to
@@ -162,6 +163,7 @@ class HealthChecker:
 
     def __init__(self, on_round: Callable[[], None], rng: random.Random | None = None) -> None:
         self.checked: Sequence[Checked] = ()
+        self.on_check: Callable[[BackendPool, Backend, LastCheck, Origin], None] = lambda *check: None
         self._on_round = on_round
         self._rng = rng or random.Random()
         self._answers: Answers[Checks] = Answers()
@@ -216,7 +218,7 @@ class HealthChecker:
             started, origin = time.monotonic(), backend.origin
             if sent is not None:
                 started, origin = checks.began, sent.connection.origin
-            checked.pool.record_check(backend, checked.probe.check(origin, started, keeps, sent), origin)
+            self._tell(checks, checked.probe.check(origin, started, keeps, sent), origin)
         except OutOfDescriptors as error:  # says nothing about the backend
             log.error("cannot check %s: %s", backend.id, error)
         except Exception:  # a surprise must be seen, and the backend be probed again
@@ -227,6 +229,11 @@ class HealthChecker:
             if backend.health.is_in_transition:
                 self._again.append(checks)
                 self._answers.wake()
+
+    def _tell(self, checks: Checks, result: LastCheck, origin: Origin) -> None:
+        pool, backend = checks.checked.pool, checks.backend
+        pool.record_check(backend, result, origin)
+        self.on_check(pool, backend, result, origin)
 
     def _let_go(self, checked: Checked) -> None:
         """Of a connection that was given back to a probe which is not used any more."""
@@ -364,7 +371,7 @@ class HealthChecker:
 
     def _record(self, checks: Checks, result: LastCheck, origin: Origin) -> None:
         checks.under_way.discard(0)
-        checks.checked.pool.record_check(checks.backend, result, origin)
+        self._tell(checks, result, origin)
         self._enter(checks, time.monotonic() if checks.backend.health.is_in_transition else checks.due)
 
     def _pace(self, options: HealthOptions, backend: Backend) -> float:

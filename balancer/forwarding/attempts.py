@@ -278,7 +278,9 @@ class Attempts:
         """None if no connection is kept."""
         assert self._beside is not None
         sent = self._route.adapter.send_now(self._outgoing, self.origin_beside)
-        if sent is None:
+        if sent is not None and sent.rest:  # a head that does not go out at once: leave it
+            sent.close()
+        if sent is None or sent.rest:
             return None
         sent.deadline = deadline
         attempt = Attempt(self._beside.choice, at=time.perf_counter() - self._started)

@@ -16,7 +16,7 @@ from balancer.errors import BackendError
 from balancer.observe.record import DROPPED
 
 if TYPE_CHECKING:
-    from balancer.balancing.hedging import Hedging, Result
+    from balancer.balancing.hedging import Hedging
     from balancer.forwarding.attempts import Attempts, Leg
     from balancer.forwarding.route import Route
     from balancer.observe.record import Record
@@ -57,11 +57,11 @@ class Race:
 
     __slots__ = (
         *("pending", "deadline", "is_waiting", "_attempts", "_adapter", "_hedging", "_client", "_late"),
-        *("_is_leased", "_opening", "_second", "_bad"),
+        *("_is_leased", "_opening", "_bad"),
     )
 
     def __init__(self, attempts: Attempts, route: Route, client: Client, first: Sent, late: float) -> None:
-        self.pending = {first.connection.sock.fileno(): attempts.leg(first)}
+        self.pending = {first.connection.descriptor: attempts.leg(first)}
         self.deadline = first.deadline
         self.is_waiting = True
         self._attempts = attempts
@@ -71,22 +71,19 @@ class Race:
         self._late = late
         self._is_leased = False  # for a second attempt that is not sent yet
         self._opening: Opening | None = None
-        self._second: Leg | None = None
         self._bad: list[Leg] = []  # with an answer that is better than none
 
-    def begin(self) -> int | Opening | None:
-        """Send to a second backend, if the budget allows it and there is room. Returns its descriptor then; or what
-        opens the connection that is missing, after which this has to be called again."""
+    def begin(self) -> Sent | Opening | None:
+        """Send to a second backend, if the budget allows it and there is room. Returns what was sent, or what opens the
+        connection that is missing, after which this has to be called again."""
         if not self._is_leased and not self._lease():
             return None
         second = self._attempts.send_beside(self.deadline)
         if second is not None:
             self.is_waiting = self._is_leased = False
-            self._second = second
-            descriptor = second.sent.connection.sock.fileno()
-            self.pending[descriptor] = second
+            self.pending[second.sent.connection.descriptor] = second
             self._client.attach(self)
-            return descriptor
+            return second.sent
         if self._opening is None:
             self._opening = Opening(self._adapter, self._attempts.origin_beside)
             return self._opening
@@ -155,19 +152,10 @@ class Race:
         for leg in self._bad:
             if leg is not winner:
                 self._attempts.outdo(leg)
-        if self._second is not None:
-            self._hedging.ended(self._result(self._second, winner))
         self._attempts.settle(winner)
         if not winner.is_whole:
             self._client.attach(winner.sent.connection)
         return winner
-
-    def _result(self, second: Leg, winner: Leg) -> Result:
-        if self._client.is_gone:
-            return "left"
-        if second.sent.failure is not None:
-            return "failed"
-        return "won" if second is winner else "lost"
 
 
 def noting(hedging: Hedging) -> Callable[[Request, Record], None]:

@@ -63,6 +63,16 @@ class Side:
             if record.backend is not None:
                 self._times.add(record.seconds)
 
+    def count(self, record: Record, times: Histogram) -> None:
+        """As many as there are `times`, all of its kind."""
+        if record.aborted:
+            return
+        with self._lock:
+            self._total += times.total
+            self._failed += times.total * record.failed
+            if record.backend is not None:
+                self._times += times
+
     def counts(self) -> tuple[int, int, float]:
         """(requests, failed ones, seconds of the 95th percentile)"""
         with self._lock:
@@ -94,6 +104,10 @@ class Canary:
         self._step = 0
         self._is_compared = False  # in this step
         self._begin(options.steps[0])
+
+    def count(self, record: Record, times: Histogram) -> None:
+        """As many as there are `times`, all of its kind, which another process has forwarded."""
+        (self.canary if record.pool == self._options.pools[-1] else self.stable).count(record, times)
 
     def shares(self) -> Sequence[float]:
         return 1 - self.share, self.share
@@ -185,6 +199,15 @@ class Canaries:
     def of(self, route: str) -> Canary | None:
         found = self._canaries.get(route)
         return None if found is None else found[1]
+
+    def shares(self) -> dict[str, float]:
+        return {route: canary.share for route, (_, canary) in self._canaries.items()}
+
+    def take(self, shares: Mapping[str, float]) -> None:
+        """They are compared elsewhere, and have these now."""
+        for route, share in shares.items():
+            if (canary := self.of(route)) is not None:
+                canary.share = share
 
     def look(self) -> None:
         for _, canary in self._canaries.values():

@@ -31,6 +31,8 @@ EventKind = (
         "draining",
         "name_kept",
         "name_found",
+        "source_failed",
+        "source_recovered",
         "keys_kept",
         "keys_found",
         "change_undone",
@@ -39,6 +41,7 @@ EventKind = (
         "state_written",
         "limit_reached",
         "limit_keys_full",
+        "worker_lost",
     ]
 )
 REFUSED: EventKind = "write_refused"  # the one kind of event that anybody can cause

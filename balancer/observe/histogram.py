@@ -44,8 +44,9 @@ class Histogram:
         self.seconds += seconds
 
     def __iadd__(self, other: Histogram) -> Histogram:
+        counts = self.counts  # of 500 backends this is the longest part of what a page costs
         for place, count in other.counts.items():
-            self.counts[place] += count
+            counts[place] += count
         self.seconds += other.seconds
         return self
 

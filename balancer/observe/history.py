@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from threading import Event, Lock, Thread
+from typing import NamedTuple
 
 from typing_extensions import TypedDict
 
@@ -40,19 +41,22 @@ class Reading:
     waiting: int  # for a place on a backend
 
 
-@dataclass(frozen=True, slots=True)
-class Traffic:
-    """One slot of a backend. Percentiles in seconds, None without a whole answer."""
+class Figures(TypedDict):
+    """What a time came to. Percentiles in seconds, None without a whole answer of a backend."""
 
     requests: int
     failed: int
-    in_flight: int  # the most at any look
     p50: float | None
     p95: float | None
     p99: float | None
 
 
-@dataclass(frozen=True, slots=True)
+class Traffic(Figures):
+    """One slot of a backend. `in_flight` is the most at any look."""
+
+    in_flight: int
+
+
 class Slot(Traffic):
     """One slot of the whole balancer. `at` is the epoch second at which it starts."""
 
@@ -77,23 +81,61 @@ class Peaks:
             self.in_flight[backend_id] = max(self.in_flight.get(backend_id, 0), active)
 
 
-class Figures(TypedDict):
-    """What a time came to. Percentiles in seconds, None without a whole answer of a backend."""
+@dataclass(slots=True)
+class Added:
+    """What came between two looks: of all, and by backend of those that had requests."""
 
-    requests: int
-    failed: int
-    p50: float | None
-    p95: float | None
-    p99: float | None
+    retries: int = 0
+    whole: Counters = field(default_factory=Counters)
+    backends: dict[str, Counters] = field(default_factory=dict)
+
+    @classmethod
+    def between(cls, before: Lifetime, after: Lifetime) -> Added:
+        added = cls(after.retries - before.retries)
+        for backend_id, counters in after.counters.items():
+            earlier = before.counters.get(backend_id, NO_COUNTS)
+            if counters.total > earlier.total:
+                new = counters.since(earlier)
+                added.whole += new
+                if backend_id is not None:
+                    added.backends[backend_id] = new
+        return added
+
+    def __iadd__(self, other: Added) -> Added:
+        self.retries += other.retries
+        self.whole += other.whole
+        for backend_id, counters in other.backends.items():
+            known = self.backends.setdefault(backend_id, Counters())
+            known += counters
+        return self
 
 
-@dataclass(frozen=True, slots=True)
+class Mark(NamedTuple):
+    """A moment: counts by backend, and those of all since the first look."""
+
+    at: float
+    counts: Lifetime
+    whole: Counters
+
+
 class Window:
-    """The last `seconds`, of all and by backend; percentiles cannot be made of those of slots."""
+    """The last `seconds`, of all and by backend; percentiles cannot be made of those of slots. Worked out when somebody
+    asks: 500 backends are more than anybody looks at."""
 
-    seconds: int
-    whole: Figures
-    backends: dict[str, Figures]
+    def __init__(self, before: Mark, after: Mark) -> None:
+        self.seconds = round(after.at - before.at)
+        self.whole = _figures(after.whole.since(before.whole))
+        self._before, self._after = before.counts.counters, after.counts.counters
+
+    def of(self, backend_id: str, with_times: bool = True) -> Figures | None:
+        """None without a request."""
+        after, before = self._after.get(backend_id, NO_COUNTS), self._before.get(backend_id, NO_COUNTS)
+        requests = after.total - before.total
+        if not requests:
+            return None
+        if with_times:
+            return _figures(after.since(before))
+        return {"requests": requests, "failed": after.failed - before.failed, "p50": None, "p95": None, "p99": None}
 
 
 class Series:
@@ -103,48 +145,39 @@ class Series:
         self.step = step
         self.slots: deque[Slot] = deque(maxlen=kept)
         self._open: int | None = None
-        self._start: Reading | None = None
+        self._added = Added()
         self._peaks = Peaks()
 
-    def take(self, reading: Reading, second: int) -> None:
+    def take(self, added: Added, reading: Reading, second: int) -> None:
         """`second` is the one that runs now. The first look only starts the first slot."""
         opens = second - second % self.step
+        self._added += added
         self._peaks.add(reading)
-        if self._open is None or self._start is None:
-            self._start = reading
-        elif opens > self._open:
-            self.slots.append(self._slot(self._open, self._start, reading))
-            self._start, self._peaks = reading, Peaks()
-        elif opens < self._open:
-            while self.slots and self.slots[-1].at >= opens:
+        if self._open is not None and opens > self._open:
+            self.slots.append(self._slot(self._open))
+            self._added, self._peaks = Added(), Peaks()
+        elif self._open is not None and opens < self._open:
+            while self.slots and self.slots[-1]["at"] >= opens:
                 self.slots.pop()
         self._open = opens
 
-    def _slot(self, at: int, start: Reading, end: Reading) -> Slot:
-        before, after, peaks = start.counts, end.counts, self._peaks
-        whole, figures = _between(before, after)
-        backends = {
-            backend_id: Traffic(in_flight=peaks.in_flight.get(backend_id, 0), **one)
-            for backend_id, one in figures.items()
+    def _slot(self, at: int) -> Slot:
+        added, peaks = self._added, self._peaks
+        backends: dict[str, Traffic] = {
+            backend_id: {**_figures(counters), "in_flight": peaks.in_flight.get(backend_id, 0)}
+            for backend_id, counters in added.backends.items()
         }
         for backend_id, active in peaks.in_flight.items():
             if active and backend_id not in backends:
-                backends[backend_id] = Traffic(0, 0, active, None, None, None)
-        rest = {"at": at, "retries": after.retries - before.retries, "waiting": peaks.waiting}
-        return Slot(in_flight=peaks.active, backends=backends, **whole, **rest)
-
-
-def _between(before: Lifetime, after: Lifetime) -> tuple[Figures, dict[str, Figures]]:
-    """What came between two readings: of all, and by backend of those that had requests."""
-    whole, backends = Counters(), {}
-    for backend_id, counters in after.counters.items():
-        earlier = before.counters.get(backend_id, NO_COUNTS)
-        if counters.total > earlier.total:
-            added = counters.since(earlier)
-            whole += added
-            if backend_id is not None:
-                backends[backend_id] = _figures(added)
-    return _figures(whole), backends
+                backends[backend_id] = {**_figures(NO_COUNTS), "in_flight": active}
+        return {
+            **_figures(added.whole),
+            "in_flight": peaks.active,
+            "at": at,
+            "retries": added.retries,
+            "waiting": peaks.waiting,
+            "backends": backends,
+        }
 
 
 def _figures(counters: Counters) -> Figures:
@@ -177,8 +210,8 @@ class History:
         """Forget all slots, the open ones too: what comes next counts from the next look."""
         with self._lock:
             self._series = {step: Series(step, kept) for step, kept in SLOTS.items()}
-            self._marks: deque[tuple[float, Lifetime]] = deque(maxlen=max(WINDOWS) // MARKS + 1)
-            self._latest: tuple[float, Lifetime] | None = None
+            self._marks: deque[Mark] = deque(maxlen=max(WINDOWS) // MARKS + 1)
+            self._latest: Mark | None = None
             self._windows: dict[int, Window] = {}  # as they were at the latest look
 
     def window(self, seconds: int) -> Window | None:
@@ -187,16 +220,14 @@ class History:
             if self._latest is None:
                 return None
             if seconds not in self._windows:
-                now, latest = self._latest
-                old_enough = [mark for mark in self._marks if now - mark[0] >= seconds]
-                at, before = old_enough[-1] if old_enough else self._marks[0]
-                self._windows[seconds] = Window(round(now - at), *_between(before, latest))
+                old_enough = [mark for mark in self._marks if self._latest.at - mark.at >= seconds]
+                self._windows[seconds] = Window(old_enough[-1] if old_enough else self._marks[0], self._latest)
             return self._windows[seconds]
 
     def since(self, step: int, at: int) -> list[Slot]:
         """Slots of `step` seconds that are over and start after `at`, oldest first. `step` is one of SLOTS."""
         with self._lock:
-            return [slot for slot in self._series[step].slots if slot.at > at]
+            return [slot for slot in self._series[step].slots if slot["at"] > at]
 
     def start(self) -> None:
         self.look()
@@ -213,10 +244,13 @@ class History:
         now = self._wall_clock()
         reading = self._read()
         with self._lock:
+            before = self._latest
+            added = Added() if before is None else Added.between(before.counts, reading.counts)
             for series in self._series.values():
-                series.take(reading, int(now))
-            self._latest, self._windows = (self._clock(), reading.counts), {}
-            if not self._marks or self._latest[0] - self._marks[-1][0] >= MARKS:
+                series.take(added, reading, int(now))
+            added.whole += Counters() if before is None else before.whole
+            self._latest, self._windows = Mark(self._clock(), reading.counts, added.whole), {}
+            if not self._marks or self._latest.at - self._marks[-1].at >= MARKS:
                 self._marks.append(self._latest)
         return int(now) + 1 - self._wall_clock()
 

@@ -38,6 +38,15 @@ class LogFormatter(logging.Formatter):
         return _to_json(said)
 
 
+def install(writer: LogWriter, level: str, access_log_format: Callable[[], str]) -> LogHandler:
+    """From now on the log of this process goes there."""
+    handler = LogHandler(writer)
+    handler.setFormatter(LogFormatter(access_log_format))
+    logging.basicConfig(level=level.upper(), handlers=[handler])
+    logging.getLogger("_granian").setLevel(logging.WARNING)  # it tells of every client that leaves
+    return handler
+
+
 class LogHandler(logging.Handler):
     """Log records of the `logging` module, through a LogWriter. A message is one line; a traceback may follow it."""
 

@@ -41,14 +41,15 @@ class LogWriter:
         self._lock = Lock()
         self._dropped = 0
         self.written = 0
+        self.dropped_elsewhere: Callable[[], int] = lambda: 0
         self._wake = Event()
         self._stopping = Event()
         self._thread = Thread(target=self._run, name="log-writer", daemon=True)
 
     @property
     def dropped(self) -> int:
-        """Lines that were lost since the start of the process."""
-        return self._dropped
+        """Lines that were lost since the start of the process; of several, in all."""
+        return self._dropped + self.dropped_elsewhere()
 
     def add(self, line: Line) -> None:
         if len(self._lines) >= self._limit:

@@ -17,14 +17,14 @@ class Rate:
         self._newest = [0, 0]  # [second, count]
         self._seconds = deque([self._newest], maxlen=KEPT_SECONDS + 1)
 
-    def add(self) -> bool:
+    def add(self, count: int = 1) -> bool:
         """True for the first of a second."""
         second = int(self._clock())
         is_first = second != self._newest[0]
         if is_first:
             self._newest = [second, 0]
             self._seconds.append(self._newest)
-        self._newest[1] += 1
+        self._newest[1] += count
         return is_first
 
     def per_second(self) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal, get_args
 
 from typing_extensions import TypedDict
 
@@ -17,6 +17,8 @@ from balancer.observe.websockets import WebSocketRecord, WebSocketView
 # 5 kB at most, and of each attempt 1 kB, 50 bytes for each candidate and 100 for each that was none (`EXPLAINED`).
 PATH_KEPT = 1000
 METHOD_KEPT = 32
+Hedged = Literal["won", "lost", "failed", "left"]
+HEDGED: tuple[Hedged, ...] = get_args(Hedged)
 DROPPED = "dropped"  # the outcome of an attempt that another one was faster than
 PATH_SHOWN = 200  # characters of a path that are shown; the query is not even kept, it may hold secrets
 
@@ -178,7 +180,21 @@ class Record:
 
     def retried(self) -> list[Attempt]:
         """Those after which another backend was tried."""
-        return [each for each, after in pairwise(self.attempts) if not after.hedge and after.at >= each.at]
+        pairs = enumerate(pairwise(self.attempts))  # a hedge in front of another attempt was beside it
+        return [each for place, (each, after) in pairs if not after.hedge and (place or not each.hedge)]
+
+    @property
+    def hedge(self) -> Hedged | None:
+        """What came of the second attempt beside the first one, if there was one: its answer was passed on, or not, or
+        it had none, or the client left before."""
+        for place, attempt in enumerate(self.attempts):
+            if attempt.hedge and not attempt.outcome:
+                return "left"
+            if attempt.hedge and attempt.outcome.isdecimal():
+                return "won" if place == len(self.attempts) - 1 else "lost"
+            if attempt.hedge:
+                return "lost" if attempt.outcome == DROPPED else "failed"
+        return None
 
     @property
     def in_turn(self) -> list[Attempt]:

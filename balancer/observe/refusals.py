@@ -20,9 +20,9 @@ class Refusals:
         self._lock = Lock()
         self._counts: defaultdict[tuple[str, Why], int] = defaultdict(int)
 
-    def count(self, name: str, why: Why) -> None:
+    def count(self, name: str, why: Why, count: int = 1) -> None:
         with self._lock:
-            self._counts[name, why] += 1
+            self._counts[name, why] += count
 
     def restore(self, kept: Any) -> None:
         """Go on from what `plain` made of `counts`."""

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from threading import Lock
 from typing import Any, Literal
 
+from balancer.observe.histogram import Histogram
 from balancer.observe.plain import fill, plain, with_bounds, without_bounds
 from balancer.observe.record import Record
 from balancer.observe.statistics import Counters
@@ -31,9 +32,14 @@ class RouteCounts:
         with self._lock:
             self._counters[route].add(record)
 
-    def mirrored(self, route: str, outcome: Mirrored) -> None:
+    def count(self, route: str, record: Record, times: Histogram) -> None:
+        """As many as there are `times`, all of its kind."""
         with self._lock:
-            self._mirrored[route, outcome] += 1
+            self._counters[route].count(record, times)
+
+    def mirrored(self, route: str, outcome: Mirrored, count: int = 1) -> None:
+        with self._lock:
+            self._mirrored[route, outcome] += count
 
     def copies(self) -> Mapping[tuple[str, Mirrored], int]:
         """Since the start, by route and outcome."""

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Container, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
 from threading import Lock
-from typing import Any, cast
+from typing import Any, NotRequired, cast
 
 from typing_extensions import TypedDict
 
@@ -21,7 +21,7 @@ from balancer.balancing.counts import FORMER_KEPT
 from balancer.observe.histogram import Histogram, Percentiles
 from balancer.observe.plain import fill, plain, with_bounds, without_bounds
 from balancer.observe.rate import Rate
-from balancer.observe.record import RecentView, Record
+from balancer.observe.record import HEDGED, RecentView, Record
 from balancer.observe.refusals import Refusals
 from balancer.observe.totals import Totals
 from balancer.observe.websockets import WebSockets
@@ -37,13 +37,15 @@ WHOLE = ("start_time", "retries", "retries_before")  # numbers of the whole that
 
 
 class CountersView(TypedDict):
+    """What requests came to. Times and codes are left out of backends that are not `timed`, and then of the whole."""
+
     total_requests: int
     successful_requests: int
     failed_requests: int
     aborted_requests: int
-    avg_response_time: float
-    latency: Percentiles
-    codes: Codes
+    avg_response_time: NotRequired[float]
+    latency: NotRequired[Percentiles]
+    codes: NotRequired[Codes]
 
 
 class StatisticsView(CountersView):
@@ -76,17 +78,24 @@ class Counters:
         return times
 
     def __iadd__(self, other: Counters) -> Counters:
+        self.add_numbers(other)
+        self.add_times(other)
+        return self
+
+    def add_numbers(self, other: Counters) -> None:
         self.failed += other.failed
         self.aborted += other.aborted
         for status, count in other.statuses.items():
             self.statuses[status] += count
+
+    def add_times(self, other: Counters) -> None:
         self.latency += other.latency
         self.other += other.other
-        return self
 
     def copy(self) -> Counters:
         copied = Counters()
-        copied += self
+        copied.failed, copied.aborted, copied.statuses = self.failed, self.aborted, self.statuses.copy()
+        copied.latency, copied.other = self.latency.copy(), self.other.copy()
         return copied
 
     def since(self, earlier: Counters) -> Counters:
@@ -101,13 +110,26 @@ class Counters:
     def add(self, record: Record) -> bool:
         """True if it failed."""
         (self.latency if record.reason is None else self.other).add(record.seconds)
-        failed = record.failed
-        if failed and record.aborted:
+        status = record.status
+        if record.complete and status < 500:  # by far the most
+            self.statuses[status] += 1
+            return False
+        if record.aborted:
             self.aborted += 1
         else:
-            self.statuses[record.status] += 1
-        self.failed += failed
-        return failed
+            self.statuses[status] += 1
+        self.failed += 1
+        return True
+
+    def count(self, record: Record, times: Histogram) -> None:
+        """As many as there are `times`, all of its kind."""
+        histogram, count = self.latency if record.reason is None else self.other, times.total
+        histogram += times
+        if record.failed and record.aborted:
+            self.aborted += count
+        else:
+            self.statuses[record.status] += count
+        self.failed += count * record.failed
 
     def codes(self) -> Codes:
         found = dict.fromkeys(CODE_CLASSES, 0)
@@ -115,12 +137,18 @@ class Counters:
             found[CODE_CLASSES[min(status // 100, 5) - 1]] += count  # above 599 is as good as 5xx (RFC 9110 section 15)
         return cast(Codes, found)
 
-    def describe(self) -> CountersView:
+    def numbers(self) -> CountersView:
+        total = self.total
         return {
-            "total_requests": self.total,
-            "successful_requests": self.total - self.failed,
+            "total_requests": total,
+            "successful_requests": total - self.failed,
             "failed_requests": self.failed,
             "aborted_requests": self.aborted,
+        }
+
+    def describe(self) -> CountersView:
+        return {
+            **self.numbers(),
             "avg_response_time": self.latency.seconds / (self.latency.total or 1),
             "latency": self.latency.summary(),
             "codes": self.codes(),
@@ -156,7 +184,7 @@ class Statistics:
         self._active = 0
         self._to_sample = 0  # of this second
         self._arrivals = Rate(clock)
-        self._counters: dict[str | None, Counters] = {}
+        self._counters: defaultdict[str | None, Counters] = defaultdict(Counters)
         self._before: dict[str | None, Counters] = {}
         self._totals = Totals()
         self._retries = self._retries_before = 0
@@ -166,7 +194,7 @@ class Statistics:
         for backend_id, counters in self._counters.items():
             self._keep(backend_id, counters)
         self._start_time = self._wall_clock()
-        self._counters = {None: Counters()}
+        self._counters = defaultdict(Counters, {None: Counters()})
         self._forgotten = Counters()
         self._retries_before += self._retries
         self._retries = 0
@@ -174,28 +202,45 @@ class Statistics:
         self._sampled: deque[Record] = deque(maxlen=SAMPLED_KEPT)
         self._troubled: deque[Record] = deque(maxlen=TROUBLED_KEPT)
 
-    def begin(self) -> None:
+    def begin(self, count: int = 1) -> None:
         """A request has arrived; exactly one `record` follows."""
         with self._lock:
-            self._active += 1
-            if self._arrivals.add():
+            self._active += count
+            if self._arrivals.add(count):
                 self._to_sample = SAMPLED_PER_SECOND
 
-    def record(self, record: Record) -> None:
-        """A request has ended, one way or another."""
+    def lost(self, count: int) -> None:
+        """So many have begun of which no `record` follows: they are gone with a process."""
         with self._lock:
-            self._active -= 1
-            counters = self._counters.get(record.backend)
-            if counters is None:
-                counters = self._counters[record.backend] = Counters()
-            failed = counters.add(record)
-            self._totals.add(record)
+            self._active -= count
+
+    def record(self, record: Record, *, is_counted: bool = False) -> None:
+        """A request has ended, one way or another. `is_counted`: by `count`."""
+        with self._lock:
+            if is_counted:
+                failed = record.failed
+            else:
+                self._active -= 1
+                failed = self._counters[record.backend].add(record)
+                self._totals.add(record)
             self._recent.append(record)
             if self._to_sample:
                 self._to_sample -= 1
                 self._sampled.append(record)
             if failed or (len(record.attempts) > 1 and record.retried()):
                 self._troubled.append(record)
+
+    def count(self, record: Record, times: Histogram) -> None:
+        """As many as there are `times` have ended in another process, all of its kind; the bytes are those of all."""
+        with self._lock:
+            self._active -= times.total
+            self._counters[record.backend].count(record, times)
+            self._totals.add(record, times.total)
+
+    def waited(self, times: Histogram) -> None:
+        """So long some of these had waited for a place."""
+        with self._lock:
+            self._totals.waits += times
 
     def find(self, request_id: str) -> Record | None:
         """The newest finished request of this id that is still kept; clients may send the same id twice."""
@@ -210,10 +255,10 @@ class Statistics:
         with self._lock:
             return list(islice(reversed(self._recent), count))
 
-    def retried(self) -> None:
+    def retried(self, count: int = 1) -> None:
         """A request is tried once more."""
         with self._lock:
-            self._retries += 1
+            self._retries += count
 
     def forget(self, backend_id: str) -> None:
         """A backend was removed: its requests stay in the total, and a later backend of that id starts at 0."""
@@ -238,6 +283,15 @@ class Statistics:
         """Zero everything but what is in flight."""
         with self._lock:
             self._clear()
+
+    def hedges(self) -> Mapping[str, dict[str, int]]:
+        """What came of second attempts beside first ones since the start of the process, by pool."""
+        with self._lock:
+            counted = list(self._totals.hedges.items())
+        found: defaultdict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(HEDGED, 0))
+        for (pool, result), count in counted:
+            found[pool][result] = count
+        return found
 
     def lifetime(self) -> Lifetime:
         """Counts since the start of the process, whatever was reset or removed; for differences over time."""
@@ -281,30 +335,38 @@ class Statistics:
                 counted[when][backend or None] = fill(Counters(), value)
         numbers = {name: fill(getattr(self, f"_{name}"), whole[name]) for name in WHOLE}
         with self._lock:
-            self._counters, self._before = counted["since"], counted["before"]
+            self._counters, self._before = defaultdict(Counters, counted["since"]), counted["before"]
             self._totals, self._forgotten = totals, forgotten
             for name, number in numbers.items():
                 setattr(self, f"_{name}", number)
         for gone in counted["since"].keys() - {None, *backends}:
             self.forget(cast(str, gone))
 
-    def snapshot(self, recent: int = 20) -> tuple[StatisticsView, dict[str | None, CountersView], list[RecentView]]:
-        """(whole, per backend id or None, newest `recent` requests first), all of one moment."""
+    def snapshot(
+        self, recent: int = 20, timed: Container[str | None] | None = None
+    ) -> tuple[StatisticsView, dict[str | None, CountersView], list[RecentView]]:
+        """(whole, per backend id or None, newest `recent` requests first), all of one moment. If `timed` is given, only
+        the backends in it have times and codes: those of 500, and of all of them together, take long."""
         with self._lock:
             nobody = self._forgotten.copy()
             nobody += self._counters[None]
             counted = self._counters | {None: nobody}
             total = Counters()
             for counters in counted.values():
-                total += counters
+                total.add_numbers(counters)
+                if timed is None:
+                    total.add_times(counters)
             whole: StatisticsView = {
-                **total.describe(),
+                **(total.describe() if timed is None else total.numbers()),
                 "start_time": self._start_time,
                 "active_requests": self._active,
                 "retries": self._retries,
                 "requests_per_second": self._arrivals.per_second(),
             }
-            backends = {key: counters.describe() for key, counters in counted.items()}
+            backends = {
+                key: counters.describe() if timed is None or key in timed else counters.numbers()
+                for key, counters in counted.items()
+            }
             newest = list(islice(reversed(self._recent), recent))
         return whole, backends, [record.describe() for record in newest]
 

@@ -16,7 +16,7 @@ from balancer.errors import (
     ResponseTimedOut,
 )
 from balancer.observe.histogram import Histogram
-from balancer.observe.record import DROPPED, Record
+from balancer.observe.record import DROPPED, Hedged, Record
 from balancer.protocol.messages import METHODS
 
 _KNOWN = frozenset(METHODS)
@@ -25,6 +25,10 @@ NO_ANSWER = "none"  # the code of an attempt that got no status
 # Outcomes of attempts that got no connection at all, and reasons why an answer that had begun broke off.
 UNCONNECTED = frozenset({ConnectFailed.reason, ConnectFailed("", refused=True).reason, ConnectTimedOut.reason})
 BROKEN_OFF = frozenset(error.reason for error in (BodyTruncated, ConnectionLost, InvalidResponse, ResponseTimedOut))
+
+
+def known_method(method: str) -> str:
+    return method if method in _KNOWN else OTHER
 
 
 class BackendTotals:
@@ -70,41 +74,46 @@ class BackendTotals:
 class Totals:
     """All requests. Not locked; the owner's lock guards it."""
 
-    __slots__ = ("answers", "errors", "retries", "backends", "bytes_in", "bytes_out", "waits")
+    __slots__ = ("answers", "errors", "retries", "hedges", "backends", "bytes_in", "bytes_out", "waits")
 
     def __init__(self) -> None:
         self.answers: defaultdict[tuple[int, str], int] = defaultdict(int)  # by status and method
         self.errors: defaultdict[str, int] = defaultdict(int)  # by reason
         self.retries: defaultdict[str, int] = defaultdict(int)  # by what had failed before
+        self.hedges: defaultdict[tuple[str, Hedged], int] = defaultdict(int)  # by pool, and what came of it
         self.backends: defaultdict[str, BackendTotals] = defaultdict(BackendTotals)
         self.bytes_in = self.bytes_out = 0
         self.waits = Histogram()  # of the requests that had to wait for a place
 
-    def add(self, record: Record) -> None:
+    def add(self, record: Record, count: int = 1) -> None:
+        """So many of its kind; the bytes are those of all of them."""
         method, attempts = record.method, record.attempts
-        self.answers[record.status, method if method in _KNOWN else OTHER] += 1
+        self.answers[record.status, method if method in _KNOWN else OTHER] += count
         self.bytes_in += record.bytes_in
         self.bytes_out += record.bytes_out
         for attempt in attempts:  # without a call: every request comes here
-            self.backends[attempt.choice.backend.id].outcomes[attempt.outcome, attempt.connect is None] += 1
+            self.backends[attempt.choice.backend.id].outcomes[attempt.outcome, attempt.connect is None] += count
         if record.queued:
             self.waits.add(record.queued)
         if record.reason is not None or len(attempts) > 1:
-            self._add_trouble(record)
+            self._add_trouble(record, count)
 
-    def _add_trouble(self, record: Record) -> None:
+    def _add_trouble(self, record: Record, count: int) -> None:
         reason, attempts = record.reason, record.attempts
         for attempt in record.retried():
-            self.retries[attempt.outcome] += 1
+            self.retries[attempt.outcome] += count
+        if (hedge := record.hedge) is not None:
+            self.hedges[record.pool or "", hedge] += count
         if reason is None:
             return
-        self.errors[reason] += 1
+        self.errors[reason] += count
         if reason in BROKEN_OFF and attempts and attempts[-1].outcome.isdecimal():
-            self.backends[attempts[-1].backend].broken[reason] += 1
+            self.backends[attempts[-1].backend].broken[reason] += count
 
     def copy(self) -> Totals:
         copied = Totals()
         copied.answers, copied.errors, copied.retries = self.answers.copy(), self.errors.copy(), self.retries.copy()
+        copied.hedges = self.hedges.copy()
         copied.backends.update((backend, totals.copy()) for backend, totals in self.backends.items())
         copied.bytes_in, copied.bytes_out = self.bytes_in, self.bytes_out
         copied.waits = self.waits.copy()

@@ -84,6 +84,10 @@ class WebSockets:
         with self._lock:
             return Counter(record.backend for record in self._open)
 
+    def all_open(self) -> list[WebSocketRecord]:
+        with self._lock:
+            return [*self._open]
+
     def restore(self, kept: Any) -> None:
         """Go on from what `plain` made of `totals`."""
         with self._lock:

@@ -74,6 +74,19 @@ class Leaving:
                 self._attached.abort()
 
 
+class Caller(Leaving):
+    """One of ours, who waits for an answer itself, and leaves when it is no longer wanted."""
+
+    def __init__(self) -> None:
+        self.is_gone = False
+        self._lock = Lock()
+        self._attached = None
+
+    def watch_upload(self, look: Callable[[bool], bool] | None) -> None: ...
+
+    def end_connection(self) -> None: ...
+
+
 class Unwatched:
     """A client of a server that cannot tell when clients leave."""
 

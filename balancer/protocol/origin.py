@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 from urllib.parse import quote, unquote_to_bytes, urlsplit
 
 from balancer.errors import SettingsError
@@ -18,6 +18,7 @@ IPV6_PATTERN = r"[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*(?:%[A-Za-z0-9._-]+)?"
 AUTHORITY_PATTERN = rf"(?:{NAME_PATTERN}|\[{IPV6_PATTERN}\])(?::[0-9]*)?"
 
 EXPECTED = "http://HOST:PORT or https://HOST:PORT, or http+unix:///PATH"
+LOOKED_UP = "dns+http://NAME:PORT, srv+http://_SERVICE._tcp.NAME or kubernetes+http://SERVICE.NAMESPACE:PORT, or https"
 UNIX = "http+unix"
 LONGEST_PATH = 107  # bytes, the zero at its end aside (unix(7))
 
@@ -25,12 +26,14 @@ LONGEST_PATH = 107  # bytes, the zero at its end aside (unix(7))
 class Origin(NamedTuple):
     """Where a backend listens: what a connection needs, parsed once. Also the key of its pooled connections.
 
-    `host` of a Unix socket is its path, and `port` 0.
+    `host` of a Unix socket is its path, and `port` 0. Where `address` is known nobody asks a resolver: `host` is what
+    the backend there is called.
     """
 
     scheme: str
     host: str
     port: int
+    address: str = ""
 
     @classmethod
     def parse(cls, url: str) -> Origin:
@@ -74,10 +77,49 @@ class Origin(NamedTuple):
 
     @property
     def url(self) -> str:
-        return unix_url(self.host) if self.is_unix else f"{self.scheme}://{self._with_port(self.host)}"
+        return unix_url(self.host) if self.is_unix else f"{self.scheme}://{self._with_port(self.address or self.host)}"
 
     def _with_port(self, host: str) -> str:
         return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+
+
+class Discovered(NamedTuple):
+    """Where backends are to be looked up, by which `kind` of source; `port` is empty if that says which."""
+
+    kind: Literal["dns", "srv", "kubernetes"]
+    scheme: str
+    name: str
+    port: str
+
+    @classmethod
+    def parse(cls, url: str) -> Discovered | None:
+        """None if it is the URL of one backend. Raises SettingsError."""
+        if not re.match(r"(?:dns|srv|kubernetes)\+", url):
+            return None
+        found = re.fullmatch(rf"(dns|srv|kubernetes)\+(https?)://({NAME_PATTERN})(?::([A-Za-z0-9-]+))?/?", url)
+        if found is not None:
+            made = cls(*found.groups(default=""))  # type: ignore[arg-type]
+            is_number = made.port.isdecimal() and 0 < int(made.port) < 65536
+            if made.is_name() and (is_number or not made.port or made.kind == "kubernetes"):
+                return made
+        raise SettingsError(f"backend URL {quoted(url)}: expected {LOOKED_UP}")
+
+    def is_name(self) -> bool:
+        if self.kind == "kubernetes":
+            return self.name.count(".") < 2
+        return not re.fullmatch(r"[0-9.]+", self.name) and not (self.kind == "srv" and self.port)
+
+    @property
+    def host(self) -> str:
+        """What backends are called: of a name as `_http._tcp.api.example` the last part (RFC 2782)."""
+        return re.sub(r"^_[^.]+\._[^.]+\.", "", self.name) if self.kind == "srv" else self.name
+
+    def origin(self, address: str, port: int) -> Origin:
+        return Origin(self.scheme, self.host, port, address)
+
+    @property
+    def url(self) -> str:
+        return f"{self.kind}+{self.scheme}://{self.name}" + (f":{self.port}" if self.port else "")
 
 
 class Endpoint(NamedTuple):

@@ -67,8 +67,7 @@ class Memory:
             self._failed("may only be read; what is in it is used, and nothing is kept")
             self._store.close()
             return
-        self._thread = Thread(target=self._run, name="state", daemon=True)
-        self._thread.start()
+        self._begin_looking()
 
     def stop(self) -> None:
         """Stop, join, and write what has changed since the last look."""
@@ -78,6 +77,22 @@ class Memory:
             thread.join()
             self._look()
             self._store.close()
+
+    def resume(self) -> None:
+        """After `stop`, when another process may have written: nobody else has the file any more."""
+        self._stopping.clear()
+        try:
+            self._open()
+            self._written = {name: dict.fromkeys(self._store.load(name)) for name in self._kept}
+        except StoreError as error:
+            self._store.close()
+            self._failed(f"{error}; the balancer runs without it")
+            return
+        self._begin_looking()
+
+    def _begin_looking(self) -> None:
+        self._thread = Thread(target=self._run, name="state", daemon=True)
+        self._thread.start()
 
     def _open(self) -> None:
         try:

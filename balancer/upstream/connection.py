@@ -29,6 +29,8 @@ class Connection:
 
     __slots__ = (
         "sock",
+        "descriptor",
+        "is_watched",
         "origin",
         "server",
         "idle_since",
@@ -42,6 +44,8 @@ class Connection:
 
     def __init__(self, sock: socket.socket, origin: Origin) -> None:
         self.sock = sock
+        self.descriptor = sock.fileno()
+        self.is_watched = False  # whoever sees what comes on it says so, and takes that back once something has
         self.origin = origin
         self.server = Server()  # what is known of it, by whoever keeps it
         self.idle_since = 0.0

@@ -53,7 +53,7 @@ class Dialer:
             if origin.is_unix:
                 missing = "did not accept"
                 return _connect_unix(origin, seconds)
-            addresses = self._names.find(origin.host, origin.port, seconds)
+            addresses = self._names.find(origin.address or origin.host, origin.port, seconds)
             missing = "did not accept"
             return first_to_accept(in_turns(addresses)[:MOST_ADDRESSES], deadline)
         except TimeoutError:

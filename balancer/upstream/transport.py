@@ -4,9 +4,10 @@ It keeps the contract of `requests` (PreparedRequest in, Response out, its excep
 adds and a proxy must not have: a cookie jar shared by all clients, proxies and .netrc from the environment, redirects,
 rewritten paths, decompression. Header lines go out and come back in order and byte for byte.
 
-Connections are kept alive per backend and reused last in, first out. Before reuse a socket is checked for EOF; one
-that has been idle longer than `pool_idle_timeout` is closed. A request that cannot be repeated gets only one on which
-the backend's own time-out cannot be near (`servers`), since it would be lost with it. A connection that was logged in
+Connections are kept alive per backend and reused last in, first out. Before reuse the kernel is asked whether a socket
+has ended, unless it is watched and the request could be sent once more; one that has been idle longer than
+`pool_idle_timeout` is closed. A request that cannot be repeated gets only one on which the backend's own time-out
+cannot be near (`servers`), since it would be lost with it. A connection that was logged in
 (RFC 4559) is never kept: whoever came next would be served as whoever did so.
 """
 
@@ -286,7 +287,8 @@ class BackendAdapter(BaseAdapter):
                 if seconds > connection.server.safe_idle and not request.is_retriable:
                     idle.append(connection)  # for one that can be
                     return None
-            if seconds <= self.timeouts.pool_idle_timeout and not connection.has_input():
+            is_seen = connection.is_watched and request.is_retriable
+            if seconds <= self.timeouts.pool_idle_timeout and (is_seen or not connection.has_input()):
                 connection.received_before = connection.received
                 return connection
             connection.close()

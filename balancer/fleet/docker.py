@@ -1,0 +1,113 @@
+"""Containers that are labelled `lb.enable=true`, as Docker's API tells of them. It is only read."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+from collections.abc import Generator, Mapping, Sequence
+from ipaddress import ip_address, ip_network
+from typing import Any
+from urllib.parse import quote
+
+from balancer.balancing.backends import ID_PATTERN, MAX_WEIGHT
+from balancer.balancing.pool import DEFAULT_POOL
+from balancer.fleet.discovery import Found, Source, SourceFailed
+from balancer.fleet.jsonapi import JsonApi
+from balancer.protocol.origin import Origin
+
+ROUND_SECONDS = 60.0  # after which all are listed again, whatever was told
+PAUSE_SECONDS = 0.2  # between two rounds: the news may end at once
+SELECTED = {"label": ["lb.enable=true"]}
+END_SIGNALS = ("2", "3", "15")  # INT, QUIT, TERM: what `docker stop` sends, as the image has it
+NOT_YET = ("(unhealthy)", "(health: starting)")
+
+
+class DockerSource(Source):
+    """Lists containers anew whenever one of them has started, ended or changed."""
+
+    kind = "docker"
+    longest_pause = 10.0
+
+    def __init__(self, url: str, origin: Origin) -> None:
+        super().__init__("docker", url, url)
+        self._api, self._news = JsonApi(origin), JsonApi(origin)
+        self._ending: set[str] = set()  # ids of containers that were told to end, in this round
+
+    def stop(self) -> None:
+        super().stop()
+        self._api.stop()
+        self._news.stop()
+
+    def look(self) -> Generator[Sequence[Found], None, None]:
+        while not self.stopping.is_set():
+            self._ending = set()
+            # Listened to first, so that nothing happens unheard between the list and the news.
+            with self._news.watch(f"/events?filters={_filters(type=['container'])}", ROUND_SECONDS) as news:
+                yield self._found()
+                for told in news:
+                    self._ending |= {each["Actor"]["ID"] for each in told if _is_end(each)}
+                    yield self._found()
+            self.stopping.wait(PAUSE_SECONDS)
+
+    def _found(self) -> list[Found]:
+        containers = self._api.get(f"/containers/json?filters={_filters(status=['running'])}")
+        found, self.complaints = [], []
+        for container in containers:
+            if container["Id"] in self._ending or any(text in container.get("Status", "") for text in NOT_YET):
+                continue
+            name = str(container["Names"][0]).lstrip("/")[:64]
+            try:
+                found.append(_backend(name, container))
+            except SourceFailed as error:
+                self.complaints.append(f"{name} is left out: {error}")
+        return found
+
+
+def _is_end(told: Mapping[str, Any]) -> bool:
+    """It is to end, and serves what it has; a signal of another kind asks for something else."""
+    return told.get("Action") == "kill" and told["Actor"]["Attributes"].get("signal") in END_SIGNALS
+
+
+def _filters(**more: Sequence[str]) -> str:
+    return quote(json.dumps({**SELECTED, **more}))
+
+
+def _backend(name: str, container: Mapping[str, Any]) -> Found:
+    labels = container["Labels"]
+    if not re.fullmatch(ID_PATTERN, name):
+        raise SourceFailed("its name cannot be an id")
+    weight = labels.get("lb.weight", "1")
+    if not re.fullmatch(r"[0-9]{1,3}", weight) or int(weight) > MAX_WEIGHT:
+        raise SourceFailed(f"lb.weight {weight!r} is not a whole number from 0 to {MAX_WEIGHT}")
+    origin = Origin("http", _address(container["NetworkSettings"]["Networks"]), _port(labels, container))
+    return Found(name, labels.get("lb.pool", DEFAULT_POOL), origin, int(weight))
+
+
+def _port(labels: Mapping[str, str], container: Mapping[str, Any]) -> int:
+    exposed = {str(port["PrivatePort"]) for port in container.get("Ports") or () if port["Type"] == "tcp"}
+    port = labels.get("lb.port") or (exposed.pop() if len(exposed) == 1 else "")
+    if not re.fullmatch(r"[1-9][0-9]{0,4}", port) or int(port) > 65535:
+        raise SourceFailed(f"lb.port {port!r} is no port" if port else "it exposes not exactly one port, set lb.port")
+    return int(port)
+
+
+def _address(networks: Mapping[str, Mapping[str, Any]]) -> str:
+    """In a network that we are in as well, if there is one."""
+    if "host" in networks:
+        return "127.0.0.1"
+    found = [
+        (str(each["IPAddress"]), each.get("IPPrefixLen") or 32) for each in networks.values() if each.get("IPAddress")
+    ]
+    if not found:
+        raise SourceFailed("it has no address")
+    return next((address for address, bits in found if _is_near(address, bits)), found[0][0])
+
+
+def _is_near(address: str, bits: int) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:  # nothing is sent
+        try:
+            sock.connect((address, 9))
+            return ip_address(sock.getsockname()[0]) in ip_network(f"{address}/{bits}", strict=False)
+        except (OSError, ValueError):
+            return False

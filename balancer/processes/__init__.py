@@ -1,0 +1,1 @@
+"""Several worker processes of one balancer, and their master."""

@@ -1,0 +1,308 @@
+"""The worker processes of one balancer, as their master has them: started, watched, replaced, and ended together.
+
+Each has a place, with a listening socket that is the master's: so a connection that nobody has accepted yet waits for
+the next worker there, whatever has become of the last one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from balancer.config.values import MAX_WORKERS
+from balancer.control.control import WorkerState, WorkerView
+from balancer.edge.server import DRAIN_LOOK_SECONDS, PARKED_SECONDS, STOP_SECONDS, Server
+from balancer.processes import reuseport
+from balancer.processes.link import Link
+
+log = logging.getLogger("balancer.processes")
+
+LOOK_SECONDS = 0.1  # between two looks at all workers
+HUNG_SECONDS, START_SECONDS = 5.0, 60.0  # without a word: a worker that serves, and one that begins
+YOUNG_SECONDS = 1.0  # who dies within this time of being ready would soon do so again
+PAUSE_SECONDS, LONGEST_PAUSE = 0.5, 30.0  # before the next one begins then; twice as long each time
+MOST_DEATHS, DEATHS_SECONDS = 5, 60.0  # of all workers: more often it is no accident
+SETTLE_SECONDS = 1.0  # for connections that are being made while others are steered away
+ROOT = Path(__file__).resolve().parents[2]
+# They ask the master for something; a terminal and systemd send them to all of us.
+OURS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGTTIN", "SIGTTOU")]
+
+
+class Child:
+    """One worker process. The thread of its link says when it was heard of last."""
+
+    def __init__(self, popen: subprocess.Popen[bytes], link: Link) -> None:
+        self.popen, self.link = popen, link
+        self.since = time.time()
+        self.heard_at = time.monotonic()
+        self.ready_at = float("inf")  # of time.monotonic()
+        self.is_given_up = False
+
+    @property
+    def is_ready(self) -> bool:
+        return self.ready_at < float("inf")
+
+    def beat(self) -> None:
+        self.heard_at = time.monotonic()
+
+    def ready(self) -> None:
+        self.ready_at = self.heard_at = time.monotonic()
+
+
+@dataclass(slots=True, eq=False)
+class Place:
+    """Where a worker is, or will be from `start_at` on. `early` deaths in a row came when it had hardly begun."""
+
+    number: int
+    listener: socket.socket
+    cpus: Sequence[int]
+    child: Child | None = None
+    start_at: float = 0.0
+    early: int = 0
+    is_leaving: bool = False
+    is_new: bool = False  # connections are kept away from it until it is ready
+
+    def describe(self) -> WorkerView:
+        child = self.child
+        state: WorkerState = "waiting"
+        if child is not None:
+            state = "draining" if self.is_leaving else "running" if child.is_ready else "starting"
+        return {
+            "id": self.number,
+            "pid": None if child is None else child.popen.pid,
+            "cpu": self.cpus[0] if len(self.cpus) == 1 else None,
+            "since": None if child is None else child.since,
+            "state": state,
+        }
+
+
+@dataclass(slots=True)
+class Meeting:
+    """What the master does when a worker comes and goes."""
+
+    passes: Callable[[Place], list[int]]  # descriptors that the worker is to have
+    begin: Callable[[Place], None]
+    lost: Callable[[Place, str], None]
+    cpus: Callable[[int], Sequence[int]]
+
+
+class Crew(Server):
+    """All workers. `listeners` of the main port are one for each of them, or the same one for all; `others` are of
+    further ports, by role, and for all.
+
+    Everything belongs to the thread of the event loop, but that others may read `places`, which is replaced.
+    """
+
+    def __init__(
+        self, listeners: Sequence[socket.socket], others: Collection[socket.socket], meeting: Meeting, **hooks: Any
+    ) -> None:
+        super().__init__([], **hooks)
+        self._meeting = meeting
+        self._others = others
+        self._is_reuseport = len(set(map(id, listeners))) > 1
+        self.places = [Place(number, each, meeting.cpus(number)) for number, each in enumerate(listeners)]
+        self._deaths: deque[float] = deque(maxlen=MOST_DEATHS)
+        self._is_ending = False
+        self._looked_at = time.monotonic()
+        self._watch: asyncio.Task[None] | None = None
+        self._leaving: set[asyncio.Task[None]] = set()
+        self.failure = ""  # why it has ended by itself
+
+    def close(self) -> None:
+        for place in self.places:
+            if place.child is not None:
+                place.child.popen.kill()
+                place.child.popen.wait()
+                self._part(place.child)
+        self._close_listeners()
+        self._on_stop()
+
+    # In the event loop's thread.
+
+    def start(self) -> None:
+        self._watch = asyncio.create_task(self._watch_all())
+
+    async def ready(self) -> None:
+        while not all(place.child is not None and place.child.is_ready for place in self.places):
+            await asyncio.sleep(LOOK_SECONDS)
+
+    def signals(self) -> Mapping[str, Callable[[], None]]:
+        return {"SIGTTIN": self.more, "SIGTTOU": self.fewer}
+
+    async def give_way(self, hurry: asyncio.Future[Any]) -> None:
+        self._is_ending = True
+        self._tell_all("leave")
+        deadline = time.monotonic() + PARKED_SECONDS + STOP_SECONDS
+        while any(place.child for place in self.places) and time.monotonic() < deadline and not hurry.done():
+            await asyncio.wait([hurry], timeout=LOOK_SECONDS)
+
+    async def end(self, why: str, limit: float, delay: float = 0.0, hurry: asyncio.Future[Any] | None = None) -> bool:
+        hurry = hurry or asyncio.get_running_loop().create_future()
+        self._is_ending = True
+        text = f"requests in flight have at most {limit:g} s to finish ({why})"
+        log.info("draining %d workers: %s", len(self.places), text)
+        self._on_drain(text)
+        self._tell_all("end", why, limit, delay)
+        await asyncio.wait([hurry], timeout=delay)
+        self._close_listeners()
+        deadline, has_hurried = time.monotonic() + limit + 2 * STOP_SECONDS, False
+        while any(place.child is not None for place in self.places) and time.monotonic() < deadline:
+            if hurry.done() and not has_hurried:
+                has_hurried, deadline = True, time.monotonic() + 2 * STOP_SECONDS
+                self._tell_all("hurry")
+            await asyncio.sleep(DRAIN_LOOK_SECONDS)
+        if self._watch is not None:
+            self._watch.cancel()
+        return True  # what has not ended by now, `close` ends
+
+    def more(self) -> None:
+        """SIGTTIN: one worker more."""
+        number = min({*range(len(self.places) + 1)} - {place.number for place in self.places})
+        if number == MAX_WORKERS:
+            log.warning("SIGTTIN: there are %d workers, and cannot be more", number)
+            return
+        listener = self.places[0].listener
+        if self._is_reuseport:
+            reuseport.steer([listener], len(self._staying))
+            host, port = listener.getsockname()[:2]
+            listener = reuseport.listen_too(host, port)
+        self.places = [*self.places, Place(number, listener, self._meeting.cpus(number), is_new=True)]
+        log.info("SIGTTIN: %d workers", len(self._staying))
+
+    def fewer(self) -> None:
+        """SIGTTOU: one worker less, the last one."""
+        if len(self._staying) == 1:
+            log.warning("SIGTTOU: the only worker stays")
+            return
+        place = self._staying[-1]
+        place.is_leaving = True
+        log.info("SIGTTOU: %d workers", len(self._staying))
+        leaving = asyncio.create_task(self._leave(place))
+        self._leaving.add(leaving)
+        leaving.add_done_callback(self._leaving.discard)
+
+    def adapt(self, count: int) -> None:
+        """So many are to stay."""
+        while len(self._staying) > count:
+            self.fewer()
+        if self._is_reuseport:
+            reuseport.steer([self.places[0].listener], count)
+
+    def sockets(self) -> list[socket.socket]:
+        """One for each worker, or the same one for all."""
+        return [place.listener for place in self._staying]
+
+    @property
+    def _staying(self) -> list[Place]:
+        return [place for place in self.places if not place.is_leaving]
+
+    async def _leave(self, place: Place) -> None:
+        """Nobody who has connected is turned away: new connections go elsewhere, and those that wait are served."""
+        if self._is_reuseport:
+            reuseport.steer([place.listener], len(self._staying))
+            await asyncio.sleep(SETTLE_SECONDS)
+            while reuseport.waiting(place.listener) and place.child is not None:
+                await asyncio.sleep(LOOK_SECONDS)
+            place.listener.close()
+        if place.child is not None:
+            place.child.link.tell("leave")
+        while place.child is not None:
+            await asyncio.sleep(LOOK_SECONDS)
+        self.places = [each for each in self.places if each is not place]
+
+    # Who is there.
+
+    async def _watch_all(self) -> None:
+        while True:
+            now = time.monotonic()
+            if now - self._looked_at > 10 * LOOK_SECONDS:  # this process was kept waiting, and so may they have been
+                for place in self.places:
+                    if place.child is not None:
+                        place.child.beat()
+            self._looked_at = now
+            for place in self.places:
+                try:
+                    self._look(place, now)
+                except Exception:  # the others must be looked at
+                    log.exception("worker %d", place.number)
+                    place.start_at = now + PAUSE_SECONDS
+            await asyncio.sleep(LOOK_SECONDS)
+
+    def _look(self, place: Place, now: float) -> None:
+        child = place.child
+        if child is None:
+            if now >= place.start_at and not (self._is_ending or place.is_leaving):
+                self._begin(place)
+        elif child.popen.poll() is not None:
+            self._died(place, child, now)
+        elif now - child.heard_at > (HUNG_SECONDS if child.is_ready else START_SECONDS) and not child.is_given_up:
+            child.is_given_up = True
+            child.popen.kill()
+        elif place.is_new and child.is_ready:
+            place.is_new = False
+            if self._is_reuseport:
+                reuseport.steer([place.listener], len(self._staying))
+
+    def _begin(self, place: Place) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            passed = [each.fileno() for each in (theirs, place.listener, *self._others)] + self._meeting.passes(place)
+            command = [sys.executable, "-P", "-m", "balancer.processes.worker", str(theirs.fileno())]
+            path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+            # They stay blocked in the child, and those that come to us meanwhile are not lost.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, OURS)
+            try:
+                popen = subprocess.Popen(
+                    command, pass_fds=passed, stdin=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": path}
+                )
+            except OSError:
+                ours.close()
+                self._meeting.lost(place, "")
+                raise
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        place.child = Child(popen, Link(ours, f"process-{place.number}"))
+        self._meeting.begin(place)
+
+    def _died(self, place: Place, child: Child, now: float) -> None:
+        place.child = None
+        self._part(child)
+        code, pid = child.popen.returncode, child.popen.pid
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+        if child.is_given_up:
+            how = "did not answer any more, and was ended"
+        is_expected = self._is_ending or place.is_leaving
+        self._meeting.lost(place, "" if is_expected else f"worker {place.number} (process {pid}) {how}")
+        if is_expected:
+            return
+        place.early = place.early + 1 if now - child.ready_at < YOUNG_SECONDS else 0
+        place.start_at = now + (min(PAUSE_SECONDS * 2 ** (place.early - 1), LONGEST_PAUSE) if place.early else 0)
+        self._deaths.append(now)
+        if len(self._deaths) == MOST_DEATHS and now - self._deaths[0] <= DEATHS_SECONDS and not self.failure:
+            self.failure = f"{MOST_DEATHS} workers ended within {DEATHS_SECONDS:g} s, the last one {how}"
+            log.critical("%s; so does this balancer", self.failure)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def _part(self, child: Child) -> None:
+        child.link.close()
+        child.link.join()
+
+    def _tell_all(self, what: str, *values: Any) -> None:
+        for place in self.places:
+            if place.child is not None:
+                place.child.link.tell(what, *values)
+
+    def _close_listeners(self) -> None:
+        for listener in (*(place.listener for place in self.places), *self._others):
+            listener.close()

@@ -1,0 +1,287 @@
+"""Several worker processes, and what there is once for all of them, in the process that starts them.
+
+It has the sockets, the control API, health checks, decisions, the configuration, and what is kept. It never imports
+Granian, whose threads would be in the way of starting processes and could take all of this with them.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+from balancer import wiring
+from balancer.balancing.backends import Backend, LastCheck
+from balancer.balancing.changes import Change as PoolChange
+from balancer.balancing.pool import BackendPool
+from balancer.balancing.shared import SharedLoads
+from balancer.config.comparison import Plan
+from balancer.config.settings import Settings
+from balancer.control.control import WorkerView
+from balancer.edge import process, quota, tcpsocket
+from balancer.edge.handover import ROLES, Handed
+from balancer.edge.server import Server
+from balancer.forwarding.filter import Filter
+from balancer.loadbalancer import LoadBalancer
+from balancer.observe.events import EventKind
+from balancer.observe.reports import Collector, Ledger
+from balancer.processes import reuseport, shares
+from balancer.processes.crew import Crew, Meeting, Place
+from balancer.processes.forwarded import AnsweringWorkers
+from balancer.processes.link import Link
+from balancer.processes.news import Numbers, Start, news_of
+from balancer.protocol.addresses import UNIX
+from balancer.protocol.origin import Origin
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
+# After them workers have to know of the pool anew; what traffic or checks change is told by itself.
+OF_MEMBERS = frozenset({"backend_added", "backend_removed", "backend_changed", "backend_draining", "algorithm_changed"})
+
+
+class Master(LoadBalancer):
+    """`_telling` guards `_links`, who hears what, and the order in which all hear it. It is taken after all other
+    locks but those of pools."""
+
+    def __init__(self, config: Settings, sources: Mapping[str, str] | None = None) -> None:
+        self.count = quota.workers(config.workers)
+        self._telling = Lock()
+        self._links: list[Link] = []
+        self._crew: Crew | None = None
+        self._mains: list[socket.socket] = []
+        self._config = config  # that workers have
+        self._loads = SharedLoads()
+        self._ledgers: dict[int, Ledger] = {}  # by the number of the worker
+        self._numbers: dict[int, Numbers] = {}  # as well
+        super().__init__(config=config, sources=sources)
+        self._answering = AnsweringWorkers(self._answer)
+        self._follow = self.pools.tell
+        self.pools.tell = self._changed
+        self.pools.cut_off = self._cut_off
+        self.pools.health.on_check = self._checked
+        self.control.workers = self._describe
+        self.control.queued = lambda: sum(each.queued for each in list(self._numbers.values()))
+        self.control.idle = self._idle
+        self.control.log.dropped_elsewhere = lambda: sum(each.dropped for each in list(self._numbers.values()))
+        self._collector = Collector(self.control.statistics, self.control.routes, self.control.canaries)
+        self._look, self.pools.look = self.pools.look, self._look_around
+
+    def make(self, config: Settings, sources: Mapping[str, str] | None, filters: Sequence[Filter]) -> wiring.Parts:
+        own = wiring.Own(loads=self._loads, take=lambda: self._collector.take())
+        return wiring.make(config, sources, filters, self.reload, self.renew, self.ports, own)
+
+    # What it is as a whole.
+
+    @property
+    def urls(self) -> list[str]:
+        found = []
+        for role, listener in self._listeners.items():
+            name = listener.getsockname()
+            scheme = "http" if self.renewal.certificate is None or role == "redirect" else "https"
+            found.append(tcpsocket.url_of(name if isinstance(name, str) else name[:2], scheme))
+        return found
+
+    def told(self) -> list[str]:
+        return [f"{self.count} workers"]
+
+    def cpus(self) -> list[int]:
+        """Its workers are pinned."""
+        return []
+
+    def serve(self) -> int:
+        code = super().serve()
+        assert self._crew is not None
+        return 1 if self._crew.failure else code
+
+    def listen_main(self) -> socket.socket:
+        config = self.settings
+        if config.host.startswith(UNIX):
+            return super().listen_main()
+        self._mains = reuseport.listen(config.host, config.port, self.count)
+        return self._mains[0]
+
+    def bound(self, handed: Handed) -> dict[str, socket.socket]:
+        self._mains = [each for role, each in handed.items() if role.startswith("http")]
+        return super().bound({role: each for role, each in handed.items() if role in ROLES})
+
+    def sockets_to_hand_over(self) -> Handed:
+        assert self._crew is not None
+        mains = dict.fromkeys(self._crew.sockets())  # the same one may be everybody's
+        named = {f"http{number or ''}": each for number, each in enumerate(mains)}
+        return {**named, **{role: each for role, each in self._listeners.items() if role != "http"}}
+
+    async def succeed(self) -> None:
+        """The process before this one may have had more workers, or fewer."""
+        if self.predecessor is not None and self._crew is not None:
+            self._crew.adapt(self.count)
+        await super().succeed()
+
+    def server(self, listeners: Mapping[str, socket.socket]) -> Server:
+        mains = self._mains if len(self._mains) > 1 else [listeners["http"]] * self.count
+        mains += [reuseport.listen_too(*mains[0].getsockname()[:2]) for _ in range(self.count - len(mains))]
+        self._mains = mains
+        others = [each for role, each in listeners.items() if role != "http"]
+        self._crew = Crew(
+            *(mains, others, Meeting(self._passes, self._welcome, self._lost, self._cpus_of)),
+            on_start=self.start_parts,
+            on_drain=self.drain,
+            on_stop=self.stop_parts,
+        )
+        return self._crew
+
+    def stop_single_parts(self) -> None:
+        self._answering.stop()
+        super().stop_single_parts()
+
+    def _answer(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        """A control request. What has happened before it is counted."""
+        self._collector.take()
+        return self.control_app(environ, start_response)
+
+    def _look_around(self) -> None:
+        self._look()
+        self._tell("canaries", self.control.canaries.shares())
+
+    def _idle(self) -> dict[str, Counter[str]]:
+        found: dict[str, Counter[str]] = {}
+        for numbers in list(self._numbers.values()):
+            for pool, idle in numbers.idle.items():
+                found.setdefault(pool, Counter()).update(idle)
+        return found
+
+    def _cpus_of(self, number: int) -> Sequence[int]:
+        wanted = self.settings.cpu_affinity
+        if wanted == "auto" and hasattr(os, "sched_getaffinity"):
+            available = sorted(os.sched_getaffinity(0), reverse=True)
+        else:
+            available = process.cpus(wanted)
+        return available and [available[number % len(available)]]
+
+    def _describe(self) -> list[WorkerView]:
+        return [] if self._crew is None else [place.describe() for place in self._crew.places]
+
+    # Its workers come and go.
+
+    def _passes(self, place: Place) -> list[int]:
+        ledger = self._ledgers[place.number] = Ledger()
+        self._loads.forget(place.number)
+        self._collector.add(ledger)
+        return [self._loads.fd, ledger.fd]
+
+    def _welcome(self, place: Place) -> None:
+        assert place.child is not None
+        child, link = place.child, place.child.link
+        with self._telling:
+            start = Start(
+                number=place.number,
+                settings=shares.of_worker(self._config, self.count),
+                sources=self.configuration.sources,
+                certificate=self.renewal.certificate,
+                pools={pool.name: news_of(pool) for pool in self.control.pools},
+                canaries=self.control.canaries.shares(),
+                loads=self._loads.fd,
+                ledger=self._ledgers[place.number].fd,
+                pseudonym=self.proxy.heads.pseudonym,
+                sockets={role: each.fileno() for role, each in {**self._listeners, "http": place.listener}.items()},
+                cpus=place.cpus,
+            )
+            link.tell("start", start)
+            self._links.append(link)
+
+        def ask(number: int, told: dict[str, Any], body: bytes | Exception) -> None:
+            self._answering.ask(told, body, lambda answer: link.tell("answer", number, answer))
+
+        link.start(
+            {
+                "ready": child.ready,
+                "beat": child.beat,
+                "ask": ask,
+                "judged": self._take_verdict,
+                "wake": self.pools.health.wake,
+                "event": self._take_event,
+                "numbers": partial(self._take_numbers, place.number),
+            },
+            lambda: None,
+        )
+
+    def _lost(self, place: Place, text: str) -> None:
+        """It may have begun, or not."""
+        ledger = self._ledgers.pop(place.number)
+        in_flight = self._collector.end(ledger)
+        ledger.close()
+        self._loads.forget(place.number)
+        self._numbers.pop(place.number, None)
+        with self._telling:
+            living = [] if self._crew is None else [each.child.link for each in self._crew.places if each.child]
+            self._links = [link for link in self._links if link in living]
+        if text:
+            wiring.noting(self.control.events)("worker_lost", f"{text}, with {in_flight} requests in flight")
+
+    # What workers say, each in the thread of its link.
+
+    def _take_verdict(self, name: str, backend_id: str, origin: Origin, kind: str, reason: str) -> None:
+        for pool in self.control.pools:
+            backend = pool.get(backend_id)
+            if pool.name != name or backend is None:
+                continue
+            if kind == "backend_slow":
+                self._follow(pool, PoolChange("backend_slow", backend_id, reason, "warning"))
+            elif kind == "backend_down":
+                pool.record_refused(backend, reason, origin)
+                self._tell("refused", name, backend_id, origin, reason)
+            else:
+                pool.record_verdict(backend, reason if kind == "backend_ejected" else None, origin)
+                self._tell("ejection", name, backend_id, pool.ejections().get(backend_id))
+
+    def _take_event(self, kind: EventKind, backend: str | None, message: str, more: Any, named: Any) -> None:
+        self.control.events.add(kind, backend, message, *more, **named)
+
+    def _take_numbers(self, worker: int, numbers: Numbers) -> None:
+        self._numbers[worker] = numbers
+        self.control.limiter.restore(numbers.limits)
+        for pool in self.control.pools:
+            pool.note_selected(numbers.selected.get(pool.name, {}))
+            pool.note_alive(numbers.alive.get(pool.name, {}))
+            pool.hedging.note_late(numbers.late.get(pool.name))
+        if numbers.alive:
+            self._tell("alive", numbers.alive)
+
+    # What they are told.
+
+    def _tell(self, what: str, *values: Any) -> None:
+        with self._telling:
+            for link in self._links:
+                link.tell(what, *values)
+
+    def _changed(self, pool: BackendPool, change: PoolChange) -> None:
+        self._follow(pool, change)
+        if change.kind in OF_MEMBERS:
+            with self._telling:  # so that the newest comes last
+                news = news_of(pool)
+                for link in self._links:
+                    link.tell("pool", pool.name, news)
+
+    def _checked(self, pool: BackendPool, backend: Backend, check: LastCheck, origin: Origin) -> None:
+        self._tell("check", pool.name, backend.id, origin, check)
+
+    def _cut_off(self, backend: Backend) -> None:
+        self._tell("cut", backend.id)
+
+    def apply(self, config: Settings, plan: Plan) -> None:
+        self._config = config
+        super().apply(config, plan)  # which renews
+
+    def renew(self) -> None:
+        with self._telling:
+            pools = {pool.name: news_of(pool) for pool in self.control.pools}
+            for link in self._links:
+                link.tell(
+                    "settings",
+                    *(shares.of_worker(self._config, self.count), self.configuration.sources),
+                    *(self.renewal.certificate, pools),
+                )
