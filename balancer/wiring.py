@@ -53,6 +53,7 @@ from balancer.fleet.health import HealthChecker
 from balancer.fleet.providers import Providers
 from balancer.fleet.scaler import Scaling
 from balancer.fleet.scaling import ScalingNews, ScalingOptions
+from balancer.forwarding import race
 from balancer.forwarding.filter import Filter
 from balancer.forwarding.route import Route, RouteOptions, Routes
 from balancer.observe.accesslog import AccessLog, LogOptions
@@ -406,7 +407,10 @@ def _routes(
             config.options(RouteOptions),
             on_refused=pools.health.wake,
             response_heads=heads,
-            done=(access_log.done,) if config.access_log else (),
+            done=(
+                *((race.noting(parts.pool.hedging),) if config.hedge != "off" else ()),
+                *((access_log.done,) if config.access_log else ()),
+            ),
         )
         return Way(config, route, usual)
 

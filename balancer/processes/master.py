@@ -253,6 +253,7 @@ class Master(LoadBalancer):
         for pool in self.control.pools:
             pool.note_selected(numbers.selected.get(pool.name, {}))
             pool.note_alive(numbers.alive.get(pool.name, {}))
+            pool.hedging.note_late(numbers.late.get(pool.name))
         if numbers.alive:
             self._tell("alive", numbers.alive)
 

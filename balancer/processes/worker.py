@@ -268,7 +268,8 @@ class Worker(LoadBalancer):
         }
         alive = {pool.name: found for pool in self.control.pools if (found := pool.alive())}
         limits = self._added("", self.control.limiter.counts())
-        told = Numbers(self.workers.queued, self.pools.idle(), selected, alive, limits, self.control.log.dropped)
+        late = {pool.name: pool.hedging.late() for pool in self.control.pools}
+        told = Numbers(self.workers.queued, self.pools.idle(), selected, alive, limits, self.control.log.dropped, late)
         self._link.tell("numbers", told)
 
     def _added(self, kind: str, counts: Mapping[str, int]) -> dict[str, int]:
