@@ -114,7 +114,8 @@ class Worker(LoadBalancer):
         """The master has them."""
 
     def stop_single_parts(self) -> None:
-        """As well."""
+        """As well, and hears now what has happened to the last."""
+        self._tell_numbers()
 
     # What it serves.
 
@@ -128,10 +129,11 @@ class Worker(LoadBalancer):
         self.listen(sockets)
         server = self._begin(None)
         assert server is not None
-        if not server.run(self._serve_on(server)):
+        has_ended = server.run(self._serve_on(server))
+        self._link.finish()
+        if not has_ended:
             logging.shutdown()
             os._exit(0)  # as `process.serve`
-        self._link.close()
         return 0
 
     async def _serve_on(self, server: Server) -> bool:
@@ -286,6 +288,8 @@ def main(descriptor: str) -> int:
     except SettingsError as error:
         print(f"worker: {error}", file=sys.stderr)
         return 2
+    except (EOFError, OSError):  # the master is gone already
+        return 1
     logrecords.install(worker.control.log, worker.settings.log_level, lambda: worker.settings.access_log_format)
     return worker.serve()
 
