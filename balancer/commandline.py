@@ -141,6 +141,8 @@ def make(config: Settings, sources: Mapping[str, str]) -> LoadBalancer:
         from balancer.loadbalancer import LoadBalancer
 
         return LoadBalancer(config=config, sources=sources)
+    if not hasattr(os, "memfd_create"):
+        raise SettingsError(f"workers = {config.workers}: several processes need Linux; expected 1")
     from balancer.processes.master import Master
 
     return Master(config, sources)
@@ -168,7 +170,7 @@ def run(balancer: LoadBalancer, warnings: list[str], handed: handover.Handed) ->
     handler = logrecords.install(balancer.control.log, config.log_level, lambda: balancer.settings.access_log_format)
     balancer.listen(handed)
     titles = ["listening on"] + ["control API on"] * (config.control_port is not None) + ["redirecting on"]
-    where = ", ".join(map(" ".join, zip(titles, balancer.urls, strict=False)))
+    where = ", ".join([*map(" ".join, zip(titles, balancer.urls, strict=False)), *balancer.told()])
 
     # At once and whatever log_level says: somebody waits for it.
     def tell(stream: TextIO, logger: str, level: int, text: str) -> None:

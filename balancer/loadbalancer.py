@@ -119,6 +119,8 @@ class LoadBalancer:
         self.app, self.control_app, self.proxy = parts.app, parts.control_app, parts.proxy
         self.control, self.pools, self.workers, self.routes = parts.control, parts.pools, parts.workers, parts.routes
         self.copies, self.memory = parts.copies, parts.memory
+        self.cluster = parts.control.cluster
+        self.control.url = self._main_url
         self.is_forgetful = False  # what was decided before counts no more
         self.predecessor: Predecessor | None = None  # the process whose place this one takes
         self.is_command = False  # started as one, which can be started once more
@@ -156,6 +158,11 @@ class LoadBalancer:
             raise RuntimeError("it does not listen yet: start() comes first")
         return [port.url for port in self._server.ports]
 
+    def _main_url(self) -> str | None:
+        with contextlib.suppress(RuntimeError):
+            return self.url
+        return None
+
     @property
     def pool(self) -> BackendPool:
         """The default one."""
@@ -170,6 +177,10 @@ class LoadBalancer:
         if not isinstance(recent, int) or recent < 0:
             raise SettingsError(f"recent = {validation.shown(recent)}: expected a whole number, 0 or more")
         return [record.explain() for record in self.control.statistics.newest(recent)]
+
+    def told(self) -> list[str]:
+        """What else is worth a word when it starts."""
+        return []
 
     def advice(self) -> list[str]:
         """A line for each setting that does not do what its owner may expect of it."""
@@ -390,6 +401,8 @@ class LoadBalancer:
             if self.predecessor is not None:
                 self.predecessor.ask_for_state()
             self.memory.start("decisions" if self.is_forgetful else None)
+        if self.cluster is not None:
+            self.cluster.start()
         self.control.discovery.start()
         self.control.history.start()
         self.renewal.start()
@@ -432,6 +445,8 @@ class LoadBalancer:
         self.control.discovery.stop()
         self.renewal.stop()
         self.control.history.stop()
+        if self.cluster is not None:
+            self.cluster.stop()
         if self.memory is not None:
             self.memory.stop()
 

@@ -90,6 +90,7 @@ def another_value(name: str) -> Any:
         "ca_file": "ca.pem",
         "unix_socket_mode": "0660",
         "unix_socket_owner": "root",
+        "redis_url": "redis://10.0.0.9:6380/1",
         "docker": "unix:///run/docker.sock",
         "dns_servers": ("10.0.0.2:53",),
     }
@@ -285,7 +286,7 @@ class BalancerProcess(Process, Served):
     def _listening(self) -> re.Match[str] | None:
         if self.popen.poll() is not None:
             raise AssertionError(f"the balancer ended: {self.output}")
-        return re.search(r'listening on (https?://[^\s",]+)', self.output)
+        return re.search(r'listening on ((?:https?|http\+unix)://[^\s",]+)', self.output)
 
 
 Start = Callable[..., Balancer]

@@ -126,6 +126,7 @@ TABLES = frozenset(Settings.model_fields.keys() - Values.model_fields.keys() - {
 NEEDS_RESTART = frozenset(name for name, field in Settings.model_fields.items() if RESTART in field.metadata)
 # Never shown, and no flags.
 SECRETS = frozenset(name for name, field in Settings.model_fields.items() if field.annotation == SecretStr | None)
+HIDDEN = SECRETS | {"redis_url"}  # which has a flag, for most have no password in it
 SECRET_FIELDS = frozenset({"keys", "sha256"})  # of tables: somebody may put there what only its digest should be
 
 
@@ -302,7 +303,7 @@ def _explain(detail: Mapping[str, Any], sources: Mapping[str, str], values: Mapp
     is_table = name in TABLES and isinstance(detail["input"], Mapping | list | tuple)
     if detail["type"] == "missing" or is_all or is_table:  # no value, or more than a line holds, maybe a secret
         return f"{where} {told}"
-    is_secret = name in SECRETS or not SECRET_FIELDS.isdisjoint(path)
+    is_secret = name in HIDDEN or not SECRET_FIELDS.isdisjoint(path)
     value = "(hidden)" if is_secret else validation.shown(detail["input"], hide=name in ("backends", *TABLES))
     return f"{where} = {value} {told}"
 

@@ -21,8 +21,10 @@ from balancer.balancing import strategies
 from balancer.balancing.pool import PoolView
 from balancer.balancing.strategies import StrategyView
 from balancer.config.reload import ConfigView
+from balancer.control import cluster
 from balancer.control.access import first_segment, is_authorized
-from balancer.control.control import Lifecycle, ManagedView, StateView, TlsView, WorkerView, current_control
+from balancer.control.cluster import ClusterState
+from balancer.control.control import Lifecycle, ManagedView, StateView, TlsView, current_control
 from balancer.control.inputs import whole_number
 from balancer.control.metrics import current_metrics
 from balancer.control.problems import ApiError
@@ -93,13 +95,15 @@ class TotalsView(StatisticsView):
 
 class Capabilities(TypedDict):
     """What the reader may do. `writes`: if need be with a token, which a page needs if `token_required`. `authorized`:
-    a token came with this request, else paths are cut. `traffic`: this address forwards requests too."""
+    a token came with this request, else paths are cut. `traffic`: this address forwards requests too. `faults`: the
+    backends are those of the demo, and can be troubled."""
 
     writes: bool
     token_required: bool
     authorized: bool
     reload: bool
     traffic: bool
+    faults: bool
     algorithms: list[StrategyView]
 
 
@@ -120,6 +124,7 @@ class Status(TypedDict):
     config: ConfigView
     tls: TlsView | None
     state: StateView | None
+    cluster: ClusterState
     statistics: TotalsView
     pools: list[PoolStatus]
     sources: list[SourceView]
@@ -144,10 +149,6 @@ class Readiness(TypedDict):
 class EventsView(TypedDict):
     events: list[Event]
     latest: int
-
-
-class ClusterView(TypedDict):
-    workers: list[WorkerView]
 
 
 class HistoryView(TypedDict):
@@ -202,6 +203,7 @@ def status() -> Response:
             config=control.configuration.summary(is_authorized()),
             tls=_tls(),
             state=_state(),
+            cluster=cluster.state(control),
             statistics=totals,
             pools=_pools(backends),
             sources=_sources(),
@@ -293,6 +295,7 @@ def _capabilities() -> Capabilities:
         "authorized": is_authorized(),
         "reload": current_control().configuration.can_reload,
         "traffic": current_control().settings.control_port is None,  # a port of its own forwards nothing
+        "faults": current_control().settings.demo_faults,
         "algorithms": strategies.describe(),
     }
 
@@ -330,11 +333,6 @@ def show_configuration() -> Response:
 def events() -> Response:
     newer, latest = current_control().events.since(whole_number("since", 0, 10**15), is_authorized())
     return jsonify(EventsView(events=newer, latest=latest))
-
-
-@blueprint.get("/cluster")
-def cluster() -> Response:
-    return jsonify(ClusterView(workers=current_control().workers()))
 
 
 @blueprint.get("/metrics")

@@ -15,10 +15,11 @@ from balancer import __version__
 from balancer.config.comparison import PlanView
 from balancer.config.reload import SettingsView
 from balancer.control.administration import AlgorithmChanged, Algorithms, BackendRemoved, Backends, Message
+from balancer.control.cluster import ClusterView
 from balancer.control.control import ManagedView, current_control
-from balancer.control.inputs import AlgorithmChange, BackendChange, BackendCreate, Body, Nothing
+from balancer.control.inputs import AlgorithmChange, Anything, BackendChange, BackendCreate, Body, Nothing
 from balancer.control.limits import LimitsView
-from balancer.control.monitoring import Alive, ClusterView, EventsView, HistoryView, Readiness, Status
+from balancer.control.monitoring import Alive, EventsView, HistoryView, Readiness, Status
 from balancer.control.problems import Error
 from balancer.control.schemas import Schema, ref, schemas
 from balancer.filters.limits import KeyView
@@ -139,6 +140,16 @@ PATHS: dict[str, Schema] = {
             query={"force": SWITCH},
         ),
     },
+    "/backends/{backend_id}/faults": {
+        "parameters": _in_path("backend_id"),
+        "post": _operation(
+            "troubleBackend",
+            "In the demo (`demo_faults`): faults of its backends, as `backend_server.py` has them.",
+            {200: {"type": "object"}},
+            body=Anything,
+        ),
+        "delete": _operation("cureBackend", "End the faults of a backend of the demo.", {200: {"type": "object"}}),
+    },
     "/requests/{request_id}": {
         "parameters": _in_path("request_id"),
         "get": _operation(
@@ -159,6 +170,13 @@ PATHS: dict[str, Schema] = {
             {200: KeyView},
             query={"key": TEXT},
         ),
+    },
+    "/cluster": {
+        "get": _operation(
+            "getCluster",
+            "The processes that serve, and how each does; the balancers that share a redis_url, and what all come to.",
+            {200: ClusterView},
+        )
     },
     "/config": {
         "get": _operation(
@@ -186,7 +204,6 @@ PATHS: dict[str, Schema] = {
             query={"since": COUNT},
         )
     },
-    "/cluster": {"get": _operation("getCluster", "The processes that serve, and how each does.", {200: ClusterView})},
     "/metrics": {
         "get": _operation(
             "getMetrics",
