@@ -52,6 +52,7 @@ class Start:
     loads: int
     ledger: int
     pseudonym: bytes
+    salt: bytes
     sockets: Mapping[str, int]
     cpus: Sequence[int]
 

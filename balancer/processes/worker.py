@@ -28,6 +28,7 @@ from balancer.edge.handover import ROLES
 from balancer.edge.server import Server
 from balancer.edge.tls import Certificate, TlsOptions
 from balancer.errors import SettingsError
+from balancer.filters.sharedlimit import SETTLE_SECONDS
 from balancer.fleet.health import Checked, HealthChecker
 from balancer.forwarding.filter import Filter
 from balancer.loadbalancer import LoadBalancer
@@ -104,6 +105,7 @@ class Worker(LoadBalancer):
                 *(self.reports, self.reports.routes, ToldEvents(self._link), Untold),
                 loads=SharedLoads(self._start.loads, self._start.number),
                 certificate=self._start.certificate,
+                salt=self._start.salt,
             ),
         )
         assert isinstance(parts.pools.health, Untold)
@@ -148,6 +150,8 @@ class Worker(LoadBalancer):
                 "cut": self.take_cut,
                 "alive": self.take_alive,
                 "canaries": self.control.canaries.take,
+                "sharing": self.control.limiter.share,
+                "settled": self.control.limiter.settle,
                 "answer": self._ask.answered,
                 "end": self._end,
                 "leave": lambda: self._end("others take over", self.settings.drain_timeout, 0.0, True),
@@ -157,13 +161,14 @@ class Worker(LoadBalancer):
         )
         process.settle_memory()
         self._link.tell("ready")
-        beat = asyncio.create_task(self._beat())
+        repeated = [asyncio.create_task(each) for each in (self._beat(), self._charge())]
         why, limit, delay, gives_way = await asyncio.wrap_future(self._orders)
         hurry = asyncio.wrap_future(self._hurry)
         if gives_way:
             await server.give_way(hurry)
         ended = await server.end(why, limit, delay, hurry)
-        beat.cancel()
+        for each in repeated:
+            each.cancel()
         return ended
 
     async def _beat(self) -> None:
@@ -171,6 +176,13 @@ class Worker(LoadBalancer):
         while True:
             self._link.tell("beat")
             await asyncio.sleep(BEAT_SECONDS)
+
+    async def _charge(self) -> None:
+        """What limits have let through is said to the ledger that all workers have."""
+        while True:
+            if charges := self.control.limiter.charges():
+                self._link.tell("charges", charges)
+            await asyncio.sleep(SETTLE_SECONDS)
 
     def _end(self, why: str, limit: float, delay: float, gives_way: bool = False) -> None:
         if not self._orders.done():
