@@ -33,6 +33,7 @@ EXAMPLES = """examples:
   {command}  # the balancer alone; three backends on ports 5001 to 5003
   {command} --backend http://127.0.0.1:8080  # in front of one service of yours
   {command} --backend a=http://10.0.0.1:80@3 --backend b=http://10.0.0.2:80@1 --algorithm weighted
+  {command} --backend dns+http://api:8080  # each address of a name
   {command} --config balancer.toml --check-config
   {command} new-key acme  # an API key, and what stands in the file for it
   {command} completion bash  # a script for the shell: bash, zsh, fish
@@ -140,6 +141,8 @@ def make(config: Settings, sources: Mapping[str, str]) -> LoadBalancer:
         from balancer.loadbalancer import LoadBalancer
 
         return LoadBalancer(config=config, sources=sources)
+    if not hasattr(os, "memfd_create"):
+        raise SettingsError(f"workers = {config.workers}: several processes need Linux; expected 1")
     from balancer.processes.master import Master
 
     return Master(config, sources)
@@ -167,7 +170,7 @@ def run(balancer: LoadBalancer, warnings: list[str], handed: handover.Handed) ->
     handler = logrecords.install(balancer.control.log, config.log_level, lambda: balancer.settings.access_log_format)
     balancer.listen(handed)
     titles = ["listening on"] + ["control API on"] * (config.control_port is not None) + ["redirecting on"]
-    where = ", ".join(map(" ".join, zip(titles, balancer.urls, strict=False)))
+    where = ", ".join([*map(" ".join, zip(titles, balancer.urls, strict=False)), *balancer.told()])
 
     # At once and whatever log_level says: somebody waits for it.
     def tell(stream: TextIO, logger: str, level: int, text: str) -> None:

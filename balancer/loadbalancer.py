@@ -171,6 +171,10 @@ class LoadBalancer:
             raise SettingsError(f"recent = {validation.shown(recent)}: expected a whole number, 0 or more")
         return [record.explain() for record in self.control.statistics.newest(recent)]
 
+    def told(self) -> list[str]:
+        """What else is worth a word when it starts."""
+        return []
+
     def advice(self) -> list[str]:
         """A line for each setting that does not do what its owner may expect of it."""
         certificate = self.renewal.certificate
@@ -431,8 +435,8 @@ class LoadBalancer:
 
     def stop_single_parts(self) -> None:
         self.scaling.stop()
-        self.renewal.stop()
         self.control.discovery.stop()
+        self.renewal.stop()
         self.control.history.stop()
         if self.memory is not None:
             self.memory.stop()

@@ -93,8 +93,8 @@ NEWS_SEVERITY: dict[EventKind, Severity] = {  # all others are told for informat
 
 @dataclass(frozen=True, slots=True)
 class Own:
-    """Parts that are others where several processes make one balancer. `loads` are then those of all, and
-    `certificate` was loaded by the master."""
+    """Parts that are others where several processes make one balancer. `loads` are then those of all, `certificate`
+    was loaded by the master, and `take` counts what the others have counted."""
 
     statistics: Statistics = field(default_factory=Statistics)
     routes: RouteCounts = field(default_factory=RouteCounts)
@@ -102,6 +102,7 @@ class Own:
     health: Callable[[Callable[[], None]], HealthChecker] = HealthChecker
     loads: SharedLoads | None = None
     certificate: Certificate | None = None
+    take: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +153,7 @@ def make(
     wired.look = lambda: _pass_time(canaries, decisions)
 
     app = Flask(__name__, static_folder=None)
-    history, writer = History(lambda: _look(statistics, wired.pools)), LogWriter(standard_output())
+    history, writer = History(lambda: _look(own.take, statistics, wired.pools)), LogWriter(standard_output())
     workers = WorkerPool(config.max_threads, config.max_queued, config.thread_idle_timeout)
     limiter = Limiter(events)
     access = Access(config.options(AccessOptions))
@@ -402,7 +403,8 @@ def request_heads(config: Settings, pseudonym: bytes, ours: Collection[bytes] = 
     )
 
 
-def _look(statistics: Statistics, pools: Pools) -> Reading:
+def _look(take: Callable[[], None], statistics: Statistics, pools: Pools) -> Reading:
+    take()
     in_flight = {backend.id: backend.active for backend in pools.backends()}
     return Reading(statistics.lifetime(), in_flight, pools.waiting)
 

@@ -146,6 +146,7 @@ def balancer_service(environ: Mapping[str, str], *arguments: str) -> Service:
     variables = {
         "LB_PORT": str(port),
         "LB_EXPOSE_BACKEND": environ.get("LB_EXPOSE_BACKEND", "true"),  # the demo shows who answered
+        "LB_DEMO_FAULTS": environ.get("LB_DEMO_FAULTS", "true"),
         # A new one for each start, beside an admin token too: that one is the user's, and is written to no file.
         "LB_PAGE_TOKEN": given_token(environ) or secrets.token_urlsafe(32),
     }

@@ -285,7 +285,7 @@ class BalancerProcess(Process, Served):
     def _listening(self) -> re.Match[str] | None:
         if self.popen.poll() is not None:
             raise AssertionError(f"the balancer ended: {self.output}")
-        return re.search(r'listening on (https?://[^\s",]+)', self.output)
+        return re.search(r'listening on ((?:https?|http\+unix)://[^\s",]+)', self.output)
 
 
 Start = Callable[..., Balancer]

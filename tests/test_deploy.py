@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from certificates import Files
 from exposition import Key, promtool, read, scrape
-from support import ROOT, Balancer, fetch, free_port
+from support import ROOT, Balancer, fetch, free_port, wait_until
 from wire import WireBackend
 
 from balancer import LoadBalancer
@@ -28,9 +28,12 @@ GROUPING = re.compile(r"\b(?:by|without|on|ignoring|group_left|group_right)\s*\(
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Key, float]]:
-    """/metrics of a balancer that has had good and bad traffic, and of one that has a certificate."""
-    files = Files(tmp_path_factory.mktemp("certificate"))
-    with LoadBalancer([], **files.settings) as secure:
+    """/metrics of a balancer that has had good and bad traffic, and of one that has a certificate and a source."""
+    folder = tmp_path_factory.mktemp("certificate")
+    files, listed = Files(folder), folder / "backends.toml"
+    listed.write_text("")
+    with LoadBalancer([], backends_file=listed, **files.settings) as secure:
+        wait_until(secure.control.discovery.has_looked)
         of_tls = read(secure.app.test_client().get("/metrics").text)
     with WireBackend() as good, WireBackend() as bad:
         bad.answer(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n")
@@ -144,7 +147,7 @@ def test_a_rule_names_only_what_there_is(known: Known, name: str, expression: st
 
 def test_a_text_of_a_rule_names_only_labels_that_it_has() -> None:
     text = (PROMETHEUS / "alerts.yml").read_text(encoding="utf-8")
-    assert set(re.findall(r"\$labels\.(\w+)", text)) <= BY_SCRAPE | {"backend", "pool", "queue"}
+    assert set(re.findall(r"\$labels\.(\w+)", text)) <= BY_SCRAPE | {"backend", "pool", "queue", "source"}
 
 
 def test_the_autoscaler_goes_by_a_metric_that_there_is(known: Known) -> None:

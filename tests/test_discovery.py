@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from fleet import DemoBackend
 from pydantic import TypeAdapter
-from support import Balancer, fetch, fetch_json, options, wait_until
+from support import Balancer, BalancerProcess, Served, fetch, fetch_json, options, wait_until
 
 from balancer.balancing.backends import LastCheck
 from balancer.balancing.options import PoolOptions
@@ -69,15 +69,15 @@ def balancer(fleet: Fleet) -> Iterator[Balancer]:
         yield balancer
 
 
-def ids(balancer: Balancer) -> set[str]:
+def ids(balancer: Served) -> set[str]:
     return {backend["id"] for backend in balancer.status()["backend_servers"]}
 
 
-def source(balancer: Balancer, name: str = "backends_file") -> Any:
+def source(balancer: Served, name: str = "backends_file") -> Any:
     return next(source for source in balancer.status()["sources"] if source["name"] == name)
 
 
-def told(balancer: Balancer, kind: str) -> list[dict[str, Any]]:
+def told(balancer: Served, kind: str) -> list[dict[str, Any]]:
     return [event for event in fetch_json(f"{balancer.url}/events")["events"] if event["kind"] == kind]
 
 
@@ -365,3 +365,14 @@ def test_a_reload_brings_and_takes_sources(fleet: Fleet, tmp_path: Path) -> None
         config.write_text("")
         assert fetch(f"{balancer.url}/reload", {}, "POST")[0] == 422  # which would bring the demo's
         assert ids(balancer) == {"own"}
+
+
+def test_worker_processes_are_told_of_what_the_master_finds(fleet: Fleet) -> None:
+    fleet.write("a", "b")
+    with BalancerProcess(f"--backends-file={fleet.file}", "--workers=2") as balancer:
+        fleet.write("b", "c")
+        wait_until(lambda: ids(balancer) == {"b", "c"})
+        balancer.wait_healthy("c")
+        served: set[str] = set()
+        wait_until(lambda: served.add(json.loads(fetch(f"{balancer.url}/x")[2])["server_id"]) or "c" in served)
+        assert served <= {"b", "c"}

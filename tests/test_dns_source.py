@@ -63,6 +63,7 @@ def ways(balancer: Balancer) -> list[str]:
 
 
 def test_each_address_is_a_backend_and_keeps_its_id(server: NameServer, backend: Everywhere) -> None:
+    server.ttl = 86400  # that is too long to be believed
     server.records["api.test", "A"] = ["127.0.0.2", "127.0.0.1"]
     with start(server, f"api=dns+http://api.test:{backend.port}@3") as balancer:
         assert ids(balancer) == {"api-127.0.0.1", "api-127.0.0.2"}
@@ -104,6 +105,7 @@ def test_whatever_a_name_server_does_takes_nobody_away(server: NameServer, backe
             ({"rcode": "REFUSED"}, "api.test: no name server could answer"),
             ({"records": {}}, "api.test: there is no such name"),
             ({"records": {("api.test", "SRV"): ["0 0 1 a."]}}, "api.test: it has no such records"),
+            ({"is_odd": True}, "api.test: no name server"),
             ({"is_silent": True}, "api.test: no name server answered in time"),
         ):
             before = len(told(balancer, "source_failed"))
@@ -112,7 +114,7 @@ def test_whatever_a_name_server_does_takes_nobody_away(server: NameServer, backe
             assert text in event["message"]
             assert source(balancer, "dns:api")["state"] == "failing" and len(ids(balancer)) == 2
             assert fetch(f"{balancer.url}/x")[0] == 200
-            vars(server).update(rcode=None, is_silent=False, records=dict(good))
+            vars(server).update(rcode=None, is_silent=False, is_odd=False, records=dict(good))
             wait_until(lambda: source(balancer, "dns:api")["state"] == "good")
         assert told(balancer, "backend_removed") == []
 

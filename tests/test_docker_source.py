@@ -30,7 +30,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def container(name: str, port: int, /, **labels: str) -> dict[str, Any]:
     """As `GET /containers/json` tells of one, shortened."""
     return {
-        "Id": "8dfafdbc3a40",
+        "Id": f"id-of-{name}",
         "Names": [f"/{name}"],
         "Image": "api:1",
         "State": "running",
@@ -65,7 +65,11 @@ class Engine:
 
     def tell(self, containers: Any) -> None:
         self.containers = containers
-        self.server.news[-1].put({"Type": "container", "Action": "start", "time": 1}, {"Type": "container"})
+        self.happens("start")
+
+    def happens(self, action: str, name: str = "a", **attributes: str) -> None:
+        actor = {"ID": f"id-of-{name}", "Attributes": {"name": name, **attributes}}
+        self.server.news[-1].put({"Type": "container", "Action": action, "Actor": actor, "time": 1})
 
 
 @pytest.fixture
@@ -99,6 +103,9 @@ def test_containers_come_and_go_as_they_are_told(engine: Engine, backends: list[
         wait_until(lambda: len(ids(balancer)) == 3)
         engine.tell([a, b, {**c, "Status": "Up 3 minutes (unhealthy)"}])
         wait_until(lambda: len(ids(balancer)) == 2)
+        engine.happens("kill", "shop-b-1", signal="1")  # HUP
+        engine.happens("kill", "shop-a-1", signal="15")  # it still runs
+        wait_until(lambda: ids(balancer) == {"shop-b-1"})
     assert not any(thread.name.startswith("source-") for thread in threading.enumerate())
 
 

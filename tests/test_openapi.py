@@ -92,6 +92,8 @@ CALLS: list[tuple[str, str, str, Any, int]] = [
     ("PATCH", "/backends/{backend_id}", "/backends/x", {"weight": 1}, 404),
     ("DELETE", "/backends/{backend_id}", "/backends/a", None, 200),
     ("DELETE", "/backends/{backend_id}", "/backends/x", None, 404),
+    ("POST", "/backends/{backend_id}/faults", "/backends/a/faults", {"hang": True}, 404),
+    ("DELETE", "/backends/{backend_id}/faults", "/backends/a/faults", {}, 404),
     ("GET", "/requests/{request_id}", "/requests/id-1", None, 200),
     ("GET", "/requests/{request_id}", "/requests/id-9", None, 404),
     ("GET", "/limits", "/limits", None, 200),

@@ -689,9 +689,20 @@ class BackendPool:
     def note_selected(self, chosen: Mapping[str, int]) -> None:
         """How often another process has chosen each."""
         with self._lock:
-            for backend_id, times in chosen.items():
-                if backend_id in self._backends:
-                    self._backends[backend_id].counts.selected += times
+            for backend_id in chosen.keys() & self._backends.keys():
+                self._backends[backend_id].counts.selected += chosen[backend_id]
+
+    def alive(self) -> dict[str, float]:
+        """When those last answered whose checks fail, of the pool's clock."""
+        with self._lock:
+            return {b.id: b.health.alive_at for b in self._backends.values() if b.health.consecutive_failures}
+
+    def note_alive(self, alive: Mapping[str, float]) -> None:
+        """They have answered another process: busy is not dead."""
+        with self._lock:
+            for backend_id in alive.keys() & self._backends.keys():
+                health = self._backends[backend_id].health
+                health.alive_at = max(health.alive_at, alive[backend_id])
 
     def counts(self) -> dict[str, BackendCounts]:
         """Copies, with the time that a backend has been down so far."""

@@ -111,11 +111,9 @@ class Settings(Values):
         """The settings of each pool by its name: its own, and for all else those of the top level. Without backends
         that are looked up."""
         own = {each.name: self.model_copy(update={**each.own, "backends": _here(each.backends)}) for each in self.pools}
-        is_all_here = _here(self.backends) == self.backends
-        return {
-            DEFAULT_POOL: self if is_all_here else self.model_copy(update={"backends": _here(self.backends)}),
-            **own,
-        }
+        here = _here(self.backends)
+        usual = self if here == self.backends else self.model_copy(update={"backends": here})
+        return {DEFAULT_POOL: usual, **own}
 
     def discovered(self) -> dict[str, Listed]:
         """Those that are looked up, by their ids."""

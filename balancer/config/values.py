@@ -273,6 +273,9 @@ class Values(BaseModel):
         (), description="networks whose X-Forwarded-* and Forwarded are believed; unix for clients of a Unix socket"
     )
     expose_backend: bool = Field(False, description="add X-Served-By with the backend's id to answers")
+    demo_faults: bool = Field(
+        False, description="who may write may also trouble the demo's backends, as the dashboard's lessons do"
+    )
     request_headers: RequestRules = Field(
         NO_RULES, description='changes of what backends get, as { set = { X-Team = "a" }, remove = ["X-Debug"] }'
     )

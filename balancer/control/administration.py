@@ -6,6 +6,9 @@ paths of the earlier program know only 400.
 
 from __future__ import annotations
 
+import json
+
+import requests
 from flask import Blueprint, Response, jsonify, request
 from typing_extensions import TypedDict
 
@@ -17,10 +20,22 @@ from balancer.balancing.strategies import StrategyView
 from balancer.config.decisions import ALGORITHM, Fields, Key
 from balancer.config.reload import PlanChanged
 from balancer.control.control import ManagedView, current_control
-from balancer.control.inputs import AlgorithmChange, BackendChange, BackendCreate, Nothing, read_body, seconds, switch
+from balancer.control.inputs import (
+    AlgorithmChange,
+    Anything,
+    BackendChange,
+    BackendCreate,
+    Nothing,
+    read_body,
+    seconds,
+    switch,
+)
 from balancer.control.problems import ApiError
 from balancer.errors import SettingsError
 from balancer.protocol.origin import Origin
+from balancer.protocol.texts import shown
+
+FAULTS_TIMEOUT = 5.0  # seconds
 
 blueprint = Blueprint("administration", __name__)
 
@@ -161,6 +176,26 @@ def remove_backend(backend_id: str) -> tuple[Response, int]:
         text = f"{backend_id} is removed when its requests have ended"
         return jsonify(BackendRemoved(message=text, active=active)), 202
     return jsonify(BackendRemoved(message=f"{backend_id} removed", active=0)), 200
+
+
+@blueprint.route("/backends/<backend_id>/faults", methods=["POST", "DELETE"])
+def trouble_backend(backend_id: str) -> Response:
+    """In the demo alone: what the backend itself lets nobody but a person at a terminal do (`backend_server.py`)."""
+    if not current_control().settings.demo_faults:
+        raise ApiError(404, "only the demo's backends can be troubled: demo_faults is off")
+    body = json.dumps(read_body(Anything).model_extra) if request.method == "POST" else None
+    with requests.Session() as session:
+        session.trust_env = False
+        headers = {"Content-Type": "application/json"}
+        try:
+            url = f"{_describe(backend_id)['url']}/faults"
+            answer = session.request(request.method, url, data=body, headers=headers, timeout=FAULTS_TIMEOUT)
+            found = answer.json()
+        except requests.RequestException as error:
+            raise ApiError(409, f"{backend_id} did not answer: {type(error).__name__}") from None
+    if not answer.ok or not isinstance(found, dict):
+        raise ApiError(422, f"{backend_id} refused: {shown(str(found), 200)}")
+    return jsonify(found)
 
 
 def _pool(name: str, status: int) -> BackendPool:

@@ -49,6 +49,12 @@ class Nothing(Body):
     """An empty object."""
 
 
+class Anything(Body):
+    """An object that somebody else checks."""
+
+    model_config = ConfigDict(extra="allow")
+
+
 class BackendCreate(Body):
     id: str | None = Field(None, pattern=validation.ID, description="unique name; chosen if left out")
     pool: str = Field(DEFAULT_POOL, description="name of its pool")

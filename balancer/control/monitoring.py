@@ -94,13 +94,15 @@ class TotalsView(StatisticsView):
 
 class Capabilities(TypedDict):
     """What the reader may do. `writes`: if need be with a token, which a page needs if `token_required`. `authorized`:
-    a token came with this request, else paths are cut. `traffic`: this address forwards requests too."""
+    a token came with this request, else paths are cut. `traffic`: this address forwards requests too. `faults`: the
+    backends are those of the demo, and can be troubled."""
 
     writes: bool
     token_required: bool
     authorized: bool
     reload: bool
     traffic: bool
+    faults: bool
     algorithms: list[StrategyView]
 
 
@@ -296,6 +298,7 @@ def _capabilities() -> Capabilities:
         "authorized": is_authorized(),
         "reload": current_control().configuration.can_reload,
         "traffic": current_control().settings.control_port is None,  # a port of its own forwards nothing
+        "faults": current_control().settings.demo_faults,
         "algorithms": strategies.describe(),
     }
 

@@ -16,7 +16,7 @@ from balancer.config.comparison import PlanView
 from balancer.config.reload import SettingsView
 from balancer.control.administration import AlgorithmChanged, Algorithms, BackendRemoved, Backends, Message
 from balancer.control.control import ManagedView, current_control
-from balancer.control.inputs import AlgorithmChange, BackendChange, BackendCreate, Body, Nothing
+from balancer.control.inputs import AlgorithmChange, Anything, BackendChange, BackendCreate, Body, Nothing
 from balancer.control.limits import LimitsView
 from balancer.control.monitoring import Alive, ClusterView, EventsView, HistoryView, Readiness, Status
 from balancer.control.problems import Error
@@ -138,6 +138,16 @@ PATHS: dict[str, Schema] = {
             {200: BackendRemoved, 202: BackendRemoved},
             query={"force": SWITCH},
         ),
+    },
+    "/backends/{backend_id}/faults": {
+        "parameters": _in_path("backend_id"),
+        "post": _operation(
+            "troubleBackend",
+            "In the demo (`demo_faults`): faults of its backends, as `backend_server.py` has them.",
+            {200: {"type": "object"}},
+            body=Anything,
+        ),
+        "delete": _operation("cureBackend", "End the faults of a backend of the demo.", {200: {"type": "object"}}),
     },
     "/requests/{request_id}": {
         "parameters": _in_path("request_id"),

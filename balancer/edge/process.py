@@ -131,9 +131,9 @@ async def _serve(
     def begin_upgrade() -> None:
         tasks.append(asyncio.create_task(upgrade()))
 
-    others = {**server.signals(), signal.SIGUSR1: _keep_log}
+    others = {**server.signals(), "SIGUSR1": _keep_log}
     if successor is not None:
-        others[signal.SIGUSR2] = begin_upgrade
+        others["SIGUSR2"] = begin_upgrade
     signals = Signals(on_hangup and partial(supervisor.reload, on_hangup), others)
     server.start()
     tasks = [
@@ -144,7 +144,7 @@ async def _serve(
     settle_memory()
     received = await signals.ending.get()
     second = asyncio.create_task(signals.ending.get())
-    quick, is_replaced = received == signal.SIGINT, received == signal.SIGUSR2
+    quick, is_replaced = received == signal.SIGINT, received.name == "SIGUSR2"
     delay, limit = (0.0, INTERRUPT_DRAIN_SECONDS) if quick else (shutdown_delay, drain_timeout)
     if is_replaced:
         delay = 0.0

@@ -77,8 +77,8 @@ class Server:
     async def ready(self) -> None:
         """Returns once it serves."""
 
-    def signals(self) -> Mapping[int, Callable[[], None]]:
-        """What else it does for a signal, in the event loop."""
+    def signals(self) -> Mapping[str, Callable[[], None]]:
+        """What else it does for signals, by their names, in the event loop."""
         return {}
 
     async def give_way(self, hurry: asyncio.Future[Any]) -> None:

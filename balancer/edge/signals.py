@@ -22,7 +22,7 @@ class Signals:
     """
 
     def __init__(
-        self, on_hangup: Callable[[], None] | None, others: Mapping[int, Callable[[], None]] | None = None
+        self, on_hangup: Callable[[], None] | None, others: Mapping[str, Callable[[], None]] | None = None
     ) -> None:
         self.ending: asyncio.Queue[signal.Signals] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
@@ -30,8 +30,9 @@ class Signals:
         self._hung_up, self._called = asyncio.Event(), asyncio.Event()
         self._thread: Thread | None = None
         ignore_unused_signals()
-        for number, react in (others or {}).items():
-            self._handle(signal.Signals(number), react)
+        for name, react in (others or {}).items():
+            if number := getattr(signal, name, None):  # Windows has few
+                self._handle(number, react)
         ending = [signal.SIGTERM, signal.SIGINT]
         if hangup := getattr(signal, "SIGHUP", None):
             if on_hangup is not None:

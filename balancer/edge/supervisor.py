@@ -21,7 +21,7 @@ class Supervisor:
     not for our children. Without NOTIFY_SOCKET nothing is sent."""
 
     def __init__(self, environ: MutableMapping[str, str]) -> None:
-        self.environ = {name: environ[name] for name in VARIABLES if name in environ}  # for whoever takes over
+        self.environ = {name: environ[name] for name in VARIABLES[:2] if name in environ}  # for whoever takes over
         address, microseconds, pid = (environ.pop(name, "") for name in VARIABLES)
         self._address = address.replace("@", "\0", 1) if address.startswith("@") else address
         self._socket: socket.socket | None = None  # kept: there may be no descriptor left when it is needed

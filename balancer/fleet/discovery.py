@@ -7,6 +7,7 @@ source says something else of the same; one that was removed by hand stays away 
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
@@ -28,6 +29,7 @@ from balancer.protocol.texts import shown
 RETRY_SECONDS = 1.0  # after a first failure; twice as long after each further one
 CONFIRM_SECONDS = 1.0  # until the second look at what seems to take many backends away
 ID_LENGTH = 64  # at most
+FIRST_SECONDS = 10.0  # after which nobody waits any more for a first word
 JOIN_SECONDS = 1.0  # for a source that does not end at once; it can change nothing any more
 DECIDED = ("weight", "max_connections", "drain_timeout")  # what a source says of a backend, beside where it is
 
@@ -114,6 +116,13 @@ class Watch:
     in_a_row: int = 0
     last_error: str | None = None
     thread: Thread | None = None
+    _kept: tuple[Mapping[str, Found] | None, list[dict[str, Any]]] = (None, [])
+
+    def kept(self) -> list[dict[str, Any]]:
+        """What is applied, as a file can keep it: it is asked for once a second, and hardly ever another."""
+        if self._kept[0] is not self.applied:
+            self._kept = self.applied, [asdict(each) for each in self.applied.values()]
+        return self._kept[1]
 
     @property
     def state(self) -> State:
@@ -138,7 +147,7 @@ class Discovery:
     """All sources. `start` and `stop` once each; `use` at any time. `note` is told what happens to them.
 
     `_lock` is held while what one has found is brought into the pools, and guards `_watches`, by the names of the
-    sources, what is in them, and `_is_running`. It is taken before those of pools.
+    sources, what is in them, and the other fields here. It is taken before those of pools.
     """
 
     def __init__(
@@ -150,10 +159,11 @@ class Discovery:
         self._lock = Lock()
         self._watches: dict[str, Watch] = {}
         self._is_running = False
+        self._started_at = math.inf
 
     def start(self) -> None:
         with self._lock:
-            self._is_running = True
+            self._is_running, self._started_at = True, self._clock()
             for watch in self._watches.values():
                 self._start(watch)
 
@@ -192,9 +202,10 @@ class Discovery:
         _join(gone)
 
     def has_looked(self) -> bool:
-        """Each has said who is there, now or before a restart, or failed to."""
+        """Each has said who is there, now or before a restart, or failed to, or has had time enough."""
         with self._lock:
-            return all(watch.applied or watch.state != "starting" for watch in self._watches.values())
+            is_late = self._clock() - self._started_at > FIRST_SECONDS
+            return is_late or all(watch.applied or watch.state != "starting" for watch in self._watches.values())
 
     def is_lost(self, backend_id: str) -> bool:
         """It is known by now that it takes no requests."""
@@ -211,8 +222,7 @@ class Discovery:
     def kept(self) -> dict[str, list[dict[str, Any]]]:
         """What each has found, for the time after a restart in which it may fail."""
         with self._lock:
-            found = {watch.source.title: watch.applied.values() for watch in self._watches.values() if watch.applied}
-            return {title: [asdict(each) for each in applied] for title, applied in found.items()}
+            return {watch.source.title: watch.kept() for watch in self._watches.values() if watch.applied}
 
     def restore(self, kept: Mapping[str, Sequence[Found]]) -> None:
         """Before the start."""

@@ -19,6 +19,7 @@ from balancer.protocol.origin import Origin
 ROUND_SECONDS = 60.0  # after which all are listed again, whatever was told
 PAUSE_SECONDS = 0.2  # between two rounds: the news may end at once
 SELECTED = {"label": ["lb.enable=true"]}
+END_SIGNALS = ("2", "3", "15")  # INT, QUIT, TERM: what `docker stop` sends, as the image has it
 NOT_YET = ("(unhealthy)", "(health: starting)")
 
 
@@ -31,6 +32,7 @@ class DockerSource(Source):
     def __init__(self, url: str, origin: Origin) -> None:
         super().__init__("docker", url, url)
         self._api, self._news = JsonApi(origin), JsonApi(origin)
+        self._ending: set[str] = set()  # ids of containers that were told to end, in this round
 
     def stop(self) -> None:
         super().stop()
@@ -39,10 +41,12 @@ class DockerSource(Source):
 
     def look(self) -> Generator[Sequence[Found], None, None]:
         while not self.stopping.is_set():
+            self._ending = set()
             # Listened to first, so that nothing happens unheard between the list and the news.
             with self._news.watch(f"/events?filters={_filters(type=['container'])}", ROUND_SECONDS) as news:
                 yield self._found()
-                for _ in news:
+                for told in news:
+                    self._ending |= {each["Actor"]["ID"] for each in told if _is_end(each)}
                     yield self._found()
             self.stopping.wait(PAUSE_SECONDS)
 
@@ -50,7 +54,7 @@ class DockerSource(Source):
         containers = self._api.get(f"/containers/json?filters={_filters(status=['running'])}")
         found, self.complaints = [], []
         for container in containers:
-            if any(text in container.get("Status", "") for text in NOT_YET):
+            if container["Id"] in self._ending or any(text in container.get("Status", "") for text in NOT_YET):
                 continue
             name = str(container["Names"][0]).lstrip("/")[:64]
             try:
@@ -58,6 +62,11 @@ class DockerSource(Source):
             except SourceFailed as error:
                 self.complaints.append(f"{name} is left out: {error}")
         return found
+
+
+def _is_end(told: Mapping[str, Any]) -> bool:
+    """It is to end, and serves what it has; a signal of another kind asks for something else."""
+    return told.get("Action") == "kill" and told["Actor"]["Attributes"].get("signal") in END_SIGNALS
 
 
 def _filters(**more: Sequence[str]) -> str:

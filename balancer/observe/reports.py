@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import fields
 from operator import attrgetter
-from threading import Event, Lock, Thread
+from threading import Lock
 from typing import Any, cast
 
 from balancer.balancing.backends import Backend, Choice, ChoiceView
@@ -37,8 +37,8 @@ CELLS, RING = 4096, 2**21  # kinds of requests that are counted apart; bytes for
 HEAD = 4096
 QUEUED = 10_000  # messages that wait in a worker for room in its ring
 LARGEST = 2**18  # bytes that say why the attempts of a request went where they did
-SHOWN = 50  # requests of each tenth of a second that are told whole; and as many that failed or were tried again
-TAKE_SECONDS = 1.0  # from one look of the master to the next, if nobody asks
+# Requests that are told whole in a time, and as many that were refused, failed or were tried again.
+SHOWN, SHOWN_SECONDS = 50, 0.1
 ABNORMAL = 1006  # RFC 6455 section 7.4.1: what a connection that just ended is told as
 
 BEGUN, RETRIED, DROPPED = range(3)  # places of numbers: requests that have begun; retries; messages without room
@@ -86,8 +86,8 @@ class Reports(Statistics):
         self.routes: RouteCounts = ReportedRoutes(self._count)
         self._counts, self._cells, self._ring = ledger.counts, ledger.cells, ledger.ring
         self._queue: deque[bytes] = deque()
-        self._moment = 0  # tenth of a second in which these were told whole:
-        self._shown = self._shown_troubled = 0
+        self._began = 0.0  # the tenth of a second, by the wall clock, for which these are left:
+        self._to_show = self._troubled_to_show = 0
 
     def begin(self, count: int = 1) -> None:
         with self._lock:
@@ -99,23 +99,21 @@ class Reports(Statistics):
             *(record.reason, record.complete),
             tuple([(each.choice.backend.id, each.outcome, each.connect is None) for each in record.attempts]),
         )
+        ended = record.timestamp + record.seconds
         with self._lock:
             is_counted = self._cells.add(kind, record.seconds, record.bytes_in, record.bytes_out)
             if is_counted and record.queued:
                 self._cells.add(("waited",), record.queued)
-            is_shown = self._is_shown(record)
+            if not self._began <= ended < self._began + SHOWN_SECONDS:
+                self._began, self._to_show, self._troubled_to_show = ended, SHOWN, SHOWN
+            if record.reason is not None or len(record.attempts) > 1:
+                self._troubled_to_show -= 1
+                is_shown = self._troubled_to_show >= 0
+            else:
+                self._to_show -= 1
+                is_shown = self._to_show >= 0
         if is_shown or not is_counted:
             self._tell("record", is_counted, *_told(record))
-
-    def _is_shown(self, record: Record) -> bool:
-        moment = int((record.timestamp + record.seconds) * 10)
-        if moment != self._moment:
-            self._moment, self._shown, self._shown_troubled = moment, 0, 0
-        if record.failed or len(record.attempts) > 1:
-            self._shown_troubled += 1
-            return self._shown_troubled <= SHOWN
-        self._shown += 1
-        return self._shown <= SHOWN
 
     def retried(self, count: int = 1) -> None:
         with self._lock:
@@ -232,7 +230,7 @@ class Told(Choice):
 
 
 class Collector:
-    """Counts what the workers tell. `start` and `stop` once each; `take` for who wants to know at once.
+    """Counts what the workers tell: `take` before anybody reads the counts, and about once a second.
 
     `_lock` guards all of it, and the reading end of every ledger.
     """
@@ -241,21 +239,6 @@ class Collector:
         self._parts = statistics, routes, canaries
         self._lock = Lock()
         self._sources: dict[Ledger, Source] = {}
-        self._stopping = Event()
-        self._thread = Thread(target=self._run, name="collector", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Stop and join."""
-        self._stopping.set()
-        if self._thread.is_alive():
-            self._thread.join()
-
-    def _run(self) -> None:
-        while not self._stopping.wait(TAKE_SECONDS):
-            self.take()
 
     def add(self, ledger: Ledger) -> None:
         """Of a worker that begins."""

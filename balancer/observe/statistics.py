@@ -110,13 +110,16 @@ class Counters:
     def add(self, record: Record) -> bool:
         """True if it failed."""
         (self.latency if record.reason is None else self.other).add(record.seconds)
-        failed = record.failed
-        if failed and record.aborted:
+        status = record.status
+        if record.complete and status < 500:  # by far the most
+            self.statuses[status] += 1
+            return False
+        if record.aborted:
             self.aborted += 1
         else:
-            self.statuses[record.status] += 1
-        self.failed += failed
-        return failed
+            self.statuses[status] += 1
+        self.failed += 1
+        return True
 
     def count(self, record: Record, times: Histogram) -> None:
         """As many as there are `times`, all of its kind."""

@@ -137,8 +137,8 @@ class Crew(Server):
         while not all(place.child is not None and place.child.is_ready for place in self.places):
             await asyncio.sleep(LOOK_SECONDS)
 
-    def signals(self) -> Mapping[int, Callable[[], None]]:
-        return {signal.SIGTTIN: self.more, signal.SIGTTOU: self.fewer}
+    def signals(self) -> Mapping[str, Callable[[], None]]:
+        return {"SIGTTIN": self.more, "SIGTTOU": self.fewer}
 
     async def give_way(self, hurry: asyncio.Future[Any]) -> None:
         self._is_ending = True

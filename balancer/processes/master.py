@@ -73,7 +73,7 @@ class Master(LoadBalancer):
         self._look, self.pools.look = self.pools.look, self._look_around
 
     def make(self, config: Settings, sources: Mapping[str, str] | None, filters: Sequence[Filter]) -> wiring.Parts:
-        own = wiring.Own(loads=self._loads)
+        own = wiring.Own(loads=self._loads, take=lambda: self._collector.take())
         return wiring.make(config, sources, filters, self.reload, self.renew, self.ports, own)
 
     # What it is as a whole.
@@ -86,6 +86,9 @@ class Master(LoadBalancer):
             scheme = "http" if self.renewal.certificate is None or role == "redirect" else "https"
             found.append(tcpsocket.url_of(name if isinstance(name, str) else name[:2], scheme))
         return found
+
+    def told(self) -> list[str]:
+        return [f"{self.count} workers"]
 
     def cpus(self) -> list[int]:
         """Its workers are pinned."""
@@ -132,13 +135,8 @@ class Master(LoadBalancer):
         )
         return self._crew
 
-    def start_single_parts(self) -> None:
-        super().start_single_parts()
-        self._collector.start()
-
     def stop_single_parts(self) -> None:
         self._answering.stop()
-        self._collector.stop()
         super().stop_single_parts()
 
     def _answer(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
@@ -253,6 +251,9 @@ class Master(LoadBalancer):
         self.control.limiter.restore(numbers.limits)
         for pool in self.control.pools:
             pool.note_selected(numbers.selected.get(pool.name, {}))
+            pool.note_alive(numbers.alive.get(pool.name, {}))
+        if numbers.alive:
+            self._tell("alive", numbers.alive)
 
     # What they are told.
 

@@ -59,11 +59,12 @@ class Start:
 @dataclass(frozen=True, slots=True)
 class Numbers:
     """What a worker tells once a second. `selected`, by pool and backend, and `limits`, as the Limiter counts, are what
-    has come to them since; the others are as they are now."""
+    has come to them since; the others are as they are now. `alive` is when those last answered whose checks fail."""
 
     queued: int
     idle: Mapping[str, Mapping[str, int]]
     selected: Mapping[str, Mapping[str, int]]
+    alive: Mapping[str, Mapping[str, float]]
     limits: Mapping[str, int]
     dropped: int
 

@@ -144,6 +144,7 @@ class Worker(LoadBalancer):
                 "refused": self.take_refused,
                 "ejection": self.take_ejection,
                 "cut": self.take_cut,
+                "alive": self.take_alive,
                 "canaries": self.control.canaries.take,
                 "answer": self._ask.answered,
                 "end": self._end,
@@ -186,6 +187,19 @@ class Worker(LoadBalancer):
         certificate: Certificate | None,
         pools: Mapping[str, PoolNews],
     ) -> None:
+        try:
+            self._use(config, sources, certificate, pools)
+        except Exception:  # the master has them in force
+            log.exception("the settings cannot be used here; another worker is to begin with them")
+            self._end("another worker is to begin", self.settings.drain_timeout, 0.0)
+
+    def _use(
+        self,
+        config: Settings,
+        sources: Mapping[str, str],
+        certificate: Certificate | None,
+        pools: Mapping[str, PoolNews],
+    ) -> None:
         before, plan = self.settings, Plan()
         old = before.by_pool()
         for name, each in config.by_pool().items():
@@ -219,6 +233,10 @@ class Worker(LoadBalancer):
             else:
                 found.eject({backend: kept})
 
+    def take_alive(self, alive: Mapping[str, Mapping[str, float]]) -> None:
+        for pool in self.control.pools:
+            pool.note_alive(alive.get(pool.name, {}))
+
     def take_cut(self, backend_id: str) -> None:
         """Who was removed at once, and leaves as we were told before."""
         for pool in self.control.pools:
@@ -248,8 +266,9 @@ class Worker(LoadBalancer):
             pool.name: self._added(pool.name, {each.id: each.counts.selected for each in pool.backends()})
             for pool in self.control.pools
         }
+        alive = {pool.name: found for pool in self.control.pools if (found := pool.alive())}
         limits = self._added("", self.control.limiter.counts())
-        told = Numbers(self.workers.queued, self.pools.idle(), selected, limits, self.control.log.dropped)
+        told = Numbers(self.workers.queued, self.pools.idle(), selected, alive, limits, self.control.log.dropped)
         self._link.tell("numbers", told)
 
     def _added(self, kind: str, counts: Mapping[str, int]) -> dict[str, int]:
