@@ -119,6 +119,8 @@ class LoadBalancer:
         self.app, self.control_app, self.proxy = parts.app, parts.control_app, parts.proxy
         self.control, self.pools, self.workers, self.routes = parts.control, parts.pools, parts.workers, parts.routes
         self.copies, self.memory = parts.copies, parts.memory
+        self.cluster = parts.control.cluster
+        self.control.url = self._main_url
         self.is_forgetful = False  # what was decided before counts no more
         self.predecessor: Predecessor | None = None  # the process whose place this one takes
         self.is_command = False  # started as one, which can be started once more
@@ -155,6 +157,11 @@ class LoadBalancer:
         if self._server is None:
             raise RuntimeError("it does not listen yet: start() comes first")
         return [port.url for port in self._server.ports]
+
+    def _main_url(self) -> str | None:
+        with contextlib.suppress(RuntimeError):
+            return self.url
+        return None
 
     @property
     def pool(self) -> BackendPool:
@@ -394,6 +401,8 @@ class LoadBalancer:
             if self.predecessor is not None:
                 self.predecessor.ask_for_state()
             self.memory.start("decisions" if self.is_forgetful else None)
+        if self.cluster is not None:
+            self.cluster.start()
         self.control.discovery.start()
         self.control.history.start()
         self.renewal.start()
@@ -438,6 +447,8 @@ class LoadBalancer:
         self.control.discovery.stop()
         self.renewal.stop()
         self.control.history.stop()
+        if self.cluster is not None:
+            self.cluster.stop()
         if self.memory is not None:
             self.memory.stop()
 

@@ -6,7 +6,6 @@ import logging
 import os
 import secrets
 import ssl
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -15,13 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from flask import Flask
 
+from balancer import __version__
 from balancer.balancing import strategies
+from balancer.balancing.backends import Backend
 from balancer.balancing.changes import Change, Severity
 from balancer.balancing.counts import BackendCounts
 from balancer.balancing.ejection import KeptEjection
 from balancer.balancing.pool import DEFAULT_POOL, BackendPool
 from balancer.balancing.pools import Pools
 from balancer.balancing.shared import SharedLoads
+from balancer.cluster.figures import Figures, in_flight, load_of
 from balancer.commands import shipped
 from balancer.config.comparison import NOTHING, compare
 from balancer.config.decisions import Decision, Decisions
@@ -72,17 +74,22 @@ from balancer.upstream.names import Names
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
 
+    from balancer.cluster.cluster import Cluster
     from balancer.edge.port import Port
     from balancer.state.memory import Memory
 
 log = logging.getLogger("balancer")
 
+# What a reload may change that was decided before.
+DECIDED = frozenset({"backend_changed", "backend_added", "backend_removed", "algorithm_changed"})
 DOCKER = "unix:///var/run/docker.sock"
 NEWS_SEVERITY: dict[EventKind, Severity] = {  # all others are told for information
     "certificate_refused": "error",
     "certificate_expires": "warning",
     "canary_returned": "warning",
     "state_failed": "error",
+    "cluster_lost": "warning",
+    "decision_left_out": "warning",
     "worker_lost": "error",
     "source_failed": "warning",
     "start_failed": "warning",
@@ -137,6 +144,7 @@ def make(
     SettingsError for an unknown algorithm, an unreadable CA file or a certificate that cannot be used."""
     own = own or Own()
     strategies.load_entry_points()
+    pseudonym = f"{config.id}.{secrets.token_hex(4)}"  # this very process: two of one name in a chain are not a loop
     configuration = Configuration(config, sources)
     statistics, events = own.statistics, own.events
     tls = _tls_context(config.ca_file)
@@ -150,12 +158,11 @@ def make(
     canaries, decisions = Canaries(noting(events)), _decisions(configuration, wired.pools, events)
     discovery = Discovery(wired.pools, noting(events, configuration.without_folders))
     discovery.use(sources_of.made(config, discovery.is_lost))
-    wired.look = lambda: _pass_time(canaries, decisions)
 
     app = Flask(__name__, static_folder=None)
     history, writer = History(lambda: _look(own.take, statistics, wired.pools)), LogWriter(standard_output())
     workers = WorkerPool(config.max_threads, config.max_queued, config.thread_idle_timeout)
-    limiter = Limiter(events)
+    limiter = Limiter(events, cluster=None if config.redis_url is None else config.cluster)
     access = Access(config.options(AccessOptions))
     renewal = _renewal(config, configuration, events, renew, own.certificate)
     scaling = Scaling(wired.pools, Providers(wired.pools, config.id, tls).make, _scaled(events))
@@ -169,15 +176,17 @@ def make(
         queued=lambda: workers.queued,
         reload=reload,
         tls=lambda: _tls(renewal, ports()),
+        figures=lambda: _figures(control),
     )
-    started = time.time()
-    control.workers = lambda: [this_process(started)]
+    control.workers = lambda: [this_process(control.began)]
     control.memory = _memory(control)
+    control.cluster = _cluster(control, pseudonym, wired.health.check_soon)
+    wired.look = lambda: _pass_time(control)
     api.install(app, control)
     control_app = app.wsgi_app
     copies = Copies(control.routes)
     routes = _routes(control, wired, filters, copies, authentication)
-    proxy = _proxy(control_app, control, routes(config), authentication)
+    proxy = _proxy(control_app, control, routes(config), authentication, pseudonym)
     check_expectations(config, proxy.heads, proxy.is_control)
     app.wsgi_app = proxy  # type: ignore[method-assign]
     wired.tell = _follow(control, wired)
@@ -266,9 +275,51 @@ def _decisions(configuration: Configuration, pools: Pools, events: Events) -> De
     return Decisions(lambda: configuration.settings, pools, note)
 
 
-def _pass_time(canaries: Canaries, decisions: Decisions) -> None:
-    decisions.undo()
-    canaries.look()
+def _pass_time(control: Control) -> None:
+    control.decisions.undo()
+    control.canaries.look()
+    if control.cluster is not None:
+        control.cluster.pass_time()
+
+
+def _figures(control: Control) -> Figures:
+    """What the others are told of this one."""
+    return {
+        **load_of(control.statistics, control.history),
+        "id": control.settings.id,
+        "url": control.url(),
+        "since": control.began,
+        "version": __version__,
+        "lifecycle": control.lifecycle,
+        "processes": len(control.workers()),
+        "backends": in_flight(control.pools),
+    }
+
+
+def _cluster(control: Control, name: str, check: Callable[[Backend], None]) -> Cluster | None:
+    """By `redis_url`. `name` is this very process."""
+    config = control.settings
+    if config.redis_url is None:
+        return None
+    try:
+        from balancer.cluster.agreement import Agreement
+        from balancer.cluster.cluster import Cluster
+        from balancer.cluster.link import Link
+    except ImportError:
+        raise SettingsError("redis_url needs the extra redis: pip install 'python-load-balancer[redis]'") from None
+
+    def look(backend_id: str, is_up: bool) -> None:
+        pool = control.pools.pool_of(backend_id)
+        backend = None if pool is None else pool.get(backend_id)
+        if backend is not None and (backend.health.status == "up") is not is_up:
+            check(backend)
+
+    note = noting(control.events)
+    link = Link(config.redis_url.get_secret_value(), config.cluster, name)
+    agreement = Agreement(control.decisions, name, note)
+    cluster = Cluster(name, link, agreement, control.limiter, control.figures, look, note)
+    control.decisions.told = cluster.wake
+    return cluster
 
 
 def _memory(control: Control) -> Memory | None:
@@ -382,16 +433,14 @@ def _guards(config: Settings, authentication: Authentication, limiter: Limiter) 
 
 
 def _proxy(
-    control_app: WSGIApplication, control: Control, routes: Routes, authentication: Authentication
+    control_app: WSGIApplication, control: Control, routes: Routes, authentication: Authentication, pseudonym: str
 ) -> ReverseProxy:
     config = control.settings
-    # The pseudonym is this very process: two balancers of one name in a chain are not a loop.
-    pseudonym = f"{config.id}.{secrets.token_hex(4)}".encode("ascii")
     return ReverseProxy(
         control_app,
         (lambda path: False) if config.control_port is not None else api.is_control_path(config.control_prefix),
         routes=routes,
-        heads=request_heads(config, pseudonym, authentication.ours),
+        heads=request_heads(config, pseudonym.encode("ascii"), authentication.ours),
     )
 
 
@@ -418,6 +467,11 @@ def _follow(control: Control, pools: PoolWiring) -> Callable[[BackendPool, Chang
             change = change._replace(text=f"{change.text}, pool {pool.name}")
         events.add(*change)
         log.log(logging.getLevelName(change.severity.upper()), "%s %s: %s", change.kind, change.backend, change.text)
+        if (cluster := control.cluster) is not None:
+            if change.kind in ("backend_up", "backend_down"):
+                cluster.tell_health(change.backend, change.kind == "backend_up")
+            elif change.kind in DECIDED:
+                cluster.wake()
         if change.kind == "backend_changed":
             health.wake()  # out of maintenance, or somewhere else: nothing is known of it
         elif change.kind == "backend_added":

@@ -66,9 +66,10 @@ class NameServer:
             while True:
                 sock, _ = self._tcp.accept()
                 with sock:
-                    (size,) = struct.unpack("!H", sock.recv(2, socket.MSG_WAITALL))
-                    answer = self._answer(sock.recv(size, socket.MSG_WAITALL), False) or b""
-                    sock.sendall(struct.pack("!H", len(answer)) + answer)
+                    with suppress(OSError, struct.error):  # it has gone
+                        (size,) = struct.unpack("!H", sock.recv(2, socket.MSG_WAITALL))
+                        answer = self._answer(sock.recv(size, socket.MSG_WAITALL), False) or b""
+                        sock.sendall(struct.pack("!H", len(answer)) + answer)
 
     def _answer(self, data: bytes, is_cut: bool) -> bytes | None:
         query = dns.message.from_wire(data)

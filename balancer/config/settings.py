@@ -104,8 +104,9 @@ class Settings(Values):
 
     @property
     def has_default_pool(self) -> bool:
-        """Whether the pool `default` has backends, or will have."""
-        return bool(self.backends) or any(each.name == DEFAULT_POOL for each in self.scaling)
+        """Whether the pool `default` has backends, or may have: sources and scaling bring some."""
+        is_scaled = any(each.name == DEFAULT_POOL for each in self.scaling)
+        return bool(self.backends or self.backends_file or self.docker or is_scaled)
 
     def by_pool(self) -> dict[str, Settings]:
         """The settings of each pool by its name: its own, and for all else those of the top level. Without backends
@@ -138,6 +139,7 @@ TABLES = frozenset(Settings.model_fields.keys() - Values.model_fields.keys() - {
 NEEDS_RESTART = frozenset(name for name, field in Settings.model_fields.items() if RESTART in field.metadata)
 # Never shown, and no flags.
 SECRETS = frozenset(name for name, field in Settings.model_fields.items() if field.annotation == SecretStr | None)
+HIDDEN = SECRETS | {"redis_url"}  # which has a flag, for most have no password in it
 SECRET_FIELDS = frozenset({"keys", "sha256"})  # of tables: somebody may put there what only its digest should be
 
 
@@ -314,7 +316,7 @@ def _explain(detail: Mapping[str, Any], sources: Mapping[str, str], values: Mapp
     is_table = name in TABLES and isinstance(detail["input"], Mapping | list | tuple)
     if detail["type"] == "missing" or is_all or is_table:  # no value, or more than a line holds, maybe a secret
         return f"{where} {told}"
-    is_secret = name in SECRETS or not SECRET_FIELDS.isdisjoint(path)
+    is_secret = name in HIDDEN or not SECRET_FIELDS.isdisjoint(path)
     value = "(hidden)" if is_secret else validation.shown(detail["input"], hide=name in ("backends", *TABLES))
     return f"{where} = {value} {told}"
 

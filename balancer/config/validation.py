@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel
+from pydantic import BaseModel, SecretStr
 
 from balancer.balancing.backends import ID_PATTERN
 from balancer.protocol.origin import AUTHORITY_PATTERN, IPV6_PATTERN, NAME_PATTERN
@@ -47,6 +48,19 @@ def no_truth_value(value: Any) -> Any:
     if isinstance(value, bool):
         raise AssertionError  # no ValueError, whose text would be the complaint
     return value
+
+
+def check_redis_url(url: SecretStr) -> SecretStr:
+    """Nothing of it may be in the complaint."""
+    try:
+        parts = urlsplit(url.get_secret_value())
+        is_good = parts.path.startswith("/") if parts.scheme == "unix" else bool(parts.hostname) and parts.port != 0
+        number = "" if parts.scheme == "unix" else parts.path.strip("/")
+    except ValueError:
+        is_good, number = False, ""
+    if not is_good or parts.scheme not in ("redis", "rediss", "unix") or not (number or "0").isdecimal():
+        raise ValueError("expected redis://[USER:PASSWORD@]HOST[:PORT][/NUMBER], rediss:// with TLS, or unix:///PATH")
+    return url
 
 
 def complaint(error: Mapping[str, Any], model: type[BaseModel]) -> str:

@@ -15,6 +15,7 @@ from typing_extensions import TypedDict
 from balancer.balancing.backends import BackendView
 from balancer.balancing.pool import BackendPool
 from balancer.balancing.pools import Pools
+from balancer.cluster.figures import Figures
 from balancer.config.comparison import Plan
 from balancer.config.decisions import Decisions
 from balancer.config.reload import Configuration
@@ -31,6 +32,7 @@ from balancer.observe.routecounts import RouteCounts
 from balancer.observe.statistics import Statistics
 
 if TYPE_CHECKING:
+    from balancer.cluster.cluster import Cluster
     from balancer.control.access import Access
     from balancer.state.memory import Memory
 
@@ -103,11 +105,15 @@ class Control:
     queued: Callable[[], int]  # requests that wait for a thread
     reload: Reload
     tls: Callable[[], TlsView | None]
+    figures: Callable[[], Figures]
+    url: Callable[[], str | None] = lambda: None  # where it listens, once it does
     revisions: Revisions = field(default_factory=Revisions)
     memory: Memory | None = None  # without a `state_file`
+    cluster: Cluster | None = None  # without a `redis_url`
     workers: Callable[[], list[WorkerView]] = list
     lifecycle: Lifecycle = "starting"
     started: float = field(default_factory=time.monotonic)
+    began: float = field(default_factory=time.time)  # the same, of the wall clock
 
     @property
     def settings(self) -> Settings:

@@ -176,6 +176,7 @@ class Collector:
         yield from self._websockets()
         yield from self._limits()
         yield from self._pools()
+        yield from self._cluster()
         yield from self._scaling()
         yield from self._sources()
 
@@ -296,6 +297,15 @@ class Collector:
             add(keys, name, limit["keys"])
             add(evicted, name, limit["evicted"])
         yield from (requests, in_flight, keys, evicted)
+
+    def _cluster(self) -> Iterator[Metric]:
+        cluster = self._control.cluster
+        if cluster is None:
+            return
+        connected = gauge("cluster_connected", "Whether it hears of the other members.")
+        yield add(connected, [], cluster.state.is_together)
+        yield add(gauge("cluster_members", "Members that it knows of, itself among them."), [], len(cluster.members))
+        yield add(gauge("cluster_age_seconds", "Since the Redis server answered last."), [], cluster.age)
 
     def _pools(self) -> Iterator[Metric]:
         info = gauge("pool_info", "The algorithm in use.", "pool", "algorithm")

@@ -21,8 +21,10 @@ from balancer.balancing import strategies
 from balancer.balancing.pool import PoolView
 from balancer.balancing.strategies import StrategyView
 from balancer.config.reload import ConfigView
+from balancer.control import cluster
 from balancer.control.access import first_segment, is_authorized
-from balancer.control.control import Lifecycle, ManagedView, StateView, TlsView, WorkerView, current_control
+from balancer.control.cluster import ClusterState
+from balancer.control.control import Lifecycle, ManagedView, StateView, TlsView, current_control
 from balancer.control.inputs import whole_number
 from balancer.control.metrics import current_metrics
 from balancer.control.problems import ApiError
@@ -123,6 +125,7 @@ class Status(TypedDict):
     config: ConfigView
     tls: TlsView | None
     state: StateView | None
+    cluster: ClusterState
     statistics: TotalsView
     pools: list[PoolStatus]
     sources: list[SourceView]
@@ -148,10 +151,6 @@ class Readiness(TypedDict):
 class EventsView(TypedDict):
     events: list[Event]
     latest: int
-
-
-class ClusterView(TypedDict):
-    workers: list[WorkerView]
 
 
 class HistoryView(TypedDict):
@@ -206,6 +205,7 @@ def status() -> Response:
             config=control.configuration.summary(is_authorized()),
             tls=_tls(),
             state=_state(),
+            cluster=cluster.state(control),
             statistics=totals,
             pools=_pools(backends),
             sources=_sources(),
@@ -336,11 +336,6 @@ def show_configuration() -> Response:
 def events() -> Response:
     newer, latest = current_control().events.since(whole_number("since", 0, 10**15), is_authorized())
     return jsonify(EventsView(events=newer, latest=latest))
-
-
-@blueprint.get("/cluster")
-def cluster() -> Response:
-    return jsonify(ClusterView(workers=current_control().workers()))
 
 
 @blueprint.get("/metrics")

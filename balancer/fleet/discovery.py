@@ -30,6 +30,7 @@ RETRY_SECONDS = 1.0  # after a first failure; twice as long after each further o
 CONFIRM_SECONDS = 1.0  # until the second look at what seems to take many backends away
 ID_LENGTH = 64  # at most
 FIRST_SECONDS = 10.0  # after which nobody waits any more for a first word
+LONGEST_ERROR = 1000  # bytes
 JOIN_SECONDS = 1.0  # for a source that does not end at once; it can change nothing any more
 DECIDED = ("weight", "max_connections", "drain_timeout")  # what a source says of a backend, beside where it is
 
@@ -195,8 +196,8 @@ class Discovery:
             for watch in self._watches.values():
                 # Pools may have gone, and others have come.
                 watch.applied = {key: each for key, each in watch.applied.items() if self._pools.get(each.pool)}
-                if watch.told_at is not None and watch.doubted is None:
-                    self._apply(watch, watch.trusted)
+                if watch.state == "good":
+                    watch.last_error = self._apply(watch, watch.trusted) or None
                 if self._is_running and watch.thread is None:
                     self._start(watch)
         _join(gone)
@@ -300,7 +301,7 @@ class Discovery:
         left_out |= dict.fromkeys(self._pools.change(changes), "another backend has its id")
         watch.applied = {key: each for key, each in now.items() if key not in left_out}
         told = [f"{key} is left out: {why}" for key, why in left_out.items()]
-        return "; ".join([*watch.source.complaints, *told])
+        return shown("; ".join([*watch.source.complaints, *told]), LONGEST_ERROR)
 
 
 def _changes(pool: BackendPool, source: str, before: Mapping[str, Found], after: Mapping[str, Found]) -> PoolChanges:

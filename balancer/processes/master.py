@@ -146,7 +146,8 @@ class Master(LoadBalancer):
 
     def _look_around(self) -> None:
         self._look()
-        self._tell("canaries", self.control.canaries.shares())
+        if told := self.control.canaries.shares():
+            self._tell("canaries", told)
         for pool in self.control.pools:
             if pool.may_grow != self._growing.get(pool.name, False):
                 self._growing[pool.name] = pool.may_grow

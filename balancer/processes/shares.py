@@ -11,7 +11,7 @@ def of_worker(config: Settings, count: int) -> Settings:
     """`log_level`: what is told for information, the master tells."""
     level = "warning" if config.log_level == "info" else config.log_level
     limits = tuple(_share(each, count) for each in config.limits)
-    return config.model_copy(update={"state_file": None, "log_level": level, "limits": limits})
+    return config.model_copy(update={"state_file": None, "redis_url": None, "log_level": level, "limits": limits})
 
 
 def _share(limit: LimitSettings, count: int) -> LimitSettings:
