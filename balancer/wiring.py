@@ -175,7 +175,7 @@ def make(
         *(wired.pools, statistics, events, history, writer, shipped.find("dashboard.html")),
         *(configuration, decisions, access, own.routes, limiter, discovery),
         canaries=canaries,
-        scaling=scaling.describe,
+        scaling=scaling,
         idle=wired.idle,
         queued=lambda: workers.queued,
         reload=reload,

@@ -217,7 +217,7 @@ class Collector:
         wanted = gauge("scaling_wanted", "Backends that scaling wants a pool to have, or would.", "pool")
         started = counter("scaling_started", "Backends that scaling has started.", "pool")
         failed = counter("scaling_failed_starts", "Of these, those that ended or were not healthy in time.", "pool")
-        for scaled in self._control.scaling():
+        for scaled in self._control.scaling.describe():
             pool = [scaled["pool"]]
             if scaled["wanted"] is not None:
                 wanted.add_metric(pool, scaled["wanted"])

@@ -215,7 +215,7 @@ def status() -> Response:
             revision=revision,
             changed_backends=changed,
             routes=_routes(),
-            scaling=current_control().scaling(),
+            scaling=current_control().scaling.describe(),
             recent_requests=[_shown(record) for record in newest],
             capabilities=_capabilities(),
         )
