@@ -305,11 +305,10 @@ class Crew(Server):
             self._fail(f"{MOST_DEATHS} workers ended within {DEATHS_SECONDS:g} s, the last one {how}")
 
     def _cannot_begin(self, place: Place, now: float) -> None:
-        """No worker can begin any more: those that there are go on."""
-        log.error("no worker can begin, the program's files are others now; SIGUSR2 starts what is there")
+        """No worker of ours can begin any more, and those who connect there must not wait for one."""
+        log.warning("no worker can begin, the program's files are others now: what is there takes over")
         place.start_at = now + LONGEST_PAUSE
-        if not any(each.child for each in self.places):
-            self._fail("the program's files are others now, and no worker is left")
+        os.kill(os.getpid(), signal.SIGUSR2)
 
     def _fail(self, reason: str) -> None:
         if not self.failure:
