@@ -39,6 +39,8 @@ from support import (
 from wire import WireBackend
 
 from balancer.edge import quota
+from balancer.errors import SettingsError
+from balancer.loadbalancer import LoadBalancer
 
 MANY = 24  # connections: that all go to one of two workers is out of the question
 
@@ -466,6 +468,14 @@ def test_a_unix_socket_is_shared(start_process: StartProcess, tmp_path: Path) ->
     wait_until(answers, "both run")
     balancer.send(signal.SIGTERM)
     assert balancer.wait() == 0 and not path.exists()
+
+
+def test_a_program_of_ones_own_has_one_process() -> None:
+    with pytest.raises(SettingsError, match="workers = 2: a program has one"):
+        LoadBalancer(workers=2)
+    for wrong in (0, 65, "many", True):
+        with pytest.raises(SettingsError, match="expected auto, or a whole number from 1 to 64"):
+            LoadBalancer(workers=wrong)
 
 
 # What each has of what there is.

@@ -75,8 +75,9 @@ class ToldEvents(Events):
 
 
 class Worker(LoadBalancer):
-    """`_told` is what the master has said last of the settings and the certificate; the thread of the link alone
-    replaces it."""
+    """What begins with `take_` is called in the thread of the link. `_orders` is done when it has to end, with why, how
+    many seconds what is in flight has, after how many more, and whether others accept already; `_hurry` when it has to
+    end at once."""
 
     def __init__(self, link: Link, start: Start) -> None:
         self._link = link
