@@ -41,7 +41,7 @@ News = Literal["source_failed", "source_recovered"]
 
 
 class SourceFailed(Exception):
-    """Why nothing was found, in one line."""
+    """Why nothing was found, or nobody started, in one line."""
 
 
 @dataclass(frozen=True, slots=True)
