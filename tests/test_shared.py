@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from shared_worker import add, make_pool
 from support import PYTHON, ROOT, make_attempt, make_record, running, wait_until
 
-from balancer.balancing.backends import Backend, Choice
+from balancer.balancing.backends import Backend, Choice, Scene
 from balancer.balancing.members import PoolChanges
 from balancer.balancing.pool import BackendPool
 from balancer.balancing.shared import SLOTS, SharedLoads
@@ -267,6 +267,18 @@ def test_a_record_arrives_as_it_was_made() -> None:
     assert taken is not None
     assert taken.explain() == record.explain()
     assert taken.describe() == record.describe()
+
+
+def test_a_strategy_that_cannot_explain_itself_costs_no_request() -> None:
+    ledger = Ledger()
+    reports, (taking, statistics) = Reports(ledger), collector(ledger)
+    backend = Backend("a", Origin("http", "127.0.0.1", 1))
+    odd = Choice(backend, Scene("odd", [backend], [None], lambda rank, now: 1 / 0, {}, {}))
+    record = make_record(attempts=[make_attempt_of(odd, "200")])
+    reports.record(record)
+    taking.take()
+    assert statistics.snapshot()[0]["total_requests"] == 1
+    assert statistics.newest(1)[0].explain()["tried"][0]["candidates"] == []
 
 
 def make_attempt_of(choice: Choice, outcome: str) -> Attempt:
