@@ -104,7 +104,7 @@ class Reports(Statistics):
             method if method in KNOWN else OTHER,
             reason,
             record.complete,
-            tuple([(each.choice.backend.id, each.outcome, each.connect is None) for each in attempts]),
+            tuple([(each.choice.backend.id, each.outcome, each.connect is None, each.hedge) for each in attempts]),
         )
         ended = record.timestamp + record.seconds
         with self._lock:
@@ -385,14 +385,14 @@ def _example(
     method: str,
     reason: str | None,
     complete: bool,
-    tried: tuple[tuple[str, str, bool], ...],
+    tried: tuple[tuple[str, str, bool, bool], ...],
 ) -> Record:
     """What those have in common that are counted together."""
     record = Record(0.0, method, "", "")
     record.route, record.pool, record.backend = route, pool, backend
     record.status, record.reason, record.complete = status, reason, complete
-    for backend_id, outcome, is_kept in tried:
+    for backend_id, outcome, is_kept, is_hedge in tried:
         attempt = Attempt(Told(backend_id, "", None), 0.0)
-        attempt.outcome, attempt.connect = outcome, None if is_kept else 0.0
+        attempt.outcome, attempt.connect, attempt.hedge = outcome, None if is_kept else 0.0, is_hedge
         record.attempts.append(attempt)
     return record

@@ -16,7 +16,7 @@ from balancer.errors import (
     ResponseTimedOut,
 )
 from balancer.observe.histogram import Histogram
-from balancer.observe.record import Record
+from balancer.observe.record import DROPPED, Hedged, Record
 from balancer.protocol.messages import METHODS
 
 KNOWN = frozenset(METHODS)
@@ -49,10 +49,10 @@ class BackendTotals:
         return found
 
     def failures(self) -> dict[str, int]:
-        """Failed attempts by reason. One whose client left is none: it has no outcome."""
+        """Failed attempts by reason. One whose client left is none: it has no outcome; nor is one that was dropped."""
         found = self.broken.copy()
         for (outcome, _), count in self.outcomes.items():
-            if outcome and not outcome.isdecimal():
+            if outcome and outcome != DROPPED and not outcome.isdecimal():
                 found[outcome] += count
         return found
 
@@ -70,12 +70,13 @@ class BackendTotals:
 class Totals:
     """All requests. Not locked; the owner's lock guards it."""
 
-    __slots__ = ("answers", "errors", "retries", "backends", "bytes_in", "bytes_out", "waits")
+    __slots__ = ("answers", "errors", "retries", "hedges", "backends", "bytes_in", "bytes_out", "waits")
 
     def __init__(self) -> None:
         self.answers: defaultdict[tuple[int, str], int] = defaultdict(int)  # by status and method
         self.errors: defaultdict[str, int] = defaultdict(int)  # by reason
         self.retries: defaultdict[str, int] = defaultdict(int)  # by what had failed before
+        self.hedges: defaultdict[tuple[str, Hedged], int] = defaultdict(int)  # by pool, and what came of it
         self.backends: defaultdict[str, BackendTotals] = defaultdict(BackendTotals)
         self.bytes_in = self.bytes_out = 0
         self.waits = Histogram()  # of the requests that had to wait for a place
@@ -95,8 +96,10 @@ class Totals:
 
     def _add_trouble(self, record: Record, count: int) -> None:
         reason, attempts = record.reason, record.attempts
-        for attempt in attempts[:-1]:
+        for attempt in record.retried():
             self.retries[attempt.outcome] += count
+        if (hedge := record.hedge) is not None:
+            self.hedges[record.pool or "", hedge] += count
         if reason is None:
             return
         self.errors[reason] += count
@@ -106,6 +109,7 @@ class Totals:
     def copy(self) -> Totals:
         copied = Totals()
         copied.answers, copied.errors, copied.retries = self.answers.copy(), self.errors.copy(), self.retries.copy()
+        copied.hedges = self.hedges.copy()
         copied.backends.update((backend, totals.copy()) for backend, totals in self.backends.items())
         copied.bytes_in, copied.bytes_out = self.bytes_in, self.bytes_out
         copied.waits = self.waits.copy()
