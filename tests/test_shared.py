@@ -164,9 +164,32 @@ def test_response_times_of_all_processes_are_gone_by(master: Master) -> None:
     assert {second.do("lease()") for _ in range(4)} == {"'b'", "'c'"}
 
 
-def in_process(master: Master, row: int, *names: str) -> BackendPool:
+def test_who_owes_an_answer_is_known_to_all(master: Master) -> None:
+    """Whichever way a request comes to its end."""
+    master.pool("a")
+    pool, other = (in_process(master, row, "a", algorithm="peak_ewma") for row in range(2))
+    leases = [pool.lease(None) for _ in range(5)]
+    assert unanswered(other) == 5
+    leases[0].answered(0.01)
+    assert unanswered(other) == 4
+    leases[1].drop()
+    leases[2].release(0.01)
+    leases[3].release(failure="broke")
+    assert unanswered(other) == 1
+    pool.update("a", {"origin": Origin("http", "127.0.0.1", 2)})  # where it owes nothing
+    assert unanswered(other) == 0
+    leases[4].release()
+    assert unanswered(other) == 0
+
+
+def unanswered(pool: BackendPool) -> int:
+    [backend] = pool.backends()
+    return backend.speed.unanswered
+
+
+def in_process(master: Master, row: int, *names: str, algorithm: str = "least_connections") -> BackendPool:
     master.loads.forget(row)
-    return make_pool(SharedLoads(master.loads.fd, row).of("default"), names)
+    return make_pool(SharedLoads(master.loads.fd, row).of("default"), names, algorithm)
 
 
 def test_a_place_that_is_used_again_has_nothing_of_who_had_it_before(master: Master) -> None:
