@@ -125,7 +125,7 @@ class LoadBalancer:
         self.predecessor: Predecessor | None = None  # the process whose place this one takes
         self.is_command = False  # started as one, which can be started once more
         self.configuration, self.renewal = parts.control.configuration, parts.renewal
-        self.authentication = parts.authentication
+        self.authentication, self.scaling = parts.authentication, parts.scaling
         self.app.extensions["balancer"] = self
         self.port_options = config.options(PortOptions)
         self.express: Express | None = None
@@ -363,7 +363,7 @@ class LoadBalancer:
         limits = _client_limits(config)
         is_wrapped = self.app.wsgi_app is not self.proxy
         if hasattr(select, "epoll"):
-            self.express = Express(self.workers)
+            self.express = Express(self.workers, self.pools.soonest_late)
             self.sockets = None if is_wrapped else Sockets()
         bridges = [
             Bridge(
@@ -406,6 +406,7 @@ class LoadBalancer:
         self.control.discovery.start()
         self.control.history.start()
         self.renewal.start()
+        self.scaling.start(adopts=self.predecessor is None)  # else that one has them still
 
     def wanted(self, ports: int) -> list[tuple[PortOptions, Certificate | None]]:
         """What the workers of each port are made of."""
@@ -442,6 +443,7 @@ class LoadBalancer:
         self.control.log.stop()
 
     def stop_single_parts(self) -> None:
+        self.scaling.stop()
         self.control.discovery.stop()
         self.renewal.stop()
         self.control.history.stop()
@@ -503,6 +505,7 @@ class LoadBalancer:
         self.authentication.use()
         self.proxy.routes = self.routes(config)
         self.pools.retire()
+        wiring.scale(self.scaling, config)
         self.proxy.heads = wiring.request_heads(config, self.proxy.heads.pseudonym, self.authentication.ours)
         self.control.access.options = config.options(AccessOptions)
         for bridge in self.bridges:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import ssl
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -51,6 +52,10 @@ from balancer.filters.sticky import Sticky, StickyOptions, cookie_of
 from balancer.fleet import sources as sources_of
 from balancer.fleet.discovery import Discovery, Found
 from balancer.fleet.health import HealthChecker
+from balancer.fleet.providers import Providers
+from balancer.fleet.scaler import Scaling
+from balancer.fleet.scaling import ScalingNews, ScalingOptions
+from balancer.forwarding import race
 from balancer.forwarding.filter import Filter
 from balancer.forwarding.route import Route, RouteOptions, Routes
 from balancer.observe.accesslog import AccessLog, LogOptions
@@ -80,6 +85,7 @@ log = logging.getLogger("balancer")
 
 # What a reload may change that was decided before.
 DECIDED = frozenset({"backend_changed", "backend_added", "backend_removed", "algorithm_changed"})
+DOCKER = "unix:///var/run/docker.sock"
 NEWS_SEVERITY: dict[EventKind, Severity] = {  # all others are told for information
     "certificate_refused": "error",
     "certificate_expires": "warning",
@@ -89,6 +95,9 @@ NEWS_SEVERITY: dict[EventKind, Severity] = {  # all others are told for informat
     "decision_left_out": "warning",
     "worker_lost": "error",
     "source_failed": "warning",
+    "start_failed": "warning",
+    "scaling_failed": "warning",
+    "backend_ended": "warning",
 }
 
 
@@ -121,6 +130,7 @@ class Parts:
     renewal: Renewal
     authentication: Authentication
     memory: Memory | None
+    scaling: Scaling
     routes: Callable[[Settings], Routes]
 
 
@@ -141,7 +151,8 @@ def make(
     pseudonym = f"{config.id}.{secrets.token_hex(4)}"  # this very process: two of one name in a chain are not a loop
     configuration = Configuration(config, sources)
     statistics, events = own.statistics, own.events
-    dialer = Dialer(_tls_context(config.ca_file), _names(events))
+    tls = _tls_context(config.ca_file)
+    dialer = Dialer(tls, _names(events))
     wired = PoolWiring(dialer, statistics, own.health, own.loads)
     wired.use(config, compare(NOTHING, config, configuration.sources, wired.pools).pools)
     authentication = Authentication(dialer, _keys(events), statistics.refusals)
@@ -158,10 +169,13 @@ def make(
     limiter = Limiter(events, salt=own.salt or _salt(config))
     access = Access(config.options(AccessOptions))
     renewal = _renewal(config, configuration, events, renew, own.certificate)
+    scaling = Scaling(wired.pools, Providers(wired.pools, config.id, tls).make, _scaled(events))
+    scale(scaling, config)
     control = Control(
         *(wired.pools, statistics, events, history, writer, shipped.find("dashboard.html")),
         *(configuration, decisions, access, own.routes, limiter, discovery),
         canaries=canaries,
+        scaling=scaling,
         idle=wired.idle,
         queued=lambda: workers.queued,
         reload=reload,
@@ -181,8 +195,26 @@ def make(
     app.wsgi_app = proxy  # type: ignore[method-assign]
     wired.tell = _follow(control, wired)
     return Parts(
-        app, control_app, proxy, control, wired, copies, workers, renewal, authentication, control.memory, routes
+        *(app, control_app, proxy, control, wired, copies, workers, renewal, authentication),
+        *(control.memory, scaling, routes),
     )
+
+
+def scale(scaling: Scaling, config: Settings) -> None:
+    """As these settings have it."""
+    docker = config.docker or os.environ.get("DOCKER_HOST") or DOCKER
+    scaling.use([ScalingOptions(kind=each.kind, docker=docker, **each.model_dump()) for each in config.scaling])
+
+
+def _scaled(events: Events) -> Callable[[ScalingNews, str, str | None, str], None]:
+    def tell(kind: ScalingNews, pool: str, backend: str | None, text: str) -> None:
+        severity = NEWS_SEVERITY.get(kind, "info")
+        if pool != DEFAULT_POOL:
+            text = f"{text}, pool {pool}"
+        events.add(kind, backend, text, severity)
+        log.log(logging.getLevelName(severity.upper()), "%s %s: %s", kind, backend or pool, text)
+
+    return tell
 
 
 def _tls_context(ca_file: Path | None) -> ssl.SSLContext | None:
@@ -392,7 +424,10 @@ def _routes(
             config.options(RouteOptions),
             on_refused=pools.health.wake,
             response_heads=heads,
-            done=(access_log.done,) if config.access_log else (),
+            done=(
+                *((race.noting(parts.pool.hedging),) if config.hedge != "off" else ()),
+                *((access_log.done,) if config.access_log else ()),
+            ),
         )
         return Way(config, route, usual)
 

@@ -32,6 +32,12 @@ REQUEST = Request(RequestHeads(), "GET", "/", b"/", "1.1", "http", "192.0.2.1", 
 SECRET = "a-password-of-redis"
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of this process notice sooner what is to be noticed."""
+    monkeypatch.setattr("balancer.cluster.cluster.BEAT_SECONDS", 0.2)
+
+
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[RedisServer]:
     with RedisServer(tmp_path) as started:

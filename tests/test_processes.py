@@ -264,8 +264,8 @@ def test_a_worker_that_hangs_is_replaced(crew: Crew) -> None:
     victim = pids(crew.url)[1]
     os.kill(victim, signal.SIGSTOP)
     wait_until(lambda: is_gone(victim), "it is ended")
-    wait_until(lambda: are_running(crew.url), "another worker")
-    assert "did not answer any more" in crew.process.output
+    wait_until(lambda: victim not in pids(crew.url) and are_running(crew.url), "another worker")
+    wait_until(lambda: "did not answer any more" in crew.process.output, "it is told")
     assert served_by(crew.url).keys() == {"a", "b"}
 
 

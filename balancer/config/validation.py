@@ -30,6 +30,7 @@ RATE = "^[1-9][0-9]{0,6}/[smh]$"
 ID_WORDS = "up to 64 letters (a to z), digits, dots, hyphens and underscores, no dot in front"
 DURATION = r"^[1-9][0-9]{0,3}[smhd]$"
 MODE = r"^0?[0-7]{3}$"
+DEPLOYMENT = r"^deployment/[a-z0-9](?:[a-z0-9.-]{0,61}[a-z0-9])?$"
 OWNER = r"^(?:[A-Za-z0-9_.-]+|[A-Za-z0-9_.-]*:[A-Za-z0-9_.-]+)$"
 PATTERNS = {ID: ID_WORDS, ID_OR_NONE: ID_WORDS, PATH: "a path such as /health, without blanks"}
 PATTERNS |= {MODE: 'octal digits as text, such as "0660"', OWNER: "USER, USER:GROUP or :GROUP"}
@@ -37,6 +38,7 @@ PATTERNS |= {SHA256: "a SHA-256 digest of 64 hexadecimal digits, as load-balance
 PATTERNS |= {KEY: "client_ip, path, header:NAME, cookie:NAME or query:NAME"}
 PATTERNS |= {EXPECTED_REQUEST: 'a method and a URL, as "GET http://api.example.com/v1/x"'}
 PATTERNS |= {LIMIT_KEY: "client_ip, subject, header:NAME, route or global", RATE: "N/s, N/m or N/h, such as 100/m"}
+PATTERNS |= {DEPLOYMENT: "deployment/NAME"}
 PATTERNS |= {DURATION: "a time such as 90s, 15m, 2h or 7d"}
 PATTERNS |= {NAME: "a name such as api.example.com", HOST: "a host such as api.example.com, with or without a port"}
 

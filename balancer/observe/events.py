@@ -46,6 +46,12 @@ EventKind = (
         "decision_left_out",
         "limit_reached",
         "limit_keys_full",
+        "scaled_up",
+        "scaled_down",
+        "scaling_advised",
+        "scaling_failed",
+        "start_failed",
+        "backend_ended",
         "worker_lost",
     ]
 )

@@ -60,6 +60,7 @@ class Master(LoadBalancer):
         self._loads = SharedLoads()
         self._ledgers: dict[int, Ledger] = {}  # by the number of the worker
         self._numbers: dict[int, Numbers] = {}  # as well
+        self._growing: dict[str, bool] = {}  # pools, as workers know of it
         self._settling = Lock()
         self._accounts = Accounts()
         self._asked: deque[Asked] = deque()
@@ -154,7 +155,12 @@ class Master(LoadBalancer):
 
     def _look_around(self) -> None:
         self._look()
-        self._tell("canaries", self.control.canaries.shares())
+        if told := self.control.canaries.shares():
+            self._tell("canaries", told)
+        for pool in self.control.pools:
+            if pool.may_grow != self._growing.get(pool.name, False):
+                self._growing[pool.name] = pool.may_grow
+                self._tell_of(pool)
 
     def _idle(self) -> dict[str, Counter[str]]:
         found: dict[str, Counter[str]] = {}
@@ -286,6 +292,7 @@ class Master(LoadBalancer):
         for pool in self.control.pools:
             pool.note_selected(numbers.selected.get(pool.name, {}))
             pool.note_alive(numbers.alive.get(pool.name, {}))
+            pool.hedging.note_late(numbers.late.get(pool.name))
         if numbers.alive:
             self._tell("alive", numbers.alive)
 
@@ -299,10 +306,13 @@ class Master(LoadBalancer):
     def _changed(self, pool: BackendPool, change: PoolChange) -> None:
         self._follow(pool, change)
         if change.kind in OF_MEMBERS:
-            with self._telling:  # so that the newest comes last
-                news = news_of(pool)
-                for link in self._links:
-                    link.tell("pool", pool.name, news)
+            self._tell_of(pool)
+
+    def _tell_of(self, pool: BackendPool) -> None:
+        with self._telling:  # so that the newest comes last
+            news = news_of(pool)
+            for link in self._links:
+                link.tell("pool", pool.name, news)
 
     def _checked(self, pool: BackendPool, backend: Backend, check: LastCheck, origin: Origin) -> None:
         self._tell("check", pool.name, backend.id, origin, check)

@@ -116,7 +116,8 @@ class Worker(LoadBalancer):
         """The master has them."""
 
     def stop_single_parts(self) -> None:
-        """As well."""
+        """As well, and hears now what has happened to the last."""
+        self._tell_numbers()
 
     # What it serves.
 
@@ -130,10 +131,11 @@ class Worker(LoadBalancer):
         self.listen(sockets)
         server = self._begin(None)
         assert server is not None
-        if not server.run(self._serve_on(server)):
+        has_ended = server.run(self._serve_on(server))
+        self._link.finish()
+        if not has_ended:
             logging.shutdown()
             os._exit(0)  # as `process.serve`
-        self._link.close()
         return 0
 
     async def _serve_on(self, server: Server) -> bool:
@@ -229,6 +231,7 @@ class Worker(LoadBalancer):
         pool, config = self.control.pools.get(name), self.settings.by_pool().get(name)
         if pool is not None and config is not None:
             pool.apply(changes(pool, news, config, config))
+            pool.let_grow(news.may_grow)
 
     def take_check(self, pool: str, backend: str, origin: Origin, check: LastCheck) -> None:
         for found, member in self._found(pool, backend):
@@ -280,7 +283,8 @@ class Worker(LoadBalancer):
         }
         alive = {pool.name: found for pool in self.control.pools if (found := pool.alive())}
         limits = self._added("", self.control.limiter.counts())
-        told = Numbers(self.workers.queued, self.pools.idle(), selected, alive, limits, self.control.log.dropped)
+        late = {pool.name: pool.hedging.late() for pool in self.control.pools}
+        told = Numbers(self.workers.queued, self.pools.idle(), selected, alive, limits, self.control.log.dropped, late)
         self._link.tell("numbers", told)
 
     def _added(self, kind: str, counts: Mapping[str, int]) -> dict[str, int]:
@@ -297,6 +301,8 @@ def main(descriptor: str) -> int:
     except SettingsError as error:
         print(f"worker: {error}", file=sys.stderr)
         return 2
+    except (EOFError, OSError):  # the master is gone already
+        return 1
     logrecords.install(worker.control.log, worker.settings.log_level, lambda: worker.settings.access_log_format)
     return worker.serve()
 
