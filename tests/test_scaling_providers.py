@@ -217,6 +217,8 @@ def test_the_replicas_of_a_deployment_are_set(
         clients.stop()
         assert set(clients.answers) == {200}
         wait_until(lambda: kubernetes.replicas == 1, "fewer, later")
+        wait_until(lambda: seen(balancer)["why"].endswith("1 stay, min 1"), "both pods are there still")
+        assert kinds(balancer)["scaled_down"] == 1
         kubernetes.replicas = 3
         wait_until(lambda: seen(balancer)["starting"] == 1, "somebody else has set it")
     assert kubernetes.replicas >= 1

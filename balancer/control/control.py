@@ -23,7 +23,7 @@ from balancer.config.settings import Settings
 from balancer.control.revisions import Revisions
 from balancer.filters.limits import Limiter
 from balancer.fleet.discovery import Discovery
-from balancer.fleet.scaler import ScalingView
+from balancer.fleet.scaler import Scaling
 from balancer.observe.canary import Canaries
 from balancer.observe.events import Events
 from balancer.observe.history import History
@@ -100,7 +100,7 @@ class Control:
     limiter: Limiter
     discovery: Discovery
     canaries: Canaries
-    scaling: Callable[[], list[ScalingView]]
+    scaling: Scaling
     idle: Callable[[], Mapping[str, Mapping[str, int]]]  # kept connections, by the name of a pool and a URL
     queued: Callable[[], int]  # requests that wait for a thread
     reload: Reload
@@ -131,9 +131,10 @@ class Control:
         return [{**backend, "until": ends.get((backend["pool"], backend["id"]))} for backend in found]
 
     def is_serving(self) -> bool:
-        """Ready for traffic: sources have told of backends, the first round of health checks is done, and no shutdown
-        is under way."""
-        return self.lifecycle != "draining" and self.discovery.has_looked() and self.pools.has_had_first_round()
+        """Ready for traffic: sources have told of backends, scaling has started the first ones, the first round of
+        health checks is done, and no shutdown is under way."""
+        is_here = self.discovery.has_looked() and self.scaling.has_looked()
+        return self.lifecycle != "draining" and is_here and self.pools.has_had_first_round()
 
 
 def current_control() -> Control:

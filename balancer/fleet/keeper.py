@@ -145,8 +145,8 @@ def be_quiet() -> None:
     ignored = {number for number in signal.valid_signals() if signal.getsignal(number) is signal.SIG_IGN}
     for number in {signal.SIGTERM, signal.SIGINT, signal.SIGHUP} | ignored - {signal.SIGPIPE}:
         signal.signal(number, lambda number, frame: None)
-    os.sched_setaffinity(0, map(int, sys.argv[1].split(",")))
     with suppress(OSError):  # a container may forbid it
+        os.sched_setaffinity(0, map(int, sys.argv[1].split(",")))
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 

@@ -51,6 +51,8 @@ class Replicas:
         self._note = note
         self._clock = clock
         self._count: int | None = None  # that there are to be
+        self._read: int | None = None  # as it was told last, if that can be
+        self._has_written = False
         self._began = self._complete_at = clock()  # the latter: when there were so many
         self._look_at = 0.0
 
@@ -60,13 +62,13 @@ class Replicas:
     def tend(self) -> None:
         self._replicator.options = self.options
         now = self._clock()
+        healthy = self._healthy()
         if now >= self._look_at:
             self._look_at = now + LOOK_AGAIN_SECONDS
-            read = self._replicator.read()
-            self._count = self._count if read is None else read
-        healthy = self._healthy()
-        if self._count is None and (healthy or self._pool.waiting or now - self._began > self.options.start_timeout):
-            self._count = healthy  # discovery has had time to find them
+            self._read = self._replicator.read()
+            self._count = self._count if self._read is None else self._read
+        if self._read is None and not self._has_written and self._is_found(now, healthy):
+            self._count = healthy
         if self._count is None or healthy >= self._count:
             self._complete_at = now
             self._starts.succeeded()
@@ -76,16 +78,22 @@ class Replicas:
             self._starts.fail(text, now)
             self._note("start_failed", self._pool.name, None, text)
 
+    def _is_found(self, now: float, healthy: int) -> bool:
+        """Discovery has had the time for all that there are."""
+        is_first_round_over = healthy > 0 and self._pool.has_had_first_round()
+        return is_first_round_over or self._pool.waiting > 0 or now - self._began > self.options.start_timeout
+
     def _healthy(self) -> int:
         return sum(backend.is_ready for backend in self._pool.backends())
 
     def load(self) -> Load | None:
-        """Those that do not come are counted as starting all the same: more of them would not come either."""
+        """Those that do not come are counted as starting all the same: more of them would not come either. Those that
+        are to go are not."""
         if self._count is None:
             return None
-        healthy = self._healthy()
+        healthy = min(self._healthy(), self._count)
         active = sum(backend.active for backend in self._pool.backends() if backend.is_wanted)
-        return Load(active, self._pool.waiting, healthy, starting=max(0, self._count - healthy))
+        return Load(active, self._pool.waiting, healthy, starting=self._count - healthy)
 
     def scale(self, load: Load, wanted: int, why: str) -> bool:
         try:
@@ -95,7 +103,7 @@ class Replicas:
             raise
         self._note("scaled_up" if wanted > load.there else "scaled_down", self._pool.name, None, why)
         self._starts.started += max(0, wanted - load.there)
-        self._count, self._complete_at = wanted, self._clock()
+        self._count, self._complete_at, self._has_written = wanted, self._clock(), True
         return True
 
     def retire(self) -> None:

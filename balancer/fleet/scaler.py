@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 
 from typing_extensions import TypedDict
 
@@ -17,6 +17,7 @@ from balancer.fleet.scaling import Demand, Load, Note, Provider, ScalingOptions,
 log = logging.getLogger("balancer.scaling")
 
 LOOK_SECONDS = 1.0
+ADVICE_SECONDS = 60.0  # at least between two events of shadow mode
 FIRST_SECONDS = 0.1  # between two looks while there is nobody, for the first request waits
 
 Make = Callable[[ScalingOptions, BackendPool, Starts, Note], Provider]
@@ -62,18 +63,19 @@ class Scaler:
         self._clock = clock
         self._load = Load(0, 0, 0)
         self._wanted: int | None = None
-        self._advised: int | None = None
+        self._advise_at = 0.0
         self._failure = ""  # of the provider, that was told
         self._adopts = False  # what another has left, once that can be told
         self._is_retired = self._drains = False
+        self.has_looked = False
         self._stopping = Event()
         self._thread = Thread(target=self._run, name=f"scaling-{pool.name}", daemon=True)
 
     def start(self, adopts: bool) -> None:
-        """With a first look, so that whoever waits for all backends to be checked waits for the first ones too."""
-        self._adopts = adopts
-        self._look_safely()
-        self._thread.start()
+        """Unless it has been."""
+        if not self.is_alive:
+            self._adopts = adopts
+            self._thread.start()
 
     def retire(self, drains: bool) -> None:
         """Take nothing on any more, and end when what it has brought has; with `drains` have that begin now."""
@@ -94,11 +96,13 @@ class Scaler:
     def _run(self) -> None:
         try:
             while not (self._is_retired and self._provider.is_empty):
+                self._look_safely()
+                self.has_looked = True
                 is_at_zero = self._wanted is not None and not self._load.there
                 if self._stopping.wait(FIRST_SECONDS if is_at_zero else LOOK_SECONDS):
                     break
-                self._look_safely()
         finally:
+            self.pool.let_grow(False)
             self._provider.close()
 
     def _look_safely(self) -> None:
@@ -115,10 +119,8 @@ class Scaler:
     def look(self) -> None:
         provider, options, now = self._provider, self.options, self._clock()
         provider.options = self._demand.options = options
-        if self._is_retired:
-            self.pool.let_grow(False)
-            if self._drains:
-                provider.retire()
+        if self._is_retired and self._drains:
+            provider.retire()
         if self._adopts:
             provider.adopt()
             self._adopts = False
@@ -132,15 +134,11 @@ class Scaler:
             return
         wanted = self._demand.wanted(load, now)
         self._load, self._wanted = load, wanted
-        if not is_enforced:
-            self._advise(wanted, load.there)
-        elif wanted != load.there and self._starts.are_due(now):
-            provider.scale(load, wanted, self._demand.why)
-
-    def _advise(self, wanted: int, there: int) -> None:
-        if wanted not in (there, self._advised):
+        if not is_enforced and wanted != load.there and now >= self._advise_at:
+            self._advise_at = now + ADVICE_SECONDS
             self._note("scaling_advised", self.pool.name, None, f"shadow: {self._demand.why}")
-        self._advised = wanted
+        elif is_enforced and wanted != load.there and self._starts.are_due(now):
+            provider.scale(load, wanted, self._demand.why)
 
     def describe(self) -> ScalingView:
         options, load = self.options, self._load
@@ -162,61 +160,64 @@ class Scaler:
 
 
 class Scaling:
-    """All that is scaled. `use` says what, and is called before `start` and by reloads; these and `stop` by one thread
-    at a time. `make` makes the provider of a pool.
+    """All that is scaled. `use` says what, before `start` and at each reload. `make` makes the provider of a pool.
 
-    `_scalers`, by pool, is replaced whole, so that anybody may read it; `_leaving` are those that still drain.
+    `_lock` guards all fields but `_scalers`, by pool, which is replaced under it and may be read by anybody. `_leaving`
+    are those that still drain.
     """
 
     def __init__(self, pools: Pools, make: Make, note: Note) -> None:
         self._pools = pools
         self._make = make
         self._note = note
+        self._lock = Lock()
         self._scalers: dict[str, Scaler] = {}
         self._leaving: list[Scaler] = []
         self._starts: dict[str, Starts] = {}  # by pool: what counts goes on when others bring its backends
         self._is_running = False
 
     def use(self, wanted: Sequence[ScalingOptions]) -> None:
-        scalers: dict[str, Scaler] = {}
-        for options in wanted:
-            pool, known = self._pools.get(options.name), self._scalers.get(options.name)
-            assert pool is not None  # the settings have checked that
-            if known is not None and known.pool is pool and known.options.kind == options.kind:
-                known.options = options
-                scalers[options.name] = known
-            else:
-                scalers[options.name] = self._made(pool, options)
-        before, self._scalers = self._scalers, scalers
-        for scaler in before.values():
-            if scaler not in scalers.values():
-                self._leaving.append(scaler)
+        with self._lock:
+            before = self._scalers
+            self._scalers = {options.name: self._scaler(options) for options in wanted}
+            gone = [scaler for scaler in before.values() if scaler not in self._scalers.values()]
+            for scaler in gone:
                 scaler.retire(drains=self._pools.get(scaler.pool.name) is scaler.pool)  # else its pool does that
-        self._leaving = [scaler for scaler in self._leaving if scaler.is_alive]
-        if self._is_running:
-            for scaler in scalers.values():
-                if scaler not in before.values():
+            self._leaving = [scaler for scaler in (*self._leaving, *gone) if scaler.is_alive]
+            if self._is_running:
+                for scaler in self._scalers.values():
                     scaler.start(adopts=False)
 
-    def _made(self, pool: BackendPool, options: ScalingOptions) -> Scaler:
+    def _scaler(self, options: ScalingOptions) -> Scaler:
+        """The one that there is, if it can be had with these options."""
+        pool, known = self._pools.get(options.name), self._scalers.get(options.name)
+        assert pool is not None  # the settings have checked that
+        if known is not None and known.pool is pool and known.options.kind == options.kind:
+            known.options = options
+            return known
         starts = self._starts.setdefault(options.name, Starts())
         return Scaler(pool, options, self._make(options, pool, starts, self._note), starts, self._note)
 
     def start(self, adopts: bool) -> None:
         """If it `adopts`, with what a balancer that was killed has left."""
-        self._is_running = True
-        for scaler in self._scalers.values():
-            scaler.start(adopts)
+        with self._lock:
+            self._is_running = True
+            for scaler in self._scalers.values():
+                scaler.start(adopts)
 
     def stop(self) -> None:
         """Stop and join; what was started is stopped with it."""
-        if self._is_running:
+        with self._lock:
             self._is_running = False
-            scalers = [*self._scalers.values(), *self._leaving]
-            for scaler in scalers:
-                scaler.stop()
-            for scaler in scalers:
-                scaler.join()
+            scalers = [scaler for scaler in (*self._scalers.values(), *self._leaving) if scaler.is_alive]
+        for scaler in scalers:
+            scaler.stop()
+        for scaler in scalers:
+            scaler.join()
+
+    def has_looked(self) -> bool:
+        """So what there is to be at first is in the pools, unless it cannot be started."""
+        return all(scaler.has_looked for scaler in self._scalers.values())
 
     def describe(self) -> list[ScalingView]:
         return [scaler.describe() for scaler in self._scalers.values()]
