@@ -8,6 +8,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from math import ceil
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 from exposition import scrape, value
-from support import Balancer, BalancerProcess, Clock, fetch, fetch_json, options, wait_until
+from support import Balancer, BalancerProcess, Clock, active, fetch, fetch_json, options, wait_until
 
 from balancer.balancing.backends import LastCheck
 from balancer.balancing.options import PoolOptions
@@ -393,7 +394,8 @@ def test_backends_come_and_go_with_the_load_and_no_request_is_lost(quick: None, 
 
 
 def test_the_first_request_waits_while_a_backend_starts(quick: None, tmp_path: Path) -> None:
-    with scaled(tmp_path, min=0, down_after=0.5) as balancer:
+    in_path = f"python '{BACKEND}' --port {{port}} --id {{id}}"  # the one that runs the balancer
+    with scaled(tmp_path, min=0, down_after=0.5, command=in_path) as balancer:
         for _ in range(2):
             assert (seen(balancer)["wanted"], len(ours())) == (0, 0)
             assert fetch(f"{balancer.url}/x")[::2] == (200, b"backend_1")
@@ -477,14 +479,17 @@ def test_the_operator_may_remove_one_and_another_takes_its_place(quick: None, tm
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_nothing_outlives_the_balancer(tmp_path: Path, number: signal.Signals) -> None:
-    file = written(tmp_path, min=2, command=command("--child"))
-    with BalancerProcess(f"--config={file}") as balancer:
+    file = written(tmp_path, min=2, command=command("--child", "--delay", "0.5"))
+    with BalancerProcess(f"--config={file}") as balancer, ThreadPoolExecutor(1) as clients:
         assert len(ours()) == 4
         assert {len(process.cpu_affinity()) for process in ours()} == {len(psutil.Process().cpu_affinity())}
         children = psutil.Process(balancer.pid).children(recursive=True)
+        answer = clients.submit(fetch, f"{balancer.url}/x")
+        wait_until(lambda: active(balancer) == 1, "a request is in flight")
         balancer.send(number)
         balancer.wait()
         wait_until(lambda: not any(process.is_running() for process in children), "all have ended")
+        assert (answer.exception() is None) is (number == signal.SIGTERM)
 
 
 def test_of_several_workers_each_waits_for_what_the_master_starts(tmp_path: Path) -> None:
@@ -527,6 +532,10 @@ def test_a_keeper_that_is_killed_takes_its_backends_with_it_and_another_begins(q
         ({"command": "a {port}", "min": 9}, "min = 9 is more than max = 6"),
         ({"command": "a {port}", "docker_port": 80}, "docker_port and docker_network belong to docker_image"),
         ({"command": "a {port}", "pool": "api"}, "scaling: pool 'api' is unknown; there are: default"),
+        (
+            {"command": "a {port}", "max": 0},
+            "scaling.default.max = 0 (program): expected a whole number from 1 to 1000",
+        ),
         ({"command": "a {port}", "max": None}, "scaling.default.max (program): is missing"),
     ],
 )
