@@ -363,7 +363,7 @@ class LoadBalancer:
         limits = _client_limits(config)
         is_wrapped = self.app.wsgi_app is not self.proxy
         if hasattr(select, "epoll"):
-            self.express = Express(self.workers)
+            self.express = Express(self.workers, self.pools.soonest_late)
             self.sockets = None if is_wrapped else Sockets()
         bridges = [
             Bridge(

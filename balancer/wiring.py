@@ -6,8 +6,9 @@ import logging
 import os
 import secrets
 import ssl
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,7 @@ from balancer.filters.maxforwards import MaxForwards
 from balancer.filters.mirror import Copies
 from balancer.filters.servedby import ServedBy
 from balancer.filters.serviceworkers import ServiceWorkers
+from balancer.filters.sharedlimit import Asked
 from balancer.filters.sticky import Sticky, StickyOptions, cookie_of
 from balancer.fleet import sources as sources_of
 from balancer.fleet.discovery import Discovery, Found
@@ -53,6 +55,7 @@ from balancer.fleet.health import HealthChecker
 from balancer.fleet.providers import Providers
 from balancer.fleet.scaler import Scaling
 from balancer.fleet.scaling import ScalingNews, ScalingOptions
+from balancer.forwarding import race
 from balancer.forwarding.filter import Filter
 from balancer.forwarding.route import Route, RouteOptions, Routes
 from balancer.observe.accesslog import AccessLog, LogOptions
@@ -109,6 +112,7 @@ class Own:
     health: Callable[[Callable[[], None]], HealthChecker] = HealthChecker
     loads: SharedLoads | None = None
     certificate: Certificate | None = None
+    salt: bytes | None = None  # of limits that all of them hold together
     take: Callable[[], None] = lambda: None
 
 
@@ -162,7 +166,7 @@ def make(
     app = Flask(__name__, static_folder=None)
     history, writer = History(lambda: _look(own.take, statistics, wired.pools)), LogWriter(standard_output())
     workers = WorkerPool(config.max_threads, config.max_queued, config.thread_idle_timeout)
-    limiter = Limiter(events, cluster=None if config.redis_url is None else config.cluster)
+    limiter = Limiter(events, salt=own.salt or _salt(config))
     access = Access(config.options(AccessOptions))
     renewal = _renewal(config, configuration, events, renew, own.certificate)
     scaling = Scaling(wired.pools, Providers(wired.pools, config.id, tls).make, _scaled(events))
@@ -180,7 +184,7 @@ def make(
     )
     control.workers = lambda: [this_process(control.began)]
     control.memory = _memory(control)
-    control.cluster = _cluster(control, pseudonym, wired.health.check_soon)
+    control.cluster = None if own.salt else _cluster(control, pseudonym, wired.health.check_soon)
     wired.look = lambda: _pass_time(control)
     api.install(app, control)
     control_app = app.wsgi_app
@@ -291,9 +295,14 @@ def _figures(control: Control) -> Figures:
         "since": control.began,
         "version": __version__,
         "lifecycle": control.lifecycle,
-        "processes": len(control.workers()),
+        "processes": max(1, len(control.workers())),
         "backends": in_flight(control.pools),
     }
+
+
+def _salt(config: Settings) -> bytes | None:
+    """The same for all members of a cluster."""
+    return blake2b(config.cluster.encode()).digest() if config.is_member else None
 
 
 def _cluster(control: Control, name: str, check: Callable[[Backend], None]) -> Cluster | None:
@@ -317,7 +326,13 @@ def _cluster(control: Control, name: str, check: Callable[[Backend], None]) -> C
     note = noting(control.events)
     link = Link(config.redis_url.get_secret_value(), config.cluster, name)
     agreement = Agreement(control.decisions, name, note)
-    cluster = Cluster(name, link, agreement, control.limiter, control.figures, look, note)
+    limiter = control.limiter
+
+    def asks() -> Iterator[Asked]:
+        if charges := limiter.charges():
+            yield "", charges, limiter.settle
+
+    cluster = Cluster(name, link, agreement, asks, limiter.share, control.figures, look, note)
     control.decisions.told = cluster.wake
     return cluster
 
@@ -406,7 +421,10 @@ def _routes(
             config.options(RouteOptions),
             on_refused=pools.health.wake,
             response_heads=heads,
-            done=(access_log.done,) if config.access_log else (),
+            done=(
+                *((race.noting(parts.pool.hedging),) if config.hedge != "off" else ()),
+                *((access_log.done,) if config.access_log else ()),
+            ),
         )
         return Way(config, route, usual)
 

@@ -51,7 +51,7 @@ class Place:
 
 def balancer_command(place: Place) -> list[str]:
     backends = place.listed(" --backend=backend_{}=http://127.0.0.1:{}@1").split()
-    method = [f"--algorithm={place.method}"] if place.method else []
+    method = f"--algorithm={place.method}".split() if place.method else []  # maybe with more flags
     tls = [f"--tls-certificate={place.pair[0]}", f"--tls-key={place.pair[1]}"] if place.pair else []
     program = str(HERE.parent / "load_balancer.py")
     return [sys.executable, program, "--host=127.0.0.1", f"--port={place.port}", *backends, *method, *tls]

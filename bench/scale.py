@@ -26,7 +26,7 @@ from balancer.balancing.options import StrategyOptions  # noqa: E402
 from balancer.balancing.speed import Speed  # noqa: E402
 from balancer.balancing.strategies import Indexed, create  # noqa: E402
 from balancer.filters.limit import SECOND, LimitOptions  # noqa: E402
-from balancer.filters.sharedlimit import ACTIVE_SECONDS, Charge, Settled, SharedLimit  # noqa: E402
+from balancer.filters.sharedlimit import Accounts, SharedLimit  # noqa: E402
 from balancer.protocol.origin import Origin  # noqa: E402
 from balancer.protocol.request import Request  # noqa: E402
 from balancer.protocol.requestheads import RequestHeads  # noqa: E402
@@ -178,21 +178,6 @@ LIMIT = LimitOptions("l", rate="100/s", burst=20)
 OFFERED = 4.0  # times the rate, of all together
 
 
-class Ledger:
-    """As the script of balancer/cluster/link."""
-
-    def __init__(self) -> None:
-        self._clear = 0
-        self._taken_at: dict[int, int] = {}
-
-    def charge(self, member: int, charge: Charge, now: int) -> Settled:
-        self._clear = min(max(self._clear, now) + charge.price * charge.taken, now + charge.most)
-        if charge.taken:
-            self._taken_at[member] = now
-        active = {name for name, at in self._taken_at.items() if at > now - ACTIVE_SECONDS * SECOND}
-        return Settled(self._clear - now, len(active | {member}))
-
-
 class Passed(NamedTuple):
     """How many requests passed, in percent of rate and burst; and how many there were above these at the worst."""
 
@@ -205,7 +190,7 @@ def limit(
 ) -> Passed:
     """One key at all balancers at once, or at the first `only`. `every` so many seconds each says what was taken; if it
     knows of nobody, each goes by its own part, as without a store."""
-    chance, ledger = random.Random(seed), Ledger()
+    chance, accounts = random.Random(seed), Accounts()
     limits = [SharedLimit(LIMIT) for _ in range(balancers)]
     for each in limits:
         each.share(balancers, is_lost=not knows)
@@ -216,8 +201,9 @@ def limit(
         for number in range(balancers):
             while due[number] <= now and knows:
                 at = round(due[number] * SECOND)
-                for charge in limits[number].charges():
-                    limits[number].settle(charge, ledger.charge(number, charge, at), at)
+                charges = limits[number].charges()
+                for charge, settled in zip(charges, accounts.charge(number, charges, at), strict=True):
+                    limits[number].settle(charge, settled, at)
                 due[number] += every
         asked, at = limits[chance.randrange(busy)], round(now * SECOND)
         if asked.wait("key", at) <= 0:

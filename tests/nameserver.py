@@ -54,12 +54,10 @@ class NameServer:
         self._tcp.close()
 
     def _serve_udp(self) -> None:
-        while True:
-            data, peer = self._udp.recvfrom(4096)
-            if not data:  # shut down
-                return
-            if (answer := self._answer(data, self.is_cut)) is not None:
-                self._udp.sendto(answer, peer)
+        with suppress(OSError):  # shut down
+            while data := (received := self._udp.recvfrom(4096))[0]:
+                if (answer := self._answer(data, self.is_cut)) is not None:
+                    self._udp.sendto(answer, received[1])
 
     def _serve_tcp(self) -> None:
         with suppress(OSError):

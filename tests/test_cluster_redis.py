@@ -353,12 +353,12 @@ def test_the_script_charges_what_was_taken_and_counts_who_shares(server: RedisSe
     x, y = links
     second = 1_000_000_000
     asked = Charge("l", "k", 3600 * second, 4 * 3600 * second, 2)
-    (first,) = x.charge([asked])
+    (first,) = x.charge("", [asked])
     assert first.sharing == 1 and 7199 * second < first.owed <= 7200 * second
-    (other, none) = y.charge([asked._replace(taken=1), asked._replace(key="other", taken=0)])
+    (other, none) = y.charge("", [asked._replace(taken=1), asked._replace(key="other", taken=0)])
     assert other.sharing == 2 and 10798 * second < other.owed <= 10800 * second
     assert (none.owed, none.sharing) == (0, 1)
-    assert y.charge([asked._replace(taken=9)])[0].owed <= asked.most
+    assert y.charge("", [asked._replace(taken=9)])[0].owed <= asked.most
     for link in links:
         link.close()
     assert "-1" not in [server.ask(f"TTL {key}") for key in ("lb:{c}:limit:l:k", "lb:{c}:limit:l:other")]

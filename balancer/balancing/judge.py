@@ -48,6 +48,12 @@ class Judge:
         if first_byte_seconds is not None and self.options.latency_ejection != "off":
             backend.window.add(first_byte_seconds)
 
+    def dropped(self, backend: Backend) -> None:
+        """A request waits no longer, since another backend has answered it."""
+        silence = backend.speed.dropped(self._clock())
+        if silence is not None and self.options.latency_ejection != "off":
+            backend.window.add(silence)
+
     def ended(
         self, backend: Backend, first_byte_seconds: float | None, failure: str, is_trial: bool, is_answered: bool
     ) -> bool:

@@ -8,6 +8,7 @@ from typing import Literal
 from balancer.protocol.addresses import Network
 
 LatencyMode = Literal["off", "shadow", "enforce"]
+Hedge = Literal["off", "auto"] | float  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,3 +42,5 @@ class PoolOptions:
     queue_timeout: float
     backend_drain_timeout: float
     sticky: bool
+    hedge: Hedge
+    hedge_budget: float

@@ -11,7 +11,7 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from threading import Event, Thread
@@ -22,11 +22,10 @@ from pydantic import TypeAdapter, ValidationError
 from balancer.cluster.agreement import Agreement
 from balancer.cluster.figures import Figures
 from balancer.cluster.link import Link, LinkError
-from balancer.filters.limits import Limiter
+from balancer.filters.sharedlimit import SETTLE_SECONDS, Asked
 
 log = logging.getLogger("balancer.cluster")
 
-LOOK_SECONDS = 0.05  # between two looks at what is to be told
 BEAT_SECONDS = 1.0
 READ_SECONDS = 10.0  # between two looks at all decisions, whatever was told of them
 STUCK_SECONDS = 3.0  # without an answer: who answers byte by byte is none
@@ -62,6 +61,8 @@ class Cluster:
     among them, and `state` are replaced and never changed, so that anybody may read them; the rest belongs to the
     thread.
 
+    `asks` is what processes have to say to the ledger of limits, each with where the answer goes, and `share` tells
+    them how many of all members there are, and whether they are lost: a Limiter's, unless somebody sets others.
     `figures` are those of this one; `check` is called with what another has found: which backend, and whether it is up.
     """
 
@@ -70,7 +71,8 @@ class Cluster:
         name: str,
         link: Link,
         agreement: Agreement,
-        limiter: Limiter,
+        asks: Callable[[], Iterable[Asked]],
+        share: Callable[[int, bool], None],
         figures: Callable[[], Figures],
         check: Callable[[str, bool], None],
         note: Callable[[News, str], None],
@@ -80,10 +82,12 @@ class Cluster:
         self.members: Mapping[str, Member] = {}
         self.state = State(False, time.time())
         self._agreement = agreement
-        self._limiter = limiter
+        self.asks = asks
+        self.share = share
         self._figures = figures
         self._check = check
         self._note = note
+        self._processes = 1  # of all members, that let requests through
         self._revision = ""
         self._beat_at = self._read_at = 0.0  # of time.monotonic(), when each is due
         self._heard_at = time.monotonic()
@@ -146,7 +150,7 @@ class Cluster:
 
     def _stay(self) -> None:
         while not self._stopping.is_set():
-            while (news := self.link.wait(0.0 if self._stopping.is_set() else LOOK_SECONDS)) is not None:
+            while (news := self.link.wait(0.0 if self._stopping.is_set() else SETTLE_SECONDS)) is not None:
                 self._hear(news)
             now = time.monotonic()
             if now >= self._beat_at:
@@ -155,7 +159,8 @@ class Cluster:
                 self._agree()
             while self._news:
                 self.link.tell(self._news.popleft())
-            self._limiter.settle(self.link.charge)
+            for process, charges, settle in self.asks():
+                settle(charges, self.link.charge(process, charges))
         self.link.leave()
 
     def _hear(self, news: str) -> None:
@@ -181,7 +186,8 @@ class Cluster:
             self._note("member_joined", f"{members[name].figures['id']} ({name})")
         for name in before.keys() - members.keys() - {self.name}:
             self._note("member_left", f"{before[name].figures['id']} ({name})")
-        self._limiter.share(max(len(members), 1))
+        self._processes = sum(each.figures["processes"] for each in members.values()) or 1
+        self.share(self._processes, False)
 
     def _agree(self) -> None:
         self._is_nudged = False
@@ -198,5 +204,5 @@ class Cluster:
         was_told, self._has_tried = self._has_tried and not self.state.is_together, True
         self.state = State(False, self.state.since if was_told else time.time(), why)
         if not was_told:
-            self._limiter.share(max(len(self.members), 1), is_lost=True)
+            self.share(max(self._processes, self._figures()["processes"]), True)
             self._note("cluster_lost", f"{self.link.address}: {why}; this one goes on alone")

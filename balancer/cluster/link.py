@@ -17,7 +17,7 @@ from redis.client import PubSub
 from redis.commands.core import Script
 from redis.retry import Retry
 
-from balancer.filters.sharedlimit import ACTIVE_SECONDS, Charge, Settled
+from balancer.filters.sharedlimit import ACTIVE, Charge, Settled
 from balancer.protocol.texts import shown
 
 T = TypeVar("T")
@@ -168,10 +168,11 @@ class Link:
         pairs = [text for pair in words.items() for text in pair]
         self._run(self._write, self._keys("decisions", "revision"), [self._channel, KEPT_SECONDS, *pairs])
 
-    def charge(self, charges: Sequence[Charge]) -> list[Settled]:
+    def charge(self, process: str, charges: Sequence[Charge]) -> list[Settled]:
+        """`process` of this member has taken that."""
         keys = self._keys(*(f"limit:{each.limit}:{each.key}" for each in charges))
-        amounts = [text for each in charges for text in (each.price // NANO, each.most // NANO, each.taken)]
-        told = self._run(self._charge, keys, [self._name, round(ACTIVE_SECONDS * 1e6), *amounts])
+        amounts = [each for one in charges for each in (one.price / NANO, one.most / NANO, one.taken)]
+        told = self._run(self._charge, keys, [self._name + process, ACTIVE // NANO, *amounts])
         return [Settled(owed * NANO, sharing) for owed, sharing in zip(told[::2], told[1::2], strict=True)]
 
     def tell(self, news: str) -> None:

@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from balancer.balancing.backends import MAX_CONNECTIONS, MAX_WEIGHT
-from balancer.balancing.options import LatencyMode
+from balancer.balancing.options import Hedge, LatencyMode
 from balancer.config import validation
 from balancer.errors import SettingsError
 from balancer.protocol import headerrules
@@ -73,6 +73,18 @@ def _header_rules(kept: Mapping[bytes, str], given: Any) -> HeaderRules:
         raise ValueError(str(error)) from None
 
 
+def _hedge(given: Any) -> Any:
+    """`off`, `auto` or seconds, which flags and the environment give as text."""
+    try:
+        seconds = None if given in ("off", "auto") else float(given)
+    except (TypeError, ValueError):
+        seconds = 0.0
+    if isinstance(given, bool) or not (seconds is None or 0.001 <= seconds <= 86400):
+        raise ValueError("expected off, auto or a number of seconds from 0.001 to 86400")
+    return given if seconds is None else seconds
+
+
+HedgeSetting = Annotated[Hedge, BeforeValidator(_hedge)]
 RequestRules = Annotated[HeaderRules, BeforeValidator(partial(_header_rules, headerrules.OF_REQUESTS))]
 ResponseRules = Annotated[HeaderRules, BeforeValidator(partial(_header_rules, headerrules.OF_RESPONSES))]
 
@@ -247,6 +259,12 @@ class Values(BaseModel):
     retry_budget_minimum: PerPool[int] = Field(
         10, ge=0, le=1_000_000, description="retries a second that are always allowed"
     )
+    hedge: PerPool[HedgeSetting] = Field(
+        "off",
+        description="when a GET or HEAD without an answer goes to a second backend as well: off, auto (later than 95 % "
+        "of the answers), or after so many seconds",
+    )
+    hedge_budget: PerPool[Share] = Field(0.05, description="requests that do so as a share of all")
     queue_limit: PerPool[int] = Field(
         500,
         ge=0,

@@ -8,6 +8,7 @@ is a label.
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -312,13 +313,20 @@ class Collector:
         panic = gauge("pool_panic", "Whether health is ignored because too few backends are available.", "pool")
         available = gauge("pool_backends_available", "Backends that take requests as far as they have room.", "pool")
         waiting = gauge("pool_queue_length", "Requests that wait for a backend.", "pool")
+        hedges = counter("hedges", "Requests that a second backend got too, by what came of it.", "pool", "result")
+        late = gauge("hedge_late_seconds", "After how long without an answer that happens; +Inf for never.", "pool")
+        counted = self._control.statistics.hedges()
         for each in self._control.pools.describe():
             name = each["name"]
             add(info, [name, each["algorithm"]], 1)
             add(panic, [name], each["panic"])
             add(available, [name], each["available"])
             add(waiting, [name], each["waiting_requests"])
-        yield from (info, panic, available, waiting)
+            seconds = each["hedge"]["late"]
+            if each["hedge"]["mode"] != "off":
+                add_each(hedges, [name], counted[name])
+                add(late, [name], math.inf if seconds is None else seconds)
+        yield from (info, panic, available, waiting, hedges, late)
 
     def _sources(self) -> Iterator[Metric]:
         age = gauge("source_age_seconds", "Since a source of backends last told who is there.", "source")

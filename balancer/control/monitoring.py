@@ -60,11 +60,13 @@ class WindowView(Figures):
 
 
 class PoolStatus(PoolView):
-    """A pool and what the requests of its backends came to. `until` is when its algorithm ends that is for a time."""
+    """A pool and what the requests of its backends came to. `until` is when its algorithm ends that is for a time;
+    `hedges` are of the process's lifetime."""
 
     total_requests: int
     failed_requests: int
     until: float | None
+    hedges: dict[str, int]
 
 
 class RouteView(CountersView):
@@ -225,13 +227,14 @@ def _pools(backends: Sequence[ServerView]) -> list[PoolStatus]:
     for backend in backends:
         requests[backend["pool"]] += backend["total_requests"]
         failed[backend["pool"]] += backend["failed_requests"]
-    ends = current_control().decisions.ends()
+    ends, hedges = current_control().decisions.ends(), current_control().statistics.hedges()
     return [
         {
             **pool,
             "total_requests": requests[pool["name"]],
             "failed_requests": failed[pool["name"]],
             "until": ends.get((pool["name"], "")),
+            "hedges": hedges[pool["name"]],
         }
         for pool in current_control().pools.describe()
     ]

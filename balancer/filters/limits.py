@@ -8,7 +8,6 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from hashlib import blake2b
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -64,20 +63,18 @@ class Limiter:
     """All limits in force. `_limits`, by name, is replaced and never changed.
 
     `lock` guards every Limit. One is enough: what is done under it takes a microsecond, with Python's own lock held.
-    `salt` makes the keys of values that may be secret; where a `cluster` of that name shares the limits, each member
-    has the same one.
+    `salt` makes the keys of values that may be secret; if it is given, others have it too, and all hold the limits
+    together.
     """
 
-    def __init__(
-        self, events: Events, clock: Callable[[], int] = time.monotonic_ns, cluster: str | None = None
-    ) -> None:
+    def __init__(self, events: Events, clock: Callable[[], int] = time.monotonic_ns, salt: bytes | None = None) -> None:
         self.lock = Lock()
         self.clock = clock
+        self.salt = salt or secrets.token_bytes(16)
         self._events = events
         self._limits: Mapping[str, Limit] = {}
-        self._kind: type[Limit] = Limit if cluster is None else SharedLimit
-        self._shared_by = (1, False)  # so many members; whether they are lost
-        self.salt = secrets.token_bytes(16) if cluster is None else blake2b(cluster.encode()).digest()
+        self._kind: type[Limit] = Limit if salt is None else SharedLimit
+        self._shared_by = (1, False)  # so many; whether the ledger is lost
 
     def use(self, wanted: Iterable[LimitOptions]) -> None:
         """From now on these. One that is defined as before keeps what its keys owe and hold, any other its counts."""
@@ -105,23 +102,25 @@ class Limiter:
     # Among several.
 
     def share(self, members: int, is_lost: bool = False) -> None:
-        """So many share all limits; the last that were known of, if they are lost."""
+        """So many hold all limits together; the last that were known of, if the ledger is lost."""
         self._shared_by = members, is_lost
         with self.lock:
             for limit in self._shared():
                 limit.share(members, is_lost)
 
-    def settle(self, charge: Callable[[Sequence[Charge]], Sequence[Settled]]) -> None:
-        """Say to the ledger what was taken since the last time, if anything, and go on with what it says."""
+    def charges(self) -> list[Charge]:
+        """What is to be said to the ledger now."""
         with self.lock:
-            charges = [(limit, each) for limit in self._shared() for each in limit.charges()]
-        if not charges:
-            return
-        settled = charge([each for _, each in charges])
+            return [each for limit in self._shared() for each in limit.charges()]
+
+    def settle(self, charges: Sequence[Charge], settled: Sequence[Settled]) -> None:
+        """What the ledger says to these."""
         with self.lock:
             now = self.clock()
-            for (limit, each), told in zip(charges, settled, strict=True):
-                limit.settle(each, told, now)
+            for charge, each in zip(charges, settled, strict=True):
+                limit = self._limits.get(charge.limit)
+                if isinstance(limit, SharedLimit):
+                    limit.settle(charge, each, now)
 
     def _shared(self) -> list[SharedLimit]:
         return [limit for limit in self._limits.values() if isinstance(limit, SharedLimit)]

@@ -9,13 +9,16 @@ that is owed like the rest.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
-from balancer.filters.limit import BUSY, Limit, LimitOptions
+from balancer.filters.debts import STEPS
+from balancer.filters.limit import BUSY, SECOND, Limit, LimitOptions
 
-ACTIVE_SECONDS = 1.0  # that a member counts as one that a key is shared with after it has taken something
+SETTLE_SECONDS = 0.05  # from one round to the next
+ACTIVE = SECOND  # that a member counts as one that a key is shared with after it has taken something
 ROUNDS = 20  # that a key is asked about after it was used last
 MOST_CHARGES = 500  # at once; of more keys, others come the next time
 
@@ -35,6 +38,10 @@ class Settled(NamedTuple):
 
     owed: int
     sharing: int
+
+
+Settle = Callable[[Sequence[Charge], Sequence[Settled]], None]  # where the ledger's answer goes
+Asked = tuple[str, Sequence[Charge], Settle]  # by which process of a member of the cluster
 
 
 @dataclass(slots=True)
@@ -107,3 +114,38 @@ class SharedLimit(Limit):
         elif settled.owed:
             self.debts.of_another(now)
             self.debts.add(charge.key, clear)
+
+
+@dataclass(slots=True)
+class Account:
+    """Of a key: when it owes nothing any more, and when each member took something last."""
+
+    clear: int
+    taken_at: dict[Hashable, int]
+
+
+class Accounts:
+    """The ledger of several processes of one balancer, as cluster/link has it for several balancers. Not locked."""
+
+    def __init__(self) -> None:
+        self._accounts: dict[tuple[str, str], Account] = {}
+
+    def charge(self, member: Hashable, charges: Iterable[Charge], now: int) -> list[Settled]:
+        return [self._charge(member, each, now) for each in charges]
+
+    def _charge(self, member: Hashable, charge: Charge, now: int) -> Settled:
+        self._tidy(now)
+        account = self._accounts.pop((charge.limit, charge.key), None) or Account(now, {})
+        self._accounts[charge.limit, charge.key] = account  # behind the others
+        account.clear = min(max(account.clear, now) + charge.price * charge.taken, now + charge.most)
+        if charge.taken:
+            account.taken_at[member] = now
+        account.taken_at = {each: at for each, at in account.taken_at.items() if at > now - ACTIVE}
+        return Settled(account.clear - now, len(account.taken_at.keys() | {member}))
+
+    def _tidy(self, now: int) -> None:
+        """Forget who owes nothing and was not used lately, of those that nobody has asked about for the longest."""
+        for key, account in list(islice(self._accounts.items(), STEPS)):
+            del self._accounts[key]
+            if account.clear > now or any(at > now - ACTIVE for at in account.taken_at.values()):
+                self._accounts[key] = account

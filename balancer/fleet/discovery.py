@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import time
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from ipaddress import ip_address
 from threading import Event, Lock, Thread
 from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
-from balancer.balancing.backends import Backend
+from balancer.balancing.backends import ID_PATTERN, MAX_WEIGHT, Backend
 from balancer.balancing.changes import ACTOR
 from balancer.balancing.members import PoolChanges
 from balancer.balancing.pool import BackendPool
@@ -44,7 +46,7 @@ class SourceFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A backend as a source has it, by the names of the settings."""
+    """A backend as a source has it, by the names of the settings. Raises ValueError if it cannot be one."""
 
     id: str
     pool: str
@@ -52,6 +54,16 @@ class Found:
     weight: int = 1
     max_connections: int | None = None
     drain_timeout: float | None = None
+
+    def __post_init__(self) -> None:
+        """Others have said this, so that no part is to be relied on."""
+        origin = self.origin
+        if not re.fullmatch(ID_PATTERN, self.id):
+            raise ValueError(f"{self.id!r} cannot be an id")
+        if origin.address:
+            ip_address(origin.address)
+        if not (origin.is_unix or 0 < origin.port < 65536) or not 0 <= self.weight <= MAX_WEIGHT:
+            raise ValueError(f"{self.id}: port {origin.port} or weight {self.weight} is out of range")
 
     def changes(self, before: Found | None) -> dict[str, Any]:
         """What is to be set that was something else before."""

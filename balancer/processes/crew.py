@@ -37,7 +37,7 @@ MOST_DEATHS, DEATHS_SECONDS = 5, 60.0  # of all workers: more often it is no acc
 SETTLE_SECONDS = 1.0  # for connections that are being made while others are steered away
 ROOT = Path(__file__).resolve().parents[2]
 # They ask the master for something; a terminal and systemd send them to all of us.
-OURS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGTTIN", "SIGTTOU")]
+OURS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTTIN, signal.SIGTTOU]
 
 
 class Child:

@@ -52,6 +52,7 @@ class Start:
     loads: int
     ledger: int
     pseudonym: bytes
+    salt: bytes
     sockets: Mapping[str, int]
     cpus: Sequence[int]
 
@@ -59,7 +60,8 @@ class Start:
 @dataclass(frozen=True, slots=True)
 class Numbers:
     """What a worker tells once a second. `selected`, by pool and backend, and `limits`, as the Limiter counts, are what
-    has come to them since; the others are as they are now. `alive` is when those last answered whose checks fail."""
+    has come to them since; the others are as they are now. `alive` is when those last answered whose checks fail,
+    `late` after how many seconds an answer is that, by pool."""
 
     queued: int
     idle: Mapping[str, Mapping[str, int]]
@@ -67,6 +69,7 @@ class Numbers:
     alive: Mapping[str, Mapping[str, float]]
     limits: Mapping[str, int]
     dropped: int
+    late: Mapping[str, float | None]
 
 
 def news_of(pool: BackendPool) -> PoolNews:
