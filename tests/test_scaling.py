@@ -489,7 +489,8 @@ def test_nothing_outlives_the_balancer(tmp_path: Path, number: signal.Signals) -
         balancer.send(number)
         balancer.wait()
         wait_until(lambda: not any(process.is_running() for process in children), "all have ended")
-        assert (answer.exception() is None) is (number == signal.SIGTERM)
+        is_answered = answer.exception() is None and answer.result()[0] == 200
+        assert is_answered is (number == signal.SIGTERM)
 
 
 def test_of_several_workers_each_waits_for_what_the_master_starts(tmp_path: Path) -> None:
