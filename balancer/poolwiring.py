@@ -111,6 +111,10 @@ class PoolWiring:
             [Checked(each.pool, each.settings.options(HealthOptions), each.adapter) for each in self._all()]
         )
 
+    def soonest_late(self) -> float:
+        """Seconds after which the first answer of any pool is late."""
+        return min((late for each in self._all() if (late := each.pool.hedging.late()) is not None), default=math.inf)
+
     def idle(self) -> dict[str, dict[str, int]]:
         """Kept connections by the name of the pool and the URL."""
         return {name: each.adapter.idle() for name, each in self.parts.items()}

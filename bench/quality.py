@@ -12,6 +12,7 @@ from __future__ import annotations
 import heapq
 import random
 import sys
+from itertools import count
 
 from backends import Backends, Meter, count_at, slow_backends
 from contenders import BODY, CONTENDERS, HERE, OURS, WAIT_PATH, started
@@ -70,14 +71,14 @@ def measure_quality(rounds: int, seconds: float, chosen: list[tuple[str, str]]) 
     return samples
 
 
-def measure(number: int, name: str, method: str, backends: Backends, seconds: float) -> Figures:
+def measure(number: int, name: str, method: str, backends: Backends, seconds: float, *, rate: float = RATE) -> Figures:
     *ports, at_once = backends.ports
     with started(CONTENDERS[name], ports, WAIT_PATH, BODY, method=method) as (service, place):
         restart(ports)
-        fire([Aim(place.port, WAIT_PATH, poisson(RATE, WARMUP_SECONDS, seed=0))])
+        fire([Aim(place.port, WAIT_PATH, poisson(rate, WARMUP_SECONDS, seed=0))])
         restart(ports)
         before, counts = Meter.read(service, backends), [count_at(port) for port in ports]
-        traffic = Aim(place.port, WAIT_PATH, poisson(RATE, seconds, seed=number + 1))
+        traffic = Aim(place.port, WAIT_PATH, poisson(rate, seconds, seed=number + 1))
         shots, direct = fire([traffic, Aim(at_once, WAIT_PATH, steady(DIRECT_RATE, seconds))], FAILED_SECONDS)
         others = Meter.read(service, backends).others_percent(before)
         counts = [count_at(port) - count for port, count in zip(ports, counts, strict=True)]
@@ -91,7 +92,12 @@ def restart(ports: list[int]) -> None:
 
 def summarise(shots: list[Shot], counts: list[int]) -> Figures:
     shares = [100 * count / max(1, sum(counts)) for count in counts]
-    return figures(shots, FAILED_SECONDS) | {f"to {kind} %": s for kind, s in zip(SPECIFICATIONS, shares, strict=True)}
+    extra: Figures = {"extra %": 100 * (sum(counts) / len(shots) - 1)}  # requests, for those that went to two
+    return (
+        figures(shots, FAILED_SECONDS)
+        | extra
+        | {f"to {kind} %": s for kind, s in zip(SPECIFICATIONS, shares, strict=True)}
+    )
 
 
 def simulate_all(rounds: int) -> list[Sample]:
@@ -100,33 +106,69 @@ def simulate_all(rounds: int) -> list[Sample]:
 
 
 CLIENTS = 250  # that differ in their address
+COMES, LATE = "comes", "is late"
+LOOK_SECONDS = 0.02  # between two looks for a second place
 
 
 def asked(client: int) -> Request:
     return Request(RequestHeads(), "GET", "/", b"/", "1.1", "http", f"192.0.2.{client}", [(b"host", b"a")])
 
 
-def simulate(number: int, name: str, seconds: float) -> Figures:
+def simulate(number: int, name: str, seconds: float, *, hedge: str = "off", rate: float = RATE) -> Figures:
     """One strategy under the traffic of round `number`."""
     now = 0.0
-    strategy, options = create(name, clock=lambda: now, rng=random.Random(number)), Settings().options(PoolOptions)
-    pool = BackendPool(strategy, options, clock=lambda: now)
+    strategy, settings = create(name, clock=lambda: now, rng=random.Random(number)), Settings(hedge=hedge)
+    pool = BackendPool(strategy, settings.options(PoolOptions), clock=lambda: now)
     backends = {kind: parse(text) for kind, text in SPECIFICATIONS.items()}
     for backend_id, backend in backends.items():
         backend.restart(now)
         pool.record_check(pool.add(backend_id, Origin("http", "127.0.0.1", 1)), LastCheck(now, 0.0, 200, None))
-    shots = [Shot(due) for due in poisson(RATE, seconds, seed=number + 1)]
+    shots = [Shot(due) for due in poisson(rate, seconds, seed=number + 1)]
     requests = [asked(client) for client in range(CLIENTS)]
-    running: list[tuple[float, int, Lease]] = []  # by the time of the answer
-    for index, shot in enumerate(shots):
-        while running and running[0][0] <= shot.due:
-            now, ended, lease = heapq.heappop(running)
-            lease.release(shots[ended].latency)
-        now = shot.due
-        lease = pool.lease(requests[index % len(requests)])
+    sent: dict[int, dict[Lease, float]] = {}  # the attempts of each request in flight, and since when
+    # What will happen to a request, by its time: it comes, it is late, it is answered by the backend of a lease.
+    coming: list[tuple[float, int, int, str | Lease]] = [(shot.due, n, n, COMES) for n, shot in enumerate(shots)]
+
+    def happens(due: float, index: int, what: str | Lease) -> None:
+        heapq.heappush(coming, (due, len(shots) + next(serials), index, what))
+
+    def ask(index: int, lease: Lease) -> None:
         chosen = backends[lease.backend.id]
         chosen.requests += 1
-        answered = chosen.due(now)
-        shot.latency, shot.is_good = answered - now, True
-        heapq.heappush(running, (answered, index, lease))
+        sent[index][lease] = now
+        happens(chosen.due(now), index, lease)
+
+    serials = count()
+    while coming:
+        now, _, index, what = heapq.heappop(coming)
+        request, shot = requests[index % len(requests)], shots[index]
+        if what == COMES:
+            sent[index] = {}
+            pool.hedging.count()
+            ask(index, pool.lease(request))
+            if (late := pool.hedging.late()) is not None:
+                happens(now + late, index, LATE)
+        elif index not in sent:
+            continue  # it was answered by another backend
+        elif isinstance(what, Lease):
+            first, *_ = attempts = sent.pop(index)
+            pool.hedging.answered(now - attempts[first])
+            what.release(now - attempts.pop(what))
+            for dropped in attempts:
+                dropped.drop()
+            shot.latency, shot.is_good = now - shot.due, True
+        elif (second := hedged(pool, request, next(iter(sent[index])))) is not None:
+            ask(index, second)
+        else:
+            happens(now + LOOK_SECONDS, index, LATE)
     return summarise(shots, [backend.requests for backend in backends.values()])
+
+
+def hedged(pool: BackendPool, request: Request, first: Lease) -> Lease | None:
+    """A second place, as `Race` takes it."""
+    if not pool.hedging.spend(first.is_silent(pool.hedging.late() or 0.0)):
+        return None
+    lease = pool.lease_beside(first, request)
+    if lease is None:
+        pool.hedging.refund()
+    return lease

@@ -347,7 +347,7 @@ def test_decisions_about_what_a_source_has_found_hold_over_a_restart(fleet: Flee
 def test_a_reload_brings_and_takes_sources(fleet: Fleet, tmp_path: Path) -> None:
     """The file names pools: one that comes later gets its backends then."""
     fleet.write("a", "b")
-    listed = tmp_path / "more.json"
+    listed = tmp_path / "more"
     more = {"id": "m", "url": fleet.backends["a"].url, "pool": "more"}
     listed.write_text(json.dumps([more, f"{fleet.backends['b'].url}@3"]))
     config = tmp_path / "balancer.toml"
@@ -376,3 +376,14 @@ def test_worker_processes_are_told_of_what_the_master_finds(fleet: Fleet) -> Non
         served: set[str] = set()
         wait_until(lambda: served.add(json.loads(fetch(f"{balancer.url}/x")[2])["server_id"]) or "c" in served)
         assert served <= {"b", "c"}
+
+
+def test_what_no_route_matches_goes_to_what_a_source_has_found(fleet: Fleet, tmp_path: Path) -> None:
+    fleet.write("a")
+    config = tmp_path / "balancer.toml"
+    expected = '[[expect]]\nrequest = "GET http://x/y"\npool = "default"'
+    config.write_text(
+        f'backends_file = "{fleet.file}"\n[[routes]]\nname = "old"\npath = "/old"\nstatus = 410\n{expected}'
+    )
+    with Balancer(f"--config={config}") as balancer:
+        assert fetch(f"{balancer.url}/x")[0] == 200 and fetch(f"{balancer.url}/old")[0] == 410

@@ -87,3 +87,12 @@ def test_without_time_for_endpoints_to_go_requests_are_lost(deployment: dict[str
     with cluster(hasty, PACE, 1, tmp_path) as made:
         seen = rolled(made, 1)
     assert set(seen) > {"200"}
+
+
+def test_a_balancer_that_scales_may_do_so_with_its_deployment_alone() -> None:
+    overlay = KUBERNETES / "overlays" / "scaling"
+    config, _ = settings.load({}, {}, overlay / "balancer.toml")
+    role, _ = documents(overlay / "scaling-role.yaml")
+    (rule,), (scaled,) = role["rules"], config.scaling
+    assert [f"deployment/{name}" for name in rule["resourceNames"]] == [scaled.kubernetes]
+    assert (rule["resources"], rule["verbs"]) == (["deployments/scale"], ["get", "patch"])

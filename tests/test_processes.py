@@ -23,10 +23,7 @@ from fleet import DemoBackend
 from support import BalancerProcess, RawRequest, StartProcess, connect, fetch, fetch_json, get, ok, read_all, wait_until
 from wire import WireBackend
 
-from balancer.config.limits import LimitSettings
-from balancer.config.settings import Settings
 from balancer.edge import quota
-from balancer.processes import shares
 
 MANY = 24  # connections: that all go to one of two workers is out of the question
 
@@ -267,8 +264,8 @@ def test_a_worker_that_hangs_is_replaced(crew: Crew) -> None:
     victim = pids(crew.url)[1]
     os.kill(victim, signal.SIGSTOP)
     wait_until(lambda: is_gone(victim), "it is ended")
-    wait_until(lambda: are_running(crew.url), "another worker")
-    assert "did not answer any more" in crew.process.output
+    wait_until(lambda: victim not in pids(crew.url) and are_running(crew.url), "another worker")
+    wait_until(lambda: "did not answer any more" in crew.process.output, "it is told")
     assert served_by(crew.url).keys() == {"a", "b"}
 
 
@@ -443,13 +440,28 @@ def test_a_unix_socket_is_shared(start_process: StartProcess, tmp_path: Path) ->
 # What each has of what there is.
 
 
-@pytest.mark.parametrize(
-    ("rate", "count", "share"), [("100/s", 2, "50/s"), ("3/s", 2, "90/m"), ("1/m", 4, "15/h"), ("1/h", 4, "1/h")]
-)
-def test_each_worker_has_its_share_of_a_limit(rate: str, count: int, share: str) -> None:
-    config = Settings(limits=[LimitSettings(name="l", rate=rate, burst=10, in_flight=1)])
-    (limit,) = shares.of_worker(config, count).limits
-    assert (limit.rate, limit.burst, limit.in_flight) == (share, round(10 / count), 1)
+def test_workers_hold_a_limit_together_and_one_alone_has_all_of_it(crew: Crew) -> None:
+    limit = '[[limits]]\nname = "l"\nkey = "header:X-Key"\nrate = "1/h"\nburst = 12\n'
+    crew.configure(f'{limit}[[routes]]\nname = "r"\npath = "/limited"\npool = "default"\nlimits = ["l"]\n')
+    assert crew.change("/reload", method="POST") == 200
+    url = f"{crew.url}/limited"
+    let_in = [fetch(url, X_Key="many")[0] for _ in range(60)].count(200)
+    assert 12 <= let_in <= 14  # one more for each
+    client, passed = HTTPConnection("127.0.0.1", crew.process.port, timeout=60), 0
+
+    def one_more() -> int:
+        nonlocal passed
+        client.request("GET", "/limited", headers={"X-Key": "one"})
+        response = client.getresponse()
+        response.read()
+        passed += response.status == 200
+        return passed
+
+    wait_until(lambda: one_more() == 12, "all of it, over one connection")
+    assert [one_more() for _ in range(5)] == [12] * 5
+    client.close()
+    crew.configure("")
+    assert crew.change("/reload", method="POST") == 200
 
 
 @pytest.mark.parametrize(

@@ -245,6 +245,7 @@ def test_a_recent_request_says_what_was_tried_and_cuts_long_paths() -> None:
         "seconds": 0.001,
         "connect": None,
         "resent": False,
+        "hedge": False,
         "error": "http://b: refused",
         "at": 0.0,
     }

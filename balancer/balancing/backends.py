@@ -164,6 +164,11 @@ class Backend:
         return self.admin_state == "ready" and self.weight > 0
 
     @property
+    def is_starting(self) -> bool:
+        """Scaling has started it, and it has not been up yet."""
+        return self.source == "scaling" and self.health.status == "unknown"
+
+    @property
     def is_ready(self) -> bool:
         """Takes requests as long as it has room."""
         return self.is_wanted and self.health.status == "up" and self.ejection.status != "ejected"

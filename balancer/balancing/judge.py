@@ -48,6 +48,12 @@ class Judge:
         if first_byte_seconds is not None and self.options.latency_ejection != "off":
             backend.window.add(first_byte_seconds)
 
+    def dropped(self, backend: Backend) -> None:
+        """A request waits no longer, since another backend has answered it."""
+        silence = backend.speed.dropped(self._clock())
+        if silence is not None and self.options.latency_ejection != "off":
+            backend.window.add(silence)
+
     def ended(
         self, backend: Backend, first_byte_seconds: float | None, failure: str, is_trial: bool, is_answered: bool
     ) -> bool:
@@ -181,7 +187,7 @@ class Judge:
             return True
         if health.status == "down" and health.consecutive_successes < self.options.health_rise:
             return False
-        if health.status == "down":
+        if health.status == "down" or backend.is_starting:
             self._start_slowly(backend)
             backend.ejection.end(self._clock())
         backend.speed.forget()
@@ -192,6 +198,9 @@ class Judge:
         health.consecutive_failures += 1
         health.consecutive_successes = 0
         if health.status == "up" and health.consecutive_failures < self.options.health_fall:
+            return False
+        if backend.is_starting:
+            health.reason = error  # which is to be expected; whoever has started it knows when to give up
             return False
         if health.status == "up" and check.timed_out and self._keeps_waiting(backend, check):
             was_busy, health.reason = health.is_busy, error

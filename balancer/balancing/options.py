@@ -8,6 +8,7 @@ from typing import Literal
 from balancer.protocol.addresses import Network
 
 LatencyMode = Literal["off", "shadow", "enforce"]
+Hedge = Literal["off", "auto"] | float  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +18,7 @@ class StrategyOptions:
     hash_key: str = "client_ip"
     hash_load_factor: float = 1.25
     networks: tuple[Network, ...] = ()
+    is_member: bool = False  # of a cluster: others may begin at the same moment
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,3 +42,5 @@ class PoolOptions:
     queue_timeout: float
     backend_drain_timeout: float
     sticky: bool
+    hedge: Hedge
+    hedge_budget: float

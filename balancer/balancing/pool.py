@@ -24,6 +24,7 @@ from balancer.balancing.candidates import Candidates
 from balancer.balancing.changes import Listener, Notifier
 from balancer.balancing.counts import BackendCounts
 from balancer.balancing.ejection import KeptEjection
+from balancer.balancing.hedging import HedgeView, Hedging
 from balancer.balancing.judge import Judge
 from balancer.balancing.members import Members, PoolChanges
 from balancer.balancing.options import PoolOptions
@@ -57,6 +58,7 @@ class PoolView(TypedDict):
     available: int
     active_connections: int
     waiting_requests: int
+    hedge: HedgeView
 
 
 class Lease:
@@ -76,6 +78,11 @@ class Lease:
     def is_held(self) -> bool:
         return self._pool is not None
 
+    def is_silent(self, seconds: float) -> bool:
+        """Its backend has answered nothing for so long, or nobody keeps count of that."""
+        pool = self._pool
+        return pool is None or not pool._is_timed or self.backend.speed.silence(pool._clock()) >= seconds
+
     def answered(self, first_byte_seconds: float, is_good: bool = True) -> None:
         """The response has begun but its body may take long: count the time now, not at `release`, and end a trial if
         it `is_good`. Idempotent."""
@@ -86,6 +93,12 @@ class Lease:
         """Some of the answer has come. Of interest if the backend does not answer its checks at the same time."""
         if self._pool is not None and self.backend.health.consecutive_failures:
             self._pool._alive(self)
+
+    def drop(self) -> None:
+        """As `release`, since another backend has answered instead: nobody is to blame, but this one was slower."""
+        if self._pool is not None:
+            self._pool._dropped(self)
+            self.release()
 
     def release(self, first_byte_seconds: float | None = None, *, failure: str = "") -> None:
         """Idempotent. `first_byte_seconds` for a good answer; `failure` in words if the backend was at fault; neither
@@ -150,6 +163,7 @@ class BackendPool:
         self._judge = Judge(self._backends, options, *judging)
         self._candidates = Candidates(self._backends, self._note)
         self._recent = RecentChoices(self._backends, clock)
+        self.hedging = Hedging(options, clock)
         self.cut_off: Callable[[Backend], None] = lambda backend: None
         self.waiting_elsewhere: Callable[[], int] = lambda: 0
 
@@ -191,9 +205,14 @@ class BackendPool:
         with self._lock:
             return self._choose(request, ())
 
+    def lease_beside(self, first: Lease, request: Request) -> Lease | None:
+        """A place on another backend, if there is one that nobody waits for."""
+        with self._lock:
+            return None if self._line else self._choose(request, (first.backend.id,))
+
     def _choose(self, request: Request, exclude: Collection[str]) -> Lease | None:
         index, choice, seen, is_turn = self._index, None, None, True
-        if self._is_looking and (self._is_special or self._clock() >= self._look_at):
+        if self._is_looking and (self._candidates.limits or self._clock() >= self._look_at):
             self._look()
         if index is None or exclude or self._is_special:
             choice, is_turn = self._choose_specially(request, exclude)
@@ -324,7 +343,8 @@ class BackendPool:
         """Others are asked first from now on."""
         index, current = self._index, self._candidates
         self._is_special = index is None or self._is_sticky or current.is_conditional
-        self._is_looking = self.loads is not None and (self._strategy.uses_load or self._is_special)
+        if self.loads is not None:
+            self._is_looking = self.loads.is_told = self._strategy.uses_load or bool(current.limits)
         if index is not None:
             self._is_followed = index.follows or self._is_special
             self._sees_more = index.explains or (current.are_many and index.has_ranks)
@@ -406,6 +426,13 @@ class BackendPool:
         with self._lock:
             if lease.choice.origin == lease.backend.origin:
                 self._judge.alive(lease.backend)
+
+    def _dropped(self, lease: Lease) -> None:
+        backend = lease.backend
+        with self._lock:
+            if not lease.is_answered and lease.choice.origin == backend.origin:
+                self._judge.dropped(backend)
+                lease.is_answered = True
 
     def _release(self, lease: Lease, first_byte_seconds: float | None, failure: str) -> None:
         backend = lease.backend
@@ -551,15 +578,26 @@ class BackendPool:
             if changes.options is not None:
                 self._judge.options = changes.options
                 self._is_sticky = changes.options.sticky
+                self.hedging.options = changes.options
             if changes.strategy is not None:
                 self._strategy = changes.strategy
                 self._note("algorithm_changed", "", changes.strategy.name, "info")
             self._members.apply(changes)
 
+    def let_grow(self, may_grow: bool) -> None:
+        """Whether it is worth waiting for backends that are still to come, even where there are none."""
+        if may_grow != self._candidates.may_grow:
+            with self._changing():
+                self._candidates.may_grow = may_grow
+
+    @property
+    def may_grow(self) -> bool:
+        return self._candidates.may_grow
+
     @contextmanager
     def _changing(self) -> Iterator[None]:
         with self._lock:
-            self._look()
+            self._look(at_all=True)
             yield
             self._settle()
         self._prepare()
@@ -701,6 +739,7 @@ class BackendPool:
             return {b.id: replace(b.counts, down_seconds=b.counts.downtime(now)) for b in self._backends.values()}
 
     def describe(self, is_leaving: bool) -> PoolView:
+        hedge = self.hedging.describe()
         with self._lock:
             self._catch_up()
             return {
@@ -712,6 +751,7 @@ class BackendPool:
                 "available": len(self._candidates.ready),
                 "active_connections": sum(backend.active for backend in self._backends.values()),
                 "waiting_requests": self.waiting,
+                "hedge": hedge,
             }
 
     def snapshot(self) -> list[BackendView]:

@@ -24,6 +24,7 @@ class Speed:
     ewma_at: float = 0.0
     unanswered: int = 0  # requests in flight whose response has not begun
     answered_at: float = 0.0  # the newest first byte, or when `unanswered` rose from 0
+    is_owing: bool = False  # an answer that is not waited for any more; until it gives another one
 
     def forget(self) -> None:
         """How fast or how faulty it was before says nothing now."""
@@ -45,7 +46,7 @@ class Speed:
     def sent(self, now: float) -> None:
         """One more request waits for its answer to begin."""
         if not self.unanswered:
-            self.answered_at = now
+            self.answered_at = now - self.response_time(now) if self.is_owing else now
         self.unanswered += 1
 
     def answered(self, seconds: float | None, now: float) -> None:
@@ -53,10 +54,22 @@ class Speed:
         at least."""
         if seconds is not None:
             self.observe(seconds, now)
-            self.answered_at = now
+            self.answered_at, self.is_owing = now, False
         elif (silence := self.silence(now)) > self.response_time(now):
             self.observe(silence, now)
         self.unanswered = max(0, self.unanswered - 1)  # 0 if the backend has moved to and fro meanwhile
+
+    def dropped(self, now: float) -> float | None:
+        """One request waits no longer, for another backend has answered it. This one is as slow as it has been silent,
+        at least; returns that if it is news. It goes on owing an answer: else it would look as good as before as soon
+        as nothing waits for it."""
+        silence = self.silence(now)
+        is_news = silence > self.response_time(now)
+        if is_news:
+            self.ewma, self.peak, self.ewma_at = silence, max(silence, self.peak_time(now)), now
+        self.is_owing = True
+        self.unanswered = max(0, self.unanswered - 1)
+        return silence if is_news else None
 
     def observe(self, seconds: float, now: float) -> None:
         """Blend in one measured time to first byte. The staler the memory, the more the new sample counts."""

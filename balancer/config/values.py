@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -23,7 +24,7 @@ from pydantic import (
 )
 
 from balancer.balancing.backends import MAX_CONNECTIONS, MAX_WEIGHT
-from balancer.balancing.options import LatencyMode
+from balancer.balancing.options import Hedge, LatencyMode
 from balancer.config import validation
 from balancer.errors import SettingsError
 from balancer.protocol import headerrules
@@ -48,6 +49,7 @@ Bytes = Annotated[int, Field(json_schema_extra={"unit": "bytes"})]
 BytesPerSecond = Annotated[int, Field(ge=0, le=1_000_000_000, json_schema_extra={"unit": "bytes/s"})]
 Status = Annotated[int, Field(ge=200, le=599), BeforeValidator(validation.no_truth_value)]
 Port = Annotated[int, Field(ge=1, le=65535)]
+RedisUrl = Annotated[SecretStr, AfterValidator(validation.check_redis_url)]
 Weight = Annotated[int, Field(ge=0, le=MAX_WEIGHT), BeforeValidator(validation.no_truth_value)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 MaxConnections = Annotated[int, Field(ge=1, le=MAX_CONNECTIONS)]
@@ -71,6 +73,18 @@ def _header_rules(kept: Mapping[bytes, str], given: Any) -> HeaderRules:
         raise ValueError(str(error)) from None
 
 
+def _hedge(given: Any) -> Any:
+    """`off`, `auto` or seconds, which flags and the environment give as text."""
+    try:
+        seconds = None if given in ("off", "auto") else float(given)
+    except (TypeError, ValueError):
+        seconds = 0.0
+    if isinstance(given, bool) or not (seconds is None or 0.001 <= seconds <= 86400):
+        raise ValueError("expected off, auto or a number of seconds from 0.001 to 86400")
+    return given if seconds is None else seconds
+
+
+HedgeSetting = Annotated[Hedge, BeforeValidator(_hedge)]
 RequestRules = Annotated[HeaderRules, BeforeValidator(partial(_header_rules, headerrules.OF_REQUESTS))]
 ResponseRules = Annotated[HeaderRules, BeforeValidator(partial(_header_rules, headerrules.OF_RESPONSES))]
 
@@ -141,7 +155,7 @@ def named(backends: Sequence[B], prefix: str) -> tuple[B, ...]:
 
 def docker_url(text: str) -> str:
     """As Docker's own settings have it."""
-    return re.sub(r"^unix:", "http+unix:", text)
+    return re.sub(r"^unix:", "http+unix:", re.sub(r"^tcp:", "http:", text))
 
 
 def name_server(text: str) -> tuple[str, int]:
@@ -245,6 +259,12 @@ class Values(BaseModel):
     retry_budget_minimum: PerPool[int] = Field(
         10, ge=0, le=1_000_000, description="retries a second that are always allowed"
     )
+    hedge: PerPool[HedgeSetting] = Field(
+        "off",
+        description="when a GET or HEAD without an answer goes to a second backend as well: off, auto (later than 95 % "
+        "of the answers), or after so many seconds",
+    )
+    hedge_budget: PerPool[Share] = Field(0.05, description="requests that do so as a share of all")
     queue_limit: PerPool[int] = Field(
         500,
         ge=0,
@@ -374,6 +394,14 @@ class Values(BaseModel):
     state_file: Fixed[Path | None] = Field(
         None, description="file for what was decided at run time, events and counts, so that they survive a restart"
     )
+    redis_url: Fixed[RedisUrl | None] = Field(
+        None,
+        description="Redis server that the balancers of a cluster share, redis://[USER:PASSWORD@]HOST[:PORT][/NUMBER]; "
+        "LB_REDIS_URL_FILE too, for a flag can be read by every user of the machine",
+    )
+    cluster: Fixed[str] = Field(
+        "default", pattern=validation.ID, description="name of the cluster, the same for all of its balancers"
+    )
     access_log: bool = Field(False, description="log every request to stdout, in a thread of its own")
     access_log_format: Literal["text", "json"] = Field("text", description="text or json; of all other lines as well")
     workers: Fixed[int | Literal["auto"]] = Field(
@@ -499,6 +527,11 @@ class Values(BaseModel):
     def networks(self) -> tuple[Network, ...]:
         """`trusted_proxies`, parsed."""
         return tuple(map(parse_network, self.trusted_proxies))
+
+    @property
+    def is_member(self) -> bool:
+        """Of a cluster."""
+        return self.redis_url is not None
 
     @property
     def host_field(self) -> bytes:

@@ -8,6 +8,7 @@ is a label.
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -176,6 +177,8 @@ class Collector:
         yield from self._websockets()
         yield from self._limits()
         yield from self._pools()
+        yield from self._cluster()
+        yield from self._scaling()
         yield from self._sources()
 
     def _process(self) -> Iterator[Metric]:
@@ -209,6 +212,18 @@ class Collector:
             yield add(expiry, [], tls["expires_at"])
             text = "Whether the newest certificate was not refused."
             yield add(gauge("tls_reload_success", text), [], tls["last_error"] is None)
+
+    def _scaling(self) -> Iterator[Metric]:
+        wanted = gauge("scaling_wanted", "Backends that scaling wants a pool to have, or would.", "pool")
+        started = counter("scaling_started", "Backends that scaling has started.", "pool")
+        failed = counter("scaling_failed_starts", "Of these, those that ended or were not healthy in time.", "pool")
+        for scaled in self._control.scaling.describe():
+            pool = [scaled["pool"]]
+            if scaled["wanted"] is not None:
+                wanted.add_metric(pool, scaled["wanted"])
+            started.add_metric(pool, scaled["started"])
+            failed.add_metric(pool, scaled["failed_starts"])
+        yield from (wanted, started, failed)
 
     def _routes(self) -> Iterator[Metric]:
         """Of those that there are now: names that a reload takes away would pile up."""
@@ -284,18 +299,34 @@ class Collector:
             add(evicted, name, limit["evicted"])
         yield from (requests, in_flight, keys, evicted)
 
+    def _cluster(self) -> Iterator[Metric]:
+        cluster = self._control.cluster
+        if cluster is None:
+            return
+        connected = gauge("cluster_connected", "Whether it hears of the other members.")
+        yield add(connected, [], cluster.state.is_together)
+        yield add(gauge("cluster_members", "Members that it knows of, itself among them."), [], len(cluster.members))
+        yield add(gauge("cluster_age_seconds", "Since the Redis server answered last."), [], cluster.age)
+
     def _pools(self) -> Iterator[Metric]:
         info = gauge("pool_info", "The algorithm in use.", "pool", "algorithm")
         panic = gauge("pool_panic", "Whether health is ignored because too few backends are available.", "pool")
         available = gauge("pool_backends_available", "Backends that take requests as far as they have room.", "pool")
         waiting = gauge("pool_queue_length", "Requests that wait for a backend.", "pool")
+        hedges = counter("hedges", "Requests that a second backend got too, by what came of it.", "pool", "result")
+        late = gauge("hedge_late_seconds", "After how long without an answer that happens; +Inf for never.", "pool")
+        counted = self._control.statistics.hedges()
         for each in self._control.pools.describe():
             name = each["name"]
             add(info, [name, each["algorithm"]], 1)
             add(panic, [name], each["panic"])
             add(available, [name], each["available"])
             add(waiting, [name], each["waiting_requests"])
-        yield from (info, panic, available, waiting)
+            seconds = each["hedge"]["late"]
+            if each["hedge"]["mode"] != "off":
+                add_each(hedges, [name], counted[name])
+                add(late, [name], math.inf if seconds is None else seconds)
+        yield from (info, panic, available, waiting, hedges, late)
 
     def _sources(self) -> Iterator[Metric]:
         age = gauge("source_age_seconds", "Since a source of backends last told who is there.", "source")

@@ -12,15 +12,19 @@ Needs epoll, so Linux; elsewhere every request has its worker thread.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import select
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from threading import Thread
 
 from balancer.edge.call import Call
 from balancer.edge.workers import WorkerPool
 from balancer.errors import InvalidResponse
+from balancer.forwarding.attempts import Leg
+from balancer.forwarding.race import Opening, Race
 from balancer.upstream.connection import Connection
 from balancer.upstream.sent import Sent
 
@@ -28,6 +32,7 @@ log = logging.getLogger("balancer.server")
 
 INPUT = getattr(select, "EPOLLIN", 0)  # elsewhere than on Linux not used
 LOOK_SECONDS = 0.05  # at most between two looks for answers that are overdue
+LEAST_TICK, TICK_SHARE = 0.005, 0.125  # seconds between two looks for those that are late, and of what is late
 
 
 class Express:
@@ -39,16 +44,22 @@ class Express:
 
     A connection stays watched, `_watched` by its descriptor, while one request after the other waits on it: that saves
     each two system calls. When something comes for which nobody waits here, to a worker or to nobody, it is left.
+
+    `_races` has the calls of this thread that are late, and wait for a second backend too or will soon: such a call is
+    in `_waiting` once for each. `soonest_late` says after how many seconds the first one is.
     """
 
-    def __init__(self, workers: WorkerPool) -> None:
+    def __init__(self, workers: WorkerPool, soonest_late: Callable[[], float] = lambda: math.inf) -> None:
         self._workers = workers
+        self._soonest_late = soonest_late
         self._waiting: dict[int, Call] = {}
+        self._races: dict[Call, Race] = {}
         self._watched: dict[int, Connection] = {}
         self._epoll = select.epoll()
         self._wake = os.eventfd(0)
         self._stopping = False
-        self._next_look = 0.0  # of time.monotonic()
+        self._next_look = self._next_expiry = 0.0  # of time.monotonic()
+        self._tick = LOOK_SECONDS
         self._thread = Thread(target=self._run, name="express", daemon=True)
 
     def start(self) -> None:
@@ -105,8 +116,11 @@ class Express:
         self._pass_on_answers()
         now = time.monotonic()
         if now >= self._next_look:
-            self._next_look = now + LOOK_SECONDS
-            self._expire(now)
+            self._next_look = now + self._tick
+            self._hedge(now)
+            if now >= self._next_expiry:
+                self._next_expiry = now + LOOK_SECONDS
+                self._expire(now)
 
     def _run(self) -> None:
         while not self._stopping:
@@ -116,13 +130,16 @@ class Express:
                 log.exception("express thread: a round failed")
 
     def _pass_on_answers(self) -> None:
-        for descriptor, _ in self._epoll.poll(LOOK_SECONDS):
+        for descriptor, _ in self._epoll.poll(self._tick):
             call = self._waiting.pop(descriptor, None)
             if call is None:
                 self._leave(descriptor)
                 continue
             try:
-                self._look(call)
+                if self._races and call in self._races:
+                    self._look_at_race(call, descriptor)
+                else:
+                    self._look(call)
             except BaseException:  # the others of this round must not wait for their time-out
                 log.exception("passing on an answer failed")
 
@@ -170,9 +187,89 @@ class Express:
         for descriptor, call in self._waiting.copy().items():
             if self._is_overdue(call, now) and self._claim(descriptor, call):
                 self._leave(descriptor)
-                self._sent(call).expire()
-                self._hand_over(call)
+                if call in self._races:
+                    self._decide(call, Race.expire)
+                else:
+                    self._sent(call).expire()
+                    self._hand_over(call)
 
     def _is_overdue(self, call: Call, now: float) -> bool:
-        forwarding = call.forwarding
+        forwarding, race = call.forwarding, self._races.get(call)
+        if race is not None:
+            return race.deadline <= now
         return forwarding is not None and forwarding.sent is not None and forwarding.sent.deadline <= now
+
+    # The same thread: answers that are late.
+
+    def _hedge(self, now: float) -> None:
+        """Ask a second backend for whoever has waited too long for one."""
+        late = self._soonest_late()
+        self._tick = min(LOOK_SECONDS, max(LEAST_TICK, TICK_SHARE * late))
+        for call, race in self._races.copy().items():
+            if race.is_waiting:
+                self._begin(call, race)
+        if late == math.inf:
+            return
+        for descriptor, call in self._waiting.copy().items():  # about in the order in which they were brought
+            if now - call.started < late:
+                return
+            if call not in self._races and not call.listener.is_draining:
+                self._race(descriptor, call)
+
+    def _race(self, descriptor: int, call: Call) -> None:
+        forwarding = call.forwarding
+        race = forwarding.race() if forwarding is not None else None
+        if race is None or not self._claim(descriptor, call):
+            return
+        self._races[call] = race
+        try:
+            self._wait_on(self._sent(call), call)  # whoever brought it may have failed to, and found it gone
+        except (OSError, ValueError):
+            self._decide(call, Race.expire)
+        else:
+            self._begin(call, race)
+
+    def _wait_on(self, sent: Sent, call: Call) -> None:
+        connection = sent.connection
+        self._waiting[connection.descriptor] = call
+        if self._watched.get(connection.descriptor) is not connection:
+            self._watch(connection.descriptor, connection)
+
+    def _begin(self, call: Call, race: Race) -> None:
+        try:
+            begun = race.begin()
+            if isinstance(begun, Opening):
+                if not self._workers.submit(begun, False):
+                    begun.is_over = True
+            elif begun is not None:
+                self._wait_on(begun, call)
+        except BaseException:  # the first attempt goes on
+            log.exception("asking a second backend failed")
+            race.is_waiting = False
+
+    def _look_at_race(self, call: Call, descriptor: int) -> None:
+        self._decide(call, lambda race: race.look(descriptor, call.listener.most_held))
+
+    def _decide(self, call: Call, step: Callable[[Race], Leg | None]) -> None:
+        """Go on with the winner, if there is one after this step."""
+        race, forwarding = self._races[call], call.forwarding
+        assert forwarding is not None
+        for descriptor in race.pending:
+            self._waiting.pop(descriptor, None)
+        try:
+            winner = step(race)
+        except BaseException:  # as in `_look`
+            log.exception("looking at an answer failed")
+            del self._races[call]
+            call.refuse()
+            return
+        if winner is None:
+            self._waiting |= dict.fromkeys(race.pending, call)
+            return
+        del self._races[call]
+        forwarding.sent = winner.sent
+        if winner.is_whole:
+            call.answer()
+        else:
+            self._leave(winner.sent.connection.descriptor)
+            self._hand_over(call)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from balancer.errors import BackendError, BackendRemoved, ClientError, ClientGone, ConnectFailed, NoRoom, Unavailable
 from balancer.forwarding.stage import Stage
-from balancer.observe.record import Attempt, Record
+from balancer.observe.record import DROPPED, Attempt, Record
 
 if TYPE_CHECKING:
     from balancer.balancing.backends import Backend
@@ -32,10 +33,25 @@ BACKOFF_SECONDS = 0.025
 MAX_BACKOFF_SECONDS = 0.25
 EJECTING_STATUSES = frozenset({502, 503, 504})  # answers that say that the backend cannot work; passed on all the same
 BUDGET_USED_UP = "the retry budget is used up"
+HEDGED = ("GET", "HEAD")  # methods that have no effect
 
 
 def no_thread(options: RouteOptions) -> NoRoom:
     return NoRoom(f"no thread became free within {options.request_timeout:g} s")
+
+
+@dataclass(slots=True, eq=False)
+class Leg:
+    """One of two attempts at the same time."""
+
+    lease: Lease
+    attempt: Attempt
+    sent: Sent
+    is_whole: bool = False  # its answer is here
+
+    @property
+    def status(self) -> int:
+        return 0 if self.sent.response is None else self.sent.response.status_code
 
 
 class Attempts:
@@ -45,7 +61,7 @@ class Attempts:
     Notes in `record` what was tried; `started` is of time.perf_counter(). Used by one thread at a time.
     """
 
-    __slots__ = ("_route", "_request", "_outgoing", "_record", "_started", "_lease", "_failure")
+    __slots__ = ("_route", "_request", "_outgoing", "_record", "_started", "_lease", "_beside", "_failure")
 
     def __init__(
         self, route: Route, request: Request, outgoing: OutgoingRequest, record: Record, started: float
@@ -56,6 +72,7 @@ class Attempts:
         self._record = record
         self._started = started
         self._lease: Lease | None = None  # of the last attempt, or for the next one
+        self._beside: Lease | None = None  # of a second one at the same time
         self._failure: BackendError | None = None  # of what `send_now` tried
 
     def lease_now(self) -> bool:
@@ -201,8 +218,11 @@ class Attempts:
             if isinstance(error, ConnectFailed) and error.refused:
                 self._route.pool.record_refused(lease.backend, str(error), lease.choice.origin)
                 self._route.on_refused()
-            lease.release(failure="" if getattr(error, "stale", False) else str(error))
+            self._blame(lease, error)
             raise
+
+    def _blame(self, lease: Lease, error: BackendError) -> None:
+        lease.release(failure="" if getattr(error, "stale", False) else str(error))
 
     def _note(self, outcome: str, error: str | None = None) -> None:
         """What came of it: a status, or a reason."""
@@ -213,11 +233,115 @@ class Attempts:
 
     def is_on(self, backend: Backend) -> bool:
         """It has a place there. Any thread may ask."""
-        return self._lease is not None and self._lease.backend is backend and self._lease.is_held
+        return any(
+            lease is not None and lease.backend is backend and lease.is_held for lease in (self._lease, self._beside)
+        )
 
     def _was_cut(self) -> bool:
         """The operator ended what the backend had in flight after this attempt began."""
         return self._lease is not None and self._started + self._record.attempts[-1].at <= self._lease.backend.cut_at
+
+    # Two of them at a time: the last one of the record, and one beside it. `Race` decides between them.
+
+    def lateness(self) -> float | None:
+        """Seconds after which an answer is late, if this one is by now, and the request may go to another backend as
+        well."""
+        late, outgoing = self._route.pool.hedging.late(), self._outgoing
+        if late is None or outgoing.method not in HEDGED or outgoing.body is not None:
+            return None
+        if time.perf_counter() - self._started - self._record.attempts[-1].at < late:
+            return None
+        if not self._record.is_late:
+            self._record.is_late = True
+            self._route.pool.hedging.count()
+        return late
+
+    def leg(self, sent: Sent) -> Leg:
+        assert self._lease is not None
+        return Leg(self._lease, self._record.attempts[-1], sent)
+
+    def is_silent(self, seconds: float) -> bool:
+        """Whether nobody had an answer of its backend for so long."""
+        return self._lease is not None and self._lease.is_silent(seconds)
+
+    def lease_beside(self) -> bool:
+        assert self._lease is not None
+        self._beside = self._route.pool.lease_beside(self._lease, self._request)
+        return self._beside is not None
+
+    @property
+    def origin_beside(self) -> Origin:
+        assert self._beside is not None
+        return self._beside.choice.origin
+
+    def send_beside(self, deadline: float) -> Leg | None:
+        """None if no connection is kept."""
+        assert self._beside is not None
+        sent = self._route.adapter.send_now(self._outgoing, self.origin_beside)
+        if sent is not None and sent.rest:  # a head that does not go out at once: leave it
+            sent.close()
+        if sent is None or sent.rest:
+            return None
+        sent.deadline = deadline
+        attempt = Attempt(self._beside.choice, at=time.perf_counter() - self._started)
+        attempt.hedge = True
+        self._record.attempts.insert(-1, attempt)
+        return Leg(self._beside, attempt, sent)
+
+    def release_beside(self) -> None:
+        lease, self._beside = self._beside, None
+        if lease is not None:
+            lease.release()
+
+    def lose(self, leg: Leg) -> None:
+        """It failed, and the other one goes on."""
+        error = leg.sent.failure
+        assert error is not None
+        if self.is_cut(leg):
+            self._note_leg(leg, BackendRemoved.reason, f"{leg.lease.backend.id} was taken out of service")
+            leg.lease.release()
+        else:
+            self._note_leg(leg, error.reason, str(error))
+            self._blame(leg.lease, error)
+        leg.sent.close()
+
+    def drop(self, leg: Leg) -> None:
+        """The other one was faster, or the client has left."""
+        if self._request.client.is_gone:
+            self._note_leg(leg, "")
+            leg.lease.release()
+        else:
+            self._note_leg(leg, DROPPED)
+            leg.lease.drop()
+        leg.sent.close()
+
+    def outdo(self, leg: Leg) -> None:
+        """It has an answer, and the other one a better one."""
+        self._note_leg(leg, str(leg.status))
+        if leg.status in EJECTING_STATUSES:
+            leg.lease.release(failure=f"answered {leg.status}")
+        else:
+            leg.lease.release(leg.attempt.seconds)
+
+    def settle(self, leg: Leg) -> None:
+        """The others are over: go on with this one."""
+        attempts = self._record.attempts
+        if attempts[-1] is not leg.attempt:
+            attempts.remove(leg.attempt)
+            attempts.append(leg.attempt)
+            self._outgoing.connect_seconds = None  # that was the other's
+        self._lease, self._beside = leg.lease, None
+        self._record.backend = leg.lease.backend.id
+
+    def _note_leg(self, leg: Leg, outcome: str, error: str | None = None) -> None:
+        attempt = leg.attempt
+        attempt.outcome, attempt.error = outcome, error
+        attempt.seconds = time.perf_counter() - self._started - attempt.at
+        attempt.connect = None if attempt.hedge else self._outgoing.connect_seconds
+
+    def is_cut(self, leg: Leg) -> bool:
+        """The operator ended what its backend had in flight after it began."""
+        return self._started + leg.attempt.at <= leg.lease.backend.cut_at
 
     # The last one's place.
 

@@ -22,6 +22,7 @@ from balancer.errors import (
 )
 from balancer.forwarding.answer import Answer, ResponseStream, refusal
 from balancer.forwarding.attempts import Attempts, no_thread
+from balancer.forwarding.race import Race
 from balancer.forwarding.route import REPLAY_LIMIT, Route
 from balancer.forwarding.stage import Stage
 from balancer.observe.record import METHOD_KEPT, PATH_KEPT, Record
@@ -123,13 +124,35 @@ class Forwarding:
         return False
 
     def connect(self) -> bool:
-        """As `start`, after it, if a connection was all that was missing."""
+        """As `start`, after it, if a connection was all that was missing; or if it may be hedged, and a filter that
+        waits was all that kept it from it."""
+        if self.stage is Stage.FOUND and self._route.pool.hedging.is_on and self._request.head.is_bodiless:
+            self._lease_late()
         return self.stage is Stage.LEASED and self._decision is None and self.start(may_connect=True)
+
+    def _lease_late(self) -> None:
+        """The steps of `run` until it is LEASED, if it need not wait for that. Never raises."""
+        try:
+            waited = time.perf_counter() - self._started
+            self._admit()
+            if self._decision is None:
+                self._build(waited)
+                if self._attempts.lease_now():
+                    self.stage = Stage.LEASED
+        except BaseException as error:
+            self._decision = self._told(error)
 
     def look(self, most: int) -> bool:
         """SENT: take in what has come of the answer, without waiting, as `BackendAdapter.look` does."""
         assert self.sent is not None
         return self._route.adapter.look(self.sent, most)
+
+    def race(self) -> Race | None:
+        """SENT: two attempts at a time, if this one is late and may have a second one beside it."""
+        late = self._attempts.lateness()
+        if late is None or self.sent is None:
+            return None
+        return Race(self._attempts, self._route, self._request.client, self.sent, late)
 
     def refuse(self) -> Answer:
         """The answer when no thread is free for the request; does not block."""

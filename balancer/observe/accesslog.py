@@ -76,6 +76,8 @@ def _line(record: Record, asked: tuple[str, str, str, bytes | None], options: Lo
     return FORMATS[options.access_log_format](record, client, f"HTTP/{version}", agent)
 
 
+HEDGE = ',"hedge":true'  # of an attempt
+
 # Both formats are written out, because a line costs half as much that way as through a dictionary. Quoted is what a
 # client can choose freely; ids, reasons and outcomes are tokens.
 
@@ -83,7 +85,9 @@ def _line(record: Record, asked: tuple[str, str, str, bytes | None], options: Lo
 def as_text(record: Record, client: str | None, protocol: str, agent: bytes | None) -> str:
     """Time, client, request line and status; then names with values. `-` for what is not there."""
     received, connect, first_byte, transfer = phases(record)
-    attempts = ",".join([f"{a.backend}:{a.outcome or '-'}:{a.seconds:.6f}" for a in record.attempts])
+    attempts = ",".join(
+        [f"{a.backend}:{a.outcome or '-'}:{a.seconds:.6f}{':hedge' if a.hedge else ''}" for a in record.in_turn]
+    )
     return (
         f"{timestamp(record.timestamp)} {client or '-'} "
         f"{_quote(f'{record.method} {path_of(record)} {protocol}')} {record.status} "
@@ -102,7 +106,10 @@ def as_json(record: Record, client: str | None, protocol: str, agent: bytes | No
     """One object. Null for what is not there."""
     received, connect, first_byte, transfer = phases(record)
     attempts = ",".join(
-        [f'{{"backend":"{a.backend}","outcome":"{a.outcome}","seconds":{a.seconds:.6f}}}' for a in record.attempts]
+        [
+            f'{{"backend":"{a.backend}","outcome":"{a.outcome}","seconds":{a.seconds:.6f}{HEDGE if a.hedge else ""}}}'
+            for a in record.in_turn
+        ]
     )
     return (
         f'{{"time":"{timestamp(record.timestamp)}","request_id":"{record.request_id}",'
@@ -134,7 +141,7 @@ def phases(record: Record) -> tuple[float | None, float | None, float | None, fl
     """received, connect, first_byte and transfer, as the module explains them."""
     if not record.attempts:
         return None, None, None, None
-    received, last, first_byte = record.attempts[0].at - record.queued, record.attempts[-1], record.first_byte
+    received, last, first_byte = record.in_turn[0].at - record.queued, record.attempts[-1], record.first_byte
     transfer = None if first_byte is None else max(0.0, record.seconds - last.at - first_byte)
     return max(0.0, received), last.connect, first_byte, transfer
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from balancer.observe.histogram import BOUNDS
 
+ADDED = frozenset({"hedges"})  # slots that older files do not have
+
 
 def plain(value: Any) -> Any:
     """Numbers and texts as they are, a dict as pairs, for its keys may be tuples, and an object by its slots."""
@@ -44,7 +46,8 @@ def fill(value: Any, given: Any) -> Any:
         return [fill(each, other) for each, other in zip(value, given, strict=True)]
     if hasattr(value, "__slots__"):
         for name in value.__slots__:
-            setattr(value, name, fill(getattr(value, name), given[name]))
+            if name in given or name not in ADDED:
+                setattr(value, name, fill(getattr(value, name), given[name]))
         return value
     if type(given) is not type(value) and (type(value), type(given)) != (float, int):
         raise TypeError

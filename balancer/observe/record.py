@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import pairwise
+from typing import Any, Literal, get_args
 
 from typing_extensions import TypedDict
 
@@ -16,6 +17,9 @@ from balancer.observe.websockets import WebSocketRecord, WebSocketView
 # 5 kB at most, and of each attempt 1 kB, 50 bytes for each candidate and 100 for each that was none (`EXPLAINED`).
 PATH_KEPT = 1000
 METHOD_KEPT = 32
+Hedged = Literal["won", "lost", "failed", "left"]
+HEDGED: tuple[Hedged, ...] = get_args(Hedged)
+DROPPED = "dropped"  # the outcome of an attempt that another one was faster than
 PATH_SHOWN = 200  # characters of a path that are shown; the query is not even kept, it may hold secrets
 
 
@@ -32,6 +36,7 @@ class AttemptView(TypedDict):
     seconds: float
     connect: float | None
     resent: bool
+    hedge: bool
 
 
 class ExplainedAttemptView(AttemptView, ChoiceView):
@@ -49,6 +54,7 @@ class Attempt:
     connect: float | None = later(None)  # seconds for a new connection, None if a kept one was used
     error: str | None = later(None)  # in words, for the operator
     resent: bool = later(False)  # once more on a fresh connection, because the kept one had died
+    hedge: bool = later(False)  # beside another one, which was late
 
     @property
     def backend(self) -> str:
@@ -63,6 +69,7 @@ class Attempt:
             "seconds": self.seconds,
             "connect": self.connect,
             "resent": self.resent,
+            "hedge": self.hedge,
         }
 
 
@@ -130,6 +137,7 @@ class Record:
     websocket: WebSocketRecord | None = later(None)  # what came of it, if its backend switched; of no response time
     limit: str | None = later(None)  # the one that refused it, or would have, were its mode not `shadow`
     excluded: Mapping[str, str] | None = later(None)  # why no backend could take it, if that was the cause
+    is_late: bool = later(False)  # so that a second backend may have been asked as well
 
     @property
     def failed(self) -> bool:
@@ -170,8 +178,31 @@ class Record:
             "websocket": None if self.websocket is None else self.websocket.describe(),
         }
 
+    def retried(self) -> list[Attempt]:
+        """Those after which another backend was tried."""
+        pairs = enumerate(pairwise(self.attempts))  # a hedge in front of another attempt was beside it
+        return [each for place, (each, after) in pairs if not after.hedge and (place or not each.hedge)]
+
+    @property
+    def hedge(self) -> Hedged | None:
+        """What came of the second attempt beside the first one, if there was one: its answer was passed on, or not, or
+        it had none, or the client left before."""
+        for place, attempt in enumerate(self.attempts):
+            if attempt.hedge and not attempt.outcome:
+                return "left"
+            if attempt.hedge and attempt.outcome.isdecimal():
+                return "won" if place == len(self.attempts) - 1 else "lost"
+            if attempt.hedge:
+                return "lost" if attempt.outcome == DROPPED else "failed"
+        return None
+
+    @property
+    def in_turn(self) -> list[Attempt]:
+        """The attempts as they began. Otherwise the one that the request went on with comes last."""
+        return self.attempts if len(self.attempts) < 2 else sorted(self.attempts, key=lambda attempt: attempt.at)
+
     def describe(self) -> RecentView:
-        return {**self._finished(), "tried": [attempt.describe() for attempt in self.attempts]}
+        return {**self._finished(), "tried": [attempt.describe() for attempt in self.in_turn]}
 
     def explain(self) -> ExplainedView:
         """`describe` with why each attempt went to its backend."""
@@ -180,5 +211,5 @@ class Record:
             "algorithm": self.attempts[-1].choice.algorithm if self.attempts else None,
             "error": self.error,
             "excluded": dict(self.excluded or {}),
-            "tried": [{**attempt.describe(), **attempt.choice.describe()} for attempt in self.attempts],
+            "tried": [{**attempt.describe(), **attempt.choice.describe()} for attempt in self.in_turn],
         }

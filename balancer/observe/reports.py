@@ -28,17 +28,17 @@ from balancer.observe.refusals import Refusals, Why
 from balancer.observe.ring import Ring
 from balancer.observe.routecounts import Mirrored, RouteCounts
 from balancer.observe.statistics import Statistics
-from balancer.observe.totals import known_method
+from balancer.observe.totals import KNOWN, OTHER
 from balancer.observe.websockets import WebSocketRecord, WebSockets
 
 log = logging.getLogger("balancer.reports")
 
-CELLS, RING = 4096, 2**21  # kinds of requests that are counted apart; bytes for messages
+CELLS, RING = 4096, 2**20  # kinds of requests that are counted apart; bytes for messages
 HEAD = 4096
-QUEUED = 10_000  # messages that wait in a worker for room in its ring
+QUEUED = 1000  # messages that wait in a worker for room in its ring
 LARGEST = 2**18  # bytes that say why the attempts of a request went where they did
 # Requests that are told whole in a time, and as many that were refused, failed or were tried again.
-SHOWN, SHOWN_SECONDS = 50, 0.1
+SHOWN, SHOWN_SECONDS = 100, 1.0
 ABNORMAL = 1006  # RFC 6455 section 7.4.1: what a connection that just ended is told as
 
 BEGUN, RETRIED, DROPPED = range(3)  # places of numbers: requests that have begun; retries; messages without room
@@ -86,7 +86,7 @@ class Reports(Statistics):
         self.routes: RouteCounts = ReportedRoutes(self._count)
         self._counts, self._cells, self._ring = ledger.counts, ledger.cells, ledger.ring
         self._queue: deque[bytes] = deque()
-        self._began = 0.0  # the tenth of a second, by the wall clock, for which these are left:
+        self._began = 0.0  # the second, by the wall clock, for which these are left:
         self._to_show = self._troubled_to_show = 0
 
     def begin(self, count: int = 1) -> None:
@@ -94,10 +94,17 @@ class Reports(Statistics):
             self._counts[BEGUN] += count
 
     def record(self, record: Record, *, is_counted: bool = False) -> None:
+        attempts, method, reason = record.attempts, record.method, record.reason
         kind = (
-            *("record", record.route, record.pool, record.backend, record.status, known_method(record.method)),
-            *(record.reason, record.complete),
-            tuple([(each.choice.backend.id, each.outcome, each.connect is None) for each in record.attempts]),
+            "record",
+            record.route,
+            record.pool,
+            record.backend,
+            record.status,
+            method if method in KNOWN else OTHER,
+            reason,
+            record.complete,
+            tuple([(each.choice.backend.id, each.outcome, each.connect is None, each.hedge) for each in attempts]),
         )
         ended = record.timestamp + record.seconds
         with self._lock:
@@ -106,7 +113,7 @@ class Reports(Statistics):
                 self._cells.add(("waited",), record.queued)
             if not self._began <= ended < self._began + SHOWN_SECONDS:
                 self._began, self._to_show, self._troubled_to_show = ended, SHOWN, SHOWN
-            if record.reason is not None or len(record.attempts) > 1:
+            if reason is not None or len(attempts) > 1:
                 self._troubled_to_show -= 1
                 is_shown = self._troubled_to_show >= 0
             else:
@@ -379,14 +386,14 @@ def _example(
     method: str,
     reason: str | None,
     complete: bool,
-    tried: tuple[tuple[str, str, bool], ...],
+    tried: tuple[tuple[str, str, bool, bool], ...],
 ) -> Record:
     """What those have in common that are counted together."""
     record = Record(0.0, method, "", "")
     record.route, record.pool, record.backend = route, pool, backend
     record.status, record.reason, record.complete = status, reason, complete
-    for backend_id, outcome, is_kept in tried:
+    for backend_id, outcome, is_kept, is_hedge in tried:
         attempt = Attempt(Told(backend_id, "", None), 0.0)
-        attempt.outcome, attempt.connect = outcome, None if is_kept else 0.0
+        attempt.outcome, attempt.connect, attempt.hedge = outcome, None if is_kept else 0.0, is_hedge
         record.attempts.append(attempt)
     return record

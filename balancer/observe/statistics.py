@@ -21,7 +21,7 @@ from balancer.balancing.counts import FORMER_KEPT
 from balancer.observe.histogram import Histogram, Percentiles
 from balancer.observe.plain import fill, plain, with_bounds, without_bounds
 from balancer.observe.rate import Rate
-from balancer.observe.record import RecentView, Record
+from balancer.observe.record import HEDGED, RecentView, Record
 from balancer.observe.refusals import Refusals
 from balancer.observe.totals import Totals
 from balancer.observe.websockets import WebSockets
@@ -227,7 +227,7 @@ class Statistics:
             if self._to_sample:
                 self._to_sample -= 1
                 self._sampled.append(record)
-            if failed or len(record.attempts) > 1:
+            if failed or (len(record.attempts) > 1 and record.retried()):
                 self._troubled.append(record)
 
     def count(self, record: Record, times: Histogram) -> None:
@@ -283,6 +283,15 @@ class Statistics:
         """Zero everything but what is in flight."""
         with self._lock:
             self._clear()
+
+    def hedges(self) -> Mapping[str, dict[str, int]]:
+        """What came of second attempts beside first ones since the start of the process, by pool."""
+        with self._lock:
+            counted = list(self._totals.hedges.items())
+        found: defaultdict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(HEDGED, 0))
+        for (pool, result), count in counted:
+            found[pool][result] = count
+        return found
 
     def lifetime(self) -> Lifetime:
         """Counts since the start of the process, whatever was reset or removed; for differences over time."""

@@ -16,19 +16,15 @@ from balancer.errors import (
     ResponseTimedOut,
 )
 from balancer.observe.histogram import Histogram
-from balancer.observe.record import Record
+from balancer.observe.record import DROPPED, Hedged, Record
 from balancer.protocol.messages import METHODS
 
-_KNOWN = frozenset(METHODS)
+KNOWN = frozenset(METHODS)
 OTHER = "other"  # every method that is not one of those: a client may make up any number of them
 NO_ANSWER = "none"  # the code of an attempt that got no status
 # Outcomes of attempts that got no connection at all, and reasons why an answer that had begun broke off.
 UNCONNECTED = frozenset({ConnectFailed.reason, ConnectFailed("", refused=True).reason, ConnectTimedOut.reason})
 BROKEN_OFF = frozenset(error.reason for error in (BodyTruncated, ConnectionLost, InvalidResponse, ResponseTimedOut))
-
-
-def known_method(method: str) -> str:
-    return method if method in _KNOWN else OTHER
 
 
 class BackendTotals:
@@ -53,10 +49,10 @@ class BackendTotals:
         return found
 
     def failures(self) -> dict[str, int]:
-        """Failed attempts by reason. One whose client left is none: it has no outcome."""
+        """Failed attempts by reason. One whose client left is none: it has no outcome; nor is one that was dropped."""
         found = self.broken.copy()
         for (outcome, _), count in self.outcomes.items():
-            if outcome and not outcome.isdecimal():
+            if outcome and outcome != DROPPED and not outcome.isdecimal():
                 found[outcome] += count
         return found
 
@@ -74,12 +70,13 @@ class BackendTotals:
 class Totals:
     """All requests. Not locked; the owner's lock guards it."""
 
-    __slots__ = ("answers", "errors", "retries", "backends", "bytes_in", "bytes_out", "waits")
+    __slots__ = ("answers", "errors", "retries", "hedges", "backends", "bytes_in", "bytes_out", "waits")
 
     def __init__(self) -> None:
         self.answers: defaultdict[tuple[int, str], int] = defaultdict(int)  # by status and method
         self.errors: defaultdict[str, int] = defaultdict(int)  # by reason
         self.retries: defaultdict[str, int] = defaultdict(int)  # by what had failed before
+        self.hedges: defaultdict[tuple[str, Hedged], int] = defaultdict(int)  # by pool, and what came of it
         self.backends: defaultdict[str, BackendTotals] = defaultdict(BackendTotals)
         self.bytes_in = self.bytes_out = 0
         self.waits = Histogram()  # of the requests that had to wait for a place
@@ -87,7 +84,7 @@ class Totals:
     def add(self, record: Record, count: int = 1) -> None:
         """So many of its kind; the bytes are those of all of them."""
         method, attempts = record.method, record.attempts
-        self.answers[record.status, method if method in _KNOWN else OTHER] += count
+        self.answers[record.status, method if method in KNOWN else OTHER] += count
         self.bytes_in += record.bytes_in
         self.bytes_out += record.bytes_out
         for attempt in attempts:  # without a call: every request comes here
@@ -99,8 +96,10 @@ class Totals:
 
     def _add_trouble(self, record: Record, count: int) -> None:
         reason, attempts = record.reason, record.attempts
-        for attempt in attempts[:-1]:
+        for attempt in record.retried():
             self.retries[attempt.outcome] += count
+        if (hedge := record.hedge) is not None:
+            self.hedges[record.pool or "", hedge] += count
         if reason is None:
             return
         self.errors[reason] += count
@@ -110,6 +109,7 @@ class Totals:
     def copy(self) -> Totals:
         copied = Totals()
         copied.answers, copied.errors, copied.retries = self.answers.copy(), self.errors.copy(), self.retries.copy()
+        copied.hedges = self.hedges.copy()
         copied.backends.update((backend, totals.copy()) for backend, totals in self.backends.items())
         copied.bytes_in, copied.bytes_out = self.bytes_in, self.bytes_out
         copied.waits = self.waits.copy()

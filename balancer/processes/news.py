@@ -28,9 +28,11 @@ FIELDS = (
 
 @dataclass(frozen=True, slots=True)
 class PoolNews:
-    """`members` have FIELDS by the id of the backend, in their order; `health` is what was seen of each."""
+    """`members` have FIELDS by the id of the backend, in their order; `health` is what was seen of each. With
+    `may_grow` others come if requests wait."""
 
     algorithm: str
+    may_grow: bool
     members: Mapping[str, Mapping[str, Any]]
     health: Mapping[str, Health]
     ejections: Mapping[str, KeptEjection]
@@ -50,6 +52,7 @@ class Start:
     loads: int
     ledger: int
     pseudonym: bytes
+    salt: bytes
     sockets: Mapping[str, int]
     cpus: Sequence[int]
 
@@ -57,7 +60,8 @@ class Start:
 @dataclass(frozen=True, slots=True)
 class Numbers:
     """What a worker tells once a second. `selected`, by pool and backend, and `limits`, as the Limiter counts, are what
-    has come to them since; the others are as they are now. `alive` is when those last answered whose checks fail."""
+    has come to them since; the others are as they are now. `alive` is when those last answered whose checks fail,
+    `late` after how many seconds an answer is that, by pool."""
 
     queued: int
     idle: Mapping[str, Mapping[str, int]]
@@ -65,12 +69,14 @@ class Numbers:
     alive: Mapping[str, Mapping[str, float]]
     limits: Mapping[str, int]
     dropped: int
+    late: Mapping[str, float | None]
 
 
 def news_of(pool: BackendPool) -> PoolNews:
     backends = pool.backends()
     return PoolNews(
         pool.algorithm,
+        pool.may_grow,
         {backend.id: {name: getattr(backend, name) for name in FIELDS} for backend in backends},
         {backend.id: replace(backend.health) for backend in backends},
         pool.ejections(),

@@ -28,6 +28,7 @@ from balancer.edge.handover import ROLES
 from balancer.edge.server import Server
 from balancer.edge.tls import Certificate, TlsOptions
 from balancer.errors import SettingsError
+from balancer.filters.sharedlimit import SETTLE_SECONDS
 from balancer.fleet.health import Checked, HealthChecker
 from balancer.forwarding.filter import Filter
 from balancer.loadbalancer import LoadBalancer
@@ -104,6 +105,7 @@ class Worker(LoadBalancer):
                 *(self.reports, self.reports.routes, ToldEvents(self._link), Untold),
                 loads=SharedLoads(self._start.loads, self._start.number),
                 certificate=self._start.certificate,
+                salt=self._start.salt,
             ),
         )
         assert isinstance(parts.pools.health, Untold)
@@ -114,7 +116,8 @@ class Worker(LoadBalancer):
         """The master has them."""
 
     def stop_single_parts(self) -> None:
-        """As well."""
+        """As well, and hears now what has happened to the last."""
+        self._tell_numbers()
 
     # What it serves.
 
@@ -128,10 +131,11 @@ class Worker(LoadBalancer):
         self.listen(sockets)
         server = self._begin(None)
         assert server is not None
-        if not server.run(self._serve_on(server)):
+        has_ended = server.run(self._serve_on(server))
+        self._link.finish()
+        if not has_ended:
             logging.shutdown()
             os._exit(0)  # as `process.serve`
-        self._link.close()
         return 0
 
     async def _serve_on(self, server: Server) -> bool:
@@ -146,6 +150,8 @@ class Worker(LoadBalancer):
                 "cut": self.take_cut,
                 "alive": self.take_alive,
                 "canaries": self.control.canaries.take,
+                "sharing": self.control.limiter.share,
+                "settled": self.control.limiter.settle,
                 "answer": self._ask.answered,
                 "end": self._end,
                 "leave": lambda: self._end("others take over", self.settings.drain_timeout, 0.0, True),
@@ -155,13 +161,14 @@ class Worker(LoadBalancer):
         )
         process.settle_memory()
         self._link.tell("ready")
-        beat = asyncio.create_task(self._beat())
+        repeated = [asyncio.create_task(each) for each in (self._beat(), self._charge())]
         why, limit, delay, gives_way = await asyncio.wrap_future(self._orders)
         hurry = asyncio.wrap_future(self._hurry)
         if gives_way:
             await server.give_way(hurry)
         ended = await server.end(why, limit, delay, hurry)
-        beat.cancel()
+        for each in repeated:
+            each.cancel()
         return ended
 
     async def _beat(self) -> None:
@@ -169,6 +176,13 @@ class Worker(LoadBalancer):
         while True:
             self._link.tell("beat")
             await asyncio.sleep(BEAT_SECONDS)
+
+    async def _charge(self) -> None:
+        """What limits have let through is said to the ledger that all workers have."""
+        while True:
+            if charges := self.control.limiter.charges():
+                self._link.tell("charges", charges)
+            await asyncio.sleep(SETTLE_SECONDS)
 
     def _end(self, why: str, limit: float, delay: float, gives_way: bool = False) -> None:
         if not self._orders.done():
@@ -216,6 +230,7 @@ class Worker(LoadBalancer):
         pool, config = self.control.pools.get(name), self.settings.by_pool().get(name)
         if pool is not None and config is not None:
             pool.apply(changes(pool, news, config, config))
+            pool.let_grow(news.may_grow)
 
     def take_check(self, pool: str, backend: str, origin: Origin, check: LastCheck) -> None:
         for found, member in self._found(pool, backend):
@@ -267,7 +282,8 @@ class Worker(LoadBalancer):
         }
         alive = {pool.name: found for pool in self.control.pools if (found := pool.alive())}
         limits = self._added("", self.control.limiter.counts())
-        told = Numbers(self.workers.queued, self.pools.idle(), selected, alive, limits, self.control.log.dropped)
+        late = {pool.name: pool.hedging.late() for pool in self.control.pools}
+        told = Numbers(self.workers.queued, self.pools.idle(), selected, alive, limits, self.control.log.dropped, late)
         self._link.tell("numbers", told)
 
     def _added(self, kind: str, counts: Mapping[str, int]) -> dict[str, int]:
@@ -284,6 +300,8 @@ def main(descriptor: str) -> int:
     except SettingsError as error:
         print(f"worker: {error}", file=sys.stderr)
         return 2
+    except (EOFError, OSError):  # the master is gone already
+        return 1
     logrecords.install(worker.control.log, worker.settings.log_level, lambda: worker.settings.access_log_format)
     return worker.serve()
 

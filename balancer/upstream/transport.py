@@ -156,6 +156,12 @@ class BackendAdapter(BaseAdapter):
             raise
         return sent
 
+    def open(self, origin: Origin) -> None:
+        """A new connection, for whoever needs one next. Raises as a connect does."""
+        connection = self._dialer.dial(origin, self.timeouts.connect_timeout, self.server_name)
+        connection.server = self._servers.at(origin)
+        self.give_back(connection)
+
     def look(self, sent: Sent, most: int = SMALL_BODY) -> bool:
         """Take in what has come, without waiting. True if that is the whole response, and its body has no more than
         FIRST or `most` bytes: `sent` has it then. If not, `exchange` waits for the rest, or raises what went wrong."""

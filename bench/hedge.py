@@ -1,0 +1,138 @@
+"""What hedged requests do for the tail, and what they cost.
+
+python bench/hedge.py [SECONDS]    12 minutes with 30 s for each figure; exit 1 if one of the goals below is missed
+
+Unequal backends as in `quality`, one of which stands still for 2 s every 15 s, with `hedge` off and auto: simulated and
+measured, at the rate of that benchmark and at half of it, where the other two have room while one stands still. Beside
+it, what comes out if each request goes to whichever backend will have answered it first, stalls to come included. No
+chooser can know that.
+
+Then equal healthy backends that take 10 ms: latency and CPU time with hedging must be those without.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+import statistics
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]  # its other modules import each other by their plain names
+
+import quality  # noqa: E402
+from backends import Backends, Meter, slow_backends  # noqa: E402
+from contenders import BODY, CONTENDERS, OURS, WAIT_PATH, started  # noqa: E402
+from openloop import Aim, Shot, figures, fire, poisson, steady  # noqa: E402
+from processes import progress  # noqa: E402
+from results import Figures  # noqa: E402
+from slow_backend import parse  # noqa: E402
+
+METHODS = ("least_response_time", "peak_ewma", "least_connections")
+RATES = {"quality": quality.RATE, "half of it": quality.RATE / 2}
+HEDGES = ("off", "auto")
+SHOWN = ("p50 ms", "p99 ms", "p99.9 ms", "extra %")
+EQUAL, EQUAL_RATE, EQUAL_ROUNDS = ("0.01", "0.01", "0.01"), 1500.0, 5
+# The goals: milliseconds, requests of 100, and per cent that off and auto may differ with equal backends.
+GOALS = {"p99 ms": 200.0, "p99.9 ms": 250.0, "extra %": 5.0}
+SAME = 2.0
+
+
+def main(seconds: float) -> int:
+    missed = unequal(seconds) + equal(seconds)
+    for fault in missed:
+        print(f"hedge: missed: {fault}", file=sys.stderr)
+    return 1 if missed else 0
+
+
+def unequal(seconds: float) -> list[str]:
+    """Goals that no method has reached."""
+    print(f"{'':39}{'simulated':^36}  {'measured':^36}")
+    print(f"{'rate':11} {'method':20} {'hedge':6}" + ("".join(f"{name:>9}" for name in SHOWN) + "  ") * 2)
+    missed = []
+    with slow_backends(*quality.SPECIFICATIONS.values(), quality.AT_ONCE) as backends:
+        for name, rate in RATES.items():
+            print(f"{name:11} {'who knows beforehand':26} {told(foreseen(rate))}")
+            found = []
+            for method in METHODS:
+                for hedge in HEDGES:
+                    progress(f"{method}, hedge {hedge}, {rate:.0f} requests/s")
+                    simulated = quality.simulate(0, method, quality.SIMULATED_SECONDS, hedge=hedge, rate=rate)
+                    how = f"{method} --hedge={hedge}"
+                    found.append(quality.measure(0, OURS, how, backends, seconds, rate=rate))
+                    progress("")
+                    print(f"{name:11} {method:20} {hedge:6}{told(simulated)}  {told(found[-1])}", flush=True)
+            hedged = [figures for figures, hedge in zip(found, HEDGES * len(METHODS), strict=True) if hedge != "off"]
+            for goal, most in GOALS.items():
+                if (best := min(number(figures, goal) for figures in hedged)) > most:
+                    missed.append(f"{goal}, {name}: {best:.4g} instead of {most:g}")
+    return missed
+
+
+def foreseen(rate: float) -> Figures:
+    """The traffic of the simulation, each request sent to whoever will have answered it first."""
+    backends, chance = [parse(text) for text in quality.SPECIFICATIONS.values()], random.Random(1)
+    shots = [Shot(due) for due in poisson(rate, quality.SIMULATED_SECONDS, seed=1)]
+    for backend in backends:
+        backend.restart(0.0)
+    for shot in shots:
+        work = chance.expovariate(1)
+        ends = [each.after(max(shot.due, each._free_at[0]), work * each.seconds) for each in backends]
+        answered = min(ends)
+        heapq.heapreplace(backends[ends.index(answered)]._free_at, answered)
+        shot.latency, shot.is_good = answered - shot.due, True
+    return figures(shots) | {"extra %": 0.0}
+
+
+def equal(seconds: float) -> list[str]:
+    """Goals that are missed. Off and auto take turns, so that a slow minute hits both."""
+    names = ("p50 ms", "CPU us/req")
+    rounds: dict[str, list[Figures]] = {hedge: [] for hedge in HEDGES}
+    with slow_backends(*EQUAL) as backends:
+        for turn in range(EQUAL_ROUNDS):
+            for hedge in HEDGES[:: 1 if turn % 2 else -1]:
+                progress(f"equal backends, round {turn + 1}/{EQUAL_ROUNDS}, hedge {hedge}")
+                rounds[hedge].append(measure_equal(hedge, backends, seconds / 2))
+    progress("")
+    missed = []
+    for name in names:
+        ratios = [
+            number(auto, name) / number(off, name) for off, auto in zip(rounds["off"], rounds["auto"], strict=True)
+        ]
+        more = 100 * (statistics.median(ratios) - 1)
+        off, auto = (statistics.median(number(each, name) for each in rounds[hedge]) for hedge in HEDGES)
+        print(f"equal backends, {EQUAL_RATE:.0f} requests/s: {name} {off:.4g} off, {auto:.4g} auto, {more:+.1f} %")
+        if more > SAME:
+            missed.append(f"{name} with equal backends: {more:+.1f} % instead of {SAME:g}")
+    extra = statistics.median(number(each, "extra %") for each in rounds["auto"])
+    print(f"equal backends: {extra:.2f} % extra requests")
+    return missed
+
+
+def measure_equal(hedge: str, backends: Backends, seconds: float) -> Figures:
+    with started(CONTENDERS[OURS], backends.ports, WAIT_PATH, BODY, method=f"round_robin --hedge={hedge}") as (
+        service,
+        place,
+    ):
+        fire([Aim(place.port, WAIT_PATH, steady(EQUAL_RATE, 2.0))])
+        before = Meter.read(service, backends)
+        (shots,) = fire([Aim(place.port, WAIT_PATH, poisson(EQUAL_RATE, seconds, seed=1))])
+        after = Meter.read(service, backends)
+    cpu = (after.contender_cpu - before.contender_cpu) / len(shots) * 1e6
+    extra = 100 * ((after.backend_requests - before.backend_requests) / len(shots) - 1)
+    return figures(shots) | {"CPU us/req": cpu, "extra %": extra}
+
+
+def number(found: Figures, name: str) -> float:
+    value = found[name]
+    assert value is not None
+    return value
+
+
+def told(found: Figures) -> str:
+    return "".join(f"{number(found, name):9.1f}" for name in SHOWN)
+
+
+if __name__ == "__main__":
+    sys.exit(main(float(sys.argv[1]) if len(sys.argv) > 1 else 30.0))

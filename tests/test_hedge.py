@@ -1,0 +1,550 @@
+"""Hedged requests: a GET whose answer is late goes to a second backend too, and the first good answer wins."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from exposition import scrape, value
+from support import (
+    Balancer,
+    Clock,
+    RawRequest,
+    StartProcess,
+    connect,
+    fetch,
+    get,
+    is_idle,
+    newest,
+    ok,
+    options,
+    wait_until,
+)
+from wire import WireBackend, ask, hang_up, wait_closed
+
+from balancer.balancing.hedging import FEWEST_TIMES, RESERVED, SAVED, Hedging
+from balancer.balancing.options import PoolOptions
+from balancer.balancing.speed import Speed
+from balancer.edge.express import Express
+
+LATE = 0.05
+BAD = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 3\r\n\r\nbad"
+
+
+class Fleet:
+    """Backends that hold each request until the test says what comes of it, and a balancer with a kept connection to
+    each. `asked` has who was asked, in turn; `answer` ends the waiting of one of these."""
+
+    def __init__(self, *flags: str, names: str = "abc") -> None:
+        self.asked: list[str] = []
+        self.peers: list[socket.socket] = []
+        self._does: list[Future[Callable[[socket.socket], None]]] = []
+        self._lock = threading.Lock()
+        self.backends = {name: WireBackend() for name in names}
+        self.balancer = Balancer(
+            *(f"--backend={name}={backend.url}" for name, backend in self.backends.items()),
+            "--algorithm=round_robin", f"--hedge={LATE}", "--hedge-budget=1", "--pool-idle-timeout=60", *flags,
+        )  # fmt: skip
+        self.warm()
+        for name, backend in self.backends.items():
+            backend.script = lambda sock, request, name=name: self._hold(name, sock)
+
+    def warm(self) -> None:
+        """By requests that are not hedged."""
+        for _ in self.backends:
+            assert fetch(f"{self.balancer.url}/warm", method="POST")[0] == 200
+
+    def _hold(self, name: str, sock: socket.socket) -> None:
+        does: Future[Callable[[socket.socket], None]] = Future()
+        with self._lock:
+            self.asked.append(name)
+            self.peers.append(sock)
+            self._does.append(does)
+        does.result(60)(sock)
+
+    def wait_asked(self, count: int) -> None:
+        wait_until(lambda: len(self.asked) >= count, f"{count} backends are asked, not only {self.asked}")
+
+    def answer(self, number: int, data: bytes = b"") -> None:
+        """Whoever was asked as the `number`th; with its name by default."""
+        data = data or ok(self.asked[number].encode())
+        self._does[number].set_result(lambda sock: sock.sendall(data))
+
+    def fail(self, number: int) -> None:
+        self.answer(number, b"no HTTP\r\n\r\n")
+
+    def is_closed(self, number: int) -> bool:
+        return wait_closed(self.peers[number])
+
+    def wait_long(self) -> None:
+        """Until a second backend would have been asked."""
+        looks = self.looks
+        until = time.monotonic() + 2 * LATE
+        wait_until(lambda: self.looks >= looks + 5 and time.monotonic() > until, "it has looked for late ones")
+
+    @property
+    def looks(self) -> int:
+        return self._looks[0]
+
+    _looks = [0]  # noqa: RUF012
+
+    def hedges(self) -> dict[str, int]:
+        found: dict[str, int] = self.balancer.status()["pools"][0]["hedges"]
+        return found
+
+    def is_blamed(self, name: str) -> bool:
+        found: int = self.balancer.backend(name)["ejection"]["consecutive_failures"]
+        return found > 0
+
+    def close(self) -> None:
+        for number, does in enumerate(self._does):
+            if not does.done():
+                self.answer(number)
+        self.balancer.stop()
+        for backend in self.backends.values():
+            backend.close()
+
+
+Make = Callable[..., Fleet]
+
+
+@pytest.fixture
+def make(monkeypatch: pytest.MonkeyPatch, pool: ThreadPoolExecutor) -> Iterator[Make]:
+    made: list[Fleet] = []
+    hedge = Express._hedge
+
+    def counted(self: Express, now: float) -> None:
+        hedge(self, now)
+        Fleet._looks[0] += 1
+
+    monkeypatch.setattr(Express, "_hedge", counted)
+
+    def make(*flags: str, names: str = "abc") -> Fleet:
+        made.append(Fleet(*flags, names=names))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(64) as pool:
+        yield pool
+
+
+def outcomes(record: dict[str, Any]) -> list[tuple[str, str, bool]]:
+    return [(each["backend"], each["outcome"], each["hedge"]) for each in record["tried"]]
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_the_second_backend_answers_first(make: Make, pool: ThreadPoolExecutor, method: str) -> None:
+    fleet = make()
+    answer = pool.submit(fetch, fleet.balancer.url, None, method)
+    fleet.wait_asked(2)
+    fleet.answer(1)
+    first, second = fleet.asked
+    assert answer.result(60)[0::2] == (200, b"" if method == "HEAD" else second.encode())
+    assert fleet.is_closed(0)
+    record = newest(fleet.balancer)
+    assert outcomes(record) == [(first, "dropped", False), (second, "200", True)]
+    assert (record["server_id"], record["attempts"], record["not_retried"]) == (second, 2, None)
+    assert record["tried"][0]["seconds"] >= record["tried"][1]["at"] >= LATE
+    explained = fetch(f"{fleet.balancer.url}/requests/{record['request_id']}")[2]
+    assert b'"already tried"' in explained and b'"hedge":true' in explained.replace(b" ", b"")
+    assert not fleet.is_blamed(first) and is_idle(fleet.balancer)
+    told = scrape(fleet.balancer.url)
+    assert value(told, "lb_hedges_total", pool="default", result="won") == 1
+    assert value(told, "lb_hedge_late_seconds", pool="default") == LATE
+    assert fleet.balancer.status()["statistics"]["retries"] == 0
+    assert not any(name == "lb_retries_total" and count for (name, _), count in told.items())
+
+
+def test_the_first_backend_answers_first(make: Make, pool: ThreadPoolExecutor) -> None:
+    fleet = make()
+    answer = pool.submit(fetch, fleet.balancer.url)
+    fleet.wait_asked(2)
+    fleet.answer(0)
+    first, second = fleet.asked
+    assert answer.result(60)[2] == first.encode()
+    assert fleet.is_closed(1)
+    record = newest(fleet.balancer)
+    assert outcomes(record) == [(first, "200", False), (second, "dropped", True)] and record["server_id"] == first
+    assert fleet.hedges() == {"won": 0, "lost": 1, "failed": 0, "left": 0}
+    assert not fleet.is_blamed(second) and is_idle(fleet.balancer)
+
+
+def test_a_large_answer_goes_on_alone(make: Make, pool: ThreadPoolExecutor) -> None:
+    fleet, body = make(), os.urandom(1_000_000)
+    answer = pool.submit(fetch, fleet.balancer.url)
+    fleet.wait_asked(2)
+    fleet.answer(1, ok(body))
+    assert answer.result(60)[2] == body and fleet.is_closed(0)
+    assert [each[1] for each in outcomes(newest(fleet.balancer))] == ["dropped", "200"]
+
+
+def test_a_backend_without_a_kept_connection_is_asked_on_a_new_one(make: Make, pool: ThreadPoolExecutor) -> None:
+    fleet = make()
+    for backend in fleet.backends.values():
+        backend.drop_connections()
+    answer = pool.submit(fetch, fleet.balancer.url)
+    fleet.wait_asked(2)
+    fleet.answer(1)
+    assert answer.result(60)[2] == fleet.asked[1].encode() and fleet.is_closed(0)
+
+
+def test_a_request_whose_filters_wait_is_sent_twice_too(make: Make, pool: ThreadPoolExecutor) -> None:
+    fleet = make()
+    proxy = fleet.balancer.library.proxy
+    waits = replace(proxy.routes.usual, waits=True)
+    proxy.routes = replace(proxy.routes, usual=waits, rare=waits)
+    answer = pool.submit(fetch, fleet.balancer.url)
+    fleet.wait_asked(2)
+    fleet.answer(1)
+    assert answer.result(60)[2] == fleet.asked[1].encode() and fleet.is_closed(0)
+
+
+NEVER = {
+    "POST": (get(b"/", b"Content-Length: 0", method=b"POST"), ()),
+    "DELETE": (get(b"/", method=b"DELETE"), ()),
+    "OPTIONS": (get(b"/", method=b"OPTIONS"), ()),
+    "a body": (get(b"/", b"Content-Length: 1") + b"x", ()),
+    "a WebSocket": (
+        get(b"/", b"Upgrade: websocket", b"Sec-WebSocket-Version: 13", b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==")
+        .replace(b"Connection: close", b"Connection: upgrade"),
+        (),
+    ),
+    "no budget": (get(b"/"), ("--hedge-budget=0.01",)),
+    "off": (get(b"/"), ("--hedge=off",)),
+    "auto, too few samples": (get(b"/"), ("--hedge=auto",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NEVER)
+def test_it_is_not_sent_twice(make: Make, pool: ThreadPoolExecutor, kind: str) -> None:
+    data, flags = NEVER[kind]
+    fleet = make(*flags)
+    answer = pool.submit(ask, fleet.balancer.port, data)
+    fleet.wait_asked(1)
+    fleet.wait_long()
+    assert len(fleet.asked) == 1
+    fleet.answer(0)
+    assert answer.result(60)[0] in (200, 502)  # a WebSocket that was refused
+    assert sum(fleet.hedges().values()) == 0
+
+
+def test_the_only_backend_is_not_asked_twice(make: Make, pool: ThreadPoolExecutor) -> None:
+    fleet = make(names="a")
+    answer = pool.submit(fetch, fleet.balancer.url)
+    fleet.wait_asked(1)
+    fleet.wait_long()
+    fleet.answer(0)
+    assert answer.result(60)[2] == b"a" and fleet.asked == ["a"]
+
+
+def test_only_where_there_is_room(make: Make, pool: ThreadPoolExecutor) -> None:
+    """Both have one request, the third waits in the queue: nobody gets a second place, and it is spent on nobody."""
+    fleet = make(names="ab")
+    for name in "ab":
+        fetch(f"{fleet.balancer.url}/backends/{name}", {"max_connections": 1}, "PATCH")
+    answers = [pool.submit(fetch, fleet.balancer.url) for _ in range(3)]
+    fleet.wait_asked(2)
+    fleet.wait_long()
+    assert sorted(fleet.asked) == ["a", "b"]
+    fleet.answer(0)
+    fleet.wait_asked(3)
+    for number in (1, 2):
+        fleet.answer(number)
+    assert [answer.result(60)[0] for answer in answers] == [200] * 3
+    assert sum(fleet.hedges().values()) == 0 and is_idle(fleet.balancer)
+
+
+def test_the_client_leaves(make: Make) -> None:
+    fleet = make()
+    with connect(fleet.balancer.port) as sock:
+        sock.sendall(get(b"/"))
+        fleet.wait_asked(2)
+    assert fleet.is_closed(0) and fleet.is_closed(1)
+    record = newest(fleet.balancer)
+    assert record["status"] == 499 and [each[1] for each in outcomes(record)] == ["", ""]
+    assert fleet.hedges()["left"] == 1
+    assert not any(map(fleet.is_blamed, fleet.backends)) and is_idle(fleet.balancer)
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_one_of_two_fails(make: Make, pool: ThreadPoolExecutor, failing: int) -> None:
+    fleet = make()
+    answer = pool.submit(fetch, fleet.balancer.url)
+    fleet.wait_asked(2)
+    fleet.fail(failing)
+    wait_until(lambda: fleet.is_blamed(fleet.asked[failing]), "it is blamed")
+    fleet.answer(1 - failing)
+    assert answer.result(60)[2] == fleet.asked[1 - failing].encode()
+    record = newest(fleet.balancer)
+    assert [each[1] for each in outcomes(record)][failing] == "http_protocol_error" and len(fleet.asked) == 2
+    assert fleet.hedges() == {"won": 1 - failing, "lost": 0, "failed": failing, "left": 0}
+    assert fleet.balancer.status()["statistics"]["retries"] == 0
+
+
+def test_both_fail_and_a_third_one_is_asked(make: Make, pool: ThreadPoolExecutor) -> None:
+    fleet = make()
+    answer = pool.submit(fetch, fleet.balancer.url)
+    fleet.wait_asked(2)
+    fleet.fail(0)
+    fleet.fail(1)
+    fleet.wait_asked(3)
+    fleet.answer(2)
+    assert answer.result(60)[2] == fleet.asked[2].encode() and sorted(fleet.asked) == ["a", "b", "c"]
+    assert all(map(fleet.is_blamed, fleet.asked[:2]))
+    assert fleet.balancer.status()["statistics"]["retries"] == 1
+    told = scrape(fleet.balancer.url)
+    assert [count for (name, _), count in told.items() if name == "lb_retries_total" and count] == [1]
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_good_answer_wins_against_an_error(make: Make, pool: ThreadPoolExecutor, bad: int) -> None:
+    fleet = make("--hedge=1")
+    answer = pool.submit(fetch, fleet.balancer.url)
+    fleet.wait_asked(2)
+    fleet.answer(bad, BAD)
+    idle = {"name": "lb_backend_connections_idle", "backend": fleet.asked[bad]}
+    wait_until(lambda: value(scrape(fleet.balancer.url), **idle) == 1, "its answer has come")
+    fleet.answer(1 - bad)
+    status, _, body = answer.result(60)
+    assert (status, body) == (200, fleet.asked[1 - bad].encode())
+    assert [each[1] for each in outcomes(newest(fleet.balancer))][bad] == "503"
+    assert fleet.is_blamed(fleet.asked[bad]) and is_idle(fleet.balancer)
+
+
+@pytest.mark.parametrize("is_other_bad", [False, True])
+def test_an_error_is_passed_on_when_nothing_better_comes_soon(
+    make: Make, pool: ThreadPoolExecutor, is_other_bad: bool
+) -> None:
+    fleet = make("--eject-after=0")
+    answer = pool.submit(fetch, fleet.balancer.url)
+    fleet.wait_asked(2)
+    fleet.answer(1, BAD)
+    if is_other_bad:
+        fleet.answer(0, BAD.replace(b"bad", b"BAD"))
+    assert answer.result(60)[0] == 503
+    assert is_other_bad or fleet.is_closed(0)
+    first, second = fleet.asked
+    assert outcomes(newest(fleet.balancer)) == [
+        (first, "503" if is_other_bad else "dropped", False),
+        (second, "503", True),
+    ]
+    assert fleet.is_blamed(second) and fleet.is_blamed(first) == is_other_bad and is_idle(fleet.balancer)
+
+
+def test_an_error_that_comes_before_the_second_attempt_is_passed_on(make: Make, pool: ThreadPoolExecutor) -> None:
+    fleet = make("--hedge=30")
+    answer = pool.submit(fetch, fleet.balancer.url)
+    fleet.wait_asked(1)
+    fleet.answer(0, BAD)
+    assert answer.result(60)[0] == 503 and len(fleet.asked) == 1
+
+
+def test_the_time_limit_is_for_both_together(make: Make, pool: ThreadPoolExecutor) -> None:
+    fleet = make("--response-timeout=0.4", "--retries=0")
+    answer = pool.submit(fetch, fleet.balancer.url)
+    assert answer.result(60)[0] == 504
+    assert fleet.is_closed(0) and fleet.is_closed(1) and len(fleet.asked) == 2
+    record = newest(fleet.balancer)
+    first, second = fleet.asked
+    assert outcomes(record) == [(first, "http_response_timeout", False), (second, "dropped", True)]
+    assert fleet.is_blamed(first) and not fleet.is_blamed(second) and is_idle(fleet.balancer)
+
+
+@pytest.mark.parametrize("removed", [0, 1])
+def test_a_backend_is_removed_at_once_meanwhile(make: Make, pool: ThreadPoolExecutor, removed: int) -> None:
+    fleet = make()
+    answer = pool.submit(fetch, fleet.balancer.url)
+    fleet.wait_asked(2)
+    fetch(f"{fleet.balancer.url}/backends/{fleet.asked[removed]}?force=1", method="DELETE")
+    assert fleet.is_closed(removed)
+    fleet.answer(1 - removed)
+    assert answer.result(60)[2] == fleet.asked[1 - removed].encode()
+    assert not fleet.is_blamed(fleet.asked[1 - removed])
+
+
+def test_a_reload_switches_it_on_and_off(tmp_path: Path, make: Make, pool: ThreadPoolExecutor) -> None:
+    file = tmp_path / "balancer.toml"
+    fleet = make()
+    fleet.balancer.stop()
+    lines = [f'[[backends]]\nid = "{name}"\nurl = "{backend.url}"' for name, backend in fleet.backends.items()]
+
+    def write(hedge: str) -> None:
+        file.write_text("\n".join(["hedge_budget = 1.0", hedge, *lines]), encoding="utf-8")
+
+    def asked_by_one() -> int:
+        """How many backends one request reaches."""
+        before = len(fleet.asked)
+        answer = pool.submit(fetch, fleet.balancer.url)
+        fleet.wait_asked(before + 1)
+        fleet.wait_long()
+        count = len(fleet.asked) - before
+        for number in range(before, len(fleet.asked)):
+            fleet.answer(number)
+        assert answer.result(60)[0] == 200
+        return count
+
+    write("")
+    fleet.balancer = Balancer(f"--config={file}")
+    found = []
+    for hedge in ("", f"hedge = {LATE}", 'hedge = "off"'):
+        write(hedge)
+        assert fetch(f"{fleet.balancer.url}/reload", method="POST")[0] == 200
+        found.append(asked_by_one())
+    assert found == [1, 2, 1]
+
+
+def test_no_more_than_the_budget_when_everything_is_slow(make: Make, pool: ThreadPoolExecutor) -> None:
+    """1,000 requests, of which each is late."""
+    fleet = make("--hedge=0.001", "--hedge-budget=0.05")
+    before = sum(len(backend.requests) for backend in fleet.backends.values())
+    warmed = len(fleet.backends)
+    pause = threading.Event()
+
+    def slow(sock: socket.socket, request: RawRequest) -> None:
+        pause.wait(0.03)
+        sock.sendall(ok())
+
+    for backend in fleet.backends.values():
+        backend.script = slow
+    statuses = list(pool.map(lambda _: fetch(fleet.balancer.url)[0], range(1000)))
+    assert statuses == [200] * 1000 and is_idle(fleet.balancer)
+    hedges = sum(fleet.hedges().values())
+    assert sum(len(backend.requests) for backend in fleet.backends.values()) - before <= 1000 + hedges
+    assert 0 < hedges <= 0.05 * (1000 + warmed)
+
+
+def test_a_storm_leaves_nothing_behind(make: Make, pool: ThreadPoolExecutor) -> None:
+    """Late, failing and good backends, clients that leave: every request is answered or left once, all places are
+    given back, and every connection is closed or kept."""
+    fleet = make("--hedge=0.005", "--eject-after=0", "--retry-budget=1", "--response-timeout=0.5")
+    chance, pause = random.Random(5), threading.Event()
+
+    def script(sock: socket.socket, request: RawRequest) -> None:
+        drawn = chance.random()
+        pause.wait(0.03 * drawn if drawn > 0.5 else 0)
+        if drawn > 0.97:
+            hang_up(sock)
+        sock.sendall(BAD if drawn > 0.92 else ok(bytes(200_000)) if drawn > 0.88 else ok())
+
+    for backend in fleet.backends.values():
+        backend.script = script
+
+    def one(number: int) -> int:
+        if number % 10 == 0:
+            with connect(fleet.balancer.port) as sock:
+                sock.sendall(get(b"/"))
+                sock.settimeout(0.01 * chance.random())
+                try:
+                    return int(bool(sock.recv(1)))
+                except TimeoutError:
+                    return 0
+        return fetch(fleet.balancer.url)[0]
+
+    fleet.warm()
+    descriptors = len(os.listdir("/proc/self/fd"))
+    before = fleet.balancer.status()["statistics"]["total_requests"]
+    found = list(pool.map(one, range(1500)))
+    wait_until(lambda: is_idle(fleet.balancer), "nothing is in flight")
+    assert {status for status in found if status > 1} <= {200, 502, 503, 504}
+    hedges, statistics = fleet.hedges(), fleet.balancer.status()["statistics"]
+    assert 1350 <= statistics["total_requests"] - before <= 1500  # of some that left, nothing came
+    assert hedges["won"] > 0 and hedges["lost"] > 0
+    told = scrape(fleet.balancer.url)
+    attempts = sum(count for (name, _), count in told.items() if name == "lb_backend_requests_total")
+    assert attempts == statistics["total_requests"] + statistics["retries"] + sum(hedges.values())
+    kept = sum(count for (name, _), count in told.items() if name == "lb_backend_connections_idle")
+    wait_until(
+        lambda: len(os.listdir("/proc/self/fd")) <= descriptors + 2 * kept + 16, "connections of the losers are closed"
+    )
+
+
+def test_all_workers_count_as_one(start_process: StartProcess) -> None:
+    held, quick = WireBackend(), WireBackend()
+    go = threading.Event()
+
+    def hold(sock: socket.socket, request: RawRequest) -> None:
+        go.wait(60)
+        sock.sendall(ok())
+
+    with held, quick:
+        balancer = start_process(
+            f"--backend=held={held.url}", f"--backend=quick={quick.url}", "--algorithm=round_robin",
+            "--workers=2", f"--hedge={LATE}", "--hedge-budget=1",
+        )  # fmt: skip
+        held.script = hold
+        assert [fetch(balancer.url)[0] for _ in range(20)] == [200] * 20
+        wait_until(lambda: is_idle(balancer), "all have ended")
+        (shown,) = balancer.status()["pools"]
+        assert shown["hedges"]["won"] == len(held.requests) > 0
+        assert balancer.status()["statistics"]["retries"] == 0
+        told = scrape(balancer.url)
+        assert value(told, "lb_hedges_total", pool="default", result="won") == len(held.requests)
+        assert not any(name == "lb_retries_total" and count for (name, _), count in told.items())
+        go.set()
+
+
+# What is late, and how many there may be.
+
+
+def hedging(clock: Clock | None = None, **settings: Any) -> Hedging:
+    return Hedging(options(PoolOptions, **settings), clock or Clock())
+
+
+def test_what_is_late_follows_the_pool() -> None:
+    clock = Clock()
+    pool = hedging(clock, hedge="auto")
+    for number in range(FEWEST_TIMES - 1):
+        pool.answered(0.001 * number)
+    assert pool.late() is None
+    pool.answered(0.2)
+    assert pool.late() == pytest.approx(0.094)
+    for _ in range(5000):
+        pool.answered(0.001)
+    assert pool.late() == pytest.approx(0.094)  # it looks once a second
+    clock.now += 1
+    assert pool.late() == 0.01  # no sooner
+
+
+def test_the_budget_is_a_share_of_the_requests() -> None:
+    pool = hedging(hedge="auto", hedge_budget=0.05)
+    spent = 0
+    for _ in range(1000):
+        pool.count()
+        spent += pool.spend(is_urgent=True)
+    assert spent == 50
+    for _ in range(10_000):
+        pool.count()
+    assert [pool.spend(is_urgent=False) for _ in range(SAVED)].count(True) == SAVED - RESERVED
+    assert [pool.spend(is_urgent=True) for _ in range(SAVED)].count(True) == RESERVED
+    pool.refund()
+    assert pool.spend(is_urgent=True) and not pool.spend(is_urgent=True)
+
+
+def test_a_backend_that_was_not_waited_for_is_as_slow_as_it_was_silent() -> None:
+    speed = Speed()
+    speed.sent(0.0)
+    speed.answered(0.04, 0.04)
+    speed.sent(1.0)
+    assert speed.dropped(1.2) == pytest.approx(0.2) and speed.response_time(1.2) == pytest.approx(0.2)
+    speed.sent(1.2)
+    assert speed.silence(1.5) == pytest.approx(0.5)  # it goes on owing an answer
+    speed.sent(1.5)
+    speed.answered(0.02, 1.52)
+    assert speed.dropped(1.53) is None and speed.silence(1.6) == 0
+    speed.sent(2.0)
+    assert speed.silence(2.1) < 0.3
