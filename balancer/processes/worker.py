@@ -152,6 +152,7 @@ class Worker(LoadBalancer):
                 "cut": self.take_cut,
                 "alive": self.take_alive,
                 "canaries": self.control.canaries.take,
+                "elsewhere": self.control.pools.note_elsewhere,
                 "sharing": self.control.limiter.share,
                 "settled": self.control.limiter.settle,
                 "answer": self._ask.answered,
