@@ -314,7 +314,12 @@ def test_sources_are_replaced_while_it_runs(bench: Bench) -> None:
     wait_until(lambda: bench.ids == ["a", "c"])
     bench.discovery.use([changed])
     assert bench.ids == ["a"]
-    bench.source = changed
+    other_pool = BackendPool(create("weighted"), options(PoolOptions), "other")
+    bench.pools.apply({"default": bench.pool, "other": other_pool}, {})
+    bench.source = Told(key=3)
+    bench.source.pool, bench.source.says = "other", SourceFailed("not now")
+    bench.discovery.use([bench.source])  # what is known of it moves with it
+    assert bench.ids == [] and [backend.id for backend in other_pool.backends()] == ["a"]
 
 
 def test_what_was_found_last_is_there_after_a_restart(bench: Bench) -> None:

@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from ipaddress import ip_address
 from threading import Event, Lock, Thread
 from typing import Any, Literal
@@ -198,7 +198,9 @@ class Discovery:
                 known = before.get(source.name)
                 if known is None or known.source.key != source.key:
                     applied = {} if known is None else known.applied
-                    known = Watch(source, applied, applied)
+                    pool = source.pool
+                    moved = {key: replace(each, pool=pool or each.pool) for key, each in applied.items()}
+                    known = Watch(source, applied, moved)
                 self._watches[source.name] = known
             gone = [watch for name, watch in before.items() if self._watches.get(name) is not watch]
             for watch in gone:
@@ -208,8 +210,9 @@ class Discovery:
             for watch in self._watches.values():
                 # Pools may have gone, and others have come.
                 watch.applied = {key: each for key, each in watch.applied.items() if self._pools.get(each.pool)}
+                left_out = self._apply(watch, watch.trusted) if watch.doubted is None else ""
                 if watch.state == "good":
-                    watch.last_error = self._apply(watch, watch.trusted) or None
+                    watch.last_error = left_out or None
                 if self._is_running and watch.thread is None:
                     self._start(watch)
         _join(gone)

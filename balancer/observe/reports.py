@@ -153,13 +153,12 @@ class Reports(Statistics):
 
 
 def _told(record: Record) -> tuple[Any, ...]:
-    """All of it, and why each attempt went where it did, if a strategy of somebody's explains itself in Python's own
-    values."""
+    """All of it, and why each attempt went where it did."""
     socket = None if record.websocket is None else socket_values(record.websocket)
     excluded = None if record.excluded is None else dict(record.excluded)
     attempts = [(attempt_values(each), each.backend, each.choice.algorithm) for each in record.attempts]
     views: bytes | None = None
-    with suppress(ValueError):
+    with suppress(Exception):  # a strategy of somebody's fails at that, or has values that are none of Python's own
         views = marshal.dumps([each.choice.describe() for each in record.attempts])
     if views is not None and len(views) > LARGEST:
         views = None
