@@ -24,7 +24,7 @@ from balancer.balancing.ejection import KeptEjection
 from balancer.balancing.pool import DEFAULT_POOL, BackendPool
 from balancer.balancing.pools import Pools
 from balancer.balancing.shared import SharedLoads
-from balancer.cluster.figures import Figures, in_flight, load_of
+from balancer.cluster.figures import Figures, busiest, load_of
 from balancer.commands import shipped
 from balancer.config.comparison import NOTHING, compare
 from balancer.config.decisions import Decision, Decisions
@@ -296,7 +296,7 @@ def _figures(control: Control) -> Figures:
         "version": __version__,
         "lifecycle": control.lifecycle,
         "processes": max(1, len(control.workers())),
-        "backends": in_flight(control.pools),
+        "backends": busiest(control.pools),
     }
 
 
@@ -332,7 +332,10 @@ def _cluster(control: Control, name: str, check: Callable[[Backend], None]) -> C
         if charges := limiter.charges():
             yield "", charges, limiter.settle
 
-    cluster = Cluster(name, link, agreement, asks, limiter.share, control.figures, look, note)
+    cluster = Cluster(
+        *(name, link, agreement, asks, limiter.share, control.pools.note_elsewhere),
+        *(control.figures, look, note),
+    )
     control.decisions.told = cluster.wake
     return cluster
 

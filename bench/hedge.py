@@ -33,6 +33,7 @@ METHODS = ("least_response_time", "peak_ewma", "least_connections")
 RATES = {"quality": quality.RATE, "half of it": quality.RATE / 2}
 HEDGES = ("off", "auto")
 SHOWN = ("p50 ms", "p99 ms", "p99.9 ms", "extra %")
+DIRECT = "worst direct ms"  # of requests past the balancer: when they are late, machine or generator stood still
 EQUAL, EQUAL_RATE, EQUAL_ROUNDS = ("0.01", "0.01", "0.01"), 1500.0, 5
 # The goals: milliseconds, requests of 100, and per cent that off and auto may differ with equal backends.
 GOALS = {"p99 ms": 200.0, "p99.9 ms": 250.0, "extra %": 5.0}
@@ -49,7 +50,11 @@ def main(seconds: float) -> int:
 def unequal(seconds: float) -> list[str]:
     """Goals that no method has reached."""
     print(f"{'':39}{'simulated':^36}  {'measured':^36}")
-    print(f"{'rate':11} {'method':20} {'hedge':6}" + ("".join(f"{name:>9}" for name in SHOWN) + "  ") * 2)
+    print(
+        f"{'rate':11} {'method':20} {'hedge':6}"
+        + ("".join(f"{name:>9}" for name in SHOWN) + "  ") * 2
+        + f"{DIRECT:>16}"
+    )
     missed = []
     with slow_backends(*quality.SPECIFICATIONS.values(), quality.AT_ONCE) as backends:
         for name, rate in RATES.items():
@@ -62,7 +67,8 @@ def unequal(seconds: float) -> list[str]:
                     how = f"{method} --hedge={hedge}"
                     found.append(quality.measure(0, OURS, how, backends, seconds, rate=rate))
                     progress("")
-                    print(f"{name:11} {method:20} {hedge:6}{told(simulated)}  {told(found[-1])}", flush=True)
+                    late = f"{number(found[-1], DIRECT):18.0f}"
+                    print(f"{name:11} {method:20} {hedge:6}{told(simulated)}  {told(found[-1])}{late}", flush=True)
             hedged = [figures for figures, hedge in zip(found, HEDGES * len(METHODS), strict=True) if hedge != "off"]
             for goal, most in GOALS.items():
                 if (best := min(number(figures, goal) for figures in hedged)) > most:

@@ -21,7 +21,6 @@ from typing import NamedTuple, cast
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from balancer.balancing.backends import Backend  # noqa: E402
-from balancer.balancing.counts import BackendCounts  # noqa: E402
 from balancer.balancing.options import StrategyOptions  # noqa: E402
 from balancer.balancing.speed import Speed  # noqa: E402
 from balancer.balancing.strategies import Indexed, create  # noqa: E402
@@ -36,7 +35,7 @@ PLACES = 4  # of a backend: it works on so many requests at a time, the others w
 SERVICE_SECONDS = 0.5  # mean; exponential
 LOAD = 0.6  # share of what all backends can do together
 SLOW_SHARE, SLOW_FACTOR = 0.1, 3.0
-WARMUP_SECONDS, SECONDS = 2.0, 4.0  # the first ones are not looked at; they last until the first news at least
+WARMUP_SECONDS, SECONDS = 2.0, 3.0  # the first ones are not looked at; they last until the first news at least
 CLIENTS = 5000
 LOOK_SECONDS = 0.1
 ALGORITHMS = ("round_robin", "random", "least_connections", "power_of_two", "peak_ewma", "consistent_hash")
@@ -73,7 +72,7 @@ class Balancer:
     def begin(self, strategy: Indexed, alike: Indexed) -> None:
         """`alike` has prepared: what came of it is the same for all."""
         for backend in self.backends:
-            backend.active, backend.speed, backend.counts = 0, Speed(), BackendCounts()
+            backend.active, backend.speed = 0, Speed()
         self.others = [0] * len(self.backends)
         self.strategy = strategy
         vars(strategy).update({name: value for name, value in vars(alike).items() if name == "_ring"})

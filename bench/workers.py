@@ -6,6 +6,7 @@ python bench/workers.py [ROUNDS]     needs nginx, caddy and h2load; prints the m
 
 from __future__ import annotations
 
+import json
 import re
 import statistics
 import subprocess
@@ -44,7 +45,8 @@ def load(port: int, count: int) -> float:
 
 
 def are_all_ready(port: int, workers: int) -> bool:
-    return get(port, "/cluster")[1].count(b'"running"') == workers
+    states = [each["state"] for each in json.loads(get(port, "/cluster")[1])["workers"]]
+    return states == ["running"] * workers
 
 
 def measure(name: str, workers: int, backends: list[int]) -> tuple[float, float, float]:

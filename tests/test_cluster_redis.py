@@ -6,6 +6,7 @@ import json
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,16 +17,25 @@ from typing import Any
 import pytest
 from fleet import DemoBackend
 from redis_server import RedisServer
-from support import Balancer, BalancerProcess, Served, fetch, fetch_json, free_port, wait_until
+from support import Balancer, BalancerProcess, Served, fetch, fetch_json, free_port, ok, wait_until
 from wire import WireBackend
 
 from balancer import LoadBalancer
 from balancer.cluster.link import Link
 from balancer.errors import SettingsError
 from balancer.filters.sharedlimit import Charge
+from balancer.protocol.request import Request
+from balancer.protocol.requestheads import RequestHeads
 
 BACKENDS = ("--backend=a=http://127.0.0.1:1", "--backend=b=http://127.0.0.1:2")  # nobody listens there
+REQUEST = Request(RequestHeads(), "GET", "/", b"/", "1.1", "http", "192.0.2.1", [(b"host", b"a")])
 SECRET = "a-password-of-redis"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of this process notice sooner what is to be noticed."""
+    monkeypatch.setattr("balancer.cluster.cluster.BEAT_SECONDS", 0.2)
 
 
 @pytest.fixture
@@ -212,6 +222,30 @@ def test_figures_of_all_and_of_each(server: RedisServer) -> None:
         assert view["cluster"]["state"] == "single" and len(view["members"]) == 1 and view["redis"] is None
 
 
+def test_what_others_have_in_flight_counts_for_power_of_two(server: RedisServer) -> None:
+    let_go = threading.Event()
+    with WireBackend() as backend:
+        backend.script = lambda sock, request: (let_go.wait(60), sock.sendall(ok()))
+        flags = (f"--backend=a={backend.url}", f"--backend=b={backend.url}", "--algorithm=power_of_two")
+        with several("one", "two", url=server.url, flags=flags) as (one, two), ThreadPoolExecutor(1) as client:
+            change(one, "PATCH", "/backends/b", weight=0)
+            answer = client.submit(fetch, f"{one.url}/x")
+            pool = two.library.pool
+            wait_until(lambda: pool.get("a").elsewhere == 1, "it is told")  # type: ignore[union-attr]
+            assert fetch_json(f"{two.url}/cluster")["backends"] == {"a": 1}
+            change(two, "PATCH", "/backends/b", weight=1)
+            chosen = [pool.lease_now(REQUEST) for _ in range(8)]
+            assert [lease.backend.id for lease in chosen[:1] if lease] == ["b"]
+            for lease in chosen:
+                assert lease is not None
+                lease.release()
+            server.send(signal.SIGSTOP)
+            wait_until(lambda: pool.get("a").elsewhere == 0, "nothing is known any more")  # type: ignore[union-attr]
+            server.send(signal.SIGCONT)
+            let_go.set()
+            assert answer.result()[0] == 200
+
+
 def test_what_one_finds_down_the_others_check_at_once(server: RedisServer) -> None:
     with WireBackend() as backend:
         flags = (f"--backend=a={backend.url}", "--health-interval=3600", "--health-fall=1", "--retries=0")
@@ -328,21 +362,28 @@ def test_two_hold_a_rate_together_and_one_alone_has_all_of_it(server: RedisServe
             for used in (both, both[:1]):
                 started = time.monotonic()
                 with ThreadPoolExecutor(2) as clients:
-                    passed = sum(clients.map(lambda each: hammer(each, 2.0), used))
+                    passed = sum(clients.map(lambda each: hammer(each, 1.2), used))
                 lasted = time.monotonic() - started
                 assert passed <= 10 + 40 * lasted * 1.1
-                assert passed >= 40, "less than half of it"
+                assert passed >= 25, "less than half of it"
 
 
-@pytest.mark.parametrize(("rule", "passed"), [("local", 3), ("open", 20), ("closed", 0)])
-def test_what_holds_while_it_is_alone(server: RedisServer, tmp_path: Path, rule: str, passed: int) -> None:
+def test_what_holds_while_it_is_alone(server: RedisServer, tmp_path: Path) -> None:
+    rules = {"local": 3, "open": 20, "closed": 0}
     with WireBackend() as backend:
-        flags = limited(tmp_path, backend, f'rate = "1/h"\nburst = 6\non_store_failure = "{rule}"')
-        with several("one", "two", url=server.url, flags=flags) as (one, _):
+        file = tmp_path / "balancer.toml"
+        limits = [
+            f'[[limits]]\nname = "{rule}"\nkey = "global"\nrate = "1/h"\nburst = 6\non_store_failure = "{rule}"\n'
+            f'[[routes]]\nname = "{rule}"\npath = "/{rule}"\npool = "default"\nlimits = ["{rule}"]\n'
+            for rule in rules
+        ]
+        file.write_text(f'backends = [{{ url = "{backend.url}" }}]\n{"".join(limits)}', encoding="utf-8")
+        with several("one", "two", url=server.url, flags=(f"--config={file}",)) as (one, _):
             server.send(signal.SIGSTOP)
             wait_until(lambda: cluster(one)["state"] == "alone", "it is alone")
-            answers = [fetch(f"{one.url}/x")[0] for _ in range(20)]
-            assert answers.count(200) == passed and set(answers) <= {200, 429}
+            for rule, passed in rules.items():
+                answers = [fetch(f"{one.url}/{rule}")[0] for _ in range(20)]
+                assert answers.count(200) == passed and set(answers) <= {200, 429}
             server.send(signal.SIGCONT)
 
 

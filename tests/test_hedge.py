@@ -243,6 +243,21 @@ def test_it_is_not_sent_twice(make: Make, pool: ThreadPoolExecutor, kind: str) -
     assert sum(fleet.hedges().values()) == 0
 
 
+def test_a_client_that_is_bound_stays_where_it_is(make: Make, pool: ThreadPoolExecutor) -> None:
+    fleet = make("--sticky=true")
+    first = pool.submit(fetch, fleet.balancer.url)
+    fleet.wait_asked(1)
+    fleet.answer(0)
+    cookie = first.result(60)[1]["set-cookie"].partition(";")[0]
+    count = len(fleet.asked)
+    answer = pool.submit(fetch, fleet.balancer.url, Cookie=cookie)
+    fleet.wait_asked(count + 1)
+    fleet.wait_long()
+    assert len(fleet.asked) == count + 1
+    fleet.answer(count)
+    assert answer.result(60)[0] == 200
+
+
 def test_the_only_backend_is_not_asked_twice(make: Make, pool: ThreadPoolExecutor) -> None:
     fleet = make(names="a")
     answer = pool.submit(fetch, fleet.balancer.url)
@@ -250,6 +265,17 @@ def test_the_only_backend_is_not_asked_twice(make: Make, pool: ThreadPoolExecuto
     fleet.wait_long()
     fleet.answer(0)
     assert answer.result(60)[2] == b"a" and fleet.asked == ["a"]
+
+
+def test_not_while_it_drains(make: Make, pool: ThreadPoolExecutor) -> None:
+    fleet = make()
+    answer = pool.submit(fetch, fleet.balancer.url)
+    fleet.balancer.library.bridges[0].is_draining = True
+    fleet.wait_asked(1)
+    fleet.wait_long()
+    assert len(fleet.asked) == 1
+    fleet.answer(0)
+    assert answer.result(60)[0] == 200
 
 
 def test_only_where_there_is_room(make: Make, pool: ThreadPoolExecutor) -> None:

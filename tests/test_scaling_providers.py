@@ -218,10 +218,12 @@ def test_the_replicas_of_a_deployment_are_set(
         assert set(clients.answers) == {200}
         wait_until(lambda: kubernetes.replicas == 1, "fewer, later")
         wait_until(lambda: seen(balancer)["why"].endswith("1 stay, min 1"), "both pods are there still")
-        assert kinds(balancer)["scaled_down"] == 1
+        before = kinds(balancer)["scaled_down"]
         kubernetes.replicas = 3
-        wait_until(lambda: seen(balancer)["starting"] == 1, "somebody else has set it")
-    assert kubernetes.replicas >= 1
+        wait_until(lambda: kubernetes.replicas == 1, "somebody else has set it, and it is needed no more than before")
+        wait_until(lambda: seen(balancer)["why"].endswith("1 stay, min 1"), "both pods are there still")
+        assert kinds(balancer)["scaled_down"] == before + 1
+    assert kubernetes.replicas == 1
 
 
 def test_a_webhook_is_told_until_it_has_heard(tmp_path: Path) -> None:

@@ -157,6 +157,7 @@ class Backend:
     drain_timeout: float | None = None
     draining_since: float | None = None
     cut_at: float = -math.inf
+    elsewhere: int = 0  # in flight by way of other members of a cluster, as they told last
 
     @property
     def is_wanted(self) -> bool:

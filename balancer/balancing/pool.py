@@ -433,6 +433,8 @@ class BackendPool:
             if not lease.is_answered and lease.choice.origin == backend.origin:
                 self._judge.dropped(backend)
                 lease.is_answered = True
+                if self.loads is not None:
+                    self.loads.add(backend, 0, -1)
 
     def _release(self, lease: Lease, first_byte_seconds: float | None, failure: str) -> None:
         backend = lease.backend

@@ -68,7 +68,6 @@ class SharedLoads:
             return None
         place = self._unused.popleft()
         made = self._used[place] = self._made(place)
-        made.clear()
         self._keys[place] = key
         return made
 
@@ -82,6 +81,7 @@ class SharedLoads:
             if each is loads:
                 del self._used[place]
                 self._keys[place] = 0
+                each.clear()
                 self._unused.append(place)
 
     def forget(self, row: int) -> None:

@@ -409,7 +409,8 @@ class PowerOfTwo(Drawing):
         second = self.draw(first) if first is not None else None
         if first is None or second is None:
             return first
-        return second if second.active * first.weight < first.active * second.weight else first
+        ours, other = first.active + first.elsewhere, second.active + second.elsewhere
+        return second if other * first.weight < ours * second.weight else first
 
 
 @strategy(

@@ -20,7 +20,7 @@ from typing import Literal
 from pydantic import TypeAdapter, ValidationError
 
 from balancer.cluster.agreement import Agreement
-from balancer.cluster.figures import Figures
+from balancer.cluster.figures import Figures, in_flight
 from balancer.cluster.link import Link, LinkError
 from balancer.filters.sharedlimit import SETTLE_SECONDS, Asked
 
@@ -62,7 +62,8 @@ class Cluster:
     thread.
 
     `asks` is what processes have to say to the ledger of limits, each with where the answer goes, and `share` tells
-    them how many of all members there are, and whether they are lost: a Limiter's, unless somebody sets others.
+    them how many of all members there are, and whether they are lost; `note_elsewhere` is told what the others have in
+    flight. A master with workers sets these three anew.
     `figures` are those of this one; `check` is called with what another has found: which backend, and whether it is up.
     """
 
@@ -73,6 +74,7 @@ class Cluster:
         agreement: Agreement,
         asks: Callable[[], Iterable[Asked]],
         share: Callable[[int, bool], None],
+        note_elsewhere: Callable[[Mapping[str, int]], None],
         figures: Callable[[], Figures],
         check: Callable[[str, bool], None],
         note: Callable[[News, str], None],
@@ -84,6 +86,7 @@ class Cluster:
         self._agreement = agreement
         self.asks = asks
         self.share = share
+        self.note_elsewhere = note_elsewhere
         self._figures = figures
         self._check = check
         self._note = note
@@ -188,6 +191,7 @@ class Cluster:
             self._note("member_left", f"{before[name].figures['id']} ({name})")
         self._processes = sum(each.figures["processes"] for each in members.values()) or 1
         self.share(self._processes, False)
+        self.note_elsewhere(in_flight(each.figures for name, each in members.items() if name != self.name))
 
     def _agree(self) -> None:
         self._is_nudged = False
@@ -205,4 +209,5 @@ class Cluster:
         self.state = State(False, self.state.since if was_told else time.time(), why)
         if not was_told:
             self.share(max(self._processes, self._figures()["processes"]), True)
+            self.note_elsewhere({})
             self._note("cluster_lost", f"{self.link.address}: {why}; this one goes on alone")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 from typing_extensions import TypedDict
@@ -56,9 +57,17 @@ def load_of(statistics: Statistics, history: History) -> Load:
     }
 
 
-def in_flight(pools: Pools) -> dict[str, int]:
+def busiest(pools: Pools) -> dict[str, int]:
     busy = sorted(((backend.active, backend.id) for backend in pools.backends() if backend.active), reverse=True)
     return {backend: active for active, backend in busy[:MOST_BACKENDS]}
+
+
+def in_flight(figures: Iterable[Figures]) -> dict[str, int]:
+    """By the ids of backends, of all of them."""
+    total = Counter[str]()
+    for each in figures:
+        total.update(each["backends"])
+    return dict(total)
 
 
 def together(loads: Iterable[Load]) -> Load:

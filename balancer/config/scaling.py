@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shlex
+import sys
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -17,15 +17,16 @@ from balancer.protocol.origin import Endpoint
 
 PROVIDERS = ("command", "docker_image", "kubernetes", "webhook")
 
-Count = Annotated[int, Field(ge=0, le=1000), BeforeValidator(validation.no_truth_value)]
+Least = Annotated[int, Field(ge=0, le=1000), BeforeValidator(validation.no_truth_value)]
+Most = Annotated[int, Field(ge=1, le=1000), BeforeValidator(validation.no_truth_value)]
 
 
 class ScalingSettings(Named):
     """How one pool is scaled."""
 
     name: str = Field(DEFAULT_POOL, alias="pool", pattern=validation.ID, description="the pool; one table for each")
-    min: Count = Field(1, description="backends at least; with 0 the first request is held while one starts")
-    max: Count = Field(ge=1, description="backends at most, those that are configured included")
+    min: Least = Field(1, description="backends at least; with 0 the first request is held while one starts")
+    max: Most = Field(description="backends at most, those that are configured included")
     target_in_flight: float = Field(
         4.0, ge=0.1, le=10_000, allow_inf_nan=False, description="requests in flight and waiting, for each backend"
     )
@@ -49,8 +50,8 @@ class ScalingSettings(Named):
     @classmethod
     def _check_command(cls, command: str | None) -> str | None:
         if command is not None:
-            if os.name != "posix":
-                raise ValueError("needs Linux or another POSIX system; expected webhook here")
+            if sys.platform != "linux":
+                raise ValueError("needs Linux; expected docker_image, kubernetes or webhook here")
             try:
                 words = shlex.split(command)
             except ValueError as error:

@@ -8,7 +8,7 @@ from typing import Literal
 from flask import Blueprint, Response, jsonify
 from typing_extensions import TypedDict
 
-from balancer.cluster.figures import Figures, Load, together
+from balancer.cluster.figures import Figures, Load, in_flight, together
 from balancer.control.control import Control, WorkerView, current_control
 
 blueprint = Blueprint("cluster", __name__)
@@ -49,17 +49,13 @@ class ClusterView(TypedDict):
 def show_cluster() -> Response:
     control = current_control()
     found = members(control)
-    backends: dict[str, int] = {}
-    for each in found:
-        for backend, active in each["backends"].items():
-            backends[backend] = backends.get(backend, 0) + active
     view = ClusterView(
         cluster=state(control),
         redis=None if control.cluster is None else control.cluster.link.address,
         members=found,
         workers=control.workers(),
         whole=together(found),
-        backends=backends,
+        backends=in_flight(found),
     )
     return jsonify(view)
 

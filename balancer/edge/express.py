@@ -213,7 +213,7 @@ class Express:
         for descriptor, call in self._waiting.copy().items():  # about in the order in which they were brought
             if now - call.started < late:
                 return
-            if call not in self._races and not call.listener.is_draining:
+            if call not in self._races:
                 self._race(descriptor, call)
 
     def _race(self, descriptor: int, call: Call) -> None:
@@ -236,6 +236,8 @@ class Express:
             self._watch(connection.descriptor, connection)
 
     def _begin(self, call: Call, race: Race) -> None:
+        if call.listener.is_draining:
+            return
         try:
             begun = race.begin()
             if isinstance(begun, Opening):

@@ -99,6 +99,10 @@ class Processes:
     def _begin(self) -> None:
         """In a session of its own, so that Ctrl-C and what kills our group spare it: it is to end the others."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith(NOT_FOR_BACKENDS)}
+        if sys.prefix != sys.base_prefix:  # `python` is the one that runs us, as where its environment is activated
+            environment["PATH"] = os.pathsep.join(
+                [os.path.dirname(sys.executable), environment.get("PATH", os.defpath)]
+            )
         command = [sys.executable, "-I", str(Path(keeper.__file__)), ",".join(map(str, self._cpus))]
         try:
             process = subprocess.Popen(

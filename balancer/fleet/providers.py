@@ -8,8 +8,7 @@ import ssl
 from balancer.balancing.pool import BackendPool
 from balancer.balancing.pools import Pools
 from balancer.fleet.containers import Containers
-from balancer.fleet.processes import Processes
-from balancer.fleet.replicas import KubernetesScale, Replicas, Replicator, Webhook
+from balancer.fleet.replicas import KubernetesScale, Replicas, Webhook
 from balancer.fleet.scaling import Note, Provider, ScalingOptions, Starts
 from balancer.fleet.started import Launcher, StartedBackends
 
@@ -25,12 +24,15 @@ class Providers:
         self._cpus = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset[int]()
 
     def make(self, options: ScalingOptions, pool: BackendPool, starts: Starts, note: Note) -> Provider:
-        if options.kind in ("kubernetes", "webhook"):
-            replicator: Replicator = (
-                KubernetesScale(options) if options.kind == "kubernetes" else Webhook(options, self._tls)
-            )
-            return Replicas(pool, options, replicator, starts, note)
-        launcher: Launcher = (
-            Processes(options, self._cpus) if options.kind == "command" else Containers(options, self._name)
-        )
-        return StartedBackends(pool, self._pools, options, launcher, starts, note)
+        if options.kind == "kubernetes":
+            return Replicas(pool, options, KubernetesScale(options), starts, note)
+        if options.kind == "webhook":
+            return Replicas(pool, options, Webhook(options, self._tls), starts, note)
+        return StartedBackends(pool, self._pools, options, self._launcher(options), starts, note)
+
+    def _launcher(self, options: ScalingOptions) -> Launcher:
+        if options.kind == "docker_image":
+            return Containers(options, self._name)
+        from balancer.fleet.processes import Processes  # for Linux alone
+
+        return Processes(options, self._cpus)

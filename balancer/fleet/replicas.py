@@ -95,7 +95,7 @@ class Replicas:
         active = sum(backend.active for backend in self._pool.backends() if backend.is_wanted)
         return Load(active, self._pool.waiting, healthy, starting=self._count - healthy)
 
-    def scale(self, load: Load, wanted: int, why: str) -> bool:
+    def scale(self, load: Load, wanted: int, why: str) -> None:
         try:
             self._replicator.write(load.there, wanted, why)
         except SourceFailed as error:
@@ -104,7 +104,6 @@ class Replicas:
         self._note("scaled_up" if wanted > load.there else "scaled_down", self._pool.name, None, why)
         self._starts.started += max(0, wanted - load.there)
         self._count, self._complete_at, self._has_written = wanted, self._clock(), True
-        return True
 
     def retire(self) -> None:
         """They are whoever's else."""

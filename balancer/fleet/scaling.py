@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
+from statistics import fmean
 from typing import Literal, Protocol
 
 AVERAGED_SECONDS = 3.0
@@ -67,7 +68,7 @@ class Demand:
         self.options = options
         self.why = ""
         self._looks: deque[tuple[float, Load]] = deque()
-        # What was needed in the last `down_after` seconds and since when, but for what less was needed before more.
+        # When it was needed last and how many, in the last `down_after` seconds: falling, for only the most counts.
         self._needs: deque[tuple[float, int]] = deque()
 
     def wanted(self, load: Load, now: float) -> int:
@@ -97,9 +98,7 @@ class Demand:
         looks.append((now, load))
         while looks[0][0] <= now - AVERAGED_SECONDS:
             looks.popleft()
-        return sum(each.in_flight for _, each in looks) / len(looks), sum(each.waiting for _, each in looks) / len(
-            looks
-        )
+        return fmean(each.in_flight for _, each in looks), fmean(each.waiting for _, each in looks)
 
     def _in_time(self, bounded: int, load: Load, now: float) -> tuple[int, str]:
         """Not fewer before their time; and what is to be said of that."""
@@ -143,7 +142,7 @@ class Starts:
         self.failed += 1
         self.last_error = error
         if self.are_due(now):  # several that were started together are one step
-            self._next_at = now + min(BACKOFF_SECONDS * 2**self.failed_in_row, MAX_BACKOFF_SECONDS)
+            self._next_at = now + min(BACKOFF_SECONDS * 2.0 ** min(self.failed_in_row, 10), MAX_BACKOFF_SECONDS)
             self.failed_in_row += 1
 
 
@@ -161,8 +160,8 @@ class Provider(Protocol):
     def load(self) -> Load | None:
         """None as long as it cannot be told how many there are."""
 
-    def scale(self, load: Load, wanted: int, why: str) -> bool:
-        """Begin to; False if nothing can be done now."""
+    def scale(self, load: Load, wanted: int, why: str) -> None:
+        """Begin to, as far as that can be done now."""
 
     def retire(self) -> None:
         """It is not wanted any more: drain what it has brought."""

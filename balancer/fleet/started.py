@@ -131,12 +131,12 @@ class StartedBackends:
             fixed=sum(backend.source != "scaling" for backend in ready),
         )
 
-    def scale(self, load: Load, wanted: int, why: str) -> bool:
+    def scale(self, load: Load, wanted: int, why: str) -> None:
         if wanted < load.there:
             self._note("scaled_down", self._pool.name, None, why)
             for backend in self._least_useful()[: load.there - wanted]:
                 self._pool.remove(backend.id)
-            return True
+            return
         # Those that are down have their places until they are up again or given up.
         room = self.options.max - sum(not backend.is_leaving for backend in self._pool.backends())
         more = min(wanted - load.there, room, 1 if self._starts.failed_in_row else room)
@@ -144,7 +144,6 @@ class StartedBackends:
             self._note("scaled_up", self._pool.name, None, why)
         for _ in range(more):
             self._start()
-        return more > 0
 
     def _least_useful(self) -> list[Backend]:
         """With the fewest requests, of these the newest first."""

@@ -245,9 +245,11 @@ class Attempts:
 
     def lateness(self) -> float | None:
         """Seconds after which an answer is late, if this one is by now, and the request may go to another backend as
-        well."""
+        well: not if its client is bound to the one that has it."""
         late, outgoing = self._route.pool.hedging.late(), self._outgoing
         if late is None or outgoing.method not in HEDGED or outgoing.body is not None:
+            return None
+        if self._lease is None or self._lease.backend.id == self._request.preferred:
             return None
         if time.perf_counter() - self._started - self._record.attempts[-1].at < late:
             return None

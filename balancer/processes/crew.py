@@ -18,13 +18,12 @@ from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from balancer.config.values import MAX_WORKERS
 from balancer.control.control import WorkerState, WorkerView
 from balancer.edge.server import DRAIN_LOOK_SECONDS, PARKED_SECONDS, STOP_SECONDS, Server
-from balancer.processes import reuseport
+from balancer.processes import program, reuseport
 from balancer.processes.link import Link
 
 log = logging.getLogger("balancer.processes")
@@ -35,7 +34,6 @@ YOUNG_SECONDS = 1.0  # who dies within this time of being ready would soon do so
 PAUSE_SECONDS, LONGEST_PAUSE = 0.5, 30.0  # before the next one begins then; twice as long each time
 MOST_DEATHS, DEATHS_SECONDS = 5, 60.0  # of all workers: more often it is no accident
 SETTLE_SECONDS = 1.0  # for connections that are being made while others are steered away
-ROOT = Path(__file__).resolve().parents[2]
 # They ask the master for something; a terminal and systemd send them to all of us.
 OURS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTTIN, signal.SIGTTOU]
 
@@ -114,6 +112,7 @@ class Crew(Server):
         self.places = [Place(number, each, meeting.cpus(number)) for number, each in enumerate(listeners)]
         self._deaths: deque[float] = deque(maxlen=MOST_DEATHS)
         self._is_ending = False
+        self._program = program.state()
         self._looked_at = time.monotonic()
         self._tasks: list[asyncio.Task[None]] = []
         self._wishes: asyncio.Queue[Callable[[], Coroutine[Any, Any, None]]] = asyncio.Queue()
@@ -266,8 +265,8 @@ class Crew(Server):
         ours, theirs = socket.socketpair()
         with theirs:
             passed = [each.fileno() for each in (theirs, place.listener, *self._others)] + self._meeting.passes(place)
-            command = [sys.executable, "-P", "-m", "balancer.processes.worker", str(theirs.fileno())]
-            path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+            command = [sys.executable, "-P", "-m", "balancer.processes.worker", str(theirs.fileno()), self._program]
+            path = os.pathsep.join(filter(None, (str(program.ROOT), os.environ.get("PYTHONPATH"))))
             # They stay blocked in the child, and those that come to us meanwhile are not lost.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, OURS)
             try:
@@ -296,12 +295,25 @@ class Crew(Server):
             self._forget(place)
         if is_expected:
             return
+        if child.popen.returncode == program.IS_ANOTHER:
+            self._cannot_begin(place, now)
+            return
         place.early = place.early + 1 if now - child.ready_at < YOUNG_SECONDS else 0
         place.start_at = now + (min(PAUSE_SECONDS * 2 ** (place.early - 1), LONGEST_PAUSE) if place.early else 0)
         self._deaths.append(now)
-        if len(self._deaths) == MOST_DEATHS and now - self._deaths[0] <= DEATHS_SECONDS and not self.failure:
-            self.failure = f"{MOST_DEATHS} workers ended within {DEATHS_SECONDS:g} s, the last one {how}"
-            log.critical("%s; so does this balancer", self.failure)
+        if len(self._deaths) == MOST_DEATHS and now - self._deaths[0] <= DEATHS_SECONDS:
+            self._fail(f"{MOST_DEATHS} workers ended within {DEATHS_SECONDS:g} s, the last one {how}")
+
+    def _cannot_begin(self, place: Place, now: float) -> None:
+        """No worker of ours can begin any more, and those who connect there must not wait for one."""
+        log.warning("no worker can begin, the program's files are others now: what is there takes over")
+        place.start_at = now + LONGEST_PAUSE
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+    def _fail(self, reason: str) -> None:
+        if not self.failure:
+            self.failure = reason
+            log.critical("%s; so this balancer ends", reason)
             os.kill(os.getpid(), signal.SIGTERM)
 
     def _part(self, child: Child) -> None:

@@ -74,6 +74,7 @@ class Master(LoadBalancer):
         self.control.workers = self._describe
         if self.cluster is not None:
             self.cluster.asks, self.cluster.share = self._asks, self._share
+            self.cluster.note_elsewhere = partial(self._tell, "elsewhere")
         self.control.queued = lambda: sum(each.queued for each in list(self._numbers.values()))
         self.control.idle = self._idle
         self.control.log.dropped_elsewhere = lambda: sum(each.dropped for each in list(self._numbers.values()))
@@ -287,7 +288,7 @@ class Master(LoadBalancer):
 
     def _take_numbers(self, worker: int, numbers: Numbers) -> None:
         self._numbers[worker] = numbers
-        self.control.limiter.restore(numbers.limits)
+        self.control.limiter.restore([*numbers.limits.items()])
         for pool in self.control.pools:
             pool.note_selected(numbers.selected.get(pool.name, {}))
             pool.note_alive(numbers.alive.get(pool.name, {}))

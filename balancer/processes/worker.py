@@ -1,7 +1,7 @@
 """One worker process: the data path alone. Whatever is there once it has from its master, or asks it for.
 
-Started as `python -m balancer.processes.worker DESCRIPTOR`, which is its end of the link. Signals are the master's:
-they are blocked here, since before this began.
+Started as `python -m balancer.processes.worker DESCRIPTOR PROGRAM`: its end of the link, and what the files of its
+master were. Signals are the master's: they are blocked here, since before this began.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from balancer.loadbalancer import LoadBalancer
 from balancer.observe import logrecords
 from balancer.observe.events import EventKind, Events
 from balancer.observe.reports import Ledger, Reports
+from balancer.processes import program
 from balancer.processes.forwarded import AskingMaster
 from balancer.processes.link import Link
 from balancer.processes.news import Numbers, PoolNews, Start, changes
@@ -74,8 +75,9 @@ class ToldEvents(Events):
 
 
 class Worker(LoadBalancer):
-    """`_told` is what the master has said last of the settings and the certificate; the thread of the link alone
-    replaces it."""
+    """What begins with `take_` is called in the thread of the link. `_orders` is done when it has to end, with why, how
+    many seconds what is in flight has, after how many more, and whether others accept already; `_hurry` when it has to
+    end at once."""
 
     def __init__(self, link: Link, start: Start) -> None:
         self._link = link
@@ -150,6 +152,7 @@ class Worker(LoadBalancer):
                 "cut": self.take_cut,
                 "alive": self.take_alive,
                 "canaries": self.control.canaries.take,
+                "elsewhere": self.control.pools.note_elsewhere,
                 "sharing": self.control.limiter.share,
                 "settled": self.control.limiter.settle,
                 "answer": self._ask.answered,
@@ -292,8 +295,10 @@ class Worker(LoadBalancer):
         return {name: more for name, count in counts.items() if (more := count - before.get(name, 0)) > 0}
 
 
-def main(descriptor: str) -> int:
+def main(descriptor: str, its_program: str) -> int:
     startup.prepare()
+    if its_program != program.state():
+        return program.IS_ANOTHER
     link = Link(socket.socket(fileno=int(descriptor)), "master", MASTER)
     try:
         worker = Worker(link, link.first())
@@ -307,4 +312,4 @@ def main(descriptor: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))
