@@ -45,8 +45,8 @@ def load(port: int, count: int) -> float:
 
 
 def are_all_ready(port: int, workers: int) -> bool:
-    found = json.loads(get(port, "/cluster")[1])["workers"]
-    return [each["state"] for each in found] == ["running"] * workers
+    states = [each["state"] for each in json.loads(get(port, "/cluster")[1])["workers"]]
+    return states == ["running"] * workers
 
 
 def measure(name: str, workers: int, backends: list[int]) -> tuple[float, float, float]:

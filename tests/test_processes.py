@@ -501,6 +501,12 @@ def test_workers_hold_a_limit_together_and_one_alone_has_all_of_it(crew: Crew) -
     wait_until(lambda: one_more() == 12, "all of it, over one connection")
     assert [one_more() for _ in range(5)] == [12] * 5
     client.close()
+
+    def counted() -> dict[str, int]:
+        found: dict[str, int] = fetch_json(f"{crew.url}/limits")["limits"][0]["requests"]
+        return found
+
+    wait_until(lambda: counted()["allowed"] == let_in + 12 and counted()["refused"] >= 5, "the master counts for all")
     crew.configure("")
     assert crew.change("/reload", method="POST") == 200
 

@@ -292,6 +292,17 @@ def test_a_record_arrives_as_it_was_made() -> None:
     assert taken.describe() == record.describe()
 
 
+def test_the_newest_of_all_come_as_they_ended() -> None:
+    ledgers = [Ledger(), Ledger()]
+    taking, statistics = collector(ledgers[0])
+    taking.add(ledgers[1])
+    for number in range(6):
+        record = make_record(timestamp=100.0 + number, request_id=f"id-{number}")
+        Reports(ledgers[number % 2]).record(record)
+    taking.take()
+    assert [record.request_id for record in statistics.newest(6)] == [f"id-{number}" for number in (5, 4, 3, 2, 1, 0)]
+
+
 def test_a_strategy_that_cannot_explain_itself_costs_no_request() -> None:
     ledger = Ledger()
     reports, (taking, statistics) = Reports(ledger), collector(ledger)

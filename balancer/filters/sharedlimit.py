@@ -19,6 +19,7 @@ from balancer.filters.limit import BUSY, SECOND, Limit, LimitOptions
 
 SETTLE_SECONDS = 0.05  # from one round to the next
 ACTIVE = SECOND  # that a member counts as one that a key is shared with after it has taken something
+KNOWN_AFTER = 3  # rounds: whoever has begun at the same moment has said so by then
 ROUNDS = 20  # that a key is asked about after it was used last
 MOST_CHARGES = 500  # at once; of more keys, others come the next time
 
@@ -46,10 +47,12 @@ Asked = tuple[str, Sequence[Charge], Settle]  # by which process of a member of 
 
 @dataclass(slots=True)
 class Use:
-    """Of a key lately: how many share it, what was taken since the last charge, rounds without anything."""
+    """Of a key lately: how many share it, what was taken since the last charge, rounds since its first and without
+    anything."""
 
     sharing: int
     taken: int = 0
+    age: int = 0
     idle: int = 0
 
 
@@ -107,8 +110,10 @@ class SharedLimit(Limit):
         use = self._uses.get(charge.key)
         if use is None:
             return  # the ledger was lost meanwhile
-        use.sharing = settled.sharing
-        clear = now + settled.owed + use.taken * settled.sharing * self._interval
+        use.age += 1
+        if use.age >= KNOWN_AFTER:
+            use.sharing = settled.sharing
+        clear = now + settled.owed + use.taken * use.sharing * self._interval
         if charge.key in self.debts:
             self.debts[charge.key] = clear
         elif settled.owed:

@@ -12,7 +12,7 @@ import marshal
 import mmap
 import os
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import fields
 from operator import attrgetter
@@ -242,6 +242,7 @@ class Collector:
     """
 
     def __init__(self, statistics: Statistics, routes: RouteCounts, canaries: Canaries) -> None:
+        self._statistics = statistics
         self._parts = statistics, routes, canaries
         self._lock = Lock()
         self._sources: dict[Ledger, Source] = {}
@@ -254,12 +255,19 @@ class Collector:
     def end(self, ledger: Ledger) -> int:
         """Its worker is dead: how many requests it had in flight."""
         with self._lock:
-            return self._sources.pop(ledger).end()
+            source = self._sources.pop(ledger)
+            self._take([source], at_all=True)
+            return source.end()
 
     def take(self) -> None:
         with self._lock:
-            for source in self._sources.values():
-                source.take()
+            self._take(self._sources.values())
+
+    def _take(self, sources: Collection[Source], *, at_all: bool = False) -> None:
+        """The newest of all come in the order in which they ended."""
+        told = [record for source in sources for record in source.take(at_all=at_all)]
+        for record in sorted(told, key=lambda record: record.timestamp + record.seconds):
+            self._statistics.record(record, is_counted=True)
 
 
 class Source:
@@ -271,6 +279,7 @@ class Source:
         self._routes = routes
         self._canaries = canaries
         self._begun = self._ended = self._retried = 0
+        self._told: list[Record] = []
         self._sockets: dict[int, WebSocketRecord] = {}
         self._hear: Mapping[str, Callable[..., None]] = {
             "record": self._record,
@@ -278,12 +287,11 @@ class Source:
             "closed": self._closed,
         }
 
-    def take(self, *, at_all: bool = False) -> None:
+    def take(self, *, at_all: bool) -> list[Record]:
+        """Count what was counted; `at_all` as `Cells.look` has it. Returns what it has told of these."""
         messages, added = self._ledger.ring.read(), [*self._ledger.cells.look(at_all=at_all)]
-        begun, retried = (
-            self._ledger.counts[BEGUN],
-            self._ledger.counts[RETRIED],
-        )  # after these: who has ended has begun
+        counts = self._ledger.counts
+        begun, retried = counts[BEGUN], counts[RETRIED]  # after these: who has ended has begun
         self._statistics.begin(begun - self._begun)
         self._statistics.retried(retried - self._retried)
         self._begun, self._retried = begun, retried
@@ -295,9 +303,10 @@ class Source:
                 self._hear[what](*values)
             except Exception:  # nothing that a worker tells may keep us from the rest
                 log.exception("a message of a worker was not understood")
+        told, self._told = self._told, []
+        return told
 
     def end(self) -> int:
-        self.take(at_all=True)
         lost = self._begun - self._ended
         self._statistics.lost(lost)
         for record in self._sockets.values():
@@ -350,8 +359,10 @@ class Source:
             record.attempts.append(attempt)
         record.websocket = None if socket is None else WebSocketRecord(*socket)
         record.excluded = excluded
-        self._statistics.record(record, is_counted=is_counted)
-        if not is_counted:
+        if is_counted:
+            self._told.append(record)
+        else:
+            self._statistics.record(record)
             self._ended += 1
             times = Histogram()
             times.add(record.seconds)

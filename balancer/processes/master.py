@@ -288,7 +288,7 @@ class Master(LoadBalancer):
 
     def _take_numbers(self, worker: int, numbers: Numbers) -> None:
         self._numbers[worker] = numbers
-        self.control.limiter.restore(numbers.limits)
+        self.control.limiter.restore([*numbers.limits.items()])
         for pool in self.control.pools:
             pool.note_selected(numbers.selected.get(pool.name, {}))
             pool.note_alive(numbers.alive.get(pool.name, {}))
