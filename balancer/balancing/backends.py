@@ -157,6 +157,8 @@ class Backend:
     drain_timeout: float | None = None
     draining_since: float | None = None
     cut_at: float = -math.inf
+    outrun: int = 0  # requests in a row that others have answered in its place
+    ended_when_outrun: int = -1  # how many of all had ended at the last one
 
     @property
     def is_wanted(self) -> bool:
