@@ -9,7 +9,7 @@ COPY requirements.txt ./
 RUN pip --python /opt/load-balancer install --no-cache-dir --requirement requirements.txt
 COPY . .
 # hadolint ignore=DL3013
-RUN pip --python /opt/load-balancer install --no-cache-dir ".[tls,auth]"
+RUN pip --python /opt/load-balancer install --no-cache-dir ".[tls,auth,redis]"
 
 FROM python:${PYTHON}-slim
 COPY --from=build /opt/load-balancer /opt/load-balancer

@@ -27,7 +27,7 @@ from balancer import __version__  # has no imports of its own, so it needs no .v
 from demo.console import STOP, Failure, Stopped, say
 from demo.files import HERE, IS_INSTALLED, NAME, SCRIPT, STATE, locked
 from demo.running import ensure_venv, run_services, stop_command, without_running
-from demo.services import backend_services, balancer_service
+from demo.services import backend_services, balancer_service, scaling_service
 
 COMMANDS = ["all", "backends", "balancer", *([] if IS_INSTALLED else ["setup"]), "stop"]
 SETUP = "" if IS_INSTALLED else f"  {SCRIPT} setup               only make .venv and install requirements.txt\n"
@@ -35,13 +35,14 @@ WHERE = f" of {STATE}" if IS_INSTALLED else ""
 HELP = f"""\
 examples:
   {SCRIPT}                     three backends and the load balancer, until Ctrl-C
+  {SCRIPT} --scale             the load balancer alone, which starts and stops backends as requests need them (Linux)
   {SCRIPT} --detach            the same in the background
   {SCRIPT} stop                stop what runs in the background
   {SCRIPT} --forget            without what was decided in earlier runs: weights, drains, the algorithm
   {SCRIPT} backends            only the backends; of those of a running demo, the ones that have ended
   {SCRIPT} balancer            only the load balancer
 {SETUP}
-usage: {SCRIPT} [{" | ".join(COMMANDS)}] [--detach] [--forget] [--help] [--version]
+usage: {SCRIPT} [{" | ".join(COMMANDS)}] [--scale] [--detach] [--forget] [--help] [--version]
 
 environment:
   LB_PORT         port of the load balancer (default 9000)
@@ -69,6 +70,7 @@ class Parser(argparse.ArgumentParser):
 def run(argv: Sequence[str]) -> int:
     parser = Parser(prog="start_all", allow_abbrev=False)
     parser.add_argument("command", nargs="?", default="all", choices=COMMANDS)
+    parser.add_argument("--scale", action="store_true")
     parser.add_argument("--detach", action="store_true")
     parser.add_argument("--forget", action="store_true")
     parser.add_argument("--version", action="store_true")
@@ -76,16 +78,21 @@ def run(argv: Sequence[str]) -> int:
     if options.version:
         say(f"{NAME} {__version__}")
         return 0
+    forget = ["--forget"] if options.forget else []
     if options.command == "stop":
         return stop_command()
     if options.command == "setup":
         with locked("lock", is_start=True):
             ensure_venv()
         return 0
+    if options.scale:
+        if options.command != "all":
+            raise Failure(f"--scale starts what it needs, so it does not go with {options.command}", 2)
+        return run_services([scaling_service(os.environ, *forget)], options.detach)
     backends = backend_services(os.environ)
     if options.command == "backends":
         return run_services(without_running(backends), options.detach)
-    balancer = balancer_service(os.environ, *(["--forget"] if options.forget else []))
+    balancer = balancer_service(os.environ, *forget)
     return run_services([balancer] if options.command == "balancer" else [*backends, balancer], options.detach)
 
 

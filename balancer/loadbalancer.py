@@ -119,11 +119,13 @@ class LoadBalancer:
         self.app, self.control_app, self.proxy = parts.app, parts.control_app, parts.proxy
         self.control, self.pools, self.workers, self.routes = parts.control, parts.pools, parts.workers, parts.routes
         self.copies, self.memory = parts.copies, parts.memory
+        self.cluster = parts.control.cluster
+        self.control.url = self._main_url
         self.is_forgetful = False  # what was decided before counts no more
         self.predecessor: Predecessor | None = None  # the process whose place this one takes
         self.is_command = False  # started as one, which can be started once more
         self.configuration, self.renewal = parts.control.configuration, parts.renewal
-        self.authentication = parts.authentication
+        self.authentication, self.scaling = parts.authentication, parts.scaling
         self.app.extensions["balancer"] = self
         self.port_options = config.options(PortOptions)
         self.express: Express | None = None
@@ -155,6 +157,11 @@ class LoadBalancer:
         if self._server is None:
             raise RuntimeError("it does not listen yet: start() comes first")
         return [port.url for port in self._server.ports]
+
+    def _main_url(self) -> str | None:
+        with contextlib.suppress(RuntimeError):
+            return self.url
+        return None
 
     @property
     def pool(self) -> BackendPool:
@@ -394,9 +401,12 @@ class LoadBalancer:
             if self.predecessor is not None:
                 self.predecessor.ask_for_state()
             self.memory.start("decisions" if self.is_forgetful else None)
+        if self.cluster is not None:
+            self.cluster.start()
         self.control.discovery.start()
         self.control.history.start()
         self.renewal.start()
+        self.scaling.start(adopts=self.predecessor is None)  # else that one has them still
 
     def wanted(self, ports: int) -> list[tuple[PortOptions, Certificate | None]]:
         """What the workers of each port are made of."""
@@ -433,9 +443,12 @@ class LoadBalancer:
         self.control.log.stop()
 
     def stop_single_parts(self) -> None:
+        self.scaling.stop()
         self.control.discovery.stop()
         self.renewal.stop()
         self.control.history.stop()
+        if self.cluster is not None:
+            self.cluster.stop()
         if self.memory is not None:
             self.memory.stop()
 
@@ -492,6 +505,7 @@ class LoadBalancer:
         self.authentication.use()
         self.proxy.routes = self.routes(config)
         self.pools.retire()
+        wiring.scale(self.scaling, config)
         self.proxy.heads = wiring.request_heads(config, self.proxy.heads.pseudonym, self.authentication.ours)
         self.control.access.options = config.options(AccessOptions)
         for bridge in self.bridges:

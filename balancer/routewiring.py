@@ -72,7 +72,9 @@ class RouteWiring:
         if not config.routes and not config.pools:
             return self._pair(default.route, default.filters)
         unrouted = Unrouted(default.route.pool)
-        missing = self._pair(default.route, default.filters if config.backends else [unrouted, *default.filters])
+        missing = self._pair(
+            default.route, default.filters if config.has_default_pool else [unrouted, *default.filters]
+        )
         if not config.routes:
             return missing
         ambiguous = self._pair(default.route, [Ambiguous(), *default.filters])
@@ -221,7 +223,7 @@ def check_expectations(config: Settings, heads: RequestHeads, is_control: Callab
     """Raises SettingsError for the first one that is not met."""
     if not config.expect:
         return
-    missing = Outcome(pools=(DEFAULT_POOL,)) if config.backends else Outcome(status=NoRoute.status)
+    missing = Outcome(pools=(DEFAULT_POOL,)) if config.has_default_pool else Outcome(status=NoRoute.status)
     table = make_table(config, _outcome, missing=missing, ambiguous=Outcome(status=AmbiguousPath.status))
     for each in config.expect:
         request = _request(each, heads)

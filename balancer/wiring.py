@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import ssl
-import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flask import Flask
 
+from balancer import __version__
 from balancer.balancing import strategies
+from balancer.balancing.backends import Backend
 from balancer.balancing.changes import Change, Severity
 from balancer.balancing.counts import BackendCounts
 from balancer.balancing.ejection import KeptEjection
 from balancer.balancing.pool import DEFAULT_POOL, BackendPool
 from balancer.balancing.pools import Pools
 from balancer.balancing.shared import SharedLoads
+from balancer.cluster.figures import Figures, busiest, load_of
 from balancer.commands import shipped
 from balancer.config.comparison import NOTHING, compare
 from balancer.config.decisions import Decision, Decisions
@@ -43,10 +47,14 @@ from balancer.filters.maxforwards import MaxForwards
 from balancer.filters.mirror import Copies
 from balancer.filters.servedby import ServedBy
 from balancer.filters.serviceworkers import ServiceWorkers
+from balancer.filters.sharedlimit import Asked
 from balancer.filters.sticky import Sticky, StickyOptions, cookie_of
 from balancer.fleet import sources as sources_of
 from balancer.fleet.discovery import Discovery, Found
 from balancer.fleet.health import HealthChecker
+from balancer.fleet.providers import Providers
+from balancer.fleet.scaler import Scaling
+from balancer.fleet.scaling import ScalingNews, ScalingOptions
 from balancer.forwarding import race
 from balancer.forwarding.filter import Filter
 from balancer.forwarding.route import Route, RouteOptions, Routes
@@ -69,18 +77,27 @@ from balancer.upstream.names import Names
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
 
+    from balancer.cluster.cluster import Cluster
     from balancer.edge.port import Port
     from balancer.state.memory import Memory
 
 log = logging.getLogger("balancer")
 
+# What a reload may change that was decided before.
+DECIDED = frozenset({"backend_changed", "backend_added", "backend_removed", "algorithm_changed"})
+DOCKER = "unix:///var/run/docker.sock"
 NEWS_SEVERITY: dict[EventKind, Severity] = {  # all others are told for information
     "certificate_refused": "error",
     "certificate_expires": "warning",
     "canary_returned": "warning",
     "state_failed": "error",
+    "cluster_lost": "warning",
+    "decision_left_out": "warning",
     "worker_lost": "error",
     "source_failed": "warning",
+    "start_failed": "warning",
+    "scaling_failed": "warning",
+    "backend_ended": "warning",
 }
 
 
@@ -95,6 +112,7 @@ class Own:
     health: Callable[[Callable[[], None]], HealthChecker] = HealthChecker
     loads: SharedLoads | None = None
     certificate: Certificate | None = None
+    salt: bytes | None = None  # of limits that all of them hold together
     take: Callable[[], None] = lambda: None
 
 
@@ -112,6 +130,7 @@ class Parts:
     renewal: Renewal
     authentication: Authentication
     memory: Memory | None
+    scaling: Scaling
     routes: Callable[[Settings], Routes]
 
 
@@ -129,9 +148,11 @@ def make(
     SettingsError for an unknown algorithm, an unreadable CA file or a certificate that cannot be used."""
     own = own or Own()
     strategies.load_entry_points()
+    pseudonym = f"{config.id}.{secrets.token_hex(4)}"  # this very process: two of one name in a chain are not a loop
     configuration = Configuration(config, sources)
     statistics, events = own.statistics, own.events
-    dialer = Dialer(_tls_context(config.ca_file), _names(events))
+    tls = _tls_context(config.ca_file)
+    dialer = Dialer(tls, _names(events))
     wired = PoolWiring(dialer, statistics, own.health, own.loads)
     wired.use(config, compare(NOTHING, config, configuration.sources, wired.pools).pools)
     authentication = Authentication(dialer, _keys(events), statistics.refusals)
@@ -141,37 +162,59 @@ def make(
     canaries, decisions = Canaries(noting(events)), _decisions(configuration, wired.pools, events)
     discovery = Discovery(wired.pools, noting(events, configuration.without_folders))
     discovery.use(sources_of.made(config, discovery.is_lost))
-    wired.look = lambda: _pass_time(canaries, decisions)
 
     app = Flask(__name__, static_folder=None)
     history, writer = History(lambda: _look(own.take, statistics, wired.pools)), LogWriter(standard_output())
     workers = WorkerPool(config.max_threads, config.max_queued, config.thread_idle_timeout)
-    limiter = Limiter(events)
+    limiter = Limiter(events, salt=own.salt or _salt(config))
     access = Access(config.options(AccessOptions))
     renewal = _renewal(config, configuration, events, renew, own.certificate)
+    scaling = Scaling(wired.pools, Providers(wired.pools, config.id, tls).make, _scaled(events))
+    scale(scaling, config)
     control = Control(
         *(wired.pools, statistics, events, history, writer, shipped.find("dashboard.html")),
         *(configuration, decisions, access, own.routes, limiter, discovery),
         canaries=canaries,
+        scaling=scaling,
         idle=wired.idle,
         queued=lambda: workers.queued,
         reload=reload,
         tls=lambda: _tls(renewal, ports()),
+        figures=lambda: _figures(control),
     )
-    started = time.time()
-    control.workers = lambda: [this_process(started)]
+    control.workers = lambda: [this_process(control.began)]
     control.memory = _memory(control)
+    control.cluster = None if own.salt else _cluster(control, pseudonym, wired.health.check_soon)
+    wired.look = lambda: _pass_time(control)
     api.install(app, control)
     control_app = app.wsgi_app
     copies = Copies(control.routes)
     routes = _routes(control, wired, filters, copies, authentication)
-    proxy = _proxy(control_app, control, routes(config), authentication)
+    proxy = _proxy(control_app, control, routes(config), authentication, pseudonym)
     check_expectations(config, proxy.heads, proxy.is_control)
     app.wsgi_app = proxy  # type: ignore[method-assign]
     wired.tell = _follow(control, wired)
     return Parts(
-        app, control_app, proxy, control, wired, copies, workers, renewal, authentication, control.memory, routes
+        *(app, control_app, proxy, control, wired, copies, workers, renewal, authentication),
+        *(control.memory, scaling, routes),
     )
+
+
+def scale(scaling: Scaling, config: Settings) -> None:
+    """As these settings have it."""
+    docker = config.docker or os.environ.get("DOCKER_HOST") or DOCKER
+    scaling.use([ScalingOptions(kind=each.kind, docker=docker, **each.model_dump()) for each in config.scaling])
+
+
+def _scaled(events: Events) -> Callable[[ScalingNews, str, str | None, str], None]:
+    def tell(kind: ScalingNews, pool: str, backend: str | None, text: str) -> None:
+        severity = NEWS_SEVERITY.get(kind, "info")
+        if pool != DEFAULT_POOL:
+            text = f"{text}, pool {pool}"
+        events.add(kind, backend, text, severity)
+        log.log(logging.getLevelName(severity.upper()), "%s %s: %s", kind, backend or pool, text)
+
+    return tell
 
 
 def _tls_context(ca_file: Path | None) -> ssl.SSLContext | None:
@@ -236,9 +279,65 @@ def _decisions(configuration: Configuration, pools: Pools, events: Events) -> De
     return Decisions(lambda: configuration.settings, pools, note)
 
 
-def _pass_time(canaries: Canaries, decisions: Decisions) -> None:
-    decisions.undo()
-    canaries.look()
+def _pass_time(control: Control) -> None:
+    control.decisions.undo()
+    control.canaries.look()
+    if control.cluster is not None:
+        control.cluster.pass_time()
+
+
+def _figures(control: Control) -> Figures:
+    """What the others are told of this one."""
+    return {
+        **load_of(control.statistics, control.history),
+        "id": control.settings.id,
+        "url": control.url(),
+        "since": control.began,
+        "version": __version__,
+        "lifecycle": control.lifecycle,
+        "processes": max(1, len(control.workers())),
+        "backends": busiest(control.pools),
+    }
+
+
+def _salt(config: Settings) -> bytes | None:
+    """The same for all members of a cluster."""
+    return blake2b(config.cluster.encode()).digest() if config.is_member else None
+
+
+def _cluster(control: Control, name: str, check: Callable[[Backend], None]) -> Cluster | None:
+    """By `redis_url`. `name` is this very process."""
+    config = control.settings
+    if config.redis_url is None:
+        return None
+    try:
+        from balancer.cluster.agreement import Agreement
+        from balancer.cluster.cluster import Cluster
+        from balancer.cluster.link import Link
+    except ImportError:
+        raise SettingsError("redis_url needs the extra redis: pip install 'python-load-balancer[redis]'") from None
+
+    def look(backend_id: str, is_up: bool) -> None:
+        pool = control.pools.pool_of(backend_id)
+        backend = None if pool is None else pool.get(backend_id)
+        if backend is not None and (backend.health.status == "up") is not is_up:
+            check(backend)
+
+    note = noting(control.events)
+    link = Link(config.redis_url.get_secret_value(), config.cluster, name)
+    agreement = Agreement(control.decisions, name, note)
+    limiter = control.limiter
+
+    def asks() -> Iterator[Asked]:
+        if charges := limiter.charges():
+            yield "", charges, limiter.settle
+
+    cluster = Cluster(
+        *(name, link, agreement, asks, limiter.share, control.pools.note_elsewhere),
+        *(control.figures, look, note),
+    )
+    control.decisions.told = cluster.wake
+    return cluster
 
 
 def _memory(control: Control) -> Memory | None:
@@ -355,16 +454,14 @@ def _guards(config: Settings, authentication: Authentication, limiter: Limiter) 
 
 
 def _proxy(
-    control_app: WSGIApplication, control: Control, routes: Routes, authentication: Authentication
+    control_app: WSGIApplication, control: Control, routes: Routes, authentication: Authentication, pseudonym: str
 ) -> ReverseProxy:
     config = control.settings
-    # The pseudonym is this very process: two balancers of one name in a chain are not a loop.
-    pseudonym = f"{config.id}.{secrets.token_hex(4)}".encode("ascii")
     return ReverseProxy(
         control_app,
         (lambda path: False) if config.control_port is not None else api.is_control_path(config.control_prefix),
         routes=routes,
-        heads=request_heads(config, pseudonym, authentication.ours),
+        heads=request_heads(config, pseudonym.encode("ascii"), authentication.ours),
     )
 
 
@@ -391,6 +488,11 @@ def _follow(control: Control, pools: PoolWiring) -> Callable[[BackendPool, Chang
             change = change._replace(text=f"{change.text}, pool {pool.name}")
         events.add(*change)
         log.log(logging.getLevelName(change.severity.upper()), "%s %s: %s", change.kind, change.backend, change.text)
+        if (cluster := control.cluster) is not None:
+            if change.kind in ("backend_up", "backend_down"):
+                cluster.tell_health(change.backend, change.kind == "backend_up")
+            elif change.kind in DECIDED:
+                cluster.wake()
         if change.kind == "backend_changed":
             health.wake()  # out of maintenance, or somewhere else: nothing is known of it
         elif change.kind == "backend_added":

@@ -94,6 +94,23 @@ def caddy_command(place: Place) -> list[str]:
     return ["env", *environment, find_program("caddy") or "caddy", "run", "--config", config, "--adapter", "caddyfile"]
 
 
+def envoy_command(place: Place) -> list[str]:
+    each = "{{ endpoint: {{ address: {{ socket_address: {{ address: 127.0.0.1, port_value: {1} }} }} }} }}, "
+    config = place.write(
+        "envoy.yaml", "envoy.yaml", method=place.method or "ROUND_ROBIN", backends=place.listed(each).rstrip(", ")
+    )
+    quiet = ["--log-level", "error", "--disable-hot-restart"]
+    return [find_program("envoy") or "envoy", "--concurrency", "1", *quiet, "-c", config]
+
+
+def traefik_command(place: Place) -> list[str]:
+    backends = place.listed("{{ url: http://127.0.0.1:{1} }}, ").rstrip(", ")
+    config = place.write("routes.yaml", "traefik-routes.yaml", method=place.method or "wrr", backends=backends)
+    options = [f"--entryPoints.in.address=127.0.0.1:{place.port}", f"--providers.file.filename={config}"]
+    quiet = ["--log.level=ERROR", "--global.checkNewVersion=false", "--global.sendAnonymousUsage=false"]
+    return ["env", "GOMAXPROCS=1", find_program("traefik") or "traefik", *options, *quiet]
+
+
 @dataclass(frozen=True)
 class Contender:
     name: str
@@ -109,8 +126,11 @@ EVERYBODY = (
     Contender("nginx", nginx_command, "nginx"),
     Contender("haproxy", haproxy_command, "haproxy"),
     Contender("caddy", caddy_command, "caddy"),
+    Contender("envoy", envoy_command, "envoy"),
+    Contender("traefik", traefik_command, "traefik"),
 )
 CONTENDERS = {contender.name: contender for contender in EVERYBODY}
+PEERS = ("envoy", "traefik", "caddy", "nginx", "haproxy")  # proxies that people use in production
 
 
 @contextmanager
@@ -126,5 +146,6 @@ def started(
 
 
 def find_program(name: str) -> str | None:
-    """Debian keeps servers in sbin, which is not on every user's PATH."""
-    return shutil.which(name) or shutil.which(name, path="/usr/local/sbin:/usr/sbin:/sbin")
+    """That of our own environment first. Debian keeps servers in sbin, which is not on every user's PATH."""
+    own, system = str(Path(sys.executable).parent), "/usr/local/sbin:/usr/sbin:/sbin"
+    return shutil.which(name, path=own) or shutil.which(name) or shutil.which(name, path=system)

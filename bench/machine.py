@@ -22,7 +22,10 @@ from contenders import HERE, find_program
 STEPS = 1_000
 REPEATS = 300
 # How each program is asked for its version.
-PROGRAMS = {"nginx": "nginx -v", "HAProxy": "haproxy -v", "Caddy": "caddy version", "wrk": "wrk -v"}
+PROGRAMS = {
+    **{"Envoy": "envoy --version", "Traefik": "traefik version", "Caddy": "caddy version"},
+    **{"nginx": "nginx -v", "HAProxy": "haproxy -v", "wrk": "wrk -v"},
+}
 PACKAGES = ("Granian", "aiohttp", "uvloop", "Flask", "Werkzeug", "requests")
 
 

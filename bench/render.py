@@ -1,23 +1,22 @@
-"""The tables of a run, and docs/performance.md: tables between markers, one plot, the JSON file beside it."""
+"""The tables of a run, and docs/performance.md: goals, one plot, one table, the JSON file beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from contenders import BASELINE, HERE, OURS
+from contenders import BASELINE, HERE, OURS, PEERS
 from machine import about, pace
 from processes import BenchError
 from results import Row, Run, Spread, as_text, rows_in
 from speed import LOADS
-from verdicts import by_p99, goals, unequal_machines
+from verdicts import goals, noise
 
 DOCS = HERE.parent / "docs"
 PAGE, DATA, PLOT = "performance.md", "performance.json", "performance-cpu.svg"
-NATIVE = ("caddy", "nginx", "haproxy")  # of the summary: proxies that people use in production
-RIVALS = ("caddy", "nginx")
+RIVALS = ("envoy", "caddy")
 RANGE = " (min..max)"  # ends the heading of a column that shows the spread
 
 
@@ -45,7 +44,7 @@ class Table:
 
 # By part: the columns that say whose row it is, then those of figures with the digits of a median; a count needs none.
 WHOSE = {
-    **{"speed": ["contender", "load"], "latency": ["contender"], "stalls": ["contender"]},
+    **{"speed": ["contender", "load"], "stalls": ["contender"]},
     **{"choice": ["contender", "method"], "simulation": ["method"]},
 }
 SIMULATION = {
@@ -56,10 +55,6 @@ COLUMNS = {
     "speed": {
         "req/s": 0, "errors": 0, f"CPU us/req{RANGE}": 1, f"ours/this{RANGE}": 2, "baseline/this": 1, "switches/req": 2,
         "p50 ms": 2, "p99 ms": 2, "peak MiB": 1, "others %": 1,
-    },
-    "latency": {
-        f"added p50 ms{RANGE}": 3, f"added p99 ms{RANGE}": 3,
-        f"added p50 ms, this/caddy{RANGE}": 2, f"added p99 ms, this/caddy{RANGE}": 2,
     },
     "stalls": {
         "requests/s": 0, "seconds": 0, "failed": 0, "held": 0, "p50 ms": 2, "p99 ms": 2, "p99.9 ms": 2, "worst ms": 1,
@@ -81,96 +76,74 @@ def cell(row: Row | None, heading: str, digits: int) -> str:
     return f"{median} ({low}..{high})" if heading.endswith(RANGE) else median
 
 
-def speed_rows(runs: list[Run]) -> list[Row]:
+def speed_rows(run: Run) -> list[Row]:
     order = list(LOADS)
-    return sorted(rows_in(runs, "speed"), key=lambda row: order.index(row.load))
+    return sorted(rows_in(run, "speed"), key=lambda row: order.index(row.load))
 
 
-def table(runs: list[Run], part: str) -> Table:
+def table(run: Run, part: str) -> Table:
     """The best way to choose comes first."""
-    rows = speed_rows(runs) if part in ("speed", "latency") else rows_in(runs, part)
-    if part == "latency":
-        rows = [row for row in rows if row.spread("added p50 ms")]
+    rows = speed_rows(run) if part == "speed" else rows_in(run, part)
     if part in ("choice", "simulation"):
-        rows = by_p99(rows)
+        rows.sort(key=lambda row: row.spread("p99 ms") or Spread(0, 0, 0))
     whose, columns = WHOSE[part], COLUMNS[part]
     lines = [[*(getattr(row, name) for name in whose), *(cell(row, *one) for one in columns.items())] for row in rows]
     return Table([*whose, *columns], lines, len(whose))
 
 
-def summary_table(runs: list[Run]) -> Table:
+def summary_table(run: Run) -> Table:
     """One line per load: what a request costs here and there."""
-    found = {(row.load, row.contender): row for row in speed_rows(runs)}
+    found = {(row.load, row.contender): row for row in speed_rows(run)}
     rows = []
     for load in dict.fromkeys(load for load, _ in found):
-        costs = [cell(found.get((load, who)), "CPU us/req", 1) for who in (OURS, *NATIVE)]
+        costs = [cell(found.get((load, who)), "CPU us/req", 0) for who in (OURS, *PEERS)]
         ratios = [cell(found.get((load, who)), f"ours/this{RANGE}", 2) for who in RIVALS]
-        rows.append([load, LOADS[load].about, *costs, *ratios])
-    headings = [*(f"{who} us/req" for who in (OURS, *NATIVE)), *(f"{OURS}/{who}{RANGE}" for who in RIVALS)]
-    return Table(["load", "what is asked", *headings], rows, texts=2)
+        rows.append([LOADS[load].about, *costs, *ratios])
+    return Table(["load", OURS, *PEERS, *(f"{OURS}/{who}{RANGE}" for who in RIVALS)], rows)
 
 
-def goal_table(runs: list[Run]) -> Table:
+def goal_table(run: Run) -> Table:
     words = {True: "yes", False: "no", None: "not measured"}
-    rows = [[text, measured, words[is_reached]] for text, measured, is_reached in goals(runs)]
+    rows = [[text, measured, words[is_reached]] for text, measured, is_reached in goals(run)]
     return Table(["goal", "measured (min..max)", "reached"], rows, texts=3)
 
 
 # The page.
 
 
-def about_runs(runs: list[Run]) -> str:
-    places: dict[str, list[str]] = {}
-    for run in runs:
-        places.setdefault(about(run.machine), []).append(about_run(run))
-    blocks = ["\n".join([f"On {place}:", "", *lines]) for place, lines in places.items()]
-    return "\n\n".join([*blocks, *(f"{text[0].upper()}{text[1:]}." for text in unequal_machines(runs))])
-
-
 def about_run(run: Run) -> str:
-    facts, others = run.machine, max((row.high("others %") for row in run.rows), default=0.0)
-    when = f"{facts['date']}, commit {facts['commit']}, others at most {others:.1f}%, {pace(facts)}"
-    return f"- {'; '.join(covers(run))}: {when}; `{run.options['command']}`"
+    facts, rows = run.machine, rows_in(run, "speed")
+    rounds = max((row.rounds for row in rows), default=0)
+    told = [
+        f"{facts['date']}, commit {facts['commit']}, {rounds} rounds of {run.options['seconds']} s, {pace(facts)}, on "
+        f"{about(facts)}; `{run.options['command']}`.",
+        *(f"**Not a quiet machine:** {text}." for text in noise(run)),
+    ]
+    return "\n\n".join(told)
 
 
-def covers(run: Run) -> Iterator[str]:
-    rows = {part: rows_in([run], part) for part in ("speed", "stalls", "choice")}
-    if speed := rows["speed"]:
-        yield f"{', '.join(dict.fromkeys(row.load for row in speed))} ({rounds(speed)} of {run.options['seconds']} s)"
-    if rows["stalls"]:
-        yield "stalls"
-    if choice := rows["choice"]:
-        yield f"choice ({rounds(choice)} of {run.options['choice_seconds']} s)"
-
-
-def rounds(rows: list[Row]) -> str:
-    count = max(row.rounds for row in rows)
-    return f"{count} round{'s' if count > 1 else ''}"
-
-
-SECTIONS: dict[str, Callable[[list[Run]], str]] = {
-    "runs": about_runs,
-    "summary": lambda runs: summary_table(runs).markdown(),
-    "goals": lambda runs: goal_table(runs).markdown(),
-    **{part: lambda runs, part=part: table(runs, part).markdown() for part in COLUMNS},  # type: ignore[misc]
+SECTIONS: dict[str, Callable[[Run], str]] = {
+    "run": about_run,
+    "goals": lambda run: goal_table(run).markdown(),
+    "table": lambda run: summary_table(run).markdown(),
 }
 
 
-def fill(page: str, runs: list[Run]) -> str:
+def fill(page: str, run: Run) -> str:
     """Replace what stands between `<!-- name -->` and `<!-- end -->`, for every section."""
     for name, section in SECTIONS.items():
         before, marker, rest = page.partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition("<!-- end -->")
         if not end or marker in after:
             raise BenchError(f"{PAGE}: expected one place for {name!r}: <!-- {name} --> ... <!-- end -->")
-        page = f"{before}{marker}{section(runs)}\n{end}{after}"
+        page = f"{before}{marker}{section(run)}\n{end}{after}"
     return page
 
 
-def write_docs(runs: list[Run], directory: Path = DOCS) -> list[Path]:
+def write_docs(run: Run, directory: Path = DOCS) -> list[Path]:
     """Returns the files written. Raises BenchError if the page lacks a marker."""
-    page = fill((directory / PAGE).read_text(), runs)
-    files = {directory / name: text for name, text in ((PAGE, page), (DATA, as_text(runs)), (PLOT, plot(runs)))}
+    page = fill((directory / PAGE).read_text(), run)
+    files = {directory / name: text for name, text in ((PAGE, page), (DATA, as_text(run)), (PLOT, plot(run)))}
     for path, content in files.items():
         path.write_text(content)
     return list(files)
@@ -182,10 +155,10 @@ WIDTH, LABEL_WIDTH, VALUE_WIDTH, BAR, STEP = 760, 90, 70, 14, 17
 COLOURS = {OURS: "#1769aa"}
 
 
-def plot(runs: list[Run]) -> str:
+def plot(run: Run) -> str:
     """CPU per request: the medians as bars, lowest to highest as a line across the end of each. Each load has a scale
     of its own: what is compared stands together. Without the baseline, beside which all others would be dots."""
-    parts, y, shown = [], 40, [row for row in speed_rows(runs) if row.contender != BASELINE]
+    parts, y, shown = [], 40, [row for row in speed_rows(run) if row.contender != BASELINE]
     for load in dict.fromkeys(row.load for row in shown):
         bars = [(row.contender, spread) for row in shown if row.load == load and (spread := row.spread("CPU us/req"))]
         scale = (WIDTH - LABEL_WIDTH - VALUE_WIDTH) / max((spread.high for _, spread in bars), default=1.0)

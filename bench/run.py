@@ -1,13 +1,14 @@
 """This balancer beside others: CPU per request, speed, latency, memory, and how well it chooses. Linux only.
 
-./bench/run.sh                                 12 minutes: installs what is missing, tables, bench/results.json
-./bench/run.sh --full                          80 minutes: everything; renews docs/performance.md and its plot
-./bench/run.sh --parts speed --loads small-32,small-256 --rounds 5 --seconds 10 --contenders balancer,baseline
-./bench/run.sh --render bench/results.json     seconds: renews the documentation from files, without measuring
+./bench/run.sh                                 9 minutes: installs what is missing, a table, goals, bench/results.json
+./bench/run.sh --docs                          the same; renews docs/performance.md, its data and its plot too
+./bench/run.sh --loads small-32,small-256 --rounds 5 --seconds 10 --contenders balancer,baseline
+./bench/run.sh --parts stalls,quality          13 minutes: stalls at half load, and how well each way to choose does
+./bench/run.sh --render bench/results.json     seconds: renews the page from a file, without measuring
 ./bench/run.sh --transfer 1GiB                 that many bytes up and down; growth of the balancer's memory
 ./bench/run.sh --concurrent 1000               that many requests in flight at once, to backends that take --delay
 
-Every run begins with how long it will take. bench/README.md shows how to measure in parts, with a file for each.
+Every run begins with how long it will take.
 """
 
 from __future__ import annotations
@@ -21,20 +22,16 @@ from pathlib import Path
 from types import FrameType
 
 import render
-from contenders import BASELINE, CONTENDERS, HERE, OURS, Contender, find_program
+from contenders import BASELINE, CONTENDERS, HERE, OURS, PEERS, Contender, find_program
 from machine import about, machine, pace
 from processes import BENCH_CPUS, BenchError
-from results import Run, as_text, combine, read, rows_in, rows_of
-from speed import LOADS, QUICK, measure_all
+from results import Run, as_text, read, rows_of
+from speed import LOADS, USUAL, measure_all
 from verdicts import missed_ratio, warnings
 
 PARTS = ("speed", "stalls", "quality")
-SHORT = {"rounds": 2, "seconds": 1, "choice_seconds": 12, "stall_seconds": 60, "loads": list(QUICK)}
-FULL = {"rounds": 5, "seconds": 5, "choice_seconds": 30, "stall_seconds": 60, "loads": list(LOADS)}
-QUICK_STALLS = (OURS, "nginx", "haproxy", "caddy")
 # Beside the measured seconds: start, warm-up, waiting for the last answers, stop.
 SPEED_OVERHEAD, STALL_OVERHEAD, CHOICE_OVERHEAD, SIMULATION = 3.2, 4.0, 3.0, 6.0
-RENDER = "only renew docs/performance.md, from files of runs; what was measured again is taken from the later file"
 PYTHON = (
     "interpreter of all Python contenders, for which run.sh makes an environment of its own (bench/.venv); default: "
     "/usr/bin/python3, if it is 3.11 or newer"
@@ -44,16 +41,17 @@ PYTHON = (
 def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--full", action="store_true", help="the long run, for the documentation")
+    usual = {"--parts": ["speed"], "--contenders": [OURS, *PEERS], "--loads": list(USUAL)}
     for name, known in (("--parts", PARTS), ("--contenders", CONTENDERS), ("--loads", LOADS)):
-        add(name, type=some_of(list(known)), metavar="NAME[,NAME...]", help=f"of {', '.join(known)}; or all")
-    add("--rounds", type=positive, help="of the loads and of the choice; default 2; 5 with --full")
-    add("--seconds", type=positive, help="of load per contender, load and round; default 1; 5 if --full")
-    add("--stall-seconds", type=positive, help="of the search for stalls, per contender; default 60")
-    add("--choice-seconds", type=positive, help="per way to choose and round; default 12; 30 if --full")
+        text = f"of {', '.join(known)}; or all; default {', '.join(usual[name])}"
+        add(name, type=some_of(list(known)), metavar="NAME[,NAME...]", help=text)
+    add("--rounds", type=positive, default=3, help="of the loads and of the choice; default 3")
+    add("--seconds", type=positive, default=1, help="of load per contender, load and round; default 1")
+    add("--stall-seconds", type=positive, default=60, help="of the search for stalls, per contender; default 60")
+    add("--choice-seconds", type=positive, default=12, help="per way to choose and round; default 12")
     add("--json", type=Path, default=HERE / "results.json", metavar="FILE", help="default bench/results.json")
-    add("--docs", action="store_true", help="renew docs/performance.md too (--full does)")
-    add("--render", type=Path, nargs="+", metavar="FILE", help=RENDER)
+    add("--docs", action="store_true", help="renew docs/performance.md too, which takes the speed alone")
+    add("--render", type=Path, metavar="FILE", help="only renew docs/performance.md, from the file of a run")
     add("--python", metavar="PROGRAM", help=PYTHON)
     add("--require-ratio", type=float, metavar="R", help=f"exit 1 unless the {OURS} reaches 1/R of the {BASELINE}")
     add("--transfer", type=size, metavar="SIZE", help="check memory with a body of this size, such as 1GiB")
@@ -61,10 +59,10 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     add("--concurrent", type=positive, metavar="N", help="check N requests in flight at once")
     add("--delay", type=float, default=0.2, help="seconds a backend takes then (default 0.2)")
     options = parser.parse_args(given)
-    everybody = [OURS] if options.transfer or options.concurrent else list(CONTENDERS)
-    defaults = {"parts": list(PARTS), "contenders": everybody, **(FULL if options.full else SHORT)}
-    for name in (name for name in defaults if getattr(options, name) is None):
-        setattr(options, name, defaults[name])
+    if options.transfer or options.concurrent:
+        usual["--contenders"] = [OURS]
+    for name, chosen in usual.items():
+        setattr(options, name[2:], getattr(options, name[2:]) or chosen)
     if options.require_ratio and not {OURS, BASELINE} <= set(options.contenders):
         parser.error(f"--require-ratio needs the contenders {OURS} and {BASELINE}")
     return options
@@ -101,7 +99,10 @@ def main() -> int:
     signal.signal(signal.SIGTERM, leave)
     try:
         if options.render:
-            return render_files(options.render)
+            run = read(options.render)
+            warn(run)
+            write_docs(run)
+            return 0
         check_requirements(options)
         os.sched_setaffinity(0, BENCH_CPUS)
         return run_checks(options) if options.transfer or options.concurrent else run_parts(options)
@@ -132,11 +133,6 @@ def contenders(options: argparse.Namespace) -> list[Contender]:
     return [CONTENDERS[name] for name in options.contenders]
 
 
-def searched(options: argparse.Namespace) -> list[Contender]:
-    """For stalls."""
-    return [one for one in contenders(options) if options.full or one.name in QUICK_STALLS]
-
-
 def run_checks(options: argparse.Namespace) -> int:
     from checks import check_concurrency, check_transfer  # --help and --render need no installed package
 
@@ -155,25 +151,25 @@ def run_parts(options: argparse.Namespace) -> int:
     minutes = expected_seconds(options) / 60
     length = f"{minutes:.0f} minutes" if minutes > 1.5 else f"{minutes * 60:.0f} s"
     print(f"{about(run.machine)}, {pace(run.machine)}\nThis takes about {length}", flush=True)
-    warn([run])  # of a slow interpreter, before the time is spent
+    warn(run)  # of a slow interpreter, before the time is spent
     for part in options.parts:
         measure(part, options, run)
-        options.json.write_text(as_text([run]))  # after each, for an interrupted run to leave something
+        options.json.write_text(as_text(run))  # after each, for an interrupted run to leave something
     print(f"written: {options.json}")
-    warn([run])
-    if options.full or options.docs:
-        write_docs([run])
-    return fail(missed_ratio([run], options.require_ratio) if options.require_ratio else [])
+    warn(run)
+    if options.docs:
+        write_docs(run)
+    return fail(missed_ratio(run, options.require_ratio) if options.require_ratio else [])
 
 
 def expected_seconds(options: argparse.Namespace) -> float:
     from quality import methods
 
-    ways = len(methods(options.contenders, options.full))
+    ways = len(methods(options.contenders, False))
     runs = len(options.loads) * len(options.contenders)
     parts: dict[str, float] = {
         "speed": options.rounds * runs * (options.seconds + SPEED_OVERHEAD),
-        "stalls": len(searched(options)) * (options.stall_seconds + STALL_OVERHEAD),
+        "stalls": len(options.contenders) * (options.stall_seconds + STALL_OVERHEAD),
         "quality": options.rounds * (SIMULATION + ways * (options.choice_seconds + CHOICE_OVERHEAD)),
     }
     return sum(parts[part] for part in options.parts)
@@ -187,18 +183,18 @@ def measure(part: str, options: argparse.Namespace, run: Run) -> None:
     if part == "speed":
         loads = [LOADS[name] for name in options.loads]
         run.rows.extend(rows_of(measure_all(options.rounds, options.seconds, loads, contenders(options))))
-        show("Speed and cost", render.table([run], "speed"))
-        show("CPU per request", render.summary_table([run]))
-        show("Latency added at one connection", render.table([run], "latency"))
+        show("Speed and cost", render.table(run, "speed"))
+        show("CPU us per request", render.summary_table(run))
+        show("Goals", render.goal_table(run))
     elif part == "stalls":
-        run.rows.extend(rows_of(measure_stalls(searched(options), options.stall_seconds)))
-        show("Stalls at half load", render.table([run], "stalls"))
+        run.rows.extend(rows_of(measure_stalls(contenders(options), options.stall_seconds)))
+        show("Stalls at half load", render.table(run, "stalls"))
     else:
         run.rows.extend(rows_of(simulate_all(options.rounds)))
-        show("Unequal backends, simulated", render.table([run], "simulation"))
-        ways = methods(options.contenders, options.full)
+        show("Unequal backends, simulated", render.table(run, "simulation"))
+        ways = methods(options.contenders, False)
         run.rows.extend(rows_of(measure_quality(options.rounds, options.choice_seconds, ways)))
-        show("Unequal backends", render.table([run], "choice"))
+        show("Unequal backends", render.table(run, "choice"))
 
 
 def show(title: str, table: render.Table) -> None:
@@ -206,22 +202,13 @@ def show(title: str, table: render.Table) -> None:
         print(f"\n{title}\n\n{table.text()}", flush=True)
 
 
-def render_files(files: list[Path]) -> int:
-    runs = combine([run for path in files for run in read(path)])
-    warn(runs)
-    if empty := [part for part in ("speed", "stalls", "choice") if not rows_in(runs, part)]:
-        print(f"warning: none of the files has {', '.join(empty)}; the page says nothing there")
-    write_docs(runs)
-    return 0
-
-
-def warn(runs: list[Run]) -> None:
-    for warning in warnings(runs):
+def warn(run: Run) -> None:
+    for warning in warnings(run):
         print(f"warning: {warning}")
 
 
-def write_docs(runs: list[Run]) -> None:
-    for path in render.write_docs(runs):
+def write_docs(run: Run) -> None:
+    for path in render.write_docs(run):
         print(f"written: {path}")
 
 

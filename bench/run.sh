@@ -22,7 +22,7 @@ case " $* " in *" -h "* | *" --help "* | *" --render"*) exec "$python" bench/run
 
 missing=()
 "$python" -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
-for program in nginx haproxy caddy wrk; do
+for program in nginx haproxy wrk; do
     PATH="$PATH:/usr/sbin" command -v "$program" >/dev/null || missing+=("$program")
 done
 if [ "${#missing[@]}" -gt 0 ]; then

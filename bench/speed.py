@@ -60,8 +60,7 @@ EVERY = (
     Load("up-10m", "10 MiB up, 8 connections", 8, path=UPLOAD_PATH, send="/10m"),
 )
 LOADS = {load.name: load for load in EVERY}
-ONE_CONNECTION = "small-1"
-QUICK = ("small-1", "small-32", "small-1000", "down-64k")
+USUAL = ("small-1", "small-32", "small-256", "small-1000", "up-64k", "up-10m", "down-10m")
 
 
 def measure_all(rounds: int, seconds: int, loads: list[Load], chosen: list[Contender]) -> list[Sample]:
@@ -71,15 +70,10 @@ def measure_all(rounds: int, seconds: int, loads: list[Load], chosen: list[Conte
         for number in range(rounds):
             shift = number % len(chosen)
             for load in loads:
-                backends, direct = slow if load.waits else fast, None
-                if load.name == ONE_CONNECTION:  # the same without a contender: what its latency is to be compared with
-                    run_wrk(backends.ports[0], load, WARMUP_SECONDS)
-                    direct = run_wrk(backends.ports[0], load, seconds)
+                backends = slow if load.waits else fast
                 for contender in chosen[shift:] + chosen[:shift]:
                     progress(f"round {number + 1}/{rounds}: {contender.name}, {load.about}")
                     figures = measure(contender, load, backends, seconds)
-                    if direct:
-                        figures |= added(figures, direct)
                     samples.append(Sample("speed", load.name, contender.name, "", number, figures))
     progress("")
     return samples
@@ -147,8 +141,3 @@ def figures_of(load: Load, result: dict[str, float], before: Meter, after: Meter
         "not forwarded %": 100 * max(0.0, 1 - forwarded / answers) if answers else None,  # somebody else answered
         "others %": after.others_percent(before),
     }
-
-
-def added(figures: Figures, direct: dict[str, float]) -> Figures:
-    through = {name: figures[name] for name in ("p50 ms", "p99 ms")}
-    return {f"added {name}": None if value is None else value - direct[name] for name, value in through.items()}

@@ -1,9 +1,11 @@
 """The processes of the demo: what the environment says of them, and each from its start to its end."""
 
 import http.client
+import json
 import os
 import re
 import secrets
+import shlex
 import signal
 import subprocess
 import time
@@ -12,10 +14,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from demo.console import STOP, Failure, pause
-from demo.files import HERE, LOGS, MEMORY, PYTHON, RUN, last_line, make_private, open_log, remove_pid, write_pid
+from demo.files import (
+    HERE,
+    LOGS,
+    MEMORY,
+    PYTHON,
+    RUN,
+    last_line,
+    make_private,
+    open_log,
+    remove_pid,
+    write_pid,
+    write_private,
+)
 from demo.processes import kill_orphans
 
 WEIGHTS = (3, 2, 1)  # of the first backends; further ones weigh 1
+SCALING = """\
+[[scaling]]
+min = 1
+max = 6
+target_in_flight = 4
+down_after = 15
+command = {command}
+"""
 # On Windows: no console window of its own, and no Ctrl-C from this one. Zero elsewhere.
 DETACHED = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0) | getattr(subprocess, "CREATE_NO_WINDOW", 0)
 
@@ -144,6 +166,17 @@ def balancer_service(environ: Mapping[str, str], *arguments: str) -> Service:
         control_port=parse_port("LB_CONTROL_PORT", control_port) if control_port else port,
         control_prefix=environ.get("LB_CONTROL_PREFIX", "").strip().rstrip("/"),
     )
+
+
+def scaling_service(environ: Mapping[str, str], *arguments: str) -> Service:
+    """A balancer that starts its backends itself."""
+    if environ.get("LB_CONFIG", "").strip():
+        raise Failure("--scale has a configuration of its own; unset LB_CONFIG, or put [[scaling]] into that file", 2)
+    environ = {**environ, "BACKEND_PORTS": ""}  # it chooses free ones
+    backend = shlex.join([str(PYTHON), str(HERE / "backend_server.py")])
+    file = MEMORY / f"scaling-{read_ports(environ)[0]}.toml"
+    write_private(file, SCALING.format(command=json.dumps(f"{backend} --port {{port}} --id {{id}}")))
+    return balancer_service(environ, "--config", str(file), *arguments)
 
 
 def read_ports(environ: Mapping[str, str]) -> list[int]:

@@ -33,6 +33,23 @@ def thresholds(part: str | None, result: Json, options: Options) -> list[Json]:
     return found
 
 
+def against(result: Json, options: Options) -> list[Json]:
+    """As good as in the old report, but for so many percent."""
+    if options.against is None or not result["summary"]["requests"]:
+        return []
+    share, old, found = options.max_regression / 100, options.against, []
+    for rank in ("p50", "p95", "p99"):
+        if isinstance(before := old["latency_ms"].get(rank), (int, float)):
+            limit = before * (1 + share)
+            found.append(check("against", rank, result["latency_ms"][rank], "<=", limit, "ms"))
+    if isinstance(before := old["summary"].get("rps"), (int, float)):
+        found.append(check("against", "rate", result["summary"]["rps"], ">=", before * (1 - share), "req/s"))
+    if isinstance(before := old["summary"].get("error_rate"), (int, float)):
+        limit = 100 * before * (1 + share)
+        found.append(check("against", "error rate", 100 * result["summary"]["error_rate"], "<=", limit, "%"))
+    return found
+
+
 def counted(balancer: Json) -> list[Json]:
     """The balancer must have counted every answer we got. More is no fault: others may send too."""
     if balancer["after"] is None:

@@ -21,6 +21,7 @@ from loadtest.target import Identity, Target, request_method
 READ_SIZE = 65_536
 IDEMPOTENT = frozenset(("GET", "HEAD", "OPTIONS", "PUT", "DELETE", "TRACE"))  # RFC 9110 section 9.2.2
 BACKEND_HEADER, BACKEND_FIELD = "X-Served-By", "server_id"
+GLANCE = 2.0  # seconds to find out what is spoken at a port
 MAX_NAME = 200  # characters of a backend's name
 CONNECT = frozenset(("connect timeout", "connect refused", "connect failed"))  # reasons: nothing was sent
 clock = time.perf_counter
@@ -92,11 +93,28 @@ def open_socket(target: Target, connect_timeout: float, timeout: float) -> socke
         sock.settimeout(timeout)
     except ssl.SSLCertVerificationError as error:
         sock.close()
-        raise Failed("connect failed", f"{error.verify_message}; SSL_CERT_FILE names a CA to trust") from None
+        raise Failed(
+            "connect failed", f"{error.verify_message}; SSL_CERT_FILE names a CA to trust, -k takes any"
+        ) from None
     except OSError as error:
         sock.close()
         raise Failed("connect failed", clean(getattr(error, "reason", None) or str(error))) from None
     return sock
+
+
+def other_scheme(target: Target) -> str:
+    """A question for whoever has written http where TLS is spoken, or the other way round; empty if neither is so."""
+    try:
+        with socket.create_connection((target.host, target.port), GLANCE) as sock:
+            if target.tls:
+                sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
+                return "is it http://?" if sock.recv(5) == b"HTTP/" else ""
+            context = ssl.create_default_context()
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            with context.wrap_socket(sock, server_hostname=target.host):
+                return "is it https://?"
+    except (OSError, UnicodeError):
+        return ""
 
 
 def read_head(sock: socket.socket, method: str) -> http.client.HTTPResponse:

@@ -4,9 +4,11 @@ import contextlib
 import http.client
 import json
 import time
+from collections.abc import Iterable, Mapping
 from typing import Any
+from urllib.parse import quote
 
-from loadtest.connection import Failed, clock, explain, json_object, open_socket, read_head
+from loadtest.connection import Failed, clock, explain, json_object, open_socket, other_scheme, read_head
 from loadtest.interrupt import Interrupt
 from loadtest.options import Options
 from loadtest.problems import EXIT_USAGE, Problem, clean
@@ -86,7 +88,7 @@ class Balancer:
                 code, document = self.call("GET", path)
             except (OSError, http.client.HTTPException, Failed) as error:
                 where = "--control URL" if self._options.control else "test_client.py URL"
-                hint = f"start one with ./start_all.sh, or say where it is: {where}"
+                hint = other_scheme(self._target) or f"start one with ./start_all.sh, or say where it is: {where}"
                 why = explain(error, self._options.timeout)
                 raise Problem(f"no balancer reached at {base} ({why}); {hint}") from None
             if code in (401, 403, 429):
@@ -140,6 +142,40 @@ class Balancer:
                 hint = clean(f"; choose from {', '.join(map(str, choices))}")
             text = f"the balancer refused to switch to algorithm {name!r} ({detail}){hint}"
             raise Refused(text, EXIT_USAGE if choices else 3)
+
+
+class Slowed:
+    """Backends of the demo that are slow within a `with` block, and as quick as before on every way out."""
+
+    def __init__(self, balancer: Balancer, delays: Mapping[str, float]) -> None:
+        self._balancer, self._delays = balancer, delays
+
+    def __enter__(self) -> None:
+        done = []
+        try:
+            for name, seconds in self._delays.items():
+                done.append(name)
+                self._set(name, "POST", {"added_latency": seconds})
+        except Problem:
+            self._cure(done)
+            raise
+
+    def __exit__(self, *_exception: object) -> None:
+        self._cure(self._delays)
+
+    def _cure(self, names: Iterable[str]) -> None:
+        for name in names:
+            with contextlib.suppress(Problem):
+                self._set(name, "DELETE", {})
+
+    def _set(self, name: str, verb: str, body: Json) -> None:
+        """Raises Problem."""
+        try:
+            code, document = self._balancer.call(verb, f"/backends/{quote(name, safe='')}/faults", body)
+        except (OSError, http.client.HTTPException, Failed) as error:
+            raise Problem(f"cannot make {name} slow: {type(error).__name__}") from None
+        if code >= 300:
+            raise Problem(clean(f"cannot make {name} slow: {code} {document.get('error', '')}".strip()), EXIT_USAGE)
 
 
 class BorrowedAlgorithm:

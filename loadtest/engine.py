@@ -61,6 +61,7 @@ class Engine:
         self.interrupt, self.watch = interrupt, watch
         self._connections: list[Connection] = []
         self.identities = identities(options, target)
+        self.by_second = options.timeline
         self.rows: deque[Row] | None = deque() if options.output == "csv" else None
 
     def connection(self, index: int) -> Connection:
@@ -109,7 +110,8 @@ class _Race:
         for _ in range(wanted):
             self._grow()
         self._supervise()
-        run = Run(Recording(self._since, load.rate is not None), planned=load.requests)
+        by_second = self._engine.by_second
+        run = Run(Recording(self._since, load.rate is not None, by_second=by_second), planned=load.requests)
         run.seconds, run.cpu = clock() - self._begin, time.process_time() - cpu
         self._collect(run)
         return run
@@ -125,7 +127,8 @@ class _Race:
                 return False
             engine = self._engine
             rows = engine.rows if self._counts else None
-            recording = Recording(self._since, self._load.rate is not None, rows, number)
+            by_second = engine.by_second and self._counts
+            recording = Recording(self._since, self._load.rate is not None, rows, number, by_second)
             worker = Worker(number, engine, self._schedule, recording)
             try:
                 worker.start()

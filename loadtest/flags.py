@@ -21,8 +21,9 @@ EXAMPLES = """examples:
   test_client.py --control http://127.0.0.1:9001      control_port = 9001; with control_prefix: http://host:9000/lb
   test_client.py -n 10k -c 50                         load: 10000 requests over 50 connections
   test_client.py -z 30s -q 500                        500 requests a second for 30 s, each sent when it is due
-  test_client.py -n 2k --compare round_robin,least_connections
+  test_client.py -n 2k --compare round_robin,least_connections --slow backend_2=200ms
   test_client.py -z 1m -q 200 --max-p95 200ms --json  for a pipeline: threshold, exit code, JSON
+  test_client.py -z 1m -q 200 --against old.json      is it worse than it was?
   test_client.py --clients 50 -n 1k                   50 browsers with cookies: does stickiness hold?
   test_client.py --no-preflight -n 1k http://127.0.0.1:5001/api/process      any HTTP server
 
@@ -95,6 +96,7 @@ def _add_load(add: Any) -> None:
     add("--ramp-up", metavar="TIME", type=values.duration, help="reach all connections, or the rate, after this time")
     warmup = f"requests before the measured ones (default: {DEFAULT_WARMUP}, or one per connection)"
     add("--warmup", metavar="N", type=values.count(1_000_000, least=0), help=warmup)
+    add("--timeline", action="store_true", help="also each second: answers, failures, percentiles")
     wait = "at the end of -z, wait for the answers under way, or cut them off uncounted (default: wait)"
     add("--wait", action=argparse.BooleanOptionalAction, default=None, help=wait)
 
@@ -108,6 +110,9 @@ def _add_request(add: Any) -> None:
     add("-T", "--content-type", type=values.text, metavar="TYPE", help="of the body (default: application/json)")
     add("-t", "--timeout", metavar="TIME", type=values.duration, default=10.0, help="for an answer (default: 10s)")
     add("--connect-timeout", metavar="TIME", type=values.duration, default=3.0, help="to connect (default: 3s)")
+    user = "NAME:PASSWORD for Basic authentication; other users of this machine can read flags, not LB_TEST_USER"
+    add("-u", "--user", metavar="N:P", type=values.credentials, help=user)
+    add("-k", "--insecure", action="store_true", help="https: take any certificate")
     add("--no-keepalive", action="store_true", help="a new connection for every request")
     statuses = "what counts as good: 200, 200,404 or 2xx (default: below 400)"
     add("--expect-status", metavar="CODES", type=values.statuses, help=statuses)
@@ -119,6 +124,8 @@ def _add_balancer(add: Any) -> None:
     add("--algorithm", metavar="NAME", type=values.text, help="switch the balancer to it for the run, then back")
     compare = "the same load under each algorithm, side by side; all: all it has"
     add("--compare", metavar="A,B|all", type=values.names, default=[], help=compare)
+    slow = "make backends of the demo so much slower for the run, as backend_2=200ms"
+    add("--slow", metavar="ID=TIME,...", type=values.delays, default={}, help=slow)
     clients = "act as N clients in turn, each with its own cookies and X-Forwarded-For"
     add("--clients", metavar="N", type=values.count(values.MAX_CLIENTS), help=clients)
     source = "JSON field that names the backend (default: header X-Served-By, else server_id)"
@@ -140,6 +147,10 @@ def _add_thresholds(add: Any) -> None:
     for rank in (50, 95, 99):
         add(f"--max-p{rank}", metavar="TIME", type=values.limit, help=f"{rank} %% of the answers within this, as 200ms")
     add("--min-rps", metavar="R", type=values.rate, help="good answers a second, at least")
+    against = "a report of --json: fail if percentiles, rate or failures are worse than there"
+    add("--against", metavar="FILE", type=values.old_report, help=against)
+    worse = "by how much more than --against (default: 10)"
+    add("--max-regression", metavar="PERCENT", type=values.percent, default=10.0, help=worse)
     add("--exit-zero", action="store_true", help="a failed check is reported, but the exit code is 0")
 
 

@@ -3,8 +3,20 @@
 from collections.abc import Sequence
 
 from loadtest.problems import clean
-from loadtest.report import MAX_ROWS, Json, Report
-from loadtest.screen import label, number, plural, quantity, table
+from loadtest.report import MAX_ROWS, SMALL_BAR, WIDTH, Json, Report
+from loadtest.screen import label, number, plain, plural, quantity, table
+
+MAX_SECONDS = 60  # lines of a timeline
+
+
+def marked(column: Sequence[str], more_is_better: bool | None) -> list[str]:
+    """With a + behind the best and a - behind the worst of a column, if they differ. The first is the head."""
+    values = [] if more_is_better is None else [float(text) for text in column[1:] if text != "-"]
+    if len(set(values)) < 2:
+        return list(column)
+    best, worst = (max(values), min(values)) if more_is_better else (min(values), max(values))
+    signs = {best: " +", worst: " -"}
+    return [f"{column[0]}  ", *(text + (signs.get(float(text), "  ") if text != "-" else "  ") for text in column[1:])]
 
 
 class LoadReport(Report):
@@ -26,6 +38,8 @@ class LoadReport(Report):
             screen.line(screen.style("Histogram", "strong"))
             self.histogram(result["histogram"], "  ")
         screen.line()
+        if result["timeline"]:
+            self._timeline(result["timeline"])
         self.shares(result["backends"], "  ")
         if result["note"]:
             self._note(result["note"])
@@ -36,6 +50,23 @@ class LoadReport(Report):
         self._extras(result)
         self.client(result["client"])
 
+    def _timeline(self, seconds: Sequence[Json]) -> None:
+        """A line a second; of a long run each line is the worst of several."""
+        step = -(-len(seconds) // MAX_SECONDS)
+        groups = [seconds[start : start + step] for start in range(0, len(seconds), step)]
+        ranks = ("p50", "p95", "p99")
+        cells = [["second", "req/s", "failed", *(f"{rank} {self._unit}" for rank in ranks)]]
+        rates = [sum(one["requests"] for one in group) / len(group) for group in groups]
+        for group, rate in zip(groups, rates, strict=True):
+            worst = (max((one[rank] for one in group if one[rank] is not None), default=None) for rank in ranks)
+            failed = sum(one["failed"] for one in group)
+            cells.append([str(group[0]["second"]), number(rate), str(failed), *map(self.time, worst)])
+        heads, *lines = table(cells)
+        self._screen.line(f"  {self._screen.style(heads, 'faint')}")
+        for text, rate in zip(lines, rates, strict=True):
+            self._bar(f"  {text}", rate / (max(rates) or 1), SMALL_BAR)
+        self._screen.line()
+
     def _summary(self, result: Json) -> None:
         summary = result["summary"]
         requests, failed = summary["requests"], summary["failed"]
@@ -44,7 +75,7 @@ class LoadReport(Report):
         rate = f"   {number(summary['rps'])} req/s" if summary["rps"] is not None else ""
         if summary["rate_missed"]:
             rate = "   " + self._screen.style(
-                f"{number(summary['sent_rps'])} of {summary['planned_rps']:g} req/s", "bad"
+                f"{number(summary['sent_rps'])} of {plain(summary['planned_rps'])} req/s", "bad"
             )
         took = f"in {summary['duration_s']:.2f} s{rate}   {quantity(summary['bytes'])}"
         interrupted = self._screen.style("   interrupted", "warn") if result["interrupted"] else ""
@@ -94,23 +125,30 @@ class LoadReport(Report):
                 field(name, f"{text}  {label(slow['backend'])}{request_id}")
                 name = ""
 
-    def comparison(self, results: Sequence[Json]) -> None:
-        """One line for each algorithm, then the shares of the backends."""
+    def comparison(self, results: Sequence[Json], is_closed: bool) -> None:
+        """One line for each algorithm, then the shares of the backends, and their p99."""
         screen = self._screen
-        keys = ("p50", "p90", "p95", "p99", "max")
+        keys = ("p50", "p90", "p95", "p99", "max") if self._width == WIDTH else ("p50", "p99")
         rows = [["algorithm", "ok", "failed", "req/s", *(f"{key} {self._unit}" for key in keys)]]
         for result in results:
             summary, times = result["summary"], result["latency_ms"]
             counts = [str(summary["ok"]), str(summary["failed"]), number(summary["rps"])]
             rows.append([result["name"], *counts, *(self.time(times[key], times["p50"]) for key in keys)])
-        self._grid(rows)
+        more_is_better = (None, None, False, True, *(False for _ in keys))
+        self._grid(list(map(list, zip(*map(marked, zip(*rows, strict=True), more_is_better), strict=True))))
         names = list(dict.fromkeys(row["id"] for result in results for row in result["backends"]))
-        shown = [["share %", *(label(name) for name in names[:MAX_ROWS])]]
+        heads = [label(name) for name in names[:MAX_ROWS]]
+        shares, slowest = [["share %", *heads]], [[f"p99 {self._unit}", *heads]]
         for result in results:
-            shares = {row["id"]: row["share"] for row in result["backends"]}
-            found = (shares.get(name) for name in names[:MAX_ROWS])
-            shown.append([result["name"], *(number(None if share is None else share * 100) for share in found)])
-        self._grid(shown)
+            rows_of = {row["id"]: row for row in result["backends"]}
+            found = [rows_of.get(name) for name in names[:MAX_ROWS]]
+            counted = (None if row is None or row["share"] is None else row["share"] * 100 for row in found)
+            shares.append([result["name"], *map(number, counted)])
+            slowest.append([result["name"], *(self.time(row["latency_ms"]["p99"] if row else None) for row in found)])
+        self._grid(shares)
+        self._grid(slowest)
+        if is_closed:
+            self._note("a slower answer also asks for less here; -q R sends the same requests to each algorithm")
         if len(names) > MAX_ROWS:
             screen.line(f"  and {len(names) - MAX_ROWS} more backends (all of them with --json)")
         for result in results:

@@ -10,8 +10,19 @@ from loadtest.flags import DEFAULT_PORT, PREFIX, Parser, build_parser, variable
 from loadtest.problems import EXIT_USAGE, Problem
 
 # Any of them makes it a load run instead of the check; --clients too, as the check's shares mean nothing with them.
-LOAD_OPTIONS = ("requests", "duration", "concurrency", "rate", "ramp_up", "warmup", "wait", "compare", "clients")
-NOT_SHOWN = ("token", "header", "data", "data_file")  # in the report: secrets and bodies
+LOAD_OPTIONS = (
+    "requests",
+    "duration",
+    "concurrency",
+    "rate",
+    "ramp_up",
+    "warmup",
+    "wait",
+    "compare",
+    "clients",
+    "slow",
+)
+NOT_SHOWN = ("token", "user", "header", "data", "data_file", "against")  # in the report: secrets and bodies
 
 
 @dataclass(slots=True)
@@ -25,6 +36,7 @@ class Options:
     rate: float | None
     ramp_up: float | None
     warmup: int | None
+    timeline: bool
     wait: bool | None
     path: str | None
     method: str | None
@@ -34,11 +46,14 @@ class Options:
     content_type: str | None
     timeout: float
     connect_timeout: float
+    user: str | None
+    insecure: bool
     no_keepalive: bool
     expect_status: frozenset[int] | None
     control: str | None
     algorithm: str | None
     compare: list[str]
+    slow: dict[str, float]
     clients: int | None
     backend_field: str | None
     backend_header: str | None
@@ -53,6 +68,8 @@ class Options:
     max_p95: float | None
     max_p99: float | None
     min_rps: float | None
+    against: dict[str, Any] | None
+    max_regression: float
     output: str
     output_file: str
     buckets: list[float]
@@ -69,7 +86,11 @@ class Options:
 
     @property
     def is_load(self) -> bool:
-        return self.no_preflight or any(getattr(self, name) not in (None, []) for name in LOAD_OPTIONS)
+        return (
+            self.no_preflight
+            or self.timeline
+            or any(getattr(self, name) not in (None, [], {}) for name in LOAD_OPTIONS)
+        )
 
     def shown(self) -> dict[str, Any]:
         """What may be shown: no token, no header values, no body."""
@@ -150,6 +171,9 @@ def _conflict(options: Options) -> str | None:
         "--no-preflight and --preflight-only": options.no_preflight and options.preflight_only,
         "--no-preflight and --algorithm": options.no_preflight and bool(options.algorithm),
         "--no-preflight and --compare": options.no_preflight and bool(options.compare),
+        "--no-preflight and --slow": options.no_preflight and bool(options.slow),
+        "--compare and --against": bool(options.compare) and options.against is not None,
+        "--compare and --timeline": bool(options.compare) and options.timeline,
         "--no-preflight and --expect-weights": options.no_preflight and options.expect_weights,
         "--compare and --output csv": bool(options.compare) and options.output == "csv",
     }

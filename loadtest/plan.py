@@ -3,7 +3,7 @@
 from loadtest import flags
 from loadtest.options import Options
 from loadtest.schedule import Load
-from loadtest.screen import plural
+from loadtest.screen import plain, plural
 
 
 def warm_up_of(chosen: Options, load: Load) -> int:
@@ -35,7 +35,7 @@ def describe_load(load: Load, chosen: Options) -> str:
     if load.rate is None:
         parts.append(plural(load.concurrency, "connection"))
     else:
-        parts.append(f"{load.rate:g} a second over at most {plural(load.concurrency, 'connection')}")
+        parts.append(f"{plain(load.rate)} a second over at most {plural(load.concurrency, 'connection')}")
     if load.ramp_up:
         parts.append(f"ramp-up {load.ramp_up:g} s")
     if chosen.clients:

@@ -34,12 +34,22 @@ class Tally:
     errors: int = 0
     latency: Latencies = field(default_factory=Latencies)
 
+    def merge(self, other: "Tally") -> None:
+        self.count += other.count
+        self.errors += other.errors
+        self.latency.merge(other.latency)
+
 
 class Recording:
     """Latencies are of complete good answers only: failures are often the fastest."""
 
     def __init__(
-        self, begin: float = 0.0, corrects: bool = False, rows: deque[Row] | None = None, worker: int = 0
+        self,
+        begin: float = 0.0,
+        corrects: bool = False,
+        rows: deque[Row] | None = None,
+        worker: int = 0,
+        by_second: bool = False,
     ) -> None:
         self.begin = begin  # clock value that offsets are counted from
         self.backends: dict[str | None, Tally] = {}
@@ -50,6 +60,7 @@ class Recording:
         self.requests = self.bytes = self.unsent = 0
         self.slowest: list[Slow] = []
         self.identities: dict[int, Counter[str | None]] = {}
+        self.timeline: dict[int, Tally] | None = {} if by_second else None  # by the second in which it ended
         self._rows, self._worker = rows, worker
 
     def add(self, sample: Sample, number: int, identity: int | None = None) -> None:
@@ -69,12 +80,21 @@ class Recording:
             tally.errors += 1
             self.errors[sample.reason, sample.detail, sample.backend] += 1
             self.unsent += sample.reason in CONNECT
+        if self.timeline is not None:
+            self._add_second(self.timeline.setdefault(int(sample.end - self.begin), Tally()), sample, latency)
         if identity is not None and sample.status is not None:
             self.identities.setdefault(identity, Counter())[sample.backend] += 1
         if self._rows is not None:
             self._rows.append(self._row(sample, latency))
         if number > EXACT_SAMPLES and self.requests % CONDENSE_EVERY == 0:
             self.condense()
+
+    def _add_second(self, tally: Tally, sample: Sample, latency: float) -> None:
+        tally.count += 1
+        if sample.reason is None:
+            tally.latency.exact.append(latency)
+        else:
+            tally.errors += 1
 
     def _new_tally(self, sample: Sample) -> Tally:
         if len(self.backends) >= MAX_BACKENDS:
@@ -117,7 +137,8 @@ class Recording:
         return together
 
     def times(self) -> list[Latencies]:
-        found = [tally.latency for tally in self.backends.values()] + [self.first_byte, self.connect]
+        tallies = [*self.backends.values(), *(self.timeline or {}).values()]
+        found = [tally.latency for tally in tallies] + [self.first_byte, self.connect]
         return found if self.raw is None else [*found, self.raw]
 
     def condense(self) -> None:
@@ -126,10 +147,10 @@ class Recording:
 
     def merge(self, other: "Recording") -> None:
         for name, theirs in other.backends.items():
-            ours = self.backends.setdefault(name, Tally())
-            ours.count += theirs.count
-            ours.errors += theirs.errors
-            ours.latency.merge(theirs.latency)
+            self.backends.setdefault(name, Tally()).merge(theirs)
+        for second, theirs in (other.timeline or {}).items():
+            self.timeline = {} if self.timeline is None else self.timeline
+            self.timeline.setdefault(second, Tally()).merge(theirs)
         self.statuses.update(other.statuses)
         self.errors.update(other.errors)
         if other.raw is not None:

@@ -6,12 +6,12 @@ from typing import Any
 
 from loadtest.options import Options
 from loadtest.problems import clean
-from loadtest.screen import Screen, label, number, table
+from loadtest.screen import Screen, columns, label, number, plain, table
 
-WIDTH = 100  # columns
+WIDTH = 100  # columns, at most
 MAX_ROWS = 6
 MAX_BACKENDS = 20  # in a table
-BAR = 30  # columns
+BAR, SMALL_BAR = 30, 16  # columns
 UNIT = {"us": 1000.0, "ms": 1.0, "s": 0.001}
 Json = dict[str, Any]
 
@@ -20,6 +20,7 @@ class Report:
     def __init__(self, screen: Screen, options: Options) -> None:
         self._screen, self._verbose = screen, options.verbose
         self._unit, self._factor = options.time_unit, UNIT[options.time_unit]
+        self._width = min(WIDTH, max(40, columns())) if screen.is_terminal else WIDTH
 
     def time(self, milliseconds: float | None, like: float | None = None) -> str:
         """In the wanted unit, with digits that suit the size of `like`."""
@@ -41,7 +42,7 @@ class Report:
         field("Balancer", f"algorithm {clean(status['algorithm'] or 'unknown')}, {state}")
         reasons = [] if up else list(status["reasons"].items())
         for name, reason in reasons[:MAX_ROWS]:
-            text = textwrap.shorten(f"{label(name)}: {clean(reason)}", WIDTH - 12, placeholder=" ...")
+            text = textwrap.shorten(f"{label(name)}: {clean(reason)}", self._width - 12, placeholder=" ...")
             field("", self._screen.style(text, "warn"))
         if len(reasons) > MAX_ROWS:
             field("", f"and {len(reasons) - MAX_ROWS} more")
@@ -70,7 +71,7 @@ class Report:
             self._note(f"{total - sent} more than sent here: others send too")
 
     def _note(self, text: str, name: str = "Note") -> None:
-        for line in textwrap.wrap(text, WIDTH - 12, break_on_hyphens=False):
+        for line in textwrap.wrap(text, self._width - 12, break_on_hyphens=False):
             self._screen.field(name, self._screen.style(line, "warn"), indent=2)
             name = ""
 
@@ -106,11 +107,16 @@ class Report:
         rows = []
         for before, bucket in zip([None, *buckets], buckets, strict=False):
             bound = (before or {}).get("le_ms", 0) if bucket["le_ms"] is None else bucket["le_ms"]
-            name = f"{'>' if bucket['le_ms'] is None else '<='} {bound * self._factor:g} {self._unit}"
+            name = f"{'>' if bucket['le_ms'] is None else '<='} {plain(bound * self._factor)} {self._unit}"
             rows.append([name, str(bucket["count"])])
         width = max(len(name) for name, _ in rows)
         for text, bucket in zip(table([[name.rjust(width), n] for name, n in rows]), buckets, strict=True):
-            self._screen.line(f"{indent}{text}  {self._screen.bar(bucket['count'] / most, BAR)}")
+            self._bar(indent + text, bucket["count"] / most, BAR)
+
+    def _bar(self, text: str, share: float, width: int) -> None:
+        """A line with a bar behind it, as long as there is room for."""
+        width = min(width, self._width - len(text) - 2)
+        self._screen.line(f"{text}  {self._screen.bar(share, width)}" if width > 3 else text)
 
     def shares(self, rows: Sequence[Json], indent: str) -> None:
         names = ["backend", "count", "share %", "expected %", "diff", "errors"]
@@ -122,10 +128,10 @@ class Report:
             times = [self.time(row["latency_ms"][rank]) for rank in ("p50", "p95")]
             shown = [number(share), number(expected), number(off, sign="+"), str(row["errors"])]
             cells.append([label(row["id"]), str(row["count"]), *shown, *times])
-        bars = ["", *(self._screen.bar(row["share"] or 0, 16) for row in rows[:MAX_BACKENDS])]
-        for index, (text, bar) in enumerate(zip(table(cells), bars, strict=True)):
-            text = text if index else self._screen.style(text, "faint")
-            self._screen.line(f"{indent}{text}  {bar}")
+        heads, *lines = table(cells)
+        self._screen.line(indent + self._screen.style(heads, "faint"))
+        for text, row in zip(lines, rows, strict=False):
+            self._bar(indent + text, row["share"] or 0, SMALL_BAR)
         if len(rows) > MAX_BACKENDS:
             self._screen.line(f"{indent}and {len(rows) - MAX_BACKENDS} more (all of them with --json)")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from loadtest.latencies import Latencies
-from loadtest.recording import Run, Slow, Tally
+from loadtest.recording import Recording, Run, Slow, Tally
 
 RANKS = {"p50": 500, "p75": 750, "p90": 900, "p95": 950, "p99": 990, "p99_9": 999}  # in per mille
 TIMES = ("min", "mean", "stdev", *RANKS, "max")
@@ -16,6 +16,9 @@ LEAST = 0.5  # seconds: a shorter run says nothing about who was the limit
 MISSED = 0.95  # of a rate, if that is
 BEHIND = 0.1  # seconds too
 HELD_UP = 0.0005  # seconds that a thread with nothing to do is late at its turns, if that is half of a latency too
+BODY, TAIL = 9, 4  # buckets of the histogram up to p99, and beyond
+STEP = 1.1  # from one to the next, at least, beyond p99
+DIGITS = 3  # of their bounds
 Json = dict[str, Any]
 
 
@@ -33,8 +36,8 @@ def times_ms(latencies: Latencies) -> Json:
 
 
 def histogram(latencies: Latencies, bounds: Sequence[float]) -> list[Json]:
-    """`bounds` in milliseconds; without any up to ten of one round width, from the fastest to p99, and one for the
-    rest. A last `le_ms` of null has no bound."""
+    """`bounds` in milliseconds; without any in logarithmic steps, BODY of them to p99 and TAIL to the slowest: a few
+    slow answers must not press all the others into one. A last `le_ms` of null has no bound."""
     if not len(latencies):
         return []
     low, high = (1000 * value for value in latencies.limits())
@@ -47,11 +50,19 @@ def histogram(latencies: Latencies, bounds: Sequence[float]) -> list[Json]:
 
 
 def _fitting(low: float, high: float, highest: float) -> list[float]:
-    rough = max((high - low) / 8, high / 100, 1e-6)
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = power * next(factor for factor in (1, 2, 5, 10) if factor * power >= rough)
-    edges = [*range(math.floor(low / step) + 1, math.ceil(high / step) + 1), math.ceil(highest / step)]
-    return sorted({round(step * edge, 9) for edge in edges})
+    tail = min(TAIL, math.ceil(math.log(highest / high) / math.log(STEP))) if highest > high else 0
+    return sorted({*_steps(low, high, BODY), *_steps(high, highest, tail)})
+
+
+def _steps(low: float, high: float, number: int) -> list[float]:
+    """So many bounds from `low` to `high`, each as many times the last, rounded up."""
+    low = max(low, 1e-6)
+    return [_round_up(low * (high / low) ** (place / number)) for place in range(1, number + 1)]
+
+
+def _round_up(value: float) -> float:
+    unit = 10.0 ** (math.floor(math.log10(value)) - DIGITS + 1)
+    return round(math.ceil(value / unit - 1e-9) * unit, 9)
 
 
 def describe(run: Run, expected: Mapping[str, float], known: Iterable[str], bounds: Sequence[float]) -> Json:
@@ -72,6 +83,7 @@ def describe(run: Run, expected: Mapping[str, float], known: Iterable[str], boun
         "status_codes": {str(code): count for code, count in sorted(recording.statuses.items())},
         "errors": errors,
         "backends": _backends(recording.backends, known, expected),
+        "timeline": _timeline(recording),
         "slowest": [_slow(slow) for slow in sorted(recording.slowest, reverse=True)],
         "clients": _clients(recording.identities),
         "client": _client(run, latency),
@@ -120,6 +132,20 @@ def _backend(name: str | None, tally: Tally, named: int, expected: float | None)
         "errors": tally.errors,
         "latency_ms": times_ms(tally.latency),
     }
+
+
+def _timeline(recording: Recording) -> list[Json] | None:
+    """Each second, those without an answer too; None if it was not asked for."""
+    if recording.timeline is None:
+        return None
+    seconds, last = recording.timeline, max(recording.timeline, default=-1)
+    told = ((second, seconds.get(second, Tally())) for second in range(last + 1))
+    ranks = ("p50", "p95", "p99", "max")
+    return [
+        {"second": second, "requests": tally.count, "failed": tally.errors}
+        | {rank: times_ms(tally.latency)[rank] for rank in ranks}
+        for second, tally in told
+    ]
 
 
 def _slow(slow: Slow) -> Json:

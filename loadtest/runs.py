@@ -55,6 +55,7 @@ class Runs:
             report.test(part)
             whole.merge(run)
         outcome.whole = self._describe(whole)
+        outcome.checks += checks.against(outcome.whole, options)
         report.failures(outcome.whole)
         if outcome.whole["client"]["saturated"]:
             report.client(outcome.whole["client"])
@@ -66,7 +67,7 @@ class Runs:
         report.load(describe_load(load, self._options))
         before = self._status()
         whole = self._describe(self._sender.send("load", load), before)
-        outcome = Outcome(whole, checks=self._judge(None, whole, before))
+        outcome = Outcome(whole, checks=self._judge(None, whole, before) + checks.against(whole, self._options))
         if self._balancer and before["healthy"] and whole["summary"]["ok"] and not shares.are_judged(self._options):
             # Its table shows expected shares all the same, beside rows that are those of nobody.
             whole["note"] = shares.why_unknown(whole, before, self._balancer.status())
@@ -89,7 +90,7 @@ class Runs:
             outcome.checks += self._judge(name, outcome.parts[-1], before)
             whole.merge(run)
         outcome.whole = self._describe(whole)
-        report.comparison(outcome.parts)
+        report.comparison(outcome.parts, is_closed=load.rate is None)
         report.client(outcome.whole["client"])
         return outcome
 

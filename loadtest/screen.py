@@ -107,6 +107,11 @@ def number(value: float | None, digits: int = 1, sign: str = "") -> str:
     return "-" if value is None else f"{round(value, digits) + 0.0:{sign}.{digits}f}"  # + 0.0: no "-0.0"
 
 
+def plain(value: float) -> str:
+    """Six digits, and never an exponent."""
+    return f"{value:.0f}" if abs(value) >= 100_000 else f"{value:g}"
+
+
 def quantity(size: float) -> str:
     """Bytes in the unit that suits them."""
     for unit in ("B", "KiB", "MiB"):

@@ -5,7 +5,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from loadtest import VERSION, checks
-from loadtest.control import Balancer, BorrowedAlgorithm
+from loadtest.connection import Failed, open_socket, other_scheme
+from loadtest.control import Balancer, BorrowedAlgorithm, Slowed
 from loadtest.debug import show_exchange
 from loadtest.engine import tune_interpreter
 from loadtest.interrupt import Interrupt
@@ -53,13 +54,26 @@ class Session:
             return self._end(self._result(runs.nothing(), None))
         self._interrupt.install()
         if self._balancer is None or status is None:
+            self._knock()
             self._begin(None)
             return self._end(self._finish(runs.load(), None))
         return self._end(self._run_on_balancer(self._balancer, runs, status))
 
+    def _knock(self) -> None:
+        """Raises Problem if nobody listens: else each request would say so. Who is late may come."""
+        try:
+            open_socket(self._target, self._options.connect_timeout, self._options.timeout).close()
+        except Failed as error:
+            if error.reason == "connect timeout":
+                return
+            hint = other_scheme(self._target)
+            why = ", ".join(filter(None, (error.reason, error.detail)))
+            raise Problem(f"nobody to load at {self._target.origin} ({why})" + (f"; {hint}" if hint else "")) from None
+
     def _run_on_balancer(self, balancer: Balancer, runs: Runs, status: Json) -> Json:
         names = algorithms(self._options, balancer)
-        with BorrowedAlgorithm(balancer, status["algorithm"], self._interrupt) as borrowed:
+        slowed = Slowed(balancer, self._options.slow)
+        with slowed, BorrowedAlgorithm(balancer, status["algorithm"], self._interrupt) as borrowed:
             if self._options.algorithm:
                 borrowed.switch(self._options.algorithm)
             before = balancer.status() or status

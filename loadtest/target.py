@@ -1,6 +1,7 @@
 """Where requests go and what they are: the URL taken apart, and the bytes of a request, built once."""
 
 import argparse
+import base64
 import re
 import ssl
 import threading
@@ -29,25 +30,28 @@ class Target:
 
 def parse_target(options: Options) -> Target:
     """A path in the URL, were it only "/", is the path to request. Raises Problem."""
-    target = _split(options.url)
+    target = _split(options, options.url)
     return replace(target, path=options.path or target.path or DEFAULT_PATH)
 
 
 def parse_control(options: Options) -> Target:
     """Where the control API is: `path` is what stands before /status. Raises Problem."""
     if options.control is None:
-        return replace(_split(options.url), path="")
-    target = _split(options.control)
+        return replace(_split(options, options.url), path="")
+    target = _split(options, options.control)
     if "?" in target.path:
         raise Problem(f"cannot use the URL {options.control!r}: --control has no query", EXIT_USAGE)
     return replace(target, path=target.path.rstrip("/"))
 
 
-def _split(url: str) -> Target:
+def _split(options: Options, url: str) -> Target:
     try:
-        return _read(url)
+        target = _read(url)
     except (ValueError, argparse.ArgumentTypeError) as error:
         raise Problem(f"cannot use the URL {url!r}: {error}", EXIT_USAGE) from None
+    if target.tls and options.insecure:
+        target.tls.check_hostname, target.tls.verify_mode = False, ssl.CERT_NONE
+    return target
 
 
 def _read(url: str) -> Target:
@@ -128,6 +132,8 @@ def _request(options: Options, target: Target, address: str | None) -> bytes:
         defaults["Connection"] = "close"
     if address:
         defaults["X-Forwarded-For"] = address
+    if options.user is not None:  # RFC 7617 section 2
+        defaults["Authorization"] = f"Basic {base64.b64encode(options.user.encode()).decode()}"
     names = {name.lower() for name, _ in given}
     lines = [(n.encode("ascii"), v.encode("latin-1")) for n, v in defaults.items() if n.lower().encode() not in names]
     head = b"".join(b"%s: %s\r\n" % line for line in lines + given)

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -55,6 +56,12 @@ def _to_shares(match: re.Match[str]) -> dict[str, float] | None:
     return None if "" in shares or len(shares) < len(pairs) or sum(shares.values()) > 1.0001 else shares
 
 
+def _to_delays(match: re.Match[str]) -> dict[str, float] | None:
+    pairs = [item.rpartition("=") for item in match[0].split(",")]
+    delays = {name.strip(): limit(value.strip()) for name, _, value in pairs}
+    return None if "" in delays or len(delays) < len(pairs) else delays
+
+
 def _to_bounds(match: re.Match[str]) -> list[float] | None:
     """Upper bounds in milliseconds; an empty list means that they are made to fit."""
     if match[0] == "auto":
@@ -90,6 +97,17 @@ def limit(text: str) -> float:
     return seconds
 
 
+def old_report(name: str) -> dict[str, Any]:
+    """The report that --json has written before."""
+    report: Any = None
+    with contextlib.suppress(OSError, ValueError, RecursionError), open(name, encoding="utf-8") as file:
+        report = json.load(file)
+    known = report if isinstance(report, dict) else {}
+    if not all(isinstance(known.get(part), dict) for part in ("summary", "latency_ms")):
+        raise argparse.ArgumentTypeError(f"{name!r} is not a report that --json has written")
+    return known
+
+
 def body_file(name: str) -> bytes:
     """The bytes of a file, or of standard input for "-"."""
     try:
@@ -112,6 +130,8 @@ rate = checked("([0-9]{1,9}(?:[.][0-9]{1,9})?)([kKmM]?)", "a rate per second suc
 duration = checked("([0-9]{1,9}(?:[.][0-9]{1,9})?)(us|ms|s|m|h|)", "a duration such as 200ms, 10s or 1m", _to_seconds)
 percent = checked("([0-9]{1,2}([.][0-9]{1,9})?|100)%?", "a number from 0 to 100", lambda m: float(m[1]))
 shares = checked("[^,]*=[^,]*(,[^,]*=[^,]*)*", "like b1=50,b2=33 (each backend once, at most 100 in all)", _to_shares)
+delays = checked("[^,]*=[^,]*(,[^,]*=[^,]*)*", "like backend_2=200ms (each backend once)", _to_delays)
+credentials = checked("[^:\x00-\x1f\x7f]+:[^\x00-\x1f\x7f]*", "a name and a password with a colon between them")
 bounds = checked("auto|[^,]+(,[^,]+)*", f"auto or up to {MAX_BUCKETS} rising durations such as 1ms,5ms,1s", _to_bounds)
 names = checked("[^,]+(,[^,]+)*", "a list of different names such as round_robin,weighted", _to_names)
 statuses = checked(

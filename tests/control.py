@@ -19,7 +19,7 @@ ALGORITHMS = {"round_robin", "weighted", "least_connections", "power_of_two", "l
 TOKEN, PAGE_TOKEN = "s3cret-t0ken-of-the-test", "an0ther-t0ken-for-pages"
 ALLOWED, FOREIGN = "https://ops.example", "https://evil.example"
 READS = ["/status", "/algorithm", "/backends", "/backends/a", "/requests/id-1", "/config", "/events", "/history"]
-READS += ["/metrics", "/openapi.json", "/limits"]
+READS += ["/metrics", "/openapi.json", "/limits", "/cluster"]
 WRITES = [("POST", "/algorithm"), ("POST", "/reset"), ("POST", "/backends"), ("PATCH", "/backends/a")]
 WEIGHTS = (("a", 3), ("b", 2), ("c", 1))
 

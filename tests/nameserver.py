@@ -54,21 +54,20 @@ class NameServer:
         self._tcp.close()
 
     def _serve_udp(self) -> None:
-        while True:
-            data, peer = self._udp.recvfrom(4096)
-            if not data:  # shut down
-                return
-            if (answer := self._answer(data, self.is_cut)) is not None:
-                self._udp.sendto(answer, peer)
+        with suppress(OSError):  # shut down
+            while data := (received := self._udp.recvfrom(4096))[0]:
+                if (answer := self._answer(data, self.is_cut)) is not None:
+                    self._udp.sendto(answer, received[1])
 
     def _serve_tcp(self) -> None:
         with suppress(OSError):
             while True:
                 sock, _ = self._tcp.accept()
                 with sock:
-                    (size,) = struct.unpack("!H", sock.recv(2, socket.MSG_WAITALL))
-                    answer = self._answer(sock.recv(size, socket.MSG_WAITALL), False) or b""
-                    sock.sendall(struct.pack("!H", len(answer)) + answer)
+                    with suppress(OSError, struct.error):  # it has gone
+                        (size,) = struct.unpack("!H", sock.recv(2, socket.MSG_WAITALL))
+                        answer = self._answer(sock.recv(size, socket.MSG_WAITALL), False) or b""
+                        sock.sendall(struct.pack("!H", len(answer)) + answer)
 
     def _answer(self, data: bytes, is_cut: bool) -> bytes | None:
         query = dns.message.from_wire(data)

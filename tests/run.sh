@@ -6,7 +6,7 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 # Programs that the tests call, and the Debian packages that bring them.
 missing=()
-for pair in chromium-headless-shell curl wrk nginx h2load:nghttp2-client shellcheck openssl systemd-analyze:systemd; do
+for pair in chromium-headless-shell firefox-esr curl wrk nginx h2load:nghttp2-client shellcheck openssl systemd-analyze:systemd redis-server; do
     PATH="$PATH:/usr/sbin" command -v "${pair%%:*}" >/dev/null || missing+=("${pair#*:}")
 done
 python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Thread
 
+from balancer.balancing import pool
 from balancer.balancing.backends import LastCheck
 from balancer.balancing.options import PoolOptions
 from balancer.balancing.pool import BackendPool, Lease
@@ -28,14 +29,14 @@ def make_pool(
     loads: PoolLoads | None, names: Sequence[str], algorithm: str = "least_connections", limit: int | None = None
 ) -> BackendPool:
     options = Settings(queue_timeout=60.0, queue_limit=1000, eject_after=0).options(PoolOptions)
-    pool = BackendPool(create(algorithm), options, loads=loads)
+    made = BackendPool(create(algorithm), options, loads=loads)
     for name in names:
-        add(pool, name, limit)
-    return pool
+        add(made, name, limit)
+    return made
 
 
-def add(pool: BackendPool, name: str, limit: int | None = None) -> None:
-    pool.record_check(pool.add(name, Origin("http", "127.0.0.1", 1), max_connections=limit), GOOD)
+def add(to: BackendPool, name: str, limit: int | None = None) -> None:
+    to.record_check(to.add(name, Origin("http", "127.0.0.1", 1), max_connections=limit), GOOD)
 
 
 class Worker:
@@ -89,6 +90,7 @@ class Worker:
 
 
 def main() -> None:
+    pool.LOOK_SECONDS = 0.0  # in step, half a millisecond is long
     fd, ledger, row = map(int, sys.argv[1:4])
     worker = Worker(fd, ledger, row, sys.argv[4], int(sys.argv[5]), sys.argv[6:])
     names = {name: getattr(worker, name) for name in dir(worker)} | {"add": add, "worker": worker}

@@ -38,6 +38,7 @@ class StubBalancer(ThreadingHTTPServer):
         self.connections = 0
         self.algorithm = "round_robin"
         self.switches: list[str] = []
+        self.faults: list[tuple[str, str, Json]] = []
         self.cycle = ["b1", "b2", "b3"]  # who answers, in turn
         self.expected: dict[str, float | None] = {"b1": 1 / 3, "b2": 1 / 3, "b3": 1 / 3}
         self.down: set[str] = set()
@@ -138,12 +139,15 @@ class StubHandler(BaseHTTPRequestHandler):
             self.proxied(body)
         elif self.server.token and self.headers.get("Authorization") != f"Bearer {self.server.token}":
             self.answer(401, {"error": "token required"})
+        elif self.path.endswith("/faults"):
+            self.server.faults.append((self.command, self.path.split("/")[2], json.loads(body)))
+            self.answer(200, {})
         elif self.path == "/algorithm":
             self.switch(json.loads(body) if body else None)
         else:
             self.answer(200, {"status": "healthy"} if self.path == "/health" else self.server.status())
 
-    do_GET = do_POST = do_PUT = do_HEAD = handle_any
+    do_GET = do_POST = do_PUT = do_HEAD = do_DELETE = handle_any
 
     def switch(self, wanted: Json | None) -> None:
         if wanted is None:

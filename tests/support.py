@@ -90,6 +90,7 @@ def another_value(name: str) -> Any:
         "ca_file": "ca.pem",
         "unix_socket_mode": "0660",
         "unix_socket_owner": "root",
+        "redis_url": "redis://10.0.0.9:6380/1",
         "docker": "unix:///run/docker.sock",
         "dns_servers": ("10.0.0.2:53",),
     }

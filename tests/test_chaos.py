@@ -18,6 +18,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import count
+from pathlib import Path
 from threading import Event
 
 import pytest
@@ -35,7 +36,8 @@ from chaos import (
 )
 from chaos_backend import answer_body
 from chaos_traffic import KIB, MIB, Http1Client, Plan, Traffic
-from support import PATIENCE, fetch, fetch_json, wait_until
+from redis_server import RedisServer
+from support import PATIENCE, BalancerProcess, fetch, fetch_json, wait_until
 from wire import read_response, values
 
 from balancer.edge.process import raise_descriptor_limit
@@ -176,6 +178,36 @@ def test_one_backend_after_another_goes_wrong(fleet: Fleet, table: Table, disord
     row = settle(fleet, table, f"{disorder.__name__} ({len(victims)} x)", traffic.outcomes, cut=disorder in CUTTING)
     if disorder in (talking_garbage, resetting_before_the_head):
         assert row.retried > 0
+
+
+# Two of them, and Redis in between.
+
+
+def test_two_members_and_a_partition_cost_nothing(tmp_path: Path, table: Table) -> None:
+    """Each is decided over while they are apart; the later word counts when they are together again."""
+    with RedisServer(tmp_path) as redis, running_fleet(tmp_path, f"--redis-url={redis.url}", "--id=one") as fleet:
+        flags = [f"--backend={each.name}={each.url}" for each in fleet.backends]
+        with BalancerProcess(*flags, f"--redis-url={redis.url}", "--id=two") as other:
+
+            def are(state: str) -> bool:
+                found = [each.status()["cluster"] for each in (fleet.balancer, other)]
+                return all(each["state"] == state and each["members"] == 2 for each in found)
+
+            wait_until(lambda: are("together"), "they know each other")
+            fleet.begin()
+            with Traffic(fleet.url) as traffic, Traffic(other.url) as beside:
+                redis.send(signal.SIGSTOP)
+                wait_until(lambda: are("alone"), "they are apart")
+                for url, weight in ((fleet.url, 3), (other.url, 5)):
+                    assert fetch(f"{url}/backends/a", {"weight": weight}, "PATCH")[0] == 200
+                traffic.wait_for(30)
+                redis.send(signal.SIGCONT)
+                wait_until(lambda: are("together"), "they are together")
+                for each in (fleet.balancer, other):
+                    wait_until(lambda one=each: one.backend("a")["weight"] == 5, "the later word counts")
+                traffic.wait_for(10)
+            assert {outcome.kind for outcome in beside.outcomes} == {"answered"}
+            settle(fleet, table, "partition of two", traffic.outcomes)
 
 
 # The operator at work.

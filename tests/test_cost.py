@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import wait_until
+from support import PYTHON, ROOT, wait_until
 from wire import WireBackend
 
 from balancer.balancing.strategies import REGISTRY
@@ -135,6 +136,32 @@ def test_a_failed_request_leaves_no_cycles(answer: bytes, scripted: WireBackend)
             assert min(cycles(bridge, 502) for _ in range(3)) <= usual  # the backend's threads leave some too
     finally:
         gc.enable()
+
+
+REUSING = """
+import resource
+from threading import Thread
+from balancer.edge.process import settle_memory
+
+def bodies():
+    return [bytes(65536) for _ in range(20)]
+
+def faults():
+    bodies()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(50):
+        bodies()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+settle_memory()
+Thread(target=faults).start()
+"""
+
+
+def test_memory_that_bodies_had_is_there_for_the_next_ones() -> None:
+    """16 pages each; the kernel would have to give and clear them anew."""
+    done = subprocess.run([PYTHON, "-c", REUSING], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    assert int(done.stdout) < 500
 
 
 def test_a_plain_get_goes_back_to_few_files() -> None:

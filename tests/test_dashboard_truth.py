@@ -382,6 +382,12 @@ def test_many_backends_are_a_heat_map_and_few_are_none(tab: Tab, stub: Stub) -> 
     expect(darkest).to_have_attribute("d", "M0 0")
     three_up(stub)
     expect(tab.at("#heat-panel")).to_be_hidden()
+    newest = history(ids, now=time.time() + 2)[-1] | {"times": [[0.01, 50], [0.2, 7]]}
+    stub.history[1].append(newest)
+    stub.answer["now"] += 10
+    tab.page.select_option("#heat-field", "times")
+    expect(tab.at("#heat span")).to_have_text(["200 ms", "10 ms"])  # two humps
+    expect(rows.nth(1)).to_have_attribute("aria-label", "10 ms: at most 50.0/s")
 
 
 def test_the_address_holds_what_is_shown(tab: Tab, stub: Stub) -> None:

@@ -314,7 +314,12 @@ def test_sources_are_replaced_while_it_runs(bench: Bench) -> None:
     wait_until(lambda: bench.ids == ["a", "c"])
     bench.discovery.use([changed])
     assert bench.ids == ["a"]
-    bench.source = changed
+    other_pool = BackendPool(create("weighted"), options(PoolOptions), "other")
+    bench.pools.apply({"default": bench.pool, "other": other_pool}, {})
+    bench.source = Told(key=3)
+    bench.source.pool, bench.source.says = "other", SourceFailed("not now")
+    bench.discovery.use([bench.source])  # what is known of it moves with it
+    assert bench.ids == [] and [backend.id for backend in other_pool.backends()] == ["a"]
 
 
 def test_what_was_found_last_is_there_after_a_restart(bench: Bench) -> None:
@@ -347,7 +352,7 @@ def test_decisions_about_what_a_source_has_found_hold_over_a_restart(fleet: Flee
 def test_a_reload_brings_and_takes_sources(fleet: Fleet, tmp_path: Path) -> None:
     """The file names pools: one that comes later gets its backends then."""
     fleet.write("a", "b")
-    listed = tmp_path / "more.json"
+    listed = tmp_path / "more"
     more = {"id": "m", "url": fleet.backends["a"].url, "pool": "more"}
     listed.write_text(json.dumps([more, f"{fleet.backends['b'].url}@3"]))
     config = tmp_path / "balancer.toml"
@@ -376,3 +381,14 @@ def test_worker_processes_are_told_of_what_the_master_finds(fleet: Fleet) -> Non
         served: set[str] = set()
         wait_until(lambda: served.add(json.loads(fetch(f"{balancer.url}/x")[2])["server_id"]) or "c" in served)
         assert served <= {"b", "c"}
+
+
+def test_what_no_route_matches_goes_to_what_a_source_has_found(fleet: Fleet, tmp_path: Path) -> None:
+    fleet.write("a")
+    config = tmp_path / "balancer.toml"
+    expected = '[[expect]]\nrequest = "GET http://x/y"\npool = "default"'
+    config.write_text(
+        f'backends_file = "{fleet.file}"\n[[routes]]\nname = "old"\npath = "/old"\nstatus = 410\n{expected}'
+    )
+    with Balancer(f"--config={config}") as balancer:
+        assert fetch(f"{balancer.url}/x")[0] == 200 and fetch(f"{balancer.url}/old")[0] == 410

@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +27,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(discovery, name, 0.05)
     for name in ("SHORTEST_SECONDS", "LONGEST_SECONDS", "LOST_SECONDS"):
         monkeypatch.setattr(dnsrecords, name, 0.05)
+    monkeypatch.setattr(dnsrecords, "ANSWER_SECONDS", 1.0)
 
 
 @pytest.fixture
@@ -110,8 +110,12 @@ def test_whatever_a_name_server_does_takes_nobody_away(server: NameServer, backe
         ):
             before = len(told(balancer, "source_failed"))
             vars(server).update(failure)
-            (event,) = wait_until(lambda count=before: told(balancer, "source_failed")[count:], text)
-            assert text in event["message"]
+            wait_until(
+                lambda count=before, text=text: any(
+                    text in event["message"] for event in told(balancer, "source_failed")[count:]
+                ),
+                text,
+            )
             assert source(balancer, "dns:api")["state"] == "failing" and len(ids(balancer)) == 2
             assert fetch(f"{balancer.url}/x")[0] == 200
             vars(server).update(rcode=None, is_silent=False, is_odd=False, records=dict(good))
@@ -126,17 +130,18 @@ def test_an_answer_too_large_for_udp_comes_over_tcp(server: NameServer, backend:
 
 
 def test_a_silent_name_server_delays_neither_the_start_of_others_nor_the_end(
-    server: NameServer, backend: Everywhere
+    server: NameServer, backend: Everywhere, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name in ("LOOK_SECONDS", "ANSWER_SECONDS", "SERVER_SECONDS"):
+        monkeypatch.setattr(dnsrecords, name, 300.0)
+    monkeypatch.setattr(discovery, "JOIN_SECONDS", 60.0)
     server.is_silent = True
     flags = (f"--backend=only={backend.url}", f"--dns-servers=127.0.0.1:{server.port}")
     with Balancer(*flags, "--backend=dns+http://api.test:1", wait_ready=False) as balancer:
         balancer.wait_healthy("only")
         assert fetch(f"{balancer.url}/x")[0] == 200
         wait_until(lambda: server.asked)
-        started = time.monotonic()
         balancer.library.control.discovery.stop()
-        assert time.monotonic() - started < 0.9  # it waits 4 s for an answer
         assert not any(thread.name.startswith("source-") for thread in threading.enumerate())
 
 

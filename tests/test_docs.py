@@ -16,6 +16,7 @@ from balancer import errors
 from balancer.config.auth import ApiKeySettings, BasicSettings, ControlTokenSettings, ForwardSettings, JwtSettings
 from balancer.config.limits import LimitSettings
 from balancer.config.routes import ExpectSettings, MirrorSettings, RouteSettings
+from balancer.config.scaling import ScalingSettings
 from balancer.config.settings import NEEDS_RESTART, Settings, default_of, show
 from balancer.config.tables import PoolSettings
 from balancer.config.values import PER_POOL, Values
@@ -31,6 +32,7 @@ TABLES = (
     ("Mirrors", MirrorSettings),
     ("Expectations", ExpectSettings),
     ("Limits", LimitSettings),
+    ("Scaling", ScalingSettings),
     ("Auth: type api_key", ApiKeySettings),
     ("Auth: type basic", BasicSettings),
     ("Auth: type jwt", JwtSettings),
@@ -48,7 +50,7 @@ def table() -> str:
     for title, model in TABLES:
         lines += ["", f"## {title}", "", "| setting | default | meaning |", "|---|---|---|"]
         for name, field in model.model_fields.items():
-            lines.append(f"| `{name}` | {_default_of(model, name)} | {field.description} |")
+            lines.append(f"| `{field.alias or name}` | {_default_of(model, name)} | {field.description} |")
     return "\n".join(lines)
 
 

@@ -65,7 +65,7 @@ class Fleet:
         self._options = self._hedging.options
         self.warm()
         if self._options.hedge == LATE:  # not before the first backend is known to be asked
-            self._hedging.options = replace(self._options, hedge=60.0)
+            self.forbid()
         for name, backend in self.backends.items():
             backend.script = lambda sock, request, name=name: self._hold(name, sock)
 
@@ -82,8 +82,11 @@ class Fleet:
             self._does.append(does)
         does.result(60)(sock)
 
+    def forbid(self) -> None:
+        """Until `allow` nothing is late."""
+        self._hedging.options = replace(self._options, hedge=60.0)
+
     def allow(self) -> None:
-        """From now on what is late goes to a second backend."""
         self._hedging.options = self._options
 
     def wait_asked(self, count: int) -> None:
@@ -314,9 +317,9 @@ def test_only_where_there_is_room(make: Make, pool: ThreadPoolExecutor) -> None:
     fleet.wait_asked(2)
     fleet.wait_long()
     assert sorted(fleet.asked) == ["a", "b"]
-    fleet.answer(0)
-    fleet.wait_asked(3)
-    for number in (1, 2):
+    fleet.forbid()
+    for number in range(3):
+        wait_until(lambda number=number: len(fleet.asked) > number, "its turn has come")
         fleet.answer(number)
     assert [answer.result(60)[0] for answer in answers] == [200] * 3
     assert sum(fleet.hedges().values()) == 0 and is_idle(fleet.balancer)

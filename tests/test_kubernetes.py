@@ -32,7 +32,7 @@ def deployment() -> dict[str, Any]:
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
 def test_a_manifest_is_valid(path: Path) -> None:
     images = re.findall(r"image: (.*)", path.read_text(encoding="utf-8"))
-    assert set(images) <= {f"load-balancer:{__version__}"}
+    assert set(images) <= {f"load-balancer:{__version__}", "redis:7.4"}
     for document in documents(path):
         for version in VERSIONS:
             kubernetes_validate.validate(document, version, strict=True)
@@ -87,3 +87,12 @@ def test_without_time_for_endpoints_to_go_requests_are_lost(deployment: dict[str
     with cluster(hasty, PACE, 1, tmp_path) as made:
         seen = rolled(made, 1)
     assert set(seen) > {"200"}
+
+
+def test_a_balancer_that_scales_may_do_so_with_its_deployment_alone() -> None:
+    overlay = KUBERNETES / "overlays" / "scaling"
+    config, _ = settings.load({}, {}, overlay / "balancer.toml")
+    role, _ = documents(overlay / "scaling-role.yaml")
+    (rule,), (scaled,) = role["rules"], config.scaling
+    assert [f"deployment/{name}" for name in rule["resourceNames"]] == [scaled.kubernetes]
+    assert (rule["resources"], rule["verbs"]) == (["deployments/scale"], ["get", "patch"])

@@ -196,7 +196,7 @@ def test_a_body_comes_from_a_file_or_from_standard_input(stub: StubBalancer, tmp
 
 def test_without_keep_alive_each_request_has_a_connection(stub: StubBalancer) -> None:
     _, report = run_json(stub.url, "-n", "5", *ONE_BY_ONE, "--no-keepalive", "--no-preflight")
-    assert stub.connections == 5
+    assert stub.connections == 5 + 1  # the first only looks whether somebody listens
     assert ("Connection", "close") in stub.headers[0]
     assert report["connect_ms"]["min"] is not None
 
@@ -312,10 +312,54 @@ def test_what_comes_before_an_answer_is_none(scripted: WireBackend) -> None:
     assert "< HTTP/1.1 200 OK\n" in shown and "Link" not in shown
 
 
-def test_refused_connections_are_failures_of_a_run_without_preflight() -> None:
-    code, report = run_json(f"http://127.0.0.1:{free_port()}", "--no-preflight", "-n", "2", *ONE_BY_ONE)
-    assert (code, errors_of(report)) == (1, [("connect refused", None, 2)])
-    assert report["summary"]["sent"] == 0
+def test_with_nobody_listening_it_ends_at_once_without_preflight_too() -> None:
+    found = run(f"http://127.0.0.1:{free_port()}", "--no-preflight", "-n", "1m")
+    assert (found.returncode, found.stdout) == (3, "")
+    assert "nobody to load" in found.stderr and "connect refused" in found.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["--no-preflight"]])
+def test_the_wrong_scheme_is_asked_about(stub: StubBalancer, arguments: list[str]) -> None:
+    found = run(stub.url.replace("http", "https"), "-n", "1", *arguments)
+    assert found.returncode == 3 and "is it http://?" in found.stderr
+
+
+def test_https_behind_http_is_asked_about_and_any_certificate_taken(tls_stub: StubBalancer) -> None:
+    url = f"https://127.0.0.1:{tls_stub.server_address[1]}"  # of which the certificate says nothing
+    plain = run(url.replace("https", "http"), "-n", "1")
+    assert plain.returncode == 3 and "is it https://?" in plain.stderr
+    strict = run(url, "-n", "1")
+    assert strict.returncode == 3 and "-k takes any" in strict.stderr
+    code, report = run_json(url, "-n", "3", "-k", "-u", "me:secret", *ONE_BY_ONE)
+    assert (code, report["summary"]["ok"]) == (0, 3)
+    assert ("Authorization", "Basic bWU6c2VjcmV0") in tls_stub.headers[-1] and "secret" not in json.dumps(report)
+
+
+def test_a_timeline_has_every_second(stub: StubBalancer) -> None:
+    stub.delay = 0.02
+    _, report = run_json(stub.url, "-z", "2200ms", "-q", "20", "--warmup", "0", "--timeline")
+    seconds = report["timeline"]
+    assert [one["second"] for one in seconds] == list(range(len(seconds))) and len(seconds) >= 3
+    assert sum(one["requests"] for one in seconds) == report["summary"]["requests"]
+    assert seconds[1]["p50"] >= 20
+
+
+def test_worse_than_an_old_report_is_a_failed_check(stub: StubBalancer, tmp_path: Path) -> None:
+    old = tmp_path / "old.json"
+    stub.delay = 0.2
+    old.write_text(run("--json", stub.url, "-n", "10", "-c", "5").stdout, encoding="utf-8")
+    stub.delay = 0.0
+    code, _ = run_json(stub.url, "-n", "10", "-c", "5", "--against", str(old))
+    assert code == 0
+    stub.delay = 0.6
+    code, report = run_json(stub.url, "-n", "10", "-c", "5", "--against", str(old))
+    failed = {item["name"] for item in report["checks"] if not item["passed"]}
+    assert (code, failed) == (1, {"p50", "p95", "p99", "rate"})
+
+
+def test_backends_of_the_demo_are_slow_for_the_run_alone(stub: StubBalancer) -> None:
+    run_json(stub.url, "-n", "5", *ONE_BY_ONE, "--slow", "b=200ms")
+    assert stub.faults == [("POST", "b", {"added_latency": 0.2}), ("DELETE", "b", {})]
 
 
 def test_a_full_backlog_is_a_connect_timeout() -> None:
@@ -789,7 +833,9 @@ def test_strategies_of_a_real_balancer_are_compared(demo: Demo) -> None:
 
 
 @pytest.mark.parametrize("page", ["docs/load-testing.md", "README.md"])
-def test_pages_name_only_options_that_there_are(page: str) -> None:
+def test_pages_name_only_options_that_there_are(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old.json").write_text('{"summary": {}, "latency_ms": {}}', encoding="ascii")
     commands = re.findall(r"test_client\.py( .*?)(?:`|#|$)", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
     assert commands
     for command in commands:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import ssl
 import subprocess
@@ -20,13 +21,26 @@ from typing import Any
 import pytest
 from certificates import Files, make_pair
 from fleet import DemoBackend
-from support import BalancerProcess, RawRequest, StartProcess, connect, fetch, fetch_json, get, ok, read_all, wait_until
+from support import (
+    PYTHON,
+    ROOT,
+    BalancerProcess,
+    Process,
+    RawRequest,
+    StartProcess,
+    connect,
+    fetch,
+    fetch_json,
+    get,
+    ok,
+    read_all,
+    wait_until,
+)
 from wire import WireBackend
 
-from balancer.config.limits import LimitSettings
-from balancer.config.settings import Settings
 from balancer.edge import quota
-from balancer.processes import shares
+from balancer.errors import SettingsError
+from balancer.loadbalancer import LoadBalancer
 
 MANY = 24  # connections: that all go to one of two workers is out of the question
 
@@ -267,8 +281,8 @@ def test_a_worker_that_hangs_is_replaced(crew: Crew) -> None:
     victim = pids(crew.url)[1]
     os.kill(victim, signal.SIGSTOP)
     wait_until(lambda: is_gone(victim), "it is ended")
-    wait_until(lambda: are_running(crew.url), "another worker")
-    assert "did not answer any more" in crew.process.output
+    wait_until(lambda: victim not in pids(crew.url) and are_running(crew.url), "another worker")
+    wait_until(lambda: "did not answer any more" in crew.process.output, "it is told")
     assert served_by(crew.url).keys() == {"a", "b"}
 
 
@@ -400,6 +414,22 @@ def test_the_next_one_takes_over_without_losing_a_request(
     assert fetch_json(f"{url}/status")["state"]["last_error"] is None
 
 
+def test_a_program_that_was_replaced_takes_over_when_a_worker_has_to_begin(
+    scripted: WireBackend, tmp_path: Path, heirs: list[int]
+) -> None:
+    package, program = tmp_path / "balancer", shutil.copy(ROOT / "load_balancer.py", tmp_path)
+    shutil.copytree(ROOT / "balancer", package, ignore=shutil.ignore_patterns("__pycache__"))
+    with Process([PYTHON, program, "--port=0", "--workers=2", f"--backend=only={scripted.url}"]) as master:
+        url = wait_until(lambda: re.search(r"http://[^ ,]+", master.output), "it listens")[0]
+        wait_until(lambda: are_running(url), "two workers")
+        os.utime(package / "errors.py")
+        os.kill(pids(url)[0], signal.SIGKILL)
+        wait_until(lambda: is_gone(master.pid), "another one takes over")
+        heirs.append(int(re.findall(r"process (\d+) is to take over", master.output)[-1]))
+        assert are_running(url)
+        os.kill(heirs[0], signal.SIGTERM)
+
+
 # Sockets of every kind.
 
 
@@ -440,16 +470,45 @@ def test_a_unix_socket_is_shared(start_process: StartProcess, tmp_path: Path) ->
     assert balancer.wait() == 0 and not path.exists()
 
 
+def test_a_program_of_ones_own_has_one_process() -> None:
+    with pytest.raises(SettingsError, match="workers = 2: a program has one"):
+        LoadBalancer(workers=2)
+    for wrong in (0, 65, "many", True):
+        with pytest.raises(SettingsError, match="expected auto, or a whole number from 1 to 64"):
+            LoadBalancer(workers=wrong)
+
+
 # What each has of what there is.
 
 
-@pytest.mark.parametrize(
-    ("rate", "count", "share"), [("100/s", 2, "50/s"), ("3/s", 2, "90/m"), ("1/m", 4, "15/h"), ("1/h", 4, "1/h")]
-)
-def test_each_worker_has_its_share_of_a_limit(rate: str, count: int, share: str) -> None:
-    config = Settings(limits=[LimitSettings(name="l", rate=rate, burst=10, in_flight=1)])
-    (limit,) = shares.of_worker(config, count).limits
-    assert (limit.rate, limit.burst, limit.in_flight) == (share, round(10 / count), 1)
+def test_workers_hold_a_limit_together_and_one_alone_has_all_of_it(crew: Crew) -> None:
+    limit = '[[limits]]\nname = "l"\nkey = "header:X-Key"\nrate = "1/h"\nburst = 12\n'
+    crew.configure(f'{limit}[[routes]]\nname = "r"\npath = "/limited"\npool = "default"\nlimits = ["l"]\n')
+    assert crew.change("/reload", method="POST") == 200
+    url = f"{crew.url}/limited"
+    let_in = [fetch(url, X_Key="many")[0] for _ in range(60)].count(200)
+    assert 12 <= let_in <= 14  # one more for each
+    client, passed = HTTPConnection("127.0.0.1", crew.process.port, timeout=60), 0
+
+    def one_more() -> int:
+        nonlocal passed
+        client.request("GET", "/limited", headers={"X-Key": "one"})
+        response = client.getresponse()
+        response.read()
+        passed += response.status == 200
+        return passed
+
+    wait_until(lambda: one_more() == 12, "all of it, over one connection")
+    assert [one_more() for _ in range(5)] == [12] * 5
+    client.close()
+
+    def counted() -> dict[str, int]:
+        found: dict[str, int] = fetch_json(f"{crew.url}/limits")["limits"][0]["requests"]
+        return found
+
+    wait_until(lambda: counted()["allowed"] == let_in + 12 and counted()["refused"] >= 5, "the master counts for all")
+    crew.configure("")
+    assert crew.change("/reload", method="POST") == 200
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from shared_worker import add, make_pool
 from support import PYTHON, ROOT, make_attempt, make_record, running, wait_until
 
-from balancer.balancing.backends import Backend, Choice
+from balancer.balancing.backends import Backend, Choice, Scene
 from balancer.balancing.members import PoolChanges
 from balancer.balancing.pool import BackendPool
 from balancer.balancing.shared import SLOTS, SharedLoads
@@ -164,9 +164,32 @@ def test_response_times_of_all_processes_are_gone_by(master: Master) -> None:
     assert {second.do("lease()") for _ in range(4)} == {"'b'", "'c'"}
 
 
-def in_process(master: Master, row: int, *names: str) -> BackendPool:
+def test_who_owes_an_answer_is_known_to_all(master: Master) -> None:
+    """Whichever way a request comes to its end."""
+    master.pool("a")
+    pool, other = (in_process(master, row, "a", algorithm="peak_ewma") for row in range(2))
+    leases = [pool.lease(None) for _ in range(5)]
+    assert unanswered(other) == 5
+    leases[0].answered(0.01)
+    assert unanswered(other) == 4
+    leases[1].drop()
+    leases[2].release(0.01)
+    leases[3].release(failure="broke")
+    assert unanswered(other) == 1
+    pool.update("a", {"origin": Origin("http", "127.0.0.1", 2)})  # where it owes nothing
+    assert unanswered(other) == 0
+    leases[4].release()
+    assert unanswered(other) == 0
+
+
+def unanswered(pool: BackendPool) -> int:
+    [backend] = pool.backends()
+    return backend.speed.unanswered
+
+
+def in_process(master: Master, row: int, *names: str, algorithm: str = "least_connections") -> BackendPool:
     master.loads.forget(row)
-    return make_pool(SharedLoads(master.loads.fd, row).of("default"), names)
+    return make_pool(SharedLoads(master.loads.fd, row).of("default"), names, algorithm)
 
 
 def test_a_place_that_is_used_again_has_nothing_of_who_had_it_before(master: Master) -> None:
@@ -267,6 +290,29 @@ def test_a_record_arrives_as_it_was_made() -> None:
     assert taken is not None
     assert taken.explain() == record.explain()
     assert taken.describe() == record.describe()
+
+
+def test_the_newest_of_all_come_as_they_ended() -> None:
+    ledgers = [Ledger(), Ledger()]
+    taking, statistics = collector(ledgers[0])
+    taking.add(ledgers[1])
+    for number in range(6):
+        record = make_record(timestamp=100.0 + number, request_id=f"id-{number}")
+        Reports(ledgers[number % 2]).record(record)
+    taking.take()
+    assert [record.request_id for record in statistics.newest(6)] == [f"id-{number}" for number in (5, 4, 3, 2, 1, 0)]
+
+
+def test_a_strategy_that_cannot_explain_itself_costs_no_request() -> None:
+    ledger = Ledger()
+    reports, (taking, statistics) = Reports(ledger), collector(ledger)
+    backend = Backend("a", Origin("http", "127.0.0.1", 1))
+    odd = Choice(backend, Scene("odd", [backend], [None], lambda rank, now: 1 / 0, {}, {}))
+    record = make_record(attempts=[make_attempt_of(odd, "200")])
+    reports.record(record)
+    taking.take()
+    assert statistics.snapshot()[0]["total_requests"] == 1
+    assert statistics.newest(1)[0].explain()["tried"][0]["candidates"] == []
 
 
 def make_attempt_of(choice: Choice, outcome: str) -> Attempt:

@@ -198,6 +198,21 @@ def test_halves(demo: Demo) -> None:
 # -- What dies
 
 
+def test_scale_starts_backends_as_requests_need_them(demo: Demo) -> None:
+    demo.start("backends", "--scale").assert_one_line_error(2, "--scale", "does not go with backends")
+    demo.start("--scale", LB_CONFIG="x.toml").assert_one_line_error(2, "unset LB_CONFIG")
+    run = demo.ready("--scale", RESPONSE_DELAY="0")
+    assert demo.healthy() == {"backend_1": True}
+    assert get(demo.port, "/api/process")[1]["x-served-by"] == "backend_1"
+    (scaled,) = json.loads(get(demo.port, "/status")[2])["scaling"]
+    assert (scaled["min"], scaled["max"], scaled["wanted"]) == (1, 6, 1)
+    demo.the("backend_server.py").kill()
+    wait_until(lambda: demo.healthy() == {"backend_1": True} and demo.processes("backend_server.py"))
+    run.process.terminate()
+    assert run.end() == 0, run.err
+    demo.assert_nothing_left()
+
+
 def test_killed_backends_are_named_and_brought_back_by_their_command_or_by_backends(demo: Demo) -> None:
     """Whoever brings one back that way has it: the end of the demo names that and leaves it."""
     run = demo.ready()

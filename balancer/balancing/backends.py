@@ -157,6 +157,7 @@ class Backend:
     drain_timeout: float | None = None
     draining_since: float | None = None
     cut_at: float = -math.inf
+    elsewhere: int = 0  # in flight by way of other members of a cluster, as they told last
     outrun: int = 0  # requests in a row that others have answered in its place
     ended_when_outrun: int = -1  # how many of all had ended at the last one
 
@@ -164,6 +165,11 @@ class Backend:
     def is_wanted(self) -> bool:
         """The operator lets it have requests."""
         return self.admin_state == "ready" and self.weight > 0
+
+    @property
+    def is_starting(self) -> bool:
+        """Scaling has started it, and it has not been up yet."""
+        return self.source == "scaling" and self.health.status == "unknown"
 
     @property
     def is_ready(self) -> bool:

@@ -30,6 +30,7 @@ class Candidates:
         self.is_conditional = False  # not each of the `first` takes every request, or not only these do
         self.are_many = False  # too many to explain each of them
         self.is_panicking = False
+        self.may_grow = False  # others come if requests wait
         self._is_judged = False  # one of them is ejected, or on trial
         self.starting: dict[Backend, float] = {}  # slowly, and the usual share of each
         self.waited = 0  # requests for which none of these has earned anything
@@ -102,8 +103,8 @@ class Candidates:
         return reasons
 
     def is_worth_waiting(self, exclude: Collection[str]) -> bool:
-        """Somebody is only full, or is about to have its first check."""
-        return any(
+        """Somebody is only full, or is about to have its first check, or to be started."""
+        return self.may_grow or any(
             backend.is_wanted
             and backend.id not in exclude
             and (backend.id not in self.absent or backend.health.status == "unknown")

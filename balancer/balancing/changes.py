@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from threading import Lock
 from typing import Literal, NamedTuple
@@ -29,6 +30,16 @@ Severity = Literal["info", "warning", "error"]
 
 # Who has asked for what is being done in this context, through the control API; None for what happens by itself.
 ACTOR: ContextVar[str | None] = ContextVar("actor", default=None)
+
+
+@contextmanager
+def acting(by: str | None) -> Iterator[None]:
+    """In place of whoever asked for it once."""
+    token = ACTOR.set(by)
+    try:
+        yield
+    finally:
+        ACTOR.reset(token)
 
 
 class Change(NamedTuple):

@@ -56,10 +56,9 @@ class Judge:
         if silence is not None and self.options.latency_ejection != "off":
             backend.window.add(silence)
 
-    def outrun(self, backend: Backend) -> bool:
+    def outrun(self, backend: Backend, ended: int) -> bool:
         """The same of one that was asked first, where the strategy knows nothing of time. Who answers nobody meanwhile
-        is busy: the others are asked first, until its next good check."""
-        ended = backend.counts.selected - backend.active
+        is busy: the others are asked first, until its next good check. So many requests had `ended` there."""
         backend.outrun = backend.outrun + 1 if ended == backend.ended_when_outrun else 1
         backend.ended_when_outrun = ended + 1  # with this one
         if backend.outrun < OUTRUN_IN_A_ROW or backend.health.status != "up" or backend.health.is_busy:
@@ -200,7 +199,7 @@ class Judge:
             return True
         if health.status == "down" and health.consecutive_successes < self.options.health_rise:
             return False
-        if health.status == "down":
+        if health.status == "down" or backend.is_starting:
             self._start_slowly(backend)
             backend.ejection.end(self._clock())
         backend.speed.forget()
@@ -211,6 +210,9 @@ class Judge:
         health.consecutive_failures += 1
         health.consecutive_successes = 0
         if health.status == "up" and health.consecutive_failures < self.options.health_fall:
+            return False
+        if backend.is_starting:
+            health.reason = error  # which is to be expected; whoever has started it knows when to give up
             return False
         if health.status == "up" and check.timed_out and self._keeps_waiting(backend, check):
             was_busy, health.reason = health.is_busy, error

@@ -18,6 +18,7 @@ class StrategyOptions:
     hash_key: str = "client_ip"
     hash_load_factor: float = 1.25
     networks: tuple[Network, ...] = ()
+    is_member: bool = False  # of a cluster: others may begin at the same moment
 
 
 @dataclass(frozen=True, slots=True)

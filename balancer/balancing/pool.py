@@ -213,7 +213,7 @@ class BackendPool:
 
     def _choose(self, request: Request, exclude: Collection[str]) -> Lease | None:
         index, choice, seen, is_turn = self._index, None, None, True
-        if self._is_looking and (self._is_special or self._clock() >= self._look_at):
+        if self._is_looking and (self._candidates.limits or self._clock() >= self._look_at):
             self._look()
         if index is None or exclude or self._is_special:
             choice, is_turn = self._choose_specially(request, exclude)
@@ -344,7 +344,8 @@ class BackendPool:
         """Others are asked first from now on."""
         index, current = self._index, self._candidates
         self._is_special = index is None or self._is_sticky or current.is_conditional
-        self._is_looking = self.loads is not None and (self._strategy.uses_load or self._is_special)
+        if self.loads is not None:
+            self._is_looking = self.loads.is_told = self._strategy.uses_load or bool(current.limits)
         if index is not None:
             self._is_followed = index.follows or self._is_special
             self._sees_more = index.explains or (current.are_many and index.has_ranks)
@@ -435,8 +436,12 @@ class BackendPool:
             if not lease.is_answered:
                 self._judge.dropped(backend)
                 lease.is_answered = True
-            elif is_late and self._judge.outrun(backend):
-                self._judged()
+                if self.loads is not None:
+                    self.loads.add(backend, 0, -1)
+            elif is_late:
+                ended = backend.counts.selected - (backend.active if self.loads is None else self.loads.own(backend))
+                if self._judge.outrun(backend, ended):
+                    self._judged()
 
     def _release(self, lease: Lease, first_byte_seconds: float | None, failure: str) -> None:
         backend = lease.backend
@@ -588,10 +593,20 @@ class BackendPool:
                 self._note("algorithm_changed", "", changes.strategy.name, "info")
             self._members.apply(changes)
 
+    def let_grow(self, may_grow: bool) -> None:
+        """Whether it is worth waiting for backends that are still to come, even where there are none."""
+        if may_grow != self._candidates.may_grow:
+            with self._changing():
+                self._candidates.may_grow = may_grow
+
+    @property
+    def may_grow(self) -> bool:
+        return self._candidates.may_grow
+
     @contextmanager
     def _changing(self) -> Iterator[None]:
         with self._lock:
-            self._look()
+            self._look(at_all=True)
             yield
             self._settle()
         self._prepare()

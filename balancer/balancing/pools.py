@@ -69,6 +69,11 @@ class Pools:
         self._had_first_round = self._had_first_round or all(pool.has_had_first_round() for pool in self)
         return self._had_first_round
 
+    def note_elsewhere(self, in_flight: Mapping[str, int]) -> None:
+        """What other members of a cluster have in flight, by the ids of backends."""
+        for backend in self.backends():
+            backend.elsewhere = in_flight.get(backend.id, 0)
+
     # What is changed at run time.
 
     def add(self, pool: BackendPool, backend_id: str | None, origin: Origin, **fields: Any) -> Backend:

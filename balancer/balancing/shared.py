@@ -68,7 +68,6 @@ class SharedLoads:
             return None
         place = self._unused.popleft()
         made = self._used[place] = self._made(place)
-        made.clear()
         self._keys[place] = key
         return made
 
@@ -82,6 +81,7 @@ class SharedLoads:
             if each is loads:
                 del self._used[place]
                 self._keys[place] = 0
+                each.clear()
                 self._unused.append(place)
 
     def forget(self, row: int) -> None:
@@ -97,6 +97,7 @@ class PoolLoads:
     def __init__(self, head: memoryview, memory: memoryview, row: int) -> None:
         numbers = memory.cast("q")
         self.is_timed = True  # somebody goes by speed
+        self.is_told = True  # choices depend on what others have: else nobody tells what has changed
         self._head = head
         self._memory = memory
         self._row = row
@@ -192,7 +193,13 @@ class PoolLoads:
             speed = backend.speed
             told = speed.ewma, speed.peak, speed.ewma_at, speed.answered_at
             SPEED.pack_into(self._memory, SPEEDS + place * SPEED.size, *told)
-        self._tell(slot)
+        if self.is_told:
+            self._tell(slot)
+
+    def own(self, backend: Backend) -> int:
+        """What it has in flight by way of this process alone."""
+        slot = self._slots.get(backend)
+        return backend.active if slot is None else self._active[slot * ROWS + self._row]
 
     def _tell(self, slot: int) -> None:
         row = self._row
@@ -213,6 +220,7 @@ class PoolLoads:
 
     def look(self, *, at_all: bool = False) -> list[tuple[Backend, int]]:
         """Take in what others have changed. Returns of which backends, and what each had in flight before."""
+        at_all |= self._row == MASTER and not self.is_told
         latest, seen = self._counts[: self._head[0]].tolist(), self._seen
         if latest == seen and not at_all:
             return []

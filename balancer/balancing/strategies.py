@@ -185,6 +185,11 @@ class Indexed(Strategy):
         """Any backend has one request more or less, or has answered, or can be chosen again."""
         raise NotImplementedError
 
+    def in_turn(self, candidates: Sequence[Backend]) -> Sequence[Backend]:
+        """In the order of those among whom it makes no difference. A cluster's members have each their own, or all
+        would go to the same backend at the same moment."""
+        return self.rng.sample(candidates, len(candidates)) if self.options.is_member else candidates
+
     def rank(self, backend: Backend) -> Any:
         """What the strategy goes by, None if that is nothing of the backend's own."""
 
@@ -210,6 +215,9 @@ class TakingTurns(SmoothTurns, Indexed):
     def __init__(self, **injected: Any) -> None:
         Indexed.__init__(self, **injected)
         SmoothTurns.__init__(self)
+
+    def gather(self, candidates: Sequence[Backend]) -> None:
+        super().gather(self.in_turn(candidates))
 
 
 @strategy(
@@ -283,7 +291,8 @@ class LowestFirst(Indexed):
         self.look()
         for backend, (_, weight) in self._candidates.items():
             self._left[backend] = round((self._due[backend] - self._time) * weight, DIGITS)
-        self._candidates = {backend: (place, backend.weight) for place, backend in enumerate(candidates)}
+        in_turn = enumerate(self.in_turn(candidates))
+        self._candidates = {backend: (place, backend.weight) for place, backend in in_turn}
         self._total = sum(backend.weight for backend in candidates)
         self._due = {backend: self._time + self._left.pop(backend, 1.0) / backend.weight for backend in candidates}
         if len(self._left) > FORGOTTEN:
@@ -400,7 +409,8 @@ class PowerOfTwo(Drawing):
         second = self.draw(first) if first is not None else None
         if first is None or second is None:
             return first
-        return second if second.active * first.weight < first.active * second.weight else first
+        ours, other = first.active + first.elsewhere, second.active + second.elsewhere
+        return second if other * first.weight < ours * second.weight else first
 
 
 @strategy(

@@ -50,11 +50,12 @@ class BackendsFile(BaseModel):
             raise ValueError(str(error)) from None
 
 
-def parse(data: bytes, is_json: bool) -> tuple[ListedBackend, ...]:
+def parse(data: bytes) -> tuple[ListedBackend, ...]:
     """Each with an id, made of its address if it has none. Raises SettingsError, in one line."""
     try:
         text = data.decode("utf-8-sig")
-        given = json.loads(text) if is_json else tomllib.loads(text)
+        # A list, or an object with one; TOML that begins with a bracket has two of them: [[backends]].
+        given = json.loads(text) if re.match(r"\s*(\{|\[(?!\[))", text) else tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # also a number of thousands of digits, or brackets without end
         raise SettingsError(str(error) or "brackets without end") from None
     try:

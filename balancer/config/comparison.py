@@ -25,7 +25,7 @@ from balancer.balancing.pools import Pools
 from balancer.balancing.strategies import Strategy
 from balancer.config.settings import NEEDS_RESTART, TABLES, Settings, prefix_of, show
 from balancer.config.tables import Named
-from balancer.config.values import BackendSettings, Listed, Values
+from balancer.config.values import BackendSettings, Values
 from balancer.errors import SettingsError
 from balancer.protocol.origin import Origin
 
@@ -111,7 +111,7 @@ def compare(base: Settings, wanted: Settings, sources: Sources, pools: Pools) ->
             plan.changes += _compare_table(name, before, after)
         else:
             plan.changes.append(Change(name, before, after))
-    plan.changes += _compare_sources(base.discovered(), wanted.discovered())
+    plan.changes += _compare_sources(base, wanted)
     old, new = base.by_pool(), wanted.by_pool()
     plan.changes += [Change(f"pools.{name}", name, None) for name in old if name not in new]
     ids = {backend.id for settings in new.values() for backend in settings.backends}
@@ -129,11 +129,15 @@ def _compare_table(name: str, before: Sequence[Named], after: Sequence[Named]) -
             yield Change(f"{name}.{each}", old.get(each), new.get(each))
 
 
-def _compare_sources(old: Mapping[str, Listed], new: Mapping[str, Listed]) -> Iterator[Change]:
-    for each in {**old, **new}:
-        if old.get(each) != new.get(each):
-            before, after = (found and found[1] for found in (old.get(each), new.get(each)))
-            yield Change(f"{prefix_of((new.get(each) or old[each])[0])}backends.{each}", before, after)
+def _compare_sources(base: Settings, wanted: Settings) -> Iterator[Change]:
+    """What is looked up: it is where it stands, whatever is found there."""
+    old, new = (
+        {f"{prefix_of(pool)}backends.{key}": entry for key, (pool, entry) in config.discovered().items()}
+        for config in (base, wanted)
+    )
+    for what in {**old, **new}:
+        if old.get(what) != new.get(what):
+            yield Change(what, old.get(what), new.get(what))
 
 
 @dataclass(slots=True)

@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 
 from balancer.balancing import strategies
 from balancer.balancing.backends import AdminState
-from balancer.balancing.changes import ACTOR
+from balancer.balancing.changes import ACTOR, acting
 from balancer.balancing.options import StrategyOptions
 from balancer.balancing.pools import Pools
 from balancer.config.comparison import configured
@@ -81,10 +81,11 @@ class DecisionView(TypedDict):
 
 
 class Decisions:
-    """What differs from the configuration. `note` is told what happens without anybody's asking for it.
+    """What differs from the configuration. `note` is told what happens without anybody's asking for it; `told` is
+    called, off the lock, after something was decided; whoever cares sets it.
 
-    `_lock` is held while a decision is made or undone, and taken before those of pools; it guards `_made`, which is
-    replaced and never changed, so that anybody may read it.
+    `_lock` is held while a decision is made or undone, and taken before those of pools; it guards `_undone`, and
+    `_made`, which is replaced and never changed, so that anybody may read it.
     """
 
     def __init__(
@@ -99,8 +100,10 @@ class Decisions:
         self._note = note
         self._wall_clock = wall_clock
         self._started = wall_clock()
+        self.told: Callable[[], None] = lambda: None
         self._lock = Lock()
         self._made: Mapping[Key, Decision] = {}
+        self._undone: dict[Key, str | None] = {}  # by whom, of those before that hold no more
 
     @contextmanager
     def making(self, keys: Collection[Key] = (), seconds: float | None = None) -> Iterator[None]:
@@ -120,6 +123,8 @@ class Decisions:
                 if until is not None or value != over:
                     made[key] = self._decision(value, over, by, until, None if until is None else back)
             self._made = made
+            self._undone |= dict.fromkeys(before.keys() - made.keys(), by)
+        self.told()
 
     def undo(self) -> None:
         """End what was decided for a time that is over. Call about once a second."""
@@ -130,6 +135,7 @@ class Decisions:
             for key, each in self._look(None).items():
                 if each["until"] is not None and each["until"] <= now:
                     self._undo(key, each)
+        self.told()
 
     def _undo(self, key: Key, over: Decision) -> None:
         made, back = dict(self._made), over["before"]
@@ -206,17 +212,22 @@ class Decisions:
     def restore(self, kept: Mapping[str, Decision]) -> None:
         """Decide this again, before the first request. Raises TypeError for a key that is none."""
         found = [(Key(*name.split(" ")), each) for name, each in kept.items()]
-        lost: dict[Key, str] = {}
         with self._lock:
-            for is_field in (False, True):  # of backends that are added first
-                facts = dict(self._facts())
-                for key, each in found:
-                    if bool(key.field) is is_field and (why := self._why_not(key, each, facts, lost)):
-                        lost[key] = why
+            lost = self._decide(found)
         held = ", ".join(f"{key} {show(each['value'])}" for key, each in found if key not in lost)
         left_out = ", ".join(f"{key} {show(each['value'])} ({lost[key]})" for key, each in found if key in lost)
         text = f"decided before: {held or 'nothing that holds'}"
         self._note("state_restored", "", f"{text}; left out: {left_out}" if lost else text)
+
+    def _decide(self, found: Collection[tuple[Key, Decision]]) -> dict[Key, str]:
+        """Again. Why each could not be, of those that could not."""
+        lost: dict[Key, str] = {}
+        for is_field in (False, True):  # of backends that are added first
+            facts = dict(self._facts())
+            for key, each in found:
+                if bool(key.field) is is_field and (why := self._why_not(key, each, facts, lost)):
+                    lost[key] = why
+        return lost
 
     def _why_not(self, key: Key, each: Decision, facts: Facts, lost: Collection[Key]) -> str:
         """Decide it again; why that cannot be, empty if it is done."""
@@ -226,14 +237,45 @@ class Decisions:
         if key.field and key not in facts:
             return "there is no such backend or pool"
         is_configured_now = Key(key.pool, key.backend, "") in lost and key.field != "admin_state"
-        if facts.get(key, (None, None))[1] != each["over"] or is_configured_now:
+        value, over = facts.get(key, (None, None))
+        if over != each["over"] or is_configured_now:
             return "the configuration has changed"
         try:
-            self._set(key, each["value"])
+            if each["value"] != value:
+                with acting(each["by"]):
+                    self._set(key, each["value"])
         except (KeyError, ValueError, SettingsError):
             return "that is not possible any more"
-        self._made = {**self._made, key: each}
+        made = {**self._made, key: each}
+        if each["value"] == over and each["until"] is None:
+            del made[key]  # it is undone
+        self._made = made
         return ""
+
+    # Among several balancers.
+
+    def since(self, seen: Mapping[Key, Decision]) -> tuple[Mapping[Key, Decision], dict[Key, Decision]]:
+        """What holds now; and what was decided since that was `seen`, with what holds no more: as the configuration
+        says."""
+        with self._lock:
+            made = self._look(None)
+            new = {key: each for key, each in made.items() if each != seen.get(key)}
+            gone = seen.keys() - made.keys()
+            over = {key: said for key, (_, said) in self._facts()} if gone else {}
+            new |= {key: self._decision(over.get(key), over.get(key), self._undone.get(key)) for key in gone}
+            self._undone = {}
+            return made, new
+
+    def merge(
+        self, decided: Mapping[Key, Decision], seen: Mapping[Key, Decision]
+    ) -> tuple[dict[Key, Decision | None], dict[Key, str]]:
+        """What others have decided, but for what was decided here after it was `seen`. Returns what holds now of these,
+        and why each could not be, of those that could not."""
+        with self._lock:
+            made = self._look(None)
+            found = [(key, each) for key, each in decided.items() if made.get(key) == seen.get(key)]
+            lost = self._decide(found)
+            return {key: self._made.get(key) for key, _ in found}, lost
 
     # Reading.
 

@@ -15,7 +15,8 @@ from balancer.errors import SettingsError
 
 # Names that are not LB_ + NAME: those of the earlier program. They count less than the regular ones.
 LEGACY = {"ALGORITHM": "algorithm"}
-SECRET_FILES = {f"LB_{name.upper()}_FILE": name for name in ("admin_token", "page_token", "sticky_secret")}
+PROTECTING = ("admin_token", "page_token", "sticky_secret")  # who sets one wants it
+SECRET_FILES = {f"LB_{name.upper()}_FILE": name for name in (*PROTECTING, "redis_url")}
 MAX_SECRET = 65536  # bytes of a secret's file: a device may have no end
 NO_SETTINGS = ("LB_CONFIG", "LB_URL")  # the configuration file; where test_client.py looks for the balancer
 TEST_CLIENT = "LB_TEST_"
@@ -36,7 +37,7 @@ def read(environ: Mapping[str, str], settings: Collection[str]) -> dict[str, str
     for name, setting in SECRET_FILES.items():
         variable = name.removesuffix("_FILE")
         path = given.get(name)
-        if path is None and environ.get(variable, "-").strip() == "":
+        if path is None and setting in PROTECTING and environ.get(variable, "-").strip() == "":
             raise SettingsError(f"{variable} is empty, so nothing would be protected; expected a token, or unset it")
         if path is not None:
             try:
@@ -46,7 +47,7 @@ def read(environ: Mapping[str, str], settings: Collection[str]) -> dict[str, str
             except (OSError, ValueError) as error:
                 raise SettingsError(f"{name}={path}: {getattr(error, 'strerror', None) or error}") from None
             if len(secret) > MAX_SECRET:
-                raise SettingsError(f"{name}={path}: more than {MAX_SECRET} bytes, expected a token")
+                raise SettingsError(f"{name}={path}: more than {MAX_SECRET} bytes, expected a secret")
     return found
 
 

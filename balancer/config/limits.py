@@ -25,7 +25,9 @@ class LimitSettings(Named):
     in_flight: Most | None = Field(None, description="requests at the same time; no limit if left out")
     mode: Literal["enforce", "shadow"] = Field("enforce", description="shadow counts only, and refuses nothing")
     on_store_failure: Literal["local", "open", "closed"] = Field(
-        "local", description="what holds while a store that several balancers share fails; there is none yet"
+        "local",
+        description="what holds while the Redis server of a cluster is lost: local, a part for each member; open, no "
+        "limit; closed, nothing passes",
     )
 
     @model_validator(mode="after")

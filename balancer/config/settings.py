@@ -26,6 +26,7 @@ from balancer.config import environment, validation
 from balancer.config.auth import AuthSettings, ControlTokenSettings
 from balancer.config.limits import LimitSettings
 from balancer.config.routes import ExpectSettings, RouteSettings
+from balancer.config.scaling import ScalingSettings
 from balancer.config.tables import Named, PoolSettings, Table
 from balancer.config.values import DEFAULT_BACKENDS, RESTART, BackendSettings, Listed, Values
 from balancer.errors import SettingsError
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 Options = TypeVar("Options", bound="DataclassInstance")
 
-NAMING_BACKENDS = ("pools", "backends_file", "docker")  # beside `backends`
+NAMING_BACKENDS = ("pools", "backends_file", "docker", "scaling")  # beside `backends`
 SHORT_FORMS = {"flag": "--backend {}", "environment": "backend {} of LB_BACKENDS"}  # where backends are told by number
 MAX_FILE = 1_048_576  # bytes of a configuration file: room for ten thousand backends
 
@@ -51,6 +52,7 @@ class Settings(Values):
     auth: Table[AuthSettings] = Field((), description="ways to know who sends a request, for routes to name")
     limits: Table[LimitSettings] = Field((), description="how much a client may ask for, where a route names them")
     expect: tuple[ExpectSettings, ...] = Field((), description="requests, and which route and pool each must take")
+    scaling: Table[ScalingSettings] = Field((), description="pools whose backends come and go with the requests")
     control_tokens: Table[ControlTokenSettings] = Field((), description="tokens for the control API, each with a role")
 
     @field_validator("control_tokens")
@@ -82,6 +84,11 @@ class Settings(Values):
             **{kind: {each.name for each in getattr(self, kind, ())} for kind in ("auth", "limits", "routes")},
         }
         same: dict[Any, str] = {}
+        for each in self.scaling:
+            if each.name not in known["pool"]:
+                raise ValueError(
+                    f"scaling: pool {each.name!r} is unknown; there are: {', '.join(sorted(known['pool']))}"
+                )
         for route in self.routes:
             for kind, names in (("pool", _pools(route)), ("auth", route.auth), ("limits", route.limits)):
                 if unknown := [name for name in names if name not in known[kind]]:
@@ -90,10 +97,16 @@ class Settings(Values):
             other = same.setdefault(route.requests, route.name)
             if other != route.name:
                 raise ValueError(f"routes.{route.name} matches the same requests as routes.{other}; leave out one")
-        for each in self.expect:
-            if each.route and each.route not in known["routes"]:
-                raise ValueError(f"expect {each.request!r}: there is no route {each.route!r}")
+        for expected in self.expect:
+            if expected.route and expected.route not in known["routes"]:
+                raise ValueError(f"expect {expected.request!r}: there is no route {expected.route!r}")
         return self
+
+    @property
+    def has_default_pool(self) -> bool:
+        """Whether the pool `default` has backends, or may have: sources and scaling bring some."""
+        is_scaled = any(each.name == DEFAULT_POOL for each in self.scaling)
+        return bool(self.backends or self.backends_file or self.docker or is_scaled)
 
     def by_pool(self) -> dict[str, Settings]:
         """The settings of each pool by its name: its own, and for all else those of the top level. Without backends
@@ -126,6 +139,7 @@ TABLES = frozenset(Settings.model_fields.keys() - Values.model_fields.keys() - {
 NEEDS_RESTART = frozenset(name for name, field in Settings.model_fields.items() if RESTART in field.metadata)
 # Never shown, and no flags.
 SECRETS = frozenset(name for name, field in Settings.model_fields.items() if field.annotation == SecretStr | None)
+HIDDEN = SECRETS | {"redis_url"}  # which has a flag, for most have no password in it
 SECRET_FIELDS = frozenset({"keys", "sha256"})  # of tables: somebody may put there what only its digest should be
 
 
@@ -302,7 +316,7 @@ def _explain(detail: Mapping[str, Any], sources: Mapping[str, str], values: Mapp
     is_table = name in TABLES and isinstance(detail["input"], Mapping | list | tuple)
     if detail["type"] == "missing" or is_all or is_table:  # no value, or more than a line holds, maybe a secret
         return f"{where} {told}"
-    is_secret = name in SECRETS or not SECRET_FIELDS.isdisjoint(path)
+    is_secret = name in HIDDEN or not SECRET_FIELDS.isdisjoint(path)
     value = "(hidden)" if is_secret else validation.shown(detail["input"], hide=name in ("backends", *TABLES))
     return f"{where} = {value} {told}"
 
@@ -311,6 +325,7 @@ def _named(path: Sequence[Any], values: Mapping[str, Any]) -> Sequence[Any]:
     """One of a table by its name, if it has one, instead of its number."""
     if path[0] in TABLES and len(path) > 1:
         row = values[path[0]][path[1]]
-        if isinstance(row, Mapping) and isinstance(row.get("name"), str):
-            return [path[0], validation.shown(row["name"])[1:-1], *path[2:]]
+        name = row.get("name", row.get("pool")) if isinstance(row, Mapping) else None
+        if isinstance(name, str):
+            return [path[0], validation.shown(name)[1:-1], *path[2:]]
     return path

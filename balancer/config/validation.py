@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel
+from pydantic import BaseModel, SecretStr
 
 from balancer.balancing.backends import ID_PATTERN
 from balancer.protocol.origin import AUTHORITY_PATTERN, IPV6_PATTERN, NAME_PATTERN
@@ -29,6 +30,7 @@ RATE = "^[1-9][0-9]{0,6}/[smh]$"
 ID_WORDS = "up to 64 letters (a to z), digits, dots, hyphens and underscores, no dot in front"
 DURATION = r"^[1-9][0-9]{0,3}[smhd]$"
 MODE = r"^0?[0-7]{3}$"
+DEPLOYMENT = r"^deployment/[a-z0-9](?:[a-z0-9.-]{0,61}[a-z0-9])?$"
 OWNER = r"^(?:[A-Za-z0-9_.-]+|[A-Za-z0-9_.-]*:[A-Za-z0-9_.-]+)$"
 PATTERNS = {ID: ID_WORDS, ID_OR_NONE: ID_WORDS, PATH: "a path such as /health, without blanks"}
 PATTERNS |= {MODE: 'octal digits as text, such as "0660"', OWNER: "USER, USER:GROUP or :GROUP"}
@@ -36,6 +38,7 @@ PATTERNS |= {SHA256: "a SHA-256 digest of 64 hexadecimal digits, as load-balance
 PATTERNS |= {KEY: "client_ip, path, header:NAME, cookie:NAME or query:NAME"}
 PATTERNS |= {EXPECTED_REQUEST: 'a method and a URL, as "GET http://api.example.com/v1/x"'}
 PATTERNS |= {LIMIT_KEY: "client_ip, subject, header:NAME, route or global", RATE: "N/s, N/m or N/h, such as 100/m"}
+PATTERNS |= {DEPLOYMENT: "deployment/NAME"}
 PATTERNS |= {DURATION: "a time such as 90s, 15m, 2h or 7d"}
 PATTERNS |= {NAME: "a name such as api.example.com", HOST: "a host such as api.example.com, with or without a port"}
 
@@ -45,6 +48,19 @@ def no_truth_value(value: Any) -> Any:
     if isinstance(value, bool):
         raise AssertionError  # no ValueError, whose text would be the complaint
     return value
+
+
+def check_redis_url(url: SecretStr) -> SecretStr:
+    """Nothing of it may be in the complaint."""
+    try:
+        parts = urlsplit(url.get_secret_value())
+        is_good = parts.path.startswith("/") if parts.scheme == "unix" else bool(parts.hostname) and parts.port != 0
+        number = "" if parts.scheme == "unix" else parts.path.strip("/")
+    except ValueError:
+        is_good, number = False, ""
+    if not is_good or parts.scheme not in ("redis", "rediss", "unix") or not (number or "0").isdecimal():
+        raise ValueError("expected redis://[USER:PASSWORD@]HOST[:PORT][/NUMBER], rediss:// with TLS, or unix:///PATH")
+    return url
 
 
 def complaint(error: Mapping[str, Any], model: type[BaseModel]) -> str:

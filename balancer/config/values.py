@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -48,6 +49,7 @@ Bytes = Annotated[int, Field(json_schema_extra={"unit": "bytes"})]
 BytesPerSecond = Annotated[int, Field(ge=0, le=1_000_000_000, json_schema_extra={"unit": "bytes/s"})]
 Status = Annotated[int, Field(ge=200, le=599), BeforeValidator(validation.no_truth_value)]
 Port = Annotated[int, Field(ge=1, le=65535)]
+RedisUrl = Annotated[SecretStr, AfterValidator(validation.check_redis_url)]
 Weight = Annotated[int, Field(ge=0, le=MAX_WEIGHT), BeforeValidator(validation.no_truth_value)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 MaxConnections = Annotated[int, Field(ge=1, le=MAX_CONNECTIONS)]
@@ -153,7 +155,7 @@ def named(backends: Sequence[B], prefix: str) -> tuple[B, ...]:
 
 def docker_url(text: str) -> str:
     """As Docker's own settings have it."""
-    return re.sub(r"^unix:", "http+unix:", text)
+    return re.sub(r"^unix:", "http+unix:", re.sub(r"^tcp:", "http:", text))
 
 
 def name_server(text: str) -> tuple[str, int]:
@@ -392,6 +394,14 @@ class Values(BaseModel):
     state_file: Fixed[Path | None] = Field(
         None, description="file for what was decided at run time, events and counts, so that they survive a restart"
     )
+    redis_url: Fixed[RedisUrl | None] = Field(
+        None,
+        description="Redis server that the balancers of a cluster share, redis://[USER:PASSWORD@]HOST[:PORT][/NUMBER]; "
+        "LB_REDIS_URL_FILE too, for a flag can be read by every user of the machine",
+    )
+    cluster: Fixed[str] = Field(
+        "default", pattern=validation.ID, description="name of the cluster, the same for all of its balancers"
+    )
     access_log: bool = Field(False, description="log every request to stdout, in a thread of its own")
     access_log_format: Literal["text", "json"] = Field("text", description="text or json; of all other lines as well")
     workers: Fixed[int | Literal["auto"]] = Field(
@@ -517,6 +527,11 @@ class Values(BaseModel):
     def networks(self) -> tuple[Network, ...]:
         """`trusted_proxies`, parsed."""
         return tuple(map(parse_network, self.trusted_proxies))
+
+    @property
+    def is_member(self) -> bool:
+        """Of a cluster."""
+        return self.redis_url is not None
 
     @property
     def host_field(self) -> bytes:

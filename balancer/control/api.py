@@ -14,7 +14,7 @@ from flask import Blueprint, Flask, Response, g, request
 from flask_cors import CORS
 
 from balancer.balancing.changes import ACTOR
-from balancer.control import administration, dashboard, limits, monitoring, openapi, problems
+from balancer.control import administration, cluster, dashboard, limits, monitoring, openapi, problems
 from balancer.control.access import LOCAL, first_segment, is_authorized
 from balancer.control.control import Control, current_control
 from balancer.control.inputs import MAX_BODY
@@ -32,7 +32,7 @@ WORTH_PACKING = 1000  # bytes
 
 # The routes are nested in it, so that its hooks below hold for all of them and for nothing else.
 blueprint = Blueprint("control", __name__)
-for part in (monitoring, administration, limits, dashboard, openapi):
+for part in (monitoring, administration, limits, cluster, dashboard, openapi):
     blueprint.register_blueprint(part.blueprint)
 
 

@@ -15,6 +15,7 @@ from typing_extensions import TypedDict
 from balancer.balancing.backends import BackendView
 from balancer.balancing.pool import BackendPool
 from balancer.balancing.pools import Pools
+from balancer.cluster.figures import Figures
 from balancer.config.comparison import Plan
 from balancer.config.decisions import Decisions
 from balancer.config.reload import Configuration
@@ -22,6 +23,7 @@ from balancer.config.settings import Settings
 from balancer.control.revisions import Revisions
 from balancer.filters.limits import Limiter
 from balancer.fleet.discovery import Discovery
+from balancer.fleet.scaler import Scaling
 from balancer.observe.canary import Canaries
 from balancer.observe.events import Events
 from balancer.observe.history import History
@@ -30,6 +32,7 @@ from balancer.observe.routecounts import RouteCounts
 from balancer.observe.statistics import Statistics
 
 if TYPE_CHECKING:
+    from balancer.cluster.cluster import Cluster
     from balancer.control.access import Access
     from balancer.state.memory import Memory
 
@@ -97,15 +100,20 @@ class Control:
     limiter: Limiter
     discovery: Discovery
     canaries: Canaries
+    scaling: Scaling
     idle: Callable[[], Mapping[str, Mapping[str, int]]]  # kept connections, by the name of a pool and a URL
     queued: Callable[[], int]  # requests that wait for a thread
     reload: Reload
     tls: Callable[[], TlsView | None]
+    figures: Callable[[], Figures]
+    url: Callable[[], str | None] = lambda: None  # where it listens, once it does
     revisions: Revisions = field(default_factory=Revisions)
     memory: Memory | None = None  # without a `state_file`
+    cluster: Cluster | None = None  # without a `redis_url`
     workers: Callable[[], list[WorkerView]] = list
     lifecycle: Lifecycle = "starting"
     started: float = field(default_factory=time.monotonic)
+    began: float = field(default_factory=time.time)  # the same, of the wall clock
 
     @property
     def settings(self) -> Settings:
@@ -123,9 +131,10 @@ class Control:
         return [{**backend, "until": ends.get((backend["pool"], backend["id"]))} for backend in found]
 
     def is_serving(self) -> bool:
-        """Ready for traffic: sources have told of backends, the first round of health checks is done, and no shutdown
-        is under way."""
-        return self.lifecycle != "draining" and self.discovery.has_looked() and self.pools.has_had_first_round()
+        """Ready for traffic: sources have told of backends, scaling has started the first ones, the first round of
+        health checks is done, and no shutdown is under way."""
+        is_here = self.discovery.has_looked() and self.scaling.has_looked()
+        return self.lifecycle != "draining" and is_here and self.pools.has_had_first_round()
 
 
 def current_control() -> Control:

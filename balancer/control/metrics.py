@@ -177,6 +177,8 @@ class Collector:
         yield from self._websockets()
         yield from self._limits()
         yield from self._pools()
+        yield from self._cluster()
+        yield from self._scaling()
         yield from self._sources()
 
     def _process(self) -> Iterator[Metric]:
@@ -210,6 +212,18 @@ class Collector:
             yield add(expiry, [], tls["expires_at"])
             text = "Whether the newest certificate was not refused."
             yield add(gauge("tls_reload_success", text), [], tls["last_error"] is None)
+
+    def _scaling(self) -> Iterator[Metric]:
+        wanted = gauge("scaling_wanted", "Backends that scaling wants a pool to have, or would.", "pool")
+        started = counter("scaling_started", "Backends that scaling has started.", "pool")
+        failed = counter("scaling_failed_starts", "Of these, those that ended or were not healthy in time.", "pool")
+        for scaled in self._control.scaling.describe():
+            pool = [scaled["pool"]]
+            if scaled["wanted"] is not None:
+                wanted.add_metric(pool, scaled["wanted"])
+            started.add_metric(pool, scaled["started"])
+            failed.add_metric(pool, scaled["failed_starts"])
+        yield from (wanted, started, failed)
 
     def _routes(self) -> Iterator[Metric]:
         """Of those that there are now: names that a reload takes away would pile up."""
@@ -284,6 +298,15 @@ class Collector:
             add(keys, name, limit["keys"])
             add(evicted, name, limit["evicted"])
         yield from (requests, in_flight, keys, evicted)
+
+    def _cluster(self) -> Iterator[Metric]:
+        cluster = self._control.cluster
+        if cluster is None:
+            return
+        connected = gauge("cluster_connected", "Whether it hears of the other members.")
+        yield add(connected, [], cluster.state.is_together)
+        yield add(gauge("cluster_members", "Members that it knows of, itself among them."), [], len(cluster.members))
+        yield add(gauge("cluster_age_seconds", "Since the Redis server answered last."), [], cluster.age)
 
     def _pools(self) -> Iterator[Metric]:
         info = gauge("pool_info", "The algorithm in use.", "pool", "algorithm")

@@ -21,13 +21,16 @@ from balancer.balancing import strategies
 from balancer.balancing.pool import PoolView
 from balancer.balancing.strategies import StrategyView
 from balancer.config.reload import ConfigView
+from balancer.control import cluster
 from balancer.control.access import first_segment, is_authorized
-from balancer.control.control import Lifecycle, ManagedView, StateView, TlsView, WorkerView, current_control
+from balancer.control.cluster import ClusterState
+from balancer.control.control import Lifecycle, ManagedView, StateView, TlsView, current_control
 from balancer.control.inputs import whole_number
 from balancer.control.metrics import current_metrics
 from balancer.control.problems import ApiError
 from balancer.control.revisions import Patch
 from balancer.fleet.discovery import SourceView
+from balancer.fleet.scaler import ScalingView
 from balancer.observe.canary import CanaryView
 from balancer.observe.events import Event
 from balancer.observe.history import SLOTS, WINDOWS, Figures, Slot
@@ -124,6 +127,7 @@ class Status(TypedDict):
     config: ConfigView
     tls: TlsView | None
     state: StateView | None
+    cluster: ClusterState
     statistics: TotalsView
     pools: list[PoolStatus]
     sources: list[SourceView]
@@ -131,6 +135,7 @@ class Status(TypedDict):
     revision: int | None
     changed_backends: dict[str, Patch] | None
     routes: list[RouteView]
+    scaling: list[ScalingView]
     recent_requests: list[RecentView]
     capabilities: Capabilities
 
@@ -148,10 +153,6 @@ class Readiness(TypedDict):
 class EventsView(TypedDict):
     events: list[Event]
     latest: int
-
-
-class ClusterView(TypedDict):
-    workers: list[WorkerView]
 
 
 class HistoryView(TypedDict):
@@ -206,6 +207,7 @@ def status() -> Response:
             config=control.configuration.summary(is_authorized()),
             tls=_tls(),
             state=_state(),
+            cluster=cluster.state(control),
             statistics=totals,
             pools=_pools(backends),
             sources=_sources(),
@@ -213,6 +215,7 @@ def status() -> Response:
             revision=revision,
             changed_backends=changed,
             routes=_routes(),
+            scaling=current_control().scaling.describe(),
             recent_requests=[_shown(record) for record in newest],
             capabilities=_capabilities(),
         )
@@ -336,11 +339,6 @@ def show_configuration() -> Response:
 def events() -> Response:
     newer, latest = current_control().events.since(whole_number("since", 0, 10**15), is_authorized())
     return jsonify(EventsView(events=newer, latest=latest))
-
-
-@blueprint.get("/cluster")
-def cluster() -> Response:
-    return jsonify(ClusterView(workers=current_control().workers()))
 
 
 @blueprint.get("/metrics")

@@ -15,10 +15,11 @@ from balancer import __version__
 from balancer.config.comparison import PlanView
 from balancer.config.reload import SettingsView
 from balancer.control.administration import AlgorithmChanged, Algorithms, BackendRemoved, Backends, Message
+from balancer.control.cluster import ClusterView
 from balancer.control.control import ManagedView, current_control
 from balancer.control.inputs import AlgorithmChange, Anything, BackendChange, BackendCreate, Body, Nothing
 from balancer.control.limits import LimitsView
-from balancer.control.monitoring import Alive, ClusterView, EventsView, HistoryView, Readiness, Status
+from balancer.control.monitoring import Alive, EventsView, HistoryView, Readiness, Status
 from balancer.control.problems import Error
 from balancer.control.schemas import Schema, ref, schemas
 from balancer.filters.limits import KeyView
@@ -170,6 +171,13 @@ PATHS: dict[str, Schema] = {
             query={"key": TEXT},
         ),
     },
+    "/cluster": {
+        "get": _operation(
+            "getCluster",
+            "The processes that serve, and how each does; the balancers that share a redis_url, and what all come to.",
+            {200: ClusterView},
+        )
+    },
     "/config": {
         "get": _operation(
             "getConfiguration",
@@ -196,7 +204,6 @@ PATHS: dict[str, Schema] = {
             query={"since": COUNT},
         )
     },
-    "/cluster": {"get": _operation("getCluster", "The processes that serve, and how each does.", {200: ClusterView})},
     "/metrics": {
         "get": _operation(
             "getMetrics",

@@ -167,7 +167,10 @@ class Call(Leaving):
         try:
             if self.download is None:
                 self._begin_answer()
-            is_over = self._finish_answer(patience)
+            if self.download is not None:
+                is_over = self._send_pieces(self.download, patience)
+            if is_over and self.body is not None and not (self.body.is_done or self.is_gone):
+                self._end_early(self.body)
         except ClientGone:
             if self._is_started and not self.is_gone:  # it does not read what an app writes
                 self.cut()
@@ -230,14 +233,6 @@ class Call(Leaving):
     def _start_download(self, chunks: Iterable[bytes]) -> None:
         self.download = Download(self.listener, chunks, self._length(), is_http2=self.is_http2)
         self.listener.begin_download(self)
-
-    def _finish_answer(self, patience: float) -> bool:
-        """False if the client has to read something first."""
-        if self.download is not None and not self._send_pieces(self.download, patience):
-            return False
-        if self.body is not None and not (self.body.is_done or self.is_gone):
-            self._end_early(self.body)
-        return True
 
     def _send_pieces(self, download: Download, patience: float) -> bool:
         """False if the client has to read what it has first; True at the end, or if it has left."""
@@ -317,15 +312,14 @@ class Call(Leaving):
     def _send_head(self) -> None:
         if self._status is None:
             raise RuntimeError("the app has not called start_response")
-        # hyper closes after it (RFC 9112 section 9.6). HTTP/2 has no such field, but GOAWAY.
-        is_last = self._is_last or self.listener.is_draining or (self.body is not None and self.body.is_too_slow)
-        if is_last and not self.is_http2:
-            self._headers.append((b"connection", b"close"))
         self._is_started = True
         if self.is_http2:
             size = sum(len(name) + len(value) for name, value in self._headers)
             if size > PACKED_HEAD:
                 self.listener.hand_over(self.scope["client"], size)
+        elif self._is_last or self.listener.is_draining or (self.body is not None and self.body.is_too_slow):
+            # hyper closes after it (RFC 9112 section 9.6). HTTP/2 has no such field, but GOAWAY.
+            self._headers.append((b"connection", b"close"))
         self.protocol.send({"type": "http.response.start", "status": self._status, "headers": self._headers})
 
     def _send(self, piece: bytes) -> Any:

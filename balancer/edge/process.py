@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import gc
 import logging
 import os
@@ -26,6 +27,10 @@ INTERRUPT_DRAIN_SECONDS = 1.0  # Ctrl-C: somebody is waiting
 # Container objects made and not freed again between two looks of the garbage collector, 700 by default. A plain GET has
 # about 20 while it is in flight and leaves no cycles, so that looking more often finds nothing.
 GC_THRESHOLD = 20_000
+# Bytes that glibc keeps free at the end of each heap, 128 KiB by default, and from which on it asks the kernel for each
+# piece by itself (mallopt(3)). Bodies that come and go would otherwise cost page faults each time.
+M_TRIM_THRESHOLD, TRIM_BYTES = -1, 4 * 1024 * 1024
+M_MMAP_THRESHOLD, MMAP_BYTES = -3, 1024 * 1024
 
 
 def cpus(affinity: str) -> list[int]:
@@ -82,6 +87,10 @@ def settle_memory() -> None:
     gc.freeze()
     gc.set_threshold(GC_THRESHOLD)
     gc.enable()
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_TRIM_THRESHOLD, TRIM_BYTES)
+        mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
 
 
 def serve(

@@ -6,7 +6,6 @@ may owe more than a burst of requests.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -27,7 +26,6 @@ SECOND = 1_000_000_000  # all times are in nanoseconds
 BUSY = SECOND  # to wait where nobody knows when a request in flight will end
 QUIET = 60 * SECOND  # between two events of one kind
 PERIODS = {"s": 1, "m": 60, "h": 3600}  # of a rate, in seconds
-_SALT = secrets.token_bytes(16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +61,7 @@ class Limit:
             self.policy = b"%s;q=%s;w=%d" % (self.item, count.encode(), PERIODS[unit])
         else:
             self.policy = b'%s;q=%d;qu="concurrent-requests"' % (self.item, options.in_flight or 0)
+        self._price = self._interval  # of a request
         self._slack = self._interval * (self.burst - 1)  # what may be owed when one more request comes
 
     @classmethod
@@ -94,9 +93,9 @@ class Limit:
         if self._interval:
             clear = self.debts.get(key)
             if clear is None:
-                is_full = self.debts.add(key, self.debts.of_another(now) + self._interval)
+                is_full = self.debts.add(key, self.debts.of_another(now) + self._price)
             else:
-                self.debts[key] = (clear if clear > now else now) + self._interval
+                self.debts[key] = (clear if clear > now else now) + self._price
         if self.in_flight is not None:
             self.held[key] = self.held.get(key, 0) + 1
         return is_full
@@ -116,7 +115,7 @@ class Limit:
         owed = (self.debts.floor if clear is None else clear) - now
         if owed <= 0:
             return self.burst, 0, 0
-        left, over = divmod(self._slack + self._interval - owed, self._interval)
+        left, over = divmod(self._interval * self.burst - owed, self._interval)
         return (left if left > 0 else 0), self._interval - over, owed
 
     def told(self, key: str, now: int) -> bytes:
@@ -137,7 +136,7 @@ class Limit:
         return f"limit {options.name} ({', '.join(filter(None, most))})"
 
 
-def key_of(text: str, route: str, trusted: Sequence[Network]) -> Key:
+def key_of(text: str, route: str, trusted: Sequence[Network], salt: bytes) -> Key:
     """`client_ip`, `subject`, `header:NAME`, `route` or `global`. A request without a subject or that header counts by
     its client: leaving it out must neither free anybody nor put all into one."""
     if text in ("route", "global"):
@@ -150,24 +149,24 @@ def key_of(text: str, route: str, trusted: Sequence[Network]) -> Key:
 
     def key(request: Request) -> str:
         value = read(request)
-        return _digest(value) if value else client(request)
+        return _digest(value, salt) if value else client(request)
 
     return key
 
 
-def key_named(text: str, value: str) -> str:
+def key_named(text: str, value: str, salt: bytes) -> str:
     """The same for a value as a person writes it."""
     if text == "client_ip":
         return network_of(plain(value))
     if text in ("route", "global"):
         return value if text == "route" else ""
-    return _digest(value.encode())
+    return _digest(value.encode(), salt)
 
 
 def _subject(request: Request) -> bytes:
     return request.subject.encode("utf-8", "surrogatepass")
 
 
-def _digest(value: bytes) -> str:
+def _digest(value: bytes, salt: bytes) -> str:
     """A value may be long, and a secret that is not to lie about in memory."""
-    return blake2b(value, digest_size=16, key=_SALT).hexdigest()
+    return blake2b(value, digest_size=16, key=salt).hexdigest()

@@ -5,6 +5,7 @@ What a request asks for is decided in one step for all limits, so that one that 
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from threading import Lock
@@ -15,6 +16,7 @@ from typing_extensions import TypedDict
 from balancer.errors import LimitReached
 from balancer.filters.debts import KEYS_KEPT
 from balancer.filters.limit import SECOND, Key, Limit, LimitOptions, Mode, News, key_named, key_of
+from balancer.filters.sharedlimit import Charge, Settled, SharedLimit
 from balancer.forwarding.filter import Filter
 from balancer.observe.events import Events
 from balancer.observe.plain import fill
@@ -61,23 +63,29 @@ class Limiter:
     """All limits in force. `_limits`, by name, is replaced and never changed.
 
     `lock` guards every Limit. One is enough: what is done under it takes a microsecond, with Python's own lock held.
+    `salt` makes the keys of values that may be secret; if it is given, others have it too, and all hold the limits
+    together.
     """
 
-    def __init__(self, events: Events, clock: Callable[[], int] = time.monotonic_ns) -> None:
+    def __init__(self, events: Events, clock: Callable[[], int] = time.monotonic_ns, salt: bytes | None = None) -> None:
         self.lock = Lock()
         self.clock = clock
+        self.salt = salt or secrets.token_bytes(16)
         self._events = events
         self._limits: Mapping[str, Limit] = {}
+        self._kind: type[Limit] = Limit if salt is None else SharedLimit
+        self._shared_by = (1, False)  # so many; whether the ledger is lost
 
     def use(self, wanted: Iterable[LimitOptions]) -> None:
         """From now on these. One that is defined as before keeps what its keys owe and hold, any other its counts."""
-        self._limits = {each.name: Limit.after(self._limits.get(each.name), each) for each in wanted}
+        self._limits = {each.name: self._kind.after(self._limits.get(each.name), each) for each in wanted}
+        self.share(*self._shared_by)
 
     def filter(self, names: Iterable[str], route: str = "", trusted: Sequence[Network] = ()) -> Limits:
         """For one route, with those of these names."""
         limits = [self._limits[name] for name in dict.fromkeys(names)]
         kind = Holding if any(limit.in_flight for limit in limits) else Limits
-        return kind(self, [(limit, key_of(limit.options.key, route, trusted)) for limit in limits])
+        return kind(self, [(limit, key_of(limit.options.key, route, trusted, self.salt)) for limit in limits])
 
     def tell(self, kind: News, limits: Iterable[Limit], now: int) -> None:
         """What has happened to them, as events, unless that was told a moment ago."""
@@ -90,6 +98,32 @@ class Limiter:
             else:
                 text = f"{limit} has no room for more than {KEYS_KEPT} keys: new ones owe what others have owed"
                 self._events.add("limit_keys_full", None, text, "warning")
+
+    # Among several.
+
+    def share(self, members: int, is_lost: bool = False) -> None:
+        """So many hold all limits together; the last that were known of, if the ledger is lost."""
+        self._shared_by = members, is_lost
+        with self.lock:
+            for limit in self._shared():
+                limit.share(members, is_lost)
+
+    def charges(self) -> list[Charge]:
+        """What is to be said to the ledger now."""
+        with self.lock:
+            return [each for limit in self._shared() for each in limit.charges()]
+
+    def settle(self, charges: Sequence[Charge], settled: Sequence[Settled]) -> None:
+        """What the ledger says to these."""
+        with self.lock:
+            now = self.clock()
+            for charge, each in zip(charges, settled, strict=True):
+                limit = self._limits.get(charge.limit)
+                if isinstance(limit, SharedLimit):
+                    limit.settle(charge, each, now)
+
+    def _shared(self) -> list[SharedLimit]:
+        return [limit for limit in self._limits.values() if isinstance(limit, SharedLimit)]
 
     # Over restarts.
 
@@ -116,7 +150,7 @@ class Limiter:
 
     def look(self, limit: Limit, value: str) -> KeyView:
         """How it stands with a key, without spending anything."""
-        key, now = key_named(limit.options.key, value), self.clock()
+        key, now = key_named(limit.options.key, value, self.salt), self.clock()
         with self.lock:
             left, _, owed = limit.left(key, now)
             return {

@@ -50,7 +50,7 @@ class FileSource(Source):
 
     def _parse(self, data: bytes) -> list[Found]:
         try:
-            backends = backendsfile.parse(data, self._path.suffix == ".json")
+            backends = backendsfile.parse(data)
         except SettingsError as error:
             raise SourceFailed(f"{self._path}: {error}") from None
         return [

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import time
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from ipaddress import ip_address
 from threading import Event, Lock, Thread
 from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
-from balancer.balancing.backends import Backend
+from balancer.balancing.backends import ID_PATTERN, MAX_WEIGHT, Backend
 from balancer.balancing.changes import ACTOR
 from balancer.balancing.members import PoolChanges
 from balancer.balancing.pool import BackendPool
@@ -30,6 +32,7 @@ RETRY_SECONDS = 1.0  # after a first failure; twice as long after each further o
 CONFIRM_SECONDS = 1.0  # until the second look at what seems to take many backends away
 ID_LENGTH = 64  # at most
 FIRST_SECONDS = 10.0  # after which nobody waits any more for a first word
+LONGEST_ERROR = 1000  # bytes
 JOIN_SECONDS = 1.0  # for a source that does not end at once; it can change nothing any more
 DECIDED = ("weight", "max_connections", "drain_timeout")  # what a source says of a backend, beside where it is
 
@@ -38,12 +41,12 @@ News = Literal["source_failed", "source_recovered"]
 
 
 class SourceFailed(Exception):
-    """Why nothing was found, in one line."""
+    """Why nothing was found, or nobody started, in one line."""
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A backend as a source has it, by the names of the settings."""
+    """A backend as a source has it, by the names of the settings. Raises ValueError if it cannot be one."""
 
     id: str
     pool: str
@@ -51,6 +54,16 @@ class Found:
     weight: int = 1
     max_connections: int | None = None
     drain_timeout: float | None = None
+
+    def __post_init__(self) -> None:
+        """Others have said this, so that no part is to be relied on."""
+        origin = self.origin
+        if not re.fullmatch(ID_PATTERN, self.id):
+            raise ValueError(f"{self.id!r} cannot be an id")
+        if origin.address:
+            ip_address(origin.address)
+        if not (origin.is_unix or 0 < origin.port < 65536) or not 0 <= self.weight <= MAX_WEIGHT:
+            raise ValueError(f"{self.id}: port {origin.port} or weight {self.weight} is out of range")
 
     def changes(self, before: Found | None) -> dict[str, Any]:
         """What is to be set that was something else before."""
@@ -185,7 +198,9 @@ class Discovery:
                 known = before.get(source.name)
                 if known is None or known.source.key != source.key:
                     applied = {} if known is None else known.applied
-                    known = Watch(source, applied, applied)
+                    pool = source.pool
+                    moved = {key: replace(each, pool=pool or each.pool) for key, each in applied.items()}
+                    known = Watch(source, applied, moved)
                 self._watches[source.name] = known
             gone = [watch for name, watch in before.items() if self._watches.get(name) is not watch]
             for watch in gone:
@@ -195,8 +210,9 @@ class Discovery:
             for watch in self._watches.values():
                 # Pools may have gone, and others have come.
                 watch.applied = {key: each for key, each in watch.applied.items() if self._pools.get(each.pool)}
-                if watch.told_at is not None and watch.doubted is None:
-                    self._apply(watch, watch.trusted)
+                left_out = self._apply(watch, watch.trusted) if watch.doubted is None else ""
+                if watch.state == "good":
+                    watch.last_error = left_out or None
                 if self._is_running and watch.thread is None:
                     self._start(watch)
         _join(gone)
@@ -300,7 +316,7 @@ class Discovery:
         left_out |= dict.fromkeys(self._pools.change(changes), "another backend has its id")
         watch.applied = {key: each for key, each in now.items() if key not in left_out}
         told = [f"{key} is left out: {why}" for key, why in left_out.items()]
-        return "; ".join([*watch.source.complaints, *told])
+        return shown("; ".join([*watch.source.complaints, *told]), LONGEST_ERROR)
 
 
 def _changes(pool: BackendPool, source: str, before: Mapping[str, Found], after: Mapping[str, Found]) -> PoolChanges:

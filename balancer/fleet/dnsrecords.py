@@ -124,6 +124,7 @@ class DnsSource(Source):
         records = sorted(answer, key=lambda record: (record.priority, record.target, record.port))[:MOST]
         targets = {record.target for record in records} - {dns.name.root}  # a service that is not there (RFC 2782)
         await asyncio.gather(*(self._find(resolver, target) for target in targets))
+        self._known = {target: known for target, known in self._known.items() if target in targets}
         largest = max((record.weight for record in records), default=0)
         places: dict[tuple[str, int], Place] = {}
         seconds: float = answer.chaining_result.minimum_ttl

@@ -6,11 +6,11 @@ import json
 import re
 import socket
 from collections.abc import Generator, Mapping, Sequence
-from ipaddress import ip_address, ip_network
+from ipaddress import IPv4Address, IPv4Interface
 from typing import Any
 from urllib.parse import quote
 
-from balancer.balancing.backends import ID_PATTERN, MAX_WEIGHT
+from balancer.balancing.backends import MAX_WEIGHT
 from balancer.balancing.pool import DEFAULT_POOL
 from balancer.fleet.discovery import Found, Source, SourceFailed
 from balancer.fleet.jsonapi import JsonApi
@@ -59,7 +59,7 @@ class DockerSource(Source):
             name = str(container["Names"][0]).lstrip("/")[:64]
             try:
                 found.append(_backend(name, container))
-            except SourceFailed as error:
+            except (SourceFailed, ValueError) as error:
                 self.complaints.append(f"{name} is left out: {error}")
         return found
 
@@ -75,12 +75,11 @@ def _filters(**more: Sequence[str]) -> str:
 
 def _backend(name: str, container: Mapping[str, Any]) -> Found:
     labels = container["Labels"]
-    if not re.fullmatch(ID_PATTERN, name):
-        raise SourceFailed("its name cannot be an id")
     weight = labels.get("lb.weight", "1")
     if not re.fullmatch(r"[0-9]{1,3}", weight) or int(weight) > MAX_WEIGHT:
         raise SourceFailed(f"lb.weight {weight!r} is not a whole number from 0 to {MAX_WEIGHT}")
-    origin = Origin("http", _address(container["NetworkSettings"]["Networks"]), _port(labels, container))
+    address = _address(container["NetworkSettings"]["Networks"])
+    origin = Origin("http", address, _port(labels, container), address)
     return Found(name, labels.get("lb.pool", DEFAULT_POOL), origin, int(weight))
 
 
@@ -96,18 +95,17 @@ def _address(networks: Mapping[str, Mapping[str, Any]]) -> str:
     """In a network that we are in as well, if there is one."""
     if "host" in networks:
         return "127.0.0.1"
-    found = [
-        (str(each["IPAddress"]), each.get("IPPrefixLen") or 32) for each in networks.values() if each.get("IPAddress")
-    ]
+    told = [(each["IPAddress"], each.get("IPPrefixLen") or 32) for each in networks.values() if each.get("IPAddress")]
+    found = [IPv4Interface(f"{address}/{bits}") for address, bits in told]
     if not found:
         raise SourceFailed("it has no address")
-    return next((address for address, bits in found if _is_near(address, bits)), found[0][0])
+    return str(next(filter(_is_near, found), found[0]).ip)
 
 
-def _is_near(address: str, bits: int) -> bool:
+def _is_near(interface: IPv4Interface) -> bool:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:  # nothing is sent
         try:
-            sock.connect((address, 9))
-            return ip_address(sock.getsockname()[0]) in ip_network(f"{address}/{bits}", strict=False)
-        except (OSError, ValueError):
+            sock.connect((str(interface.ip), 9))
+        except OSError:
             return False
+        return IPv4Address(sock.getsockname()[0]) in interface.network

@@ -157,8 +157,8 @@ class HealthChecker:
 
     All fields belong to the health thread alone, but for these, of which each access is one step that needs no lock:
     `use` replaces `checked`; a check's own thread takes its number out of `under_way` and adds to `_again`, whom to
-    look at soon; `wake` sets `_is_nudged`, to look at all. `_agenda` has when to look at each; an entry whose time is
-    not its `look_at` is old.
+    look at soon; `check_soon` adds to `_told`, whom to check; `wake` sets `_is_nudged`, to look at all. `_agenda` has
+    when to look at each; an entry whose time is not its `look_at` is old.
     """
 
     def __init__(self, on_round: Callable[[], None], rng: random.Random | None = None) -> None:
@@ -169,6 +169,7 @@ class HealthChecker:
         self._answers: Answers[Checks] = Answers()
         self._is_nudged = False
         self._again: deque[Checks] = deque()
+        self._told: deque[Backend] = deque()
         self._checks: dict[Backend, Checks] = {}
         self._agenda: list[tuple[float, int, Checks]] = []
         self._entries = 0  # that the agenda has had
@@ -207,6 +208,11 @@ class HealthChecker:
     def wake(self) -> None:
         """Look at the backends now: one was added, or the data path saw one refuse."""
         self._is_nudged = True
+        self._answers.wake()
+
+    def check_soon(self, backend: Backend) -> None:
+        """Somebody has found it other than it is believed to be here."""
+        self._told.append(backend)
         self._answers.wake()
 
     # A thread of its own.
@@ -263,6 +269,10 @@ class HealthChecker:
             self._on_round()
         while self._again:
             self._enter(self._again.popleft(), now)
+        while self._told:
+            if (told := self._checks.get(self._told.popleft())) is not None:
+                told.due = now
+                self._enter(told, now)
         while self._agenda and self._agenda[0][0] <= now:
             at, _, checks = heappop(self._agenda)
             if at == checks.look_at and checks.backend in self._checks:

@@ -37,17 +37,13 @@ class KubernetesSource(Source):
     def __init__(self, pool: str, entry: BackendSettings, where: Discovered) -> None:
         super().__init__(f"kubernetes:{entry.id}", where.url, (pool, entry), pool)
         self._pool, self._entry, self._where = pool, entry, where
-        host, port = (os.environ.get(f"KUBERNETES_SERVICE_{name}", "") for name in ("HOST", "PORT"))
-        self._origin = Origin("https", host, int(port) if port.isdecimal() else 443)
-        self._api = JsonApi(self._origin, _tls, _authorization)
+        self._api = cluster()
 
     def stop(self) -> None:
         super().stop()
         self._api.stop()
 
     def look(self) -> Generator[Sequence[Found], None, None]:
-        if not self._origin.host:
-            raise SourceFailed("this is no pod of Kubernetes: KUBERNETES_SERVICE_HOST is not set")
         target = self._target()
         listed = self._api.get(target)
         slices: dict[str, Slice] = {each["metadata"]["name"]: each for each in listed["items"]}
@@ -71,7 +67,7 @@ class KubernetesSource(Source):
     def _note(self, slices: dict[str, Slice], kind: str, found: Slice) -> str:
         """Returns the version to go on from. Raises Refused if the watch is over."""
         if kind == "ERROR":
-            raise Refused(self._origin, int(found["code"]))
+            raise Refused(self._api.origin, int(found["code"]))
         if kind == "DELETED":
             slices.pop(found["metadata"]["name"], None)
         elif kind != "BOOKMARK":  # ADDED or MODIFIED; a bookmark has a version alone
@@ -80,7 +76,7 @@ class KubernetesSource(Source):
 
     def _target(self) -> str:
         service, _, namespace = self._where.name.partition(".")
-        namespace = namespace or _read("namespace").decode()
+        namespace = namespace or own_namespace()
         path = f"/apis/discovery.k8s.io/v1/namespaces/{namespace}/endpointslices"
         return f"{path}?labelSelector=kubernetes.io/service-name%3D{service}"
 
@@ -122,7 +118,19 @@ def _is_ready(endpoint: Mapping[str, Any]) -> bool:
     return conditions.get("ready") is not False and not conditions.get("terminating")
 
 
+def cluster() -> JsonApi:
+    """The API of the cluster that this pod is in."""
+    host, port = (os.environ.get(f"KUBERNETES_SERVICE_{name}", "") for name in ("HOST", "PORT"))
+    return JsonApi(Origin("https", host, int(port) if port.isdecimal() else 443), _tls, _authorization)
+
+
+def own_namespace() -> str:
+    return _read("namespace").decode()
+
+
 def _read(name: str) -> bytes:
+    if not os.environ.get("KUBERNETES_SERVICE_HOST"):
+        raise SourceFailed("this is no pod of Kubernetes: KUBERNETES_SERVICE_HOST is not set")
     try:
         return (ACCOUNT / name).read_bytes().strip()
     except OSError as error:

@@ -16,6 +16,7 @@ BOUNDS = tuple(sorted({*ROUND_BOUNDS, *(0.00001 * 1.04**step for step in range(5
 # How a bucket is told: as its middle, within 2 % of everything in it; at the ends, where one bound is missing, as the
 # other.
 MIDDLES = (BOUNDS[0], *(sqrt(low * high) for low, high in pairwise(BOUNDS)), BOUNDS[-1])
+OUTLINED = 6  # buckets that are one in a picture: each 1.25 times the last or so
 
 
 class Percentiles(TypedDict):
@@ -68,6 +69,15 @@ class Histogram:
         """How many took at most `bound` seconds, which is one of BOUNDS."""
         last = bisect_left(BOUNDS, bound)
         return sum(count for place, count in self.counts.items() if place <= last)
+
+    def outline(self) -> list[tuple[float, int]]:
+        """How many took up to each bound in seconds, and more than the one before: OUTLINED buckets together, without
+        those that are empty."""
+        counts: defaultdict[int, int] = defaultdict(int)
+        for place, count in self.counts.items():
+            counts[place // OUTLINED] += count
+        last = len(BOUNDS) - 1
+        return [(BOUNDS[min(place * OUTLINED + OUTLINED - 1, last)], counts[place]) for place in sorted(counts)]
 
     def percentiles(self, *shares: float) -> list[float | None]:
         """About what the `share` (0 to 1) smallest took at most, in seconds; None without samples."""

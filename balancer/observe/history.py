@@ -58,9 +58,11 @@ class Traffic(Figures):
 
 
 class Slot(Traffic):
-    """One slot of the whole balancer. `at` is the epoch second at which it starts."""
+    """One slot of the whole balancer. `at` is the epoch second at which it starts. `times` are bounds in seconds, and
+    how many answers of backends took up to that, and more than the one before."""
 
     at: int
+    times: list[tuple[float, int]]
     retries: int
     waiting: int
     backends: dict[str, Traffic]
@@ -173,6 +175,7 @@ class Series:
         return {
             **_figures(added.whole),
             "in_flight": peaks.active,
+            "times": added.whole.latency.outline(),
             "at": at,
             "retries": added.retries,
             "waiting": peaks.waiting,

@@ -12,7 +12,7 @@ import marshal
 import mmap
 import os
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import fields
 from operator import attrgetter
@@ -28,17 +28,17 @@ from balancer.observe.refusals import Refusals, Why
 from balancer.observe.ring import Ring
 from balancer.observe.routecounts import Mirrored, RouteCounts
 from balancer.observe.statistics import Statistics
-from balancer.observe.totals import known_method
+from balancer.observe.totals import KNOWN, OTHER
 from balancer.observe.websockets import WebSocketRecord, WebSockets
 
 log = logging.getLogger("balancer.reports")
 
-CELLS, RING = 4096, 2**21  # kinds of requests that are counted apart; bytes for messages
+CELLS, RING = 4096, 2**20  # kinds of requests that are counted apart; bytes for messages
 HEAD = 4096
-QUEUED = 10_000  # messages that wait in a worker for room in its ring
+QUEUED = 1000  # messages that wait in a worker for room in its ring
 LARGEST = 2**18  # bytes that say why the attempts of a request went where they did
 # Requests that are told whole in a time, and as many that were refused, failed or were tried again.
-SHOWN, SHOWN_SECONDS = 50, 0.1
+SHOWN, SHOWN_SECONDS = 100, 1.0
 ABNORMAL = 1006  # RFC 6455 section 7.4.1: what a connection that just ended is told as
 
 BEGUN, RETRIED, DROPPED = range(3)  # places of numbers: requests that have begun; retries; messages without room
@@ -86,7 +86,7 @@ class Reports(Statistics):
         self.routes: RouteCounts = ReportedRoutes(self._count)
         self._counts, self._cells, self._ring = ledger.counts, ledger.cells, ledger.ring
         self._queue: deque[bytes] = deque()
-        self._began = 0.0  # the tenth of a second, by the wall clock, for which these are left:
+        self._began = 0.0  # the second, by the wall clock, for which these are left:
         self._to_show = self._troubled_to_show = 0
 
     def begin(self, count: int = 1) -> None:
@@ -94,12 +94,17 @@ class Reports(Statistics):
             self._counts[BEGUN] += count
 
     def record(self, record: Record, *, is_counted: bool = False) -> None:
+        attempts, method, reason = record.attempts, record.method, record.reason
         kind = (
-            *("record", record.route, record.pool, record.backend, record.status, known_method(record.method)),
-            *(record.reason, record.complete),
-            tuple(
-                [(each.choice.backend.id, each.outcome, each.connect is None, each.hedge) for each in record.attempts]
-            ),
+            "record",
+            record.route,
+            record.pool,
+            record.backend,
+            record.status,
+            method if method in KNOWN else OTHER,
+            reason,
+            record.complete,
+            tuple([(each.choice.backend.id, each.outcome, each.connect is None, each.hedge) for each in attempts]),
         )
         ended = record.timestamp + record.seconds
         with self._lock:
@@ -108,7 +113,7 @@ class Reports(Statistics):
                 self._cells.add(("waited",), record.queued)
             if not self._began <= ended < self._began + SHOWN_SECONDS:
                 self._began, self._to_show, self._troubled_to_show = ended, SHOWN, SHOWN
-            if record.reason is not None or len(record.attempts) > 1:
+            if reason is not None or len(attempts) > 1:
                 self._troubled_to_show -= 1
                 is_shown = self._troubled_to_show >= 0
             else:
@@ -148,13 +153,12 @@ class Reports(Statistics):
 
 
 def _told(record: Record) -> tuple[Any, ...]:
-    """All of it, and why each attempt went where it did, if a strategy of somebody's explains itself in Python's own
-    values."""
+    """All of it, and why each attempt went where it did."""
     socket = None if record.websocket is None else socket_values(record.websocket)
     excluded = None if record.excluded is None else dict(record.excluded)
     attempts = [(attempt_values(each), each.backend, each.choice.algorithm) for each in record.attempts]
     views: bytes | None = None
-    with suppress(ValueError):
+    with suppress(Exception):  # a strategy of somebody's fails at that, or has values that are none of Python's own
         views = marshal.dumps([each.choice.describe() for each in record.attempts])
     if views is not None and len(views) > LARGEST:
         views = None
@@ -238,6 +242,7 @@ class Collector:
     """
 
     def __init__(self, statistics: Statistics, routes: RouteCounts, canaries: Canaries) -> None:
+        self._statistics = statistics
         self._parts = statistics, routes, canaries
         self._lock = Lock()
         self._sources: dict[Ledger, Source] = {}
@@ -250,12 +255,19 @@ class Collector:
     def end(self, ledger: Ledger) -> int:
         """Its worker is dead: how many requests it had in flight."""
         with self._lock:
-            return self._sources.pop(ledger).end()
+            source = self._sources.pop(ledger)
+            self._take([source], at_all=True)
+            return source.end()
 
     def take(self) -> None:
         with self._lock:
-            for source in self._sources.values():
-                source.take()
+            self._take(self._sources.values())
+
+    def _take(self, sources: Collection[Source], *, at_all: bool = False) -> None:
+        """The newest of all come in the order in which they ended."""
+        told = [record for source in sources for record in source.take(at_all=at_all)]
+        for record in sorted(told, key=lambda record: record.timestamp + record.seconds):
+            self._statistics.record(record, is_counted=True)
 
 
 class Source:
@@ -267,6 +279,7 @@ class Source:
         self._routes = routes
         self._canaries = canaries
         self._begun = self._ended = self._retried = 0
+        self._told: list[Record] = []
         self._sockets: dict[int, WebSocketRecord] = {}
         self._hear: Mapping[str, Callable[..., None]] = {
             "record": self._record,
@@ -274,12 +287,11 @@ class Source:
             "closed": self._closed,
         }
 
-    def take(self, *, at_all: bool = False) -> None:
+    def take(self, *, at_all: bool) -> list[Record]:
+        """Count what was counted; `at_all` as `Cells.look` has it. Returns what it has told of these."""
         messages, added = self._ledger.ring.read(), [*self._ledger.cells.look(at_all=at_all)]
-        begun, retried = (
-            self._ledger.counts[BEGUN],
-            self._ledger.counts[RETRIED],
-        )  # after these: who has ended has begun
+        counts = self._ledger.counts
+        begun, retried = counts[BEGUN], counts[RETRIED]  # after these: who has ended has begun
         self._statistics.begin(begun - self._begun)
         self._statistics.retried(retried - self._retried)
         self._begun, self._retried = begun, retried
@@ -291,9 +303,10 @@ class Source:
                 self._hear[what](*values)
             except Exception:  # nothing that a worker tells may keep us from the rest
                 log.exception("a message of a worker was not understood")
+        told, self._told = self._told, []
+        return told
 
     def end(self) -> int:
-        self.take(at_all=True)
         lost = self._begun - self._ended
         self._statistics.lost(lost)
         for record in self._sockets.values():
@@ -346,8 +359,10 @@ class Source:
             record.attempts.append(attempt)
         record.websocket = None if socket is None else WebSocketRecord(*socket)
         record.excluded = excluded
-        self._statistics.record(record, is_counted=is_counted)
-        if not is_counted:
+        if is_counted:
+            self._told.append(record)
+        else:
+            self._statistics.record(record)
             self._ended += 1
             times = Histogram()
             times.add(record.seconds)

@@ -19,16 +19,12 @@ from balancer.observe.histogram import Histogram
 from balancer.observe.record import DROPPED, Hedged, Record
 from balancer.protocol.messages import METHODS
 
-_KNOWN = frozenset(METHODS)
+KNOWN = frozenset(METHODS)
 OTHER = "other"  # every method that is not one of those: a client may make up any number of them
 NO_ANSWER = "none"  # the code of an attempt that got no status
 # Outcomes of attempts that got no connection at all, and reasons why an answer that had begun broke off.
 UNCONNECTED = frozenset({ConnectFailed.reason, ConnectFailed("", refused=True).reason, ConnectTimedOut.reason})
 BROKEN_OFF = frozenset(error.reason for error in (BodyTruncated, ConnectionLost, InvalidResponse, ResponseTimedOut))
-
-
-def known_method(method: str) -> str:
-    return method if method in _KNOWN else OTHER
 
 
 class BackendTotals:
@@ -88,7 +84,7 @@ class Totals:
     def add(self, record: Record, count: int = 1) -> None:
         """So many of its kind; the bytes are those of all of them."""
         method, attempts = record.method, record.attempts
-        self.answers[record.status, method if method in _KNOWN else OTHER] += count
+        self.answers[record.status, method if method in KNOWN else OTHER] += count
         self.bytes_in += record.bytes_in
         self.bytes_out += record.bytes_out
         for attempt in attempts:  # without a call: every request comes here

@@ -15,15 +15,15 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from balancer.config.values import MAX_WORKERS
 from balancer.control.control import WorkerState, WorkerView
 from balancer.edge.server import DRAIN_LOOK_SECONDS, PARKED_SECONDS, STOP_SECONDS, Server
-from balancer.processes import reuseport
+from balancer.processes import program, reuseport
 from balancer.processes.link import Link
 
 log = logging.getLogger("balancer.processes")
@@ -34,9 +34,8 @@ YOUNG_SECONDS = 1.0  # who dies within this time of being ready would soon do so
 PAUSE_SECONDS, LONGEST_PAUSE = 0.5, 30.0  # before the next one begins then; twice as long each time
 MOST_DEATHS, DEATHS_SECONDS = 5, 60.0  # of all workers: more often it is no accident
 SETTLE_SECONDS = 1.0  # for connections that are being made while others are steered away
-ROOT = Path(__file__).resolve().parents[2]
 # They ask the master for something; a terminal and systemd send them to all of us.
-OURS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGTTIN", "SIGTTOU")]
+OURS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTTIN, signal.SIGTTOU]
 
 
 class Child:
@@ -71,7 +70,6 @@ class Place:
     start_at: float = 0.0
     early: int = 0
     is_leaving: bool = False
-    is_new: bool = False  # connections are kept away from it until it is ready
 
     def describe(self) -> WorkerView:
         child = self.child
@@ -114,9 +112,10 @@ class Crew(Server):
         self.places = [Place(number, each, meeting.cpus(number)) for number, each in enumerate(listeners)]
         self._deaths: deque[float] = deque(maxlen=MOST_DEATHS)
         self._is_ending = False
+        self._program = program.state()
         self._looked_at = time.monotonic()
-        self._watch: asyncio.Task[None] | None = None
-        self._leaving: set[asyncio.Task[None]] = set()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._wishes: asyncio.Queue[Callable[[], Coroutine[Any, Any, None]]] = asyncio.Queue()
         self.failure = ""  # why it has ended by itself
 
     def close(self) -> None:
@@ -131,14 +130,15 @@ class Crew(Server):
     # In the event loop's thread.
 
     def start(self) -> None:
-        self._watch = asyncio.create_task(self._watch_all())
+        self._tasks = [asyncio.create_task(steps) for steps in (self._watch_all(), self._grant())]
 
     async def ready(self) -> None:
         while not all(place.child is not None and place.child.is_ready for place in self.places):
             await asyncio.sleep(LOOK_SECONDS)
 
     def signals(self) -> Mapping[str, Callable[[], None]]:
-        return {"SIGTTIN": self.more, "SIGTTOU": self.fewer}
+        wishes = {"SIGTTIN": self._more, "SIGTTOU": self._less}
+        return {name: partial(self._wishes.put_nowait, wish) for name, wish in wishes.items()}
 
     async def give_way(self, hurry: asyncio.Future[Any]) -> None:
         self._is_ending = True
@@ -162,42 +162,16 @@ class Crew(Server):
                 has_hurried, deadline = True, time.monotonic() + 2 * STOP_SECONDS
                 self._tell_all("hurry")
             await asyncio.sleep(DRAIN_LOOK_SECONDS)
-        if self._watch is not None:
-            self._watch.cancel()
+        for task in self._tasks:
+            task.cancel()
         return True  # what has not ended by now, `close` ends
 
-    def more(self) -> None:
-        """SIGTTIN: one worker more."""
-        number = min({*range(len(self.places) + 1)} - {place.number for place in self.places})
-        if number == MAX_WORKERS:
-            log.warning("SIGTTIN: there are %d workers, and cannot be more", number)
-            return
-        listener = self.places[0].listener
-        if self._is_reuseport:
-            reuseport.steer([listener], len(self._staying))
-            host, port = listener.getsockname()[:2]
-            listener = reuseport.listen_too(host, port)
-        self.places = [*self.places, Place(number, listener, self._meeting.cpus(number), is_new=True)]
-        log.info("SIGTTIN: %d workers", len(self._staying))
-
-    def fewer(self) -> None:
-        """SIGTTOU: one worker less, the last one."""
-        if len(self._staying) == 1:
-            log.warning("SIGTTOU: the only worker stays")
-            return
-        place = self._staying[-1]
-        place.is_leaving = True
-        log.info("SIGTTOU: %d workers", len(self._staying))
-        leaving = asyncio.create_task(self._leave(place))
-        self._leaving.add(leaving)
-        leaving.add_done_callback(self._leaving.discard)
-
     def adapt(self, count: int) -> None:
-        """So many are to stay."""
-        while len(self._staying) > count:
-            self.fewer()
+        """So many are to stay of those that there are, with a process before this one that had others."""
         if self._is_reuseport:
             reuseport.steer([self.places[0].listener], count)
+        for _ in range(count, len(self.places)):
+            self._wishes.put_nowait(self._less)
 
     def sockets(self) -> list[socket.socket]:
         """One for each worker, or the same one for all."""
@@ -207,18 +181,55 @@ class Crew(Server):
     def _staying(self) -> list[Place]:
         return [place for place in self.places if not place.is_leaving]
 
-    async def _leave(self, place: Place) -> None:
-        """Nobody who has connected is turned away: new connections go elsewhere, and those that wait are served."""
+    async def _grant(self) -> None:
+        """One after the other: so the sockets are numbered as `places` are."""
+        while True:
+            wish = await self._wishes.get()
+            try:
+                await wish()
+            except Exception:  # no descriptor is left, say: the next wish may be another
+                log.exception("the number of workers cannot be changed")
+
+    async def _more(self) -> None:
+        """SIGTTIN: one worker more, to which nobody is led before it is ready."""
+        staying = self._staying
+        number = min({*range(len(self.places) + 1)} - {place.number for place in self.places})
+        if number == MAX_WORKERS:
+            log.warning("SIGTTIN: there are %d workers, and cannot be more", number)
+            return
+        listener = staying[0].listener
         if self._is_reuseport:
-            reuseport.steer([place.listener], len(self._staying))
+            reuseport.steer([listener], len(staying))
+            listener = reuseport.listen_too(*listener.getsockname()[:2])
+        place = Place(number, listener, self._meeting.cpus(number))
+        self.places = [*self.places, place]
+        log.info("SIGTTIN: %d workers", len(staying) + 1)
+        while place.child is None or not place.child.is_ready:
+            await asyncio.sleep(LOOK_SECONDS)
+        if self._is_reuseport:
+            reuseport.steer([listener], len(staying) + 1)
+
+    async def _less(self) -> None:
+        """SIGTTOU: one worker less, the last one. Nobody who has connected is turned away: new connections go
+        elsewhere, and those that wait are served."""
+        *others, place = self._staying
+        if not others:
+            log.warning("SIGTTOU: the only worker stays")
+            return
+        place.is_leaving = True
+        log.info("SIGTTOU: %d workers", len(others))
+        if self._is_reuseport:
+            reuseport.steer([place.listener], len(others))
             await asyncio.sleep(SETTLE_SECONDS)
             while reuseport.waiting(place.listener) and place.child is not None:
                 await asyncio.sleep(LOOK_SECONDS)
             place.listener.close()
         if place.child is not None:
             place.child.link.tell("leave")
-        while place.child is not None:
-            await asyncio.sleep(LOOK_SECONDS)
+        else:
+            self._forget(place)
+
+    def _forget(self, place: Place) -> None:
         self.places = [each for each in self.places if each is not place]
 
     # Who is there.
@@ -249,17 +260,13 @@ class Crew(Server):
         elif now - child.heard_at > (HUNG_SECONDS if child.is_ready else START_SECONDS) and not child.is_given_up:
             child.is_given_up = True
             child.popen.kill()
-        elif place.is_new and child.is_ready:
-            place.is_new = False
-            if self._is_reuseport:
-                reuseport.steer([place.listener], len(self._staying))
 
     def _begin(self, place: Place) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             passed = [each.fileno() for each in (theirs, place.listener, *self._others)] + self._meeting.passes(place)
-            command = [sys.executable, "-P", "-m", "balancer.processes.worker", str(theirs.fileno())]
-            path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+            command = [sys.executable, "-P", "-m", "balancer.processes.worker", str(theirs.fileno()), self._program]
+            path = os.pathsep.join(filter(None, (str(program.ROOT), os.environ.get("PYTHONPATH"))))
             # They stay blocked in the child, and those that come to us meanwhile are not lost.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, OURS)
             try:
@@ -284,14 +291,29 @@ class Crew(Server):
             how = "did not answer any more, and was ended"
         is_expected = self._is_ending or place.is_leaving
         self._meeting.lost(place, "" if is_expected else f"worker {place.number} (process {pid}) {how}")
+        if place.is_leaving:
+            self._forget(place)
         if is_expected:
+            return
+        if child.popen.returncode == program.IS_ANOTHER:
+            self._cannot_begin(place, now)
             return
         place.early = place.early + 1 if now - child.ready_at < YOUNG_SECONDS else 0
         place.start_at = now + (min(PAUSE_SECONDS * 2 ** (place.early - 1), LONGEST_PAUSE) if place.early else 0)
         self._deaths.append(now)
-        if len(self._deaths) == MOST_DEATHS and now - self._deaths[0] <= DEATHS_SECONDS and not self.failure:
-            self.failure = f"{MOST_DEATHS} workers ended within {DEATHS_SECONDS:g} s, the last one {how}"
-            log.critical("%s; so does this balancer", self.failure)
+        if len(self._deaths) == MOST_DEATHS and now - self._deaths[0] <= DEATHS_SECONDS:
+            self._fail(f"{MOST_DEATHS} workers ended within {DEATHS_SECONDS:g} s, the last one {how}")
+
+    def _cannot_begin(self, place: Place, now: float) -> None:
+        """No worker of ours can begin any more, and those who connect there must not wait for one."""
+        log.warning("no worker can begin, the program's files are others now: what is there takes over")
+        place.start_at = now + LONGEST_PAUSE
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+    def _fail(self, reason: str) -> None:
+        if not self.failure:
+            self.failure = reason
+            log.critical("%s; so this balancer ends", reason)
             os.kill(os.getpid(), signal.SIGTERM)
 
     def _part(self, child: Child) -> None:

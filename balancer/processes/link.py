@@ -75,6 +75,12 @@ class Link:
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
+    def finish(self) -> None:
+        """Tell what has not been told yet, if that can be done soon, and close."""
+        self._untold.put(None)
+        self._threads[1].join(STOP_SECONDS)
+        self.close()
+
     def join(self) -> None:
         """After `close`: let its threads and descriptors go."""
         for thread in self._threads:
@@ -100,12 +106,11 @@ class Link:
 
     def _write(self) -> None:
         with suppress(OSError):
-            while (message := self._untold.get()) is not None:
-                batch = [message]
+            is_over = False
+            while not is_over:
+                batch = [self._untold.get()]
                 while len(batch) < MOST_AT_ONCE and not self._untold.empty():
-                    message = self._untold.get()
-                    if message is None:
-                        return
-                    batch.append(message)
-                self._connection.send(batch)
+                    batch.append(self._untold.get())
+                is_over = None in batch
+                self._connection.send([message for message in batch if message is not None])
         self.close()

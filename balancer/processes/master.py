@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -25,11 +25,12 @@ from balancer.control.control import WorkerView
 from balancer.edge import process, quota, tcpsocket
 from balancer.edge.handover import ROLES, Handed
 from balancer.edge.server import Server
+from balancer.filters.sharedlimit import Accounts, Asked, Charge, Settle
 from balancer.forwarding.filter import Filter
 from balancer.loadbalancer import LoadBalancer
 from balancer.observe.events import EventKind
 from balancer.observe.reports import Collector, Ledger
-from balancer.processes import reuseport, shares
+from balancer.processes import reuseport
 from balancer.processes.crew import Crew, Meeting, Place
 from balancer.processes.forwarded import AnsweringWorkers
 from balancer.processes.link import Link
@@ -46,7 +47,8 @@ OF_MEMBERS = frozenset({"backend_added", "backend_removed", "backend_changed", "
 
 class Master(LoadBalancer):
     """`_telling` guards `_links`, who hears what, and the order in which all hear it. It is taken after all other
-    locks but those of pools."""
+    locks but those of pools. `_settling` guards `_accounts`, of the limits that workers hold together; with a cluster
+    that has them, what they ask waits in `_asked`."""
 
     def __init__(self, config: Settings, sources: Mapping[str, str] | None = None) -> None:
         self.count = quota.workers(config.workers)
@@ -58,6 +60,11 @@ class Master(LoadBalancer):
         self._loads = SharedLoads()
         self._ledgers: dict[int, Ledger] = {}  # by the number of the worker
         self._numbers: dict[int, Numbers] = {}  # as well
+        self._growing: dict[str, bool] = {}  # pools, as workers know of it
+        self._settling = Lock()
+        self._accounts = Accounts()
+        self._asked: deque[Asked] = deque()
+        self._sharing = (self.count, False)
         super().__init__(config=config, sources=sources)
         self._answering = AnsweringWorkers(self._answer)
         self._follow = self.pools.tell
@@ -65,6 +72,9 @@ class Master(LoadBalancer):
         self.pools.cut_off = self._cut_off
         self.pools.health.on_check = self._checked
         self.control.workers = self._describe
+        if self.cluster is not None:
+            self.cluster.asks, self.cluster.share = self._asks, self._share
+            self.cluster.note_elsewhere = partial(self._tell, "elsewhere")
         self.control.queued = lambda: sum(each.queued for each in list(self._numbers.values()))
         self.control.idle = self._idle
         self.control.log.dropped_elsewhere = lambda: sum(each.dropped for each in list(self._numbers.values()))
@@ -145,7 +155,12 @@ class Master(LoadBalancer):
 
     def _look_around(self) -> None:
         self._look()
-        self._tell("canaries", self.control.canaries.shares())
+        if told := self.control.canaries.shares():
+            self._tell("canaries", told)
+        for pool in self.control.pools:
+            if pool.may_grow != self._growing.get(pool.name, False):
+                self._growing[pool.name] = pool.may_grow
+                self._tell_of(pool)
 
     def _idle(self) -> dict[str, Counter[str]]:
         found: dict[str, Counter[str]] = {}
@@ -179,7 +194,7 @@ class Master(LoadBalancer):
         with self._telling:
             start = Start(
                 number=place.number,
-                settings=shares.of_worker(self._config, self.count),
+                settings=_of_worker(self._config),
                 sources=self.configuration.sources,
                 certificate=self.renewal.certificate,
                 pools={pool.name: news_of(pool) for pool in self.control.pools},
@@ -187,11 +202,14 @@ class Master(LoadBalancer):
                 loads=self._loads.fd,
                 ledger=self._ledgers[place.number].fd,
                 pseudonym=self.proxy.heads.pseudonym,
+                salt=self.control.limiter.salt,
                 sockets={role: each.fileno() for role, each in {**self._listeners, "http": place.listener}.items()},
                 cpus=place.cpus,
             )
             link.tell("start", start)
+            link.tell("sharing", *self._sharing)
             self._links.append(link)
+        self._share_alone()
 
         def ask(number: int, told: dict[str, Any], body: bytes | Exception) -> None:
             self._answering.ask(told, body, lambda answer: link.tell("answer", number, answer))
@@ -205,6 +223,7 @@ class Master(LoadBalancer):
                 "wake": self.pools.health.wake,
                 "event": self._take_event,
                 "numbers": partial(self._take_numbers, place.number),
+                "charges": partial(self._take_charges, place.number, partial(link.tell, "settled")),
             },
             lambda: None,
         )
@@ -219,8 +238,34 @@ class Master(LoadBalancer):
         with self._telling:
             living = [] if self._crew is None else [each.child.link for each in self._crew.places if each.child]
             self._links = [link for link in self._links if link in living]
+        self._share_alone()
         if text:
             wiring.noting(self.control.events)("worker_lost", f"{text}, with {in_flight} requests in flight")
+
+    # The limits that workers hold together, and with those of other members if there is a cluster.
+
+    def _take_charges(self, worker: int, settle: Settle, charges: Sequence[Charge]) -> None:
+        if self.cluster is not None:
+            self._asked.append((f"/{worker}", charges, settle))
+            return
+        with self._settling:
+            settled = self._accounts.charge(worker, charges, self.control.limiter.clock())
+        settle(charges, settled)
+
+    def _asks(self) -> Iterator[Asked]:
+        while self._asked:
+            yield self._asked.popleft()
+
+    def _share(self, members: int, is_lost: bool) -> None:
+        if is_lost:
+            self._asked.clear()
+        self._sharing = members, is_lost
+        self._tell("sharing", members, is_lost)
+
+    def _share_alone(self) -> None:
+        """After a worker has come or gone."""
+        if self.cluster is None and self._crew is not None:
+            self._share(max(1, len(self._crew.places)), False)
 
     # What workers say, each in the thread of its link.
 
@@ -243,7 +288,7 @@ class Master(LoadBalancer):
 
     def _take_numbers(self, worker: int, numbers: Numbers) -> None:
         self._numbers[worker] = numbers
-        self.control.limiter.restore(numbers.limits)
+        self.control.limiter.restore([*numbers.limits.items()])
         for pool in self.control.pools:
             pool.note_selected(numbers.selected.get(pool.name, {}))
             pool.note_alive(numbers.alive.get(pool.name, {}))
@@ -261,10 +306,13 @@ class Master(LoadBalancer):
     def _changed(self, pool: BackendPool, change: PoolChange) -> None:
         self._follow(pool, change)
         if change.kind in OF_MEMBERS:
-            with self._telling:  # so that the newest comes last
-                news = news_of(pool)
-                for link in self._links:
-                    link.tell("pool", pool.name, news)
+            self._tell_of(pool)
+
+    def _tell_of(self, pool: BackendPool) -> None:
+        with self._telling:  # so that the newest comes last
+            news = news_of(pool)
+            for link in self._links:
+                link.tell("pool", pool.name, news)
 
     def _checked(self, pool: BackendPool, backend: Backend, check: LastCheck, origin: Origin) -> None:
         self._tell("check", pool.name, backend.id, origin, check)
@@ -282,6 +330,12 @@ class Master(LoadBalancer):
             for link in self._links:
                 link.tell(
                     "settings",
-                    *(shares.of_worker(self._config, self.count), self.configuration.sources),
+                    *(_of_worker(self._config), self.configuration.sources),
                     *(self.renewal.certificate, pools),
                 )
+
+
+def _of_worker(config: Settings) -> Settings:
+    """Nothing that there is once. What is told for information, the master tells."""
+    level = "warning" if config.log_level == "info" else config.log_level
+    return config.model_copy(update={"state_file": None, "log_level": level})

@@ -28,9 +28,11 @@ FIELDS = (
 
 @dataclass(frozen=True, slots=True)
 class PoolNews:
-    """`members` have FIELDS by the id of the backend, in their order; `health` is what was seen of each."""
+    """`members` have FIELDS by the id of the backend, in their order; `health` is what was seen of each. With
+    `may_grow` others come if requests wait."""
 
     algorithm: str
+    may_grow: bool
     members: Mapping[str, Mapping[str, Any]]
     health: Mapping[str, Health]
     ejections: Mapping[str, KeptEjection]
@@ -50,6 +52,7 @@ class Start:
     loads: int
     ledger: int
     pseudonym: bytes
+    salt: bytes
     sockets: Mapping[str, int]
     cpus: Sequence[int]
 
@@ -73,6 +76,7 @@ def news_of(pool: BackendPool) -> PoolNews:
     backends = pool.backends()
     return PoolNews(
         pool.algorithm,
+        pool.may_grow,
         {backend.id: {name: getattr(backend, name) for name in FIELDS} for backend in backends},
         {backend.id: replace(backend.health) for backend in backends},
         pool.ejections(),

@@ -1,7 +1,7 @@
 """One worker process: the data path alone. Whatever is there once it has from its master, or asks it for.
 
-Started as `python -m balancer.processes.worker DESCRIPTOR`, which is its end of the link. Signals are the master's:
-they are blocked here, since before this began.
+Started as `python -m balancer.processes.worker DESCRIPTOR PROGRAM`: its end of the link, and what the files of its
+master were. Signals are the master's: they are blocked here, since before this began.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ from balancer.edge.handover import ROLES
 from balancer.edge.server import Server
 from balancer.edge.tls import Certificate, TlsOptions
 from balancer.errors import SettingsError
+from balancer.filters.sharedlimit import SETTLE_SECONDS
 from balancer.fleet.health import Checked, HealthChecker
 from balancer.forwarding.filter import Filter
 from balancer.loadbalancer import LoadBalancer
 from balancer.observe import logrecords
 from balancer.observe.events import EventKind, Events
 from balancer.observe.reports import Ledger, Reports
+from balancer.processes import program
 from balancer.processes.forwarded import AskingMaster
 from balancer.processes.link import Link
 from balancer.processes.news import Numbers, PoolNews, Start, changes
@@ -73,8 +75,9 @@ class ToldEvents(Events):
 
 
 class Worker(LoadBalancer):
-    """`_told` is what the master has said last of the settings and the certificate; the thread of the link alone
-    replaces it."""
+    """What begins with `take_` is called in the thread of the link. `_orders` is done when it has to end, with why, how
+    many seconds what is in flight has, after how many more, and whether others accept already; `_hurry` when it has to
+    end at once."""
 
     def __init__(self, link: Link, start: Start) -> None:
         self._link = link
@@ -104,6 +107,7 @@ class Worker(LoadBalancer):
                 *(self.reports, self.reports.routes, ToldEvents(self._link), Untold),
                 loads=SharedLoads(self._start.loads, self._start.number),
                 certificate=self._start.certificate,
+                salt=self._start.salt,
             ),
         )
         assert isinstance(parts.pools.health, Untold)
@@ -114,7 +118,8 @@ class Worker(LoadBalancer):
         """The master has them."""
 
     def stop_single_parts(self) -> None:
-        """As well."""
+        """As well, and hears now what has happened to the last."""
+        self._tell_numbers()
 
     # What it serves.
 
@@ -128,10 +133,11 @@ class Worker(LoadBalancer):
         self.listen(sockets)
         server = self._begin(None)
         assert server is not None
-        if not server.run(self._serve_on(server)):
+        has_ended = server.run(self._serve_on(server))
+        self._link.finish()
+        if not has_ended:
             logging.shutdown()
             os._exit(0)  # as `process.serve`
-        self._link.close()
         return 0
 
     async def _serve_on(self, server: Server) -> bool:
@@ -146,6 +152,9 @@ class Worker(LoadBalancer):
                 "cut": self.take_cut,
                 "alive": self.take_alive,
                 "canaries": self.control.canaries.take,
+                "elsewhere": self.control.pools.note_elsewhere,
+                "sharing": self.control.limiter.share,
+                "settled": self.control.limiter.settle,
                 "answer": self._ask.answered,
                 "end": self._end,
                 "leave": lambda: self._end("others take over", self.settings.drain_timeout, 0.0, True),
@@ -155,13 +164,14 @@ class Worker(LoadBalancer):
         )
         process.settle_memory()
         self._link.tell("ready")
-        beat = asyncio.create_task(self._beat())
+        repeated = [asyncio.create_task(each) for each in (self._beat(), self._charge())]
         why, limit, delay, gives_way = await asyncio.wrap_future(self._orders)
         hurry = asyncio.wrap_future(self._hurry)
         if gives_way:
             await server.give_way(hurry)
         ended = await server.end(why, limit, delay, hurry)
-        beat.cancel()
+        for each in repeated:
+            each.cancel()
         return ended
 
     async def _beat(self) -> None:
@@ -169,6 +179,13 @@ class Worker(LoadBalancer):
         while True:
             self._link.tell("beat")
             await asyncio.sleep(BEAT_SECONDS)
+
+    async def _charge(self) -> None:
+        """What limits have let through is said to the ledger that all workers have."""
+        while True:
+            if charges := self.control.limiter.charges():
+                self._link.tell("charges", charges)
+            await asyncio.sleep(SETTLE_SECONDS)
 
     def _end(self, why: str, limit: float, delay: float, gives_way: bool = False) -> None:
         if not self._orders.done():
@@ -216,6 +233,7 @@ class Worker(LoadBalancer):
         pool, config = self.control.pools.get(name), self.settings.by_pool().get(name)
         if pool is not None and config is not None:
             pool.apply(changes(pool, news, config, config))
+            pool.let_grow(news.may_grow)
 
     def take_check(self, pool: str, backend: str, origin: Origin, check: LastCheck) -> None:
         for found, member in self._found(pool, backend):
@@ -277,17 +295,21 @@ class Worker(LoadBalancer):
         return {name: more for name, count in counts.items() if (more := count - before.get(name, 0)) > 0}
 
 
-def main(descriptor: str) -> int:
+def main(descriptor: str, its_program: str) -> int:
     startup.prepare()
+    if its_program != program.state():
+        return program.IS_ANOTHER
     link = Link(socket.socket(fileno=int(descriptor)), "master", MASTER)
     try:
         worker = Worker(link, link.first())
     except SettingsError as error:
         print(f"worker: {error}", file=sys.stderr)
         return 2
+    except (EOFError, OSError):  # the master is gone already
+        return 1
     logrecords.install(worker.control.log, worker.settings.log_level, lambda: worker.settings.access_log_format)
     return worker.serve()
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

@@ -83,7 +83,7 @@ BODILESS_STATUSES = frozenset({204, 304})  # RFC 9112 section 6.3, rule 1
 _DIGITS = re.compile(rb"[0-9]{1,18}\Z")
 # reg-name, IPv4 or bracketed IPv6, optional port (RFC 3986 section 3.2.2); no user info, no spaces.
 _HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9\-._~!$&'()*+,;=%]+)(?::[0-9]{0,5})?\Z")
-_VISIBLE = bytes(range(0x21, 0x7F))
+_PATH = re.compile(rb"/[\x21-\x7e]*\Z")
 # A path that means the same to every reader of URLs: no dots, backslashes, escapes, or host.
 _PLAIN_PATH = re.compile(rb"(?:/[A-Za-z0-9_~-]+)+/?\Z")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:+/=@-]{1,128}\Z")
@@ -174,8 +174,7 @@ def check_method(method: str) -> None:
 
 def check_target(method: str, target: bytes) -> None:
     """Origin-form or asterisk-form in visible ASCII, nothing else. Raises ClientError (RFC 9112 section 3.2)."""
-    is_of_form = target.startswith(b"/") or (target == b"*" and method == "OPTIONS")
-    if not is_of_form or target.translate(None, _VISIBLE):
+    if not _PATH.match(target) and not (target == b"*" and method == "OPTIONS"):
         raise ClientError("the request target must be a path")
 
 

@@ -1,0 +1,1 @@
+"""Several balancers that know of each other."""
