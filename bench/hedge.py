@@ -34,7 +34,7 @@ RATES = {"quality": quality.RATE, "half of it": quality.RATE / 2}
 HEDGES = ("off", "auto")
 SHOWN = ("p50 ms", "p99 ms", "p99.9 ms", "extra %")
 DIRECT = "worst direct ms"  # of requests past the balancer: when they are late, machine or generator stood still
-EQUAL, EQUAL_RATE, EQUAL_ROUNDS = ("0.01", "0.01", "0.01"), 1500.0, 5
+EQUAL, EQUAL_RATE, EQUAL_ROUNDS = ("0.01", "0.01", "0.01"), 500.0, 9
 # The goals: milliseconds, requests of 100, and per cent that off and auto may differ with equal backends.
 GOALS = {"p99 ms": 200.0, "p99.9 ms": 250.0, "extra %": 5.0}
 SAME = 2.0
@@ -99,7 +99,7 @@ def equal(seconds: float) -> list[str]:
         for turn in range(EQUAL_ROUNDS):
             for hedge in HEDGES[:: 1 if turn % 2 else -1]:
                 progress(f"equal backends, round {turn + 1}/{EQUAL_ROUNDS}, hedge {hedge}")
-                rounds[hedge].append(measure_equal(hedge, backends, seconds / 2))
+                rounds[hedge].append(measure_equal(hedge, backends, seconds / 5))
     progress("")
     missed = []
     for name in names:

@@ -106,6 +106,7 @@ def simulate_all(rounds: int) -> list[Sample]:
 
 
 CLIENTS = 250  # that differ in their address
+CHECK_SECONDS = 0.5
 COMES, LATE = "comes", "is late"
 LOOK_SECONDS = 0.02  # between two looks for a second place
 
@@ -139,8 +140,14 @@ def simulate(number: int, name: str, seconds: float, *, hedge: str = "off", rate
         happens(chosen.due(now), index, lease)
 
     serials = count()
+    checked = 0.0
     while coming:
         now, _, index, what = heapq.heappop(coming)
+        if now - checked >= CHECK_SECONDS:  # of those that stand still, nobody is told
+            checked = now
+            for backend_id, backend in backends.items():
+                if backend.after(now, 0.0) == now and (known := pool.get(backend_id)) is not None:
+                    pool.record_check(known, LastCheck(now, 0.0, 200, None))
         request, shot = requests[index % len(requests)], shots[index]
         if what == COMES:
             sent[index] = {}
@@ -155,7 +162,7 @@ def simulate(number: int, name: str, seconds: float, *, hedge: str = "off", rate
             pool.hedging.answered(now - attempts[first])
             what.release(now - attempts.pop(what))
             for dropped in attempts:
-                dropped.drop()
+                dropped.drop(is_late=dropped is first)
             shot.latency, shot.is_good = now - shot.due, True
         elif (second := hedged(pool, request, next(iter(sent[index])))) is not None:
             ask(index, second)

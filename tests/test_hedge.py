@@ -31,12 +31,19 @@ from support import (
 )
 from wire import WireBackend, ask, hang_up, wait_closed
 
+from balancer.balancing.backends import LastCheck
 from balancer.balancing.hedging import FEWEST_TIMES, RESERVED, SAVED, Hedging
 from balancer.balancing.options import PoolOptions
+from balancer.balancing.pool import BackendPool
 from balancer.balancing.speed import Speed
+from balancer.balancing.strategies import create
 from balancer.edge.express import Express
+from balancer.protocol.origin import Origin
+from balancer.protocol.request import Request
+from balancer.protocol.requestheads import RequestHeads
 
 LATE = 0.05
+GOOD = LastCheck(1.0, 0.001, 200, None)
 BAD = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 3\r\n\r\nbad"
 
 
@@ -54,7 +61,11 @@ class Fleet:
             *(f"--backend={name}={backend.url}" for name, backend in self.backends.items()),
             "--algorithm=round_robin", f"--hedge={LATE}", "--hedge-budget=1", "--pool-idle-timeout=60", *flags,
         )  # fmt: skip
+        self._hedging = self.balancer.library.control.pools.default.hedging
+        self._options = self._hedging.options
         self.warm()
+        if self._options.hedge == LATE:  # not before the first backend is known to be asked
+            self.forbid()
         for name, backend in self.backends.items():
             backend.script = lambda sock, request, name=name: self._hold(name, sock)
 
@@ -71,7 +82,17 @@ class Fleet:
             self._does.append(does)
         does.result(60)(sock)
 
+    def forbid(self) -> None:
+        """Until `allow` nothing is late."""
+        self._hedging.options = replace(self._options, hedge=60.0)
+
+    def allow(self) -> None:
+        self._hedging.options = self._options
+
     def wait_asked(self, count: int) -> None:
+        wait_until(lambda: self.asked, "a backend is asked")
+        if count > 1:
+            self.allow()
         wait_until(lambda: len(self.asked) >= count, f"{count} backends are asked, not only {self.asked}")
 
     def answer(self, number: int, data: bytes = b"") -> None:
@@ -87,6 +108,7 @@ class Fleet:
 
     def wait_long(self) -> None:
         """Until a second backend would have been asked."""
+        self.allow()
         looks = self.looks
         until = time.monotonic() + 2 * LATE
         wait_until(lambda: self.looks >= looks + 5 and time.monotonic() > until, "it has looked for late ones")
@@ -214,33 +236,41 @@ def test_a_request_whose_filters_wait_is_sent_twice_too(make: Make, pool: Thread
     assert answer.result(60)[2] == fleet.asked[1].encode() and fleet.is_closed(0)
 
 
-NEVER = {
-    "POST": (get(b"/", b"Content-Length: 0", method=b"POST"), ()),
-    "DELETE": (get(b"/", method=b"DELETE"), ()),
-    "OPTIONS": (get(b"/", method=b"OPTIONS"), ()),
-    "a body": (get(b"/", b"Content-Length: 1") + b"x", ()),
-    "a WebSocket": (
-        get(b"/", b"Upgrade: websocket", b"Sec-WebSocket-Version: 13", b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==")
-        .replace(b"Connection: close", b"Connection: upgrade"),
-        (),
-    ),
-    "no budget": (get(b"/"), ("--hedge-budget=0.01",)),
-    "off": (get(b"/"), ("--hedge=off",)),
-    "auto, too few samples": (get(b"/"), ("--hedge=auto",)),
-}  # fmt: skip
+NEVER = [
+    get(b"/", b"Content-Length: 0", method=b"POST"),
+    get(b"/", method=b"DELETE"),
+    get(b"/", method=b"OPTIONS"),
+    get(b"/", b"Content-Length: 1") + b"x",
+    get(b"/", b"Upgrade: websocket", b"Sec-WebSocket-Version: 13", b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==")
+    .replace(b"Connection: close", b"Connection: upgrade"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", NEVER)
-def test_it_is_not_sent_twice(make: Make, pool: ThreadPoolExecutor, kind: str) -> None:
-    data, flags = NEVER[kind]
-    fleet = make(*flags)
-    answer = pool.submit(ask, fleet.balancer.port, data)
+def test_what_may_have_an_effect_is_not_sent_twice(make: Make, pool: ThreadPoolExecutor) -> None:
+    fleet = make()
+    answers = []
+    for number, data in enumerate(NEVER):
+        answers.append(pool.submit(ask, fleet.balancer.port, data))
+        fleet.wait_asked(number + 1)
+    fleet.wait_long()
+    assert len(fleet.asked) == len(NEVER)
+    for number in range(len(NEVER)):
+        fleet.answer(number)
+    assert {answer.result(60)[0] for answer in answers} <= {200, 502}  # a WebSocket that was refused
+    assert sum(fleet.hedges().values()) == 0
+
+
+@pytest.mark.parametrize("flag", ["--hedge-budget=0.01", "--hedge=off", "--hedge=auto"])
+def test_without_budget_samples_or_being_asked_to_none_is_sent_twice(
+    make: Make, pool: ThreadPoolExecutor, flag: str
+) -> None:
+    fleet = make(flag)
+    answer = pool.submit(fetch, fleet.balancer.url)
     fleet.wait_asked(1)
     fleet.wait_long()
     assert len(fleet.asked) == 1
     fleet.answer(0)
-    assert answer.result(60)[0] in (200, 502)  # a WebSocket that was refused
-    assert sum(fleet.hedges().values()) == 0
+    assert answer.result(60)[0] == 200 and sum(fleet.hedges().values()) == 0
 
 
 def test_a_client_that_is_bound_stays_where_it_is(make: Make, pool: ThreadPoolExecutor) -> None:
@@ -287,9 +317,9 @@ def test_only_where_there_is_room(make: Make, pool: ThreadPoolExecutor) -> None:
     fleet.wait_asked(2)
     fleet.wait_long()
     assert sorted(fleet.asked) == ["a", "b"]
-    fleet.answer(0)
-    fleet.wait_asked(3)
-    for number in (1, 2):
+    fleet.forbid()
+    for number in range(3):
+        wait_until(lambda number=number: len(fleet.asked) > number, "its turn has come")
         fleet.answer(number)
     assert [answer.result(60)[0] for answer in answers] == [200] * 3
     assert sum(fleet.hedges().values()) == 0 and is_idle(fleet.balancer)
@@ -381,8 +411,9 @@ def test_an_error_that_comes_before_the_second_attempt_is_passed_on(make: Make, 
 
 
 def test_the_time_limit_is_for_both_together(make: Make, pool: ThreadPoolExecutor) -> None:
-    fleet = make("--response-timeout=0.4", "--retries=0")
+    fleet = make("--response-timeout=0.6", "--retries=0")
     answer = pool.submit(fetch, fleet.balancer.url)
+    fleet.wait_asked(2)
     assert answer.result(60)[0] == 504
     assert fleet.is_closed(0) and fleet.is_closed(1) and len(fleet.asked) == 2
     record = newest(fleet.balancer)
@@ -559,6 +590,38 @@ def test_the_budget_is_a_share_of_the_requests() -> None:
     assert [pool.spend(is_urgent=True) for _ in range(SAVED)].count(True) == RESERVED
     pool.refund()
     assert pool.spend(is_urgent=True) and not pool.spend(is_urgent=True)
+
+
+def test_who_answers_nobody_is_asked_last() -> None:
+    """By a strategy that knows nothing of time."""
+    pool = BackendPool(create("round_robin"), options(PoolOptions))
+    for name in "ab":
+        pool.record_check(pool.add(name, Origin("http", "127.0.0.1", 1)), GOOD)
+    asked = Request(RequestHeads(), "GET", "/", b"/", "1.1", "http", "192.0.2.1", [(b"host", b"a")])
+
+    def drop(count: int, *, is_late: bool = True) -> None:
+        """As many requests of `a` as these are answered by `b`."""
+        for lease in (pool.lease(asked, ["b"]) for _ in range(count)):
+            second = pool.lease_beside(lease, asked)
+            assert second is not None and second.backend.id == "b"
+            second.release(0.01)
+            lease.drop(is_late)
+
+    def chosen() -> set[str]:
+        leases = [pool.lease(asked) for _ in range(4)]
+        for lease in leases:
+            lease.release(0.01)
+        return {lease.backend.id for lease in leases}
+
+    drop(1)
+    assert chosen() == {"a", "b"}  # it has answered
+    drop(1)
+    drop(5, is_late=False)
+    assert chosen() == {"a", "b"}
+    drop(2)
+    assert chosen() == {"b"} and pool.snapshot()[0]["health"]["reason"] == "2 requests in a row were answered by others"
+    pool.record_check(pool.backends()[0], GOOD)
+    assert chosen() == {"a", "b"}
 
 
 def test_a_backend_that_was_not_waited_for_is_as_slow_as_it_was_silent() -> None:

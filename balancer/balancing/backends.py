@@ -158,6 +158,8 @@ class Backend:
     draining_since: float | None = None
     cut_at: float = -math.inf
     elsewhere: int = 0  # in flight by way of other members of a cluster, as they told last
+    outrun: int = 0  # requests in a row that others have answered in its place
+    ended_when_outrun: int = -1  # how many of all had ended at the last one
 
     @property
     def is_wanted(self) -> bool:

@@ -62,14 +62,16 @@ class Hedging:
             self._late = max(LEAST_SECONDS, times[ceil(LATE_SHARE * len(times)) - 1]) if enough else None
         return self._late
 
-    def answered(self, seconds: float) -> None:
-        """A first byte came after so long, or it was not waited for any longer."""
-        self._times.append(seconds)
+    @property
+    def answered(self) -> Callable[[float], None]:
+        """Call it with the seconds after which a first byte came, or was not waited for any longer."""
+        return self._times.append
 
     def count(self) -> None:
         """One more request, once each."""
         with self._lock:
-            self._saved = min(SAVED, self._saved + self.options.hedge_budget)
+            saved = self._saved + self.options.hedge_budget
+            self._saved = saved if saved < SAVED else SAVED
 
     def spend(self, is_urgent: bool) -> bool:
         """Whether there may be one more hedge, which is counted then. `is_urgent`: the backend stands still."""

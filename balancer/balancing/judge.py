@@ -16,6 +16,8 @@ from balancer.balancing.options import PoolOptions
 from balancer.balancing.slowstart import SlowStart
 from balancer.balancing.speed import FAILURE_SECONDS
 
+OUTRUN_IN_A_ROW = 2  # requests that others have answered in place of a backend, while it answered none
+
 
 class Judge:
     """Judges the backends of one pool, and holds its `options`. It has no lock of its own: these and all it touches are
@@ -49,10 +51,20 @@ class Judge:
             backend.window.add(first_byte_seconds)
 
     def dropped(self, backend: Backend) -> None:
-        """A request waits no longer, since another backend has answered it."""
+        """A request waits no longer, since another backend has answered it: where the strategy goes by time."""
         silence = backend.speed.dropped(self._clock())
         if silence is not None and self.options.latency_ejection != "off":
             backend.window.add(silence)
+
+    def outrun(self, backend: Backend, ended: int) -> bool:
+        """The same of one that was asked first, where the strategy knows nothing of time. Who answers nobody meanwhile
+        is busy: the others are asked first, until its next good check. So many requests had `ended` there."""
+        backend.outrun = backend.outrun + 1 if ended == backend.ended_when_outrun else 1
+        backend.ended_when_outrun = ended + 1  # with this one
+        if backend.outrun < OUTRUN_IN_A_ROW or backend.health.status != "up" or backend.health.is_busy:
+            return False
+        backend.health.reason = f"{backend.outrun} requests in a row were answered by others"
+        return True
 
     def ended(
         self, backend: Backend, first_byte_seconds: float | None, failure: str, is_trial: bool, is_answered: bool

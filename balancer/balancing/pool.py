@@ -94,10 +94,11 @@ class Lease:
         if self._pool is not None and self.backend.health.consecutive_failures:
             self._pool._alive(self)
 
-    def drop(self) -> None:
-        """As `release`, since another backend has answered instead: nobody is to blame, but this one was slower."""
+    def drop(self, is_late: bool) -> None:
+        """As `release`, since another backend has answered instead: nobody is to blame, but this one was slower.
+        `is_late` if it was asked first."""
         if self._pool is not None:
-            self._pool._dropped(self)
+            self._pool._dropped(self, is_late)
             self.release()
 
     def release(self, first_byte_seconds: float | None = None, *, failure: str = "") -> None:
@@ -427,14 +428,20 @@ class BackendPool:
             if lease.choice.origin == lease.backend.origin:
                 self._judge.alive(lease.backend)
 
-    def _dropped(self, lease: Lease) -> None:
+    def _dropped(self, lease: Lease, is_late: bool) -> None:
         backend = lease.backend
         with self._lock:
-            if not lease.is_answered and lease.choice.origin == backend.origin:
+            if lease.choice.origin != backend.origin:
+                return
+            if not lease.is_answered:
                 self._judge.dropped(backend)
                 lease.is_answered = True
                 if self.loads is not None:
                     self.loads.add(backend, 0, -1)
+            elif is_late:
+                ended = backend.counts.selected - (backend.active if self.loads is None else self.loads.own(backend))
+                if self._judge.outrun(backend, ended):
+                    self._judged()
 
     def _release(self, lease: Lease, first_byte_seconds: float | None, failure: str) -> None:
         backend = lease.backend

@@ -196,6 +196,11 @@ class PoolLoads:
         if self.is_told:
             self._tell(slot)
 
+    def own(self, backend: Backend) -> int:
+        """What it has in flight by way of this process alone."""
+        slot = self._slots.get(backend)
+        return backend.active if slot is None else self._active[slot * ROWS + self._row]
+
     def _tell(self, slot: int) -> None:
         row = self._row
         count = self._seen[row]

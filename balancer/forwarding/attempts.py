@@ -314,7 +314,7 @@ class Attempts:
             leg.lease.release()
         else:
             self._note_leg(leg, DROPPED)
-            leg.lease.drop()
+            leg.lease.drop(is_late=not leg.attempt.hedge)
         leg.sent.close()
 
     def outdo(self, leg: Leg) -> None:

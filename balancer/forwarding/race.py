@@ -160,15 +160,17 @@ class Race:
 
 def noting(hedging: Hedging) -> Callable[[Request, Record], None]:
     """A hook for the end of each request, from which `hedging` learns what is late and how many hedges there may be."""
+    answered = hedging.answered
 
     def note(request: Request, record: Record) -> None:
-        if not record.attempts:
+        attempts = record.attempts
+        if not attempts:
             return
         if not record.is_late:
             hedging.count()
         if record.websocket is None and not record.bytes_in:
-            first = record.in_turn[0]
-            if first.outcome == DROPPED or first.outcome.isdecimal():
-                hedging.answered(first.seconds)
+            first = attempts[0] if len(attempts) == 1 else record.in_turn[0]
+            if first.outcome.isdecimal() or first.outcome == DROPPED:
+                answered(first.seconds)
 
     return note
