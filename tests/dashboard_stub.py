@@ -163,6 +163,7 @@ class Stub:
     failing_writes: set[str] = field(default_factory=set)  # paths that answer 422
     events: list[Json] = field(default_factory=list)
     history: dict[int, list[Json]] | None = field(default_factory=dict)  # by step; None is a balancer that keeps none
+    cluster: Json = field(default_factory=dict)
     requests: dict[str, Json] = field(default_factory=dict)
     reload_answer: Json = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)  # targets of all GETs
@@ -251,6 +252,8 @@ class StubHandler(BaseHTTPRequestHandler):
             step, since = int(query["step"]), int(query["since"])
             newer = [one for one in self.stub.history.get(step, []) if one["at"] > since]
             self.reply(200, {"step": step, "now": time.time(), "points": newer})
+        elif target.path == "/cluster":
+            self.reply(200, self.stub.cluster)
         elif target.path == "/config":
             rows = [{"name": "algorithm", "value": "weighted", "source": "file", "needs_restart": False}]
             self.reply(200, {"settings": rows})

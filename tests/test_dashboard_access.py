@@ -31,12 +31,36 @@ def findings(page: Page, part: str | None = None, rule: str | None = None) -> li
     ]
 
 
+def has_fleet(stub: Stub) -> None:
+    """More than one process, a source of backends, two machines."""
+    source = {"name": "backends.toml", "kind": "file", "state": "good", "backends": 3, "age": 2.0, "last_error": None}
+    stub.answer["sources"] = [source]
+    workers = [
+        {"id": number, "pid": 4000 + number, "since": stub.answer["now"], "state": "running"} for number in (0, 1)
+    ]
+    members = [{"name": name, "seen": stub.answer["now"], "requests": 120} for name in ("lb-1", "lb-2")]
+    together = {"name": "shop", "state": "together", "last_error": None}
+    stub.cluster = {"workers": workers, "members": members, "cluster": together}
+
+
+def test_what_there_is_beside_backends_is_told_where_it_is(tab: Tab, stub: Stub) -> None:
+    tab.from_disk(stub.url).is_live()
+    tab.view("system")
+    expect(tab.at("#h-fleet")).to_be_hidden()
+    has_fleet(stub)
+    expect(tab.at("#fleet h3")).to_have_text(["Members", "Workers", "Sources"])
+    tab.shows("#fleet-note", "cluster shop: together")
+    for words in ("lb-2", "4001", "backends.toml", "2 s ago"):
+        tab.shows("#fleet", words)
+
+
 def busy(stub: Stub) -> None:
     """A balancer that shows as much as there is to show."""
     backends = [backend(index, state=state, failed_requests=index) for index, state in enumerate(STATES, 1)]
     backends[2]["healthy"] = False
     stub.answer = status(backends, failed=45)
-    stub.answer["panic"] = True
+    stub.answer["panic"] = stub.answer["capabilities"]["faults"] = True
+    has_fleet(stub)
     stub.answer["config"]["last_error"] = "line 3: weight must be a whole number"
     stub.answer["recent_requests"] = [recent(1), recent(2, status=404), recent(3, status=503, attempts=2, reason="x")]
     stub.requests["request-1"] = explained("request-1")

@@ -111,6 +111,8 @@ def compare(base: Settings, wanted: Settings, sources: Sources, pools: Pools) ->
             plan.changes += _compare_table(name, before, after)
         else:
             plan.changes.append(Change(name, before, after))
+    if base is not NOTHING:  # these stay as they are, for pools too
+        wanted = wanted.model_copy(update={name: getattr(base, name) for name in plan.needs_restart})
     plan.changes += _compare_sources(base, wanted)
     old, new = base.by_pool(), wanted.by_pool()
     plan.changes += [Change(f"pools.{name}", name, None) for name in old if name not in new]

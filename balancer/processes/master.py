@@ -304,9 +304,9 @@ class Master(LoadBalancer):
                 link.tell(what, *values)
 
     def _changed(self, pool: BackendPool, change: PoolChange) -> None:
-        self._follow(pool, change)
         if change.kind in OF_MEMBERS:
-            self._tell_of(pool)
+            self._tell_of(pool)  # first: what is checked because of it says something of who it is now
+        self._follow(pool, change)
 
     def _tell_of(self, pool: BackendPool) -> None:
         with self._telling:  # so that the newest comes last

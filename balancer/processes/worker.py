@@ -234,6 +234,9 @@ class Worker(LoadBalancer):
         if pool is not None and config is not None:
             pool.apply(changes(pool, news, config, config))
             pool.let_grow(news.may_grow)
+            for backend in pool.backends():  # maintenance ends an ejection, and may be over before we hear of it
+                if backend.id not in news.ejections:
+                    pool.record_verdict(backend, None)
 
     def take_check(self, pool: str, backend: str, origin: Origin, check: LastCheck) -> None:
         for found, member in self._found(pool, backend):
