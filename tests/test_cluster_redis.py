@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +244,36 @@ def test_what_others_have_in_flight_counts_for_power_of_two(server: RedisServer)
             server.send(signal.SIGCONT)
             let_go.set()
             assert answer.result()[0] == 200
+
+
+@contextmanager
+def dripping() -> Iterator[int]:
+    """The port of a server that sends one byte after another of an answer that has no end."""
+    is_over = threading.Event()
+
+    def drip(sock: socket.socket) -> None:
+        with sock, suppress(OSError):
+            while not is_over.wait(0.05):
+                sock.sendall(b"+")
+
+    def accept() -> None:
+        with ThreadPoolExecutor() as drips, suppress(OSError):
+            while True:
+                drips.submit(drip, listener.accept()[0])
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=accept, name="dripping")
+        thread.start()
+        yield listener.getsockname()[1]
+        is_over.set()
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+def test_an_answer_without_an_end_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("balancer.cluster.cluster.STUCK_SECONDS", 0.5)
+    with dripping() as port, Balancer(*BACKENDS, f"--redis-url=redis://127.0.0.1:{port}", wait_ready=False) as one:
+        wait_until(lambda: cluster(one)["last_error"] == "no whole answer came in time", "it is given up")
 
 
 def test_what_one_finds_down_the_others_check_at_once(server: RedisServer) -> None:

@@ -107,7 +107,6 @@ CALLS: list[tuple[str, str, str, Any, int]] = [
     ("GET", "/events", "/events?since=x", None, 400),
     ("GET", "/history", "/history?step=10&since=5", None, 200),
     ("GET", "/history", "/history?step=2", None, 400),
-    ("GET", "/cluster", "/cluster", None, 200),
     ("GET", "/metrics", "/metrics", None, 200),
     ("GET", "/openapi.json", "/openapi.json", None, 200),
     ("GET", "/dashboard", "/dashboard", None, 200),

@@ -31,6 +31,7 @@ READ_SECONDS = 10.0  # between two looks at all decisions, whatever was told of 
 STUCK_SECONDS = 3.0  # without an answer: who answers byte by byte is none
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 1.0  # between two attempts, and at random up to half of it less
 MOST_NEWS = 100  # that are kept until they are told
+LEAVE_SECONDS = 1.0  # for the end of what it is about
 JOIN_SECONDS = 5.0  # a name that cannot be resolved is nothing that can be called off
 
 News = Literal["cluster_found", "cluster_lost", "member_joined", "member_left"]
@@ -107,6 +108,8 @@ class Cluster:
         """Stop and join; the others learn that it has left."""
         self._stopping.set()
         if self._thread.is_alive():
+            self._thread.join(LEAVE_SECONDS)
+            self.link.abort()
             self._thread.join(JOIN_SECONDS)
 
     def wake(self) -> None:

@@ -107,11 +107,13 @@ class Link:
         self._name = name
         self._prefix = f"lb:{{{cluster}}}:"  # in braces: of one slot in a Redis Cluster
         self._channel = self._prefix + "news"
+        self._is_aborted = False
         self._redis: Redis | None = None
         self._news: PubSub | None = None
 
     def open(self) -> None:
         """Connect, and listen to the others."""
+        self._is_aborted = False
         self._redis = Redis.from_url(
             self._url,
             socket_timeout=ANSWER_SECONDS,
@@ -136,6 +138,7 @@ class Link:
 
     def abort(self) -> None:
         """From any thread: whatever it waits for fails."""
+        self._is_aborted = True
         if (client := self._redis) is not None:
             with suppress(LinkError):
                 self._call(client.connection_pool.disconnect)
@@ -195,7 +198,8 @@ class Link:
         try:
             return do(*arguments, **named)
         except Exception as error:  # of many kinds, if it is no Redis that answers
-            raise LinkError(shown(str(error) or type(error).__name__, MESSAGE_KEPT)) from None
+            said = "no whole answer came in time" if self._is_aborted else str(error) or type(error).__name__
+            raise LinkError(shown(said, MESSAGE_KEPT)) from None
 
 
 def _pairs(flat: Sequence[str]) -> dict[str, str]:
