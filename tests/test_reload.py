@@ -167,8 +167,9 @@ def held(balancer: LoadBalancer) -> list[Any]:
     heads, route, control = balancer.proxy.heads, balancer.proxy.routes.usual, balancer.control
     return [
         route.options, [vars(answer.__self__) for answer in route.answer], route.response_heads.rules,
-        [done.__self__.options for done in route.done if hasattr(done, "__self__")], heads.trusted, heads.max_lines, heads.rules, heads.via,
-        heads.host, route.adapter.server_name, control.pool._judge.options, control.pool.algorithm,
+        [done.__self__.options for done in route.done if hasattr(done, "__self__")],
+        heads.trusted, heads.max_lines, heads.rules, heads.via, heads.host, route.adapter.server_name,
+        control.pool._judge.options, control.pool.algorithm,
         control.pool._strategy.options, control.access.options, route.adapter.timeouts,
         balancer.pools.health.checked[0].options,
         balancer.bridges[0].limits, balancer.port_options, logging.getLogger().level,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -47,6 +48,7 @@ class Link:
         self._has_ended = Event()
         self._handlers: Handlers = {}
         self._on_end: Callable[[], None] = lambda: None
+        self._echoes: deque[Event] = deque()  # that are awaited
         self._threads = [
             Thread(target=target, name=f"{name}-{what}", daemon=True)
             for target, what in ((self._hear, "hears"), (self._write, "tells"))
@@ -58,7 +60,8 @@ class Link:
         return values[0]
 
     def start(self, handlers: Handlers, on_end: Callable[[], None]) -> None:
-        self._handlers, self._on_end = handlers, on_end
+        self._handlers = {**handlers, "echo": lambda: self.tell("echoed"), "echoed": self._echoed}
+        self._on_end = on_end
         for thread in self._threads:
             thread.start()
 
@@ -67,6 +70,15 @@ class Link:
             self.close()
         elif not self._has_ended.is_set():
             self._untold.put((what, values))
+
+    def echo(self) -> Event:
+        """Set when the other end has done all that it was told until now, or is gone."""
+        echo = Event()
+        self._echoes.append(echo)
+        self.tell("echo")
+        if self._has_ended.is_set():
+            echo.set()
+        return echo
 
     def close(self) -> None:
         """The other end sees it too."""
@@ -102,7 +114,12 @@ class Link:
                         log.exception("%s: %s failed", self.name, what)
                 self._heard = self._connection.recv()
         self.close()
+        while self._echoes:
+            self._echoed()
         self._on_end()
+
+    def _echoed(self) -> None:
+        self._echoes.popleft().set()
 
     def _write(self) -> None:
         with suppress(OSError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -21,6 +22,7 @@ from balancer.balancing.pool import BackendPool
 from balancer.balancing.shared import SharedLoads
 from balancer.config.comparison import Plan
 from balancer.config.settings import Settings
+from balancer.control.api import READS
 from balancer.control.control import WorkerView
 from balancer.edge import process, quota, tcpsocket
 from balancer.edge.handover import ROLES, Handed
@@ -41,6 +43,7 @@ from balancer.protocol.origin import Origin
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
+HEARD_SECONDS = 1.0  # that an answer waits for workers which have not heard yet what it has changed
 # After them workers have to know of the pool anew; what traffic or checks change is told by itself.
 OF_MEMBERS = frozenset({"backend_added", "backend_removed", "backend_changed", "backend_draining", "algorithm_changed"})
 
@@ -149,9 +152,17 @@ class Master(LoadBalancer):
         super().stop_single_parts()
 
     def _answer(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        """A control request. What has happened before it is counted."""
+        """A control request. What has happened before it is counted, and what it changes holds in every worker when
+        it is answered."""
         self._collector.take()
-        return self.control_app(environ, start_response)
+        answer = self.control_app(environ, start_response)
+        if environ["REQUEST_METHOD"] not in READS:
+            with self._telling:
+                echoes = [link.echo() for link in self._links]
+            end = time.monotonic() + HEARD_SECONDS
+            for echo in echoes:
+                echo.wait(max(0.0, end - time.monotonic()))
+        return answer
 
     def _look_around(self) -> None:
         self._look()
