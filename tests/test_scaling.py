@@ -400,6 +400,16 @@ def test_the_first_request_waits_while_a_backend_starts(quick: None, tmp_path: P
             wait_until(lambda: not ours() and seen(balancer)["wanted"] == 0, "nobody is left when nobody asks")
 
 
+def test_who_comes_just_after_the_last_backend_has_gone_waits_for_the_next(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("balancer.fleet.scaling.AVERAGED_SECONDS", 0.1)  # but a look takes its second
+    with scaled(tmp_path, min=0, max=1, down_after=0) as balancer:
+        for _ in range(2):
+            assert fetch(f"{balancer.url}/x")[0] == 200
+            wait_until(lambda: not balancer.status()["backend_servers"], "nobody is left when nobody asks")
+
+
 def test_one_that_is_killed_is_replaced(quick: None, tmp_path: Path) -> None:
     with scaled(tmp_path, min=2, command=command("--child")) as balancer:
         wait_until(lambda: kinds(balancer)["backend_up"] == 2 and len(ours()) == 4, "two backends, and their children")
