@@ -435,6 +435,15 @@ def test_failed_starts_are_counted_and_wait_longer_and_requests_do_not_wait_for_
         assert "cannot be started: No such file" in seen(balancer)["last_error"]
 
 
+def test_where_nobody_is_left_a_request_has_the_next_start_tried(quick: None, tmp_path: Path) -> None:
+    with scaled(tmp_path, min=0, command=command("--fail")) as balancer:
+        assert fetch(f"{balancer.url}/x")[0] == 503
+        wait_until(lambda: fetch(f"{balancer.url}/x")[0] == 503 and seen(balancer)["failed_starts"] > 1, "another try")
+        written(tmp_path, min=0)
+        assert fetch(f"{balancer.url}/reload", {}, "POST")[0] == 200
+        wait_until(lambda: fetch(f"{balancer.url}/x")[0] == 200, "what works now is tried")
+
+
 def test_one_that_does_not_become_healthy_is_given_up(quick: None, tmp_path: Path) -> None:
     with scaled(tmp_path, command=command("--sick"), start_timeout=1) as balancer:
         assert kinds(balancer)["backend_down"] == 0

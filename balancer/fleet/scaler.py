@@ -131,7 +131,9 @@ class Scaler:
         wanted = None if load is None else self._demand.wanted(load, now)
         # Before any go, so that nobody is refused who comes just after the last one.
         has_more = load is None or wanted is None or min(load.there, wanted) < options.max or load.starting > 0
-        self.pool.let_grow(is_enforced and has_more and not self._starts.failed_in_row)
+        # After a failed start nobody waits; but where nobody is left, the next one takes a request that does.
+        has_hope = not self._starts.failed_in_row or (self._starts.are_due(now) and not (load and load.there))
+        self.pool.let_grow(is_enforced and has_more and has_hope)
         if load is None or wanted is None:
             return
         self._load, self._wanted = load, wanted
