@@ -506,6 +506,18 @@ def test_nothing_outlives_the_balancer(tmp_path: Path, number: signal.Signals) -
         wait_until(lambda: not any(process.is_running() for process in children), "all have ended")
 
 
+def test_what_has_moved_to_another_session_ends_with_its_own_backend_alone(quick: None, tmp_path: Path) -> None:
+    with scaled(tmp_path, min=2, command=command("--daemon")) as balancer:
+        wait_until(lambda: healthy(balancer) == 2 and len(ours()) == 4, "two backends, and their children")
+        first, second = (each for each in ours() if "stubborn" in str(each.cmdline()))
+        victim = first.parent()
+        assert victim is not None
+        victim.kill()
+        wait_until(lambda: not first.is_running() and healthy(balancer) == 2 and len(ours()) == 4, "another one runs")
+        assert second.is_running()
+        assert not [process for process in psutil.Process().children(recursive=True) if process.status() == "zombie"]
+
+
 def test_of_several_workers_each_waits_for_what_the_master_starts(tmp_path: Path) -> None:
     file = written(tmp_path, min=0, max=2, down_after=1, command=command("--delay", "0.1"))
     with BalancerProcess(f"--config={file}", "--workers=2") as balancer:
