@@ -243,6 +243,22 @@ def test_the_least_busy_drains_and_is_stopped_after_its_last_request() -> None:
     (third if leaving == "backend_1" else first).release()
 
 
+@pytest.mark.parametrize("ends", ["request", "time"])
+def test_one_whose_name_the_configuration_takes_has_its_last_requests_answered(ends: str) -> None:
+    trial = Trial()
+    trial.scale(1)
+    trial.check("backend_1")
+    lease = busy(trial, "backend_1")
+    trial.pool.backends()[0].source = "file"
+    trial.tend()
+    assert trial.launcher.running == ["backend_1"] and not trial.started.is_empty
+    if ends == "request":
+        lease.release()
+    trial.tend(1 if ends == "request" else 31)
+    assert trial.launcher.running == [] and trial.started.is_empty
+    lease.release()
+
+
 def test_one_that_is_never_healthy_or_ends_is_a_failed_start() -> None:
     trial = Trial(start_timeout=5)
     trial.scale(2)
