@@ -551,12 +551,12 @@ def test_of_several_workers_each_waits_for_what_the_master_starts(tmp_path: Path
 
 
 def test_a_keeper_that_is_killed_takes_its_backends_with_it_and_another_begins(quick: None, tmp_path: Path) -> None:
-    with scaled(tmp_path) as balancer:
-        (backend,) = ours()
-        keeper = backend.parent()
-        assert keeper is not None
+    with scaled(tmp_path, command=command("--child")) as balancer:
+        wait_until(lambda: len(ours()) == 2, "a backend, and its child")
+        before = ours()
+        (keeper,) = psutil.Process().children()
         keeper.kill()
-        wait_until(lambda: not backend.is_running() and healthy(balancer) == 1 and len(ours()) == 1, "a new one runs")
+        wait_until(lambda: len(ours()) == 2 and healthy(balancer) == 1 and not {*ours()} & {*before}, "a new one runs")
 
 
 # What is wrong with a table.

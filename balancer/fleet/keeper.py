@@ -1,10 +1,10 @@
 """Keeps the processes that a balancer has started: a program of its own, so that none of them outlives the balancer.
 
 It reads lines of JSON, `{"start": ID, "command": [...]}` and `{"stop": ID}`, and writes what happens: `{"id": ID,
-"line": TEXT}` for each line of output, `{"id": ID, "ended": TEXT}` at the end. When its input ends, as it does however
-the balancer ends, so do all processes. Each has a session of its own, and what it leaves there ends with it; so does
-what has moved to another session, for orphans become children of the keeper, and know by their environment whose they
-are.
+"group": NUMBER}` at the start, that of its process group, `{"id": ID, "line": TEXT}` for each line of output, `{"id":
+ID, "ended": TEXT}` at the end. When its input ends, as it does however the balancer ends, so do all processes. Each has
+a session of its own, and what it leaves there ends with it; so does what has moved to another session, for orphans
+become children of the keeper, and know by their environment whose they are.
 
 For Linux, with the standard library alone, and without threads, for it forks.
 """
@@ -143,11 +143,12 @@ class Keeper:
         try:
             kept = self._kept[backend_id] = Kept(backend_id, command)
             self._selector.register(kept.output, selectors.EVENT_READ, kept)
+            tell(id=backend_id, group=kept.pid)
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             tell(id=backend_id, ended=f"cannot be started: {getattr(error, 'strerror', None) or error}")
 
 
-def tell(**what: str) -> None:
+def tell(**what: str | int) -> None:
     with suppress(OSError):  # nobody hears it any more
         os.write(sys.stdout.fileno(), json.dumps(what).encode() + b"\n")
 
