@@ -1,6 +1,7 @@
 """A backend that is quickly started: by the scaling under test, as a process. Answers its id, `--delay` seconds later.
 
-With `--child` it has a child that ignores SIGTERM; with `--sick` it never is healthy; with `--fail` it ends at once.
+With `--child` it has a child that ignores SIGTERM, with `--daemon` one that is in a session of its own, too; with
+`--sick` it never is healthy; with `--fail` it ends at once.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--port", type=int)
 parser.add_argument("--id")
 parser.add_argument("--delay", type=float, default=0.0)
-for flag in ("--child", "--sick", "--fail"):
+for flag in ("--child", "--daemon", "--sick", "--fail"):
     parser.add_argument(flag, action="store_true")
 options = parser.parse_args()
 
@@ -45,9 +46,9 @@ class Server(ThreadingHTTPServer):
 if options.fail:
     print("no licence", flush=True)
     sys.exit(3)
-if options.child:
+if options.child or options.daemon:
     stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)  # stubborn"
-    subprocess.Popen([sys.executable, "-c", stubborn, "of", options.id])
+    subprocess.Popen([sys.executable, "-c", stubborn, "of", options.id], start_new_session=options.daemon)
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 print(f"{options.id} listens", flush=True)
 Server(("127.0.0.1", options.port), Handler).serve_forever()

@@ -122,11 +122,22 @@ def test_a_container_with_wrong_labels_is_left_out_alone(
     a, b, _ = (container(each.id, each.port) for each in backends)
     many = {**container("many", 1), "Ports": [{"PrivatePort": port, "Type": "tcp"} for port in (1, 2)]}
     none = {**container("none", 1), "NetworkSettings": {"Networks": {"none": {"IPAddress": ""}}}}
-    engine.containers = [a, many, none, *(container(name, 1, **labels) for name, (labels, _) in WRONG.items())]
+    odd = {**container("odd", 1), "NetworkSettings": {"Networks": None}}
+    removed = {**container("removed", 1), "Names": None}
+    a["Names"] = ["/other/alias", "/a"]
+    engine.containers = [
+        a,
+        many,
+        none,
+        odd,
+        removed,
+        *(container(name, 1, **labels) for name, (labels, _) in WRONG.items()),
+    ]
     with Balancer(f"--docker=unix://{tmp_path}/docker.sock") as balancer:
         assert ids(balancer) == {"a"}
         error = source(balancer, "docker")["last_error"]
         assert all(f"{name} is left out: {text}" in error for name, (_, text) in WRONG.items())
+        assert "odd is left out: what the engine says" in error and "'' cannot be an id" in error
         assert "many is left out: it exposes not exactly one port" in error and "none is left out" in error
         engine.tell([a, b])
         wait_until(lambda: ids(balancer) == {"a", "b"})

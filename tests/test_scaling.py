@@ -245,6 +245,22 @@ def test_the_least_busy_drains_and_is_stopped_after_its_last_request() -> None:
     (third if leaving == "backend_1" else first).release()
 
 
+@pytest.mark.parametrize("ends", ["request", "time"])
+def test_one_whose_name_the_configuration_takes_has_its_last_requests_answered(ends: str) -> None:
+    trial = Trial()
+    trial.scale(1)
+    trial.check("backend_1")
+    lease = busy(trial, "backend_1")
+    trial.pool.backends()[0].source = "file"
+    trial.tend()
+    assert trial.launcher.running == ["backend_1"] and not trial.started.is_empty
+    if ends == "request":
+        lease.release()
+    trial.tend(1 if ends == "request" else 31)
+    assert trial.launcher.running == [] and trial.started.is_empty
+    lease.release()
+
+
 def test_one_that_is_never_healthy_or_ends_is_a_failed_start() -> None:
     trial = Trial(start_timeout=5)
     trial.scale(2)
@@ -404,6 +420,16 @@ def test_the_first_request_waits_while_a_backend_starts(quick: None, tmp_path: P
             wait_until(lambda: not ours() and seen(balancer)["wanted"] == 0, "nobody is left when nobody asks")
 
 
+def test_who_comes_just_after_the_last_backend_has_gone_waits_for_the_next(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("balancer.fleet.scaling.AVERAGED_SECONDS", 0.1)  # but a look takes its second
+    with scaled(tmp_path, min=0, max=1, down_after=0) as balancer:
+        for _ in range(2):
+            assert fetch(f"{balancer.url}/x")[0] == 200
+            wait_until(lambda: not balancer.status()["backend_servers"], "nobody is left when nobody asks")
+
+
 def test_one_that_is_killed_is_replaced(quick: None, tmp_path: Path) -> None:
     with scaled(tmp_path, min=2, command=command("--child")) as balancer:
         wait_until(lambda: kinds(balancer)["backend_up"] == 2 and len(ours()) == 4, "two backends, and their children")
@@ -427,6 +453,15 @@ def test_failed_starts_are_counted_and_wait_longer_and_requests_do_not_wait_for_
     with scaled(tmp_path, command="no-such-program {port}") as balancer:
         wait_until(lambda: seen(balancer)["failed_starts"], "there is no such program")
         assert "cannot be started: No such file" in seen(balancer)["last_error"]
+
+
+def test_where_nobody_is_left_a_request_has_the_next_start_tried(quick: None, tmp_path: Path) -> None:
+    with scaled(tmp_path, min=0, command=command("--fail")) as balancer:
+        assert fetch(f"{balancer.url}/x")[0] == 503
+        wait_until(lambda: fetch(f"{balancer.url}/x")[0] == 503 and seen(balancer)["failed_starts"] > 1, "another try")
+        written(tmp_path, min=0)
+        assert fetch(f"{balancer.url}/reload", {}, "POST")[0] == 200
+        wait_until(lambda: fetch(f"{balancer.url}/x")[0] == 200, "what works now is tried")
 
 
 def test_one_that_does_not_become_healthy_is_given_up(quick: None, tmp_path: Path) -> None:
@@ -495,6 +530,18 @@ def test_nothing_outlives_the_balancer(tmp_path: Path, number: signal.Signals) -
         assert is_answered is (number == signal.SIGTERM)
 
 
+def test_what_has_moved_to_another_session_ends_with_its_own_backend_alone(quick: None, tmp_path: Path) -> None:
+    with scaled(tmp_path, min=2, command=command("--daemon")) as balancer:
+        wait_until(lambda: healthy(balancer) == 2 and len(ours()) == 4, "two backends, and their children")
+        first, second = (each for each in ours() if "stubborn" in str(each.cmdline()))
+        victim = first.parent()
+        assert victim is not None
+        victim.kill()
+        wait_until(lambda: not first.is_running() and healthy(balancer) == 2 and len(ours()) == 4, "another one runs")
+        assert second.is_running()
+        assert not [process for process in psutil.Process().children(recursive=True) if process.status() == "zombie"]
+
+
 def test_of_several_workers_each_waits_for_what_the_master_starts(tmp_path: Path) -> None:
     file = written(tmp_path, min=0, max=2, command=command("--delay", "0.1"))
     with BalancerProcess(f"--config={file}", "--workers=2") as balancer:
@@ -510,12 +557,12 @@ def test_of_several_workers_each_waits_for_what_the_master_starts(tmp_path: Path
 
 
 def test_a_keeper_that_is_killed_takes_its_backends_with_it_and_another_begins(quick: None, tmp_path: Path) -> None:
-    with scaled(tmp_path) as balancer:
-        (backend,) = ours()
-        keeper = backend.parent()
-        assert keeper is not None
+    with scaled(tmp_path, command=command("--child")) as balancer:
+        wait_until(lambda: len(ours()) == 2, "a backend, and its child")
+        before = ours()
+        (keeper,) = psutil.Process().children()
         keeper.kill()
-        wait_until(lambda: not backend.is_running() and healthy(balancer) == 1 and len(ours()) == 1, "a new one runs")
+        wait_until(lambda: len(ours()) == 2 and healthy(balancer) == 1 and not {*ours()} & {*before}, "a new one runs")
 
 
 # What is wrong with a table.

@@ -417,6 +417,20 @@ def test_a_password_is_not_repeated_because_another_backend_is_wrong(tmp_path: P
     assert PASSWORD not in refusal(toml=f'[backends]\nurl = "{url}"\n', tmp_path=tmp_path)
 
 
+@pytest.mark.parametrize(
+    "toml",
+    [
+        '[[backends]]\nurl = "dns+http://user:{}@h"\n',
+        '[[backends]]\nurl = "kubernetes+http://{}@h"\n',
+        'docker = "http://user:{}@h"\n',
+        '[[scaling]]\nmax = 2\ncommand = "run --password {}"\n',
+        '[[scaling]]\nmax = 2\nwebhook = "http://user:{}@h/"\n',
+    ],
+)
+def test_a_password_of_a_source_or_of_a_command_is_not_repeated(tmp_path: Path, toml: str) -> None:
+    assert PASSWORD not in refusal(toml=toml.format(PASSWORD), tmp_path=tmp_path)
+
+
 @pytest.mark.parametrize("name", sorted(SECRETS))
 def test_a_token_is_hidden(tmp_path: Path, name: str) -> None:
     variable = f"LB_{name.upper()}"

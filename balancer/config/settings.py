@@ -140,7 +140,8 @@ NEEDS_RESTART = frozenset(name for name, field in Settings.model_fields.items() 
 # Never shown, and no flags.
 SECRETS = frozenset(name for name, field in Settings.model_fields.items() if field.annotation == SecretStr | None)
 HIDDEN = SECRETS | {"redis_url"}  # which has a flag, for most have no password in it
-SECRET_FIELDS = frozenset({"keys", "sha256"})  # of tables: somebody may put there what only its digest should be
+# Of tables: somebody may put into the first two what only its digest should be, and into the others a password.
+SECRET_FIELDS = frozenset({"keys", "sha256", "command", "webhook"})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -317,7 +318,7 @@ def _explain(detail: Mapping[str, Any], sources: Mapping[str, str], values: Mapp
     if detail["type"] == "missing" or is_all or is_table:  # no value, or more than a line holds, maybe a secret
         return f"{where} {told}"
     is_secret = name in HIDDEN or not SECRET_FIELDS.isdisjoint(path)
-    value = "(hidden)" if is_secret else validation.shown(detail["input"], hide=name in ("backends", *TABLES))
+    value = "(hidden)" if is_secret else validation.shown(detail["input"], hide=name in ("backends", "docker", *TABLES))
     return f"{where} = {value} {told}"
 
 

@@ -54,14 +54,24 @@ class DockerSource(Source):
         containers = self._api.get(f"/containers/json?filters={_filters(status=['running'])}")
         found, self.complaints = [], []
         for container in containers:
-            if container["Id"] in self._ending or any(text in container.get("Status", "") for text in NOT_YET):
+            if container["Id"] in self._ending or any(text in (container.get("Status") or "") for text in NOT_YET):
                 continue
-            name = str(container["Names"][0]).lstrip("/")[:64]
+            name = _name(container)
+            shown = name or container["Id"][:12]
             try:
                 found.append(_backend(name, container))
             except (SourceFailed, ValueError) as error:
-                self.complaints.append(f"{name} is left out: {error}")
+                self.complaints.append(f"{shown} is left out: {error}")
+            except (AttributeError, LookupError, TypeError) as error:
+                self.complaints.append(f"{shown} is left out: what the engine says of it makes no sense: {error!r}")
         return found
+
+
+def _name(container: Mapping[str, Any]) -> str:
+    """Its own, not one that a link from another container gives it (/OTHER/ALIAS); "" if it is being removed and has
+    none any more."""
+    names = [str(name)[1:] for name in container.get("Names") or ()]
+    return next((name for name in names if "/" not in name), "")[:64]
 
 
 def _is_end(told: Mapping[str, Any]) -> bool:

@@ -1,8 +1,10 @@
 """Keeps the processes that a balancer has started: a program of its own, so that none of them outlives the balancer.
 
 It reads lines of JSON, `{"start": ID, "command": [...]}` and `{"stop": ID}`, and writes what happens: `{"id": ID,
-"line": TEXT}` for each line of output, `{"id": ID, "ended": TEXT}` at the end. When its input ends, as it does however
-the balancer ends, so do all processes. Each has a session of its own, and what it leaves there ends with it.
+"group": NUMBER}` at the start, that of its process group, `{"id": ID, "line": TEXT}` for each line of output, `{"id":
+ID, "ended": TEXT}` at the end. When its input ends, as it does however the balancer ends, so do all processes. Each has
+a session of its own, and what it leaves there ends with it; so does what has moved to another session, for orphans
+become children of the keeper, and know by their environment whose they are.
 
 For Linux, with the standard library alone, and without threads, for it forks.
 """
@@ -24,7 +26,8 @@ KILL_SECONDS = 5.0  # after SIGTERM
 LOOK_SECONDS = 0.1  # between two looks for processes that have ended
 LONGEST_LINE = 1000  # bytes of output that are told as one line
 PIECE = 65536  # bytes, as many as a pipe holds
-PR_SET_PDEATHSIG = 1  # prctl(2)
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # prctl(2)
+MARK = "LOAD_BALANCER_KEEPS"  # in the environment: the id by which the keeper knows a process, and all that it starts
 LIBC = ctypes.CDLL(None)
 
 
@@ -37,6 +40,7 @@ class Kept:
         self._process = subprocess.Popen(
             command,
             bufsize=0,
+            env={**os.environ, MARK: backend_id},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -44,6 +48,7 @@ class Kept:
             preexec_fn=_die_with_parent,
         )
         assert self._process.stdout is not None
+        self.pid = self._process.pid
         self.output = self._process.stdout
         os.set_blocking(self.output.fileno(), False)
         self._line = b""
@@ -52,7 +57,7 @@ class Kept:
     def _signal(self, number: int) -> None:
         """To all of its group."""
         with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, number)
+            os.killpg(self.pid, number)
 
     def stop(self) -> None:
         if self._kill_at is None:
@@ -72,7 +77,7 @@ class Kept:
     def has_ended(self) -> bool:
         if self._kill_at is not None and time.monotonic() >= self._kill_at:
             self._signal(signal.SIGKILL)
-        if os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             return False
         self._signal(signal.SIGKILL)  # what it has left; until `wait` nobody else gets its id, nor its group's
         code = self._process.wait()
@@ -90,8 +95,9 @@ class Keeper:
         self._is_ending = False
 
     def run(self) -> None:
-        while self._kept or not self._is_ending:
-            for key, _ in self._selector.select(LOOK_SECONDS if self._kept else None):
+        has_orphans = False
+        while self._kept or has_orphans or not self._is_ending:
+            for key, _ in self._selector.select(LOOK_SECONDS if self._kept or has_orphans else None):
                 if key.data is None:
                     self._read()
                 elif not key.data.read():
@@ -101,6 +107,19 @@ class Keeper:
                 if kept.output in self._open():
                     self._selector.unregister(kept.output)
                 kept.output.close()
+            has_orphans = self._end_orphans()
+
+    def _end_orphans(self) -> bool:
+        """Of whom the process that was started here is no more; of whom that cannot be told, with the last of those.
+        True if there are any: others may come after them."""
+        kept = {kept.pid for kept in self._kept.values()}
+        orphans = [pid for pid in _children() if pid not in kept]
+        for pid in orphans:
+            is_alive = os.waitpid(pid, os.WNOHANG) == (0, 0)
+            if is_alive and not (self._kept if (mark := _mark(pid)) is None else mark in self._kept):
+                with suppress(PermissionError):  # nobody else gets its id before we have waited for it
+                    os.kill(pid, signal.SIGKILL)
+        return bool(orphans)
 
     def _open(self) -> Iterable[object]:
         return [key.fileobj for key in self._selector.get_map().values()]
@@ -124,13 +143,29 @@ class Keeper:
         try:
             kept = self._kept[backend_id] = Kept(backend_id, command)
             self._selector.register(kept.output, selectors.EVENT_READ, kept)
+            tell(id=backend_id, group=kept.pid)
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             tell(id=backend_id, ended=f"cannot be started: {getattr(error, 'strerror', None) or error}")
 
 
-def tell(**what: str) -> None:
+def tell(**what: str | int) -> None:
     with suppress(OSError):  # nobody hears it any more
         os.write(sys.stdout.fileno(), json.dumps(what).encode() + b"\n")
+
+
+def _children() -> list[int]:
+    with suppress(OSError), open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as file:
+        return [int(pid) for pid in file.read().split()]
+    return []  # this kernel does not tell
+
+
+def _mark(pid: int) -> str | None:
+    with suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
+        for each in file.read().split(b"\0"):
+            name, _, value = each.partition(b"=")
+            if name == MARK.encode():
+                return os.fsdecode(value)
+    return None
 
 
 def _die_with_parent() -> None:
@@ -145,6 +180,7 @@ def be_quiet() -> None:
     ignored = {number for number in signal.valid_signals() if signal.getsignal(number) is signal.SIG_IGN}
     for number in {signal.SIGTERM, signal.SIGINT, signal.SIGHUP} | ignored - {signal.SIGPIPE}:
         signal.signal(number, lambda number, frame: None)
+    LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1)
     with suppress(OSError):  # a container may forbid it
         os.sched_setaffinity(0, map(int, sys.argv[1].split(",")))
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -29,7 +30,7 @@ NOT_FOR_BACKENDS = ("LB_", "LISTEN_", "NOTIFY_", "WATCHDOG_")  # settings, secre
 
 class Processes:
     """Those of one pool. A Launcher, for one thread, beside which another reads what the keeper writes: that adds to
-    `_ended` and `_last_lines`, each in one step.
+    `_ended`, `_groups` and `_last_lines`, each in one step.
 
     `cpus` are those that they may use: the balancer may have pinned itself to one. The keeper knows each by a key, for
     the next one of its id may be started while it ends.
@@ -43,6 +44,7 @@ class Processes:
         self._numbers = count(1)
         self._running: dict[str, tuple[str, int]] = {}  # key and port of each, by id
         self._ended: dict[str, str] = {}  # how, by key
+        self._groups: dict[str, int] = {}  # of processes, by key
         self._last_lines: dict[str, str] = {}  # of output, by key
 
     def found(self) -> Mapping[str, Origin]:
@@ -84,9 +86,13 @@ class Processes:
         try:
             process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
-            process.kill()  # and with it all that it keeps
+            process.kill()
             process.wait()
         self._reader.join()
+        for group in self._groups.values():  # if it was killed: those that it kept go with it, not what they started
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(group, signal.SIGKILL)
+        self._groups.clear()
 
     def _free_port(self) -> int:
         taken = {port for _, port in self._running.values()}  # one that was just started may not listen yet
@@ -130,9 +136,12 @@ class Processes:
             for line in told:
                 what = json.loads(line)
                 key = what["id"]
-                if "line" in what:
+                if "group" in what:
+                    self._groups[key] = what["group"]
+                elif "line" in what:
                     text = self._last_lines[key] = shown(what["line"])
                     log.info("%s: %s", key.partition(":")[0], text)
                 else:
+                    self._groups.pop(key, None)
                     last = self._last_lines.pop(key, "")
                     self._ended[key] = f"{what['ended']}: {last}" if last else what["ended"]

@@ -128,11 +128,14 @@ class Scaler:
         if self._is_retired:
             return
         load, is_enforced = provider.load(), options.mode == "enforce"
-        has_more = load is None or load.there < options.max or load.starting > 0
-        self.pool.let_grow(is_enforced and has_more and not self._starts.failed_in_row)
-        if load is None:
+        wanted = None if load is None else self._demand.wanted(load, now)
+        # Before any go, so that nobody is refused who comes just after the last one.
+        has_more = load is None or wanted is None or min(load.there, wanted) < options.max or load.starting > 0
+        # After a failed start nobody waits; but where nobody is left, the next one takes a request that does.
+        has_hope = not self._starts.failed_in_row or (self._starts.are_due(now) and not (load and load.there))
+        self.pool.let_grow(is_enforced and has_more and has_hope)
+        if load is None or wanted is None:
             return
-        wanted = self._demand.wanted(load, now)
         self._load, self._wanted = load, wanted
         if not is_enforced and wanted != load.there and now >= self._advise_at:
             self._advise_at = now + ADVICE_SECONDS

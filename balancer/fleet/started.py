@@ -17,6 +17,7 @@ from balancer.fleet.scaling import Load, Note, ScalingOptions, Starts
 from balancer.protocol.origin import Origin
 
 STEADY_SECONDS = 10.0  # of being up, after which a start was a good one
+LAST_SECONDS = 30.0  # at most, for the requests of one whose name the configuration has taken for another
 
 
 class Launcher(Protocol):
@@ -42,12 +43,13 @@ class Launcher(Protocol):
 
 @dataclass(slots=True)
 class Started:
-    """A backend, when it was started, and when it was up last: of the clock."""
+    """A backend, when it was started, when it was up last, and since when it is not ours any more: of the clock."""
 
     backend: Backend
     at: float
     up_at: float
     is_steady: bool = False
+    left_at: float | None = None
 
 
 class StartedBackends:
@@ -82,8 +84,9 @@ class StartedBackends:
         ended = self._launcher.ended() if self._started else {}
         for backend_id, started in self._started.copy().items():
             if not self._is_here(started.backend):
-                self._launcher.stop(backend_id)
-                del self._started[backend_id]
+                if backend_id in ended or self._is_over(started):
+                    self._launcher.stop(backend_id)
+                    del self._started[backend_id]
             elif backend_id in ended:
                 self._lost(started, f"ended after {self._clock() - started.at:.0f} s: {ended[backend_id]}")
             else:
@@ -92,6 +95,11 @@ class StartedBackends:
     def _is_here(self, backend: Backend) -> bool:
         """Nor has the configuration taken its name for another one."""
         return self._pool.get(backend.id) is backend and backend.source == "scaling"
+
+    def _is_over(self, started: Started) -> bool:
+        """Where the name is taken, what was in flight still is, and counts together with what comes for the other."""
+        started.left_at = self._clock() if started.left_at is None else started.left_at
+        return not started.backend.active or self._clock() - started.left_at > LAST_SECONDS
 
     def _watch(self, started: Started) -> None:
         now, backend = self._clock(), started.backend

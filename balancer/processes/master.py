@@ -170,7 +170,6 @@ class Master(LoadBalancer):
             self._tell("canaries", told)
         for pool in self.control.pools:
             if pool.may_grow != self._growing.get(pool.name, False):
-                self._growing[pool.name] = pool.may_grow
                 self._tell_of(pool)
 
     def _idle(self) -> dict[str, Counter[str]]:
@@ -322,6 +321,7 @@ class Master(LoadBalancer):
     def _tell_of(self, pool: BackendPool) -> None:
         with self._telling:  # so that the newest comes last
             news = news_of(pool)
+            self._growing[pool.name] = news.may_grow
             for link in self._links:
                 link.tell("pool", pool.name, news)
 

@@ -41,10 +41,7 @@ class Origin(NamedTuple):
         wrong."""
         if url.strip().startswith(f"{UNIX}://"):  # `@` may be a part of the path
             return cls(UNIX, _socket_path(url.strip()), 0)
-        if "@" in url:  # before anything else: no other message may repeat a password
-            raise SettingsError(
-                f"backend URL of host {quoted(url.rpartition('@')[2])}: user info is not supported, remove it"
-            )
+        _refuse_user_info(url)
         if re.search(r"[\x00-\x20\x7f]", url.strip()):  # urlsplit would drop them without a word
             raise SettingsError(f"backend URL {quoted(url)}: must not have blanks or control characters")
         try:
@@ -96,6 +93,7 @@ class Discovered(NamedTuple):
         """None if it is the URL of one backend. Raises SettingsError."""
         if not re.match(r"(?:dns|srv|kubernetes)\+", url):
             return None
+        _refuse_user_info(url)
         found = re.fullmatch(rf"(dns|srv|kubernetes)\+(https?)://({NAME_PATTERN})(?::([A-Za-z0-9-]+))?/?", url)
         if found is not None:
             made = cls(*found.groups(default=""))  # type: ignore[arg-type]
@@ -148,6 +146,14 @@ class Endpoint(NamedTuple):
 def unix_url(path: str) -> str:
     """Of the socket at `path`, whatever bytes that has."""
     return f"{UNIX}://{quote(os.fsencode(path))}"
+
+
+def _refuse_user_info(url: str) -> None:
+    """Before anything else: no other message may repeat a password."""
+    if "@" in url:
+        raise SettingsError(
+            f"backend URL of host {quoted(url.rpartition('@')[2])}: user info is not supported, remove it"
+        )
 
 
 def _socket_path(url: str) -> str:
