@@ -235,6 +235,13 @@ def test_what_is_no_member_is_none(server: RedisServer, wrong: dict[str, Any] | 
         link.close()
 
 
+def test_one_at_a_unix_socket_is_a_member_too(server: RedisServer, tmp_path: Path) -> None:
+    flags = (*BACKENDS, f"--host=unix:{tmp_path}/lb.sock")
+    with several("one", url=server.url) as (one,):
+        with BalancerProcess(f"--redis-url={server.url}", "--id=two", *flags, wait_ready=False):
+            wait_until(lambda: members(one) == {"one", "two"}, "they know each other")
+
+
 def test_figures_of_all_and_of_each(server: RedisServer) -> None:
     with DemoBackend("a") as backend:
         with several("one", "two", url=server.url, flags=(f"--backend=a={backend.url}",)) as (one, two):

@@ -42,7 +42,7 @@ class Figures(Load):
     backends that have any."""
 
     id: Text
-    url: Annotated[Text, Field(pattern="^(https?://|unix:)")] | None
+    url: Annotated[Text, Field(pattern=r"^https?(\+unix)?://")] | None
     since: Number
     version: Text
     lifecycle: Text
