@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 from certificates import Files, make_pair
 from fleet import DemoBackend
+from redis_server import RedisServer
 from support import (
     PYTHON,
     ROOT,
@@ -374,6 +375,19 @@ def test_a_wish_for_less_ends_with_the_balancer(start_process: StartProcess, hel
     held.set()
     assert answer().startswith(b"HTTP/1.1 200") and balancer.wait() == 0
     assert "Traceback" not in balancer.output
+
+
+def test_a_master_that_drains_is_a_member_until_it_has_ended(
+    start_process: StartProcess, held: threading.Event, tmp_path: Path
+) -> None:
+    with RedisServer(tmp_path) as server:
+        balancer = start_process("--workers=2", f"--redis-url={server.url}")
+        answer = asked(balancer)
+        balancer.send(signal.SIGTERM)
+        wait_until(lambda: '"lifecycle": "draining"' in server.ask("HVALS lb:{default}:members"), "it says so")
+        held.set()
+        assert answer().startswith(b"HTTP/1.1 200") and balancer.wait() == 0
+    assert "Traceback" not in balancer.output and "cluster_lost" not in balancer.output
 
 
 def test_workers_without_a_master_finish_and_end(start_process: StartProcess, held: threading.Event) -> None:
