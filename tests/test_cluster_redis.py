@@ -21,7 +21,7 @@ from support import Balancer, BalancerProcess, Served, fetch, fetch_json, free_p
 from wire import WireBackend
 
 from balancer import LoadBalancer
-from balancer.cluster.link import Link
+from balancer.cluster.link import Link, LinkError
 from balancer.errors import SettingsError
 from balancer.filters.sharedlimit import Charge
 from balancer.protocol.request import Request
@@ -442,6 +442,24 @@ def test_the_script_charges_what_was_taken_and_counts_who_shares(server: RedisSe
     for link in links:
         link.close()
     assert "-1" not in [server.ask(f"TTL {key}") for key in ("lb:{c}:limit:l:k", "lb:{c}:limit:l:other")]
+
+
+def test_a_server_that_repeats_the_password_does_not_make_us_tell_it() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            with server.accept()[0] as client:
+                client.recv(1000)
+                client.sendall(f"-ERR {SECRET} is what I was told\r\n".encode())
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        link = Link(f"redis://:{SECRET}@127.0.0.1:{server.getsockname()[1]}/0", "c", "x")
+        with pytest.raises(LinkError, match="told") as raised:
+            link.open()
+        thread.join()
+    link.close()
+    assert SECRET not in str(raised.value)
 
 
 # Settings.

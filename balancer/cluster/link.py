@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar, cast
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from redis import Redis
 from redis.backoff import NoBackoff
@@ -105,6 +105,7 @@ class Link:
     def __init__(self, url: str, cluster: str, name: str) -> None:
         self.address = _without_password(url)
         self._url = url
+        self._secret = unquote(urlsplit(url).password or "")
         self._name = name
         self._prefix = f"lb:{{{cluster}}}:"  # in braces: of one slot in a Redis Cluster
         self._channel = self._prefix + "news"
@@ -197,7 +198,10 @@ class Link:
         try:
             return do(*arguments, **named)
         except Exception as error:  # of many kinds, if it is no Redis that answers
-            raise LinkError(shown(str(error) or type(error).__name__, MESSAGE_KEPT)) from None
+            text = str(error) or type(error).__name__
+            if self._secret:  # whoever answers may repeat what was sent
+                text = text.replace(self._secret, "***")
+            raise LinkError(shown(text, MESSAGE_KEPT)) from None
 
 
 def _pairs(flat: Sequence[str]) -> dict[str, str]:
