@@ -21,7 +21,7 @@ from support import Balancer, BalancerProcess, Served, fetch, fetch_json, free_p
 from wire import WireBackend
 
 from balancer import LoadBalancer
-from balancer.cluster.link import Link
+from balancer.cluster.link import Link, LinkError
 from balancer.errors import SettingsError
 from balancer.filters.sharedlimit import Charge
 from balancer.protocol.request import Request
@@ -158,6 +158,17 @@ def test_a_server_that_starts_empty_is_told_again(server: RedisServer) -> None:
             agree([three], {"backends.a.weight": "7"})
 
 
+@pytest.mark.parametrize(
+    "word", ["zzzz", '9999999999.999999 x {"at":1,"before":null,"by":"","over":1,"until":null,"value":3}']
+)
+def test_what_is_no_word_is_the_last_one_on_nothing(server: RedisServer, word: str) -> None:
+    with several("one", "two", url=server.url) as both:
+        server.ask(f"HSET lb:{{default}}:decisions 'default a weight' '{word}'")
+        for weight, each in ((7, both[0]), (8, both[1])):
+            change(each, "PATCH", "/backends/a", weight=weight)
+            agree(both, {"backends.a.weight": str(weight)})
+
+
 def test_a_state_file_and_the_cluster_know_the_same_decisions(server: RedisServer, tmp_path: Path) -> None:
     """What was decided elsewhere while it was down is later than what it has kept."""
     flags = (*BACKENDS, f"--state-file={tmp_path}/state.db")
@@ -204,6 +215,31 @@ def test_a_member_that_is_killed_is_gone_soon_and_one_that_stops_at_once(server:
         wait_until(lambda: members(one) == {"one"}, "it has left")
         assert [len(told(one, kind)) for kind in ("member_joined", "member_left")] == [2, 2]
         assert cluster(one)["members"] == 1
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"processes": -5}, {"processes": 10**9}, {"rate": float("inf")}, {"url": "javascript:alert(1)"}, None]
+)
+def test_what_is_no_member_is_none(server: RedisServer, wrong: dict[str, Any] | None) -> None:
+    """With figures that cannot be; or, for None, that was never seen."""
+    with several("one", url=server.url) as (one,):
+        link = Link(server.url, "default", "x")
+        link.open()
+        (figures,) = [text for text, _ in link.beat("{}").members.values() if text != "{}"]
+        link.beat(json.dumps({**json.loads(figures), "id": "x"}))
+        wait_until(lambda: members(one) == {"one", "x"}, "it is a member")
+        link.beat(json.dumps({**json.loads(figures), "id": "x", **(wrong or {})}))
+        if wrong is None:
+            server.ask("ZREM lb:{default}:seen x")
+        wait_until(lambda: members(one) == {"one"}, "it is none")
+        link.close()
+
+
+def test_one_at_a_unix_socket_is_a_member_too(server: RedisServer, tmp_path: Path) -> None:
+    flags = (*BACKENDS, f"--host=unix:{tmp_path}/lb.sock")
+    with several("one", url=server.url) as (one,):
+        with BalancerProcess(f"--redis-url={server.url}", "--id=two", *flags, wait_ready=False):
+            wait_until(lambda: members(one) == {"one", "two"}, "they know each other")
 
 
 def test_figures_of_all_and_of_each(server: RedisServer) -> None:
@@ -430,9 +466,30 @@ def test_the_script_charges_what_was_taken_and_counts_who_shares(server: RedisSe
     assert other.sharing == 2 and 10798 * second < other.owed <= 10800 * second
     assert (none.owed, none.sharing) == (0, 1)
     assert y.charge("", [asked._replace(taken=9)])[0].owed <= asked.most
+    server.ask("HSET lb:{c}:limit:l:k '' nonsense y nonsense", "SET lb:{c}:limit:l:other nonsense")
+    for key in ("k", "other"):
+        assert x.charge("", [asked._replace(key=key)])[0].sharing == 1
     for link in links:
         link.close()
     assert "-1" not in [server.ask(f"TTL {key}") for key in ("lb:{c}:limit:l:k", "lb:{c}:limit:l:other")]
+
+
+def test_a_server_that_repeats_the_password_does_not_make_us_tell_it() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            with server.accept()[0] as client:
+                client.recv(1000)
+                client.sendall(f"-ERR {SECRET} is what I was told\r\n".encode())
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        link = Link(f"redis://:{SECRET}@127.0.0.1:{server.getsockname()[1]}/0", "c", "x")
+        with pytest.raises(LinkError, match="told") as raised:
+            link.open()
+        thread.join()
+    link.close()
+    assert SECRET not in str(raised.value)
 
 
 # Settings.

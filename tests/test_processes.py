@@ -10,6 +10,7 @@ import signal
 import ssl
 import subprocess
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -21,6 +22,7 @@ from typing import Any
 import pytest
 from certificates import Files, make_pair
 from fleet import DemoBackend
+from redis_server import RedisServer
 from support import (
     PYTHON,
     ROOT,
@@ -41,6 +43,7 @@ from wire import WireBackend
 from balancer.edge import quota
 from balancer.errors import SettingsError
 from balancer.loadbalancer import LoadBalancer
+from balancer.processes.crew import SETTLE_SECONDS
 
 MANY = 24  # connections: that all go to one of two workers is out of the question
 
@@ -360,6 +363,33 @@ def test_the_end_lets_requests_finish_and_a_second_signal_does_not(
         assert answer().startswith(b"HTTP/1.1 200") is is_patient
         assert balancer.wait() == 0
         assert all(map(is_gone, living))
+
+
+def test_a_wish_for_less_ends_with_the_balancer(start_process: StartProcess, held: threading.Event) -> None:
+    """While it waits for connections that are being made, the sockets are closed."""
+    balancer = start_process("--workers=2")
+    answer = asked(balancer)
+    balancer.send(signal.SIGTTOU)
+    wait_until(lambda: "SIGTTOU: 1 workers" in balancer.output, "it is under way")
+    balancer.send(signal.SIGTERM)
+    is_over = time.monotonic() + SETTLE_SECONDS + 0.5
+    wait_until(lambda: time.monotonic() > is_over, "it would have gone on")
+    held.set()
+    assert answer().startswith(b"HTTP/1.1 200") and balancer.wait() == 0
+    assert "Traceback" not in balancer.output
+
+
+def test_a_master_that_drains_is_a_member_until_it_has_ended(
+    start_process: StartProcess, held: threading.Event, tmp_path: Path
+) -> None:
+    with RedisServer(tmp_path) as server:
+        balancer = start_process("--workers=2", f"--redis-url={server.url}")
+        answer = asked(balancer)
+        balancer.send(signal.SIGTERM)
+        wait_until(lambda: '"lifecycle": "draining"' in server.ask("HVALS lb:{default}:members"), "it says so")
+        held.set()
+        assert answer().startswith(b"HTTP/1.1 200") and balancer.wait() == 0
+    assert "Traceback" not in balancer.output and "cluster_lost" not in balancer.output
 
 
 def test_workers_without_a_master_finish_and_end(start_process: StartProcess, held: threading.Event) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from typing import Annotated
 
+from pydantic import Field
 from typing_extensions import TypedDict
 
 from balancer.balancing.pools import Pools
+from balancer.config.values import MAX_WORKERS
 from balancer.observe.history import History
 from balancer.observe.statistics import Statistics
 
@@ -15,30 +18,36 @@ WINDOW = 10  # seconds that the figures are of
 MOST_BACKENDS = 1000  # that are told of, the busiest
 
 
+# Others read them in a store where anybody may have written.
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Text = Annotated[str, Field(max_length=1000)]
+
+
 class Load(TypedDict):
     """`requests` and `failed` are those of the last `seconds`, as are `rate`, per second, and `p95`, of their times in
     seconds, None without any. Of several members `p95` is the highest."""
 
-    in_flight: int
-    total_requests: int
-    seconds: int
-    requests: int
-    failed: int
-    rate: float
-    p95: float | None
+    in_flight: Count
+    total_requests: Count
+    seconds: Count
+    requests: Count
+    failed: Count
+    rate: Number
+    p95: Number | None
 
 
 class Figures(Load):
     """`url` is where it listens, `processes` are those of it that serve. `backends` has requests in flight by ids of
     backends that have any."""
 
-    id: str
-    url: str | None
-    since: float
-    version: str
-    lifecycle: str
-    processes: int
-    backends: dict[str, int]
+    id: Text
+    url: Annotated[Text, Field(pattern=r"^https?(\+unix)?://")] | None
+    since: Number
+    version: Text
+    lifecycle: Text
+    processes: Annotated[int, Field(ge=0, le=MAX_WORKERS)]
+    backends: dict[str, Count]
 
 
 def load_of(statistics: Statistics, history: History) -> Load:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar, cast
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from redis import Redis
 from redis.backoff import NoBackoff
@@ -44,12 +44,12 @@ return {tostring(now), redis.call('GET', KEYS[3]) or '', redis.call('HGETALL', K
         redis.call('ZRANGE', KEYS[2], 0, -1, 'WITHSCORES')}
 """
 # KEYS: decisions, their revision. ARGV: channel, seconds to keep them; then about what, and the word on it. The later
-# word counts, which is the greater text.
+# word counts, which is the greater text, and any counts more than what is no word.
 WRITE = """
-local written = 0
+local written, beginning = 0, '^[0-4]' .. string.rep('%d', 9) .. '%.' .. string.rep('%d', 6) .. ' '
 for at = 3, #ARGV, 2 do
     local known = redis.call('HGET', KEYS[1], ARGV[at])
-    if not known or known < ARGV[at + 1] then
+    if not known or known < ARGV[at + 1] or not string.find(known, beginning) then
         redis.call('HSET', KEYS[1], ARGV[at], ARGV[at + 1])
         written = written + 1
     end
@@ -61,16 +61,17 @@ end
 return written
 """
 # The generic cell rate algorithm, as in filters/limit. KEYS: one for each charge, a hash: '' has when it owes nothing,
-# each member when it last took something. ARGV: member, microseconds that this counts; then of each charge, in
-# microseconds, the price and the most to owe, and how many requests.
+# each member when it last took something; whatever else is there is as nothing. ARGV: member, microseconds that this
+# counts; then of each charge, in microseconds, the price and the most to owe, and how many requests.
 CHARGE = """
 local time, settled = redis.call('TIME'), {}
 local now = time[1] * 1000000 + time[2]
 for place, key in ipairs(KEYS) do
     local price, most, taken = tonumber(ARGV[3 * place]), tonumber(ARGV[3 * place + 1]), tonumber(ARGV[3 * place + 2])
-    local clear, sharing, known = now, 1, redis.call('HGETALL', key)
+    local clear, sharing, known = now, 1, redis.pcall('HGETALL', key)
+    if known.err then redis.call('DEL', key) end
     for at = 1, #known, 2 do
-        local value = tonumber(known[at + 1])
+        local value = tonumber(known[at + 1]) or 0
         if known[at] == '' then
             clear = math.max(clear, value)
         elseif known[at] ~= ARGV[1] then
@@ -104,6 +105,7 @@ class Link:
     def __init__(self, url: str, cluster: str, name: str) -> None:
         self.address = _without_password(url)
         self._url = url
+        self._secret = unquote(urlsplit(url).password or "")
         self._name = name
         self._prefix = f"lb:{{{cluster}}}:"  # in braces: of one slot in a Redis Cluster
         self._channel = self._prefix + "news"
@@ -148,7 +150,8 @@ class Link:
         arguments = [self._name, figures, MEMBER_SECONDS, KEPT_SECONDS]
         now, revision, told, seen = self._run(self._beat, keys, arguments)
         texts, times = _pairs(told), _pairs(seen)
-        return Beat(revision, {name: (text, float(now) - float(times.get(name, now))) for name, text in texts.items()})
+        ages = {name: float(now) - float(at) for name, at in times.items()}
+        return Beat(revision, {name: (texts[name], age) for name, age in ages.items() if name in texts})
 
     def leave(self) -> None:
         """The others know at once that this one is gone."""
@@ -198,8 +201,10 @@ class Link:
         try:
             return do(*arguments, **named)
         except Exception as error:  # of many kinds, if it is no Redis that answers
-            said = "no whole answer came in time" if self._is_aborted else str(error) or type(error).__name__
-            raise LinkError(shown(said, MESSAGE_KEPT)) from None
+            text = "no whole answer came in time" if self._is_aborted else str(error) or type(error).__name__
+            if self._secret:  # whoever answers may repeat what was sent
+                text = text.replace(self._secret, "***")
+            raise LinkError(shown(text, MESSAGE_KEPT)) from None
 
 
 def _pairs(flat: Sequence[str]) -> dict[str, str]:

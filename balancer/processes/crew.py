@@ -155,6 +155,7 @@ class Crew(Server):
         self._on_drain(text)
         self._tell_all("end", why, limit, delay)
         await asyncio.wait([hurry], timeout=delay)
+        self._tasks.pop().cancel()  # what was wished for: there are no sockets to do it with
         self._close_listeners()
         deadline, has_hurried = time.monotonic() + limit + 2 * STOP_SECONDS, False
         while any(place.child is not None for place in self.places) and time.monotonic() < deadline:

@@ -59,6 +59,7 @@ class Master(LoadBalancer):
         self._links: list[Link] = []
         self._crew: Crew | None = None
         self._mains: list[socket.socket] = []
+        self._names: dict[str, Any] = {}  # of listening sockets by role, which may be closed by now
         self._config = config  # that workers have
         self._loads = SharedLoads()
         self._ledgers: dict[int, Ledger] = {}  # by the number of the worker
@@ -93,8 +94,7 @@ class Master(LoadBalancer):
     @property
     def urls(self) -> list[str]:
         found = []
-        for role, listener in self._listeners.items():
-            name = listener.getsockname()
+        for role, name in self._names.items():
             scheme = "http" if self.renewal.certificate is None or role == "redirect" else "https"
             found.append(tcpsocket.url_of(name if isinstance(name, str) else name[:2], scheme))
         return found
@@ -138,6 +138,7 @@ class Master(LoadBalancer):
         mains = self._mains if len(self._mains) > 1 else [listeners["http"]] * self.count
         mains += [reuseport.listen_too(*mains[0].getsockname()[:2]) for _ in range(self.count - len(mains))]
         self._mains = mains
+        self._names = {role: each.getsockname() for role, each in listeners.items()}
         others = [each for role, each in listeners.items() if role != "http"]
         self._crew = Crew(
             *(mains, others, Meeting(self._passes, self._welcome, self._lost, self._cpus_of)),
