@@ -18,6 +18,8 @@ if __name__ == "__main__":
     from balancer.edge.startup import ignore_unused_signals
 
     ignore_unused_signals()
+    if hasattr(signal, "pthread_sigmask"):  # no balancer lets another process take its place, which nobody here knew of
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
 
 import argparse
 from collections.abc import Sequence

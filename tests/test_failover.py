@@ -381,7 +381,7 @@ def test_the_page_of_a_check_is_read_to_its_end(stack: ExitStack) -> None:
         except OSError:
             ends.append(None)
 
-    checked = Checked(stack, large=script)
+    checked = Checked(stack, "--health-timeout=5", large=script)
     wait_until(lambda: len(ends) >= 3)
     assert set(ends) <= {b"", b"G"}
     assert checked.balancer.backend("large")["healthy"]

@@ -172,7 +172,7 @@ def test_who_owes_an_answer_is_known_to_all(master: Master) -> None:
     assert unanswered(other) == 5
     leases[0].answered(0.01)
     assert unanswered(other) == 4
-    leases[1].drop()
+    leases[1].drop(is_late=False)
     leases[2].release(0.01)
     leases[3].release(failure="broke")
     assert unanswered(other) == 1
