@@ -206,6 +206,21 @@ def test_the_first_backend_answers_first(make: Make, pool: ThreadPoolExecutor) -
     assert not fleet.is_blamed(second) and is_idle(fleet.balancer)
 
 
+@pytest.mark.parametrize("begun", [b"HTTP/1.1 200 OK\r\nContent-", b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"])
+@pytest.mark.parametrize("slow", [0, 1])
+def test_half_a_head_is_no_answer(make: Make, pool: ThreadPoolExecutor, begun: bytes, slow: int) -> None:
+    """Nor is an interim one (RFC 9110 section 15.2): whoever sends no more loses."""
+    fleet = make()
+    answer = pool.submit(fetch, fleet.balancer.url)
+    fleet.wait_asked(2)
+    fleet.peers[slow].sendall(begun)
+    fleet.wait_long()
+    fleet.answer(1 - slow)
+    assert answer.result(60)[2] == fleet.asked[1 - slow].encode()
+    assert [each[1] for each in outcomes(newest(fleet.balancer))][slow] == "dropped"
+    assert fleet.is_closed(slow) and is_idle(fleet.balancer)
+
+
 def test_a_large_answer_goes_on_alone(make: Make, pool: ThreadPoolExecutor) -> None:
     fleet, body = make(), os.urandom(1_000_000)
     answer = pool.submit(fetch, fleet.balancer.url)

@@ -121,7 +121,9 @@ class Race:
         leg.is_whole = self._adapter.look(leg.sent, most)
         if self._client.is_gone or not (self.pending or self._bad):
             return self._settle(leg)
-        if leg.sent.failure is not None:
+        if leg.sent.failure is None and leg.sent.response is None:  # not even its head is whole
+            self.pending[descriptor] = leg
+        elif leg.sent.failure is not None:
             self._attempts.lose(leg)
         elif leg.is_whole and leg.status > WORST_GOOD:
             self._bad.append(leg)
@@ -130,7 +132,7 @@ class Race:
             return self._settle(leg)
         if not self.pending:
             return self._settle(self._bad[0])
-        self._client.attach(self)  # it was detached from this one
+        self._client.attach(self)  # it may have been detached from this one
         return None
 
     def expire(self) -> Leg:
