@@ -38,9 +38,11 @@ from balancer.balancing.pool import BackendPool
 from balancer.balancing.speed import Speed
 from balancer.balancing.strategies import create
 from balancer.edge.express import Express
+from balancer.errors import ConnectFailed
 from balancer.protocol.origin import Origin
 from balancer.protocol.request import Request
 from balancer.protocol.requestheads import RequestHeads
+from balancer.upstream.transport import BackendAdapter
 
 LATE = 0.05
 GOOD = LastCheck(1.0, 0.001, 200, None)
@@ -238,6 +240,35 @@ def test_a_backend_without_a_kept_connection_is_asked_on_a_new_one(make: Make, p
     fleet.wait_asked(2)
     fleet.answer(1)
     assert answer.result(60)[2] == fleet.asked[1].encode() and fleet.is_closed(0)
+
+
+def test_a_backend_that_is_removed_before_it_is_asked_ends_nothing(
+    make: Make, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the connection to it is still being opened: what is in flight on the other one goes on."""
+    fleet, go = make(names="ab"), threading.Event()
+    opening: list[str] = []
+
+    def wait(self: BackendAdapter, origin: Origin) -> None:
+        opening.append(origin.url)
+        go.wait(60)
+        raise ConnectFailed("in vain")
+
+    monkeypatch.setattr(BackendAdapter, "open", wait)
+    for backend in fleet.backends.values():
+        backend.drop_connections()
+    answer = pool.submit(fetch, fleet.balancer.url)
+    fleet.wait_asked(1)
+    fleet.allow()
+    wait_until(lambda: opening, "a connection to the second one is opened")
+    (first,) = fleet.asked
+    second = "ab".replace(first, "")
+    assert fetch(f"{fleet.balancer.url}/backends/{second}?force=1", method="DELETE")[0] == 200
+    go.set()
+    fleet.answer(0)
+    assert answer.result(60)[2] == first.encode()
+    assert outcomes(newest(fleet.balancer)) == [(first, "200", False)]
+    assert not fleet.is_blamed(first) and sum(fleet.hedges().values()) == 0
 
 
 def test_a_request_whose_filters_wait_is_sent_twice_too(make: Make, pool: ThreadPoolExecutor) -> None:

@@ -78,6 +78,9 @@ class Race:
         connection that is missing, after which this has to be called again."""
         if not self._is_leased and not self._lease():
             return None
+        if self._attempts.is_cut_beside:
+            self._forgo()
+            return None
         second = self._attempts.send_beside(self.deadline)
         if second is not None:
             self.is_waiting = self._is_leased = False
@@ -94,6 +97,7 @@ class Race:
     def _lease(self) -> bool:
         if not self._hedging.spend(self._attempts.is_silent(self._late)):
             return False
+        self._client.attach(self)  # from here on the request is on two backends, of which one may be cut off
         try:
             self._is_leased = self._attempts.lease_beside()
         finally:
