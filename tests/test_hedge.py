@@ -37,7 +37,8 @@ from balancer.balancing.options import PoolOptions
 from balancer.balancing.pool import BackendPool
 from balancer.balancing.speed import Speed
 from balancer.balancing.strategies import create
-from balancer.edge.express import Express
+from balancer.edge.express import LOOK_SHARE, Express
+from balancer.edge.workers import WorkerPool
 from balancer.errors import ConnectFailed
 from balancer.protocol.origin import Origin
 from balancer.protocol.request import Request
@@ -571,6 +572,21 @@ def test_a_storm_leaves_nothing_behind(make: Make, pool: ThreadPoolExecutor) -> 
     wait_until(
         lambda: len(os.listdir("/proc/self/fd")) <= descriptors + 2 * kept + 16, "connections of the losers are closed"
     )
+
+
+def test_looking_for_late_ones_takes_a_small_share_of_the_time() -> None:
+    """However many wait."""
+
+    def look() -> float:
+        until = time.thread_time() + 0.02
+        while time.thread_time() < until:
+            pass
+        return 0.01
+
+    express, before = Express(WorkerPool(1, 1, 1.0), look), time.monotonic()
+    express.run_once()
+    assert express._next_look >= before + 0.02 / LOOK_SHARE
+    express.stop()
 
 
 def test_all_workers_count_as_one(start_process: StartProcess) -> None:
