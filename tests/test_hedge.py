@@ -649,6 +649,9 @@ def test_the_budget_is_a_share_of_the_requests() -> None:
     assert [pool.spend(is_urgent=True) for _ in range(SAVED)].count(True) == RESERVED
     pool.refund()
     assert pool.spend(is_urgent=True) and not pool.spend(is_urgent=True)
+    pool.refund()
+    pool.options = options(PoolOptions, hedge="off")
+    assert not pool.spend(is_urgent=True)
 
 
 def test_who_answers_nobody_is_asked_last() -> None:
