@@ -37,10 +37,13 @@ from balancer.balancing.options import PoolOptions
 from balancer.balancing.pool import BackendPool
 from balancer.balancing.speed import Speed
 from balancer.balancing.strategies import create
-from balancer.edge.express import Express
+from balancer.edge.express import LOOK_SHARE, Express
+from balancer.edge.workers import WorkerPool
+from balancer.errors import ConnectFailed
 from balancer.protocol.origin import Origin
 from balancer.protocol.request import Request
 from balancer.protocol.requestheads import RequestHeads
+from balancer.upstream.transport import BackendAdapter
 
 LATE = 0.05
 GOOD = LastCheck(1.0, 0.001, 200, None)
@@ -206,6 +209,21 @@ def test_the_first_backend_answers_first(make: Make, pool: ThreadPoolExecutor) -
     assert not fleet.is_blamed(second) and is_idle(fleet.balancer)
 
 
+@pytest.mark.parametrize("begun", [b"HTTP/1.1 200 OK\r\nContent-", b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"])
+@pytest.mark.parametrize("slow", [0, 1])
+def test_half_a_head_is_no_answer(make: Make, pool: ThreadPoolExecutor, begun: bytes, slow: int) -> None:
+    """Nor is an interim one (RFC 9110 section 15.2): whoever sends no more loses."""
+    fleet = make()
+    answer = pool.submit(fetch, fleet.balancer.url)
+    fleet.wait_asked(2)
+    fleet.peers[slow].sendall(begun)
+    fleet.wait_long()
+    fleet.answer(1 - slow)
+    assert answer.result(60)[2] == fleet.asked[1 - slow].encode()
+    assert [each[1] for each in outcomes(newest(fleet.balancer))][slow] == "dropped"
+    assert fleet.is_closed(slow) and is_idle(fleet.balancer)
+
+
 def test_a_large_answer_goes_on_alone(make: Make, pool: ThreadPoolExecutor) -> None:
     fleet, body = make(), os.urandom(1_000_000)
     answer = pool.submit(fetch, fleet.balancer.url)
@@ -223,6 +241,35 @@ def test_a_backend_without_a_kept_connection_is_asked_on_a_new_one(make: Make, p
     fleet.wait_asked(2)
     fleet.answer(1)
     assert answer.result(60)[2] == fleet.asked[1].encode() and fleet.is_closed(0)
+
+
+def test_a_backend_that_is_removed_before_it_is_asked_ends_nothing(
+    make: Make, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the connection to it is still being opened: what is in flight on the other one goes on."""
+    fleet, go = make(names="ab"), threading.Event()
+    opening: list[str] = []
+
+    def wait(self: BackendAdapter, origin: Origin) -> None:
+        opening.append(origin.url)
+        go.wait(60)
+        raise ConnectFailed("in vain")
+
+    monkeypatch.setattr(BackendAdapter, "open", wait)
+    for backend in fleet.backends.values():
+        backend.drop_connections()
+    answer = pool.submit(fetch, fleet.balancer.url)
+    fleet.wait_asked(1)
+    fleet.allow()
+    wait_until(lambda: opening, "a connection to the second one is opened")
+    (first,) = fleet.asked
+    second = "ab".replace(first, "")
+    assert fetch(f"{fleet.balancer.url}/backends/{second}?force=1", method="DELETE")[0] == 200
+    go.set()
+    fleet.answer(0)
+    assert answer.result(60)[2] == first.encode()
+    assert outcomes(newest(fleet.balancer)) == [(first, "200", False)]
+    assert not fleet.is_blamed(first) and sum(fleet.hedges().values()) == 0
 
 
 def test_a_request_whose_filters_wait_is_sent_twice_too(make: Make, pool: ThreadPoolExecutor) -> None:
@@ -527,6 +574,21 @@ def test_a_storm_leaves_nothing_behind(make: Make, pool: ThreadPoolExecutor) -> 
     )
 
 
+def test_looking_for_late_ones_takes_a_small_share_of_the_time() -> None:
+    """However many wait."""
+
+    def look() -> float:
+        until = time.thread_time() + 0.02
+        while time.thread_time() < until:
+            pass
+        return 0.01
+
+    express, before = Express(WorkerPool(1, 1, 1.0), look), time.monotonic()
+    express.run_once()
+    assert express._next_look >= before + 0.02 / LOOK_SHARE
+    express.stop()
+
+
 def test_all_workers_count_as_one(start_process: StartProcess) -> None:
     held, quick = WireBackend(), WireBackend()
     go = threading.Event()
@@ -587,6 +649,9 @@ def test_the_budget_is_a_share_of_the_requests() -> None:
     assert [pool.spend(is_urgent=True) for _ in range(SAVED)].count(True) == RESERVED
     pool.refund()
     assert pool.spend(is_urgent=True) and not pool.spend(is_urgent=True)
+    pool.refund()
+    pool.options = options(PoolOptions, hedge="off")
+    assert not pool.spend(is_urgent=True)
 
 
 def test_who_answers_nobody_is_asked_last() -> None:

@@ -74,9 +74,10 @@ class Hedging:
             self._saved = saved if saved < SAVED else SAVED
 
     def spend(self, is_urgent: bool) -> bool:
-        """Whether there may be one more hedge, which is counted then. `is_urgent`: the backend stands still."""
+        """Whether there may be one more hedge, which is counted then: not for a request that was late before a reload
+        has switched this off. `is_urgent`: the backend stands still."""
         with self._lock:
-            if self._saved < (1 if is_urgent else 1 + RESERVED):
+            if not self.is_on or self._saved < (1 if is_urgent else 1 + RESERVED):
                 return False
             self._saved -= 1
         return True

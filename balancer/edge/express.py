@@ -33,6 +33,7 @@ log = logging.getLogger("balancer.server")
 INPUT = getattr(select, "EPOLLIN", 0)  # elsewhere than on Linux not used
 LOOK_SECONDS = 0.05  # at most between two looks for answers that are overdue
 LEAST_TICK, TICK_SHARE = 0.005, 0.125  # seconds between two looks for those that are late, and of what is late
+LOOK_SHARE = 0.05  # of this thread's time for these looks: thousands may wait for backends that all stand still
 
 
 class Express:
@@ -116,8 +117,9 @@ class Express:
         self._pass_on_answers()
         now = time.monotonic()
         if now >= self._next_look:
-            self._next_look = now + self._tick
+            begun = time.thread_time()
             self._hedge(now)
+            self._next_look = now + max(self._tick, (time.thread_time() - begun) / LOOK_SHARE)
             if now >= self._next_expiry:
                 self._next_expiry = now + LOOK_SECONDS
                 self._expire(now)

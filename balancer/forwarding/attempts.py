@@ -6,6 +6,7 @@ is the only place where that is decided, but for the one more try that `transpor
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -270,6 +271,11 @@ class Attempts:
         assert self._lease is not None
         self._beside = self._route.pool.lease_beside(self._lease, self._request)
         return self._beside is not None
+
+    @property
+    def is_cut_beside(self) -> bool:
+        """The operator ended what its backend had in flight, and it is not sent yet."""
+        return self._beside is not None and self._beside.backend.cut_at > -math.inf
 
     @property
     def origin_beside(self) -> Origin:

@@ -78,6 +78,9 @@ class Race:
         connection that is missing, after which this has to be called again."""
         if not self._is_leased and not self._lease():
             return None
+        if self._attempts.is_cut_beside:
+            self._forgo()
+            return None
         second = self._attempts.send_beside(self.deadline)
         if second is not None:
             self.is_waiting = self._is_leased = False
@@ -94,6 +97,7 @@ class Race:
     def _lease(self) -> bool:
         if not self._hedging.spend(self._attempts.is_silent(self._late)):
             return False
+        self._client.attach(self)  # from here on the request is on two backends, of which one may be cut off
         try:
             self._is_leased = self._attempts.lease_beside()
         finally:
@@ -121,7 +125,9 @@ class Race:
         leg.is_whole = self._adapter.look(leg.sent, most)
         if self._client.is_gone or not (self.pending or self._bad):
             return self._settle(leg)
-        if leg.sent.failure is not None:
+        if leg.sent.failure is None and leg.sent.response is None:  # not even its head is whole
+            self.pending[descriptor] = leg
+        elif leg.sent.failure is not None:
             self._attempts.lose(leg)
         elif leg.is_whole and leg.status > WORST_GOOD:
             self._bad.append(leg)
@@ -130,7 +136,7 @@ class Race:
             return self._settle(leg)
         if not self.pending:
             return self._settle(self._bad[0])
-        self._client.attach(self)  # it was detached from this one
+        self._client.attach(self)  # it may have been detached from this one
         return None
 
     def expire(self) -> Leg:
