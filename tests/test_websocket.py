@@ -453,7 +453,7 @@ def test_a_client_that_leaves_before_it_is_let_in_harms_nobody(
     scripted.script = script
     with connect_raw(wired.port) as client:
         client.sendall(HANDSHAKE)
-        wait_until(lambda: scripted.requests, "the backend was asked")
+        wait_until(lambda: b"/x" in [each.target for each in scripted.requests], "the backend was asked")
         if is_reset:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     left.set()
@@ -466,7 +466,7 @@ def test_whoever_leaves_while_the_backend_is_silent_frees_its_place(scripted: Wi
     with Balancer(f"--backend=only={scripted.url}", "--response-timeout=60", "--health-timeout=5") as balancer:
         with connect_raw(balancer.port) as client:
             client.sendall(HANDSHAKE)
-            wait_until(lambda: scripted.requests, "the backend was asked")
+            wait_until(lambda: b"/x" in [each.target for each in scripted.requests], "the backend was asked")
         wait_until(lambda: balancer.status(1)["recent_requests"], "it is recorded")
         assert newest(balancer)["status"] == 499
 
