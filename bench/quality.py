@@ -53,8 +53,8 @@ OTHERS = (("nginx", "least_conn"), ("haproxy", "leastconn"), ("caddy", "least_co
 BLIND_STRATEGIES = ("round_robin", "weighted")
 
 
-def methods(contenders: list[str], is_full: bool) -> list[tuple[str, str]]:
-    own = [(OURS, name) for name in REGISTRY if is_full or name not in BLIND_STRATEGIES]
+def methods(contenders: list[str]) -> list[tuple[str, str]]:
+    own = [(OURS, name) for name in REGISTRY if name not in BLIND_STRATEGIES]
     return [(who, method) for who, method in (*own, *OTHERS) if who in contenders]
 
 

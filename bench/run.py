@@ -165,7 +165,7 @@ def run_parts(options: argparse.Namespace) -> int:
 def expected_seconds(options: argparse.Namespace) -> float:
     from quality import methods
 
-    ways = len(methods(options.contenders, False))
+    ways = len(methods(options.contenders))
     runs = len(options.loads) * len(options.contenders)
     parts: dict[str, float] = {
         "speed": options.rounds * runs * (options.seconds + SPEED_OVERHEAD),
@@ -192,7 +192,7 @@ def measure(part: str, options: argparse.Namespace, run: Run) -> None:
     else:
         run.rows.extend(rows_of(simulate_all(options.rounds)))
         show("Unequal backends, simulated", render.table(run, "simulation"))
-        ways = methods(options.contenders, False)
+        ways = methods(options.contenders)
         run.rows.extend(rows_of(measure_quality(options.rounds, options.choice_seconds, ways)))
         show("Unequal backends", render.table(run, "choice"))
 

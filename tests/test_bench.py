@@ -95,7 +95,7 @@ def test_a_run_has_every_part(finished: tuple[Any, Run]) -> None:
 
 
 def test_every_strategy_that_looks_is_measured() -> None:
-    assert quality.methods([OURS, "nginx"], False) == [
+    assert quality.methods([OURS, "nginx"]) == [
         *((OURS, name) for name in quality.REGISTRY if name not in quality.BLIND_STRATEGIES), ("nginx", "least_conn"),
     ]  # fmt: skip
 

@@ -205,28 +205,19 @@ class Worker(LoadBalancer):
         pools: Mapping[str, PoolNews],
     ) -> None:
         try:
-            self._use(config, sources, certificate, pools)
+            before, plan = self.settings, Plan()
+            old = before.by_pool()
+            for name, each in config.by_pool().items():
+                pool = self.control.pools.get(name)
+                plan.pools[name] = changes(pool, pools[name], each, old.get(name, each))
+            if config != before:
+                self.authentication.check(config.auth, config.networks)
+            self.renewal.take(config.options(TlsOptions), certificate)
+            self.apply(config, plan)
+            self.configuration.settings, self.configuration.sources = config, sources
         except Exception:  # the master has them in force
             log.exception("the settings cannot be used here; another worker is to begin with them")
             self._end("another worker is to begin", self.settings.drain_timeout, 0.0)
-
-    def _use(
-        self,
-        config: Settings,
-        sources: Mapping[str, str],
-        certificate: Certificate | None,
-        pools: Mapping[str, PoolNews],
-    ) -> None:
-        before, plan = self.settings, Plan()
-        old = before.by_pool()
-        for name, each in config.by_pool().items():
-            pool = self.control.pools.get(name)
-            plan.pools[name] = changes(pool, pools[name], each, old.get(name, each))
-        if config != before:
-            self.authentication.check(config.auth, config.networks)
-        self.renewal.take(config.options(TlsOptions), certificate)
-        self.apply(config, plan)
-        self.configuration.settings, self.configuration.sources = config, sources
 
     def take_pool(self, name: str, news: PoolNews) -> None:
         """One that is leaving lets its backends go by itself."""
