@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -423,8 +424,8 @@ def test_a_token_of_the_user_s_own_is_used_and_not_printed(demo: Demo) -> None:
     assert demo.the("load_balancer.py").environ()["LB_PAGE_TOKEN"] == own
     assert "its token is your LB_PAGE_TOKEN" in run.out
     assert own not in run.out and "#token" not in run.out
-    # Ready means checked, not healthy; it said no more than "Ready".
-    assert "backend_2 gets no requests: health check answered 404" in run.out
+    # Ready means checked, not healthy; it said no more than "Ready". The first check may have come before the backend.
+    assert re.search(r"backend_2 gets no requests: health check (answered 404|failed)", run.out)
 
     demo.the("load_balancer.py").kill()
     run.assert_one_line_error(1, "the balancer ended by itself", "SIGKILL")
