@@ -41,20 +41,20 @@ from balancer.edge.workers import WorkerPool
 from balancer.edge.wsgi import ReverseProxy
 from balancer.errors import SettingsError
 from balancer.filters.authentication import Authentication
+from balancer.filters.headers import ServedBy
 from balancer.filters.limit import LimitOptions
 from balancer.filters.limits import Limiter
 from balancer.filters.maxforwards import MaxForwards
 from balancer.filters.mirror import Copies
-from balancer.filters.servedby import ServedBy
 from balancer.filters.serviceworkers import ServiceWorkers
 from balancer.filters.sharedlimit import Asked
-from balancer.filters.sticky import Sticky, StickyOptions, cookie_of
+from balancer.filters.sticky import Sticky, cookie_of
 from balancer.fleet import sources as sources_of
 from balancer.fleet.discovery import Discovery, Found
 from balancer.fleet.health import HealthChecker
 from balancer.fleet.providers import Providers
 from balancer.fleet.scaler import Scaling
-from balancer.fleet.scaling import ScalingNews, ScalingOptions
+from balancer.fleet.scaling import ScalingNews
 from balancer.forwarding import race
 from balancer.forwarding.filter import Filter
 from balancer.forwarding.route import Route, RouteOptions, Routes
@@ -86,19 +86,13 @@ log = logging.getLogger("balancer")
 # What a reload may change that was decided before.
 DECIDED = frozenset({"backend_changed", "backend_added", "backend_removed", "algorithm_changed"})
 DOCKER = "unix:///var/run/docker.sock"
-NEWS_SEVERITY: dict[EventKind, Severity] = {  # all others are told for information
-    "certificate_refused": "error",
-    "certificate_expires": "warning",
-    "canary_returned": "warning",
-    "state_failed": "error",
-    "cluster_lost": "warning",
-    "decision_left_out": "warning",
-    "worker_lost": "error",
-    "source_failed": "warning",
-    "start_failed": "warning",
-    "scaling_failed": "warning",
-    "backend_ended": "warning",
-}
+ERRORS = frozenset[EventKind]({"certificate_refused", "state_failed", "worker_lost"})  # of what parts have to tell
+WARNINGS = frozenset[EventKind](
+    {
+        *("certificate_expires", "canary_returned", "name_kept", "keys_kept", "source_failed", "cluster_lost"),
+        *("decision_left_out", "start_failed", "scaling_failed", "backend_ended"),
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,15 +146,16 @@ def make(
     configuration = Configuration(config, sources)
     statistics, events = own.statistics, own.events
     tls = _tls_context(config.ca_file)
-    dialer = Dialer(tls, _names(events))
+    note, note_files = noting(events), noting(events, configuration.without_folders)
+    dialer = Dialer(tls, Names(note))
     wired = PoolWiring(dialer, statistics, own.health, own.loads)
     wired.use(config, compare(NOTHING, config, configuration.sources, wired.pools).pools)
-    authentication = Authentication(dialer, _keys(events), statistics.refusals)
+    authentication = Authentication(dialer, note, statistics.refusals)
     authentication.check(config.auth, config.networks)
     authentication.use()
 
-    canaries, decisions = Canaries(noting(events)), _decisions(configuration, wired.pools, events)
-    discovery = Discovery(wired.pools, noting(events, configuration.without_folders))
+    canaries, decisions = Canaries(note), _decisions(configuration, wired.pools, events)
+    discovery = Discovery(wired.pools, note_files)
     discovery.use(sources_of.made(config, discovery.is_lost))
 
     app = Flask(__name__, static_folder=None)
@@ -168,9 +163,10 @@ def make(
     workers = WorkerPool(config.max_threads, config.max_queued, config.thread_idle_timeout)
     limiter = Limiter(events, salt=own.salt or _salt(config))
     access = Access(config.options(AccessOptions))
-    renewal = _renewal(config, configuration, events, renew, own.certificate)
-    scaling = Scaling(wired.pools, Providers(wired.pools, config.id, tls).make, _scaled(events))
-    scale(scaling, config)
+    renewal = Renewal(config.options(TlsOptions), renew=renew, note=note_files, certificate=own.certificate)
+    providers = Providers(wired.pools, config.id, tls, lambda: _docker(configuration.settings))
+    scaling = Scaling(wired.pools, providers.make, _scaled(events))
+    scaling.use(config.scaling)
     control = Control(
         *(wired.pools, statistics, events, history, writer, shipped.find("dashboard.html")),
         *(configuration, decisions, access, own.routes, limiter, discovery),
@@ -200,21 +196,19 @@ def make(
     )
 
 
-def scale(scaling: Scaling, config: Settings) -> None:
-    """As these settings have it."""
-    docker = config.docker or os.environ.get("DOCKER_HOST") or DOCKER
-    scaling.use([ScalingOptions(kind=each.kind, docker=docker, **each.model_dump()) for each in config.scaling])
-
-
 def _scaled(events: Events) -> Callable[[ScalingNews, str, str | None, str], None]:
     def tell(kind: ScalingNews, pool: str, backend: str | None, text: str) -> None:
-        severity = NEWS_SEVERITY.get(kind, "info")
+        severity = _severity(kind)
         if pool != DEFAULT_POOL:
             text = f"{text}, pool {pool}"
         events.add(kind, backend, text, severity)
         log.log(logging.getLevelName(severity.upper()), "%s %s: %s", kind, backend or pool, text)
 
     return tell
+
+
+def _docker(config: Settings) -> str:
+    return config.docker or os.environ.get("DOCKER_HOST") or DOCKER
 
 
 def _tls_context(ca_file: Path | None) -> ssl.SSLContext | None:
@@ -227,48 +221,19 @@ def _tls_context(ca_file: Path | None) -> ssl.SSLContext | None:
         raise SettingsError(f"ca_file {quoted(str(ca_file))}: {error.strerror or error}; expected a PEM file") from None
 
 
-def _names(events: Events) -> Names:
-    def changed(is_kept: bool, text: str) -> None:
-        if is_kept:
-            events.add("name_kept", None, text, "warning")
-        else:
-            events.add("name_found", None, text)
-        log.log(logging.WARNING if is_kept else logging.INFO, "%s", text)
-
-    return Names(changed)
-
-
-def _keys(events: Events) -> Callable[[bool, str], None]:
-    def fetched(is_good: bool, text: str) -> None:
-        if is_good:
-            events.add("keys_found", None, text)
-        else:
-            events.add("keys_kept", None, text, "warning")
-        log.log(logging.INFO if is_good else logging.WARNING, "%s", text)
-
-    return fetched
+def _severity(kind: EventKind) -> Severity:
+    return "error" if kind in ERRORS else "warning" if kind in WARNINGS else "info"
 
 
 def noting(events: Events, public: Callable[[str], str] | None = None) -> Callable[[EventKind, str], None]:
     """What a part has to tell becomes an event, `public` for readers without a token, and a line of the log."""
 
     def note(kind: EventKind, text: str) -> None:
-        severity = NEWS_SEVERITY.get(kind, "info")
+        severity = _severity(kind)
         events.add(kind, None, text, severity, public=None if public is None else public(text))
         log.log(logging.getLevelName(severity.upper()), "%s: %s", kind, text)
 
     return note
-
-
-def _renewal(
-    config: Settings,
-    configuration: Configuration,
-    events: Events,
-    renew: Callable[[], None],
-    certificate: Certificate | None,
-) -> Renewal:
-    note = noting(events, configuration.without_folders)
-    return Renewal(config.options(TlsOptions), renew=renew, note=note, certificate=certificate)
 
 
 def _decisions(configuration: Configuration, pools: Pools, events: Events) -> Decisions:
@@ -418,7 +383,7 @@ def _routes(
         config = parts.settings
         usual: list[Filter] = [*([ServedBy()] if config.expose_backend else []), *filters]
         if config.sticky:
-            usual.insert(0, Sticky(parts.pool, config.options(StickyOptions)))
+            usual.insert(0, Sticky(parts.pool, config.sticky_key, config.sticky_max_age))
         route = Route(
             *(parts.pool, parts.adapter, control.statistics, parts.budget),
             config.options(RouteOptions),

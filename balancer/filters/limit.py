@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from balancer.filters.debts import Debts
 from balancer.protocol.addresses import Network, network_of, plain
+from balancer.protocol.request import Request
 from balancer.protocol.requestkey import network_of_client, request_key
-
-if TYPE_CHECKING:
-    from balancer.protocol.request import Request
 
 Key = Callable[["Request"], str]
 Mode = Literal["enforce", "shadow"]
