@@ -23,7 +23,6 @@ from balancer.balancing.pools import Pools
 from balancer.config.comparison import configured
 from balancer.config.settings import Settings, prefix_of, show
 from balancer.config.values import DrainTimeout, MaxConnections, Weight
-from balancer.errors import SettingsError
 from balancer.protocol.origin import Origin
 
 ALGORITHM = "algorithm"
@@ -187,7 +186,7 @@ class Decisions:
                     )
 
     def _set(self, key: Key, value: Any) -> None:
-        """Raises KeyError, ValueError or SettingsError if that cannot be any more."""
+        """Raises KeyError or ValueError if that cannot be any more."""
         pool = self._pools.get(key.pool)
         if pool is None:
             raise KeyError(key.pool)
@@ -244,7 +243,7 @@ class Decisions:
             if each["value"] != value:
                 with acting(each["by"]):
                     self._set(key, each["value"])
-        except (KeyError, ValueError, SettingsError):
+        except (KeyError, ValueError):
             return "that is not possible any more"
         made = {**self._made, key: each}
         if each["value"] == over and each["until"] is None:

@@ -13,11 +13,11 @@ from balancer.filters.auth import SUBJECT, Auth, Authenticator, AuthWithCookies
 from balancer.filters.forwardauth import ForwardAuth
 from balancer.observe.refusals import Refusals
 from balancer.protocol.addresses import Network
+from balancer.protocol.files import read_whole
 from balancer.protocol.messages import CREDENTIALS
 from balancer.protocol.origin import Endpoint
 from balancer.upstream.dialer import Dialer
 
-MAX_FILE = 1_048_576  # bytes: room for ten thousand users
 FILES = ("users_file", "secret_file", "jwks_file")
 INSTALL = "pip install 'python-load-balancer[auth]'"
 
@@ -132,18 +132,10 @@ class Authentication:
 
 def _content(table: Any) -> bytes:
     _, path = _file(table)
-    if path is None:
-        return b""
     try:
-        if not path.is_file():  # a pipe could keep us waiting for ever
-            raise _wrong(table, "no such file")
-        with path.open("rb") as file:
-            content = file.read(MAX_FILE + 1)
-    except (OSError, ValueError) as error:  # ValueError: NUL in a path
-        raise _wrong(table, str(getattr(error, "strerror", None) or error)) from None
-    if len(content) > MAX_FILE:
-        raise _wrong(table, f"more than {MAX_FILE} bytes")
-    return content
+        return b"" if path is None else read_whole(path)
+    except ValueError as error:
+        raise _wrong(table, str(error)) from None
 
 
 def _file(table: Any) -> tuple[str, Path | None]:
