@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from balancer.errors import SettingsError
 from balancer.filters.apikeys import ApiKeys
@@ -36,7 +36,9 @@ class Authentication:
     `_lock` guards `_used`, `_filters` and `_is_running`. Whoever reloads has `_checked` for itself.
     """
 
-    def __init__(self, dialer: Dialer, told: Callable[[bool, str], None], refusals: Refusals) -> None:
+    def __init__(
+        self, dialer: Dialer, told: Callable[[Literal["keys_found", "keys_kept"], str], None], refusals: Refusals
+    ) -> None:
         self._dialer, self._told, self._refusals = dialer, told, refusals
         self._lock = Lock()
         self._used: dict[str, tuple[Definition, Authenticator]] = {}
