@@ -490,7 +490,8 @@ class BackendPool:
             if self._backends.get(backend.id) is backend and origin in (None, backend.origin):
                 if judge(backend, seen):
                     self._judged()
-        self._notifier.notify()
+        if self._notifier.pending:
+            self._notifier.notify()
 
     def adopt(self, health: Mapping[str, Health]) -> None:
         """What another process has seen of them, by their ids, before the first request."""

@@ -19,7 +19,6 @@ from bisect import bisect
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from heapq import heapify, heappop, heappush, heapreplace
-from importlib.metadata import entry_points
 from itertools import accumulate
 from math import ceil, exp2, inf
 from typing import Any, ClassVar, TypeVar
@@ -116,6 +115,8 @@ def _whole_name(cls: type[Strategy]) -> str:
 
 def load_entry_points() -> None:
     """Register the strategies of installed packages. One that cannot be imported is a SettingsError naming it."""
+    from importlib.metadata import entry_points
+
     for entry in entry_points(group=ENTRY_POINT_GROUP):
         try:
             loaded = entry.load()
@@ -128,6 +129,8 @@ def load_entry_points() -> None:
 
 def create(name: str, options: StrategyOptions = StrategyOptions(), **injected: Any) -> Strategy:  # noqa: B008
     """A new strategy with no memory. Raises SettingsError with the valid names."""
+    if name not in REGISTRY:
+        load_entry_points()
     if name not in REGISTRY:
         raise SettingsError(f"unknown algorithm {quoted(name)}, expected one of: {', '.join(sorted(REGISTRY))}")
     made = REGISTRY[name](**injected)

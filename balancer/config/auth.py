@@ -48,7 +48,7 @@ class _Auth(Named):
 class KeySettings(BaseModel):
     """One API key."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     id: str = Field(pattern=validation.ID, description="whose it is; one may have several")
     sha256: Digest = Field(description="its SHA-256 digest, as load-balancer new-key prints it")

@@ -32,7 +32,7 @@ class ListedBackend(BackendSettings):
 class BackendsFile(BaseModel):
     """What stands in it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     backends: tuple[ListedBackend, ...] = Field((), description="the backends")
 

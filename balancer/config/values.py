@@ -91,7 +91,7 @@ ResponseRules = Annotated[HeaderRules, BeforeValidator(partial(_header_rules, he
 class BackendSettings(BaseModel):
     """One backend. On the command line and in the environment: `[ID=]URL[@WEIGHT]`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, from_attributes=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True, from_attributes=True)
 
     id: str = Field(
         "", pattern=validation.ID_OR_NONE, description="name, unique; backend_1, backend_2, ... if left out"
@@ -166,7 +166,7 @@ def name_server(text: str) -> tuple[str, int]:
 class Values(BaseModel):
     """Checked. Adding one takes its field here, and its use: `options` and `reload` go by name."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     # Who and where.
     id: Fixed[str] = Field("lb-1", pattern=validation.ID, description="name of this balancer in answers and in Via")

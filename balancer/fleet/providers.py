@@ -1,18 +1,19 @@
-"""Who brings backends to a pool: by the setting that names it."""
+"""Who brings backends to a pool: by the setting that names it, and imported for that."""
 
 from __future__ import annotations
 
 import os
 import ssl
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from balancer.balancing.pool import BackendPool
 from balancer.balancing.pools import Pools
 from balancer.config.scaling import ScalingSettings
-from balancer.fleet.containers import Containers
-from balancer.fleet.replicas import KubernetesScale, Replicas, Webhook
 from balancer.fleet.scaling import Note, Provider, Starts
-from balancer.fleet.started import Launcher, StartedBackends
+
+if TYPE_CHECKING:
+    from balancer.fleet.started import Launcher
 
 
 class Providers:
@@ -27,6 +28,9 @@ class Providers:
         self._cpus = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset[int]()
 
     def make(self, options: ScalingSettings, pool: BackendPool, starts: Starts, note: Note) -> Provider:
+        from balancer.fleet.replicas import KubernetesScale, Replicas, Webhook
+        from balancer.fleet.started import StartedBackends
+
         if options.kind == "kubernetes":
             return Replicas(pool, options, KubernetesScale(options), starts, note)
         if options.kind == "webhook":
@@ -35,6 +39,8 @@ class Providers:
 
     def _launcher(self, options: ScalingSettings) -> Launcher:
         if options.kind == "docker_image":
+            from balancer.fleet.containers import Containers
+
             return Containers(options, self._name, self._docker)
         from balancer.fleet.processes import Processes  # for Linux alone
 
