@@ -327,9 +327,6 @@ def _memory(control: Control) -> Memory | None:
         for pool in pools:
             pool.restore_counts({backend: each for (name, backend), each in counts.items() if name == pool.name})
 
-    def restore_requests(kept: Mapping[str, Any]) -> None:
-        statistics.restore(kept, {backend.id for backend in pools.backends()})
-
     def restore_routes(kept: Mapping[str, Any]) -> None:
         control.routes.restore(kept)
         control.routes.keep([route.name for route in config.routes])
@@ -346,7 +343,9 @@ def _memory(control: Control) -> Memory | None:
             lambda: {key: each for pool in pools for key, each in pool.ejections().items()}, eject, KeptEjection
         ),
         "backends": Kept(backends, restore_backends),
-        "requests": Kept(statistics.kept, restore_requests),
+        "requests": Kept(
+            statistics.kept, lambda kept: statistics.restore(kept, {each.id for each in pools.backends()})
+        ),
         "routes": Kept(control.routes.kept, restore_routes),
         "websockets": whole(statistics.websockets.totals, statistics.websockets.restore),
         "refusals": whole(statistics.refusals.counts, statistics.refusals.restore),

@@ -362,16 +362,13 @@ class BackendPool:
 
     def _line_up(self, request: Request, exclude: Collection[str]) -> Waiter[Lease]:
         """A place in the queue, if there is any and waiting can help."""
-        if self._has_place() and self._candidates.is_worth_waiting(exclude):
+        options, waiting = self._judge.options, self.waiting
+        has_place = waiting < options.queue_limit and waiting + self.waiting_elsewhere() < options.queue_places
+        if has_place and self._candidates.is_worth_waiting(exclude):
             waiter = self._line.join(request, exclude)
             self._tell_waiting()
             return waiter
         raise self._refusal(exclude, f", and {len(self._line)} requests are waiting already" if self._line else "")
-
-    def _has_place(self) -> bool:
-        options = self._judge.options
-        waiting = self.waiting
-        return waiting < options.queue_limit and waiting + self.waiting_elsewhere() < options.queue_places
 
     def _tell_waiting(self) -> None:
         if self.loads is not None:

@@ -143,7 +143,7 @@ def key_of(text: str, route: str, trusted: Sequence[Network], salt: bytes) -> Ke
     client = network_of_client(trusted)
     if text == "client_ip":
         return client
-    read = _subject if text == "subject" else request_key(text)
+    read = request_key(text) if text != "subject" else lambda request: request.subject.encode("utf-8", "surrogatepass")
 
     def key(request: Request) -> str:
         value = read(request)
@@ -159,10 +159,6 @@ def key_named(text: str, value: str, salt: bytes) -> str:
     if text in ("route", "global"):
         return value if text == "route" else ""
     return _digest(value.encode(), salt)
-
-
-def _subject(request: Request) -> bytes:
-    return request.subject.encode("utf-8", "surrogatepass")
 
 
 def _digest(value: bytes, salt: bytes) -> str:
