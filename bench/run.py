@@ -39,10 +39,14 @@ PYTHON = (
 def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    usual = {"--parts": ["speed"], "--contenders": [OURS, *PEERS], "--loads": list(USUAL)}
-    for name, known in (("--parts", PARTS), ("--contenders", CONTENDERS), ("--loads", LOADS)):
-        text = f"of {', '.join(known)}; or all; default {', '.join(usual[name])}"
-        add(name, type=some_of(list(known)), metavar="NAME[,NAME...]", help=text)
+    everybody = [OURS, *PEERS]
+    for name, known, usual in (
+        ("--parts", PARTS, ["speed"]),
+        ("--contenders", CONTENDERS, everybody),
+        ("--loads", LOADS, USUAL),
+    ):
+        text = f"of {', '.join(known)}; or all; default {', '.join(usual)}"
+        add(name, type=some_of(list(known)), default=usual, metavar="NAME[,NAME...]", help=text)
     add("--rounds", type=positive, default=3, help="of the loads and of the choice; default 3")
     add("--seconds", type=positive, default=1, help="of load per contender, load and round; default 1")
     add("--stall-seconds", type=positive, default=60, help="of the search for stalls, per contender; default 60")
@@ -57,10 +61,8 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     add("--concurrent", type=positive, metavar="N", help="check N requests in flight at once")
     add("--delay", type=float, default=0.2, help="seconds a backend takes then (default 0.2)")
     options = parser.parse_args(given)
-    if options.transfer or options.concurrent:
-        usual["--contenders"] = [OURS]
-    for name, chosen in usual.items():
-        setattr(options, name[2:], getattr(options, name[2:]) or chosen)
+    if (options.transfer or options.concurrent) and options.contenders is everybody:
+        options.contenders = [OURS]
     if options.require_ratio and not {OURS, BASELINE} <= set(options.contenders):
         parser.error(f"--require-ratio needs the contenders {OURS} and {BASELINE}")
     return options

@@ -24,29 +24,21 @@ WAIT_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Load:
-    """One run of wrk. `send` is the name of a body in FILES; `waits` puts the slow backend behind the contender."""
+    """One run of wrk. `waits` puts the slow backend behind the contender."""
 
     name: str
     about: str
     connections: int
     path: str = "/api/process"
-    send: str | None = None
+    send: bytes | None = None
     headers: int = 0
     waits: bool = False
-
-    @property
-    def body(self) -> bytes | None:
-        return None if self.send is None else FILES[self.send]
-
-    @property
-    def expected(self) -> bytes:
-        return FILES.get(self.path, BODY)
 
     def script(self) -> str:
         """For wrk: the request, and its figures at the end."""
         lines = [f'wrk.headers["X-Bench-{number:02}"] = "{number:02}-{"v" * 24}"' for number in range(self.headers)]
-        if self.body is not None:
-            lines += ['wrk.method = "POST"', f'wrk.body = string.rep("x", {len(self.body)})']
+        if self.send is not None:
+            lines += ['wrk.method = "POST"', f'wrk.body = string.rep("x", {len(self.send)})']
         return "\n".join([*lines, (HERE / "config" / "wrk.lua").read_text()])
 
 
@@ -57,9 +49,9 @@ EVERY = (
     Load("headers-32", f"{SMALL}, 20 more request headers, 32 connections", 32, headers=20),
     Load("wait-1000", f"{SMALL} after {WAIT_SECONDS:g} s, 1000 connections", 1000, path=WAIT_PATH, waits=True),
     Load("down-64k", "64 KiB down, 32 connections", 32, path="/64k"),
-    Load("up-64k", "64 KiB up, 32 connections", 32, path=UPLOAD_PATH, send="/64k"),
+    Load("up-64k", "64 KiB up, 32 connections", 32, path=UPLOAD_PATH, send=FILES["/64k"]),
     Load("down-10m", "10 MiB down, 8 connections", 8, path="/10m"),
-    Load("up-10m", "10 MiB up, 8 connections", 8, path=UPLOAD_PATH, send="/10m"),
+    Load("up-10m", "10 MiB up, 8 connections", 8, path=UPLOAD_PATH, send=FILES["/10m"]),
 )
 LOADS = {load.name: load for load in EVERY}
 USUAL = ("small-1", "small-32", "small-256", "small-1000", "up-64k", "up-10m", "down-10m")
@@ -81,7 +73,7 @@ def measure_all(rounds: int, seconds: int, loads: list[Load], chosen: list[Conte
 
 def measure(contender: Contender, load: Load, backends: Backends, seconds: int) -> Figures:
     """A fresh start, a warm-up that does not count, and one measured run of wrk."""
-    expected = (load.path, load.expected, load.body)
+    expected = (load.path, FILES.get(load.path, BODY), load.send)
     with started(contender, backends.ports, *expected) as (service, place):
         warmup = run_wrk(place.port, load, WARMUP_SECONDS)
         settle(service)
@@ -91,7 +83,9 @@ def measure(contender: Contender, load: Load, backends: Backends, seconds: int) 
         found = figures_of(load, result, spent())
         peak = service.memory_bytes("VmHWM")
         await_answer(service, place.port, *expected)
-    switches = switches_per_request(service, warmup["requests"] + result["requests"])
+    usage, requests = service.usage, warmup["requests"] + result["requests"]
+    # Of the whole process tree at its end: threads that lived for one connection count too.
+    switches = (usage.ru_nvcsw + usage.ru_nivcsw) / requests if usage and requests else None
     return found | {"switches/req": switches, "peak MiB": peak / MIB}
 
 
@@ -137,12 +131,6 @@ def settle(service: Service) -> None:
         time.sleep(0.1)
         if service.cpu_seconds() - before <= TICK_SECONDS:
             return
-
-
-def switches_per_request(service: Service, requests: float) -> float | None:
-    """From the usage of the whole process tree at its end: threads that lived for one connection count too."""
-    usage = service.usage
-    return (usage.ru_nvcsw + usage.ru_nivcsw) / requests if usage and requests else None
 
 
 def figures_of(load: Load, result: dict[str, float], spent: Spent) -> Figures:
