@@ -233,14 +233,26 @@ def test_a_large_answer_goes_on_alone(make: Make, pool: ThreadPoolExecutor) -> N
     assert [each[1] for each in outcomes(newest(fleet.balancer))] == ["dropped", "200"]
 
 
-def test_a_backend_without_a_kept_connection_is_asked_on_a_new_one(make: Make, pool: ThreadPoolExecutor) -> None:
-    fleet = make()
+@pytest.mark.parametrize("taken", [0, 2])
+def test_a_backend_without_a_kept_connection_is_asked_on_a_new_one(
+    make: Make, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch, taken: int
+) -> None:
+    """Also if other requests are quicker to take the first ones."""
+    fleet, opened, open_ = make(), [], BackendAdapter.open
+
+    def lose_the_first(self: BackendAdapter, origin: Origin) -> None:
+        opened.append(origin)
+        if len(opened) > taken:
+            open_(self, origin)
+
+    monkeypatch.setattr(BackendAdapter, "open", lose_the_first)
     for backend in fleet.backends.values():
         backend.drop_connections()
     answer = pool.submit(fetch, fleet.balancer.url)
     fleet.wait_asked(2)
     fleet.answer(1)
     assert answer.result(60)[2] == fleet.asked[1].encode() and fleet.is_closed(0)
+    assert opened == opened[:1] * (taken + 1)
 
 
 def test_a_backend_that_is_removed_before_it_is_asked_ends_nothing(
