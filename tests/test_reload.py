@@ -416,7 +416,7 @@ def test_a_response_timeout_is_that_of_the_time_when_the_request_was_sent(
         (b"retries = 1", "names no backends any more"),
         (b"health_fall = " + b"9" * 5000, "config file"),
         (b"x = " + b"[" * 5000, "config file"),
-        (b"#" * 1_100_000, "at most 1048576 are read"),
+        (b"#" * 1_100_000, "has more than 1048576 bytes"),
         (b'[[backends]]\nurl = "http://a/path"', "must not have a path"),
         (None, "No such file"),
     ],

@@ -475,7 +475,8 @@ class BackendPool:
         with self._lock:
             if self._is_here(backend, origin) and self._judge.checked(backend, check):
                 self._judged()
-        self._notifier.notify()
+        if self._notifier.pending:
+            self._notifier.notify()
 
     def record_refused(self, backend: Backend, reason: str, origin: Origin | None = None) -> None:
         """A refused connect on the data path: nobody listens there, so the backend is down at once."""

@@ -28,6 +28,7 @@ from flask import g, request
 from pydantic import SecretStr
 
 from balancer.config.auth import ControlTokenSettings
+from balancer.config.settings import Settings
 from balancer.control.inputs import received
 from balancer.control.neighbours import is_ours, is_private
 from balancer.control.problems import ApiError
@@ -62,6 +63,9 @@ class Access:
 
     options: AccessOptions
     guesses: Guesses = field(default_factory=Guesses)
+
+    def use(self, config: Settings) -> None:
+        self.options = config.options(AccessOptions)
 
     @property
     def has_tokens(self) -> bool:

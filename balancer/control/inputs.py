@@ -18,18 +18,18 @@ from balancer.balancing.backends import AdminState
 from balancer.balancing.pool import DEFAULT_POOL
 from balancer.config import validation
 from balancer.config.values import DrainTimeout, MaxConnections, Weight
+from balancer.control.paths import MAX_BODY
 from balancer.control.problems import ApiError, is_legacy
 from balancer.protocol.origin import EXPECTED
 from balancer.protocol.texts import shown
 
-MAX_BODY = 65536  # bytes of a control request
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}  # of a time, in seconds
 
 
 class Body(BaseModel):
     """Base of all request bodies: no unknown fields, no silent conversions."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, defer_build=True)
 
 
 # Of a change that may be for a time; `for` is a word of Python's own.

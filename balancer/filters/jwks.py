@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from threading import Event, Thread
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from joserfc import jwk
 
@@ -24,7 +24,8 @@ COOL_DOWN_SECONDS = 10.0  # at least between two fetches, whatever tokens name
 STALE_SECONDS = 86400.0  # for which keys are used while no new ones can be had
 RSA_BITS = range(2048, 8193)  # no fewer by RFC 7518 section 3.3, no more because each check would take too long
 
-Told = Callable[[bool, str], None]  # whether the keys are good, and what happened
+News = Literal["keys_found", "keys_kept"]
+Told = Callable[[News, str], None]
 
 
 class Key(NamedTuple):
@@ -120,15 +121,15 @@ class RemoteKeys:
             data = self._download()
             if data != self._raw:
                 self._keys, self._raw = read_keys(data), data
-                self._told(True, f"{self._name}: {len(self._keys)} keys from {self._url}")
+                self._told("keys_found", f"{self._name}: {len(self._keys)} keys from {self._url}")
             elif self._failure is not None:
-                self._told(True, f"{self._name}: {self._url} answers again")
+                self._told("keys_found", f"{self._name}: {self._url} answers again")
             self._fetched_at, self._failure = self._clock(), None
         except Exception as error:  # whatever they serve, those that are here are used meanwhile
             failure = shown(str(error))
             if failure != self._failure:
                 left = "the old ones are used" if self._keys else "there are none"
-                self._told(False, f"{self._name}: {self._url}: {failure}; {left}")
+                self._told("keys_kept", f"{self._name}: {self._url}: {failure}; {left}")
             self._failure = failure
 
     def _download(self) -> bytes:

@@ -1,16 +1,17 @@
-"""Who brings backends to a pool: by the setting that names it."""
+"""Who brings backends to a pool: by the setting that names it, and imported for that."""
 
 from __future__ import annotations
 
 import os
 import ssl
+from typing import TYPE_CHECKING
 
 from balancer.balancing.pool import BackendPool
 from balancer.balancing.pools import Pools
-from balancer.fleet.containers import Containers
-from balancer.fleet.replicas import KubernetesScale, Replicas, Webhook
 from balancer.fleet.scaling import Note, Provider, ScalingOptions, Starts
-from balancer.fleet.started import Launcher, StartedBackends
+
+if TYPE_CHECKING:
+    from balancer.fleet.started import Launcher
 
 
 class Providers:
@@ -24,6 +25,9 @@ class Providers:
         self._cpus = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset[int]()
 
     def make(self, options: ScalingOptions, pool: BackendPool, starts: Starts, note: Note) -> Provider:
+        from balancer.fleet.replicas import KubernetesScale, Replicas, Webhook
+        from balancer.fleet.started import StartedBackends
+
         if options.kind == "kubernetes":
             return Replicas(pool, options, KubernetesScale(options), starts, note)
         if options.kind == "webhook":
@@ -32,6 +36,8 @@ class Providers:
 
     def _launcher(self, options: ScalingOptions) -> Launcher:
         if options.kind == "docker_image":
+            from balancer.fleet.containers import Containers
+
             return Containers(options, self._name)
         from balancer.fleet.processes import Processes  # for Linux alone
 
