@@ -67,7 +67,7 @@ from balancer.protocol.requestheads import RequestHeads
 from balancer.protocol.responseheads import ResponseHeads
 from balancer.protocol.texts import quoted
 from balancer.routewiring import Guards, RouteWiring, Way, check_expectations
-from balancer.upstream.dialer import Dialer
+from balancer.upstream.dialer import Dialer, tls_context
 from balancer.upstream.names import Names
 
 if TYPE_CHECKING:
@@ -240,7 +240,7 @@ def _tls_context(ca_file: Path | None) -> ssl.SSLContext | None:
     if ca_file is None:
         return None
     try:
-        return ssl.create_default_context(cafile=ca_file)
+        return tls_context(cafile=ca_file)
     except (OSError, ssl.SSLError) as error:
         raise SettingsError(f"ca_file {quoted(str(ca_file))}: {error.strerror or error}; expected a PEM file") from None
 
