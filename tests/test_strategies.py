@@ -357,12 +357,6 @@ def test_a_backend_that_stalls_is_left_before_its_first_late_answer(clock: Clock
 # The registry.
 
 
-def test_the_strategies_are_registered() -> None:
-    assert set(REGISTRY) >= {
-        "round_robin", "weighted", "least_connections", "power_of_two", "least_response_time", "peak_ewma"
-    }  # fmt: skip
-
-
 def test_a_new_strategy_has_no_memory() -> None:
     used = create("weighted")
     picks(used, backends(3, 2, 1), 4)
