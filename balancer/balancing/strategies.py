@@ -512,8 +512,9 @@ class ConsistentHash(TakingTurns):
         return request_key(self.options.hash_key, self.options.networks)
 
 
-# Seconds that are remembered, and of when; since when it owes an answer; requests in flight; weight.
-Expectation = tuple[float, float, float | None, int, int]
+# Seconds that are remembered, and of when; since when it owes an answer, inf if it owes none (entries are compared);
+# requests in flight; weight.
+Expectation = tuple[float, float, float, int, int]
 
 
 class ExpectedSoonest(LowestFirst):
@@ -546,14 +547,14 @@ class ExpectedSoonest(LowestFirst):
 
     def rank(self, backend: Backend) -> Expectation:
         speed = backend.speed
-        owes_since = speed.answered_at if speed.unanswered else None
+        owes_since = speed.answered_at if speed.unanswered else inf
         return self.memory(speed), speed.ewma_at, owes_since, backend.active, backend.weight
 
     def score(self, rank: Expectation, now: float) -> float:
         seconds, at, owes_since, active, weight = rank
         # Never measured: first if idle, else as if slow, or it would draw all traffic until its first answer.
         expected = faded(seconds, now - at) or (UNMEASURED_SECONDS if active else 0.0)
-        if owes_since is not None and now - owes_since > expected:
+        if now - owes_since > expected:
             expected = now - owes_since
         return expected * (active + 1) / weight
 
@@ -564,7 +565,7 @@ class ExpectedSoonest(LowestFirst):
         self.look()
         while (backend := super().choose(request)) is not None:
             too_low, turn, place, _, rank = self._heap[0]
-            if rank[2] is None or (key := self.key(rank)) <= too_low:
+            if rank[2] == inf or (key := self.key(rank)) <= too_low:
                 break
             entry = self._entries[backend] = key, turn, place, backend, rank
             heapreplace(self._heap, entry)

@@ -23,7 +23,6 @@ from balancer.balancing.pools import Pools
 from balancer.config.comparison import configured
 from balancer.config.settings import Settings, prefix_of, show
 from balancer.config.values import DrainTimeout, MaxConnections, Weight
-from balancer.errors import SettingsError
 from balancer.protocol.origin import Origin
 
 ALGORITHM = "algorithm"
@@ -88,18 +87,12 @@ class Decisions:
     `_made`, which is replaced and never changed, so that anybody may read it.
     """
 
-    def __init__(
-        self,
-        settings: Callable[[], Settings],
-        pools: Pools,
-        note: Callable[[News, str, str], None],
-        wall_clock: Callable[[], float] = time.time,
-    ) -> None:
+    def __init__(self, settings: Callable[[], Settings], pools: Pools, note: Callable[[News, str, str], None]) -> None:
         self._settings = settings
         self._pools = pools
         self._note = note
-        self._wall_clock = wall_clock
-        self._started = wall_clock()
+        self._wall_clock = time.time
+        self._started = time.time()
         self.told: Callable[[], None] = lambda: None
         self._lock = Lock()
         self._made: Mapping[Key, Decision] = {}
@@ -188,7 +181,7 @@ class Decisions:
                     )
 
     def _set(self, key: Key, value: Any) -> None:
-        """Raises KeyError, ValueError or SettingsError if that cannot be any more."""
+        """Raises KeyError or ValueError if that cannot be any more."""
         pool = self._pools.get(key.pool)
         if pool is None:
             raise KeyError(key.pool)
@@ -245,7 +238,7 @@ class Decisions:
             if each["value"] != value:
                 with acting(each["by"]):
                     self._set(key, each["value"])
-        except (KeyError, ValueError, SettingsError):
+        except (KeyError, ValueError):
             return "that is not possible any more"
         made = {**self._made, key: each}
         if each["value"] == over and each["until"] is None:
