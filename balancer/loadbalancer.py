@@ -118,7 +118,7 @@ class LoadBalancer:
         self.control, self.pools, self.workers, self.routes = parts.control, parts.pools, parts.workers, parts.routes
         self.copies, self.memory = parts.copies, parts.memory
         self.cluster = parts.control.cluster
-        self.control.url = self._main_url
+        self.control.url = lambda: None if self._server is None else self.url
         self.is_forgetful = False  # what was decided before counts no more
         self.predecessor: Predecessor | None = None  # the process whose place this one takes
         self.is_command = False  # started as one, which can be started once more
@@ -162,11 +162,6 @@ class LoadBalancer:
         if self._server is None:
             raise RuntimeError("it does not listen yet: start() comes first")
         return [port.url for port in self._server.ports]
-
-    def _main_url(self) -> str | None:
-        with contextlib.suppress(RuntimeError):
-            return self.url
-        return None
 
     @property
     def pool(self) -> BackendPool:
@@ -310,12 +305,9 @@ class LoadBalancer:
             if self._state not in (State.NEW, State.LISTENING):
                 raise RuntimeError(ONCE)
             if self._state is State.NEW:
-                self._server = self._open(handed or {})
+                self._listeners = self.bound(handed or {})
+                self._server = self.server(self._listeners)
                 self._state = State.LISTENING
-
-    def _open(self, handed: Handed) -> Server:
-        self._listeners = self.bound(handed)
-        return self.server(self._listeners)
 
     def bound(self, handed: Handed) -> dict[str, socket.socket]:
         """The sockets by their roles."""

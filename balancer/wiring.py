@@ -36,21 +36,21 @@ from balancer.edge.workers import WorkerPool
 from balancer.edge.wsgi import ReverseProxy
 from balancer.errors import SettingsError
 from balancer.filters.authentication import Authentication
+from balancer.filters.headers import ServedBy
 from balancer.filters.limit import LimitOptions
 from balancer.filters.limits import Limiter
 from balancer.filters.maxforwards import MaxForwards
 from balancer.filters.mirror import Copies
-from balancer.filters.servedby import ServedBy
 from balancer.filters.serviceworkers import ServiceWorkers
 from balancer.filters.sharedlimit import Asked
-from balancer.filters.sticky import Sticky, StickyOptions, cookie_of
+from balancer.filters.sticky import Sticky, cookie_of
 from balancer.fleet import sources as sources_of
 from balancer.fleet.discovery import Discovery, Found
 from balancer.fleet.health import HealthChecker
 from balancer.fleet.providers import Providers
 from balancer.fleet.scaler import Scaling
 from balancer.fleet.scaling import Note as ScalingNote
-from balancer.fleet.scaling import ScalingNews, ScalingOptions
+from balancer.fleet.scaling import ScalingNews
 from balancer.forwarding import race
 from balancer.forwarding.filter import Filter
 from balancer.forwarding.route import Route, RouteOptions, Routes
@@ -67,7 +67,7 @@ from balancer.protocol.requestheads import RequestHeads
 from balancer.protocol.responseheads import ResponseHeads
 from balancer.protocol.texts import quoted
 from balancer.routewiring import Guards, RouteWiring, Way, check_expectations
-from balancer.upstream.dialer import Dialer
+from balancer.upstream.dialer import Dialer, tls_context
 from balancer.upstream.names import Names
 
 if TYPE_CHECKING:
@@ -84,21 +84,13 @@ log = logging.getLogger("balancer")
 # What a reload may change that was decided before.
 DECIDED = frozenset({"backend_changed", "backend_added", "backend_removed", "algorithm_changed"})
 DOCKER = "unix:///var/run/docker.sock"
-NEWS_SEVERITY: dict[EventKind, Severity] = {  # all others are told for information
-    "certificate_refused": "error",
-    "certificate_expires": "warning",
-    "canary_returned": "warning",
-    "state_failed": "error",
-    "cluster_lost": "warning",
-    "decision_left_out": "warning",
-    "worker_lost": "error",
-    "name_kept": "warning",
-    "keys_kept": "warning",
-    "source_failed": "warning",
-    "start_failed": "warning",
-    "scaling_failed": "warning",
-    "backend_ended": "warning",
-}
+ERRORS = frozenset[EventKind]({"certificate_refused", "state_failed", "worker_lost"})  # of what parts have to tell
+WARNINGS = frozenset[EventKind](
+    {
+        *("certificate_expires", "canary_returned", "name_kept", "keys_kept", "source_failed", "cluster_lost"),
+        *("decision_left_out", "start_failed", "scaling_failed", "backend_ended"),
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,21 +149,22 @@ def make(
     configuration = Configuration(config, sources)
     statistics, events = own.statistics, own.events
     tls = _tls_context(config.ca_file)
-    dialer = Dialer(tls, Names(noting(events)))
+    note, note_files = noting(events), noting(events, configuration.without_folders)
+    dialer = Dialer(tls, Names(note))
     wired = PoolWiring(dialer, statistics, own.health, own.loads)
     wired.use(config, compare(NOTHING, config, configuration.sources, wired.pools).pools)
-    authentication = Authentication(dialer, noting(events), statistics.refusals)
+    authentication = Authentication(dialer, note, statistics.refusals)
     authentication.check(config.auth, config.networks)
     authentication.use()
 
-    canaries = Canaries(noting(events))
-    decisions = Decisions(lambda: configuration.settings, wired.pools, noting(events))
-    discovery = Discovery(wired.pools, noting(events, configuration.without_folders))
+    canaries, discovery = Canaries(note), Discovery(wired.pools, note_files)
+    decisions = Decisions(lambda: configuration.settings, wired.pools, note)
     history, writer = History(lambda: _look(own.take, statistics, wired.pools)), LogWriter(standard_output())
     workers = WorkerPool(config.max_threads, config.max_queued, config.thread_idle_timeout)
     limiter = Limiter(events, salt=own.salt or _salt(config))
-    renewal = _renewal(config, configuration, events, renew, own.certificate)
-    scaling = Scaling(wired.pools, Providers(wired.pools, config.id, tls).make, _scaled(noting(events)))
+    renewal = Renewal(config.options(TlsOptions), renew=renew, note=note_files, certificate=own.certificate)
+    providers = Providers(wired.pools, config.id, tls, lambda: _docker(configuration.settings))
+    scaling = Scaling(wired.pools, providers.make, _scaled(note))
     control = Control(
         *(wired.pools, statistics, events, history, writer, shipped.find("dashboard.html")),
         *(configuration, decisions, own.routes, limiter, discovery),
@@ -210,9 +203,12 @@ def use_single(control: Control, config: Settings) -> None:
     """What there is once, however many worker processes there are, is as these settings have it. Raises SettingsError
     for what needs a library that is missing."""
     control.discovery.use(sources_of.made(config, control.discovery.is_lost))
-    docker = config.docker or os.environ.get("DOCKER_HOST") or DOCKER
-    control.scaling.use([ScalingOptions(kind=each.kind, docker=docker, **each.model_dump()) for each in config.scaling])
+    control.scaling.use(config.scaling)
     control.access.use(config)
+
+
+def _docker(config: Settings) -> str:
+    return config.docker or os.environ.get("DOCKER_HOST") or DOCKER
 
 
 class Note(Protocol):
@@ -225,7 +221,7 @@ def noting(events: Events, public: Callable[[str], str] | None = None) -> Note:
     """`public` makes the text for readers without a token."""
 
     def note(kind: EventKind, text: str, backend: str | None = None) -> None:
-        severity = NEWS_SEVERITY.get(kind, "info")
+        severity: Severity = "error" if kind in ERRORS else "warning" if kind in WARNINGS else "info"
         events.add(kind, backend, text, severity, public=None if public is None else public(text))
         log.log(logging.getLevelName(severity.upper()), "%s: %s", " ".join(filter(None, (kind, backend))), text)
 
@@ -244,20 +240,9 @@ def _tls_context(ca_file: Path | None) -> ssl.SSLContext | None:
     if ca_file is None:
         return None
     try:
-        return ssl.create_default_context(cafile=ca_file)
+        return tls_context(cafile=ca_file)
     except (OSError, ssl.SSLError) as error:
         raise SettingsError(f"ca_file {quoted(str(ca_file))}: {error.strerror or error}; expected a PEM file") from None
-
-
-def _renewal(
-    config: Settings,
-    configuration: Configuration,
-    events: Events,
-    renew: Callable[[], None],
-    certificate: Certificate | None,
-) -> Renewal:
-    note = noting(events, configuration.without_folders)
-    return Renewal(config.options(TlsOptions), renew=renew, note=note, certificate=certificate)
 
 
 def _pass_time(control: Control) -> None:
@@ -342,9 +327,6 @@ def _memory(control: Control) -> Memory | None:
         for pool in pools:
             pool.restore_counts({backend: each for (name, backend), each in counts.items() if name == pool.name})
 
-    def restore_requests(kept: Mapping[str, Any]) -> None:
-        statistics.restore(kept, {backend.id for backend in pools.backends()})
-
     def restore_routes(kept: Mapping[str, Any]) -> None:
         control.routes.restore(kept)
         control.routes.keep([route.name for route in config.routes])
@@ -361,7 +343,9 @@ def _memory(control: Control) -> Memory | None:
             lambda: {key: each for pool in pools for key, each in pool.ejections().items()}, eject, KeptEjection
         ),
         "backends": Kept(backends, restore_backends),
-        "requests": Kept(statistics.kept, restore_requests),
+        "requests": Kept(
+            statistics.kept, lambda kept: statistics.restore(kept, {each.id for each in pools.backends()})
+        ),
         "routes": Kept(control.routes.kept, restore_routes),
         "websockets": whole(statistics.websockets.totals, statistics.websockets.restore),
         "refusals": whole(statistics.refusals.counts, statistics.refusals.restore),
@@ -406,7 +390,7 @@ def _routes(
         config = parts.settings
         usual: list[Filter] = [*([ServedBy()] if config.expose_backend else []), *filters]
         if config.sticky:
-            usual.insert(0, Sticky(parts.pool, config.options(StickyOptions)))
+            usual.insert(0, Sticky(parts.pool, config.sticky_key, config.sticky_max_age))
         route = Route(
             *(parts.pool, parts.adapter, control.statistics, parts.budget),
             config.options(RouteOptions),

@@ -23,7 +23,7 @@ from typing import Any, Self, get_args
 from pydantic import ValidationError
 
 from balancer.balancing.backends import Backend, Choice, Scene
-from balancer.commandline import parse_arguments
+from balancer.commandline import make_parser
 from balancer.config import settings
 from balancer.config.settings import Settings
 from balancer.loadbalancer import LoadBalancer
@@ -248,7 +248,7 @@ class Balancer(Served):
     """
 
     def __init__(self, *arguments: str, env: dict[str, str] | None = None, wait_ready: bool = True) -> None:
-        given = vars(parse_arguments(["--port=0", "--health-timeout=5", *arguments]))
+        given = vars(make_parser().parse_args(["--port=0", "--health-timeout=5", *arguments]))
         file = given.pop("config")
         given = {name: value for name, value in given.items() if name in Settings.model_fields}
         config, sources = settings.load(given, env or {}, file)

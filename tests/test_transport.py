@@ -28,7 +28,7 @@ from balancer.errors import (
 from balancer.protocol.messages import Line
 from balancer.protocol.origin import Origin
 from balancer.upstream.connection import Connection
-from balancer.upstream.dialer import Dialer
+from balancer.upstream.dialer import Dialer, tls_context
 from balancer.upstream.transport import BackendAdapter, OutgoingRequest, Timeouts
 
 HOST: Line = (b"host", b"test")
@@ -547,7 +547,7 @@ def openssl(*arguments: str) -> None:
 
 @pytest.fixture(scope="module")
 def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a CA, and a certificate of it for localhost."""
+    """A folder with a CA, which says as little as private ones do, and a certificate of it for localhost."""
     folder = tmp_path_factory.mktemp("authority")
     key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
     openssl("req", "-x509", *key, "-keyout", f"{folder}/ca.key", "-out", f"{folder}/ca.pem", "-subj", "/CN=test CA")
@@ -566,7 +566,7 @@ def tls_backend(authority: Path) -> Iterator[TlsBackend]:
 
 @pytest.fixture
 def tls_adapter(authority: Path) -> Iterator[BackendAdapter]:
-    made = BackendAdapter(Timeouts(5, 5, 5, 4), dialer=Dialer(ssl.create_default_context(cafile=authority / "ca.pem")))
+    made = BackendAdapter(Timeouts(5, 5, 5, 4), dialer=Dialer(tls_context(authority / "ca.pem")))
     yield made
     made.close()
 
@@ -679,13 +679,13 @@ def _answer_plainly(listener: socket.socket) -> None:
 
 def test_tls_handshake_has_a_time_limit(authority: Path) -> None:
     """Somebody accepts and says nothing: nothing was sent, any method may go elsewhere."""
-    adapter = BackendAdapter(QUICK, dialer=Dialer(ssl.create_default_context(cafile=authority / "ca.pem")))
+    adapter = BackendAdapter(QUICK, dialer=Dialer(tls_context(authority / "ca.pem")))
     with socket.create_server(("127.0.0.1", 0)) as listener, pytest.raises(ConnectTimedOut, match="TLS"):
         fetch(adapter, f"https://localhost:{listener.getsockname()[1]}")
 
 
 def test_tls_response_has_a_time_limit(authority: Path, tls_backend: TlsBackend) -> None:
-    adapter = BackendAdapter(QUICK, dialer=Dialer(ssl.create_default_context(cafile=authority / "ca.pem")))
+    adapter = BackendAdapter(QUICK, dialer=Dialer(tls_context(authority / "ca.pem")))
     tls_backend.script = lambda sock, _: wait_closed(sock)
     with pytest.raises(ResponseTimedOut):
         fetch(adapter, f"https://localhost:{tls_backend.port}")

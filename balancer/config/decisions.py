@@ -87,18 +87,12 @@ class Decisions:
     `_made`, which is replaced and never changed, so that anybody may read it.
     """
 
-    def __init__(
-        self,
-        settings: Callable[[], Settings],
-        pools: Pools,
-        note: Callable[[News, str, str], None],
-        wall_clock: Callable[[], float] = time.time,
-    ) -> None:
+    def __init__(self, settings: Callable[[], Settings], pools: Pools, note: Callable[[News, str, str], None]) -> None:
         self._settings = settings
         self._pools = pools
         self._note = note
-        self._wall_clock = wall_clock
-        self._started = wall_clock()
+        self._wall_clock = time.time
+        self._started = time.time()
         self.told: Callable[[], None] = lambda: None
         self._lock = Lock()
         self._made: Mapping[Key, Decision] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from balancer.errors import SettingsError
 from balancer.filters.apikeys import ApiKeys
@@ -17,6 +17,9 @@ from balancer.protocol.files import read_whole
 from balancer.protocol.messages import CREDENTIALS
 from balancer.protocol.origin import Endpoint
 from balancer.upstream.dialer import Dialer
+
+if TYPE_CHECKING:
+    from balancer.filters.jwks import News  # which loads what few need
 
 FILES = ("users_file", "secret_file", "jwks_file")
 INSTALL = "pip install 'python-load-balancer[auth]'"
@@ -36,10 +39,8 @@ class Authentication:
     `_lock` guards `_used`, `_filters` and `_is_running`. Whoever reloads has `_checked` for itself.
     """
 
-    def __init__(
-        self, dialer: Dialer, told: Callable[[Literal["keys_found", "keys_kept"], str], None], refusals: Refusals
-    ) -> None:
-        self._dialer, self._told, self._refusals = dialer, told, refusals
+    def __init__(self, dialer: Dialer, note: Callable[[News, str], None], refusals: Refusals) -> None:
+        self._dialer, self._note, self._refusals = dialer, note, refusals
         self._lock = Lock()
         self._used: dict[str, tuple[Definition, Authenticator]] = {}
         self._checked = self._used
@@ -125,7 +126,7 @@ class Authentication:
 
         keys: jwks.Keys | jwks.RemoteKeys
         if table.jwks_url is not None:
-            keys = jwks.RemoteKeys(table.name, Endpoint.parse(table.jwks_url), self._dialer, self._told)
+            keys = jwks.RemoteKeys(table.name, Endpoint.parse(table.jwks_url), self._dialer, self._note)
         else:
             keys = jwt.secret_key(content) if table.secret_file is not None else jwks.read_keys(content)
         options = jwt.JwtOptions(table.algorithms, table.issuer, table.audience, table.require, table.forward_token)

@@ -28,14 +28,15 @@ class FileSource(Source):
         while not self.stopping.is_set():
             try:
                 if (now := read_whole(self._path)) != data:
-                    data, found = now, _found(now)
+                    data, found = now, found_in(now)
             except ValueError as error:
                 raise SourceFailed(f"{self._path}: {error}") from None
             yield found
             self.stopping.wait(LOOK_SECONDS)
 
 
-def _found(data: bytes) -> list[Found]:
+def found_in(data: bytes) -> list[Found]:
+    """Raises SettingsError."""
     return [
         Found(each.id, each.pool, Origin.parse(each.url), each.weight, each.max_connections, each.drain_timeout)
         for each in backendsfile.parse(data)

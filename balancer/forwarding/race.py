@@ -10,21 +10,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
+from balancer.balancing.hedging import Hedging
 from balancer.errors import BackendError
-from balancer.observe.record import DROPPED
-
-if TYPE_CHECKING:
-    from balancer.balancing.hedging import Hedging
-    from balancer.forwarding.attempts import Attempts, Leg
-    from balancer.forwarding.route import Route
-    from balancer.observe.record import Record
-    from balancer.protocol.client import Client
-    from balancer.protocol.origin import Origin
-    from balancer.protocol.request import Request
-    from balancer.upstream.sent import Sent
-    from balancer.upstream.transport import BackendAdapter
+from balancer.forwarding.attempts import Attempts, Leg
+from balancer.forwarding.route import Route
+from balancer.observe.record import DROPPED, Record
+from balancer.protocol.client import Client
+from balancer.protocol.origin import Origin
+from balancer.protocol.request import Request
+from balancer.upstream.sent import Sent
+from balancer.upstream.transport import BackendAdapter
 
 WORST_GOOD = 499  # the highest status of an answer that need not be compared with another one
 OPENINGS = 3  # of a connection for a second attempt: another request may be quicker to take it

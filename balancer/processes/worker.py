@@ -183,7 +183,7 @@ class Worker(LoadBalancer):
         while True:
             if charges := self.control.limiter.charges():
                 self._link.tell("charges", charges)
-            await asyncio.sleep(SETTLE_SECONDS)
+            await asyncio.sleep(SETTLE_SECONDS if self.settings.limits else BEAT_SECONDS)
 
     def _end(self, why: str, limit: float, delay: float, gives_way: bool = False) -> None:
         if not self._orders.done():

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from threading import Event, Lock, Thread
 from typing import Any, Literal
 
-News = Literal["name_kept", "name_found"]
 Address = tuple[int, tuple[Any, ...]]  # family, and what `connect` takes
+News = Literal["name_kept", "name_found"]
 
 FRESH_SECONDS = 1.0  # that an answer is used before the name is asked for again
 PATIENCE_SECONDS = 0.1  # for a newer answer, where an older one is known
@@ -43,7 +43,7 @@ class Name:
 
 
 class Names:
-    """Finds addresses; any thread may ask. `on_change` is told when old answers begin to be used, and when they are no
+    """Finds addresses; any thread may ask. `note` is told when old answers begin to be used, and when they are no
     longer.
 
     `_lock` guards `_names`, in the order of their use, what is in them, `_waiting` and `_threads`.
@@ -51,10 +51,10 @@ class Names:
 
     def __init__(
         self,
-        on_change: Callable[[News, str], None] = lambda kind, text: None,
+        note: Callable[[News, str], None] = lambda kind, text: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._on_change = on_change
+        self._note = note
         self._clock = clock
         self._lock = Lock()
         self._names: dict[str, Name] = {}
@@ -128,7 +128,7 @@ class Names:
                 name.addresses, name.known_at = addresses, now
             question, name.question = name.question, None
         if change is not None:
-            self._on_change(*change)
+            self._note(*change)
         assert question is not None
         question.set()
 
@@ -141,8 +141,8 @@ class Names:
         if not is_kept:
             return "name_found", f"{name.host}: the resolver answers again"
         told = ", ".join(str(address[0]) for _, address in name.addresses)
-        ago = f"{now - name.known_at:.0f} s ago"
-        return "name_kept", f"{name.host}: {failure}; what was known {ago} stays in use: {told}"
+        text = f"{name.host}: {failure}; what was known {now - name.known_at:.0f} s ago stays in use: {told}"
+        return "name_kept", text
 
 
 def _is_address(host: str) -> bool:
