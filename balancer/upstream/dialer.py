@@ -48,6 +48,18 @@ class Dialer:
             raise
         return Connection(sock, origin)
 
+    def begin(self, origin: Origin) -> Connection | None:
+        """One that will be connected, or will have failed to, once it can be written to. None if that may take more
+        than one address, or waiting. Raises OSError."""
+        if origin.scheme != "http":
+            return None
+        addresses = self._names.find(origin.address or origin.host, origin.port, 0)
+        if len(addresses) > 1:
+            return None
+        sock = _begin(*addresses[0], 0)
+        sock.settimeout(None)
+        return Connection(sock, origin)
+
     def _connect(self, origin: Origin, seconds: float, deadline: float) -> socket.socket:
         missing = "was not resolved"
         try:
