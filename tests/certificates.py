@@ -23,7 +23,7 @@ KEYS = {
     "Ed448": ed448.Ed448PrivateKey.generate,
 }
 PLAIN = serialization.NoEncryption()
-CA_USAGE = x509.KeyUsage(False, False, False, False, False, True, True, False, False)  # signs certificates and lists
+CA_USAGE = x509.KeyUsage(True, False, False, False, False, True, True, False, False)  # signs data, certificates, lists
 
 
 class Pair(NamedTuple):
