@@ -408,7 +408,7 @@ def test_the_address_holds_what_is_shown(tab: Tab, stub: Stub) -> None:
     expect(tab.at("#charts")).to_be_visible()
 
 
-BLOCKS = ["format", "model", "net", "store", "kit", "charts", "actions", "lessons", "views", "panels", "start"]
+BLOCKS = ["format", "model", "net", "store", "kit", "charts", "actions", "lessons", "views", "panels", "dialogs", "start"]
 BEGINNING = re.compile(r"^( *)(?:async )?(?:function \w+|\w+)\(.*\) \{$")  # of a function or a method
 
 
