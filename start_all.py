@@ -26,9 +26,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from balancer import __version__  # has no imports of its own, so it needs no .venv
-from demo.console import STOP, Failure, Stopped, say
-from demo.files import HERE, IS_INSTALLED, NAME, SCRIPT, STATE, locked
-from demo.running import ensure_venv, run_services, stop_command, without_running
+from demo.console import SIGNALS, Failure, say
+from demo.files import HERE, IS_INSTALLED, NAME, SCRIPT, STATE, locked, read_pid
+from demo.running import ensure_venv, run_services, stop_command
 from demo.services import backend_services, balancer_service, scaling_service
 
 COMMANDS = ["all", "backends", "balancer", *([] if IS_INSTALLED else ["setup"]), "stop"]
@@ -84,7 +84,7 @@ def run(argv: Sequence[str]) -> int:
     if options.command == "stop":
         return stop_command()
     if options.command == "setup":
-        with locked("lock", is_start=True):
+        with locked():
             ensure_venv()
         return 0
     if options.scale:
@@ -93,7 +93,7 @@ def run(argv: Sequence[str]) -> int:
         return run_services([scaling_service(os.environ, *forget)], options.detach)
     backends = backend_services(os.environ)
     if options.command == "backends":
-        return run_services(without_running(backends), options.detach)
+        return run_services([each for each in backends if not read_pid(each.pid_file)] or backends, options.detach)
     balancer = balancer_service(os.environ, *forget)
     return run_services([balancer] if options.command == "balancer" else [*backends, balancer], options.detach)
 
@@ -101,13 +101,15 @@ def run(argv: Sequence[str]) -> int:
 def main() -> int:
     for stream in (sys.stdout, sys.stderr):  # a folder's name may have letters that this console lacks
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    STOP.install()
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+        if number := getattr(signal, name, None):
+            signal.signal(number, lambda number, _: SIGNALS.append(number))
     try:
         if not IS_INSTALLED:
             os.chdir(HERE)  # paths in settings are meant from here
         return run(sys.argv[1:])
-    except Stopped:
-        return STOP.exit_code
+    except KeyboardInterrupt:  # Ctrl-C is 130 as everywhere; a SIGTERM was asked for and obeyed, so 0
+        return 130 if SIGNALS[0] == signal.SIGINT else 0
     except Failure as failure:
         print(f"{NAME}: error: {failure}", file=sys.stderr, flush=True)
         return failure.code

@@ -55,8 +55,8 @@ class BalancerError(Exception):
         return self.with_traceback(None)
 
 
-class SettingsError(BalancerError):
-    """A setting is wrong: the text names the setting, the value and what is expected."""
+class SettingsError(BalancerError, ValueError):
+    """A setting is wrong: the text names the setting, the value and what is expected. A validator may raise it."""
 
 
 class ClientError(BalancerError):

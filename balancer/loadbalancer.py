@@ -27,7 +27,6 @@ from balancer.config import settings, validation
 from balancer.config.comparison import Change, Plan
 from balancer.config.settings import Settings
 from balancer.config.values import BackendSettings
-from balancer.control.access import AccessOptions
 from balancer.edge import handover, process, tcpsocket, unixsocket
 from balancer.edge.bridge import Bridge
 from balancer.edge.express import Express
@@ -40,7 +39,6 @@ from balancer.edge.tls import Certificate, TlsOptions
 from balancer.edge.upgrade import Predecessor, Successor
 from balancer.edge.workers import WorkerPool
 from balancer.errors import SettingsError
-from balancer.fleet import sources
 from balancer.forwarding.filter import Filter
 from balancer.observe.events import Event
 from balancer.observe.record import ExplainedView
@@ -116,17 +114,18 @@ class LoadBalancer:
         self._server: Server | None = None  # once it listens
         self._listeners: Handed = {}
         parts = self.make(config, sources, _checked(filters))
-        self.app, self.control_app, self.proxy = parts.app, parts.control_app, parts.proxy
+        self._app, self.control_app, self.proxy = parts.app, parts.control_app, parts.proxy
         self.control, self.pools, self.workers, self.routes = parts.control, parts.pools, parts.workers, parts.routes
         self.copies, self.memory = parts.copies, parts.memory
         self.cluster = parts.control.cluster
-        self.control.url = self._main_url
+        self.control.url = lambda: None if self._server is None else self.url
         self.is_forgetful = False  # what was decided before counts no more
         self.predecessor: Predecessor | None = None  # the process whose place this one takes
         self.is_command = False  # started as one, which can be started once more
         self.configuration, self.renewal = parts.control.configuration, parts.renewal
         self.authentication, self.scaling = parts.authentication, parts.scaling
-        self.app.extensions["balancer"] = self
+        if parts.app is not None:
+            parts.app.extensions["balancer"] = self
         self.port_options = config.options(PortOptions)
         self.express: Express | None = None
         self.sockets: Sockets | None = None
@@ -136,9 +135,15 @@ class LoadBalancer:
         self._thread: Thread | None = None  # which serves, if `start` has made it
         self._ending: Future[float] = Future()  # seconds for what is in flight
         self._ended = threading.Event()  # `_thread` has closed everything
+        self.use_single_parts(config)
 
     def make(self, config: Settings, sources: Mapping[str, str] | None, filters: Sequence[Filter]) -> wiring.Parts:
         return wiring.make(config, sources, filters, self.reload, self.renew, self.ports)
+
+    @property
+    def app(self) -> Flask:
+        assert self._app is not None, "a worker has none"
+        return self._app
 
     @property
     def settings(self) -> Settings:
@@ -157,11 +162,6 @@ class LoadBalancer:
         if self._server is None:
             raise RuntimeError("it does not listen yet: start() comes first")
         return [port.url for port in self._server.ports]
-
-    def _main_url(self) -> str | None:
-        with contextlib.suppress(RuntimeError):
-            return self.url
-        return None
 
     @property
     def pool(self) -> BackendPool:
@@ -305,12 +305,9 @@ class LoadBalancer:
             if self._state not in (State.NEW, State.LISTENING):
                 raise RuntimeError(ONCE)
             if self._state is State.NEW:
-                self._server = self._open(handed or {})
+                self._listeners = self.bound(handed or {})
+                self._server = self.server(self._listeners)
                 self._state = State.LISTENING
-
-    def _open(self, handed: Handed) -> Server:
-        self._listeners = self.bound(handed)
-        return self.server(self._listeners)
 
     def bound(self, handed: Handed) -> dict[str, socket.socket]:
         """The sockets by their roles."""
@@ -361,13 +358,14 @@ class LoadBalancer:
         """The main one, and the control API's if it has a port of its own; both share the threads."""
         config = self.settings
         limits = _client_limits(config)
-        is_wrapped = self.app.wsgi_app is not self.proxy
+        app = self.proxy if self._app is None else self._app.wsgi_app
+        is_wrapped = app is not self.proxy
         if hasattr(select, "epoll"):
             self.express = Express(self.workers, self.pools.soonest_late)
             self.sockets = None if is_wrapped else Sockets()
         bridges = [
             Bridge(
-                self.app.wsgi_app,
+                app,
                 self.workers,
                 limits,
                 is_control=self.proxy.is_control,
@@ -395,8 +393,11 @@ class LoadBalancer:
             self.sockets.start()
         self.control.lifecycle = "running"
 
+    def use_single_parts(self, config: Settings) -> None:
+        """Those that there are once, however many worker processes there are. Raises SettingsError."""
+        wiring.use_single(self.control, config)
+
     def start_single_parts(self) -> None:
-        """Those that there are once, however many worker processes there are."""
         if self.memory is not None:
             if self.predecessor is not None:
                 self.predecessor.ask_for_state()
@@ -501,13 +502,11 @@ class LoadBalancer:
         Those under way keep their Route and RequestHead; all else they look up at each step anew.
         """
         self.pools.use(config, plan.pools)
-        self.control.discovery.use(sources.made(config, self.control.discovery.is_lost))
+        self.use_single_parts(config)
         self.authentication.use()
         self.proxy.routes = self.routes(config)
         self.pools.retire()
-        wiring.scale(self.scaling, config)
         self.proxy.heads = wiring.request_heads(config, self.proxy.heads.pseudonym, self.authentication.ours)
-        self.control.access.options = config.options(AccessOptions)
         for bridge in self.bridges:
             bridge.limits = _client_limits(config)
         self.port_options = _port_options(config)

@@ -24,7 +24,7 @@ from balancer.observe.record import Record
 from balancer.observe.routecounts import RouteCounts
 from balancer.protocol.headerrules import NO_RULES, HeaderRules
 from balancer.protocol.request import Request
-from balancer.protocol.requestheads import ChangedHeads, HeadChange, RequestHeads
+from balancer.protocol.requestheads import HeadChange, RequestHeads, changed_heads
 from balancer.protocol.requestkey import request_key
 from balancer.protocol.responseheads import ResponseHeads
 from balancer.upstream.transport import Timeouts
@@ -62,7 +62,7 @@ class RouteWiring:
         self._guards = guards
         self._canaries = canaries
         self._copies = copies
-        self._request_heads = ChangedHeads()
+        self._request_heads = changed_heads()
         self._response_heads: dict[HeaderRules, ResponseHeads] = {}
 
     def routes(self, counts: RouteCounts) -> Routes:

@@ -11,9 +11,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from flask import Flask
+from typing import TYPE_CHECKING, Any, Protocol
 
 from balancer import __version__
 from balancer.balancing import strategies
@@ -24,16 +22,13 @@ from balancer.balancing.ejection import KeptEjection
 from balancer.balancing.pool import DEFAULT_POOL, BackendPool
 from balancer.balancing.pools import Pools
 from balancer.balancing.shared import SharedLoads
-from balancer.cluster.figures import Figures, busiest, load_of
 from balancer.commands import shipped
 from balancer.config.comparison import NOTHING, compare
 from balancer.config.decisions import Decision, Decisions
-from balancer.config.decisions import News as DecisionNews
 from balancer.config.reload import Configuration
 from balancer.config.routes import RouteSettings
 from balancer.config.settings import Settings
-from balancer.control import api
-from balancer.control.access import Access, AccessOptions
+from balancer.control import paths
 from balancer.control.control import Control, Reload, TlsView, this_process
 from balancer.edge.renewal import Renewal
 from balancer.edge.tls import Certificate, TlsOptions
@@ -41,20 +36,21 @@ from balancer.edge.workers import WorkerPool
 from balancer.edge.wsgi import ReverseProxy
 from balancer.errors import SettingsError
 from balancer.filters.authentication import Authentication
+from balancer.filters.headers import ServedBy
 from balancer.filters.limit import LimitOptions
 from balancer.filters.limits import Limiter
 from balancer.filters.maxforwards import MaxForwards
 from balancer.filters.mirror import Copies
-from balancer.filters.servedby import ServedBy
 from balancer.filters.serviceworkers import ServiceWorkers
 from balancer.filters.sharedlimit import Asked
-from balancer.filters.sticky import Sticky, StickyOptions, cookie_of
+from balancer.filters.sticky import Sticky, cookie_of
 from balancer.fleet import sources as sources_of
 from balancer.fleet.discovery import Discovery, Found
 from balancer.fleet.health import HealthChecker
 from balancer.fleet.providers import Providers
 from balancer.fleet.scaler import Scaling
-from balancer.fleet.scaling import ScalingNews, ScalingOptions
+from balancer.fleet.scaling import Note as ScalingNote
+from balancer.fleet.scaling import ScalingNews
 from balancer.forwarding import race
 from balancer.forwarding.filter import Filter
 from balancer.forwarding.route import Route, RouteOptions, Routes
@@ -71,13 +67,15 @@ from balancer.protocol.requestheads import RequestHeads
 from balancer.protocol.responseheads import ResponseHeads
 from balancer.protocol.texts import quoted
 from balancer.routewiring import Guards, RouteWiring, Way, check_expectations
-from balancer.upstream.dialer import Dialer
+from balancer.upstream.dialer import Dialer, tls_context
 from balancer.upstream.names import Names
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
+    from flask import Flask
 
     from balancer.cluster.cluster import Cluster
+    from balancer.cluster.figures import Figures
     from balancer.edge.port import Port
     from balancer.state.memory import Memory
 
@@ -86,25 +84,20 @@ log = logging.getLogger("balancer")
 # What a reload may change that was decided before.
 DECIDED = frozenset({"backend_changed", "backend_added", "backend_removed", "algorithm_changed"})
 DOCKER = "unix:///var/run/docker.sock"
-NEWS_SEVERITY: dict[EventKind, Severity] = {  # all others are told for information
-    "certificate_refused": "error",
-    "certificate_expires": "warning",
-    "canary_returned": "warning",
-    "state_failed": "error",
-    "cluster_lost": "warning",
-    "decision_left_out": "warning",
-    "worker_lost": "error",
-    "source_failed": "warning",
-    "start_failed": "warning",
-    "scaling_failed": "warning",
-    "backend_ended": "warning",
-}
+ERRORS = frozenset[EventKind]({"certificate_refused", "state_failed", "worker_lost"})  # of what parts have to tell
+WARNINGS = frozenset[EventKind](
+    {
+        *("certificate_expires", "canary_returned", "name_kept", "keys_kept", "source_failed", "cluster_lost"),
+        *("decision_left_out", "start_failed", "scaling_failed", "backend_ended"),
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Own:
     """Parts that are others where several processes make one balancer. `loads` are then those of all, `certificate`
-    was loaded by the master, and `take` counts what the others have counted."""
+    was loaded by the master, which has the control API that `control_app` asks and that has these `control_paths`;
+    `take` counts what the others have counted."""
 
     statistics: Statistics = field(default_factory=Statistics)
     routes: RouteCounts = field(default_factory=RouteCounts)
@@ -114,13 +107,16 @@ class Own:
     certificate: Certificate | None = None
     salt: bytes | None = None  # of limits that all of them hold together
     take: Callable[[], None] = lambda: None
+    control_app: WSGIApplication | None = None
+    control_paths: Collection[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What a LoadBalancer starts and stops. `control_app` is the control API alone."""
+    """What a LoadBalancer starts and stops. `control_app` is the control API alone; `app`, where it is of our own, with
+    the proxy in front."""
 
-    app: Flask
+    app: Flask | None
     control_app: WSGIApplication
     proxy: ReverseProxy
     control: Control
@@ -147,33 +143,31 @@ def make(
     their order; `renew` is called for each new certificate; `ports` are those that are listened on by then. Raises
     SettingsError for an unknown algorithm, an unreadable CA file or a certificate that cannot be used."""
     own = own or Own()
-    strategies.load_entry_points()
+    if own.control_app is None:  # else the one that is used is loaded
+        strategies.load_entry_points()
     pseudonym = f"{config.id}.{secrets.token_hex(4)}"  # this very process: two of one name in a chain are not a loop
     configuration = Configuration(config, sources)
     statistics, events = own.statistics, own.events
     tls = _tls_context(config.ca_file)
-    dialer = Dialer(tls, _names(events))
+    note, note_files = noting(events), noting(events, configuration.without_folders)
+    dialer = Dialer(tls, Names(note))
     wired = PoolWiring(dialer, statistics, own.health, own.loads)
     wired.use(config, compare(NOTHING, config, configuration.sources, wired.pools).pools)
-    authentication = Authentication(dialer, _keys(events), statistics.refusals)
+    authentication = Authentication(dialer, note, statistics.refusals)
     authentication.check(config.auth, config.networks)
     authentication.use()
 
-    canaries, decisions = Canaries(noting(events)), _decisions(configuration, wired.pools, events)
-    discovery = Discovery(wired.pools, noting(events, configuration.without_folders))
-    discovery.use(sources_of.made(config, discovery.is_lost))
-
-    app = Flask(__name__, static_folder=None)
+    canaries, discovery = Canaries(note), Discovery(wired.pools, note_files)
+    decisions = Decisions(lambda: configuration.settings, wired.pools, note)
     history, writer = History(lambda: _look(own.take, statistics, wired.pools)), LogWriter(standard_output())
     workers = WorkerPool(config.max_threads, config.max_queued, config.thread_idle_timeout)
     limiter = Limiter(events, salt=own.salt or _salt(config))
-    access = Access(config.options(AccessOptions))
-    renewal = _renewal(config, configuration, events, renew, own.certificate)
-    scaling = Scaling(wired.pools, Providers(wired.pools, config.id, tls).make, _scaled(events))
-    scale(scaling, config)
+    renewal = Renewal(config.options(TlsOptions), renew=renew, note=note_files, certificate=own.certificate)
+    providers = Providers(wired.pools, config.id, tls, lambda: _docker(configuration.settings))
+    scaling = Scaling(wired.pools, providers.make, _scaled(note))
     control = Control(
         *(wired.pools, statistics, events, history, writer, shipped.find("dashboard.html")),
-        *(configuration, decisions, access, own.routes, limiter, discovery),
+        *(configuration, decisions, own.routes, limiter, discovery),
         canaries=canaries,
         scaling=scaling,
         idle=wired.idle,
@@ -186,13 +180,18 @@ def make(
     control.memory = _memory(control)
     control.cluster = None if own.salt else _cluster(control, pseudonym, wired.health.check_soon)
     wired.look = lambda: _pass_time(control)
-    api.install(app, control)
-    control_app = app.wsgi_app
+    app, control_app, control_paths = None, own.control_app, own.control_paths
+    if control_app is None:
+        from balancer.control import api, openapi  # and with them Flask, which a worker does without
+
+        app, control_paths = api.make(control), openapi.PATHS
+        control_app = app.wsgi_app
     copies = Copies(control.routes)
-    routes = _routes(control, wired, filters, copies, authentication)
-    proxy = _proxy(control_app, control, routes(config), authentication, pseudonym)
+    routes = _routes(control, control_paths, wired, filters, copies, authentication)
+    proxy = _proxy(control_app, control_paths, control, routes(config), authentication, pseudonym)
     check_expectations(config, proxy.heads, proxy.is_control)
-    app.wsgi_app = proxy  # type: ignore[method-assign]
+    if app is not None:
+        app.wsgi_app = proxy  # type: ignore[method-assign]
     wired.tell = _follow(control, wired)
     return Parts(
         *(app, control_app, proxy, control, wired, copies, workers, renewal, authentication),
@@ -200,19 +199,38 @@ def make(
     )
 
 
-def scale(scaling: Scaling, config: Settings) -> None:
-    """As these settings have it."""
-    docker = config.docker or os.environ.get("DOCKER_HOST") or DOCKER
-    scaling.use([ScalingOptions(kind=each.kind, docker=docker, **each.model_dump()) for each in config.scaling])
+def use_single(control: Control, config: Settings) -> None:
+    """What there is once, however many worker processes there are, is as these settings have it. Raises SettingsError
+    for what needs a library that is missing."""
+    control.discovery.use(sources_of.made(config, control.discovery.is_lost))
+    control.scaling.use(config.scaling)
+    control.access.use(config)
 
 
-def _scaled(events: Events) -> Callable[[ScalingNews, str, str | None, str], None]:
+def _docker(config: Settings) -> str:
+    return config.docker or os.environ.get("DOCKER_HOST") or DOCKER
+
+
+class Note(Protocol):
+    """What a part has to tell becomes an event, and a line of the log."""
+
+    def __call__(self, kind: EventKind, text: str, backend: str | None = None) -> None: ...
+
+
+def noting(events: Events, public: Callable[[str], str] | None = None) -> Note:
+    """`public` makes the text for readers without a token."""
+
+    def note(kind: EventKind, text: str, backend: str | None = None) -> None:
+        severity: Severity = "error" if kind in ERRORS else "warning" if kind in WARNINGS else "info"
+        events.add(kind, backend, text, severity, public=None if public is None else public(text))
+        log.log(logging.getLevelName(severity.upper()), "%s: %s", " ".join(filter(None, (kind, backend))), text)
+
+    return note
+
+
+def _scaled(note: Note) -> ScalingNote:
     def tell(kind: ScalingNews, pool: str, backend: str | None, text: str) -> None:
-        severity = NEWS_SEVERITY.get(kind, "info")
-        if pool != DEFAULT_POOL:
-            text = f"{text}, pool {pool}"
-        events.add(kind, backend, text, severity)
-        log.log(logging.getLevelName(severity.upper()), "%s %s: %s", kind, backend or pool, text)
+        note(kind, text if pool == DEFAULT_POOL else f"{text}, pool {pool}", backend)
 
     return tell
 
@@ -222,61 +240,9 @@ def _tls_context(ca_file: Path | None) -> ssl.SSLContext | None:
     if ca_file is None:
         return None
     try:
-        return ssl.create_default_context(cafile=ca_file)
+        return tls_context(cafile=ca_file)
     except (OSError, ssl.SSLError) as error:
         raise SettingsError(f"ca_file {quoted(str(ca_file))}: {error.strerror or error}; expected a PEM file") from None
-
-
-def _names(events: Events) -> Names:
-    def changed(is_kept: bool, text: str) -> None:
-        if is_kept:
-            events.add("name_kept", None, text, "warning")
-        else:
-            events.add("name_found", None, text)
-        log.log(logging.WARNING if is_kept else logging.INFO, "%s", text)
-
-    return Names(changed)
-
-
-def _keys(events: Events) -> Callable[[bool, str], None]:
-    def fetched(is_good: bool, text: str) -> None:
-        if is_good:
-            events.add("keys_found", None, text)
-        else:
-            events.add("keys_kept", None, text, "warning")
-        log.log(logging.INFO if is_good else logging.WARNING, "%s", text)
-
-    return fetched
-
-
-def noting(events: Events, public: Callable[[str], str] | None = None) -> Callable[[EventKind, str], None]:
-    """What a part has to tell becomes an event, `public` for readers without a token, and a line of the log."""
-
-    def note(kind: EventKind, text: str) -> None:
-        severity = NEWS_SEVERITY.get(kind, "info")
-        events.add(kind, None, text, severity, public=None if public is None else public(text))
-        log.log(logging.getLevelName(severity.upper()), "%s: %s", kind, text)
-
-    return note
-
-
-def _renewal(
-    config: Settings,
-    configuration: Configuration,
-    events: Events,
-    renew: Callable[[], None],
-    certificate: Certificate | None,
-) -> Renewal:
-    note = noting(events, configuration.without_folders)
-    return Renewal(config.options(TlsOptions), renew=renew, note=note, certificate=certificate)
-
-
-def _decisions(configuration: Configuration, pools: Pools, events: Events) -> Decisions:
-    def note(kind: DecisionNews, backend: str, text: str) -> None:
-        events.add(kind, backend, text)
-        log.info("%s: %s", kind, text)
-
-    return Decisions(lambda: configuration.settings, pools, note)
 
 
 def _pass_time(control: Control) -> None:
@@ -288,6 +254,8 @@ def _pass_time(control: Control) -> None:
 
 def _figures(control: Control) -> Figures:
     """What the others are told of this one."""
+    from balancer.cluster.figures import busiest, load_of
+
     return {
         **load_of(control.statistics, control.history),
         "id": control.settings.id,
@@ -359,9 +327,6 @@ def _memory(control: Control) -> Memory | None:
         for pool in pools:
             pool.restore_counts({backend: each for (name, backend), each in counts.items() if name == pool.name})
 
-    def restore_requests(kept: Mapping[str, Any]) -> None:
-        statistics.restore(kept, {backend.id for backend in pools.backends()})
-
     def restore_routes(kept: Mapping[str, Any]) -> None:
         control.routes.restore(kept)
         control.routes.keep([route.name for route in config.routes])
@@ -378,7 +343,9 @@ def _memory(control: Control) -> Memory | None:
             lambda: {key: each for pool in pools for key, each in pool.ejections().items()}, eject, KeptEjection
         ),
         "backends": Kept(backends, restore_backends),
-        "requests": Kept(statistics.kept, restore_requests),
+        "requests": Kept(
+            statistics.kept, lambda kept: statistics.restore(kept, {each.id for each in pools.backends()})
+        ),
         "routes": Kept(control.routes.kept, restore_routes),
         "websockets": whole(statistics.websockets.totals, statistics.websockets.restore),
         "refusals": whole(statistics.refusals.counts, statistics.refusals.restore),
@@ -404,21 +371,26 @@ def _tls(renewal: Renewal, ports: Sequence[Port]) -> TlsView | None:
 
 
 def _routes(
-    control: Control, pools: PoolWiring, filters: Sequence[Filter], copies: Copies, authentication: Authentication
+    control: Control,
+    control_paths: Collection[str],
+    pools: PoolWiring,
+    filters: Sequence[Filter],
+    copies: Copies,
+    authentication: Authentication,
 ) -> Callable[[Settings], Routes]:
     """What makes the routes that settings ask for, at the start and at every reload."""
     started_with = control.settings
     access_log = AccessLog(control.log, started_with.options(LogOptions))
     rare: list[Filter] = [MaxForwards()]
     if started_with.control_port is None:  # else the control API is no neighbour of what is forwarded
-        rare.append(ServiceWorkers(api.covers_control_path(started_with.control_prefix)))
+        rare.append(ServiceWorkers(paths.covers_control_path(control_paths, started_with.control_prefix)))
 
     def way(parts: PoolParts, heads: ResponseHeads) -> Way:
         """To one pool."""
         config = parts.settings
         usual: list[Filter] = [*([ServedBy()] if config.expose_backend else []), *filters]
         if config.sticky:
-            usual.insert(0, Sticky(parts.pool, config.options(StickyOptions)))
+            usual.insert(0, Sticky(parts.pool, config.sticky_key, config.sticky_max_age))
         route = Route(
             *(parts.pool, parts.adapter, control.statistics, parts.budget),
             config.options(RouteOptions),
@@ -454,12 +426,19 @@ def _guards(config: Settings, authentication: Authentication, limiter: Limiter) 
 
 
 def _proxy(
-    control_app: WSGIApplication, control: Control, routes: Routes, authentication: Authentication, pseudonym: str
+    control_app: WSGIApplication,
+    control_paths: Collection[str],
+    control: Control,
+    routes: Routes,
+    authentication: Authentication,
+    pseudonym: str,
 ) -> ReverseProxy:
     config = control.settings
     return ReverseProxy(
         control_app,
-        (lambda path: False) if config.control_port is not None else api.is_control_path(config.control_prefix),
+        (lambda path: False)
+        if config.control_port is not None
+        else paths.is_control_path(control_paths, config.control_prefix),
         routes=routes,
         heads=request_heads(config, pseudonym.encode("ascii"), authentication.ours),
     )

@@ -7,10 +7,11 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from contenders import BODY, FILES, HERE, STUB_STATUS_PATH, Place, nginx
 from processes import TICK_SECONDS, Service, await_answer, free_ports, get, running
@@ -58,26 +59,30 @@ def count_at(port: int) -> int:
     return int(get(port, STUB_STATUS_PATH)[1].splitlines()[2].split()[2])
 
 
-@dataclass(frozen=True)
-class Meter:
-    """Readings that only ever rise; two of them make a measurement."""
+class Spent(NamedTuple):
+    """By contender, in requests at its backends, and by others: in percent of the machine's CPU time, what neither
+    contender, backend nor generator spent."""
 
-    contender_cpu: float
-    known_cpu: float  # of contender, backend, this script and its finished children: wrk
-    machine_cpu: float
-    backend_requests: int
-    at: float  # seconds
+    cpu_seconds: float
+    requests: int
+    others_percent: float
 
-    @classmethod
-    def read(cls, service: Service, backends: Backends) -> Meter:
+
+def meter(service: Service, backends: Backends) -> Callable[[], Spent]:
+    """It reads now; called, it says what was spent since."""
+
+    def read() -> tuple[float, float, float, float]:
         cpu = service.cpu_seconds()
-        known = cpu + backends.service.cpu_seconds() + sum(os.times()[:4])
+        known = cpu + backends.service.cpu_seconds() + sum(os.times()[:4])  # ours, and finished children: wrk
         # Of the whole machine on anything: user, nice, system, irq, softirq, and what its host stole (proc(5)).
         fields = Path("/proc/stat").read_text().split()
         machine = sum(int(fields[index]) for index in (1, 2, 3, 6, 7, 8)) * TICK_SECONDS
-        return cls(cpu, known, machine, sum(map(count_at, backends.counters)), time.monotonic())
+        return cpu, sum(map(count_at, backends.counters)), machine - known, time.monotonic()
 
-    def others_percent(self, before: Meter) -> float:
-        """Of the machine's CPU time since then, what neither contender, backend nor generator spent."""
-        others = (self.machine_cpu - before.machine_cpu) - (self.known_cpu - before.known_cpu)
-        return 100 * max(0.0, others) / ((self.at - before.at) * (os.cpu_count() or 1))
+    before = read()
+
+    def spent() -> Spent:
+        cpu, requests, others, seconds = (now - then for now, then in zip(read(), before, strict=True))
+        return Spent(cpu, int(requests), 100 * max(0.0, others) / (seconds * (os.cpu_count() or 1)))
+
+    return spent

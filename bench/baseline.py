@@ -14,7 +14,6 @@ import threading
 import requests
 from flask import Flask, Response, request
 
-METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 # Flask and the server write their own framing; `requests` has already undone the backend's.
 NOT_FORWARDED = {"host", "connection", "keep-alive", "transfer-encoding", "content-length", "content-encoding"}
 port, *urls = sys.argv[1:]
@@ -23,14 +22,13 @@ turn = itertools.cycle(urls)
 lock = threading.Lock()  # guards turn
 
 
-@app.route("/", defaults={"path": ""}, methods=METHODS)
-@app.route("/<path:path>", methods=METHODS)
-def forward(path: str) -> Response:
+@app.before_request  # of whatever method and path
+def forward() -> Response:
     with lock:
         url = next(turn)
     answer = requests.request(
         request.method,
-        f"{url}/{path}",
+        url + request.path,
         params=request.args.to_dict(flat=False),
         headers={name: value for name, value in request.headers if name.lower() not in NOT_FORWARDED},
         data=request.get_data(),

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterable
 
 from backends import BACKEND_COUNT, slow_backends
-from contenders import BODY, WAIT_PATH, Contender, started
+from contenders import WAIT_PATH, Contender, started
 from openloop import Aim, fire
 from processes import get
 from render import Table
@@ -28,7 +28,7 @@ def check_transfer(contender: Contender, size: int, allowed_growth: int) -> list
     expected = received(blocks(size))
     rows, faults = [], []
     with slow_backends(*["0"] * BACKEND_COUNT) as backends:
-        with started(contender, backends.ports, "/", BODY) as (service, place):
+        with started(contender, backends.ports) as (service, place):
             start_size = service.memory_bytes()
             for is_upload in (True, False):
                 for is_chunked in (False, True):
@@ -80,7 +80,7 @@ def transfer(port: int, is_upload: bool, is_chunked: bool, size: int) -> Receive
 def check_concurrency(contender: Contender, count: int, delay: float) -> list[str]:
     """Send all at once, each on a connection of its own; returns what was wrong."""
     with slow_backends(*[f"{delay:g}"] * BACKEND_COUNT) as backends:
-        with started(contender, backends.ports, "/", BODY) as (service, place):
+        with started(contender, backends.ports) as (service, place):
             (shots,) = fire([Aim(place.port, WAIT_PATH, [0.0] * count)], BURST_TIMEOUT_SECONDS, most=count)
             peaks = [get(port, "/peak")[1].decode() for port in backends.ports]
             memory = service.memory_bytes("VmHWM") / MIB

@@ -14,22 +14,18 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]  # its other modules import each other by their plain names
+from guard import count_instructions
 
-from guard import count_instructions  # noqa: E402
-
-from balancer.balancing.backends import Backend, LastCheck  # noqa: E402
-from balancer.balancing.members import PoolChanges  # noqa: E402
-from balancer.balancing.options import PoolOptions  # noqa: E402
-from balancer.balancing.pool import BackendPool, Lease  # noqa: E402
-from balancer.balancing.strategies import REGISTRY, create  # noqa: E402
-from balancer.config.settings import Settings  # noqa: E402
-from balancer.protocol.origin import Origin  # noqa: E402
-from balancer.protocol.request import Request  # noqa: E402
-from balancer.protocol.requestheads import RequestHeads  # noqa: E402
+from balancer.balancing.backends import Backend, LastCheck
+from balancer.balancing.members import PoolChanges
+from balancer.balancing.options import PoolOptions
+from balancer.balancing.pool import BackendPool, Lease
+from balancer.balancing.strategies import REGISTRY, create
+from balancer.config.settings import Settings
+from balancer.protocol.origin import Origin
+from balancer.protocol.request import Request
+from balancer.protocol.requestheads import RequestHeads
 
 FEW, MANY = 3, 500
 MOST = 1.2

@@ -15,11 +15,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from processes import ALL_CPUS, CONTENDER_CPUS, Service, await_answer, free_ports, running
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))  # whoever imports this may import the balancer after it
 OURS, BASELINE = "balancer", "baseline"
+Pair = tuple[Path, Path]
 BODY = json.dumps({"message": "Request processed", "server_id": "bench", "value": 42}).encode() + b"\n"
 STUB_STATUS_PATH, UPLOAD_PATH, WAIT_PATH = "/bench-stub-status", "/upload", "/wait"
 FILES = {"/64k": random.Random(1).randbytes(64 << 10), "/10m": random.Random(2).randbytes(10 << 20)}
@@ -28,18 +31,20 @@ FILES = {"/64k": random.Random(1).randbytes(64 << 10), "/10m": random.Random(2).
 @dataclass(frozen=True)
 class Place:
     """Where a contender runs: its port, the ports of its backends, a directory of its own, how it is to choose, in its
-    own words ("": in turn, or what it does by default), and certificate and key, if its clients speak TLS."""
+    own words ("": in turn, or what it does by default), certificate and key, if its clients speak TLS, and on how many
+    CPUs it is to work."""
 
     port: int
     backends: list[int]
     directory: Path
     method: str = ""
-    pair: tuple[Path, Path] | None = None
+    pair: Pair | None = None
+    workers: int = 1
 
     def write(self, name: str, template: str, **values: object) -> str:
         """The path of a file in the directory: a template of config/ with `@NAME@` replaced by values."""
         text = (HERE / "config" / template).read_text()
-        for key, value in (values | {"port": self.port}).items():
+        for key, value in (values | {"port": self.port, "workers": self.workers}).items():
             text = text.replace(f"@{key.upper()}@", str(value))
         (self.directory / name).write_text(text)
         return str(self.directory / name)
@@ -53,15 +58,13 @@ def balancer_command(place: Place) -> list[str]:
     backends = place.listed(" --backend=backend_{}=http://127.0.0.1:{}@1").split()
     method = f"--algorithm={place.method}".split() if place.method else []  # maybe with more flags
     tls = [f"--tls-certificate={place.pair[0]}", f"--tls-key={place.pair[1]}"] if place.pair else []
-    program = str(HERE.parent / "load_balancer.py")
-    return [sys.executable, program, "--host=127.0.0.1", f"--port={place.port}", *backends, *method, *tls]
+    where = ["--host=127.0.0.1", f"--port={place.port}", f"--workers={place.workers}"]
+    return [sys.executable, str(HERE.parent / "load_balancer.py"), *where, *backends, *method, *tls]
 
 
-def python_command(program: str) -> Callable[[Place], list[str]]:
-    return lambda place: [
-        *(sys.executable, str(HERE / program), str(place.port)),
-        *place.listed(" http://127.0.0.1:{1}").split(),
-    ]
+def baseline_command(place: Place) -> list[str]:
+    urls = place.listed(" http://127.0.0.1:{1}").split()
+    return [sys.executable, str(HERE / "baseline.py"), str(place.port), *urls]
 
 
 def nginx_command(place: Place) -> list[str]:
@@ -90,7 +93,7 @@ def caddy_command(place: Place) -> list[str]:
     scheme, tls = ("https", "tls {} {}".format(*place.pair)) if place.pair else ("http", "")
     method = place.method or "round_robin"
     config = place.write("Caddyfile", "Caddyfile", method=method, backends=backends, scheme=scheme, tls=tls)
-    environment = [f"HOME={place.directory}", f"XDG_DATA_HOME={place.directory}", "GOMAXPROCS=1"]
+    environment = [f"HOME={place.directory}", f"XDG_DATA_HOME={place.directory}", f"GOMAXPROCS={place.workers}"]
     return ["env", *environment, find_program("caddy") or "caddy", "run", "--config", config, "--adapter", "caddyfile"]
 
 
@@ -121,8 +124,7 @@ class Contender:
 
 EVERYBODY = (
     Contender(OURS, balancer_command),  # pins itself, as it does by default
-    Contender(BASELINE, python_command("baseline.py"), cpus=ALL_CPUS),  # as people run it
-    Contender("aiohttp", python_command("aiohttp_proxy.py")),
+    Contender(BASELINE, baseline_command, cpus=ALL_CPUS),  # as people run it
     Contender("nginx", nginx_command, "nginx"),
     Contender("haproxy", haproxy_command, "haproxy"),
     Contender("caddy", caddy_command, "caddy"),
@@ -135,13 +137,21 @@ PEERS = ("envoy", "traefik", "caddy", "nginx", "haproxy")  # proxies that people
 
 @contextmanager
 def started(
-    contender: Contender, backends: list[int], path: str, expected: bytes, send: bytes | None = None, method: str = ""
+    contender: Contender,
+    backends: list[int],
+    path: str = "/api/process",
+    expected: bytes = BODY,
+    send: bytes | None = None,
+    cpus: frozenset[int] | None = None,
+    **how: Any,
 ) -> Iterator[tuple[Service, Place]]:
-    """A contender before these backends, for the length of the with block; it has answered rightly (`await_answer`)."""
+    """A contender before these backends, for the length of the with block; it has answered rightly (`await_answer`).
+    `how`: what there may be to say of its `Place`."""
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
-        place = Place(free_ports(1)[0], backends, Path(name), method)
-        with running(contender.name, contender.command(place), place.directory, contender.cpus) as service:
-            await_answer(service, place.port, path, expected, send)
+        place = Place(free_ports(1)[0], backends, Path(name), **how)
+        command = contender.command(place)
+        with running(contender.name, command, place.directory, cpus or contender.cpus) as service:
+            await_answer(service, place.port, path, expected, send, is_tls=place.pair is not None)
             yield service, place
 
 

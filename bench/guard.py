@@ -26,19 +26,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]  # its other modules import each other by their plain names
+from backends import slow_backends
+from contenders import BODY
 
-from backends import slow_backends  # noqa: E402
-from contenders import BODY  # noqa: E402
-
-from balancer.balancing.backends import LastCheck  # noqa: E402
-from balancer.config.settings import Settings  # noqa: E402
-from balancer.config.values import BackendSettings  # noqa: E402
-from balancer.edge.bridge import Bridge  # noqa: E402
-from balancer.edge.express import Express  # noqa: E402
-from balancer.edge.listener import ClientLimits  # noqa: E402
-from balancer.loadbalancer import create_app  # noqa: E402
+from balancer.balancing.backends import LastCheck
+from balancer.config.settings import Settings
+from balancer.config.values import BackendSettings
+from balancer.edge.bridge import Bridge
+from balancer.edge.express import Express
+from balancer.edge.listener import ClientLimits
+from balancer.loadbalancer import create_app
 
 BUDGET = Path(__file__).with_name("budget.json")
 VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"

@@ -14,20 +14,17 @@ from __future__ import annotations
 
 import heapq
 import random
-import statistics
 import sys
-from pathlib import Path
+from itertools import product
+from statistics import median
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]  # its other modules import each other by their plain names
-
-import quality  # noqa: E402
-from backends import Backends, Meter, slow_backends  # noqa: E402
-from contenders import BODY, CONTENDERS, OURS, WAIT_PATH, started  # noqa: E402
-from openloop import Aim, Shot, figures, fire, poisson, steady  # noqa: E402
-from processes import progress  # noqa: E402
-from results import Figures  # noqa: E402
-from slow_backend import parse  # noqa: E402
+import quality
+from backends import Backends, meter, slow_backends
+from contenders import CONTENDERS, OURS, WAIT_PATH, started
+from openloop import Aim, Shot, figures, fire, poisson, steady
+from processes import interleaved, progress
+from results import Figures
+from slow_backend import parse
 
 METHODS = ("least_response_time", "peak_ewma", "least_connections")
 RATES = {"quality": quality.RATE, "half of it": quality.RATE / 2}
@@ -49,29 +46,24 @@ def main(seconds: float) -> int:
 
 def unequal(seconds: float) -> list[str]:
     """Goals that no method has reached."""
+    names = "".join(f"{name:>9}" for name in SHOWN) + "  "
     print(f"{'':39}{'simulated':^36}  {'measured':^36}")
-    print(
-        f"{'rate':11} {'method':20} {'hedge':6}"
-        + ("".join(f"{name:>9}" for name in SHOWN) + "  ") * 2
-        + f"{DIRECT:>16}"
-    )
+    print(f"{'rate':11} {'method':20} {'hedge':6}{names}{names}{DIRECT:>16}")
     missed = []
     with slow_backends(*quality.SPECIFICATIONS.values(), quality.AT_ONCE) as backends:
         for name, rate in RATES.items():
             print(f"{name:11} {'who knows beforehand':26} {told(foreseen(rate))}")
-            found = []
-            for method in METHODS:
-                for hedge in HEDGES:
-                    progress(f"{method}, hedge {hedge}, {rate:.0f} requests/s")
-                    simulated = quality.simulate(0, method, quality.SIMULATED_SECONDS, hedge=hedge, rate=rate)
-                    how = f"{method} --hedge={hedge}"
-                    found.append(quality.measure(0, OURS, how, backends, seconds, rate=rate))
-                    progress("")
-                    late = f"{number(found[-1], DIRECT):18.0f}"
-                    print(f"{name:11} {method:20} {hedge:6}{told(simulated)}  {told(found[-1])}{late}", flush=True)
-            hedged = [figures for figures, hedge in zip(found, HEDGES * len(METHODS), strict=True) if hedge != "off"]
+            hedged = []
+            for method, hedge in product(METHODS, HEDGES):
+                progress(f"{method}, hedge {hedge}, {rate:.0f} requests/s")
+                simulated = quality.simulate(0, method, quality.SIMULATED_SECONDS, hedge=hedge, rate=rate)
+                found = quality.measure(0, OURS, f"{method} --hedge={hedge}", backends, seconds, rate=rate)
+                hedged += [found] if hedge != "off" else []
+                progress("")
+                figures = f"{told(simulated)}  {told(found)}{found[DIRECT]:18.0f}"
+                print(f"{name:11} {method:20} {hedge:6}{figures}", flush=True)
             for goal, most in GOALS.items():
-                if (best := min(number(figures, goal) for figures in hedged)) > most:
+                if (best := min(figures[goal] for figures in hedged)) > most:
                     missed.append(f"{goal}, {name}: {best:.4g} instead of {most:g}")
     return missed
 
@@ -93,51 +85,35 @@ def foreseen(rate: float) -> Figures:
 
 def equal(seconds: float) -> list[str]:
     """Goals that are missed. Off and auto take turns, so that a slow minute hits both."""
-    names = ("p50 ms", "CPU us/req")
     rounds: dict[str, list[Figures]] = {hedge: [] for hedge in HEDGES}
     with slow_backends(*EQUAL) as backends:
-        for turn in range(EQUAL_ROUNDS):
-            for hedge in HEDGES[:: 1 if turn % 2 else -1]:
-                progress(f"equal backends, round {turn + 1}/{EQUAL_ROUNDS}, hedge {hedge}")
-                rounds[hedge].append(measure_equal(hedge, backends, seconds / 5))
-    progress("")
+        for _, hedge in interleaved(EQUAL_ROUNDS, HEDGES, lambda hedge: f"equal backends, hedge {hedge}"):
+            rounds[hedge].append(measure_equal(hedge, backends, seconds / 5))
     missed = []
-    for name in names:
-        ratios = [
-            number(auto, name) / number(off, name) for off, auto in zip(rounds["off"], rounds["auto"], strict=True)
-        ]
-        more = 100 * (statistics.median(ratios) - 1)
-        off, auto = (statistics.median(number(each, name) for each in rounds[hedge]) for hedge in HEDGES)
-        print(f"equal backends, {EQUAL_RATE:.0f} requests/s: {name} {off:.4g} off, {auto:.4g} auto, {more:+.1f} %")
+    for name in ("p50 ms", "CPU us/req"):
+        off, auto = ([figures[name] for figures in rounds[hedge]] for hedge in HEDGES)
+        more = 100 * (median(one / other for one, other in zip(auto, off, strict=True)) - 1)
+        medians = f"{median(off):.4g} off, {median(auto):.4g} auto, {more:+.1f} %"
+        print(f"equal backends, {EQUAL_RATE:.0f} requests/s: {name} {medians}")
         if more > SAME:
             missed.append(f"{name} with equal backends: {more:+.1f} % instead of {SAME:g}")
-    extra = statistics.median(number(each, "extra %") for each in rounds["auto"])
-    print(f"equal backends: {extra:.2f} % extra requests")
+    print(f"equal backends: {median(each['extra %'] for each in rounds['auto']):.2f} % extra requests")
     return missed
 
 
 def measure_equal(hedge: str, backends: Backends, seconds: float) -> Figures:
-    with started(CONTENDERS[OURS], backends.ports, WAIT_PATH, BODY, method=f"round_robin --hedge={hedge}") as (
-        service,
-        place,
-    ):
+    method = f"round_robin --hedge={hedge}"
+    with started(CONTENDERS[OURS], backends.ports, WAIT_PATH, method=method) as (service, place):
         fire([Aim(place.port, WAIT_PATH, steady(EQUAL_RATE, 2.0))])
-        before = Meter.read(service, backends)
+        meter_now = meter(service, backends)
         (shots,) = fire([Aim(place.port, WAIT_PATH, poisson(EQUAL_RATE, seconds, seed=1))])
-        after = Meter.read(service, backends)
-    cpu = (after.contender_cpu - before.contender_cpu) / len(shots) * 1e6
-    extra = 100 * ((after.backend_requests - before.backend_requests) / len(shots) - 1)
+        spent = meter_now()
+    cpu, extra = spent.cpu_seconds / len(shots) * 1e6, 100 * (spent.requests / len(shots) - 1)
     return figures(shots) | {"CPU us/req": cpu, "extra %": extra}
 
 
-def number(found: Figures, name: str) -> float:
-    value = found[name]
-    assert value is not None
-    return value
-
-
 def told(found: Figures) -> str:
-    return "".join(f"{number(found, name):9.1f}" for name in SHOWN)
+    return "".join(f"{found[name]:9.1f}" for name in SHOWN)
 
 
 if __name__ == "__main__":

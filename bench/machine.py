@@ -26,18 +26,20 @@ PROGRAMS = {
     **{"Envoy": "envoy --version", "Traefik": "traefik version", "Caddy": "caddy version"},
     **{"nginx": "nginx -v", "HAProxy": "haproxy -v", "wrk": "wrk -v"},
 }
-PACKAGES = ("Granian", "aiohttp", "uvloop", "Flask", "Werkzeug", "requests")
+PACKAGES = ("Granian", "uvloop", "Flask", "Werkzeug", "requests")
 
 
 def machine() -> dict[str, Any]:
-    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    model = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    build, is_optimised = build_of(sys.base_prefix, sysconfig.get_config_var("CONFIG_ARGS") or "")
+    python = {"version": platform.python_version(), "build": build, "is_optimised": is_optimised}
     return {
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit(),
-        "cpu": models[0].partition(":")[2].strip() if models else platform.machine(),
+        "cpu": model[1].strip() if model else platform.machine(),
         "cpus": os.cpu_count(),
         "kernel": platform.release(),
-        "python": interpreter(),
+        "python": python | {"step_ns": round(step_ns(), 3)},
         "versions": versions(),
     }
 
@@ -78,12 +80,6 @@ def commit() -> str:
     with suppress(OSError, subprocess.CalledProcessError):
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     return "unknown"
-
-
-def interpreter() -> dict[str, Any]:
-    build, is_optimised = build_of(sys.base_prefix, sysconfig.get_config_var("CONFIG_ARGS") or "")
-    version = platform.python_version()
-    return {"version": version, "build": build, "is_optimised": is_optimised, "step_ns": round(step_ns(), 3)}
 
 
 def build_of(prefix: str, configured: str) -> tuple[str, bool]:

@@ -9,11 +9,15 @@ import random
 import resource
 import signal
 import socket
+import ssl
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 TICK_SECONDS = 1 / os.sysconf("SC_CLK_TCK")
 START_TIMEOUT_SECONDS = 60.0
@@ -26,6 +30,11 @@ CONTENDER_CPUS = frozenset({max(ALL_CPUS)})
 BENCH_CPUS = ALL_CPUS - CONTENDER_CPUS or ALL_CPUS
 # Variables that would change what a contender does from one machine to the next.
 LEFT_OUT_NAMES = {"ALGORITHM", "http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"}
+
+
+TRUSTING = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # a certificate made for the moment
+TRUSTING.check_hostname, TRUSTING.verify_mode = False, ssl.CERT_NONE
+T = TypeVar("T")
 
 
 class BenchError(Exception):
@@ -68,19 +77,12 @@ class Service:
         return sum(ticks for _, ticks in self._family()) * TICK_SECONDS
 
     def memory_bytes(self, field: str = "VmRSS") -> int:
-        """Sum of VmRSS (now) or VmHWM (peak) of all its processes; shared pages count once per process."""
-        total = 0
+        """Sum of VmRSS (now) or VmHWM (peak) of all its processes, where shared pages count once per process, or of
+        Pss, where they count once."""
+        file, total = "smaps_rollup" if field == "Pss" else "status", 0
         for directory, _ in self._family():
             with contextlib.suppress(OSError, IndexError):  # it ended since the listing
-                total += int((directory / "status").read_text(errors="replace").split(f"\n{field}:")[1].split()[0])
-        return total * 1024
-
-    def shared_memory_bytes(self) -> int:
-        """Sum of Pss of all its processes: pages that several share count once."""
-        total = 0
-        for directory, _ in self._family():
-            with contextlib.suppress(OSError, IndexError):  # it ended since the listing
-                total += int((directory / "smaps_rollup").read_text(errors="replace").split("\nPss:")[1].split()[0])
+                total += int((directory / file).read_text(errors="replace").split(f"\n{field}:")[1].split()[0])
         return total * 1024
 
     def forget_memory_peak(self) -> None:
@@ -124,7 +126,9 @@ def running(name: str, command: list[str], directory: Path, cpus: frozenset[int]
         service.stop()
 
 
-def await_answer(service: Service, port: int, path: str, body: bytes, send: bytes | None = None) -> None:
+def await_answer(
+    service: Service, port: int, path: str, body: bytes, send: bytes | None = None, *, is_tls: bool = False
+) -> None:
     """Wait until the service gives this body on this path (to a POST of `send`, if there is something to send): it is
     up, and so is what stands behind it."""
 
@@ -132,15 +136,16 @@ def await_answer(service: Service, port: int, path: str, body: bytes, send: byte
         if service.exited():
             raise BenchError(f"{service.name} ended by itself: {service.last_words()}")
         with contextlib.suppress(OSError, http.client.HTTPException):
-            return get(port, path, send) == (200, body)
+            return get(port, path, send, is_tls=is_tls) == (200, body)
         return False
 
     if not wait_until(answers, START_TIMEOUT_SECONDS):
         raise BenchError(f"{service.name} gave no right answer in {START_TIMEOUT_SECONDS:g} s: {service.last_words()}")
 
 
-def get(port: int, path: str, send: bytes | None = None) -> tuple[int, bytes]:
-    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=5)) as connection:
+def get(port: int, path: str, send: bytes | None = None, *, is_tls: bool = False) -> tuple[int, bytes]:
+    kind = partial(http.client.HTTPSConnection, context=TRUSTING) if is_tls else http.client.HTTPConnection
+    with contextlib.closing(kind("127.0.0.1", port, timeout=5)) as connection:
         connection.request("GET" if send is None else "POST", path, send)
         answer = connection.getresponse()
         return answer.status, answer.read()
@@ -158,6 +163,30 @@ def wait_until(condition: Callable[[], bool], timeout: float) -> bool:
 def progress(text: str) -> None:
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def interleaved(rounds: int, cases: Sequence[T], about: Callable[[T], str] = str) -> Iterator[tuple[int, T]]:
+    """Every case once per round, each round beginning with another one: a slow minute hits all."""
+    for number in range(rounds):
+        for case in rotated(cases, number):
+            progress(f"round {number + 1}/{rounds}: {about(case)}")
+            yield number, case
+    progress("")
+
+
+def rotated(cases: Sequence[T], number: int) -> list[T]:
+    shift = number % len(cases)
+    return [*cases[shift:], *cases[:shift]]
+
+
+def medians(rounds: int, cases: Sequence[T], measure: Callable[[T], dict[str, float]]) -> dict[T, dict[str, float]]:
+    """Of what is measured for each case in interleaved rounds."""
+    found: dict[T, list[dict[str, float]]] = {case: [] for case in cases}
+    for _, case in interleaved(rounds, cases):
+        found[case].append(measure(case))
+    return {
+        case: {name: statistics.median(one[name] for one in many) for name in many[0]} for case, many in found.items()
+    }
 
 
 def free_ports(count: int) -> list[int]:

@@ -11,26 +11,23 @@ from __future__ import annotations
 
 import heapq
 import random
-import sys
 from itertools import count
 
-from backends import Backends, Meter, count_at, slow_backends
-from contenders import BODY, CONTENDERS, HERE, OURS, WAIT_PATH, started
+from backends import Backends, count_at, meter, slow_backends
+from contenders import CONTENDERS, OURS, WAIT_PATH, started
 from openloop import DIRECT_RATE, Aim, Shot, figures, fire, poisson, steady, worst_ms
-from processes import get, progress
+from processes import get, interleaved
 from results import Figures, Sample
 from slow_backend import parse
 
-sys.path.insert(0, str(HERE.parent))
-
-from balancer.balancing.backends import LastCheck  # noqa: E402
-from balancer.balancing.options import PoolOptions  # noqa: E402
-from balancer.balancing.pool import BackendPool, Lease  # noqa: E402
-from balancer.balancing.strategies import REGISTRY, create  # noqa: E402
-from balancer.config.settings import Settings  # noqa: E402
-from balancer.protocol.origin import Origin  # noqa: E402
-from balancer.protocol.request import Request  # noqa: E402
-from balancer.protocol.requestheads import RequestHeads  # noqa: E402
+from balancer.balancing.backends import LastCheck
+from balancer.balancing.options import PoolOptions
+from balancer.balancing.pool import BackendPool, Lease
+from balancer.balancing.strategies import REGISTRY, create
+from balancer.config.settings import Settings
+from balancer.protocol.origin import Origin
+from balancer.protocol.request import Request
+from balancer.protocol.requestheads import RequestHeads
 
 FAST_SECONDS = 0.04
 SLOTS = 8
@@ -61,26 +58,22 @@ def methods(contenders: list[str]) -> list[tuple[str, str]]:
 def measure_quality(rounds: int, seconds: float, chosen: list[tuple[str, str]]) -> list[Sample]:
     samples = []
     with slow_backends(*SPECIFICATIONS.values(), AT_ONCE) as backends:
-        for number in range(rounds):
-            shift = number % len(chosen)
-            for name, method in chosen[shift:] + chosen[:shift]:
-                progress(f"round {number + 1}/{rounds}: {name} {method} on unequal backends for {seconds:g} s")
-                figures = measure(number, name, method, backends, seconds)
-                samples.append(Sample("choice", "", name, method, number, figures))
-    progress("")
+        for number, (name, method) in interleaved(rounds, chosen, lambda way: " ".join(way)):
+            figures = measure(number, name, method, backends, seconds)
+            samples.append(Sample("choice", "", name, method, number, figures))
     return samples
 
 
 def measure(number: int, name: str, method: str, backends: Backends, seconds: float, *, rate: float = RATE) -> Figures:
     *ports, at_once = backends.ports
-    with started(CONTENDERS[name], ports, WAIT_PATH, BODY, method=method) as (service, place):
+    with started(CONTENDERS[name], ports, WAIT_PATH, method=method) as (service, place):
         restart(ports)
         fire([Aim(place.port, WAIT_PATH, poisson(rate, WARMUP_SECONDS, seed=0))])
         restart(ports)
-        before, counts = Meter.read(service, backends), [count_at(port) for port in ports]
+        spent, counts = meter(service, backends), [count_at(port) for port in ports]
         traffic = Aim(place.port, WAIT_PATH, poisson(rate, seconds, seed=number + 1))
         shots, direct = fire([traffic, Aim(at_once, WAIT_PATH, steady(DIRECT_RATE, seconds))], FAILED_SECONDS)
-        others = Meter.read(service, backends).others_percent(before)
+        others = spent().others_percent
         counts = [count_at(port) - count for port, count in zip(ports, counts, strict=True)]
     return summarise(shots, counts) | {"worst direct ms": worst_ms(direct), "others %": others}
 

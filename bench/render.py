@@ -10,9 +10,8 @@ from pathlib import Path
 from contenders import BASELINE, HERE, OURS, PEERS
 from machine import about, pace
 from processes import BenchError
-from results import Row, Run, Spread, as_text, rows_in
+from results import Row, Run, Spread, as_text, goals, noise, rows_in
 from speed import LOADS
-from verdicts import goals, noise
 
 DOCS = HERE.parent / "docs"
 PAGE, DATA, PLOT = "performance.md", "performance.json", "performance-cpu.svg"
@@ -70,10 +69,9 @@ def cell(row: Row | None, heading: str, digits: int) -> str:
     found = row.figures.get(name) if row else None
     if not isinstance(found, Spread):
         return "-" if found is None else str(found)
-    median, low, high = (f"{value:.{digits}f}" for value in found)
-    if name.startswith("worst"):
-        return high
-    return f"{median} ({low}..{high})" if heading.endswith(RANGE) else median
+    if heading.endswith(RANGE):
+        return found.told(digits)
+    return f"{found.high if name.startswith('worst') else found.median:.{digits}f}"
 
 
 def speed_rows(run: Run) -> list[Row]:

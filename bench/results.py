@@ -1,10 +1,11 @@
-"""What a run found: samples of every round, their medians and spreads."""
+"""What a run found: samples of every round, their medians and spreads; and what to make of them: goals that were
+reached or not, and what is wrong with a measurement."""
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,20 @@ RATIOS = (
     ("ours/this", "CPU us/req", OURS),
     ("baseline/this", "CPU us/req", BASELINE),
     ("p50 ours/this", "p50 ms", OURS),
+)
+
+NOISY_PERCENT = 10.0  # of the machine: above it, what else runs on it may show in the figures
+LOST_PERCENT = 1.0  # requests still open when the clock stops may be missing on either side, no more
+RATIO = {"CPU per request": "ours/this", "p50": "p50 ours/this"}
+# What is compared, under which load, and how much it may be at most, as a multiple of whose.
+GOALS = (
+    *(
+        ("CPU per request", load, most, "envoy")
+        for load, most in (("small-1", 1.1), ("small-32", 1.0), ("small-256", 1.0))
+    ),
+    ("CPU per request", "small-1000", 0.8, "envoy"),
+    ("p50", "small-1", 1.2, "envoy"),
+    *(("CPU per request", load, 1.0, "caddy") for load in ("up-64k", "up-10m", "down-10m")),
 )
 
 # By name, which is the heading of its column. A whole number is a count and adds up over the rounds; of the others
@@ -36,6 +51,10 @@ class Spread(NamedTuple):
         known = [value for value in values if value is not None]
         found = (statistics.median(known), min(known), max(known)) if known else ()
         return cls(*(float(f"{value:.9g}") for value in found)) if found else None
+
+    def told(self, digits: int) -> str:
+        median, low, high = (f"{value:.{digits}f}" for value in self)
+        return f"{median} ({low}..{high})"
 
 
 @dataclass(frozen=True)
@@ -79,20 +98,19 @@ def rows_of(samples: list[Sample]) -> list[Row]:
     groups: dict[tuple[str, str, str, str], list[Sample]] = {}
     for sample in samples:
         groups.setdefault((sample.part, sample.load, sample.contender, sample.method), []).append(sample)
-    return [Row(*key, len(own), summarise(own, samples)) for key, own in groups.items()]
+    by_round = {(one.load, one.contender, one.round): one.figures for one in samples}
+    return [Row(*key, len(own), summarise(own, by_round)) for key, own in groups.items()]
 
 
-def summarise(own: list[Sample], samples: list[Sample]) -> dict[str, int | Spread]:
+def summarise(own: list[Sample], by_round: dict[tuple[str, str, int], Figures]) -> dict[str, int | Spread]:
     found: dict[str, int | Spread | None] = {}
     for name in own[0].figures:
         values = [sample.figures.get(name) for sample in own]
         counts = [value for value in values if isinstance(value, int)]
         found[name] = sum(counts) if counts else Spread.of(values)
     for name, figure, other in RATIOS if own[0].part == "speed" else ():
-        theirs = {
-            one.round: one.figures.get(figure) for one in samples if (one.load, one.contender) == (own[0].load, other)
-        }
-        pairs = [(theirs.get(sample.round), sample.figures.get(figure)) for sample in own]
+        theirs = [by_round.get((sample.load, other, sample.round), {}).get(figure) for sample in own]
+        pairs = zip(theirs, (sample.figures.get(figure) for sample in own), strict=True)
         found[name] = Spread.of(top / below for top, below in pairs if top is not None and below)
     return {name: figure for name, figure in found.items() if figure is not None}
 
@@ -128,3 +146,62 @@ def read(path: Path) -> Run:
 
 def to_row(figures: dict[str, Any], **about: Any) -> Row:
     return Row(**about, figures={name: one if isinstance(one, int) else Spread(*one) for name, one in figures.items()})
+
+
+# What to make of it.
+
+
+def goals(run: Run) -> Iterator[tuple[str, str, bool | None]]:
+    """What was to be reached, what was measured, and whether its median reaches it; None: not measured."""
+    rows = {(row.load, row.contender): row for row in rows_in(run, "speed")}
+    for what, load, most, whose in GOALS:
+        row = rows.get((load, whose))
+        ratio = row.spread(RATIO[what]) if row else None
+        told = ratio.told(2) if ratio else "-"
+        yield f"{what}, {load}: at most {most:g} x {whose}'s", told, ratio and ratio.median <= most
+
+
+def warnings(run: Run) -> Iterator[str]:
+    for row in run.rows:
+        yield from faults(row)
+    yield from noise(run)
+    python = run.machine["python"]
+    if not python["is_optimised"]:
+        yield (
+            f"Python {python['version']} was built without profile-guided optimisation, those that people install are "
+            "about a fifth faster: choose one with --python"
+        )
+
+
+def noise(run: Run) -> Iterator[str]:
+    if noisy := [share for row in run.rows if (share := row.high("others %")) > NOISY_PERCENT]:
+        yield (
+            f"something else took over {NOISY_PERCENT:g}% of the machine in {len(noisy)} of {len(run.rows)} rows, "
+            f"up to {max(noisy):.0f}%"
+        )
+
+
+def faults(row: Row) -> list[str]:
+    """What makes figures worthless, or what did not go as it should; a slow answer alone is none of it."""
+    requests, lost, past = row.count("requests"), row.high("not forwarded %"), row.high("worst direct ms")
+    found = {
+        f"{row.count('errors')} errors; a failed request is no cheap request": row.count("errors"),
+        f"{lost:.1f}% of its answers came from no backend": lost > LOST_PERCENT,
+        f"{row.count('failed')} of {requests} requests failed": row.count("failed"),
+        f"{row.count('held')} of {requests} requests left late, no connection was free": row.count("held"),
+        f"requests past it took up to {past:.0f} ms: the machine or the generator stood still": (
+            past > DIRECT_LATE_SECONDS * 1e3
+        ),
+    }
+    name = ", ".join(filter(None, (row.contender, row.load or row.part, row.method)))
+    return [f"{name}: {fault}" for fault, is_so in found.items() if is_so]
+
+
+def missed_ratio(run: Run, wanted: float) -> Iterator[str]:
+    """Why the wanted ratio to the baseline was not reached; nothing if it was, under every load."""
+    for row in (row for row in rows_in(run, "speed") if row.contender == OURS):
+        yield from faults(row)
+        ratio = row.spread("baseline/this")
+        if ratio is None or ratio.median < wanted:
+            seen = f"1/{ratio.median:.1f} of the baseline" if ratio else "no ratio"
+            yield f"{OURS}, {row.load}: {seen}, wanted at most 1/{wanted:g}"

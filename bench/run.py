@@ -17,17 +17,15 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 
 import render
 from contenders import BASELINE, CONTENDERS, HERE, OURS, PEERS, Contender, find_program
 from machine import about, machine, pace
 from processes import BENCH_CPUS, BenchError
-from results import Run, as_text, read, rows_of
+from results import Run, Sample, as_text, missed_ratio, read, rows_of, warnings
 from speed import LOADS, USUAL, measure_all
-from verdicts import missed_ratio, warnings
 
 PARTS = ("speed", "stalls", "quality")
 # Beside the measured seconds: start, warm-up, waiting for the last answers, stop.
@@ -41,10 +39,14 @@ PYTHON = (
 def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    usual = {"--parts": ["speed"], "--contenders": [OURS, *PEERS], "--loads": list(USUAL)}
-    for name, known in (("--parts", PARTS), ("--contenders", CONTENDERS), ("--loads", LOADS)):
-        text = f"of {', '.join(known)}; or all; default {', '.join(usual[name])}"
-        add(name, type=some_of(list(known)), metavar="NAME[,NAME...]", help=text)
+    everybody = [OURS, *PEERS]
+    for name, known, usual in (
+        ("--parts", PARTS, ["speed"]),
+        ("--contenders", CONTENDERS, everybody),
+        ("--loads", LOADS, USUAL),
+    ):
+        text = f"of {', '.join(known)}; or all; default {', '.join(usual)}"
+        add(name, type=some_of(list(known)), default=usual, metavar="NAME[,NAME...]", help=text)
     add("--rounds", type=positive, default=3, help="of the loads and of the choice; default 3")
     add("--seconds", type=positive, default=1, help="of load per contender, load and round; default 1")
     add("--stall-seconds", type=positive, default=60, help="of the search for stalls, per contender; default 60")
@@ -59,10 +61,8 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     add("--concurrent", type=positive, metavar="N", help="check N requests in flight at once")
     add("--delay", type=float, default=0.2, help="seconds a backend takes then (default 0.2)")
     options = parser.parse_args(given)
-    if options.transfer or options.concurrent:
-        usual["--contenders"] = [OURS]
-    for name, chosen in usual.items():
-        setattr(options, name[2:], getattr(options, name[2:]) or chosen)
+    if (options.transfer or options.concurrent) and options.contenders is everybody:
+        options.contenders = [OURS]
     if options.require_ratio and not {OURS, BASELINE} <= set(options.contenders):
         parser.error(f"--require-ratio needs the contenders {OURS} and {BASELINE}")
     return options
@@ -96,7 +96,7 @@ def some_of(names: list[str]) -> Callable[[str], list[str]]:
 
 def main() -> int:
     options = parse()
-    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: every started process is stopped
     try:
         if options.render:
             run = read(options.render)
@@ -105,18 +105,15 @@ def main() -> int:
             return 0
         check_requirements(options)
         os.sched_setaffinity(0, BENCH_CPUS)
-        return run_checks(options) if options.transfer or options.concurrent else run_parts(options)
+        faults = list(run_checks(options) if options.transfer or options.concurrent else run_parts(options))
+        print(*(f"FAILED: {fault}\n" for fault in faults), sep="", end="", file=sys.stderr)
+        return 1 if faults else 0
     except BenchError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("bench: interrupted; everything it started is stopped", file=sys.stderr)
         return 130
-
-
-def leave(number: int, frame: FrameType | None) -> None:
-    """SIGTERM unwinds the stack as Ctrl-C does, so that every started process is stopped."""
-    raise KeyboardInterrupt
 
 
 def check_requirements(options: argparse.Namespace) -> None:
@@ -133,19 +130,17 @@ def contenders(options: argparse.Namespace) -> list[Contender]:
     return [CONTENDERS[name] for name in options.contenders]
 
 
-def run_checks(options: argparse.Namespace) -> int:
+def run_checks(options: argparse.Namespace) -> Iterator[str]:
     from checks import check_concurrency, check_transfer  # --help and --render need no installed package
 
-    faults = []
     for contender in contenders(options):
         if options.transfer:
-            faults += check_transfer(contender, options.transfer, options.max_growth)
+            yield from check_transfer(contender, options.transfer, options.max_growth)
         if options.concurrent:
-            faults += check_concurrency(contender, options.concurrent, options.delay)
-    return fail(faults)
+            yield from check_concurrency(contender, options.concurrent, options.delay)
 
 
-def run_parts(options: argparse.Namespace) -> int:
+def run_parts(options: argparse.Namespace) -> Iterator[str]:
     said = {"seconds": options.seconds, "choice_seconds": options.choice_seconds}
     run = Run(machine(), {"command": " ".join(["./bench/run.sh", *sys.argv[1:]]), **said})
     minutes = expected_seconds(options) / 60
@@ -159,17 +154,16 @@ def run_parts(options: argparse.Namespace) -> int:
     warn(run)
     if options.docs:
         write_docs(run)
-    return fail(missed_ratio(run, options.require_ratio) if options.require_ratio else [])
+    return missed_ratio(run, options.require_ratio) if options.require_ratio else iter(())
 
 
 def expected_seconds(options: argparse.Namespace) -> float:
     from quality import methods
 
-    ways = len(methods(options.contenders))
-    runs = len(options.loads) * len(options.contenders)
+    many, ways = len(options.contenders), len(methods(options.contenders))
     parts: dict[str, float] = {
-        "speed": options.rounds * runs * (options.seconds + SPEED_OVERHEAD),
-        "stalls": len(options.contenders) * (options.stall_seconds + STALL_OVERHEAD),
+        "speed": options.rounds * len(options.loads) * many * (options.seconds + SPEED_OVERHEAD),
+        "stalls": many * (options.stall_seconds + STALL_OVERHEAD),
         "quality": options.rounds * (SIMULATION + ways * (options.choice_seconds + CHOICE_OVERHEAD)),
     }
     return sum(parts[part] for part in options.parts)
@@ -180,26 +174,21 @@ def measure(part: str, options: argparse.Namespace, run: Run) -> None:
     from openloop import measure_stalls
     from quality import measure_quality, methods, simulate_all
 
+    def show(kind: str, title: str, samples: list[Sample]) -> None:
+        run.rows.extend(rows_of(samples))
+        print(f"\n{title}\n\n{render.table(run, kind).text()}", flush=True)
+
     if part == "speed":
         loads = [LOADS[name] for name in options.loads]
-        run.rows.extend(rows_of(measure_all(options.rounds, options.seconds, loads, contenders(options))))
-        show("Speed and cost", render.table(run, "speed"))
-        show("CPU us per request", render.summary_table(run))
-        show("Goals", render.goal_table(run))
+        show(part, "Speed and cost", measure_all(options.rounds, options.seconds, loads, contenders(options)))
+        print(f"\nCPU us per request\n\n{render.summary_table(run).text()}")
+        print(f"\nGoals\n\n{render.goal_table(run).text()}", flush=True)
     elif part == "stalls":
-        run.rows.extend(rows_of(measure_stalls(contenders(options), options.stall_seconds)))
-        show("Stalls at half load", render.table(run, "stalls"))
+        show(part, "Stalls at half load", measure_stalls(contenders(options), options.stall_seconds))
     else:
-        run.rows.extend(rows_of(simulate_all(options.rounds)))
-        show("Unequal backends, simulated", render.table(run, "simulation"))
-        ways = methods(options.contenders)
-        run.rows.extend(rows_of(measure_quality(options.rounds, options.choice_seconds, ways)))
-        show("Unequal backends", render.table(run, "choice"))
-
-
-def show(title: str, table: render.Table) -> None:
-    if table.rows:
-        print(f"\n{title}\n\n{table.text()}", flush=True)
+        show("simulation", "Unequal backends, simulated", simulate_all(options.rounds))
+        if ways := methods(options.contenders):
+            show("choice", "Unequal backends", measure_quality(options.rounds, options.choice_seconds, ways))
 
 
 def warn(run: Run) -> None:
@@ -210,14 +199,6 @@ def warn(run: Run) -> None:
 def write_docs(run: Run) -> None:
     for path in render.write_docs(run):
         print(f"written: {path}")
-
-
-def fail(reasons: Iterable[str]) -> int:
-    code = 0
-    for reason in reasons:
-        code = 1
-        print(f"FAILED: {reason}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

@@ -22,9 +22,10 @@ import random
 import sys
 import zlib
 from collections.abc import Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from functools import partial
 
-import httptools
 import uvloop
 from contenders import BODY
 from processes import raise_file_limit
@@ -82,83 +83,59 @@ class Backend:
             start = coming
 
 
-class Client(asyncio.Protocol):
+async def answer(backend: Backend, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """One connection; its requests come one after the other."""
-
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-        self._parser = httptools.HttpRequestParser(self)
-        self._loop = asyncio.get_running_loop()
-        self._pieces: Iterator[bytes] = iter(())  # of a download, those that are still to be sent
-        self._is_paused = False
-        self._transport: asyncio.Transport
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport  # type: ignore[assignment]
-
-    def data_received(self, data: bytes) -> None:
-        self._parser.feed_data(data)
-
-    # Called by the parser.
-
-    def on_message_begin(self) -> None:
-        self._path, self._length, self._checksum = "", 0, 0
-
-    def on_url(self, piece: bytes) -> None:
-        self._path += piece.decode("latin-1")
-
-    def on_body(self, piece: bytes) -> None:
-        self._length, self._checksum = self._length + len(piece), zlib.crc32(piece, self._checksum)
-
-    def on_message_complete(self) -> None:
-        backend, now = self._backend, self._loop.time()
-        match self._path.strip("/").split("/"):
-            case ["wait"]:
-                backend.requests, backend.open = backend.requests + 1, backend.open + 1
-                backend.peak = max(backend.peak, backend.open)
-                self._loop.call_at(backend.due(now), self._end_wait)
-            case ["bench-stub-status"]:  # as nginx words it
-                self._answer(b"\n\n %d %d %d\n" % ((backend.requests,) * 3))
-            case ["health"]:
-                self._loop.call_at(backend.after(now, 0.0), self._answer, b"{}")
-            case ["restart"]:
-                backend.restart(now)
-                self._answer(b"{}")
-            case ["peak"]:
-                self._answer(b"%d" % backend.peak)
-            case ["upload"]:
-                self._answer(json.dumps([self._length, self._checksum]).encode())
-            case ["download", size, *chunked]:
-                self._pieces = download(int(size), bool(chunked))
-                self.resume_writing()
-            case _:
-                self._answer(BODY)
-
-    def _end_wait(self) -> None:
-        self._backend.open -= 1
-        self._answer(BODY)
-
-    def _answer(self, body: bytes) -> None:
-        if not self._transport.is_closing():
-            self._transport.write(head(b"Content-Length: %d" % len(body)) + body)
-
-    # Called by the event loop, while a download is faster than its reader.
-
-    def pause_writing(self) -> None:
-        self._is_paused = True
-
-    def resume_writing(self) -> None:
-        self._is_paused = False
-        while not (self._is_paused or self._transport.is_closing()) and (piece := next(self._pieces, None)):
-            self._transport.write(piece)
+    clock = asyncio.get_running_loop().time
+    with suppress(OSError, asyncio.IncompleteReadError), closing(writer):
+        while True:
+            head = await reader.readuntil(b"\r\n\r\n")
+            sent = await read_body(reader, head.lower())
+            said = BODY
+            match head.split(b" ", 2)[1].decode("latin-1").strip("/").split("/"):
+                case ["wait"]:
+                    backend.requests, backend.open = backend.requests + 1, backend.open + 1
+                    backend.peak = max(backend.peak, backend.open)
+                    await asyncio.sleep(backend.due(clock()) - clock())
+                    backend.open -= 1
+                case ["bench-stub-status"]:  # as nginx words it
+                    said = b"\n\n %d %d %d\n" % ((backend.requests,) * 3)
+                case ["health"]:
+                    await asyncio.sleep(backend.after(clock(), 0.0) - clock())
+                case ["restart"]:
+                    backend.restart(clock())
+                case ["peak"]:
+                    said = b"%d" % backend.peak
+                case ["upload"]:
+                    said = json.dumps(sent).encode()
+                case ["download", size, *chunked]:
+                    for piece in download(int(size), bool(chunked)):
+                        writer.write(piece)
+                        await writer.drain()
+                    continue
+            writer.write(head_of(b"Content-Length: %d" % len(said)) + said)
 
 
-def head(framing: bytes) -> bytes:
+async def read_body(reader: asyncio.StreamReader, head: bytes) -> tuple[int, int]:
+    """Its length and checksum."""
+    length = checksum = 0
+    is_chunked = b"\r\ntransfer-encoding: chunked" in head
+    left = int(head.partition(b"\r\ncontent-length:")[2].split(b"\r\n")[0] or b"0")
+    while is_chunked or length < left:
+        size = int(await reader.readline(), 16) if is_chunked else min(left - length, 1 << 16)
+        piece = await reader.readexactly(size)
+        length, checksum = length + size, zlib.crc32(piece, checksum)
+        if is_chunked:
+            await reader.readline()
+            is_chunked = size > 0
+    return length, checksum
+
+
+def head_of(framing: bytes) -> bytes:
     return b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n%s\r\n\r\n" % framing
 
 
 def download(size: int, is_chunked: bool) -> Iterator[bytes]:
-    yield head(b"Transfer-Encoding: chunked" if is_chunked else b"Content-Length: %d" % size)
+    yield head_of(b"Transfer-Encoding: chunked" if is_chunked else b"Content-Length: %d" % size)
     for block in blocks(size):
         yield b"%x\r\n%s\r\n" % (len(block), block) if is_chunked else block
     if is_chunked:
@@ -182,7 +159,7 @@ async def serve(arguments: list[str]) -> None:
         port, _, text = argument.partition(":")
         backend = parse(text)
         backend.restart(loop.time())
-        servers.append(await loop.create_server(lambda own=backend: Client(own), "127.0.0.1", int(port), backlog=4096))  # type: ignore[misc]
+        servers.append(await asyncio.start_server(partial(answer, backend), "127.0.0.1", int(port), backlog=4096))
     await asyncio.gather(*(server.serve_forever() for server in servers))
 
 

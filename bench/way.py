@@ -21,13 +21,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]  # its other modules import each other by their plain names
+from backends import slow_backends
+from contenders import HERE
+from guard import Kind, balancer, serve
 
-from backends import slow_backends  # noqa: E402
-from guard import Kind, balancer, serve  # noqa: E402
-
-from balancer.edge.bridge import Bridge  # noqa: E402
+from balancer.edge.bridge import Bridge
 
 PACKAGE = HERE.parent / "balancer"
 WARMUP_REQUESTS = 20  # afterwards the connection is kept, and what follows from the heads is known

@@ -245,17 +245,16 @@ def settle(
     outcomes: list[Outcome],
     *,
     cut: bool = False,
-    passed: bool = False,
     others: int = 0,
     left: int = 0,
 ) -> Row:
     """The verdict on a scenario, as a row of the table.
 
-    `cut`: answers may break off after their head, visibly; `passed`: a backend says 503 itself. Beyond `outcomes` there
-    were `others`, which were answered, and `left`, whose clients did not wait.
+    `cut`: answers may break off after their head, visibly. Beyond `outcomes` there were `others`, which were answered,
+    and `left`, whose clients did not wait.
     """
     status = fleet.idle()
-    allowed = {"answered"} | ({"cut", "empty"} if cut else set()) | ({"passed"} if passed else set())
+    allowed = {"answered"} | ({"cut", "empty"} if cut else set())
     row = judge_all(fleet, table, fault, outcomes, allowed, status["statistics"]["retries"])
     assert_exact(status, outcomes, others, left)
     counted = fleet.metrics() - fleet.counted
@@ -272,8 +271,7 @@ def judge_all(fleet: Fleet, table: Table, fault: str, outcomes: list[Outcome], a
     lost = [o for o in outcomes if o.plan.may_repeat and o.kind not in allowed]
     twice = [o for o in outcomes if o.plan.method in ONCE and executed[o.plan.key] > 1]
     broken = kinds["cut"] + kinds["empty"]
-    refused = kinds["refused"] + kinds["passed"]
-    row = Row(fault, len(outcomes), kinds["answered"], refused, broken, retried, len(lost), len(twice))
+    row = Row(fault, len(outcomes), kinds["answered"], kinds["refused"], broken, retried, len(lost), len(twice))
     table.rows.append(row)
     assert_none("wrong answers", [o for o in outcomes if o.kind == "wrong"])
     assert_none("lost", lost)

@@ -30,7 +30,7 @@ GARBAGE = (
     b"HTTP/1.1 200 OK\r\nno colon here\r\n\r\n",
     b"HTTP/1.1 200 OK\r\nX: " + b"x" * 70_000,
 )
-UNAVAILABLE = b"HTTP/1.1 503 No\r\nX-Backend: unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+
 PIECE = 65536  # bytes of an answer per write
 TEXT, CLOSE, PING, PONG = 0x81, 0x88, 0x89, 0x8A  # first bytes of frames (RFC 6455 section 5.2)
 GOOD_BYE = b"good bye"
@@ -53,7 +53,7 @@ def key_of(target: str) -> str:
 
 @dataclass
 class Fault:
-    """For every `every`-th request: none, slow, garbage, reset_head, reset_body, end_body, hang or unavailable."""
+    """For every `every`-th request: none, slow, garbage, reset_head, reset_body, end_body or hang."""
 
     kind: str = "none"
     every: int = 1
@@ -158,9 +158,6 @@ def misbehave(sock: socket.socket, kind: str, fault: Fault, served: int) -> None
         raise Hangup(reset=True)
     elif kind == "hang":
         fault.over.wait()
-        raise Hangup
-    elif kind == "unavailable":
-        sock.sendall(UNAVAILABLE)
         raise Hangup
 
 

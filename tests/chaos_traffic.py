@@ -66,9 +66,8 @@ class Plan:
 class Outcome:
     """How it ended for the client.
 
-    `kind` is answered (whole and right), passed (a backend's own 503), refused (the balancer's own answer), cut (after
-    the head, and it shows), empty (no head), closed (nobody listens), away (a WebSocket that was told that the balancer
-    goes) or wrong (never allowed).
+    `kind` is answered (whole and right), refused (by the balancer), cut (after the head, and it shows), empty (without
+    a head), closed (nobody listens), away (a WebSocket whose balancer says that it goes) or wrong (never allowed).
     """
 
     plan: Plan
@@ -94,8 +93,7 @@ def judge(plan: Plan, status: int, data: bytes) -> Outcome:
         return Outcome(plan, "answered" if is_right else "wrong", status, "" if is_right else repr(data[:200]))
     if plan.method == "HEAD":
         return Outcome(plan, "refused", status)
-    if status == 503 and not data:
-        return Outcome(plan, "passed", status)
+
     try:
         refusal = json.loads(data)
         is_ours = bool(refusal["error"] and refusal["request_id"])
@@ -139,8 +137,7 @@ class Http1Client:
             return Outcome(plan, "cut" if head else "empty", head.status if head else 0, repr(error))
         if outcome.kind == "answered" and head.headers.get("X-Digest") != plan.digest:
             return replace(outcome, kind="wrong", text=repr(head.headers.items()))
-        if outcome.kind == "refused" and head.headers.get("X-Backend"):
-            return replace(outcome, kind="passed")
+
         return outcome
 
     def _send(self, plan: Plan) -> None:

@@ -27,6 +27,8 @@ for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.S
         signal.signal(_number, _handler)
 
 Started = TypeVar("Started", Balancer, BalancerProcess)
+LIMITS = ["--max-request-body=1000000", "--max-header-bytes=16384", "--trusted-proxies=192.0.2.0/24"]
+LIMITS += ["--control-reads=open"]
 
 # A slow machine is no finding; pytest's own time-out ends what hangs.
 settings.register_profile("tests", deadline=None)
@@ -91,19 +93,14 @@ def scripted() -> Iterator[WireBackend]:
         yield backend
 
 
+def limited_to(response: int, idle: int, header: int) -> list[str]:
+    return [f"--response-timeout={response}", f"--idle-timeout={idle}", f"--header-timeout={header}"]
+
+
 @pytest.fixture(scope="module")
 def scripted_balancer(scripted: WireBackend) -> Iterator[Balancer]:
-    """A balancer in front of the scripted backend alone, with short time limits."""
-    with Balancer(
-        f"--backend=only={scripted.url}",
-        "--response-timeout=1",
-        "--idle-timeout=2",
-        "--header-timeout=1",
-        "--max-request-body=1000000",
-        "--max-header-bytes=16384",
-        "--trusted-proxies=192.0.2.0/24",
-        "--control-reads=open",
-    ) as balancer:
+    """A balancer in front of the scripted backend alone; nothing ends by a time limit."""
+    with Balancer(f"--backend=only={scripted.url}", *LIMITS, *limited_to(60, 60, 60)) as balancer:
         yield balancer
 
 
@@ -121,18 +118,16 @@ def balancer(scripted_balancer: Balancer, backend: WireBackend) -> Balancer:
 
 
 @pytest.fixture(scope="module")
-def patient_balancer(scripted: WireBackend) -> Iterator[Balancer]:
-    with Balancer(
-        f"--backend=only={scripted.url}", "--response-timeout=60", "--idle-timeout=60", "--health-timeout=5"
-    ) as balancer:
+def hasty_balancer(scripted: WireBackend) -> Iterator[Balancer]:
+    with Balancer(f"--backend=only={scripted.url}", *LIMITS, *limited_to(1, 2, 1)) as balancer:
         yield balancer
 
 
 @pytest.fixture
-def patient(patient_balancer: Balancer, backend: WireBackend) -> Balancer:
-    """A balancer in front of the same backend that ends nothing by a time limit: what ends has another reason."""
-    patient_balancer.wait_healthy("only")
-    return patient_balancer
+def hasty(hasty_balancer: Balancer, backend: WireBackend) -> Balancer:
+    """The same with short time limits, for what is about these."""
+    hasty_balancer.wait_healthy("only")
+    return hasty_balancer
 
 
 def _starter(kind: Callable[..., Started], scripted: WireBackend) -> Iterator[Callable[..., Started]]:

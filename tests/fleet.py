@@ -11,19 +11,23 @@ from dataclasses import dataclass
 from support import PAGE_TOKEN, Balancer, RawRequest
 from wire import Script, WireBackend, hang_up
 
+OPEN = threading.Event()
+OPEN.set()
 READABLE = b"Access-Control-Allow-Origin: *\r\nAccess-Control-Expose-Headers: X-Served-By, X-Request-ID\r\n"
 
 
 class DemoBackend(WireBackend):
-    """Answers like `backend_server.py`, each request after `delay` seconds; can be killed and started again."""
+    """Answers like `backend_server.py`, each request after `delay` seconds, and once the `gate` is open that was there
+    when it came; can be killed and started again."""
 
     def __init__(self, backend_id: str, delay: float = 0.0) -> None:
-        self.id, self.delay = backend_id, delay
+        self.id, self.delay, self.gate = backend_id, delay, OPEN
         self._killed = threading.Event()
         super().__init__()
         self.script = self._process
 
     def _process(self, sock: socket.socket, request: RawRequest) -> None:
+        self.gate.wait(60)
         if self._killed.wait(self.delay):
             hang_up(sock)
         body = json.dumps({"message": "ok", "server_id": self.id}).encode()

@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from support import ROOT, running
+from support import ROOT, running, wait_until
 
 SCRIPT = ROOT / "test_client.py"
 LIMIT = 120  # seconds until a run counts as hanging
@@ -210,6 +211,15 @@ def started(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, str(SCRIPT), *arguments]
     with running(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()) as process:
         yield process
+
+
+def interrupted(*arguments: str, when: Callable[[], bool], number: int = signal.SIGINT) -> tuple[int, str, str]:
+    """(exit code, output, errors) of a run that is signalled then."""
+    with started(*arguments) as process:
+        wait_until(when)
+        process.send_signal(number)
+        out, errors = process.communicate(timeout=LIMIT)
+        return process.returncode, out, errors
 
 
 def one_line(result: subprocess.CompletedProcess[str]) -> str:

@@ -23,7 +23,7 @@ from typing import Any, Self, get_args
 from pydantic import ValidationError
 
 from balancer.balancing.backends import Backend, Choice, Scene
-from balancer.commandline import parse_arguments
+from balancer.commandline import make_parser
 from balancer.config import settings
 from balancer.config.settings import Settings
 from balancer.loadbalancer import LoadBalancer
@@ -68,6 +68,13 @@ def fetch(url: str, body: Any = None, method: str | None = None, **headers: str)
     except urllib.error.HTTPError as error:
         with error:
             return error.code, {k.lower(): v for k, v in error.headers.items()}, error.read()
+
+
+def is_good(url: str) -> bool:
+    """Whether somebody is there, and answers 200."""
+    with suppress(OSError):
+        return fetch(url)[0] == 200
+    return False
 
 
 def fetch_json(url: str, body: Any = None, method: str | None = None, **headers: str) -> Any:
@@ -221,9 +228,7 @@ class Served:
         return int(self.url.rpartition(":")[2])
 
     def is_ready(self) -> bool:
-        with suppress(OSError):
-            return fetch(f"{self.url}/readyz")[0] == 200
-        return False
+        return is_good(f"{self.url}/readyz")
 
     def status(self, recent: int = 20) -> Any:
         return fetch_json(f"{self.url}/status?recent={recent}")
@@ -238,11 +243,12 @@ class Served:
 class Balancer(Served):
     """A balancer in this process, on a free port, that takes the same arguments as a BalancerProcess.
 
-    The one to use, unless a test is about the process: signals, output, exit code, CPUs, or being killed.
+    The one to use, unless a test is about the process: signals, output, exit code, CPUs, or being killed. Its health
+    checks have five seconds, unless a test is about that limit: a busy machine is no finding.
     """
 
     def __init__(self, *arguments: str, env: dict[str, str] | None = None, wait_ready: bool = True) -> None:
-        given = vars(parse_arguments(["--port=0", *arguments]))
+        given = vars(make_parser().parse_args(["--port=0", "--health-timeout=5", *arguments]))
         file = given.pop("config")
         given = {name: value for name, value in given.items() if name in Settings.model_fields}
         config, sources = settings.load(given, env or {}, file)
@@ -324,15 +330,10 @@ class BackendProcess(Process):
         env = {"SERVER_ID": self.id, "SERVER_PORT": str(port), "RESPONSE_DELAY": str(delay)}
         super().__init__([PYTHON, str(ROOT / "backend_server.py")], env)
         try:
-            wait_until(self._is_up, f"{self.id} answers")
+            wait_until(lambda: is_good(f"{self.url}/health"), f"{self.id} answers")
         except BaseException:
             self.stop()
             raise
-
-    def _is_up(self) -> bool:
-        with suppress(OSError):
-            return fetch(f"{self.url}/health")[0] == 200
-        return False
 
 
 # As somebody may set it up who has not read about it.
@@ -342,10 +343,7 @@ events {{ worker_connections 64; }}
 http {{
     access_log off;
     client_body_temp_path body; proxy_temp_path proxy; fastcgi_temp_path f; uwsgi_temp_path u; scgi_temp_path s;
-    server {{
-        listen 127.0.0.1:{port};
-        location {at} {{ proxy_pass {url}; {more} }}
-    }}
+    server {{ {server} }}
 }}
 """
 
@@ -354,25 +352,17 @@ http {{
 def nginx_before(folder: Path, balancer: Served, more: str, at: str = "/", main: str = "") -> Iterator[str]:
     """Its URL. The path `at` is taken off what it passes on; `main` and `more` are lines of its configuration."""
     port = free_port()
-    told = NGINX.format(port=port, at=at, url=balancer.url + ("" if at == "/" else "/"), more=more, main=main)
-    url = f"http://127.0.0.1:{port}"
-
-    def answers() -> bool:
-        try:
-            return fetch(url)[0] != 0
-        except OSError:
-            return False
-
-    with nginx(folder, told):
-        wait_until(answers, what="nginx listens")
-        yield url
+    to = balancer.url + ("" if at == "/" else "/")
+    with nginx(folder, f"listen 127.0.0.1:{port}; location {at} {{ proxy_pass {to}; {more} }}", main) as process:
+        wait_until(lambda: accepts(port) or process.popen.poll() is not None, what="nginx listens")
+        yield f"http://127.0.0.1:{port}"
 
 
-def nginx(folder: Path, configuration: str) -> Process:
+def nginx(folder: Path, server: str, main: str = "") -> Process:
     program = shutil.which("nginx")
     assert program is not None, "apt-get install nginx-light"
     file = folder / "nginx.conf"
-    file.write_text(configuration, encoding="utf-8")
+    file.write_text(NGINX.format(server=server, main=main), encoding="utf-8")
     return Process([program, "-p", str(folder), "-c", str(file)])
 
 
@@ -411,6 +401,12 @@ def ok(body: bytes = b"ok", *lines: bytes) -> bytes:
 def connect(port: int) -> Iterator[socket.socket]:
     with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as sock:
         yield sock
+
+
+def accepts(port: int) -> bool:
+    with suppress(OSError), connect(port):
+        return True
+    return False
 
 
 def exchange(port: int, data: bytes, half_close: bool = False) -> bytes:

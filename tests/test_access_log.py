@@ -31,6 +31,7 @@ from support import (
     fetch_json,
     free_port,
     get,
+    is_good,
     make_attempt,
     make_record,
     ok,
@@ -180,13 +181,6 @@ def test_every_line_has_one_format_and_one_clock(form: str) -> None:
         assert listening.endswith(f"Z INFO balancer: lb-1: listening on {balancer.url}")
 
 
-def test_it_is_off_unless_asked_for() -> None:
-    with WireBackend() as backend:
-        with BalancerProcess(f"--backend=only={backend.url}") as balancer:
-            assert fetch(f"{balancer.url}/quiet")[0] == 200
-    assert "/quiet" not in balancer.output and "draining" in balancer.output
-
-
 def test_a_reload_switches_it(tmp_path: Path) -> None:
     with WireBackend() as backend:
         file = tmp_path / "balancer.toml"
@@ -217,22 +211,16 @@ def test_a_reload_turns_it_off_in_mid_request(tmp_path: Path) -> None:
     file = tmp_path / "balancer.toml"
     settings = f'[[backends]]\nid = "only"\nurl = "{backend.url}"\n'
     file.write_text('access_log = true\naccess_log_format = "json"\n' + settings)
-    balancer = BalancerProcess(f"--config={file}")
-    try:
+    with backend, BalancerProcess(f"--config={file}") as balancer, ThreadPoolExecutor(2) as clients:
         assert fetch(f"{balancer.url}/before")[0] == 200
-        with ThreadPoolExecutor(2) as clients:
-            asked = [clients.submit(fetch, f"{balancer.url}{path}") for path in ("/head", "/body")]
-            wait_until(lambda: len(backend.requests) == 3, what="both are under way")
-            file.write_text(settings)
-            changes = fetch_json(f"{balancer.url}/reload", {})["changes"]
-            go_on.set()
-            assert [answer.result()[::2] for answer in asked] == [(200, b"whole")] * 2
+        asked = [clients.submit(fetch, f"{balancer.url}{path}") for path in ("/head", "/body")]
+        wait_until(lambda: len(backend.requests) == 3, what="both are under way")
+        file.write_text(settings)
+        changes = fetch_json(f"{balancer.url}/reload", {})["changes"]
+        go_on.set()
+        assert [answer.result()[::2] for answer in asked] == [(200, b"whole")] * 2
         assert fetch(f"{balancer.url}/after")[0] == 200
         ends = balancer.status()["recent_requests"]
-    finally:
-        go_on.set()
-        balancer.stop()  # writes what is left
-        backend.close()
     assert "access_log" in [change["what"] for change in changes]
     assert len(ends) == 4 and all(end["complete"] and end["reason"] is None for end in ends)
     assert [line["path"] for line in json_lines(balancer)] == ["/before"]
@@ -348,14 +336,8 @@ def serving(stdout: Any, *flags: str, **options: Any) -> Iterator[tuple[subproce
     )
     url = f"http://127.0.0.1:{port}"
 
-    def is_ready() -> bool:
-        try:
-            return fetch(f"{url}/readyz")[0] == 200
-        except OSError:
-            return False
-
     try:
-        wait_until(is_ready, "the balancer is ready")
+        wait_until(lambda: is_good(f"{url}/readyz"), "the balancer is ready")
         yield process, url
     finally:
         process.kill()

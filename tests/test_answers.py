@@ -44,7 +44,7 @@ MALFORMED_ANSWERS = {
     "coding then length": HEAD_OK + b"Transfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n" + CHUNKED_ABC,
     "garbage": b"garbage\r\n\r\n",
     "HTTP/0.9 style": b"<html>hello</html>\r\n",
-    "version 3": b"HTTP/3.0 200 OK\r\n" + LENGTH_3,
+    **{f"version {one}": f"HTTP/{one} 200 OK\r\n".encode() + LENGTH_3 for one in ("0.9", "2.0", "3.0")},
     "status 2x0": b"HTTP/1.1 2x0 OK\r\n" + LENGTH_3,
     "status of 2 digits": b"HTTP/1.1 99 OK\r\n" + LENGTH_3,
     "status of 4 digits": b"HTTP/1.1 1000 OK\r\n" + LENGTH_3,
@@ -261,17 +261,11 @@ def test_chunks_of_an_answer_are_framed_by_us(balancer: Balancer, backend: WireB
     "framing", [b"Content-Length: 3\r\n\r\nabc", b"Transfer-Encoding: chunked\r\n\r\n" + CHUNKED_ABC]
 )
 @pytest.mark.parametrize("keep", [False, True])
-def test_http_1_0_clients_get_no_chunks(balancer: Balancer, backend: WireBackend, framing: bytes, keep: bool) -> None:
+def test_http_1_0_clients_get_no_chunks(hasty: Balancer, backend: WireBackend, framing: bytes, keep: bool) -> None:
     """Rule 17, M 6.1 and 9.3: closed after the answer unless keep-alive was asked for and a length is known."""
-
-    def script(sock: socket.socket, _: Any) -> None:
-        head, _, body = framing.partition(b"\r\n\r\n")
-        sock.sendall(HEAD_OK + head + b"\r\n\r\n")
-        sock.sendall(body)
-
-    backend.script = script
+    backend.answer(HEAD_OK + framing)
     lines = [b"Connection: keep-alive"] if keep else []
-    status, got, body = split_response(exchange(balancer.port, request(b"/", *lines, version=b"1.0")))
+    status, got, body = split_response(exchange(hasty.port, request(b"/", *lines, version=b"1.0")))
     assert (status, body) == (200, b"abc")
     assert not values(got, b"transfer-encoding")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -33,13 +34,14 @@ CHECKS = {"+": GOOD, "-": BAD}
 class Pool(BackendPool):
     """A pool with a clock that only the test moves, and a diary of what the listeners were told."""
 
-    def __init__(self, algorithm: str = "round_robin", **settings: Any) -> None:
+    def __init__(self, algorithm: str = "round_robin", rng: random.Random | None = None, **settings: Any) -> None:
         self.now = 1000.0
         super().__init__(
             create(algorithm),
             options(PoolOptions, **{"queue_limit": 0} | settings),
             clock=lambda: self.now,
             wall_clock=lambda: self.now,
+            rng=rng,
         )
         self.told: list[tuple[str, str]] = []
         self.on_change(lambda change: self.told.append((change.kind, change.backend)))
@@ -135,13 +137,6 @@ def test_a_password_in_a_url_is_refused_and_not_repeated(url: str) -> None:
 
 
 # Leases.
-
-
-def test_a_lease_counts_until_it_is_released(pool: Pool) -> None:
-    lease = pool.lease(None)
-    assert lease.backend.active == 1
-    lease.release()
-    assert lease.backend.active == 0
 
 
 def test_release_is_idempotent(pool: Pool) -> None:
@@ -268,12 +263,12 @@ def test_a_request_given_up_on_says_how_slow_the_backend_is_at_least(timed_pool:
     assert quick.backend.speed.response_time(timed_pool.now) == before
 
 
-@pytest.mark.parametrize(("samples", "expected"), [((0.1, 0.9), 0.9), ((0.9, 0.1), 0.9)])
-def test_the_peak_rises_at_once_and_falls_only_with_time(samples: tuple[float, float], expected: float) -> None:
+@pytest.mark.parametrize("samples", [(0.1, 0.9), (0.9, 0.1)])
+def test_the_peak_rises_at_once_and_falls_only_with_time(samples: tuple[float, float]) -> None:
     backend = Backend("a", Origin("http", "127.0.0.1", 1))
     for seconds in samples:
         backend.speed.observe(seconds, 0.0)
-    assert [backend.speed.peak_time(now) for now in (0.0, 5.0)] == pytest.approx([expected, expected / 2])
+    assert [backend.speed.peak_time(now) for now in (0.0, 5.0)] == pytest.approx([0.9, 0.45])
 
 
 def test_a_first_byte_time_is_remembered_and_a_request_without_one_teaches_nothing(timed_pool: Pool) -> None:
@@ -484,17 +479,6 @@ def test_a_drained_backend_gets_nothing_and_finishes_what_it_has(pool: Pool, sta
         assert {pool.lease(None).backend.id for _ in range(4)} == {"b"}
         pool.record_check(pool.backends()[0], GOOD)
     assert {pool.lease(None).backend.id for _ in range(4)} == {"a", "b"}
-
-
-def test_a_backend_that_took_new_requests_again_is_not_removed_under_them(pool: Pool) -> None:
-    lease = pool.lease(None, exclude=["b"])
-    pool.remove("a")
-    pool.update("a", {"admin_state": "ready"})
-    new = [pool.lease(None) for _ in range(4)]
-    for one in (lease, *new):
-        one.release()
-    took_requests = "a" in {one.backend.id for one in new}
-    assert ("a" in pool.ids()) == took_requests  # either it stays away and goes, or it is back and stays
 
 
 def test_a_removed_backend_of_the_same_name_is_another_one(pool: Pool) -> None:

@@ -141,7 +141,7 @@ def test_many_at_once_are_one_check_or_a_few(balancer: Guarded, checks: Counted)
         ("ann:plain-password\n", "line 1: expected NAME:HASH"),
         (f"ann:$2b$31${'x' * 53}\n", "line 1: expected NAME:HASH"),
         (f"ann:$2b$04${'x' * 53}\nann:$2b$04${'y' * 53}\n", "line 2: a name stands there twice"),
-        (None, "no such file"),
+        (None, "No such file"),
     ],
 )
 def test_a_wrong_file_is_told_in_one_line_without_what_is_in_it(tmp_path: Path, content: str | None, told: str) -> None:

@@ -15,24 +15,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import machine
+import openloop
 import pytest
+import quality
+import render
+import results
+import run as command
+import speed
+from backends import Backends, count_at, fast_backends, slow_backends
+from contenders import BODY, OURS, UPLOAD_PATH, WAIT_PATH
+from processes import BenchError, get
+from results import Figures, Run, Sample, Spread, rows_of
+from slow_backend import FIRST_STALL_SECONDS, Backend, blocks, parse
 from support import PYTHON, ROOT
-
-sys.path.append(str(ROOT / "bench"))  # its modules import each other by their plain names
-
-import machine  # noqa: E402
-import openloop  # noqa: E402
-import quality  # noqa: E402
-import render  # noqa: E402
-import results  # noqa: E402
-import run as command  # noqa: E402
-import speed  # noqa: E402
-import verdicts  # noqa: E402
-from backends import Backends, count_at, fast_backends, slow_backends  # noqa: E402
-from contenders import BODY, OURS, UPLOAD_PATH, WAIT_PATH  # noqa: E402
-from processes import BenchError, get  # noqa: E402
-from results import Figures, Run, Sample, Spread, rows_of  # noqa: E402
-from slow_backend import FIRST_STALL_SECONDS, Backend, blocks, parse  # noqa: E402
 
 # The whole command.
 
@@ -379,14 +375,14 @@ def test_ratios_are_of_the_same_round() -> None:
     by_name = {row.contender: row for row in run.rows}
     assert by_name["nginx"].spread("ours/this") == Spread(2.0, 2.0, 2.0)
     assert by_name["balancer"].spread("baseline/this") == Spread(20.0, 20.0, 20.0)
-    assert list(verdicts.missed_ratio(run, 20.0)) == []
-    assert "wanted at most 1/21" in list(verdicts.missed_ratio(run, 21.0))[0]
+    assert list(results.missed_ratio(run, 20.0)) == []
+    assert "wanted at most 1/21" in list(results.missed_ratio(run, 21.0))[0]
 
 
 def test_a_contender_without_a_good_answer_has_errors_and_no_cost() -> None:
     run = run_of(sample("baseline", None, errors=5, **{"req/s": 0.0}), sample("balancer", 1.0))
     assert render.table(run, "speed").rows[0][:5] == ["baseline", "small-1", "0", "5", "-"]
-    assert list(verdicts.missed_ratio(run, 2.0)) == ["balancer, small-1: no ratio, wanted at most 1/2"]
+    assert list(results.missed_ratio(run, 2.0)) == ["balancer, small-1: no ratio, wanted at most 1/2"]
 
 
 def test_results_survive_the_file(tmp_path: Path) -> None:
@@ -397,7 +393,7 @@ def test_results_survive_the_file(tmp_path: Path) -> None:
 
 
 def test_failures_and_late_direct_requests_are_warned_of() -> None:
-    told = list(verdicts.warnings(run_of(
+    told = list(results.warnings(run_of(
         stall("nginx"), stall("caddy", requests=9, failed=2, held=3), stall("haproxy", **{"worst direct ms": 26.0}),
         choice("nginx", "a", failed=4), choice("nginx", "b", 1, **{"worst direct ms": 30.0}), choice("nginx", "c"),
         sample(OURS, 1.0, errors=1), sample("caddy", 1.0, **{"not forwarded %": 2.0, "others %": 11.0}),
@@ -419,7 +415,7 @@ def test_goals_go_by_the_median_of_the_rounds() -> None:
         sample(who, cost, n, load) for load in ("small-1000", "up-64k") for who, costs in cpu.items()
         for n, cost in enumerate(costs)
     ), *(sample(who, None, **{"p50 ms": p50}) for who, p50 in (("balancer", 0.25), ("envoy", 0.2))))  # fmt: skip
-    found = {text: (measured, is_reached) for text, measured, is_reached in verdicts.goals(run)}
+    found = {text: (measured, is_reached) for text, measured, is_reached in results.goals(run)}
     assert found["CPU per request, small-1000: at most 0.8 x envoy's"] == ("0.50 (0.50..0.65)", True)
     assert found["CPU per request, up-64k: at most 1 x caddy's"] == ("1.67 (1.67..2.17)", False)
     assert found["p50, small-1: at most 1.2 x envoy's"] == ("1.25 (1.25..1.25)", False)
@@ -465,8 +461,8 @@ def test_a_run_tells_its_interpreter_and_warns_of_a_slow_build(finished: tuple[A
     assert {"nginx", "wrk", "Granian"} <= set(run.machine["versions"])
     assert f"Granian {importlib.metadata.version('granian')}" in machine.about(run.machine)
     slow = run_of(python=MACHINE["python"] | {"is_optimised": False})
-    assert ["--python" in warning for warning in verdicts.warnings(slow)] == [True]
-    assert list(verdicts.warnings(run_of())) == []
+    assert ["--python" in warning for warning in results.warnings(slow)] == [True]
+    assert list(results.warnings(run_of())) == []
 
 
 @pytest.mark.parametrize(

@@ -257,15 +257,6 @@ def reloading(fleet: Fleet) -> Iterator[None]:
     yield
 
 
-def reweighing(fleet: Fleet) -> Iterator[None]:
-    """Reloads that leave every backend where it is."""
-    a, b, c = fleet.backends
-    for backends in ((a, b, c), (b, c, a)):
-        fleet.configure(*backends, expose_backend=backends[0] is a)
-        fleet.reload()
-        yield
-
-
 def rerouting(fleet: Fleet) -> Iterator[None]:
     """Routes come, change and go, and so does the pool of some, which takes a backend from the others."""
     a, b, c = fleet.backends
@@ -307,18 +298,6 @@ def test_changes_by_the_operator_cost_nothing(fleet: Fleet, table: Table, change
 
 
 # A backend that fails while its health checks are good: the balancer must see it by the traffic.
-
-
-@pytest.mark.parametrize("kind", ["unavailable", "garbage", "reset_head"])
-def test_a_backend_that_only_fails_is_ejected_and_comes_back(fleet: Fleet, table: Table, kind: str) -> None:
-    victim = fleet.backends[1]
-    with Traffic(fleet.url, pause=PAUSE) as traffic:
-        with faulty(victim, kind):
-            wait_until(lambda: fleet.balancer.backend(victim.name)["ejection"]["status"] == "ejected")
-            traffic.wait_for(30)
-        wait_until(lambda: fleet.balancer.backend(victim.name)["ejection"]["status"] == "none")
-        traffic.wait_for(20)
-    settle(fleet, table, f"ejected: {kind}", traffic.outcomes, passed=kind == "unavailable")
 
 
 # Clients that are no better.

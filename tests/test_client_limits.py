@@ -17,6 +17,7 @@ import pytest
 from support import (
     Balancer,
     BalancerProcess,
+    Clock,
     Start,
     StartProcess,
     active,
@@ -452,15 +453,8 @@ def test_a_connection_is_found_by_where_its_server_listens(host: str, is_it: boo
             assert is_readable(sock, 0) is (host != "127.0.0.9")
 
 
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 def test_a_port_that_is_used_again_is_another_connection() -> None:
-    clock = Clock()
+    clock = Clock(0.0)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         unused = accepted.Unused(listener.getsockname(), 10.0, clock)
         source = free_port()
@@ -475,72 +469,69 @@ def test_a_port_that_is_used_again_is_another_connection() -> None:
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # no TIME_WAIT
 
 
-def test_a_connection_may_stay_for_longer_once_it_was_used() -> None:
-    clock = Clock()
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        unused = accepted.Unused(listener.getsockname(), 10.0, clock)
-        with connect(listener.getsockname()[1]) as sock, listener.accept()[0]:
-            own = sock.getsockname()
-            list(unused.close(lambda client: client == (own[0], str(own[1]))))
-            for _ in range(7):
-                clock.now += 10
-                list(unused.close(lambda client: False))
-                assert not is_readable(sock, 0)
-            clock.now += 10
-            list(unused.close(lambda client: False))
-            assert sock.recv(1) == b""
+class Watched:
+    """A connection by itself, and passes over it at a time that only the test moves."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self.clock = Clock(0.0)
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        self.unused = accepted.Unused(listener.getsockname(), 10.0, self.clock)
+        self.sock = stack.enter_context(connect(listener.getsockname()[1]))
+        self.taken = stack.enter_context(listener.accept()[0])
+        self.own = self.sock.getsockname()[0], str(self.sock.getsockname()[1])
+
+    def look(self, seconds: float, *, asks: bool = False, handed: int | None = None) -> None:
+        """After so many seconds; it `asks` for something, or was handed answers that it has not read yet."""
+        self.clock.now += seconds
+        limited = () if handed is None else ({self.own: handed}, 60.0)
+        list(self.unused.close(lambda client: asks and client == self.own, *limited))
+
+    def bring(self, data: bytes, *, there: bool = True) -> None:
+        """To the server, and as much back."""
+        for sender, receiver in ((self.sock, self.taken), (self.taken, self.sock))[not there :]:
+            sender.sendall(data)
+            with receiver.makefile("rb") as stream:
+                assert len(stream.read(len(data))) == len(data)
 
 
-def test_a_client_that_reads_on_stays_however_long_its_last_request_is_ago() -> None:
+@pytest.fixture
+def watched() -> Iterator[Watched]:
+    with ExitStack() as stack:
+        yield Watched(stack)
+
+
+def test_a_connection_may_stay_for_longer_once_it_was_used(watched: Watched) -> None:
+    watched.look(0, asks=True)
+    for _ in range(7):
+        watched.look(10)
+        assert not is_readable(watched.sock, 0)
+    watched.look(10)
+    assert watched.sock.recv(1) == b""
+
+
+def test_a_client_that_reads_on_stays_however_long_its_last_request_is_ago(watched: Watched) -> None:
     """50 answers of 16,000 bytes, read at 5,000 bytes/s, were cut after 75 s and recorded as whole."""
-    clock = Clock()
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        unused = accepted.Unused(listener.getsockname(), 10.0, clock)
-        with connect(listener.getsockname()[1]) as sock, listener.accept()[0] as taken:
-            own = sock.getsockname()
-            list(unused.close(lambda client: client == (own[0], str(own[1]))))
-            for _ in range(3):
-                before = traffic(taken)[0]
-                taken.sendall(bytes(20_000))
-                wait_until(lambda: traffic(taken)[0] == before + 20_000)  # noqa: B023
-                clock.now += 70
-                list(unused.close(lambda client: False))
-                assert len(read_exactly(sock, 20_000)) == 20_000
-            for _ in range(2):  # what a PING brings its answer takes away again
-                sock.sendall(bytes(20_000))
-                assert len(read_exactly(taken, 20_000)) == 20_000
-                taken.sendall(bytes(20_000))
-                assert len(read_exactly(sock, 20_000)) == 20_000
-                clock.now += 40
-                list(unused.close(lambda client: False))
-            assert sock.recv(1) == b""
+    watched.look(0, asks=True)
+    for _ in range(3):
+        before = traffic(watched.taken)[0]
+        watched.bring(bytes(20_000), there=False)
+        wait_until(lambda: traffic(watched.taken)[0] == before + 20_000)  # noqa: B023
+        watched.look(70)
+    for _ in range(2):  # what a PING brings its answer takes away again
+        watched.bring(bytes(20_000))
+        watched.look(40)
+    assert watched.sock.recv(1) == b""
 
 
 @pytest.mark.parametrize("unread", [200 * 16_000, 10 * 16_000])
-def test_who_does_not_read_what_was_handed_over_is_cut_whatever_else_comes(unread: int) -> None:
+def test_who_does_not_read_what_was_handed_over_is_cut_whatever_else_comes(watched: Watched, unread: int) -> None:
     """Whole answers of HTTP/2, with the windows shut: a request now and then kept megabytes of each connection."""
-    clock = Clock()
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        unused = accepted.Unused(listener.getsockname(), 10.0, clock)
-        with connect(listener.getsockname()[1]) as sock, listener.accept()[0] as taken:
-            own = sock.getsockname()[0], str(sock.getsockname()[1])
-            for handed in (unread, 0, 0, 0, 0, 0, 0):
-                if is_readable(sock, 0):
-                    break
-                sock.sendall(PINGED * 100)
-                assert len(read_exactly(taken, len(PINGED) * 100)) == len(PINGED) * 100
-                taken.sendall(PINGED * 100)
-                assert len(read_exactly(sock, len(PINGED) * 100)) == len(PINGED) * 100
-                list(unused.close(lambda client: True, {own: handed}, 60.0))
-                clock.now += 12
-            assert is_readable(sock, 0) is (unread > accepted.MOST_OWED)
-
-
-def read_exactly(sock: socket.socket, size: int) -> bytes:
-    data = b""
-    while len(data) < size and (piece := sock.recv(size - len(data))):
-        data += piece
-    return data
+    for handed in (unread, 0, 0, 0, 0, 0, 0):
+        if is_readable(watched.sock, 0):
+            break
+        watched.bring(PINGED * 100)
+        watched.look(12, asks=True, handed=handed)
+    assert is_readable(watched.sock, 0) is (unread > accepted.MOST_OWED)
 
 
 def test_a_body_in_tiny_pieces_is_ended(balancer: Balancer, backend: WireBackend) -> None:

@@ -164,14 +164,7 @@ def test_bad_usage_is_one_line_and_exit_code_2(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--backend", "a=http://x:1", "--backend", "a=http://x:2"], "'a'"),
-        (["--backend", "http://x:1/path"], "path"),
-        (["--backend", "http://x:0"], "http://x:0"),
-        (["--connect-timeout", "nan"], "connect_timeout"),
         (["--control-port", "9000"], "control_port"),
-        (["--control-prefix", "lb"], "control_prefix"),
-        (["--control-prefix", "/<a"], "control_prefix"),
-        (["--cpu-affinity", "none,0"], "cpu_affinity"),
         (["--ca-file", str(ROOT / "LICENSE")], "ca_file"),
         (["--ca-file", str(ROOT)], "ca_file"),
     ],
@@ -181,17 +174,6 @@ def test_check_config_finds_it(run: Run, arguments: list[str], said: str) -> Non
     done = run(*arguments, "--check-config")
     assert (done.code, done.out) == (2, "")
     assert_one_line(done.err, said)
-
-
-@pytest.mark.parametrize("content", [b"port = ", b"\xff", b"prot = 1", None], ids=repr)
-def test_a_bad_config_file_is_named(run: Run, tmp_path: Path, content: bytes | None) -> None:
-    file = tmp_path / "balancer.toml"
-    if content is not None:
-        file.write_bytes(content)
-    for path in (file,) if content is not None else (file, tmp_path):
-        done = run("--config", str(path), "--check-config")
-        assert done.code == 2
-        assert_one_line(done.err, str(path))
 
 
 @pytest.mark.parametrize(
@@ -241,15 +223,6 @@ def test_a_port_in_a_variable_is_not_mistaken_for_that_of_a_service(run: Run) ->
 
 
 # What serves.
-
-
-def test_the_environment_of_cmd_is_understood() -> None:
-    env = {"LB_ID": "edge-1 ", "ALGORITHM": "round_robin  ", "LB_BACKENDS": f"a=http://127.0.0.1:{free_port()}@2 "}
-    with BalancerProcess(env=env) as process:
-        status = process.status()
-        assert (status["load_balancer_id"], status["algorithm"]) == ("edge-1", "round_robin")
-        assert [(row["id"], row["weight"]) for row in status["backend_servers"]] == [("a", 2)]
-        assert "edge-1" in process.output
 
 
 def test_a_taken_port_is_one_line_and_disturbs_nobody(idle: BalancerProcess, run: Run) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import http.client
 import json
 import os
 import random
@@ -29,7 +28,6 @@ from support import (
     fetch,
     fetch_json,
     get,
-    read_all,
     wait_until,
 )
 from wire import LARGE, large
@@ -132,10 +130,11 @@ def backends() -> Iterator[list[AsyncBackend]]:
         backend.close()
 
 
+Backends = list[AsyncBackend]
 Kind = TypeVar("Kind", Balancer, BalancerProcess)
 
 
-def starter(kind: Callable[..., Kind], backends: list[AsyncBackend]) -> Iterator[Callable[..., Kind]]:
+def starter(kind: Callable[..., Kind], backends: Backends) -> Iterator[Callable[..., Kind]]:
     """Starts balancers in front of `backends`; patient health checks, for they are not what is tested here."""
     with ExitStack() as started:
 
@@ -149,12 +148,12 @@ def starter(kind: Callable[..., Kind], backends: list[AsyncBackend]) -> Iterator
 
 
 @pytest.fixture
-def start(backends: list[AsyncBackend]) -> Iterator[Start]:
+def start(backends: Backends) -> Iterator[Start]:
     yield from starter(Balancer, backends)
 
 
 @pytest.fixture
-def start_process(backends: list[AsyncBackend]) -> Iterator[StartProcess]:
+def start_process(backends: Backends) -> Iterator[StartProcess]:
     """For what is about signals, threads and files, of which a thousand clients need many."""
     yield from starter(BalancerProcess, backends)
 
@@ -231,9 +230,7 @@ def files_of(balancer: BalancerProcess) -> int:
 # A thousand at once.
 
 
-def test_a_thousand_requests_in_flight_at_once_all_succeed(
-    backends: list[AsyncBackend], start_process: StartProcess
-) -> None:
+def test_a_thousand_requests_in_flight_at_once_all_succeed(backends: Backends, start_process: StartProcess) -> None:
     """Each waits until all of them are at a backend."""
     balancer = start_process()
 
@@ -254,7 +251,7 @@ def test_a_thousand_requests_in_flight_at_once_all_succeed(
     assert counted == Counter(served for _, served in answers)
 
 
-def test_more_requests_than_threads_wait_their_turn(backends: list[AsyncBackend], start_process: StartProcess) -> None:
+def test_more_requests_than_threads_wait_their_turn(backends: Backends, start_process: StartProcess) -> None:
     balancer = start_process("--max-threads=20", "--max-queued=1000")
 
     async def all_of_them() -> list[tuple[int, str]]:
@@ -311,7 +308,7 @@ async def storm(balancer: BalancerProcess, extra: str, seconds: float) -> tuple[
 
 
 def test_after_a_storm_the_books_balance_and_nothing_is_left_over(
-    backends: list[AsyncBackend], start_process: StartProcess
+    backends: Backends, start_process: StartProcess
 ) -> None:
     balancer = start_process("--max-threads=64", "--thread-idle-timeout=1", "--pool-idle-timeout=1")
     assert fetch(f"{balancer.url}/0")[0] == 200
@@ -348,25 +345,6 @@ def test_after_a_storm_the_books_balance_and_nothing_is_left_over(
     assert sum(backend.active for backend in backends) == 0
 
 
-def test_clients_that_leave_in_flight_are_counted_as_aborted_and_their_backends_are_told(
-    backends: list[AsyncBackend], start: Start
-) -> None:
-    balancer = start()
-    sockets = [socket.create_connection(("127.0.0.1", balancer.port)) for _ in range(50)]
-    for sock in sockets:
-        sock.sendall(REQUEST % b"/600")
-    wait_until(lambda: sum(backend.active for backend in backends) == 50)
-    for sock in sockets:
-        sock.close()
-    wait_until(lambda: sum(backend.active for backend in backends) == 0, "the backends are told")
-    status = wait_idle(balancer)
-    assert_sums(status)
-    whole = status["statistics"]
-    assert (whole["total_requests"], whole["aborted_requests"], whole["failed_requests"]) == (50, 50, 50)
-    assert {(entry["status"], entry["reason"]) for entry in status["recent_requests"]} == {(499, "client_gone")}
-    assert all(server["healthy"] for server in status["backend_servers"])
-
-
 # The queue: two threads, two places to wait.
 
 
@@ -401,9 +379,7 @@ def narrow(start: Start) -> Balancer:
     return start("--max-threads=2", "--max-queued=2", count=1)
 
 
-def test_when_threads_and_queue_are_full_the_rest_is_told_to_come_again(
-    backends: list[AsyncBackend], narrow: Balancer
-) -> None:
+def test_when_threads_and_queue_are_full_the_rest_is_told_to_come_again(backends: Backends, narrow: Balancer) -> None:
     with ThreadPoolExecutor(10) as threads:
         first = [threads.submit(exchange, narrow.port, large(b"/600")) for _ in range(2)]
         wait_until(lambda: backends[0].active == 2)
@@ -425,19 +401,7 @@ def test_when_threads_and_queue_are_full_the_rest_is_told_to_come_again(
     assert status["statistics"]["unassigned_requests"] == status["statistics"]["failed_requests"] == 3
 
 
-def test_status_answers_however_often_while_everything_is_busy(backends: list[AsyncBackend], start: Start) -> None:
-    """Looking must not use up what is kept for looking, nor let more than max_threads requests through."""
-    balancer = start("--max-threads=2", "--max-queued=50", count=1)
-    with Held(balancer) as held:
-        for number in range(30):
-            held.send(large(b"/600"), number + 1)
-        for _ in range(20):
-            assert fetch(f"{balancer.url}/status")[0] == 200
-        assert backends[0].most == 2
-        assert statistics(balancer)["queued_requests"] == 28, "no look has waited for one of them to end"
-
-
-def test_a_request_that_waited_too_long_for_a_thread_is_not_sent(backends: list[AsyncBackend], start: Start) -> None:
+def test_a_request_that_waited_too_long_for_a_thread_is_not_sent(backends: Backends, start: Start) -> None:
     """Nor is a backend blamed for it."""
     balancer = start("--max-threads=1", "--max-queued=10", "--request-timeout=1", count=1)
     with (
@@ -460,7 +424,7 @@ def test_a_request_that_waited_too_long_for_a_thread_is_not_sent(backends: list[
     assert_sums(status)
 
 
-def test_a_client_that_leaves_the_queue_frees_its_place(backends: list[AsyncBackend], narrow: Balancer) -> None:
+def test_a_client_that_leaves_the_queue_frees_its_place(backends: Backends, narrow: Balancer) -> None:
     with Held(narrow) as held:
         busy = [held.send(large(b"/8"), 1), held.send(large(b"/8"), 2)]
         queued = [held.send(get(b"/8"), 3), held.send(get(b"/8"), 4)]
@@ -480,71 +444,7 @@ def test_a_client_that_leaves_the_queue_frees_its_place(backends: list[AsyncBack
     assert backends[0].served == 1
 
 
-def test_the_queue_is_first_come_first_served(backends: list[AsyncBackend], start: Start) -> None:
-    balancer = start("--max-threads=1", "--max-queued=10", count=1)
-    with Held(balancer) as held:
-        held.send(large(b"/600"), 1)
-        for number in range(5):
-            held.send(large(b"/0.00%d" % number), number + 2)
-        backends[0].finish()
-        for sock in held.sockets:
-            assert read_all(sock).startswith(b"HTTP/1.1 200")
-    served = [entry["path"] for entry in reversed(balancer.status()["recent_requests"])]
-    assert served == ["/600", "/0.000", "/0.001", "/0.002", "/0.003", "/0.004"]
-
-
 # Stopping.
-
-
-def test_sigterm_lets_requests_in_flight_finish_and_exits_0(
-    backends: list[AsyncBackend], start_process: StartProcess
-) -> None:
-    balancer = start_process()
-    idle = http.client.HTTPConnection("127.0.0.1", balancer.port, timeout=60)  # must not keep it alive
-    idle.request("GET", "/health")
-    idle.getresponse().read()
-    try:
-        with ThreadPoolExecutor(5) as threads:
-            waiting = [threads.submit(exchange, balancer.port, get(b"/600")) for _ in range(5)]
-            wait_until(lambda: sum(backend.active for backend in backends) == 5)
-            balancer.send(signal.SIGTERM)
-            wait_until(lambda: not balancer.is_ready(), what="not ready while it drains")
-            for backend in backends:
-                backend.finish()
-            answers = [result.result() for result in waiting]
-        assert [answer.split(b" ", 2)[1] for answer in answers] == [b"200"] * 5
-        assert balancer.wait() == 0
-    finally:
-        idle.close()
-    assert "Traceback" not in balancer.output
-
-
-def test_sigterm_lets_queued_requests_finish_too(backends: list[AsyncBackend], start_process: StartProcess) -> None:
-    balancer = start_process("--max-threads=1", "--max-queued=10", count=1)
-    with Held(balancer) as held:
-        for number in range(3):
-            held.send(large(b"/600" if number == 0 else b"/0.1"), number + 1)
-        balancer.send(signal.SIGTERM)
-        wait_until(lambda: "draining" in balancer.output)
-        backends[0].finish()
-        for sock in held.sockets:
-            assert read_all(sock).startswith(b"HTTP/1.1 200")
-    assert balancer.wait() == 0
-
-
-def test_what_does_not_finish_within_the_drain_time_is_cut(
-    backends: list[AsyncBackend], start_process: StartProcess
-) -> None:
-    balancer = start_process("--drain-timeout=1")
-    with connect(balancer.port) as sock:
-        sock.sendall(REQUEST % b"/600")
-        wait_until(lambda: sum(backend.active for backend in backends) == 1)
-        started = time.monotonic()
-        balancer.send(signal.SIGTERM)
-        assert balancer.wait() == 0
-        assert time.monotonic() - started > 0.9
-        assert b" 200 " not in read_all(sock)
-    wait_until(lambda: sum(backend.active for backend in backends) == 0)
 
 
 def test_a_client_that_has_not_asked_anything_yet_does_not_hold_up_the_end(start_process: StartProcess) -> None:
@@ -558,7 +458,7 @@ def test_a_client_that_has_not_asked_anything_yet_does_not_hold_up_the_end(start
     assert "Traceback" not in balancer.output
 
 
-def test_sigint_is_quick_and_quiet(backends: list[AsyncBackend], start_process: StartProcess) -> None:
+def test_sigint_is_quick_and_quiet(backends: Backends, start_process: StartProcess) -> None:
     balancer = start_process()
     with ExitStack() as clients:
         for _ in range(500):
@@ -567,43 +467,6 @@ def test_sigint_is_quick_and_quiet(backends: list[AsyncBackend], start_process: 
         balancer.send(signal.SIGINT)
         assert balancer.wait() == 130
     assert "Traceback" not in balancer.output and "KeyboardInterrupt" not in balancer.output
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_at_once(
-    backends: list[AsyncBackend], start_process: StartProcess, number: signal.Signals
-) -> None:
-    balancer = start_process()
-    with connect(balancer.port) as sock:
-        sock.sendall(REQUEST % b"/600")
-        wait_until(lambda: sum(backend.active for backend in backends) == 1)
-        balancer.send(signal.SIGTERM)
-        wait_until(lambda: "draining" in balancer.output)
-        balancer.send(number)
-        assert balancer.wait() == 0
-
-
-def test_status_says_draining_to_those_who_are_still_connected(
-    backends: list[AsyncBackend], start_process: StartProcess
-) -> None:
-    """New connections are refused; a poller on a kept one sees why, or that it was closed."""
-    balancer = start_process()
-    watcher = http.client.HTTPConnection("127.0.0.1", balancer.port, timeout=60)
-    watcher.request("GET", "/status")
-    assert json.loads(watcher.getresponse().read())["lifecycle"] == "running"
-    with ThreadPoolExecutor(1) as threads:
-        waiting = threads.submit(exchange, balancer.port, get(b"/600"))
-        wait_until(lambda: sum(backend.active for backend in backends) == 1)
-        balancer.send(signal.SIGTERM)
-        wait_until(lambda: "draining" in balancer.output)
-        with suppress(OSError, http.client.HTTPException):
-            watcher.request("GET", "/status")
-            assert json.loads(watcher.getresponse().read())["lifecycle"] == "draining"
-        watcher.close()
-        for backend in backends:
-            backend.finish()
-        assert waiting.result().startswith(b"HTTP/1.1 200")
-    assert balancer.wait() == 0
 
 
 def test_the_line_that_says_it_listens_is_true() -> None:

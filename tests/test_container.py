@@ -17,7 +17,7 @@ from exposition import promtool
 from support import ROOT
 
 from balancer import __version__
-from balancer.commandline import parse_arguments
+from balancer.commandline import make_parser
 from balancer.config import settings
 
 COMPOSE = ROOT / "compose.yaml"
@@ -59,7 +59,7 @@ def test_its_commands_and_settings_are_ours(services: dict[str, dict[str, Any]])
         program = service["entrypoint"][1]
         assert program.startswith(SHARE) and program.removeprefix(SHARE) in installed
         command, *flags = service["healthcheck"]["test"][1:]
-        assert command == "load-balancer" and parse_arguments(flags).probe == "health"
+        assert command == "load-balancer" and make_parser().parse_args(flags).probe == "health"
     environment = {name: str(value) for name, value in services["balancer"]["environment"].items() if value is not None}
     assert settings.warnings(services["balancer"]["environment"] | environment) == []
     config, _ = settings.load({}, environment)
@@ -87,7 +87,7 @@ def test_what_is_mounted_is_there(services: dict[str, dict[str, Any]], tmp_path:
 def test_the_image_asks_itself_by_a_command_that_there_is() -> None:
     (health,) = re.findall(r"(?m)^HEALTHCHECK .* CMD (\[.*\])$", DOCKERFILE)
     command, *flags = json.loads(health)
-    assert command == "load-balancer" and parse_arguments(flags).probe == "readyz"
+    assert command == "load-balancer" and make_parser().parse_args(flags).probe == "readyz"
     (entry,) = re.findall(r"(?m)^ENTRYPOINT (\[.*\])$", DOCKERFILE)
     assert json.loads(entry) == ["load-balancer"]
     variables = dict(re.findall(r"\b(LB_[A-Z_]+)=(\S+)", DOCKERFILE))

@@ -8,7 +8,6 @@ import pytest
 from control import ALGORITHMS, WEIGHTS, add_records, assert_error, check_all, events, state
 from flask import Flask
 from flask.testing import FlaskClient
-from support import make_record
 
 
 def test_algorithms_are_listed_with_a_paragraph_each(client: FlaskClient) -> None:
@@ -67,16 +66,6 @@ def test_reset_zeroes_the_statistics(app: Flask, client: FlaskClient, body: byte
     assert status["backend_servers"][0]["total_requests"] == 0
     assert status["backend_servers"][0]["weight"] == 3  # configuration stays
     assert events(app)[-1]["kind"] == "statistics_reset"
-
-
-def test_reset_keeps_what_is_in_flight(app: Flask, client: FlaskClient) -> None:
-    statistics = app.extensions["control"].statistics
-    statistics.begin()
-    client.post("/reset")
-    assert client.get("/status").json["statistics"]["active_requests"] == 1
-    statistics.record(make_record("a", 200, 0.1))
-    after = client.get("/status").json["statistics"]
-    assert (after["active_requests"], after["total_requests"]) == (0, 1)
 
 
 def test_backends_are_listed_in_configured_order(client: FlaskClient) -> None:

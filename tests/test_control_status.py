@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
-import socket
 from typing import Any
 
 import pytest
 from control import ALGORITHMS, EVENT, STATUS, WINDOW, add_records, assert_error, assert_shape, check_all, make_app
 from flask import Flask
 from flask.testing import FlaskClient
-from support import Balancer, fetch, wait_until
 from werkzeug.test import Client
 
 
@@ -133,18 +131,6 @@ def test_the_newest_500_events_are_kept(app: Flask, client: FlaskClient) -> None
 @pytest.mark.parametrize("value", ["-1", "x", "", "1.5", "9" * 30])
 def test_a_wrong_since_is_refused(client: FlaskClient, value: str) -> None:
     assert_error(client.get(f"/events?since={value}"), 400, "since")
-
-
-def test_not_ready_until_the_first_health_round_is_done() -> None:
-    """A backend that accepts and never answers keeps the first round going for the health time-out."""
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        with Balancer(f"--backend=silent={url}", "--health-timeout=30", wait_ready=False) as balancer:
-            status, _, body = fetch(f"{balancer.url}/readyz")
-            assert (status, json.loads(body)["status"]) == (503, "not ready")
-            assert fetch(f"{balancer.url}/health")[0] == 200
-            silent.close()
-            wait_until(balancer.is_ready)
 
 
 def test_the_figures_of_a_window_come_with_it(app: Flask, client: FlaskClient) -> None:

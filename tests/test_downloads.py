@@ -35,7 +35,15 @@ from test_http2 import Client as Http2Client
 from wire import WireBackend, post, read_response, request
 
 from balancer.edge.bridge import Bridge
-from balancer.edge.download import LARGEST_ENDLESS, LEAST_PIECE, UNREAD_PIECES, WHOLE, Download
+from balancer.edge.download import (
+    LARGEST_ENDLESS,
+    LARGEST_PIECE,
+    LARGEST_PROMPT,
+    LEAST_PIECE,
+    UNREAD_PIECES,
+    WHOLE,
+    Download,
+)
 from balancer.edge.listener import BRIEF_SECONDS, GRACE_SECONDS, ClientLimits
 from balancer.edge.workers import WorkerPool
 from balancer.forwarding.forwarding import WHOLE_STREAM
@@ -394,6 +402,20 @@ def test_of_the_last_pieces_nobody_tells_us_so_they_are_small(bridge: Bridge, is
 
 def test_in_http2_the_first_pieces_are_small(bridge: Bridge) -> None:
     assert sum(sizes(bridge, 8 * MIB, is_http2=True)[:UNREAD_PIECES]) <= WHOLE_STREAM
+
+
+@pytest.mark.parametrize(("seconds", "largest"), [(0.1, LARGEST_PROMPT), (1.0, LARGEST_PIECE)])
+def test_who_reads_on_at_once_gets_larger_pieces(
+    bridge: Bridge, clock: list[float], seconds: float, largest: int
+) -> None:
+    made = Download(bridge, [bytes(8 * MIB)], 8 * MIB, is_http2=False)
+    found = []
+    while (piece := made.next_piece()) is not None:
+        found.append(len(piece))
+        made.sent(len(piece), Promise() if len(found) > UNREAD_PIECES else None)
+        clock[0] += seconds
+        assert made.promise is None or not made.note_room()
+    assert max(found[: UNREAD_PIECES + 1]) == LARGEST_PIECE and max(found) == largest
 
 
 def test_of_an_unknown_length_each_could_be_the_last(bridge: Bridge) -> None:

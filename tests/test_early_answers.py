@@ -13,6 +13,7 @@ from threading import Event, Thread
 from typing import Any
 
 import pytest
+from fleet import Pair
 from support import Balancer, Start, connect, newest, ok, wait_until
 from test_http2 import client, curl
 from wire import WireBackend, hang_up, post, read_response, wait_closed
@@ -47,20 +48,18 @@ def answer_early(sock: socket.socket, _: Any, *, backend: WireBackend, size: int
 @pytest.mark.parametrize(("answer", "status"), [(REFUSED, 401), (b"", 502)], ids=["401", "hangs up"])
 @pytest.mark.parametrize(("framing", "begun"), BEGUN.values(), ids=BEGUN)
 def test_an_early_answer_reaches_a_client_that_pauses(
-    patient: Balancer, backend: WireBackend, framing: bytes, begun: bytes, answer: bytes, status: int
+    balancer: Balancer, backend: WireBackend, framing: bytes, begun: bytes, answer: bytes, status: int
 ) -> None:
     backend.on_head = partial(answer_early, backend=backend, size=len(begun), answer=answer)
-    with connect(patient.port) as sock, sock.makefile("rb") as stream:
+    with connect(balancer.port) as sock, sock.makefile("rb") as stream:
         sock.sendall(post(framing, body=begun))
         assert read_response(stream)[0] == status
         assert wait_closed(sock)  # after a while in which the rest may come
-    assert newest(patient)["status"] == status and len(backend.broken) == 0
+    assert newest(balancer)["status"] == status and len(backend.broken) == 0
 
 
 @pytest.mark.parametrize(("answer", "status"), [(REFUSED, 401), (b"", 502)], ids=["401", "hangs up"])
-def test_an_early_answer_comes_from_a_backend_that_reads_no_more(
-    patient: Balancer, backend: WireBackend, answer: bytes, status: int
-) -> None:
+def test_an_early_answer_comes_from_a_backend_that_reads_no_more(pair: Pair, answer: bytes, status: int) -> None:
     def refuse(sock: socket.socket, _: Any) -> bool:
         is_full.wait(60)
         if not answer:
@@ -79,8 +78,8 @@ def test_an_early_answer_comes_from_a_backend_that_reads_no_more(
 
     sent: list[int] = []
     is_full, is_over = Event(), Event()
-    backend.on_head = refuse
-    with connect(patient.port) as client, client.makefile("rb") as stream:
+    pair.on_head(refuse)
+    with connect(pair.port) as client, client.makefile("rb") as stream:
         client.sendall(post(b"Content-Length: 1000000000"))
         sending = Thread(target=send, name="upload")
         sending.start()
@@ -97,11 +96,11 @@ def test_an_early_answer_comes_from_a_backend_that_reads_no_more(
 @pytest.mark.parametrize("lines", [[], [(b"content-length", b"100")], [(b"content-length", b"500000")]])
 @pytest.mark.parametrize("begun", [b"", b"0123456789"])
 def test_an_early_answer_ends_a_stream_that_pauses_alone(
-    patient: Balancer, backend: WireBackend, lines: list[tuple[bytes, bytes]], begun: bytes
+    balancer: Balancer, backend: WireBackend, lines: list[tuple[bytes, bytes]], begun: bytes
 ) -> None:
     size = len(b"a\r\n0123456789\r\n" if begun and not lines else begun)
     backend.on_head = partial(answer_early, backend=backend, size=size, answer=REFUSED)
-    with client(patient) as h2:
+    with client(balancer) as h2:
         h2.request(1, *lines, method=b"POST", end=False)
         if begun:
             h2.data(1, begun, end=False)
@@ -112,7 +111,7 @@ def test_an_early_answer_ends_a_stream_that_pauses_alone(
         assert h2.finish(3).status == 200
 
 
-def test_a_success_is_no_reason_to_stop(patient: Balancer, backend: WireBackend) -> None:
+def test_a_success_is_no_reason_to_stop(balancer: Balancer, backend: WireBackend) -> None:
     """The backend may go on reading; and what the client sends after a pause goes on."""
     body = []
 
@@ -125,7 +124,7 @@ def test_a_success_is_no_reason_to_stop(patient: Balancer, backend: WireBackend)
 
     read_on = Event()
     backend.on_head = answer
-    with connect(patient.port) as sock, sock.makefile("rb") as stream:
+    with connect(balancer.port) as sock, sock.makefile("rb") as stream:
         sock.sendall(post(b"Content-Length: 10", body=b"01234"))
         assert not read_on.wait(0.5)
         sock.sendall(b"56789")
@@ -134,7 +133,7 @@ def test_a_success_is_no_reason_to_stop(patient: Balancer, backend: WireBackend)
 
 
 def test_a_success_after_which_the_backend_hangs_up_reaches_a_client_that_pauses(
-    patient: Balancer, backend: WireBackend
+    balancer: Balancer, backend: WireBackend
 ) -> None:
     def answer(sock: socket.socket, _: Any) -> bool:
         backend.streams[sock].read(5)
@@ -143,7 +142,7 @@ def test_a_success_after_which_the_backend_hangs_up_reaches_a_client_that_pauses
 
     backend.on_head = answer
     for framing, begun in ((b"Content-Length: 500000", b"01234"), (b"Transfer-Encoding: chunked", b"5\r\n01234\r\n")):
-        with connect(patient.port) as sock, sock.makefile("rb") as stream:
+        with connect(balancer.port) as sock, sock.makefile("rb") as stream:
             sock.sendall(post(framing, body=begun))
             assert read_response(stream)[::2] == (200, b"done")
 
@@ -166,42 +165,33 @@ def test_a_success_is_better_than_to_tell_a_client_that_it_was_too_slow(start: S
 
 @pytest.mark.parametrize(("answer", "status"), [(REFUSED, 401), (ok(), 200)])
 def test_a_client_that_waits_for_100_gets_the_backends_answer(
-    patient: Balancer, backend: WireBackend, answer: bytes, status: int
+    balancer: Balancer, backend: WireBackend, answer: bytes, status: int
 ) -> None:
     backend.on_head = partial(answer_early, backend=backend, size=0, answer=answer)
-    with client(patient) as h2:
+    with client(balancer) as h2:
         h2.request(1, (b"expect", EXPECT), (b"content-length", b"100"), method=b"POST", end=False)
         assert h2.finish(1).status == status
 
 
 @pytest.mark.parametrize("lines", [[], [(b"content-length", b"100")], [(b"content-length", b"500000")]])
 def test_a_client_that_waits_for_100_is_told_to_go_without(
-    patient: Balancer, backend: WireBackend, lines: list[tuple[bytes, bytes]]
+    balancer: Balancer, backend: WireBackend, lines: list[tuple[bytes, bytes]]
 ) -> None:
     """RFC 9110 section 15.5.18; no backend is to blame."""
-    with client(patient) as h2:
+    with client(balancer) as h2:
         h2.request(1, (b"expect", EXPECT), *lines, method=b"POST", end=False)
         assert h2.finish(1).status == 417
         h2.request(3, method=b"POST", end=False)
         h2.data(3, b"abc")
         assert h2.finish(3).status == 200
-    assert patient.backend("only")["health"]["consecutive_failures"] == 0
+    assert balancer.backend("only")["health"]["consecutive_failures"] == 0
 
 
 @pytest.mark.parametrize("size", [10, 500_000])
 def test_a_client_that_does_not_wait_for_long_is_served(
-    patient: Balancer, backend: WireBackend, size: int, tmp_path: Path
+    balancer: Balancer, backend: WireBackend, size: int, tmp_path: Path
 ) -> None:
     """curl waits for 1 s."""
     (tmp_path / "body").write_bytes(bytes(size))
-    assert curl(patient, "-H", "Expect: 100-continue", "--data-binary", f"@{tmp_path}/body")[0] == 200
+    assert curl(balancer, "-H", "Expect: 100-continue", "--data-binary", f"@{tmp_path}/body")[0] == 200
     assert backend.requests[0].body == bytes(size) and not backend.requests[0].values(b"expect")
-
-
-def test_http_1_clients_are_told_to_continue(patient: Balancer, backend: WireBackend) -> None:
-    with connect(patient.port) as sock, sock.makefile("rb") as stream:
-        sock.sendall(post(b"Expect: 100-Continue", b"Content-Length: 3"))
-        assert stream.readline() == b"HTTP/1.1 100 Continue\r\n"
-        assert stream.readline() == b"\r\n"
-        sock.sendall(b"abc")
-        assert read_response(stream)[0] == 200

@@ -11,10 +11,12 @@ from heapq import heappop, heappush
 from typing import Any
 
 import pytest
+import test_backends
 from support import Balancer, Clock, fetch, fetch_json, ok, options, wait_until
+from test_backends import GOOD, ORIGIN
 from wire import WireBackend
 
-from balancer.balancing.backends import Backend, LastCheck
+from balancer.balancing.backends import Backend
 from balancer.balancing.ejection import MIN_SAMPLES, WINDOW_SECONDS, slow_outliers
 from balancer.balancing.options import PoolOptions
 from balancer.balancing.pool import BackendPool, Lease
@@ -23,29 +25,17 @@ from balancer.protocol.origin import Origin
 from balancer.protocol.request import Request
 from balancer.protocol.requestheads import RequestHeads
 
-ORIGIN = Origin("http", "127.0.0.1", 5001)
-GOOD = LastCheck(at=1.0, duration=0.001, status=200, error=None)
-BAD = LastCheck(at=2.0, duration=0.001, status=500, error="answered 500")
 
-
-class Pool(BackendPool):
+class Pool(test_backends.Pool):
     """Backends a, b, ... that are up; time moves when the test says so, and no chance in how long things last."""
 
     def __init__(self, names: str = "abc", **settings: Any) -> None:
-        self.time = Clock()
         rng = random.Random()
         rng.random = lambda: 0.0  # type: ignore[method-assign]
-        super().__init__(
-            create("round_robin"),
-            options(PoolOptions, queue_limit=0, **settings),
-            clock=self.time,
-            wall_clock=self.time,
-            rng=rng,
-        )
-        self.told: list[tuple[str, str]] = []
+        super().__init__(rng=rng, **settings)
         for name in names:
-            self.record_check(self.add(name, ORIGIN), GOOD)
-        self.on_change(lambda change: self.told.append((change.kind, change.backend)))
+            self.add_up(name)
+        self.told.clear()
 
     def one(self, backend_id: str) -> Backend:
         return next(backend for backend in self.backends() if backend.id == backend_id)
@@ -62,7 +52,7 @@ class Pool(BackendPool):
             self.lease(None, self.only(backend_id)).release(seconds)
 
     def pass_time(self, seconds: float) -> None:
-        self.time.now += seconds
+        self.now += seconds
         self.sweep()
 
     def shares(self, times: int = 60) -> Counter[str]:
@@ -93,7 +83,7 @@ def test_five_failures_in_a_row_eject_and_four_do_not() -> None:
         "status": "ejected",
         "consecutive_failures": 0,
         "count": 1,
-        "until": pool.time.now + 30,
+        "until": pool.now + 30,
         "reason": "5 failures in a row, the last: answered 503",
     }
 
@@ -152,7 +142,7 @@ def test_each_ejection_in_a_row_is_longer_up_to_the_limit() -> None:
     pool.fail("a")
     lasted = []
     for _ in range(5):
-        before = pool.time.now
+        before = pool.now
         lasted.append(pool.snapshot()[0]["ejection"]["until"] - before)
         pool.pass_time(lasted[-1])
         pool.fail("a", 1)  # the trial
@@ -430,9 +420,11 @@ def test_a_slow_start_thins_traffic_out_whatever_chooses(algorithm: str, size: i
 
 # For real.
 
+Pair = tuple[Balancer, WireBackend, WireBackend]
+
 
 @pytest.fixture
-def pair() -> Iterator[tuple[Balancer, WireBackend, WireBackend]]:
+def pair() -> Iterator[Pair]:
     """Backend `bad` beside `good`; an ejection lasts a second."""
     bad, good = WireBackend(), WireBackend()
     balancer = Balancer(
@@ -449,7 +441,7 @@ def pair() -> Iterator[tuple[Balancer, WireBackend, WireBackend]]:
     [(b"HTTP/1.1 503 Down\r\nContent-Length: 0\r\n\r\n", "answered 503"), (b"nonsense\r\n\r\n", "malformed")],
 )
 def test_a_backend_that_passes_its_checks_and_fails_its_requests_is_ejected_and_comes_back(
-    pair: tuple[Balancer, WireBackend, WireBackend], answer: bytes, reason: str
+    pair: Pair, answer: bytes, reason: str
 ) -> None:
     balancer, bad, _ = pair
     bad.answer(answer)
@@ -464,7 +456,7 @@ def test_a_backend_that_passes_its_checks_and_fails_its_requests_is_ejected_and_
     assert kinds[-3:] == ["backend_ejected", "backend_trial", "backend_returned"]
 
 
-def test_client_errors_never_eject(pair: tuple[Balancer, WireBackend, WireBackend]) -> None:
+def test_client_errors_never_eject(pair: Pair) -> None:
     balancer, bad, good = pair
     for backend in (bad, good):
         backend.answer(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
@@ -472,7 +464,7 @@ def test_client_errors_never_eject(pair: tuple[Balancer, WireBackend, WireBacken
     assert balancer.backend("bad")["state"] == "up" and balancer.backend("bad")["ejection"]["consecutive_failures"] == 0
 
 
-def test_a_body_that_breaks_off_counts(pair: tuple[Balancer, WireBackend, WireBackend]) -> None:
+def test_a_body_that_breaks_off_counts(pair: Pair) -> None:
     balancer, bad, _ = pair
     bad.answer(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n" + b"x" * 100_000, close=True)
 

@@ -71,7 +71,7 @@ class Filtered(LoadBalancer):
 
     def __init__(self, url: str, telling: Any) -> None:
         backends = [{"id": "one", "url": url, "max_connections": 1}]
-        super().__init__(backends, filters=[telling, Unused()], expose_backend=True)
+        super().__init__(backends, filters=[telling, Unused()], expose_backend=True, health_timeout=5)
         self.telling = telling
 
     @property

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from fuzzing import SEED, fuzzing, mutations, patient, replay
@@ -16,8 +15,9 @@ from test_kubernetes_source import endpoint
 
 from balancer.balancing.backends import ID_PATTERN, MAX_WEIGHT
 from balancer.config.values import BackendSettings
-from balancer.fleet.backendsfile import FileSource
-from balancer.fleet.discovery import Found, SourceFailed
+from balancer.errors import SettingsError
+from balancer.fleet.backendsfile import found_in
+from balancer.fleet.discovery import Found
 from balancer.fleet.docker import DockerSource
 from balancer.fleet.kubernetes import KubernetesSource
 from balancer.protocol.origin import Discovered, Origin
@@ -62,8 +62,8 @@ def check(found: list[Found]) -> None:
 @given(mutations(FILES, PIECES))
 def test_a_file(data: bytes) -> None:
     found: list[Found] = []
-    with suppress(SourceFailed):  # what is wrong with a file is told as such
-        found = FileSource(Path("backends.toml"))._parse(data)
+    with suppress(SettingsError):  # what is wrong with a file is told as such
+        found = found_in(data)
     check(found)
 
 

@@ -130,6 +130,18 @@ class Fleet:
         found: int = self.balancer.backend(name)["ejection"]["consecutive_failures"]
         return found > 0
 
+    def assert_asked_once(self, pool: ThreadPoolExecutor, **headers: str) -> dict[str, str]:
+        """A request, however late its answer is. Its header lines."""
+        before = len(self.asked)
+        answer = pool.submit(fetch, self.balancer.url, **headers)
+        self.wait_asked(before + 1)
+        self.wait_long()
+        assert len(self.asked) == before + 1
+        self.answer(before)
+        status, lines, _ = answer.result(60)
+        assert status == 200
+        return lines
+
     def close(self) -> None:
         for number, does in enumerate(self._does):
             if not does.done():
@@ -168,15 +180,29 @@ def pool() -> Iterator[ThreadPoolExecutor]:
         yield pool
 
 
+Both = Callable[..., tuple[Fleet, Future[Any]]]
+
+
+@pytest.fixture
+def both(make: Make, pool: ThreadPoolExecutor) -> Both:
+    """A request for which two backends are asked, and its answer to come."""
+
+    def begin(*flags: str, method: str = "GET") -> tuple[Fleet, Future[Any]]:
+        fleet = make(*flags)
+        answer = pool.submit(fetch, fleet.balancer.url, None, method)
+        fleet.wait_asked(2)
+        return fleet, answer
+
+    return begin
+
+
 def outcomes(record: dict[str, Any]) -> list[tuple[str, str, bool]]:
     return [(each["backend"], each["outcome"], each["hedge"]) for each in record["tried"]]
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-def test_the_second_backend_answers_first(make: Make, pool: ThreadPoolExecutor, method: str) -> None:
-    fleet = make()
-    answer = pool.submit(fetch, fleet.balancer.url, None, method)
-    fleet.wait_asked(2)
+def test_the_second_backend_answers_first(both: Both, method: str) -> None:
+    fleet, answer = both(method=method)
     fleet.answer(1)
     first, second = fleet.asked
     assert answer.result(60)[0::2] == (200, b"" if method == "HEAD" else second.encode())
@@ -195,10 +221,8 @@ def test_the_second_backend_answers_first(make: Make, pool: ThreadPoolExecutor, 
     assert not any(name == "lb_retries_total" and count for (name, _), count in told.items())
 
 
-def test_the_first_backend_answers_first(make: Make, pool: ThreadPoolExecutor) -> None:
-    fleet = make()
-    answer = pool.submit(fetch, fleet.balancer.url)
-    fleet.wait_asked(2)
+def test_the_first_backend_answers_first(both: Both) -> None:
+    fleet, answer = both()
     fleet.answer(0)
     first, second = fleet.asked
     assert answer.result(60)[2] == first.encode()
@@ -211,11 +235,9 @@ def test_the_first_backend_answers_first(make: Make, pool: ThreadPoolExecutor) -
 
 @pytest.mark.parametrize("begun", [b"HTTP/1.1 200 OK\r\nContent-", b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"])
 @pytest.mark.parametrize("slow", [0, 1])
-def test_half_a_head_is_no_answer(make: Make, pool: ThreadPoolExecutor, begun: bytes, slow: int) -> None:
+def test_half_a_head_is_no_answer(both: Both, begun: bytes, slow: int) -> None:
     """Nor is an interim one (RFC 9110 section 15.2): whoever sends no more loses."""
-    fleet = make()
-    answer = pool.submit(fetch, fleet.balancer.url)
-    fleet.wait_asked(2)
+    fleet, answer = both()
     fleet.peers[slow].sendall(begun)
     fleet.wait_long()
     fleet.answer(1 - slow)
@@ -233,14 +255,26 @@ def test_a_large_answer_goes_on_alone(make: Make, pool: ThreadPoolExecutor) -> N
     assert [each[1] for each in outcomes(newest(fleet.balancer))] == ["dropped", "200"]
 
 
-def test_a_backend_without_a_kept_connection_is_asked_on_a_new_one(make: Make, pool: ThreadPoolExecutor) -> None:
-    fleet = make()
+@pytest.mark.parametrize("taken", [0, 2])
+def test_a_backend_without_a_kept_connection_is_asked_on_a_new_one(
+    make: Make, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch, taken: int
+) -> None:
+    """Also if other requests are quicker to take the first ones."""
+    fleet, opened, open_ = make(), [], BackendAdapter.open
+
+    def lose_the_first(self: BackendAdapter, origin: Origin) -> None:
+        opened.append(origin)
+        if len(opened) > taken:
+            open_(self, origin)
+
+    monkeypatch.setattr(BackendAdapter, "open", lose_the_first)
     for backend in fleet.backends.values():
         backend.drop_connections()
     answer = pool.submit(fetch, fleet.balancer.url)
     fleet.wait_asked(2)
     fleet.answer(1)
     assert answer.result(60)[2] == fleet.asked[1].encode() and fleet.is_closed(0)
+    assert opened == opened[:1] * (taken + 1)
 
 
 def test_a_backend_that_is_removed_before_it_is_asked_ends_nothing(
@@ -312,12 +346,8 @@ def test_without_budget_samples_or_being_asked_to_none_is_sent_twice(
     make: Make, pool: ThreadPoolExecutor, flag: str
 ) -> None:
     fleet = make(flag)
-    answer = pool.submit(fetch, fleet.balancer.url)
-    fleet.wait_asked(1)
-    fleet.wait_long()
-    assert len(fleet.asked) == 1
-    fleet.answer(0)
-    assert answer.result(60)[0] == 200 and sum(fleet.hedges().values()) == 0
+    fleet.assert_asked_once(pool)
+    assert sum(fleet.hedges().values()) == 0
 
 
 def test_a_client_that_is_bound_stays_where_it_is(make: Make, pool: ThreadPoolExecutor) -> None:
@@ -325,34 +355,17 @@ def test_a_client_that_is_bound_stays_where_it_is(make: Make, pool: ThreadPoolEx
     first = pool.submit(fetch, fleet.balancer.url)
     fleet.wait_asked(1)
     fleet.answer(0)
-    cookie = first.result(60)[1]["set-cookie"].partition(";")[0]
-    count = len(fleet.asked)
-    answer = pool.submit(fetch, fleet.balancer.url, Cookie=cookie)
-    fleet.wait_asked(count + 1)
-    fleet.wait_long()
-    assert len(fleet.asked) == count + 1
-    fleet.answer(count)
-    assert answer.result(60)[0] == 200
+    fleet.assert_asked_once(pool, Cookie=first.result(60)[1]["set-cookie"].partition(";")[0])
 
 
 def test_the_only_backend_is_not_asked_twice(make: Make, pool: ThreadPoolExecutor) -> None:
-    fleet = make(names="a")
-    answer = pool.submit(fetch, fleet.balancer.url)
-    fleet.wait_asked(1)
-    fleet.wait_long()
-    fleet.answer(0)
-    assert answer.result(60)[2] == b"a" and fleet.asked == ["a"]
+    make(names="a").assert_asked_once(pool)
 
 
 def test_not_while_it_drains(make: Make, pool: ThreadPoolExecutor) -> None:
     fleet = make()
-    answer = pool.submit(fetch, fleet.balancer.url)
     fleet.balancer.library.bridges[0].is_draining = True
-    fleet.wait_asked(1)
-    fleet.wait_long()
-    assert len(fleet.asked) == 1
-    fleet.answer(0)
-    assert answer.result(60)[0] == 200
+    fleet.assert_asked_once(pool)
 
 
 def test_only_where_there_is_room(make: Make, pool: ThreadPoolExecutor) -> None:
@@ -385,10 +398,8 @@ def test_the_client_leaves(make: Make) -> None:
 
 
 @pytest.mark.parametrize("failing", [0, 1])
-def test_one_of_two_fails(make: Make, pool: ThreadPoolExecutor, failing: int) -> None:
-    fleet = make()
-    answer = pool.submit(fetch, fleet.balancer.url)
-    fleet.wait_asked(2)
+def test_one_of_two_fails(both: Both, failing: int) -> None:
+    fleet, answer = both()
     fleet.fail(failing)
     wait_until(lambda: fleet.is_blamed(fleet.asked[failing]), "it is blamed")
     fleet.answer(1 - failing)
@@ -399,10 +410,8 @@ def test_one_of_two_fails(make: Make, pool: ThreadPoolExecutor, failing: int) ->
     assert fleet.balancer.status()["statistics"]["retries"] == 0
 
 
-def test_both_fail_and_a_third_one_is_asked(make: Make, pool: ThreadPoolExecutor) -> None:
-    fleet = make()
-    answer = pool.submit(fetch, fleet.balancer.url)
-    fleet.wait_asked(2)
+def test_both_fail_and_a_third_one_is_asked(both: Both) -> None:
+    fleet, answer = both()
     fleet.fail(0)
     fleet.fail(1)
     fleet.wait_asked(3)
@@ -415,10 +424,8 @@ def test_both_fail_and_a_third_one_is_asked(make: Make, pool: ThreadPoolExecutor
 
 
 @pytest.mark.parametrize("bad", [0, 1])
-def test_a_good_answer_wins_against_an_error(make: Make, pool: ThreadPoolExecutor, bad: int) -> None:
-    fleet = make("--hedge=1")
-    answer = pool.submit(fetch, fleet.balancer.url)
-    fleet.wait_asked(2)
+def test_a_good_answer_wins_against_an_error(both: Both, bad: int) -> None:
+    fleet, answer = both("--hedge=1")
     fleet.answer(bad, BAD)
     idle = {"name": "lb_backend_connections_idle", "backend": fleet.asked[bad]}
     wait_until(lambda: value(scrape(fleet.balancer.url), **idle) == 1, "its answer has come")
@@ -430,12 +437,8 @@ def test_a_good_answer_wins_against_an_error(make: Make, pool: ThreadPoolExecuto
 
 
 @pytest.mark.parametrize("is_other_bad", [False, True])
-def test_an_error_is_passed_on_when_nothing_better_comes_soon(
-    make: Make, pool: ThreadPoolExecutor, is_other_bad: bool
-) -> None:
-    fleet = make("--eject-after=0")
-    answer = pool.submit(fetch, fleet.balancer.url)
-    fleet.wait_asked(2)
+def test_an_error_is_passed_on_when_nothing_better_comes_soon(both: Both, is_other_bad: bool) -> None:
+    fleet, answer = both("--eject-after=0")
     fleet.answer(1, BAD)
     if is_other_bad:
         fleet.answer(0, BAD.replace(b"bad", b"BAD"))
@@ -457,10 +460,8 @@ def test_an_error_that_comes_before_the_second_attempt_is_passed_on(make: Make, 
     assert answer.result(60)[0] == 503 and len(fleet.asked) == 1
 
 
-def test_the_time_limit_is_for_both_together(make: Make, pool: ThreadPoolExecutor) -> None:
-    fleet = make("--response-timeout=0.6", "--retries=0")
-    answer = pool.submit(fetch, fleet.balancer.url)
-    fleet.wait_asked(2)
+def test_the_time_limit_is_for_both_together(both: Both) -> None:
+    fleet, answer = both("--response-timeout=0.6", "--retries=0")
     assert answer.result(60)[0] == 504
     assert fleet.is_closed(0) and fleet.is_closed(1) and len(fleet.asked) == 2
     record = newest(fleet.balancer)
@@ -470,10 +471,8 @@ def test_the_time_limit_is_for_both_together(make: Make, pool: ThreadPoolExecuto
 
 
 @pytest.mark.parametrize("removed", [0, 1])
-def test_a_backend_is_removed_at_once_meanwhile(make: Make, pool: ThreadPoolExecutor, removed: int) -> None:
-    fleet = make()
-    answer = pool.submit(fetch, fleet.balancer.url)
-    fleet.wait_asked(2)
+def test_a_backend_is_removed_at_once_meanwhile(both: Both, removed: int) -> None:
+    fleet, answer = both()
     fetch(f"{fleet.balancer.url}/backends/{fleet.asked[removed]}?force=1", method="DELETE")
     assert fleet.is_closed(removed)
     fleet.answer(1 - removed)
@@ -591,18 +590,12 @@ def test_looking_for_late_ones_takes_a_small_share_of_the_time() -> None:
 
 def test_all_workers_count_as_one(start_process: StartProcess) -> None:
     held, quick = WireBackend(), WireBackend()
-    go = threading.Event()
-
-    def hold(sock: socket.socket, request: RawRequest) -> None:
-        go.wait(60)
-        sock.sendall(ok())
-
     with held, quick:
         balancer = start_process(
             f"--backend=held={held.url}", f"--backend=quick={quick.url}", "--algorithm=round_robin",
             "--workers=2", f"--hedge={LATE}", "--hedge-budget=1",
         )  # fmt: skip
-        held.script = hold
+        go = held.hold()
         assert [fetch(balancer.url)[0] for _ in range(20)] == [200] * 20
         wait_until(lambda: is_idle(balancer), "all have ended")
         (shown,) = balancer.status()["pools"]

@@ -278,10 +278,6 @@ def test_the_thread_is_named_stops_at_once_and_survives_a_surprise() -> None:
     history.stop()
 
 
-def test_a_history_that_was_never_started_can_be_stopped() -> None:
-    History(lambda: Reading(Statistics().lifetime(), {}, 0)).stop()
-
-
 def test_a_window_has_what_came_in_it_and_its_own_percentiles(recorded: Recorded) -> None:
     recorded.finish(100, seconds=1.0)
     for second in range(1, 70):
@@ -330,29 +326,23 @@ def test_a_reload_of_the_page_keeps_the_past(demo: Demo) -> None:
     assert all(point["at"] > newest for point in newer)
 
 
-def test_requests_in_flight_show_and_a_reset_clears(patient: Balancer, backend: WireBackend) -> None:
-    release = threading.Event()
-
-    def script(sock: Any, request: Any) -> None:
-        release.wait(60)
-        sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
-
-    backend.script = script
-    with ThreadPoolExecutor(1) as client:
-        answer = client.submit(fetch, f"{patient.url}/slow")
+def test_requests_in_flight_show_and_a_reset_clears(scripted: WireBackend) -> None:
+    release = scripted.hold()
+    with Balancer(f"--backend=only={scripted.url}") as balancer, ThreadPoolExecutor(1) as client:
+        answer = client.submit(fetch, f"{balancer.url}/slow")
         try:
 
             def seen() -> bool:
-                points = fetch_json(f"{patient.url}/history")["points"]
+                points = fetch_json(f"{balancer.url}/history")["points"]
                 return any(p["in_flight"] == 1 and p["backends"]["only"]["in_flight"] == 1 for p in points)
 
             wait_until(seen, "the request in flight is in a slot")
         finally:
             release.set()
         assert answer.result()[0] == 200
-    newest = fetch_json(f"{patient.url}/history")["points"][-1]["at"]
-    assert fetch(f"{patient.url}/reset", {})[0] == 200
-    assert [p for p in fetch_json(f"{patient.url}/history")["points"] if p["at"] <= newest] == []
+        newest = fetch_json(f"{balancer.url}/history")["points"][-1]["at"]
+        assert fetch(f"{balancer.url}/reset", {})[0] == 200
+        assert [p for p in fetch_json(f"{balancer.url}/history")["points"] if p["at"] <= newest] == []
 
 
 @pytest.mark.parametrize("query", ["step=2", "step=0", "step=x", "step=-1", "since=-1", "since=1.5", "since=x"])

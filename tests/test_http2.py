@@ -290,20 +290,6 @@ def test_an_empty_body_without_content_length(
     assert not got.values(b"transfer-encoding")
 
 
-def test_an_empty_post_with_content_length(balancer: Balancer, backend: WireBackend) -> None:
-    """S 8.6."""
-    assert curl(balancer, "-X", "POST", "-H", "Content-Length: 0")[0] == 200
-    assert backend.requests[0].values(b"content-length") == [b"0"]
-
-
-def test_cookie_crumbs_are_joined(balancer: Balancer, backend: WireBackend) -> None:
-    """H 8.2.3: HTTP/1.1 must get one line."""
-    with client(balancer) as h2:
-        h2.request(1, (b"cookie", b"a=1"), (b"x-between", b"1"), (b"cookie", b"b=2"), (b"cookie", b"c=3"))
-        assert h2.finish(1).status == 200
-    assert backend.requests[0].values(b"cookie") == [b"a=1; b=2; c=3"]
-
-
 @pytest.mark.parametrize(("count", "other", "status"), [(120, 0, 200), (120, 110, 431)])
 def test_cookie_crumbs_count_as_the_one_line_that_they_become(
     balancer: Balancer, backend: WireBackend, count: int, other: int, status: int
@@ -315,13 +301,6 @@ def test_cookie_crumbs_count_as_the_one_line_that_they_become(
         assert h2.finish(1).status == status
     cookies = [b"; ".join(value for _, value in crumbs)]
     assert [got.values(b"cookie") for got in backend.requests] == ([cookies] if status == 200 else [])
-
-
-def test_claims_of_an_untrusted_client_are_dropped(balancer: Balancer, backend: WireBackend) -> None:
-    with client(balancer) as h2:
-        h2.request(1, (b"x-forwarded-prefix", b"/evil"), (b"x-forwarded-ssl", b"on"), (b"true-client-ip", b"6.6.6.6"))
-        assert h2.finish(1).status == 200
-    assert b"evil" not in (head := backend.requests[0].head) and b"ssl" not in head and b"6.6.6.6" not in head
 
 
 def test_many_streams_at_once(balancer: Balancer, backend: WireBackend) -> None:
@@ -556,7 +535,7 @@ def test_a_truncated_answer_does_not_end_the_stream(balancer: Balancer, backend:
 
 
 @pytest.mark.parametrize("begun", [b"", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n"])
-def test_a_cancelled_stream_leaves_the_others_alone(patient: Balancer, backend: WireBackend, begun: bytes) -> None:
+def test_a_cancelled_stream_leaves_the_others_alone(balancer: Balancer, backend: WireBackend, begun: bytes) -> None:
     """H 5.4.2: browsers cancel single requests all the time. The backend connection of that one is closed at once."""
     closed = threading.Event()
 
@@ -570,7 +549,7 @@ def test_a_cancelled_stream_leaves_the_others_alone(patient: Balancer, backend: 
         sock.sendall(ok(b"survived"))
 
     backend.script = script
-    with client(patient) as h2:
+    with client(balancer) as h2:
         h2.request(1, (b":path", b"/cancelled"))
         h2.request(3, (b":path", b"/other"))
         wait_until(lambda: len(backend.requests) == 2)
@@ -580,19 +559,13 @@ def test_a_cancelled_stream_leaves_the_others_alone(patient: Balancer, backend: 
         assert closed.wait(60)
         other = h2.finish(3)
     assert (other.status, other.body) == (200, b"survived")
-    wait_until(lambda: is_idle(patient))
-    assert sorted(record["status"] for record in patient.status(2)["recent_requests"]) == [200, 499]
+    wait_until(lambda: is_idle(balancer))
+    assert sorted(record["status"] for record in balancer.status(2)["recent_requests"]) == [200, 499]
 
 
 def test_a_cancelled_upload_leaves_the_others_alone(balancer: Balancer, backend: WireBackend) -> None:
     """Cancelled before its first byte, while another stream waits for its answer."""
-    go_on = threading.Event()
-
-    def script(sock: socket.socket, _: Any) -> None:
-        assert go_on.wait(60)
-        sock.sendall(ok(b"survived"))
-
-    backend.script = script
+    go_on = backend.hold()
     with client(balancer) as h2:
         h2.request(1, (b":path", b"/other"))
         wait_until(lambda: len(backend.requests) == 1)
@@ -602,39 +575,33 @@ def test_a_cancelled_upload_leaves_the_others_alone(balancer: Balancer, backend:
         wait_until(lambda: balancer.status()["statistics"]["active_requests"] == 1)
         go_on.set()
         other = h2.finish(1)
-    assert (other.status, other.body) == (200, b"survived")
+    assert (other.status, other.body) == (200, b"/other")
     wait_until(lambda: is_idle(balancer))
     assert sorted(record["status"] for record in balancer.status(2)["recent_requests"]) == [200, 499]
 
 
-def test_an_upload_that_never_starts_is_408(balancer: Balancer) -> None:
+def test_an_upload_that_never_starts_is_408(hasty: Balancer) -> None:
     """Rule 27, without a length: the first byte does not come in time."""
-    with client(balancer) as h2:
+    with client(hasty) as h2:
         h2.request(1, method=b"POST", end=False)
         assert h2.finish(1).status == 408
-    assert balancer.status(1)["recent_requests"][0]["status"] == 408
+    assert hasty.status(1)["recent_requests"][0]["status"] == 408
 
 
 @pytest.mark.parametrize("method", [b"GET", b"POST"])
-def test_a_connection_that_closes_ends_all_its_streams(patient: Balancer, backend: WireBackend, method: bytes) -> None:
+def test_a_connection_that_closes_ends_all_its_streams(balancer: Balancer, backend: WireBackend, method: bytes) -> None:
     """Client gone: each backend connection is closed, each request recorded as 499."""
-    closed = threading.Semaphore(0)
-
-    def script(sock: socket.socket, _: Any) -> None:
-        if wait_closed(sock):
-            closed.release()
-
-    backend.script = script
-    with client(patient) as h2:
+    closed = backend.stall()
+    with client(balancer) as h2:
         for stream in (1, 3, 5):
             h2.request(stream, method=method, end=method == b"GET")
             if method == b"POST":
                 h2.data(stream, b"abc")
         wait_until(lambda: len(backend.requests) == 3)
     assert all(closed.acquire(timeout=60) for _ in range(3))
-    wait_until(lambda: is_idle(patient))
-    assert [record["status"] for record in patient.status(3)["recent_requests"]] == [499] * 3
-    assert patient.backend("only")["health"]["consecutive_failures"] == 0
+    wait_until(lambda: is_idle(balancer))
+    assert [record["status"] for record in balancer.status(3)["recent_requests"]] == [499] * 3
+    assert balancer.backend("only")["health"]["consecutive_failures"] == 0
 
 
 def test_a_client_that_leaves_during_its_upload(balancer: Balancer, backend: WireBackend) -> None:

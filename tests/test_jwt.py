@@ -205,7 +205,7 @@ def test_a_verdict_is_kept_as_long_as_its_token_is_good(monkeypatch: pytest.Monk
     ("fields", "told"),
     [
         ({"secret_file": "short"}, "secret_file .*short: has 5 bytes, so it can be guessed"),
-        ({"secret_file": "absent"}, "secret_file .*absent: no such file"),
+        ({"secret_file": "absent"}, "secret_file .*absent: No such file"),
         ({"jwks_file": "short", "algorithms": ["RS256"]}, "jwks_file .*short: no JSON Web Key Set"),
         ({"jwks_file": "empty", "algorithms": ["RS256"]}, "jwks_file .*empty: no key that can check signatures"),
     ],

@@ -42,10 +42,6 @@ def module_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
-def name_of(path: Path) -> str:
-    return str(path.relative_to(ROOT))
-
-
 MODULES = {module_of(path): path for path in PARTS}
 
 

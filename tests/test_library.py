@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from support import PYTHON, ROOT, connect, fetch, fetch_json, free_port, get, ok, read_all, wait_until
+from support import PYTHON, ROOT, connect, fetch, get, ok, read_all, wait_until
 from wire import WireBackend
 
 import balancer
@@ -335,14 +335,6 @@ def test_it_runs_beside_an_event_loop(scripted: WireBackend) -> None:
     assert asyncio.run(use()) == 200
 
 
-def test_a_port_of_its_own_for_the_control_api(scripted: WireBackend) -> None:
-    scripted.reset()
-    with LoadBalancer([scripted.url], control_port=free_port()) as lb:
-        _, control = lb.urls
-        assert fetch_json(f"{control}/status")["backend_servers"][0]["id"] == "backend_1"
-        assert fetch(f"{lb.url}/status")[2] == b"ok"
-
-
 def test_a_middleware_sees_every_request(scripted: WireBackend) -> None:
     lb, seen = LoadBalancer([scripted.url]), []
     inner = lb.app.wsgi_app
@@ -399,25 +391,16 @@ def test_it_ends_whole_whatever_a_client_does(second: WireBackend, kind: str) ->
 
 
 def test_what_is_in_flight_is_finished(second: WireBackend) -> None:
-    go = threading.Event()
-    answers: list[bytes] = []
-
-    def script(sock: socket.socket, request: object) -> None:
-        go.wait(60)
-        sock.sendall(ok(b"finished"))
-
-    second.script = script
+    go = second.hold()
     lb = LoadBalancer([second.url]).start()
-    client = threading.Thread(target=lambda: answers.append(fetch(lb.url)[2]))
-    client.start()
-    wait_until(lambda: second.requests)
-    stopping = threading.Thread(target=lb.stop, args=(10.0,))
-    stopping.start()
-    wait_until(lambda: lb.control.lifecycle == "draining")
-    go.set()
-    stopping.join()
-    client.join()
-    assert answers == [b"finished"]
+    with ThreadPoolExecutor(2) as threads:
+        answer = threads.submit(fetch, f"{lb.url}/x")
+        wait_until(lambda: second.requests)
+        stopped = threads.submit(lb.stop, 600.0)
+        wait_until(lambda: lb.control.lifecycle == "draining")
+        go.set()
+        stopped.result(60)
+        assert answer.result(60)[2] == b"/x"
 
 
 def test_the_shortest_time_to_stop_counts(second: WireBackend) -> None:

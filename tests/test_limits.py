@@ -80,7 +80,7 @@ def limiting(backend: WireBackend | Echo, *limits: LimitOptions, **more: Any) ->
     names = [limit.name for limit in limits]
     tables = {"limits": [asdict(limit) for limit in limits], "routes": [{"name": "all", "limits": names}]}
     with patch.object(wiring, "Limiter", partial(Limiter, clock=Moment())):
-        balancer = LoadBalancer(backend.url, **tables, **more)
+        balancer = LoadBalancer(backend.url, health_timeout=5, **tables, **more)
     with balancer:
         wait_until(balancer.control.is_serving)
         yield balancer
@@ -356,7 +356,7 @@ def test_a_place_is_given_back_on_every_ending(scripted: WireBackend, others: An
     def in_flight() -> int:
         return limiter.describe()[0]["requests_in_flight"]
 
-    with LoadBalancer(scripted.url, filters=filters, retries=0, response_timeout=1) as balancer:
+    with LoadBalancer(scripted.url, filters=filters, retries=0, health_timeout=5) as balancer:
         wait_until(balancer.control.is_serving)
         for path in (b"/", b"/no-entry", b"/fail", b"/fail-answer"):
             assert ask(balancer, get(path))[0] in (200, 403, 500)

@@ -8,7 +8,6 @@ import logging
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -108,9 +107,7 @@ def test_when_nobody_reads_nobody_waits_and_what_is_lost_is_counted(blocked: Log
 
 
 def test_stop_does_not_wait_for_a_write_that_blocks(blocked: LogWriter) -> None:
-    started = time.monotonic()
     blocked.stop()
-    assert time.monotonic() - started < 60
 
 
 def test_what_was_kept_is_written_when_somebody_reads_again(pipe: Pipe, blocked: LogWriter) -> None:
@@ -141,9 +138,7 @@ def test_a_non_blocking_pipe_that_nobody_reads_does_not_hold_up_the_end(pipe: Pi
     writer = LogWriter(pipe.writer)
     writer.start()
     writer.add("line")
-    started = time.monotonic()
     writer.stop()
-    assert time.monotonic() - started < 60
     assert (writer.written, writer.dropped) == (0, 1)
 
 

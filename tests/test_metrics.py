@@ -75,11 +75,13 @@ def finish(app: Flask, *attempts: Attempt, status: int = 200, seconds: float = 0
     statistics.record(make_record(backend, status, seconds, attempts=list(attempts), **fields))
 
 
+Pair = tuple[Balancer, WireBackend, WireBackend]
+
 # A real process under all kinds of traffic.
 
 
 @pytest.fixture(scope="module")
-def pair() -> Iterator[tuple[Balancer, WireBackend, WireBackend]]:
+def pair() -> Iterator[Pair]:
     first, second = WireBackend(), WireBackend()
     flags = ("--response-timeout=30", "--health-interval=0.2", "--max-request-body=1000", "--eject-after=0")
     balancer = Balancer(f"--backend=one={first.url}", f"--backend=two={second.url}", *flags)
@@ -90,7 +92,7 @@ def pair() -> Iterator[tuple[Balancer, WireBackend, WireBackend]]:
 
 
 @pytest.fixture(scope="module")
-def busy(pair: tuple[Balancer, WireBackend, WireBackend]) -> Balancer:
+def busy(pair: Pair) -> Balancer:
     """Good answers, errors of backends and of clients, a retry, a broken answer, a refused write."""
     balancer, first, second = pair
 
@@ -229,9 +231,7 @@ def test_a_client_cannot_make_up_labels(busy: Balancer) -> None:
     assert not any("made-up" in str(key) or "M1" in str(key) for key in after)
 
 
-def test_nothing_falls_when_a_backend_is_removed_and_comes_back_or_all_is_reset(
-    pair: tuple[Balancer, WireBackend, WireBackend], busy: Balancer
-) -> None:
+def test_nothing_falls_when_a_backend_is_removed_and_comes_back_or_all_is_reset(pair: Pair, busy: Balancer) -> None:
     _, _, second = pair
     before = scrape(busy.url)
     assert fetch(f"{busy.url}/reset", {})[0] == 200
@@ -255,7 +255,7 @@ def assert_none_fell(before: dict[Key, float], after: dict[Key, float], whole_on
             assert after[name, labels] >= old, name
 
 
-def test_a_backend_that_is_down_shows(pair: tuple[Balancer, WireBackend, WireBackend], busy: Balancer) -> None:
+def test_a_backend_that_is_down_shows(pair: Pair, busy: Balancer) -> None:
     _, first, _ = pair
     first.is_healthy = False
     busy.wait_healthy("one", False)
@@ -270,15 +270,10 @@ def test_a_backend_that_is_down_shows(pair: tuple[Balancer, WireBackend, WireBac
     busy.wait_healthy("one")
 
 
-def test_a_request_in_flight_shows(pair: tuple[Balancer, WireBackend, WireBackend], busy: Balancer) -> None:
+def test_a_request_in_flight_shows(pair: Pair, busy: Balancer) -> None:
     _, first, second = pair
-    release = threading.Event()
-
-    def script(sock: socket.socket, request: RawRequest) -> None:
-        release.wait(60)
-        sock.sendall(ok())
-
-    first.script = second.script = script
+    release = first.hold()
+    second.script = first.script
     with connect(busy.port) as client:
         client.sendall(get(b"/slow"))
         try:

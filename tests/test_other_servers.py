@@ -10,7 +10,7 @@ from wsgiref.validate import validator
 
 import pytest
 from flask import Flask
-from support import PYTHON, Process, RawRequest, fetch, fetch_json, free_port, ok, wait_until
+from support import PYTHON, Process, RawRequest, fetch, fetch_json, free_port, is_good, ok, wait_until
 from wire import WireBackend
 
 from balancer.config.settings import Settings
@@ -64,10 +64,7 @@ def waitress(echoing: WireBackend) -> Iterator[str]:
 
         def is_ready() -> bool:
             assert process.popen.poll() is None, process.output
-            try:
-                return fetch(f"{url}/readyz")[0] == 200
-            except OSError:
-                return False
+            return is_good(f"{url}/readyz")
 
         wait_until(is_ready, "waitress serves the app")
         yield url

@@ -31,6 +31,9 @@ from balancer.protocol.origin import Origin
 ORIGIN = Origin("http", "127.0.0.1", 1)
 
 
+Backends = dict[str, WireBackend]
+
+
 def answering(name: str) -> WireBackend:
     backend = WireBackend()
     backend.answer(ok(name.encode()))
@@ -48,7 +51,7 @@ def backends() -> Iterator[dict[str, WireBackend]]:
 class File:
     """A configuration file with a pool `default`, and for each other one a route of its name."""
 
-    def __init__(self, path: Path, backends: dict[str, WireBackend]) -> None:
+    def __init__(self, path: Path, backends: Backends) -> None:
         self.path, self._backends = path, backends
 
     def write(self, *, top: str = "health_interval = 0.1\nhealth_timeout = 5", **pools: str) -> None:
@@ -65,7 +68,7 @@ class File:
 
 
 @pytest.fixture
-def file(tmp_path: Path, backends: dict[str, WireBackend]) -> File:
+def file(tmp_path: Path, backends: Backends) -> File:
     return File(tmp_path / "balancer.toml", backends)
 
 
@@ -85,7 +88,7 @@ def checks(backend: WireBackend) -> list[RawRequest]:
     return [each for each in backend.requests if each.target == b"/healthz"]
 
 
-def test_each_pool_has_what_it_has_of_its_own(balancer: Balancer, backends: dict[str, WireBackend]) -> None:
+def test_each_pool_has_what_it_has_of_its_own(balancer: Balancer, backends: Backends) -> None:
     seen = [fetch(f"{balancer.url}/api/x")[2] for _ in range(4)]
     assert sorted(seen) == [b"api_1", b"api_1", b"api_2", b"api_2"]
     assert fetch(f"{balancer.url}/x")[2] == b"main" and fetch(f"{balancer.url}/next")[2] == b"next_1"
@@ -96,9 +99,7 @@ def test_each_pool_has_what_it_has_of_its_own(balancer: Balancer, backends: dict
     assert not checks(backends["main"]) and not checks(backends["next_1"])
 
 
-def test_a_cookie_keeps_a_client_in_each_pool_and_reaches_no_backend(
-    balancer: Balancer, backends: dict[str, WireBackend]
-) -> None:
+def test_a_cookie_keeps_a_client_in_each_pool_and_reaches_no_backend(balancer: Balancer, backends: Backends) -> None:
     _, headers, first = fetch(f"{balancer.url}/api")
     cookie = headers["set-cookie"].partition(";")[0]
     assert cookie.startswith("lb_api=") and "set-cookie" not in fetch(f"{balancer.url}/x")[1]
@@ -156,7 +157,7 @@ def test_what_it_refuses(balancer: Balancer, path: str, body: Any, status: int, 
     assert answer[0] == status and said in answer[2].decode()
 
 
-def test_what_is_in_flight_in_a_pool_can_be_cut_off(balancer: Balancer, backends: dict[str, WireBackend]) -> None:
+def test_what_is_in_flight_in_a_pool_can_be_cut_off(balancer: Balancer, backends: Backends) -> None:
     asked, done = threading.Event(), threading.Event()
 
     def hold(sock: socket.socket, request: RawRequest) -> None:
@@ -178,7 +179,7 @@ def test_what_is_in_flight_in_a_pool_can_be_cut_off(balancer: Balancer, backends
 
 
 def test_nothing_is_lost_while_pools_come_change_move_and_go(
-    balancer: Balancer, file: File, backends: dict[str, WireBackend]
+    balancer: Balancer, file: File, backends: Backends
 ) -> None:
     with Asking(f"{balancer.url}/api/x") as asking:
         for step in range(12):
@@ -196,9 +197,7 @@ def test_nothing_is_lost_while_pools_come_change_move_and_go(
     assert balancer.is_ready()
 
 
-def test_nothing_is_lost_while_a_pool_changes_its_name(
-    balancer: Balancer, file: File, backends: dict[str, WireBackend]
-) -> None:
+def test_nothing_is_lost_while_a_pool_changes_its_name(balancer: Balancer, file: File, backends: Backends) -> None:
     """Its backends keep theirs: for a moment two pools have one of that id."""
     with Asking(f"{balancer.url}/api/x", clients=8) as asking:
         for step in range(12):
@@ -215,7 +214,7 @@ def test_nothing_is_lost_while_a_pool_changes_its_name(
 
 
 def test_a_pool_that_has_left_serves_its_requests_to_their_end(
-    balancer: Balancer, file: File, backends: dict[str, WireBackend], monkeypatch: pytest.MonkeyPatch
+    balancer: Balancer, file: File, backends: Backends, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also such as need another backend of it."""
     monkeypatch.setattr(poolwiring, "LEAVE_SECONDS", 0.0)
@@ -251,7 +250,7 @@ def test_a_pool_that_has_left_serves_its_requests_to_their_end(
     assert [each.pool.name for each in balancer.library.pools.health.checked] == ["default", "next"]
 
 
-def test_websockets_of_a_pool_that_has_left_have_their_time(tmp_path: Path, backends: dict[str, WireBackend]) -> None:
+def test_websockets_of_a_pool_that_has_left_have_their_time(tmp_path: Path, backends: Backends) -> None:
     with ExitStack() as stack:
         echo = Echo()
         stack.callback(echo.stop)

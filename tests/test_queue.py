@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from threading import Event, Thread
+from threading import Thread
 from typing import Any
 
 import pytest
-from support import Balancer, connect, exchange, fetch, get, ok, options, split_response, wait_until
+from support import Balancer, connect, exchange, fetch, get, options, split_response, wait_until
+from test_backends import GOOD, ORIGIN
 from wire import WireBackend
 
-from balancer.balancing.backends import Backend, LastCheck
+from balancer.balancing.backends import Backend
 from balancer.balancing.options import PoolOptions
 from balancer.balancing.pool import BackendPool, Lease
 from balancer.balancing.strategies import Strategy, create
 from balancer.config.settings import Settings
 from balancer.config.values import BackendSettings
-from balancer.edge.workers import WorkerPool
 from balancer.errors import Unavailable
 from balancer.loadbalancer import create_app
 from balancer.protocol.client import Abortable
-from balancer.protocol.origin import Origin
-
-ORIGIN = Origin("http", "127.0.0.1", 5001)
-GOOD = LastCheck(at=1.0, duration=0.001, status=200, error=None)
 
 
 class Client:
@@ -149,13 +144,6 @@ def test_a_backend_that_comes_up_serves_who_waits(threads: ThreadPoolExecutor) -
     assert future.result(60).backend.id == "b"
 
 
-def test_nobody_waits_for_a_backend_that_is_down() -> None:
-    pool = make_pool()
-    pool.record_refused(pool.backends()[0], "refused")
-    with pytest.raises(Unavailable, match="no backend is available"):
-        pool.lease(None)
-
-
 def test_a_storm_of_waiting_and_leaving_ends_with_nothing_held(threads: ThreadPoolExecutor) -> None:
     pool = make_pool("ab", limit=2, queue_limit=20, queue_timeout=0.2)
     outcomes: list[str] = []
@@ -183,20 +171,6 @@ def test_a_storm_of_waiting_and_leaving_ends_with_nothing_held(threads: ThreadPo
 # For real.
 
 
-class Held:
-    """A scripted backend that answers when the test lets it."""
-
-    def __init__(self, backend: WireBackend) -> None:
-        self.go = Event()
-        self.backend = backend
-        backend.reset()
-        backend.script = self._script
-
-    def _script(self, sock: socket.socket, request: Any) -> None:
-        self.go.wait(60)
-        sock.sendall(ok(request.target))
-
-
 @pytest.fixture(scope="module")
 def limited(scripted: WireBackend) -> Iterator[Balancer]:
     """One backend with room for one request, a queue for two."""
@@ -208,7 +182,7 @@ def limited(scripted: WireBackend) -> Iterator[Balancer]:
 def test_requests_wait_in_order_and_the_one_too_many_is_told_when_to_come_again(
     limited: Balancer, scripted: WireBackend, threads: ThreadPoolExecutor
 ) -> None:
-    held = Held(scripted)
+    go = scripted.hold()
     first = threads.submit(fetch, f"{limited.url}/first")
     wait_until(lambda: len(scripted.requests) == 1)
     waiting = []
@@ -217,7 +191,7 @@ def test_requests_wait_in_order_and_the_one_too_many_is_told_when_to_come_again(
         wait_until(lambda: limited.status()["statistics"]["waiting_requests"] == number)  # noqa: B023
     status, headers, body = fetch(f"{limited.url}/3")
     assert (status, headers["retry-after"]) == (503, "1") and b"2 requests are waiting already" in body
-    held.go.set()
+    go.set()
     assert [future.result(60)[2] for future in (first, *waiting)] == [b"/first", b"/1", b"/2"]
     assert [request.target for request in scripted.requests] == [b"/first", b"/1", b"/2"]
     newest = limited.status()["recent_requests"][0]
@@ -227,7 +201,7 @@ def test_requests_wait_in_order_and_the_one_too_many_is_told_when_to_come_again(
 def test_a_client_that_leaves_the_queue_never_reaches_the_backend(
     limited: Balancer, scripted: WireBackend, threads: ThreadPoolExecutor
 ) -> None:
-    held = Held(scripted)
+    go = scripted.hold()
     first = threads.submit(fetch, f"{limited.url}/first")
     wait_until(lambda: len(scripted.requests) == 1)
     with ExitStack() as clients:
@@ -238,7 +212,7 @@ def test_a_client_that_leaves_the_queue_never_reaches_the_backend(
     wait_until(lambda: limited.status()["statistics"]["waiting_requests"] == 0, what="both have left")
     last = threads.submit(exchange, limited.port, get(b"/last"))
     wait_until(lambda: limited.status()["statistics"]["waiting_requests"] == 1)
-    held.go.set()
+    go.set()
     assert first.result(60)[0] == 200
     assert split_response(last.result(60))[2] == b"/last"
     assert [request.target for request in scripted.requests] == [b"/first", b"/last"]
@@ -304,25 +278,6 @@ def test_never_all_threads_may_wait_for_a_place(threads: ThreadPoolExecutor) -> 
     with pytest.raises(Unavailable, match="4 requests are waiting already"):
         pool.lease(None)
     serve_all(lease, futures).release()
-
-
-def test_what_is_under_way_finds_room_in_the_queue_for_threads() -> None:
-    started, go = Event(), Event()
-
-    class Work:
-        source = ""
-
-        def run(self) -> None:
-            started.set()
-            go.wait(60)
-
-    workers = WorkerPool(1, 0, 1.0)
-    assert workers.submit(Work(), False) and started.wait(60)
-    assert not workers.submit(Work(), False)
-    assert workers.submit(Work(), False, is_under_way=True) and workers.queued == 1
-    go.set()
-    wait_until(lambda: workers.queued == 0)
-    workers.stop(5)
 
 
 @pytest.mark.parametrize(

@@ -6,15 +6,26 @@ import os
 import resource
 import signal
 import socket
-import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from support import PYTHON, ROOT, Balancer, Process, connect, exchange, fetch, fetch_json, free_port, get, wait_until
-from test_http2 import Client
+from support import (
+    PYTHON,
+    ROOT,
+    Balancer,
+    BalancerProcess,
+    Process,
+    connect,
+    exchange,
+    fetch,
+    fetch_json,
+    free_port,
+    get,
+    wait_until,
+)
 from wire import WireBackend
 
 
@@ -36,13 +47,14 @@ def test_many_clients_that_leave_their_uploads_cost_little(balancer: Balancer, b
     assert fetch(balancer.url)[0] == 200
 
 
-def test_a_chunked_control_body_is_not_cut_but_refused(patient: Balancer) -> None:
+def test_a_chunked_control_body_is_not_cut_but_refused() -> None:
     """Valid JSON, blanks up to the limit, then garbage: it was accepted."""
     body = b'{"algorithm": "round_robin"}' + b" " * 70_000 + b"garbage"
     head = b"POST /algorithm HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Type: application/json\r\n"
     framed = b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
-    assert exchange(patient.port, head + framed).startswith(b"HTTP/1.1 413 ")
-    assert patient.status()["algorithm"] == "weighted"
+    with Balancer("--backend=http://127.0.0.1:1", wait_ready=False) as balancer:
+        assert exchange(balancer.port, head + framed).startswith(b"HTTP/1.1 413 ")
+        assert balancer.status()["algorithm"] == "weighted"
 
 
 def test_errors_name_no_inside_address_to_clients(balancer: Balancer, backend: WireBackend) -> None:
@@ -53,32 +65,6 @@ def test_errors_name_no_inside_address_to_clients(balancer: Balancer, backend: W
     assert b"127.0.0.1" not in body and str(backend.port).encode() not in body
     (record,) = balancer.status(1)["recent_requests"]
     assert "malformed" in record["tried"][0]["error"]
-
-
-def test_a_full_disk_is_no_reason_not_to_serve() -> None:
-    """`load_balancer.py > /dev/full` ended with a traceback."""
-    port = free_port()
-    with (
-        open("/dev/full", "w") as full,
-        subprocess.Popen(
-            [PYTHON, str(ROOT / "load_balancer.py"), "--port", str(port), "--backend=http://127.0.0.1:1"],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-        ) as process,
-    ):
-        try:
-            wait_until(lambda: is_up(port))
-        finally:
-            process.terminate()
-        assert process.stderr is not None and "Traceback" not in process.stderr.read()
-
-
-def is_up(port: int) -> bool:
-    try:
-        return fetch(f"http://127.0.0.1:{port}/health")[0] == 200
-    except OSError:
-        return False
 
 
 @pytest.mark.parametrize("script", ["load_balancer.py", "backend_server.py"])
@@ -93,51 +79,16 @@ def test_ctrl_c_while_it_starts_shows_no_traceback(script: str) -> None:
 
 def test_running_out_of_descriptors_is_not_the_backends_fault() -> None:
     """They were marked down with "Too many open files"."""
-
-    def few_descriptors() -> None:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
-
-    with WireBackend() as backend, ExitStack() as clients:
+    with WireBackend() as backend, BalancerProcess(f"--backend=only={backend.url}", "--drain-timeout=1") as balancer:
         backend.script = lambda sock, request: None
-        port = free_port()
-        process = subprocess.Popen(
-            [
-                PYTHON,
-                str(ROOT / "load_balancer.py"),
-                f"--port={port}",
-                f"--backend=only={backend.url}",
-                "--drain-timeout=1",
-            ],
-            preexec_fn=few_descriptors,
-            stdout=subprocess.DEVNULL,
-        )
-        try:
-            wait_until(lambda: is_up(port))
-            url = f"http://127.0.0.1:{port}"
-            wait_until(lambda: fetch_json(f"{url}/status")["backend_servers"][0]["healthy"])
+        resource.prlimit(balancer.pid, resource.RLIMIT_NOFILE, (200, 200))
+        with ExitStack() as clients:
             for _ in range(150):
-                client = socket.create_connection(("127.0.0.1", port))
-                clients.callback(client.close)
-                client.sendall(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
+                clients.enter_context(connect(balancer.port)).sendall(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
             started = time.monotonic()
             wait_until(lambda: time.monotonic() - started > 2)  # several rounds of health checks
-            clients.close()
-            events = fetch_json(f"{url}/events")["events"]
-            assert [event for event in events if event["kind"] == "backend_down"] == []
-        finally:
-            process.terminate()
-            process.wait(60)
-
-
-@pytest.mark.parametrize("setting", ["LB_CONTROL_PREFIX", "LB_CONTROL_PORT"])
-def test_the_balancer_starts_with_moved_control_paths(setting: str) -> None:
-    """start_all asked for /readyz where it was no more; the paths are checked here, start_all in its own tests."""
-    port = free_port()
-    env = {setting: "/lb" if setting == "LB_CONTROL_PREFIX" else str(port)}
-    with Balancer("--backend=http://127.0.0.1:1", env=env, wait_ready=False) as balancer:
-        base = f"{balancer.url}/lb" if setting == "LB_CONTROL_PREFIX" else f"http://127.0.0.1:{port}"
-        wait_until(lambda: fetch(f"{base}/readyz")[0] == 200)
-        assert fetch(f"{balancer.url}/readyz")[0] == 503  # forwarded, and the only backend is down
+        events = wait_until(lambda: fetch_json(f"{balancer.url}/events"), "it answers again")["events"]
+        assert [event for event in events if event["kind"] == "backend_down"] == []
 
 
 def test_clients_that_left_do_not_hold_up_the_end(scripted: WireBackend) -> None:
@@ -151,37 +102,6 @@ def test_clients_that_left_do_not_hold_up_the_end(scripted: WireBackend) -> None
             ending = threads.submit(balancer.library.stop, 600)
             wait_until(lambda: "1 requests in flight" in balancer.library.events()[-1]["message"])
         ending.result(60)
-
-
-def test_an_http2_connection_without_a_request_does_not_live_for_ever() -> None:
-    """`max_clients` of them shut the balancer; PINGs kept it open. The limit is 75 s, so it is made short here."""
-    short = (
-        "import balancer.edge.accepted, load_balancer; balancer.edge.accepted.IDLE_SECONDS = 1.0; load_balancer.main()"
-    )
-    port = free_port()
-    arguments = ["--port", str(port), "--backend=http://127.0.0.1:1", "--header-timeout=1"]
-    with Process([PYTHON, "-c", short, *arguments]):
-        wait_until(lambda: is_up(port))
-        with connect(port) as sock:
-            h2 = Client(sock)
-            h2.request(1, (b":path", b"/livez"))
-            assert h2.finish(1).status == 200
-
-            def is_closed() -> bool:
-                h2.sync()
-                return h2.is_closed
-
-            wait_until(is_closed)
-            h2.close()
-
-
-@pytest.mark.parametrize("version", [b"0.9", b"2.0"])
-def test_a_status_line_of_another_version_is_no_answer(
-    balancer: Balancer, backend: WireBackend, version: bytes
-) -> None:
-    """It was passed on as a good one; HTTP/0.9 and HTTP/2 have no status line."""
-    backend.answer(b"HTTP/%s 200 OK\r\nContent-Length: 2\r\n\r\nok" % version)
-    assert fetch(balancer.url)[0] == 502
 
 
 @pytest.mark.parametrize("length", [b"+2", b"2, 3"])

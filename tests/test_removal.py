@@ -46,7 +46,7 @@ def endless() -> Iterator[Endless]:
 def balancer(endless: Endless, scripted: WireBackend) -> Iterator[Balancer]:
     scripted.reset()
     flags = (f"--backend=endless={endless.url}", f"--backend=other={scripted.url}@0")
-    with Balancer(*flags, "--eject-after=1", "--health-timeout=5") as started:
+    with Balancer(*flags, "--eject-after=1") as started:
         yield started
 
 

@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from socket import AF_UNIX, socket
+from threading import Event
 
 import pytest
 from certificates import Files, make_pair
@@ -65,9 +66,9 @@ def secure(files: Files, start: Start) -> Balancer:
 
 
 @pytest.fixture
-def held(scripted: WireBackend) -> Iterator[threading.Event]:
+def held(scripted: WireBackend) -> Iterator[Event]:
     """The second half of `/held` comes when this is set."""
-    event = threading.Event()
+    event = Event()
 
     def script(sock: socket, request: RawRequest) -> None:
         sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 200000\r\n\r\n" + b"a" * 100_000)
@@ -254,8 +255,7 @@ def test_hangup_reads_the_certificate(files: Files, start_process: StartProcess)
     balancer = start_process(*files.flags, wait_ready=False)
     files.write(make_pair("new.test"))
     balancer.send(signal.SIGHUP)
-    wait_until(lambda: name_at(balancer.port) == "new.test")
-    assert "configuration reloaded" in balancer.output
+    wait_until(lambda: name_at(balancer.port) == "new.test" and "configuration reloaded" in balancer.output)
 
 
 def test_what_a_listener_begins_with_is_reloaded(tmp_path: Path, scripted: WireBackend, files: Files) -> None:
@@ -300,7 +300,7 @@ def is_secure(port: int) -> bool:
 def test_no_request_is_lost(files: Files, secure: Balancer, monkeypatch: pytest.MonkeyPatch) -> None:
     """New connections, kept ones and HTTP/2, while the certificate is renewed again and again."""
     monkeypatch.setattr(ports, "PARKED_SECONDS", 3.0)
-    stop = threading.Event()
+    stop = Event()
     done: list[int] = []
 
     def keep_asking(is_kept: bool) -> None:
@@ -357,7 +357,7 @@ def begun(stack: ExitStack, balancer: Balancer) -> socket.socket:
 
 
 def test_generations_end_with_what_they_serve_and_are_no_more_than_a_few(
-    start: Start, held: threading.Event, monkeypatch: pytest.MonkeyPatch
+    start: Start, held: Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ports, "MOST_PARKED", 3)
     balancer = start()
@@ -377,7 +377,7 @@ def test_generations_end_with_what_they_serve_and_are_no_more_than_a_few(
 
 
 def test_what_never_ends_keeps_no_renewal_waiting_for_ever(
-    start: Start, held: threading.Event, monkeypatch: pytest.MonkeyPatch
+    start: Start, held: Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ports, "MOST_PARKED", 1)
     monkeypatch.setattr(ports, "LONGEST_PARKED", 0.3)
@@ -399,7 +399,7 @@ def test_what_never_ends_keeps_no_renewal_waiting_for_ever(
 
 @pytest.mark.parametrize("is_given_up", [False, True])
 def test_the_end_while_an_old_generation_is_at_work(
-    start: Start, held: threading.Event, is_given_up: bool, monkeypatch: pytest.MonkeyPatch
+    start: Start, held: Event, is_given_up: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ports, "PARKED_SECONDS", 60.0)  # nothing idle ends
     balancer = start()

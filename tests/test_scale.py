@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
-from support import ROOT
-
-sys.path.append(str(ROOT / "bench"))
-
-import scale  # noqa: E402
+import scale
 
 
 @pytest.fixture(scope="module")

@@ -26,10 +26,11 @@ from balancer.balancing.pool import DEFAULT_POOL, BackendPool
 from balancer.balancing.pools import Pools
 from balancer.balancing.strategies import create
 from balancer.config import settings
+from balancer.config.scaling import ScalingSettings
 from balancer.config.settings import Settings
 from balancer.errors import SettingsError
 from balancer.fleet.discovery import SourceFailed
-from balancer.fleet.scaling import Demand, Load, ScalingOptions, Starts
+from balancer.fleet.scaling import Demand, Load, Starts
 from balancer.fleet.started import StartedBackends
 from balancer.protocol.origin import Origin
 from balancer.protocol.request import Request
@@ -43,9 +44,9 @@ def command(*flags: str) -> str:
     return f"'{sys.executable}' '{BACKEND}' --port {{port}} --id {{id}} {' '.join(flags)}"
 
 
-def scaling_options(**table: Any) -> ScalingOptions:
+def scaling_options(**table: Any) -> ScalingSettings:
     (made,) = Settings(scaling=[{"command": "x {port}", "max": 6, **table}]).scaling  # type: ignore[list-item]
-    return ScalingOptions(kind=made.kind, docker="", **made.model_dump())
+    return made
 
 
 # The decision.

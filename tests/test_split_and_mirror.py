@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 from exposition import scrape, value
-from support import Balancer, RawRequest, exchange, fetch, fetch_json, get, ok, split_response, wait_until
+from support import Balancer, exchange, fetch, fetch_json, get, ok, split_response, wait_until
 from wire import WireBackend
 
 from balancer.commandline import main
@@ -137,20 +136,14 @@ def test_a_mirror_gets_what_the_backend_gets_and_is_seen_by_nobody(setting: Sett
 
 def test_a_mirror_that_hangs_or_fails_costs_no_client_anything(setting: Setting) -> None:
     balancer = setting.start(MIRROR)
-    hold = threading.Event()
-
-    def hang(sock: socket.socket, request: RawRequest) -> None:
-        hold.wait(60)
-        sock.sendall(ok())
-
-    setting.next.script = hang
+    go = setting.next.hold()
     for _ in range(20):
         assert setting.served_by() == "s1"
     assert copies(balancer, "full") == 18  # only `max_in_flight` hang
     large = b"x" * 70_000
     assert fetch(f"{balancer.url}/", {"x": large.decode()}, "POST")[0] == 200
     assert copies(balancer, "too_large") == 1
-    hold.set()
+    go.set()
     wait_until(lambda: copies(balancer, "answered") == 2)
     setting.next.script = lambda sock, request: sock.sendall(b"nonsense\r\n\r\n")
     assert setting.served_by() == "s1"
@@ -167,8 +160,7 @@ def test_a_mirror_that_hangs_or_fails_costs_no_client_anything(setting: Setting)
 
 def test_the_end_does_not_wait_for_copies(setting: Setting) -> None:
     balancer = setting.start(MIRROR)
-    release = threading.Event()
-    setting.next.script = lambda sock, request: (release.wait(60), sock.sendall(ok()))[1]
+    release = setting.next.hold()
     assert setting.served_by() == "s1"
     wait_until(lambda: setting.next.requests)
     started = time.monotonic()

@@ -20,7 +20,7 @@ from launched import PROJECT, Demo, connects, demo, free_ports, get, mode, tree
 from support import running, wait_until
 
 from balancer.state.store import Store
-from demo import processes, services
+from demo import files, services
 from demo.console import Failure, say
 
 __all__ = ["demo", "tree"]  # fixtures
@@ -131,8 +131,7 @@ def test_nobody_reading_the_output_is_no_reason_to_end(demo: Demo) -> None:
 
 
 def test_it_starts_however_python_and_the_system_are_set_and_detached_runs_until_stop(demo: Demo) -> None:
-    """Without its folder in the path of modules, without docstrings, in a log that is not text, under sh. What an
-    earlier version started is stopped too, whose files have two lines."""
+    """Without its folder in the path of modules, without docstrings, in a log that is not text, under sh."""
     odd = {"PYTHONSAFEPATH": "1", "PYTHONOPTIMIZE": "2", "PYTHONWARNINGS": "error", "LC_ALL": "C", "HOME": ""}
     run = demo.ready("--detach", **odd, LB_ACCESS_LOG_FORMAT="json", LB_ALGORITM="round_robin")
     assert (run.end(), run.err) == (0, "")
@@ -140,13 +139,8 @@ def test_it_starts_however_python_and_the_system_are_set_and_detached_runs_until
     assert get(demo.port, "/api/process")[0] == 200
     listed = json.loads(get(demo.port, "/algorithm")[2])["algorithms"]
     assert len(listed) >= 6 and all(len(algorithm["description"]) > 60 for algorithm in listed)
-    files = list((demo.tree / "run").glob("*.pid"))
-    assert len(files) == 4
-    for number, file in enumerate(sorted(files)):
-        pid, script, started = file.read_text().splitlines()
-        assert started == processes.identify(int(pid))[0]
-        if number % 2:
-            file.write_text(f"{pid}\n{script}\n")
+    noted = [file.read_text().splitlines() for file in (demo.tree / "run").glob("*.pid")]
+    assert len(noted) == 4 and all(started == files.start_of(int(pid)) for pid, _, started, *_ in noted)
     stop = demo.start("stop", **odd)
     assert (stop.end(), stop.err) == (0, "")
     assert "Stopped balancer, backend_1, backend_2, backend_3." in stop.out
@@ -339,19 +333,17 @@ def test_stop_leaves_a_process_alone_that_has_got_an_old_id(demo: Demo, tmp_path
     script = str(demo.tree / "load_balancer.py")
     waiting = [sys.executable, "-c", "import threading; threading.Event().wait()"]
     with running(waiting) as stranger, running([*waiting, script]) as editor:
-        started = processes.identify(editor.pid)[0]
+        started = files.start_of(editor.pid)
         target = tmp_path / "target"
         for path, text in {
             run / "balancer-9000.pid": f"{stranger.pid}\nload_balancer.py\n",
             run / "backend_1-5001.pid": "999999999\nbackend_server.py\n",
             run / "backend_2-5002.pid": "rubbish",
             run / "balancer-9001.pid": f"{editor.pid}\nload_balancer.py\n{int(started) - 1}\n",
-            run / "balancer-9002.pid": f"{editor.pid}\nload_balancer.py\n",  # of an earlier version
-            run / "backend_3-5003.pid": f"{editor.pid}\n{sys.executable}\n{started}\n",
+            run / "balancer-9002.pid": f"{editor.pid}\nload_balancer.py\n\n",
             target: f"{editor.pid}\nload_balancer.py\n{started}\n",
         }.items():
             path.write_text(text)
-        os.utime(run / "balancer-9002.pid", (1e9, 1e9))
         (run / "balancer-9003.pid").symlink_to(target)
         stop = demo.start("stop")
         assert (stop.end(), stop.err) == (0, "")
@@ -368,40 +360,9 @@ def test_the_start_of_a_process_is_found_whatever_its_name(tmp_path: Path) -> No
     program.symlink_to(shutil.which("sleep") or "sleep")
     with running([program, "60"]) as named, running(["sleep", "60"]) as later:
         wait_until(lambda: psutil.Process(named.pid).name() == program.name)
-        started, command = processes.identify(named.pid)
-        assert command.startswith(str(program))
-        assert 0 < int(started) <= int(Path(f"/proc/{later.pid}/stat").read_text().split()[21])
+        assert 0 < int(files.start_of(named.pid)) <= int(Path(f"/proc/{later.pid}/stat").read_text().split()[21])
         named.kill()
-        named.wait()
-        assert processes.identify(named.pid) == ("", "")
-
-
-def test_a_signal_never_reaches_a_later_process_of_the_same_id(monkeypatch: pytest.MonkeyPatch) -> None:
-    reached: list[int] = []
-    monkeypatch.setattr(os, "kill", lambda pid, number: reached.append(pid))
-    with running(["sleep", "60"]) as process, processes.signals_to(process.pid) as send:
-        send(signal.SIGTERM)
-        assert process.wait(60) == -signal.SIGTERM
-        send(signal.SIGKILL)
-    assert reached == []
-
-
-def test_what_a_killed_process_leaves_is_killed_before_its_id_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Afterwards a stranger's group could have that id."""
-    service = services.Service("backend_1", 1)
-    command = ["bash", "-c", "sleep 60 & echo $!; wait"]
-    with running(command, stdout=subprocess.PIPE, start_new_session=True, text=True) as process:
-        service.process = process  # type: ignore[assignment]
-        assert process.stdout
-        child = psutil.Process(int(process.stdout.readline()))
-        killed: list[int | None] = []
-        real = os.killpg
-        monkeypatch.setattr(os, "killpg", lambda *given: (killed.append(process.returncode), real(*given)))
-        assert service.exit_code is None
-        process.send_signal(signal.SIGKILL)
-        wait_until(lambda: service.exit_code == -signal.SIGKILL)
-        wait_until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
-    assert killed == [None]
+        wait_until(lambda: not files.start_of(named.pid))  # though nobody has asked for its exit code yet
 
 
 def test_stop_clears_up_after_a_start_all_that_was_killed(demo: Demo) -> None:
@@ -459,20 +420,17 @@ def test_two_demos_of_one_folder_keep_apart(demo: Demo, tree: Path, tmp_path: Pa
     demo.assert_nothing_left()
 
 
-@pytest.mark.parametrize("link", ["logs/backend_2-{}.log", "run/backend_2-{}.pid", "run/access.js", "run/lock"])
-def test_a_link_is_not_written_through(demo: Demo, tmp_path: Path, link: str) -> None:
+def test_a_link_is_replaced_and_not_written_through(demo: Demo, tmp_path: Path) -> None:
     target = tmp_path / "target"
     target.write_text("precious")
-    path = demo.tree / link.format(demo.backend_ports[1])
-    path.parent.mkdir(exist_ok=True)
-    path.unlink(missing_ok=True)
-    path.symlink_to(target)
-    try:
-        demo.start("balancer" if "access" in link else "all").assert_one_line_error(2, str(path), "symbolic link")
-        assert target.read_text() == "precious"
-        assert demo.processes() == []
-    finally:
-        path.unlink(missing_ok=True)
+    port = demo.backend_ports[1]
+    for link in f"logs/backend_2-{port}.log", f"run/backend_2-{port}.pid", "run/access.js":
+        (demo.tree / link).parent.mkdir(exist_ok=True)
+        (demo.tree / link).symlink_to(target)
+    run = demo.ready()
+    assert target.read_text() == "precious" and demo.entry()
+    run.process.terminate()
+    assert run.end() == 0
 
 
 def test_what_a_log_says_gives_the_terminal_no_orders(capsys: pytest.CaptureFixture[str]) -> None:

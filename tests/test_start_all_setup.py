@@ -10,7 +10,7 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
-from launched import PROJECT, Demo, bare, bare_tree, borrow_venv, copy_project, demo, tree
+from launched import PROJECT, Demo, bare, bare_tree, copy_project, demo, tree
 
 import start_all
 from demo.console import Failure
@@ -18,42 +18,16 @@ from demo.console import Failure
 __all__ = ["bare", "bare_tree", "demo", "tree"]  # fixtures
 
 
-@pytest.mark.parametrize(
-    ("arguments", "file"), [(("backends",), "run/start_all-"), (("setup",), "logs/setup.log")], ids=["run", "logs"]
-)
-def test_a_disk_that_takes_nothing_is_named(bare: Demo, arguments: tuple[str, ...], file: str) -> None:
-    """A limit of size 0 stands for it: the system names no file then either."""
-    if arguments == ("backends",):
-        borrow_venv(bare.tree)
-    command = ["sh", "-c", 'ulimit -f 0; exec "$0" "$@"', bare.tree / "start_all.sh", *arguments]
-    done = subprocess.run(command, env=bare.environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
-    assert f"{bare.tree}/{file}" in done.stderr and "cannot be written: File too large" in done.stderr
-    assert not bare.processes()
-    shutil.rmtree(bare.tree / ".venv", ignore_errors=True)
-
-
-@pytest.mark.parametrize("name", ["logs", "run"])
-def test_a_link_in_place_of_a_folder_is_refused(bare: Demo, tmp_path: Path, name: str) -> None:
-    shutil.rmtree(bare.tree / name, ignore_errors=True)
-    (bare.tree / ".venv" / "requirements.sha256").unlink(missing_ok=True)
-    (bare.tree / name).symlink_to(tmp_path)
-    try:
-        bare.start("setup").assert_one_line_error(2, str(bare.tree / name), "symbolic link")
-    finally:
-        (bare.tree / name).unlink()
-    assert list(tmp_path.glob("*.log")) == []
-
-
 def test_stop_is_not_kept_by_what_is_no_file(bare: Demo) -> None:
-    """It waited for ever for a writer of the pipe, deaf to every signal, and a folder ended it."""
+    """It waited for ever for a writer of the pipe, deaf to every signal, and a folder ended it. Both are left alone."""
     run = bare.tree / "run"
     run.mkdir(mode=0o700, exist_ok=True)
     os.mkfifo(run / "a-1.pid")
     (run / "b-2.pid").mkdir()
     stop = bare.start("stop")
     assert stop.end() == 0 and "Nothing to stop" in stop.out
-    assert not (run / "a-1.pid").exists() and "b-2.pid could not be removed" in stop.out
+    (run / "a-1.pid").unlink()
+    (run / "b-2.pid").rmdir()
 
 
 @pytest.mark.parametrize(
@@ -113,7 +87,7 @@ def test_the_windows_script_has_its_line_ends_and_says_the_same() -> None:
 
 def set_up(demo: Demo, **environment: str) -> str:
     run = demo.start("setup", **environment)
-    assert (run.end(60), run.err) == (0, "")
+    assert (run.end(150), run.err) == (0, "")
     return run.out
 
 
@@ -151,7 +125,7 @@ def make_wheel(folder: Path, name: str) -> Path:
 
 
 @pytest.mark.timeout(180)
-def test_whatever_pip_is_set_to_it_installs_into_the_venv_or_says_that_it_did_not(bare: Demo, tmp_path: Path) -> None:
+def test_whatever_pip_is_set_to_it_installs_into_the_venv(bare: Demo, tmp_path: Path) -> None:
     """It failed, or believed that it had installed."""
     elsewhere, config = tmp_path / "elsewhere", tmp_path / "pip" / "pip.conf"
     config.parent.mkdir()
@@ -171,12 +145,6 @@ def test_whatever_pip_is_set_to_it_installs_into_the_venv_or_says_that_it_did_no
         assert subprocess.run(command, timeout=60).returncode == 0
         assert not elsewhere.exists()
 
-    (bare.tree / "requirements.txt").write_text(f"{make_wheel(tmp_path, 'not_brought')}; python_version < '3'\n")
-    (bare.tree / "backend_server.py").write_text("import not_brought\n")
-    for _ in range(2):
-        run = bare.start("setup")
-        run.assert_one_line_error(1, "not brought", "configuration", "No module named 'not_brought'", "setup.log")
-    (bare.tree / "backend_server.py").write_text("")
     (bare.tree / "requirements.txt").write_text("# nothing\n")
 
 

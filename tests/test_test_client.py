@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stub_balancer import LIMIT, SCRIPT, StubBalancer, environment, one_line, run, run_json, started
+from stub_balancer import LIMIT, SCRIPT, StubBalancer, environment, interrupted, one_line, run, run_json, started
 from support import ROOT, Balancer, fetch, free_port, ok, running, wait_until
 from wire import WireBackend
 
@@ -301,11 +301,6 @@ def test_bad_usage_is_one_line_and_exit_2(text: str, capsys: pytest.CaptureFixtu
         assert told.err.startswith("test_client.py: ") and told.err.count("\n") == 1
 
 
-def test_the_command_ends_with_that_code_and_line() -> None:
-    result = run("-n", "0")
-    assert (result.returncode, "-n/--requests" in one_line(result)) == (2, True)
-
-
 def test_help_and_version() -> None:
     shown = run("--help")
     assert (shown.returncode, shown.stderr) == (0, "")
@@ -381,11 +376,10 @@ def test_ctrl_c_reports_what_there_is_and_puts_the_algorithm_back(
     stub: StubBalancer, number: signal.Signals, code: int
 ) -> None:
     stub.delay = 0.05
-    with started(stub.url, "-n", "5k", "--algorithm", "weighted") as process:
-        wait_until(lambda: stub.total > 20)
-        process.send_signal(number)
-        out, errors = process.communicate(timeout=LIMIT)
-    assert process.returncode == code
+    returned, out, errors = interrupted(
+        stub.url, "-n", "5k", "--algorithm", "weighted", when=lambda: stub.total > 20, number=number
+    )
+    assert returned == code
     assert "interrupted: the report follows" in errors
     assert re.search(r"Summary +\d+ ok .* interrupted$", out, re.MULTILINE)
     assert out.splitlines()[-1] == "INTERRUPTED: 1 of 1 checks hold so far"
@@ -394,11 +388,8 @@ def test_ctrl_c_reports_what_there_is_and_puts_the_algorithm_back(
 
 def test_ctrl_c_does_not_wait_for_answers_that_do_not_come(stub: StubBalancer) -> None:
     stub.delay = 600
-    with started(stub.url, "--json", "-c", "3", "--warmup", "0") as process:
-        wait_until(lambda: len(stub.seen) == 3)
-        process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=LIMIT)
-    assert process.returncode == 130
+    returned, out, _ = interrupted(stub.url, "--json", "-c", "3", "--warmup", "0", when=lambda: len(stub.seen) == 3)
+    assert returned == 130
     report = json.loads(out)
     assert report["interrupted"] and not report["passed"]
     found = report["summary"]
@@ -416,22 +407,16 @@ def test_ctrl_c_before_anything_is_sent_is_quiet() -> None:
 
 def test_ctrl_c_during_the_warm_up_reports_nothing_but_that(stub: StubBalancer) -> None:
     stub.delay = 600
-    with started(stub.url, "-n", "10") as process:
-        wait_until(lambda: len(stub.seen) == 10)
-        process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=LIMIT)
-    assert process.returncode == 130
+    returned, out, _ = interrupted(stub.url, "-n", "10", when=lambda: len(stub.seen) == 10)
+    assert returned == 130
     assert re.search(r"Summary +0 ok   0 failed .* interrupted$", out, re.MULTILINE)
     assert out.splitlines()[-1] == "INTERRUPTED before there was anything to check"
 
 
 def test_ctrl_c_during_the_check_reports_the_tests_so_far(stub: StubBalancer) -> None:
     stub.delay = 0.03
-    with started(stub.url) as process:
-        wait_until(lambda: stub.total > 30)
-        process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=LIMIT)
-    assert process.returncode == 130
+    returned, out, _ = interrupted(stub.url, when=lambda: stub.total > 30)
+    assert returned == 130
     assert re.search(r"Concurrent: 200 requests, 10 at a time \(interrupted after \d+\)", out)
     assert "Distribution" not in out
     assert out.splitlines()[-1] == "INTERRUPTED: 3 of 3 checks hold so far"

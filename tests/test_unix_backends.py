@@ -15,20 +15,6 @@ from balancer.errors import ConnectFailed, ConnectTimedOut, SettingsError
 from balancer.protocol.origin import Origin
 from balancer.upstream.dialer import Dialer
 
-# As somebody may set it up who has not read about it.
-NGINX = """
-daemon off; pid nginx.pid; error_log stderr; worker_processes 1;
-events {{ worker_connections 64; }}
-http {{
-    access_log off;
-    client_body_temp_path body; proxy_temp_path proxy; fastcgi_temp_path f; uwsgi_temp_path u; scgi_temp_path s;
-    server {{
-        listen unix:{path};
-        location / {{ return 200 "$host $http_x_forwarded_for"; }}
-    }}
-}}
-"""
-
 
 @pytest.fixture
 def at(tmp_path: Path) -> Iterator[WireBackend]:
@@ -95,7 +81,8 @@ def test_requests_go_on_as_they_are_and_connections_are_kept(at: WireBackend) ->
 
 def test_nginx_answers_requests_and_checks_with_their_hosts(tmp_path: Path) -> None:
     path = tmp_path / "nginx.sock"
-    with nginx(tmp_path, NGINX.format(path=path)), Balancer(f"--backend=http+unix://{path}") as balancer:
+    server = f'listen unix:{path}; location / {{ return 200 "$host $http_x_forwarded_for"; }}'
+    with nginx(tmp_path, server), Balancer(f"--backend=http+unix://{path}") as balancer:
         wait_until(lambda: fetch(f"{balancer.url}/")[0] == 200, "nginx answers")
         assert fetch(f"{balancer.url}/", Host="client.example")[2] == b"client.example 127.0.0.1"
         assert fetch_json(f"{balancer.url}/status")["backend_servers"][0]["health"]["last_check"]["status"] == 200

@@ -8,7 +8,7 @@ import signal
 import socket
 import stat
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from support import (
     Balancer,
     Clock,
     Process,
+    Start,
     fetch,
     free_port,
     get,
@@ -44,12 +45,12 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def start_at(path: Path, scripted: WireBackend) -> Iterator[Callable[..., Balancer]]:
+def start_at(path: Path, scripted: WireBackend) -> Iterator[Start]:
     scripted.reset()
     started: list[Balancer] = []
 
     def begin(*flags: str, **options: Any) -> Balancer:
-        arguments = (f"--host=unix:{path}", f"--backend=only={scripted.url}", "--health-timeout=5", *flags)
+        arguments = (f"--host=unix:{path}", f"--backend=only={scripted.url}", *flags)
         started.append(Balancer(*arguments, wait_ready=False, **options))
         wait_until(lambda: curl(path, "/readyz")[0] == 200, "it is ready")
         return started[-1]
@@ -84,9 +85,7 @@ def lines_of(backend: WireBackend) -> dict[bytes, bytes]:
     return dict(backend.requests[-1].lines)
 
 
-def test_all_is_answered_there_and_the_file_goes_in_the_end(
-    start_at: Callable[..., Balancer], path: Path, scripted: WireBackend
-) -> None:
+def test_all_is_answered_there_and_the_file_goes_in_the_end(start_at: Start, path: Path, scripted: WireBackend) -> None:
     balancer = start_at()
     assert balancer.url == f"http+unix://{path}"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -100,7 +99,7 @@ def test_all_is_answered_there_and_the_file_goes_in_the_end(
     assert not path.exists()
 
 
-def test_others_who_may_connect_need_a_token_to_write(start_at: Callable[..., Balancer], path: Path) -> None:
+def test_others_who_may_connect_need_a_token_to_write(start_at: Start, path: Path) -> None:
     start_at("--unix-socket-mode=0660", env={"LB_PAGE_TOKEN": TOKEN})
     write = ("-X", "POST")
     assert curl(path, "/status")[0] == 200  # whoever may connect
@@ -113,7 +112,7 @@ def test_others_who_may_connect_need_a_token_to_write(start_at: Callable[..., Ba
 
 @pytest.mark.parametrize("trusts", [False, True])
 def test_a_proxy_there_is_believed_if_unix_is_trusted(
-    start_at: Callable[..., Balancer], path: Path, scripted: WireBackend, trusts: bool
+    start_at: Start, path: Path, scripted: WireBackend, trusts: bool
 ) -> None:
     start_at(*(["--trusted-proxies=unix,10.0.0.0/8"] if trusts else []))
     claims = ("-H", "X-Forwarded-For: 192.0.2.1", "-H", "Forwarded: for=192.0.2.1", "-H", "X-Real-IP: 192.0.2.1")
@@ -127,7 +126,7 @@ def test_a_proxy_there_is_believed_if_unix_is_trusted(
 
 
 def test_nginx_in_front_of_it_names_its_clients(
-    start_at: Callable[..., Balancer], path: Path, scripted: WireBackend, tmp_path: Path
+    start_at: Start, path: Path, scripted: WireBackend, tmp_path: Path
 ) -> None:
     balancer = start_at("--trusted-proxies=unix")
     balancer.url = f"http://unix:{path}:"
@@ -199,9 +198,7 @@ def test_beside_it_the_control_port_is_on_loopback(path: Path) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"GET / HT", b"PRI * HT"])
-def test_who_says_nothing_is_gone_after_header_timeout(
-    start_at: Callable[..., Balancer], path: Path, data: bytes
-) -> None:
+def test_who_says_nothing_is_gone_after_header_timeout(start_at: Start, path: Path, data: bytes) -> None:
     start_at("--header-timeout=0.5")
     with connect_to(path) as client:
         client.sendall(data)
@@ -231,7 +228,7 @@ def test_who_reads_nothing_is_gone_and_who_reads_slowly_is_not(path: Path) -> No
 
 
 def test_a_download_that_is_not_read_ends_for_its_backend_at_once(
-    start_at: Callable[..., Balancer], path: Path, scripted: WireBackend, monkeypatch: pytest.MonkeyPatch
+    start_at: Start, path: Path, scripted: WireBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(accepted, "IDLE_SECONDS", 0.1)
     balancer = start_at("--idle-timeout=1", "--header-timeout=0.5")
@@ -244,18 +241,14 @@ def test_a_download_that_is_not_read_ends_for_its_backend_at_once(
         assert received.startswith(b"HTTP/1.1 200") and len(read_all(client)) < 9_000_000
 
 
-def test_an_answer_before_the_end_of_its_request_ends_the_connection(
-    start_at: Callable[..., Balancer], path: Path
-) -> None:
+def test_an_answer_before_the_end_of_its_request_ends_the_connection(start_at: Start, path: Path) -> None:
     start_at("--max-request-body=10")
     with connect_to(path) as client:
         client.sendall(b"POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 1000000\r\n\r\n" + bytes(100_000))
         assert read_all(client).startswith(b"HTTP/1.1 413 ")
 
 
-def test_a_stop_cuts_off_what_does_not_finish(
-    start_at: Callable[..., Balancer], path: Path, scripted: WireBackend
-) -> None:
+def test_a_stop_cuts_off_what_does_not_finish(start_at: Start, path: Path, scripted: WireBackend) -> None:
     balancer = start_at()
     scripted.script = lambda sock, request: wait_closed(sock, 60) and None or sock.sendall(ok())
     with connect_to(path) as client:

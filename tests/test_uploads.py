@@ -68,8 +68,8 @@ def test_nobody_waits_for_more_once_something_is_here() -> None:
 def test_what_is_joined_is_bounded() -> None:
     upload = Upload(length=10_000 * KIB)
     upload.come(*[piece(bytes(60 * KIB))] * 20)
-    assert len(upload.call.receive()) == 4  # a fifth would make it more than 256 KiB
-    assert len(upload.call.receive()) == 4
+    assert len(upload.call.receive()) == 8  # a ninth would make it more than 512 KiB
+    assert len(upload.call.receive()) == 8
     upload = Upload(length=10_000)
     upload.come(*[piece(b"a")] * 1000)
     assert len(upload.call.receive()) == MOST_PIECES
@@ -78,7 +78,7 @@ def test_what_is_joined_is_bounded() -> None:
 @pytest.mark.parametrize(("version", "size"), [("1.1", 64 * KIB), ("2", 16 * KIB)])
 def test_what_is_asked_ahead_is_bounded(version: str, size: int) -> None:
     upload = Upload(100 * 1024 * KIB, version)
-    upload.come(*[piece(bytes(size))] * 400)
+    upload.come(*[piece(bytes(size))] * 800)
     taken = 0
     for _ in range(20):
         taken += size_of(upload.call.receive())

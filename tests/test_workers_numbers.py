@@ -46,7 +46,13 @@ class Whole:
     def __init__(self, stack: ExitStack) -> None:
         self.backends = {name: stack.enter_context(Gated()) for name in NAMES}
         backends = [f"--backend={name}={each.url}" for name, each in self.backends.items()]
-        flags = (f"--workers={WORKERS}", "--access-log=false", "--log-level=warning", "--health-interval=1")
+        flags = (
+            f"--workers={WORKERS}",
+            "--access-log=false",
+            "--log-level=warning",
+            "--health-interval=1",
+            "--queue-timeout=60",
+        )
         self.process = stack.enter_context(BalancerProcess(*flags, *backends))
         self.url = self.process.url
         self.port = int(self.url.rpartition(":")[2])

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, NoReturn, Self
 
-from support import RawRequest, Served, connect, get, ok, wait_until
+from support import PATIENCE, RawRequest, Served, connect, get, ok, wait_until
 
 Line = tuple[bytes, bytes]
 Script = Callable[[socket.socket, RawRequest], None]
@@ -66,6 +66,24 @@ class WireBackend:
                 sock.shutdown(socket.SHUT_RDWR)
 
         self.script = script
+
+    def hold(self) -> threading.Event:
+        """Its answers, which say what was asked for, come when this is set."""
+        go = threading.Event()
+        self.script = lambda sock, request: (go.wait(60), sock.sendall(ok(request.target)))
+        return go
+
+    def stall(self, data: bytes = b"") -> threading.Semaphore:
+        """It answers with this and no more. Counts the connections that are closed to it."""
+        closed = threading.Semaphore(0)
+
+        def script(sock: socket.socket, request: RawRequest) -> None:
+            sock.sendall(data)
+            if wait_closed(sock):
+                closed.release()
+
+        self.script = script
+        return closed
 
     def reset(self) -> None:
         self.is_healthy = True
@@ -261,7 +279,7 @@ def hang_up(sock: socket.socket, *, reset: bool = False) -> NoReturn:
     raise ConnectionAbortedError("the script hangs up")
 
 
-def wait_closed(sock: socket.socket, timeout: float = 10) -> bool:
+def wait_closed(sock: socket.socket, timeout: float = PATIENCE) -> bool:
     """True when the other side has closed; False if it still sends or `timeout` has passed."""
     sock.settimeout(timeout)
     try:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from typing_extensions import TypedDict
 
@@ -33,8 +33,7 @@ MAX_CONNECTIONS = 1_000_000
 MAX_WEIGHT = 256  # as in HAProxy: enough for any ratio, and sums stay small
 
 
-@dataclass(frozen=True, slots=True)
-class LastCheck:
+class LastCheck(NamedTuple):
     """The newest health check: epoch seconds, duration in seconds, and what came back, or that nothing came in time."""
 
     at: float

@@ -10,21 +10,10 @@ from threading import Lock
 from typing import Literal, NamedTuple
 
 ChangeKind = Literal[
-    "backend_up",
-    "backend_down",
-    "backend_added",
-    "backend_removed",
-    "backend_changed",
-    "backend_draining",
-    "backend_drained",
-    "backend_cut",
-    "backend_ejected",
-    "backend_trial",
-    "backend_returned",
-    "backend_slow",
-    "algorithm_changed",
-    "panic_on",
-    "panic_off",
+    Literal["backend_up", "backend_down", "backend_added", "backend_removed", "backend_changed"],
+    Literal["backend_draining", "backend_drained", "backend_cut"],
+    Literal["backend_ejected", "backend_trial", "backend_returned", "backend_slow"],
+    Literal["algorithm_changed", "panic_on", "panic_off"],
 ]
 Severity = Literal["info", "warning", "error"]
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from threading import Lock
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from typing_extensions import TypedDict
 
@@ -38,6 +38,8 @@ from balancer.protocol.origin import Origin
 from balancer.protocol.request import Request
 
 log = logging.getLogger("balancer.pool")
+
+T = TypeVar("T")
 
 DEFAULT_POOL = "default"  # of the backends at the top level of the settings
 STICKY = "sticky"  # in place of a strategy's name where none was asked
@@ -360,16 +362,13 @@ class BackendPool:
 
     def _line_up(self, request: Request, exclude: Collection[str]) -> Waiter[Lease]:
         """A place in the queue, if there is any and waiting can help."""
-        if self._has_place() and self._candidates.is_worth_waiting(exclude):
+        options, waiting = self._judge.options, self.waiting
+        has_place = waiting < options.queue_limit and waiting + self.waiting_elsewhere() < options.queue_places
+        if has_place and self._candidates.is_worth_waiting(exclude):
             waiter = self._line.join(request, exclude)
             self._tell_waiting()
             return waiter
         raise self._refusal(exclude, f", and {len(self._line)} requests are waiting already" if self._line else "")
-
-    def _has_place(self) -> bool:
-        options = self._judge.options
-        waiting = self.waiting
-        return waiting < options.queue_limit and waiting + self.waiting_elsewhere() < options.queue_places
 
     def _tell_waiting(self) -> None:
         if self.loads is not None:
@@ -472,24 +471,24 @@ class BackendPool:
 
     def record_check(self, backend: Backend, check: LastCheck, origin: Origin | None = None) -> None:
         """Count one check. `origin` is where it went: what it found does not count if the backend has moved since."""
-        with self._lock:
-            if self._is_here(backend, origin) and self._judge.checked(backend, check):
-                self._judged()
-        self._notifier.notify()
+        self._record(self._judge.checked, backend, check, origin)
 
     def record_refused(self, backend: Backend, reason: str, origin: Origin | None = None) -> None:
         """A refused connect on the data path: nobody listens there, so the backend is down at once."""
-        with self._lock:
-            if self._is_here(backend, origin) and self._judge.refused(backend, reason):
-                self._judged()
-        self._notifier.notify()
+        self._record(self._judge.refused, backend, reason, origin)
 
     def record_verdict(self, backend: Backend, reason: str | None, origin: Origin | None = None) -> None:
         """What traffic of another process has made of it: out for this reason, or back."""
+        self._record(self._judge.take_over, backend, reason, origin)
+
+    def _record(self, judge: Callable[[Backend, T], bool], backend: Backend, seen: T, origin: Origin | None) -> None:
         with self._lock:
-            if self._is_here(backend, origin) and self._judge.take_over(backend, reason):
-                self._judged()
-        self._notifier.notify()
+            # Neither removed nor moved away from there meanwhile.
+            if self._backends.get(backend.id) is backend and origin in (None, backend.origin):
+                if judge(backend, seen):
+                    self._judged()
+        if self._notifier.pending:
+            self._notifier.notify()
 
     def adopt(self, health: Mapping[str, Health]) -> None:
         """What another process has seen of them, by their ids, before the first request."""
@@ -514,10 +513,6 @@ class BackendPool:
         for backend in overdue:
             self.cut_off(backend)
 
-    def _is_here(self, backend: Backend, origin: Origin | None) -> bool:
-        """Neither removed nor moved away from `origin` meanwhile."""
-        return self._backends.get(backend.id) is backend and origin in (None, backend.origin)
-
     def _judged(self) -> None:
         self._had_first_round = self._had_first_round or self._is_all_known()
         self._settle()
@@ -528,23 +523,12 @@ class BackendPool:
     # What the operator changes at run time.
 
     def add(
-        self,
-        backend_id: str | None,
-        origin: Origin,
-        *,
-        others: Mapping[str, Backend] | None = None,
-        weight: int = 1,
-        max_connections: int | None = None,
-        drain_timeout: float | None = None,
-        source: str = "api",
-        configured: Mapping[str, Any] | None = None,
+        self, backend_id: str | None, origin: Origin, *, others: Mapping[str, Backend] | None = None, **fields: Any
     ) -> Backend:
-        """Add a backend; it gets requests after its first good check. `others` are those of other pools, by their ids.
-        Raises SettingsError if the id is taken."""
+        """Add a Backend with these fields; it gets requests after its first good check. `others` are those of other
+        pools, by their ids. Raises SettingsError if the id is taken."""
         with self._changing():
-            backend_id = self._members.new_id(backend_id, others or {})
-            backend = Backend(backend_id, origin, weight, max_connections, source=source, configured=configured or {})
-            backend.drain_timeout = drain_timeout
+            backend = Backend(self._members.new_id(backend_id, others or {}), origin, **fields)
             self._members.add(backend)
         return backend
 

@@ -19,7 +19,6 @@ from bisect import bisect
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from heapq import heapify, heappop, heappush, heapreplace
-from importlib.metadata import entry_points
 from itertools import accumulate
 from math import ceil, exp2, inf
 from typing import Any, ClassVar, TypeVar
@@ -116,6 +115,8 @@ def _whole_name(cls: type[Strategy]) -> str:
 
 def load_entry_points() -> None:
     """Register the strategies of installed packages. One that cannot be imported is a SettingsError naming it."""
+    from importlib.metadata import entry_points
+
     for entry in entry_points(group=ENTRY_POINT_GROUP):
         try:
             loaded = entry.load()
@@ -128,6 +129,8 @@ def load_entry_points() -> None:
 
 def create(name: str, options: StrategyOptions = StrategyOptions(), **injected: Any) -> Strategy:  # noqa: B008
     """A new strategy with no memory. Raises SettingsError with the valid names."""
+    if name not in REGISTRY:
+        load_entry_points()
     if name not in REGISTRY:
         raise SettingsError(f"unknown algorithm {quoted(name)}, expected one of: {', '.join(sorted(REGISTRY))}")
     made = REGISTRY[name](**injected)
@@ -509,8 +512,9 @@ class ConsistentHash(TakingTurns):
         return request_key(self.options.hash_key, self.options.networks)
 
 
-# Seconds that are remembered, and of when; since when it owes an answer; requests in flight; weight.
-Expectation = tuple[float, float, float | None, int, int]
+# Seconds that are remembered, and of when; since when it owes an answer, inf if it owes none (entries are compared);
+# requests in flight; weight.
+Expectation = tuple[float, float, float, int, int]
 
 
 class ExpectedSoonest(LowestFirst):
@@ -543,14 +547,14 @@ class ExpectedSoonest(LowestFirst):
 
     def rank(self, backend: Backend) -> Expectation:
         speed = backend.speed
-        owes_since = speed.answered_at if speed.unanswered else None
+        owes_since = speed.answered_at if speed.unanswered else inf
         return self.memory(speed), speed.ewma_at, owes_since, backend.active, backend.weight
 
     def score(self, rank: Expectation, now: float) -> float:
         seconds, at, owes_since, active, weight = rank
         # Never measured: first if idle, else as if slow, or it would draw all traffic until its first answer.
         expected = faded(seconds, now - at) or (UNMEASURED_SECONDS if active else 0.0)
-        if owes_since is not None and now - owes_since > expected:
+        if now - owes_since > expected:
             expected = now - owes_since
         return expected * (active + 1) / weight
 
@@ -561,7 +565,7 @@ class ExpectedSoonest(LowestFirst):
         self.look()
         while (backend := super().choose(request)) is not None:
             too_low, turn, place, _, rank = self._heap[0]
-            if rank[2] is None or (key := self.key(rank)) <= too_low:
+            if rank[2] == inf or (key := self.key(rank)) <= too_low:
                 break
             entry = self._entries[backend] = key, turn, place, backend, rank
             heapreplace(self._heap, entry)

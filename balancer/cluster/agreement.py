@@ -29,17 +29,10 @@ _DECISION = TypeAdapter(Decision)
 class Agreement:
     """For one thread. `member` is the name of this one; `note` is told what cannot be here."""
 
-    def __init__(
-        self,
-        decisions: Decisions,
-        member: str,
-        note: Callable[[News, str], None],
-        wall_clock: Callable[[], float] = time.time,
-    ) -> None:
+    def __init__(self, decisions: Decisions, member: str, note: Callable[[News, str], None]) -> None:
         self._decisions = decisions
         self._member = member
         self._note = note
-        self._wall_clock = wall_clock
         self._words: dict[str, str] = {}  # the last one on each, by key
         self._seen: dict[Key, Decision] = {}  # what held here when we looked last
         self._left_out: dict[Key, Decision] = {}  # what cannot be here, until a reload makes it possible
@@ -86,7 +79,7 @@ class Agreement:
 
     def _still_means_something(self, decision: Decision) -> bool:
         until = decision["until"]
-        return decision["value"] != decision["over"] if until is None else until > self._wall_clock()
+        return decision["value"] != decision["over"] if until is None else until > time.time()
 
 
 def _read(name: str, word: str) -> tuple[Key, Decision] | None:

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 from balancer.config import validation
 from balancer.config.tables import Named
-from balancer.errors import SettingsError
+from balancer.config.values import Url
 from balancer.protocol.addresses import is_loopback
 from balancer.protocol.headerrules import OF_REQUESTS, is_token
 from balancer.protocol.origin import Endpoint
@@ -48,7 +48,7 @@ class _Auth(Named):
 class KeySettings(BaseModel):
     """One API key."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     id: str = Field(pattern=validation.ID, description="whose it is; one may have several")
     sha256: Digest = Field(description="its SHA-256 digest, as load-balancer new-key prints it")
@@ -86,18 +86,13 @@ class JwtSettings(_Auth):
         None, description="file with the secret of HS256, HS384 or HS512, 32 bytes or more"
     )
     jwks_file: Path | None = Field(None, description="file with the public keys of the other algorithms (RFC 7517)")
-    jwks_url: str | None = Field(None, description="where these keys are fetched, again and again")
+    jwks_url: Url | None = Field(None, description="where these keys are fetched, again and again")
     issuer: str | None = Field(None, min_length=1, description="what iss must be; not looked at if left out")
     audience: str | None = Field(None, min_length=1, description="what aud must be or have; the same")
     require: dict[str, tuple[str, ...]] = Field(
         {}, description='values that claims must have, as { scope = ["read"] }, or the answer is 403'
     )
     forward_token: bool = Field(False, description="backends get the token too")
-
-    @field_validator("jwks_url")
-    @classmethod
-    def _check_url(cls, url: str | None) -> str | None:
-        return None if url is None else _url(url)
 
     @field_validator("require")
     @classmethod
@@ -137,15 +132,10 @@ class ForwardSettings(_Auth):
     """Another server decides."""
 
     type: Literal["forward"] = Field(description="forward")
-    url: str = Field(description="where it is asked about each request, as http://HOST:PORT/PATH")
+    url: Url = Field(description="where it is asked about each request, as http://HOST:PORT/PATH")
     copy_headers: tuple[str, ...] = Field(
         (), description="fields of its answer that backends get, and from nobody else"
     )
-
-    @field_validator("url")
-    @classmethod
-    def _check_url(cls, url: str) -> str:
-        return _url(url)
 
     @field_validator("copy_headers")
     @classmethod
@@ -172,11 +162,3 @@ class ControlTokenSettings(Named):
         if name in OTHERS:
             raise ValueError("would be mistaken in events for somebody without a token of this table; choose another")
         return name
-
-
-def _url(url: str) -> str:
-    try:
-        Endpoint.parse(url)
-    except SettingsError as error:
-        raise ValueError(str(error)) from None
-    return url

@@ -32,22 +32,16 @@ class ListedBackend(BackendSettings):
 class BackendsFile(BaseModel):
     """What stands in it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     backends: tuple[ListedBackend, ...] = Field((), description="the backends")
 
     @field_validator("backends", mode="before")
     @classmethod
     def _read_short_forms(cls, backends: Any) -> Any:
-        try:
-            is_list = isinstance(backends, list)
-            return (
-                [BackendSettings.parse(each) if isinstance(each, str) else each for each in backends]
-                if is_list
-                else backends
-            )
-        except SettingsError as error:
-            raise ValueError(str(error)) from None
+        if not isinstance(backends, list):
+            return backends
+        return [BackendSettings.parse(each) if isinstance(each, str) else each for each in backends]
 
 
 def parse(data: bytes) -> tuple[ListedBackend, ...]:

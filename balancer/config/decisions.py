@@ -23,7 +23,6 @@ from balancer.balancing.pools import Pools
 from balancer.config.comparison import configured
 from balancer.config.settings import Settings, prefix_of, show
 from balancer.config.values import DrainTimeout, MaxConnections, Weight
-from balancer.errors import SettingsError
 from balancer.protocol.origin import Origin
 
 ALGORITHM = "algorithm"
@@ -34,7 +33,7 @@ News = Literal["change_undone", "state_restored"]
 class Fields(BaseModel):
     """What may be decided of a backend, and what holds for one that the configuration does not know."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, defer_build=True)
 
     weight: Weight = 1
     max_connections: MaxConnections | None = None
@@ -88,18 +87,12 @@ class Decisions:
     `_made`, which is replaced and never changed, so that anybody may read it.
     """
 
-    def __init__(
-        self,
-        settings: Callable[[], Settings],
-        pools: Pools,
-        note: Callable[[News, str, str], None],
-        wall_clock: Callable[[], float] = time.time,
-    ) -> None:
+    def __init__(self, settings: Callable[[], Settings], pools: Pools, note: Callable[[News, str, str], None]) -> None:
         self._settings = settings
         self._pools = pools
         self._note = note
-        self._wall_clock = wall_clock
-        self._started = wall_clock()
+        self._wall_clock = time.time
+        self._started = time.time()
         self.told: Callable[[], None] = lambda: None
         self._lock = Lock()
         self._made: Mapping[Key, Decision] = {}
@@ -146,7 +139,8 @@ class Decisions:
         self._made = made
         with suppress(KeyError):  # it was removed in this moment
             self._set(key, value)
-            self._note("change_undone", key.backend, f"{key} {show(value)} again, {show(over['value'])} was for a time")
+            text = f"{key} {show(value)} again, {show(over['value'])} was for a time"
+            self._note("change_undone", text, key.backend)
 
     def _look(self, by: str | None) -> Mapping[Key, Decision]:
         """Forget what holds no more, as after a reload; what is new was decided now."""
@@ -187,7 +181,7 @@ class Decisions:
                     )
 
     def _set(self, key: Key, value: Any) -> None:
-        """Raises KeyError, ValueError or SettingsError if that cannot be any more."""
+        """Raises KeyError or ValueError if that cannot be any more."""
         pool = self._pools.get(key.pool)
         if pool is None:
             raise KeyError(key.pool)
@@ -217,7 +211,7 @@ class Decisions:
         held = ", ".join(f"{key} {show(each['value'])}" for key, each in found if key not in lost)
         left_out = ", ".join(f"{key} {show(each['value'])} ({lost[key]})" for key, each in found if key in lost)
         text = f"decided before: {held or 'nothing that holds'}"
-        self._note("state_restored", "", f"{text}; left out: {left_out}" if lost else text)
+        self._note("state_restored", f"{text}; left out: {left_out}" if lost else text, "")
 
     def _decide(self, found: Collection[tuple[Key, Decision]]) -> dict[Key, str]:
         """Again. Why each could not be, of those that could not."""
@@ -244,7 +238,7 @@ class Decisions:
             if each["value"] != value:
                 with acting(each["by"]):
                     self._set(key, each["value"])
-        except (KeyError, ValueError, SettingsError):
+        except (KeyError, ValueError):
             return "that is not possible any more"
         made = {**self._made, key: each}
         if each["value"] == over and each["until"] is None:

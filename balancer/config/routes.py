@@ -96,7 +96,7 @@ def _check_split(split: Mapping[str, int]) -> Mapping[str, int]:
 class MirrorSettings(BaseModel):
     """Copies of a route's requests, whose answers nobody waits for."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     pool: str = Field(pattern=validation.ID, description="pool that gets the copies")
     share: Share = Field(1.0, description="share of the requests that are copied")
@@ -255,7 +255,7 @@ class RouteSettings(create_model("_RouteValues", __base__=_Route, **may_have(PER
 class ExpectSettings(BaseModel):
     """What becomes of one request, as the routes have it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     request: str = Field(
         pattern=validation.EXPECTED_REQUEST, description='method and URL, as "GET http://api.example.com/v1/x"'

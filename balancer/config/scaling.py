@@ -11,9 +11,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from balancer.balancing.pool import DEFAULT_POOL
 from balancer.config import validation
 from balancer.config.tables import Named
-from balancer.config.values import Port, Seconds, SecondsOrZero
-from balancer.errors import SettingsError
-from balancer.protocol.origin import Endpoint
+from balancer.config.values import Port, Seconds, SecondsOrZero, Url
 
 PROVIDERS = ("command", "docker_image", "kubernetes", "webhook")
 
@@ -41,7 +39,7 @@ class ScalingSettings(Named):
     kubernetes: str | None = Field(
         None, pattern=validation.DEPLOYMENT, description="sets the replicas of this deployment, in our own namespace"
     )
-    webhook: str | None = Field(None, description="URL that gets pool, from, to and reason as JSON")
+    webhook: Url | None = Field(None, description="URL that gets pool, from, to and reason as JSON")
     down_after: SecondsOrZero = Field(300.0, description="time for which fewer must do, until there are fewer")
     start_timeout: Seconds = Field(60.0, description="time until one that was started must be healthy")
     mode: Literal["enforce", "shadow"] = Field("enforce", description="shadow only says what it would do")
@@ -59,16 +57,6 @@ class ScalingSettings(Named):
             if not any("{port}" in word for word in words):
                 raise ValueError("does not say where to listen; expected {port} among its words")
         return command
-
-    @field_validator("webhook")
-    @classmethod
-    def _check_webhook(cls, url: str | None) -> str | None:
-        try:
-            if url is not None:
-                Endpoint.parse(url)
-        except SettingsError as error:
-            raise ValueError(str(error)) from None
-        return url
 
     @property
     def _given(self) -> list[str]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import stat
 import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,7 @@ from balancer.config.tables import Named, PoolSettings, Table
 from balancer.config.values import DEFAULT_BACKENDS, RESTART, BackendSettings, Listed, Values
 from balancer.errors import SettingsError
 from balancer.protocol.addresses import is_loopback
+from balancer.protocol.files import read_whole
 from balancer.protocol.headerrules import NO_RULES, HeaderRules
 from balancer.protocol.texts import quoted
 
@@ -41,7 +41,6 @@ Options = TypeVar("Options", bound="DataclassInstance")
 
 NAMING_BACKENDS = ("pools", "backends_file", "docker", "scaling")  # beside `backends`
 SHORT_FORMS = {"flag": "--backend {}", "environment": "backend {} of LB_BACKENDS"}  # where backends are told by number
-MAX_FILE = 1_048_576  # bytes of a configuration file: room for ten thousand backends
 
 
 class Settings(Values):
@@ -276,14 +275,7 @@ def _from_file(file: Path | None) -> dict[str, Any]:
     if file is None:
         return {}
     try:
-        status = file.stat()
-        if not stat.S_ISREG(status.st_mode):  # a pipe could keep us waiting for ever
-            raise SettingsError(f"config file {file}: not a regular file")
-        if status.st_size > MAX_FILE:
-            raise SettingsError(f"config file {file}: {status.st_size} bytes, at most {MAX_FILE} are read")
-        return tomllib.loads(file.read_text(encoding="utf-8-sig"))  # Windows' editor puts a mark in front
-    except OSError as error:
-        raise SettingsError(f"config file {file}: {error.strerror}") from None
+        return tomllib.loads(read_whole(file).decode("utf-8-sig"))  # Windows' editor puts a mark in front
     except (ValueError, RecursionError) as error:  # also a number of thousands of digits, or brackets without end
         raise SettingsError(f"config file {file}: {error}") from None
 

@@ -17,7 +17,7 @@ _OVERRIDDEN = {name for name, field in Values.model_fields.items() if PER_POOL i
 class Named(BaseModel):
     """One of a table."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     name: str = Field(pattern=validation.ID, description="name, unique")
 

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, SecretStr
 
 from balancer.balancing.backends import ID_PATTERN
-from balancer.protocol.origin import AUTHORITY_PATTERN, IPV6_PATTERN, NAME_PATTERN
+from balancer.protocol.origin import AUTHORITY_PATTERN, IPV6_PATTERN, NAME_PATTERN, Endpoint
 from balancer.protocol.requestkey import KEY_PATTERN, TOKEN_PATTERN
 
 Schema = Mapping[str, Any]
@@ -48,6 +48,11 @@ def no_truth_value(value: Any) -> Any:
     if isinstance(value, bool):
         raise AssertionError  # no ValueError, whose text would be the complaint
     return value
+
+
+def check_url(url: str) -> str:
+    Endpoint.parse(url)
+    return url
 
 
 def check_redis_url(url: SecretStr) -> SecretStr:

@@ -49,6 +49,7 @@ Bytes = Annotated[int, Field(json_schema_extra={"unit": "bytes"})]
 BytesPerSecond = Annotated[int, Field(ge=0, le=1_000_000_000, json_schema_extra={"unit": "bytes/s"})]
 Status = Annotated[int, Field(ge=200, le=599), BeforeValidator(validation.no_truth_value)]
 Port = Annotated[int, Field(ge=1, le=65535)]
+Url = Annotated[str, AfterValidator(validation.check_url)]
 RedisUrl = Annotated[SecretStr, AfterValidator(validation.check_redis_url)]
 Weight = Annotated[int, Field(ge=0, le=MAX_WEIGHT), BeforeValidator(validation.no_truth_value)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -63,14 +64,12 @@ def _header_rules(kept: Mapping[bytes, str], given: Any) -> HeaderRules:
     """In flags and the environment they are the text that stands in the file."""
     if isinstance(given, HeaderRules):
         return given
-    try:
-        if isinstance(given, str):
+    if isinstance(given, str):
+        try:
             (given,) = tomllib.loads(f"it = {given}").values()  # what follows on more lines would be no rules
-        return HeaderRules.parse(given, kept)
-    except (ValueError, RecursionError):  # no TOML, or more than one table; or brackets without end
-        raise ValueError(f"expected {headerrules.SHAPE} in TOML, which is not JSON") from None
-    except SettingsError as error:
-        raise ValueError(str(error)) from None
+        except (ValueError, RecursionError):  # no TOML, or more than one table; or brackets without end
+            raise ValueError(f"expected {headerrules.SHAPE} in TOML, which is not JSON") from None
+    return HeaderRules.parse(given, kept)
 
 
 def _hedge(given: Any) -> Any:
@@ -92,7 +91,7 @@ ResponseRules = Annotated[HeaderRules, BeforeValidator(partial(_header_rules, he
 class BackendSettings(BaseModel):
     """One backend. On the command line and in the environment: `[ID=]URL[@WEIGHT]`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, from_attributes=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True, from_attributes=True)
 
     id: str = Field(
         "", pattern=validation.ID_OR_NONE, description="name, unique; backend_1, backend_2, ... if left out"
@@ -107,10 +106,7 @@ class BackendSettings(BaseModel):
     @field_validator("url")
     @classmethod
     def _check_url(cls, url: str) -> str:
-        try:
-            return (Discovered.parse(url.strip()) or Origin.parse(url)).url
-        except SettingsError as error:
-            raise ValueError(str(error)) from None
+        return (Discovered.parse(url.strip()) or Origin.parse(url)).url
 
     @property
     def discovered(self) -> Discovered | None:
@@ -170,7 +166,7 @@ def name_server(text: str) -> tuple[str, int]:
 class Values(BaseModel):
     """Checked. Adding one takes its field here, and its use: `options` and `reload` go by name."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     # Who and where.
     id: Fixed[str] = Field("lb-1", pattern=validation.ID, description="name of this balancer in answers and in Via")

@@ -27,7 +27,8 @@ from urllib.parse import urlsplit
 from flask import g, request
 from pydantic import SecretStr
 
-from balancer.config.auth import ControlTokenSettings
+from balancer.config.auth import OTHERS, ControlTokenSettings
+from balancer.config.settings import Settings
 from balancer.control.inputs import received
 from balancer.control.neighbours import is_ours, is_private
 from balancer.control.problems import ApiError
@@ -39,7 +40,7 @@ from balancer.protocol.request import header_lines
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 SIGNS_OF_A_PROXY = frozenset({b"via", b"cdn-loop", b"cf-ray"})  # beside all that a proxy claims of its client
 CHALLENGE = {"WWW-Authenticate": 'Bearer realm="load balancer"'}  # RFC 6750 section 3
-ADMIN, PAGE, LOCAL = "admin_token", "page_token", "local"  # who did something, if not with one of `control_tokens`
+ADMIN, PAGE, LOCAL = OTHERS  # who did something, if not with one of `control_tokens`
 SHOWN = 100  # characters of what somebody sent, in an answer or an event
 
 
@@ -62,6 +63,9 @@ class Access:
 
     options: AccessOptions
     guesses: Guesses = field(default_factory=Guesses)
+
+    def use(self, config: Settings) -> None:
+        self.options = config.options(AccessOptions)
 
     @property
     def has_tokens(self) -> bool:

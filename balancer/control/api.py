@@ -1,4 +1,4 @@
-"""The control API put together: which paths are its own, and what holds for every route.
+"""The control API put together: what holds for every route.
 
 `access` decides who may read and write. The routes are in `monitoring`, `administration` and `dashboard`; a new path
 also goes into `openapi.PATHS`, else it is forwarded.
@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import gzip
 import re
-from collections.abc import Callable
 
 from flask import Blueprint, Flask, Response, g, request
 from flask_cors import CORS
 
 from balancer.balancing.changes import ACTOR
 from balancer.control import administration, cluster, dashboard, limits, monitoring, openapi, problems
-from balancer.control.access import LOCAL, first_segment, is_authorized
+from balancer.control.access import LOCAL, Access, AccessOptions, first_segment, is_authorized
 from balancer.control.control import Control, current_control
-from balancer.control.inputs import MAX_BODY
 from balancer.control.metrics import Metrics, current_metrics
+from balancer.control.paths import MAX_BODY
 from balancer.control.problems import ApiError
 from balancer.observe.events import REFUSED
 from balancer.protocol.messages import check_host, check_target
@@ -36,21 +35,10 @@ for part in (monitoring, administration, limits, cluster, dashboard, openapi):
     blueprint.register_blueprint(part.blueprint)
 
 
-def is_control_path(prefix: str) -> Callable[[str], bool]:
-    """A predicate for the data path: is this path answered here instead of being forwarded?"""
-    exact = frozenset(prefix + path for path in openapi.PATHS if "{" not in path)
-    below = tuple(prefix + path.partition("{")[0] for path in openapi.PATHS if "{" in path)
-    return lambda path: path in exact or path.startswith(below)
-
-
-def covers_control_path(prefix: str) -> Callable[[str], bool]:
-    """A predicate for the data path: does what this string begins with include a path that is answered here?"""
-    paths = tuple(prefix + path.partition("{")[0] for path in openapi.PATHS)
-    return lambda scope: any(path.startswith(scope) for path in paths)
-
-
-def install(app: Flask, control: Control) -> None:
-    """Put the control API into `app`."""
+def make(control: Control) -> Flask:
+    """The app that has it."""
+    app = Flask("balancer", static_folder=None)
+    control.access = Access(control.settings.options(AccessOptions))
     app.config["CONTROL_PREFIX"] = control.settings.control_prefix
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY + 1  # one more, because Werkzeug cuts a chunked body without a word
     app.json.sort_keys = False  # type: ignore[attr-defined]
@@ -71,6 +59,7 @@ def install(app: Flask, control: Control) -> None:
         max_age=600,
         vary_header=False,
     )
+    return app
 
 
 def _admit() -> None:

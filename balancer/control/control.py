@@ -9,13 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
-from flask import current_app
 from typing_extensions import TypedDict
 
 from balancer.balancing.backends import BackendView
 from balancer.balancing.pool import BackendPool
 from balancer.balancing.pools import Pools
-from balancer.cluster.figures import Figures
 from balancer.config.comparison import Plan
 from balancer.config.decisions import Decisions
 from balancer.config.reload import Configuration
@@ -33,6 +31,7 @@ from balancer.observe.statistics import Statistics
 
 if TYPE_CHECKING:
     from balancer.cluster.cluster import Cluster
+    from balancer.cluster.figures import Figures
     from balancer.control.access import Access
     from balancer.state.memory import Memory
 
@@ -95,7 +94,6 @@ class Control:
     dashboard: Path
     configuration: Configuration
     decisions: Decisions
-    access: Access
     routes: RouteCounts
     limiter: Limiter
     discovery: Discovery
@@ -106,6 +104,7 @@ class Control:
     reload: Reload
     tls: Callable[[], TlsView | None]
     figures: Callable[[], Figures]
+    access: Access = field(init=False)  # of the installed API
     url: Callable[[], str | None] = lambda: None  # where it listens, once it does
     revisions: Revisions = field(default_factory=Revisions)
     memory: Memory | None = None  # without a `state_file`
@@ -139,4 +138,6 @@ class Control:
 
 def current_control() -> Control:
     """That of the app whose request is being answered."""
+    from flask import current_app  # which a worker process does without
+
     return cast(Control, current_app.extensions["control"])

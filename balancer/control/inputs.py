@@ -18,18 +18,18 @@ from balancer.balancing.backends import AdminState
 from balancer.balancing.pool import DEFAULT_POOL
 from balancer.config import validation
 from balancer.config.values import DrainTimeout, MaxConnections, Weight
+from balancer.control.paths import MAX_BODY
 from balancer.control.problems import ApiError, is_legacy
 from balancer.protocol.origin import EXPECTED
 from balancer.protocol.texts import shown
 
-MAX_BODY = 65536  # bytes of a control request
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}  # of a time, in seconds
 
 
 class Body(BaseModel):
     """Base of all request bodies: no unknown fields, no silent conversions."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, defer_build=True)
 
 
 # Of a change that may be for a time; `for` is a word of Python's own.
@@ -90,14 +90,10 @@ def read_body(model: type[M]) -> M:
     try:
         return model.model_validate(given)
     except ValidationError as error:
-        known = ", ".join(names(model)) or "no fields"
+        known = ", ".join(field.alias or name for name, field in model.model_fields.items()) or "no fields"
         details = "; ".join(_explain(detail, model) for detail in error.errors(include_url=False))
-        raise ApiError(_validation_status(), f"{details} (fields: {known})"[:1000]) from None
-
-
-def names(model: type[Body]) -> list[str]:
-    """Of its fields, as they are sent."""
-    return [field.alias or name for name, field in model.model_fields.items()]
+        status = 400 if is_legacy() else 422  # the clients of the earlier program know only that
+        raise ApiError(status, f"{details} (fields: {known})"[:1000]) from None
 
 
 def seconds(duration: str | None) -> int | None:
@@ -130,11 +126,6 @@ def switch(name: str) -> bool:
     if unknown := sorted(set(request.args) - {name}):  # a slip of the pen must not become the other thing
         raise ApiError(400, f"unknown parameter {unknown[0][:40]!r}; there is {name}=1")
     return whole_number(name, 0, 1) == 1
-
-
-def _validation_status() -> int:
-    """422 for a wrong value; 400 on the paths of the earlier program, whose clients know only that."""
-    return 400 if is_legacy() else 422
 
 
 def _explain(detail: Any, model: type[Body]) -> str:

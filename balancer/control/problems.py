@@ -35,7 +35,7 @@ class ApiError(Exception):
 
 def install(app: Flask) -> None:
     """Answer the errors of `app`, also where no route is: an unknown path, a method that a path has not."""
-    app.register_error_handler(ApiError, _api_error)
+    app.register_error_handler(ApiError, lambda error: _problem(error.status, str(error), error.headers, **error.more))
     app.register_error_handler(HTTPException, _http_error)
     app.register_error_handler(ClientError, _client_failed)
     app.register_error_handler(ClientGone, _client_failed)
@@ -44,10 +44,6 @@ def install(app: Flask) -> None:
 def is_legacy() -> bool:
     """Whether the request is for a path of the earlier program."""
     return request.path.removeprefix(current_app.config["CONTROL_PREFIX"]) in LEGACY_PATHS
-
-
-def _api_error(error: ApiError) -> Response:
-    return _problem(error.status, str(error), error.headers, **error.more)
 
 
 def _http_error(error: HTTPException) -> Response:

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from balancer.edge import accepted
 from balancer.edge.clientbody import ClientBody
@@ -21,15 +21,12 @@ from balancer.edge.listener import Listener
 from balancer.edge.promise import is_done_within
 from balancer.edge.scope import environ_of, request_of
 from balancer.errors import BackendRemoved, BalancerError, ClientGone, ClientStalled
-from balancer.protocol.client import Leaving
+from balancer.forwarding.answer import Answer
+from balancer.forwarding.forwarding import Forwarding
+from balancer.protocol.client import Abortable, Leaving
 from balancer.protocol.messages import SERVER_LINE, parse_content_length
 from balancer.protocol.request import Request, RequestBody
-
-if TYPE_CHECKING:
-    from balancer.forwarding.answer import Answer
-    from balancer.forwarding.forwarding import Forwarding
-    from balancer.protocol.client import Abortable
-    from balancer.protocol.requestheads import RequestHeads
+from balancer.protocol.requestheads import RequestHeads
 
 log = logging.getLogger("balancer.server")
 

@@ -121,6 +121,8 @@ class ClientBody:
                 pieces.append(piece)
                 size += len(piece)
         self.is_paused = not self.is_done
+        if self.is_paused:
+            self._ask()  # while these go on
         return pieces
 
     def let_go(self) -> None:
@@ -143,7 +145,8 @@ class ClientBody:
         return not message["more_body"] or (left == 0 and not self._is_http2)
 
     def _receive_piece(self, timeout: float | None) -> bytes:
-        self._ask()
+        if not self._asked:
+            self._ask()
         message = self._receive_message(timeout)
         if message["type"] != "http.request":
             raise ClientGone("the client left before its request was complete")
@@ -158,7 +161,7 @@ class ClientBody:
         if self._is_end(self._left, message):
             self.is_spent = bool(self._asked)  # asked beyond the end, which was not to be
             self.is_done = True
-        else:
+        elif not self._asked:
             self._ask()
         return body
 
@@ -176,8 +179,15 @@ class ClientBody:
                 self._asked.append(self._protocol.receive())
 
     def _receive_message(self, timeout: float | None) -> Any:
-        """Granian's next message. Raises ClientTooSlow after `timeout`, or `idle_timeout`, or below `min_body_rate`,
-        ExpectationFailed, and Unwanted.
+        """Granian's next message. Raises as `_wait`."""
+        waited = 0.0 if is_done(self._asked[0]) else self._wait(timeout)
+        message = result_of(self._asked.pop(0))
+        self.patience = self._listener.patience_left(self.patience, waited, len(message.get("body", b"")))
+        return message
+
+    def _wait(self, timeout: float | None) -> float:
+        """For the next message. Returns the seconds that count. Raises ClientTooSlow after `timeout`, or
+        `idle_timeout`, or below `min_body_rate`, ExpectationFailed, and Unwanted.
 
         Only time spent waiting here counts, so that a slow backend, for which the client has to pause, does not.
         """
@@ -200,11 +210,7 @@ class ClientBody:
             now = time.monotonic()
             self._excused += now - started
             started = now
-        message = result_of(self._asked.pop(0))
-        self.patience = self._listener.patience_left(
-            self.patience, time.monotonic() - started, len(message.get("body", b""))
-        )
-        return message
+        return time.monotonic() - started
 
     def _look_for_answer(self) -> None:
         """Raises Unwanted, and as `look`. Who sends no more, or waits for a word, gets any answer that is here."""

@@ -1,10 +1,11 @@
 """An answer that goes to its client in pieces, each when there is room for it: how large they are, how long we wait.
 
 Granian keeps four pieces beside the one that hyper has, and says of the sixth when there is room for it. So what a
-client can make us hold is six pieces of each of its answers. They are the smaller, the more answers are under way. The
-last six are together no larger than an answer that goes whole, for of either nobody tells us whether it was read; so
-are the first six in HTTP/2, where a client may ask for many answers and read none. Any other six are there no larger
-than what a connection may leave unread, so that a stream that is paused can end alone.
+client can make us hold is six pieces of each of its answers. They are the smaller, the more answers are under way, and
+larger for a client that reads on at once, for each is a switch of threads. The last six are together no larger than an
+answer that goes whole, for of either nobody tells us whether it was read; so are the first six in HTTP/2, where a
+client may ask for many answers and read none. Any other six are there no larger than what a connection may leave
+unread, so that a stream that is paused can end alone.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ WHOLE = 131072  # bytes of an answer that is handed over whole, before HTTP/2, w
 UNREAD_PIECES = 6  # of an answer can be handed over while nothing of it was read
 # Bytes of a piece: at least, at most, at most if we cannot know the last ones, and of one piece of each answer in all.
 LEAST_PIECE, LARGEST_PIECE, LARGEST_ENDLESS, PIECES = 8192, 131072, 32768, 4 * 1024 * 1024
+# Of a client that has room again so soon; with pieces as large a slow one would not be seen to read for a minute.
+LARGEST_PROMPT, PROMPT_SECONDS = 524288, 0.25
 LARGEST_STREAMED = MOST_OWED // UNREAD_PIECES  # at most in HTTP/2
 
 
@@ -35,7 +38,7 @@ class Download:
 
     __slots__ = (
         *("_listener", "_chunks", "_iterator", "_stream", "_whole", "_is_http2", "left", "_chunk", "_at", "_pieces"),
-        *("promise", "_since", "_patience", "_largest", "_sent"),
+        *("promise", "_since", "_patience", "_largest", "_sent", "_is_prompt"),
     )
 
     def __init__(self, listener: Listener, chunks: Iterable[bytes], length: int | None, *, is_http2: bool) -> None:
@@ -52,6 +55,7 @@ class Download:
         self._pieces = self._largest = self._sent = 0  # how many, bytes of one, of all
         self.promise: Any = None
         self._since = 0.0  # of time.monotonic(): we wait for `promise` from then on
+        self._is_prompt = True  # its client had room for the newest piece that had to wait within PROMPT_SECONDS
         self._patience = GRACE_SECONDS  # for which we still wait, as `min_body_rate` has it
 
     @property
@@ -81,6 +85,8 @@ class Download:
             return small
         size = max(LEAST_PIECE, PIECES // max(1, len(self._listener.downloads)))
         largest = LARGEST_STREAMED if self._is_http2 else LARGEST_PIECE
+        if self._is_prompt and self._pieces > UNREAD_PIECES and not self._is_http2:  # it has read one at least
+            largest = LARGEST_PROMPT
         return min(size, LARGEST_ENDLESS if self.left is None else max(small, self.left - self._whole), largest)
 
     def sent(self, size: int, promise: Any) -> None:
@@ -111,7 +117,9 @@ class Download:
     def note_room(self) -> None:
         """The client has read on."""
         self.promise = None
-        self._count(time.monotonic() - self._since, 0)
+        waited = time.monotonic() - self._since
+        self._is_prompt = waited < PROMPT_SECONDS
+        self._count(waited, 0)
 
     def _count(self, waited: float, size: int) -> None:
         self._patience = self._listener.patience_left(self._patience, waited, size)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from balancer.edge.call import Call
+from balancer.edge.listener import Listener
 from balancer.edge.promise import when_done
 from balancer.edge.scope import request_of
+from balancer.edge.sockets import Sockets
 from balancer.forwarding.upgrade import Upgrade
-
-if TYPE_CHECKING:
-    from balancer.edge.listener import Listener
-    from balancer.edge.sockets import Sockets
-    from balancer.protocol.request import Request
-    from balancer.protocol.requestheads import RequestHeads
+from balancer.protocol.request import Request
+from balancer.protocol.requestheads import RequestHeads
 
 
 class HandshakeCall(Call):

@@ -25,7 +25,7 @@ BRIEF_SECONDS = 0.05  # a worker waits so long for its client; then it leaves th
 MANY_DOWNLOADS = 64  # that are under way: from then on less is held, and no thread waits for any of them
 MAX_LINGERING = 64  # worker threads that read on after an answer at the same time; lingering is a courtesy
 FRAME_BYTES, READ_BYTES = 16384, 65536  # what hyper gives at a time at most, by default, in HTTP/2 and before
-AHEAD_BYTES = 4 * READ_BYTES  # of a request body that is asked for, and handed on, at the same time
+AHEAD_BYTES = 8 * READ_BYTES  # of a request body that is asked for, and handed on, at the same time
 # Bytes that all requests in flight share, so that with many of them each has less: what is asked for ahead, and small
 # bodies that are kept until the answer comes, without a thread, of which there are only so many.
 AHEAD_IN_ALL, SMALL_IN_ALL = 8 * 1024 * 1024, 32 * 1024 * 1024

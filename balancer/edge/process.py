@@ -77,10 +77,6 @@ def descriptor_limit() -> int:
     return sys.maxsize
 
 
-def _keep_log() -> None:
-    log.info("SIGUSR1: the log goes to standard output, and there is no file to open again")
-
-
 def settle_memory() -> None:
     """What exists now lives as long as the process: the collector need not walk it again."""
     gc.collect()
@@ -140,7 +136,8 @@ async def _serve(
     def begin_upgrade() -> None:
         tasks.append(asyncio.create_task(upgrade()))
 
-    others = {**server.signals(), "SIGUSR1": _keep_log}
+    keeps_log = "SIGUSR1: the log goes to standard output, and there is no file to open again"
+    others = {**server.signals(), "SIGUSR1": lambda: log.info(keeps_log)}
     if successor is not None:
         others["SIGUSR2"] = begin_upgrade
     signals = Signals(on_hangup and partial(supervisor.reload, on_hangup), others)

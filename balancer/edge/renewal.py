@@ -41,11 +41,10 @@ class Renewal:
         renew: Callable[[], None],
         note: Callable[[News, str], None],
         certificate: Certificate | None = None,
-        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._renew = renew
         self._note = note
-        self._wall_clock = wall_clock
+        self._wall_clock = time.time
         self._lock = Lock()
         self._options = options
         self.certificate = certificate or tls.load(options)

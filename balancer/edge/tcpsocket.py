@@ -5,14 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from typing import TYPE_CHECKING
 
+from balancer.edge.accepted import Local
 from balancer.errors import SettingsError
 from balancer.protocol.origin import unix_url
 from balancer.protocol.texts import quoted
-
-if TYPE_CHECKING:
-    from balancer.edge.accepted import Local
 
 BACKLOG = 4096  # connections the kernel holds while all is busy; it caps this at somaxconn
 KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}  # seconds, seconds, questions

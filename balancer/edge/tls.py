@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from balancer.errors import SettingsError
+from balancer.protocol.files import read_whole
 from balancer.protocol.texts import quoted
 
-MAX_FILE = 1_048_576  # bytes: room for a chain, and for the CAs of a whole system
 CHECK_SECONDS = 30.0  # a tenth of a second, unless the machine is busy
 DAY = 86400.0
 WARN_DAYS = (14, 3, 0)  # before the end
@@ -207,18 +207,11 @@ def _read(name: str, path: Path | None) -> bytes:
     if path is None:
         return b""
     try:
-        # A FIFO that nobody writes would keep `open` waiting.
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise _wrong(name, path, "is not a regular file")
-            content = file.read(MAX_FILE + 1)
-    except (OSError, ValueError) as error:  # ValueError: NUL in a path
-        raise _wrong(name, path, str(getattr(error, "strerror", None) or error)) from None
+        content = read_whole(path, "a password" if name == "tls_key_password_file" else "a PEM file")
+    except ValueError as error:
+        raise _wrong(name, path, str(error)) from None
     if not content.strip():
         raise _wrong(name, path, "is empty")
-    if len(content) > MAX_FILE:
-        expected = "a password" if name == "tls_key_password_file" else "a PEM file"
-        raise _wrong(name, path, f"has more than {MAX_FILE} bytes; expected {expected}")
     return content
 
 

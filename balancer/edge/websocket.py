@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable
 from functools import partial
 from threading import RLock
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from balancer.edge.accepted import Address
 from balancer.edge.listener import ClientLimits
 from balancer.edge.promise import is_done, result_of, when_done
 from balancer.edge.sockets import INPUT, ROOM, Sockets
 from balancer.errors import BackendError, ConnectionLost, InvalidResponse, ResponseTimedOut
+from balancer.forwarding.upgrade import Upgrade
 from balancer.protocol.websocket import (
     GOING_AWAY,
     INTERNAL_ERROR,
@@ -30,9 +31,6 @@ from balancer.protocol.websocket import (
     is_close_code,
 )
 from balancer.upstream.websocket import BackendSocket
-
-if TYPE_CHECKING:
-    from balancer.forwarding.upgrade import Upgrade
 
 log = logging.getLogger("balancer.server")
 

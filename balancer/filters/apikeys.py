@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from hashlib import sha256
-from typing import TYPE_CHECKING
 
 from balancer.filters.auth import Authenticator, Granted, Refused, granted, sent
-
-if TYPE_CHECKING:
-    from balancer.protocol.request import Request
+from balancer.protocol.request import Request
 
 LONGEST_KEY = 1024  # bytes
 

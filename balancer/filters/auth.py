@@ -7,19 +7,17 @@ told in X-Auth-Subject who it is; whatever a client says of itself there is not 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from balancer.errors import BalancerError, Forbidden, Unauthorized
 from balancer.forwarding.answer import Answer
 from balancer.forwarding.filter import Filter
+from balancer.observe.record import Record
 from balancer.observe.refusals import WHYS, Refusals, Why
 from balancer.protocol.messages import CREDENTIALS, Line
+from balancer.protocol.request import Request
 from balancer.protocol.requestheads import HEADS_ROOM, RequestHead, weigh_made
 from balancer.protocol.tables import Table
-
-if TYPE_CHECKING:
-    from balancer.observe.record import Record
-    from balancer.protocol.request import Request
 
 SUBJECT = b"x-auth-subject"
 LONGEST_SUBJECT = 256  # characters

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from balancer.errors import SettingsError
 from balancer.filters.apikeys import ApiKeys
@@ -13,11 +13,14 @@ from balancer.filters.auth import SUBJECT, Auth, Authenticator, AuthWithCookies
 from balancer.filters.forwardauth import ForwardAuth
 from balancer.observe.refusals import Refusals
 from balancer.protocol.addresses import Network
+from balancer.protocol.files import read_whole
 from balancer.protocol.messages import CREDENTIALS
 from balancer.protocol.origin import Endpoint
 from balancer.upstream.dialer import Dialer
 
-MAX_FILE = 1_048_576  # bytes: room for ten thousand users
+if TYPE_CHECKING:
+    from balancer.filters.jwks import News  # which loads what few need
+
 FILES = ("users_file", "secret_file", "jwks_file")
 INSTALL = "pip install 'python-load-balancer[auth]'"
 
@@ -36,8 +39,8 @@ class Authentication:
     `_lock` guards `_used`, `_filters` and `_is_running`. Whoever reloads has `_checked` for itself.
     """
 
-    def __init__(self, dialer: Dialer, told: Callable[[bool, str], None], refusals: Refusals) -> None:
-        self._dialer, self._told, self._refusals = dialer, told, refusals
+    def __init__(self, dialer: Dialer, note: Callable[[News, str], None], refusals: Refusals) -> None:
+        self._dialer, self._note, self._refusals = dialer, note, refusals
         self._lock = Lock()
         self._used: dict[str, tuple[Definition, Authenticator]] = {}
         self._checked = self._used
@@ -123,7 +126,7 @@ class Authentication:
 
         keys: jwks.Keys | jwks.RemoteKeys
         if table.jwks_url is not None:
-            keys = jwks.RemoteKeys(table.name, Endpoint.parse(table.jwks_url), self._dialer, self._told)
+            keys = jwks.RemoteKeys(table.name, Endpoint.parse(table.jwks_url), self._dialer, self._note)
         else:
             keys = jwt.secret_key(content) if table.secret_file is not None else jwks.read_keys(content)
         options = jwt.JwtOptions(table.algorithms, table.issuer, table.audience, table.require, table.forward_token)
@@ -132,18 +135,10 @@ class Authentication:
 
 def _content(table: Any) -> bytes:
     _, path = _file(table)
-    if path is None:
-        return b""
     try:
-        if not path.is_file():  # a pipe could keep us waiting for ever
-            raise _wrong(table, "no such file")
-        with path.open("rb") as file:
-            content = file.read(MAX_FILE + 1)
-    except (OSError, ValueError) as error:  # ValueError: NUL in a path
-        raise _wrong(table, str(getattr(error, "strerror", None) or error)) from None
-    if len(content) > MAX_FILE:
-        raise _wrong(table, f"more than {MAX_FILE} bytes")
-    return content
+        return b"" if path is None else read_whole(path)
+    except ValueError as error:
+        raise _wrong(table, str(error)) from None
 
 
 def _file(table: Any) -> tuple[str, Path | None]:

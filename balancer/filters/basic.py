@@ -11,18 +11,15 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from secrets import token_bytes
 from threading import BoundedSemaphore, Lock
-from typing import TYPE_CHECKING
 
 import bcrypt
 
 from balancer.errors import AuthUnavailable, TooManyGuesses
 from balancer.filters.auth import Authenticator, Granted, Refused, granted, is_subject, sent
+from balancer.protocol.addresses import Network
 from balancer.protocol.guesses import Guesses
+from balancer.protocol.request import Request
 from balancer.protocol.requestkey import request_key
-
-if TYPE_CHECKING:
-    from balancer.protocol.addresses import Network
-    from balancer.protocol.request import Request
 
 LONGEST_PASSWORD = 72  # bytes; bcrypt takes no more
 LONGEST_SENT = 1024  # characters of Base64

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 
+from balancer.balancing.pool import BackendPool
 from balancer.errors import AmbiguousPath, ClientError, NoRoute
 from balancer.forwarding.answer import Answer, whole
 from balancer.forwarding.filter import Filter
+from balancer.observe.record import Record
+from balancer.protocol.request import Request
 from balancer.protocol.requestkey import host_of
-
-if TYPE_CHECKING:
-    from balancer.balancing.pool import BackendPool
-    from balancer.observe.record import Record
-    from balancer.protocol.request import Request
 
 _FIELD = re.compile(rb"\{(path|host|query)\}")
 AMBIGUOUS = (

@@ -6,22 +6,18 @@ import time
 from collections.abc import Sequence
 from http import HTTPStatus
 from threading import BoundedSemaphore
-from typing import TYPE_CHECKING
 
 from balancer.errors import AuthUnavailable, BackendError, ClientGone, OutOfDescriptors
 from balancer.filters.auth import SUBJECT, Authenticator, Granted, Refused, granted, is_subject
 from balancer.forwarding.answer import whole
 from balancer.observe.refusals import Why
-from balancer.protocol.messages import CREDENTIALS
+from balancer.protocol.messages import CREDENTIALS, Line
 from balancer.protocol.origin import Endpoint
+from balancer.protocol.request import Request
 from balancer.upstream.dialer import Dialer
 from balancer.upstream.outgoing import OutgoingRequest
 from balancer.upstream.response import BackendResponse, ResponseBody
 from balancer.upstream.transport import BackendAdapter, Timeouts
-
-if TYPE_CHECKING:
-    from balancer.protocol.messages import Line
-    from balancer.protocol.request import Request
 
 ANSWER_SECONDS = 0.2  # for all of it: a turn, a connection, the whole answer
 AT_ONCE = 64

@@ -1,15 +1,13 @@
-"""What a route changes in the header lines of its requests; of answers `ResponseHeads` knows it."""
+"""Header lines that a route changes in its requests, of answers `ResponseHeads` knows them; and X-Served-By."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from balancer.forwarding.filter import Filter
-
-if TYPE_CHECKING:
-    from balancer.protocol.request import Request
-    from balancer.protocol.requestheads import ChangedHeads, HeadChange
-    from balancer.upstream.outgoing import OutgoingRequest
+from balancer.observe.record import Record
+from balancer.protocol.messages import Line
+from balancer.protocol.request import Request
+from balancer.protocol.requestheads import ChangedHeads, HeadChange
+from balancer.upstream.outgoing import OutgoingRequest
 
 
 class RequestHeaders(Filter):
@@ -20,4 +18,13 @@ class RequestHeaders(Filter):
         self._heads = heads
 
     def send(self, request: Request, outgoing: OutgoingRequest) -> None:
-        outgoing.share(self._heads.of(request.head, self._change))
+        outgoing.share(self._heads[request.head, self._change])
+
+
+class ServedBy(Filter):
+    """`expose_backend`: X-Served-By with the id of the last backend that was asked."""
+
+    is_safe = True
+
+    def answer(self, request: Request, record: Record, lines: list[Line]) -> list[Line]:
+        return lines if record.backend is None else [*lines, (b"x-served-by", record.backend.encode("ascii"))]

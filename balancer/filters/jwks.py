@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from threading import Event, Thread
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from joserfc import jwk
 
@@ -24,7 +24,7 @@ COOL_DOWN_SECONDS = 10.0  # at least between two fetches, whatever tokens name
 STALE_SECONDS = 86400.0  # for which keys are used while no new ones can be had
 RSA_BITS = range(2048, 8193)  # no fewer by RFC 7518 section 3.3, no more because each check would take too long
 
-Told = Callable[[bool, str], None]  # whether the keys are good, and what happened
+News = Literal["keys_kept", "keys_found"]
 
 
 class Key(NamedTuple):
@@ -68,18 +68,23 @@ def _read_key(given: object) -> Key | None:
 
 
 class RemoteKeys:
-    """Fetches the keys at `url`, from time to time and when somebody `wants` others. `told` hears of each change.
+    """Fetches the keys at `url`, from time to time and when somebody `wants` others. `note` is told of each change.
 
     `_keys` is replaced whole, and only if other keys have come, by the thread alone.
     """
 
     def __init__(
-        self, name: str, url: Endpoint, dialer: Dialer, told: Told, clock: Callable[[], float] = time.monotonic
+        self,
+        name: str,
+        url: Endpoint,
+        dialer: Dialer,
+        note: Callable[[News, str], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._name, self._url = name, url
         timeouts = Timeouts(FETCH_SECONDS, FETCH_SECONDS, FETCH_SECONDS, pool_idle_timeout=0)
         self._adapter = BackendAdapter(timeouts, max_idle=0, dialer=dialer)
-        self._told = told
+        self._note = note
         self._clock = clock
         self._keys: Keys = ()
         self._raw = b""
@@ -120,15 +125,15 @@ class RemoteKeys:
             data = self._download()
             if data != self._raw:
                 self._keys, self._raw = read_keys(data), data
-                self._told(True, f"{self._name}: {len(self._keys)} keys from {self._url}")
+                self._note("keys_found", f"{self._name}: {len(self._keys)} keys from {self._url}")
             elif self._failure is not None:
-                self._told(True, f"{self._name}: {self._url} answers again")
+                self._note("keys_found", f"{self._name}: {self._url} answers again")
             self._fetched_at, self._failure = self._clock(), None
         except Exception as error:  # whatever they serve, those that are here are used meanwhile
             failure = shown(str(error))
             if failure != self._failure:
                 left = "the old ones are used" if self._keys else "there are none"
-                self._told(False, f"{self._name}: {self._url}: {failure}; {left}")
+                self._note("keys_kept", f"{self._name}: {self._url}: {failure}; {left}")
             self._failure = failure
 
     def _download(self) -> bytes:

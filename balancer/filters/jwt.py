@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from joserfc import jws
 from joserfc.errors import JoseError
@@ -17,10 +17,8 @@ from joserfc.jwt import ClaimsOption, JWTClaimsRegistry
 from balancer.errors import AuthUnavailable, Forbidden
 from balancer.filters.auth import Authenticator, Granted, Refused, granted, is_subject, sent
 from balancer.filters.jwks import Key, Keys, RemoteKeys
+from balancer.protocol.request import Request
 from balancer.protocol.texts import shown
-
-if TYPE_CHECKING:
-    from balancer.protocol.request import Request
 
 LONGEST_TOKEN, LONGEST_HEADER = 8192, 2048  # bytes
 LEEWAY_SECONDS = 30  # that clocks may differ

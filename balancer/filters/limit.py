@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from balancer.filters.debts import Debts
 from balancer.protocol.addresses import Network, network_of, plain
+from balancer.protocol.request import Request
 from balancer.protocol.requestkey import network_of_client, request_key
-
-if TYPE_CHECKING:
-    from balancer.protocol.request import Request
 
 Key = Callable[["Request"], str]
 Mode = Literal["enforce", "shadow"]
@@ -145,7 +143,7 @@ def key_of(text: str, route: str, trusted: Sequence[Network], salt: bytes) -> Ke
     client = network_of_client(trusted)
     if text == "client_ip":
         return client
-    read = _subject if text == "subject" else request_key(text)
+    read = request_key(text) if text != "subject" else lambda request: request.subject.encode("utf-8", "surrogatepass")
 
     def key(request: Request) -> str:
         value = read(request)
@@ -161,10 +159,6 @@ def key_named(text: str, value: str, salt: bytes) -> str:
     if text in ("route", "global"):
         return value if text == "route" else ""
     return _digest(value.encode(), salt)
-
-
-def _subject(request: Request) -> bytes:
-    return request.subject.encode("utf-8", "surrogatepass")
 
 
 def _digest(value: bytes, salt: bytes) -> str:

@@ -9,7 +9,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from typing_extensions import TypedDict
 
@@ -20,14 +20,10 @@ from balancer.filters.sharedlimit import Charge, Settled, SharedLimit
 from balancer.forwarding.filter import Filter
 from balancer.observe.events import Events
 from balancer.observe.plain import fill
-
-if TYPE_CHECKING:
-    from balancer.observe.record import Record
-    from balancer.protocol.addresses import Network
-    from balancer.protocol.messages import Line
-    from balancer.protocol.request import Request
-    from balancer.protocol.requestkey import Key
-
+from balancer.observe.record import Record
+from balancer.protocol.addresses import Network
+from balancer.protocol.messages import Line
+from balancer.protocol.request import Request
 
 NONE: Sequence[Limit] = ()
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from balancer.forwarding.answer import Answer, whole
 from balancer.forwarding.filter import Filter
 from balancer.protocol.messages import ALLOWED, count_down, max_forwards
-
-if TYPE_CHECKING:
-    from balancer.protocol.request import Request
-    from balancer.upstream.outgoing import OutgoingRequest
+from balancer.protocol.request import Request
+from balancer.upstream.outgoing import OutgoingRequest
 
 
 class MaxForwards(Filter):

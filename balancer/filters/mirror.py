@@ -13,19 +13,16 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Lock
-from typing import TYPE_CHECKING
 
+from balancer.balancing.pool import BackendPool
 from balancer.errors import BackendError
 from balancer.forwarding.filter import Filter
+from balancer.observe.routecounts import Mirrored, RouteCounts
 from balancer.protocol.client import Caller
+from balancer.protocol.request import Request
 from balancer.upstream.outgoing import OutgoingRequest
 from balancer.upstream.response import ResponseBody
-
-if TYPE_CHECKING:
-    from balancer.balancing.pool import BackendPool
-    from balancer.observe.routecounts import Mirrored, RouteCounts
-    from balancer.protocol.request import Request
-    from balancer.upstream.transport import BackendAdapter
+from balancer.upstream.transport import BackendAdapter
 
 log = logging.getLogger("balancer.mirror")
 
@@ -100,15 +97,13 @@ class Mirror(Filter):
         pool: BackendPool,
         adapter: BackendAdapter,
         copies: Copies,
-        rng: random.Random | None = None,
     ) -> None:
         self._route, self._options, self._pool, self._adapter = route, options, pool, adapter
         self._copies = copies
-        self._rng = rng or random.Random()
 
     def send(self, request: Request, outgoing: OutgoingRequest) -> None:
         options = self._options
-        if request.method not in options.methods or self._rng.random() >= options.share:
+        if request.method not in options.methods or random.random() >= options.share:
             return
         body = outgoing.body or b""
         if not outgoing.is_replayable or len(body) > options.max_body:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 
 from balancer.errors import AmbiguousPath
 from balancer.filters.directanswers import AMBIGUOUS
 from balancer.forwarding.filter import Filter
+from balancer.observe.record import Record
+from balancer.protocol.messages import Line
 from balancer.protocol.paths import Rewriting, is_ambiguous, raw_path
-
-if TYPE_CHECKING:
-    from balancer.observe.record import Record
-    from balancer.protocol.messages import Line
-    from balancer.protocol.request import Request
-    from balancer.upstream.outgoing import OutgoingRequest
+from balancer.protocol.request import Request
+from balancer.upstream.outgoing import OutgoingRequest
 
 _LOCATION = re.compile(rb"(?:https?://([^/?#]*))?(/(?!/)[^?#]*)", re.IGNORECASE)
 _COOKIE_PATH = re.compile(rb"(;[ \t]*path[ \t]*=[ \t]*)([^;]*)", re.IGNORECASE)

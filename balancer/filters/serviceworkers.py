@@ -7,16 +7,12 @@ Browsers ask for the script of one with `Service-Worker`. How far it reaches is 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from balancer.errors import WorkerRefused
 from balancer.forwarding.filter import Filter
-from balancer.protocol.messages import narrowed, scope_of
-
-if TYPE_CHECKING:
-    from balancer.observe.record import Record
-    from balancer.protocol.messages import Line
-    from balancer.protocol.request import Request
+from balancer.observe.record import Record
+from balancer.protocol.messages import Line, narrowed, scope_of
+from balancer.protocol.request import Request
 
 
 class ServiceWorkers(Filter):

@@ -6,32 +6,19 @@ has moved to another address.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from hashlib import blake2b
-from typing import TYPE_CHECKING
 
-from balancer.balancing.pool import DEFAULT_POOL
+from balancer.balancing.pool import DEFAULT_POOL, BackendPool
 from balancer.forwarding.filter import Filter
+from balancer.observe.record import Record
+from balancer.protocol.messages import Line
+from balancer.protocol.request import Request
 from balancer.protocol.requestkey import field
-
-if TYPE_CHECKING:
-    from balancer.balancing.pool import BackendPool
-    from balancer.observe.record import Record
-    from balancer.protocol.messages import Line
-    from balancer.protocol.request import Request
 
 
 def cookie_of(pool: str) -> bytes:
     """Its name. `RequestHeads` takes it out: it means nothing to backends, and could end in their caches and logs."""
     return b"lb" if pool == DEFAULT_POOL else b"lb_" + pool.encode()
-
-
-@dataclass(frozen=True, slots=True)
-class StickyOptions:
-    """By the names of the settings."""
-
-    sticky_max_age: float
-    sticky_key: bytes
 
 
 class Sticky(Filter):
@@ -41,13 +28,13 @@ class Sticky(Filter):
     lock: two threads that do so at once find the same.
     """
 
-    def __init__(self, pool: BackendPool, options: StickyOptions) -> None:
+    def __init__(self, pool: BackendPool, key: bytes, max_age: float) -> None:
         self._pool = pool
         self._cookie = cookie_of(pool.name)
-        self._key = options.sticky_key
+        self._key = key
         self._attributes = b"; Path=/; HttpOnly; SameSite=Lax"
-        if options.sticky_max_age:
-            self._attributes += b"; Max-Age=%d" % options.sticky_max_age
+        if max_age:
+            self._attributes += b"; Max-Age=%d" % max_age
         self._values: dict[str, bytes] = {}
         self._ids: dict[bytes, str] = {}
 

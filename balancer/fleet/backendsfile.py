@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import stat
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
 from balancer.config import backendsfile
-from balancer.errors import SettingsError
 from balancer.fleet.discovery import Found, Source, SourceFailed
+from balancer.protocol.files import read_whole
 from balancer.protocol.origin import Origin
 
 LOOK_SECONDS = 1.0
-_NONBLOCK = int(getattr(os, "O_NONBLOCK", 0))
-MOST_BYTES = 1_048_576  # room for ten thousand backends
 
 
 class FileSource(Source):
@@ -30,30 +26,18 @@ class FileSource(Source):
     def look(self) -> Generator[Sequence[Found], None, None]:
         data, found = None, []
         while not self.stopping.is_set():
-            if (now := self._read()) != data:
-                data, found = now, self._parse(now)
+            try:
+                if (now := read_whole(self._path)) != data:
+                    data, found = now, found_in(now)
+            except ValueError as error:
+                raise SourceFailed(f"{self._path}: {error}") from None
             yield found
             self.stopping.wait(LOOK_SECONDS)
 
-    def _read(self) -> bytes:
-        try:
-            # A pipe, or a device, could keep us waiting for ever.
-            with open(self._path, "rb", opener=lambda path, flags: os.open(path, flags | _NONBLOCK)) as file:
-                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                    raise SourceFailed(f"{self._path} is not a regular file")
-                data = file.read(MOST_BYTES + 1)
-        except OSError as error:
-            raise SourceFailed(f"{self._path}: {error.strerror or error}") from None
-        if len(data) > MOST_BYTES:
-            raise SourceFailed(f"{self._path} has more than {MOST_BYTES} bytes")
-        return data
 
-    def _parse(self, data: bytes) -> list[Found]:
-        try:
-            backends = backendsfile.parse(data)
-        except SettingsError as error:
-            raise SourceFailed(f"{self._path}: {error}") from None
-        return [
-            Found(each.id, each.pool, Origin.parse(each.url), each.weight, each.max_connections, each.drain_timeout)
-            for each in backends
-        ]
+def found_in(data: bytes) -> list[Found]:
+    """Raises SettingsError."""
+    return [
+        Found(each.id, each.pool, Origin.parse(each.url), each.weight, each.max_connections, each.drain_timeout)
+        for each in backendsfile.parse(data)
+    ]

@@ -4,15 +4,15 @@ balancer leaves, because it was killed, are taken over by the next one of its na
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 from urllib.parse import quote
 
+from balancer.config.scaling import ScalingSettings
 from balancer.config.values import docker_url
 from balancer.fleet.discovery import SourceFailed
 from balancer.fleet.jsonapi import JsonApi, Refused
-from balancer.fleet.scaling import ScalingOptions
 from balancer.protocol.origin import Origin
 
 STOP_SECONDS = 5  # after SIGTERM
@@ -21,11 +21,12 @@ BALANCER, POOL, ID = "load-balancer.name", "load-balancer.pool", "load-balancer.
 
 
 class Containers:
-    """Those of one pool. A Launcher. `name` is this balancer's."""
+    """Those of one pool. A Launcher. `name` is this balancer's, `docker` tells where the API is."""
 
-    def __init__(self, options: ScalingOptions, name: str) -> None:
+    def __init__(self, options: ScalingSettings, name: str, docker: Callable[[], str]) -> None:
         self.options = options
         self._name = name
+        self._docker = docker
         self._containers: dict[str, str] = {}  # by our id, theirs
 
     def found(self) -> Mapping[str, Origin]:
@@ -119,5 +120,4 @@ class Containers:
 
     @property
     def _api(self) -> JsonApi:
-        """Where it is may be changed by a reload."""
-        return JsonApi(Origin.parse(docker_url(self.options.docker)))
+        return JsonApi(Origin.parse(docker_url(self._docker())))

@@ -163,12 +163,9 @@ class Discovery:
     sources, what is in them, and the other fields here. It is taken before those of pools.
     """
 
-    def __init__(
-        self, pools: Pools, note: Callable[[News, str], None], clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, pools: Pools, note: Callable[[News, str], None]) -> None:
         self._pools = pools
         self._note = note
-        self._clock = clock
         self._lock = Lock()
         self._watches: dict[str, Watch] = {}
         self._is_running = False
@@ -176,7 +173,7 @@ class Discovery:
 
     def start(self) -> None:
         with self._lock:
-            self._is_running, self._started_at = True, self._clock()
+            self._is_running, self._started_at = True, time.monotonic()
             for watch in self._watches.values():
                 self._start(watch)
 
@@ -220,7 +217,7 @@ class Discovery:
     def has_looked(self) -> bool:
         """Each has said who is there, now or before a restart, or failed to, or has had time enough."""
         with self._lock:
-            is_late = self._clock() - self._started_at > FIRST_SECONDS
+            is_late = time.monotonic() - self._started_at > FIRST_SECONDS
             return is_late or all(watch.applied or watch.state != "starting" for watch in self._watches.values())
 
     def is_lost(self, backend_id: str) -> bool:
@@ -231,7 +228,7 @@ class Discovery:
 
     def describe(self) -> list[SourceView]:
         with self._lock:
-            return [watch.describe(self._clock()) for watch in self._watches.values()]
+            return [watch.describe(time.monotonic()) for watch in self._watches.values()]
 
     # Over restarts.
 
@@ -281,7 +278,7 @@ class Discovery:
             if not is_same or failed or watch.source.complaints:
                 left_out = self._apply(watch, now if is_sure else {**watch.applied, **now})
             watch.trusted, watch.doubted = (now, None) if is_sure else (watch.trusted, now)
-            watch.told_at, watch.in_a_row, watch.last_error = self._clock(), 0, left_out or None
+            watch.told_at, watch.in_a_row, watch.last_error = time.monotonic(), 0, left_out or None
         if left_out and left_out != failed:
             self._note("source_failed", f"{watch.source.name}: {left_out}")
         elif failed and not left_out:

@@ -4,9 +4,9 @@ Each check is `GET health_path` with a short time-out. 200 to 399 is good; redir
 contradicts what is believed of a backend, or nothing is known yet, the next one comes sooner; while one is late,
 further ones begin beside it. So recovery, and failover from what refuses or is frozen, stay under a second.
 
-A quiet backend that keeps connections is checked on a kept one, for which no thread waits. A kept one would not notice
-that nobody can connect any more, with a full accept queue for one. So every FRESH_EVERY-th check has a connection of
-its own, and so has every one while a change is in the air.
+A quiet backend is checked by this thread itself, on a kept connection if it keeps one. A kept one would not notice that
+nobody can connect any more, with a full accept queue for one. So every FRESH_EVERY-th check has a connection of its
+own, and so has every one while a change is in the air; those have a thread.
 """
 
 from __future__ import annotations
@@ -14,18 +14,17 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from heapq import heappop, heappush
 from math import inf
 from threading import Thread
 
 from balancer.balancing.backends import Backend, LastCheck
 from balancer.balancing.pool import BackendPool
 from balancer.errors import BackendError, ConnectTimedOut, OutOfDescriptors, ResponseTimedOut
-from balancer.fleet.answers import Answers
+from balancer.fleet.answers import INPUT, OUTPUT, Answers
 from balancer.protocol.messages import Line
 from balancer.protocol.origin import Origin
 from balancer.upstream.outgoing import OutgoingRequest
@@ -40,7 +39,8 @@ JITTER = 0.1  # share of the interval by which it may be shorter, so that many b
 LATE = 0.2  # share of the time-out after which a check is late
 TRANSITION_SPEEDUP = 5  # checks per interval while a change is in the air
 ROUND_SECONDS = 1.0  # at most between two rounds, however rare the checks: `on_round` lets time pass elsewhere
-TICK_SECONDS = 0.02  # between two looks for checks that are due: what is due by then is sent together
+TICK_SECONDS = 0.02  # what is due within one is sent together at its end
+AT_ONCE = 0.0  # in place of a time at which to look
 CLOSE_EVERY = 10  # rounds between two looks for kept connections that nobody uses any more
 FRESH_EVERY = 10  # checks of a backend of which one opens a connection
 MAX_BODY = 1_048_576  # bytes of an answer that are read, so that the backend can write all of it
@@ -78,6 +78,10 @@ class Probe:
                 self._requests.clear()
             request = self._requests[origin] = self._request(origin, keeps=True)
         return self._kept.send_now(request, origin)
+
+    def begin(self, origin: Origin) -> Sent | None:
+        """On a connection of its own, if that needs no waiting: to be written once that is connected."""
+        return self._kept.begin(self._request(origin, keeps=False), origin)
 
     def look(self, sent: Sent) -> bool:
         """Whether all of its answer is here by now."""
@@ -138,17 +142,18 @@ class Checked:
 @dataclass(slots=True, eq=False)
 class Checks:
     """Of one backend: a row of checks begins when it is `due`, of time.monotonic(); `under_way` has the numbers, in
-    this row, of those that have not ended. `rows` counts them; `sent` is the first check of a row while nobody but the
-    health thread waits for it."""
+    this row, of those that have not ended. `sent` is the first check of a row while nobody but the health thread waits
+    for it. It `is_new` until the first row."""
 
     checked: Checked
     backend: Backend
     due: float
+    until_fresh: int  # checks of which each may be on a kept connection
     began: float = 0.0
-    rows: int = 0
+    is_new: bool = True
     under_way: set[int] = field(default_factory=set)
     sent: Sent | None = None
-    look_at: float = 0.0  # when to look at it again
+    look_at: int = 0  # the tick at which to look at it again
 
 
 class HealthChecker:
@@ -158,7 +163,7 @@ class HealthChecker:
     All fields belong to the health thread alone, but for these, of which each access is one step that needs no lock:
     `use` replaces `checked`; a check's own thread takes its number out of `under_way` and adds to `_again`, whom to
     look at soon; `check_soon` adds to `_told`, whom to check; `wake` sets `_is_nudged`, to look at all. `_agenda` has
-    when to look at each; an entry whose time is not its `look_at` is old.
+    whom to look at by the tick; an entry whose tick is not its `look_at` is old.
     """
 
     def __init__(self, on_round: Callable[[], None], rng: random.Random | None = None) -> None:
@@ -171,8 +176,7 @@ class HealthChecker:
         self._again: deque[Checks] = deque()
         self._told: deque[Backend] = deque()
         self._checks: dict[Backend, Checks] = {}
-        self._agenda: list[tuple[float, int, Checks]] = []
-        self._entries = 0  # that the agenda has had
+        self._agenda: defaultdict[int, list[Checks]] = defaultdict(list)
         self._next_round = 0.0
         self._stopping = False
         self._probes = ThreadPoolExecutor(MAX_PROBES, thread_name_prefix="health-probe")
@@ -268,16 +272,16 @@ class HealthChecker:
             self._gather(now, is_nudged)
             self._on_round()
         while self._again:
-            self._enter(self._again.popleft(), now)
+            self._enter(self._again.popleft(), AT_ONCE)
         while self._told:
             if (told := self._checks.get(self._told.popleft())) is not None:
                 told.due = now
-                self._enter(told, now)
-        while self._agenda and self._agenda[0][0] <= now:
-            at, _, checks = heappop(self._agenda)
-            if at == checks.look_at and checks.backend in self._checks:
-                self._enter(checks, self._next(checks, now))
-        next_at = self._agenda[0][0] if self._agenda else self._next_round
+                self._enter(told, AT_ONCE)
+        for tick in [each for each in self._agenda if each * TICK_SECONDS <= now]:
+            for checks in self._agenda.pop(tick):
+                if checks.look_at == tick and checks.backend in self._checks:
+                    self._enter(checks, self._next(checks, now))
+        next_at = min(self._agenda, default=inf) * TICK_SECONDS
         return max(TICK_SECONDS, min(next_at, self._next_round) - now)
 
     def _gather(self, now: float, is_nudged: bool) -> None:
@@ -288,14 +292,15 @@ class HealthChecker:
                 checked.probe.close_idle()
             for backend in checked.pool.backends():
                 if backend.admin_state != "maint":
-                    checks = self._checks[backend] = known.get(backend) or Checks(checked, backend, now)
+                    checks = known.get(backend) or Checks(checked, backend, now, self._rng.randrange(FRESH_EVERY))
+                    self._checks[backend] = checks
                     if is_nudged or backend not in known:
                         checks.checked = checked
-                        self._enter(checks, now)
+                        self._enter(checks, AT_ONCE)
 
     def _enter(self, checks: Checks, at: float) -> None:
-        checks.look_at, self._entries = at, self._entries + 1
-        heappush(self._agenda, (at, self._entries, checks))
+        checks.look_at = tick = int(at / TICK_SECONDS) + 1
+        self._agenda[tick].append(checks)
 
     def _next(self, checks: Checks, now: float) -> float:
         """Start a check of this backend if one is due; returns when to look at it again. While one is late, as many as
@@ -305,7 +310,7 @@ class HealthChecker:
         if expires <= now:
             self._expire(checks)
             return now
-        number = max([*checks.under_way], default=-1) + 1
+        number = max(checks.under_way.copy(), default=-1) + 1
         if number == 0:
             soon = self._pace(options, backend) if backend.health.is_in_transition else options.health_interval
             due = checks.due = min(checks.due, now + soon)
@@ -322,43 +327,50 @@ class HealthChecker:
         return sum(len(checks.under_way) for checks in self._checks.values() if checks.sent is None) >= MAX_PROBES
 
     def _begin(self, checks: Checks, number: int, now: float) -> None:
-        backend, is_quiet = checks.backend, False
+        health, is_quiet, keeps = checks.backend.health, False, False
         if number == 0:
             # The first ones of all are made at once, the second ones at any time, so that they are spread from then on.
-            spread = 1 if checks.rows else self._rng.random()
-            checks.began, checks.due = now, now + self._pace(checks.checked.options, backend) * spread
-            checks.rows += 1
-            is_settled = backend.health.status == "up" and not backend.health.is_in_transition
-            is_quiet = is_settled and checks.rows % FRESH_EVERY != 0
+            spread = self._rng.random() if checks.is_new else 1
+            checks.began, checks.due = now, now + self._pace(checks.checked.options, checks.backend) * spread
+            checks.is_new = False
+            is_quiet = health.status == "up" and not health.is_in_transition
+            keeps = is_quiet and checks.until_fresh > 0
+            checks.until_fresh = checks.until_fresh - 1 if keeps else FRESH_EVERY - 1
         checks.under_way.add(number)
-        if not (is_quiet and self._send(checks)):
-            self._submit(checks, number, is_quiet)
+        if not (is_quiet and self._send(checks, keeps)):
+            self._submit(checks, number, keeps)
 
     def _submit(self, checks: Checks, number: int, keeps: bool, sent: Sent | None = None) -> None:
         last = checks.backend.health.last_check
         probes = self._sick if last is not None and last.timed_out and not checks.backend.is_ready else self._probes
         probes.submit(self.check_once, checks, number, keeps, sent)
 
-    def _send(self, checks: Checks) -> bool:
-        """Without a thread, if a connection is kept."""
+    def _send(self, checks: Checks, keeps: bool) -> bool:
+        """Without a thread, if that needs no waiting."""
+        probe, origin = checks.checked.probe, checks.backend.origin
         try:
-            sent = checks.checked.probe.send(checks.backend.origin)
+            sent = probe.send(origin) if keeps else probe.begin(origin)
         except BackendError:
             return False
         if sent is None:
             return False
-        if sent.rest or not self._answers.expect(sent.connection.sock, checks):
+        if sent.rest or not self._answers.expect(sent.connection, checks, INPUT if keeps else INPUT | OUTPUT):
             sent.close()
             return False
         checks.sent = sent
         return True
 
     def _take(self, checks: Checks) -> None:
-        """Something has come, which mostly is the whole answer."""
-        sent, checks.sent = checks.sent, None
+        """Something has come, which mostly is the whole answer; or a new connection can be written to."""
+        sent = checks.sent
         if sent is None:
             return
         probe, origin = checks.checked.probe, sent.connection.origin
+        if not sent.is_whole:
+            sent.write_now()
+            if sent.is_whole and self._answers.expect(sent.connection, checks):
+                return
+        checks.sent = None
         try:
             if probe.look(sent) and sent.response is not None:
                 self._record(checks, probe.result(origin, checks.began, sent.response.status_code), origin)
@@ -373,16 +385,20 @@ class HealthChecker:
     def _expire(self, checks: Checks) -> None:
         sent, checks.sent = checks.sent, None
         assert sent is not None
-        self._answers.forget(sent.connection.sock)
-        sent.expire()
-        sent.close()
+        self._answers.forget(sent.connection)
         origin = sent.connection.origin
+        if sent.is_whole:
+            sent.expire()
+        else:
+            seconds = checks.checked.options.health_timeout
+            sent.fail(ConnectTimedOut(f"{origin.url} did not accept within {seconds:.3g} s"))
+        sent.close()
         self._record(checks, checks.checked.probe.result(origin, checks.began, None, sent.failure), origin)
 
     def _record(self, checks: Checks, result: LastCheck, origin: Origin) -> None:
         checks.under_way.discard(0)
         self._tell(checks, result, origin)
-        self._enter(checks, time.monotonic() if checks.backend.health.is_in_transition else checks.due)
+        self._enter(checks, AT_ONCE if checks.backend.health.is_in_transition else checks.due)
 
     def _pace(self, options: HealthOptions, backend: Backend) -> float:
         """Seconds to the next check of this backend."""

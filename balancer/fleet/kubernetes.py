@@ -17,6 +17,7 @@ from balancer.fleet.discovery import Found, Source, SourceFailed, id_of
 from balancer.fleet.jsonapi import JsonApi, Refused
 from balancer.protocol.messages import Line
 from balancer.protocol.origin import Discovered, Origin
+from balancer.upstream.dialer import tls_context
 
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 WATCH_SECONDS = 60.0  # asked for; so long after it would have ended one that is silent is given up
@@ -143,6 +144,6 @@ def _authorization() -> list[Line]:
 
 def _tls() -> ssl.SSLContext:
     try:
-        return ssl.create_default_context(cadata=_read("ca.crt").decode())
+        return tls_context(cadata=_read("ca.crt").decode())
     except (ssl.SSLError, ValueError) as error:
         raise SourceFailed(f"{ACCOUNT / 'ca.crt'}: {error}") from None

@@ -16,9 +16,9 @@ from itertools import count
 from pathlib import Path
 from threading import Thread
 
+from balancer.config.scaling import ScalingSettings
 from balancer.fleet import keeper
 from balancer.fleet.discovery import SourceFailed
-from balancer.fleet.scaling import ScalingOptions
 from balancer.protocol.origin import Origin
 from balancer.protocol.texts import shown
 
@@ -36,7 +36,7 @@ class Processes:
     the next one of its id may be started while it ends.
     """
 
-    def __init__(self, options: ScalingOptions, cpus: frozenset[int]) -> None:
+    def __init__(self, options: ScalingSettings, cpus: frozenset[int]) -> None:
         self.options = options
         self._cpus = cpus
         self._keeper: subprocess.Popen[bytes] | None = None

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from typing import Protocol
 
 from balancer.balancing.pool import BackendPool
+from balancer.config.scaling import ScalingSettings
 from balancer.fleet.discovery import SourceFailed
 from balancer.fleet.jsonapi import JsonApi
 from balancer.fleet.kubernetes import cluster, own_namespace
-from balancer.fleet.scaling import Load, Note, ScalingOptions, Starts
+from balancer.fleet.scaling import Load, Note, Starts
 from balancer.protocol.origin import Endpoint
 
 LOOK_AGAIN_SECONDS = 15.0  # what is wanted may be changed by others
@@ -24,7 +25,7 @@ MERGE_PATCH = b"application/merge-patch+json"  # RFC 7396
 class Replicator(Protocol):
     """Knows how many there are to be. Each may raise SourceFailed."""
 
-    options: ScalingOptions
+    options: ScalingSettings
 
     def read(self) -> int | None:
         """None if it cannot tell."""
@@ -38,7 +39,7 @@ class Replicas:
     def __init__(
         self,
         pool: BackendPool,
-        options: ScalingOptions,
+        options: ScalingSettings,
         replicator: Replicator,
         starts: Starts,
         note: Note,
@@ -117,7 +118,7 @@ class Replicas:
 class KubernetesScale:
     """The scale subresource of a deployment in our own namespace, as the service account of this pod may have it."""
 
-    def __init__(self, options: ScalingOptions) -> None:
+    def __init__(self, options: ScalingSettings) -> None:
         self.options = options
         self._cluster = cluster()
 
@@ -137,7 +138,7 @@ class KubernetesScale:
 class Webhook:
     """A POST that it takes with 2xx has been heard. One that it does not take is sent again, later and later."""
 
-    def __init__(self, options: ScalingOptions, tls: ssl.SSLContext | None) -> None:
+    def __init__(self, options: ScalingSettings, tls: ssl.SSLContext | None) -> None:
         self.options = options
         self._tls = tls
 

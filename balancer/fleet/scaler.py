@@ -11,8 +11,9 @@ from typing_extensions import TypedDict
 
 from balancer.balancing.pool import BackendPool
 from balancer.balancing.pools import Pools
+from balancer.config.scaling import ScalingSettings
 from balancer.fleet.discovery import SourceFailed
-from balancer.fleet.scaling import Demand, Load, Note, Provider, ScalingOptions, Starts
+from balancer.fleet.scaling import Demand, Load, Note, Provider, Starts
 
 log = logging.getLogger("balancer.scaling")
 
@@ -20,7 +21,7 @@ LOOK_SECONDS = 1.0
 ADVICE_SECONDS = 60.0  # at least between two events of shadow mode
 FIRST_SECONDS = 0.1  # between two looks while there is nobody, for the first request waits
 
-Make = Callable[[ScalingOptions, BackendPool, Starts, Note], Provider]
+Make = Callable[[ScalingSettings, BackendPool, Starts, Note], Provider]
 
 
 class ScalingView(TypedDict):
@@ -48,11 +49,10 @@ class Scaler:
     def __init__(
         self,
         pool: BackendPool,
-        options: ScalingOptions,
+        options: ScalingSettings,
         provider: Provider,
         starts: Starts,
         note: Note,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.pool = pool
         self.options = options
@@ -60,7 +60,6 @@ class Scaler:
         self._demand = Demand(options)
         self._starts = starts
         self._note = note
-        self._clock = clock
         self._load = Load(0, 0, 0)
         self._wanted: int | None = None
         self._advise_at = 0.0
@@ -117,7 +116,7 @@ class Scaler:
                 self._note("scaling_failed", self.pool.name, None, self._failure)
 
     def look(self) -> None:
-        provider, options, now = self._provider, self.options, self._clock()
+        provider, options, now = self._provider, self.options, time.monotonic()
         provider.options = self._demand.options = options
         if self._is_retired and self._drains:
             provider.retire()
@@ -179,7 +178,7 @@ class Scaling:
         self._starts: dict[str, Starts] = {}  # by pool: what counts goes on when others bring its backends
         self._is_running = False
 
-    def use(self, wanted: Sequence[ScalingOptions]) -> None:
+    def use(self, wanted: Sequence[ScalingSettings]) -> None:
         with self._lock:
             before = self._scalers
             self._scalers = {options.name: self._scaler(options) for options in wanted}
@@ -191,7 +190,7 @@ class Scaling:
                 for scaler in self._scalers.values():
                     scaler.start(adopts=False)
 
-    def _scaler(self, options: ScalingOptions) -> Scaler:
+    def _scaler(self, options: ScalingSettings) -> Scaler:
         """The one that there is, if it can be had with these options."""
         pool, known = self._pools.get(options.name), self._scalers.get(options.name)
         assert pool is not None  # the settings have checked that

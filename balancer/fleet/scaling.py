@@ -14,6 +14,8 @@ from math import ceil
 from statistics import fmean
 from typing import Literal, Protocol
 
+from balancer.config.scaling import ScalingSettings
+
 AVERAGED_SECONDS = 3.0
 TOLERANCE = 0.1  # as share of the target, within which nothing is changed
 BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 60.0  # after a failed start; doubled by each that follows
@@ -21,28 +23,6 @@ BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 60.0  # after a failed start; double
 ScalingNews = Literal["scaled_up", "scaled_down", "scaling_advised", "scaling_failed", "start_failed", "backend_ended"]
 
 Note = Callable[[ScalingNews, str, str | None, str], None]  # what happens in which pool, maybe to one of its backends
-
-
-@dataclass(frozen=True, slots=True)
-class ScalingOptions:
-    """One `[[scaling]]`, by the names of its settings; `name` is the pool's, `kind` the setting that says who starts
-    backends, `docker` where its API is."""
-
-    name: str
-    kind: str
-    docker: str
-    min: int
-    max: int
-    target_in_flight: float
-    command: str | None
-    docker_image: str | None
-    docker_port: int | None
-    docker_network: str | None
-    kubernetes: str | None
-    webhook: str | None
-    down_after: float
-    start_timeout: float
-    mode: Literal["enforce", "shadow"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +44,7 @@ class Load:
 class Demand:
     """Asked about once a second. `why` is the arithmetic of the last answer."""
 
-    def __init__(self, options: ScalingOptions) -> None:
+    def __init__(self, options: ScalingSettings) -> None:
         self.options = options
         self.why = ""
         self._looks: deque[tuple[float, Load]] = deque()
@@ -149,7 +129,7 @@ class Starts:
 class Provider(Protocol):
     """Brings backends to one pool, and takes them away; for its scaler alone. Each may raise SourceFailed."""
 
-    options: ScalingOptions
+    options: ScalingSettings
 
     def adopt(self) -> None:
         """Take over what a balancer before this one has left."""

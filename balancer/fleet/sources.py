@@ -1,4 +1,4 @@
-"""The sources of backends that the settings name."""
+"""The sources of backends that the settings name; each kind is imported for the first of it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ from collections.abc import Callable
 from balancer.config.settings import Settings
 from balancer.config.values import docker_url
 from balancer.errors import SettingsError
-from balancer.fleet.backendsfile import FileSource
 from balancer.fleet.discovery import Source
-from balancer.fleet.docker import DockerSource
-from balancer.fleet.kubernetes import KubernetesSource
 from balancer.protocol.origin import Origin
 
 
@@ -19,13 +16,19 @@ def made(config: Settings, is_lost: Callable[[str], bool]) -> list[Source]:
     SettingsError for one whose library is missing."""
     found: list[Source] = []
     if config.backends_file is not None:
+        from balancer.fleet.backendsfile import FileSource
+
         found.append(FileSource(config.backends_file))
     if config.docker is not None:
+        from balancer.fleet.docker import DockerSource
+
         found.append(DockerSource(config.docker, Origin.parse(docker_url(config.docker))))
     for pool, entry in config.discovered().values():
         where = entry.discovered
         assert where is not None
         if where.kind == "kubernetes":
+            from balancer.fleet.kubernetes import KubernetesSource
+
             found.append(KubernetesSource(pool, entry, where))
         else:
             try:

@@ -11,9 +11,10 @@ from typing import Protocol
 from balancer.balancing.backends import Backend
 from balancer.balancing.pool import DEFAULT_POOL, BackendPool
 from balancer.balancing.pools import Pools
+from balancer.config.scaling import ScalingSettings
 from balancer.errors import SettingsError
 from balancer.fleet.discovery import SourceFailed
-from balancer.fleet.scaling import Load, Note, ScalingOptions, Starts
+from balancer.fleet.scaling import Load, Note, Starts
 from balancer.protocol.origin import Origin
 
 STEADY_SECONDS = 10.0  # of being up, after which a start was a good one
@@ -23,7 +24,7 @@ LAST_SECONDS = 30.0  # at most, for the requests of one whose name the configura
 class Launcher(Protocol):
     """Starts and stops what listens for one pool. Each may raise SourceFailed."""
 
-    options: ScalingOptions
+    options: ScalingSettings
 
     def found(self) -> Mapping[str, Origin]:
         """Those that a balancer before this one has left, by their ids."""
@@ -59,7 +60,7 @@ class StartedBackends:
         self,
         pool: BackendPool,
         pools: Pools,
-        options: ScalingOptions,
+        options: ScalingSettings,
         launcher: Launcher,
         starts: Starts,
         note: Note,

@@ -10,21 +10,19 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
+from balancer.balancing.backends import Backend
+from balancer.balancing.pool import Lease
 from balancer.errors import BackendError, BackendRemoved, ClientError, ClientGone, ConnectFailed, NoRoom, Unavailable
+from balancer.forwarding.route import Route, RouteOptions
 from balancer.forwarding.stage import Stage
 from balancer.observe.record import DROPPED, Attempt, Record
-
-if TYPE_CHECKING:
-    from balancer.balancing.backends import Backend
-    from balancer.balancing.pool import Lease
-    from balancer.forwarding.route import Route, RouteOptions
-    from balancer.protocol.origin import Origin
-    from balancer.protocol.request import Request
-    from balancer.upstream.outgoing import OutgoingRequest
-    from balancer.upstream.response import BackendResponse
-    from balancer.upstream.sent import Sent
+from balancer.protocol.origin import Origin
+from balancer.protocol.request import Request
+from balancer.upstream.outgoing import OutgoingRequest
+from balancer.upstream.response import BackendResponse
+from balancer.upstream.sent import Sent
 
 Given = TypeVar("Given")
 Got = TypeVar("Got")

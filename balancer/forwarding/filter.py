@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from balancer.forwarding.answer import Answer
-    from balancer.observe.record import Record
-    from balancer.protocol.messages import Line
-    from balancer.protocol.request import Request
-    from balancer.upstream.outgoing import OutgoingRequest
+from balancer.forwarding.answer import Answer
+from balancer.observe.record import Record
+from balancer.protocol.messages import Line
+from balancer.protocol.request import Request
+from balancer.upstream.outgoing import OutgoingRequest
 
 
 class Filter:

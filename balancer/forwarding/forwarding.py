@@ -9,17 +9,11 @@ import logging
 import time
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from balancer.balancing.backends import EXPLAINED
-from balancer.errors import (
-    BackendError,
-    BalancerError,
-    BodyTooLarge,
-    ClientGone,
-    NoRoom,
-    Unavailable,
-)
+from balancer.balancing.backends import EXPLAINED, Backend
+from balancer.balancing.pool import BackendPool
+from balancer.errors import BackendError, BalancerError, BodyTooLarge, ClientGone, NoRoom, Unavailable
 from balancer.forwarding.answer import Answer, ResponseStream, refusal
 from balancer.forwarding.attempts import Attempts, no_thread
 from balancer.forwarding.race import Race
@@ -28,14 +22,10 @@ from balancer.forwarding.stage import Stage
 from balancer.observe.record import METHOD_KEPT, PATH_KEPT, Record
 from balancer.protocol.headerrules import check_filtered
 from balancer.protocol.messages import Line
+from balancer.protocol.request import Request
 from balancer.upstream.outgoing import OutgoingRequest
-
-if TYPE_CHECKING:
-    from balancer.balancing.backends import Backend
-    from balancer.balancing.pool import BackendPool
-    from balancer.protocol.request import Request
-    from balancer.upstream.response import BackendResponse
-    from balancer.upstream.sent import Sent
+from balancer.upstream.response import BackendResponse
+from balancer.upstream.sent import Sent
 
 log = logging.getLogger("balancer.proxy")
 

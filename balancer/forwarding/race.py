@@ -10,23 +10,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
+from balancer.balancing.hedging import Hedging
 from balancer.errors import BackendError
-from balancer.observe.record import DROPPED
-
-if TYPE_CHECKING:
-    from balancer.balancing.hedging import Hedging
-    from balancer.forwarding.attempts import Attempts, Leg
-    from balancer.forwarding.route import Route
-    from balancer.observe.record import Record
-    from balancer.protocol.client import Client
-    from balancer.protocol.origin import Origin
-    from balancer.protocol.request import Request
-    from balancer.upstream.sent import Sent
-    from balancer.upstream.transport import BackendAdapter
+from balancer.forwarding.attempts import Attempts, Leg
+from balancer.forwarding.route import Route
+from balancer.observe.record import DROPPED, Record
+from balancer.protocol.client import Client
+from balancer.protocol.origin import Origin
+from balancer.protocol.request import Request
+from balancer.upstream.sent import Sent
+from balancer.upstream.transport import BackendAdapter
 
 WORST_GOOD = 499  # the highest status of an answer that need not be compared with another one
+OPENINGS = 3  # of a connection for a second attempt: another request may be quicker to take it
 
 
 class Opening:
@@ -57,7 +54,7 @@ class Race:
 
     __slots__ = (
         *("pending", "deadline", "is_waiting", "_attempts", "_adapter", "_hedging", "_client", "_late"),
-        *("_is_leased", "_opening", "_bad"),
+        *("_is_leased", "_opening", "_openings", "_bad"),
     )
 
     def __init__(self, attempts: Attempts, route: Route, client: Client, first: Sent, late: float) -> None:
@@ -71,6 +68,7 @@ class Race:
         self._late = late
         self._is_leased = False  # for a second attempt that is not sent yet
         self._opening: Opening | None = None
+        self._openings = 0
         self._bad: list[Leg] = []  # with an answer that is better than none
 
     def begin(self) -> Sent | Opening | None:
@@ -87,12 +85,14 @@ class Race:
             self.pending[second.sent.connection.descriptor] = second
             self._client.attach(self)
             return second.sent
-        if self._opening is None:
-            self._opening = Opening(self._adapter, self._attempts.origin_beside)
-            return self._opening
-        if self._opening.is_over:  # in vain
+        if self._opening is not None and not self._opening.is_over:
+            return None
+        if self._openings == OPENINGS:
             self._forgo()
-        return None
+            return None
+        self._openings += 1
+        self._opening = Opening(self._adapter, self._attempts.origin_beside)
+        return self._opening
 
     def _lease(self) -> bool:
         if not self._hedging.spend(self._attempts.is_silent(self._late)):

@@ -5,22 +5,19 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 from balancer.balancing.pool import BackendPool
+from balancer.forwarding.answer import Answer
 from balancer.forwarding.filter import Filter
 from balancer.forwarding.retrybudget import RetryBudget
 from balancer.forwarding.routetable import RouteTable
+from balancer.observe.record import Record
 from balancer.observe.statistics import Statistics
+from balancer.protocol.messages import Line
+from balancer.protocol.request import Request
 from balancer.protocol.responseheads import ResponseHeads
+from balancer.upstream.outgoing import OutgoingRequest
 from balancer.upstream.transport import BackendAdapter
-
-if TYPE_CHECKING:
-    from balancer.forwarding.answer import Answer
-    from balancer.observe.record import Record
-    from balancer.protocol.messages import Line
-    from balancer.protocol.request import Request
-    from balancer.upstream.outgoing import OutgoingRequest
 
 REPLAY_LIMIT = 65536  # bytes: a request body up to this size is read first, so that it can be sent again
 

@@ -11,13 +11,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from balancer.protocol.paths import is_ambiguous, raw_path, read_path, without_parameters
+from balancer.protocol.request import Request
 from balancer.protocol.requestkey import host_of, request_key
-
-if TYPE_CHECKING:
-    from balancer.protocol.request import Request
 
 T = TypeVar("T")
 

@@ -6,13 +6,10 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import TYPE_CHECKING
 
 from balancer.forwarding.route import Route, Routes
+from balancer.protocol.request import Request
 from balancer.protocol.requestkey import Key
-
-if TYPE_CHECKING:
-    from balancer.protocol.request import Request
 
 
 @dataclass(frozen=True, slots=True)

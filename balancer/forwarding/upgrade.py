@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 from balancer.errors import ClientError
 from balancer.forwarding.answer import Answer
 from balancer.forwarding.forwarding import Forwarding
 from balancer.observe.websockets import WebSocketRecord
+from balancer.upstream.connection import Connection
 from balancer.upstream.handshake import Handshake
-from balancer.upstream.response import Body, ResponseBody
-
-if TYPE_CHECKING:
-    from balancer.upstream.connection import Connection
-    from balancer.upstream.outgoing import OutgoingRequest
-    from balancer.upstream.response import BackendResponse
+from balancer.upstream.outgoing import OutgoingRequest
+from balancer.upstream.response import BackendResponse, Body, ResponseBody
 
 MOST_REFUSAL = 65536  # bytes of a body that comes with another answer than 101
 

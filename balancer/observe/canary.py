@@ -10,14 +10,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from threading import Lock
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from typing_extensions import TypedDict
 
 from balancer.observe.histogram import Histogram
-
-if TYPE_CHECKING:
-    from balancer.observe.record import Record
+from balancer.observe.record import Record
 
 ENOUGH, INTERVAL_SECONDS = 200, 10.0  # requests of each side, and time, before they are compared
 # One-sided test of two proportions. A canary that is as good is compared thousands of times, so the bound is high.

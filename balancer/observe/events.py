@@ -15,48 +15,19 @@ from balancer.observe.plain import fill
 from balancer.protocol.texts import shown
 
 EVENTS_KEPT, MESSAGE_KEPT = 500, 1000  # bytes of each: a reload may have much to say; 600 kB in all
-EventKind = (
-    ChangeKind
-    | Literal[
-        "statistics_reset",
-        "write_refused",
-        "config_reloaded",
-        "config_refused",
-        "certificate_changed",
-        "certificate_refused",
-        "certificate_expires",
-        "canary_step",
-        "canary_done",
-        "canary_returned",
-        "draining",
-        "name_kept",
-        "name_found",
-        "source_failed",
-        "source_recovered",
-        "keys_kept",
-        "keys_found",
-        "change_undone",
-        "state_restored",
-        "state_failed",
-        "state_written",
-        "cluster_found",
-        "cluster_lost",
-        "member_joined",
-        "member_left",
-        "decision_left_out",
-        "limit_reached",
-        "limit_keys_full",
-        "scaled_up",
-        "scaled_down",
-        "scaling_advised",
-        "scaling_failed",
-        "start_failed",
-        "backend_ended",
-        "worker_lost",
-    ]
-)
+EventKind = Literal[
+    ChangeKind,
+    Literal["statistics_reset", "write_refused", "config_reloaded", "config_refused"],
+    Literal["certificate_changed", "certificate_refused", "certificate_expires"],
+    Literal["canary_step", "canary_done", "canary_returned", "draining"],
+    Literal["name_kept", "name_found", "source_failed", "source_recovered", "keys_kept", "keys_found"],
+    Literal["change_undone", "state_restored", "state_failed", "state_written"],
+    Literal["cluster_found", "cluster_lost", "member_joined", "member_left", "decision_left_out"],
+    Literal["limit_reached", "limit_keys_full", "scaled_up", "scaled_down", "scaling_advised", "scaling_failed"],
+    Literal["start_failed", "backend_ended", "worker_lost"],
+]
 REFUSED: EventKind = "write_refused"  # the one kind of event that anybody can cause
-EVENT_KINDS: tuple[EventKind, ...] = tuple(kind for kinds in get_args(EventKind) for kind in get_args(kinds))
+EVENT_KINDS: tuple[EventKind, ...] = get_args(EventKind)
 
 
 class Event(TypedDict):

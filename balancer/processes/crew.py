@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import signal
 import socket
@@ -16,6 +17,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -89,7 +91,7 @@ class Place:
 class Meeting:
     """What the master does when a worker comes and goes."""
 
-    passes: Callable[[Place], list[int]]  # descriptors that the worker is to have
+    passes: Callable[[Place], list[int]]  # descriptors that the worker is to have, in the order that it expects
     begin: Callable[[Place], None]
     lost: Callable[[Place, str], None]
     cpus: Callable[[int], Sequence[int]]
@@ -113,6 +115,8 @@ class Crew(Server):
         self._deaths: deque[float] = deque(maxlen=MOST_DEATHS)
         self._is_ending = False
         self._program = program.state()
+        self._spare: tuple[subprocess.Popen[bytes], socket.socket] | None = None  # that has no place yet
+        self._spare_at = 0.0  # from then on there may be one
         self._looked_at = time.monotonic()
         self._tasks: list[asyncio.Task[None]] = []
         self._wishes: asyncio.Queue[Callable[[], Coroutine[Any, Any, None]]] = asyncio.Queue()
@@ -124,6 +128,11 @@ class Crew(Server):
                 place.child.popen.kill()
                 place.child.popen.wait()
                 self._part(place.child)
+        if self._spare is not None:
+            popen, ours = self._spare
+            popen.kill()
+            popen.wait()
+            ours.close()
         self._close_listeners()
         self._on_stop()
 
@@ -249,6 +258,7 @@ class Crew(Server):
                 except Exception:  # the others must be looked at
                     log.exception("worker %d", place.number)
                     place.start_at = now + PAUSE_SECONDS
+            self._look_at_spare(now)
             await asyncio.sleep(LOOK_SECONDS)
 
     def _look(self, place: Place, now: float) -> None:
@@ -263,25 +273,42 @@ class Crew(Server):
             child.popen.kill()
 
     def _begin(self, place: Place) -> None:
+        (popen, ours), self._spare = self._spare or self._spawn(), None
+        with suppress(OSError):  # it has ended already: the next look finds that
+            socket.send_fds(ours, [b"\n"], self._meeting.passes(place))
+        place.child = Child(popen, Link(ours, f"process-{place.number}"))
+        self._meeting.begin(place)
+
+    def _look_at_spare(self, now: float) -> None:
+        """Once all serve there is one more process that has imported all that it needs, for the next who ends."""
+        if self._spare is not None and (code := self._spare[0].poll()) is not None:
+            self._spare[1].close()
+            self._spare, self._spare_at = None, now + (math.inf if code == program.IS_ANOTHER else LONGEST_PAUSE)
+        all_serve = all(place.child is not None and place.child.is_ready for place in self.places)
+        if self._spare is None and all_serve and now >= self._spare_at and not self._is_ending:
+            try:
+                self._spare = self._spawn()
+            except OSError as error:
+                log.warning("no spare worker: %s", error)
+                self._spare_at = now + LONGEST_PAUSE
+
+    def _spawn(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
+        """A process that waits for a place, and our end of what will be its link."""
         ours, theirs = socket.socketpair()
         with theirs:
-            passed = [each.fileno() for each in (theirs, place.listener, *self._others)] + self._meeting.passes(place)
-            command = [sys.executable, "-P", "-m", "balancer.processes.worker", str(theirs.fileno()), self._program]
+            command = [sys.executable, "-P", "-m", "balancer.processes.entry", str(theirs.fileno()), self._program]
             path = os.pathsep.join(filter(None, (str(program.ROOT), os.environ.get("PYTHONPATH"))))
             # They stay blocked in the child, and those that come to us meanwhile are not lost.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, OURS)
             try:
-                popen = subprocess.Popen(
-                    command, pass_fds=passed, stdin=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": path}
-                )
+                environ = os.environ | {"PYTHONPATH": path}
+                passed = [theirs.fileno()]
+                return subprocess.Popen(command, pass_fds=passed, stdin=subprocess.DEVNULL, env=environ), ours
             except OSError:
                 ours.close()
-                self._meeting.lost(place, "")
                 raise
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        place.child = Child(popen, Link(ours, f"process-{place.number}"))
-        self._meeting.begin(place)
 
     def _died(self, place: Place, child: Child, now: float) -> None:
         place.child = None

@@ -13,9 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from werkzeug.test import run_wsgi_app
-
-from balancer.control.inputs import MAX_BODY
+from balancer.control.paths import MAX_BODY
 from balancer.errors import ClientError, ClientGone
 from balancer.processes.link import Link
 from balancer.protocol.request import HEADER_LINES
@@ -86,6 +84,8 @@ class AnsweringWorkers:
         self._threads.shutdown(cancel_futures=True)
 
     def _run(self, told: dict[str, Any], body: bytes | Exception, answer: Callable[[Answer], None]) -> None:
+        from werkzeug.test import run_wsgi_app  # which workers do without
+
         given = io.BytesIO(body) if isinstance(body, bytes) else Broken(body)
         environ = told | {"wsgi.version": (1, 0), "wsgi.input": given, "wsgi.errors": sys.stderr}
         try:

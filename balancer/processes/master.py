@@ -24,6 +24,7 @@ from balancer.config.comparison import Plan
 from balancer.config.settings import Settings
 from balancer.control.api import READS
 from balancer.control.control import WorkerView
+from balancer.control.openapi import PATHS
 from balancer.edge import process, quota, tcpsocket
 from balancer.edge.handover import ROLES, Handed
 from balancer.edge.server import Server
@@ -197,7 +198,10 @@ class Master(LoadBalancer):
         ledger = self._ledgers[place.number] = Ledger()
         self._loads.forget(place.number)
         self._collector.add(ledger)
-        return [self._loads.fd, ledger.fd]
+        return [self._loads.fd, ledger.fd, *(each.fileno() for each in self._sockets(place).values())]
+
+    def _sockets(self, place: Place) -> dict[str, socket.socket]:
+        return {**self._listeners, "http": place.listener}
 
     def _welcome(self, place: Place) -> None:
         assert place.child is not None
@@ -210,11 +214,10 @@ class Master(LoadBalancer):
                 certificate=self.renewal.certificate,
                 pools={pool.name: news_of(pool) for pool in self.control.pools},
                 canaries=self.control.canaries.shares(),
-                loads=self._loads.fd,
-                ledger=self._ledgers[place.number].fd,
                 pseudonym=self.proxy.heads.pseudonym,
                 salt=self.control.limiter.salt,
-                sockets={role: each.fileno() for role, each in {**self._listeners, "http": place.listener}.items()},
+                control_paths=tuple(PATHS),
+                roles=tuple(self._sockets(place)),
                 cpus=place.cpus,
             )
             link.tell("start", start)

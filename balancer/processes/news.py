@@ -6,7 +6,7 @@ other words, and nothing is lost if one of them has been told twice.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,8 +40,8 @@ class PoolNews:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What a worker begins with. `sockets` are descriptors by their role, as `loads` and `ledger` are of memory; `cpus`
-    are those to run on, `canaries` the shares that they have."""
+    """What a worker begins with. `roles` are those of the sockets that come beside this, `cpus` those to run on,
+    `canaries` the shares that they have, `control_paths` what the master answers."""
 
     number: int
     settings: Settings
@@ -49,11 +49,10 @@ class Start:
     certificate: Certificate | None
     pools: Mapping[str, PoolNews]
     canaries: Mapping[str, float]
-    loads: int
-    ledger: int
     pseudonym: bytes
     salt: bytes
-    sockets: Mapping[str, int]
+    control_paths: Collection[str]
+    roles: Sequence[str]
     cpus: Sequence[int]
 
 

@@ -1,8 +1,4 @@
-"""One worker process: the data path alone. Whatever is there once it has from its master, or asks it for.
-
-Started as `python -m balancer.processes.worker DESCRIPTOR PROGRAM`: its end of the link, and what the files of its
-master were. Signals are the master's: they are blocked here, since before this began.
-"""
+"""One worker process: the data path alone. Whatever is there once it has from its master, or asks it for."""
 
 from __future__ import annotations
 
@@ -23,8 +19,7 @@ from balancer.balancing.pool import BackendPool
 from balancer.balancing.shared import SharedLoads
 from balancer.config.comparison import Plan
 from balancer.config.settings import Settings
-from balancer.edge import process, startup
-from balancer.edge.handover import ROLES
+from balancer.edge import process
 from balancer.edge.server import Server
 from balancer.edge.tls import Certificate, TlsOptions
 from balancer.errors import SettingsError
@@ -35,7 +30,6 @@ from balancer.loadbalancer import LoadBalancer
 from balancer.observe import logrecords
 from balancer.observe.events import EventKind, Events
 from balancer.observe.reports import Ledger, Reports
-from balancer.processes import program
 from balancer.processes.forwarded import AskingMaster
 from balancer.processes.link import Link
 from balancer.processes.news import Numbers, PoolNews, Start, changes
@@ -44,6 +38,7 @@ from balancer.protocol.origin import Origin
 log = logging.getLogger("balancer.processes")
 
 BEAT_SECONDS = 0.5
+MOST_DESCRIPTORS = 16
 MASTER = "master"  # the ACTOR of what is done because it said so
 # What traffic makes of a backend, and so has to be told. The master sees all else by itself.
 JUDGED = frozenset({"backend_down", "backend_ejected", "backend_returned", "backend_slow"})
@@ -79,15 +74,16 @@ class Worker(LoadBalancer):
     many seconds what is in flight has, after how many more, and whether others accept already; `_hurry` when it has to
     end at once."""
 
-    def __init__(self, link: Link, start: Start) -> None:
+    def __init__(self, link: Link, start: Start, descriptors: Sequence[int]) -> None:
         self._link = link
         self._start = start
+        self._loads, ledger, *listening = descriptors
+        self._sockets = {role: socket.socket(fileno=each) for role, each in zip(start.roles, listening, strict=True)}
         self._ask = AskingMaster(link)
-        self.reports = Reports(Ledger(start.ledger))
+        self.reports = Reports(Ledger(ledger))
         self._hurry: Future[None] = Future()
         self._orders: Future[tuple[str, float, float, bool]] = Future()
         super().__init__(config=start.settings, sources=start.sources)
-        self.proxy.control_app = self.control_app = self._ask
         self.proxy.heads = wiring.request_heads(self.settings, start.pseudonym, self.authentication.ours)
         self.pools.tell = self._tell
         self.pools.look = self._tell_numbers
@@ -105,32 +101,34 @@ class Worker(LoadBalancer):
             *(config, sources, filters, self.reload, self.renew, self.ports),
             wiring.Own(
                 *(self.reports, self.reports.routes, ToldEvents(self._link), Untold),
-                loads=SharedLoads(self._start.loads, self._start.number),
+                loads=SharedLoads(self._loads, self._start.number),
                 certificate=self._start.certificate,
                 salt=self._start.salt,
+                control_app=self._ask,
+                control_paths=self._start.control_paths,
             ),
         )
         assert isinstance(parts.pools.health, Untold)
         parts.pools.health.ask_master = lambda: self._link.tell("wake")
         return parts
 
-    def start_single_parts(self) -> None:
+    def use_single_parts(self, config: Settings) -> None:
         """The master has them."""
 
+    def start_single_parts(self) -> None:
+        """As well."""
+
     def stop_single_parts(self) -> None:
-        """As well, and hears now what has happened to the last."""
+        """The master hears now what has happened to the last."""
         self._tell_numbers()
 
     # What it serves.
 
     def serve(self) -> int:
         process.pin(list(self._start.cpus))
-        sockets = {
-            role: socket.socket(fileno=self._start.sockets[role]) for role in ROLES if role in self._start.sockets
-        }
-        for each in sockets.values():
+        for each in self._sockets.values():
             each.setblocking(False)
-        self.listen(sockets)
+        self.listen(self._sockets)
         server = self._begin(None)
         assert server is not None
         has_ended = server.run(self._serve_on(server))
@@ -185,7 +183,7 @@ class Worker(LoadBalancer):
         while True:
             if charges := self.control.limiter.charges():
                 self._link.tell("charges", charges)
-            await asyncio.sleep(SETTLE_SECONDS)
+            await asyncio.sleep(SETTLE_SECONDS if self.settings.limits else BEAT_SECONDS)
 
     def _end(self, why: str, limit: float, delay: float, gives_way: bool = False) -> None:
         if not self._orders.done():
@@ -289,21 +287,18 @@ class Worker(LoadBalancer):
         return {name: more for name, count in counts.items() if (more := count - before.get(name, 0)) > 0}
 
 
-def main(descriptor: str, its_program: str) -> int:
-    startup.prepare()
-    if its_program != program.state():
-        return program.IS_ANOTHER
-    link = Link(socket.socket(fileno=int(descriptor)), "master", MASTER)
+def run(ours: socket.socket) -> int:
+    """As the worker that the other end of this wants: at once, or when one is needed."""
     try:
-        worker = Worker(link, link.first())
+        told, descriptors, *_ = socket.recv_fds(ours, 1, MOST_DESCRIPTORS)
+        if not told:
+            return 1  # the master is gone already
+        link = Link(ours, "master", MASTER)
+        worker = Worker(link, link.first(), descriptors)
     except SettingsError as error:
         print(f"worker: {error}", file=sys.stderr)
         return 2
-    except (EOFError, OSError):  # the master is gone already
+    except (EOFError, OSError):  # as well
         return 1
     logrecords.install(worker.control.log, worker.settings.log_level, lambda: worker.settings.access_log_format)
     return worker.serve()
-
-
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))

@@ -26,15 +26,8 @@ Line = tuple[bytes, bytes]
 # RFC 9110 section 7.6.1, plus the fields that are for one hop by their own definition (sections 10.1.4, 11.7, 6.6.2).
 HOP_BY_HOP = frozenset(
     {
-        b"connection",
-        b"proxy-connection",
-        b"keep-alive",
-        b"te",
-        b"transfer-encoding",
-        b"upgrade",
-        b"trailer",
-        b"proxy-authenticate",
-        b"proxy-authorization",
+        *(b"connection", b"proxy-connection", b"keep-alive", b"te", b"transfer-encoding", b"upgrade", b"trailer"),
+        *(b"proxy-authenticate", b"proxy-authorization"),
     }
 )
 # Not for the backend: `Expect` is answered by our server (section 10.1.1), `Proxy` is CVE-2016-5385 (httpoxy), the

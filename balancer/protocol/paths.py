@@ -42,11 +42,6 @@ def without_parameters(path: bytes) -> bytes:
     return _PARAMETERS.sub(b"", path)
 
 
-def segments(path: bytes) -> list[bytes]:
-    """Of a prefix, of which it says nothing whether a slash ends it."""
-    return path.rstrip(b"/").split(b"/")[1:]
-
-
 @dataclass(frozen=True, slots=True)
 class Rewriting:
     """Puts `new` in the place of the prefix `old`: whole segments both, the empty one is `/`."""

@@ -193,20 +193,12 @@ class RequestHeads:
         return RequestHead(section, self)
 
 
-class ChangedHeads:
-    """The same, as routes change them: what follows from a RequestHead and a HeadChange is worked out once. Any thread
-    may call."""
-
-    def __init__(self) -> None:
-        self._table: Table[tuple[RequestHead, HeadChange], RequestHead] = Table(_change, HEADS_ROOM, weigh_made)
-
-    def of(self, head: RequestHead, change: HeadChange) -> RequestHead:
-        return self._table[head, change]
+ChangedHeads = Table[tuple[RequestHead, HeadChange], RequestHead]
 
 
-def _change(given: tuple[RequestHead, HeadChange]) -> RequestHead:
-    head, change = given
-    return head.changed(change)
+def changed_heads() -> ChangedHeads:
+    """The same, as routes change them."""
+    return Table(lambda given: given[0].changed(given[1]), HEADS_ROOM, weigh_made)
 
 
 def weigh_made(given: tuple[RequestHead, object], made: RequestHead) -> int:

@@ -55,19 +55,7 @@ class Memory:
 
     def start(self, forget: str | None = None) -> None:
         """Give back what is in the file, but for what is to be forgotten, a name of `kept`."""
-        try:
-            self._open()
-            for name in self._kept:
-                self._restore(name, is_forgotten=name == forget)
-        except StoreError as error:
-            self._store.close()
-            self._failed(f"{error}; the balancer runs without it")
-            return
-        if not self._store.is_writable:
-            self._failed("may only be read; what is in it is used, and nothing is kept")
-            self._store.close()
-            return
-        self._begin_looking()
+        self._begin_looking(lambda name: self._restore(name, is_forgotten=name == forget))
 
     def stop(self) -> None:
         """Stop, join, and write what has changed since the last look."""
@@ -81,16 +69,22 @@ class Memory:
     def resume(self) -> None:
         """After `stop`, when another process may have written: nobody else has the file any more."""
         self._stopping.clear()
+        self._begin_looking(self._load)
+
+    def _begin_looking(self, take: Callable[[str], object]) -> None:
+        """When each of `kept` was taken from the file."""
         try:
             self._open()
-            self._written = {name: dict.fromkeys(self._store.load(name)) for name in self._kept}
+            for name in self._kept:
+                take(name)
         except StoreError as error:
             self._store.close()
             self._failed(f"{error}; the balancer runs without it")
             return
-        self._begin_looking()
-
-    def _begin_looking(self) -> None:
+        if not self._store.is_writable:
+            self._failed("may only be read; what is in it is used, and nothing is kept")
+            self._store.close()
+            return
         self._thread = Thread(target=self._run, name="state", daemon=True)
         self._thread.start()
 
@@ -111,15 +105,19 @@ class Memory:
         self._store.open()
         self._written = {name: {} for name in self._kept}
 
+    def _load(self, name: str) -> Mapping[str, str]:
+        found = self._store.load(name)
+        self._written[name] = dict.fromkeys(found)  # whatever is there now is another value
+        return found
+
     def _restore(self, name: str, is_forgotten: bool) -> None:
-        found, values, wrong = self._store.load(name), {}, 0
+        found, values, wrong = self._load(name), {}, 0
         adapter = TypeAdapter(self._kept[name].kind)
         for key, text in found.items():
             try:
                 values[key] = adapter.validate_json(text)
             except ValidationError:
                 wrong += 1
-        self._written[name] = dict.fromkeys(found)  # whatever is there now is another value
         try:
             if values and not is_forgotten:
                 self._kept[name].restore(values)

@@ -28,18 +28,8 @@ class Connection:
     """Receives and sends with a time-out set by SO_RCVTIMEO: Python's own time-outs poll before every receive."""
 
     __slots__ = (
-        "sock",
-        "descriptor",
-        "is_watched",
-        "origin",
-        "server",
-        "idle_since",
-        "is_tls",
-        "received",
-        "received_before",
-        "_timeout",
-        "_is_told",
-        "is_aborted",
+        *("sock", "descriptor", "is_watched", "origin", "server", "idle_since", "is_tls", "received"),
+        *("received_before", "_timeout", "_is_told", "is_aborted"),
     )
 
     def __init__(self, sock: socket.socket, origin: Origin) -> None:

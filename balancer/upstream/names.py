@@ -13,9 +13,10 @@ import time
 from collections import deque
 from collections.abc import Callable
 from threading import Event, Lock, Thread
-from typing import Any
+from typing import Any, Literal
 
 Address = tuple[int, tuple[Any, ...]]  # family, and what `connect` takes
+News = Literal["name_kept", "name_found"]
 
 FRESH_SECONDS = 1.0  # that an answer is used before the name is asked for again
 PATIENCE_SECONDS = 0.1  # for a newer answer, where an older one is known
@@ -42,18 +43,18 @@ class Name:
 
 
 class Names:
-    """Finds addresses; any thread may ask. `on_change` is told, in words, when old answers begin to be used (True), and
-    when they are no longer.
+    """Finds addresses; any thread may ask. `note` is told when old answers begin to be used, and when they are no
+    longer.
 
     `_lock` guards `_names`, in the order of their use, what is in them, `_waiting` and `_threads`.
     """
 
     def __init__(
         self,
-        on_change: Callable[[bool, str], None] = lambda is_kept, text: None,
+        note: Callable[[News, str], None] = lambda kind, text: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._on_change = on_change
+        self._note = note
         self._clock = clock
         self._lock = Lock()
         self._names: dict[str, Name] = {}
@@ -127,20 +128,21 @@ class Names:
                 name.addresses, name.known_at = addresses, now
             question, name.question = name.question, None
         if change is not None:
-            self._on_change(*change)
+            self._note(*change)
         assert question is not None
         question.set()
 
-    def _change(self, name: Name, is_answer: bool, failure: str, now: float) -> tuple[bool, str] | None:
+    def _change(self, name: Name, is_answer: bool, failure: str, now: float) -> tuple[News, str] | None:
         """What there is to tell, if anything."""
         is_kept = not is_answer and bool(name.addresses)
         was_kept, name.is_kept = name.is_kept, is_kept
         if is_kept == was_kept:
             return None
         if not is_kept:
-            return False, f"{name.host}: the resolver answers again"
+            return "name_found", f"{name.host}: the resolver answers again"
         told = ", ".join(str(address[0]) for _, address in name.addresses)
-        return True, f"{name.host}: {failure}; what was known {now - name.known_at:.0f} s ago stays in use: {told}"
+        text = f"{name.host}: {failure}; what was known {now - name.known_at:.0f} s ago stays in use: {told}"
+        return "name_kept", text
 
 
 def _is_address(host: str) -> bool:

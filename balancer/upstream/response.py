@@ -16,14 +16,7 @@ from requests.cookies import RequestsCookieJar
 
 from balancer.errors import BackendError, BodyTruncated, ConnectionLost, InvalidResponse
 from balancer.protocol.client import UNWATCHED, Client
-from balancer.protocol.messages import (
-    BODILESS_STATUSES,
-    NONE,
-    HeaderLines,
-    Line,
-    nominated,
-    parse_content_length,
-)
+from balancer.protocol.messages import BODILESS_STATUSES, NONE, HeaderLines, Line, nominated, parse_content_length
 from balancer.protocol.responseheads import MAX_HEAD, PlainHead, ResponseHeads
 from balancer.protocol.texts import shown
 from balancer.upstream.connection import CHUNK, FIRST, Connection
@@ -222,14 +215,8 @@ class ResponseBody(Body):
     by another response, and closes it otherwise."""
 
     __slots__ = (
-        "_give_back",
-        "_connection",
-        "_head",
-        "_left",
-        "_is_chunked",
-        "_framing_bytes",
-        "_client",
-        "_can_reuse",
+        *("_give_back", "_connection", "_head", "_left", "_is_chunked", "_framing_bytes"),
+        *("_client", "_can_reuse"),
     )
 
     def __init__(

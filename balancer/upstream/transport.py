@@ -156,6 +156,18 @@ class BackendAdapter(BaseAdapter):
             raise
         return sent
 
+    def begin(self, request: OutgoingRequest, origin: Origin) -> Sent | None:
+        """A request that `write_now` will send once its new connection can be written to. None if that cannot be had
+        without waiting."""
+        try:
+            connection = self._dialer.begin(origin)
+        except OSError:  # whoever waits is told what it is
+            return None
+        if connection is None:
+            return None
+        connection.server = self._servers.at(origin)
+        return Sent(connection, request, self._heads, time.monotonic() + self.timeouts.response_timeout)
+
     def open(self, origin: Origin) -> None:
         """A new connection, for whoever needs one next. Raises as a connect does."""
         connection = self._dialer.dial(origin, self.timeouts.connect_timeout, self.server_name)
