@@ -58,11 +58,12 @@ class Target:
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
     async def fire(self, started: float, patience: float) -> list[Shot]:
-        tasks = []
+        waiting: set[asyncio.Task[None]] = set()
         for shot in self.shots:
             await asyncio.sleep(started + shot.due - time.monotonic())
-            tasks.append(asyncio.create_task(self._send(shot, started + shot.due)))
-        _, late = await asyncio.wait(tasks, timeout=patience)
+            waiting.add(task := asyncio.create_task(self._send(shot, started + shot.due)))
+            task.add_done_callback(waiting.discard)
+        late = (await asyncio.wait(waiting, timeout=patience))[1] if waiting else ()
         for task in late:
             task.cancel()
         await asyncio.gather(*late, return_exceptions=True)

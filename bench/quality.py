@@ -45,8 +45,8 @@ SPECIFICATIONS = {
 }
 AT_ONCE = "0"  # the backend that requests past the contender go to
 OTHERS = (("nginx", "least_conn"), ("haproxy", "leastconn"), ("caddy", "least_conn"))
-# They look at neither load nor time, so that the queue at the slow backend grows for as long as the run is: measured
-# with --full only, otherwise simulated.
+# They look at neither load nor time, so that the queue at the slow backend grows for as long as the run is: simulated
+# alone.
 BLIND_STRATEGIES = ("round_robin", "weighted")
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import signal
+from asyncio import StreamReader, StreamWriter
 from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 
 from support import Process, exchange, free_port, wait_until
 
@@ -38,3 +41,47 @@ class RedisServer(Process):
 
     def again(self) -> RedisServer:
         return RedisServer(self.folder, *self.arguments, port=self.port)
+
+
+class SlowWay:
+    """Between clients and a Redis server: each piece of an answer takes `delay` seconds more. `answers` are counted."""
+
+    def __init__(self, server: RedisServer) -> None:
+        self.delay, self.answers = 0.0, 0
+        self._to = server.port
+        self._loop = asyncio.new_event_loop()
+        self._listener = self._loop.run_until_complete(asyncio.start_server(self._connect, "127.0.0.1", 0))
+        self.url = f"redis://127.0.0.1:{self._listener.sockets[0].getsockname()[1]}/0"
+        self._thread = Thread(target=self._loop.run_forever, name="slow way")
+
+    def __enter__(self) -> SlowWay:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._listener.close()
+        tasks = asyncio.all_tasks(self._loop)
+        for task in tasks:
+            task.cancel()
+        self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        self._loop.close()
+
+    async def _connect(self, reader: StreamReader, writer: StreamWriter) -> None:
+        from_server, to_server = await asyncio.open_connection("127.0.0.1", self._to)
+        try:
+            await asyncio.gather(self._pass_on(reader, to_server), self._pass_on(from_server, writer, is_answer=True))
+        finally:
+            to_server.close()
+            writer.close()
+
+    async def _pass_on(self, reader: StreamReader, writer: StreamWriter, is_answer: bool = False) -> None:
+        with suppress(OSError):
+            while data := await reader.read(65536):
+                if is_answer:
+                    await asyncio.sleep(self.delay)
+                    self.answers += 1
+                writer.write(data)
+                await writer.drain()
+        writer.close()

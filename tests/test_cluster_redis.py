@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from fleet import DemoBackend
-from redis_server import RedisServer
+from redis_server import RedisServer, SlowWay
 from support import Balancer, BalancerProcess, Served, fetch, fetch_json, free_port, ok, wait_until
 from wire import WireBackend
 
@@ -432,6 +432,19 @@ def test_two_hold_a_rate_together_and_one_alone_has_all_of_it(server: RedisServe
                 lasted = time.monotonic() - started
                 assert passed <= 10 + 40 * lasted * 1.1
                 assert passed >= 25, "less than half of it"
+
+
+def test_no_request_waits_for_a_server_that_takes_two_seconds(server: RedisServer, tmp_path: Path) -> None:
+    """Nor is one refused. Else there would be as many answers of Redis."""
+    with WireBackend() as backend, SlowWay(server) as way:
+        flags = limited(tmp_path, backend, 'rate = "1000/s"\nburst = 1000')
+        with several("one", url=way.url, flags=flags) as (one,):
+            way.delay, before = 2.0, way.answers
+            wait_until(lambda: fetch(f"{one.url}/x")[0] == 200 and cluster(one)["state"] == "alone", "it is alone")
+            assert [fetch(f"{one.url}/x")[0] for _ in range(60)] == [200] * 60
+            assert way.answers - before < 30
+            way.delay = 0.0
+            wait_until(lambda: cluster(one)["state"] == "together", "it is back")
 
 
 def test_what_holds_while_it_is_alone(server: RedisServer, tmp_path: Path) -> None:

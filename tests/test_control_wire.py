@@ -212,7 +212,7 @@ def test_with_a_port_of_its_own_the_control_api_is_nowhere_else(own_paths: WireB
         assert fetch_json(f"{control}/algorithm", {"algorithm": "round_robin"})["current"] == "round_robin"
         status, _, body = fetch(f"{control}/anything")  # not forwarded from here
         assert status == 404 and json.loads(body)["error"]
-        assert f"control API on {control}" in balancer.output
+        wait_until(lambda: f"control API on {control}" in balancer.output)
     assert balancer.wait() == 0
 
 

@@ -316,11 +316,9 @@ def test_usr1_ends_nothing(crew: Crew) -> None:
 
 def test_five_deaths_within_a_minute_end_all(start_process: StartProcess) -> None:
     balancer = start_process("--workers=2", "--shutdown-delay=0")
-    killed: set[int] = set()
-    while len(killed) < 5:
-        for victim in children(balancer.pid) - killed:
+    while balancer.popen.poll() is None:
+        for victim in children(balancer.pid):
             os.kill(victim, signal.SIGKILL)
-            killed.add(victim)
     assert balancer.wait() == 1
     assert "5 workers ended within 60 s, the last one was ended by SIGKILL" in balancer.output
 
@@ -454,21 +452,41 @@ def test_the_next_one_takes_over_without_losing_a_request(
     assert fetch_json(f"{url}/status")["state"]["last_error"] is None
 
 
-def test_a_program_that_was_replaced_takes_over_when_a_worker_has_to_begin(
-    scripted: WireBackend, tmp_path: Path, heirs: list[int]
-) -> None:
-    package, program = tmp_path / "balancer", shutil.copy(ROOT / "load_balancer.py", tmp_path)
+@contextmanager
+def changed_program(backend: WireBackend, folder: Path) -> Iterator[tuple[Process, str]]:
+    """A balancer whose files are others by now, and whose workers have ended."""
+    package, program = folder / "balancer", shutil.copy(ROOT / "load_balancer.py", folder)
     shutil.copytree(ROOT / "balancer", package, ignore=shutil.ignore_patterns("__pycache__"))
-    with Process([PYTHON, program, "--port=0", "--workers=2", f"--backend=only={scripted.url}"]) as master:
+    with Process([PYTHON, program, "--port=0", "--workers=2", f"--backend=only={backend.url}"]) as master:
         url = wait_until(lambda: re.search(r"http://[^ ,]+", master.output), "it listens")[0]
         wait_until(lambda: are_running(url), "two workers")
         os.utime(package / "errors.py")
         for pid in pids(url):  # one more is there that may be of the old files
             os.kill(pid, signal.SIGKILL)
+        yield master, url
+
+
+def test_a_program_that_was_replaced_takes_over_when_a_worker_has_to_begin(
+    scripted: WireBackend, tmp_path: Path, heirs: list[int]
+) -> None:
+    with changed_program(scripted, tmp_path) as (master, url):
         wait_until(lambda: is_gone(master.pid), "another one takes over")
         heirs.append(int(re.findall(r"process (\d+) is to take over", master.output)[-1]))
         assert are_running(url)
         os.kill(heirs[0], signal.SIGTERM)
+
+
+def test_one_whose_place_nobody_may_take_ends_rather_than_leave_clients_waiting(
+    scripted: WireBackend, tmp_path: Path
+) -> None:
+    """As in the demo, which blocks SIGUSR2 for all that it starts."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
+    try:
+        with changed_program(scripted, tmp_path) as (master, _):
+            assert master.wait() == 1
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    assert "no worker can begin, the program's files are others now; so this balancer ends" in master.output
 
 
 # Sockets of every kind.

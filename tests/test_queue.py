@@ -182,6 +182,7 @@ def limited(scripted: WireBackend) -> Iterator[Balancer]:
 def test_requests_wait_in_order_and_the_one_too_many_is_told_when_to_come_again(
     limited: Balancer, scripted: WireBackend, threads: ThreadPoolExecutor
 ) -> None:
+    scripted.reset()
     go = scripted.hold()
     first = threads.submit(fetch, f"{limited.url}/first")
     wait_until(lambda: len(scripted.requests) == 1)
@@ -201,6 +202,7 @@ def test_requests_wait_in_order_and_the_one_too_many_is_told_when_to_come_again(
 def test_a_client_that_leaves_the_queue_never_reaches_the_backend(
     limited: Balancer, scripted: WireBackend, threads: ThreadPoolExecutor
 ) -> None:
+    scripted.reset()
     go = scripted.hold()
     first = threads.submit(fetch, f"{limited.url}/first")
     wait_until(lambda: len(scripted.requests) == 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -379,7 +380,7 @@ class Last(Strategy):
 
 def install_entry_point(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     entry = EntryPoint("last", value, strategies.ENTRY_POINT_GROUP)
-    monkeypatch.setattr(strategies, "entry_points", lambda group: [entry])
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [entry])
     monkeypatch.setattr(strategies, "REGISTRY", dict(REGISTRY))
 
 

@@ -30,6 +30,7 @@ from support import (
     RawRequest,
     Served,
     fetch,
+    fetch_json,
     newest,
     read_all,
     wait_until,
@@ -637,6 +638,40 @@ def test_a_backend_that_is_removed_at_once_takes_its_sockets_along(echo: Echo) -
         fetch(f"{balancer.url}/backends/only?force=1", method="DELETE")
         assert end_of(client)[0] == 1001
         assert newest(balancer)["complete"]
+
+
+class HandingOver:
+    """A process with a socket open that is used while the next one serves."""
+
+    def __init__(self, stack: ExitStack, echo: Echo, workers: int) -> None:
+        flags = (f"--backend=only={echo.url}", f"--workers={workers}", "--drain-timeout=1")
+        self.process = stack.enter_context(BalancerProcess(*flags))
+        self.client = stack.enter_context(opened(self.process))
+        before = self._serving()
+        self.process.send(signal.SIGUSR2)
+        stack.callback(self._end_next)
+        wait_until(lambda: before.isdisjoint(self._serving()), "another process serves")
+        self.client.send("still")
+        assert self.client.recv() == "still"
+
+    def _serving(self) -> set[int]:
+        return {each["pid"] for each in fetch_json(f"{self.process.url}/cluster")["workers"]}
+
+    def _end_next(self) -> None:
+        (pid,) = map(int, re.findall(r"process (\d+) is to take over", self.process.output))
+        os.kill(pid, signal.SIGTERM)
+        wait_until(lambda: not Path(f"/proc/{pid}").exists(), "it has ended")
+
+
+def test_a_process_that_hands_over_keeps_its_sockets_and_tells_them_when_it_ends(echo: Echo) -> None:
+    """After 10 s, which is what this takes."""
+    with ExitStack() as stack:
+        both = [HandingOver(stack, echo, workers) for workers in (1, 2)]
+        for each in both:
+            with pytest.raises(ConnectionClosed):
+                each.client.recv()
+            assert each.client.close_code == 1001
+            wait_until(lambda one=each: one.process.popen.poll() == 0, "it has ended")
 
 
 def test_a_renewal_of_the_port_lets_sockets_be(echo: Echo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

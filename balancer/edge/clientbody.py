@@ -33,18 +33,8 @@ class ClientBody:
     """
 
     __slots__ = (
-        *(
-            "_protocol",
-            "_listener",
-            "_address",
-            "_is_http2",
-            "_is_expected",
-            "_waits_for_word",
-            "_left",
-            "_largest",
-            "_asked",
-            "patience",
-        ),
+        *("_protocol", "_listener", "_address", "_is_http2", "_is_expected", "_waits_for_word", "_left", "_largest"),
+        *("_asked", "patience"),
         *("look", "is_here", "is_done", "is_spent", "is_too_slow", "is_paused", "_excused", "_small", "_first_small"),
     )
 

@@ -334,7 +334,11 @@ class Crew(Server):
 
     def _cannot_begin(self, place: Place, now: float) -> None:
         """No worker of ours can begin any more, and those who connect there must not wait for one."""
-        log.warning("no worker can begin, the program's files are others now: what is there takes over")
+        what = "no worker can begin, the program's files are others now"
+        if os.getpid() == 1 or signal.SIGUSR2 in signal.pthread_sigmask(signal.SIG_BLOCK, []):
+            self._fail(what)  # no process may take the place of this one: a container, or the demo
+            return
+        log.warning("%s: what is there takes over", what)
         place.start_at = now + LONGEST_PAUSE
         os.kill(os.getpid(), signal.SIGUSR2)
 
