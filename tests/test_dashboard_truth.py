@@ -375,6 +375,8 @@ def test_of_very_many_backends_those_near_sight_are_drawn_and_asked_about(tab: T
     stub.answer["backend_servers"][-1]["weight"] = 7
     rows.last.scroll_into_view_if_needed()
     expect(rows.last.locator(".weight")).to_have_value("7")
+    tab.page.emulate_media(reduced_motion="no-preference")  # but each step of a movement would be drawn
+    assert rows.last.locator(".fill").evaluate("it => getComputedStyle(it).transitionDuration") == "0s"
 
 
 def test_many_backends_are_a_heat_map_and_few_are_none(tab: Tab, stub: Stub) -> None:
