@@ -1,5 +1,5 @@
 # The load balancer in a container. docs/deploy.md says how it is run, and what was tried.
-ARG PYTHON=3.13
+ARG PYTHON=3.14
 
 FROM python:${PYTHON}-slim AS build
 WORKDIR /source

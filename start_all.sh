@@ -7,7 +7,7 @@ script="$(readlink -f -- "$0" 2>/dev/null || printf '%s' "$0")"
 here="$(CDPATH='' cd -- "$(dirname -- "$script")" && pwd)"
 found=none
 
-for python in python3.13 python3.12 python3.11 python3 python; do
+for python in python3.14 python3.13 python3.12 python3.11 python3 python; do
     check='import platform, sys; print(platform.python_version()); sys.exit(sys.version_info < (3, 11))'
     if version="$("$python" -c "$check" 2>/dev/null)"; then
         exec "$python" "$here/start_all.py" "$@"

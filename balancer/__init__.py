@@ -28,4 +28,6 @@ _HOMES = {
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "LoadBalancer":  # what worker processes do without, and making the first one should not wait for
+        import_module("balancer.control.api")
     return getattr(import_module(_HOMES[name]), name)

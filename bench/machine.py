@@ -87,12 +87,14 @@ def build_of(prefix: str, configured: str) -> tuple[str, bool]:
 
     python.org, uv and Docker's images ask `configure` for that. Debian and Ubuntu do it by calling make themselves and
     leave no trace in the build's own record, and PGO_PROF_USE_FLAG is set in builds without a profile: so what belongs
-    to the distribution is believed, and `step_ns` lets everybody compare.
+    to a distribution, this one or one that debootstrap made, is believed, and `step_ns` lets everybody compare.
     """
     if "--enable-optimizations" in configured:
         return "built with profile-guided optimisation", True
-    if prefix == "/usr":
-        return f"the package of {platform.freedesktop_os_release()['PRETTY_NAME']}", True
+    release = Path(prefix, "lib/os-release")
+    if Path(prefix).name == "usr" and release.exists():
+        name = re.search('^PRETTY_NAME="?([^"\n]+)', release.read_text(), re.MULTILINE)
+        return f"the package of {name[1] if name else 'the distribution'}", True
     return "built without profile-guided optimisation", False
 
 

@@ -23,6 +23,7 @@ KEYS = {
     "Ed448": ed448.Ed448PrivateKey.generate,
 }
 PLAIN = serialization.NoEncryption()
+CA_USAGE = x509.KeyUsage(True, False, False, False, False, True, True, False, False)  # signs data, certificates, lists
 
 
 class Pair(NamedTuple):
@@ -54,6 +55,12 @@ def make_pair(
         )
         .add_extension(x509.BasicConstraints(ca=is_ca, path_length=None), True)
     )
+    if is_ca:  # what clients in Python 3.13 and later insist upon
+        builder = builder.add_extension(CA_USAGE, True)
+        builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(private.public_key()), False)
+    if signed_by:
+        issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(signed_by.private.public_key())
+        builder = builder.add_extension(issuer, False)
     has_own_hash = kind.startswith("Ed") if signed_by is None else False
     made = builder.sign(signed_by.private if signed_by else private, None if has_own_hash else hashes.SHA256())
     return Pair(made.public_bytes(serialization.Encoding.PEM), pem(private), subject, private)

@@ -130,7 +130,7 @@ class Demo:
     def __init__(self, tree: Path, scratch: Path) -> None:
         self.tree, self.scratch = tree, scratch
         scratch.mkdir(exist_ok=True)
-        python = scratch / "python3.13"  # the first that is looked for, or shims may be asked that take long
+        python = scratch / "python3.14"  # the first that is looked for, or shims may be asked that take long
         python.write_text(f'#!/bin/sh\nexec "{Path(sys.executable).resolve()}" "$@"\n')
         python.chmod(0o755)
         self.runs: list[Run] = []

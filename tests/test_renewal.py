@@ -237,7 +237,7 @@ def test_a_reload_without_a_file_reads_the_certificate_at_once(
     files: Files, secure: Balancer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(files.certificate))
-    files.write(make_pair("new.test"))
+    files.write(make_pair("new.test", is_ca=True))
     wait_until(lambda: name_at(secure.port) == "new.test")
     assert fetch_json(f"{secure.url}/reload", {})["changes"] == []
     files.key.write_bytes(make_pair().key)

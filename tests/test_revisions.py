@@ -107,4 +107,6 @@ def test_times_only_of_those_that_are_asked_for() -> None:
     answer = asked(app.test_client(), "timed=b,zzz")
     timed = {backend["id"]: "latency" in backend for backend in answer["backend_servers"]}
     assert timed == {"a": False, "b": True, "c": True}  # c has had none: there is nothing to work out
+    checked = ["last_check" in backend["health"] for backend in answer["backend_servers"]]
+    assert checked == [False, True, False]
     assert answer["backend_servers"][0]["total_requests"] == 3 and "latency" not in answer["statistics"]

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NotRequired
 
 from typing_extensions import TypedDict
 
@@ -61,14 +61,16 @@ class LastCheckView(TypedDict):
 
 
 class HealthView(TypedDict):
+    """What each check changes is left out of backends that are not `timed`."""
+
     status: HealthStatus
     reason: str | None
     since: float
     fall: int
     rise: int
     consecutive_failures: int
-    consecutive_successes: int
-    last_check: LastCheckView | None
+    consecutive_successes: NotRequired[int]
+    last_check: NotRequired[LastCheckView | None]
 
 
 @dataclass(slots=True)

@@ -33,6 +33,11 @@ class BackendCounts:
         self.down_seconds = self.downtime(now)
         self.down_since = None
 
+    def copy(self, now: float) -> BackendCounts:
+        """As if a time that it is down were over."""
+        seen = self.selected, self.checks, self.failed_checks, self.ups, self.downs, self.ejections
+        return BackendCounts(*seen, down_seconds=self.downtime(now))
+
     def downtime(self, now: float) -> float:
         """Seconds it has been down in all."""
         return self.down_seconds if self.down_since is None else self.down_seconds + now - self.down_since

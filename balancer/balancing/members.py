@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain, count
 from typing import Any
 
@@ -83,10 +83,7 @@ class Members:
         """What happened to each that there is, or was."""
         now = self._clock()
         known = self._former | {backend.id: backend.counts for backend in self.backends.values()}
-        return {
-            backend_id: replace(counts, down_seconds=counts.downtime(now), down_since=None)
-            for backend_id, counts in known.items()
-        }
+        return {backend_id: counts.copy(now) for backend_id, counts in known.items()}
 
     def restore(self, kept: Mapping[str, BackendCounts]) -> None:
         """Go on from there, before the first check."""

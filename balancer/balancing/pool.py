@@ -12,7 +12,6 @@ import random
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import islice
 from threading import Lock
 from typing import Any, TypeVar, cast
@@ -729,7 +728,7 @@ class BackendPool:
         """Copies, with the time that a backend has been down so far."""
         with self._lock:
             now = self._clock()
-            return {b.id: replace(b.counts, down_seconds=b.counts.downtime(now)) for b in self._backends.values()}
+            return {backend.id: backend.counts.copy(now) for backend in self._backends.values()}
 
     def describe(self, is_leaving: bool) -> PoolView:
         hedge = self.hedging.describe()

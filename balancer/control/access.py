@@ -19,6 +19,7 @@ from __future__ import annotations
 import hmac
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Literal
@@ -30,7 +31,7 @@ from pydantic import SecretStr
 from balancer.config.auth import OTHERS, ControlTokenSettings
 from balancer.config.settings import Settings
 from balancer.control.inputs import received
-from balancer.control.neighbours import is_ours, is_private
+from balancer.control.neighbours import is_ours, is_private, was_ours
 from balancer.control.problems import ApiError
 from balancer.protocol.addresses import UNIX, Network, client_address, is_loopback, network_of, plain, told_clients
 from balancer.protocol.guesses import Guesses
@@ -100,7 +101,7 @@ class Access:
         """Whether who sent this request could write too, if it had a token that exists."""
         if self._only_reads(g.get("holder")):
             return False
-        return self._can_help(True) or (self._why_not_local() or _why_not_ours()) is None
+        return self._can_help(True) or (self._why_not_local() or _why_not_ours(was_ours)) is None
 
     def _only_reads(self, holder: str | None) -> bool:
         return any(each.name == holder and each.role == "read" for each in self.options.control_tokens)
@@ -208,7 +209,7 @@ def _sign_of_a_proxy() -> str | None:
     return "HTTP/1.0" if request.environ["SERVER_PROTOCOL"] == "HTTP/1.0" else None
 
 
-def _why_not_ours() -> str | None:
+def _why_not_ours(is_ours: Callable[[str, str], bool] = is_ours) -> str | None:
     """For writes, which do more harm: a proxy that adds nothing and rewrites Host still has a user of its own."""
     peer, environ = _peer(), request.environ
     is_found = is_private(environ["SERVER_NAME"]) if peer == UNIX else is_ours(peer, environ.get("REMOTE_PORT") or "")

@@ -126,7 +126,8 @@ def one_of(states: Iterable[str], current: str) -> dict[str, float]:
 
 def measured(samples: Histogram, bounds: Sequence[float]) -> tuple[list[tuple[str, float]], float]:
     """Buckets and sum."""
-    return [*((str(bound), samples.up_to(bound)) for bound in bounds), ("+Inf", samples.total)], samples.seconds
+    counts = [*samples.up_to(bounds), samples.total]
+    return [*zip([*map(str, bounds), "+Inf"], counts, strict=True)], samples.seconds
 
 
 class Metrics:
@@ -144,6 +145,7 @@ class Metrics:
     def text(self, accept: str, names: Sequence[str]) -> tuple[bytes, str]:
         """In the format that this header asks for, with its content type; only samples of these `names` if there are
         any."""
+        self._collector.look()
         encode, content_type = choose_encoder(accept)
         is_openmetrics = content_type.startswith("application/openmetrics-text")
         pieces = render(self._collector.backends(), is_openmetrics, names)
@@ -166,13 +168,17 @@ class Collector:
         self._control = control
         self._started = time.time()
         self._pieces = Pieces()
+        self.look()
+
+    def look(self) -> None:
+        """What requests came to, for all that is told next: with hundreds of backends it takes a while."""
+        self._lifetime = self._control.statistics.lifetime()
 
     def collect(self) -> Iterator[Metric]:
         """All but those of each backend."""
-        lifetime = self._control.statistics.lifetime()
         yield from self._process()
         yield from self._configuration()
-        yield from self._requests(lifetime)
+        yield from self._requests(self._lifetime)
         yield from self._routes()
         yield from self._websockets()
         yield from self._limits()
@@ -343,7 +349,7 @@ class Collector:
     # Of each backend: with hundreds of them by far the most.
 
     def backends(self) -> Iterator[Family]:
-        backends = list(self._seen(self._control.statistics.lifetime()))
+        backends = list(self._seen(self._lifetime))
         tables: Sequence[tuple[Kind, str, Sequence[tuple[str, str, Read]]]] = (
             ("gauge", "", BACKEND_GAUGES),
             ("counter", "_total", BACKEND_COUNTERS),

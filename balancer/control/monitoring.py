@@ -180,6 +180,9 @@ def status() -> Response:
         }
         for backend in control.backends()
     ]
+    if timed is not None:
+        for untimed in (each for each in backends if each["id"] not in timed):
+            del untimed["health"]["last_check"], untimed["health"]["consecutive_successes"]
     shown = {backend["id"] for backend in backends}
     revision, changed = None, None
     if "since" in request.args:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ipaddress
 import os
 import stat
+import time
+from functools import lru_cache
 from pathlib import Path
 
 from balancer.protocol.addresses import Address, parse
@@ -21,6 +23,16 @@ def is_ours(host: str, port: str) -> bool:
     """
     user = owner(host, port)
     return user is None or user == os.geteuid()
+
+
+def was_ours(host: str, port: str) -> bool:
+    """The same within this minute, for what is only told: the kernel goes through all connections of the machine."""
+    return _was_ours(host, port, int(time.monotonic() / 60))
+
+
+@lru_cache(64)
+def _was_ours(host: str, port: str, minute: int) -> bool:
+    return is_ours(host, port)
 
 
 def is_private(path: str) -> bool:
@@ -49,8 +61,7 @@ def _owner(address: Address, port: str) -> int | None:
         wanted = f"{_hexadecimal(address)}:{int(port):04X}"
         with TABLES[address.version].open(encoding="ascii") as table:
             for line in table:
-                columns = line.split()
-                if columns[ADDRESS] == wanted and columns[STATE] != TIME_WAIT:
+                if wanted in line and (columns := line.split())[ADDRESS] == wanted and columns[STATE] != TIME_WAIT:
                     return int(columns[USER])
     except (OSError, ValueError, IndexError):
         return None

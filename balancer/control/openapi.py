@@ -84,7 +84,8 @@ PATHS: dict[str, Schema] = {
                 "recent": {"type": "integer", "minimum": 0, "maximum": 100, "default": 20},
                 "window": {"type": "integer", "enum": [10, 60, 300], "description": "seconds: what they came to"},
                 "since": COUNT | {"description": "a revision: only what has changed of backends; 0 for the first one"},
-                "timed": TEXT | {"description": "ids, with commas: times and codes of these backends alone"},
+                "timed": TEXT
+                | {"description": "ids, with commas: times, codes and last checks of these backends alone"},
             },
             errors=LEGACY,
         )

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from itertools import count, islice
+from itertools import compress, count, islice
+from operator import ne
 from threading import Lock
 from typing import Any
 
@@ -45,7 +46,8 @@ class Revisions:
 
 def patch(before: Mapping[str, Any], after: Mapping[str, Any]) -> Patch:
     """What makes `after` of `before`; a field that is null is as good as none."""
-    changed = {name: _changed(before.get(name), new) for name, new in after.items() if new != before.get(name)}
+    names = compress(after, map(ne, after.values(), map(before.get, after)))  # without a step for what is as it was
+    changed = {name: _changed(before.get(name), after[name]) for name in names}
     return changed if before.keys() <= after.keys() else dict.fromkeys(before.keys() - after.keys()) | changed
 
 

@@ -61,6 +61,23 @@ class HealthOptions:
     health_fall: int
 
 
+class CheckRequest(OutgoingRequest):
+    """`GET health_path`, the same each time."""
+
+    def __init__(self, options: HealthOptions, origin: Origin, keeps: bool) -> None:
+        lines: list[Line] = [
+            (b"host", (options.health_host or origin.authority).encode("ascii")),
+            (b"user-agent", b"load-balancer-health"),
+        ]
+        if not keeps:
+            lines.append((b"connection", b"close"))
+        super().__init__("GET", options.health_path.encode("ascii"), lines)
+        self._head = super().head()
+
+    def head(self) -> bytes:
+        return self._head
+
+
 class Probe:
     """One `GET health_path` to a backend, on a connection of its own or, if it `keeps`, on one that is kept."""
 
@@ -76,12 +93,12 @@ class Probe:
         if request is None:
             if len(self._requests) >= MOST_REQUESTS:
                 self._requests.clear()
-            request = self._requests[origin] = self._request(origin, keeps=True)
+            request = self._requests[origin] = CheckRequest(self._options, origin, keeps=True)
         return self._kept.send_now(request, origin)
 
     def begin(self, origin: Origin) -> Sent | None:
         """On a connection of its own, if that needs no waiting: to be written once that is connected."""
-        return self._kept.begin(self._request(origin, keeps=False), origin)
+        return self._kept.begin(CheckRequest(self._options, origin, keeps=False), origin)
 
     def look(self, sent: Sent) -> bool:
         """Whether all of its answer is here by now."""
@@ -93,7 +110,8 @@ class Probe:
         failure: BackendError | None = None
         try:
             adapter = self._kept if keeps else self._fresh
-            response = adapter.exchange(self._request(origin, keeps) if sent is None else sent.request, origin, sent)
+            request = CheckRequest(self._options, origin, keeps) if sent is None else sent.request
+            response = adapter.exchange(request, origin, sent)
             status = response.status_code
             if response.head.version == "1.0":
                 self._note_old(origin)
@@ -114,15 +132,6 @@ class Probe:
             error = f"health check answered {status}"
         timed_out = isinstance(failure, ConnectTimedOut | ResponseTimedOut)
         return LastCheck(time.time(), time.monotonic() - started, status, error, timed_out)
-
-    def _request(self, origin: Origin, keeps: bool) -> OutgoingRequest:
-        lines: list[Line] = [
-            (b"host", (self._options.health_host or origin.authority).encode("ascii")),
-            (b"user-agent", b"load-balancer-health"),
-        ]
-        if not keeps:
-            lines.append((b"connection", b"close"))
-        return OutgoingRequest("GET", self._options.health_path.encode("ascii"), lines)
 
     def close(self) -> None:
         """Of kept connections, and of such as are not in use any more."""
@@ -312,7 +321,7 @@ class HealthChecker:
             return now
         number = max(checks.under_way.copy(), default=-1) + 1
         if number == 0:
-            soon = self._pace(options, backend) if backend.health.is_in_transition else options.health_interval
+            soon = self._pace(checks) if backend.health.is_in_transition else options.health_interval
             due = checks.due = min(checks.due, now + soon)
         elif number < options.health_fall and backend.health.status == "up" and not self._is_full():
             due = checks.began + number * LATE * options.health_timeout
@@ -331,9 +340,9 @@ class HealthChecker:
         if number == 0:
             # The first ones of all are made at once, the second ones at any time, so that they are spread from then on.
             spread = self._rng.random() if checks.is_new else 1
-            checks.began, checks.due = now, now + self._pace(checks.checked.options, checks.backend) * spread
+            checks.began, checks.due = now, now + self._pace(checks) * spread
             checks.is_new = False
-            is_quiet = health.status == "up" and not health.is_in_transition
+            is_quiet = health.status == "up" and not health.consecutive_failures
             keeps = is_quiet and checks.until_fresh > 0
             checks.until_fresh = checks.until_fresh - 1 if keeps else FRESH_EVERY - 1
         checks.under_way.add(number)
@@ -400,7 +409,7 @@ class HealthChecker:
         self._tell(checks, result, origin)
         self._enter(checks, AT_ONCE if checks.backend.health.is_in_transition else checks.due)
 
-    def _pace(self, options: HealthOptions, backend: Backend) -> float:
+    def _pace(self, checks: Checks) -> float:
         """Seconds to the next check of this backend."""
-        spread = 1 - self._rng.uniform(0, JITTER)
-        return options.health_interval * spread / (TRANSITION_SPEEDUP if backend.health.is_in_transition else 1)
+        seconds = checks.checked.options.health_interval * (1 - JITTER * self._rng.random())
+        return seconds / TRANSITION_SPEEDUP if checks.backend.health.is_in_transition else seconds

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from math import sqrt
 
@@ -65,10 +66,15 @@ class Histogram:
         added.seconds = self.seconds - earlier.seconds
         return added
 
-    def up_to(self, bound: float) -> int:
-        """How many took at most `bound` seconds, which is one of BOUNDS."""
-        last = bisect_left(BOUNDS, bound)
-        return sum(count for place, count in self.counts.items() if place <= last)
+    def up_to(self, bounds: Sequence[float]) -> list[int]:
+        """How many took at most so many seconds, for each of `bounds`, which are some of BOUNDS."""
+        places, running = self._running()
+        return [running[bisect_right(places, bisect_left(BOUNDS, bound))] for bound in bounds]
+
+    def _running(self) -> tuple[list[int], list[int]]:
+        """Places that are not empty, and how many there are below each, and in all."""
+        places = sorted(self.counts)
+        return places, [*accumulate(map(self.counts.__getitem__, places), initial=0)]
 
     def outline(self) -> list[tuple[float, int]]:
         """How many took up to each bound in seconds, and more than the one before: OUTLINED buckets together, without
@@ -81,11 +87,10 @@ class Histogram:
 
     def percentiles(self, *shares: float) -> list[float | None]:
         """About what the `share` (0 to 1) smallest took at most, in seconds; None without samples."""
-        places = sorted(self.counts)
-        running = list(accumulate(map(self.counts.__getitem__, places)))
-        if not running:
+        places, running = self._running()
+        if not places:
             return [None] * len(shares)
-        return [MIDDLES[places[bisect_left(running, share * running[-1])]] for share in shares]
+        return [MIDDLES[places[bisect_left(running, share * running[-1], 1) - 1]] for share in shares]
 
     def summary(self) -> Percentiles:
         p50, p95, p99 = self.percentiles(0.50, 0.95, 0.99)

@@ -83,33 +83,23 @@ class Peaks:
             self.in_flight[backend_id] = max(self.in_flight.get(backend_id, 0), active)
 
 
-@dataclass(slots=True)
 class Added:
     """What came between two looks: of all, and by backend of those that had requests."""
 
-    retries: int = 0
-    whole: Counters = field(default_factory=Counters)
-    backends: dict[str, Counters] = field(default_factory=dict)
+    __slots__ = ("before", "retries", "whole", "backends")
 
-    @classmethod
-    def between(cls, before: Lifetime, after: Lifetime) -> Added:
-        added = cls(after.retries - before.retries)
+    def __init__(self, before: Lifetime, after: Lifetime) -> None:
+        self.before = before
+        self.retries = after.retries - before.retries
+        self.whole = Counters()
+        self.backends: dict[str, Counters] = {}
         for backend_id, counters in after.counters.items():
             earlier = before.counters.get(backend_id, NO_COUNTS)
             if counters.total > earlier.total:
                 new = counters.since(earlier)
-                added.whole += new
+                self.whole += new
                 if backend_id is not None:
-                    added.backends[backend_id] = new
-        return added
-
-    def __iadd__(self, other: Added) -> Added:
-        self.retries += other.retries
-        self.whole += other.whole
-        for backend_id, counters in other.backends.items():
-            known = self.backends.setdefault(backend_id, Counters())
-            known += counters
-        return self
+                    self.backends[backend_id] = new
 
 
 class Mark(NamedTuple):
@@ -147,24 +137,25 @@ class Series:
         self.step = step
         self.slots: deque[Slot] = deque(maxlen=kept)
         self._open: int | None = None
-        self._added = Added()
+        self._before: Lifetime | None = None  # counts when the open slot began
         self._peaks = Peaks()
 
     def take(self, added: Added, reading: Reading, second: int) -> None:
-        """`second` is the one that runs now. The first look only starts the first slot."""
+        """`added` since the last look; `second` is the one that runs now. The first look only starts the first slot."""
         opens = second - second % self.step
-        self._added += added
+        self._before = self._before or reading.counts
         self._peaks.add(reading)
         if self._open is not None and opens > self._open:
-            self.slots.append(self._slot(self._open))
-            self._added, self._peaks = Added(), Peaks()
+            whole = added if added.before is self._before else Added(self._before, reading.counts)
+            self.slots.append(self._slot(self._open, whole))
+            self._before, self._peaks = reading.counts, Peaks()
         elif self._open is not None and opens < self._open:
             while self.slots and self.slots[-1]["at"] >= opens:
                 self.slots.pop()
         self._open = opens
 
-    def _slot(self, at: int) -> Slot:
-        added, peaks = self._added, self._peaks
+    def _slot(self, at: int, added: Added) -> Slot:
+        peaks = self._peaks
         backends: dict[str, Traffic] = {
             backend_id: {**_figures(counters), "in_flight": peaks.in_flight.get(backend_id, 0)}
             for backend_id, counters in added.backends.items()
@@ -247,11 +238,11 @@ class History:
         now = self._wall_clock()
         reading = self._read()
         with self._lock:
-            before = self._latest
-            added = Added() if before is None else Added.between(before.counts, reading.counts)
+            before = self._latest or Mark(0.0, reading.counts, NO_COUNTS)
+            added = Added(before.counts, reading.counts)
             for series in self._series.values():
                 series.take(added, reading, int(now))
-            added.whole += Counters() if before is None else before.whole
+            added.whole += before.whole
             self._latest, self._windows = Mark(self._clock(), reading.counts, added.whole), {}
             if not self._marks or self._latest.at - self._marks[-1].at >= MARKS:
                 self._marks.append(self._latest)

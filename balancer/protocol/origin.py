@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from functools import lru_cache
 from typing import Literal, NamedTuple
 from urllib.parse import quote, unquote_to_bytes, urlsplit
 
@@ -74,10 +75,18 @@ class Origin(NamedTuple):
 
     @property
     def url(self) -> str:
-        return unix_url(self.host) if self.is_unix else f"{self.scheme}://{self._with_port(self.address or self.host)}"
+        return _url(self)
 
     def _with_port(self, host: str) -> str:
         return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+
+
+@lru_cache(10_000)
+def _url(origin: Origin) -> str:
+    """Told of all backends again and again."""
+    if origin.is_unix:
+        return unix_url(origin.host)
+    return f"{origin.scheme}://{origin._with_port(origin.address or origin.host)}"
 
 
 class Discovered(NamedTuple):

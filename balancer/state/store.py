@@ -71,7 +71,7 @@ class Store:
         self.is_writable = os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)
         uri = path.absolute().as_uri() + ("" if self.is_writable else "?immutable=1")
         self._connection = connection = sqlite3.connect(
-            uri, LOCK_SECONDS, uri=True, isolation_level=None, check_same_thread=False
+            uri, timeout=LOCK_SECONDS, uri=True, isolation_level=None, check_same_thread=False
         )
         connection.execute("PRAGMA locking_mode = EXCLUSIVE")
         (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()

@@ -336,7 +336,8 @@ class BackendAdapter(BaseAdapter):
                 self._idle.pop(origin, None)
                 return True
             connection = idle.popleft()
-        seconds, has_ended = self._clock() - connection.idle_since, connection.has_input()
+        seconds = self._clock() - connection.idle_since
+        has_ended = not connection.is_watched and connection.has_input()
         connection.server.note_idle(seconds, has_ended)
         if has_ended or seconds > self.timeouts.pool_idle_timeout:
             connection.close()

@@ -2,7 +2,7 @@
 
 sudo python3 deploy/container/rehearse.py FOLDER      (Linux; needs debootstrap, and some 2 GB in FOLDER)
 
-In the place of python:3.13-slim stands a Debian of that release with its Python. Namespaces and chroot are the
+In the place of python:3.14-slim stands the Debian whose own Python is that one. Namespaces and chroot are the
 container: a read-only root, no capabilities, the user of the image, its command as process 1. What is tried: nothing of
 the root can be written, HEALTHCHECK says yes, STOPSIGNAL ends it with exit code 0.
 """
@@ -25,7 +25,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-RELEASE = "trixie"  # of python:3.13-slim
+RELEASE = "testing"  # has Python 3.14, as the image
 PACKAGES = "python3,python3-venv,python3-pip,ca-certificates"
 LENT = ("/etc/resolv.conf", "/etc/ssl/certs", "/dev")  # of this machine, while a step runs
 SECONDS = 60.0
