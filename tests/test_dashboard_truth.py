@@ -365,6 +365,20 @@ def test_many_backends_fit(tab: Tab, stub: Stub, count: int, width: int, most: i
     assert tab.page.evaluate("() => document.documentElement.scrollWidth") <= width
 
 
+def test_of_very_many_backends_those_near_sight_are_drawn_and_asked_about(tab: Tab, stub: Stub) -> None:
+    stub.answer = many(200)
+    tab.from_disk(stub.url).is_live()
+    tab.page.click("#backends-more")
+    rows = tab.at("#backend-rows tr")
+    expect(rows).to_have_count(200)
+    wait_until(lambda: any("backend_9%2C" in path and "backend_200" not in path for path in stub.asked))
+    stub.answer["backend_servers"][-1]["weight"] = 7
+    rows.last.scroll_into_view_if_needed()
+    expect(rows.last.locator(".weight")).to_have_value("7")
+    tab.page.emulate_media(reduced_motion="no-preference")  # but each step of a movement would be drawn
+    assert rows.last.locator(".fill").evaluate("it => getComputedStyle(it).transitionDuration") == "0s"
+
+
 def test_many_backends_are_a_heat_map_and_few_are_none(tab: Tab, stub: Stub) -> None:
     stub.answer = many(12)
     ids = [f"backend_{index}" for index in range(1, 13)]
@@ -408,7 +422,20 @@ def test_the_address_holds_what_is_shown(tab: Tab, stub: Stub) -> None:
     expect(tab.at("#charts")).to_be_visible()
 
 
-BLOCKS = ["format", "model", "net", "store", "kit", "charts", "actions", "lessons", "views", "panels", "start"]
+BLOCKS = [
+    "format",
+    "model",
+    "net",
+    "store",
+    "kit",
+    "charts",
+    "actions",
+    "lessons",
+    "views",
+    "panels",
+    "dialogs",
+    "start",
+]
 BEGINNING = re.compile(r"^( *)(?:async )?(?:function \w+|\w+)\(.*\) \{$")  # of a function or a method
 
 
