@@ -290,6 +290,21 @@ def test_a_killed_worker_takes_no_more_with_it_than_it_had(crew: Crew) -> None:
     assert crew.change("/backends/a", {"admin_state": "ready"}) == 200
 
 
+def test_who_waits_is_kept_while_descriptors_are_missing(crew: Crew) -> None:
+    resource = pytest.importorskip("resource")
+    (spare,) = wait_until(lambda: children(crew.process.pid) - {*pids(crew.url)}, "one that waits")
+    master, victim = crew.process.pid, pids(crew.url)[0]
+    before = resource.prlimit(master, resource.RLIMIT_NOFILE)
+    resource.prlimit(master, resource.RLIMIT_NOFILE, (3, before[1]))
+    try:
+        os.kill(victim, signal.SIGKILL)
+        wait_until(lambda: "Too many open files" in crew.process.output, "nobody can begin")
+    finally:
+        resource.prlimit(master, resource.RLIMIT_NOFILE, before)
+    wait_until(lambda: victim not in pids(crew.url) and are_running(crew.url), "another worker")
+    assert pids(crew.url)[0] == spare
+
+
 def test_a_worker_that_hangs_is_replaced(crew: Crew) -> None:
     victim = pids(crew.url)[1]
     os.kill(victim, signal.SIGSTOP)
