@@ -14,8 +14,7 @@ from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
-from urllib.request import ProxyHandler, Request, build_opener
+from urllib.request import HTTPHandler, OpenerDirector, Request
 
 from demo import files
 from demo.console import SIGNALS, Failure
@@ -24,7 +23,7 @@ STOP_SECONDS = 10.0  # then a process is killed
 SCALING = "scaling = [{{ min = 1, max = 6, target_in_flight = 4, down_after = 15, command = {} }}]\n"
 # On Windows: no console window of its own, and no Ctrl-C from this one. Zero elsewhere.
 DETACHED = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0) | getattr(subprocess, "CREATE_NO_WINDOW", 0)
-DIRECT = build_opener(ProxyHandler({}))  # whatever the machine's HTTP_PROXY is
+(DIRECT := OpenerDirector()).add_handler(HTTPHandler())  # whatever HTTP_PROXY is, and for which a 503 is an answer
 
 
 class Service:
@@ -84,10 +83,7 @@ class Service:
         headers = {"Authorization": f"Bearer {self.environment['LB_PAGE_TOKEN']}"} if self.is_balancer else {}
         try:
             with DIRECT.open(Request(self.control_urls[0] + path, headers=headers), timeout=1) as answer:
-                return json.load(answer)
-        except HTTPError as refused:
-            refused.close()
-            return None
+                return json.load(answer) if answer.status == 200 else None
         except (OSError, HTTPException, ValueError):
             return None
 
