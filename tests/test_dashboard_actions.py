@@ -206,7 +206,7 @@ def test_what_became_of_a_backend_whose_dialog_was_left_is_told_beside_the_next(
     held: list[Route] = []
     tab.from_disk(stub.url).is_live()
     tab.network_errors_expected = True  # the refusal
-    tab.page.route("**/backends", held.append)
+    tab.page.route("**/backends", lambda route: held.append(route))
     for outcome in ("backend_4 was added", "that value is wrong"):
         tab.page.click("#add-backend")
         tab.page.fill("#new-url", "http://127.0.0.1:5004")
