@@ -393,6 +393,16 @@ def test_of_very_many_backends_those_near_sight_are_drawn_and_asked_about(tab: T
     assert rows.last.locator(".fill").evaluate("it => getComputedStyle(it).transitionDuration") == "0s"
 
 
+def test_of_very_many_commands_only_the_first_are_listed(tab: Tab, stub: Stub) -> None:
+    stub.answer = status([backend(index) for index in range(1, 501)])
+    tab.from_disk(stub.url).is_live()
+    tab.page.keyboard.press("Control+k")
+    expect(tab.at("#palette-rows li")).to_have_count(50)
+    tab.page.fill("#palette-input", "show backend_499")
+    tab.page.keyboard.press("Enter")
+    expect(tab.at("#drawer-title")).to_have_text("backend_499")
+
+
 def test_many_backends_are_a_heat_map_and_few_are_none(tab: Tab, stub: Stub) -> None:
     stub.answer = many(12)
     ids = [f"backend_{index}" for index in range(1, 13)]
