@@ -14,6 +14,7 @@ from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
 from demo import files
@@ -84,6 +85,9 @@ class Service:
         try:
             with DIRECT.open(Request(self.control_urls[0] + path, headers=headers), timeout=1) as answer:
                 return json.load(answer)
+        except HTTPError as refused:
+            refused.close()
+            return None
         except (OSError, HTTPException, ValueError):
             return None
 

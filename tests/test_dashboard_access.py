@@ -38,7 +38,10 @@ def has_fleet(stub: Stub) -> None:
     workers = [
         {"id": number, "pid": 4000 + number, "since": stub.answer["now"], "state": "running"} for number in (0, 1)
     ]
-    members = [{"name": name, "seen": stub.answer["now"], "requests": 120} for name in ("lb-1", "lb-2")]
+    members = [
+        {"seen": stub.answer["now"], "rate": 60.6363636, "backends": {}, "name": name, "this": name == "lb-1"}
+        for name in ("lb-1", "lb-2")
+    ]
     together = {"name": "shop", "state": "together", "last_error": None}
     stub.cluster = {"workers": workers, "members": members, "cluster": together}
 
@@ -50,8 +53,11 @@ def test_what_there_is_beside_backends_is_told_where_it_is(tab: Tab, stub: Stub)
     has_fleet(stub)
     expect(tab.at("#fleet h3")).to_have_text(["Members", "Workers", "Sources"])
     tab.shows("#fleet-note", "cluster shop: together")
-    for words in ("lb-2", "4001", "backends.toml", "2 s ago"):
+    for words in ("lb-2", "60.6", "4001", "backends.toml", "2 s ago"):
         tab.shows("#fleet", words)
+    expect(tab.at("#fleet table").first.locator("th[scope=col]")).to_have_text(["Name", "This", "Seen", "Rate"])
+    stub.cluster["members"].pop()
+    expect(tab.at("#fleet h3")).to_have_text(["Workers", "Sources"])
 
 
 def busy(stub: Stub) -> None:
@@ -326,7 +332,7 @@ def test_charts_are_read_by_keyboard_and_as_tables(tab: Tab, stub: Stub) -> None
 def test_print_forced_colours_and_less_motion_are_obeyed(tab: Tab, stub: Stub) -> None:
     tab.from_disk(stub.url).is_live()
     tab.page.emulate_media(media="print")
-    for selector in ("#send", "#pause", "#range", "#backend-rows .c-menu button", "#tabs"):
+    for selector in ("#send", "#pause", "#range", "#backend-rows .c-menu button", "#tabs", "#filter", "#open-notices"):
         expect(tab.at(selector).first).to_be_hidden()
     for selector in ("#t-total", "#backend-rows", ".plot", "#printed"):
         expect(tab.at(selector).first).to_be_visible()

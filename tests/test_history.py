@@ -77,8 +77,8 @@ def test_a_point_has_the_fields_of_the_contract(recorded: Recorded) -> None:
     recorded.look_at(1001.0)
     (point,) = recorded.points()
     backends, times = point.pop("backends"), point.pop("times")
-    assert [count for _, count in times] == [1, 98, 1, 2]
-    assert all(bound / 1.3 < took <= bound for (bound, _), took in zip(times, (0.0002, 0.01, 0.1, 2.0), strict=True))
+    assert [count for _, count in times] == [98, 1, 2]  # what is our own is no time of a backend
+    assert all(bound / 1.3 < took <= bound for (bound, _), took in zip(times, (0.01, 0.1, 2.0), strict=True))
     assert point == {
         "at": 1000,
         "requests": 102,

@@ -128,6 +128,7 @@ def test_answers_of_our_own_and_what_broke_off_are_no_response_times(statistics:
     own = [record(503, backend=None, seconds=0.0001), record(502, backend="a", seconds=0.0001)]
     for one in own:
         one.reason = "no_backend"
+    own.append(record(410, backend=None, seconds=0.0001))  # a route's own
     finish(statistics, *own, record(backend="a", seconds=0.2))
     whole, backends, _ = statistics.snapshot()
     assert (
@@ -136,7 +137,7 @@ def test_answers_of_our_own_and_what_broke_off_are_no_response_times(statistics:
         == dict.fromkeys(("p50", "p95", "p99"), pytest.approx(0.2, rel=0.03))
     )
     assert whole["avg_response_time"] == pytest.approx(0.2)
-    assert (whole["total_requests"], backends["a"]["total_requests"]) == (3, 2)
+    assert (whole["total_requests"], backends["a"]["total_requests"]) == (4, 2)
 
 
 @pytest.mark.parametrize(

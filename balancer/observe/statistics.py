@@ -109,7 +109,7 @@ class Counters:
 
     def add(self, record: Record) -> bool:
         """True if it failed."""
-        (self.latency if record.reason is None else self.other).add(record.seconds)
+        (self.latency if record.reason is None and record.backend else self.other).add(record.seconds)
         status = record.status
         if record.complete and status < 500:  # by far the most
             self.statuses[status] += 1
@@ -123,7 +123,7 @@ class Counters:
 
     def count(self, record: Record, times: Histogram) -> None:
         """As many as there are `times`, all of its kind."""
-        histogram, count = self.latency if record.reason is None else self.other, times.total
+        histogram, count = self.latency if record.reason is None and record.backend else self.other, times.total
         histogram += times
         if record.failed and record.aborted:
             self.aborted += count
