@@ -22,12 +22,13 @@ if __name__ == "__main__":
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
 
 import argparse
+import sqlite3
 from collections.abc import Sequence
 from typing import NoReturn
 
 from balancer import __version__  # has no imports of its own, so it needs no .venv
 from demo.console import SIGNALS, Failure, say
-from demo.files import HERE, IS_INSTALLED, NAME, SCRIPT, STATE, locked, read_pid
+from demo.files import HERE, IS_INSTALLED, NAME, RUN, SCRIPT, STATE, locked, read_pid
 from demo.running import ensure_venv, run_services, stop_command
 from demo.services import backend_services, balancer_service, scaling_service
 
@@ -113,8 +114,9 @@ def main() -> int:
     except Failure as failure:
         print(f"{NAME}: error: {failure}", file=sys.stderr, flush=True)
         return failure.code
-    except OSError as error:
-        print(f"{NAME}: error: {error}", file=sys.stderr, flush=True)
+    except (OSError, sqlite3.Error) as error:
+        where = "" if isinstance(error, OSError) else f"{RUN / 'lock'}: "  # which alone is read so here
+        print(f"{NAME}: error: {where}{error}", file=sys.stderr, flush=True)
         return 1
 
 

@@ -63,6 +63,7 @@ from balancer.observe.plain import fill, plain
 from balancer.observe.routecounts import RouteCounts
 from balancer.observe.statistics import Statistics
 from balancer.poolwiring import PoolParts, PoolWiring
+from balancer.protocol.files import read_whole
 from balancer.protocol.requestheads import RequestHeads
 from balancer.protocol.responseheads import ResponseHeads
 from balancer.protocol.texts import quoted
@@ -240,9 +241,11 @@ def _tls_context(ca_file: Path | None) -> ssl.SSLContext | None:
     if ca_file is None:
         return None
     try:
+        read_whole(ca_file)  # of which the ssl module would wait for a writer, if it is a pipe
         return tls_context(cafile=ca_file)
-    except (OSError, ssl.SSLError) as error:
-        raise SettingsError(f"ca_file {quoted(str(ca_file))}: {error.strerror or error}; expected a PEM file") from None
+    except (OSError, ValueError) as error:
+        what = getattr(error, "strerror", None) or error
+        raise SettingsError(f"ca_file {quoted(str(ca_file))}: {what}; expected a PEM file") from None
 
 
 def _pass_time(control: Control) -> None:

@@ -176,6 +176,13 @@ def test_check_config_finds_it(run: Run, arguments: list[str], said: str) -> Non
     assert_one_line(done.err, said)
 
 
+def test_a_pipe_in_place_of_a_file_of_cas_is_not_waited_for(run: Run, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "ca.pem")
+    done = run("--ca-file", str(tmp_path / "ca.pem"), "--check-config")
+    assert (done.code, done.out) == (2, "")
+    assert_one_line(done.err, "ca_file", "not a regular file")
+
+
 @pytest.mark.parametrize(
     ("name", "hint"),
     [

@@ -348,6 +348,17 @@ def test_a_kept_connection_that_has_died_is_no_failure(stack: ExitStack) -> None
     assert checked.balancer.library.pool.counts()["drops"].failed_checks == 0
 
 
+def test_whom_nobody_checks_any_more_keeps_no_connection(stack: ExitStack) -> None:
+    """It hangs just then: who is removed in that moment would else have it until the balancer ends."""
+    checked = Checked(stack, OFTEN, "--health-timeout=60", frozen=ok())
+    backend = checked.backends["frozen"]
+    wait_until(lambda: max(Counter(backend.peers).values(), default=0) >= 3)
+    closed, seen = backend.stall(), len(backend.requests)
+    wait_until(lambda: len(backend.requests) > seen)
+    patch(checked.balancer, "frozen", admin_state="maint")
+    assert closed.acquire(timeout=30)
+
+
 def test_a_long_or_late_answer_on_a_kept_connection_is_waited_for(stack: ExitStack) -> None:
     pause = Event()
 

@@ -53,6 +53,14 @@ def test_bad_usage_is_one_line_and_2(
         assert word in str(failure.value)
 
 
+def test_a_lock_that_is_none_is_one_line(demo: Demo) -> None:
+    lock = demo.tree / "run" / "lock"
+    lock.parent.mkdir(exist_ok=True)
+    lock.write_bytes(b"not a lock" * 100)
+    demo.start("balancer").assert_one_line_error(1, str(lock))
+    lock.unlink()
+
+
 def test_help_version_and_usage(demo: Demo) -> None:
     from balancer import __version__
 

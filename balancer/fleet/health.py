@@ -205,8 +205,7 @@ class HealthChecker:
         for probes in (self._probes, self._sick):
             probes.shutdown(wait=True, cancel_futures=True)
         for checks in self._checks.values():
-            if checks.sent is not None:
-                checks.sent.close()
+            self._drop(checks)
         for checked in self.checked:
             checked.probe.close()
         self._answers.close()
@@ -301,11 +300,14 @@ class HealthChecker:
                 checked.probe.close_idle()
             for backend in checked.pool.backends():
                 if backend.admin_state != "maint":
-                    checks = known.get(backend) or Checks(checked, backend, now, self._rng.randrange(FRESH_EVERY))
-                    self._checks[backend] = checks
-                    if is_nudged or backend not in known:
+                    checks = known.pop(backend, None)
+                    if is_nudged or checks is None:
+                        checks = checks or Checks(checked, backend, now, self._rng.randrange(FRESH_EVERY))
                         checks.checked = checked
                         self._enter(checks, AT_ONCE)
+                    self._checks[backend] = checks
+        for checks in known.values():
+            self._drop(checks)
 
     def _enter(self, checks: Checks, at: float) -> None:
         checks.look_at = tick = int(at / TICK_SECONDS) + 1
@@ -403,6 +405,13 @@ class HealthChecker:
             sent.fail(ConnectTimedOut(f"{origin.url} did not accept within {seconds:.3g} s"))
         sent.close()
         self._record(checks, checks.checked.probe.result(origin, checks.began, None, sent.failure), origin)
+
+    def _drop(self, checks: Checks) -> None:
+        """Nobody waits for what was sent any more, or looks whether it is late."""
+        sent, checks.sent = checks.sent, None
+        if sent is not None:
+            self._answers.forget(sent.connection)
+            sent.close()
 
     def _record(self, checks: Checks, result: LastCheck, origin: Origin) -> None:
         checks.under_way.discard(0)

@@ -273,10 +273,12 @@ class Crew(Server):
             child.popen.kill()
 
     def _begin(self, place: Place) -> None:
-        (popen, ours), self._spare = self._spare or self._spawn(), None
+        popen, ours = self._spare = self._spare or self._spawn()
+        link, passed = Link(ours, f"process-{place.number}"), self._meeting.passes(place)
+        self._spare = None  # until here it is the next look's, if a descriptor is missing
         with suppress(OSError):  # it has ended already: the next look finds that
-            socket.send_fds(ours, [b"\n"], self._meeting.passes(place))
-        place.child = Child(popen, Link(ours, f"process-{place.number}"))
+            socket.send_fds(ours, [b"\n"], passed)
+        place.child = Child(popen, link)
         self._meeting.begin(place)
 
     def _look_at_spare(self, now: float) -> None:
