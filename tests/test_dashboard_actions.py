@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from playwright.sync_api import expect
+from playwright.sync_api import Route, expect
 from support import PAGE_TOKEN, wait_until
 
 from tests.dashboard_stub import Stub, backend, explained, recent, status
@@ -67,6 +67,27 @@ def test_ejected_backends_that_would_be_used_are_named_before_the_last_healthy_o
     assert "503" not in tab.at("#confirm").inner_text()
     tab.page.keyboard.press("Escape")
     assert stub.writes == []
+
+
+def test_the_last_of_a_pool_is_the_last_whatever_other_pools_have(tab: Tab, stub: Stub) -> None:
+    """Drained together with one of another pool it was gone without a question, and others "took over its traffic"."""
+    stub.answer = status([backend(1, pool="api"), backend(2, pool="web"), backend(3, pool="web")])
+    stub.answer["pools"] = [{"name": "api"}, {"name": "web"}]
+    tab.from_disk(stub.url).is_live()
+    for index in (0, 1):
+        tab.at("#backend-rows input[type=checkbox]").nth(index).check()
+    tab.page.click("#bulk-drain")
+    tab.shows("#confirm", "no backend takes traffic in the pool api, and every request there is answered with 503")
+    tab.page.keyboard.press("Escape")
+    choose(tab, 0, "Remove")
+    tab.shows("#confirm", "No other backend takes traffic in the pool api")
+    tab.page.keyboard.press("Escape")
+    assert stub.writes == []
+    stub.answer["backend_servers"][0] |= {"state": "down", "healthy": False}
+    tab.shows("#sentence", "No healthy backend in the pool api. Clients get 503.")
+    stub.answer["backend_servers"][1] |= {"state": "down", "healthy": False}
+    tab.page.click("#open-notices")
+    tab.shows("#notices", "Its traffic goes to 1 other")
 
 
 def test_several_are_changed_and_undone_together(tab: Tab, stub: Stub) -> None:
@@ -178,6 +199,27 @@ def test_a_backend_is_added_and_a_refusal_stays_in_the_dialog(tab: Tab, stub: St
     expect(tab.at("#backend-rows tr")).to_have_count(4)
     added = {"url": "http://127.0.0.1:5004", "weight": 2, "max_connections": None}
     assert stub.writes == [("/backends", added)]
+
+
+def test_what_became_of_a_backend_whose_dialog_was_left_is_told_beside_the_next(tab: Tab, stub: Stub) -> None:
+    """A refusal was lost, and a success closed whatever the dialog was about by then."""
+    held: list[Route] = []
+    tab.from_disk(stub.url).is_live()
+    tab.network_errors_expected = True  # the refusal
+    tab.page.route("**/backends", lambda route: held.append(route))
+    for outcome in ("backend_4 was added", "that value is wrong"):
+        tab.page.click("#add-backend")
+        tab.page.fill("#new-url", "http://127.0.0.1:5004")
+        tab.page.keyboard.press("Enter")
+        tab.page.keyboard.press("Escape")
+        choose(tab, 1, "Limit")
+        tab.page.fill("#new-max", "12")
+        held.pop().continue_()
+        tab.shows("#toasts", outcome)
+        expect(tab.at("#new-max")).to_have_value("12")
+        expect(tab.at("#backend-error")).to_be_empty()
+        tab.page.keyboard.press("Escape")
+        stub.failing_writes.add("/backends")
 
 
 def test_a_backend_is_removed_after_asking_and_undo_adds_it_again(tab: Tab, stub: Stub) -> None:

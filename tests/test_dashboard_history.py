@@ -67,6 +67,27 @@ def test_only_what_is_new_is_asked_for(tab: Tab, stub: Stub) -> None:
     assert [it for it in stub.asked if it.startswith("/events")] == ["/events?since=0", "/events?since=7"]
 
 
+def test_a_clock_that_is_set_back_leaves_no_hole_in_the_past(tab: Tab, stub: Stub) -> None:
+    """Until it had caught up, nothing was asked for, and the charts stood still."""
+    with_past(stub)
+    tab.from_disk(stub.url).is_live()
+    wait_until(lambda: area_points(tab) >= 58)
+    earlier = time.time() - 3600
+    stub.history = {1: history(["set_back"], now=earlier), 10: []}
+    stub.answer["now"] = earlier
+    expect(tab.at(".chart").first.locator(".keys li", has_text="set_back")).to_be_visible()
+
+
+def test_an_odd_answer_ends_no_polls(tab: Tab, stub: Stub) -> None:
+    with_past(stub)
+    for point in stub.history[1]:  # type: ignore[index]
+        point["times"] = [{}, [0.1, 3], None]
+    tab.from_disk(stub.url).is_live()
+    polls = stub.polls
+    wait_until(lambda: stub.polls > polls + 3)
+    wait_until(lambda: area_points(tab) >= 58)
+
+
 CLOCK = "at => new Date(at * 1000).toLocaleTimeString('en-GB')"
 
 

@@ -11,7 +11,7 @@ from werkzeug.serving import make_server
 
 import backend_server
 from balancer.config.values import BackendSettings
-from tests.dashboard_stub import Stub, backend, status
+from tests.dashboard_stub import Stub, backend, serving, status
 from tests.dashboard_tab import Tab, chromium, stub, tab
 
 __all__ = ["chromium", "stub", "tab"]  # fixtures
@@ -46,6 +46,40 @@ def test_a_lesson_tells_what_came_of_it_and_puts_everything_back(tab: Tab, stub:
         ("PATCH /backends/backend_2", {"weight": 1}),
         ("PATCH /backends/backend_3", {"weight": 1}),
     ]
+
+
+def test_what_a_lesson_began_is_ended_where_it_began(tab: Tab, stub: Stub) -> None:
+    """It was ended at whatever balancer was looked at by then; and two clicks in a row were two lessons."""
+    is_demo(stub)
+    tab.from_disk(stub.url).is_live()
+    with serving(status([backend(1)], load_balancer_id="other")) as other:
+        other.page_token = None
+        tab.view("lab")
+        lesson = tab.at("#lesson-rows li").filter(has_text="Maintenance")
+        lesson.get_by_label("None").check()
+        lesson.get_by_role("button", name="Run").evaluate("it => { it.click(); it.click(); }")
+        wait_until(lambda: stub.traffic >= 3)
+        tab.connect_to(other.url)
+        tab.shows("#lb-id", "other")
+        wait_until(lambda: len(stub.writes) == 2)
+        assert other.writes == []
+        tab.page.close()
+    changes = [body["admin_state"] for _, body in stub.writes]
+    assert changes == ["drain", "ready"]
+
+
+def test_what_could_not_be_put_back_is_told(tab: Tab, stub: Stub) -> None:
+    is_demo(stub)
+    tab.network_errors_expected = True
+    tab.from_disk(stub.url).is_live()
+    tab.view("lab")
+    lesson = tab.at("#lesson-rows li").filter(has_text="Maintenance")
+    lesson.get_by_label("None").check()
+    lesson.get_by_role("button", name="Run").click()
+    wait_until(lambda: stub.traffic >= 3)
+    stub.failing_writes = {"/backends/backend_1"}
+    tab.page.click("#cancel")
+    expect(lesson.get_by_role("status")).to_have_text("Not all put back: that value is wrong.")
 
 
 def test_a_fault_is_ended_and_a_refusal_told(tab: Tab, stub: Stub) -> None:

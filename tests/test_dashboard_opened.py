@@ -8,7 +8,7 @@ import re
 from playwright.sync_api import Locator, expect
 from support import PAGE_TOKEN, wait_until
 
-from tests.dashboard_stub import Stub, backend, down_backend, explained, recent, status
+from tests.dashboard_stub import Stub, backend, down_backend, explained, recent, serving, status
 from tests.dashboard_tab import Tab, chromium, stub, tab
 from tests.test_dashboard_actions import PREVIEW, choose
 
@@ -207,6 +207,23 @@ def test_details_of_a_backend_opened_first_are_renewed_and_tell_its_removal(tab:
     tab.shows("#drawer", "api")
     del stub.answer["backend_servers"][0]
     tab.shows("#drawer-badge", "Removed")
+
+
+def test_an_undo_is_for_the_balancer_where_it_was_done(tab: Tab, stub: Stub) -> None:
+    tab.from_disk(stub.url).is_live()
+    choose(tab, 0, "Drain")
+    undo = tab.page.get_by_role("button", name="Undo")
+    undo.focus()  # which keeps it on the screen
+    with serving(status([backend(1)], load_balancer_id="other")) as other:
+        other.page_token = None
+        tab.connect_to(other.url)
+        tab.shows("#lb-id", "other")
+        is_blocked(undo, "This was at another balancer.")
+        undo.click(force=True)
+        tab.connect_to(stub.url)
+        tab.shows("#lb-id", "lb-1")
+        is_allowed(undo)
+        assert other.writes == []
 
 
 def test_an_undo_waits_for_the_connection(tab: Tab, stub: Stub) -> None:

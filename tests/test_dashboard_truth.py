@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import pytest
-from playwright.sync_api import expect
+from playwright.sync_api import Route, expect
 from support import wait_until
 
 from tests.dashboard_stub import PAGE, Json, Stub, backend, down_backend, event, history, recent, status
@@ -167,6 +167,20 @@ def test_pools_and_routes_are_told_where_there_are_some(tab: Tab, stub: Stub) ->
             re.compile(words.replace("%", "%\\s*", 1).replace("+", "\\+"))
         )
     tab.shows("#backend-rows tr >> nth=2", "api: http://127.0.0.1:5003")
+
+
+def test_a_hundred_routes_and_pools_leave_what_is_below_in_reach(tab: Tab, stub: Stub) -> None:
+    three_up(stub)
+    names = [f"pool-{index}" for index in range(100)]
+    stub.answer["pools"] = [{"name": name} for name in names]
+    stub.answer["routes"] = [{"name": name, "path": f"/{name}/", "pool": name} for name in names]
+    tab.from_disk(stub.url).is_live()
+    tab.view("traffic")
+    expect(tab.at("#route-table tbody tr")).to_have_count(100)
+    assert top_of(tab, "#backends") <= 1600
+    tab.page.get_by_role("region", name="Pools table").focus()
+    tab.page.keyboard.press("End")
+    expect(tab.at("#pool-table tbody tr").last).to_be_in_viewport()
 
 
 # ---- The past
@@ -379,6 +393,16 @@ def test_of_very_many_backends_those_near_sight_are_drawn_and_asked_about(tab: T
     assert rows.last.locator(".fill").evaluate("it => getComputedStyle(it).transitionDuration") == "0s"
 
 
+def test_of_very_many_commands_only_the_first_are_listed(tab: Tab, stub: Stub) -> None:
+    stub.answer = status([backend(index) for index in range(1, 501)])
+    tab.from_disk(stub.url).is_live()
+    tab.page.keyboard.press("Control+k")
+    expect(tab.at("#palette-rows li")).to_have_count(50)
+    tab.page.fill("#palette-input", "show backend_499")
+    tab.page.keyboard.press("Enter")
+    expect(tab.at("#drawer-title")).to_have_text("backend_499")
+
+
 def test_many_backends_are_a_heat_map_and_few_are_none(tab: Tab, stub: Stub) -> None:
     stub.answer = many(12)
     ids = [f"backend_{index}" for index in range(1, 13)]
@@ -416,10 +440,49 @@ def test_the_address_holds_what_is_shown(tab: Tab, stub: Stub) -> None:
     assert tab.at("th[aria-sort=descending]").inner_text() == "p95"
     tab.page.keyboard.press("Control+k")
     tab.page.fill("#palette-input", "go traf")
+    tab.page.keyboard.press("Control+k")
     tab.page.keyboard.press("Enter")
     expect(tab.at("#recent-rows tr")).to_have_count(1)
     tab.page.go_back()
     expect(tab.at("#charts")).to_be_visible()
+    tab.page.evaluate("() => { location.hash = 'zoom=1-1e300&sort=__proto__&range=no'; }")  # as somebody has sent it
+    expect(tab.at("#range input:checked")).to_have_value("60")
+    expect(tab.at("#unzoom")).to_be_hidden()
+
+
+def test_another_view_keeps_what_was_set(tab: Tab, stub: Stub) -> None:
+    """What was typed as filter, the window, the range and the order were lost with each click on a view."""
+    three_up(stub)
+    tab.from_disk(stub.url).is_live()
+    tab.page.fill("#filter", "back")
+    tab.pick("#window input[value='300']")
+    tab.pick("#range input[value='900']")
+    tab.view("system")
+    tab.view("traffic")
+    expect(tab.at("#filter")).to_have_value("back")
+    expect(tab.at("#window input:checked")).to_have_value("300")
+    tab.page.go_back()
+    tab.page.go_back()
+    expect(tab.at("body")).to_have_attribute("data-view", "overview")
+    expect(tab.at("#filter")).to_have_value("back")
+    expect(tab.at("#range input:checked")).to_have_value("900")
+
+
+def test_settings_that_did_not_come_once_come_with_the_next_poll(tab: Tab, stub: Stub) -> None:
+    lost = []
+
+    def lose(route: Route) -> None:
+        lost.append(route.request.url)
+        if len(lost) == 1:
+            route.fulfill(status=503, body="{}")
+        else:
+            route.continue_()
+
+    tab.network_errors_expected = True
+    tab.page.route("**/config", lose)
+    tab.page.goto(f"{stub.url}/dashboard#view=system")
+    tab.shows("#settings-in-force", "weighted")
+    assert len(lost) == 2
 
 
 BLOCKS = [
