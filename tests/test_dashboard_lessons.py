@@ -5,7 +5,7 @@ from __future__ import annotations
 from threading import Thread
 
 from control import assert_error, make_app
-from playwright.sync_api import expect
+from playwright.sync_api import Locator, expect
 from support import free_port, wait_until
 from werkzeug.serving import make_server
 
@@ -17,16 +17,17 @@ from tests.dashboard_tab import Tab, chromium, stub, tab
 __all__ = ["chromium", "stub", "tab"]  # fixtures
 
 
-def is_demo(stub: Stub) -> None:
+def open_lesson(tab: Tab, stub: Stub, title: str) -> Locator:
+    """Of a demo's three backends, in the lab."""
     stub.answer = status([backend(1, weight=2), backend(2), backend(3, state="drain", admin_state="drain")])
     stub.answer["capabilities"]["faults"] = True
+    tab.from_disk(stub.url).is_live()
+    tab.view("lab")
+    return tab.at("#lesson-rows li").filter(has_text=title)
 
 
 def test_a_lesson_tells_what_came_of_it_and_puts_everything_back(tab: Tab, stub: Stub) -> None:
-    is_demo(stub)
-    tab.from_disk(stub.url).is_live()
-    tab.view("lab")
-    lesson = tab.at("#lesson-rows li").filter(has_text="Three times the weight")
+    lesson = open_lesson(tab, stub, "Three times the weight")
     run = lesson.get_by_role("button", name="Run")
     expect(run).to_have_attribute("aria-disabled", "true")
     lesson.get_by_label("All").check()
@@ -50,12 +51,9 @@ def test_a_lesson_tells_what_came_of_it_and_puts_everything_back(tab: Tab, stub:
 
 def test_what_a_lesson_began_is_ended_where_it_began(tab: Tab, stub: Stub) -> None:
     """It was ended at whatever balancer was looked at by then; and two clicks in a row were two lessons."""
-    is_demo(stub)
-    tab.from_disk(stub.url).is_live()
+    lesson = open_lesson(tab, stub, "Maintenance")
     with serving(status([backend(1)], load_balancer_id="other")) as other:
         other.page_token = None
-        tab.view("lab")
-        lesson = tab.at("#lesson-rows li").filter(has_text="Maintenance")
         lesson.get_by_label("None").check()
         lesson.get_by_role("button", name="Run").evaluate("it => { it.click(); it.click(); }")
         wait_until(lambda: stub.traffic >= 3)
@@ -69,11 +67,8 @@ def test_what_a_lesson_began_is_ended_where_it_began(tab: Tab, stub: Stub) -> No
 
 
 def test_what_could_not_be_put_back_is_told(tab: Tab, stub: Stub) -> None:
-    is_demo(stub)
     tab.network_errors_expected = True
-    tab.from_disk(stub.url).is_live()
-    tab.view("lab")
-    lesson = tab.at("#lesson-rows li").filter(has_text="Maintenance")
+    lesson = open_lesson(tab, stub, "Maintenance")
     lesson.get_by_label("None").check()
     lesson.get_by_role("button", name="Run").click()
     wait_until(lambda: stub.traffic >= 3)
@@ -83,12 +78,9 @@ def test_what_could_not_be_put_back_is_told(tab: Tab, stub: Stub) -> None:
 
 
 def test_a_fault_is_ended_and_a_refusal_told(tab: Tab, stub: Stub) -> None:
-    is_demo(stub)
     stub.failing_writes = {"/backends/backend_1/faults"}
     tab.network_errors_expected = True
-    tab.from_disk(stub.url).is_live()
-    tab.view("lab")
-    lesson = tab.at("#lesson-rows li").filter(has_text="A backend that answers 503")
+    lesson = open_lesson(tab, stub, "A backend that answers 503")
     lesson.get_by_label("None").check()
     lesson.get_by_role("button", name="Run").click()
     expect(lesson.get_by_role("status")).to_have_text("Not done: that value is wrong.")
