@@ -157,13 +157,13 @@ Make = Callable[..., Fleet]
 @pytest.fixture
 def make(monkeypatch: pytest.MonkeyPatch, pool: ThreadPoolExecutor) -> Iterator[Make]:
     made: list[Fleet] = []
-    hedge = Express._hedge
+    expire = Express._expire
 
     def counted(self: Express, now: float) -> None:
-        hedge(self, now)
+        expire(self, now)
         Fleet._looks[0] += 1
 
-    monkeypatch.setattr(Express, "_hedge", counted)
+    monkeypatch.setattr(Express, "_expire", counted)
 
     def make(*flags: str, names: str = "abc") -> Fleet:
         made.append(Fleet(*flags, names=names))

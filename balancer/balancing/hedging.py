@@ -69,6 +69,8 @@ class Hedging:
 
     def count(self) -> None:
         """One more request, once each."""
+        if self._saved == SAVED:
+            return
         with self._lock:
             saved = self._saved + self.options.hedge_budget
             self._saved = saved if saved < SAVED else SAVED

@@ -60,7 +60,8 @@ class Express:
         self._wake = os.eventfd(0)
         self._stopping = False
         self._next_look = self._next_expiry = 0.0  # of time.monotonic()
-        self._tick = LOOK_SECONDS
+        self._late = math.inf
+        self._tick = self._pause = LOOK_SECONDS
         self._thread = Thread(target=self._run, name="express", daemon=True)
 
     def start(self) -> None:
@@ -118,11 +119,16 @@ class Express:
         now = time.monotonic()
         if now >= self._next_look:
             begun = time.thread_time()
-            self._hedge(now)
-            self._next_look = now + max(self._tick, (time.thread_time() - begun) / LOOK_SHARE)
             if now >= self._next_expiry:
                 self._next_expiry = now + LOOK_SECONDS
                 self._expire(now)
+                self._late, self._pause = self._soonest_late(), LOOK_SECONDS
+                self._tick = min(LOOK_SECONDS, max(LEAST_TICK, TICK_SHARE * self._late))
+            if self._races or self._next_late(now) <= now:
+                self._hedge(now)
+            self._next_look = now + max(self._tick, (time.thread_time() - begun) / LOOK_SHARE)
+        if self._late < math.inf:
+            self._pause = min(LOOK_SECONDS, max(self._tick, self._next_late(now) - now))
 
     def _run(self) -> None:
         while not self._stopping:
@@ -132,7 +138,7 @@ class Express:
                 log.exception("express thread: a round failed")
 
     def _pass_on_answers(self) -> None:
-        for descriptor, _ in self._epoll.poll(self._tick):
+        for descriptor, _ in self._epoll.poll(self._pause):
             call = self._waiting.pop(descriptor, None)
             if call is None:
                 self._leave(descriptor)
@@ -203,17 +209,21 @@ class Express:
 
     # The same thread: answers that are late.
 
+    def _next_late(self, now: float) -> float:
+        """When the answer for whoever was brought first is late, or would be for somebody brought now."""
+        try:
+            first = next(iter(self._waiting.values()), None)
+        except RuntimeError:  # somebody was brought, or taken out, within this step
+            return now
+        return self._late + (now if first is None else first.started)
+
     def _hedge(self, now: float) -> None:
         """Ask a second backend for whoever has waited too long for one."""
-        late = self._soonest_late()
-        self._tick = min(LOOK_SECONDS, max(LEAST_TICK, TICK_SHARE * late))
         for call, race in self._races.copy().items():
             if race.is_waiting:
                 self._begin(call, race)
-        if late == math.inf:
-            return
         for descriptor, call in self._waiting.copy().items():  # about in the order in which they were brought
-            if now - call.started < late:
+            if now - call.started < self._late:
                 return
             if call not in self._races:
                 self._race(descriptor, call)

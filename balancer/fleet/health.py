@@ -39,7 +39,7 @@ JITTER = 0.1  # share of the interval by which it may be shorter, so that many b
 LATE = 0.2  # share of the time-out after which a check is late
 TRANSITION_SPEEDUP = 5  # checks per interval while a change is in the air
 ROUND_SECONDS = 1.0  # at most between two rounds, however rare the checks: `on_round` lets time pass elsewhere
-TICK_SECONDS = 0.02  # what is due within one is sent together at its end
+TICK_SECONDS = 0.04  # what is due within one is sent together at its end
 AT_ONCE = 0.0  # in place of a time at which to look
 CLOSE_EVERY = 10  # rounds between two looks for kept connections that nobody uses any more
 FRESH_EVERY = 10  # checks of a backend of which one opens a connection
@@ -130,7 +130,7 @@ class Probe:
             error = f"health check failed: {late if isinstance(failure, ResponseTimedOut) else failure}"
         elif status not in GOOD_STATUSES:
             error = f"health check answered {status}"
-        timed_out = isinstance(failure, ConnectTimedOut | ResponseTimedOut)
+        timed_out = failure is not None and isinstance(failure, ConnectTimedOut | ResponseTimedOut)
         return LastCheck(time.time(), time.monotonic() - started, status, error, timed_out)
 
     def close(self) -> None:
@@ -290,7 +290,7 @@ class HealthChecker:
                 if checks.look_at == tick and checks.backend in self._checks:
                     self._enter(checks, self._next(checks, now))
         next_at = min(self._agenda, default=inf) * TICK_SECONDS
-        return max(TICK_SECONDS, min(next_at, self._next_round) - now)
+        return max(0.0, min(next_at, self._next_round) - now)
 
     def _gather(self, now: float, is_nudged: bool) -> None:
         """Who is to be checked; whoever is new is looked at now, and everybody if that was asked for."""
@@ -317,18 +317,21 @@ class HealthChecker:
         """Start a check of this backend if one is due; returns when to look at it again. While one is late, as many as
         it takes to be sure run side by side: one after another they would take as many time-outs."""
         options, backend = checks.checked.options, checks.backend
-        expires = checks.began + options.health_timeout if checks.sent is not None else inf
-        if expires <= now:
-            self._expire(checks)
-            return now
-        number = max(checks.under_way.copy(), default=-1) + 1
+        number, due, expires = 0, checks.due, inf
+        if checks.under_way:
+            expires = checks.began + options.health_timeout if checks.sent is not None else inf
+            if expires <= now:
+                self._expire(checks)
+                return now
+            number = max(checks.under_way.copy(), default=-1) + 1
         if number == 0:
-            soon = self._pace(checks) if backend.health.is_in_transition else options.health_interval
-            due = checks.due = min(checks.due, now + soon)
+            if due > now:
+                soon = self._pace(checks) if backend.health.is_in_transition else options.health_interval
+                due = checks.due = min(due, now + soon)
         elif number < options.health_fall and backend.health.status == "up" and not self._is_full():
             due = checks.began + number * LATE * options.health_timeout
         else:  # to see soon that they have ended, should it be due by then
-            return min(max(checks.due, now + TICK_SECONDS), expires)
+            return min(max(due, now + TICK_SECONDS), expires)
         if due > now:
             return min(due, expires)
         self._begin(checks, number, now)
@@ -340,10 +343,10 @@ class HealthChecker:
     def _begin(self, checks: Checks, number: int, now: float) -> None:
         health, is_quiet, keeps = checks.backend.health, False, False
         if number == 0:
-            # The first ones of all are made at once, the second ones at any time, so that they are spread from then on.
-            spread = self._rng.random() if checks.is_new else 1
-            checks.began, checks.due = now, now + self._pace(checks) * spread
-            checks.is_new = False
+            seconds = self._pace(checks)
+            if checks.is_new:  # the first ones of all are made at once, the second ones at any time: so they are spread
+                seconds, checks.is_new = seconds * self._rng.random(), False
+            checks.began, checks.due = now, now + seconds
             is_quiet = health.status == "up" and not health.consecutive_failures
             keeps = is_quiet and checks.until_fresh > 0
             checks.until_fresh = checks.until_fresh - 1 if keeps else FRESH_EVERY - 1

@@ -12,6 +12,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import lru_cache
 from threading import Event, Lock, Thread
 from typing import Any, Literal
 
@@ -145,6 +146,7 @@ class Names:
         return "name_kept", text
 
 
+@lru_cache(MOST_NAMES)
 def _is_address(host: str) -> bool:
     try:
         ipaddress.ip_address(host)
