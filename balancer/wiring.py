@@ -480,7 +480,7 @@ def _follow(control: Control, pools: PoolWiring) -> Callable[[BackendPool, Chang
         elif change.kind == "backend_added":
             statistics.forget(change.backend)  # a failed last request of a removed one is recorded after its removal
             health.wake()
-        elif change.kind == "backend_removed" and pools.pools.pool_of(change.backend) is None:
-            statistics.forget(change.backend)
+        elif change.kind == "backend_removed":
+            statistics.keep([backend.id for backend in pools.pools.backends()])
 
     return changed

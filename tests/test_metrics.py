@@ -403,6 +403,8 @@ def test_more_former_backends_than_are_kept_drop_the_oldest(app: Flask, monkeypa
     assert {"n4", "n5"} <= set(lifetime.counters) and "n0" not in lifetime.counters
     assert "n0" not in lifetime.totals.backends and "n5" in lifetime.totals.backends
     assert value(samples(app), "lb_requests_total", code="200", method="GET") == 6
+    control.pool.restore_counts({f"m{number}": BackendCounts() for number in range(6)})  # nor after a restart
+    assert [*control.pool.kept_counts()][:3] == ["m3", "m4", "m5"]
 
 
 def test_totals_are_exact_whatever_threads_do(app: Flask) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -44,6 +45,7 @@ from balancer.edge import quota
 from balancer.errors import SettingsError
 from balancer.loadbalancer import LoadBalancer
 from balancer.processes.crew import SETTLE_SECONDS
+from balancer.processes.forwarded import AskingMaster
 
 MANY = 24  # connections: that all go to one of two workers is out of the question
 
@@ -542,6 +544,18 @@ def test_a_unix_socket_is_shared(start_process: StartProcess, tmp_path: Path) ->
     wait_until(answers, "both run")
     balancer.send(signal.SIGTERM)
     assert balancer.wait() == 0 and not path.exists()
+
+
+def test_an_answer_that_comes_last_does_not_stand_in_the_way_of_the_end() -> None:
+    """Who waited for it had not gone on yet: the end of the link failed, and a worker without a master lived on."""
+
+    class Last:
+        def tell(self, what: str, number: int, *more: object) -> None:
+            asking.answered(number, ("200 OK", [], b"last"))
+            asking.give_up()
+
+    asking = AskingMaster(Last())  # type: ignore[arg-type]
+    assert [*asking({"wsgi.input": io.BytesIO()}, lambda *told: lambda piece: None)] == [b"last"]
 
 
 def test_a_program_of_ones_own_has_one_process() -> None:

@@ -129,6 +129,25 @@ def test_the_fewest_of_all_processes_gets_the_next(master: Master) -> None:
     assert workers[3].do("active()") == str(left)
 
 
+@pytest.mark.parametrize("algorithm", ["least_connections", "peak_ewma"])
+def test_who_never_chooses_keeps_no_more_with_each_look(algorithm: str) -> None:
+    """A master, and a worker to whom nobody comes: what others had in flight piled up for their next choice."""
+    master = SharedLoads()
+    watching = make_pool(master.of("default"), NAMES, algorithm)
+    for row in range(2):
+        master.forget(row)
+    busy, idle = (make_pool(SharedLoads(master.fd, row).of("default"), NAMES, algorithm) for row in range(2))
+    for pool in (watching, idle):
+        for _ in range(100):
+            lease = busy.lease_now(None)  # type: ignore[arg-type]
+            assert lease is not None
+            pool.sweep()
+            lease.release(0.01)
+            pool.sweep()
+        assert len(pool._scene.changes) < 50 and len(pool._strategy._heap) < 50  # type: ignore[attr-defined]
+    assert idle.lease_now(None) is not None  # type: ignore[arg-type]
+
+
 def test_a_limit_holds_over_processes(master: Master) -> None:
     """Each may add one before it has seen what another has just added."""
     pool = master.pool("a", "b")

@@ -371,6 +371,10 @@ def test_a_later_backend_of_the_same_name_starts_at_zero() -> None:
     proxy.routes = replace(proxy.routes, usual=replace(route, adapter=RemovedMeanwhile()))
     assert Client(app).get("/x").status_code == 504
     assert pool.backends() == []
+    pool.add("b", Origin("http", "127.0.0.1", 1))
+    assert list(app.extensions["control"].statistics.snapshot()[1]) == [None, "a"]
+    pool.remove("b")
+    assert list(app.extensions["control"].statistics.snapshot()[1]) == [None]  # they do not pile up
     pool.add("a", Origin("http", "127.0.0.1", 1))
     told = Client(app).get("/status", environ_base={"REMOTE_ADDR": "127.0.0.1"}).get_json()
     assert told["backend_servers"][0]["total_requests"] == 0

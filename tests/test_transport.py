@@ -9,6 +9,7 @@ import ssl
 import struct
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 import requests
 from support import Clock, RawRequest, free_port, ok, wait_until
-from wire import WireBackend, hang_up, wait_closed
+from wire import MIB, WireBackend, hang_up, wait_closed
 
 from balancer.errors import (
     ConnectFailed,
@@ -132,6 +133,19 @@ def test_a_time_limit_is_not_set_again_for_a_moment_less() -> None:
             connection.set_timeout(seconds)
             found.append(limit())
         assert found == [30, 30, 29, 29, 30]
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_the_time_of_a_request_is_over_also_while_it_is_sent(has_begun: bool) -> None:
+    """To whoever did not read, it was sent for another `response_timeout`."""
+    adapter, request = BackendAdapter(Timeouts(60, 20, 60, pool_idle_timeout=4)), outgoing("PUT", body=bytes(32 * MIB))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        origin, began = Origin("http", *listener.getsockname()), time.monotonic()
+        request.deadline = began + 0.3
+        sent = adapter.send_now(request, origin, may_connect=True) if has_begun else None
+        with pytest.raises(ResponseTimedOut):
+            adapter.exchange(request, origin, sent)
+        assert time.monotonic() - began < 20
 
 
 def test_a_full_accept_queue_times_out() -> None:

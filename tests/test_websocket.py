@@ -45,7 +45,7 @@ from websockets.sync.client import ClientConnection, connect, unix_connect
 from websockets.sync.server import Server, ServerConnection, serve, unix_serve
 from wire import MIB, WireBackend, hang_up, resident_bytes
 
-from balancer.edge import port
+from balancer.edge import port, websocket
 from balancer.forwarding.answer import Answer, whole
 from balancer.forwarding.filter import Filter
 from balancer.loadbalancer import LoadBalancer
@@ -455,6 +455,15 @@ def test_whoever_leaves_while_the_backend_is_silent_frees_its_place(scripted: Wi
             wait_until(lambda: b"/x" in [each.target for each in scripted.requests], "the backend was asked")
         wait_until(lambda: balancer.status(1)["recent_requests"], "it is recorded")
         assert newest(balancer)["status"] == 499
+
+
+def test_one_that_cannot_be_opened_gives_its_place_back(balancer: Balancer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(websocket, "BackendSocket", None)
+    with pytest.raises(InvalidStatus, match="500"), opened(balancer):
+        pass
+    told = balancer.status(1)
+    assert told["recent_requests"][0]["reason"] == "proxy_internal_error"
+    assert told["statistics"]["websockets"] == told["backend_servers"][0]["active_connections"] == 0
 
 
 # A client that keeps to no rule.

@@ -162,6 +162,15 @@ def test_the_control_reserve_is_not_eaten_by_queued_requests() -> None:
     bench.close()
 
 
+def test_a_control_call_that_waits_has_the_reserve_again(bench: Bench) -> None:
+    """It waited until one of the requests had ended, some of which never do."""
+    bench.fill()
+    control = [bench.run(is_control=True) for _ in range(CONTROL_THREADS)]
+    last = bench.submit(is_control=True)
+    control[0].let_go()
+    assert last is not None and last.started.wait(60)
+
+
 def test_threads_beyond_the_limit_end_after_their_call(bench: Bench) -> None:
     bench.fill()
     control = bench.run(waits=False, is_control=True)

@@ -91,7 +91,12 @@ class Members:
             if backend_id in self.backends:
                 self.backends[backend_id].counts = counts
             else:
-                self._former[backend_id] = counts
+                self._keep_former(backend_id, counts)
+
+    def _keep_former(self, backend_id: str, counts: BackendCounts) -> None:
+        self._former[backend_id] = counts
+        if len(self._former) > FORMER_KEPT:
+            del self._former[next(iter(self._former))]
 
     def update(self, backend: Backend, changes: Mapping[str, Any]) -> None:
         """Set fields, already validated."""
@@ -175,8 +180,6 @@ class Members:
         if backend.active:
             self.gone.add(backend)
         backend.counts.is_down_no_more(self._clock())
-        self._former[backend.id] = backend.counts
-        if len(self._former) > FORMER_KEPT:
-            del self._former[next(iter(self._former))]
+        self._keep_former(backend.id, backend.counts)
         self._reweighed()
         self._note("backend_removed", backend.id, text, "info")

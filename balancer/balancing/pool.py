@@ -280,10 +280,12 @@ class BackendPool:
                 self._is_unsettled = True  # not now: the queue may just be served
 
     def _catch_up(self, *, at_all: bool = False) -> None:
-        """`_look`, where nobody is choosing."""
+        """`_look`, where nobody is choosing: in a master nobody ever does, and what is noted for choices piles up."""
         self._look(at_all=at_all)
         if self._is_unsettled:
             self._settle()
+        elif len(self._scene.changes) > self._row:
+            self._gather()
 
     def _bring_back(self) -> None:
         """Who was set aside because this request has tried it."""

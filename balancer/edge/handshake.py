@@ -10,6 +10,7 @@ from balancer.edge.listener import Listener
 from balancer.edge.promise import when_done
 from balancer.edge.scope import request_of
 from balancer.edge.sockets import Sockets
+from balancer.errors import BalancerError
 from balancer.forwarding.upgrade import Upgrade
 from balancer.protocol.request import Request
 from balancer.protocol.requestheads import RequestHeads
@@ -58,10 +59,16 @@ class HandshakeCall(Call):
         from balancer.edge.websocket import WebSocket  # which loads what few need
 
         self.is_pending = False
-        socket = WebSocket(self, upgrade, self._sockets, self.listener.limits)
-        self.attach(socket)
-        self.protocol.receive()  # "websocket.connect". To ask for it once the client has left would end this process.
-        accepted = self.protocol.send({"type": "websocket.accept", "subprotocol": upgrade.subprotocol})
+        try:
+            socket = WebSocket(self, upgrade, self._sockets, self.listener.limits)
+            self.attach(socket)
+            # "websocket.connect". To ask for it once the client has left would end this process.
+            self.protocol.receive()
+            accepted = self.protocol.send({"type": "websocket.accept", "subprotocol": upgrade.subprotocol})
+        except BaseException:  # its backend waits for somebody to speak
+            upgrade.connection.close()
+            upgrade.ended(BalancerError.reason)
+            raise
         when_done(accepted, lambda _: socket.begin())
 
     def let_go(self) -> None:

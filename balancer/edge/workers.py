@@ -128,13 +128,11 @@ class WorkerPool:
         """Give `worker` its next call, at once or after sleeping; None ends the thread."""
         with self._lock:
             self._leave(worker)
-            if len(self._threads) > self._max_threads:  # the reserve is for control calls, not for the queue
-                del self._threads[serial]
-                return
-            if found := self._take_queued():
+            is_reserve = len(self._threads) > self._max_threads
+            if found := self._take_queued(is_reserve):
                 self._give(worker, *found)
                 return
-            if self._stopping:
+            if is_reserve or self._stopping:
                 del self._threads[serial]
                 return
             self._idle.append(worker)
@@ -177,10 +175,11 @@ class WorkerPool:
         self._queued += 1
         return True
 
-    def _take_queued(self) -> tuple[Runnable, Share] | None:
-        """The next call whose turn it is and that may run. Few can be at their limit, so this ends soon."""
+    def _take_queued(self, is_reserve: bool) -> tuple[Runnable, Share] | None:
+        """The next call whose turn it is and that may run, in the reserve a control call. Few can be at their limit, so
+        this ends soon."""
         for share, calls in self._queues.items():
-            if self._may_run(share):
+            if (share[1] or not is_reserve) and self._may_run(share):
                 call = calls.popleft()
                 self._queued -= 1
                 del self._queues[share]

@@ -268,6 +268,13 @@ class Statistics:
                 self._forgotten += former
                 self._keep(backend_id, former)
 
+    def keep(self, backends: Collection[str]) -> None:
+        """There are no others any more; what was recorded of one after it was removed is forgotten too."""
+        with self._lock:
+            former = self._counters.keys() - {None, *backends}
+        for backend_id in former:
+            self.forget(cast(str, backend_id))
+
     def _keep(self, backend_id: str | None, counters: Counters) -> None:
         """For `lifetime`. Who has been gone the longest counts for nobody in particular when there are too many."""
         total = self._before.pop(backend_id, None) or Counters()
@@ -339,8 +346,7 @@ class Statistics:
             self._totals, self._forgotten = totals, forgotten
             for name, number in numbers.items():
                 setattr(self, f"_{name}", number)
-        for gone in counted["since"].keys() - {None, *backends}:
-            self.forget(cast(str, gone))
+        self.keep(backends)
 
     def snapshot(
         self, recent: int = 20, timed: Container[str | None] | None = None

@@ -67,7 +67,8 @@ class AskingMaster:
     def give_up(self) -> None:
         """Nobody answers any more."""
         for waiting in list(self._asked.values()):
-            waiting.set_exception(TimeoutError())
+            if not waiting.done():  # it has its answer, and its thread has not gone on yet
+                waiting.set_exception(TimeoutError())
 
 
 class AnsweringWorkers:

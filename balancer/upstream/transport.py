@@ -212,16 +212,12 @@ class BackendAdapter(BaseAdapter):
         return body.is_complete
 
     def _send(self, connection: Connection, request: OutgoingRequest) -> Sent:
-        timeouts = self.timeouts
-        seconds, deadline = timeouts.response_timeout, time.monotonic() + timeouts.response_timeout
-        if request.is_replayable:
-            deadline = min(deadline, request.deadline)
-        else:  # a streamed body may take as long as it needs to come; there is only one attempt with it anyway
-            seconds = timeouts.idle_timeout
         request.client.attach(connection)
+        deadline = min(time.monotonic() + self.timeouts.response_timeout, request.deadline)
         sent = Sent(connection, request, request.heads or self._heads, deadline)
         try:
-            connection.set_timeout(seconds)
+            # A streamed body may take as long as it needs to come; there is only one attempt with it anyway.
+            connection.set_timeout(self._seconds_left(sent) if request.is_replayable else self.timeouts.idle_timeout)
             sent.write()
         except BaseException:
             sent.close()
@@ -233,7 +229,7 @@ class BackendAdapter(BaseAdapter):
             if sent.failure is not None:
                 raise sent.failure
             if sent.rest:
-                sent.connection.set_timeout(self.timeouts.response_timeout)
+                sent.connection.set_timeout(self._seconds_left(sent))
                 sent.write_rest()
             if sent.response is None:
                 sent.receive_head(self._seconds_left(sent))
@@ -272,7 +268,7 @@ class BackendAdapter(BaseAdapter):
         return named != name_for(connection.origin, self._first.server_name)
 
     def _seconds_left(self, sent: Sent) -> float:
-        """For the rest of the response head. A streamed body took its own time to be sent."""
+        """Until the response head has to be here. A streamed body took its own time to be sent."""
         if not sent.request.is_replayable:
             return self.timeouts.response_timeout
         return max(0.001, sent.deadline - time.monotonic())
