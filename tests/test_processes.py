@@ -44,10 +44,9 @@ from wire import WireBackend
 from balancer.edge import quota
 from balancer.errors import SettingsError
 from balancer.loadbalancer import LoadBalancer
-from balancer.processes.crew import SETTLE_SECONDS
-from balancer.processes.forwarded import AskingMaster
 from balancer.processes.crew import LONGEST_PAUSE, SETTLE_SECONDS
 from balancer.processes.crew import Crew as RealCrew
+from balancer.processes.forwarded import AskingMaster
 
 MANY = 24  # connections: that all go to one of two workers is out of the question
 
