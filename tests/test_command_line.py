@@ -147,8 +147,9 @@ def test_print_config_shows_values_sources_and_no_secrets(run: Run, tmp_path: Pa
         (["--host", "127.0..1"], {}, ["127.0..1"]),
         (["--nonsense"], {}, ["--nonsense"]),
         (["--port"], {}, ["--port"]),
-        (["--prot=9001"], {}, ["--prot"]),
-        (["stray"], {}, ["stray"]),
+        (["--prot=9001"], {}, ["--prot", "did you mean --port?"]),
+        (["stray"], {}, ["stray", "see --help"]),
+        (["a\nb", ""], {}, [r"a\x0ab"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

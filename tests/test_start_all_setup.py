@@ -39,6 +39,9 @@ def test_stop_is_not_kept_by_what_is_no_file(bare: Demo) -> None:
         ([], {"BACKEND_PORTS": "5001 70000"}, ["BACKEND_PORTS", "70000"]),
         ([], {"BACKEND_PORTS": "5001 5001"}, ["same port", "BACKEND_PORTS=5001 5001"]),
         ([], {"LB_CONTROL_PORT": "abc"}, ["LB_CONTROL_PORT", "abc"]),
+        ([], {"LB_HOST": "unix:/run/lb.sock"}, ["LB_HOST=unix:/run/lb.sock", "ports"]),
+        (["stop", "--detach"], {}, ["--detach", "stop", "--help"]),
+        (["backends", "--scale"], {}, ["--scale", "backends"]),
     ],
 )
 def test_bad_usage_is_one_line_and_2(
