@@ -33,7 +33,7 @@ EXAMPLES = """examples:
   {command} demo  # three backends and a balancer in front of them, to try it
   {command}  # the balancer alone; three backends on ports 5001 to 5003
   {command} --backend http://127.0.0.1:8080  # in front of one service of yours
-  {command} --backend a=http://10.0.0.1:80@3 --backend b=http://10.0.0.2:80  # a gets three of four requests
+  {command} --backend a=http://10.0.0.1:80@3 --backend b=http://10.0.0.2:80  # a gets 3 of 4
   {command} --backend dns+http://api:8080  # each address of a name
   {command} --config balancer.toml --check-config  # is that file right?
   {command} new-key acme  # an API key, and what stands in the file for it
