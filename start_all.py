@@ -102,8 +102,8 @@ def run(argv: Sequence[str]) -> int:
 
 
 def main() -> int:
-    for stream in (sys.stdout, sys.stderr):  # a folder's name may have letters that this console lacks
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # a folder's name may have letters that this console lacks
+        stream.reconfigure(errors="backslashreplace")
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
         if number := getattr(signal, name, None):
             signal.signal(number, lambda number, _: SIGNALS.append(number))

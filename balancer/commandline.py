@@ -93,15 +93,15 @@ def make_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 after SIGTERM, 130 after Ctrl-C, 2 for bad usage or configuration, 1 if serving failed."""
     given = sys.argv[1:] if arguments is None else arguments
-    if given and given[0] in COMMANDS:
-        return run_command(*given)
-    parsed = vars(make_parser().parse_args(given))
-    check, show, file = parsed.pop("check_config"), parsed.pop("print_config"), parsed.pop("config")
-    probed, forget = parsed.pop("probe"), parsed.pop("forget")
-    if file is None and (name := os.environ.get("LB_CONFIG", "").strip()):
-        file = Path(name)
     warnings = settings.warnings()
     try:
+        if given and given[0] in COMMANDS:
+            return run_command(*given)
+        parsed = vars(make_parser().parse_args(given))
+        check, show, file = parsed.pop("check_config"), parsed.pop("print_config"), parsed.pop("config")
+        probed, forget = parsed.pop("probe"), parsed.pop("forget")
+        if file is None and (name := os.environ.get("LB_CONFIG", "").strip()):
+            file = Path(name)
         handed, predecessor = upgrade.take(os.environ)
         load = partial(settings.load, parsed, file=file, handed=handover.settings_of(handed))
         config, sources = load()

@@ -248,7 +248,7 @@ def _tls_context(ca_file: Path | None) -> ssl.SSLContext | None:
         read_whole(ca_file)  # of which the ssl module would wait for a writer, if it is a pipe
         return tls_context(cafile=ca_file)
     except (OSError, ValueError) as error:
-        what = getattr(error, "strerror", None) or error
+        what = "holds no whole certificate" if isinstance(error, ssl.SSLError) else error
         raise SettingsError(f"ca_file {quoted(str(ca_file))}: {what}; expected a PEM file") from None
 
 
