@@ -271,6 +271,10 @@ def test_what_was_decided_for_a_time_is_undone_to_what_was_before(restarted: Res
         status = balancer.app.test_client().get("/status").json
         assert status["pools"][0]["until"] == clock.now + 3600
         assert status["backend_servers"][0]["until"] == clock.now + 900
+        told: list[bool] = []
+        decisions.told = lambda: told.append(True)
+        decisions.undo()
+        assert not told  # nothing was decided
         clock.now += 900
         decisions.undo()
         assert made(balancer)["backends.a.weight"] == "3" and "backends.a.admin_state" not in made(balancer)

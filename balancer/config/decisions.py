@@ -121,14 +121,16 @@ class Decisions:
 
     def undo(self) -> None:
         """End what was decided for a time that is over. Call about once a second."""
-        if not any(each["until"] is not None for each in self._made.values()):
+        if not any(map(self._is_over, self._made.values())):
             return
         with self._lock:
-            now = self._wall_clock()
             for key, each in self._look(None).items():
-                if each["until"] is not None and each["until"] <= now:
+                if self._is_over(each):
                     self._undo(key, each)
         self.told()
+
+    def _is_over(self, decision: Decision) -> bool:
+        return decision["until"] is not None and decision["until"] <= self._wall_clock()
 
     def _undo(self, key: Key, over: Decision) -> None:
         made, back = dict(self._made), over["before"]
@@ -225,7 +227,7 @@ class Decisions:
 
     def _why_not(self, key: Key, each: Decision, facts: Facts, lost: Collection[Key]) -> str:
         """Decide it again; why that cannot be, empty if it is done."""
-        if each["until"] is not None and each["until"] <= self._wall_clock():
+        if self._is_over(each):
             back = each["before"]
             return "its time is over" if back is None else self._why_not(key, back, facts, lost)
         if key.field and key not in facts:
