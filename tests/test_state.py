@@ -287,6 +287,18 @@ def test_what_was_decided_for_a_time_is_undone_to_what_was_before(restarted: Res
         ]
 
 
+def test_of_what_was_undone_no_more_is_kept_than_a_cluster_may_ask_for(
+    restarted: Restarted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There may be none, so nobody asks."""
+    monkeypatch.setattr("balancer.config.decisions.UNDONE_KEPT", 2)
+    with restarted.started() as balancer:
+        for number in range(4):
+            decide(balancer, "POST", "/backends", id=f"n{number}", url="http://127.0.0.1:1")
+            decide(balancer, "DELETE", f"/backends/n{number}")
+        assert {key.backend for key in balancer.control.decisions._undone} == {"n2", "n3"}
+
+
 def test_the_time_goes_on_while_the_balancer_is_off(restarted: Restarted) -> None:
     with restarted.started() as balancer:
         decide(balancer, "PATCH", "/backends/a", **{"weight": 0, "for": "1h"})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import islice
 from threading import Lock
 from typing import Any, Literal, NamedTuple
 
@@ -26,6 +27,7 @@ from balancer.config.values import DrainTimeout, MaxConnections, Weight
 from balancer.protocol.origin import Origin
 
 ALGORITHM = "algorithm"
+UNDONE_KEPT = 1000  # by whom, until a cluster is told, if there is one
 
 News = Literal["change_undone", "state_restored"]
 
@@ -117,6 +119,8 @@ class Decisions:
                     made[key] = self._decision(value, over, by, until, None if until is None else back)
             self._made = made
             self._undone |= dict.fromkeys(before.keys() - made.keys(), by)
+            for key in [*islice(self._undone, max(0, len(self._undone) - UNDONE_KEPT))]:
+                del self._undone[key]
         self.told()
 
     def undo(self) -> None:
