@@ -41,7 +41,8 @@ from balancer.balancing.pool import BackendPool
 from balancer.balancing.strategies import create
 from balancer.config.settings import Settings
 from balancer.config.values import BackendSettings
-from balancer.control.metrics import BACKEND_REASONS, BUCKETS, QUEUE_BUCKETS, REASONS, STATES
+from balancer.control.backendmetrics import BACKEND_REASONS, BUCKETS, STATES
+from balancer.control.metrics import QUEUE_BUCKETS, REASONS
 from balancer.loadbalancer import create_app
 from balancer.observe.events import EVENT_KINDS
 from balancer.observe.histogram import BOUNDS, ROUND_BOUNDS

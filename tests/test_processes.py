@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import shutil
 import signal
 import ssl
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -42,6 +44,7 @@ from support import (
 from wire import WireBackend
 
 from balancer.edge import quota
+from balancer.edge.upgrade import Successor
 from balancer.errors import SettingsError
 from balancer.loadbalancer import LoadBalancer
 from balancer.processes.crew import LONGEST_PAUSE, SETTLE_SECONDS
@@ -500,6 +503,15 @@ def test_the_next_one_takes_over_without_losing_a_request(
     assert fetch_json(f"{url}/status")["state"]["last_error"] is None
 
 
+def test_one_that_cannot_even_be_started_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/no/python")
+    successor = Successor(dict, None)
+    assert asyncio.run(successor.start({})) is False and successor.process is None
+    assert "no process can be started, this one goes on: [Errno 2]" in caplog.text
+
+
 @contextmanager
 def changed_program(backend: WireBackend, folder: Path) -> Iterator[tuple[Process, str]]:
     """A balancer whose files are others by now, and whose workers have ended."""
@@ -586,7 +598,10 @@ def test_an_answer_that_comes_last_does_not_stand_in_the_way_of_the_end() -> Non
             asking.give_up()
 
     asking = AskingMaster(Last())  # type: ignore[arg-type]
-    assert [*asking({"wsgi.input": io.BytesIO()}, lambda *told: lambda piece: None)] == [b"last"]
+    told: list[str] = []
+    assert [*asking({"wsgi.input": io.BytesIO()}, lambda status, lines: told.append(status))] == [b"last"]
+    assert [*asking({"wsgi.input": io.BytesIO()}, lambda status, lines: told.append(status))] == [b""]  # without a wait
+    assert told == ["200 OK", "503 Service Unavailable"]
 
 
 def test_a_program_of_ones_own_has_one_process() -> None:

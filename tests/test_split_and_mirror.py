@@ -14,7 +14,9 @@ from support import Balancer, exchange, fetch, fetch_json, get, ok, split_respon
 from wire import WireBackend
 
 from balancer.commandline import main
+from balancer.filters.mirror import Copies
 from balancer.observe import canary
+from balancer.observe.routecounts import RouteCounts
 
 POOLS = """
 expose_backend = true
@@ -156,6 +158,20 @@ def test_a_mirror_that_hangs_or_fails_costs_no_client_anything(setting: Setting)
     before = copies(balancer, "no_backend")
     assert setting.served_by() == "s1"
     wait_until(lambda: copies(balancer, "no_backend") == before + 1)
+
+
+def test_a_machine_without_threads_keeps_no_client_from_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    counts = RouteCounts()
+    made = Copies(counts)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        made.add("web", 2, lambda copy: "answered")
+    made.add("web", 2, lambda copy: "answered")
+    wait_until(lambda: counts.copies() == {("web", "answered"): 2}, "both are brought")
+    made.stop()
 
 
 def test_the_end_does_not_wait_for_copies(setting: Setting) -> None:

@@ -271,6 +271,10 @@ def test_what_was_decided_for_a_time_is_undone_to_what_was_before(restarted: Res
         status = balancer.app.test_client().get("/status").json
         assert status["pools"][0]["until"] == clock.now + 3600
         assert status["backend_servers"][0]["until"] == clock.now + 900
+        told: list[bool] = []
+        decisions.told = lambda: told.append(True)
+        decisions.undo()
+        assert not told  # nothing was decided
         clock.now += 900
         decisions.undo()
         assert made(balancer)["backends.a.weight"] == "3" and "backends.a.admin_state" not in made(balancer)
@@ -281,6 +285,18 @@ def test_what_was_decided_for_a_time_is_undone_to_what_was_before(restarted: Res
             "backends.a.admin_state ready again, drain was for a time",
             "backends.a.weight 7 again, 3 was for a time",
         ]
+
+
+def test_of_what_was_undone_no_more_is_kept_than_a_cluster_may_ask_for(
+    restarted: Restarted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There may be none, so nobody asks."""
+    monkeypatch.setattr("balancer.config.decisions.UNDONE_KEPT", 2)
+    with restarted.started() as balancer:
+        for number in range(4):
+            decide(balancer, "POST", "/backends", id=f"n{number}", url="http://127.0.0.1:1")
+            decide(balancer, "DELETE", f"/backends/n{number}")
+        assert {key.backend for key in balancer.control.decisions._undone} == {"n2", "n3"}
 
 
 def test_the_time_goes_on_while_the_balancer_is_off(restarted: Restarted) -> None:

@@ -148,6 +148,24 @@ def test_the_time_of_a_request_is_over_also_while_it_is_sent(has_begun: bool) ->
         assert time.monotonic() - began < 20
 
 
+def test_nor_does_it_begin_anew_with_each_piece_that_is_read(backend: WireBackend) -> None:
+    is_over = threading.Event()
+
+    def read_slowly(sock: socket.socket, request: RawRequest) -> bool:
+        while not is_over.wait(0.05):  # 25 s for all of it
+            sock.recv(65536)
+        return True
+
+    backend.on_head = read_slowly
+    adapter, request = BackendAdapter(PATIENT), outgoing("PUT", body=bytes(32 * MIB))
+    began = time.monotonic()
+    request.deadline = began + 0.5
+    with pytest.raises(ResponseTimedOut):
+        adapter.exchange(request, Origin.parse(backend.url))
+    assert time.monotonic() - began < 20
+    is_over.set()
+
+
 def test_a_full_accept_queue_times_out() -> None:
     """The kernel neither accepts nor refuses: nothing was sent, so any method may go elsewhere."""
     with socket.socket() as listener:

@@ -46,6 +46,7 @@ from websockets.sync.server import Server, ServerConnection, serve, unix_serve
 from wire import MIB, WireBackend, hang_up, resident_bytes
 
 from balancer.edge import port, websocket
+from balancer.edge.sockets import Sockets
 from balancer.forwarding.answer import Answer, whole
 from balancer.forwarding.filter import Filter
 from balancer.loadbalancer import LoadBalancer
@@ -455,6 +456,15 @@ def test_whoever_leaves_while_the_backend_is_silent_frees_its_place(scripted: Wi
             wait_until(lambda: b"/x" in [each.target for each in scripted.requests], "the backend was asked")
         wait_until(lambda: balancer.status(1)["recent_requests"], "it is recorded")
         assert newest(balancer)["status"] == 499
+
+
+def test_what_fails_at_the_end_of_one_does_not_keep_another_open() -> None:
+    sockets, ended = Sockets(), threading.Event()
+    sockets.leave_to_thread(lambda: 1 / 0)
+    sockets.leave_to_thread(ended.set)
+    sockets.start()
+    assert ended.wait(PATIENCE)
+    sockets.stop()
 
 
 def test_one_that_cannot_be_opened_gives_its_place_back(balancer: Balancer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """A backend: where it listens, what is wanted of it, what was seen of it.
 
-Only `BackendPool` changes a `Backend`, under its lock. Strategies and everybody else read.
+Only `BackendPool` changes a `Backend`, under its lock, but for `elsewhere`. Strategies and everybody else read.
 
 State is two axes. `admin_state` is what the operator wants: `ready`, `drain` (no new requests, checks go on, requests
 in flight finish) or `maint` (the same, and no checks). `health` is what the checks saw: `unknown` until the first one,

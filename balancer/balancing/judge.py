@@ -1,7 +1,7 @@
 """What checks and traffic make of a backend: up, down, ejected, on trial, back.
 
-Every method is called with the pool's lock held, changes only the backends, and returns True if that may change who is
-a candidate.
+Every method is called with the pool's lock held, and changes only the backends. It returns True if that may change who
+is a candidate; those that return nothing never change that.
 """
 
 from __future__ import annotations

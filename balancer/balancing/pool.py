@@ -115,9 +115,9 @@ class BackendPool:
 
     `_lock` guards every field of every Backend, all other fields here, and its helpers, which have no lock of their
     own: `_members` what the operator changes, `_judge` what checks and traffic change, `_candidates` what follows for
-    the next request, `_recent` how many there were. Nothing under it does I/O or calls out, but for the strategy;
-    `_notifier` for the listeners is noted under it and told after it is let go. `_preparing`, taken before it, is held
-    while the strategy prepares, and guards `_prepared`: what it was given.
+    the next request, `_recent` how many there were. A single value may be read without it. Nothing under it does I/O or
+    calls out, but for the strategy; `_notifier` for the listeners is noted under it and told after it is let go.
+    `_preparing`, taken before it, is held while the strategy prepares, and guards `_prepared`: what it was given.
 
     `cut_off` ends what is in flight on a backend; whoever has the clients sets it. It is called without the lock.
     `waiting_elsewhere` says how many wait in the queues of other pools. `loads` are what all processes of the balancer

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import islice
 from threading import Lock
 from typing import Any, Literal, NamedTuple
 
@@ -26,6 +27,7 @@ from balancer.config.values import DrainTimeout, MaxConnections, Weight
 from balancer.protocol.origin import Origin
 
 ALGORITHM = "algorithm"
+UNDONE_KEPT = 1000  # by whom, until a cluster is told, if there is one
 
 News = Literal["change_undone", "state_restored"]
 
@@ -117,18 +119,22 @@ class Decisions:
                     made[key] = self._decision(value, over, by, until, None if until is None else back)
             self._made = made
             self._undone |= dict.fromkeys(before.keys() - made.keys(), by)
+            for key in [*islice(self._undone, max(0, len(self._undone) - UNDONE_KEPT))]:
+                del self._undone[key]
         self.told()
 
     def undo(self) -> None:
         """End what was decided for a time that is over. Call about once a second."""
-        if not any(each["until"] is not None for each in self._made.values()):
+        if not any(map(self._is_over, self._made.values())):
             return
         with self._lock:
-            now = self._wall_clock()
             for key, each in self._look(None).items():
-                if each["until"] is not None and each["until"] <= now:
+                if self._is_over(each):
                     self._undo(key, each)
         self.told()
+
+    def _is_over(self, decision: Decision) -> bool:
+        return decision["until"] is not None and decision["until"] <= self._wall_clock()
 
     def _undo(self, key: Key, over: Decision) -> None:
         made, back = dict(self._made), over["before"]
@@ -225,7 +231,7 @@ class Decisions:
 
     def _why_not(self, key: Key, each: Decision, facts: Facts, lost: Collection[Key]) -> str:
         """Decide it again; why that cannot be, empty if it is done."""
-        if each["until"] is not None and each["until"] <= self._wall_clock():
+        if self._is_over(each):
             back = each["before"]
             return "its time is over" if back is None else self._why_not(key, back, facts, lost)
         if key.field and key not in facts:

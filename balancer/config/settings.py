@@ -69,7 +69,7 @@ class Settings(Values):
         return {"backends": (), **values} if names_some else values
 
     @model_validator(mode="after")
-    def _check_names(self) -> Settings:
+    def _check_ids(self) -> Settings:
         backends = chain(self.backends, *(pool.backends for pool in self.pools))
         ids = Counter(backend.id for backend in backends)
         if twice := [backend_id for backend_id, count in ids.items() if count > 1]:
@@ -77,7 +77,8 @@ class Settings(Values):
         return self
 
     @model_validator(mode="after")
-    def _check_routes(self) -> Settings:
+    def _check_names(self) -> Settings:
+        """What tables name must be there."""
         known = {
             "pool": {DEFAULT_POOL, *(pool.name for pool in self.pools)},
             **{kind: {each.name for each in getattr(self, kind, ())} for kind in ("auth", "limits", "routes")},
@@ -182,13 +183,13 @@ def load(
     values: dict[str, Any] = {}
     sources: dict[str, str] = dict.fromkeys(Settings.model_fields, "default")
     flags = {name: value for name, value in arguments.items() if value is not None}
-    for source, given in (
+    for source, told in (
         ("file", _from_file(file)),
         ("environment", environment.read(environ, Values.model_fields)),
         ("flag", flags),
         ("systemd", handed or {}),
     ):
-        for name, value in given.items():
+        for name, value in told.items():
             values[name] = _split(name, value)
             sources[name] = f"file {file}" if source == "file" else source
     return _checked(values, sources), sources

@@ -218,7 +218,7 @@ def status() -> Response:
             revision=revision,
             changed_backends=changed,
             routes=_routes(),
-            scaling=current_control().scaling.describe(),
+            scaling=control.scaling.describe(),
             recent_requests=[_shown(record) for record in newest],
             capabilities=_capabilities(),
         )
@@ -230,7 +230,8 @@ def _pools(backends: Sequence[ServerView]) -> list[PoolStatus]:
     for backend in backends:
         requests[backend["pool"]] += backend["total_requests"]
         failed[backend["pool"]] += backend["failed_requests"]
-    ends, hedges = current_control().decisions.ends(), current_control().statistics.hedges()
+    control = current_control()
+    ends, hedges = control.decisions.ends(), control.statistics.hedges()
     return [
         {
             **pool,
@@ -239,7 +240,7 @@ def _pools(backends: Sequence[ServerView]) -> list[PoolStatus]:
             "until": ends.get((pool["name"], "")),
             "hedges": hedges[pool["name"]],
         }
-        for pool in current_control().pools.describe()
+        for pool in control.pools.describe()
     ]
 
 
@@ -275,7 +276,8 @@ def _tls() -> TlsView | None:
 
 
 def _state() -> StateView | None:
-    control, memory = current_control(), current_control().memory
+    control = current_control()
+    memory = control.memory
     if memory is None:
         return None
     told = str if is_authorized() else control.configuration.without_folders
@@ -297,14 +299,15 @@ def _shown(record: F) -> F:
 
 
 def _capabilities() -> Capabilities:
-    access = current_control().access
+    control = current_control()
+    access, settings = control.access, control.settings
     return {
         "writes": access.may_write(),
         "token_required": access.has_tokens,
         "authorized": is_authorized(),
-        "reload": current_control().configuration.can_reload,
-        "traffic": current_control().settings.control_port is None,  # a port of its own forwards nothing
-        "faults": current_control().settings.demo_faults,
+        "reload": control.configuration.can_reload,
+        "traffic": settings.control_port is None,  # a port of its own forwards nothing
+        "faults": settings.demo_faults,
         "algorithms": strategies.describe(),
     }
 

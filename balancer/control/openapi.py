@@ -19,10 +19,11 @@ from balancer.control.cluster import ClusterView
 from balancer.control.control import ManagedView, current_control
 from balancer.control.inputs import AlgorithmChange, Anything, BackendChange, BackendCreate, Body, Nothing
 from balancer.control.limits import LimitsView
-from balancer.control.monitoring import Alive, EventsView, HistoryView, Readiness, Status
+from balancer.control.monitoring import MAX_RECENT, Alive, EventsView, HistoryView, Readiness, Status
 from balancer.control.problems import Error
 from balancer.control.schemas import Schema, ref, schemas
 from balancer.filters.limits import KeyView
+from balancer.observe.history import SLOTS, WINDOWS
 from balancer.observe.record import ExplainedView
 
 TEXT: Schema = {"type": "string"}
@@ -81,8 +82,8 @@ PATHS: dict[str, Schema] = {
             "Everything at one moment. Times in seconds, points in time as epoch seconds.",
             {200: Status},
             query={
-                "recent": {"type": "integer", "minimum": 0, "maximum": 100, "default": 20},
-                "window": {"type": "integer", "enum": [10, 60, 300], "description": "seconds: what they came to"},
+                "recent": {"type": "integer", "minimum": 0, "maximum": MAX_RECENT, "default": 20},
+                "window": {"type": "integer", "enum": [*WINDOWS], "description": "seconds: what they came to"},
                 "since": COUNT | {"description": "a revision: only what has changed of backends; 0 for the first one"},
                 "timed": TEXT
                 | {"description": "ids, with commas: times, codes and last checks of these backends alone"},
@@ -222,7 +223,7 @@ PATHS: dict[str, Schema] = {
             "`at` and is told when it is over. One in which nobody looked (the machine slept) is missing. `in_flight` "
             "and `waiting` are the most at any look, one a second; idle backends are left out.",
             {200: HistoryView},
-            query={"step": {"type": "integer", "enum": [1, 10], "default": 1}, "since": COUNT},
+            query={"step": {"type": "integer", "enum": [*SLOTS], "default": 1}, "since": COUNT},
         )
     },
     "/openapi.json": {"get": _operation("getOpenApi", "This description.", {200: {"type": "object"}})},

@@ -122,7 +122,7 @@ class Sockets:
     def _run(self) -> None:
         while not self._stopping:
             try:
-                for descriptor, events in self._epoll.poll(LOOK_SECONDS if self._open else None):
+                for descriptor, events in self._epoll.poll(LOOK_SECONDS if self._open or self._todo else None):
                     if descriptor == self._wake:
                         os.eventfd_read(self._wake)
                     elif (socket := self._open.get(descriptor)) is not None:

@@ -62,11 +62,15 @@ class Successor:
         with ours:
             with theirs:
                 told = {role: each.fileno() for role, each in self.sockets().items()} | {LINK: theirs.fileno()}
-                self.process = subprocess.Popen(
-                    [sys.executable, *sys.orig_argv[1:]],
-                    pass_fds=told.values(),
-                    env={**os.environ, **environ, VARIABLE: json.dumps(told)},
-                )
+                try:
+                    self.process = subprocess.Popen(
+                        [sys.executable, *sys.orig_argv[1:]],
+                        pass_fds=told.values(),
+                        env={**os.environ, **environ, VARIABLE: json.dumps(told)},
+                    )
+                except OSError as error:
+                    log.error("SIGUSR2: no process can be started, this one goes on: %s", error)
+                    return False
             log.info("SIGUSR2: process %d is to take over", self.process.pid)
             has_succeeded = await self._hear(ours)
         if not has_succeeded:

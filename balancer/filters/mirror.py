@@ -11,11 +11,12 @@ import random
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from threading import Lock
 
 from balancer.balancing.pool import BackendPool
-from balancer.errors import BackendError
+from balancer.errors import BackendError, OutOfDescriptors
 from balancer.forwarding.filter import Filter
 from balancer.observe.routecounts import Mirrored, RouteCounts
 from balancer.protocol.client import Caller
@@ -61,7 +62,8 @@ class Copies:
                 return
             if is_room := len(under_way) < most:
                 under_way.add(copy)
-                self._threads.submit(self._run, route, copy, bring)
+                with suppress(RuntimeError):  # the machine gives no more threads: it waits for one that is there
+                    self._threads.submit(self._run, route, copy, bring)
         if not is_room:
             self.counts.mirrored(route, "full")
 
@@ -126,7 +128,7 @@ class Mirror(Filter):
             if isinstance(response.body, ResponseBody):
                 response.body.read_out(MAX_ANSWER, copied.deadline)
             return "answered"
-        except BackendError:
+        except (BackendError, OutOfDescriptors):
             return "failed"
         finally:
             lease.release()

@@ -86,7 +86,6 @@ class Ending(Protocol):
 class ResponseStream:
     """A response body on its way to the client, as WSGI wants it: iterate, then `close` whatever happened.
 
-
     A piece has at most `most` bytes, if that is set; it may be changed before each.
     """
 

@@ -238,8 +238,11 @@ class Attempts:
         )
 
     def _was_cut(self) -> bool:
-        """The operator ended what the backend had in flight after this attempt began."""
-        return self._lease is not None and self._started + self._record.attempts[-1].at <= self._lease.backend.cut_at
+        return self._lease is not None and self._is_cut(self._lease, self._record.attempts[-1])
+
+    def _is_cut(self, lease: Lease, attempt: Attempt) -> bool:
+        """The operator ended what its backend had in flight after this attempt began."""
+        return self._started + attempt.at <= lease.backend.cut_at
 
     # Two of them at a time: the last one of the record, and one beside it. `Race` decides between them.
 
@@ -347,8 +350,7 @@ class Attempts:
         attempt.connect = None if attempt.hedge else self._outgoing.connect_seconds
 
     def is_cut(self, leg: Leg) -> bool:
-        """The operator ended what its backend had in flight after it began."""
-        return self._started + leg.attempt.at <= leg.lease.backend.cut_at
+        return self._is_cut(leg.lease, leg.attempt)
 
     # The last one's place.
 

@@ -8,7 +8,6 @@ from balancer.errors import ClientError
 from balancer.forwarding.answer import Answer
 from balancer.forwarding.forwarding import Forwarding
 from balancer.observe.websockets import WebSocketRecord
-from balancer.upstream.connection import Connection
 from balancer.upstream.handshake import Handshake
 from balancer.upstream.outgoing import OutgoingRequest
 from balancer.upstream.response import BackendResponse, Body, ResponseBody
@@ -35,7 +34,6 @@ class Upgrade(Forwarding):
             response.body = Body(body.read_out(MOST_REFUSAL, handshake.deadline))
             return super()._answer(response)
         self._attempts.answered(101)
-        self.connection: Connection
         self.connection, self.received = body.take_over()
         self.subprotocol = handshake.subprotocol
         self.socket = self._record.websocket = WebSocketRecord(self._record.attempts[-1].backend)

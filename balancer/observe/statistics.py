@@ -123,13 +123,14 @@ class Counters:
 
     def count(self, record: Record, times: Histogram) -> None:
         """As many as there are `times`, all of its kind."""
-        histogram, count = self.latency if record.reason is None and record.backend else self.other, times.total
+        one, count = Counters(), times.total
+        one.add(record)
+        histogram = self.latency if one.latency.counts else self.other
         histogram += times
-        if record.failed and record.aborted:
-            self.aborted += count
-        else:
-            self.statuses[record.status] += count
-        self.failed += count * record.failed
+        self.failed += count * one.failed
+        self.aborted += count * one.aborted
+        for status in one.statuses:
+            self.statuses[status] += count
 
     def codes(self) -> Codes:
         found = dict.fromkeys(CODE_CLASSES, 0)

@@ -332,7 +332,7 @@ class Crew(Server):
             self._forget(place)
         if is_expected:
             return
-        if child.popen.returncode == program.IS_ANOTHER:
+        if code == program.IS_ANOTHER:
             self._cannot_begin(place, now)
             return
         place.early = place.early + 1 if now - child.ready_at < YOUNG_SECONDS else 0

@@ -37,6 +37,7 @@ class AskingMaster:
         self._link = link
         self._numbers = count()
         self._asked: dict[int, Future[Answer]] = {}
+        self._is_alone = False
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         body: bytes | Exception
@@ -48,6 +49,8 @@ class AskingMaster:
         number, waiting = next(self._numbers), Future[Answer]()
         self._asked[number] = waiting
         try:
+            if self._is_alone:
+                raise TimeoutError
             self._link.tell("ask", number, told, body)
             status, lines, content = waiting.result(ANSWER_SECONDS)
         except TimeoutError:
@@ -66,6 +69,7 @@ class AskingMaster:
 
     def give_up(self) -> None:
         """Nobody answers any more."""
+        self._is_alone = True
         for waiting in list(self._asked.values()):
             if not waiting.done():  # it has its answer, and its thread has not gone on yet
                 waiting.set_exception(TimeoutError())

@@ -118,7 +118,11 @@ class Sent:
                 done = connection.sock.sendmsg(parts)  # not one by one: the backend would wake up for each
                 if done == sum(map(len, parts)):
                     return True
-            connection.sock.sendall(parts[0] if len(parts) == 1 else b"".join(parts)[done:])
+            rest = memoryview(b"".join(parts))[done:]
+            while rest:
+                if self.request.is_replayable and time.monotonic() >= self.deadline:  # it reads, but too slowly
+                    raise TimeoutError
+                rest = rest[connection.sock.send(rest) :]
         except (TimeoutError, BlockingIOError):
             raise ResponseTimedOut(f"{self.connection.origin.url} stopped reading the request") from None
         except OSError:
