@@ -10,9 +10,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from unittest.mock import Mock
 
 import pytest
@@ -43,10 +44,11 @@ from balancer.edge.call import Call
 from balancer.edge.express import LOOK_SECONDS, LOOK_SHARE, Express
 from balancer.edge.workers import WorkerPool
 from balancer.errors import ConnectFailed
+from balancer.forwarding.race import Opening
 from balancer.protocol.origin import Origin
 from balancer.protocol.request import Request
 from balancer.protocol.requestheads import RequestHeads
-from balancer.upstream.transport import BackendAdapter
+from balancer.upstream.transport import BackendAdapter, Timeouts
 
 LATE = 0.05
 GOOD = LastCheck(1.0, 0.001, 200, None)
@@ -258,26 +260,31 @@ def test_a_large_answer_goes_on_alone(make: Make, pool: ThreadPoolExecutor) -> N
     assert [each[1] for each in outcomes(newest(fleet.balancer))] == ["dropped", "200"]
 
 
-@pytest.mark.parametrize("taken", [0, 2])
-def test_a_backend_without_a_kept_connection_is_asked_on_a_new_one(
-    make: Make, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch, taken: int
-) -> None:
-    """Also if other requests are quicker to take the first ones."""
-    fleet, opened, open_ = make(), [], BackendAdapter.open
-
-    def lose_the_first(self: BackendAdapter, origin: Origin) -> None:
-        opened.append(origin)
-        if len(opened) > taken:
-            open_(self, origin)
-
-    monkeypatch.setattr(BackendAdapter, "open", lose_the_first)
+def test_a_backend_without_a_kept_connection_is_asked_on_a_new_one(make: Make, pool: ThreadPoolExecutor) -> None:
+    fleet = make()
     for backend in fleet.backends.values():
         backend.drop_connections()
     answer = pool.submit(fetch, fleet.balancer.url)
     fleet.wait_asked(2)
     fleet.answer(1)
     assert answer.result(60)[2] == fleet.asked[1].encode() and fleet.is_closed(0)
-    assert opened == opened[:1] * (taken + 1)
+
+
+def test_a_connection_is_opened_for_one_race_and_kept_if_that_is_over() -> None:
+    """Whoever else comes meanwhile does not take it."""
+    with WireBackend() as backend, closing(BackendAdapter(Timeouts(5, 5, 5, 5))) as adapter:
+        origin = Origin.parse(backend.url)
+        wanted, early, late = (Opening(adapter, origin) for _ in range(3))
+        wanted.run()
+        connection = wanted.take()
+        assert connection is not None and wanted.is_over and wanted.take() is None and not adapter.idle()
+        connection.close()
+        early.run()
+        early.drop()
+        assert adapter.idle() == {backend.url: 1}
+        late.drop()
+        late.run()
+        assert adapter.idle() == {backend.url: 2}
 
 
 def test_a_backend_that_is_removed_before_it_is_asked_ends_nothing(
@@ -287,7 +294,7 @@ def test_a_backend_that_is_removed_before_it_is_asked_ends_nothing(
     fleet, go = make(names="ab"), threading.Event()
     opening: list[str] = []
 
-    def wait(self: BackendAdapter, origin: Origin) -> None:
+    def wait(self: BackendAdapter, origin: Origin) -> NoReturn:
         opening.append(origin.url)
         go.wait(60)
         raise ConnectFailed("in vain")

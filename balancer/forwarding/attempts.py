@@ -20,6 +20,7 @@ from balancer.forwarding.stage import Stage
 from balancer.observe.record import DROPPED, Attempt, Record
 from balancer.protocol.origin import Origin
 from balancer.protocol.request import Request
+from balancer.upstream.connection import Connection
 from balancer.upstream.outgoing import OutgoingRequest
 from balancer.upstream.response import BackendResponse
 from balancer.upstream.sent import Sent
@@ -280,10 +281,10 @@ class Attempts:
         assert self._beside is not None
         return self._beside.choice.origin
 
-    def send_beside(self, deadline: float) -> Leg | None:
-        """None if no connection is kept."""
+    def send_beside(self, deadline: float, opened: Connection | None) -> Leg | None:
+        """On the connection that was `opened` for it, or a kept one; None if there is none."""
         assert self._beside is not None
-        sent = self._route.adapter.send_now(self._outgoing, self.origin_beside)
+        sent = self._route.adapter.send_now(self._outgoing, self.origin_beside, opened=opened)
         if sent is not None and sent.rest:  # a head that does not go out at once: leave it
             sent.close()
         if sent is None or sent.rest:

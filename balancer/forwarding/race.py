@@ -8,6 +8,7 @@ until it is late.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -19,29 +20,48 @@ from balancer.observe.record import DROPPED, Record
 from balancer.protocol.client import Client
 from balancer.protocol.origin import Origin
 from balancer.protocol.request import Request
+from balancer.upstream.connection import Connection
 from balancer.upstream.sent import Sent
 from balancer.upstream.transport import BackendAdapter
 
 WORST_GOOD = 499  # the highest status of an answer that need not be compared with another one
-OPENINGS = 3  # of a connection for a second attempt: another request may be quicker to take it
 
 
 class Opening:
-    """The connection that a second attempt lacks: a worker opens it, and it is kept for whoever needs one next."""
+    """The connection that a second attempt lacks. A worker opens it with `run`; whoever waits for it calls `take` until
+    it `is_over`, or `drop`: then it is kept for whoever needs one next. Each access is one step that needs no lock."""
 
     source = ""
 
     def __init__(self, adapter: BackendAdapter, origin: Origin) -> None:
         self._adapter = adapter
         self._origin = origin
+        self._opened: deque[Connection] = deque()
+        self._is_dropped = False
         self.is_over = False
 
     def run(self) -> None:
         try:
             with suppress(BackendError):
-                self._adapter.open(self._origin)
+                self._opened.append(self._adapter.open(self._origin))
         finally:
             self.is_over = True
+            if self._is_dropped:
+                self.drop()
+
+    def take(self) -> Connection | None:
+        """For the one who asked for it, once."""
+        try:
+            return self._opened.pop()
+        except IndexError:
+            return None
+
+    def drop(self) -> None:
+        """It is not needed any more."""
+        self._is_dropped = True
+        connection = self.take()
+        if connection is not None:
+            self._adapter.give_back(connection)
 
 
 class Race:
@@ -54,7 +74,7 @@ class Race:
 
     __slots__ = (
         *("pending", "deadline", "is_waiting", "_attempts", "_adapter", "_hedging", "_client", "_late"),
-        *("_is_leased", "_opening", "_openings", "_bad"),
+        *("_is_leased", "_opening", "_bad"),
     )
 
     def __init__(self, attempts: Attempts, route: Route, client: Client, first: Sent, late: float) -> None:
@@ -68,7 +88,6 @@ class Race:
         self._late = late
         self._is_leased = False  # for a second attempt that is not sent yet
         self._opening: Opening | None = None
-        self._openings = 0
         self._bad: list[Leg] = []  # with an answer that is better than none
 
     def begin(self) -> Sent | Opening | None:
@@ -79,20 +98,20 @@ class Race:
         if self._attempts.is_cut_beside:
             self._forgo()
             return None
-        second = self._attempts.send_beside(self.deadline)
+        opening = self._opening
+        is_over = opening is not None and opening.is_over
+        second = self._attempts.send_beside(self.deadline, opening.take() if opening is not None else None)
         if second is not None:
             self.is_waiting = self._is_leased = False
             self.pending[second.sent.connection.descriptor] = second
             self._client.attach(self)
             return second.sent
-        if self._opening is not None and not self._opening.is_over:
-            return None
-        if self._openings == OPENINGS:
+        if opening is None:
+            self._opening = Opening(self._adapter, self._attempts.origin_beside)
+            return self._opening
+        if is_over:  # in vain
             self._forgo()
-            return None
-        self._openings += 1
-        self._opening = Opening(self._adapter, self._attempts.origin_beside)
-        return self._opening
+        return None
 
     def _lease(self) -> bool:
         if not self._hedging.spend(self._attempts.is_silent(self._late)):
@@ -108,6 +127,8 @@ class Race:
     def _forgo(self) -> None:
         """No second attempt, if it is not sent yet."""
         self.is_waiting = False
+        if self._opening is not None:
+            self._opening.drop()
         if self._is_leased:
             self._is_leased = False
             self._attempts.release_beside()

@@ -136,12 +136,15 @@ class BackendAdapter(BaseAdapter):
         request.is_resent = True
         return self._receive(self._send(self._connect(origin, request), request))
 
-    def send_now(self, request: OutgoingRequest, origin: Origin, may_connect: bool = False) -> Sent | None:
-        """Send a replayable request on a kept connection or, if it `may_connect`, on a new one, as far as that needs no
-        further waiting. None if neither will do. Raises as `exchange` until it is sent."""
+    def send_now(
+        self, request: OutgoingRequest, origin: Origin, may_connect: bool = False, opened: Connection | None = None
+    ) -> Sent | None:
+        """Send a replayable request on the connection that was `opened` for it, a kept one or, if it `may_connect`, a
+        new one, as far as that needs no further waiting. None if none will do. Raises as `exchange` until it is
+        sent."""
         if origin.scheme == "https" or request.is_special:
             return None
-        connection = self._take(origin, request)
+        connection = opened or self._take(origin, request)
         if connection is None:
             if not may_connect:
                 return None
@@ -168,11 +171,11 @@ class BackendAdapter(BaseAdapter):
         connection.server = self._servers.at(origin)
         return Sent(connection, request, self._heads, time.monotonic() + self.timeouts.response_timeout)
 
-    def open(self, origin: Origin) -> None:
-        """A new connection, for whoever needs one next. Raises as a connect does."""
+    def open(self, origin: Origin) -> Connection:
+        """A new connection, to be used, or given back. Raises as a connect does."""
         connection = self._dialer.dial(origin, self.timeouts.connect_timeout, self.server_name)
         connection.server = self._servers.at(origin)
-        self.give_back(connection)
+        return connection
 
     def look(self, sent: Sent, most: int = SMALL_BODY) -> bool:
         """Take in what has come, without waiting. True if that is the whole response, and its body has no more than
@@ -306,7 +309,7 @@ class BackendAdapter(BaseAdapter):
             connection.close()
 
     def give_back(self, connection: Connection) -> None:
-        """Keep a connection whose last response was read to its end."""
+        """Keep a connection whose last response was read to its end, or that has had no request yet."""
         connection.idle_since = self._clock()
         with self._lock:
             idle = self._idle[connection.origin]
