@@ -32,15 +32,16 @@ from demo.files import HERE, IS_INSTALLED, NAME, RUN, SCRIPT, STATE, locked, rea
 from demo.running import ensure_venv, run_services, stop_command
 from demo.services import backend_services, balancer_service, scaling_service
 
+GO_WITH = {"scale": ["all"], "detach": ["all", "backends", "balancer"], "forget": ["all", "balancer"]}
 COMMANDS = ["all", "backends", "balancer", *([] if IS_INSTALLED else ["setup"]), "stop"]
 SETUP = "" if IS_INSTALLED else f"  {SCRIPT} setup               only make .venv and install requirements.txt\n"
 WHERE = f" of {STATE}" if IS_INSTALLED else ""
 HELP = f"""\
 examples:
   {SCRIPT}                     three backends and the load balancer, until Ctrl-C
-  {SCRIPT} --scale             the load balancer alone, which starts and stops backends as requests need them (Linux)
   {SCRIPT} --detach            the same in the background
   {SCRIPT} stop                stop what runs in the background
+  {SCRIPT} --scale             the load balancer alone, which starts and stops backends as requests need them (Linux)
   {SCRIPT} --forget            without what was decided in earlier runs: weights, drains, the algorithm
   {SCRIPT} backends            only the backends; of those of a running demo, the ones that have ended
   {SCRIPT} balancer            only the load balancer
@@ -50,7 +51,7 @@ usage: {SCRIPT} [{" | ".join(COMMANDS)}] [--scale] [--detach] [--forget] [--help
 environment:
   LB_PORT         port of the load balancer (default 9000)
   BACKEND_PORTS   ports of the backends (default "5001 5002 5003")
-  LB_STATE_FILE   what keeps them (default: state/balancer-PORT.db, unless there is an LB_CONFIG); empty for nothing
+  LB_STATE_FILE   what keeps those (default: state/balancer-PORT.db, unless there is an LB_CONFIG); empty for nothing
   LB_PAGE_TOKEN   what the dashboard shows the balancer (default: a new one for each start); also beside LB_ADMIN_TOKEN
   RESPONSE_DELAY, ALGORITHM and every other LB_ setting are passed on
 
@@ -81,6 +82,9 @@ def run(argv: Sequence[str]) -> int:
     if options.version:
         say(f"{NAME} {__version__}")
         return 0
+    for flag, commands in GO_WITH.items():
+        if getattr(options, flag) and options.command not in commands:
+            parser.error(f"--{flag} does not go with {options.command}")
     forget = ["--forget"] if options.forget else []
     if options.command == "stop":
         return stop_command()
@@ -89,8 +93,6 @@ def run(argv: Sequence[str]) -> int:
             ensure_venv()
         return 0
     if options.scale:
-        if options.command != "all":
-            raise Failure(f"--scale starts what it needs, so it does not go with {options.command}", 2)
         return run_services([scaling_service(os.environ, *forget)], options.detach)
     backends = backend_services(os.environ)
     if options.command == "backends":
@@ -100,8 +102,8 @@ def run(argv: Sequence[str]) -> int:
 
 
 def main() -> int:
-    for stream in (sys.stdout, sys.stderr):  # a folder's name may have letters that this console lacks
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # a folder's name may have letters that this console lacks
+        stream.reconfigure(errors="backslashreplace")
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
         if number := getattr(signal, name, None):
             signal.signal(number, lambda number, _: SIGNALS.append(number))
@@ -115,8 +117,9 @@ def main() -> int:
         print(f"{NAME}: error: {failure}", file=sys.stderr, flush=True)
         return failure.code
     except (OSError, sqlite3.Error) as error:
-        where = "" if isinstance(error, OSError) else f"{RUN / 'lock'}: "  # which alone is read so here
-        print(f"{NAME}: error: {where}{error}", file=sys.stderr, flush=True)
+        where = getattr(error, "filename", None) if isinstance(error, OSError) else RUN / "lock"  # alone read so here
+        told = ": ".join(map(str, filter(None, (where, getattr(error, "strerror", None) or error))))
+        print(f"{NAME}: error: {told}", file=sys.stderr, flush=True)
         return 1
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from balancer import __version__
 from balancer.commands import completion, demo, newkey, probe
-from balancer.config import settings
+from balancer.config import settings, validation
 from balancer.edge import handover, quota, upgrade
 from balancer.errors import SettingsError
 from balancer.protocol.texts import printable
@@ -28,13 +28,14 @@ INSTALLED = "load-balancer"
 # As it was started: the installed command, or the file of a checkout.
 PROGRAM = INSTALLED if Path(sys.argv[0]).stem == INSTALLED else "load_balancer.py"
 COMMANDS = ("completion", "demo", "new-key")  # the first word, instead of flags
+UNKNOWN = "unrecognized arguments: "  # argparse says
 EXAMPLES = """examples:
   {command} demo  # three backends and a balancer in front of them, to try it
   {command}  # the balancer alone; three backends on ports 5001 to 5003
   {command} --backend http://127.0.0.1:8080  # in front of one service of yours
-  {command} --backend a=http://10.0.0.1:80@3 --backend b=http://10.0.0.2:80@1 --algorithm weighted
+  {command} --backend a=http://10.0.0.1:80@3 --backend b=http://10.0.0.2:80  # a gets 3 of 4
   {command} --backend dns+http://api:8080  # each address of a name
-  {command} --config balancer.toml --check-config
+  {command} --config balancer.toml --check-config  # is that file right?
   {command} new-key acme  # an API key, and what stands in the file for it
   {command} completion bash  # a script for the shell: bash, zsh, fish
 
@@ -56,7 +57,11 @@ class OneLineParser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage of forty flags."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see --help\n")
+        hint = "see --help"
+        if message.startswith(UNKNOWN):
+            word = message.removeprefix(UNKNOWN).partition(" ")[0].partition("=")[0]
+            hint = validation.meant(word, [*COMMANDS, *self._option_string_actions])
+        self.exit(2, f"{self.prog}: {printable(message)}; {hint}\n")
 
 
 def make_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
@@ -88,15 +93,15 @@ def make_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 after SIGTERM, 130 after Ctrl-C, 2 for bad usage or configuration, 1 if serving failed."""
     given = sys.argv[1:] if arguments is None else arguments
-    if given and given[0] in COMMANDS:
-        return run_command(*given)
-    parsed = vars(make_parser().parse_args(given))
-    check, show, file = parsed.pop("check_config"), parsed.pop("print_config"), parsed.pop("config")
-    probed, forget = parsed.pop("probe"), parsed.pop("forget")
-    if file is None and (name := os.environ.get("LB_CONFIG", "").strip()):
-        file = Path(name)
     warnings = settings.warnings()
     try:
+        if given and given[0] in COMMANDS:
+            return run_command(*given)
+        parsed = vars(make_parser().parse_args(given))
+        check, show, file = parsed.pop("check_config"), parsed.pop("print_config"), parsed.pop("config")
+        probed, forget = parsed.pop("probe"), parsed.pop("forget")
+        if file is None and (name := os.environ.get("LB_CONFIG", "").strip()):
+            file = Path(name)
         handed, predecessor = upgrade.take(os.environ)
         load = partial(settings.load, parsed, file=file, handed=handover.settings_of(handed))
         config, sources = load()
@@ -153,7 +158,8 @@ def run_command(name: str, *arguments: str) -> int:
         parser.add_argument("name", metavar="NAME", type=newkey.checked, help="whose key it is")
         print(newkey.new_key(parser.parse_args(arguments).name))
         return 0
-    parser.add_argument("shell", choices=completion.SHELLS)
+    parser.description = completion.__doc__
+    parser.add_argument("shell", metavar="SHELL", choices=completion.SHELLS, help=", ".join(completion.SHELLS))
     print(completion.script(parser.parse_args(arguments).shell, make_parser(INSTALLED), COMMANDS))
     return 0
 

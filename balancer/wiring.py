@@ -224,9 +224,13 @@ def noting(events: Events, public: Callable[[str], str] | None = None) -> Note:
     def note(kind: EventKind, text: str, backend: str | None = None) -> None:
         severity: Severity = "error" if kind in ERRORS else "warning" if kind in WARNINGS else "info"
         events.add(kind, backend, text, severity, public=None if public is None else public(text))
-        log.log(logging.getLevelName(severity.upper()), "%s: %s", " ".join(filter(None, (kind, backend))), text)
+        _log_event(severity, kind, backend, text)
 
     return note
+
+
+def _log_event(severity: Severity, kind: EventKind, backend: str | None, text: str) -> None:
+    log.log(logging.getLevelName(severity.upper()), "%s: %s", " ".join(filter(None, (kind, backend))), text)
 
 
 def _scaled(note: Note) -> ScalingNote:
@@ -244,7 +248,7 @@ def _tls_context(ca_file: Path | None) -> ssl.SSLContext | None:
         read_whole(ca_file)  # of which the ssl module would wait for a writer, if it is a pipe
         return tls_context(cafile=ca_file)
     except (OSError, ValueError) as error:
-        what = getattr(error, "strerror", None) or error
+        what = "holds no whole certificate" if isinstance(error, ssl.SSLError) else error
         raise SettingsError(f"ca_file {quoted(str(ca_file))}: {what}; expected a PEM file") from None
 
 
@@ -469,7 +473,7 @@ def _follow(control: Control, pools: PoolWiring) -> Callable[[BackendPool, Chang
         if pool.name != DEFAULT_POOL and (not change.backend or change.kind == "backend_added"):
             change = change._replace(text=f"{change.text}, pool {pool.name}")
         events.add(*change)
-        log.log(logging.getLevelName(change.severity.upper()), "%s %s: %s", change.kind, change.backend, change.text)
+        _log_event(change.severity, change.kind, change.backend, change.text)
         if (cluster := control.cluster) is not None:
             if change.kind in ("backend_up", "backend_down"):
                 cluster.tell_health(change.backend, change.kind == "backend_up")

@@ -1,6 +1,6 @@
 """The classic Python load balancer as a point of comparison: Flask's own server, and one `requests` call per request.
 
-Arguments: port, URLs of backends. It is written the way such programs are usually written: nothing is added to make it
+It is written the way such programs are usually written: nothing is added to make it
 slow, and its access log is off as it is for every other contender.
 """
 
@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import itertools
 import logging
-import sys
 import threading
 
 import requests
 from flask import Flask, Response, request
+from script import Parser, at_least
 
 # Flask and the server write their own framing; `requests` has already undone the backend's.
 NOT_FORWARDED = {"host", "connection", "keep-alive", "transfer-encoding", "content-length", "content-encoding"}
-port, *urls = sys.argv[1:]
+parser = Parser(__doc__)
+parser.add_argument("port", type=at_least(1, 65535))
+parser.add_argument("urls", metavar="url", nargs="+")
+options = parser.parse_args()
 app = Flask(__name__, static_folder=None)
-turn = itertools.cycle(urls)
+turn = itertools.cycle(options.urls)
 lock = threading.Lock()  # guards turn
 
 
@@ -40,4 +43,4 @@ def forward() -> Response:
 
 
 logging.getLogger("werkzeug").setLevel(logging.ERROR)
-app.run(host="127.0.0.1", port=int(port), threaded=True)
+app.run(host="127.0.0.1", port=options.port, threaded=True)

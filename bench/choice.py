@@ -1,6 +1,6 @@
 """What a choice costs the balancer with few backends and with many, for every algorithm.
 
-python bench/choice.py           a minute; exit 1 if one costs more than MOST times as much with 500 backends as with 3
+A minute; exit 1 if one costs more than MOST times as much with 500 backends as with 3.
 
 Measured is the pool alone, as requests use it: take a place, give it back, 32 in flight; CPU time of the thread. Both
 pools take turns in short rounds, so that a slow moment hits both, and the least of all rounds counts. The instructions
@@ -10,12 +10,12 @@ beside it are those of one request (see guard.py), which no busy machine changes
 from __future__ import annotations
 
 import random
-import sys
 import time
 from collections import deque
 from collections.abc import Callable
 
 from guard import count_instructions
+from script import Parser
 
 from balancer.balancing.backends import Backend, LastCheck
 from balancer.balancing.members import PoolChanges
@@ -97,4 +97,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    Parser(__doc__).start(main)

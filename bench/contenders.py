@@ -8,7 +8,6 @@ import os
 import pwd
 import random
 import resource
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,10 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from processes import ALL_CPUS, CONTENDER_CPUS, Service, await_answer, free_ports, running
+from processes import ALL_CPUS, CONTENDER_CPUS, Service, await_answer, find_program, free_ports, running
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # whoever imports this may import the balancer after it
 OURS, BASELINE = "balancer", "baseline"
 Pair = tuple[Path, Path]
 BODY = json.dumps({"message": "Request processed", "server_id": "bench", "value": 42}).encode() + b"\n"
@@ -153,9 +151,3 @@ def started(
         with running(contender.name, command, place.directory, cpus or contender.cpus) as service:
             await_answer(service, place.port, path, expected, send, is_tls=place.pair is not None)
             yield service, place
-
-
-def find_program(name: str) -> str | None:
-    """That of our own environment first. Debian keeps servers in sbin, which is not on every user's PATH."""
-    own, system = str(Path(sys.executable).parent), "/usr/local/sbin:/usr/sbin:/sbin"
-    return shutil.which(name, path=own) or shutil.which(name) or shutil.which(name, path=system)

@@ -1,7 +1,6 @@
 """What one proxied request costs in counts that no busy machine changes, compared with a committed budget.
 
-python bench/guard.py            prints the counts; exit 1 if one is more than 10 % above bench/budget.json
-python bench/guard.py --renew    writes the counts of this Python version into bench/budget.json
+Prints the counts; exit 1 if one is more than 10 % above bench/budget.json.
 
 A request goes the whole way from `Bridge.accept` through the parts as `create_app` wires them to a real backend on a
 loopback socket and back, in one thread and without Granian, which is not ours to count. Counted are bytecode
@@ -11,7 +10,6 @@ highest point. Python versions compile differently, so each has a budget of its 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
 import itertools
@@ -28,6 +26,7 @@ from typing import Any
 
 from backends import slow_backends
 from contenders import BODY
+from script import Parser
 
 from balancer.balancing.backends import LastCheck
 from balancer.config.settings import Settings
@@ -290,10 +289,7 @@ def renew(measured: dict[str, Cost]) -> None:
     print(f"written: {BUDGET}")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--renew", action="store_true", help="accept the counts of now as the budget")
-    options = parser.parse_args()
+def main(is_renewed: bool = False) -> int:
     measured = measure_all()
     budget = read_budget().get(VERSION, {})
     for kind, cost in measured.items():
@@ -301,7 +297,7 @@ def main() -> int:
             f"{count} {name} (budget {budget.get(kind, {}).get(name, '-')})" for name, count in asdict(cost).items()
         )
         print(f"{kind}: {', '.join(counts)}")
-    if options.renew:
+    if is_renewed:
         renew(measured)
         return 0
     faults = exceeded(budget, measured)
@@ -311,4 +307,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--renew", dest="is_renewed", action="store_true", help="they are the budget of this Python version now"
+    )
+    parser.start(main)

@@ -1,6 +1,6 @@
 """What hedged requests do for the tail, and what they cost.
 
-python bench/hedge.py [SECONDS]    12 minutes with 30 s for each figure; exit 1 if one of the goals below is missed
+12 minutes with 30 s for each figure; exit 1 if one of the goals below is missed.
 
 Unequal backends as in `quality`, one of which stands still for 2 s every 15 s, with `hedge` off and auto: simulated and
 measured, at the rate of that benchmark and at half of it, where the other two have room while one stands still. Beside
@@ -24,6 +24,7 @@ from contenders import CONTENDERS, OURS, WAIT_PATH, started
 from openloop import Aim, Shot, figures, fire, poisson, steady
 from processes import interleaved, progress
 from results import Figures
+from script import Parser, at_least
 from slow_backend import parse
 
 METHODS = ("least_response_time", "peak_ewma", "least_connections")
@@ -117,4 +118,6 @@ def told(found: Figures) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(float(sys.argv[1]) if len(sys.argv) > 1 else 30.0))
+    parser = Parser(__doc__)
+    parser.add_argument("seconds", type=at_least(5.0), nargs="?", default=30.0, help="for each figure; default 30")
+    parser.start(main)

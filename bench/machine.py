@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from contenders import HERE, find_program
+from contenders import HERE
+from processes import find_program
 
 STEPS = 1_000
 REPEATS = 300

@@ -7,6 +7,7 @@ import http.client
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
 import ssl
@@ -19,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # whoever imports this may import the balancer after it
 TICK_SECONDS = 1 / os.sysconf("SC_CLK_TCK")
 START_TIMEOUT_SECONDS = 60.0
 STOP_TIMEOUT_SECONDS = 10.0
@@ -39,6 +41,12 @@ T = TypeVar("T")
 
 class BenchError(Exception):
     """Something that keeps the benchmark from measuring; the message is one line for the user."""
+
+
+def find_program(name: str) -> str | None:
+    """That of our own environment first. Debian keeps servers in sbin, which is not on every user's PATH."""
+    own, system = str(Path(sys.executable).parent), "/usr/local/sbin:/usr/sbin:/sbin"
+    return shutil.which(name, path=own) or shutil.which(name) or shutil.which(name, path=system)
 
 
 class Service:

@@ -15,16 +15,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import render
-from contenders import BASELINE, CONTENDERS, HERE, OURS, PEERS, Contender, find_program
+from contenders import BASELINE, CONTENDERS, HERE, OURS, PEERS, Contender
 from machine import about, machine, pace
 from processes import BENCH_CPUS, BenchError
 from results import Run, Sample, as_text, missed_ratio, read, rows_of, warnings
+from script import Parser, at_least, ended, require
 from speed import LOADS, USUAL, measure_all
 
 PARTS = ("speed", "stalls", "quality")
@@ -37,7 +37,7 @@ PYTHON = (
 
 
 def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     everybody = [OURS, *PEERS]
     for name, known, usual in (
@@ -47,10 +47,10 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     ):
         text = f"of {', '.join(known)}; or all; default {', '.join(usual)}"
         add(name, type=some_of(list(known)), default=usual, metavar="NAME[,NAME...]", help=text)
-    add("--rounds", type=positive, default=3, help="of the loads and of the choice; default 3")
-    add("--seconds", type=positive, default=1, help="of load per contender, load and round; default 1")
-    add("--stall-seconds", type=positive, default=60, help="of the search for stalls, per contender; default 60")
-    add("--choice-seconds", type=positive, default=12, help="per way to choose and round; default 12")
+    add("--rounds", type=at_least(1), default=3, help="of the loads and of the choice; default 3")
+    add("--seconds", type=at_least(1), default=1, help="of load per contender, load and round; default 1")
+    add("--stall-seconds", type=at_least(1), default=60, help="of the search for stalls, per contender; default 60")
+    add("--choice-seconds", type=at_least(1), default=12, help="per way to choose and round; default 12")
     add("--json", type=Path, default=HERE / "results.json", metavar="FILE", help="default bench/results.json")
     add("--docs", action="store_true", help="renew docs/performance.md too, which takes the speed alone")
     add("--render", type=Path, metavar="FILE", help="only renew docs/performance.md, from the file of a run")
@@ -58,8 +58,8 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     add("--require-ratio", type=float, metavar="R", help=f"exit 1 unless the {OURS} reaches 1/R of the {BASELINE}")
     add("--transfer", type=size, metavar="SIZE", help="check memory with a body of this size, such as 1GiB")
     add("--max-growth", type=size, default="32MiB", metavar="SIZE", help="allowed by --transfer (default 32MiB)")
-    add("--concurrent", type=positive, metavar="N", help="check N requests in flight at once")
-    add("--delay", type=float, default=0.2, help="seconds a backend takes then (default 0.2)")
+    add("--concurrent", type=at_least(1), metavar="N", help="check N requests in flight at once")
+    add("--delay", type=at_least(0.0), default=0.2, help="seconds a backend takes then (default 0.2)")
     options = parser.parse_args(given)
     if (options.transfer or options.concurrent) and options.contenders is everybody:
         options.contenders = [OURS]
@@ -68,19 +68,13 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
 def size(text: str) -> int:
     """`1GiB`, `32MiB`, `4096`."""
     units = {"GiB": 1 << 30, "MiB": 1 << 20, "KiB": 1 << 10}
     number, unit = (text[:-3], units[text[-3:]]) if text[-3:] in units else (text, 1)
     try:
         return int(float(number) * unit)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise argparse.ArgumentTypeError(f"not a size: {text!r} (for example 1GiB)") from None
 
 
@@ -96,32 +90,27 @@ def some_of(names: list[str]) -> Callable[[str], list[str]]:
 
 def main() -> int:
     options = parse()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: every started process is stopped
-    try:
-        if options.render:
-            run = read(options.render)
-            warn(run)
-            write_docs(run)
-            return 0
-        check_requirements(options)
-        os.sched_setaffinity(0, BENCH_CPUS)
-        faults = list(run_checks(options) if options.transfer or options.concurrent else run_parts(options))
-        print(*(f"FAILED: {fault}\n" for fault in faults), sep="", end="", file=sys.stderr)
-        return 1 if faults else 0
-    except BenchError as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("bench: interrupted; everything it started is stopped", file=sys.stderr)
-        return 130
+    return ended(lambda: bench(options))
+
+
+def bench(options: argparse.Namespace) -> int:
+    if options.render:
+        run = read(options.render)
+        warn(run)
+        write_docs(run)
+        return 0
+    check_requirements(options)
+    os.sched_setaffinity(0, BENCH_CPUS)
+    faults = list(run_checks(options) if options.transfer or options.concurrent else run_parts(options))
+    print(*(f"FAILED: {fault}\n" for fault in faults), sep="", end="", file=sys.stderr)
+    return 1 if faults else 0
 
 
 def check_requirements(options: argparse.Namespace) -> None:
     wanted = {one.program for one in contenders(options) if one.program}
     if not (options.transfer or options.concurrent):
         wanted |= {"nginx", "wrk"}
-    if missing := sorted(program for program in wanted if not find_program(program)):
-        raise BenchError(f"not installed: {', '.join(missing)}; bench/run.sh installs them on Debian")
+    require(wanted)
     if not options.json.parent.is_dir():
         raise BenchError(f"--json {options.json}: {options.json.parent} is no directory")
 

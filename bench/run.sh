@@ -19,6 +19,8 @@ identify "$python" >/dev/null || python=python3
 if [[ " $* " =~ " --python"[=\ ]([^ ]+) ]]; then python=${BASH_REMATCH[1]}; fi
 identity=$(identify "$python") || fail "--python $python: Python 3.11 or newer is needed (on Debian: apt-get install python3)"
 case " $* " in *" -h "* | *" --help "* | *" --render"*) exec "$python" bench/run.py "$@" ;; esac
+# Arguments that are wrong, before anything is installed.
+PYTHONPATH=bench "$python" -c 'import sys, run; sys.argv[0] = "run.sh"; run.parse()' "$@" || exit
 
 missing=()
 "$python" -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)

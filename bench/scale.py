@@ -1,34 +1,31 @@
 """What many balancers in front of many backends make of what each of them knows: a simulation on a clock of its own.
 
-python bench/scale.py            under a minute; the same figures on any machine; docs/scale.md explains them
-
-The strategies and the limits are the real ones, and so are Backend and its Speed; requests, queues at the backends and
-news of the others are simulated. With news every so many seconds, each balancer goes by what it has in flight itself,
-and by what all others had in flight when the news came.
+Under a minute of CPU; the same figures on any machine; docs/scale.md explains them. The strategies and the limits are
+the real ones, and so are Backend and its Speed; requests, queues at the backends and news of the others are simulated.
+With news every so many seconds, each balancer goes by what it has in flight itself, and by what all others had in
+flight when the news came.
 """
 
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Sequence
 from heapq import heappop, heappush, heapreplace
 from itertools import accumulate
-from pathlib import Path
 from statistics import fmean, quantiles
 from typing import NamedTuple, cast
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from script import Parser
 
-from balancer.balancing.backends import Backend  # noqa: E402
-from balancer.balancing.options import StrategyOptions  # noqa: E402
-from balancer.balancing.speed import Speed  # noqa: E402
-from balancer.balancing.strategies import Indexed, create  # noqa: E402
-from balancer.filters.limit import SECOND, LimitOptions  # noqa: E402
-from balancer.filters.sharedlimit import Accounts, SharedLimit  # noqa: E402
-from balancer.protocol.origin import Origin  # noqa: E402
-from balancer.protocol.request import Request  # noqa: E402
-from balancer.protocol.requestheads import RequestHeads  # noqa: E402
+from balancer.balancing.backends import Backend
+from balancer.balancing.options import StrategyOptions
+from balancer.balancing.speed import Speed
+from balancer.balancing.strategies import Indexed, create
+from balancer.filters.limit import SECOND, LimitOptions
+from balancer.filters.sharedlimit import Accounts, SharedLimit
+from balancer.protocol.origin import Origin
+from balancer.protocol.request import Request
+from balancer.protocol.requestheads import RequestHeads
 
 BALANCERS, BACKENDS = 50, 1000
 PLACES = 4  # of a backend: it works on so many requests at a time, the others wait there
@@ -236,4 +233,4 @@ def _cell(found: Result) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    Parser(__doc__).start(main)

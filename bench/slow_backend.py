@@ -1,4 +1,4 @@
-"""Backends that take their time: each argument is one of them, `PORT:SECONDS[:SLOTS[:STALL_EVERY:STALL_SECONDS]]`.
+"""Backends that take their time, each on a port of its own.
 
 SECONDS is what one `GET /wait` takes. With SLOTS that is the mean of an exponential distribution, and no more of them
 than that are worked on at a time; the others wait, first come first served. Every STALL_EVERY seconds the backend stops
@@ -19,7 +19,6 @@ import heapq
 import json
 import math
 import random
-import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import closing, suppress
@@ -29,6 +28,7 @@ from functools import partial
 import uvloop
 from contenders import BODY
 from processes import raise_file_limit
+from script import Parser, at_least
 
 FIRST_STALL_SECONDS = 4.0  # after the restart
 SEED = 7
@@ -153,16 +153,22 @@ def parse(text: str) -> Backend:
     return Backend(float(seconds), int(slots), float(every), float(stall))
 
 
-async def serve(arguments: list[str]) -> None:
+def backend(text: str) -> tuple[int, Backend]:
+    port, _, rest = text.partition(":")
+    return at_least(1, 65535)(port), parse(rest)
+
+
+async def serve(backends: list[tuple[int, Backend]]) -> None:
     loop, servers = asyncio.get_running_loop(), []
-    for argument in arguments:
-        port, _, text = argument.partition(":")
-        backend = parse(text)
-        backend.restart(loop.time())
-        servers.append(await asyncio.start_server(partial(answer, backend), "127.0.0.1", int(port), backlog=4096))
+    for port, each in backends:
+        each.restart(loop.time())
+        servers.append(await asyncio.start_server(partial(answer, each), "127.0.0.1", port, backlog=4096))
     await asyncio.gather(*(server.serve_forever() for server in servers))
 
 
 if __name__ == "__main__":
+    parser = Parser(__doc__)
+    parser.add_argument("backends", metavar="PORT:SECONDS[:SLOTS[:STALL_EVERY:STALL_SECONDS]]", type=backend, nargs="+")
+    backends = parser.parse_args().backends
     raise_file_limit()
-    uvloop.run(serve(sys.argv[1:]))
+    uvloop.run(serve(backends))

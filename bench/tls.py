@@ -1,13 +1,12 @@
 """What TLS towards clients costs here, with nginx and with Caddy: CPU time of the proxy per request, in one run.
 
-python bench/tls.py [ROUNDS]     needs nginx, caddy, h2load and openssl; prints the medians and their ratios to Caddy's
+Needs nginx, caddy, h2load and openssl; prints the medians and their ratios to Caddy's.
 """
 
 from __future__ import annotations
 
 import socket
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +15,7 @@ from pathlib import Path
 from backends import fast_backends
 from contenders import BODY, CONTENDERS, OURS, Pair, started
 from processes import TRUSTING, BenchError, medians
+from script import Parser, at_least
 from speed import cost, h2load
 
 NAMES = (OURS, "nginx", "caddy")
@@ -65,4 +65,6 @@ def main(rounds: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 3)
+    parser = Parser(__doc__)
+    parser.add_argument("rounds", type=at_least(1), nargs="?", default=3, help="default 3")
+    parser.start(main, "nginx", "caddy", "h2load", "openssl")

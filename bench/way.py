@@ -1,12 +1,10 @@
 """The way of one request through the files of `balancer/`: how many it visits, and how often it goes back.
 
-python bench/way.py            prints files, stays and returns of a GET, a POST and a control request
-python bench/way.py --list     and each stay, with the functions that are entered there
-
-Counted is what somebody sees who follows a request from function to function. Each function of `balancer/` that is
-entered counts for the file it stands in; what is entered in the same file one after the other is one stay there. A
-return is a stay in a file that the way had left before, so returns are stays less files. To come back to a caller is
-no entry; neither are functions that Python makes, such as those of a dataclass, which stand in no file.
+Prints files, stays and returns of a GET, a POST and a control request. Counted is what somebody sees who follows a
+request from function to function. Each function of `balancer/` that is entered counts for the file it stands in; what
+is entered in the same file one after the other is one stay there. A return is a stay in a file that the way had left
+before, so returns are stays less files. To come back to a caller is no entry; neither are functions that Python makes,
+such as those of a dataclass, which stand in no file.
 
 The request goes the way that `bench/guard.py` has it: from `Bridge.accept` to a real backend on a loopback socket and
 back, in one thread, workers and the express way included.
@@ -14,7 +12,6 @@ back, in one thread, workers and the express way included.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +21,7 @@ from typing import Any
 from backends import slow_backends
 from contenders import HERE
 from guard import Kind, balancer, serve
+from script import Parser
 
 from balancer.edge.bridge import Bridge
 
@@ -80,15 +78,16 @@ def trace_all() -> dict[str, Way]:
         return {name: trace(bridge, kind) for name, kind in REQUESTS.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--list", action="store_true", help="print each stay")
-    options = parser.parse_args()
+def main(is_listed: bool) -> None:
     for name, way in trace_all().items():
         print(f"{name}: {len(way.files)} files, {len(way.stays)} stays, {way.returns} returns")
-        if options.list:
+        if is_listed:
             print(*(f"    {file}: {', '.join(functions)}" for file, functions in way.stays), sep="\n")
 
 
 if __name__ == "__main__":
-    main()
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--list", dest="is_listed", action="store_true", help="and each stay, with the functions that are entered there"
+    )
+    parser.start(main)

@@ -1,13 +1,10 @@
 """What a round trip over a WebSocket costs this balancer, nginx and Caddy: CPU, as of /proc, in one run.
 
-python bench/websocket.py            three rounds of 3 s for each size of message and each contender
-
-Some connections send a message, wait until the backend has sent it back, and go on.
+For each size of message and each contender: connections send a message, wait until it is back, and go on.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import time
 from contextlib import AsyncExitStack
@@ -16,6 +13,7 @@ from threading import Thread
 
 from contenders import BODY, CONTENDERS, Place, nginx, started
 from processes import Service, free_ports, medians
+from script import Parser, at_least
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.asyncio.server import Request, Response, ServerConnection, serve
 
@@ -61,11 +59,7 @@ def nginx_command(place: Place) -> list[str]:
     return nginx(place, "nginx-websocket.conf", backend=place.backends[0])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=3.0)
-    options = parser.parse_args()
+def main(rounds: int, seconds: float) -> None:
     nginx_too = replace(CONTENDERS["nginx"], command=nginx_command)
     contenders = {each.name: each for each in (CONTENDERS["balancer"], nginx_too, CONTENDERS["caddy"])}
     (port,) = free_ports(1)
@@ -75,11 +69,11 @@ def main() -> None:
         found = {}
         with started(contenders[name], [port]) as (service, place):
             for about, size in SIZES.items():
-                asyncio.run(cost(service, place.port, size, options.seconds / 4))
-                found[about] = asyncio.run(cost(service, place.port, size, options.seconds))
+                asyncio.run(cost(service, place.port, size, seconds / 4))
+                found[about] = asyncio.run(cost(service, place.port, size, seconds))
         return found
 
-    found = medians(options.rounds, list(contenders), measure)
+    found = medians(rounds, list(contenders), measure)
     print(f"{'us of CPU a round trip':30}" + "".join(f"{about:>12}" for about in SIZES) + f"{'of Caddy':>18}")
     for name, own in found.items():
         ratios = [own[about] / found["caddy"][about] for about in SIZES]
@@ -87,4 +81,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    parser = Parser(__doc__)
+    parser.add_argument("--rounds", type=at_least(1), default=3, help="default 3")
+    parser.add_argument("--seconds", type=at_least(0.1), default=3.0, help="default 3")
+    parser.start(main, "nginx", "caddy")

@@ -1,19 +1,19 @@
 """What a second worker process brings and costs, beside nginx and Caddy with as many: requests per second and CPU time
 per request while load generator, backends and contender share this machine's CPUs, and memory.
 
-python bench/workers.py [ROUNDS]     needs nginx, caddy and h2load; prints the medians
+Needs nginx, caddy and h2load; prints the medians.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from functools import partial
 from itertools import product
 
 from backends import fast_backends
 from contenders import CONTENDERS, OURS, started
 from processes import ALL_CPUS, START_TIMEOUT_SECONDS, BenchError, get, medians, wait_until
+from script import Parser, at_least
 from speed import MIB, cost, h2load
 
 REQUESTS = 30_000
@@ -42,4 +42,6 @@ def main(rounds: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 3)
+    parser = Parser(__doc__)
+    parser.add_argument("rounds", type=at_least(1), nargs="?", default=3, help="default 3")
+    parser.start(main, "nginx", "caddy", "h2load")

@@ -128,6 +128,8 @@ def backend_services(environ: Mapping[str, str]) -> list[Service]:
 
 def balancer_service(environ: Mapping[str, str], *arguments: str) -> Service:
     port, *backend_ports = read_ports(environ)
+    if (host := given(environ, "LB_HOST")).startswith("unix:"):
+        raise Failure(f"LB_HOST={host}: the demo listens on ports; load_balancer.py alone takes a Unix socket", 2)
     settings = {"LB_EXPOSE_BACKEND": "true", "LB_DEMO_FAULTS": "true"}  # the demo shows who answered
     if not given(environ, "LB_CONFIG"):  # whose file may name another
         settings["LB_STATE_FILE"] = str(files.MEMORY / f"balancer-{port}.db")

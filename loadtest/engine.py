@@ -9,13 +9,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from loadtest.connection import Connection, clock
+from loadtest.connection import CONNECT, Connection, clock
 from loadtest.interrupt import Interrupt
 from loadtest.latencies import Latencies
 from loadtest.options import Options
 from loadtest.problems import EXIT_USAGE, Problem
 from loadtest.recording import Recording, Row, Run
-from loadtest.schedule import ClosedLoop, Load, OpenLoop, Schedule
+from loadtest.schedule import ClosedLoop, Load, OpenLoop, Schedule, longer
 from loadtest.target import Target, identities
 
 GRACE = 1.0  # seconds that an interrupted run waits for the answers under way
@@ -40,11 +40,12 @@ class Worker(threading.Thread):
 
     def run(self) -> None:
         people, connection, recording = self._engine.identities, self.connection, self.recording
-        many = len(people)
+        many, pause = len(people), 0.0
         try:
-            while ticket := self._schedule.take(self._index):
+            while ticket := self._schedule.take(self._index, pause):
                 who = ticket.number % many
                 sample = connection.exchange(people[who], ticket.due)
+                pause = longer(pause) if sample.reason in CONNECT else 0.0
                 if sample.reason == INTERRUPTED:
                     self.cut_off += 1
                 else:

@@ -70,7 +70,7 @@ class Runs:
         outcome = Outcome(whole, checks=self._judge(None, whole, before) + checks.against(whole, self._options))
         if self._balancer and before["healthy"] and whole["summary"]["ok"] and not shares.are_judged(self._options):
             # Its table shows expected shares all the same, beside rows that are those of nobody.
-            whole["note"] = shares.why_unknown(whole, before, self._balancer.status())
+            whole["note"] = shares.why_unknown(self._options, whole, before, self._balancer.status())
         report.result(whole)
         return outcome
 

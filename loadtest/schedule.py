@@ -17,6 +17,7 @@ from loadtest.connection import clock
 from loadtest.latencies import Latencies
 
 SLICE = 0.05  # seconds between looks whether the run is over
+FIRST_PAUSE, LONGEST_PAUSE = 0.01, 0.5  # seconds that a connection waits once it was refused, and at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +51,18 @@ class Pace(NamedTuple):
 
 
 class Schedule(Protocol):
-    def take(self, worker: int) -> Ticket | None:
-        """The next request, when it is time for it; None if there are no more. Called by the worker's own thread."""
+    def take(self, worker: int, pause: float = 0.0) -> Ticket | None:
+        """The next request, when it is time for it; None if there are no more. Called by the worker's own thread,
+        with the seconds it would rather wait since nobody lets it in."""
+
+
+def longer(pause: float) -> float:
+    """The next pause of a connection that was refused after this one."""
+    return min(2 * pause + FIRST_PAUSE, LONGEST_PAUSE)
 
 
 class ClosedLoop:
-    """`_lock` guards the count of tickets."""
+    """`_lock` guards the count of tickets. Pauses are for runs with an end in time, which they make no longer."""
 
     def __init__(self, load: Load, begin: float, is_over: Callable[[], bool]) -> None:
         self._limit = load.requests
@@ -65,8 +72,10 @@ class ClosedLoop:
         self._taken = 0
         self._lock = threading.Lock()
 
-    def take(self, worker: int) -> Ticket | None:
-        if self._step and not self._pause(self._begin + self._step * worker):
+    def take(self, worker: int, pause: float = 0.0) -> Ticket | None:
+        if self._step and not self._wait(self._begin + self._step * worker):
+            return None
+        if pause and self._end < math.inf and not self._wait(clock() + pause):
             return None
         with self._lock:
             if self._is_over() or self._taken == self._limit or clock() >= self._end:
@@ -74,7 +83,7 @@ class ClosedLoop:
             self._taken += 1
             return Ticket(self._taken, None)
 
-    def _pause(self, until: float) -> bool:
+    def _wait(self, until: float) -> bool:
         """False if the run was over before."""
         while (rest := min(until, self._end) - clock()) > 0:
             if self._is_over() or self._taken == self._limit:
@@ -104,7 +113,7 @@ class OpenLoop:
         self.lag = Latencies()  # of the client alone: it was time, and a connection was free or could be opened
         self.overdue = 0  # requests that were due before one of the connections, no more being allowed, was free
 
-    def take(self, worker: int) -> Ticket | None:
+    def take(self, worker: int, pause: float = 0.0) -> Ticket | None:
         with self._lock:
             self._followers += 1
         with self._leading:

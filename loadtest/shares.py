@@ -22,14 +22,10 @@ def why_not_judged(options: Options, result: Json, before: Json, after: Json | N
         return None
     if not expected(options, before):
         return "the balancer expects no certain shares of this algorithm, so they are only reported"
-    if unknown := why_unknown(result, before, after):
-        return unknown
-    if after and expected(options, after) != expected(options, before):
-        return "the expected shares changed during the test (a backend came or went), so they are not judged"
-    return None
+    return why_unknown(options, result, before, after)
 
 
-def why_unknown(result: Json, before: Json, after: Json | None) -> str | None:
+def why_unknown(options: Options, result: Json, before: Json, after: Json | None) -> str | None:
     """What makes it impossible to tell the shares of this balancer's backends, if anything."""
     if all(row["id"] is None or not row["count"] for row in result["backends"]):
         return "answers do not name their backend (see expose_backend, --backend-field), so shares are unknown"
@@ -38,6 +34,8 @@ def why_unknown(result: Json, before: Json, after: Json | None) -> str | None:
             f"answers call themselves {strange}, which are no ids of this balancer, so shares cannot be compared; "
             "start it with --expose-backend or give --backend-header"
         )
+    if after and expected(options, after) != expected(options, before):
+        return "the expected shares changed during the test (a backend came or went), so they are not judged"
     return None
 
 

@@ -20,7 +20,7 @@ def manual_page() -> str:
         rf"\fB{INSTALLED}\fR [\fIflags\fR]",
         *(
             f".br\n\\fB{INSTALLED}\\fR {rest}"
-            for rest in (r"\fBdemo\fR [\fB\-\-help\fR]", r"\fBcompletion\fR \fIshell\fR")
+            for rest in (r"\fBdemo\fR [\fB\-\-help\fR]", r"\fBnew\-key\fR \fINAME\fR", r"\fBcompletion\fR \fISHELL\fR")
         ),
         *section("Description", more.replace("\n", " ")),
         *section("Flags"),

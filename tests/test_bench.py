@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import re
+import runpy
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -127,6 +129,56 @@ def test_bad_usage_is_one_line_and_exit_code_2(arguments: list[str], message: st
     done = bench(*arguments)
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+# What all scripts have in common.
+
+ENDS = 'if __name__ == "__main__":'
+SCRIPTS = ["baseline", *sorted(path.stem for path in (ROOT / "bench").glob("*.py") if ENDS in path.read_text())]
+WRONG = {
+    "baseline": ["80"], "hedge": ["nan"], "run": ["--rounds=0"], "slow_backend": ["80:0.1", "65536:0.1"], "tls": ["0"],
+    "websocket": ["--seconds=0"], "workers": ["1.5"],
+}  # fmt: skip
+
+
+def call(name: str, *arguments: str) -> int:
+    """As a program of its own; the exit code."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+            patch.setattr(sys, "argv", [name, *arguments])
+            runpy.run_path(str(ROOT / "bench" / f"{name}.py"), run_name="__main__")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_says_how_it_is_called(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(name, "--help") == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"usage: {name}.py ") and len(said.splitlines()) < 70
+    assert call(name, *WRONG.get(name, ["more"])) == 2
+    told = capsys.readouterr()
+    assert re.fullmatch(rf"{name}\.py: .*; see --help\n", told.err) and not told.out
+
+
+@pytest.mark.parametrize(
+    ("name", "programs"),
+    [
+        ("run", "caddy, envoy, haproxy, nginx, traefik, wrk"),
+        ("tls", "caddy, h2load, nginx, openssl"),
+        ("websocket", "caddy, nginx"),
+        ("workers", "caddy, h2load, nginx"),
+    ],
+)
+def test_what_is_missing_is_named_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, programs: str
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
+    assert call(name) == 2
+    assert re.fullmatch(rf"bench: not installed: {programs} \(.*\)\n", capsys.readouterr().err)
 
 
 # The fast backend.
@@ -510,9 +562,10 @@ def test_what_is_no_interpreter_is_refused_before_anything_is_installed(program:
     assert done.stderr.startswith(f"bench/run.sh: error: --python {program}: Python 3.11 or newer is needed")
 
 
-def test_help_and_render_need_no_set_up() -> None:
+def test_help_render_and_wrong_arguments_need_no_set_up() -> None:
     assert run_sh("--help").stdout == bench("--help").stdout
     assert run_sh("--render", "/nowhere/results.json").returncode == 2
+    assert run_sh("--loud").stderr == "run.sh: unrecognized arguments: --loud; see --help\n"
 
 
 def test_a_shim_and_a_link_are_the_interpreter_they_lead_to(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -147,8 +148,9 @@ def test_print_config_shows_values_sources_and_no_secrets(run: Run, tmp_path: Pa
         (["--host", "127.0..1"], {}, ["127.0..1"]),
         (["--nonsense"], {}, ["--nonsense"]),
         (["--port"], {}, ["--port"]),
-        (["--prot=9001"], {}, ["--prot"]),
-        (["stray"], {}, ["stray"]),
+        (["--prot=9001"], {}, ["--prot", "did you mean --port?"]),
+        (["stray"], {}, ["stray", "see --help"]),
+        (["a\nb", ""], {}, [r"a\x0ab"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -165,7 +167,7 @@ def test_bad_usage_is_one_line_and_exit_code_2(
     ("arguments", "said"),
     [
         (["--control-port", "9000"], "control_port"),
-        (["--ca-file", str(ROOT / "LICENSE")], "ca_file"),
+        (["--ca-file", str(ROOT / "LICENSE")], "LICENSE': holds no whole certificate; expected a PEM file"),
         (["--ca-file", str(ROOT)], "ca_file"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
@@ -174,6 +176,15 @@ def test_check_config_finds_it(run: Run, arguments: list[str], said: str) -> Non
     done = run(*arguments, "--check-config")
     assert (done.code, done.out) == (2, "")
     assert_one_line(done.err, said)
+
+
+@pytest.mark.parametrize("arguments", [["--print-config"], ["new-key", "acme"], ["completion", "bash"]])
+def test_what_cannot_be_printed_is_one_line(arguments: list[str]) -> None:
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, str(ROOT / "load_balancer.py"), *arguments]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert_one_line(done.stderr, "No space left on device")
 
 
 def test_a_pipe_in_place_of_a_file_of_cas_is_not_waited_for(run: Run, tmp_path: Path) -> None:

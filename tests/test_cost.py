@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -85,23 +84,17 @@ def test_a_little_growth_is_allowed_and_a_missing_budget_is_not() -> None:
     assert len(guard.exceeded({}, {"get": cost})) == 5
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["guard.py", *arguments])
-    return guard.main()
-
-
 def test_the_command_renews_the_budget_and_fails_above_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(guard, "BUDGET", tmp_path / "budget.json")
-    assert run(monkeypatch) == 1
+    assert guard.main() == 1
     assert "no budget" in capsys.readouterr().err
-    assert run(monkeypatch, "--renew") == 0
-    assert run(monkeypatch) == 0
+    assert guard.main(is_renewed=True) == guard.main() == 0
     text = guard.BUDGET.read_text()
     count = guard.read_budget()[guard.VERSION]["get"]["python_calls"]
     guard.BUDGET.write_text(text.replace(f'"python_calls": {count}', '"python_calls": 50'))
-    assert run(monkeypatch) == 1
+    assert guard.main() == 1
     assert "python_calls" in capsys.readouterr().err
 
 

@@ -14,13 +14,18 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from threading import Event, Lock, Thread
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from fleet import Demo
-from support import Balancer, Served, fetch, fetch_json, ok, wait_until
+from support import Balancer, Served, fetch, fetch_json, ok, options, wait_until
 from wire import WireBackend, hang_up
 
-from balancer.fleet.health import FRESH_EVERY, HealthChecker
+from balancer.balancing.options import PoolOptions
+from balancer.balancing.pool import BackendPool
+from balancer.balancing.strategies import create
+from balancer.fleet.health import FRESH_EVERY, Checks, HealthChecker, HealthOptions
+from balancer.protocol.origin import Origin
 
 
 @dataclass(frozen=True)
@@ -413,6 +418,25 @@ def test_a_backend_in_maintenance_is_not_checked_and_one_that_drains_is(stack: E
     assert fetch(f"{checked.balancer.url}/x")[0] == 503
     patch(checked.balancer, "one", admin_state="ready")
     wait_until(lambda: len(one) > asked)
+
+
+def test_maintenance_leaves_no_checks_behind_that_go_on_beside_the_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = BackendPool(create("round_robin"), options(PoolOptions))
+    pool.add("a", Origin("http", "127.0.0.1", 1))
+    checker = HealthChecker(lambda: None)
+    begun: list[Checks] = []
+    monkeypatch.setattr(checker, "_begin", lambda checks, number, now: begun.append(checks))
+    checker.use([Mock(pool=pool, options=options(HealthOptions))])
+    checker._round()
+    (old,) = begun
+    for state in ("maint", "ready"):
+        pool.update("a", {"admin_state": state})
+        checker.wake()
+        checker._round()
+    checker._again.append(old)  # one was under way, and has ended
+    checker._round()
+    assert begun.count(old) == 1 and len(set(map(id, begun))) == 2
+    checker.stop()
 
 
 def test_the_request_time_limit_covers_all_attempts() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import socket
@@ -13,6 +14,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
+from unittest.mock import Mock
 
 import pytest
 from exposition import scrape, value
@@ -38,7 +40,8 @@ from balancer.balancing.options import PoolOptions
 from balancer.balancing.pool import BackendPool
 from balancer.balancing.speed import Speed
 from balancer.balancing.strategies import create
-from balancer.edge.express import LOOK_SHARE, Express
+from balancer.edge.call import Call
+from balancer.edge.express import LOOK_SECONDS, LOOK_SHARE, Express
 from balancer.edge.workers import WorkerPool
 from balancer.errors import ConnectFailed
 from balancer.forwarding.race import Opening
@@ -592,6 +595,18 @@ def test_looking_for_late_ones_takes_a_small_share_of_the_time() -> None:
     express, before = Express(WorkerPool(1, 1, 1.0), look), time.monotonic()
     express.run_once()
     assert express._next_look >= before + 0.02 / LOOK_SHARE
+    express.stop()
+
+
+def test_a_race_without_its_second_attempt_is_looked_at_soon_whoever_was_brought_since() -> None:
+    """It may lack a connection, which a worker opens in no time."""
+    express = Express(WorkerPool(1, 1, 1.0), lambda: 0.2)
+    old, new = (Call(Mock(is_draining=True), Mock(scope={"http_version": "1.1"})) for _ in range(2))
+    new.started = math.inf
+    express._races[old] = Mock(is_waiting=True, deadline=math.inf)
+    express._waiting |= {1: new, 2: old}
+    express.run_once()
+    assert express._pause == express._tick < LOOK_SECONDS
     express.stop()
 
 

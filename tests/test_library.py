@@ -85,7 +85,8 @@ def test_backends_in_every_form() -> None:
     ("wrong", "named"),
     [
         ({"port": "x"}, ["port", "'x'", "program"]),
-        ({"algoritm": "weighted"}, ["algoritm", "docs/settings.md"]),
+        ({"algoritm": "weighted"}, ["algoritm", "did you mean algorithm?"]),
+        ({"nonsense": 1}, ["nonsense", "docs/settings.md"]),
         ({"algorithm": "fastest"}, ["fastest", "round_robin"]),
         ({"algorithm": LONG}, ["xxx...'", "round_robin"]),
         ({"ca_file": LONG}, ["xxx...'", "PEM"]),

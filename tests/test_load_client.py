@@ -317,6 +317,31 @@ def test_with_nobody_listening_it_ends_at_once_without_preflight_too() -> None:
     assert "nobody to load" in found.stderr and "connect refused" in found.stderr
 
 
+def test_a_server_that_dies_midway_is_not_hammered_and_used_again_once_it_is_back(stub: StubBalancer) -> None:
+    """20,000 refused connections a second it was."""
+    with started(stub.url, "-z", "2m", *ONE_BY_ONE, "-o", "csv", "--no-keepalive") as process:
+        wait_until(lambda: stub.total > 20, "the first answers")
+        stub.shutdown()
+        stub.server_close()
+        assert process.stdout is not None
+        lines = iter(process.stdout.readline, "")
+        head = [next(lines)]
+        head += [next(line for line in lines if "refused" in line) for _ in range(4)]
+        answered = stub.total
+        stub.socket = socket.create_server(stub.server_address)
+        again = threading.Thread(target=stub.serve_forever, args=(0.02,), name="stub-balancer-again")
+        again.start()
+        wait_until(lambda: stub.total > answered + 200, "answers again")
+        process.send_signal(signal.SIGINT)
+        rows = list(csv.DictReader([*head, *lines]))
+        stub.shutdown()
+        again.join()
+    refused = [float(row["offset_s"]) for row in rows if row["error"] == "connect refused"]
+    pauses = [later - earlier for earlier, later in pairwise(refused)]
+    assert all(pause >= least for pause, least in zip(pauses, (0.01, 0.03, 0.07), strict=False)), pauses
+    assert sum(not row["error"] for row in rows) == stub.total - answered
+
+
 @pytest.mark.parametrize("arguments", [[], ["--no-preflight"]])
 def test_the_wrong_scheme_is_asked_about(stub: StubBalancer, arguments: list[str]) -> None:
     found = run(stub.url.replace("http", "https"), "-n", "1", *arguments)

@@ -47,7 +47,8 @@ from balancer.edge import quota
 from balancer.edge.upgrade import Successor
 from balancer.errors import SettingsError
 from balancer.loadbalancer import LoadBalancer
-from balancer.processes.crew import SETTLE_SECONDS
+from balancer.processes.crew import LONGEST_PAUSE, SETTLE_SECONDS
+from balancer.processes.crew import Crew as RealCrew
 from balancer.processes.forwarded import AskingMaster
 
 MANY = 24  # connections: that all go to one of two workers is out of the question
@@ -141,6 +142,11 @@ class Crew:
 
     def change(self, path: str, body: Any = None, method: str = "PATCH") -> int:
         return fetch(f"{self.url}{path}", {} if body is None else body, method)[0]
+
+    def waiting(self) -> int:
+        """The one more that has no place yet."""
+        (spare,) = wait_until(lambda: children(self.process.pid) - {*pids(self.url)}, "one that waits")
+        return spare
 
     def close(self) -> None:
         self.process.stop()
@@ -273,8 +279,10 @@ def test_a_reload_reaches_all(crew: Crew) -> None:
 
 
 def test_a_killed_worker_takes_no_more_with_it_than_it_had(crew: Crew) -> None:
-    """And one that waited for this takes its place, with what was decided."""
-    (spare,) = wait_until(lambda: children(crew.process.pid) - {*pids(crew.url)}, "one that waits")
+    """And one that waited for this takes its place, with what was decided; even if another one that did was killed."""
+    os.kill(killed := crew.waiting(), signal.SIGKILL)
+    wait_until(lambda: is_gone(killed), "it has ended")
+    spare = crew.waiting()
     assert crew.change("/backends/a", {"admin_state": "drain"}) == 200
     assert crew.change("/reset", method="POST") == 200
     with traffic(crew.url) as failed:
@@ -297,7 +305,7 @@ def test_a_killed_worker_takes_no_more_with_it_than_it_had(crew: Crew) -> None:
 
 def test_who_waits_is_kept_while_descriptors_are_missing(crew: Crew) -> None:
     resource = pytest.importorskip("resource")
-    (spare,) = wait_until(lambda: children(crew.process.pid) - {*pids(crew.url)}, "one that waits")
+    spare = crew.waiting()
     master, victim = crew.process.pid, pids(crew.url)[0]
     before = resource.prlimit(master, resource.RLIMIT_NOFILE)
     resource.prlimit(master, resource.RLIMIT_NOFILE, (3, before[1]))
@@ -308,6 +316,29 @@ def test_who_waits_is_kept_while_descriptors_are_missing(crew: Crew) -> None:
         resource.prlimit(master, resource.RLIMIT_NOFILE, before)
     wait_until(lambda: victim not in pids(crew.url) and are_running(crew.url), "another worker")
     assert pids(crew.url)[0] == spare
+
+
+def test_who_waits_is_replaced_at_once_and_ever_later_if_it_is_lost_again_and_again() -> None:
+    no_places: Any = None
+    crew, now = RealCrew([], [], no_places), 10.0
+
+    def is_there(now: float) -> bool:
+        crew._look_at_spare(now)
+        return crew._spare is not None
+
+    def kill() -> None:
+        assert crew._spare is not None
+        crew._spare[0].kill()
+        crew._spare[0].wait()
+
+    assert is_there(now)
+    for pause in (0, 0.5, 1, 2, 4, 8, 16, LONGEST_PAUSE, LONGEST_PAUSE):
+        kill()
+        assert [is_there(now), is_there(now + pause - 0.01), is_there(now + pause)] == [not pause, not pause, True]
+        now += pause
+    kill()
+    assert is_there(now + LONGEST_PAUSE)
+    crew.close()
 
 
 def test_a_worker_that_hangs_is_replaced(crew: Crew) -> None:

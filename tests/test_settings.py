@@ -331,6 +331,20 @@ def test_an_unknown_key_of_the_file_is_refused(tmp_path: Path, line: str) -> Non
     assert str(tmp_path) in text
 
 
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("algoritm = 'random'", "did you mean algorithm?"),
+        ("xyzzy = 1", "see --help"),
+        ("[[backends]]\nurl = 'http://a'\nwieght = 2", "did you mean weight?"),
+        ("[[routes]]\nname = 'a'\npaht = '/'", "did you mean path?"),
+        ("[[routes]]\nname = 'a'\nurl = 'http://a'", "see docs/settings.md"),  # which is known elsewhere
+    ],
+)
+def test_a_slip_of_the_pen_gets_a_hint(tmp_path: Path, line: str, hint: str) -> None:
+    assert refusal(toml=line, tmp_path=tmp_path).endswith(hint)
+
+
 def test_one_port_for_two_listeners_is_refused() -> None:
     assert "9000" in refusal("--control-port", "9000")
 
@@ -345,8 +359,8 @@ def test_a_long_wrong_value_is_cut() -> None:
         (None, "No such file"),
         (b"port = \n", "line 1"),
         (b"port = 1\nport = 2\n", "line 2"),
-        (b"\xff\xfe", "utf-8"),
-        (b"id = '\xe4'", "utf-8"),
+        (b"\xff\xfe", "line 1 is not UTF-8; save it"),
+        (b"port = 1\nid = '\xe4'", "line 2 is not UTF-8"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | None, said: str) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -39,6 +40,9 @@ def test_stop_is_not_kept_by_what_is_no_file(bare: Demo) -> None:
         ([], {"BACKEND_PORTS": "5001 70000"}, ["BACKEND_PORTS", "70000"]),
         ([], {"BACKEND_PORTS": "5001 5001"}, ["same port", "BACKEND_PORTS=5001 5001"]),
         ([], {"LB_CONTROL_PORT": "abc"}, ["LB_CONTROL_PORT", "abc"]),
+        ([], {"LB_HOST": "unix:/run/lb.sock"}, ["LB_HOST=unix:/run/lb.sock", "ports"]),
+        (["stop", "--detach"], {}, ["--detach", "stop", "--help"]),
+        (["backends", "--scale"], {}, ["--scale", "backends"]),
     ],
 )
 def test_bad_usage_is_one_line_and_2(
@@ -69,6 +73,12 @@ def test_help_version_and_usage(demo: Demo) -> None:
     assert (shown.end(), shown.err, version.end(), version.err) == (0, "", 0, "")
     assert shown.out.startswith("examples:")
     assert version.out == f"start_all {__version__}\n"
+
+
+def test_without_a_standard_output_it_is_quiet() -> None:
+    command = ["sh", "-c", f'exec "{sys.executable}" start_all.py --version >&-']
+    done = subprocess.run(command, cwd=PROJECT, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 @pytest.mark.parametrize("found", ["none", "3.9.2 (python3)"])

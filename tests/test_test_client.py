@@ -126,9 +126,10 @@ def test_names_that_the_balancer_does_not_know_are_not_judged(stub: StubBalancer
     assert (given.returncode, "FAIL  share off by" in given.stdout) == (1, True)
 
 
-def test_a_backend_that_comes_during_the_test_is_no_strange_name(stub: StubBalancer) -> None:
+@pytest.mark.parametrize("judged", [(), ("--tolerance", "1")])
+def test_a_backend_that_comes_during_the_test_is_no_strange_name(stub: StubBalancer, judged: tuple[str, ...]) -> None:
     stub.delay = 0.01
-    with started(stub.url, "-n", "600", "--tolerance", "1", "--warmup", "0", "--json") as process:
+    with started(stub.url, "-n", "600", *judged, "--warmup", "0", "--json") as process:
         wait_until(lambda: stub.total > 30)
         stub.expected = {**stub.expected, "b4": 0.25}
         stub.cycle = [*stub.cycle, "b4"]

@@ -58,7 +58,7 @@ class ApiKeySettings(_Auth):
     """Keys in X-API-Key or Authorization: Bearer."""
 
     type: Literal["api_key"] = Field(description="api_key")
-    keys: tuple[KeySettings, ...] = Field(description='of { id = "NAME", sha256 = "DIGEST" }')
+    keys: tuple[KeySettings, ...] = Field(description='a list of { id = "NAME", sha256 = "DIGEST" }')
 
     @field_validator("keys")
     @classmethod

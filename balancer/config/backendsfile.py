@@ -13,6 +13,7 @@ from balancer.balancing.pool import DEFAULT_POOL
 from balancer.config import validation
 from balancer.config.values import BackendSettings, named
 from balancer.errors import SettingsError
+from balancer.protocol.files import utf8
 from balancer.protocol.origin import Discovered, Origin
 
 
@@ -47,7 +48,7 @@ class BackendsFile(BaseModel):
 def parse(data: bytes) -> tuple[ListedBackend, ...]:
     """Each with an id, made of its address if it has none. Raises SettingsError, in one line."""
     try:
-        text = data.decode("utf-8-sig")
+        text = utf8(data)
         # A list, or an object with one; TOML that begins with a bracket has two of them: [[backends]].
         given = json.loads(text) if re.match(r"\s*(\{|\[(?!\[))", text) else tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # also a number of thousands of digits, or brackets without end
@@ -68,5 +69,6 @@ def _id(backend: ListedBackend) -> str:
 def _explain(detail: Any) -> str:
     where = ".".join(map(str, detail["loc"]))
     if detail["type"] == "extra_forbidden":
-        return f"unknown {where}"
+        *above, name = detail["loc"]
+        return f"unknown {where}; {validation.meant(name, validation.names(above, BackendsFile), 'docs/settings.md')}"
     return f"{where} {validation.complaint(detail, BackendsFile)}".strip()

@@ -6,12 +6,13 @@ neighbour's variable may keep the balancer from starting.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from balancer.config import validation
 from balancer.errors import SettingsError
+from balancer.protocol.files import utf8
 
 # Names that are not LB_ + NAME: those of the earlier program. They count less than the regular ones.
 LEGACY = {"ALGORITHM": "algorithm"}
@@ -43,7 +44,7 @@ def read(environ: Mapping[str, str], settings: Collection[str]) -> dict[str, str
             try:
                 with Path(path).open("rb") as file:
                     secret = file.read(MAX_SECRET + 1)
-                found[setting] = secret.decode().strip()
+                found[setting] = utf8(secret).strip()
             except (OSError, ValueError) as error:
                 raise SettingsError(f"{name}={path}: {getattr(error, 'strerror', None) or error}") from None
             if len(secret) > MAX_SECRET:
@@ -64,8 +65,7 @@ def unknown(environ: Mapping[str, str], settings: Collection[str]) -> list[str]:
         if not name.startswith("LB_") or name.startswith(TEST_CLIENT) or name in known or not environ[name].strip():
             continue
         if not _is_service(name, environ[name]):
-            near = difflib.get_close_matches(name, known, 1, 0.7)
-            hint = f"did you mean {near[0]}?" if near else "see --help"
+            hint = validation.meant(name, known)
             lines.append(f"the variable {name} is ignored, there is no such setting; {hint}")
     return lines
 

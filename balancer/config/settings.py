@@ -30,7 +30,7 @@ from balancer.config.tables import Named, PoolSettings, Table
 from balancer.config.values import DEFAULT_BACKENDS, RESTART, BackendSettings, Listed, Values
 from balancer.errors import SettingsError
 from balancer.protocol.addresses import is_loopback
-from balancer.protocol.files import read_whole
+from balancer.protocol.files import read_whole, utf8
 from balancer.protocol.headerrules import NO_RULES, HeaderRules
 from balancer.protocol.texts import quoted
 
@@ -276,7 +276,7 @@ def _from_file(file: Path | None) -> dict[str, Any]:
     if file is None:
         return {}
     try:
-        return tomllib.loads(read_whole(file).decode("utf-8-sig"))  # Windows' editor puts a mark in front
+        return tomllib.loads(utf8(read_whole(file)))
     except (ValueError, RecursionError) as error:  # also a number of thousands of digits, or brackets without end
         raise SettingsError(f"config file {file}: {error}") from None
 
@@ -302,8 +302,9 @@ def _explain(detail: Mapping[str, Any], sources: Mapping[str, str], values: Mapp
     if name == "backends" and len(path) > 1 and sources[name] in SHORT_FORMS:
         where = f"{SHORT_FORMS[sources[name]].format(path[1] + 1)}: {path[2]}"
     if detail["type"] == "extra_forbidden":
-        where_all = "docs/settings.md" if sources.get(name) == "program" else "--help"
-        return f"unknown setting {quoted(where)} ({sources.get(name, 'unknown')}); see {where_all}"
+        where_all = "docs/settings.md" if path[1:] or sources.get(name) == "program" else "--help"
+        hint = validation.meant(str(path[-1]), validation.names(path[:-1], Settings), where_all)
+        return f"unknown setting {quoted(where)} ({sources.get(name, 'unknown')}); {hint}"
     told = f"({sources[name]}): {validation.complaint(detail, Settings)}"
     is_all = path[-1] in ("backends", "request_headers", "response_headers") or (name in TABLES and len(path) == 2)
     is_all = is_all and detail["type"] == "value_error"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
@@ -68,6 +69,18 @@ def check_redis_url(url: SecretStr) -> SecretStr:
     return url
 
 
+def meant(name: str, known: Iterable[str], where: str = "--help") -> str:
+    """What to do about a name that nobody knows, most likely a slip of the pen; `where` says which there are."""
+    near = difflib.get_close_matches(name, [other for other in known if other != name], 1, 0.7)
+    return f"did you mean {near[0]}?" if near else f"see {where}"
+
+
+def names(path: Sequence[str | int], model: type[BaseModel]) -> Iterable[str]:
+    """Of all that there may be in this table of it."""
+    known: Schema = _schema_of(path, model)["properties"]
+    return known
+
+
 def complaint(error: Mapping[str, Any], model: type[BaseModel]) -> str:
     """What is wrong, and what is accepted."""
     if error["type"] == "value_error":  # from a validator of ours
@@ -92,7 +105,7 @@ def _root_of(model: type[BaseModel]) -> Schema:
     return model.model_json_schema()
 
 
-def _schema_of(path: tuple[str | int, ...], model: type[BaseModel]) -> Schema:
+def _schema_of(path: Sequence[str | int], model: type[BaseModel]) -> Schema:
     root = schema = _root_of(model)
     for step in path:
         if isinstance(step, int):

@@ -124,7 +124,7 @@ class Express:
                 self._expire(now)
                 self._late, self._pause = self._soonest_late(), LOOK_SECONDS
                 self._tick = min(LOOK_SECONDS, max(LEAST_TICK, TICK_SHARE * self._late))
-            if self._races or self._next_late(now) <= now:
+            if self._next_late(now) <= now:
                 self._hedge(now)
             self._next_look = now + max(self._tick, (time.thread_time() - begun) / LOOK_SHARE)
         if self._late < math.inf:
@@ -210,7 +210,10 @@ class Express:
     # The same thread: answers that are late.
 
     def _next_late(self, now: float) -> float:
-        """When the answer for whoever was brought first is late, or would be for somebody brought now."""
+        """When the answer for whoever was brought first is late, or would be for somebody brought now. A race may lack
+        a connection or a place, which may come at any time."""
+        if self._races:
+            return now
         try:
             first = next(iter(self._waiting.values()), None)
         except RuntimeError:  # somebody was brought, or taken out, within this step

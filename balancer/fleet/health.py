@@ -287,7 +287,7 @@ class HealthChecker:
                 self._enter(told, AT_ONCE)
         for tick in [each for each in self._agenda if each * TICK_SECONDS <= now]:
             for checks in self._agenda.pop(tick):
-                if checks.look_at == tick and checks.backend in self._checks:
+                if checks.look_at == tick and self._checks.get(checks.backend) is checks:
                     self._enter(checks, self._next(checks, now))
         next_at = min(self._agenda, default=inf) * TICK_SECONDS
         return max(0.0, min(next_at, self._next_round) - now)

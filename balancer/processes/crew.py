@@ -116,7 +116,8 @@ class Crew(Server):
         self._is_ending = False
         self._program = program.state()
         self._spare: tuple[subprocess.Popen[bytes], socket.socket] | None = None  # that has no place yet
-        self._spare_at = 0.0  # from then on there may be one
+        self._spare_at = -math.inf  # from then on there may be one
+        self._early_spares = 0  # in a row, each lost within LONGEST_PAUSE of when it might begin
         self._looked_at = time.monotonic()
         self._tasks: list[asyncio.Task[None]] = []
         self._wishes: asyncio.Queue[Callable[[], Coroutine[Any, Any, None]]] = asyncio.Queue()
@@ -252,13 +253,13 @@ class Crew(Server):
                     if place.child is not None:
                         place.child.beat()
             self._looked_at = now
+            self._look_at_spare(now)  # before a place is given to it
             for place in self.places:
                 try:
                     self._look(place, now)
                 except Exception:  # the others must be looked at
                     log.exception("worker %d", place.number)
                     place.start_at = now + PAUSE_SECONDS
-            self._look_at_spare(now)
             await asyncio.sleep(LOOK_SECONDS)
 
     def _look(self, place: Place, now: float) -> None:
@@ -285,14 +286,20 @@ class Crew(Server):
         """Once all serve there is one more process that has imported all that it needs, for the next who ends."""
         if self._spare is not None and (code := self._spare[0].poll()) is not None:
             self._spare[1].close()
-            self._spare, self._spare_at = None, now + (math.inf if code == program.IS_ANOTHER else LONGEST_PAUSE)
+            self._spare = None
+            self._lost_spare(math.inf if code == program.IS_ANOTHER else now)
         all_serve = all(place.child is not None and place.child.is_ready for place in self.places)
         if self._spare is None and all_serve and now >= self._spare_at and not self._is_ending:
             try:
                 self._spare = self._spawn()
             except OSError as error:
                 log.warning("no spare worker: %s", error)
-                self._spare_at = now + LONGEST_PAUSE
+                self._lost_spare(now)
+
+    def _lost_spare(self, now: float) -> None:
+        """The next one begins at once, unless that is so soon after the last one was lost."""
+        self._early_spares = self._early_spares + 1 if now - self._spare_at < LONGEST_PAUSE else 0
+        self._spare_at = now + _pause(self._early_spares)
 
     def _spawn(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
         """A process that waits for a place, and our end of what will be its link."""
@@ -329,7 +336,7 @@ class Crew(Server):
             self._cannot_begin(place, now)
             return
         place.early = place.early + 1 if now - child.ready_at < YOUNG_SECONDS else 0
-        place.start_at = now + (min(PAUSE_SECONDS * 2 ** (place.early - 1), LONGEST_PAUSE) if place.early else 0)
+        place.start_at = now + _pause(place.early)
         self._deaths.append(now)
         if len(self._deaths) == MOST_DEATHS and now - self._deaths[0] <= DEATHS_SECONDS:
             self._fail(f"{MOST_DEATHS} workers ended within {DEATHS_SECONDS:g} s, the last one {how}")
@@ -362,3 +369,8 @@ class Crew(Server):
     def _close_listeners(self) -> None:
         for listener in (*(place.listener for place in self.places), *self._others):
             listener.close()
+
+
+def _pause(early: int) -> float:
+    """Before the next one begins, after so many in a row that did not last."""
+    return min(PAUSE_SECONDS * 2.0 ** min(early - 1, 10), LONGEST_PAUSE) if early else 0.0

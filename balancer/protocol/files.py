@@ -23,3 +23,12 @@ def read_whole(path: Path, expected: str = "") -> bytes:
     if len(data) > MOST_BYTES:
         raise ValueError(f"has more than {MOST_BYTES} bytes{expected and f'; expected {expected}'}")
     return data
+
+
+def utf8(data: bytes) -> str:
+    """Raises ValueError, in words. Windows' editor puts a mark in front."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"line {line} is not UTF-8; save it in that encoding") from None
