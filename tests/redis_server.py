@@ -65,7 +65,8 @@ class SlowWay:
         tasks = asyncio.all_tasks(self._loop)
         for task in tasks:
             task.cancel()
-        self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        if tasks:  # else it would look for a loop of this thread
+            self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
         self._loop.close()
 
     async def _connect(self, reader: StreamReader, writer: StreamWriter) -> None:

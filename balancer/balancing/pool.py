@@ -284,7 +284,7 @@ class BackendPool:
         self._look(at_all=at_all)
         if self._is_unsettled:
             self._settle()
-        elif len(self._scene.changes) > self._row:
+        elif self.loads is not None and len(self._scene.changes) > self._row:
             self._gather()
 
     def _bring_back(self) -> None:

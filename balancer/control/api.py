@@ -79,8 +79,8 @@ def _admit() -> None:
     except ApiError as error:
         if not is_read:
             whole, public = (
-                f"{request.method} {repr(path[:PATH_KEPT])[1:-1]}: {error}"  # as text in one line
-                for path in (request.path, first_segment(request.path))
+                f"{request.method} {repr(told[:PATH_KEPT])[1:-1]}: {error}"  # as text in one line
+                for told in (request.path, first_segment(request.path))
             )
             control.events.add(REFUSED, None, whole, "warning", g.get("holder"), public=public)
         raise

@@ -56,10 +56,10 @@ class HandshakeCall(Call):
         self._end()
 
     def _open(self, upgrade: Upgrade) -> None:
-        from balancer.edge.websocket import WebSocket  # which loads what few need
-
         self.is_pending = False
         try:
+            from balancer.edge.websocket import WebSocket  # which loads what few need
+
             socket = WebSocket(self, upgrade, self._sockets, self.listener.limits)
             self.attach(socket)
             # "websocket.connect". To ask for it once the client has left would end this process.

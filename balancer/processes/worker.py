@@ -77,7 +77,7 @@ class Worker(LoadBalancer):
     def __init__(self, link: Link, start: Start, descriptors: Sequence[int]) -> None:
         self._link = link
         self._start = start
-        self._loads, ledger, *listening = descriptors
+        self._loads_fd, ledger, *listening = descriptors
         self._sockets = {role: socket.socket(fileno=each) for role, each in zip(start.roles, listening, strict=True)}
         self._ask = AskingMaster(link)
         self.reports = Reports(Ledger(ledger))
@@ -101,7 +101,7 @@ class Worker(LoadBalancer):
             *(config, sources, filters, self.reload, self.renew, self.ports),
             wiring.Own(
                 *(self.reports, self.reports.routes, ToldEvents(self._link), Untold),
-                loads=SharedLoads(self._loads, self._start.number),
+                loads=SharedLoads(self._loads_fd, self._start.number),
                 certificate=self._start.certificate,
                 salt=self._start.salt,
                 control_app=self._ask,
