@@ -278,7 +278,10 @@ class Express:
         except BaseException:  # as in `_look`
             log.exception("looking at an answer failed")
             del self._races[call]
-            call.refuse()
+            try:
+                race.give_up()
+            finally:
+                call.refuse()
             return
         if winner is None:
             self._waiting |= dict.fromkeys(race.pending, call)

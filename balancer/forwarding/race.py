@@ -142,8 +142,9 @@ class Race:
 
     def look(self, descriptor: int, most: int) -> Leg | None:
         """Take in what has come on one connection. Returns the winner when there is one."""
-        leg = self.pending.pop(descriptor)
+        leg = self.pending[descriptor]
         leg.is_whole = self._adapter.look(leg.sent, most)
+        del self.pending[descriptor]
         if self._client.is_gone or not (self.pending or self._bad):
             return self._settle(leg)
         if leg.sent.failure is None and leg.sent.response is None:  # not even its head is whole
@@ -167,6 +168,13 @@ class Race:
         leg = next(iter(self.pending.values()))
         leg.sent.expire()
         return self._settle(leg)
+
+    def give_up(self) -> None:
+        """After a surprise of ours: nobody goes on with any of them."""
+        self._forgo()
+        for leg in self.pending.values():
+            leg.sent.close()
+        self._attempts.release_beside()
 
     def _settle(self, winner: Leg) -> Leg:
         """The others are dropped, and the request goes on as if there had been this attempt alone."""
