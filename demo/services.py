@@ -68,8 +68,7 @@ class Service:
     @property
     def how_it_ended(self) -> str:
         """Empty while it runs, or before it was started."""
-        code = self.process.poll() if self.process else None
-        if code is None:
+        if (code := self.process.poll() if self.process else None) is None:
             return ""
         return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
 
@@ -119,9 +118,8 @@ def given(environ: Mapping[str, str], name: str, usual: str = "") -> str:
 
 
 def backend_services(environ: Mapping[str, str]) -> list[Service]:
-    delay = given(environ, "RESPONSE_DELAY")
     # Flags, not environment, so that the printed command is the whole truth in every shell.
-    more = ["--host", "127.0.0.1", *(["--delay", delay] if delay else [])]
+    more = ["--host", "127.0.0.1", *(["--delay", delay] if (delay := given(environ, "RESPONSE_DELAY")) else [])]
     names = [(f"backend_{number}", port) for number, port in enumerate(read_ports(environ)[1:], 1)]
     return [Service(name, port, ["--id", name, "--port", str(port), *more], {}) for name, port in names]
 
