@@ -295,6 +295,20 @@ def test_a_connection_is_opened_for_one_race_and_kept_if_that_is_over() -> None:
         assert adapter.idle() == {backend.url: 2}
 
 
+def test_nothing_is_opened_over_tls(make: Make, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet, opening = make(names="ab"), Mock(side_effect=ConnectFailed("in vain"))
+    monkeypatch.setattr(BackendAdapter, "open", opening)
+    answer = pool.submit(fetch, fleet.balancer.url)
+    fleet.wait_asked(1)
+    other = fleet.balancer.library.control.pools.default.get("ab".replace(fleet.asked[0], ""))
+    assert other is not None
+    other.origin = other.origin._replace(scheme="https")
+    fleet.wait_long()
+    fleet.answer(0)
+    assert answer.result(60)[0] == 200 and not opening.called
+    assert sum(fleet.hedges().values()) == 0 and is_idle(fleet.balancer)
+
+
 def test_a_backend_that_is_removed_before_it_is_asked_ends_nothing(
     make: Make, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

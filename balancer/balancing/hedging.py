@@ -69,7 +69,7 @@ class Hedging:
 
     def count(self) -> None:
         """One more request, once each."""
-        if self._saved == SAVED:
+        if self._saved == SAVED:  # as mostly: one step that needs no lock
             return
         with self._lock:
             saved = self._saved + self.options.hedge_budget

@@ -275,9 +275,10 @@ class Attempts:
         return self._beside is not None
 
     @property
-    def is_cut_beside(self) -> bool:
-        """The operator ended what its backend had in flight, and it is not sent yet."""
-        return self._beside is not None and self._beside.backend.cut_at > -math.inf
+    def is_barred_beside(self) -> bool:
+        """Nothing is sent there: the operator ended what its backend had in flight, or TLS might have to wait."""
+        beside = self._beside
+        return beside is not None and (beside.backend.cut_at > -math.inf or beside.choice.origin.scheme == "https")
 
     @property
     def origin_beside(self) -> Origin:

@@ -95,7 +95,7 @@ class Race:
         connection that is missing, after which this has to be called again."""
         if not self._is_leased and not self._lease():
             return None
-        if self._attempts.is_cut_beside:
+        if self._attempts.is_barred_beside:
             self._forgo()
             return None
         opening = self._opening
